@@ -1,0 +1,333 @@
+"""Thresholds and p-values from held-out normal images: what a score means, and how often a good part is called bad.
+
+Everything here comes from normal images that the density has not seen, never from test images. docs/CALIBRATION.md says
+what is guaranteed with how many images and what is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from focus_ray.errors import DataError
+
+Method = Literal["split", "cross"]
+
+_ROUNDING = 1e-12  # relative; sums of pixel shares such as 1/50176 that should equal the budget count as equal
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of held-out normal images and the thresholds drawn from them. An image or pixel is anomalous above them.
+
+    Attributes:
+        method: "split": images kept out of training and density; "cross": each image scored without its fold.
+        image_scores: n scores of normal images, ascending.
+        target_fpr: share of good images that may be called bad.
+        image_threshold: on the scale of the image scores.
+        image_guaranteed: whether P(a good image is called bad) <= target_fpr holds for exchangeable images. False for
+            "cross", and where n < 1/target_fpr - 1: then the threshold is the highest held-out score, whose false
+            alarm rate `smallest_fpr` is the lowest that n images can vouch for.
+        target_pixel_fpr: share of a good image's pixels that may be called bad, on average over images.
+        pixel_threshold: on the scale of the anomaly maps.
+        pixel_guaranteed: whether that share is <= target_pixel_fpr in expectation over held-out and future images.
+            False for "cross", and where n < 1/target_pixel_fpr - 1: then the threshold is the plain quantile, and
+            what holds is `pixel_fpr_bound`.
+    """
+
+    method: Method
+    image_scores: tuple[float, ...]
+    target_fpr: float
+    image_threshold: float
+    image_guaranteed: bool
+    target_pixel_fpr: float
+    pixel_threshold: float
+    pixel_guaranteed: bool
+
+    def __post_init__(self) -> None:
+        _check_method(self.method)
+        _check_share(self.target_fpr, "target_fpr")
+        _check_share(self.target_pixel_fpr, "target_pixel_fpr")
+        if not self.image_scores:
+            raise DataError("image_scores is empty; calibration needs at least one held-out normal image")
+        numbers = np.array([*self.image_scores, self.image_threshold, self.pixel_threshold], dtype=np.float64)
+        if not np.isfinite(numbers).all():
+            raise DataError("a calibration score or threshold is NaN or infinite; expected finite numbers")
+        if np.any(np.diff(numbers[:-2]) < 0):
+            raise DataError("image_scores are not in ascending order; they were changed since the calibration was made")
+
+    @property
+    def num_images(self) -> int:
+        """n, the held-out normal images."""
+        return len(self.image_scores)
+
+    @property
+    def smallest_fpr(self) -> float:
+        """1/(n + 1): the smallest p-value there is, and the lowest false alarm rate that n images can vouch for."""
+        return 1.0 / (self.num_images + 1)
+
+    @property
+    def effective_fpr(self) -> float:
+        """The level at which `is_anomalous` really works: target_fpr, or smallest_fpr where that is higher."""
+        return max(self.target_fpr, self.smallest_fpr)
+
+    @property
+    def pixel_fpr_bound(self) -> float:
+        """Upper bound on the expected share of a good image's pixels called bad ("split", exchangeable images).
+
+        target_pixel_fpr if guaranteed; else (n t + 1)/(n + 1), which the plain quantile at t satisfies.
+        """
+        if self.pixel_guaranteed:
+            return self.target_pixel_fpr
+        return (self.num_images * self.target_pixel_fpr + 1.0) / (self.num_images + 1)
+
+    def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
+        """(1 + #{held-out scores >= score}) / (n + 1): small where the image is unlike the normal ones.
+
+        Under exchangeability P(p <= a) <= a for a new normal image and any a (Vovk et al., Algorithmic Learning in a
+        Random World, 2005). `p <= effective_fpr` if and only if `is_anomalous`.
+
+        Args:
+            scores: any shape.
+
+        Returns: the same shape, in [1/(n + 1), 1].
+
+        Raises: DataError: a score is NaN.
+        """
+        values = _without_nan(scores)
+        below = np.searchsorted(np.asarray(self.image_scores), values, side="left")
+        return np.asarray((1.0 + self.num_images - below) / (self.num_images + 1))
+
+    def is_anomalous(self, scores: ArrayLike) -> NDArray[np.bool_]:
+        """score > image_threshold, of the same shape as scores. Raises: DataError: a score is NaN."""
+        return np.asarray(_without_nan(scores) > self.image_threshold)
+
+    def caveats(self) -> list[str]:
+        """What a reader of the thresholds has to be told, in plain sentences; empty when both guarantees hold."""
+        if self.method == "cross":
+            return [
+                f"Thresholds come from {self.num_images} training images, each scored without its fold (cross); "
+                "this approximates the false alarm rate and carries no finite-sample guarantee."
+            ]
+        told = []
+        if not self.image_guaranteed:
+            told.append(
+                f"{self.num_images} held-out images cannot vouch for a false alarm rate of {self.target_fpr:g}: "
+                f"the image threshold is their highest score, good for {self.smallest_fpr:.3g}; "
+                f"{_images_needed(self.target_fpr)} images would do."
+            )
+        if not self.pixel_guaranteed:
+            told.append(
+                f"{self.num_images} held-out images cannot vouch for a pixel false alarm rate of "
+                f"{self.target_pixel_fpr:g}: the pixel threshold is their plain quantile, with an expected rate of "
+                f"at most {self.pixel_fpr_bound:.3g}; {_images_needed(self.target_pixel_fpr)} images would do."
+            )
+        return told
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives back an equal calibration."""
+        return {**asdict(self), "image_scores": list(self.image_scores)}
+
+    @staticmethod
+    def from_dict(tree: Mapping[str, Any]) -> Calibration:
+        """Raises: DataError: a key is unknown or missing, or a value does not fit."""
+        known = {field.name for field in fields(Calibration)}
+        if set(tree) != known:
+            raise DataError(
+                f"calibration: unknown keys {sorted(set(tree) - known)}, missing keys {sorted(known - set(tree))}; "
+                "expected the keys that Calibration.to_dict writes"
+            )
+        try:
+            return Calibration(
+                method=cast(Method, tree["method"]),
+                image_scores=tuple(float(score) for score in tree["image_scores"]),
+                target_fpr=float(tree["target_fpr"]),
+                image_threshold=float(tree["image_threshold"]),
+                image_guaranteed=_bool(tree, "image_guaranteed"),
+                target_pixel_fpr=float(tree["target_pixel_fpr"]),
+                pixel_threshold=float(tree["pixel_threshold"]),
+                pixel_guaranteed=_bool(tree, "pixel_guaranteed"),
+            )
+        except TypeError as error:
+            raise DataError(f"calibration: a value has the wrong type: {error}") from error
+
+
+class CalibrationBuilder:
+    """Gathers scores and maps of held-out normal images batch by batch; builders of several workers merge.
+
+    Memory stays bounded because an image leaves only its highest `kept_fraction` of pixel scores behind. The pixel
+    threshold is exact while no image alone holds that share of its pixels above it, which with fewer than
+    kept_fraction/target_pixel_fpr images (100 by default) cannot happen. Beyond, an image that does counts as wholly
+    above, so the threshold comes out too high at worst, and the guarantee stands.
+    """
+
+    def __init__(
+        self, method: Method, target_fpr: float, target_pixel_fpr: float, kept_fraction: float | None = None
+    ) -> None:
+        """
+        Args:
+            kept_fraction: in (0, 1], share of each map's pixels kept; None keeps 100 target_pixel_fpr, at least 0.01.
+
+        Raises: DataError: a share lies outside its range.
+        """
+        _check_method(method)
+        _check_share(target_fpr, "target_fpr")
+        _check_share(target_pixel_fpr, "target_pixel_fpr")
+        if kept_fraction is None:
+            kept_fraction = min(1.0, max(0.01, 100.0 * target_pixel_fpr))
+        if not 0.0 < kept_fraction <= 1.0:
+            raise DataError(f"kept_fraction={kept_fraction}; expected a share in (0, 1]")
+        self.method: Method = method
+        self.target_fpr = target_fpr
+        self.target_pixel_fpr = target_pixel_fpr
+        self.kept_fraction = kept_fraction
+        self._scores: list[float] = []
+        self._tops: list[NDArray[Any]] = []
+        self._num_pixels: list[int] = []
+
+    @property
+    def num_images(self) -> int:
+        return len(self._scores)
+
+    def add(self, scores: ArrayLike, maps: NDArray[Any] | Sequence[NDArray[Any]]) -> None:
+        """Adds a batch of normal images.
+
+        Args:
+            scores: (B,) image scores.  maps: (B, H, W) anomaly maps, or B arrays of (H, W) that may differ in size.
+
+        Raises: DataError: counts differ, a map is empty, or a value is NaN or infinite. Nothing is added then.
+        """
+        values = np.asarray(scores, dtype=np.float64)
+        images = [np.asarray(image) for image in maps]
+        if values.shape != (len(images),):
+            raise DataError(f"scores {values.shape} for {len(images)} maps; expected one score per map")
+        if not np.isfinite(values).all():
+            raise DataError(f"calibration scores hold {values[~np.isfinite(values)][0]}; expected finite numbers")
+        for index, image in enumerate(images):
+            if image.ndim != 2 or not image.size:
+                raise DataError(f"calibration map {index} has shape {image.shape}; expected a non-empty (H, W)")
+            if not np.isfinite(image).all():
+                raise DataError(f"calibration map {index} has NaN or infinite values; expected finite scores")
+        self._scores.extend(values.tolist())
+        for image in images:
+            if not np.issubdtype(image.dtype, np.floating):
+                image = image.astype(np.float64)
+            num_kept = math.ceil(image.size * self.kept_fraction)
+            self._tops.append(np.partition(image.ravel(), image.size - num_kept)[image.size - num_kept :].copy())
+            self._num_pixels.append(image.size)
+
+    def merge(self, other: CalibrationBuilder) -> CalibrationBuilder:
+        """A new builder holding both; the same as if all images had been added to one, in any order.
+
+        Raises: DataError: the two have different settings.
+        """
+        mine, theirs = self._settings(), other._settings()
+        if mine != theirs:
+            raise DataError(f"cannot merge calibrations of different settings: {mine} and {theirs}")
+        merged = CalibrationBuilder(**mine)
+        merged._scores = self._scores + other._scores
+        merged._tops = self._tops + other._tops
+        merged._num_pixels = self._num_pixels + other._num_pixels
+        return merged
+
+    def finish(self) -> Calibration:
+        """Raises: DataError: no image was added."""
+        if not self._scores:
+            raise DataError(
+                "no held-out normal image to calibrate with; set data.holdout_fraction above 0, or "
+                "calibration.method=cross"
+            )
+        image_scores = np.sort(np.array(self._scores))
+        image_threshold, image_attained = _image_threshold(image_scores, self.target_fpr)
+        pixel_threshold, pixel_attained = self._pixel_threshold()
+        return Calibration(
+            method=self.method,
+            image_scores=tuple(image_scores.tolist()),
+            target_fpr=self.target_fpr,
+            image_threshold=image_threshold,
+            image_guaranteed=image_attained and self.method == "split",
+            target_pixel_fpr=self.target_pixel_fpr,
+            pixel_threshold=pixel_threshold,
+            pixel_guaranteed=pixel_attained and self.method == "split",
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "target_fpr": self.target_fpr,
+            "target_pixel_fpr": self.target_pixel_fpr,
+            "kept_fraction": self.kept_fraction,
+        }
+
+    def _pixel_threshold(self) -> tuple[float, bool]:
+        """The smallest lambda with (n R(lambda) + 1)/(n + 1) <= target, R the mean over images of the share of pixels
+        above lambda (conformal risk control, arXiv 2208.02814, eq. 4, loss bounded by 1); R <= target if there is none.
+        """
+        n, target = self.num_images, self.target_pixel_fpr
+        budget = target * (n + 1) - 1.0  # of n R
+        attained = budget >= 0.0
+        if not attained:
+            budget = n * target
+        values = np.concatenate(self._tops)
+        shares = np.repeat(1.0 / np.array(self._num_pixels), [top.size for top in self._tops])
+        # Below its lowest kept score an image's share above is not known: take it as 1.
+        floors = np.array([top.min() for top in self._tops], dtype=values.dtype)
+        unknown = 1.0 - np.array([top.size for top in self._tops]) / np.array(self._num_pixels)
+        values, shares = np.concatenate([values, floors]), np.concatenate([shares, unknown])
+        order = np.argsort(-values, kind="stable")
+        values, above = values[order], np.cumsum(shares[order])
+        last = np.flatnonzero(np.append(values[1:] != values[:-1], True))
+        values, above = values[last], above[last]  # distinct scores, descending, and n R just below each
+        affordable = int(np.searchsorted(above, budget * (1.0 + _ROUNDING), side="right"))
+        return float(values[min(affordable, values.size - 1)]), attained
+
+
+def _image_threshold(scores: NDArray[np.float64], target_fpr: float) -> tuple[float, bool]:
+    """The ceil((1 - a)(n + 1))-th smallest score, so that score > threshold iff p <= a; the highest if there is none.
+
+    The rank is found by comparing m/(n + 1) with a as floats, exactly as a p-value is, so rounding cannot part the two.
+    """
+    n = scores.size
+    num_extreme = int(target_fpr * (n + 1))  # m: the largest count with m/(n + 1) <= a
+    while (num_extreme + 1) / (n + 1) <= target_fpr:
+        num_extreme += 1
+    while num_extreme and num_extreme / (n + 1) > target_fpr:
+        num_extreme -= 1
+    if num_extreme == 0:
+        return float(scores[-1]), False
+    return float(scores[n - num_extreme]), True
+
+
+def _images_needed(target: float) -> int:
+    n = max(1, math.ceil(1.0 / target) - 2)
+    while 1.0 / (n + 1) > target:
+        n += 1
+    return n
+
+
+def _without_nan(scores: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(scores, dtype=np.float64)
+    if np.isnan(values).any():
+        raise DataError("a score is NaN; expected a number: the image or the model's weights hold NaN")
+    return values
+
+
+def _bool(tree: Mapping[str, Any], key: str) -> bool:
+    if not isinstance(tree[key], (bool, np.bool_)):
+        raise DataError(f"calibration: {key}={tree[key]!r}; expected true or false")
+    return bool(tree[key])
+
+
+def _check_method(method: str) -> None:
+    if method not in ("split", "cross"):
+        raise DataError(f"method={method!r}; expected 'split' or 'cross'")
+
+
+def _check_share(value: float, name: str) -> None:
+    if not 0.0 < value < 1.0:
+        raise DataError(f"{name}={value}; expected a share between 0 and 1, both excluded")

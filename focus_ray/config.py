@@ -1,0 +1,303 @@
+"""The configuration of a run: frozen models that refuse unknown keys; YAML in, resolved YAML or JSON out.
+
+Paper constants and their kin are defaults here, each with its source: [paper] arXiv 2110.04538, [kin] its published
+relatives (RegAD, SimSiam, PaDiM), [ours] a choice of this project.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from focus_ray.errors import ConfigError
+
+Group = Literal[
+    "none",
+    "rotation",
+    "translation",
+    "scale",
+    "rotation_scale",
+    "rotation_translation",
+    "similarity",
+    "affine",
+]
+Layer = Literal["layer1", "layer2", "layer3"]
+BackboneName = Literal["resnet18", "wide_resnet50_2", "efficientnet_lite0"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(_Model):
+    """Where the images are and which of them are held out."""
+
+    uri: str = Field(description="Root of an ingested Parquet data set: a local path or an s3:// URI.")
+    categories: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="Categories to train, one model each; null takes all."
+    )
+    holdout_fraction: float = Field(
+        default=0.2,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the normal training images kept out of training and density, for calibration [ours].",
+    )
+    memory_budget_mb: float = Field(
+        default=4096.0,
+        ge=0.0,
+        description="Decoded images are kept in a worker's memory up to this many MiB and streamed beyond it.",
+    )
+
+    @field_validator("categories")
+    @classmethod
+    def _unique(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError(f"categories lists a name twice: {list(value)}")
+        return value
+
+
+class ImageAlignmentConfig(_Model):
+    """ICA: a spatial transformer on the image, before the backbone [paper]."""
+
+    group: Group = Field(default="none", description="Transforms that the aligner may use.")
+    max_translation: float = Field(
+        default=0.3, gt=0.0, le=1.0, description="Largest shift, in half image widths (bounded group [ours])."
+    )
+    max_scale: float = Field(
+        default=1.25, gt=1.0, le=2.0, description="Largest zoom in or out; bounds the known zoom-in optimum [ours]."
+    )
+    padding: Literal["border", "reflection"] = Field(
+        default="border", description="What a warped image shows outside its frame [ours]."
+    )
+
+
+class FeatureAlignmentConfig(_Model):
+    """FCA: a spatial transformer after each of layers 1 to 3, trained by the fine loss alone [paper]."""
+
+    layer1: Group = "none"
+    layer2: Group = "none"
+    layer3: Group = "none"
+    max_translation: float = Field(default=0.15, gt=0.0, le=1.0, description="Largest shift, in half map widths [ours].")
+    max_scale: float = Field(default=1.15, gt=1.0, le=2.0, description="Largest zoom in or out [ours].")
+    max_rotation_deg: float = Field(default=15.0, gt=0.0, le=180.0, description="Largest turn, degrees [ours].")
+
+
+class ModelConfig(_Model):
+    """The network: alignment, backbone, projector (the paper's encoder f) and predictor (g)."""
+
+    backbone: BackboneName = Field(default="resnet18", description="ImageNet CNN; its layers 1 to 3 are used [paper].")
+    weights: str = Field(
+        default="default",
+        min_length=1,
+        description="'default' (the backbone's ImageNet weights by name), 'random', a file path or a URI "
+        "(file://, s3://, https://).",
+    )
+    weights_sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{8,64}$", description="Refuse a weights file whose SHA-256 starts otherwise."
+    )
+    image_size_px: int = Field(default=224, ge=32, le=2048, description="Images are resized to this square [kin: 224].")
+    batch_norm: Literal["frozen", "train"] = Field(
+        default="frozen", description="Whether the backbone's batch norms keep their ImageNet statistics [ours]."
+    )
+    image_alignment: ImageAlignmentConfig = ImageAlignmentConfig()
+    feature_alignment: FeatureAlignmentConfig = FeatureAlignmentConfig()
+    projector_width: int = Field(default=256, ge=8, le=4096, description="Channels of f's 1x1 convolutions [kin: 256].")
+    predictor: bool = Field(default=True, description="Whether g stands after f [paper]; off is an ablation.")
+    predictor_width: int = Field(
+        default=256, ge=4, le=4096, description="Hidden channels of g [kin: 256 in RegAD, a quarter in SimSiam]."
+    )
+
+    @field_validator("image_size_px")
+    @classmethod
+    def _divisible(cls, value: int) -> int:
+        if value % 16:
+            raise ValueError(f"image_size_px={value} must be a multiple of 16, the stride of layer 3")
+        return value
+
+
+class TrainConfig(_Model):
+    """Optimisation. SGD with momentum and a cosine schedule [kin]; the paper's values are not known."""
+
+    epochs: int = Field(default=0, ge=0, le=10_000, description="Passes over the training images; 0 trains nothing.")
+    batch_size_per_worker: int = Field(default=32, ge=2, le=4096, description="Images a worker takes a step [kin: 32].")
+    learning_rate: float = Field(default=1e-4, gt=0.0, le=10.0, description="All but the image aligner [kin: 1e-4].")
+    learning_rate_image_alignment: float = Field(default=1e-2, gt=0.0, le=10.0, description="ICA [kin: 0.01].")
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    warmup_epochs: float = Field(default=0.0, ge=0.0, description="Linear warm-up before the cosine schedule [ours].")
+    lambda_ica: float = Field(default=1.0, ge=0.0, description="Weight of the image alignment loss.")
+    lambda_fine: float = Field(default=1.0, ge=0.0, description="Weight of the fine loss.")
+    stop_gradient: bool = Field(default=True, description="Stop-gradient on the shuffled branch [paper].")
+    symmetric: bool = Field(default=False, description="Average the fine loss over both directions of a pair.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="auto: bf16 autocast on a GPU that has it, fp32 elsewhere."
+    )
+    gradient_clip_norm: float | None = Field(default=None, gt=0.0)
+    checkpoint_every_epochs: int = Field(default=1, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class DensityConfig(_Model):
+    """One density per location over the embeddings of normal images."""
+
+    layers: tuple[Layer, ...] = Field(default=("layer1", "layer2", "layer3"), min_length=1)
+    reduction: Literal["random", "semi_orthogonal", "none"] = Field(
+        default="random", description="How channels are reduced [kin: 100 random channels in PaDiM]."
+    )
+    num_channels: int = Field(default=100, ge=1, le=4096, description="Channels kept by the reduction [kin: 100].")
+    shrinkage: float = Field(
+        default=0.01, gt=0.0, le=100.0, description="Added to the covariance's diagonal [kin: 0.01]."
+    )
+    keep_moments: bool = Field(
+        default=True, description="Keep the moments in the bundle, so that images can be added or taken out later."
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _ordered(cls, value: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        if list(value) != sorted(set(value)):
+            raise ValueError(f"layers must be in order and named once, for instance [layer1, layer2]: got {list(value)}")
+        return value
+
+
+class ScoringConfig(_Model):
+    """From distances to a map and a score."""
+
+    smoothing_sigma_px: float = Field(
+        default=4.0, ge=0.0, le=64.0, description="Gaussian smoothing of the map, at the network's input size [kin: 4]."
+    )
+
+
+class CalibrationConfig(_Model):
+    """Thresholds and p-values from normal images that the density has not seen."""
+
+    method: Literal["split", "cross"] = Field(
+        default="split",
+        description="split: the held-out share. cross: every training image, scored with its fold's moments removed.",
+    )
+    num_folds: int = Field(default=5, ge=2, le=100, description="Folds of the cross method.")
+    target_fpr: float = Field(default=0.05, gt=0.0, lt=1.0, description="Share of good images that may be called bad.")
+    target_pixel_fpr: float = Field(default=0.001, gt=0.0, lt=1.0, description="Share of good pixels called bad.")
+
+
+class ClusterConfig(_Model):
+    """What a run asks of Ray."""
+
+    num_workers: int = Field(default=1, ge=1, le=4096)
+    use_gpu: bool | Literal["auto"] = Field(default="auto", description="auto: a GPU a worker when the cluster has any.")
+    cpus_per_worker: float = Field(default=1.0, gt=0.0)
+    max_failures: int = Field(default=3, ge=0, description="Restarts from the last checkpoint after a lost worker.")
+    max_concurrent_categories: int | None = Field(
+        default=None, ge=1, description="Categories trained side by side; null fits them to the cluster."
+    )
+
+
+class Config(_Model):
+    """Everything that decides what a run makes."""
+
+    name: str = Field(
+        default="focus-ray", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Names the run's folder."
+    )
+    storage: str = Field(default="runs", min_length=1, description="Root of run folders: a local path or s3:// URI.")
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    density: DensityConfig = DensityConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.calibration.method == "split" and self.data.holdout_fraction == 0.0:
+            raise ValueError(
+                "calibration.method=split needs held-out images: set data.holdout_fraction above 0, "
+                "or calibration.method=cross"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file and applies ``key.sub=value`` overrides, whose values are YAML.
+
+    Raises: ConfigError: the file or an override cannot be read, or a value does not fit its field.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections at the top, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
+    """Validates a plain mapping. Raises: ConfigError: naming each key, its value and what was expected."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def config_to_yaml(config: BaseModel) -> str:
+    """The resolved configuration, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, raw = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r}: expected key=value, for instance train.epochs=10")
+    try:
+        value = yaml.safe_load(raw) if raw else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    if isinstance(value, str):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-4 as text
+        except ValueError:
+            pass
+    for part in parts[:-1]:
+        child = tree.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {part!r} holds a value, not a section")
+        tree = child
+    tree[parts[-1]] = value
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "configuration"
+    if item["type"] == "extra_forbidden":
+        known = _fields_beside(item["loc"])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{where}: missing; set it"
+    message = item["msg"].removeprefix("Value error, ")
+    shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
+    return f"{where}: {message}{shown}"
+
+
+def _fields_beside(loc: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in loc[:-1]:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return sorted(model.model_fields)

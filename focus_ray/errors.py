@@ -1,0 +1,27 @@
+"""The errors that a user can cause and mend; everything else is a bug of ours."""
+
+from __future__ import annotations
+
+
+class FocusRayError(Exception):
+    """Base of the errors whose message says what came, what was expected and what to do."""
+
+
+class ConfigError(FocusRayError, ValueError):
+    """A configuration value that cannot be used."""
+
+
+class DataError(FocusRayError, ValueError):
+    """An image, mask or data set that cannot be used."""
+
+
+class WeightsError(FocusRayError, RuntimeError):
+    """Pretrained weights that cannot be found, read or trusted."""
+
+
+class BundleError(FocusRayError, RuntimeError):
+    """A trained artifact that is missing, incomplete, changed or of another format version."""
+
+
+class TrainingError(FocusRayError, RuntimeError):
+    """A training run that could not be carried through."""

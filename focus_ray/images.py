@@ -1,0 +1,312 @@
+"""Encoded bytes to uint8 arrays and back: images in RGB, masks as bool; every odd file gets one decided outcome.
+
+Decisions, the same for training, batch inspection and serving:
+
+- EXIF orientation is applied; an EXIF block that cannot be parsed counts as absent, as in every viewer.
+- Grey is repeated over the three channels; CMYK, YCbCr, LAB and HSV are converted by Pillow; ICC profiles are ignored.
+- Transparency (alpha channel, palette or colour key) is composed over black, so hidden colours never matter.
+- 16-bit grey is scaled by its full range, round(value * 255 / 65535), never by its own minimum and maximum: equal
+  exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift them first.
+- 16-bit colour keeps its high byte (Pillow reads no more). 32-bit integer and float images are refused.
+- Of a file with several frames or pages the first is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from focus_ray.errors import DataError
+
+# Largest image read, in pixels (about 9459 x 9459): where Pillow starts to warn of decompression bombs. A few hundred
+# kilobytes can claim gigabytes; larger frames, such as line scans, are to be cut into tiles.
+MAX_PIXELS = 89_478_485
+
+# Pillow's decoders that untrusted bytes may reach; the many others stay closed.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
+
+Reason = Literal["empty", "not_an_image", "unsupported", "truncated", "too_large"]
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# First bytes of image formats that people do have and that we do not read, for a better message than "not an image".
+_UNSUPPORTED_MAGIC = {
+    b"GIF8": "GIF",
+    b"8BPS": "Photoshop",
+    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
+    b"\xff\x0a": "JPEG XL",
+    b"\x00\x00\x00\x0cJXL ": "JPEG XL",
+    b"%PDF": "PDF",
+    b"v/1\x01": "OpenEXR",
+    b"II+\x00": "BigTIFF",
+    b"MM\x00+": "BigTIFF",
+    b"\x00\x00\x01\x00": "ICO",
+}
+# What Pillow's decoders raise on damaged bytes.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
+
+
+class ImageError(DataError):
+    """Bytes that cannot be used as an image; ``reason`` is the code that a reject list keeps."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(reason, message)  # both in args, so that it survives pickle
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """Size in pixels after EXIF rotation; mode (``L``, ``RGB``, ``I;16``, ...) and format of the file itself."""
+
+    width: int
+    height: int
+    mode: str
+    format: str
+
+
+def decode_image(data: bytes, size_px: int | None) -> npt.NDArray[np.uint8]:
+    """Decodes one image by the decisions at the top of this file.
+
+    Resizing stretches to the square by Pillow's antialiased bilinear filter. JPEGs at least four times larger than
+    asked are decoded at a half, quarter or eighth (never below twice ``size_px``) first, which moves pixels by about
+    one grey level and saves most of the time.
+
+    Args:
+        data: an encoded file of one of ``FORMATS``.
+        size_px: side of the square returned; None keeps the size.
+
+    Returns: (H, W, 3) RGB, uint8, writable; H = W = ``size_px`` unless that is None.
+
+    Raises: ImageError: empty, truncated, not an image, an unsupported kind, or above ``MAX_PIXELS``.
+    """
+    if size_px is not None and size_px < 1:
+        raise ValueError(f"size_px={size_px} must be at least 1")
+    return _decode(data, size_px)[1]
+
+
+def read_image(data: bytes) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+    """What ``probe_image`` and ``decode_image(data, None)`` give, for the price of one decoding; the same errors."""
+    _verify_chunks(data)
+    return _decode(data, None)
+
+
+def probe_image(data: bytes) -> ImageInfo:
+    """Reads the whole file, pixels and PNG checksums included, so that truncated data is found.
+
+    Flipped bits inside a JPEG's entropy-coded data cannot be told from content, by anyone.
+
+    Raises: ImageError: as ``decode_image``.
+    """
+    return read_image(data)[0]
+
+
+def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
+    """Decodes a mask: a pixel is anomalous when any of its values is above 0, whatever the bit depth.
+
+    Palettes are looked up, so their colours count and not their indices; transparency is composed over black.
+    Resized by nearest neighbour only; at a large reduction a defect of a few pixels can fall between the samples.
+
+    Args: height, width: size returned, pixels.
+
+    Returns: (H, W) bool, True is anomalous.
+
+    Raises: ImageError: as ``decode_image``.
+    """
+    mask = read_mask(data)
+    if mask.shape == (height, width):
+        return mask
+    resized = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(resized) > 0
+
+
+def read_mask(data: bytes) -> npt.NDArray[np.bool_]:
+    """``decode_mask`` at the file's own size. Returns: (H, W) bool. Raises: ImageError."""
+    _verify_chunks(data)
+    image, orientation = _load(data, None)
+    try:
+        deep = _is_deep(image) or image.mode == "F"
+        mask: npt.NDArray[np.bool_] = np.asarray(image) > 0 if deep else np.asarray(_to_rgb(image)).max(axis=2) > 0
+    except _DECODE_ERRORS as error:
+        raise _undecodable(error, image) from error
+    if orientation in _TRANSPOSE:
+        upright = Image.fromarray(mask.astype(np.uint8)).transpose(_TRANSPOSE[orientation])
+        mask = np.asarray(upright) > 0
+    return mask
+
+
+def encode_png(array: npt.NDArray[Any]) -> bytes:
+    """A lossless PNG: (H, W, 3) or (H, W) uint8 as 8-bit, (H, W) bool as 1-bit.
+
+    Raises: ValueError: another shape or dtype.
+    """
+    plane, colour = array.ndim == 2, array.ndim == 3 and array.shape[2] == 3
+    if not (array.dtype == np.uint8 and (plane or colour)) and not (array.dtype == np.bool_ and plane):
+        raise ValueError(
+            f"cannot encode shape {array.shape} of {array.dtype} as PNG: expected (H, W, 3) or (H, W) of uint8, "
+            "or (H, W) of bool"
+        )
+    if array.dtype == np.bool_:
+        image = Image.fromarray(array.astype(np.uint8) * np.uint8(255)).convert("1", dither=Image.Dither.NONE)
+    else:
+        image = Image.fromarray(np.ascontiguousarray(array))
+    sink = io.BytesIO()
+    image.save(sink, format="PNG")
+    return sink.getvalue()
+
+
+def decode_batch(images: Sequence[bytes], size_px: int, num_threads: int = 1) -> npt.NDArray[np.uint8]:
+    """``decode_image`` over a batch; Pillow lets go of the interpreter lock, so threads help.
+
+    Args: num_threads: threads used, at most one an image.
+
+    Returns: (B, size_px, size_px, 3) RGB, uint8, in the order given.
+
+    Raises: ImageError: naming the position of the first image that cannot be decoded.
+    """
+    if num_threads < 1:
+        raise ValueError(f"num_threads={num_threads} must be at least 1")
+    batch = np.empty((len(images), size_px, size_px, 3), dtype=np.uint8)
+
+    def decode_into(position: int) -> None:
+        try:
+            batch[position] = decode_image(images[position], size_px)
+        except ImageError as error:
+            raise ImageError(error.reason, f"image {position} of {len(images)}: {error}") from error
+
+    if num_threads == 1 or len(images) < 2:
+        for position in range(len(images)):
+            decode_into(position)
+    else:
+        with ThreadPoolExecutor(min(num_threads, len(images))) as pool:
+            list(pool.map(decode_into, range(len(images))))
+    return batch
+
+
+def _decode(data: bytes, size_px: int | None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+    image, orientation = _load(data, size_px)
+    mode, kind = image.mode, image.format or "?"
+    try:
+        rgb = _to_rgb(image)
+        if orientation in _TRANSPOSE:
+            rgb = rgb.transpose(_TRANSPOSE[orientation])
+        if size_px is not None and rgb.size != (size_px, size_px):
+            rgb = rgb.resize((size_px, size_px), Image.Resampling.BILINEAR)
+        return ImageInfo(rgb.width, rgb.height, mode, kind), np.array(rgb, dtype=np.uint8)
+    except _DECODE_ERRORS as error:
+        raise _undecodable(error, image) from error
+
+
+def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int]:
+    """Opens and loads the pixels. Returns: the image, not yet rotated, and the EXIF orientation still to be applied."""
+    if not data:
+        raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_large", f"{error}; at most {MAX_PIXELS} pixels are read: cut it into tiles") from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(data) from error
+    except _DECODE_ERRORS as error:
+        raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ImageError(
+            "too_large",
+            f"{image.width} x {image.height} is {pixels} pixels; at most {MAX_PIXELS} are read: cut it into tiles",
+        )
+    try:
+        if size_px is not None and image.format in ("JPEG", "MPO"):
+            image.draft("", (2 * size_px, 2 * size_px))
+        image.load()
+    except _DECODE_ERRORS as error:
+        raise ImageError(
+            "truncated", f"the {image.format} image's pixels are truncated or damaged ({error}): copy it again"
+        ) from error
+    return image, _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    # TIFFs turn themselves while loading and drop the tag, so this reads what is left to do.
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except (*_DECODE_ERRORS, AttributeError):
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if _is_deep(image):
+        image = _deep_to_grey(image)
+    elif image.mode == "F":
+        raise ImageError("unsupported", "a floating-point image has no set range: save it as 8-bit or 16-bit")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode == "I" or image.mode.startswith("I;16")
+
+
+def _deep_to_grey(image: Image.Image) -> Image.Image:
+    # "I" is how Pillow hands over some 16-bit files, and all 32-bit ones.
+    values = np.asarray(image).astype(np.int64)
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise ImageError("unsupported", f"32-bit values from {low} to {high}: save the image as 8-bit or 16-bit")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _verify_chunks(data: bytes) -> None:
+    """Pillow's pixel loader forgives a PNG that stops after its last pixel or has a wrong checksum; this does not."""
+    if not data.startswith(b"\x89PNG"):
+        return
+    if b"IEND\xaeB`\x82" not in data:
+        raise ImageError("truncated", "the PNG image is truncated (it has no whole end mark): copy it again")
+    try:
+        Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+    except UnidentifiedImageError as error:
+        raise ImageError("truncated", "the PNG image stops within its header: copy it again") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return  # told by the loader
+    except _DECODE_ERRORS as error:
+        raise ImageError("truncated", f"the PNG image is truncated or damaged ({error}): copy it again") from error
+
+
+def _unidentified(data: bytes) -> ImageError:
+    known = ", ".join(FORMATS)
+    for magic, name in _UNSUPPORTED_MAGIC.items():
+        if data.startswith(magic):
+            return ImageError("unsupported", f"{name} files are not read: convert to one of {known}")
+    if data[4:8] == b"ftyp":
+        return ImageError("unsupported", f"HEIC, AVIF and video files are not read: convert to one of {known}")
+    if data.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"II*\x00", b"MM\x00*", b"BM")):
+        return ImageError("truncated", f"the image stops within its header ({len(data)} bytes): copy it again")
+    return ImageError(
+        "not_an_image", f"{len(data)} bytes that start with {data[:8]!r} are not an image: expected one of {known}"
+    )
+
+
+def _undecodable(error: BaseException, image: Image.Image) -> ImageError:
+    if isinstance(error, ImageError):
+        return error
+    return ImageError("unsupported", f"{image.format} of mode {image.mode} cannot be converted to RGB ({error})")

