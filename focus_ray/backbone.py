@@ -43,7 +43,9 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone {name!r} is not known: choose one of {', '.join(SPECS)}")
         self.name = name
         self.spec = SPECS[name]
-        self.layer1, self.layer2, self.layer3 = _lite0_stages() if name == "efficientnet_lite0" else _resnet_stages(name)
+        self.layer1, self.layer2, self.layer3 = (
+            _lite0_stages() if name == "efficientnet_lite0" else _resnet_stages(name)
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, H, W), normalised -> (B, C1, H/4, W/4), (B, C2, H/8, W/8), (B, C3, H/16, W/16)."""
@@ -246,7 +248,9 @@ def _lite0_key(key: str) -> str | None:
 class _ConvNorm(nn.Module):
     """Convolution with TensorFlow's SAME padding, batch norm, optional ReLU6."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True
+    ) -> None:
         super().__init__()
         # SAME pads an even input with stride 2 by kernel - 2, the odd pixel at the end
         self.uneven = (kernel // 2 - 1, kernel // 2) * 2 if stride == 2 else None

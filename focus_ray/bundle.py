@@ -80,9 +80,7 @@ def write_bundle(
     Raises: DataError: the place cannot be written.
     """
     mean, factor = fit_gaussian(moments, config.density.shrinkage, packed=True)
-    network = {
-        name: value for name, value in net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)
-    }
+    network = {name: value for name, value in net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)}
     network.update({f"reduction.{name}": value for name, value in reduction.state_dict().items()})
     parts: dict[str, dict[str, Tensor]] = {
         "network": network,
@@ -104,7 +102,12 @@ def write_bundle(
         "category": category,
         "config": config.model_dump(mode="json"),
         "data": data,
-        "moments": {"count": moments.count, "height": moments.height, "width": moments.width, "channels": moments.channels},
+        "moments": {
+            "count": moments.count,
+            "height": moments.height,
+            "width": moments.width,
+            "channels": moments.channels,
+        },
         "calibration": calibration.to_dict(),
         "metrics": metrics,
         "git_commit": git_commit(),
@@ -133,7 +136,9 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(text)
     except ValueError as error:
-        raise BundleError(f"{uri}/{MANIFEST}: not valid JSON ({error}): the bundle is damaged; fetch it again") from None
+        raise BundleError(
+            f"{uri}/{MANIFEST}: not valid JSON ({error}): the bundle is damaged; fetch it again"
+        ) from None
     if not isinstance(manifest, dict) or manifest.get("format") != "focus_ray bundle":
         raise BundleError(f"{uri}/{MANIFEST}: not the manifest of a focus_ray bundle")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -171,9 +176,7 @@ def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:
         if missing or unexpected:
             raise BundleError(f"{uri}: network tensors missing {missing[:3]}, unknown {unexpected[:3]}")
         shape = manifest["moments"]
-        gaussian = Gaussian(
-            density["mean"], unpack_lower(density["precision_factor"]), shape["height"], shape["width"]
-        )
+        gaussian = Gaussian(density["mean"], unpack_lower(density["precision_factor"]), shape["height"], shape["width"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise BundleError(f"{uri}: its tensors do not fit its config: {error}") from error
     net = net.to(device).to(memory_format=torch.channels_last)

@@ -266,7 +266,7 @@ class CalibrationBuilder:
 
     def _pixel_threshold(self) -> tuple[float, bool]:
         """The smallest lambda with (n R(lambda) + 1)/(n + 1) <= target, R the mean over images of the share of pixels
-        above lambda (conformal risk control, arXiv 2208.02814, eq. 4, loss bounded by 1); R <= target if there is none.
+        above lambda (conformal risk control, arXiv 2208.02814, with a loss bounded by 1); R <= target if there is none.
         """
         n, target = self.num_images, self.target_pixel_fpr
         budget = target * (n + 1) - 1.0  # of n R

@@ -23,8 +23,12 @@ def connect(num_cpus: int | None = None) -> bool:
         ray.init(logging_level="warning")
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line twice
     # a bare ray.init would join whatever cluster a killed driver left in /tmp/ray (seen with Ray 2.60)
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="warning")
+    # without the dashboard Train cannot tell that a controller lives, warns every second, and may leak placement groups
+    ray.init(
+        address="local", num_cpus=num_cpus, include_dashboard=True, dashboard_host="127.0.0.1", logging_level="warning"
+    )
     return True
 
 

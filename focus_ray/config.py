@@ -81,7 +81,9 @@ class FeatureAlignmentConfig(_Model):
     layer1: Group = "none"
     layer2: Group = "none"
     layer3: Group = "none"
-    max_translation: float = Field(default=0.15, gt=0.0, le=1.0, description="Largest shift, in half map widths [ours].")
+    max_translation: float = Field(
+        default=0.15, gt=0.0, le=1.0, description="Largest shift, in half map widths [ours]."
+    )
     max_scale: float = Field(default=1.15, gt=1.0, le=2.0, description="Largest zoom in or out [ours].")
     max_rotation_deg: float = Field(default=15.0, gt=0.0, le=180.0, description="Largest turn, degrees [ours].")
 
@@ -160,7 +162,9 @@ class DensityConfig(_Model):
     @classmethod
     def _ordered(cls, value: tuple[Layer, ...]) -> tuple[Layer, ...]:
         if list(value) != sorted(set(value)):
-            raise ValueError(f"layers must be in order and named once, for instance [layer1, layer2]: got {list(value)}")
+            raise ValueError(
+                f"layers must be in order and named once, for instance [layer1, layer2]: got {list(value)}"
+            )
         return value
 
 
@@ -188,7 +192,9 @@ class ClusterConfig(_Model):
     """What a run asks of Ray."""
 
     num_workers: int = Field(default=1, ge=1, le=4096)
-    use_gpu: bool | Literal["auto"] = Field(default="auto", description="auto: a GPU a worker when the cluster has any.")
+    use_gpu: bool | Literal["auto"] = Field(
+        default="auto", description="auto: a GPU a worker when the cluster has any."
+    )
     cpus_per_worker: float = Field(default=1.0, gt=0.0)
     max_failures: int = Field(default=3, ge=0, description="Restarts from the last checkpoint after a lost worker.")
     max_concurrent_categories: int | None = Field(

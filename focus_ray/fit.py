@@ -182,7 +182,9 @@ def _train(
     steps = Steps.agree(num_images, world_size(), train.batch_size_per_worker)
     objective = Objective(net, train)
     if not any(parameter.requires_grad for parameter in net.parameters()):
-        raise DataError("train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0")
+        raise DataError(
+            "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
+        )
     optimizer = build_optimizer(net, train)
     schedule = build_schedule(optimizer, train, steps.steps)
     first = 0

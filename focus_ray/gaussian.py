@@ -55,7 +55,9 @@ class Moments:
         if other.count:
             difference = other.mean - self.mean
             self.scatter += other.scatter
-            self.scatter.baddbmm_(difference[:, :, None], difference[:, None, :], alpha=self.count * other.count / total)
+            self.scatter.baddbmm_(
+                difference[:, :, None], difference[:, None, :], alpha=self.count * other.count / total
+            )
             self.mean += difference * (other.count / total)
             self.count = total
         return self
@@ -75,7 +77,9 @@ class Moments:
             mean = self.mean + (self.mean - other.mean) * (other.count / rest)
             difference = other.mean - mean
             self.scatter -= other.scatter
-            self.scatter.baddbmm_(difference[:, :, None], difference[:, None, :], alpha=-rest * other.count / self.count)
+            self.scatter.baddbmm_(
+                difference[:, :, None], difference[:, None, :], alpha=-rest * other.count / self.count
+            )
             self.mean = mean
             self.count = rest
         return self

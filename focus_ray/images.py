@@ -144,7 +144,7 @@ def read_mask(data: bytes) -> npt.NDArray[np.bool_]:
     image, orientation = _load(data, None)
     try:
         deep = _is_deep(image) or image.mode == "F"
-        mask: npt.NDArray[np.bool_] = np.asarray(image) > 0 if deep else np.asarray(_to_rgb(image)).max(axis=2) > 0
+        mask: npt.NDArray[np.bool_] = np.asarray(image) > 0 if deep else _any_channel(_to_grey_or_rgb(image))
     except _DECODE_ERRORS as error:
         raise _undecodable(error, image) from error
     if orientation in _TRANSPOSE:
@@ -205,12 +205,13 @@ def _decode(data: bytes, size_px: int | None) -> tuple[ImageInfo, npt.NDArray[np
     image, orientation = _load(data, size_px)
     mode, kind = image.mode, image.format or "?"
     try:
-        rgb = _to_rgb(image)
+        plain = _to_grey_or_rgb(image)
         if orientation in _TRANSPOSE:
-            rgb = rgb.transpose(_TRANSPOSE[orientation])
-        if size_px is not None and rgb.size != (size_px, size_px):
-            rgb = rgb.resize((size_px, size_px), Image.Resampling.BILINEAR)
-        return ImageInfo(rgb.width, rgb.height, mode, kind), np.array(rgb, dtype=np.uint8)
+            plain = plain.transpose(_TRANSPOSE[orientation])
+        if size_px is not None and plain.size != (size_px, size_px):
+            plain = plain.resize((size_px, size_px), Image.Resampling.BILINEAR)
+        pixels = np.array(plain.convert("RGB"), dtype=np.uint8)  # last: grey is resized as one channel
+        return ImageInfo(plain.width, plain.height, mode, kind), pixels
     except _DECODE_ERRORS as error:
         raise _undecodable(error, image) from error
 
@@ -252,7 +253,12 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _any_channel(image: Image.Image) -> npt.NDArray[np.bool_]:
+    values = np.asarray(image)
+    return np.asarray(values.max(axis=2) if values.ndim == 3 else values) > 0
+
+
+def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
     if _is_deep(image):
         image = _deep_to_grey(image)
     elif image.mode == "F":
@@ -260,7 +266,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
 
 
 def _is_deep(image: Image.Image) -> bool:

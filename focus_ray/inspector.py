@@ -99,9 +99,7 @@ class Inspector:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(read_bundle(uri, device), device, **options)
 
-    def score_batches(
-        self, images: Iterable[bytes]
-    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    def score_batches(self, images: Iterable[bytes]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Scores (B,) and maps (B, S, S) batch by batch; the next batch is decoded while one is scored.
 
         Raises: DataError: an image cannot be decoded; its place in the stream is named.
@@ -180,7 +178,13 @@ class Inspector:
         labels = [int(record["label"]) for record in kept]
         types = [str(record["defect_type"]) for record in kept]
         return summarise(
-            labels, types, scores, maps, masks, self.bundle.calibration.image_threshold, self.bundle.calibration.target_fpr
+            labels,
+            types,
+            scores,
+            maps,
+            masks,
+            self.bundle.calibration.image_threshold,
+            self.bundle.calibration.target_fpr,
         )
 
     def _decode(self, images: list[bytes], start: int) -> NDArray[np.uint8] | None:
@@ -244,9 +248,7 @@ def _pixel_metrics(masks: Sequence[Any], maps: Sequence[NDArray[np.float32]]) ->
     return dict(metrics.pixel_metrics(masks, maps, (0.3, 0.05)))
 
 
-def find_regions(
-    anomaly_map: NDArray[np.float32], threshold: float, width: int, height: int
-) -> tuple[Region, ...]:
+def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int, height: int) -> tuple[Region, ...]:
     """Connected areas (8 neighbours) above the threshold, highest peak first, in pixels of a width x height image."""
     full = resize_map(anomaly_map, height, width)
     numbered, _ = ndimage.label(full > threshold, structure=np.ones((3, 3)))

@@ -13,7 +13,9 @@ def random_pairs(batch_size: int, generator: torch.Generator | None = None) -> T
     Raises: ValueError: fewer than two images.
     """
     if batch_size < 2:
-        raise ValueError(f"pairs need at least 2 images in a batch, got {batch_size}: raise train.batch_size_per_worker")
+        raise ValueError(
+            f"pairs need at least 2 images in a batch, got {batch_size}: raise train.batch_size_per_worker"
+        )
     order = torch.randperm(batch_size, generator=generator)
     pairs = torch.empty_like(order)
     pairs[order] = order.roll(1)  # one random cycle through the batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -212,6 +212,22 @@ class ChannelReduction(nn.Module):
         return torch.cat(reduced, dim=1)
 
 
+class _SumOverWorkers(torch.autograd.Function):
+    """all_reduce whose gradient is all_reduce (torch.distributed.nn's own is deprecated since torch 2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
 class GlobalBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the joined batch of all workers, on any device (torch's SyncBatchNorm wants a GPU)."""
 
@@ -219,14 +235,10 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if not self.training or world == 1:
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce
-
         values = x.float()
         count = values.numel() / values.shape[1]
-        sums = torch.cat(
-            [values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), values.new_full((1,), count)]
-        )
-        sums = all_reduce(sums)
+        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), values.new_full((1,), count)])
+        sums = _SumOverWorkers.apply(sums)
         total = sums[-1].detach()
         mean = sums[: self.num_features] / total
         variance = (sums[self.num_features : -1] / total - mean.square()).clamp_min(0)

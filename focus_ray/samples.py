@@ -37,8 +37,8 @@ def write_samples(
 ) -> None:
     """Writes `root/<category>/{train/good,test/good,test/<type>,ground_truth/<type>}` in MVTec AD's layout, as PNG.
 
-    The same arguments write the same pictures (given the same numpy and Pillow), and picture i of a kind does not depend
-    on how many are asked for. Masks are 0 or 255 and named `<picture>_mask.png`.
+    The same arguments write the same pictures (given the same numpy and Pillow), and picture i of a kind does not
+    depend on how many are asked for. Masks are 0 or 255 and named `<picture>_mask.png`.
 
     Args:
         seed: 0 or more.  size_px: height and width, at least 64.
@@ -122,9 +122,10 @@ def _draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attem
     dx = ((x + 0.5) / size - np.float32(centre[0])) / np.float32(zoom)
     dy = ((y + 0.5) / size - np.float32(centre[1])) / np.float32(zoom)
     radius = np.hypot(dx, dy) + np.float32(1e-6)
-    phi = np.arctan2(dy, dx)
-    turned = np.mod(phi - np.float32(angle), np.float32(2 * np.pi))  # angle in the gear's own frame
-    gx, gy = radius * np.cos(turned), radius * np.sin(turned)
+    cos_phi, sin_phi = dx / radius, dy / radius
+    turned = np.mod(np.arctan2(dy, dx) - np.float32(angle), np.float32(2 * np.pi))  # angle in the gear's own frame
+    gx = dx * math.cos(angle) + dy * math.sin(angle)
+    gy = dy * math.cos(angle) - dx * math.sin(angle)
     edge = np.float32(1.0 / size)
 
     # Outline: trapezoid teeth; the slope turns the radial difference into a distance.
@@ -141,13 +142,12 @@ def _draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attem
     metal = _cover(inside, edge)
 
     # Holes: bolts on a circle, the bore and its keyway, which gives the gear one upright position.
-    holes = np.full_like(radius, -1.0)
-    missing = int(trouble.integers(_BOLTS)) if defect == "missing_hole" else -1
-    for bolt in range(_BOLTS):
-        if bolt != missing:
-            at = 2 * np.pi * bolt / _BOLTS + 0.3
-            distance = np.hypot(gx - _BOLT_CIRCLE * np.cos(at), gy - _BOLT_CIRCLE * np.sin(at))
-            holes = np.maximum(holes, _BOLT_RADIUS - distance)
+    sector = 2 * math.pi / _BOLTS
+    bolt = np.floor(np.mod(turned, np.float32(2 * np.pi)) / sector)
+    around = turned - (bolt + 0.5) * sector  # a hole in the middle of each sector
+    holes = _BOLT_RADIUS - np.hypot(radius * np.cos(around) - _BOLT_CIRCLE, radius * np.sin(around))
+    if defect == "missing_hole":
+        holes[bolt == trouble.integers(_BOLTS)] = -1.0
     keyway = np.minimum(0.014 - np.abs(gy), np.minimum(gx, 0.078 - gx))
     holes = np.maximum(holes, np.maximum(0.060 - radius, keyway))
     open_ = _cover(holes, edge)
@@ -157,16 +157,14 @@ def _draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attem
     rim, hub = _cover(radius - 0.292, soft), _cover(0.122 - radius, soft)
     groove = _cover(0.004 - np.abs(radius - 0.327), np.float32(0.003))
     height = 9 * _cover(inside - 0.004, soft) + 7 * rim + 10 * hub - 2.5 * groove - 12 * _cover(holes + 0.004, soft)
-    for offset in (-0.016, 0.016):  # two punched marks beside the keyway
-        height -= 2.5 * _cover(0.006 - np.hypot(gx - 0.098, gy - offset), np.float32(0.004))
+    height -= 2.5 * _cover(0.006 - np.hypot(gx - 0.098, np.abs(gy) - 0.016), np.float32(0.004))  # two punched marks
     cast = 1 - np.clip(rim + hub, 0, 1)
     height += cast * (0.35 * _noise(rng, size, 0.008) + 0.8 * _noise(rng, size, 0.05))
 
-    albedo: Field = np.ones((size, size, 1), np.float32) * np.array([0.60, 0.61, 0.63], np.float32)
-    albedo *= (1 + 0.05 * _noise(rng, size, 0.12) + 0.04 * _noise(rng, size, 0.012))[..., None]
-    albedo *= (1 - 0.28 * cast)[..., None]
+    steel = np.array([0.60, 0.61, 0.63], np.float32)
+    albedo: Field = (1 + 0.05 * _noise(rng, size, 0.12) + 0.04 * _noise(rng, size, 0.012)) * (1 - 0.28 * cast)
     gloss: Field = 1 - 0.75 * cast
-    scratch = None
+    scratch, stain = None, None
     if defect == "scratch":
         at, start = trouble.uniform(0, 2 * np.pi), trouble.uniform(0.10, 0.30)
         centre_px = size * (centre + start * zoom * np.array([np.cos(at), np.sin(at)]))
@@ -180,37 +178,39 @@ def _draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attem
             trouble, size, centre + far * zoom * np.array([np.cos(at), np.sin(at)]), trouble.uniform(0.022, 0.06)
         )
         colour = np.array([[0.20, 0.13, 0.07], [0.10, 0.10, 0.11], [0.42, 0.22, 0.10]][trouble.integers(3)], np.float32)
-        amount = (spot * trouble.uniform(0.45, 0.9))[..., None]
-        albedo = albedo * (1 - amount) + colour * amount
+        stain = (spot * trouble.uniform(0.45, 0.9), colour)
         gloss = gloss * (1 - 0.8 * spot)
 
     slope_y, slope_x = np.gradient(height)
     lathe = rng.normal(size=900).astype(np.float32)[np.minimum(radius * 1100, 899).astype(np.int32)] * 0.16 * (1 - cast)
-    slope_x += lathe * np.cos(phi)
-    slope_y += lathe * np.sin(phi)
+    slope_x += lathe * cos_phi
+    slope_y += lathe * sin_phi
     if scratch is not None:
         gloss = gloss * (1 - 0.5 * scratch)
-        albedo = albedo * (1 + 0.55 * scratch[..., None])
+        albedo = albedo * (1 + 0.55 * scratch)
 
     light = _direction(azimuth, elevation)
     diffuse, specular = _light(slope_x, slope_y, light, 30)
     half = _halfway(light)
-    across = half[1] * np.cos(phi) - half[0] * np.sin(phi)
+    across = half[1] * cos_phi - half[0] * sin_phi
     bow = np.maximum(1 - across**2 * 6, 0) ** 2 * (1 - cast)  # turned faces shine in a bow tie towards the light
     shade = 0.30 + 0.72 * diffuse - 0.012 * np.clip(_blur(height, 0.02 * size) - height, 0, 20)
-    picture = albedo * shade[..., None] + (gloss * (0.30 * specular + 0.16 * bow))[..., None]
+    shine = gloss * (0.30 * specular + 0.16 * bow)
 
-    mat = (
-        np.array([0.165, 0.18, 0.20], np.float32)
-        * (1 + 0.10 * _noise(rng, size, 0.006) + 0.06 * _noise(rng, size, 0.3))[..., None]
-    )
-    mat *= (1 - 0.35 * ((dx * math.cos(azimuth) + dy * math.sin(azimuth)) * -1.0))[..., None]
+    mat = 1 + 0.10 * _noise(rng, size, 0.006) + 0.06 * _noise(rng, size, 0.3)
+    mat *= 1 + 0.35 * (dx * math.cos(azimuth) + dy * math.sin(azimuth))
+    solid = metal * (1 - open_)
     fall = -0.022 * size
-    shadow = _shift(_blur(metal * (1 - open_), 0.014 * size), fall * math.sin(azimuth), fall * math.cos(azimuth))
-    mat *= (1 - 0.65 * np.clip(shadow, 0, 1))[..., None]
-    solid = (metal * (1 - open_))[..., None]
-    picture = picture * solid + (mat * (1 - 0.45 * open_[..., None])) * (1 - solid)
-    return _sensor(picture * exposure, rng)
+    shadow = _shift(_blur(solid, 0.014 * size), fall * math.sin(azimuth), fall * math.cos(azimuth))
+    mat *= (1 - 0.65 * np.clip(shadow, 0, 1)) * (1 - 0.45 * open_) * (1 - solid)
+    ground = np.array([0.165, 0.18, 0.20], np.float32)
+    picture = np.empty((size, size, 3), np.float32)
+    for channel in range(3):
+        body = albedo * steel[channel]
+        if stain is not None:
+            body += stain[0] * (stain[1][channel] - body)
+        picture[..., channel] = (body * shade + shine) * solid + mat * ground[channel]
+    return _sensor(picture, rng, gain=exposure)
 
 
 # --------------------------------------------------------------------------------------------------------------- board
@@ -294,7 +294,7 @@ def _draw_board(rng: np.random.Generator, size_px: int, defect: str | None, atte
     albedo = photograph(sheet.colour)
     albedo = albedo * (0.35 + 0.65 * albedo)  # the drawing's colours as light, about gamma 1.6
     layers = photograph(Image.merge("RGB", (sheet.height, sheet.metal, sheet.outline)))
-    height, metal, board = layers[..., 0] * 60, layers[..., 1], layers[..., 2]
+    height, metal, board = layers[..., 0] * 60, layers[..., 1].copy(), layers[..., 2].copy()
     weave = _weave(size, angle)
     albedo *= (1 + 0.07 * _noise(rng, size, 0.2) + 0.05 * _noise(rng, size, 0.006) + 0.03 * weave)[..., None]
     if scratch is not None:
@@ -319,17 +319,16 @@ def _draw_board(rng: np.random.Generator, size_px: int, defect: str | None, atte
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
     falloff = 1 + 0.16 * (x * math.cos(azimuth) + y * math.sin(azimuth))
     shade = (0.28 + 0.85 * diffuse) * (1 - 0.5 * shadow) * falloff
-    picture = albedo * shade[..., None] + ((0.10 + 0.75 * metal) * specular * (1 - 0.6 * shadow))[..., None]
+    shine = (0.10 + 0.75 * metal) * specular * (1 - 0.6 * shadow)
 
-    table = (
-        np.array([0.60, 0.59, 0.57], np.float32)
-        * (1 + 0.03 * _noise(rng, size, 0.008) + 0.04 * _noise(rng, size, 0.3))[..., None]
-    )
+    table = 1 + 0.03 * _noise(rng, size, 0.008) + 0.04 * _noise(rng, size, 0.3)
     under = _shift(_blur(board, 0.010 * size), away[0] * 0.016 * size, away[1] * 0.016 * size)
-    table *= (falloff * (1 - 0.55 * np.clip(under, 0, 1)))[..., None]
-    picture = picture * board[..., None] + table * (1 - board[..., None])
-    picture = np.maximum(picture, 0) ** (1 / 1.35) * np.array([1 + warmth, 1.0, 1 - warmth], np.float32)
-    return _sensor(picture * exposure, rng)
+    table *= falloff * (1 - 0.55 * np.clip(under, 0, 1)) * (1 - board)
+    picture = np.empty((size, size, 3), np.float32)
+    for channel, grey in enumerate((0.60, 0.59, 0.57)):
+        picture[..., channel] = (albedo[..., channel] * shade + shine) * board + table * grey
+    tint = exposure * np.array([1 + warmth, 1.0, 1 - warmth], np.float32)
+    return _sensor(picture, rng, gain=tint, gamma=1.35)
 
 
 class _Sheet:
@@ -556,10 +555,11 @@ def _halfway(light: tuple[float, float, float]) -> tuple[float, float, float]:
     return light[0] / norm, light[1] / norm, (light[2] + 1) / norm
 
 
-def _sensor(picture: Field, rng: np.random.Generator) -> Field:
-    """Averages the supersampled picture down and adds the camera's noise."""
+def _sensor(picture: Field, rng: np.random.Generator, gain: Any, gamma: float = 1.0) -> Field:
+    """Averages the supersampled picture down and adds the camera's response and noise."""
     small = 0.25 * (picture[::2, ::2] + picture[1::2, ::2] + picture[::2, 1::2] + picture[1::2, 1::2])
-    return np.asarray(small, np.float32) + rng.normal(0, 0.006, size=small.shape).astype(np.float32)
+    small = gain * np.maximum(small, 0) ** (1 / gamma)
+    return np.asarray(small + 0.006 * rng.standard_normal(small.shape, np.float32), np.float32)
 
 
 def _develop(picture: Field) -> NDArray[np.uint8]:
@@ -567,7 +567,7 @@ def _develop(picture: Field) -> NDArray[np.uint8]:
 
 
 def _changed(clean: NDArray[np.uint8], bad: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Where two pictures differ by more than MASK_DIFFERENCE: specks dropped, gaps of a pixel or two and holes closed."""
+    """Where two pictures differ by more than MASK_DIFFERENCE; specks dropped, small gaps and holes closed."""
     differ = np.abs(clean.astype(np.int16) - bad.astype(np.int16)).max(axis=2) > MASK_DIFFERENCE
     reach = max(1, clean.shape[0] // 128)
     disc = ndimage.iterate_structure(ndimage.generate_binary_structure(2, 1), reach)
@@ -590,7 +590,7 @@ def _cover(distance: Field, width: Any) -> Field:
 def _noise(rng: np.random.Generator, size: int, cell: float) -> Field:
     """Smooth noise of unit deviation at its knots, which lie `cell` widths apart."""
     knots = max(2, round(1 / cell))
-    coarse = Image.fromarray(rng.normal(size=(knots, knots)).astype(np.float32))
+    coarse = Image.fromarray(rng.standard_normal((knots, knots), np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
 
 
@@ -655,7 +655,7 @@ def _blob(rng: np.random.Generator, size: int, at: NDArray[np.float64], radius: 
 
 def _save(pixels: NDArray[np.uint8], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(path, compress_level=3)
 
 
 CATEGORIES: dict[str, tuple[Callable[[np.random.Generator, int, str | None, int], Field], tuple[str, ...]]] = {

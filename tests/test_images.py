@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import struct
@@ -83,7 +84,8 @@ def test_resizing_averages_what_it_shrinks() -> None:
     stripes[:, ::2] = 255
     small = decode_image(encode(Image.fromarray(stripes)), 8)
     assert small.shape == (8, 8, 3)
-    assert np.abs(small.astype(int) - 127).max() <= 1  # without antialiasing: 0 or 255
+    inside = small[:, 1:-1].astype(int)  # at the border the filter is cut off, off a stripe's middle
+    assert np.abs(inside - 127).max() <= 1  # without antialiasing: 0 or 255
 
 
 def test_resizing_stretches_to_the_square() -> None:
@@ -121,6 +123,7 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
     assert (info.height, info.width) == upright.shape[:2]
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_counts_as_none() -> None:
     data = encode(Image.fromarray(pattern()), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert np.array_equal(decode_image(data, None), pattern())
@@ -205,6 +208,7 @@ def test_a_flipped_bit_in_a_png_is_found() -> None:
         probe_image(bytes(data))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow, on damaged TIFF tags
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_damage_is_an_image_error_or_an_image(data: st.DataObject) -> None:
@@ -212,10 +216,8 @@ def test_any_damage_is_an_image_error_or_an_image(data: st.DataObject) -> None:
     damaged = bytearray(encode(Image.fromarray(pattern(12, 16)), format))
     for _ in range(data.draw(st.integers(1, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(ImageError):
         assert decode_image(bytes(damaged), 16).shape == (16, 16, 3)
-    except ImageError:
-        pass
 
 
 def test_image_errors_survive_pickle() -> None:
@@ -263,7 +265,7 @@ def test_an_empty_batch_has_no_rows() -> None:
 
 def test_a_bad_image_in_a_batch_is_named_by_position() -> None:
     good = encode_png(pattern())
-    with pytest.raises(ImageError, match="image 2 of 3: .*0 bytes"):
+    with pytest.raises(ImageError, match=r"image 2 of 3: .*0 bytes"):
         decode_batch([good, good, b""], 32, 2)
 
 

@@ -100,6 +100,8 @@ def test_the_mask_is_where_the_picture_differs_from_the_same_part_without_its_de
 def test_bad_arguments_are_refused(tmp_path, root):
     with pytest.raises(DataError, match="size_px=16; expected at least 64"):
         write_samples(tmp_path, size_px=16)
+    with pytest.raises(DataError, match="seed=-2; expected 0 or more"):
+        write_samples(tmp_path, seed=-2)
     with pytest.raises(DataError, match="num_train=-1; expected 0 or more"):
         write_samples(tmp_path, num_train=-1)
     with pytest.raises(DataError, match="exists and is not empty; remove it or choose another root"):

@@ -1,0 +1,40 @@
+# Everything a fresh machine needs is Python 3.10+, make and git; each target installs into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+QUICKSTART := quickstart
+
+.PHONY: quickstart test lint bench lock clean
+.DELETE_ON_ERROR:
+
+# a small made-up image set, ingested, trained with two workers, evaluated and inspected; nothing is downloaded
+quickstart: $(READY)
+	$(BIN)/python jobs/quickstart.py --output $(QUICKSTART)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy focus_ray
+
+# what is too slow for every change; see benchmarks/
+bench: $(READY)
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m benchmarks.spine
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "focus_ray needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+lock:
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --upgrade -q -o requirements.lock
+
+clean:
+	rm -rf $(VENV) $(QUICKSTART)

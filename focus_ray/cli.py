@@ -1,0 +1,232 @@
+"""The `focus-ray` command; every subcommand imports what it needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from focus_ray import __version__
+from focus_ray.errors import FocusRayError
+
+EXIT_ERROR = 1
+EXIT_REJECTS = 3
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns: its exit status: 0, 1 for an error that is told on stderr, 3 where ingest rejected."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except FocusRayError as error:
+        print(f"focus-ray: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("focus-ray: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="focus-ray",
+        description="Learns from images of good parts; says of a new one whether it is defective, where, and how sure it is.",
+    )
+    parser.add_argument("--version", action="version", version=f"focus-ray {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    ingest = commands.add_parser("ingest", help="read a folder of images into a Parquet data set")
+    ingest.add_argument("source", help="folder: MVTec AD (also AD 2, LOCO), BTAD, VisA, or good/ bad/ masks/")
+    ingest.add_argument("destination", help="root of the Parquet data set: a path or s3:// URI")
+    ingest.add_argument("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
+    ingest.add_argument("--category", action="append", help="take only this category (may be repeated)")
+    ingest.add_argument("--site", default="default", help="where the images were taken (default: default)")
+    ingest.set_defaults(run=_ingest)
+
+    train = commands.add_parser("train", help="train one model a category and write their bundles")
+    train.add_argument("config", help="YAML file, for instance configs/quickstart.yaml")
+    train.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
+    train.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure bundles on the labelled test images")
+    evaluate.add_argument("bundles", help="a bundle, or a run's folder")
+    evaluate.add_argument("--data", help="Parquet data set (default: the one they were trained from)")
+    evaluate.add_argument("--output", help="folder for report.json and report.md (default: report/ beside the bundles)")
+    evaluate.add_argument(
+        "--max-side-px", type=int, default=512, help="maps are compared at the masks' size up to this"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    inspect = commands.add_parser("inspect", help="score images: JSON lines on stdout, overlays as PNG")
+    inspect.add_argument("bundle", help="a bundle")
+    inspect.add_argument("images", nargs="+", help="image files, or folders of them")
+    inspect.add_argument("--overlays", metavar="FOLDER", help="write a heat-map overlay of every image here")
+    inspect.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    inspect.set_defaults(run=_inspect)
+
+    batch = commands.add_parser("inspect-batch", help="score a Parquet data set with Ray Data into Parquet")
+    batch.add_argument("bundles", help="a bundle, or a run's folder")
+    batch.add_argument("data", help="Parquet data set: a path or s3:// URI")
+    batch.add_argument("output", help="where the results go: a path or s3:// URI")
+    batch.add_argument("--split", choices=("train", "test"), help="only these images")
+    batch.add_argument("--actors", type=int, default=1, help="models that score side by side (default: 1)")
+    batch.set_defaults(run=_inspect_batch)
+
+    samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")
+    samples.add_argument("folder")
+    samples.add_argument("--seed", type=int, default=0)
+    samples.set_defaults(run=_samples)
+    return parser
+
+
+def _ingest(arguments: argparse.Namespace) -> int:
+    from focus_ray.dataset import ingest
+
+    report = ingest(
+        arguments.source,
+        arguments.destination,
+        format=arguments.format,
+        categories=arguments.category,
+        site=arguments.site,
+    )
+    print(report)
+    return report.exit_status
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from focus_ray.config import load_config
+    from focus_ray.training import train
+
+    config = load_config(arguments.config, arguments.override)
+    bundles = train(config, resume=arguments.resume, log=_say)
+    for category, bundle in bundles.items():
+        print(f"{category}\t{bundle}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from focus_ray.inspector import Inspector
+    from focus_ray.report import evaluation_table, mean_metrics
+    from focus_ray.storage import join, write_bytes
+    from focus_ray.training import find_bundles, iter_test_records
+
+    results: dict[str, dict[str, Any]] = {}
+    bundles = find_bundles(arguments.bundles)
+    for category, uri in bundles.items():
+        _say(f"{category}: evaluating {uri}")
+        inspector = Inspector.load(uri)
+        data = arguments.data or inspector.bundle.config.data.uri
+        results[category] = {
+            **inspector.evaluate(iter_test_records(data, category), arguments.max_side_px),
+            "bundle": uri,
+            "version": inspector.bundle.version,
+            "data": data,
+        }
+    table = evaluation_table(results)
+    output = arguments.output or join(arguments.bundles, "report")
+    content = {"categories": results, "mean": mean_metrics(results)}
+    write_bytes(join(output, "report.json"), (json.dumps(content, indent=1) + "\n").encode())
+    write_bytes(join(output, "report.md"), table.encode())
+    print(table)
+    _say(f"report: {join(output, 'report.md')} and {join(output, 'report.json')}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from focus_ray.dataset import IMAGE_SUFFIXES
+    from focus_ray.errors import DataError
+    from focus_ray.images import decode_image, encode_png
+    from focus_ray.inspector import Inspector
+    from focus_ray.report import overlay
+
+    paths: list[Path] = []
+    for name in arguments.images:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise DataError(f"{path}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
+            paths += found
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    if arguments.overlays:
+        Path(arguments.overlays).mkdir(parents=True, exist_ok=True)
+    inspector = Inspector.load(arguments.bundle, arguments.device)
+    status = 0
+    for start in range(0, len(paths), inspector.batch_size):
+        for path, data, found_or_error in _inspect_files(inspector, paths[start : start + inspector.batch_size]):
+            if isinstance(found_or_error, str):
+                print(json.dumps({"image": str(path), "error": found_or_error}))
+                status = EXIT_ERROR
+                continue
+            line = {"image": str(path), "category": inspector.bundle.category, **found_or_error.to_dict()}
+            if arguments.overlays:
+                target = _free_name(Path(arguments.overlays), path, paths)
+                target.write_bytes(encode_png(overlay(decode_image(data, None), found_or_error)))
+                line["overlay"] = str(target)
+            print(json.dumps(line))
+    return status
+
+
+def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, bytes, Any]]:
+    """Inspections in order; where a file cannot be used, its reason in place of the inspection."""
+    from focus_ray.errors import DataError
+
+    contents = [path.read_bytes() for path in paths]
+    try:
+        return list(zip(paths, contents, inspector.inspect(contents), strict=True))
+    except DataError:
+        results: list[tuple[Path, bytes, Any]] = []
+        for path, content in zip(paths, contents, strict=True):
+            try:
+                results.append((path, content, inspector.inspect([content])[0]))
+            except DataError as error:
+                results.append((path, content, str(error)))
+        return results
+
+
+def _free_name(folder: Path, path: Path, paths: Sequence[Path]) -> Path:
+    """<stem>.png, with the parent folder's name before it where two images share a stem."""
+    alone = sum(other.stem == path.stem for other in paths) == 1
+    return folder / (f"{path.stem}.png" if alone else f"{'-'.join(path.parts[-3:-1])}-{path.stem}.png")
+
+
+def _inspect_batch(arguments: argparse.Namespace) -> int:
+    from focus_ray.batch import inspect_dataset
+    from focus_ray.training import find_bundles
+
+    counts = inspect_dataset(
+        find_bundles(arguments.bundles),
+        arguments.data,
+        arguments.output,
+        split=arguments.split,
+        num_actors=arguments.actors,
+        log=_say,
+    )
+    print(json.dumps(counts, indent=1))
+    return EXIT_ERROR if any(count["num_errors"] for count in counts.values()) else 0
+
+
+def _samples(arguments: argparse.Namespace) -> int:
+    from focus_ray.errors import DataError
+    from focus_ray.samples import write_samples
+
+    folder = Path(arguments.folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder}: not empty: give a new folder")
+    write_samples(folder, seed=arguments.seed)
+    _say(f"samples: {folder}")
+    return 0
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""`focus-ray inspect-batch` as a job: runs alike as `python jobs/batch_inspect.py ...` and `ray job submit -- python jobs/batch_inspect.py ...`."""
+
+import sys
+
+from focus_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["inspect-batch", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""`focus-ray evaluate` as a job: runs alike as `python jobs/evaluate.py ...` and `ray job submit -- python jobs/evaluate.py ...`."""
+
+import sys
+
+from focus_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

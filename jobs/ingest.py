@@ -1,0 +1,8 @@
+"""`focus-ray ingest` as a job: runs alike as `python jobs/ingest.py ...` and `ray job submit -- python jobs/ingest.py ...`."""
+
+import sys
+
+from focus_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["ingest", *sys.argv[1:]]))

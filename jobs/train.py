@@ -1,0 +1,8 @@
+"""`focus-ray train` as a job: runs alike as `python jobs/train.py ...` and `ray job submit -- python jobs/train.py ...`."""
+
+import sys
+
+from focus_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

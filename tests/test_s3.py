@@ -1,0 +1,139 @@
+"""The data set on a real S3 server: the same as on disk, and one clear error for each thing that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import fs
+from s3_server import IDENTITIES, S3Server
+
+from focus_ray.dataset import SCHEMA, data_fingerprint, ingest, list_categories, read_index, read_rows
+from focus_ray.errors import DataError
+from focus_ray.images import encode_png
+from focus_ray.storage import open_filesystem, storage_errors
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    root = tmp_path / "bolt"
+    images = np.random.default_rng(0).integers(0, 256, (7, 12, 16, 3), dtype=np.uint8)
+    places = [*(f"train/good/{number:03}.png" for number in range(4)), "test/good/000.png", "test/crack/000.png"]
+    for place, image in zip(places, images, strict=False):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(encode_png(image))
+    (root / "ground_truth/crack").mkdir(parents=True)
+    (root / "ground_truth/crack/000_mask.png").write_bytes(encode_png(images[6, :, :, 0] > 200))
+    (root / "train/good/broken.png").write_bytes(b"")
+    return root
+
+
+def use(monkeypatch: pytest.MonkeyPatch, server: S3Server, identity: str) -> None:
+    for name, value in server.environment(identity).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_data_set_on_s3_equals_the_one_on_disk(s3: S3Server, source: Path, tmp_path: Path) -> None:
+    uri = s3.new_uri()
+    remote, local = (ingest(source, place, progress=False) for place in (uri, tmp_path / "local"))
+    assert (remote, remote.exit_status) == (local, 3)
+    assert list_categories(uri) == ["bolt"]
+    assert read_index(uri, "bolt").equals(read_index(tmp_path / "local", "bolt"))
+    rows = [list(read_rows(place, "bolt", [0, 2, 5], SCHEMA.names)) for place in (uri, tmp_path / "local")]
+    assert rows[0] == rows[1]
+    assert data_fingerprint(uri, "bolt") == data_fingerprint(tmp_path / "local", "bolt")
+
+
+def test_ingesting_again_leaves_an_unchanged_category_and_replaces_a_changed_one(s3: S3Server, source: Path) -> None:
+    uri = s3.new_uri()
+    first = ingest(source, uri, progress=False)
+    again = ingest(source, uri, progress=False)
+    assert ([item.status for item in again.categories], again.rejects) == (["unchanged"], first.rejects)
+    (source / "train/good/broken.png").unlink()
+    (source / "train/good/003.png").unlink()
+    assert ingest(source, uri, progress=False).categories[0].status == "written"
+    assert read_index(uri, "bolt").num_rows == 5
+    filesystem, path = open_filesystem(uri)
+    files = [info for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if info.is_file]
+    with filesystem.open_input_file(f"{path}/category=bolt/_commit.json") as stream:
+        commit = json.loads(stream.read())
+    assert {info.base_name for info in files} == {"_commit.json", *(entry["name"] for entry in commit["files"])}
+
+
+def test_an_identity_that_may_only_read_reads_and_is_told_that_it_may_not_write(
+    s3: S3Server, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = s3.new_uri()
+    ingest(source, uri, progress=False)
+    use(monkeypatch, s3, "reader")
+    assert read_index(uri, "bolt").num_rows == 6
+    (source / "train/good/000.png").unlink()
+    with pytest.raises(DataError, match=r"S3 bucket 'focus-ray-tests', key '\w+/_write_check-.*cannot write: access"):
+        ingest(source, uri, progress=False)
+    assert read_index(uri, "bolt").num_rows == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("AWS_SECRET_ACCESS_KEY", "not-the-secret"), ("AWS_ACCESS_KEY_ID", "nobody")]
+)
+def test_wrong_credentials_name_the_bucket_and_what_to_set(
+    s3: S3Server, source: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    uri = s3.new_uri()
+    ingest(source, uri, progress=False)
+    monkeypatch.setenv(name, value)
+    for use_it in (
+        list_categories,
+        lambda uri: read_index(uri, "bolt"),
+        lambda uri: ingest(source, uri, progress=False),
+    ):
+        with pytest.raises(DataError, match=r"S3 bucket 'focus-ray-tests', key .*AWS_SECRET_ACCESS_KEY") as caught:
+            use_it(uri)
+        assert "not-the-secret" not in str(caught.value)
+
+
+def test_a_server_that_is_not_there_names_its_address(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(DataError, match=r"at http://127.0.0.1:1: .*no connection: set AWS_ENDPOINT_URL"):
+        list_categories(s3.new_uri())
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation", "there is no such bucket: create it"),
+        ("AWS Error UNKNOWN (HTTP status 301) PermanentRedirect", "in another region: set AWS_REGION"),
+        ("AWS Error SLOW_DOWN during PutObject operation", "the request failed"),
+    ],
+)
+def test_what_the_test_server_never_answers_is_explained_too(text: str, advice: str) -> None:
+    # SeaweedFS makes a missing bucket for whoever may, and knows one region.
+    message = rf"S3 bucket 'b', key 'data/x' at .*: cannot write: .*{advice}.*{re.escape(text)}"
+    with pytest.raises(DataError, match=message), storage_errors("write", "s3://b/data", "b/data/x"):
+        raise OSError(text)
+
+
+def test_a_missing_category_lists_what_is_there(s3: S3Server, source: Path) -> None:
+    uri = s3.new_uri()
+    with pytest.raises(DataError, match="no data set here"):
+        read_index(uri, "bolt")
+    ingest(source, uri, progress=False)
+    with pytest.raises(DataError, match="no category 'nut'; there are: bolt"):
+        read_index(uri, "nut")
+
+
+def test_a_filesystem_sent_to_another_process_carries_no_secret(s3: S3Server) -> None:
+    filesystem, _ = open_filesystem(s3.new_uri())
+    assert IDENTITIES["admin"][1].encode() not in pickle.dumps(filesystem)
+
+
+@pytest.mark.parametrize("uri", ["s3://", "s3://bucket/data?endpoint_override=http://other"])
+def test_s3_uris_without_a_bucket_or_with_a_query_are_refused(uri: str) -> None:
+    with pytest.raises(DataError, match="expected s3://bucket/prefix without a query"):
+        open_filesystem(uri)
