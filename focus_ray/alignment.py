@@ -23,7 +23,8 @@ GROUPS = (
     "similarity",
     "affine",
 )
-_USES = {
+# what each group moves: r rotation, s scale, a anisotropy and shear, t translation
+USES = {
     "none": "",
     "rotation": "r",
     "translation": "t",
@@ -46,9 +47,9 @@ class Bounds(NamedTuple):
 
 def num_parameters(group: str) -> int:
     """Unconstrained numbers that a localisation net must give for a group."""
-    if group not in _USES:
+    if group not in USES:
         raise ValueError(f"transform group {group!r} is not known: choose one of {', '.join(GROUPS)}")
-    return sum(_WIDTHS[use] for use in _USES[group])
+    return sum(_WIDTHS[use] for use in USES[group])
 
 
 def theta_from_parameters(parameters: Tensor, group: str, bounds: Bounds) -> Tensor:
@@ -64,7 +65,7 @@ def theta_from_parameters(parameters: Tensor, group: str, bounds: Bounds) -> Ten
     width = num_parameters(group)
     if parameters.ndim != 2 or parameters.shape[1] != width:
         raise ValueError(f"group {group!r} takes (B, {width}) parameters, got {tuple(parameters.shape)}")
-    parts = dict(zip(_USES[group], parameters.tanh().split([_WIDTHS[use] for use in _USES[group]], dim=1), strict=True))
+    parts = dict(zip(USES[group], parameters.tanh().split([_WIDTHS[use] for use in USES[group]], dim=1), strict=True))
     zero = parameters.new_zeros(parameters.shape[0])
     angle = parts["r"][:, 0] * bounds.max_rotation_rad if "r" in parts else zero
     log_scale = math.log(bounds.max_scale)
@@ -123,6 +124,11 @@ def warp(images: Tensor, theta: Tensor, padding: str = "border", size: tuple[int
     shape = [images.shape[0], images.shape[1], *(size or images.shape[2:])]
     grid = F.affine_grid(theta.to(images.dtype), shape, align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+def angle_of(theta: Tensor) -> Tensor:
+    """(..., 2, 3) -> (...,): the angle, in radians, of the rotation nearest to each linear part."""
+    return torch.atan2(theta[..., 1, 0] - theta[..., 0, 1], theta[..., 0, 0] + theta[..., 1, 1])
 
 
 def valid_mask(theta: Tensor, height: int, width: int) -> Tensor:

@@ -25,8 +25,9 @@ from focus_ray import __version__
 from focus_ray.backbone import Backbone
 from focus_ray.calibration import Calibration
 from focus_ray.config import Config, parse_config
+from focus_ray.density import Statistics, density_tensors, load_density, moments_tensors
 from focus_ray.errors import BundleError, ConfigError, DataError
-from focus_ray.gaussian import Gaussian, Moments, fit_gaussian, pack_in_chunks, unpack_lower
+from focus_ray.gaussian import Moments, unpack_lower
 from focus_ray.model import ChannelReduction, FocusNet
 from focus_ray.scoring import Detector
 from focus_ray.storage import join, list_names, read_bytes, remove_file, write_bytes
@@ -64,12 +65,12 @@ def write_bundle(
     category: str,
     net: FocusNet,
     reduction: ChannelReduction,
-    moments: Moments,
+    statistics: Statistics,
     calibration: Calibration,
     data: dict[str, Any],
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    """Fits the density to the moments and writes everything; replaces a bundle that is there in one step.
+    """Builds the density and writes everything; replaces a bundle that is there in one step.
 
     Args:
         data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
@@ -79,15 +80,15 @@ def write_bundle(
 
     Raises: DataError: the place cannot be written.
     """
-    mean, factor = fit_gaussian(moments, config.density.shrinkage, packed=True)
+    moments = statistics.moments
     network = {name: value for name, value in net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)}
     network.update({f"reduction.{name}": value for name, value in reduction.state_dict().items()})
     parts: dict[str, dict[str, Tensor]] = {
         "network": network,
-        "density": {"mean": mean, "precision_factor": factor},
+        "density": density_tensors(config.density, statistics),
     }
     if config.density.keep_moments:
-        parts["moments"] = {"mean": moments.mean, "scatter": pack_in_chunks(moments.scatter)}
+        parts["moments"] = moments_tensors(moments)
     files = {}
     for part, tensors in parts.items():
         content = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
@@ -176,16 +177,16 @@ def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:
         if missing or unexpected:
             raise BundleError(f"{uri}: network tensors missing {missing[:3]}, unknown {unexpected[:3]}")
         shape = manifest["moments"]
-        gaussian = Gaussian(density["mean"], unpack_lower(density["precision_factor"]), shape["height"], shape["width"])
+        fitted = load_density(config.density, density, shape["height"], shape["width"], device)
     except (RuntimeError, KeyError, ValueError) as error:
         raise BundleError(f"{uri}: its tensors do not fit its config: {error}") from error
     net = net.to(device).to(memory_format=torch.channels_last)
-    detector = Detector(net, reduction.to(device), gaussian.to(device), config.scoring)
+    detector = Detector(net, reduction.to(device), fitted, config.scoring)
     return Bundle(manifest, config, detector, calibration)
 
 
-def read_moments(uri: str | Path) -> Moments:
-    """The moments a bundle keeps, to add images to, to take images from, or to join with another site's.
+def read_statistics(uri: str | Path) -> Statistics:
+    """What a bundle keeps of its images, to add images to, to take images from, or to join with another site's.
 
     Raises: BundleError: it keeps none, or as `read_manifest`.
     """
@@ -198,7 +199,7 @@ def read_moments(uri: str | Path) -> Moments:
     moments.height, moments.width, moments.channels = shape["height"], shape["width"], shape["channels"]
     moments.count = shape["count"]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
-    return moments
+    return Statistics(moments, _read_part(uri, manifest, "density").get("bank"))
 
 
 def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:

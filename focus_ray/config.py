@@ -63,15 +63,27 @@ class DataConfig(_Model):
 class ImageAlignmentConfig(_Model):
     """ICA: a spatial transformer on the image, before the backbone [paper]."""
 
-    group: Group = Field(default="none", description="Transforms that the aligner may use.")
+    group: Group = Field(default="rotation_translation", description="Transforms that the aligner may use.")
+    method: Literal["congealing", "localisation"] = Field(
+        default="congealing",
+        description="congealing: theta is searched against a learnt mean image [ours]. localisation: a net reads theta "
+        "off the image and is trained by the pairwise loss [paper]; it does not find large rotations.",
+    )
+    min_drop: float = Field(
+        default=0.25,
+        ge=0.0,
+        le=1.0,
+        description="congealing: align only if that lowers the pairwise L2 of held-out normal images by this share.",
+    )
+    max_images: int = Field(default=512, ge=4, description="congealing: learns its mean image from so many at most.")
     max_translation: float = Field(
-        default=0.3, gt=0.0, le=1.0, description="Largest shift, in half image widths (bounded group [ours])."
+        default=0.4, gt=0.0, le=1.0, description="Largest shift, in half image widths (bounded group [ours])."
     )
     max_scale: float = Field(
-        default=1.25, gt=1.0, le=2.0, description="Largest zoom in or out; bounds the known zoom-in optimum [ours]."
+        default=1.15, gt=1.0, le=2.0, description="Largest zoom in or out; bounds the known zoom-in optimum [ours]."
     )
     padding: Literal["border", "reflection"] = Field(
-        default="border", description="What a warped image shows outside its frame [ours]."
+        default="reflection", description="What an aligned image shows outside its frame; never scored [ours]."
     )
 
 
@@ -146,13 +158,43 @@ class TrainConfig(_Model):
 class DensityConfig(_Model):
     """One density per location over the embeddings of normal images."""
 
+    kind: Literal["gaussian", "nearest"] = Field(
+        default="nearest",
+        description="gaussian: one a location [kin, PaDiM]. nearest: distance to the nearest normal embedding of the "
+        "location, whitened by the pooled covariance [ours].",
+    )
     layers: tuple[Layer, ...] = Field(default=("layer1", "layer2", "layer3"), min_length=1)
+    map_stride_px: Literal[4, 8] = Field(
+        default=8,
+        description="Input pixels a location stands for. 4: layers are brought to layer 1's places by nearest neighbour "
+        "[kin, PaDiM]. 8: to layer 2's, layer 1 by averaging, layer 3 bilinearly [ours].",
+    )
+    smooth_layers: tuple[Layer, ...] = Field(
+        default=("layer2", "layer3"), description="Layers averaged over 3x3 of their own places first [kin, PatchCore]."
+    )
     reduction: Literal["random", "semi_orthogonal", "none"] = Field(
-        default="random", description="How channels are reduced [kin: 100 random channels in PaDiM]."
+        default="semi_orthogonal", description="How channels are reduced [kin: 100 random channels in PaDiM]."
     )
     num_channels: int = Field(default=100, ge=1, le=4096, description="Channels kept by the reduction [kin: 100].")
     shrinkage: float = Field(
-        default=0.01, gt=0.0, le=100.0, description="Added to the covariance's diagonal [kin: 0.01]."
+        default=1.0, gt=0.0, le=1000.0, description="Ridge on the covariance's diagonal, in shrinkage_unit."
+    )
+    shrinkage_unit: Literal["mean_variance", "absolute"] = Field(
+        default="mean_variance",
+        description="mean_variance: multiples of the embeddings' mean variance within locations, so that it suits any "
+        "backbone [ours]. absolute: as it is [kin: 0.01].",
+    )
+    pooling: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="gaussian: weight of the covariance pooled over locations against a location's own [ours].",
+    )
+    window: Literal[1, 3, 5] = Field(
+        default=3, description="nearest: compares with the normal embeddings of window x window places around [ours]."
+    )
+    max_images: int = Field(
+        default=512, ge=2, description="nearest: keeps the embeddings of so many images at most, evenly chosen."
     )
     keep_moments: bool = Field(
         default=True, description="Keep the moments in the bundle, so that images can be added or taken out later."

@@ -133,8 +133,9 @@ class Gaussian:
             )
         self.mean, self.precision_factor, self.height, self.width = mean, precision_factor, height, width
 
-    def to(self, device: torch.device | str) -> Gaussian:
-        return Gaussian(self.mean.to(device), self.precision_factor.to(device), self.height, self.width)
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
 
     def score(self, embedding: Tensor) -> Tensor:
         """(B, C, H, W) -> distances (B, H, W)."""
@@ -145,9 +146,25 @@ class Gaussian:
         return mahalanobis(embedding, self.mean, self.precision_factor)
 
 
+def pooled_covariance(moments: Moments) -> Tensor:
+    """(C, C): the covariance within locations, averaged over them. Raises: ValueError: fewer than two images."""
+    _check_count(moments)
+    return moments.scatter.mean(dim=0) / (moments.count - 1)
+
+
+def mean_variance(moments: Moments) -> float:
+    """Variance within locations, averaged over locations and channels: the scale of the embeddings."""
+    _check_count(moments)
+    return float(moments.scatter.diagonal(dim1=1, dim2=2).mean()) / (moments.count - 1)
+
+
 @torch.no_grad()
-def fit_gaussian(moments: Moments, shrinkage: float, packed: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and precision factor of moments; covariance is scatter / (count - 1) + shrinkage I (PaDiM, section III-B).
+def fit_gaussian(moments: Moments, ridge: float, pooling: float = 0.0, packed: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and precision factor of moments.
+
+    Covariance of a location: (1 - pooling) scatter / (count - 1) + pooling * pooled + ridge I. With pooling 0 that is
+    PaDiM's (arXiv 2011.08785, section III-B); pooling towards the mean over locations [ours] lends a location with few
+    images for its channels the directions in which normal parts vary elsewhere (as in discriminant analysis).
 
     Args:
         packed: give the factors as `pack_lower` does, at half the memory.
@@ -156,19 +173,25 @@ def fit_gaussian(moments: Moments, shrinkage: float, packed: bool = False) -> tu
 
     Raises: ValueError: fewer than two images.
     """
-    if moments.count < 2:
-        raise ValueError(f"a Gaussian needs at least 2 normal images, got {moments.count}: add training images")
+    _check_count(moments)
     locations, channels = moments.mean.shape
     shape = (channels * (channels + 1) // 2,) if packed else (channels, channels)
     factors = torch.empty(locations, *shape, device=moments.mean.device)
     identity = torch.eye(channels, device=moments.mean.device)
+    base = ridge * identity
+    if pooling:
+        base = base + pooling * pooled_covariance(moments)
     for part in _chunks(locations, channels):
-        covariance = moments.scatter[part] / (moments.count - 1)
-        covariance.diagonal(dim1=1, dim2=2).add_(shrinkage)
+        covariance = torch.add(base, moments.scatter[part], alpha=(1 - pooling) / (moments.count - 1))
         root = torch.linalg.cholesky(covariance)
         factor = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
         factors[part] = pack_lower(factor) if packed else factor
     return moments.mean.clone(), factors
+
+
+def _check_count(moments: Moments) -> None:
+    if moments.count < 2:
+        raise ValueError(f"a density needs at least 2 normal images, got {moments.count}: add training images")
 
 
 def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Works alone or inside an initialised torch.distributed group, where sums and sta
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from focus_ray.calibration import CalibrationBuilder
 from focus_ray.config import CalibrationConfig, TrainConfig
+from focus_ray.congealing import CongealingAligner
+from focus_ray.density import Statistics
 from focus_ray.gaussian import Moments
 from focus_ray.losses import coarse_loss, effective_rank, feature_std, fine_loss, random_pairs
 from focus_ray.model import ChannelReduction, FocusNet, inside_mask
+from focus_ray.nearest import keep
 from focus_ray.scoring import Detector, embed, to_images
 
 COLLAPSE_STD = 0.05  # of the L2-normalised features, relative to an even spread: below this a run has collapsed
@@ -140,21 +143,80 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def moments_pass(
-    net: FocusNet, reduction: ChannelReduction, batches: Iterable[Tensor], device: torch.device
-) -> Moments:
-    """Moments of every image that any worker is given, the same on every worker after the call.
+def statistics_pass(
+    net: FocusNet,
+    reduction: ChannelReduction,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    keep_positions: Container[int] | None = None,
+    offset: int = 0,
+) -> Statistics:
+    """Statistics of every image that any worker is given, the same on every worker after the call.
 
-    Embeddings are added up batch by batch; none is kept.
+    Embeddings are added up batch by batch; only those of the chosen images are kept, for a memory.
+
+    Args:
+        keep_positions: numbers, over all workers, of the images whose embeddings are kept; None keeps none.
+        offset: the number of this worker's first image.
     """
     net.eval()
-    size = net.config.image_size_px // 4
+    size = net.config.image_size_px // reduction.config.map_stride_px
     moments = Moments(size, size, reduction.num_channels, device)
+    kept: list[Tensor] = []
+    position = offset
     for batch in batches:
         embedding, _ = embed(net, reduction, to_images(batch, device))
         moments.update(embedding)
+        if keep_positions is not None:
+            chosen = [number for number in range(len(batch)) if position + number in keep_positions]
+            if chosen:
+                kept.append(keep(embedding[chosen]))
+        position += len(batch)
     reduce_moments(moments)
-    return moments
+    if keep_positions is None:
+        return Statistics(moments)
+    bank = torch.cat(kept) if kept else torch.empty(0, size * size, reduction.num_channels, dtype=torch.float16)
+    return Statistics(moments, gather_rows(bank, device))
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
+    """(n, ...) of every worker -> all of them, in the order of the workers, on the CPU of each."""
+    if world_size() == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=device)
+    counts = [torch.zeros_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    longest = int(max(int(c) for c in counts))
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded, device=device) for _ in counts]
+    dist.all_gather(parts, padded.to(device))
+    return torch.cat([part[: int(c)].cpu() for part, c in zip(parts, counts, strict=True)])
+
+
+@torch.inference_mode()
+def aligner_pass(
+    net: FocusNet, batches: Iterable[Tensor], device: torch.device, positions: Container[int], offset: int, seed: int
+) -> dict[str, Any] | None:
+    """Fits a congealing aligner on the chosen images of all workers, the same on every worker; None without one.
+
+    Args:
+        positions, offset: as `statistics_pass`'s keep_positions and offset.
+    """
+    aligner = net.image_aligner
+    if not isinstance(aligner, CongealingAligner):
+        return None
+    size = aligner.FINE_PX
+    prepared: list[Tensor] = []
+    position = offset
+    for batch in batches:
+        chosen = [number for number in range(len(batch)) if position + number in positions]
+        if chosen:
+            prepared.append(aligner.prepare(to_images(batch[chosen], device)).cpu())
+        position += len(batch)
+    rows = gather_rows(torch.cat(prepared) if prepared else torch.empty(0, size, size), device)
+    return aligner.fit(rows.to(device), seed)
 
 
 @torch.no_grad()

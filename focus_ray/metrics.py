@@ -87,7 +87,7 @@ def pixel_average_precision(masks: Stack, maps: Stack) -> float:
 
 
 def aupro(masks: Stack, maps: Stack, fpr_limit: float = 0.3) -> float:
-    """Area under the per-region-overlap curve up to a false positive rate (Bergmann et al., The MVTec AD dataset, IJCV 2021).
+    """Area under the per-region-overlap curve up to a false positive rate (Bergmann et al., MVTec AD, IJCV 2021).
 
     At a threshold, the overlap of a region is the share of its pixels at or above it; PRO is the mean over all regions
     of all images, and the false positive rate is taken over all normal pixels of all images. Every distinct score is a

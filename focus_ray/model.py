@@ -14,12 +14,12 @@ from focus_ray.alignment import (
     Bounds,
     SpatialTransformer,
     compose_theta,
-    identity_theta,
     valid_mask,
     warp,
 )
 from focus_ray.backbone import STRIDES, Backbone, build_backbone
 from focus_ray.config import DensityConfig, ModelConfig
+from focus_ray.congealing import CongealingAligner
 
 LAYERS = ("layer1", "layer2", "layer3")
 
@@ -46,6 +46,8 @@ class FocusNet(nn.Module):
         self.config = config
         self.backbone = backbone or build_backbone(config.backbone, config.weights, config.weights_sha256)
         spec = self.backbone.spec
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
         self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.image_aligner = build_image_aligner(config)
@@ -91,9 +93,10 @@ class FocusNet(nn.Module):
 
     def align_image(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """ICA: (B, 3, H, W) -> the aligned images and theta (B, 2, 3), or None without image alignment."""
-        if self.image_aligner is None:
+        aligner = self.image_aligner
+        if aligner is None or (isinstance(aligner, CongealingAligner) and not bool(aligner.enabled)):
             return images, None
-        theta = self.image_aligner(images)
+        theta = aligner(images)
         return warp(images, theta, self.config.image_alignment.padding), theta
 
     def forward(self, images: Tensor) -> Aligned:
@@ -122,6 +125,8 @@ def build_image_aligner(config: ModelConfig) -> nn.Module | None:
     alignment = config.image_alignment
     if alignment.group == "none":
         return None
+    if alignment.method == "congealing":
+        return CongealingAligner(alignment.group, alignment.max_translation, alignment.max_scale, alignment.min_drop)
     return LocalisedAligner(alignment.group, Bounds(math.pi, alignment.max_translation, alignment.max_scale))
 
 
@@ -162,16 +167,18 @@ def _chain(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
 
 
 class ChannelReduction(nn.Module):
-    """Levels -> one embedding at layer 1's resolution, of fewer channels.
+    """Levels -> one embedding of fewer channels, at the places of layer 1 (map_stride_px 4) or layer 2 (8).
 
     A random choice of channels [kin, PaDiM] or a semi-orthogonal projection. Both are linear in the channels, so each
-    level is reduced at its own resolution before it is brought to layer 1's: the result is that of concatenating first.
+    level is reduced at its own resolution before it is brought to the map's: the result is that of concatenating first.
     """
 
     def __init__(self, channels: tuple[int, ...], config: DensityConfig, seed: int) -> None:
         """channels: of layers 1 to 3. Raises: ValueError: more channels asked for than there are."""
         super().__init__()
         self.config = config
+        self.chosen: Tensor
+        self.projection: Tensor
         self.used = [LAYERS.index(layer) for layer in config.layers]
         widths = [channels[index] for index in self.used]
         total = sum(widths)
@@ -192,8 +199,8 @@ class ChannelReduction(nn.Module):
         self.widths = widths
 
     def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Three levels (B, C_i, H_i, W_i) in one frame -> (B, num_channels, H/4, W/4)."""
-        size = levels[0].shape[2:]
+        """Three levels (B, C_i, H_i, W_i) in one frame -> (B, num_channels, H/stride, W/stride)."""
+        size = levels[0 if self.config.map_stride_px == 4 else 1].shape[2:]
         reduced: list[Tensor] = []
         start = 0
         for index, width in zip(self.used, self.widths, strict=True):
@@ -203,13 +210,26 @@ class ChannelReduction(nn.Module):
                 level = level.index_select(1, self.chosen[inside] - start)
             elif self.config.reduction == "semi_orthogonal":
                 level = F.conv2d(level, self.projection[:, start : start + width, None, None].to(level.dtype))
-            if level.shape[2:] != size:
-                level = F.interpolate(level, size=size, mode="nearest")
-            reduced.append(level)
+            if LAYERS[index] in self.config.smooth_layers:
+                level = F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
+            reduced.append(self._bring(level, (int(size[0]), int(size[1]))))
             start += width
         if self.config.reduction == "semi_orthogonal":
-            return torch.stack(reduced).sum(dim=0) if len(reduced) > 1 else reduced[0]
+            total_sum = reduced[0]
+            for part in reduced[1:]:
+                total_sum = total_sum + part
+            return total_sum
         return torch.cat(reduced, dim=1)
+
+    def _bring(self, level: Tensor, size: tuple[int, int]) -> Tensor:
+        """A level to the map's places."""
+        if level.shape[2:] == size:
+            return level
+        if self.config.map_stride_px == 4:
+            return F.interpolate(level, size=size, mode="nearest")
+        if level.shape[2] > size[0]:
+            return F.adaptive_avg_pool2d(level, size)
+        return F.interpolate(level, size=size, mode="bilinear", align_corners=False)
 
 
 class _SumOverWorkers(torch.autograd.Function):
@@ -268,16 +288,9 @@ def inside_mask(theta: Tensor | None, like: Tensor) -> Tensor | None:
     return None if theta is None else valid_mask(theta, like.shape[2], like.shape[3])
 
 
-__all__ = [
-    "LAYERS",
-    "Aligned",
-    "ChannelReduction",
-    "FocusNet",
-    "GlobalBatchNorm2d",
-    "LocalisedAligner",
-    "build_image_aligner",
-    "common_frame",
-    "identity_theta",
-    "inside_mask",
-    "use_global_batch_norm",
-]
+def seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
+    """(H, W) bool: places of the aligned frame that at least this share of the training images showed; None: all."""
+    aligner = net.image_aligner
+    if not isinstance(aligner, CongealingAligner) or not bool(aligner.enabled):
+        return None
+    return F.adaptive_avg_pool2d(aligner.weight[None, None], (height, width))[0, 0] >= share

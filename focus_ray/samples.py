@@ -51,15 +51,17 @@ def write_samples(
         ("seed", seed),
         ("num_train", num_train),
         ("num_test_good", num_test_good),
-        ("num_bad", num_bad_per_type),
+        ("num_bad_per_type", num_bad_per_type),
     ):
         if count < 0:
             raise DataError(f"{name}={count}; expected 0 or more")
     root = Path(root)
-    for category, (_, types) in CATEGORIES.items():
+    for category in CATEGORIES:
         folder = root / category
         if folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} exists and is not empty; remove it or choose another root")
+    for category, (_, types) in CATEGORIES.items():
+        folder = root / category
         for index in range(num_train):
             _save(
                 draw_sample(category, seed, "train", index, size_px)[0], folder / "train" / "good" / f"{index:03d}.png"

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focus_ray.alignment import invert_theta, warp
+from focus_ray.alignment import invert_theta, valid_mask, warp
 from focus_ray.config import ScoringConfig
-from focus_ray.gaussian import Gaussian
-from focus_ray.model import ChannelReduction, FocusNet, common_frame
+from focus_ray.density import Density
+from focus_ray.model import ChannelReduction, FocusNet, common_frame, seen_mask
 
 
 class Scored(NamedTuple):
@@ -24,20 +24,24 @@ class Scored(NamedTuple):
 class Detector:
     """Everything that turns images into scores; knows nothing of files, thresholds or Ray."""
 
-    def __init__(self, net: FocusNet, reduction: ChannelReduction, density: Gaussian, scoring: ScoringConfig) -> None:
+    def __init__(self, net: FocusNet, reduction: ChannelReduction, density: Density, scoring: ScoringConfig) -> None:
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
         size = net.config.image_size_px
-        self.spread = upsample_and_smooth(density.height, size, scoring.smoothing_sigma_px).to(density.mean.device)
+        self.seen = seen_mask(net, density.height, density.width)
+        self.spread = upsample_and_smooth(density.height, size, scoring.smoothing_sigma_px).to(density.device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Scored:
         """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1, at the network's input size -> `Scored`."""
-        embedding, theta = embed(self.net, self.reduction, to_images(images, self.density.mean.device))
+        embedding, theta = embed(self.net, self.reduction, to_images(images, self.density.device))
         distance = self.density.score(embedding)
+        if theta is not None:  # what lies outside the image is made up, and what training hardly saw is not known
+            inside = valid_mask(theta, distance.shape[1], distance.shape[2])
+            distance = distance * (inside if self.seen is None else inside & self.seen)
         aligned_map = self.spread @ distance @ self.spread.t()
         score = aligned_map.flatten(1).amax(dim=1)
         if theta is not None:
-            aligned_map = warp(aligned_map[:, None], invert_theta(theta))[:, 0]
+            aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
         return Scored(score, aligned_map)
 
 

@@ -343,7 +343,7 @@ def _worker(payload: dict[str, Any]) -> None:
             category=category,
             net=result.net,
             reduction=result.reduction,
-            moments=result.moments,
+            statistics=result.statistics,
             calibration=result.calibration,
             data={
                 "uri": config.data.uri,
@@ -353,13 +353,14 @@ def _worker(payload: dict[str, Any]) -> None:
             },
             metrics={
                 "history": result.history,
+                "alignment": result.alignment,
                 "seconds": {"load": loading, **result.seconds},
                 "warnings": result.warnings,
                 "num_workers": num_workers,
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             },
         )
-    ray.train.report({"num_images": result.moments.count})
+    ray.train.report({"num_images": result.statistics.moments.count})
 
 
 def _wrapper(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:

@@ -1,0 +1,237 @@
+"""Configurations: unknown keys, every range's message, overrides, YAML out and in, every shipped file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from focus_ray.config import Config, config_to_yaml, load_config, parse_config
+from focus_ray.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def tree_with(key: str, value: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = {"data": {"uri": "images"}}
+    *sections, name = key.split(".")
+    inner = tree
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[name] = value
+    return tree
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {uri: images}\ntrain: {learning_rate: 1e-3}\n")
+    return path
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("trian", r"^configuration: trian: unknown key; did you mean 'train'\?$"),
+        ("train.epoch", r"train\.epoch: unknown key; did you mean 'epochs'\?"),
+        ("model.image_alignment.grupp", r"model\.image_alignment\.grupp: unknown key; did you mean 'group'\?"),
+        ("scoring.zzz", r"scoring\.zzz: unknown key; known keys: .*smoothing_sigma_px"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(tree_with(key, 1))
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^configuration: data: missing; set it$"):
+        parse_config({})
+    with pytest.raises(ConfigError, match=r"data\.uri: missing; set it"):
+        parse_config({"data": {}})
+
+
+def test_every_error_of_a_file_is_told_at_once(file: Path) -> None:
+    file.write_text("data: {uri: images}\ntrain: {epochs: -1, momentum: 2}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: train\.epochs: .*got -1.*; train\.momentum: .*got 2"):
+        load_config(file)
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = parse_config(tree_with("train.epochs", 3))
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.epochs = 4  # type: ignore[misc]
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.image_size_px", 100, "image_size_px=100 must be a multiple of 16, the stride of layer 3"),
+        ("model.image_size_px", 16, r"greater than or equal to 32 \(got 16\)"),
+        ("density.layers", ["layer2", "layer1"], r"in order and named once.*got \['layer2', 'layer1'\]"),
+        ("density.layers", ["layer1", "layer1"], "in order and named once"),
+        ("density.layers", ["layer4"], r"'layer1', 'layer2' or 'layer3' \(got 'layer4'\)"),
+        ("density.layers", [], "at least 1 item"),
+        ("density.shrinkage", 0, r"greater than 0 \(got 0\)"),
+        ("data.categories", ["bolt", "nut", "bolt"], r"lists a name twice: \['bolt', 'nut', 'bolt'\]"),
+        ("data.categories", [], "at least 1 item"),
+        ("data.holdout_fraction", 1.0, r"less than 1 \(got 1\.0\)"),
+        ("data.holdout_fraction", 0.0, r"set data\.holdout_fraction above 0, or calibration\.method=cross"),
+        ("model.backbone", "resnet19", r"'resnet18'.*\(got 'resnet19'\)"),
+        ("model.weights_sha256", "XYZ", r"pattern.*\(got 'XYZ'\)"),
+        ("model.image_alignment.group", "shear", r"'affine' \(got 'shear'\)"),
+        ("model.image_alignment.max_scale", 1.0, r"greater than 1 \(got 1\.0\)"),
+        ("train.learning_rate", "fast", r"valid number.*\(got 'fast'\)"),
+        ("train.batch_size_per_worker", 1, r"greater than or equal to 2 \(got 1\)"),
+        ("train.seed", 2**31, "less than 2147483648"),
+        ("name", "../up", r"pattern.*\(got '\.\./up'\)"),
+        ("cluster.num_workers", 0, r"greater than or equal to 1 \(got 0\)"),
+        ("train", None, r"^configuration: train: .*\(got None\)"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_what_came_and_what_was_expected(
+    key: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(tree_with(key, value))
+
+
+def test_cross_calibration_needs_no_held_out_images() -> None:
+    tree = tree_with("data.holdout_fraction", 0.0) | {"calibration": {"method": "cross"}}
+    assert parse_config(tree).data.holdout_fraction == 0.0
+
+
+# Files and overrides
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: [", r"run\.yaml: not valid YAML"),
+        ("- data", r"run\.yaml: expected a mapping of sections at the top, got list"),
+        ("", r"run\.yaml: data: missing"),
+    ],
+)
+def test_a_file_that_is_no_configuration_says_why(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the configuration"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: cannot read the configuration"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_overrides_take_the_types_of_yaml(file: Path) -> None:
+    config = load_config(
+        file,
+        [
+            "train.epochs=7",
+            "train.learning_rate=5e-4",
+            "model.predictor=false",
+            "data.categories=[bolt, nut]",
+            "data.uri=s3://bucket/images?x=1",
+            "model.image_alignment.group=rotation",
+            "train.gradient_clip_norm=null",
+            "cluster.use_gpu=auto",
+        ],
+    )
+    assert (config.train.epochs, config.train.learning_rate, config.model.predictor) == (7, 5e-4, False)
+    assert (config.data.categories, config.data.uri) == (("bolt", "nut"), "s3://bucket/images?x=1")
+    assert config.model.image_alignment.group == "rotation"
+    assert (config.train.gradient_clip_norm, config.cluster.use_gpu) == (None, "auto")
+
+
+def test_numbers_that_yaml_1_1_reads_as_text_are_numbers(file: Path) -> None:
+    assert yaml.safe_load("1e-4") == "1e-4"
+    assert load_config(file).train.learning_rate == 1e-3
+    assert load_config(file, ["train.learning_rate=1e-4"]).train.learning_rate == 1e-4
+
+
+def test_the_last_override_of_a_key_wins(file: Path) -> None:
+    assert load_config(file, ["train.epochs=1", "train.epochs=2"]).train.epochs == 2
+
+
+def test_a_quoted_number_in_an_override_stays_text(file: Path) -> None:
+    config = load_config(file, ["model.weights_sha256='57934424'", "name='12'"])
+    assert (config.model.weights_sha256, config.name) == ("57934424", "12")
+
+
+def test_an_override_of_an_empty_section_fills_it(file: Path) -> None:
+    file.write_text("data: {uri: images}\ntrain:\n")
+    assert load_config(file, ["train.epochs=3"]).train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs", r"override 'train\.epochs': expected key=value, for instance train\.epochs=10"),
+        ("=3", r"override '=3': expected key=value"),
+        ("train..epochs=3", r"override 'train\.\.epochs=3': expected key=value"),
+        ("data.categories=[bolt", r"override 'data\.categories=\[bolt': the value is not valid YAML"),
+        ("data.uri.host=x", r"override 'data\.uri\.host=x': 'uri' holds a value, not a section"),
+        ("train.epochz=3", r"train\.epochz: unknown key; did you mean 'epochs'\?"),
+        ("train.epochs=many", r"train\.epochs: .*\(got 'many'\)"),
+        ("storage=", r"storage: .*\(got ''\)"),
+    ],
+)
+def test_an_override_that_cannot_be_used_says_why(file: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(file, [override])
+
+
+# Out and in
+
+
+@given(
+    epochs=st.integers(0, 10_000),
+    rate=st.floats(1e-12, 10.0),
+    clip=st.none() | st.floats(1e-300, 1e300),
+    uri=st.text(max_size=30),
+    categories=st.none() | st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=4, unique=True),
+    group=st.sampled_from(["none", "rotation", "affine"]),
+    use_gpu=st.sampled_from([True, False, "auto"]),
+)
+def test_a_resolved_configuration_read_again_is_the_same(
+    tmp_path_factory: pytest.TempPathFactory, epochs, rate, clip, uri, categories, group, use_gpu
+) -> None:
+    config = parse_config(
+        {
+            "data": {"uri": uri, "categories": categories},
+            "train": {"epochs": epochs, "learning_rate": rate, "gradient_clip_norm": clip},
+            "model": {"feature_alignment": {"layer2": group}},
+            "cluster": {"use_gpu": use_gpu},
+        }
+    )
+    path = tmp_path_factory.getbasetemp() / "resolved.yaml"
+    path.write_text(config_to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_the_resolved_configuration_writes_every_default_out() -> None:
+    tree = yaml.safe_load(config_to_yaml(parse_config({"data": {"uri": "images"}})))
+    assert set(tree) == set(Config.model_fields)
+    assert (tree["train"]["momentum"], tree["model"]["feature_alignment"]["layer3"]) == (0.9, "none")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    assert load_config(path).name == path.stem
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert CONFIGS
