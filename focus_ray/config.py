@@ -177,7 +177,7 @@ class DensityConfig(_Model):
     )
     num_channels: int = Field(default=100, ge=1, le=4096, description="Channels kept by the reduction [kin: 100].")
     shrinkage: float = Field(
-        default=1.0, gt=0.0, le=1000.0, description="Ridge on the covariance's diagonal, in shrinkage_unit."
+        default=2.0, gt=0.0, le=1000.0, description="Ridge on the covariance's diagonal, in shrinkage_unit."
     )
     shrinkage_unit: Literal["mean_variance", "absolute"] = Field(
         default="mean_variance",

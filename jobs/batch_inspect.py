@@ -1,4 +1,4 @@
-"""`focus-ray inspect-batch` as a job: runs alike as `python jobs/batch_inspect.py ...` and `ray job submit -- python jobs/batch_inspect.py ...`."""
+"""`focus-ray inspect-batch` as a job, alike under `python` and under `ray job submit -- python jobs/batch_inspect.py`."""
 
 import sys
 

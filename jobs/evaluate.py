@@ -1,4 +1,4 @@
-"""`focus-ray evaluate` as a job: runs alike as `python jobs/evaluate.py ...` and `ray job submit -- python jobs/evaluate.py ...`."""
+"""`focus-ray evaluate` as a job, alike under `python` and under `ray job submit -- python jobs/evaluate.py`."""
 
 import sys
 

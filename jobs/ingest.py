@@ -1,4 +1,4 @@
-"""`focus-ray ingest` as a job: runs alike as `python jobs/ingest.py ...` and `ray job submit -- python jobs/ingest.py ...`."""
+"""`focus-ray ingest` as a job, alike under `python` and under `ray job submit -- python jobs/ingest.py`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`focus-ray train` as a job: runs alike as `python jobs/train.py ...` and `ray job submit -- python jobs/train.py ...`."""
+"""`focus-ray train` as a job, alike under `python` and under `ray job submit -- python jobs/train.py`."""
 
 import sys
 

@@ -252,6 +252,8 @@ def test_a_hub_out_of_reach_says_what_to_set(no_network: Path) -> None:
 
 
 def test_a_url_out_of_reach_says_what_to_set(no_network: Path) -> None:
-    with pytest.raises(WeightsError, match=r"^https://.*net\.pth: cannot download: .*set model\.weights to a file at hand"):
+    with pytest.raises(
+        WeightsError, match=r"^https://.*net\.pth: cannot download: .*set model\.weights to a file at hand"
+    ):
         read_weights("https://weights.invalid/net.pth")
     assert not list(no_network.iterdir())  # nothing half-written is taken for the file next time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from focus_ray.gaussian import (
     mahalanobis,
     pack_in_chunks,
     pack_lower,
+    pooled_covariance,
     unpack_lower,
 )
 
@@ -74,7 +76,7 @@ def test_small_variances_survive_large_means() -> None:
 def test_any_split_and_order_gives_the_same_moments(order: list[int], cuts: list[int]) -> None:
     values = embeddings(0)[order]
     edges = [0, *sorted(set(cuts) - {0, 20}), 20]
-    parts = [values[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [values[a:b] for a, b in itertools.pairwise(edges)]
     assert_same(moments_of(*parts), moments_of(embeddings(0)))
 
 
@@ -103,12 +105,10 @@ def test_a_set_taken_out_again_leaves_a_fresh_fit_of_the_rest(kept: int, taken: 
 
 
 def test_taking_everything_out_leaves_nothing() -> None:
-    for moments in (moments_of(embeddings(0)), moments_of(embeddings(0))):
-        if moments.count == 20:
-            moments.downdate(embeddings(0))
-        assert (moments.count, float(moments.mean.abs().max()), float(moments.scatter.abs().max())) == (0, 0, 0)
-    emptied = moments_of(embeddings(0)).remove(moments_of(embeddings(0)))
-    assert (emptied.count, float(emptied.scatter.abs().max())) == (0, 0)
+    downdated = moments_of(embeddings(0))
+    downdated.downdate(embeddings(0))
+    for emptied in (downdated, moments_of(embeddings(0)).remove(moments_of(embeddings(0)))):
+        assert (emptied.count, float(emptied.mean.abs().max()), float(emptied.scatter.abs().max())) == (0, 0, 0)
 
 
 def test_merging_or_removing_empty_moments_changes_nothing() -> None:
@@ -165,7 +165,7 @@ def test_moments_of_other_shapes_do_not_join() -> None:
 @pytest.mark.parametrize("count", [2, 30])  # fewer images than channels too: shrinkage makes it invertible
 def test_distances_are_scipys_mahalanobis(count: int) -> None:
     values, queries = embeddings(0, count), embeddings(7, 3)
-    gaussian = Gaussian(*fit_gaussian(moments_of(values), shrinkage=0.05), 2, 3)
+    gaussian = Gaussian(*fit_gaussian(moments_of(values), 0.05), 2, 3)
     found = gaussian.score(queries)
     assert found.shape == (3, 2, 3)
     for row in range(2):
@@ -181,7 +181,7 @@ def test_distances_are_scipys_mahalanobis(count: int) -> None:
 
 def test_the_precision_factor_is_lower_triangular_and_squares_to_the_inverse_covariance() -> None:
     moments = moments_of(embeddings(0))
-    mean, factor = fit_gaussian(moments, shrinkage=0.01)
+    mean, factor = fit_gaussian(moments, 0.01)
     covariance = moments.scatter / 19 + 0.01 * torch.eye(4)
     assert torch.equal(mean, moments.mean)
     assert torch.equal(factor, factor.tril())
@@ -190,7 +190,7 @@ def test_the_precision_factor_is_lower_triangular_and_squares_to_the_inverse_cov
 
 def test_the_mean_has_distance_zero_and_fitting_leaves_the_moments_alone() -> None:
     moments = moments_of(embeddings(0))
-    mean, factor = fit_gaussian(moments, shrinkage=0.01)
+    mean, factor = fit_gaussian(moments, 0.01)
     picture = mean.t().reshape(1, 4, 2, 3)
     assert float(mahalanobis(picture, mean, factor).max()) == 0
     mean.zero_()
@@ -215,6 +215,15 @@ def test_a_map_of_another_size_is_not_scored() -> None:
         gaussian.score(embeddings(0, size=(3, 2)))
     with pytest.raises(ValueError, match=r"mean \(6, 4\) and precision factor \(6, 4, 4\) do not fit a map of 2 x 2"):
         Gaussian(gaussian.mean, gaussian.precision_factor, 2, 2)
+
+
+def test_pooling_mixes_in_the_mean_covariance_over_locations() -> None:
+    moments = moments_of(embeddings(0))
+    covariances = np.stack([np.cov(embeddings(0)[:, :, p // 3, p % 3].numpy(), rowvar=False) for p in range(6)])
+    np.testing.assert_allclose(pooled_covariance(moments), covariances.mean(axis=0), rtol=1e-4, atol=1e-4)
+    mixed = 0.7 * covariances + 0.3 * covariances.mean(axis=0) + 0.05 * np.eye(4)
+    _, factor = fit_gaussian(moments, 0.05, pooling=0.3)
+    np.testing.assert_allclose(np.linalg.inv((factor.mT @ factor).double()), mixed, rtol=1e-3, atol=1e-3)
 
 
 # Packing

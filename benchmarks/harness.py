@@ -1,0 +1,101 @@
+"""What the benchmarks share: one category trained and measured in this process, without Ray, and how results are printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from focus_ray.bundle import Bundle, git_commit, library_versions
+from focus_ray.config import Config, parse_config
+from focus_ray.dataset import ingest, list_categories
+from focus_ray.fit import FitResult, build_detector, fit
+from focus_ray.inspector import Inspector
+from focus_ray.training import build_shard, iter_test_records, plan_category
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="folder of images in a shape that ingest knows, or a Parquet set")
+    parser.add_argument("--categories", nargs="+", help="only these")
+    parser.add_argument("--weights", default="default", help="model.weights: 'default', a file or a URI")
+    parser.add_argument("--backbone", default="resnet18")
+    parser.add_argument("--image-size-px", type=int, default=224)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--work", default="scratch/benchmarks", help="where a folder of images is ingested to")
+
+
+def open_data(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """The Parquet set, ingested first where a folder of images was given, and the categories to run."""
+    uri = arguments.data
+    if "://" not in uri and not any(Path(uri).glob("category=*")):
+        uri = str(Path(arguments.work) / "data")
+        report = ingest(arguments.data, uri, categories=arguments.categories, progress=False)
+        print(report)
+    return uri, list(arguments.categories or list_categories(uri))
+
+
+def base_tree(arguments: argparse.Namespace, uri: str) -> dict[str, Any]:
+    return {
+        "data": {"uri": uri},
+        "model": {
+            "backbone": arguments.backbone,
+            "weights": arguments.weights,
+            "image_size_px": arguments.image_size_px,
+        },
+    }
+
+
+def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings joined, later ones over earlier ones."""
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def fit_category(config: Config, category: str, device: str) -> tuple[FitResult, Inspector]:
+    """Trains one category in this process and gives an inspector of it."""
+    plan = plan_category(config, category)
+    shard = build_shard(config, category, plan, rank=0, num_workers=1)
+    result = fit(config, shard, len(plan["fit_rows"]), torch.device(device), log=print)
+    detector = build_detector(config, result.net, result.reduction, result.statistics)
+    bundle = Bundle({"category": category, "sha256": ""}, config, detector, result.calibration)
+    return result, Inspector(bundle, device)
+
+
+def run(tree: Mapping[str, Any], category: str, device: str) -> tuple[FitResult, Inspector, dict[str, Any]]:
+    """Trains and evaluates one category."""
+    config = parse_config(dict(tree))
+    result, inspector = fit_category(config, category, device)
+    return result, inspector, inspector.evaluate(iter_test_records(config.data.uri, category))
+
+
+def environment(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {
+        "commit": git_commit(),
+        "device": name,
+        "num_threads": torch.get_num_threads(),
+        "versions": library_versions(),
+    }
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for row in rows:
+        cells = (f"{cell:.4f}" if isinstance(cell, float) else "-" if cell is None else str(cell) for cell in row)
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def print_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> None:
+    """The one JSON line that closes a benchmark's output."""
+    line = {"benchmark": benchmark, **environment(arguments.device), "arguments": vars(arguments), "samples": samples}
+    print(json.dumps(line))
