@@ -75,6 +75,17 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_argument("--actors", type=int, default=1, help="models that score side by side (default: 1)")
     batch.set_defaults(run=_inspect_batch)
 
+    update = commands.add_parser("update", help="take images into or out of a bundle's density, or join another site's")
+    update.add_argument("bundle")
+    update.add_argument("output", help="where the changed bundle goes; may be the bundle itself")
+    update.add_argument("--add", metavar="DATA", help="ingested set whose normal training images are taken in")
+    update.add_argument(
+        "--remove", metavar="DATA", help="ingested set whose normal training images are taken out again"
+    )
+    update.add_argument("--join", metavar="BUNDLE", help="bundle of the same network whose statistics are added")
+    update.add_argument("--calibrate", metavar="DATA", help="ingested set of normal images for the new thresholds")
+    update.set_defaults(run=_update)
+
     samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")
     samples.add_argument("folder")
     samples.add_argument("--seed", type=int, default=0)
@@ -210,6 +221,18 @@ def _inspect_batch(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(counts, indent=1))
     return EXIT_ERROR if any(count["num_errors"] for count in counts.values()) else 0
+
+
+def _update(arguments: argparse.Namespace) -> int:
+    from focus_ray.errors import DataError
+    from focus_ray.update import update_bundle
+
+    changes = {key: getattr(arguments, key) for key in ("add", "remove", "join")}
+    if not any(changes.values()):
+        raise DataError("nothing to change: give --add, --remove or --join")
+    manifest = update_bundle(arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate)
+    print(f"{arguments.output}\t{manifest['moments']['count']} images\t{manifest['sha256']}")
+    return 0
 
 
 def _samples(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ relatives (RegAD, SimSiam, PaDiM), [ours] a choice of this project.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any, Literal
@@ -218,6 +219,28 @@ class ScoringConfig(_Model):
     )
 
 
+class SelectionConfig(_Model):
+    """Choosing by normal images alone: whether to align, and which epoch's network to keep [ours].
+
+    Candidates are scored on normal images held out for this, against the same images with synthetic defects.
+    """
+
+    enabled: bool = Field(
+        default=False, description="Costs a share of the training images and a density pass a candidate."
+    )
+    fraction: float = Field(
+        default=0.1,
+        gt=0.0,
+        lt=1.0,
+        description="Share of the normal training images to judge on; they join the density when all is chosen.",
+    )
+    max_images: int = Field(default=64, ge=2, description="Judges on so many at most.")
+    every_epochs: int = Field(default=1, ge=1, description="Epochs between two validations.")
+    margin: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="What a later epoch's score must gain on the kept one's."
+    )
+
+
 class CalibrationConfig(_Model):
     """Thresholds and p-values from normal images that the density has not seen."""
 
@@ -256,6 +279,7 @@ class Config(_Model):
     train: TrainConfig = TrainConfig()
     density: DensityConfig = DensityConfig()
     scoring: ScoringConfig = ScoringConfig()
+    selection: SelectionConfig = SelectionConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -315,10 +339,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
-            pass
     for part in parts[:-1]:
         child = tree.setdefault(part, {})
         if not isinstance(child, dict):

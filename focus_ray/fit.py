@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.calibration import Calibration, CalibrationBuilder
 from focus_ray.config import Config
+from focus_ray.congealing import CongealingAligner
 from focus_ray.density import Statistics, build_density, sample_positions
 from focus_ray.errors import DataError
 from focus_ray.gaussian import Moments
@@ -28,10 +32,12 @@ from focus_ray.loop import (
     epoch_batches,
     statistics_pass,
     train_epoch,
+    validation_pass,
     world_size,
 )
 from focus_ray.model import ChannelReduction, FocusNet
 from focus_ray.scoring import Detector
+from focus_ray.selection import validation_images
 
 
 class Shard(Protocol):
@@ -43,6 +49,9 @@ class Shard(Protocol):
     def fit_batches(self, fold: int | None = None) -> Iterable[Tensor]:
         """Every image of the share once, or those of one fold of the cross calibration."""
 
+    def validation_batches(self) -> Iterable[Tensor]:
+        """Every image of the share that selection judges on, once."""
+
     def holdout_batches(self) -> Iterable[Tensor]:
         """Every held-out image of the share once."""
 
@@ -52,14 +61,20 @@ class MemoryShard:
 
     Args:
         images: (N, S, S, 3) uint8, for training and density.  folds: (N,) their fold numbers, for cross calibration.
-        holdout: (M, S, S, 3) uint8, for calibration.
+        holdout: (M, S, S, 3) uint8, for calibration.  validation: (V, S, S, 3) uint8, for label-free selection.
     """
 
     def __init__(
-        self, images: Tensor, holdout: Tensor | None = None, folds: Tensor | None = None, batch_size: int = 32
+        self,
+        images: Tensor,
+        holdout: Tensor | None = None,
+        folds: Tensor | None = None,
+        batch_size: int = 32,
+        validation: Tensor | None = None,
     ) -> None:
         self.images, self.batch_size = images, batch_size
         self.holdout = images[:0] if holdout is None else holdout
+        self.validation = images[:0] if validation is None else validation
         self.folds = folds
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -72,6 +87,9 @@ class MemoryShard:
                 raise ValueError("cross calibration needs the images' fold numbers")
             images = images[self.folds == fold]
         yield from (batch for batch in images.split(self.batch_size) if len(batch))
+
+    def validation_batches(self) -> Iterator[Tensor]:
+        yield from (batch for batch in self.validation.split(self.batch_size) if len(batch))
 
     def holdout_batches(self) -> Iterator[Tensor]:
         yield from (batch for batch in self.holdout.split(self.batch_size) if len(batch))
@@ -89,6 +107,7 @@ class FitResult:
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    selection: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -124,7 +143,7 @@ def fit(
     on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> FitResult:
-    """Trains, adds up the moments and calibrates.
+    """Aligns, trains, adds up the statistics and calibrates.
 
     Args:
         num_images: training images of all workers together.
@@ -138,52 +157,16 @@ def fit(
     torch.manual_seed(config.train.seed)
     net = FocusNet(config.model) if net is None else net
     net = net.to(device).to(memory_format=torch.channels_last)
-    history: list[dict[str, float]] = []
-    seconds: dict[str, float] = {}
-    warnings: list[str] = []
-    offset = num_images * rank // world_size()
-    start = time.perf_counter()
-    alignment = None
-    if state is None:
-        chosen = sample_positions(num_images, config.model.image_alignment.max_images)
-        alignment = aligner_pass(net, shard.fit_batches(), device, chosen, offset, config.train.seed)
+    run = _Run(config, net, shard, num_images, device, rank, log)
+    if state is not None:
+        run.restore(state)
     else:
-        net.load_state_dict(state["net"])
-        alignment = state["alignment"]
-    if alignment is not None:
-        turned = "on" if alignment["enabled"] else "off: no gain worth it"
-        log(f"image alignment {turned} (pairwise L2 of held-out images falls by {alignment['drop']:.0%})")
-    seconds["alignment"] = time.perf_counter() - start
-    start = time.perf_counter()
-    if config.train.epochs:
-        keep_alignment = {"alignment": alignment}
-        _train(
-            config, net, shard, num_images, device, rank, wrap, state, on_epoch, log, history, warnings, keep_alignment
-        )
-    seconds["train"] = time.perf_counter() - start
-    net.eval()
-    reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
-    start = time.perf_counter()
-    bank = sample_positions(num_images, config.density.max_images) if config.density.kind == "nearest" else None
-    cross = config.calibration.method == "cross"
-    if cross:
-        folds = [
-            statistics_pass(net, reduction, shard.fit_batches(fold), device, None if bank is None else _Everything())
-            for fold in range(config.calibration.num_folds)
-        ]
-        folds = [part for part in folds if part.moments.count]
-        statistics = _join_all(folds)
-    else:
-        statistics = statistics_pass(net, reduction, shard.fit_batches(), device, bank, offset)
-    seconds["statistics"] = time.perf_counter() - start
-    start = time.perf_counter()
-    if cross:
-        builder = _cross_calibrate(config, net, reduction, shard, folds, device)
-    else:
-        detector = build_detector(config, net, reduction, statistics)
-        builder = calibration_pass(detector, shard.holdout_batches(), config.calibration, device)
-    seconds["calibration"] = time.perf_counter() - start
-    return FitResult(net, reduction, statistics, builder.finish(), alignment, history, seconds, warnings)
+        with run.timed("alignment"):
+            run.align()
+    with run.timed("train"):
+        if config.train.epochs:
+            run.train(wrap, state, on_epoch)
+    return run.finish()
 
 
 def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, statistics: Statistics) -> Detector:
@@ -191,87 +174,232 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
     return Detector(net, reduction, build_density(config.density, statistics), config.scoring)
 
 
-def _train(
-    config: Config,
-    net: FocusNet,
-    shard: Shard,
-    num_images: int,
-    device: torch.device,
-    rank: int,
-    wrap: Callable[[torch.nn.Module], Any] | None,
-    state: dict[str, Any] | None,
-    on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None,
-    log: Callable[[str], None],
-    history: list[dict[str, float]],
-    warnings: list[str],
-    keep: dict[str, Any],
-) -> None:
-    train = config.train
-    steps = Steps.agree(num_images, world_size(), train.batch_size_per_worker)
-    objective = Objective(net, train)
-    if not any(parameter.requires_grad for parameter in net.parameters()):
-        raise DataError(
-            "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
-        )
-    optimizer = build_optimizer(net, train)
-    schedule = build_schedule(optimizer, train, steps.steps)
-    first = 0
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first = int(state["epoch"]) + 1
-        history.extend(state["history"])
-    parallel = objective if wrap is None else wrap(objective)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    autocast = train.precision == "bf16" or (train.precision == "auto" and bf16)
-    for epoch in range(first, train.epochs):
-        net.train()
-        generator = torch.Generator().manual_seed((train.seed * 1_000_003 + epoch) * 4099 + rank)
+class _Run:
+    """One category's way from images to a result; state that its stages share."""
+
+    def __init__(
+        self,
+        config: Config,
+        net: FocusNet,
+        shard: Shard,
+        num_images: int,
+        device: torch.device,
+        rank: int,
+        log: Callable[[str], None],
+    ) -> None:
+        self.config, self.net, self.shard, self.num_images = config, net, shard, num_images
+        self.device, self.rank, self.log = device, rank, log
+        self.offset = num_images * rank // world_size()
+        self.reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
+        self.history: list[dict[str, float]] = []
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.alignment: dict[str, Any] | None = None
+        self.selection: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # network of the best validation score so far
+        self.validation = self._validation_set()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-        batches = shard.train_batches(steps.batch_size, steps.steps, generator)
-        figures = train_epoch(parallel, batches, optimizer, schedule, train, device, generator, autocast)
-        figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
-        history.append(figures)
-        log(f"epoch {epoch + 1}/{train.epochs}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+    # ---- label-free selection
+    def _validation_set(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
+        """This worker's held-out normals and their synthetic defects; None where nothing is selected."""
+        if not self.config.selection.enabled:
+            return None
+        normals = list(self.shard.validation_batches())
+        if not normals:
+            size = self.config.model.image_size_px
+            return np.empty((0, size, size, 3), np.uint8), np.empty((0, size, size), bool)
+        return validation_images(torch.cat(normals).numpy(), seed=self.config.train.seed * 1009 + self.rank)
+
+    def validate(self, what: dict[str, Any]) -> float | None:
+        """The validation score of the network as it is, noted with what it is; None where nothing is selected."""
+        if self.validation is None:
+            return None
+        detector = build_detector(self.config, self.net, self.reduction, self._statistics())
+        images, masks = self.validation
+        figures = validation_pass(detector, images, masks)
+        self.selection.append({**what, **figures})
+        self.log(
+            ", ".join(f"{key} {value}" for key, value in what.items())
+            + f": validation score {figures['score']:.4f} (image AUROC {figures['image_auroc']:.4f}, "
+            f"AUPRO {figures['aupro']:.4f}, against synthetic defects)"
+        )
+        return figures["score"]
+
+    # ---- image alignment
+    def align(self) -> None:
+        """Fits the image aligner; with selection on, keeps it only if it validates better than none does."""
+        chosen = sample_positions(self.num_images, self.config.model.image_alignment.max_images)
+        found = aligner_pass(
+            self.net, self.shard.fit_batches(), self.device, chosen, self.offset, self.config.train.seed
+        )
+        if found is None:
+            return
+        self.alignment = found
+        if found["enabled"] and self.validation is not None:
+            aligner = self.net.image_aligner
+            assert isinstance(aligner, CongealingAligner)
+            group = self.config.model.image_alignment.group
+            aligned = self.validate({"image_alignment": group})
+            aligner.enabled.fill_(False)
+            plain = self.validate({"image_alignment": "none"})
+            assert aligned is not None
+            assert plain is not None
+            found["enabled"] = aligned > plain
+            aligner.enabled.fill_(found["enabled"])
+        turned = "on" if found["enabled"] else "off"
+        self.log(f"image alignment {turned} (pairwise L2 of held-out images falls by {found['drop']:.0%})")
+
+    # ---- training
+    def restore(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.alignment, self.selection, self.best = state["alignment"], state["selection"], state["best"]
+        self.history.extend(state["history"])
+
+    def train(
+        self,
+        wrap: Callable[[torch.nn.Module], Any] | None,
+        state: dict[str, Any] | None,
+        on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None,
+    ) -> None:
+        train, net = self.config.train, self.net
+        steps = Steps.agree(self.num_images, world_size(), train.batch_size_per_worker)
+        objective = Objective(net, train)
+        if not any(parameter.requires_grad for parameter in net.parameters()):
+            raise DataError(
+                "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
+            )
+        optimizer = build_optimizer(net, train)
+        schedule = build_schedule(optimizer, train, steps.steps)
+        first = 0
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            first = int(state["epoch"]) + 1
+        else:
+            self._keep_best(-1)
+        parallel = objective if wrap is None else wrap(objective)
+        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        autocast = train.precision == "bf16" or (train.precision == "auto" and bf16)
+        for epoch in range(first, train.epochs):
+            net.train()
+            generator = torch.Generator().manual_seed((train.seed * 1_000_003 + epoch) * 4099 + self.rank)
+            start = time.perf_counter()
+            batches = self.shard.train_batches(steps.batch_size, steps.steps, generator)
+            figures = train_epoch(parallel, batches, optimizer, schedule, train, self.device, generator, autocast)
+            figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
+            self._note(figures)
+            every = self.config.selection.every_epochs
+            if (epoch + 1) % every == 0 or epoch + 1 == train.epochs:
+                self._keep_best(epoch)
+            if on_epoch is not None:
+
+                def snapshot(epoch: int = epoch) -> dict[str, Any]:
+                    return {
+                        "net": net.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "epoch": epoch,
+                        "history": list(self.history),
+                        "alignment": self.alignment,
+                        "selection": list(self.selection),
+                        "best": self.best,
+                    }
+
+                on_epoch(epoch, figures, snapshot)
+        if self.best is not None:
+            net.load_state_dict(self.best["net"])
+            self.log(f"kept the network after epoch {self.best['epoch'] + 1} of {train.epochs} (0: untrained)")
+
+    def _note(self, figures: dict[str, float]) -> None:
+        """Keeps and logs an epoch's figures, with a warning where they show a collapse."""
+        self.history.append(figures)
+        epoch, epochs = int(figures["epoch"]) + 1, self.config.train.epochs
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "epoch")
+        self.log(f"epoch {epoch}/{epochs}: {shown}")
         if collapsed(figures):
             message = (
-                f"epoch {epoch + 1}: the features have collapsed (std {figures['feature_std']:.3g} of an even spread, "
+                f"epoch {epoch}: the features have collapsed (std {figures['feature_std']:.3g} of an even spread, "
                 f"effective rank {figures['effective_rank']:.1f}): lower train.learning_rate or train.lambda_fine"
             )
-            warnings.append(message)
-            log(f"WARNING: {message}")
-        if on_epoch is not None:
+            self.warnings.append(message)
+            self.log(f"WARNING: {message}")
 
-            def snapshot(epoch: int = epoch) -> dict[str, Any]:
-                return {
-                    "net": net.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "epoch": epoch,
-                    "history": list(history),
-                    **keep,
-                }
+    def _keep_best(self, epoch: int) -> None:
+        """Validates the network; keeps a copy where it beats what was kept by the margin. Epoch -1 is the untrained."""
+        self.net.eval()
+        score = self.validate({"epoch": epoch + 1})
+        if score is None:
+            return
+        if self.best is None or score > self.best["score"] + self.config.selection.margin:
+            network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
+            self.best = {"epoch": epoch, "score": score, "net": network}
 
-            on_epoch(epoch, figures, snapshot)
+    # ---- density and calibration
+    def _statistics(self) -> Statistics:
+        """Of the training images."""
+        self.net.eval()
+        config = self.config.density
+        kept = sample_positions(self.num_images, config.max_images) if config.kind == "nearest" else None
+        return statistics_pass(self.net, self.reduction, self.shard.fit_batches(), self.device, kept, self.offset)
 
+    def _validation_statistics(self) -> Statistics:
+        """Of the images that selection held out: they join the density once nothing is left to be selected."""
+        kept = range(self.config.density.max_images) if self.config.density.kind == "nearest" else None
+        return statistics_pass(self.net, self.reduction, self.shard.validation_batches(), self.device, kept)
 
-def _cross_calibrate(
-    config: Config,
-    net: FocusNet,
-    reduction: ChannelReduction,
-    shard: Shard,
-    folds: list[Statistics],
-    device: torch.device,
-) -> CalibrationBuilder:
-    """Every training image is scored by the density of the other folds."""
-    joined: CalibrationBuilder | None = None
-    for fold in range(config.calibration.num_folds):
-        others = [part for number, part in enumerate(folds) if number != fold]
-        detector = build_detector(config, net, reduction, _join_all(others))
-        builder = calibration_pass(detector, shard.fit_batches(fold), config.calibration, device)
-        joined = builder if joined is None else joined.merge(builder)
-    assert joined is not None
-    return joined
+    def finish(self) -> FitResult:
+        self.net.eval()
+        folds: list[Statistics] = []
+        with self.timed("statistics"):
+            if self.config.calibration.method == "cross":
+                kept = _Everything() if self.config.density.kind == "nearest" else None
+                for fold in range(self.config.calibration.num_folds):
+                    batches = self.shard.fit_batches(fold)
+                    folds.append(statistics_pass(self.net, self.reduction, batches, self.device, kept))
+                statistics = _join_all(folds)
+            else:
+                statistics = self._statistics()
+            if self.validation is not None:
+                statistics.join(self._validation_statistics())
+            limit = self.config.density.max_images
+            if statistics.bank is not None and len(statistics.bank) > limit:
+                statistics.bank = statistics.bank[sorted(sample_positions(len(statistics.bank), limit))]
+        with self.timed("calibration"):
+            if folds:
+                builder = self._cross_calibrate(folds)
+            else:
+                detector = build_detector(self.config, self.net, self.reduction, statistics)
+                builder = calibration_pass(detector, self.shard.holdout_batches(), self.config.calibration, self.device)
+        return FitResult(
+            self.net,
+            self.reduction,
+            statistics,
+            builder.finish(),
+            self.alignment,
+            self.history,
+            self.seconds,
+            self.warnings,
+            self.selection,
+        )
+
+    def _cross_calibrate(self, folds: list[Statistics]) -> CalibrationBuilder:
+        """Every training image is scored by the density of the other folds."""
+        joined: CalibrationBuilder | None = None
+        for fold, part in enumerate(folds):
+            if not part.moments.count:
+                continue
+            rest = _join_all([other for number, other in enumerate(folds) if number != fold])
+            detector = build_detector(self.config, self.net, self.reduction, rest)
+            builder = calibration_pass(detector, self.shard.fit_batches(fold), self.config.calibration, self.device)
+            joined = builder if joined is None else joined.merge(builder)
+        assert joined is not None
+        return joined
 
 
 class _Everything:

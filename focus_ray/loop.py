@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from focus_ray.calibration import CalibrationBuilder
@@ -22,6 +24,7 @@ from focus_ray.losses import coarse_loss, effective_rank, feature_std, fine_loss
 from focus_ray.model import ChannelReduction, FocusNet, inside_mask
 from focus_ray.nearest import keep
 from focus_ray.scoring import Detector, embed, to_images
+from focus_ray.selection import validation_figures
 
 COLLAPSE_STD = 0.05  # of the L2-normalised features, relative to an even spread: below this a run has collapsed
 
@@ -142,7 +145,7 @@ def train_epoch(
     return {**result, "steps": float(steps), "learning_rate": float(schedule.get_last_lr()[0])}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: statistics are joined in place later
 def statistics_pass(
     net: FocusNet,
     reduction: ChannelReduction,
@@ -252,6 +255,30 @@ def calibration_pass(
         for other in gathered[1:]:
             builder = builder.merge(other)
     return builder
+
+
+@torch.inference_mode()
+def validation_pass(
+    detector: Detector, images: NDArray[np.uint8], masks: NDArray[np.bool_], batch_size: int = 32
+) -> dict[str, float]:
+    """`selection.validation_figures` of the images of all workers, the same on every worker.
+
+    Args:
+        images: (N, S, S, 3) uint8 and masks: (N, S, S) bool, this worker's, from `selection.validation_images`.
+    """
+    scores = [np.empty(0, np.float32)]
+    maps = [np.empty((0, *masks.shape[1:]), np.float32)]
+    for start in range(0, len(images), batch_size):
+        scored = detector(torch.from_numpy(images[start : start + batch_size]))
+        scores.append(scored.score.float().cpu().numpy())
+        maps.append(scored.anomaly_map.float().cpu().numpy())
+    mine = (masks, np.concatenate(scores), np.concatenate(maps))
+    if world_size() == 1:
+        return validation_figures(*mine)
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, mine)
+    all_masks, all_scores, all_maps = zip(*gathered, strict=True)
+    return validation_figures(np.concatenate(all_masks), np.concatenate(all_scores), np.concatenate(all_maps))
 
 
 def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def fuse_batch_norms(module: nn.Module) -> None:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     names = list(module._modules)
-    for first, second in zip(names, names[1:], strict=False):
+    for first, second in itertools.pairwise(names):
         conv, norm = module._modules[first], module._modules[second]
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and conv.out_channels == norm.num_features:
             module._modules[first] = fuse_conv_bn_eval(conv.eval(), norm.eval())

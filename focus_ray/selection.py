@@ -6,16 +6,12 @@ image or label enters it. docs/SELECTION.md says how well it ranks on real defec
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from focus_ray import metrics
 from focus_ray.defects import synthetic_validation_set
 from focus_ray.errors import DataError
-from focus_ray.scoring import Detector
 
 DEFECTS_PER_IMAGE = 3
 
@@ -37,26 +33,14 @@ def validation_images(
     return np.concatenate([normals, defective]), np.concatenate([clean, masks])
 
 
-def validation_score(
-    detector: Detector, images: NDArray[np.uint8], masks: NDArray[np.bool_], batch_size: int = 32
-) -> dict[str, Any]:
-    """Figures of a detector on `validation_images`.
+def validation_figures(
+    masks: NDArray[np.bool_], scores: NDArray[np.float32], maps: NDArray[np.float32]
+) -> dict[str, float]:
+    """How well scores (N,) and maps (N, S, S) find the synthetic defects of masks (N, S, S).
 
     Returns: score, what configurations are ranked by: the mean of image AUROC and AUPRO (limit 0.3); and image_auroc,
         pixel_auroc, pixel_average_precision, aupro.
     """
-    scores, maps = [], []
-    for start in range(0, len(images), batch_size):
-        scored = detector(torch.from_numpy(images[start : start + batch_size]))
-        scores.append(scored.score.float().cpu().numpy())
-        maps.append(scored.anomaly_map.float().cpu().numpy())
-    return validation_figures(masks, np.concatenate(scores), np.concatenate(maps))
-
-
-def validation_figures(
-    masks: NDArray[np.bool_], scores: NDArray[np.float32], maps: NDArray[np.float32]
-) -> dict[str, float]:
-    """See `validation_score`. masks, maps: (N, S, S).  scores: (N,)."""
     labels = masks.any(axis=(1, 2)).astype(int)
     pixels = metrics.pixel_metrics(masks, maps, (0.3,))
     image_auroc = metrics.image_auroc(labels, scores)

@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 def plan_category(config: Config, category: str) -> dict[str, Any]:
     """Which rows of a category train and which are held out; a function of the images and the seed alone.
 
-    Returns: fit_rows and holdout_rows (ascending row numbers), folds (of fit_rows, for cross calibration).
+    Returns: fit_rows, validation_rows and holdout_rows (ascending row numbers), folds (of fit_rows, for cross
+        calibration), fingerprint (of the data).
 
     Raises: DataError: no such category, or too few normal training images.
     """
@@ -49,14 +50,24 @@ def plan_category(config: Config, category: str) -> dict[str, Any]:
     num_holdout = 0
     if config.calibration.method == "split":
         num_holdout = min(len(rows) - 2, max(1, round(config.data.holdout_fraction * len(rows))))
-    held = np.sort(rows[ranked[:num_holdout]])
+    num_validation = 0
+    if config.selection.enabled:
+        wanted = min(config.selection.max_images, round(config.selection.fraction * len(rows)))
+        num_validation = max(2, wanted)
+        if len(rows) - num_holdout - num_validation < 2:
+            raise DataError(
+                f"category {category!r} has {len(rows)} normal training images, of which {num_holdout} calibrate and "
+                f"{num_validation} validate: too few are left; set selection.enabled=false or add images"
+            )
     place = np.empty(len(rows), dtype=np.int64)
     place[ranked] = np.arange(len(rows))
-    kept = place >= num_holdout
+    kept = place >= num_holdout + num_validation
+    validation = (place >= num_holdout) & ~kept
     return {
         "fit_rows": rows[kept].tolist(),
         "folds": (place[kept] % config.calibration.num_folds).tolist(),
-        "holdout_rows": held.tolist(),
+        "validation_rows": rows[validation].tolist(),
+        "holdout_rows": rows[place < num_holdout].tolist(),
         "fingerprint": data_fingerprint(config.data.uri, category),
     }
 
@@ -69,11 +80,11 @@ def slice_of(values: list[int], rank: int, num_workers: int) -> list[int]:
 class StreamShard:
     """A share that is read and decoded anew on every pass, a few images at a time."""
 
-    def __init__(
-        self, config: Config, category: str, rows: list[int], folds: list[int], holdout: list[int], batch_size: int
-    ) -> None:
-        self.config, self.category, self.batch_size = config, category, batch_size
-        self.rows, self.folds, self.holdout = rows, folds, holdout
+    def __init__(self, config: Config, category: str, share: dict[str, list[int]]) -> None:
+        """share: this worker's part of `plan_category`'s lists."""
+        self.config, self.category, self.batch_size = config, category, config.train.batch_size_per_worker
+        self.rows, self.folds = share["fit_rows"], share["folds"]
+        self.validation, self.holdout = share["validation_rows"], share["holdout_rows"]
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
         import ray.train
@@ -102,6 +113,9 @@ class StreamShard:
         rows = self.rows if fold is None else [r for r, f in zip(self.rows, self.folds, strict=True) if f == fold]
         return self._read(rows)
 
+    def validation_batches(self) -> Iterator[Tensor]:
+        return self._read(self.validation)
+
     def holdout_batches(self) -> Iterator[Tensor]:
         return self._read(self.holdout)
 
@@ -127,17 +141,18 @@ def decoded_rows(
 
 def fits_memory(config: Config, plan: dict[str, Any]) -> bool:
     """Whether a worker's share of decoded images stays within data.memory_budget_mb."""
-    num_images = len(plan["fit_rows"]) + len(plan["holdout_rows"])
+    num_images = sum(len(plan[key]) for key in ("fit_rows", "validation_rows", "holdout_rows"))
     share = -(-num_images // config.cluster.num_workers)
     return share * config.model.image_size_px**2 * 3 <= config.data.memory_budget_mb * 2**20
 
 
 def build_shard(config: Config, category: str, plan: dict[str, Any], rank: int, num_workers: int) -> Shard:
     """This worker's share, in memory where it fits."""
-    rows, folds, holdout = (slice_of(plan[key], rank, num_workers) for key in ("fit_rows", "folds", "holdout_rows"))
-    batch_size = config.train.batch_size_per_worker
+    share = {
+        key: slice_of(plan[key], rank, num_workers) for key in ("fit_rows", "folds", "validation_rows", "holdout_rows")
+    }
     if not fits_memory(config, plan):
-        return StreamShard(config, category, rows, folds, holdout, batch_size)
+        return StreamShard(config, category, share)
     size = config.model.image_size_px
 
     def load(numbers: list[int]) -> Tensor:
@@ -148,7 +163,13 @@ def build_shard(config: Config, category: str, plan: dict[str, Any], rank: int, 
             done += len(batch)
         return images
 
-    return MemoryShard(load(rows), load(holdout), torch.tensor(folds), batch_size)
+    return MemoryShard(
+        load(share["fit_rows"]),
+        load(share["holdout_rows"]),
+        torch.tensor(share["folds"]),
+        config.train.batch_size_per_worker,
+        load(share["validation_rows"]),
+    )
 
 
 def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = lambda message: None) -> dict[str, str]:
@@ -169,7 +190,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     if unknown:
         raise DataError(f"{config.data.uri} has no category {', '.join(unknown)}; it has {', '.join(there)}")
     root = join(config.storage, config.name)
-    _claim(config, root, resume)
+    _check_claim(config, root, resume)
     plans = {category: plan_category(config, category) for category in categories}
     for category, plan in plans.items():
         try:
@@ -182,9 +203,9 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         log(f"{category}: already there, {bundles[category]}")
     if todo:
         private = cluster.connect()
-        failed = _run_all(
-            config, root, {c: plans[c] for c in todo}, cluster.concurrent_runs(config.cluster, private), log
-        )
+        limit = cluster.concurrent_runs(config.cluster, private)
+        write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())  # from here on the folder is this run's
+        failed = _run_all(config, root, {c: plans[c] for c in todo}, limit, log)
         if failed:
             raise TrainingError(
                 f"{len(failed)} of {len(categories)} categories failed; "
@@ -348,12 +369,13 @@ def _worker(payload: dict[str, Any]) -> None:
             data={
                 "uri": config.data.uri,
                 "fingerprint": plan["fingerprint"],
-                "num_fit": len(plan["fit_rows"]),
+                "num_fit": result.statistics.moments.count,
                 "num_holdout": len(plan["holdout_rows"]),
             },
             metrics={
                 "history": result.history,
                 "alignment": result.alignment,
+                "selection": result.selection,
                 "seconds": {"load": loading, **result.seconds},
                 "warnings": result.warnings,
                 "num_workers": num_workers,
@@ -400,8 +422,8 @@ def _absolute(config: Config) -> Config:
     )
 
 
-def _claim(config: Config, root: str, resume: bool) -> None:
-    """Makes the run's folder this run's own."""
+def _check_claim(config: Config, root: str, resume: bool) -> None:
+    """Raises: TrainingError: the folder is another run's, or, to resume, one of another configuration."""
     place = join(root, RUN_CONFIG)
     text = config_to_yaml(config)
     if exists(place):
@@ -416,8 +438,6 @@ def _claim(config: Config, root: str, resume: bool) -> None:
                 f"{root}: --resume needs the configuration that it was started with; these lines differ: "
                 + " | ".join(line.strip() for line in changed[:6])
             )
-    else:
-        write_bytes(place, text.encode())
 
 
 def find_bundles(place: str) -> dict[str, str]:

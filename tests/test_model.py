@@ -42,7 +42,6 @@ def aligned_config(batch_norm: str) -> ModelConfig:
     """Every part that trains: both kinds of alignment, projector and predictor."""
     return model_config(
         batch_norm,
-        backbone="efficientnet_lite0",
         image_alignment={"group": "rotation", "method": "localisation"},
         feature_alignment={"layer1": "rotation", "layer2": "translation", "layer3": "similarity"},
     )
@@ -130,13 +129,16 @@ def test_gradients_of_two_workers_are_one_workers_on_the_joined_batch(workers, m
     assert float(loss.detach()) == pytest.approx(np.mean([float(part[f"{mode} loss"]) for part in found]), abs=1e-5)
     for name, parameter in net.named_parameters():
         assert torch.equal(found[0][mode][name], found[1][mode][name])
-        torch.testing.assert_close(found[0][mode][name], parameter.grad, rtol=0, atol=1e-5, msg=name)
+        largest = float(parameter.grad.abs().max())
+        torch.testing.assert_close(
+            found[0][mode][name], parameter.grad, rtol=0, atol=1e-5 * max(1, largest), msg=lambda m, n=name: f"{n}: {m}"
+        )
         # the image aligner stands at the identity, where its last layer alone has a gradient; f's last bias never has
         # one, since g's batch norm takes it out again
         if not name.startswith(
             ("image_aligner.transformer.features", "image_aligner.transformer.head", "projector.6.b")
         ):
-            assert float(parameter.grad.abs().max()) > 1e-6, name
+            assert largest > 1e-6, name
 
 
 def test_alone_the_batch_norm_of_all_workers_is_torchs() -> None:
