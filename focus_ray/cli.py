@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,9 +111,10 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from focus_ray.config import load_config
-    from focus_ray.training import train
 
     config = load_config(arguments.config, arguments.override)
+    from focus_ray.training import train  # seconds of imports, which a misspelt key need not wait for
+
     bundles = train(config, resume=arguments.resume, log=_say)
     for category, bundle in bundles.items():
         print(f"{category}\t{bundle}")
@@ -157,7 +160,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for name in arguments.images:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
             if not found:
                 raise DataError(f"{path}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
             paths += found
@@ -167,6 +170,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             raise DataError(f"{path}: no such file or folder")
     if arguments.overlays:
         Path(arguments.overlays).mkdir(parents=True, exist_ok=True)
+    names = _overlay_names(paths)
     inspector = Inspector.load(arguments.bundle, arguments.device)
     status = 0
     for start in range(0, len(paths), inspector.batch_size):
@@ -177,7 +181,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
                 continue
             line = {"image": str(path), "category": inspector.bundle.category, **found_or_error.to_dict()}
             if arguments.overlays:
-                target = _free_name(Path(arguments.overlays), path, paths)
+                target = Path(arguments.overlays) / names[path]
                 target.write_bytes(encode_png(overlay(decode_image(data, None), found_or_error)))
                 line["overlay"] = str(target)
             print(json.dumps(line))
@@ -188,23 +192,39 @@ def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, by
     """Inspections in order; where a file cannot be used, its reason in place of the inspection."""
     from focus_ray.errors import DataError
 
-    contents = [path.read_bytes() for path in paths]
+    results: list[tuple[Path, bytes, Any]] = []
+    for path in paths:
+        try:
+            results.append((path, path.read_bytes(), None))
+        except OSError as error:
+            results.append((path, b"", f"cannot read the file: {error.strerror or error}"))
+    readable = [number for number, (_, _, reason) in enumerate(results) if reason is None]
     try:
-        return list(zip(paths, contents, inspector.inspect(contents), strict=True))
+        found: list[Any] = inspector.inspect([results[number][1] for number in readable])
     except DataError:
-        results: list[tuple[Path, bytes, Any]] = []
-        for path, content in zip(paths, contents, strict=True):
+        found = []
+        for number in readable:
             try:
-                results.append((path, content, inspector.inspect([content])[0]))
+                found += inspector.inspect([results[number][1]])
             except DataError as error:
-                results.append((path, content, str(error)))
-        return results
+                found.append(str(error))
+    for number, finding in zip(readable, found, strict=True):
+        results[number] = (*results[number][:2], finding)
+    return results
 
 
-def _free_name(folder: Path, path: Path, paths: Sequence[Path]) -> Path:
-    """<stem>.png, with the parent folder's name before it where two images share a stem."""
-    alone = sum(other.stem == path.stem for other in paths) == 1
-    return folder / (f"{path.stem}.png" if alone else f"{'-'.join(path.parts[-3:-1])}-{path.stem}.png")
+def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """<stem>.png; where images share a stem, with their folders' names before it, and a number if that is not enough."""
+    alike = Counter(path.stem for path in set(paths))
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in dict.fromkeys(paths):
+        name = path.stem if alike[path.stem] == 1 else "-".join([*path.parts[-3:-1], path.stem])
+        numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        name = next(candidate for candidate in numbered if candidate not in taken)
+        taken.add(name)
+        names[path] = f"{name}.png"
+    return names
 
 
 def _inspect_batch(arguments: argparse.Namespace) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 
 from focus_ray.bundle import write_bundle
 from focus_ray.config import Config, parse_config
-from focus_ray.dataset import ingest
+from focus_ray.dataset import SCHEMA, ingest
 from focus_ray.fit import FitResult, fit
 from focus_ray.samples import write_samples
 from focus_ray.storage import join
@@ -71,3 +72,13 @@ def make_bundle(config: Config, category: str = "gear") -> str:
         metrics={"history": result.history},
     )
     return place
+
+
+def spoil_an_image(uri: str, category: str, row: int) -> None:
+    """Puts bytes that are no image in a row's place, leaving all else as it was."""
+    (path,) = (Path(uri) / f"category={category}").glob("part-*.parquet")
+    table = pq.read_table(path, partitioning=None)
+    images = table["image"].to_pylist()
+    images[row] = b"not an image"
+    table = table.set_column(table.schema.get_field_index("image"), SCHEMA.field("image"), [images])
+    pq.write_table(table, path, compression="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -208,7 +209,7 @@ def test_a_changed_manifest_is_refused(bundle: Path) -> None:
     with pytest.raises(BundleError, match=rf"{MANIFEST}: changed since it was written \(its hash differs\)"):
         read_bundle(bundle)
     path.write_text(text[:-1])
-    with pytest.raises(BundleError, match="not valid JSON .*: the bundle is damaged; fetch it again"):
+    with pytest.raises(BundleError, match=r"not valid JSON .*: the bundle is damaged; fetch it again"):
         read_bundle(bundle)
     for other in ("[]", "{}", '{"format": "another"}'):
         path.write_text(other)
@@ -224,17 +225,15 @@ def test_no_changed_byte_of_a_manifest_goes_unnoticed(bundle: Path) -> None:
         changed = bytearray(original)
         changed[position] ^= 1
         path.write_bytes(changed)
-        try:
+        with contextlib.suppress(BundleError):
             assert read_manifest(bundle) == manifest  # white space, at most
-        except BundleError:
-            pass
 
 
 def test_another_format_version_is_refused(bundle: Path) -> None:
     path = bundle / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
     with pytest.raises(
-        BundleError, match="bundle format 99, this focus_ray .* reads 1: install the version that wrote it"
+        BundleError, match=r"bundle format 99, this focus_ray .* reads 1: install the version that wrote it"
     ):
         read_bundle(bundle)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,9 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
         for aligner in net.feature_aligners.values():  # away from the identity, or no gradient reaches its first layers
             nn.init.normal_(aligner.parameters_out.weight, std=0.02)
         torch.save(net.state_dict(), folder / f"{mode}.pth")
-    mp.spawn(worker, (str(folder),), nprocs=WORKERS)
+    # one process imports for both; DDP alone takes seconds, since it imports torch's compiler
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.nn.parallel", "torchvision", "focus_ray.fit"])
+    mp.start_processes(worker, (str(folder),), nprocs=WORKERS, start_method="forkserver")
     return folder, [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in range(WORKERS)]
 
 

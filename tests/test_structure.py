@@ -30,6 +30,7 @@ ORDER = (
     "calibration",
     "samples",
     "defects",
+    "selection",
     "scoring",
     "loop",
     "fit",
@@ -39,6 +40,7 @@ ORDER = (
     "cluster",
     "training",
     "tuning",
+    "update",
     "batch",
     "report",
     "cli",
@@ -71,15 +73,13 @@ def imports_of(path: Path) -> list[tuple[int, str]]:
     return found
 
 
-def test_every_module_has_its_place_in_the_order() -> None:
-    assert {name_of(path) for path in MODULES} <= set(ORDER), "give the new module a place in ORDER"
-
-
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_point_one_way_only(path: Path) -> None:
-    above = ORDER[: ORDER.index(name_of(path))]
+    name = name_of(path)
+    assert name in ORDER, "give the new module its place in ORDER"
+    above = ORDER[: ORDER.index(name)]
     wrong = [
-        f"{name_of(path)}:{line} -> {target}"
+        f"{name}:{line} -> {target}"
         for line, target in imports_of(path)
         if target.startswith("focus_ray.") and target.removeprefix("focus_ray.") not in above
     ]

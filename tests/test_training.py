@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from small_set import NUM_TEST, NUM_TRAIN, draw_parts, fit_alone, ingest_parts, small_config
+from small_set import NUM_TEST, NUM_TRAIN, draw_parts, fit_alone, ingest_parts, small_config, spoil_an_image
 from torch import Tensor
 
 from focus_ray.bundle import read_bundle, read_manifest, read_statistics
 from focus_ray.config import Config
-from focus_ray.dataset import SCHEMA, ingest, read_index
+from focus_ray.dataset import ingest, read_index
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fit import FitResult, Steps, build_detector, fit
 from focus_ray.gaussian import Moments
@@ -54,12 +53,9 @@ def case_config(data: str, case: tuple[str, str]) -> Config:
     )
 
 
-def test_images(data: str) -> Tensor:
+def images_to_score(data: str) -> Tensor:
     rows = read_index(data, "gear", split="test")["row"].to_pylist()
     return torch.cat([torch.from_numpy(batch) for batch in decoded_rows(data, "gear", rows, 64)])
-
-
-test_images.__test__ = False  # type: ignore[attr-defined]
 
 
 def relative(one: Tensor, other: Tensor) -> float:
@@ -168,7 +164,7 @@ def summary(config: Config, result: FitResult, data: str) -> dict[str, Any]:
         "count": moments.count,
         "mean": moments.mean,
         "scatter": moments.scatter,
-        "scores": detector(test_images(data)).score,
+        "scores": detector(images_to_score(data)).score,
         "threshold": result.calibration.image_threshold,
         "aligned": result.alignment is not None and result.alignment["enabled"],
     }
@@ -249,7 +245,7 @@ def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, data:
     assert [entry["epoch"] for entry in bundle.manifest["metrics"]["history"]] == [0, 1]
     assert bundle.manifest["metrics"]["num_workers"] == 2
     assert bundle.manifest["moments"]["count"] == bundle.manifest["data"]["num_fit"] == 19
-    scored = bundle.detector(test_images(data))
+    scored = bundle.detector(images_to_score(data))
     assert scored.anomaly_map.shape == (NUM_TEST, 64, 64)
     assert bool((scored.score > 0).all())
 
@@ -262,7 +258,7 @@ def test_ray_train_gives_what_two_plain_processes_give(
     moments = read_statistics(f"{runs}/small/bundles/gear").moments
     assert relative(plain["mean"], moments.mean) <= 1e-6
     assert relative(plain["scatter"], moments.scatter) <= 1e-6
-    scores = read_bundle(f"{runs}/small/bundles/gear").detector(test_images(data)).score
+    scores = read_bundle(f"{runs}/small/bundles/gear").detector(images_to_score(data)).score
     assert relative(plain["scores"], scores) <= 1e-5
 
 
@@ -406,17 +402,6 @@ def test_two_nodes_train_one_model(data: str, runs: Path) -> None:
 
 
 # Several categories, and failures
-
-
-def spoil_an_image(data: str, category: str, row: int) -> None:
-    """Puts bytes that are no image in a row's place, leaving all else as it was."""
-    (path,) = (Path(data) / f"category={category}").glob("part-*.parquet")
-    table = pq.read_table(path, partitioning=None)
-    images = table["image"].to_pylist()
-    images[row] = b"not an image"
-    column = table.schema.get_field_index("image")
-    table = table.set_column(column, SCHEMA.field("image"), [images])
-    pq.write_table(table, path, compression="none")
 
 
 @pytest.mark.ray

@@ -1,0 +1,118 @@
+"""A plain PatchCore beside the default configuration: accuracy and fit time on the same images, weights and machine.
+
+    python -m benchmarks.patchcore --data MVTEC_ROOT --weights resnet18.pth --categories screw
+
+PatchCore as its paper describes it (arXiv 2106.08265): layers 2 and 3, averaged over 3x3, on layer 2's places; a greedy
+k-centre coreset of 1 % of all patches, chosen in a random projection to 128 dimensions; distance to the nearest patch kept;
+bilinear, smoothing of 4 px, maximum. It is a reference to measure against, not part of the product. Both are given every
+normal training image but those held out for calibration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table, run
+from focus_ray.backbone import Backbone, build_backbone
+from focus_ray.config import parse_config
+from focus_ray.fit import MemoryShard
+from focus_ray.images import decode_image, decode_mask
+from focus_ray.inspector import evaluation_size, resize_map, summarise
+from focus_ray.scoring import to_images, upsample_and_smooth
+from focus_ray.training import build_shard, iter_test_records, plan_category
+
+
+def patches(backbone: Backbone, images: Tensor) -> Tensor:
+    """(B, 3, S, S) in 0..1 -> (B, (S/8)^2, C2 + C3)."""
+    spec = backbone.spec
+    mean = torch.tensor(spec.mean, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(spec.std, device=images.device).view(1, 3, 1, 1)
+    _, second, third = backbone((images - mean) / std)
+    second, third = (F.avg_pool2d(level, 3, 1, 1) for level in (second, third))
+    third = F.interpolate(third, size=second.shape[2:], mode="bilinear", align_corners=False)
+    return torch.cat([second, third], dim=1).flatten(2).transpose(1, 2)
+
+
+def greedy_coreset(bank: Tensor, share: float, seed: int) -> Tensor:
+    """Rows of (N, C) chosen one by one, each the farthest from those before it."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    projection = torch.randn(bank.shape[1], 128, generator=generator).to(bank.device)
+    points = bank @ projection
+    norms = points.square().sum(dim=1)
+    chosen = [int(torch.randint(len(bank), (1,), generator=generator))]
+    distance = torch.full((len(bank),), torch.inf, device=bank.device)
+    for _ in range(max(1, int(share * len(bank))) - 1):
+        last = points[chosen[-1]]
+        distance = torch.minimum(distance, norms - 2 * (points @ last))
+        chosen.append(int((distance + 0).argmax()))
+    return bank[torch.tensor(chosen, device=bank.device)]
+
+
+@torch.inference_mode()
+def patchcore(tree: dict[str, Any], category: str, device: str, seed: int) -> dict[str, Any]:
+    config = parse_config(tree)
+    plan = plan_category(config, category)
+    shard = build_shard(config, category, plan, 0, 1)
+    assert isinstance(shard, MemoryShard)
+    backbone = build_backbone(config.model.backbone, config.model.weights).eval().to(device)
+    backbone = backbone.to(memory_format=torch.channels_last)
+    start = time.perf_counter()
+    bank = torch.cat([patches(backbone, to_images(batch, device)).flatten(0, 1) for batch in shard.fit_batches()])
+    features_s = time.perf_counter() - start
+    coreset = greedy_coreset(bank, 0.01, seed)
+    fit_s = time.perf_counter() - start
+    size = config.model.image_size_px
+    spread = upsample_and_smooth(size // 8, size, config.scoring.smoothing_sigma_px).to(device)
+    labels, types, scores, maps, masks = [], [], [], [], []
+    for record in iter_test_records(config.data.uri, category):
+        image = torch.from_numpy(decode_image(record["image"], size))[None]
+        nearest = torch.cdist(patches(backbone, to_images(image, device))[0], coreset).amin(dim=1)
+        anomaly_map = (spread @ nearest.view(size // 8, size // 8) @ spread.t()).cpu().numpy()
+        height, width = evaluation_size(record["height"], record["width"], 512)
+        labels.append(record["label"])
+        types.append(record["defect_type"])
+        scores.append(float(anomaly_map.max()))
+        maps.append(resize_map(anomaly_map, height, width))
+        known = record["mask"] is not None
+        empty = decode_mask(record["mask"], height, width) if known else maps[-1] < -1
+        masks.append(empty)
+    figures = summarise(labels, types, scores, maps, masks, 0.0, 0.05)
+    return {**figures, "fit_s": fit_s, "features_s": features_s}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    uri, categories = open_data(arguments)
+    tree = {**base_tree(arguments, uri), "train": {"seed": arguments.seed}}
+    rows, samples = [], []
+    for category in categories:
+        result, _, ours = run(tree, category, arguments.device)
+        seconds = result.seconds
+        other = patchcore(tree, category, arguments.device, arguments.seed)
+        ours_s = seconds["alignment"] + seconds["statistics"]
+        rows.append([category, "ours", *(ours[k] for k in ("image_auroc", "pixel_auroc", "aupro_0.3")), ours_s])
+        rows.append(
+            [
+                category,
+                "PatchCore 1 %",
+                *(other[k] for k in ("image_auroc", "pixel_auroc", "aupro_0.3")),
+                other["fit_s"],
+            ]
+        )
+        samples.append({"category": category, "ours": ours, "seconds": seconds, "patchcore": other})
+    print()
+    print_table(("category", "method", "image AUROC", "pixel AUROC", "AUPRO 0.3", "fit, s (with features)"), rows)
+    print_json("patchcore", arguments, samples)
+
+
+if __name__ == "__main__":
+    main()
