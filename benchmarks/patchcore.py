@@ -48,9 +48,9 @@ def greedy_coreset(bank: Tensor, share: float, seed: int) -> Tensor:
     chosen = [int(torch.randint(len(bank), (1,), generator=generator))]
     distance = torch.full((len(bank),), torch.inf, device=bank.device)
     for _ in range(max(1, int(share * len(bank))) - 1):
-        last = points[chosen[-1]]
-        distance = torch.minimum(distance, norms - 2 * (points @ last))
-        chosen.append(int((distance + 0).argmax()))
+        last = chosen[-1]
+        distance = torch.minimum(distance, norms - 2 * (points @ points[last]) + norms[last])
+        chosen.append(int(distance.argmax()))
     return bank[torch.tensor(chosen, device=bank.device)]
 
 

@@ -227,6 +227,8 @@ def _lite0_key(key: str) -> str | None:
         return f"layer1.0.norm.{rest}"
     if part == "_blocks":
         number, _, rest = rest.partition(".")
+        if not number.isdigit():
+            return key
         block = int(number)
         if block >= _LITE0_STARTS[3]:
             return None

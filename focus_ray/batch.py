@@ -76,6 +76,8 @@ def inspect_dataset(
     for category in bundles:
         if list_names(join(output, f"category={category}")):
             raise DataError(f"{output}/category={category} holds results already: give another --output, or remove it")
+    import ray.data
+
     cluster.connect()
     gpus = 1 if cluster.has_gpus() else 0
     counts = {}
@@ -84,7 +86,7 @@ def inspect_dataset(
         results = dataset.map_batches(
             BatchScorer,
             fn_constructor_args=(bundle,),
-            concurrency=num_actors,
+            compute=ray.data.ActorPoolStrategy(size=num_actors),
             batch_size=batch_size,
             num_gpus=gpus,
         ).materialize()

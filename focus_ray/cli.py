@@ -169,7 +169,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         else:
             raise DataError(f"{path}: no such file or folder")
     if arguments.overlays:
-        Path(arguments.overlays).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(arguments.overlays).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{arguments.overlays}: cannot make a folder for overlays: {error.strerror}") from error
     names = _overlay_names(paths)
     inspector = Inspector.load(arguments.bundle, arguments.device)
     status = 0

@@ -6,7 +6,6 @@ relatives (RegAD, SimSiam, PaDiM), [ours] a choice of this project.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 from pathlib import Path
 from typing import Any, Literal
@@ -139,7 +138,16 @@ class TrainConfig(_Model):
 
     epochs: int = Field(default=0, ge=0, le=10_000, description="Passes over the training images; 0 trains nothing.")
     batch_size_per_worker: int = Field(default=32, ge=2, le=4096, description="Images a worker takes a step [kin: 32].")
-    learning_rate: float = Field(default=1e-4, gt=0.0, le=10.0, description="All but the image aligner [kin: 1e-4].")
+    learning_rate: float = Field(
+        default=1e-4, gt=0.0, le=10.0, description="Backbone and feature aligners [kin: 1e-4]."
+    )
+    learning_rate_head: float = Field(
+        default=0.05,
+        gt=0.0,
+        le=10.0,
+        description="Projector and predictor: they start at random and are dropped after training, so they learn at "
+        "SimSiam's rate [kin: 0.05] while the backbone is only tuned [ours].",
+    )
     learning_rate_image_alignment: float = Field(default=1e-2, gt=0.0, le=10.0, description="ICA [kin: 0.01].")
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
@@ -338,11 +346,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(raw) if raw else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML 1.1 reads 1e-4 as text
     for part in parts[:-1]:
-        child = tree.setdefault(part, {})
+        if tree.get(part) is None:
+            tree[part] = {}  # a section that is empty in the file
+        child = tree[part]
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {part!r} holds a value, not a section")
         tree = child

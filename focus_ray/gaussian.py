@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 32 * 2**20  # of covariances factored at once: bounds the peak memory of a fit
+_CHUNK_BYTES = 8 * 2**20  # of covariances handled at once: bounds the peak memory of a fit
 
 
 class Moments:
@@ -86,22 +86,25 @@ class Moments:
 
     def _absorb(self, values: Tensor, sign: int) -> None:
         batch = values.shape[1]
+        if batch == 0:
+            return
         rest = self.count + sign * batch
         if rest == 0:
             self.count = 0
             self.mean.zero_()
             self.scatter.zero_()
             return
-        batch_mean = values.mean(dim=1)
-        difference = batch_mean - self.mean
-        new_mean = self.mean + difference * (sign * batch / rest)
-        # the shift between the two means rides along as one more sample of the same product
         base = self.count if sign > 0 else rest
-        pull = difference if sign > 0 else batch_mean - new_mean
         weight = (base * batch / (self.count if sign < 0 else rest)) ** 0.5
-        centred = torch.cat([values - batch_mean[:, None], weight * pull[:, None]], dim=1)
-        self.scatter.baddbmm_(centred.transpose(1, 2), centred, alpha=sign)
-        self.mean = new_mean
+        for part in _chunks(len(values), self.channels):
+            batch_mean = values[part].mean(dim=1)
+            difference = batch_mean - self.mean[part]
+            new_mean = self.mean[part] + difference * (sign * batch / rest)
+            # the shift between the two means rides along as one more sample of the same product
+            pull = difference if sign > 0 else batch_mean - new_mean
+            centred = torch.cat([values[part] - batch_mean[:, None], weight * pull[:, None]], dim=1)
+            self.scatter[part].baddbmm_(centred.transpose(1, 2), centred, alpha=sign)
+            self.mean[part] = new_mean
         self.count = rest
 
     def _check(self, embedding: Tensor) -> None:

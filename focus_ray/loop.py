@@ -70,15 +70,23 @@ def has_trainable_aligner(net: FocusNet) -> bool:
 
 
 def build_optimizer(net: FocusNet, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with the aligner's own learning rate [kin]."""
-    aligner = [p for n, p in net.named_parameters() if n.startswith("image_aligner.") and p.requires_grad]
-    rest = [p for n, p in net.named_parameters() if not n.startswith("image_aligner.") and p.requires_grad]
-    groups: list[dict[str, Any]] = []
-    if rest:
-        groups.append({"params": rest, "lr": config.learning_rate})
-    if aligner:
-        groups.append({"params": aligner, "lr": config.learning_rate_image_alignment})
-    return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+    """SGD; the image aligner, the head (projector and predictor) and the rest each have their own learning rate."""
+    rates = {
+        "image_aligner": config.learning_rate_image_alignment,
+        "projector": config.learning_rate_head,
+        "predictor": config.learning_rate_head,
+    }
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(rates.get(name.partition(".")[0], config.learning_rate), []).append(parameter)
+    # the backbone's group first: its rate is the one that is logged
+    order = sorted(groups, key=lambda rate: rate != config.learning_rate)
+    return torch.optim.SGD(
+        [{"params": groups[rate], "lr": rate} for rate in order],
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
 
 
 def build_schedule(

@@ -256,6 +256,9 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if not self.training or world == 1:
             return super().forward(x)
         values = x.float()
+        # squares are taken about a point near the mean, the same for all workers, or float32 would lose the variance
+        shift_point = torch.zeros_like(values[0, :, 0, 0]) if self.running_mean is None else self.running_mean.float()
+        values = values - shift_point[:, None, None]
         count = values.numel() / values.shape[1]
         sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), values.new_full((1,), count)])
         sums = _SumOverWorkers.apply(sums)
@@ -265,7 +268,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
                 momentum = 0.1 if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, momentum)
+                self.running_mean.lerp_(mean + shift_point, momentum)
                 self.running_var.lerp_(variance * (total / (total - 1).clamp_min(1)), momentum)
         scale = (variance + self.eps).rsqrt()
         if self.weight is not None:

@@ -16,11 +16,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from s3_server import S3Server
-from small_set import NUM_TEST, NUM_TRAIN, ingest_parts, make_bundle, small_config, spoil_an_image
+from small_set import NUM_TEST, NUM_TRAIN, draw_parts, ingest_parts, make_bundle, small_config, spoil_an_image
 
 from focus_ray.batch import BatchScorer, inspect_dataset
 from focus_ray.bundle import read_bundle
-from focus_ray.dataset import read_index, read_rows
+from focus_ray.dataset import ingest, read_index, read_rows
 from focus_ray.errors import DataError
 from focus_ray.inspector import Inspector
 from focus_ray.storage import list_names, open_filesystem
@@ -68,7 +68,8 @@ def test_every_image_of_both_splits_is_scored_as_the_inspector_scores_it(
         if row["error"]:
             continue
         (alone,) = inspector.inspect([records[row["id"]]["image"]])
-        assert row["score"] == pytest.approx(alone.score, rel=1e-4)
+        # a training image lies in the memory: its distance is the rounding that is left of two equal numbers
+        assert row["score"] == pytest.approx(alone.score, rel=1e-4, abs=1e-3 * row["threshold"])
         assert row["p_value"] == pytest.approx(alone.p_value)
         assert row["anomalous"] == (row["score"] > row["threshold"])
         assert len(json.loads(row["regions"])) == len(alone.regions)
@@ -131,12 +132,7 @@ if __name__ == "__main__":
 @pytest.mark.s3
 def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp_path: Path) -> None:
     root = s3.new_uri()
-    images = tmp_path / "images"
-    from small_set import draw_parts
-
-    from focus_ray.dataset import ingest
-
-    ingest(draw_parts(images), f"{root}/data", categories=["gear"], progress=False)
+    ingest(draw_parts(tmp_path / "images"), f"{root}/data", categories=["gear"], progress=False)
     config = small_config(
         f"{root}/data",
         f"{root}/runs",

@@ -215,6 +215,15 @@ def test_inspect_of_no_image_exits_with_1(
     assert message in capsys.readouterr().err
 
 
+def test_overlays_that_are_to_go_into_a_file_exit_with_1(
+    bundle: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    picture = str(images / "gear/test/good/000.png")
+    assert main(["inspect", bundle, picture, "--overlays", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err == f"focus-ray: {tmp_path}/file: cannot make a folder for overlays: File exists\n"
+
+
 def test_inspect_with_a_missing_bundle_exits_with_1(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,7 +78,7 @@ def test_selection_leaves_the_calibration_images_as_they_were(data: str) -> None
 
 
 def test_a_set_too_small_to_validate_on_is_refused(data: str) -> None:
-    config = selecting(data, {"fraction": 0.6}, data={"uri": data, "holdout_fraction": 0.4})
+    config = selecting(data, {"fraction": 0.85})
     with pytest.raises(DataError, match=r"too few are left; set selection\.enabled=false or add images"):
         plan_category(config, "gear")
 
