@@ -52,6 +52,11 @@ class Statistics:
             self.bank = torch.cat([self.bank, other.bank])
         return self
 
+    def keep_at_most(self, num_images: int) -> None:
+        """Thins the bank, evenly; the moments stay those of all images."""
+        if self.bank is not None and len(self.bank) > num_images:
+            self.bank = self.bank[sorted(sample_positions(len(self.bank), num_images))]
+
 
 def ridge_of(config: DensityConfig, moments: Moments) -> float:
     """The number added to a covariance's diagonal, in the embeddings' own unit squared."""

@@ -367,9 +367,7 @@ class _Run:
                 statistics = self._statistics()
             if self.validation is not None:
                 statistics.join(self._validation_statistics())
-            limit = self.config.density.max_images
-            if statistics.bank is not None and len(statistics.bank) > limit:
-                statistics.bank = statistics.bank[sorted(sample_positions(len(statistics.bank), limit))]
+            statistics.keep_at_most(self.config.density.max_images)
         with self.timed("calibration"):
             if folds:
                 builder = self._cross_calibrate(folds)

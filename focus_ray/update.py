@@ -63,6 +63,7 @@ def update_bundle(
         else:
             statistics = _without(statistics, part, source)
         changes.append({"add" if sign > 0 else "remove": source, "num_images": len(rows)})
+    statistics.keep_at_most(bundle.config.density.max_images)
     density = build_density(bundle.config.density, _on(statistics, device))
     detector = Detector(bundle.detector.net, bundle.detector.reduction, density, bundle.config.scoring)
     place, held = _calibration_rows(bundle, calibrate)

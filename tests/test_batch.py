@@ -70,7 +70,9 @@ def test_every_image_of_both_splits_is_scored_as_the_inspector_scores_it(
         (alone,) = inspector.inspect([records[row["id"]]["image"]])
         # a training image lies in the memory: its distance is the rounding that is left of two equal numbers
         assert row["score"] == pytest.approx(alone.score, rel=1e-4, abs=1e-3 * row["threshold"])
-        assert row["p_value"] == pytest.approx(alone.p_value)
+        # the held-out images are in the set and tie with their own calibration scores up to rounding: one step
+        step = 1 / (inspector.bundle.calibration.num_images + 1)
+        assert row["p_value"] == pytest.approx(alone.p_value, abs=1.01 * step)
         assert row["anomalous"] == (row["score"] > row["threshold"])
         assert len(json.loads(row["regions"])) == len(alone.regions)
     assert counts["num_images"] == NUM_TRAIN + NUM_TEST

@@ -205,7 +205,10 @@ def test_overlays_of_images_with_one_name_do_not_replace_each_other(
 
 @pytest.mark.parametrize(
     ("place", "message"),
-    [("missing.png", "missing.png: no such file or folder"), ("empty", "empty: no image in this folder; image files end")],
+    [
+        ("missing.png", "missing.png: no such file or folder"),
+        ("empty", "empty: no image in this folder; image files end"),
+    ],
 )
 def test_inspect_of_no_image_exits_with_1(
     bundle: str, tmp_path: Path, place: str, message: str, capsys: pytest.CaptureFixture[str]

@@ -48,9 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def case_config(data: str, case: tuple[str, str]) -> Config:
     kind, group = case
     alignment = {"group": group, "min_drop": 0.0, "max_images": 10}
-    return small_config(
-        data, "unused", density={"kind": kind, "max_images": 12}, model={"image_alignment": alignment}
-    )
+    return small_config(data, "unused", density={"kind": kind, "max_images": 12}, model={"image_alignment": alignment})
 
 
 def images_to_score(data: str) -> Tensor:
