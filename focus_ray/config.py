@@ -245,7 +245,7 @@ class SelectionConfig(_Model):
     max_images: int = Field(default=64, ge=2, description="Judges on so many at most.")
     every_epochs: int = Field(default=1, ge=1, description="Epochs between two validations.")
     margin: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="What a later epoch's score must gain on the kept one's."
+        default=0.01, ge=0.0, le=1.0, description="What a later epoch's score must gain on the kept one's."
     )
 
 
