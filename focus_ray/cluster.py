@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from focus_ray.config import ClusterConfig
@@ -43,24 +44,37 @@ def uses_gpu(config: ClusterConfig) -> bool:
     return has_gpus() if config.use_gpu == "auto" else bool(config.use_gpu)
 
 
-def concurrent_runs(config: ClusterConfig, private: bool) -> int:
+def concurrent_runs(
+    config: ClusterConfig, private: bool, streams: bool = False, log: Callable[[str], None] = lambda message: None
+) -> int:
     """How many categories fit side by side.
+
+    Args:
+        private: whether the cluster is this process's own, and so cannot grow.
+        streams: whether images are streamed: what reads them needs a CPU beside the workers'. Without one, workers and
+            stream wait for each other for ever (seen with Ray 2.60).
 
     Raises: TrainingError: not even one ever will, on a cluster that cannot grow.
     """
     import ray
 
     resources: dict[str, Any] = ray.cluster_resources()
-    needs = {"CPU": config.num_workers * config.cpus_per_worker}
+    needs = {"CPU": config.num_workers * config.cpus_per_worker + streams}
     if uses_gpu(config):
         needs["GPU"] = float(config.num_workers)
     fits = min(int(resources.get(kind, 0) // amount) for kind, amount in needs.items())
-    if fits == 0 and private:
+    if fits == 0:
         wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in needs.items())
         there = ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in needs)
-        raise TrainingError(
-            f"{config.num_workers} workers need {wanted}, this machine has {there}: lower cluster.num_workers or "
-            "cluster.cpus_per_worker, or set RAY_ADDRESS to a larger cluster"
+        beside = " and the stream of images" if streams else ""
+        advice = "lower cluster.num_workers or cluster.cpus_per_worker" + (
+            ", raise data.memory_budget_mb so that nothing is streamed" if streams else ""
         )
+        message = f"{config.num_workers} worker(s){beside} need {wanted}"
+        if private:
+            raise TrainingError(
+                f"{message}, this machine has {there}: {advice}, or set RAY_ADDRESS to a larger cluster"
+            )
+        log(f"WARNING: {message}, the cluster has {there}: waiting for it to grow; otherwise stop, and {advice}")
     limit = config.max_concurrent_categories
     return max(1, fits if limit is None else min(fits, limit))

@@ -203,7 +203,8 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         log(f"{category}: already there, {bundles[category]}")
     if todo:
         private = cluster.connect()
-        limit = cluster.concurrent_runs(config.cluster, private)
+        streams = config.train.epochs > 0 and any(not fits_memory(config, plans[category]) for category in todo)
+        limit = cluster.concurrent_runs(config.cluster, private, streams, log)
         write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())  # from here on the folder is this run's
         failed = _run_all(config, root, {c: plans[c] for c in todo}, limit, log)
         if failed:
