@@ -50,9 +50,10 @@ def update_bundle(
     provenance = dict(bundle.manifest["data"])
     changes = list(provenance.get("updates", []))
     if join is not None:
-        _check_same_network(bundle.manifest, read_manifest(join), str(join))
+        other = read_manifest(join)
+        _check_same_network(bundle.manifest, other, str(join))
         statistics.join(read_statistics(join))
-        changes.append({"join": str(join), "version": read_manifest(join)["sha256"]})
+        changes.append({"join": str(join), "version": other["sha256"]})
     for source, sign in ((add, 1), (remove, -1)):
         if source is None:
             continue
