@@ -230,6 +230,8 @@ def _manifest_hash(manifest: dict[str, Any]) -> str:
 def git_commit() -> str | None:
     """The commit of the source tree the package runs from, with '+changes' where it differs; None when unknown."""
     folder = Path(__file__).resolve().parent
+    if not (folder.parent / ".git").exists():  # installed: a repository further up would be someone else's
+        return None
     try:
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5, check=True

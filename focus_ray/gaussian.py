@@ -206,10 +206,14 @@ def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Te
 
     Returns: (B, H, W), >= 0, not squared (scikit-learn's function of this name is squared).
     """
-    batch, _, height, width = embedding.shape
+    batch, channels, height, width = embedding.shape
     centred = locations_first(embedding) - mean[:, None].to(embedding.dtype)
-    whitened = torch.bmm(centred, precision_factor.to(embedding.dtype).transpose(1, 2))
-    return torch.linalg.vector_norm(whitened, dim=2).t().reshape(batch, height, width)
+    factor = precision_factor.to(embedding.dtype).transpose(1, 2)
+    half = channels // 2  # the quarter above the diagonal is zero: not multiplied
+    first = torch.bmm(centred[:, :, :half], factor[:, :half, :half])
+    second = torch.bmm(centred, factor[:, :, half:])
+    squares = first.square_().sum(dim=2) + second.square_().sum(dim=2)
+    return squares.sqrt_().t().reshape(batch, height, width)
 
 
 def locations_first(embedding: Tensor) -> Tensor:

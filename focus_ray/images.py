@@ -45,6 +45,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_QUARTER_TURNS = (5, 6, 7, 8)
 # First bytes of image formats that people do have and that we do not read, for a better message than "not an image".
 _UNSUPPORTED_MAGIC = {
     b"GIF8": "GIF",
@@ -141,7 +142,7 @@ def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
 def read_mask(data: bytes) -> npt.NDArray[np.bool_]:
     """``decode_mask`` at the file's own size. Returns: (H, W) bool. Raises: ImageError."""
     _verify_chunks(data)
-    image, orientation = _load(data, None)
+    image, orientation, _ = _load(data, None)
     try:
         deep = _is_deep(image) or image.mode == "F"
         mask: npt.NDArray[np.bool_] = np.asarray(image) > 0 if deep else _any_channel(_to_grey_or_rgb(image))
@@ -182,28 +183,35 @@ def decode_batch(images: Sequence[bytes], size_px: int, num_threads: int = 1) ->
 
     Raises: ImageError: naming the position of the first image that cannot be decoded.
     """
+    return read_batch(images, size_px, num_threads)[1]
+
+
+def read_batch(
+    images: Sequence[bytes], size_px: int, num_threads: int = 1
+) -> tuple[list[ImageInfo], npt.NDArray[np.uint8]]:
+    """``decode_batch`` and what is known of each image, its own size above all; the same errors."""
     if num_threads < 1:
         raise ValueError(f"num_threads={num_threads} must be at least 1")
     batch = np.empty((len(images), size_px, size_px, 3), dtype=np.uint8)
 
-    def decode_into(position: int) -> None:
+    def decode_into(position: int) -> ImageInfo:
         try:
-            batch[position] = decode_image(images[position], size_px)
+            info, batch[position] = _decode(images[position], size_px)
+            return info
         except ImageError as error:
             raise ImageError(error.reason, f"image {position} of {len(images)}: {error}") from error
 
     if num_threads == 1 or len(images) < 2:
-        for position in range(len(images)):
-            decode_into(position)
+        infos = [decode_into(position) for position in range(len(images))]
     else:
         with ThreadPoolExecutor(min(num_threads, len(images))) as pool:
-            list(pool.map(decode_into, range(len(images))))
-    return batch
+            infos = list(pool.map(decode_into, range(len(images))))
+    return infos, batch
 
 
 def _decode(data: bytes, size_px: int | None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
-    image, orientation = _load(data, size_px)
-    mode, kind = image.mode, image.format or "?"
+    image, orientation, (width, height) = _load(data, size_px)
+    info = ImageInfo(width, height, image.mode, image.format or "?")
     try:
         plain = _to_grey_or_rgb(image)
         if orientation in _TRANSPOSE:
@@ -211,13 +219,16 @@ def _decode(data: bytes, size_px: int | None) -> tuple[ImageInfo, npt.NDArray[np
         if size_px is not None and plain.size != (size_px, size_px):
             plain = plain.resize((size_px, size_px), Image.Resampling.BILINEAR)
         pixels = np.array(plain.convert("RGB"), dtype=np.uint8)  # last: grey is resized as one channel
-        return ImageInfo(plain.width, plain.height, mode, kind), pixels
+        return info, pixels
     except _DECODE_ERRORS as error:
         raise _undecodable(error, image) from error
 
 
-def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int]:
-    """Opens and loads the pixels. Returns: the image, not yet rotated, and the EXIF orientation still to be applied."""
+def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int, tuple[int, int]]:
+    """Opens and loads the pixels.
+
+    Returns: the image, not yet rotated, the EXIF orientation still to be applied, and the file's (width, height) after it.
+    """
     if not data:
         raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
     try:
@@ -228,11 +239,12 @@ def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int]:
         raise _unidentified(data) from error
     except _DECODE_ERRORS as error:
         raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
-    pixels = image.width * image.height
+    width, height = image.size  # before a JPEG is decoded smaller; a TIFF's is as it will be
+    pixels = width * height
     if pixels > MAX_PIXELS:
         raise ImageError(
             "too_large",
-            f"{image.width} x {image.height} is {pixels} pixels; at most {MAX_PIXELS} are read: cut it into tiles",
+            f"{width} x {height} is {pixels} pixels; at most {MAX_PIXELS} are read: cut it into tiles",
         )
     try:
         if size_px is not None and image.format in ("JPEG", "MPO"):
@@ -242,7 +254,8 @@ def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int]:
         raise ImageError(
             "truncated", f"the {image.format} image's pixels are truncated or damaged ({error}): copy it again"
         ) from error
-    return image, _orientation(image)
+    orientation = _orientation(image)
+    return image, orientation, (height, width) if orientation in _QUARTER_TURNS else (width, height)
 
 
 def _orientation(image: Image.Image) -> int:

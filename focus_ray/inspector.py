@@ -21,7 +21,7 @@ from scipy import ndimage
 from focus_ray import metrics
 from focus_ray.bundle import Bundle, read_bundle
 from focus_ray.errors import DataError
-from focus_ray.images import decode_batch, decode_mask, probe_image
+from focus_ray.images import ImageInfo, decode_mask, read_batch
 from focus_ray.scoring import fuse_batch_norms
 
 MAX_SIDE_PX = 512  # maps and masks are compared at the mask's own size up to this
@@ -104,14 +104,21 @@ class Inspector:
 
         Raises: DataError: an image cannot be decoded; its place in the stream is named.
         """
+        for _, scores, maps in self._scored(images):
+            yield scores, maps
+
+    def _scored(
+        self, images: Iterable[bytes]
+    ) -> Iterator[tuple[list[ImageInfo], NDArray[np.float32], NDArray[np.float32]]]:
         stream = iter(images)
         with ThreadPoolExecutor(max_workers=1) as ahead:
             done = 0
             pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done)
-            while (batch := pending.result()) is not None:
+            while (decoded := pending.result()) is not None:
+                infos, batch = decoded
                 done += len(batch)
                 pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done)
-                yield self.score(batch)
+                yield infos, *self.score(batch)
 
     def score(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """uint8 (B, S, S, 3), as `images.decode_batch` gives -> scores (B,) and maps (B, S, S)."""
@@ -121,9 +128,8 @@ class Inspector:
     def inspect(self, images: Sequence[bytes]) -> list[Inspection]:
         """Encoded images -> one `Inspection` each, in order. Raises: DataError: an image cannot be decoded."""
         found: list[Inspection] = []
-        for scores, maps in self.score_batches(images):
-            for score, anomaly_map in zip(scores, maps, strict=True):
-                info = probe_image(images[len(found)])
+        for infos, scores, maps in self._scored(images):
+            for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
                 found.append(self.judge(float(score), anomaly_map, info.width, info.height))
         return found
 
@@ -187,11 +193,11 @@ class Inspector:
             self.bundle.calibration.target_fpr,
         )
 
-    def _decode(self, images: list[bytes], start: int) -> NDArray[np.uint8] | None:
+    def _decode(self, images: list[bytes], start: int) -> tuple[list[ImageInfo], NDArray[np.uint8]] | None:
         if not images:
             return None
         try:
-            return decode_batch(images, self.size_px, self.num_threads)
+            return read_batch(images, self.size_px, self.num_threads)
         except DataError as error:
             raise DataError(f"of images {start} to {start + len(images) - 1}: {error}") from error
 

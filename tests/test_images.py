@@ -25,6 +25,7 @@ from focus_ray.images import (
     decode_mask,
     encode_png,
     probe_image,
+    read_batch,
     read_image,
 )
 
@@ -218,6 +219,18 @@ def test_any_damage_is_an_image_error_or_an_image(data: st.DataObject) -> None:
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ImageError):
         assert decode_image(bytes(damaged), 16).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+def test_a_batch_knows_the_upright_size_of_the_files(format: str, orientation: int | None) -> None:
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ORIENTATION] = orientation
+    data = encode(Image.fromarray(pattern(120, 160)), format, exif=exif)
+    height, width = decode_image(data, None).shape[:2]
+    (info,), batch = read_batch([data], 16)
+    assert (info.width, info.height, batch.shape) == (width, height, (1, 16, 16, 3))
 
 
 def test_image_errors_survive_pickle() -> None:
