@@ -207,7 +207,8 @@ class ChannelReduction(nn.Module):
             level = levels[index]
             if self.config.reduction == "random":
                 inside = (self.chosen >= start) & (self.chosen < start + width)
-                level = level.index_select(1, self.chosen[inside] - start)
+                last = level.permute(0, 2, 3, 1).index_select(3, self.chosen[inside] - start)  # quick on channels-last
+                level = last.permute(0, 3, 1, 2)
             elif self.config.reduction == "semi_orthogonal":
                 level = F.conv2d(level, self.projection[:, start : start + width, None, None].to(level.dtype))
             if LAYERS[index] in self.config.smooth_layers:
