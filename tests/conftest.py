@@ -11,6 +11,7 @@ from pathlib import Path
 # before torch or Ray is imported, and inherited by every process that a test starts
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # short tails of training runs
 os.environ.pop("RAY_ADDRESS", None)  # never a cluster that someone else runs
 # short: Ray keeps Unix sockets below it, whose paths may have 107 characters
 _RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="fr-", dir="/tmp" if os.path.isdir("/tmp") else None)
