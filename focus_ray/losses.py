@@ -25,6 +25,8 @@ def random_pairs(batch_size: int, generator: torch.Generator | None = None) -> T
 def coarse_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> Tensor:
     """L_ICA: the L2 distance of the pixels of paired aligned images [paper], averaged [ours].
 
+    Every pair weighs alike, however many of its pixels count, so the mean over workers is that over the joined batch.
+
     Args:
         aligned: (B, 3, H, W).  pairs: (B,), from `random_pairs`.
         valid: (B, H, W), True where a pixel comes from inside the image; others are not matched [ours].
@@ -37,7 +39,7 @@ def coarse_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> 
     if valid is None:
         return distance.mean()
     both = (valid & valid[pairs]).to(distance.dtype)
-    return (distance * both).sum() / both.sum().clamp_min(1.0)
+    return ((distance * both).sum(dim=(1, 2)) / both.sum(dim=(1, 2)).clamp_min(1.0)).mean()
 
 
 def fine_loss(

@@ -54,14 +54,15 @@ def test_one_image_has_no_partner() -> None:
 
 
 def slow_coarse_loss(images: Tensor, pairs: Tensor, valid: Tensor | None = None) -> float:
-    distances = []
+    means = []
     for b in range(images.shape[0]):
-        other = int(pairs[b])
+        other, distances = int(pairs[b]), []
         for i in range(images.shape[2]):
             for j in range(images.shape[3]):
                 if valid is None or (valid[b, i, j] and valid[other, i, j]):
                     distances.append(math.dist(images[b, :, i, j].tolist(), images[other, :, i, j].tolist()))
-    return sum(distances) / len(distances)
+        means.append(sum(distances) / len(distances))
+    return sum(means) / len(means)
 
 
 def test_the_coarse_loss_is_the_mean_distance_of_paired_pixels() -> None:
@@ -76,6 +77,15 @@ def test_pixels_from_outside_either_image_do_not_count() -> None:
     assert loss == pytest.approx(slow_coarse_loss(images, PAIRS, valid), rel=1e-5)
     changed = torch.where(valid[:, None], images, images + 100)
     assert float(coarse_loss(changed, PAIRS, valid)) == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_masked_coarse_loss_of_a_batch_is_the_mean_over_its_workers() -> None:
+    images, valid = features(0, channels=3), torch.zeros(4, 3, 3, dtype=torch.bool)
+    valid[:2], valid[2:, 0] = True, True  # the second worker sees a third of the places
+    pairs = torch.tensor([1, 0])
+    shares = [coarse_loss(images[part], pairs, valid[part]) for part in (slice(0, 2), slice(2, 4))]
+    whole = coarse_loss(images, torch.tensor([1, 0, 3, 2]), valid)
+    assert float(whole) == pytest.approx(float(sum(shares)) / 2, rel=1e-6)
 
 
 def test_equal_images_have_no_coarse_loss_and_a_finite_gradient() -> None:
