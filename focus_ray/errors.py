@@ -29,3 +29,7 @@ class TrainingError(FocusRayError, RuntimeError):
 
 class RegistryError(FocusRayError, RuntimeError):
     """A team, category, version or alias of the registry that is not there, or cannot be as asked."""
+
+
+class SubmissionError(FocusRayError, RuntimeError):
+    """A job that cannot be sent to a cluster, followed or stopped."""
