@@ -34,7 +34,7 @@ from focus_ray.config import config_to_yaml, load_config
 from focus_ray.errors import SubmissionError
 
 MAX_PACKAGE_MIB = 64  # Ray refuses 512; every node fetches it through the head node
-NEWEST_TESTED_RAY = (2, 60)  # and the oldest, as the package itself requires
+OLDEST_RAY = (2, 60)  # as the package itself requires
 OLDEST_PYTHON = (3, 10)
 LEFT_OUT = (
     "__pycache__",
@@ -61,6 +61,7 @@ RESERVED = "FOCUS_RAY_RESERVED"  # JSON: what Ray keeps for the job's own proces
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY|API_?KEY", re.IGNORECASE)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STOP_WAIT_S = 60.0
+_START_WAIT_S = 60.0
 _RECONNECTS = 6
 
 
@@ -333,9 +334,9 @@ def check_versions(client: Any, say: Callable[[str], None]) -> None:
         answer.raise_for_status()
         found = answer.json()["data"]
     there, python = str(found["rayVersion"]), str(found["pythonVersion"])
-    if _numbers(there) < NEWEST_TESTED_RAY:
+    if _numbers(there) < OLDEST_RAY:
         raise SubmissionError(
-            f"{address}: the cluster runs Ray {there}; focus_ray needs {'.'.join(map(str, NEWEST_TESTED_RAY))} or newer"
+            f"{address}: the cluster runs Ray {there}; focus_ray needs {'.'.join(map(str, OLDEST_RAY))} or newer"
         )
     if _numbers(python) < OLDEST_PYTHON:
         raise SubmissionError(f"{address}: the cluster runs Python {python}; focus_ray needs 3.10 or newer")
@@ -356,18 +357,25 @@ def submit(client: Any, job: Job, say: Callable[[str], None] = lambda message: N
     with tempfile.TemporaryDirectory(prefix="focus-ray-") as folder, _job_errors(client.get_address()):
         archive = Path(folder) / "package.zip"
         archive.write_bytes(job.package.content)
-        return str(
-            client.submit_job(
-                entrypoint=job.entrypoint,
-                submission_id=job.submission_id,
-                runtime_env={"working_dir": str(archive), "env_vars": dict(job.environment)},
-                metadata=dict(job.metadata),
-                entrypoint_num_cpus=job.num_cpus or None,
-                entrypoint_num_gpus=job.num_gpus or None,
-                entrypoint_memory=int(job.memory_gib * 2**30) or None,
-                entrypoint_label_selector=dict(job.labels) if job.labels else None,
-            )
-        )
+        deadline = time.monotonic() + _START_WAIT_S
+        while True:
+            try:
+                return str(
+                    client.submit_job(
+                        entrypoint=job.entrypoint,
+                        submission_id=job.submission_id,
+                        runtime_env={"working_dir": str(archive), "env_vars": dict(job.environment)},
+                        metadata=dict(job.metadata),
+                        entrypoint_num_cpus=job.num_cpus or None,
+                        entrypoint_num_gpus=job.num_gpus or None,
+                        entrypoint_memory=int(job.memory_gib * 2**30) or None,
+                        entrypoint_label_selector=dict(job.labels) if job.labels else None,
+                    )
+                )
+            except RuntimeError as error:  # a head node that has just started has no job agent yet (Ray 2.60)
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+                say("the cluster's head node is still starting: trying again")
 
 
 def follow(client: Any, job: str, write: Callable[[str], object]) -> int:
