@@ -166,7 +166,7 @@ def _add_jobs(commands: Any) -> None:
         action.set_defaults(run=_jobs)
 
 
-def commands() -> list[str]:
+def command_names() -> list[str]:
     """Names of the subcommands."""
     (subparsers,) = (item for item in build_parser()._actions if isinstance(item, argparse._SubParsersAction))
     return list(subparsers.choices)
@@ -388,6 +388,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
     job = submission.build_job(
         words,
+        commands=command_names(),
         team=arguments.team,
         category=arguments.category,
         working_dir=arguments.working_dir,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -123,14 +123,14 @@ class _RetryingS3(fs.S3FileSystem):
         return _make_s3, (options["region"], options["endpoint_override"] or None)
 
 
-def _make_s3(region: str | None, endpoint: str | None) -> fs.S3FileSystem:
+def _make_s3(region: str | None, endpoint: str | None, attempts: int | None = None) -> fs.S3FileSystem:
     return _RetryingS3(
         region=region,
         endpoint_override=endpoint,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
         allow_delayed_open=True,  # a small file is one PUT, not the three requests of a multipart upload
-        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=max_attempts()),
+        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=attempts or max_attempts()),
     )
 
 
@@ -233,6 +233,35 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
     filesystem, path = open_filesystem(uri)
     with storage_errors("write", uri, path):
         write_file(filesystem, path, data)
+
+
+def probe(uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete")) -> None:
+    """Tries, on a small file of its own, what a job will do in a folder; asks twice at most, so that it fails in seconds.
+
+    Args:
+        actions: of "write", "read", "list" and "delete", in this order; without "write" only "list" is tried.
+
+    Raises: DataError: the first that is not allowed, with bucket, key and action.
+    """
+    filesystem, path = open_filesystem(uri)
+    if is_s3(uri):
+        bucket = path.partition("/")[0]
+        filesystem = _make_s3(_region(bucket), _endpoint(), attempts=2)
+    content = uuid.uuid4().hex.encode()
+    file = f"{path}/_probe-{content.decode()}"
+    if "write" in actions:
+        with storage_errors("write", uri, file):
+            write_file(filesystem, file, content)
+        if "read" in actions:
+            with storage_errors("read", uri, file):
+                if read_file(filesystem, file) != content:
+                    raise OSError("what was just written is not what is read")
+    if "list" in actions:
+        with storage_errors("list", uri, path):
+            filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    if "write" in actions and "delete" in actions:
+        with storage_errors("delete", uri, file):
+            filesystem.delete_file(file)
 
 
 def create_bytes(uri: str | Path, data: bytes) -> bool:

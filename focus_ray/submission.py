@@ -13,6 +13,7 @@ import getpass
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -20,9 +21,8 @@ import sys
 import tempfile
 import time
 import urllib.parse
-import uuid
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray import __version__
-from focus_ray.config import config_to_yaml, load_config
+from focus_ray.cluster import RESERVED
+from focus_ray.config import config_to_yaml, load_config, unique_name
 from focus_ray.errors import SubmissionError
 
 MAX_PACKAGE_MIB = 64  # Ray refuses 512; every node fetches it through the head node
@@ -57,9 +58,7 @@ PASSED_ON = (
     "AWS_MAX_ATTEMPTS",
     "AWS_EC2_METADATA_DISABLED",
 )
-RESERVED = "FOCUS_RAY_RESERVED"  # JSON: what Ray keeps for the job's own process, for the preflight of what it runs
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY|API_?KEY", re.IGNORECASE)
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STOP_WAIT_S = 60.0
 _START_WAIT_S = 60.0
 _RECONNECTS = 6
@@ -161,6 +160,7 @@ def _files_to_send(root: Path, excludes: Sequence[str]) -> Iterator[tuple[str, P
 def build_job(
     command: Sequence[str],
     *,
+    commands: Collection[str] = (),
     team: str | None = None,
     category: str | None = None,
     working_dir: str | Path = ".",
@@ -175,7 +175,7 @@ def build_job(
     """Checks a command and gathers what it needs; contacts nothing.
 
     Args:
-        command: a `focus-ray` command, or a program and its arguments where the first word is none.
+        command: a `focus-ray` command, or a program and its arguments where the first word is none of `commands`.
         env: NAME (its value here) or NAME=value, for the job's environment.
         num_cpus, num_gpus, memory_gib, labels: what the job's own process asks of Ray; nothing puts it on the head node.
 
@@ -185,9 +185,7 @@ def build_job(
         raise SubmissionError(
             "nothing to submit: give a command, for instance: focus-ray submit train configs/run.yaml"
         )
-    from focus_ray.cli import commands
-
-    ours = command[0] in commands()
+    ours = command[0] in commands
     arguments = list(command)
     metadata = {"focus_ray": __version__, "submitted_by": _user(), "command": command[0]}
     if ours and command[0] in ("train", "sweep") and team is not None:
@@ -203,9 +201,7 @@ def build_job(
     if reserved:
         environment[RESERVED] = json.dumps(reserved)
     program = [python, "-m", "focus_ray.cli", *arguments] if ours else arguments
-    now = datetime.now(timezone.utc)
-    parts = (team, Path(command[0]).stem, f"{now:%Y%m%d-%H%M%S}", uuid.uuid4().hex[:6])
-    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts if part)
+    name = unique_name(team, Path(command[0]).stem)
     return Job(
         name, shlex.join(program), package, environment, metadata, num_cpus, num_gpus, memory_gib, dict(labels or {})
     )
@@ -239,6 +235,7 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
     return {
         "config_sha256": hashlib.sha256(config_to_yaml(config).encode()).hexdigest(),
         "category": ",".join(config.data.categories or ("all",)),
+        **{key: value for key in ("team", "priority") if (value := getattr(config.cluster, key))},
     }
 
 
@@ -289,6 +286,7 @@ def connect(address: str | None = None) -> Any:
         raise SubmissionError("which cluster? give --address http://HEAD:8265, or set RAY_ADDRESS")
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells every upload
     former = os.environ.get(variable)
     os.environ[variable] = address  # Ray 2.60 prefers RAY_ADDRESS to an argument
     try:

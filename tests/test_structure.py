@@ -39,6 +39,7 @@ ORDER = (
     "registry",
     "dataset",
     "cluster",
+    "submission",
     "training",
     "tuning",
     "update",
@@ -47,8 +48,9 @@ ORDER = (
     "cli",
 )
 MAY_IMPORT = {
-    "ray": {"dataset", "cluster", "training", "tuning", "batch"},
-    "torch": {*ORDER} - {"errors", "config", "storage", "metrics", "calibration", "samples", "cluster", "cli"},
+    "ray": {"dataset", "cluster", "training", "tuning", "batch", "submission"},
+    "torch": {*ORDER}
+    - {"errors", "config", "storage", "metrics", "calibration", "samples", "cluster", "submission", "cli"},
     "boto3": {"storage"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
