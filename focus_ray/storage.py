@@ -10,22 +10,29 @@ in all, ten unless it is set, which outlasts a server that restarts.
 
 from __future__ import annotations
 
+import io
 import os
+import random
+import time
 import urllib.parse
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pyarrow as pa
 from pyarrow import fs
 
 from focus_ray.errors import DataError
 
+T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 60.0
 MAX_ATTEMPTS = 10  # of a request; the pauses between them double and come to about 25 s
+
+_BUSY = ("Failed to flush response stream", "INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "status 503")
 
 
 def is_s3(uri: str | Path) -> bool:
@@ -97,8 +104,65 @@ def read_file(filesystem: fs.FileSystem, path: str) -> bytes | None:
     """A small file's bytes; None where there is none. Raises: OSError: run it inside ``storage_errors``."""
     if filesystem.get_file_info(path).type != fs.FileType.File:
         return None
-    with filesystem.open_input_file(path) as stream:
+    with open_input(filesystem, path) as stream:
         return bytes(stream.read())
+
+
+def open_input(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
+    """A file to read from, at any position. Raises: OSError: run it inside ``storage_errors``."""
+    file = filesystem.open_input_file(path)
+    return file if isinstance(filesystem, fs.LocalFileSystem) else pa.PythonFile(_PatientFile(file), mode="r")
+
+
+def retrying(action: Callable[[], T]) -> T:
+    """Does what reads from S3, again where the store was busy.
+
+    A busy store's answer is longer than a small range of bytes, has no room in pyarrow's buffer (26.0) and comes up as a
+    failure that pyarrow does not ask again for.
+
+    Raises: OSError: the last one, after ``max_attempts``.
+    """
+    for attempt in range(1, max_attempts() + 1):
+        try:
+            return action()
+        except OSError as error:
+            if attempt == max_attempts() or not any(sign in str(error) for sign in _BUSY):
+                raise
+            time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
+    raise AssertionError("max_attempts is 1 at least")
+
+
+class _PatientFile(io.RawIOBase):
+    """A file on S3 whose reads are tried again."""
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        super().__init__()
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size()}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._file.size() - self._position)
+        count = left if size is None or size < 0 else min(size, left)
+        content: bytes = retrying(lambda: self._file.read_at(count, self._position)) if count else b""
+        self._position += len(content)
+        return content
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from focus_ray.dataset import COMMIT_NAME, data_fingerprint, list_categories, ra
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fit import MemoryShard, Shard, Steps, fit
 from focus_ray.images import decode_batch
-from focus_ray.storage import create_bytes, exists, is_s3, join, open_filesystem, read_bytes, write_bytes
+from focus_ray.storage import create_bytes, exists, is_s3, join, open_filesystem, read_bytes, retrying, write_bytes
 
 RUN_CONFIG = "config.yaml"
 _READ_ROWS = 32  # decoded at a time: bounds the memory of large originals
@@ -366,7 +366,7 @@ def _worker(payload: dict[str, Any]) -> None:
         device,
         rank=rank,
         wrap=_wrapper(num_workers, device),
-        state=_last_state(ray.train.get_checkpoint(), device),
+        state=retrying(lambda: _last_state(ray.train.get_checkpoint(), device)),
         on_epoch=on_epoch,
         log=lambda message: print(f"{category}: {message}", flush=True) if rank == 0 else None,
     )

@@ -40,7 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultyProxy
 
     def _serve(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         if self.server.refuses():
             self._answer(503, [("Content-Type", "application/xml")], SLOW_DOWN)
             return
@@ -59,6 +59,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True  # the server is gone: so is the client's connection
         finally:
             connection.close()
+
+    def _body(self) -> bytes:
+        """As it came, the marks of a chunked one included."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while True:
+            parts.append(self.rfile.readline())
+            size = int(parts[-1].split(b";")[0], 16)
+            if not size:
+                break
+            parts.append(self.rfile.read(size + 2))
+        while parts[-1] != b"\r\n":  # trailers, and the empty line that ends them
+            parts.append(self.rfile.readline())
+        return b"".join(parts)
 
     def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
         self.send_response_only(status)
