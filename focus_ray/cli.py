@@ -88,11 +88,88 @@ def build_parser() -> argparse.ArgumentParser:
     update.add_argument("--calibrate", metavar="DATA", help="ingested set of normal images for the new thresholds")
     update.set_defaults(run=_update)
 
+    _add_registry(commands)
+    _add_jobs(commands)
+
     samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")
     samples.add_argument("folder")
     samples.add_argument("--seed", type=int, default=0)
     samples.set_defaults(run=_samples)
     return parser
+
+
+def _add_registry(commands: Any) -> None:
+    registry = commands.add_parser("registry", help="publish bundles, move aliases, list, delete old versions")
+    actions = registry.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, help: str, *names: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = actions.add_parser(name, help=help)
+        parser.add_argument("registry", help="root of the registry: a path or s3:// URI")
+        for positional in names:
+            parser.add_argument(positional)
+        parser.set_defaults(run=_registry)
+        return parser
+
+    publish = action("publish", "copy a bundle, or every bundle of a run, in under the next version", "bundles")
+    publish.add_argument("--team", required=True)
+    publish.add_argument("--category", help="refuse bundles of any other")
+    publish.add_argument("--alias", action="append", default=[], help="point this alias at it too (may be repeated)")
+    promote = action("promote", "point an alias at a version", "team", "category", "version", "alias")
+    promote.epilog = "VERSION may be an alias: promote ROOT press bolt candidate production"
+    action("rollback", "point an alias at what it named before", "team", "category", "alias")
+    listing = action("list", "versions with their aliases, one a line")
+    listing.add_argument("team", nargs="?")
+    listing.add_argument("category", nargs="?")
+    collect = action("gc", "delete old versions that no alias names", "team", "category")
+    collect.add_argument("--keep", type=int, default=5, help="newest versions that stay in any case (default: 5)")
+    collect.add_argument("--min-age-hours", type=float, default=1.0, help="younger ones stay too (default: 1)")
+
+
+def _add_jobs(commands: Any) -> None:
+    submit = commands.add_parser(
+        "submit",
+        help="run a command as a job on a Ray cluster",
+        epilog="COMMAND is a focus-ray command (focus-ray submit train configs/run.yaml storage=s3://...) or a program.",
+    )
+    submit.add_argument("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
+    submit.add_argument("--team", help="whose job it is; train and sweep get it as cluster.team too")
+    submit.add_argument("--category", help="noted with the job (train: that of the configuration)")
+    submit.add_argument("--working-dir", default=".", help="folder that is sent (default: this one)")
+    submit.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these files out too")
+    submit.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable for the job")
+    submit.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="node to run the driver on")
+    submit.add_argument(
+        "--num-cpus", type=float, default=0.0, help="CPUs kept for the driver (default: 0, on the head)"
+    )
+    submit.add_argument("--num-gpus", type=float, default=0.0, help="GPUs kept for the driver (default: 0)")
+    submit.add_argument("--memory-gib", type=float, default=0.0, help="memory kept for the driver (default: 0)")
+    submit.add_argument("--python", default="python", help="interpreter on the cluster (default: python)")
+    submit.add_argument("--no-follow", action="store_true", help="return at once; print the job's id only")
+    submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    submit.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    submit.set_defaults(run=_submit)
+
+    jobs = commands.add_parser("jobs", help="list, follow and stop the jobs of a Ray cluster")
+    actions = jobs.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, help in (
+        ("list", "jobs, newest first"),
+        ("status", "one job, as JSON"),
+        ("follow", "its log until it ends; its exit status"),
+        ("stop", "end it"),
+    ):
+        action = actions.add_parser(name, help=help)
+        action.add_argument("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
+        if name == "list":
+            action.add_argument("--team", help="only this team's")
+        else:
+            action.add_argument("job", help="the id that `submit` printed")
+        action.set_defaults(run=_jobs)
+
+
+def command_names() -> list[str]:
+    """Names of the subcommands."""
+    (subparsers,) = (item for item in build_parser()._actions if isinstance(item, argparse._SubParsersAction))
+    return list(subparsers.choices)
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
@@ -255,6 +332,115 @@ def _update(arguments: argparse.Namespace) -> int:
         raise DataError("nothing to change: give --add, --remove or --join")
     manifest = update_bundle(arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate)
     print(f"{arguments.output}\t{manifest['moments']['count']} images\t{manifest['sha256']}")
+    return 0
+
+
+def _registry(arguments: argparse.Namespace) -> int:
+    from datetime import timedelta
+
+    from focus_ray.errors import RegistryError
+    from focus_ray.registry import Registry, Version
+
+    registry = Registry(arguments.registry)
+    action = arguments.action
+
+    def show(version: Version, aliases: Sequence[str] = ()) -> None:
+        fields = (version.team, version.category, version.name, f"{version.published_at:%Y-%m-%d %H:%M:%S}")
+        print(*fields, version.num_bytes, version.sha256[:16], ",".join(aliases) or "-", version.uri, sep="\t")
+
+    if action == "publish":
+        from focus_ray.training import find_bundles
+
+        found = find_bundles(arguments.bundles)
+        if arguments.category not in (None, *found):
+            raise RegistryError(
+                f"{arguments.bundles}: no bundle of category {arguments.category!r}; there are {', '.join(found)}"
+            )
+        for category, bundle in found.items():
+            if arguments.category in (None, category):
+                version = registry.publish(bundle, arguments.team, category, aliases=arguments.alias)
+                show(version, ["latest", *arguments.alias])
+    elif action == "promote":
+        version = registry.promote(arguments.team, arguments.category, arguments.version, arguments.alias)
+        show(version, [arguments.alias])
+    elif action == "rollback":
+        show(registry.roll_back(arguments.team, arguments.category, arguments.alias), [arguments.alias])
+    elif action == "gc":
+        age = timedelta(hours=arguments.min_age_hours)
+        for name in registry.collect_garbage(arguments.team, arguments.category, arguments.keep, min_age=age, log=_say):
+            print(name)
+    else:
+        for team in registry.teams() if arguments.team is None else [arguments.team]:
+            for category in registry.categories(team) if arguments.category is None else [arguments.category]:
+                aliases = registry.aliases(team, category)
+                for version in registry.versions(team, category):
+                    show(version, sorted(alias for alias, name in aliases.items() if name == version.name))
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from focus_ray import submission
+    from focus_ray.errors import SubmissionError
+
+    labels = dict(item.partition("=")[::2] for item in arguments.label)
+    if not all(labels.values()):
+        raise SubmissionError(f"--label {arguments.label}: expected KEY=VALUE")
+    words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
+    job = submission.build_job(
+        words,
+        commands=command_names(),
+        team=arguments.team,
+        category=arguments.category,
+        working_dir=arguments.working_dir,
+        excludes=arguments.exclude,
+        env=arguments.env,
+        python=arguments.python,
+        num_cpus=arguments.num_cpus,
+        num_gpus=arguments.num_gpus,
+        memory_gib=arguments.memory_gib,
+        labels=labels,
+    )
+    _say(
+        f"{job.submission_id}: {job.entrypoint}\n  sends {job.package}; environment: {', '.join(job.environment) or '-'}"
+    )
+    if arguments.dry_run:
+        print("\n".join(job.package.names))
+        return 0
+    client = submission.connect(arguments.address)
+    name = submission.submit(client, job, _say)
+    if arguments.no_follow:
+        print(name)
+        return 0
+    return _follow(client, name)
+
+
+def _follow(client: Any, job: str) -> int:
+    from focus_ray import submission
+
+    try:
+        status = submission.follow(client, job, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        _say(
+            f"\nfocus-ray: no longer following; the job goes on. focus-ray jobs follow {job} | focus-ray jobs stop {job}"
+        )
+        return 130
+    _say(f"{job}: {submission.describe(client, job)['status']}, exit status {status}")
+    return status
+
+
+def _jobs(arguments: argparse.Namespace) -> int:
+    from focus_ray import submission
+
+    client = submission.connect(arguments.address)
+    if arguments.action == "follow":
+        return _follow(client, arguments.job)
+    if arguments.action == "stop":
+        print(f"{arguments.job}\t{submission.stop(client, arguments.job)}")
+    elif arguments.action == "status":
+        print(json.dumps(submission.describe(client, arguments.job), indent=1))
+    else:
+        for job in submission.list_jobs(client, arguments.team):
+            print(*(job[key] or "-" for key in ("id", "status", "team", "category", "started", "ended")), sep="\t")
     return 0
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Callable
+import re
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from focus_ray.config import ClusterConfig
-from focus_ray.errors import TrainingError
+from focus_ray.errors import DataError, TrainingError
+from focus_ray.storage import is_s3, join, probe, read_bytes, remove_file, write_bytes
+
+RESERVED = "FOCUS_RAY_RESERVED"  # JSON of resources that Ray keeps for a job's own process; set by `focus-ray submit`
+_KINDS = ("CPU", "GPU", "memory")
+_PROBE_TIMEOUT_S = 120.0
 
 
-def connect(num_cpus: int | None = None) -> bool:
+def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     """Joins the cluster of RAY_ADDRESS or of the job that runs this, or starts a private one on this machine.
+
+    Args:
+        namespace: of named actors; None gives this process one of its own.
 
     Returns: whether the cluster is private to this process.
     """
@@ -21,14 +33,19 @@ def connect(num_cpus: int | None = None) -> bool:
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="warning")
+        ray.init(namespace=namespace, logging_level="warning")
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line twice
     # a bare ray.init would join whatever cluster a killed driver left in /tmp/ray (seen with Ray 2.60)
     # without the dashboard Train cannot tell that a controller lives, warns every second, and may leak placement groups
     ray.init(
-        address="local", num_cpus=num_cpus, include_dashboard=True, dashboard_host="127.0.0.1", logging_level="warning"
+        address="local",
+        num_cpus=num_cpus,
+        namespace=namespace,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        logging_level="warning",
     )
     return True
 
@@ -40,8 +57,18 @@ def has_gpus() -> bool:
 
 
 def uses_gpu(config: ClusterConfig) -> bool:
-    """Resolves cluster.use_gpu=auto against the cluster."""
-    return has_gpus() if config.use_gpu == "auto" else bool(config.use_gpu)
+    """Resolves cluster.use_gpu=auto against what the cluster has or can grow to."""
+    return _ceiling(config, {}).get("GPU", 0.0) > 0 or has_gpus() if config.use_gpu == "auto" else bool(config.use_gpu)
+
+
+def resources_per_worker(config: ClusterConfig) -> dict[str, float]:
+    """What Ray keeps for a worker; memory in bytes."""
+    asked = {"CPU": config.cpus_per_worker}
+    if uses_gpu(config):
+        asked["GPU"] = 1.0
+    if config.memory_gib_per_worker is not None:
+        asked["memory"] = config.memory_gib_per_worker * 2**30
+    return asked
 
 
 def concurrent_runs(
@@ -54,27 +81,152 @@ def concurrent_runs(
         streams: whether images are streamed: what reads them needs a CPU beside the workers'. Without one, workers and
             stream wait for each other for ever (seen with Ray 2.60).
 
-    Raises: TrainingError: not even one ever will, on a cluster that cannot grow.
+    Raises: TrainingError: not even one ever will, on what the cluster has or can grow to; with the arithmetic.
     """
     import ray
 
-    resources: dict[str, Any] = ray.cluster_resources()
-    needs = {"CPU": config.num_workers * config.cpus_per_worker + streams}
-    if uses_gpu(config):
-        needs["GPU"] = float(config.num_workers)
-    fits = min(int(resources.get(kind, 0) // amount) for kind, amount in needs.items())
-    if fits == 0:
-        wanted = ", ".join(f"{amount:g} {kind}" for kind, amount in needs.items())
-        there = ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in needs)
-        beside = " and the stream of images" if streams else ""
+    worker = resources_per_worker(config)
+    needs = {kind: config.num_workers * amount for kind, amount in worker.items()}
+    needs["CPU"] += streams
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    total: dict[str, float] = {kind: float(ray.cluster_resources().get(kind, 0.0)) for kind in _KINDS}
+    kept = {kind: float(amount) for kind, amount in json.loads(os.environ.get(RESERVED) or "{}").items()}
+    free = {kind: total[kind] - kept.get(kind, 0.0) for kind in needs}
+    slots = sum(_slots(node, worker) for node in nodes if matches(node.get("Labels", {}), config.labels))
+    fits = min(
+        [slots // config.num_workers, *(math.floor(free[kind] / amount + 1e-9) for kind, amount in needs.items())]
+    )
+    if fits < 1:
+        message = (
+            f"{config.num_workers} worker(s) of {_show(worker)}{' + 1 CPU for the stream of images' if streams else ''} "
+            f"need {_show(needs)}"
+        )
+        labelled = f" labelled {config.labels}" if config.labels else ""
+        place = "this machine" if private else "the cluster"
+        there = f"{place} has {_show({kind: total[kind] for kind in needs})}"
+        if any(kept.values()):
+            there += f", of which {_show(kept)} for the job's own process"
+        there += f", and room for {slots} such worker(s) on its {len(nodes)} node(s){labelled}"
         advice = "lower cluster.num_workers or cluster.cpus_per_worker" + (
             ", raise data.memory_budget_mb so that nothing is streamed" if streams else ""
         )
-        message = f"{config.num_workers} worker(s){beside} need {wanted}"
+        ceiling = {} if private else _ceiling(config, total)
+        short = [kind for kind, amount in needs.items() if ceiling.get(kind, 0.0) - kept.get(kind, 0.0) < amount]
         if private:
+            raise TrainingError(f"{message}; {there}: {advice}, or set RAY_ADDRESS to a larger cluster")
+        if not ceiling:
             raise TrainingError(
-                f"{message}, this machine has {there}: {advice}, or set RAY_ADDRESS to a larger cluster"
+                f"{message}; {there}, and nothing says that it grows: {advice}, or set cluster.max_cpus and "
+                "cluster.max_gpus to what its autoscaler can bring"
             )
-        log(f"WARNING: {message}, the cluster has {there}: waiting for it to grow; otherwise stop, and {advice}")
+        if short:
+            most = _show({kind: ceiling.get(kind, 0.0) for kind in needs})
+            raise TrainingError(f"{message}; {there}, and can grow to {most}: {advice}")
+        log(f"WARNING: {message}; {there}: waiting for it to grow; otherwise stop, and {advice}")
     limit = config.max_concurrent_categories
     return max(1, fits if limit is None else min(fits, limit))
+
+
+def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Whether a node's labels satisfy a selector, in Ray's words: value, !value, in(a,b), !in(a,b)."""
+    for key, wanted in selector.items():
+        listed = re.fullmatch(r"in\((.*)\)", wanted.removeprefix("!"))
+        values = [value.strip() for value in listed[1].split(",")] if listed else [wanted.removeprefix("!")]
+        if (labels.get(key) in values) == wanted.startswith("!"):
+            return False
+    return True
+
+
+def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
+    """Tries, on every node and with its own credentials, what a run will do in its storage, before the run starts.
+
+    Args:
+        reads: files that must be readable.  writes: folders in which files are written, read, listed and deleted; a
+            local one must be the same folder on all nodes.
+
+    Raises: DataError: what a node may not do, or a local folder that a node does not see.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    for place in writes:
+        probe(place)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    here = ray.get_runtime_context().get_node_id()
+    if [node["NodeID"] for node in nodes] == [here]:
+        return
+    tokens = {join(place, f"_shared-{uuid.uuid4().hex}"): uuid.uuid4().hex.encode() for place in writes}
+    files: dict[str, bytes | None] = {**dict.fromkeys(reads), **tokens}
+    task = ray.remote(num_cpus=0, max_retries=1)(_probe_here)
+    try:
+        for file, content in tokens.items():
+            write_bytes(file, content)
+        waiting = {}
+        for node in nodes:
+            place_on = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            waiting[node["NodeManagerAddress"], node["NodeID"][:8]] = task.options(scheduling_strategy=place_on).remote(
+                files, list(writes)
+            )
+        for (address, node_id), reference in waiting.items():
+            try:
+                reason = ray.get(reference, timeout=_PROBE_TIMEOUT_S)
+            except ray.exceptions.GetTimeoutError:
+                reason = f"no answer from its storage within {_PROBE_TIMEOUT_S:.0f} s"
+            except ray.exceptions.RayError as error:  # the node has gone: the run will do without it
+                reason = None if "died" in str(error).lower() else str(error)
+            if reason:
+                raise DataError(f"node {address} ({node_id}): {reason}")
+    finally:
+        for file in tokens:
+            remove_file(file)
+
+
+def _probe_here(files: Mapping[str, bytes | None], folders: Sequence[str]) -> str | None:
+    """Runs on a node. Returns: what is wrong there."""
+    try:
+        for file, content in files.items():
+            if read_bytes(file) != content and content is not None:
+                return f"{file}: not the file that the driver wrote"
+        for folder in folders:
+            probe(folder)
+    except FileNotFoundError as error:
+        if is_s3(str(error)):
+            return str(error)
+        return f"{error}: not a folder that all nodes share: give an s3:// URI, or a shared folder's path"
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _slots(node: Mapping[str, Any], worker: Mapping[str, float]) -> int:
+    """How many workers a node can hold."""
+    there = node["Resources"]
+    return min(math.floor(there.get(kind, 0.0) / amount + 1e-9) for kind, amount in worker.items())
+
+
+def _ceiling(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:
+    """What the cluster can grow to; empty where it is not known to grow."""
+    found: dict[str, float] = {}
+    told = _autoscaler_limits()
+    for kind, configured in (("CPU", config.max_cpus), ("GPU", config.max_gpus)):
+        amount = configured if configured is not None else told.get(kind)
+        if amount is not None:
+            found[kind] = max(amount, total.get(kind, 0.0))
+    if found and config.memory_gib_per_worker is not None:
+        found["memory"] = told.get("memory", math.inf)  # nobody said: no reason to refuse
+    return {**{kind: total.get(kind, 0.0) for kind in _KINDS if kind in total}, **found} if found else {}
+
+
+def _autoscaler_limits() -> dict[str, float]:
+    """What the autoscaler has told Ray that it can bring; empty where there is none."""
+    from ray._private.state import state  # no public call tells (Ray 2.60)
+
+    told = state.get_max_resources_from_cluster_config()
+    return {kind: float(amount) for kind, amount in (told or {}).items() if kind in _KINDS}
+
+
+def _show(amounts: Mapping[str, float]) -> str:
+    return " + ".join(
+        f"{amount / 2**30:.3g} GiB memory" if kind == "memory" else f"{amount:g} {kind}"
+        for kind, amount in amounts.items()
+    )

@@ -7,6 +7,9 @@ relatives (RegAD, SimSiam, PaDiM), [ours] a choice of this project.
 from __future__ import annotations
 
 import difflib
+import re
+import uuid
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +30,9 @@ Group = Literal[
 ]
 Layer = Literal["layer1", "layer2", "layer3"]
 BackboneName = Literal["resnet18", "wide_resnet50_2", "efficientnet_lite0"]
+
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 class _Model(BaseModel):
@@ -262,13 +268,36 @@ class CalibrationConfig(_Model):
 
 
 class ClusterConfig(_Model):
-    """What a run asks of Ray."""
+    """What a run asks of Ray, and for whom."""
 
+    team: str | None = Field(
+        default=None, pattern=_NAME, description="Whose run it is: part of its namespace and of a name made up for it."
+    )
+    priority: str | None = Field(
+        default=None,
+        pattern=_NAME,
+        description="Kueue's priority class of the job, noted with it (configs/cluster); Ray itself has no priorities.",
+    )
+    namespace: str | None = Field(
+        default=None, pattern=_NAME, description="Ray namespace; null: one of the team's, or one of the run's own."
+    )
+    labels: dict[str, str] = Field(
+        default={}, description="Workers run on nodes with these labels: value, !value, in(a,b) or !in(a,b)."
+    )
     num_workers: int = Field(default=1, ge=1, le=4096)
     use_gpu: bool | Literal["auto"] = Field(
         default="auto", description="auto: a GPU a worker when the cluster has any."
     )
     cpus_per_worker: float = Field(default=1.0, gt=0.0)
+    memory_gib_per_worker: float | None = Field(
+        default=None, gt=0.0, description="Memory that Ray keeps for a worker; null keeps none."
+    )
+    max_cpus: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="CPUs the cluster can grow to; null: what its autoscaler tells, or what is there.",
+    )
+    max_gpus: float | None = Field(default=None, ge=0.0, description="GPUs the cluster can grow to; null as max_cpus.")
     max_failures: int = Field(default=3, ge=0, description="Restarts from the last checkpoint after a lost worker.")
     max_concurrent_categories: int | None = Field(
         default=None, ge=1, description="Categories trained side by side; null fits them to the cluster."
@@ -279,7 +308,9 @@ class Config(_Model):
     """Everything that decides what a run makes."""
 
     name: str = Field(
-        default="focus-ray", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Names the run's folder."
+        default="focus-ray",
+        pattern=_NAME,
+        description="Names the run's folder; 'auto' makes one up that no other run has: team, date and a random part.",
     )
     storage: str = Field(default="runs", min_length=1, description="Root of run folders: a local path or s3:// URI.")
     data: DataConfig
@@ -330,6 +361,12 @@ def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+
+
+def unique_name(*parts: str | None) -> str:
+    """A name that no other run or job has: the parts, the time (UTC) and a random part; fit for files and Ray alike."""
+    kept = [re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts if part]
+    return "-".join([*kept, f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", uuid.uuid4().hex[:6]])
 
 
 def config_to_yaml(config: BaseModel) -> str:

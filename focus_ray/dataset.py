@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from focus_ray.errors import DataError
 from focus_ray.images import ImageError, encode_png, read_image, read_mask
-from focus_ray.storage import open_filesystem, read_file, storage_errors, sync_file, write_file
+from focus_ray.storage import open_filesystem, open_input, read_file, storage_errors, sync_file, write_file
 
 if TYPE_CHECKING:
     import ray.data
@@ -1100,7 +1100,7 @@ def _open_part(store: _Store, category: str, entry: dict[str, Any]) -> Iterator[
     try:
         with (
             storage_errors("read a part file", store.uri, path),
-            store.filesystem.open_input_file(path) as stream,
+            open_input(store.filesystem, path) as stream,
             pq.ParquetFile(stream) as part,
         ):
             version = (part.schema_arrow.metadata or {}).get(b"focus_ray.schema_version")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,12 @@ from torch import Tensor
 
 from focus_ray import cluster
 from focus_ray.bundle import write_bundle
-from focus_ray.config import Config, config_to_yaml, parse_config
-from focus_ray.dataset import data_fingerprint, list_categories, ray_dataset, read_index, read_rows
+from focus_ray.config import Config, config_to_yaml, parse_config, unique_name
+from focus_ray.dataset import COMMIT_NAME, data_fingerprint, list_categories, ray_dataset, read_index, read_rows
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fit import MemoryShard, Shard, Steps, fit
 from focus_ray.images import decode_batch
-from focus_ray.storage import exists, is_s3, join, open_filesystem, read_bytes, write_bytes
+from focus_ray.storage import create_bytes, exists, is_s3, join, open_filesystem, read_bytes, retrying, write_bytes
 
 RUN_CONFIG = "config.yaml"
 _READ_ROWS = 32  # decoded at a time: bounds the memory of large originals
@@ -184,6 +187,11 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         its reason; the bundles of the others are there. DataError: the data set cannot be used.
     """
     config = _absolute(config)
+    if config.name == "auto":
+        if resume:
+            raise TrainingError("--resume needs the name of the run to go on with: name=...")
+        config = config.model_copy(update={"name": unique_name(config.cluster.team or "run")})
+        log(f"name: {config.name}")
     there = list_categories(config.data.uri)
     categories = list(config.data.categories or there)
     unknown = sorted(set(categories) - set(there))
@@ -202,10 +210,13 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     for category in sorted(set(categories) - set(todo)):
         log(f"{category}: already there, {bundles[category]}")
     if todo:
-        private = cluster.connect()
+        team = config.cluster.team
+        private = cluster.connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
         streams = config.train.epochs > 0 and any(not fits_memory(config, plans[category]) for category in todo)
         limit = cluster.concurrent_runs(config.cluster, private, streams, log)
-        write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())  # from here on the folder is this run's
+        cluster.probe_nodes([join(config.data.uri, f"category={c}", COMMIT_NAME) for c in todo], [root])
+        _claim(root, resume)
+        write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
         failed = _run_all(config, root, {c: plans[c] for c in todo}, limit, log)
         if failed:
             raise TrainingError(
@@ -229,6 +240,7 @@ def _run_all(
             "plan": plan,
             "root": root,
             "use_gpu": cluster.uses_gpu(config.cluster),
+            "resources_per_worker": cluster.resources_per_worker(config.cluster),
         }
         for category, plan in plans.items()
     }
@@ -277,14 +289,14 @@ def _run_category(payload: dict[str, Any]) -> None:
     if config.train.epochs and not fits_memory(config, payload["plan"]):
         datasets["train"] = _stream(config, payload["category"], payload["plan"]["fit_rows"])
     filesystem, path = open_filesystem(join(payload["root"], "train"))
-    asked = {"CPU": config.cluster.cpus_per_worker}
-    if payload["use_gpu"]:
-        asked["GPU"] = 1
     trainer = TorchTrainer(
         _worker,
         train_loop_config=payload,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.cluster.num_workers, use_gpu=payload["use_gpu"], resources_per_worker=asked
+            num_workers=config.cluster.num_workers,
+            use_gpu=payload["use_gpu"],
+            resources_per_worker=payload["resources_per_worker"],
+            label_selector=dict(config.cluster.labels) or None,
         ),
         run_config=ray.train.RunConfig(
             name=payload["category"],
@@ -354,7 +366,7 @@ def _worker(payload: dict[str, Any]) -> None:
         device,
         rank=rank,
         wrap=_wrapper(num_workers, device),
-        state=_last_state(ray.train.get_checkpoint(), device),
+        state=retrying(lambda: _last_state(ray.train.get_checkpoint(), device)),
         on_epoch=on_epoch,
         log=lambda message: print(f"{category}: {message}", flush=True) if rank == 0 else None,
     )
@@ -421,6 +433,15 @@ def _absolute(config: Config) -> Config:
             "model": config.model.model_copy(update={"weights": weights}),
         }
     )
+
+
+def _claim(root: str, resume: bool) -> None:
+    """Makes the folder this run's. Raises: TrainingError: another run of the name, started at the same time, was first."""
+    mine = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
+    if not create_bytes(join(root, "claim.json"), mine) and not resume:
+        raise TrainingError(
+            f"{root} was taken by a run started at the same time: give another name (name=auto makes one)"
+        )
 
 
 def _check_claim(config: Config, root: str, resume: bool) -> None:

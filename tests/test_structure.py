@@ -36,8 +36,10 @@ ORDER = (
     "fit",
     "bundle",
     "inspector",
+    "registry",
     "dataset",
     "cluster",
+    "submission",
     "training",
     "tuning",
     "update",
@@ -46,9 +48,10 @@ ORDER = (
     "cli",
 )
 MAY_IMPORT = {
-    "ray": {"dataset", "cluster", "training", "tuning", "batch"},
-    "torch": {*ORDER} - {"errors", "config", "storage", "metrics", "calibration", "samples", "cluster", "cli"},
-    "boto3": set(),
+    "ray": {"dataset", "cluster", "training", "tuning", "batch", "submission"},
+    "torch": {*ORDER}
+    - {"errors", "config", "storage", "metrics", "calibration", "samples", "cluster", "submission", "cli"},
+    "boto3": {"storage"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 WITHOUT_RAY = [path.stem for path in MODULES if path.stem not in MAY_IMPORT["ray"]]

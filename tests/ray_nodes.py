@@ -1,0 +1,39 @@
+"""Runs a Ray cluster of two nodes on this machine until its stdin closes; tests start it as a process of its own.
+
+So the cluster has an environment of its own, tokens on, and jobs come to it as they come to any cluster: over HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from typing import Any
+
+from ray.cluster_utils import Cluster
+
+HOST = "127.0.0.1"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    # with 127.0.0.1 for its address, or the agent's usual port taken, the head has no job agent (Ray 2.60)
+    def node(**options: Any) -> dict[str, Any]:
+        return {"num_cpus": 2, "dashboard_agent_listen_port": free_port(), **options}
+
+    dashboard = {"include_dashboard": True, "dashboard_host": HOST, "dashboard_port": free_port()}
+    nodes = Cluster(initialize_head=True, head_node_args=node(**dashboard))
+    nodes.add_node(**node(labels={"site": "b"}))
+    nodes.wait_for_nodes()
+    print(json.dumps({"address": f"http://{nodes.head_node.webui_url}", "gcs": nodes.address}), flush=True)
+    sys.stdin.read()
+    nodes.shutdown()
+
+
+if __name__ == "__main__":
+    main()
