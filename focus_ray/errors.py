@@ -25,3 +25,7 @@ class BundleError(FocusRayError, RuntimeError):
 
 class TrainingError(FocusRayError, RuntimeError):
     """A training run that could not be carried through."""
+
+
+class SweepError(FocusRayError, RuntimeError):
+    """A sweep that cannot be started, taken up again or carried through."""

@@ -286,7 +286,9 @@ def validation_pass(
     """
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     scores, maps = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1])
-    return validation_figures(*(np.concatenate(parts) for parts in zip(*gather_objects((masks, scores, maps)), strict=True)))
+    return validation_figures(
+        *(np.concatenate(parts) for parts in zip(*gather_objects((masks, scores, maps)), strict=True))
+    )
 
 
 def collect_scores(scored: Iterable[Scored], size_px: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -121,7 +121,9 @@ class Judge:
         if len(mine) < self.race.grace_categories:
             return None
         others = [
-            scores for number, scores in self.scores.items() if number not in {trial, *self.cut} and mine.keys() <= scores.keys()
+            scores
+            for number, scores in self.scores.items()
+            if number not in {trial, *self.cut} and mine.keys() <= scores.keys()
         ]
         if not others:
             return None

@@ -199,3 +199,11 @@ def remove_file(uri: str | Path) -> None:
     with storage_errors("delete", uri, path):
         if filesystem.get_file_info(path).type == fs.FileType.File:
             filesystem.delete_file(path)
+
+
+def remove_folder(uri: str | Path) -> None:
+    """Deletes a folder and all below it; none there is no error."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("delete", uri, path):
+        if filesystem.get_file_info(path).type == fs.FileType.Directory:
+            filesystem.delete_dir(path)

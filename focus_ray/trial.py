@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 import uuid
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -35,7 +35,7 @@ from focus_ray.model import LAYERS, ChannelReduction, FocusNet, common_frame
 from focus_ray.scoring import Scored, to_images
 from focus_ray.search import Objective
 from focus_ray.selection import DEFECTS_PER_IMAGE, validation_figures, validation_images
-from focus_ray.training import decoded_rows, iter_test_records, plan_category, slice_of
+from focus_ray.training import decoded_rows, iter_test_records, plan_category
 
 JUDGE_BATCH = 32
 _FIGURES = {"image_auroc": "image_auroc", "pixel_auroc": "pixel_auroc", "aupro": "aupro_0.3"}
@@ -109,7 +109,9 @@ def judging_plan(config: Config, category: str, objective: Objective) -> dict[st
     return plan_category(config, category)
 
 
-def load_images(config: Config, category: str, plan: dict[str, Any], objective: Objective, size_px: int) -> CategoryImages:
+def load_images(
+    config: Config, category: str, plan: dict[str, Any], objective: Objective, size_px: int
+) -> CategoryImages:
     """Reads and decodes a category, and makes the images that trials are judged on.
 
     Args:
@@ -209,6 +211,7 @@ def judge_category(
     objective: Objective,
     device: torch.device,
     *,
+    num_images: int | None = None,
     features: Features | None = None,
     rank: int = 0,
     wrap: Callable[[torch.nn.Module], Any] | None = None,
@@ -219,6 +222,7 @@ def judge_category(
     """Fits one category and judges it after every epoch.
 
     Args:
+        num_images: training images of all workers together, where they are not in `images`.
         features: of `embed_images`, where `features_key` says that they are this trial's.
         on_score: told of every score by rank 0 (epochs trained, score, whether it is the last); gives why to stop, or
             None.
@@ -244,7 +248,10 @@ def judge_category(
             result.alignment = features.alignment
             take(0, _judge_features(config, images, features, objective, device), True)
         else:
-            _judge_fitted(config, images, objective, device, rank, wrap, shard, result, take, log)
+            run = Run(
+                config, shard or _shard(config, images, rank), num_images or len(images.fit), device, rank=rank, log=log
+            )
+            _judge_fitted(run, images.judged, objective, wrap, result, take)
     except Cut as cut:
         result.cut = str(cut)
     result.seconds = time.perf_counter() - start
@@ -252,26 +259,20 @@ def judge_category(
 
 
 def _judge_fitted(
-    config: Config,
-    images: CategoryImages,
+    run: Run,
+    judged: Judged,
     objective: Objective,
-    device: torch.device,
-    rank: int,
     wrap: Callable[[torch.nn.Module], Any] | None,
-    shard: Shard | None,
     result: Judgement,
     take: Callable[[int, dict[str, float | None], bool], None],
-    log: Callable[[str], None],
 ) -> None:
     """Fits as `fit` does, up to where thresholds would be set, and judges what comes out."""
-    judged = images.judged
-    mine = [slice_of(list(range(len(judged.images))), rank, world_size())][0]
-    part = slice(mine[0], mine[-1] + 1) if mine else slice(0, 0)
-    run = Run(config, shard or _shard(config, images, rank), len(images.fit), device, rank=rank, log=log)
+    config = run.config
+    mine = judged.images[slice(*(len(judged.images) * (run.rank + end) // world_size() for end in (0, 1)))]
 
     def judge() -> dict[str, float | None]:
         detector = build_detector(config, run.net, run.reduction, run.training_statistics())
-        batches = (judged.images[part][at : at + JUDGE_BATCH] for at in range(0, len(mine), JUDGE_BATCH))
+        batches = (mine[at : at + JUDGE_BATCH] for at in range(0, len(mine), JUDGE_BATCH))
         scored = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), judged.masks.shape[1])
         scores, maps = (np.concatenate(parts) for parts in zip(*gather_objects(scored), strict=True))
         return _figures(judged, scores, maps, objective)
@@ -400,7 +401,9 @@ def _shard(config: Config, images: CategoryImages, rank: int = 0) -> MemoryShard
     world = world_size()
 
     def share(array: NDArray[np.uint8]) -> Tensor:
-        return torch.from_numpy(array[len(array) * rank // world : len(array) * (rank + 1) // world])
+        with warnings.catch_warnings():  # a store's memory is read-only, and batches are only read
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return torch.from_numpy(array[len(array) * rank // world : len(array) * (rank + 1) // world])
 
     return MemoryShard(
         share(images.fit),

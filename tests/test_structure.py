@@ -16,7 +16,10 @@ PACKAGE = Path(__file__).parents[1] / "focus_ray"
 ORDER = (
     "errors",
     "config",
+    "search",
+    "race",
     "storage",
+    "records",
     "images",
     "backbone",
     "alignment",
@@ -39,6 +42,8 @@ ORDER = (
     "dataset",
     "cluster",
     "training",
+    "trial",
+    "sweep_report",
     "tuning",
     "update",
     "batch",
@@ -47,7 +52,7 @@ ORDER = (
 )
 MAY_IMPORT = {
     "ray": {"dataset", "cluster", "training", "tuning", "batch"},
-    "torch": {*ORDER} - {"errors", "config", "storage", "metrics", "calibration", "samples", "cluster", "cli"},
+    "torch": {*ORDER} - {"errors", "config", "search", "race", "storage", "records", "metrics", "calibration", "samples", "cluster", "sweep_report", "cli"},
     "boto3": set(),
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
