@@ -91,6 +91,10 @@ class Judge:
             self.cut.add(trial)
         return reason
 
+    def withdraw(self, trial: int) -> None:
+        """A trial ended for a reason of its own: others are no longer held against it."""
+        self.cut.add(trial)
+
     def stop(self, reason: str) -> None:
         """Ends every trial at its next report."""
         self.stopping = reason

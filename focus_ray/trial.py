@@ -128,7 +128,7 @@ def load_images(
     if objective == "validation":
         normals = decode(plan["validation_rows"], reference_px)
         images, masks = validation_images(normals, seed=config.train.seed * 1009)
-        judged = Judged(images, masks, masks.any(axis=(1, 2)).astype(np.int64), np.ones(len(images), dtype=bool))
+        judged = Judged(images, masks, np.asarray(masks.any(axis=(1, 2)), dtype=np.int64), np.ones(len(images), dtype=bool))
         judged = _at_size(judged, size_px)
     else:
         judged = _test_images(config.data.uri, category, size_px)
@@ -228,7 +228,9 @@ def judge_category(
             None.
         shard: this worker's share of the images, where it is not cut from `images` (streamed training).
 
-    Raises: DataError: too few images, or the objective cannot be measured.  FloatingPointError: the loss diverged.
+    A loss or a score that is not finite cuts the trial: the settings are to blame.
+
+    Raises: DataError: too few images, or the objective cannot be measured.
     """
     result = Judgement(category)
     start = time.perf_counter()
@@ -254,6 +256,8 @@ def judge_category(
             _judge_fitted(run, images.judged, objective, wrap, result, take)
     except Cut as cut:
         result.cut = str(cut)
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:  # values so large that no spectrum is found
+        result.cut = f"diverged: {error}"
     result.seconds = time.perf_counter() - start
     return result
 
@@ -382,6 +386,8 @@ def _figures(
     judged: Judged, scores: NDArray[np.float32], maps: NDArray[np.float32], objective: Objective
 ) -> dict[str, float | None]:
     """`score`, by which trials are ranked, and what it is made of. Raises: DataError: it cannot be measured."""
+    if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
+        raise FloatingPointError("the anomaly maps are not finite: lower the learning rates")
     if objective == "validation":
         return {**validation_figures(judged.masks, scores, maps)}
     masks = [mask if known else None for mask, known in zip(judged.masks, judged.known, strict=True)]

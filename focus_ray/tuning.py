@@ -245,6 +245,7 @@ class _Driver:
         self.images: dict[tuple[str, int], Any] = {}  # (category, size) -> reference to CategoryImages
         self.features: dict[str, Any] = {}  # key -> reference to Features
         self.judge: Any = None
+        self.experiment = f"{config.name}-{uuid.uuid4().hex[:6]}"  # Tune's own files, gone at the end
         self.scratch = tempfile.mkdtemp(prefix="focus-ray-sweep-")
         self.here = ray.get_runtime_context().get_node_id()
 
@@ -265,18 +266,28 @@ class _Driver:
         try:
             yield
         finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+            for caught, handler in former.items():
+                signal.signal(caught, handler)
 
     def close(self) -> None:
-        """Lets go of everything that this sweep holds in the cluster and on this machine."""
+        """Lets go of everything that this sweep holds in the cluster and on its machines."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.images.clear()
         self.features.clear()
         if self.judge is not None:
             ray.kill(self.judge)
         shutil.rmtree(self.scratch, ignore_errors=True)
+        # Tune leaves a folder a trial in every node's session folder, which outlives the job (Ray 2.60)
+        sweepers = []
+        for node in ray.nodes():
+            if node["Alive"]:
+                where = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(_remove_working_folders)
+                sweepers.append(task.remote(self.experiment))
+        if sweepers:
+            ray.wait(sweepers, num_returns=len(sweepers), timeout=10.0)
         remove_folder(join(self.root, "scratch"))
 
     # ---- shared work
@@ -403,7 +414,7 @@ class _Driver:
         for record in sorted(done, key=lambda record: record.ended_at):
             judge.replay(record.number, record.curves())
             if record.status == "cut":
-                judge.cut.add(record.number)
+                judge.withdraw(record.number)
         for record in sorted(done, key=lambda record: record.number):
             proposer.tell(record.number, record.point, record.score, _steps(record, categories, judge.max_epochs))
         missing = proposer.total - len(done)
@@ -459,7 +470,7 @@ class _Driver:
                 trial_dirname_creator=lambda trial: f"trial-{trial.config.get('number', 0):05d}-{trial.trial_id}",
             ),
             run_config=tune.RunConfig(
-                name=f"{self.config.name}{'' if stage is None else f'-{stage}'}",
+                name=self.experiment if stage is None else f"{self.experiment}-{stage}",
                 storage_path=self.scratch,
                 stop=_make_stopper(self),
                 failure_config=tune.FailureConfig(max_failures=self.base.cluster.max_failures),
@@ -491,6 +502,9 @@ class _JudgeActor:
 
     def report(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
         return self.judge.report(trial, category, epoch, score, final)
+
+    def withdraw(self, trial: int) -> None:
+        self.judge.withdraw(trial)
 
     def stop(self, reason: str) -> None:
         self.judge.stop(reason)
@@ -569,6 +583,17 @@ def _make_searcher(proposer: Proposer, missing: int, log: Log) -> Any:
 # ---- in the cluster
 
 
+def _remove_working_folders(experiment: str) -> None:
+    """On the node that runs it."""
+    import ray
+
+    node = ray._private.worker._global_node
+    for folder in (Path(node.get_session_dir_path()) / "artifacts").glob(f"*/{experiment}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another experiment's may be there
+            folder.parent.rmdir()
+
+
 def _load_task(
     config: dict[str, Any], category: str, plan: dict[str, Any], objective: Any, size_px: int
 ) -> CategoryImages:
@@ -615,6 +640,8 @@ def _trial(config: dict[str, Any], payload: dict[str, Any]) -> None:
     cut = next((judgement.cut for judgement in found.values() if judgement.cut is not None), None)
     if cut == STOPPED:
         return
+    if failure is not None or cut is not None:
+        ray.get(payload["judge"].withdraw.remote(number))
     scores = [judgement.score for judgement in found.values() if judgement.score is not None]
     record = Record(
         number,
