@@ -300,7 +300,6 @@ class Proposer:
         self.sweep = sweep
         self.known = {"grid": grid_points, "random": random_points}.get(sweep.searcher, lambda _: [])(sweep)
         self.asked: dict[int, Any] = {}  # numbers that were given out, or are done
-        self.again: list[tuple[int, Point]] = []
         if sweep.searcher == "optuna":
             import optuna
 
@@ -313,20 +312,14 @@ class Proposer:
 
     def ask(self) -> tuple[int, Point] | None:
         """The next trial's number and point; None when all were given out."""
-        if self.again:
-            number, point = self.again.pop(0)
-        else:
-            free = next((number for number in range(self.total) if number not in self.asked), None)
-            if free is None:
-                return None
-            number, point = free, {}
+        number = next((number for number in range(self.total) if number not in self.asked), None)
+        if number is None:
+            return None
         if self.sweep.searcher != "optuna":
             self.asked[number] = None
             return number, self.known[number]
         import optuna
 
-        if point:
-            self.study.enqueue_trial({key: self._encode(key, value) for key, value in point.items()})
         # a sampler for each number: what it proposes depends on the outcomes so far and the number, not on how often
         # the sweep was taken up again
         self.study.sampler = optuna.samplers.TPESampler(
@@ -337,11 +330,6 @@ class Proposer:
         trial = self.study.ask(distributions(self.sweep))
         self.asked[number] = trial
         return number, {key: self._decode(key, value) for key, value in trial.params.items()}
-
-    def retry(self, number: int, point: Point) -> None:
-        """Gives a number out again, with its point, before any new one."""
-        self.again.append((number, point))
-        self.asked[number] = None
 
     def tell(self, number: int, point: Point, score: float | None, curve: Sequence[tuple[int, float]] = ()) -> None:
         """A trial's outcome: its score; or None where it was ended early, with (step, score) as far as it came."""

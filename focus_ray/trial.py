@@ -128,7 +128,9 @@ def load_images(
     if objective == "validation":
         normals = decode(plan["validation_rows"], reference_px)
         images, masks = validation_images(normals, seed=config.train.seed * 1009)
-        judged = Judged(images, masks, np.asarray(masks.any(axis=(1, 2)), dtype=np.int64), np.ones(len(images), dtype=bool))
+        judged = Judged(
+            images, masks, np.asarray(masks.any(axis=(1, 2)), dtype=np.int64), np.ones(len(images), dtype=bool)
+        )
         judged = _at_size(judged, size_px)
     else:
         judged = _test_images(config.data.uri, category, size_px)

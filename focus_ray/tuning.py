@@ -409,20 +409,21 @@ class _Driver:
 
         categories = list(self.plans) if stage is None else [stage]
         proposer = Proposer(self.config)
+        max_epochs = _max_epochs(self.config, self.base)
         done = [r for r in records.read_records(self.root) if r.stage == stage and r.status in records.DONE]
-        judge = Judge(self.config, categories, _max_epochs(self.config, self.base))
-        for record in sorted(done, key=lambda record: record.ended_at):
-            judge.replay(record.number, record.curves())
-            if record.status == "cut":
-                judge.withdraw(record.number)
         for record in sorted(done, key=lambda record: record.number):
-            proposer.tell(record.number, record.point, record.score, _steps(record, categories, judge.max_epochs))
+            proposer.tell(record.number, record.point, record.score, _steps(record, categories, max_epochs))
         missing = proposer.total - len(done)
         if missing <= 0:
             return
         # beside the driver, so that it lives and ends with it
         where = NodeAffinitySchedulingStrategy(node_id=self.here, soft=False)
-        self.judge = ray.remote(num_cpus=0, max_concurrency=1, scheduling_strategy=where)(_JudgeActor).remote(judge)
+        actor = ray.remote(num_cpus=0, scheduling_strategy=where)(Judge)
+        self.judge = actor.options(name=f"judge-{stage or 'all'}", namespace=self.experiment).remote(self.config, categories, max_epochs)
+        for record in sorted(done, key=lambda record: record.ended_at):
+            self.judge.replay.remote(record.number, record.curves())
+            if record.status == "cut":
+                self.judge.withdraw.remote(record.number)
         payload = {
             "sweep": self.config.model_dump(mode="json"),
             "reference": self._reference().model_dump(mode="json"),
@@ -489,25 +490,6 @@ class _Driver:
             if record.name not in there:  # its process was lost more often than max_failures allows
                 records.write_record(self.root, dataclasses.replace(record, ended_at=time.time()))
                 self.log(f"trial {record.name}: FAILED: {record.reason}")
-
-
-class _JudgeActor:
-    """The judge in a process of its own."""
-
-    def __init__(self, judge: Judge) -> None:
-        self.judge = judge
-
-    def begin(self, trial: int) -> None:
-        self.judge.begin(trial)
-
-    def report(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
-        return self.judge.report(trial, category, epoch, score, final)
-
-    def withdraw(self, trial: int) -> None:
-        self.judge.withdraw(trial)
-
-    def stop(self, reason: str) -> None:
-        self.judge.stop(reason)
 
 
 def _make_stopper(driver: _Driver) -> Any:

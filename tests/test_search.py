@@ -46,10 +46,19 @@ def score_of(point: dict[str, Any]) -> float:
         ({"space": {"num_channels": [1]}}, r"unknown key; did you mean 'density.num_channels'\?"),
         ({"space": {"xyz": [1]}}, r"space: xyz: unknown key: `focus-ray train` writes all keys there are"),
         ({"space": {"density": [1]}}, r"density is a section: name a key in it: density.kind, "),
-        ({"space": {"data.uri": ["a"]}}, r"data.uri cannot be searched: all trials must learn from .*set base.data.uri"),
+        (
+            {"space": {"data.uri": ["a"]}},
+            r"data.uri cannot be searched: all trials must learn from .*set base.data.uri",
+        ),
         ({"space": {"selection.fraction": [0.1]}}, r"all trials must be judged on the same images"),
-        ({"space": {"density.shrinkage": {"uniform": [0, 1]}}}, r"at density.shrinkage=0.0: .*greater than 0 \(got 0.0\)"),
-        ({"space": {"density.shrinkage": {"uniform": [1, 2000]}}}, r"at density.shrinkage=2000.0: .*less than or equal"),
+        (
+            {"space": {"density.shrinkage": {"uniform": [0, 1]}}},
+            r"at density.shrinkage=0.0: .*greater than 0 \(got 0.0\)",
+        ),
+        (
+            {"space": {"density.shrinkage": {"uniform": [1, 2000]}}},
+            r"at density.shrinkage=2000.0: .*less than or equal",
+        ),
         ({"space": {"density.window": [3, 4]}}, r"at density.window=4: density.window: Input should be 1, 3 or 5"),
         ({"space": {"model.image_size_px": {"randint": [64, 80]}}}, r"image_size_px=65 must be a multiple of 16"),
         ({"space": {"density.shrinkage": {"grid": [1]}}}, r"grid: unknown key; known keys: choice, lograndint,"),

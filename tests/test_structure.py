@@ -52,7 +52,21 @@ ORDER = (
 )
 MAY_IMPORT = {
     "ray": {"dataset", "cluster", "training", "tuning", "batch"},
-    "torch": {*ORDER} - {"errors", "config", "search", "race", "storage", "records", "metrics", "calibration", "samples", "cluster", "sweep_report", "cli"},
+    "torch": {*ORDER}
+    - {
+        "errors",
+        "config",
+        "search",
+        "race",
+        "storage",
+        "records",
+        "metrics",
+        "calibration",
+        "samples",
+        "cluster",
+        "sweep_report",
+        "cli",
+    },
     "boto3": set(),
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

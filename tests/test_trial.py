@@ -69,8 +69,16 @@ def test_features_handed_in_give_the_very_scores_of_a_trial_alone(
 
 def test_features_are_shared_by_those_settings_only_that_lead_to_them(data: str) -> None:
     key = features_key(small_config(data, "unused"), "gear")
-    same = [{"density": {"num_channels": 8}}, {"scoring": {"smoothing_sigma_px": 1.0}}, {"train": {"learning_rate": 1.0}}]
-    other = [{"model": {"image_alignment": {"group": "none"}}}, {"train": {"seed": 3}}, {"model": {"image_size_px": 32}}]
+    same = [
+        {"density": {"num_channels": 8}},
+        {"scoring": {"smoothing_sigma_px": 1.0}},
+        {"train": {"learning_rate": 1.0}},
+    ]
+    other = [
+        {"model": {"image_alignment": {"group": "none"}}},
+        {"train": {"seed": 3}},
+        {"model": {"image_size_px": 32}},
+    ]
     own = [{"train": {"epochs": 1}}, {"selection": {"enabled": True}}]
     assert key is not None
     assert {features_key(small_config(data, "unused", **part), "gear") for part in same} == {key}
@@ -145,7 +153,10 @@ def test_a_trial_that_is_told_to_stop_trains_no_further(data: str) -> None:
 
 def test_settings_under_which_training_diverges_cut_the_trial(data: str) -> None:
     config = small_config(
-        data, "unused", model=PLAIN, train={"epochs": 2, "learning_rate": 10.0, "learning_rate_head": 10.0, "momentum": 0.99}
+        data,
+        "unused",
+        model=PLAIN,
+        train={"epochs": 2, "learning_rate": 10.0, "learning_rate_head": 10.0, "momentum": 0.99},
     )
     result = judge_category(config, "gear", images_of(config), "validation", CPU)
     assert (result.score, result.epochs < 2) == (None, True)

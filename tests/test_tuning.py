@@ -142,7 +142,9 @@ def test_what_is_over_the_budget_is_told_and_every_trial_makes_its_own(
 
 
 @pytest.mark.ray
-def test_one_sweep_a_category_finds_the_best_of_each(ray_cluster: None, found: Outcome, data: str, tmp_path: Path) -> None:
+def test_one_sweep_a_category_finds_the_best_of_each(
+    ray_cluster: None, found: Outcome, data: str, tmp_path: Path
+) -> None:
     each = sweep(sweep_of(data, tmp_path, scope="per_category"))
     for category in CATEGORIES:
         best = max(record.categories[category]["score"] for record in found.records)
@@ -204,7 +206,9 @@ def test_a_name_that_is_taken_is_refused(found: Outcome, data: str) -> None:
 
 def test_more_channels_than_there_are_are_refused_before_anything_starts(data: str, tmp_path: Path) -> None:
     space = {"density.num_channels": [32, 100], "density.layers": [["layer1"]]}
-    with pytest.raises(ConfigError, match=r"at density.num_channels=100, density.layers=\['layer1'\]: .* have 64 channels"):
+    with pytest.raises(
+        ConfigError, match=r"at density.num_channels=100, density.layers=\['layer1'\]: .* have 64 channels"
+    ):
         sweep(sweep_of(data, tmp_path, space=space))
     assert os.listdir(tmp_path) == []
 
@@ -242,7 +246,17 @@ def test_names_that_are_made_up_do_not_collide() -> None:
 
 def a_record(**keys: Any) -> Record:
     part = {"gear": {"score": 0.5, "curve": [[0, 0.5]]}}
-    return Record(**{"number": 3, "stage": None, "point": {"a": 1}, "status": "finished", "score": 0.5, "categories": part, **keys})
+    return Record(
+        **{
+            "number": 3,
+            "stage": None,
+            "point": {"a": 1},
+            "status": "finished",
+            "score": 0.5,
+            "categories": part,
+            **keys,
+        }
+    )
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -255,7 +269,9 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_understood_is_named(tmp_path: Path) -> None:
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "00001.json").write_text('{"number": 1')
-    with pytest.raises(SweepError, match=r"trials/00001.json: not a trial's record .*remove it to have the trial run again"):
+    with pytest.raises(
+        SweepError, match=r"trials/00001.json: not a trial's record .*remove it to have the trial run again"
+    ):
         read_records(str(tmp_path))
 
 
