@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray import __version__
-from focus_ray.errors import FocusRayError
+from focus_ray.errors import ConfigError, FocusRayError
 
 EXIT_ERROR = 1
 EXIT_REJECTS = 3
@@ -52,6 +52,16 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
     train.add_argument("--resume", action="store_true", help="go on with the run of this name")
     train.set_defaults(run=_train)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="search settings over categories with Ray Tune",
+        description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration that "
+        "trials start from. `status`, `resume` and `report` take the sweep's folder.",
+    )
+    sweep.add_argument("what", metavar="CONFIG|status|resume|report", help="YAML file, for instance configs/sweep.yaml")
+    sweep.add_argument("rest", nargs="*", metavar="key=value|PLACE", help="num_trials=20, or the sweep's folder")
+    sweep.set_defaults(run=_sweep)
 
     evaluate = commands.add_parser("evaluate", help="measure bundles on the labelled test images")
     evaluate.add_argument("bundles", help="a bundle, or a run's folder")
@@ -196,6 +206,54 @@ def _train(arguments: argparse.Namespace) -> int:
     for category, bundle in bundles.items():
         print(f"{category}\t{bundle}")
     return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    if arguments.what in ("status", "report", "resume"):
+        if len(arguments.rest) != 1:
+            raise ConfigError(f"focus-ray sweep {arguments.what}: expected one sweep's folder, got {arguments.rest}")
+        return _sweep_place(arguments.what, arguments.rest[0])
+    from focus_ray.search import load_sweep
+
+    config = load_sweep(arguments.what, arguments.rest)
+    from focus_ray.tuning import sweep
+
+    return _sweep_end(sweep(config, log=_say))
+
+
+def _sweep_place(action: str, place: str) -> int:
+    from focus_ray import records
+
+    if action == "resume":
+        from focus_ray.tuning import resume
+
+        return _sweep_end(resume(place, log=_say))
+    config, found = records.read_sweep(place), records.read_records(place)
+    if action == "report":
+        from focus_ray.sweep_report import write_report
+
+        for name in write_report(place, config, found):
+            _say(f"report: {place}/{name}")
+    else:
+        print(json.dumps(records.progress(place, config, found), indent=1))
+    print(records.summary_table(config, found))
+    return 0
+
+
+def _sweep_end(outcome: Any) -> int:
+    from focus_ray import records
+
+    config = records.read_sweep(outcome.root)
+    print(records.summary_table(config, outcome.records))
+    for stage, record in outcome.best.items():
+        name = "best.yaml" if stage is None else f"best-{stage}.yaml"
+        print(f"{stage or 'all categories'}\t{record.score:.4f}\t{outcome.root}/{name}")
+    for record in outcome.failed:
+        _say(f"focus-ray: trial {record.name} failed: {record.reason}")
+    if outcome.stopped:
+        _say(f"focus-ray: stopped; go on with: focus-ray sweep resume {outcome.root}")
+        return 130
+    return EXIT_ERROR if outcome.failed else 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

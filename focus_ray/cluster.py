@@ -61,10 +61,10 @@ def uses_gpu(config: ClusterConfig) -> bool:
     return _ceiling(config, {}).get("GPU", 0.0) > 0 or has_gpus() if config.use_gpu == "auto" else bool(config.use_gpu)
 
 
-def resources_per_worker(config: ClusterConfig) -> dict[str, float]:
-    """What Ray keeps for a worker; memory in bytes."""
+def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
+    """What Ray keeps for a worker; memory in bytes. use_gpu: of `uses_gpu`."""
     asked = {"CPU": config.cpus_per_worker}
-    if uses_gpu(config):
+    if use_gpu:
         asked["GPU"] = 1.0
     if config.memory_gib_per_worker is not None:
         asked["memory"] = config.memory_gib_per_worker * 2**30
@@ -85,7 +85,7 @@ def concurrent_runs(
     """
     import ray
 
-    worker = resources_per_worker(config)
+    worker = resources_per_worker(config, uses_gpu(config))
     needs = {kind: config.num_workers * amount for kind, amount in worker.items()}
     needs["CPU"] += streams
     nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -11,7 +11,7 @@ import re
 import uuid
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -337,6 +337,14 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises: ConfigError: the file or an override cannot be read, or a value does not fit its field.
     """
+    tree = read_mapping(path)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML file's top mapping. Raises: ConfigError: it cannot be read, or is no mapping."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -350,17 +358,23 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections at the top, got {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return tree
+
+
+_M = TypeVar("_M", bound=BaseModel)
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
     """Validates a plain mapping. Raises: ConfigError: naming each key, its value and what was expected."""
+    return parse_model(Config, tree, source)
+
+
+def parse_model(model: type[_M], tree: Any, source: str) -> _M:
+    """`parse_config` for any model."""
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError(f"{source}: " + "; ".join(_explain(item, model) for item in error.errors())) from None
 
 
 def unique_name(*parts: str | None) -> str:
@@ -374,7 +388,8 @@ def config_to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one ``key.sub=value`` in a plain mapping. Raises: ConfigError: it is not of that shape."""
     key, separator, raw = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -393,10 +408,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[parts[-1]] = value
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] == "extra_forbidden":
-        known = _fields_beside(item["loc"])
+        known = _fields_beside(item["loc"], model)
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
@@ -407,11 +422,14 @@ def _explain(item: Any) -> str:
     return f"{where}: {message}{shown}"
 
 
-def _fields_beside(loc: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _fields_beside(loc: tuple[Any, ...], model: Any) -> list[str]:
     for part in loc[:-1]:
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            annotation: Any = model.model_fields[part].annotation if part in model.model_fields else None
+        else:  # a mapping of names to models
+            annotation = get_args(model)[1]
+        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        if not is_model and get_origin(annotation) is not dict:
             return []
         model = annotation
     return sorted(model.model_fields)

@@ -33,3 +33,7 @@ class RegistryError(FocusRayError, RuntimeError):
 
 class SubmissionError(FocusRayError, RuntimeError):
     """A job that cannot be sent to a cluster, followed or stopped."""
+
+
+class SweepError(FocusRayError, RuntimeError):
+    """A sweep that cannot be started, taken up again or carried through."""

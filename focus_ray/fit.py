@@ -154,18 +154,8 @@ def fit(
 
     Raises: DataError: too few images.  FloatingPointError: the loss is not finite.
     """
-    torch.manual_seed(config.train.seed)
-    net = FocusNet(config.model) if net is None else net
-    net = net.to(device).to(memory_format=torch.channels_last)
-    run = _Run(config, net, shard, num_images, device, rank, log)
-    if state is not None:
-        run.restore(state)
-    else:
-        with run.timed("alignment"):
-            run.align()
-    with run.timed("train"):
-        if config.train.epochs:
-            run.train(wrap, state, on_epoch)
+    run = Run(config, shard, num_images, device, net=net, rank=rank, log=log)
+    run.learn(wrap, state, on_epoch)
     return run.finish()
 
 
@@ -174,19 +164,23 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
     return Detector(net, reduction, build_density(config.density, statistics), config.scoring)
 
 
-class _Run:
-    """One category's way from images to a result; state that its stages share."""
+class Run:
+    """One category's way from images to a result; state that its stages share. Arguments as of `fit`."""
 
     def __init__(
         self,
         config: Config,
-        net: FocusNet,
         shard: Shard,
         num_images: int,
         device: torch.device,
-        rank: int,
-        log: Callable[[str], None],
+        *,
+        net: FocusNet | None = None,
+        rank: int = 0,
+        log: Callable[[str], None] = lambda message: None,
     ) -> None:
+        torch.manual_seed(config.train.seed)
+        net = FocusNet(config.model) if net is None else net
+        net = net.to(device).to(memory_format=torch.channels_last)
         self.config, self.net, self.shard, self.num_images = config, net, shard, num_images
         self.device, self.rank, self.log = device, rank, log
         self.offset = num_images * rank // world_size()
@@ -220,7 +214,7 @@ class _Run:
         """The validation score of the network as it is, noted with what it is; None where nothing is selected."""
         if self.validation is None:
             return None
-        detector = build_detector(self.config, self.net, self.reduction, self._statistics())
+        detector = build_detector(self.config, self.net, self.reduction, self.training_statistics())
         images, masks = self.validation
         figures = validation_pass(detector, images, masks)
         self.selection.append({**what, **figures})
@@ -256,6 +250,22 @@ class _Run:
         self.log(f"image alignment {turned} (pairwise L2 of held-out images falls by {found['drop']:.0%})")
 
     # ---- training
+    def learn(
+        self,
+        wrap: Callable[[torch.nn.Module], Any] | None = None,
+        state: dict[str, Any] | None = None,
+        on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None = None,
+    ) -> None:
+        """Aligns and trains, from the start or from a state; arguments as of `fit`."""
+        if state is not None:
+            self.restore(state)
+        else:
+            with self.timed("alignment"):
+                self.align()
+        with self.timed("train"):
+            if self.config.train.epochs:
+                self.train(wrap, state, on_epoch)
+
     def restore(self, state: dict[str, Any]) -> None:
         self.net.load_state_dict(state["net"])
         self.alignment, self.selection, self.best = state["alignment"], state["selection"], state["best"]
@@ -341,8 +351,8 @@ class _Run:
             self.best = {"epoch": epoch, "score": score, "net": network}
 
     # ---- density and calibration
-    def _statistics(self) -> Statistics:
-        """Of the training images."""
+    def training_statistics(self) -> Statistics:
+        """Of the training images, under the network as it is."""
         self.net.eval()
         config = self.config.density
         kept = sample_positions(self.num_images, config.max_images) if config.kind == "nearest" else None
@@ -364,7 +374,7 @@ class _Run:
                     folds.append(statistics_pass(self.net, self.reduction, batches, self.device, kept))
                 statistics = _join_all(folds)
             else:
-                statistics = self._statistics()
+                statistics = self.training_statistics()
             if self.validation is not None:
                 statistics.join(self._validation_statistics())
             statistics.keep_at_most(self.config.density.max_images)

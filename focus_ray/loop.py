@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from focus_ray.gaussian import Moments
 from focus_ray.losses import coarse_loss, effective_rank, feature_std, fine_loss, random_pairs
 from focus_ray.model import ChannelReduction, FocusNet, inside_mask
 from focus_ray.nearest import keep
-from focus_ray.scoring import Detector, embed, to_images
+from focus_ray.scoring import Detector, Scored, embed, to_images
 from focus_ray.selection import validation_figures
 
 COLLAPSE_STD = 0.05  # of the L2-normalised features, relative to an even spread: below this a run has collapsed
@@ -171,22 +171,35 @@ def statistics_pass(
         offset: the number of this worker's first image.
     """
     net.eval()
+    embeddings = (embed(net, reduction, to_images(batch, device))[0] for batch in batches)
     size = net.config.image_size_px // reduction.config.map_stride_px
-    moments = Moments(size, size, reduction.num_channels, device)
+    return embedding_statistics(embeddings, size, reduction.num_channels, device, keep_positions, offset)
+
+
+@torch.no_grad()
+def embedding_statistics(
+    embeddings: Iterable[Tensor],
+    size: int,
+    num_channels: int,
+    device: torch.device,
+    keep_positions: Container[int] | None = None,
+    offset: int = 0,
+) -> Statistics:
+    """As `statistics_pass`, of embeddings (B, num_channels, size, size) that are there already."""
+    moments = Moments(size, size, num_channels, device)
     kept: list[Tensor] = []
     position = offset
-    for batch in batches:
-        embedding, _ = embed(net, reduction, to_images(batch, device))
+    for embedding in embeddings:
         moments.update(embedding)
         if keep_positions is not None:
-            chosen = [number for number in range(len(batch)) if position + number in keep_positions]
+            chosen = [number for number in range(len(embedding)) if position + number in keep_positions]
             if chosen:
                 kept.append(keep(embedding[chosen]))
-        position += len(batch)
+        position += len(embedding)
     reduce_moments(moments)
     if keep_positions is None:
         return Statistics(moments)
-    bank = torch.cat(kept) if kept else torch.empty(0, size * size, reduction.num_channels, dtype=torch.float16)
+    bank = torch.cat(kept) if kept else torch.empty(0, size * size, num_channels, dtype=torch.float16)
     return Statistics(moments, gather_rows(bank, device))
 
 
@@ -256,13 +269,10 @@ def calibration_pass(
     for batch in batches:
         scored = detector(to_images(batch, device))
         builder.add(scored.score.cpu().numpy(), scored.anomaly_map.cpu().numpy())
-    if world_size() > 1:
-        gathered: list[Any] = [None] * world_size()
-        dist.all_gather_object(gathered, builder)
-        builder = gathered[0]
-        for other in gathered[1:]:
-            builder = builder.merge(other)
-    return builder
+    first, *others = gather_objects(builder)
+    for other in others:
+        first = first.merge(other)
+    return first
 
 
 @torch.inference_mode()
@@ -274,19 +284,33 @@ def validation_pass(
     Args:
         images: (N, S, S, 3) uint8 and masks: (N, S, S) bool, this worker's, from `selection.validation_images`.
     """
+    batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    scores, maps = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1])
+    return validation_figures(
+        *(np.concatenate(parts) for parts in zip(*gather_objects((masks, scores, maps)), strict=True))
+    )
+
+
+def collect_scores(scored: Iterable[Scored], size_px: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scores (N,) and maps (N, size_px, size_px) of all batches."""
     scores = [np.empty(0, np.float32)]
-    maps = [np.empty((0, *masks.shape[1:]), np.float32)]
-    for start in range(0, len(images), batch_size):
-        scored = detector(torch.from_numpy(images[start : start + batch_size]))
-        scores.append(scored.score.float().cpu().numpy())
-        maps.append(scored.anomaly_map.float().cpu().numpy())
-    mine = (masks, np.concatenate(scores), np.concatenate(maps))
+    maps = [np.empty((0, size_px, size_px), np.float32)]
+    for batch in scored:
+        scores.append(batch.score.float().cpu().numpy())
+        maps.append(batch.anomaly_map.float().cpu().numpy())
+    return np.concatenate(scores), np.concatenate(maps)
+
+
+_T = TypeVar("_T")
+
+
+def gather_objects(value: _T) -> list[_T]:
+    """What each worker brings, in the order of the workers, the same on every one."""
     if world_size() == 1:
-        return validation_figures(*mine)
+        return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, mine)
-    all_masks, all_scores, all_maps = zip(*gathered, strict=True)
-    return validation_figures(np.concatenate(all_masks), np.concatenate(all_scores), np.concatenate(all_maps))
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:

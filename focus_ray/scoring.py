@@ -38,7 +38,11 @@ class Detector:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Scored:
         """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1, at the network's input size -> `Scored`."""
-        embedding, theta = embed(self.net, self.reduction, to_images(images, self.density.device))
+        return self.score_embedding(*embed(self.net, self.reduction, to_images(images, self.density.device)))
+
+    @torch.inference_mode()
+    def score_embedding(self, embedding: Tensor, theta: Tensor | None) -> Scored:
+        """What `embed` gave -> `Scored`."""
         distance = self.density.score(embedding)
         if theta is not None:  # what lies outside the image is made up, and what training hardly saw is not known
             inside = valid_mask(theta, distance.shape[1], distance.shape[2])

@@ -186,7 +186,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     Raises: TrainingError: the run's folder exists and `resume` is not asked for, or categories failed, each named with
         its reason; the bundles of the others are there. DataError: the data set cannot be used.
     """
-    config = _absolute(config)
+    config = absolute(config)
     if config.name == "auto":
         if resume:
             raise TrainingError("--resume needs the name of the run to go on with: name=...")
@@ -240,7 +240,6 @@ def _run_all(
             "plan": plan,
             "root": root,
             "use_gpu": cluster.uses_gpu(config.cluster),
-            "resources_per_worker": cluster.resources_per_worker(config.cluster),
         }
         for category, plan in plans.items()
     }
@@ -281,6 +280,16 @@ def reason_of(error: BaseException) -> str:
 
 def _run_category(payload: dict[str, Any]) -> None:
     """Trains one category; runs as a Ray task, so that several trainers can wait side by side."""
+    make_trainer(_worker, payload, join(payload["root"], "train"), payload["category"]).fit()
+
+
+def make_trainer(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any], place: str, name: str) -> Any:
+    """A TorchTrainer of one category as its configuration asks.
+
+    Args:
+        worker: what every worker runs.  payload: what it is given, with config, category, plan and use_gpu.
+        place: where the trainer keeps checkpoints, below `name`.
+    """
     import ray.train
     from ray.train.torch import TorchTrainer
 
@@ -288,20 +297,20 @@ def _run_category(payload: dict[str, Any]) -> None:
     datasets = {}
     if config.train.epochs and not fits_memory(config, payload["plan"]):
         datasets["train"] = _stream(config, payload["category"], payload["plan"]["fit_rows"])
-    filesystem, path = open_filesystem(join(payload["root"], "train"))
-    trainer = TorchTrainer(
-        _worker,
+    filesystem, path = open_filesystem(place)
+    return TorchTrainer(
+        worker,
         train_loop_config=payload,
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.cluster.num_workers,
             use_gpu=payload["use_gpu"],
-            resources_per_worker=payload["resources_per_worker"],
+            resources_per_worker=cluster.resources_per_worker(config.cluster, payload["use_gpu"]),
             label_selector=dict(config.cluster.labels) or None,
         ),
         run_config=ray.train.RunConfig(
-            name=payload["category"],
+            name=name,
             storage_path=path,
-            storage_filesystem=filesystem if is_s3(payload["root"]) else None,
+            storage_filesystem=filesystem if is_s3(place) else None,
             failure_config=ray.train.FailureConfig(
                 max_failures=config.cluster.max_failures, controller_failure_limit=config.cluster.max_failures
             ),
@@ -310,7 +319,6 @@ def _run_category(payload: dict[str, Any]) -> None:
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
     )
-    trainer.fit()
 
 
 def _stream(config: Config, category: str, rows: list[int]) -> Any:
@@ -365,7 +373,7 @@ def _worker(payload: dict[str, Any]) -> None:
         len(plan["fit_rows"]),
         device,
         rank=rank,
-        wrap=_wrapper(num_workers, device),
+        wrap=data_parallel(num_workers, device),
         state=retrying(lambda: _last_state(ray.train.get_checkpoint(), device)),
         on_epoch=on_epoch,
         log=lambda message: print(f"{category}: {message}", flush=True) if rank == 0 else None,
@@ -398,7 +406,8 @@ def _worker(payload: dict[str, Any]) -> None:
     ray.train.report({"num_images": result.statistics.moments.count})
 
 
-def _wrapper(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:
+def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:
+    """What makes a module data-parallel; None for one worker."""
     if num_workers == 1:
         return None
 
@@ -417,7 +426,7 @@ def _last_state(checkpoint: Any, device: torch.device) -> dict[str, Any] | None:
     return state
 
 
-def _absolute(config: Config) -> Config:
+def absolute(config: Config) -> Config:
     """Local paths made absolute: workers run in other folders."""
 
     def resolve(place: str) -> str:

@@ -16,7 +16,10 @@ PACKAGE = Path(__file__).parents[1] / "focus_ray"
 ORDER = (
     "errors",
     "config",
+    "search",
+    "race",
     "storage",
+    "records",
     "images",
     "backbone",
     "alignment",
@@ -41,6 +44,8 @@ ORDER = (
     "cluster",
     "submission",
     "training",
+    "trial",
+    "sweep_report",
     "tuning",
     "update",
     "batch",
@@ -50,7 +55,21 @@ ORDER = (
 MAY_IMPORT = {
     "ray": {"dataset", "cluster", "training", "tuning", "batch", "submission"},
     "torch": {*ORDER}
-    - {"errors", "config", "storage", "metrics", "calibration", "samples", "cluster", "submission", "cli"},
+    - {
+        "errors",
+        "config",
+        "search",
+        "race",
+        "storage",
+        "records",
+        "metrics",
+        "calibration",
+        "samples",
+        "cluster",
+        "submission",
+        "sweep_report",
+        "cli",
+    },
     "boto3": {"storage"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

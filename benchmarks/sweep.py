@@ -1,0 +1,106 @@
+"""What sharing frozen work and racing over categories save in a sweep, on one private cluster.
+
+    python -m benchmarks.sweep --data MVTEC_ROOT --categories bottle hazelnut_toy --weights resnet18.pth [--parts sharing race]
+
+sharing: a grid over density settings only, with every trial making its own images and features, and with both made once.
+race: a grid over learning rates, good and ruinous, in full and with the race over categories and successive halving over
+epochs. Costs are wall-clock of the sweep without Ray's start, and the epochs trained; both ways run one after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
+from focus_ray import cluster
+from focus_ray.search import parse_sweep
+from focus_ray.tuning import sweep
+
+DENSITY_SPACE = {
+    "density.num_channels": [50, 100, 200],
+    "density.shrinkage": [0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0],
+}
+RATES_SPACE = {"train.learning_rate": [1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0]}
+
+
+def run_sweep(base: dict[str, Any], space: dict[str, Any], name: str, **settings: Any) -> dict[str, Any]:
+    """One sweep. Returns: its costs and its best."""
+    config = parse_sweep({"base": base, "space": space, "searcher": "grid", "name": name, **settings})
+    start = time.perf_counter()
+    outcome = sweep(config, log=lambda message: print(message, file=sys.stderr, flush=True))
+    seconds = time.perf_counter() - start
+    if outcome.failed:
+        sys.exit(f"{name}: {len(outcome.failed)} trials failed: {outcome.failed[0].reason}")
+    best = outcome.best[None]
+    return {
+        "sweep": name,
+        "seconds": seconds,
+        "epochs": sum(record.epochs for record in outcome.records),
+        "trials": len(outcome.records),
+        "cut": sum(record.status == "cut" for record in outcome.records),
+        "best": best.point,
+        "score": best.score,
+        "scores": {record.number: record.score for record in outcome.records},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--epochs", type=int, default=3, help="of the race")
+    parser.add_argument("--race-size-px", type=int, default=96)
+    parser.add_argument("--parts", nargs="+", choices=("sharing", "race"), default=["sharing", "race"])
+    arguments = parser.parse_args()
+    uri, categories = open_data(arguments)
+    base = base_tree(arguments, uri)
+    storage = f"{arguments.work}/sweeps-{time.time():.0f}"
+    base = merged(base, {"storage": storage, "data": {"categories": categories}, "cluster": {"use_gpu": "auto"}})
+    cluster.connect()
+    samples = []
+    if "sharing" in arguments.parts:
+        samples += [
+            run_sweep(base, DENSITY_SPACE, "unshared", share_work=False),
+            run_sweep(base, DENSITY_SPACE, "shared"),
+        ]
+    if "race" in arguments.parts:
+        trained = merged(
+            base,
+            {
+                "model": {"image_size_px": arguments.race_size_px, "image_alignment": {"group": "none"}},
+                "train": {"epochs": arguments.epochs, "batch_size_per_worker": 16},
+            },
+        )
+        samples += [
+            run_sweep(trained, RATES_SPACE, "full"),
+            run_sweep(trained, RATES_SPACE, "raced", race={"enabled": True}, scheduler={"kind": "asha"}),
+        ]
+    print()
+    header = ("sweep", "trials", "cut", "epochs", "seconds", "best", "score", "cost against the one above")
+    rows = []
+    for number, sample in enumerate(samples):
+        key = "seconds" if number < 2 and "sharing" in arguments.parts else "epochs"
+        ratio = f"{sample[key] / samples[number - 1][key]:.0%} of its {key}" if number % 2 else ""
+        sample["ratio"] = sample[key] / samples[number - 1][key] if number % 2 else None
+        rows.append(
+            [
+                sample["sweep"],
+                sample["trials"],
+                sample["cut"],
+                sample["epochs"],
+                f"{sample['seconds']:.1f}",
+                json.dumps(sample["best"]),
+                sample["score"],
+                ratio,
+            ]
+        )
+    print_table(header, rows)
+    print()
+    print_json("sweep", arguments, samples)
+
+
+if __name__ == "__main__":
+    main()
