@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -31,6 +31,10 @@ BackboneName = Literal["resnet18", "wide_resnet50_2", "efficientnet_lite0"]
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+Section = _Model  # for configurations of other modules
+M = TypeVar("M", bound=BaseModel)
 
 
 class DataConfig(_Model):
@@ -306,6 +310,11 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises: ConfigError: the file or an override cannot be read, or a value does not fit its field.
     """
+    return parse_config(read_tree(path, overrides), source=str(path))
+
+
+def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """What `load_config` validates: the file's mapping with the overrides applied. Raises: ConfigError: as there."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -319,17 +328,27 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of sections at the top, got {type(tree).__name__}")
+    return override_tree(tree, overrides)
+
+
+def override_tree(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Applies ``key.sub=value`` overrides, in place. Raises: ConfigError: one is not of that form."""
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
     """Validates a plain mapping. Raises: ConfigError: naming each key, its value and what was expected."""
+    return parse_as(Config, tree, source)
+
+
+def parse_as(model: type[M], tree: dict[str, Any], source: str) -> M:
+    """As `parse_config`, for any model of settings."""
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError(f"{source}: " + "; ".join(_explain(model, item) for item in error.errors())) from None
 
 
 def config_to_yaml(config: BaseModel) -> str:
@@ -356,10 +375,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     tree[parts[-1]] = value
 
 
-def _explain(item: Any) -> str:
+def _explain(root: type[BaseModel], item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] == "extra_forbidden":
-        known = _fields_beside(item["loc"])
+        known = _fields_beside(root, item["loc"])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
@@ -370,8 +389,8 @@ def _explain(item: Any) -> str:
     return f"{where}: {message}{shown}"
 
 
-def _fields_beside(loc: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _fields_beside(root: type[BaseModel], loc: tuple[Any, ...]) -> list[str]:
+    model: Any = root
     for part in loc[:-1]:
         annotation = model.model_fields[part].annotation if part in model.model_fields else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):

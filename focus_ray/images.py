@@ -103,10 +103,10 @@ def decode_image(data: bytes, size_px: int | None) -> npt.NDArray[np.uint8]:
     return _decode(data, size_px)[1]
 
 
-def read_image(data: bytes) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
-    """What ``probe_image`` and ``decode_image(data, None)`` give, for the price of one decoding; the same errors."""
+def read_image(data: bytes, size_px: int | None = None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+    """What ``probe_image`` and ``decode_image(data, size_px)`` give, for the price of one decoding; the same errors."""
     _verify_chunks(data)
-    return _decode(data, None)
+    return _decode(data, size_px)
 
 
 def probe_image(data: bytes) -> ImageInfo:
@@ -202,22 +202,28 @@ def decode_batch(images: Sequence[bytes], size_px: int, num_threads: int = 1) ->
 
 
 def _decode(data: bytes, size_px: int | None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
-    image, orientation = _load(data, size_px)
+    image, orientation, (width, height) = _load(data, size_px)
     mode, kind = image.mode, image.format or "?"
     try:
         plain = _to_grey_or_rgb(image)
         if orientation in _TRANSPOSE:
             plain = plain.transpose(_TRANSPOSE[orientation])
+            if orientation >= 5:  # a quarter turn
+                width, height = height, width
         if size_px is not None and plain.size != (size_px, size_px):
             plain = plain.resize((size_px, size_px), Image.Resampling.BILINEAR)
         pixels = np.array(plain.convert("RGB"), dtype=np.uint8)  # last: grey is resized as one channel
-        return ImageInfo(plain.width, plain.height, mode, kind), pixels
+        return ImageInfo(width, height, mode, kind), pixels
     except _DECODE_ERRORS as error:
         raise _undecodable(error, image) from error
 
 
-def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int]:
-    """Opens and loads the pixels. Returns: the image, not yet rotated, and the EXIF orientation still to be applied."""
+def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int, tuple[int, int]]:
+    """Opens and loads the pixels.
+
+    Returns: the image, not yet rotated; the EXIF orientation still to be applied; the file's own width and height,
+        which a JPEG that was decoded smaller no longer shows.
+    """
     if not data:
         raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
     try:
@@ -228,6 +234,7 @@ def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int]:
         raise _unidentified(data) from error
     except _DECODE_ERRORS as error:
         raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
+    size = image.size
     pixels = image.width * image.height
     if pixels > MAX_PIXELS:
         raise ImageError(
@@ -237,12 +244,15 @@ def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int]:
     try:
         if size_px is not None and image.format in ("JPEG", "MPO"):
             image.draft("", (2 * size_px, 2 * size_px))
-        image.load()
+            image.load()
+        else:
+            image.load()
+            size = image.size  # TIFFs turn themselves
     except _DECODE_ERRORS as error:
         raise ImageError(
             "truncated", f"the {image.format} image's pixels are truncated or damaged ({error}): copy it again"
         ) from error
-    return image, _orientation(image)
+    return image, _orientation(image), size
 
 
 def _orientation(image: Image.Image) -> int:

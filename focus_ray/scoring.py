@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from focus_ray.alignment import invert_theta, valid_mask, warp
 from focus_ray.config import ScoringConfig
 from focus_ray.density import Density
-from focus_ray.model import ChannelReduction, FocusNet, common_frame, seen_mask
+from focus_ray.model import Aligned, ChannelReduction, FocusNet, common_frame, seen_mask
 
 
 class Scored(NamedTuple):
@@ -34,8 +35,13 @@ class Detector:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Scored:
         """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1, at the network's input size -> `Scored`."""
-        embedding, theta = embed(self.net, self.reduction, to_images(images, self.density.device))
-        distance = self.density.score(embedding)
+        return self.judge(self.net(to_images(images, self.density.device)))
+
+    @torch.inference_mode()
+    def judge(self, aligned: Aligned) -> Scored:
+        """What the network made of B images -> `Scored`."""
+        levels, theta = common_frame(aligned)
+        distance = self.density.score(self.reduction(levels))
         if theta is not None:  # what lies outside the image is made up, and what training hardly saw is not known
             inside = valid_mask(theta, distance.shape[1], distance.shape[2])
             distance = distance * (inside if self.seen is None else inside & self.seen)
@@ -44,6 +50,42 @@ class Detector:
         if theta is not None:
             aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
         return Scored(score, aligned_map)
+
+
+def share_a_pass(first: Detector, second: Detector) -> bool:
+    """Whether one backbone pass can serve both: the very same backbone, nothing moved between its layers, one size."""
+    one, other = first.net, second.net
+    return (
+        one.backbone is other.backbone
+        and not len(one.feature_aligners)
+        and not len(other.feature_aligners)
+        and one.config.image_size_px == other.config.image_size_px
+    )
+
+
+@torch.inference_mode()
+def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[Scored]:
+    """Scores images of several categories in one pass through the backbone that they share.
+
+    Each category's images are aligned by its own aligner before the pass, and reduced and judged by its own reduction
+    and density after it: the results are those of each detector alone, up to rounding.
+
+    Args:
+        parts: detectors of which every two `share_a_pass`, each with its images as `Detector.__call__` takes them.
+
+    Returns: one `Scored` a part, in order.
+    """
+    if len(parts) == 1:
+        return [parts[0][0](parts[0][1])]
+    assert all(share_a_pass(parts[0][0], detector) for detector, _ in parts)
+    aligned = [detector.net.align_image(to_images(images, detector.density.device)) for detector, images in parts]
+    levels, nothing = parts[0][0].net.features(torch.cat([image for image, _ in aligned]))
+    sizes = [len(image) for image, _ in aligned]
+    split = zip(*(level.split(sizes) for level in levels), strict=True)
+    return [
+        detector.judge(Aligned(own, nothing, image, theta))
+        for (detector, _), own, (image, theta) in zip(parts, split, aligned, strict=True)
+    ]
 
 
 def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
