@@ -88,11 +88,40 @@ def build_parser() -> argparse.ArgumentParser:
     update.add_argument("--calibrate", metavar="DATA", help="ingested set of normal images for the new thresholds")
     update.set_defaults(run=_update)
 
+    _add_registry(commands)
+
     samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")
     samples.add_argument("folder")
     samples.add_argument("--seed", type=int, default=0)
     samples.set_defaults(run=_samples)
     return parser
+
+
+def _add_registry(commands: Any) -> None:
+    registry = commands.add_parser("registry", help="publish bundles, move aliases, list, delete old versions")
+    actions = registry.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, help: str, *names: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = actions.add_parser(name, help=help)
+        parser.add_argument("registry", help="root of the registry: a path or s3:// URI")
+        for positional in names:
+            parser.add_argument(positional)
+        parser.set_defaults(run=_registry)
+        return parser
+
+    publish = action("publish", "copy a bundle, or every bundle of a run, in under the next version", "bundles")
+    publish.add_argument("--team", required=True)
+    publish.add_argument("--category", help="refuse bundles of any other")
+    publish.add_argument("--alias", action="append", default=[], help="point this alias at it too (may be repeated)")
+    promote = action("promote", "point an alias at a version", "team", "category", "version", "alias")
+    promote.epilog = "VERSION may be an alias: promote ROOT press bolt candidate production"
+    action("rollback", "point an alias at what it named before", "team", "category", "alias")
+    listing = action("list", "versions with their aliases, one a line")
+    listing.add_argument("team", nargs="?")
+    listing.add_argument("category", nargs="?")
+    collect = action("gc", "delete old versions that no alias names", "team", "category")
+    collect.add_argument("--keep", type=int, default=5, help="newest versions that stay in any case (default: 5)")
+    collect.add_argument("--min-age-hours", type=float, default=1.0, help="younger ones stay too (default: 1)")
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
@@ -255,6 +284,49 @@ def _update(arguments: argparse.Namespace) -> int:
         raise DataError("nothing to change: give --add, --remove or --join")
     manifest = update_bundle(arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate)
     print(f"{arguments.output}\t{manifest['moments']['count']} images\t{manifest['sha256']}")
+    return 0
+
+
+def _registry(arguments: argparse.Namespace) -> int:
+    from datetime import timedelta
+
+    from focus_ray.errors import RegistryError
+    from focus_ray.registry import Registry, Version
+
+    registry = Registry(arguments.registry)
+    action = arguments.action
+
+    def show(version: Version, aliases: Sequence[str] = ()) -> None:
+        fields = (version.team, version.category, version.name, f"{version.published_at:%Y-%m-%d %H:%M:%S}")
+        print(*fields, version.num_bytes, version.sha256[:16], ",".join(aliases) or "-", version.uri, sep="\t")
+
+    if action == "publish":
+        from focus_ray.training import find_bundles
+
+        found = find_bundles(arguments.bundles)
+        if arguments.category not in (None, *found):
+            raise RegistryError(
+                f"{arguments.bundles}: no bundle of category {arguments.category!r}; there are {', '.join(found)}"
+            )
+        for category, bundle in found.items():
+            if arguments.category in (None, category):
+                version = registry.publish(bundle, arguments.team, category, aliases=arguments.alias)
+                show(version, ["latest", *arguments.alias])
+    elif action == "promote":
+        version = registry.promote(arguments.team, arguments.category, arguments.version, arguments.alias)
+        show(version, [arguments.alias])
+    elif action == "rollback":
+        show(registry.roll_back(arguments.team, arguments.category, arguments.alias), [arguments.alias])
+    elif action == "gc":
+        age = timedelta(hours=arguments.min_age_hours)
+        for name in registry.collect_garbage(arguments.team, arguments.category, arguments.keep, min_age=age, log=_say):
+            print(name)
+    else:
+        for team in registry.teams() if arguments.team is None else [arguments.team]:
+            for category in registry.categories(team) if arguments.category is None else [arguments.category]:
+                aliases = registry.aliases(team, category)
+                for version in registry.versions(team, category):
+                    show(version, sorted(alias for alias, name in aliases.items() if name == version.name))
     return 0
 
 

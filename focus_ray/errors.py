@@ -25,3 +25,7 @@ class BundleError(FocusRayError, RuntimeError):
 
 class TrainingError(FocusRayError, RuntimeError):
     """A training run that could not be carried through."""
+
+
+class RegistryError(FocusRayError, RuntimeError):
+    """A team, category, version or alias of the registry that is not there, or cannot be as asked."""

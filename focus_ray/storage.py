@@ -3,6 +3,9 @@
 S3 takes the standard variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE; AWS_REGION
 or AWS_DEFAULT_REGION; AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) for servers other than Amazon's. Credentials are left
 to the AWS client's own chain: they are never copied into a URI, a log or a pickled filesystem.
+
+A request that is throttled, refused for the moment or cut off is sent again with growing pauses: AWS_MAX_ATTEMPTS times
+in all, ten unless it is set, which outlasts a server that restarts.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import urllib.parse
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
 
@@ -20,6 +25,7 @@ from focus_ray.errors import DataError
 
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 60.0
+MAX_ATTEMPTS = 10  # of a request; the pauses between them double and come to about 25 s
 
 
 def is_s3(uri: str | Path) -> bool:
@@ -109,20 +115,66 @@ def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Ite
         raise DataError(_explain(error, action, str(uri), path)) from error
 
 
-def _open_s3(bucket: str) -> fs.S3FileSystem:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region is None and endpoint:
-        region = "us-east-1"  # what servers other than Amazon's take
-    elif region is None and not os.environ.get("AWS_PROFILE"):
-        with storage_errors("find the bucket's region (or set AWS_REGION)", f"s3://{bucket}", bucket):
-            region = fs.resolve_s3_region(bucket)
-    return fs.S3FileSystem(
+class _RetryingS3(fs.S3FileSystem):
+    """pyarrow's, which forgets its retries when it is sent to another process (26.0); nothing secret is sent either."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, (options,) = super().__reduce__()
+        return _make_s3, (options["region"], options["endpoint_override"] or None)
+
+
+def _make_s3(region: str | None, endpoint: str | None) -> fs.S3FileSystem:
+    return _RetryingS3(
         region=region,
         endpoint_override=endpoint,
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
+        allow_delayed_open=True,  # a small file is one PUT, not the three requests of a multipart upload
+        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=max_attempts()),
     )
+
+
+def max_attempts() -> int:
+    """How often a request to S3 is sent before it has failed. Raises: DataError: AWS_MAX_ATTEMPTS is no such number."""
+    text = os.environ.get("AWS_MAX_ATTEMPTS") or str(MAX_ATTEMPTS)
+    if not text.isdigit() or not int(text):
+        raise DataError(f"AWS_MAX_ATTEMPTS={text!r}: expected a number of attempts, 1 or more")
+    return int(text)
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def _region(bucket: str) -> str | None:
+    """None leaves it to AWS_PROFILE."""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None and _endpoint():
+        return "us-east-1"  # what servers other than Amazon's take
+    if region is None and not os.environ.get("AWS_PROFILE"):
+        with storage_errors("find the bucket's region (or set AWS_REGION)", f"s3://{bucket}", bucket):
+            return str(fs.resolve_s3_region(bucket))
+    return region
+
+
+def _open_s3(bucket: str) -> fs.S3FileSystem:
+    return _make_s3(_region(bucket), _endpoint())
+
+
+@lru_cache(maxsize=4)
+def _boto_client(region: str | None, endpoint: str | None, attempts: int, identity: tuple[str | None, ...]) -> Any:
+    """boto3's client, for what pyarrow cannot ask: a PUT on condition. `identity` parts clients of other credentials."""
+    import boto3
+    from botocore.config import Config
+
+    options = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=REQUEST_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        s3={"addressing_style": "path"} if endpoint else {},  # as pyarrow does
+        request_checksum_calculation="when_required",  # not every server knows the newer ones
+    )
+    return boto3.Session().client("s3", region_name=region, endpoint_url=endpoint, config=options)
 
 
 def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
@@ -131,27 +183,32 @@ def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
         return f"{path or uri}: cannot {action}: {detail}"
     bucket, _, key = (path or uri[len("s3://") :]).partition("/")
     text = str(error)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = _endpoint()
     server = endpoint.rpartition("@")[2] if endpoint else "Amazon S3 (AWS_ENDPOINT_URL is not set)"
     return f"S3 bucket {bucket!r}, key {key!r} at {server}: cannot {action}: {_hint(text)} [{text}]"
 
 
 def _hint(text: str) -> str:
-    if any(sign in text for sign in ("SIGNATURE", "INVALID_ACCESS_KEY", "INVALID_CLIENT_TOKEN", "EXPIRED")):
+    text = text.upper().replace("_", "")  # pyarrow writes ACCESS_DENIED, boto3 AccessDenied
+    if "UNABLE TO LOCATE CREDENTIALS" in text:
+        return "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if any(sign in text for sign in ("SIGNATURE", "INVALIDACCESSKEY", "INVALIDCLIENTTOKEN", "EXPIRED")):
         return (
             "the credentials are wrong or expired: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
             "(with AWS_SESSION_TOKEN if they are temporary), or AWS_PROFILE"
         )
-    if "ACCESS_DENIED" in text:
+    if "ACCESSDENIED" in text:
         return (
             "access denied: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, to an identity that the "
             "bucket's policy allows this"
         )
-    if "NO_SUCH_BUCKET" in text:
+    if "NOSUCHBUCKET" in text:
         return "there is no such bucket: create it, or mend the URI or AWS_ENDPOINT_URL"
-    if "NETWORK_CONNECTION" in text or "REQUEST_TIMEOUT" in text or "curlCode" in text:
+    if any(
+        sign in text for sign in ("NETWORKCONNECTION", "REQUESTTIMEOUT", "CURLCODE", "COULD NOT CONNECT", "TIMEOUT")
+    ):
         return "no connection: set AWS_ENDPOINT_URL to the server's address, and see that it runs"
-    if "PermanentRedirect" in text or "MOVED" in text.upper():
+    if "PERMANENTREDIRECT" in text or "MOVED" in text:
         return "the bucket is in another region: set AWS_REGION"
     return "the request failed"
 
@@ -178,6 +235,58 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
         write_file(filesystem, path, data)
 
 
+def create_bytes(uri: str | Path, data: bytes) -> bool:
+    """Writes a file, whole, only if there is none; of several writers at once one succeeds.
+
+    Args:
+        data: another for every caller (a random part will do): that is how a writer whose answer was lost on the way, and
+            who asked again, knows its own file.
+
+    Returns: whether the file is this caller's.
+
+    Raises: DataError: it cannot be written.
+    """
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("create", uri, path):
+        if not isinstance(filesystem, fs.LocalFileSystem):
+            bucket, _, key = path.partition("/")
+            return _put_if_none(bucket, key, data) or read_file(filesystem, path) == data
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".tmp-{uuid.uuid4().hex}-{target.name}"
+        try:
+            temporary.write_bytes(data)
+            sync_file(filesystem, str(temporary))
+            os.link(temporary, target)  # unlike a rename it does not replace
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+
+def _put_if_none(bucket: str, key: str, data: bytes) -> bool:
+    """Whether the object was created. Raises: OSError: the server could not be asked."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+    client = _boto_client(_region(bucket), _endpoint(), max_attempts(), tuple(map(os.environ.get, names)))
+    for _ in range(max_attempts()):
+        try:
+            client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            if code in ("PreconditionFailed", "412"):
+                return False
+            if code != "ConditionalRequestConflict":  # Amazon's word for two at once: ask again
+                raise OSError(str(error)) from error
+        except BotoCoreError as error:
+            raise OSError(str(error)) from error
+        else:
+            return True
+    raise OSError("other writers of the same object kept coming first")
+
+
 def list_names(uri: str | Path) -> list[str]:
     """Names of the files and folders directly in a folder, sorted; empty where there is no such folder."""
     filesystem, path = open_filesystem(uri)
@@ -199,3 +308,12 @@ def remove_file(uri: str | Path) -> None:
     with storage_errors("delete", uri, path):
         if filesystem.get_file_info(path).type == fs.FileType.File:
             filesystem.delete_file(path)
+
+
+def remove_folder(uri: str | Path) -> None:
+    """Deletes a folder with all that is in it; none there is no error."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("delete", uri, path):
+        filesystem.delete_dir_contents(path, missing_dir_ok=True)
+        if isinstance(filesystem, fs.LocalFileSystem) and Path(path).is_dir():
+            filesystem.delete_dir(path)

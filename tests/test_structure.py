@@ -36,6 +36,7 @@ ORDER = (
     "fit",
     "bundle",
     "inspector",
+    "registry",
     "dataset",
     "cluster",
     "training",
@@ -48,7 +49,7 @@ ORDER = (
 MAY_IMPORT = {
     "ray": {"dataset", "cluster", "training", "tuning", "batch"},
     "torch": {*ORDER} - {"errors", "config", "storage", "metrics", "calibration", "samples", "cluster", "cli"},
-    "boto3": set(),
+    "boto3": {"storage"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 WITHOUT_RAY = [path.stem for path in MODULES if path.stem not in MAY_IMPORT["ray"]]
