@@ -119,6 +119,15 @@ def probe_image(data: bytes) -> ImageInfo:
     return read_image(data)[0]
 
 
+def read_header(data: bytes) -> ImageInfo:
+    """Size, mode and format as the file's header tells them, before EXIF rotation; no pixel is decoded.
+
+    Raises: ImageError: empty, not an image, an unsupported kind, or above ``MAX_PIXELS``.
+    """
+    image = _open(data)
+    return ImageInfo(image.width, image.height, image.mode, image.format or "?")
+
+
 def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
     """Decodes a mask: a pixel is anomalous when any of its values is above 0, whatever the bit depth.
 
@@ -141,7 +150,7 @@ def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
 def read_mask(data: bytes) -> npt.NDArray[np.bool_]:
     """``decode_mask`` at the file's own size. Returns: (H, W) bool. Raises: ImageError."""
     _verify_chunks(data)
-    image, orientation = _load(data, None)
+    image, orientation, _ = _load(data, None)
     try:
         deep = _is_deep(image) or image.mode == "F"
         mask: npt.NDArray[np.bool_] = np.asarray(image) > 0 if deep else _any_channel(_to_grey_or_rgb(image))
@@ -224,23 +233,8 @@ def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int, t
     Returns: the image, not yet rotated; the EXIF orientation still to be applied; the file's own width and height,
         which a JPEG that was decoded smaller no longer shows.
     """
-    if not data:
-        raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_large", f"{error}; at most {MAX_PIXELS} pixels are read: cut it into tiles") from error
-    except UnidentifiedImageError as error:
-        raise _unidentified(data) from error
-    except _DECODE_ERRORS as error:
-        raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
+    image = _open(data)
     size = image.size
-    pixels = image.width * image.height
-    if pixels > MAX_PIXELS:
-        raise ImageError(
-            "too_large",
-            f"{image.width} x {image.height} is {pixels} pixels; at most {MAX_PIXELS} are read: cut it into tiles",
-        )
     try:
         if size_px is not None and image.format in ("JPEG", "MPO"):
             image.draft("", (2 * size_px, 2 * size_px))
@@ -253,6 +247,27 @@ def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int, t
             "truncated", f"the {image.format} image's pixels are truncated or damaged ({error}): copy it again"
         ) from error
     return image, _orientation(image), size
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """Reads the header only; the decoder may still find the pixels damaged."""
+    if not data:
+        raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_large", f"{error}; at most {MAX_PIXELS} pixels are read: cut it into tiles") from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(data) from error
+    except _DECODE_ERRORS as error:
+        raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ImageError(
+            "too_large",
+            f"{image.width} x {image.height} is {pixels} pixels; at most {MAX_PIXELS} are read: cut it into tiles",
+        )
+    return image
 
 
 def _orientation(image: Image.Image) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from focus_ray import cluster
-from focus_ray.bundle import write_bundle
+from focus_ray.bundle import find_bundles, write_bundle  # noqa: F401  (find_bundles: callers know it from here)
 from focus_ray.config import Config, config_to_yaml, parse_config
 from focus_ray.dataset import data_fingerprint, list_categories, ray_dataset, read_index, read_rows
 from focus_ray.errors import DataError, TrainingError
