@@ -1,6 +1,6 @@
 """The service under load: its throughput and latency beside the inspector's alone, in one run on one machine.
 
-    python -m benchmarks.serving BUNDLE IMAGES_FOLDER --clients 32
+python -m benchmarks.serving BUNDLE IMAGES_FOLDER --clients 32
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from focus_ray.serving.launch import running
 from focus_ray.serving.settings import parse_settings
 
 
-async def load(url: str, images: Sequence[bytes], clients: int, seconds: float, token: str | None = None) -> dict[str, Any]:
+async def load(
+    url: str, images: Sequence[bytes], clients: int, seconds: float, token: str | None = None
+) -> dict[str, Any]:
     """Clients that each send one image after another for some time.
 
     Returns: images_per_s, p50_ms, p99_ms, statuses.
@@ -127,10 +129,10 @@ def main() -> None:
         for name, found in samples.items()
     ]
     print_table(("", "images/s", "p50 ms", "p99 ms"), rows)
-    ratios = [s["images_per_s"] / d["images_per_s"] for s, d in zip(samples["service"], samples["direct 32"], strict=True)]
-    added = [
-        s["p50_ms"] - d["p50_ms"] for s, d in zip(samples["service, 1 client"], samples["direct 1"], strict=True)
+    ratios = [
+        s["images_per_s"] / d["images_per_s"] for s, d in zip(samples["service"], samples["direct 32"], strict=True)
     ]
+    added = [s["p50_ms"] - d["p50_ms"] for s, d in zip(samples["service, 1 client"], samples["direct 1"], strict=True)]
     print(f"service / direct: {statistics.median(ratios):.3f} of {[round(r, 3) for r in ratios]}")
     print(f"added p50 at one client: {statistics.median(added):.1f} ms of {[round(a, 1) for a in added]}")
     if count:

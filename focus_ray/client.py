@@ -97,7 +97,13 @@ class Client:
         self._http.close()
 
     def inspect(
-        self, team: str, category: str, images: Sequence[bytes], *, version: str | None = None, include_map: bool = False
+        self,
+        team: str,
+        category: str,
+        images: Sequence[bytes],
+        *,
+        version: str | None = None,
+        include_map: bool = False,
     ) -> Inspected:
         """Scores encoded images. Raises: ServiceError: refused, or not answered within the retries."""
         return _inspected(self._send(_inspection(team, category, images, version, include_map)))
@@ -142,7 +148,13 @@ class AsyncClient:
         await self._http.aclose()
 
     async def inspect(
-        self, team: str, category: str, images: Sequence[bytes], *, version: str | None = None, include_map: bool = False
+        self,
+        team: str,
+        category: str,
+        images: Sequence[bytes],
+        *,
+        version: str | None = None,
+        include_map: bool = False,
     ) -> Inspected:
         """Scores encoded images. Raises: ServiceError: refused, or not answered within the retries."""
         return _inspected(await self._send(_inspection(team, category, images, version, include_map)))
@@ -205,9 +217,9 @@ def _pause(outcome: httpx.Response | httpx.TransportError, attempt: int) -> floa
 
 def _accept(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
     if isinstance(outcome, httpx.TransportError):
-        raise ServiceError(f"the service cannot be reached: {outcome!r}: see that it runs and that the URL is right") from (
-            outcome
-        )
+        raise ServiceError(
+            f"the service cannot be reached: {outcome!r}: see that it runs and that the URL is right"
+        ) from (outcome)
     if outcome.is_success:
         return outcome
     if _is_problem(outcome):

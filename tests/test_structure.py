@@ -66,10 +66,15 @@ ORDER = (
     "cli",
 )
 WITH_SERVE = {"serving.metrics", "serving.app", "serving.launch"}  # the rest of the service is tested without Ray
-WITHOUT_TORCH = {"client", *(name for name in ORDER if name.startswith("serving."))} - {"serving.models", "serving.scorer"}
+WITHOUT_TORCH = {"client", *(name for name in ORDER if name.startswith("serving."))} - {
+    "serving.models",
+    "serving.scorer",
+}
 MAY_IMPORT = {
     "ray": {"dataset", "cluster", "training", "tuning", "batch", *WITH_SERVE},
-    "torch": {*ORDER} - WITHOUT_TORCH - {"errors", "config", "storage", "metrics", "calibration", "samples", "cluster", "cli"},
+    "torch": {*ORDER}
+    - WITHOUT_TORCH
+    - {"errors", "config", "storage", "metrics", "calibration", "samples", "cluster", "cli"},
     "boto3": {"storage"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

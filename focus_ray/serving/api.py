@@ -172,6 +172,7 @@ def create_api(service: Service) -> FastAPI:
 
 def _reading(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1")
+
     @router.get("", response_model=WhoAmI, responses=_problems(401), summary="Whose token this is")
     async def who_am_i(caller: Who) -> Response:
         team = service.settings.team if caller.team == "*" else caller.team
@@ -182,16 +183,12 @@ def _reading(service: Service) -> APIRouter:
         service.check(caller, team, "", "read")
         return JSONResponse({"team": team, "categories": await service.categories(team)})
 
-    @router.get(
-        "/{team}/{category}", responses=_problems(401, 403, 404, 422, 503), summary="The card of a version"
-    )
+    @router.get("/{team}/{category}", responses=_problems(401, 403, 404, 422, 503), summary="The card of a version")
     async def model_card(caller: Who, team: TeamPath, category: CategoryPath, version: Ref = None) -> dict[str, Any]:
         service.check(caller, team, category, "read")
         return await service.card(await service.resolve(team, category, version))
 
-    @router.get(
-        "/{team}/{category}/versions", response_model=VersionList, responses=_problems(401, 403, 404, 422, 503)
-    )
+    @router.get("/{team}/{category}/versions", response_model=VersionList, responses=_problems(401, 403, 404, 422, 503))
     async def list_versions(caller: Who, team: TeamPath, category: CategoryPath) -> Response:
         service.check(caller, team, category, "read")
         versions, aliases = await service.versions(team, category)
@@ -299,9 +296,7 @@ def _administering(service: Service) -> APIRouter:
         return answer(await service.promote(team, category, body.version, alias), alias)
 
     @router.post("/{team}/{category}/aliases/{alias}/rollback", response_model=AliasAnswer, responses=problems)
-    async def roll_back(
-        caller: Who, team: TeamPath, category: CategoryPath, alias: AliasPath
-    ) -> Response:
+    async def roll_back(caller: Who, team: TeamPath, category: CategoryPath, alias: AliasPath) -> Response:
         service.check(caller, team, category, "admin")
         return answer(await service.roll_back(team, category, alias), alias)
 

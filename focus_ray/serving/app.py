@@ -1,7 +1,7 @@
 """The Serve application: ingress replicas that take requests in, and pools of replicas that score.
 
-    import_path: focus_ray.serving.app:build
-    args: the fields of `Settings`
+import_path: focus_ray.serving.app:build
+args: the fields of `Settings`
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ray.serve.handle import DeploymentHandle
 
 from focus_ray.errors import FocusRayError
 from focus_ray.registry import Version
-from focus_ray.serving import logs
 from focus_ray.serving.api import create_api
+from focus_ray.serving.logs import log, set_up
 from focus_ray.serving.metrics import RayMeasures
 from focus_ray.serving.problems import unavailable
 from focus_ray.serving.rendering import Output
 from focus_ray.serving.scorer import Answer, Scorer
 from focus_ray.serving.service import Service
-from focus_ray.serving.settings import Limits, Pool, Scaling, Settings, parse_settings
+from focus_ray.serving.settings import Limits, Pool, Scaling, parse_settings
 from focus_ray.serving.source import open_source, version_key
 
 COMMON = "scorer"  # the pool of all categories that have none of their own
@@ -39,7 +39,7 @@ class ScorerReplica:
     """A replica of a pool."""
 
     def __init__(self, pool: dict[str, Any], device: str, preload: Sequence[Version] = ()) -> None:
-        logs.set_up()
+        set_up()
         self._measures = RayMeasures()
         self._scorer = Scorer(Pool.model_validate(pool), device, self._measures)
         self._scorer.models.on_drop = self._on_drop
@@ -54,9 +54,7 @@ class ScorerReplica:
                 await self._scorer.warm(version)
             self._first = []
 
-    async def inspect(
-        self, version: Version, images: Sequence[bytes], output: Output, include_map: bool
-    ) -> Answer:
+    async def inspect(self, version: Version, images: Sequence[bytes], output: Output, include_map: bool) -> Answer:
         await self._announce(version)
         return await self._scorer.inspect(version, images, output, include_map)
 
@@ -116,11 +114,13 @@ class RemoteScorers:
             try:
                 return await target.remote(version, *arguments)
             except BackPressureError:
-                raise unavailable("all replicas have as much as they can take: try again", self._limits.retry_after_s) from None
+                raise unavailable(
+                    "all replicas have as much as they can take: try again", self._limits.retry_after_s
+                ) from None
             except FocusRayError:
                 raise
             except (RayActorError, DeploymentUnavailableError) as error:
-                logs.log("replica lost", level=logging.WARNING, error=str(error)[:500], attempt=attempt)
+                log("replica lost", level=logging.WARNING, error=str(error)[:500], attempt=attempt)
                 self._measures.retried()
                 await asyncio.sleep(0.1 * 2**attempt)  # scoring changes nothing, so it may be done again
             except RayError as error:
@@ -136,15 +136,11 @@ class RemoteScorers:
 class Ingress:
     """Takes requests in: who may ask, limits, which version. Holds no model."""
 
-    def __init__(
-        self, settings: dict[str, Any], common: DeploymentHandle, pinned: dict[str, DeploymentHandle]
-    ) -> None:
-        logs.set_up()
+    def __init__(self, settings: dict[str, Any], common: DeploymentHandle, pinned: dict[str, DeploymentHandle]) -> None:
+        set_up()
         parsed = parse_settings(settings)
         measures = RayMeasures()
-        by_category = {
-            (pin.team, category): pinned[pin.name] for pin in parsed.pins for category in pin.categories
-        }
+        by_category = {(pin.team, category): pinned[pin.name] for pin in parsed.pins for category in pin.categories}
         self._service = Service(parsed, RemoteScorers(common, by_category, parsed.limits, measures), measures)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

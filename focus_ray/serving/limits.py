@@ -165,7 +165,9 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tupl
 
 
 def _too_many(limits: Limits) -> Problem:
-    return Problem(413, "too-many-images", f"more than {limits.max_images} images in one request: send several requests")
+    return Problem(
+        413, "too-many-images", f"more than {limits.max_images} images in one request: send several requests"
+    )
 
 
 def _too_large(limits: Limits) -> Problem:

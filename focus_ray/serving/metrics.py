@@ -23,9 +23,7 @@ class RayMeasures(Measures):
     """Counts with Ray's metrics; to be made in the process that counts."""
 
     def __init__(self) -> None:
-        self._requests = Counter(
-            "focus_ray_requests", "Requests answered.", tag_keys=("route", "method", "status")
-        )
+        self._requests = Counter("focus_ray_requests", "Requests answered.", tag_keys=("route", "method", "status"))
         self._seconds = Histogram(
             "focus_ray_request_seconds", "From a request's head to its answer.", _SECONDS, ("route",)
         )
@@ -35,7 +33,9 @@ class RayMeasures(Measures):
         self._batch = Histogram("focus_ray_batch_images", "Images scored together.", _IMAGES)
         self._mixture = Histogram("focus_ray_batch_categories", "Models in a batch.", _IMAGES)
         self._passes = Counter("focus_ray_passes", "Passes through a backbone.")
-        self._load = Histogram("focus_ray_load_seconds", "Until a version was in memory.", _SECONDS, ("team", "category"))
+        self._load = Histogram(
+            "focus_ray_load_seconds", "Until a version was in memory.", _SECONDS, ("team", "category")
+        )
         self._dropped = Counter("focus_ray_models_dropped", "Versions put out of memory.", ("team", "category"))
         self._models = Gauge("focus_ray_models", "Versions in memory.")
         self._model_bytes = Gauge("focus_ray_model_bytes", "Their size.")

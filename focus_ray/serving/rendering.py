@@ -23,9 +23,13 @@ def draw(output: Output, inspection: Inspection, data: bytes) -> bytes:
     """
     height, width = evaluation_size(inspection.height, inspection.width, MAX_SIDE_PX)
     if output == "mask":
-        return encode_png(resize_map(inspection.anomaly_map, inspection.height, inspection.width) > inspection.pixel_threshold)
+        return encode_png(
+            resize_map(inspection.anomaly_map, inspection.height, inspection.width) > inspection.pixel_threshold
+        )
     if output == "heatmap":
-        return encode_png(heat_map(resize_map(inspection.anomaly_map, height, width), 0.0, 2 * inspection.pixel_threshold))
+        return encode_png(
+            heat_map(resize_map(inspection.anomaly_map, height, width), 0.0, 2 * inspection.pixel_threshold)
+        )
     from PIL import Image
 
     image = Image.fromarray(decode_image(data, None)).resize((width, height), Image.Resampling.BILINEAR)

@@ -95,7 +95,9 @@ class Service:
     def check(caller: Caller, team: str, category: str, scope: Scope) -> None:
         """Raises: Problem: 404 another team's (nothing is looked up: it cannot be told from what is not there), 403."""
         if caller.team not in ("*", team):
-            raise no_such_category(team, category) if category else not_found(f"there is no team {team!r} for this token")
+            raise (
+                no_such_category(team, category) if category else not_found(f"there is no team {team!r} for this token")
+            )
         if scope not in caller.scopes:
             raise Problem(403, "forbidden", f"this token has the scopes {', '.join(caller.scopes)}; this needs {scope}")
 
@@ -196,9 +198,7 @@ class Service:
             self._shadow(route, version, images, answer, request_id)
         return Inspected(version, answer, role)
 
-    async def _choose(
-        self, team: str, category: str, ref: str | None, route: Route | None
-    ) -> tuple[Version, Role]:
+    async def _choose(self, team: str, category: str, ref: str | None, route: Route | None) -> tuple[Version, Role]:
         if ref is None and route is not None and route.canary and random.random() < route.canary_share:
             try:
                 return await self.directory.resolve(team, category, route.canary), "canary"
@@ -206,9 +206,7 @@ class Service:
                 log("no canary", level=logging.WARNING, error=str(error), team=team, category=category)
         return await self.resolve(team, category, ref), "answer"
 
-    def _shadow(
-        self, route: Route, version: Version, images: Sequence[bytes], answer: Answer, request_id: str
-    ) -> None:
+    def _shadow(self, route: Route, version: Version, images: Sequence[bytes], answer: Answer, request_id: str) -> None:
         if random.random() >= route.shadow_share or len(self._shadows) >= _MAX_SHADOWS:
             return
         task = asyncio.create_task(self._score_in_shadow(route, version, images, answer, request_id))

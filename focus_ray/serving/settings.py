@@ -25,7 +25,9 @@ class Scaling(Section):
     downscale_delay_s: float = Field(
         default=300.0, ge=0.0, description="And be gone so long before one is taken: loading models anew costs more."
     )
-    downscale_to_zero_delay_s: float = Field(default=900.0, ge=0.0, description="For the last one, which min 0 lets go.")
+    downscale_to_zero_delay_s: float = Field(
+        default=900.0, ge=0.0, description="For the last one, which min 0 lets go."
+    )
     metrics_interval_s: float = Field(default=2.0, gt=0.0, description="How often replicas tell their load.")
 
     @model_validator(mode="after")
@@ -96,7 +98,9 @@ class Sink(Section):
     retention_days: float = Field(default=30.0, gt=0.0, description="Days kept; older ones are deleted.")
     flush_every_s: float = Field(default=60.0, gt=0.0)
     max_rows: int = Field(default=256, ge=1, description="A file; it is written when so many are there.")
-    max_buffer_mb: float = Field(default=64.0, gt=0.0, description="Waiting to be written; beyond it images are dropped.")
+    max_buffer_mb: float = Field(
+        default=64.0, gt=0.0, description="Waiting to be written; beyond it images are dropped."
+    )
 
 
 class Settings(Section):

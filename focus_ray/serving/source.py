@@ -53,7 +53,8 @@ class FolderSource:
         return [Version(team, category, manifest["sha256"][:16], place, manifest["sha256"], made, size)]
 
     def aliases(self, team: str, category: str) -> dict[str, str]:
-        return {LATEST: version.name for version in self.versions(team, category)}
+        versions = self.versions(team, category)
+        return {LATEST: versions[0].name} if versions else {}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
         for version in self.versions(team, category):
