@@ -172,6 +172,11 @@ function choose(number) {
     }
     return row;
   }));
+  if (!result.regions.length) {
+    const cell = $("regions").tBodies[0].insertRow().insertCell();
+    cell.colSpan = 6;
+    cell.textContent = "none";
+  }
   draw();
   drawHistogram(result.score);
   if (!$("examples").childElementCount) showExamples();
