@@ -30,7 +30,7 @@ from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.gaussian import Moments, unpack_lower
 from focus_ray.model import ChannelReduction, FocusNet
 from focus_ray.scoring import Detector
-from focus_ray.storage import join, list_names, read_bytes, remove_file, write_bytes
+from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -150,6 +150,20 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
     if manifest.get("sha256") != _manifest_hash(manifest):
         raise BundleError(f"{uri}/{MANIFEST}: changed since it was written (its hash differs): fetch the bundle again")
     return manifest
+
+
+def find_bundles(place: str) -> dict[str, str]:
+    """Category -> bundle, of a bundle, a run's folder or a folder of bundles.
+
+    Raises: DataError: none there.
+    """
+    if exists(join(place, MANIFEST)):
+        return {str(read_manifest(place)["category"]): place}
+    for root in (join(place, "bundles"), place):
+        found = [join(root, name) for name in list_names(root) if exists(join(root, name, MANIFEST))]
+        if found:
+            return {str(read_manifest(uri)["category"]): uri for uri in found}
+    raise DataError(f"{place}: no bundle here: give a bundle, or the folder of a run that `focus-ray train` made")
 
 
 def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:

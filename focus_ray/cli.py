@@ -100,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_registry(commands)
     _add_jobs(commands)
+    _add_serving(commands)
 
     samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")
     samples.add_argument("folder")
@@ -182,6 +183,30 @@ def command_names() -> list[str]:
     return list(subparsers.choices)
 
 
+def _add_serving(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="answer HTTP requests with a run's bundles or a registry's models")
+    serve.add_argument("place", help="a bundle, a run's folder, a registry, or a YAML of settings (ends in .yaml)")
+    serve.add_argument("override", nargs="*", help="key=value for any setting, for instance tokens=tokens.yaml")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.set_defaults(run=_serve)
+
+    token = commands.add_parser("token", help="make, list and revoke the tokens that clients of the service send")
+    actions = token.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="add a token to a file and print it, once")
+    create.add_argument("file", help="token file: a path or s3:// URI; made where there is none")
+    create.add_argument("--team", required=True)
+    create.add_argument("--scope", action="append", choices=("inspect", "read", "admin"), help="default: inspect, read")
+    create.add_argument("--days", type=float, help="it expires after so many (default: never)")
+    create.add_argument("--note", default="", help="whose it is, for people")
+    listing = actions.add_parser("list", help="tokens of a file, one a line, without their secrets")
+    listing.add_argument("file")
+    revoke = actions.add_parser("revoke", help="take a token out of a file")
+    revoke.add_argument("file")
+    revoke.add_argument("id")
+    token.set_defaults(run=_token)
+
+
 def _ingest(arguments: argparse.Namespace) -> int:
     from focus_ray.dataset import ingest
 
@@ -257,10 +282,11 @@ def _sweep_end(outcome: Any) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from focus_ray.bundle import find_bundles
     from focus_ray.inspector import Inspector
     from focus_ray.report import evaluation_table, mean_metrics
     from focus_ray.storage import join, write_bytes
-    from focus_ray.training import find_bundles, iter_test_records
+    from focus_ray.training import iter_test_records
 
     results: dict[str, dict[str, Any]] = {}
     bundles = find_bundles(arguments.bundles)
@@ -367,7 +393,7 @@ def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 def _inspect_batch(arguments: argparse.Namespace) -> int:
     from focus_ray.batch import inspect_dataset
-    from focus_ray.training import find_bundles
+    from focus_ray.bundle import find_bundles
 
     counts = inspect_dataset(
         find_bundles(arguments.bundles),
@@ -407,7 +433,7 @@ def _registry(arguments: argparse.Namespace) -> int:
         print(*fields, version.num_bytes, version.sha256[:16], ",".join(aliases) or "-", version.uri, sep="\t")
 
     if action == "publish":
-        from focus_ray.training import find_bundles
+        from focus_ray.bundle import find_bundles
 
         found = find_bundles(arguments.bundles)
         if arguments.category not in (None, *found):
@@ -499,6 +525,60 @@ def _jobs(arguments: argparse.Namespace) -> int:
     else:
         for job in submission.list_jobs(client, arguments.team):
             print(*(job[key] or "-" for key in ("id", "status", "team", "category", "started", "ended")), sep="\t")
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from focus_ray.config import override_tree, read_tree
+    from focus_ray.serving.launch import check_host, serve_until_interrupted
+    from focus_ray.serving.settings import parse_settings
+
+    if arguments.place.endswith((".yaml", ".yml")):
+        tree = read_tree(arguments.place, arguments.override)
+    else:
+        tree = override_tree({"examples": True, "ingress_num_cpus": 0}, arguments.override)
+        tree[_kind_of(arguments.place)] = arguments.place
+    tree.setdefault("open_to_all", "tokens" not in tree)
+    settings = parse_settings(tree, arguments.place)
+    check_host(arguments.host, settings)
+    serve_until_interrupted(settings, arguments.host, arguments.port, _say)
+    return 0
+
+
+def _kind_of(place: str) -> str:
+    """The setting that a place is for. Raises: DataError: there is neither a bundle nor a published version."""
+    from focus_ray.bundle import find_bundles
+    from focus_ray.errors import DataError
+    from focus_ray.registry import Registry
+
+    try:
+        find_bundles(place)
+    except DataError as error:
+        registry = Registry(place)
+        if not any(registry.categories(team) for team in registry.teams()):
+            raise DataError(f"{error}, or a registry that `focus-ray registry publish` made") from None
+        return "registry"
+    return "bundles"
+
+
+def _token(arguments: argparse.Namespace) -> int:
+    from datetime import timedelta
+
+    from focus_ray.serving.tokens import create_token, read_tokens, revoke_token
+
+    if arguments.action == "create":
+        expires_in = None if arguments.days is None else timedelta(days=arguments.days)
+        scopes = arguments.scope or ["inspect", "read"]
+        token, record = create_token(arguments.file, arguments.team, scopes, expires_in, arguments.note)
+        _say(f"token {record.id} of team {record.team}: {', '.join(record.scopes)}; it cannot be shown again:")
+        print(token)
+    elif arguments.action == "revoke":
+        record = revoke_token(arguments.file, arguments.id)
+        _say(f"token {record.id} of team {record.team} is revoked")
+    else:
+        for record in read_tokens(arguments.file).tokens:
+            expires = "never" if record.expires is None else f"{record.expires:%Y-%m-%d %H:%M}"
+            print(record.id, record.team, ",".join(record.scopes), expires, record.note or "-", sep="\t")
     return 0
 
 

@@ -39,6 +39,10 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+Section = _Model  # for configurations of other modules
+M = TypeVar("M", bound=BaseModel)
+
+
 class DataConfig(_Model):
     """Where the images are and which of them are held out."""
 
@@ -337,10 +341,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises: ConfigError: the file or an override cannot be read, or a value does not fit its field.
     """
-    tree = read_mapping(path)
+    return parse_config(read_tree(path, overrides), source=str(path))
+
+
+def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """What `load_config` validates: the file's mapping with the overrides applied. Raises: ConfigError: as there."""
+    return override_tree(read_mapping(path), overrides)
+
+
+def override_tree(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Applies ``key.sub=value`` overrides, in place. Raises: ConfigError: one is not of that form."""
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return tree
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:

@@ -104,10 +104,10 @@ def decode_image(data: bytes, size_px: int | None) -> npt.NDArray[np.uint8]:
     return _decode(data, size_px)[1]
 
 
-def read_image(data: bytes) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
-    """What ``probe_image`` and ``decode_image(data, None)`` give, for the price of one decoding; the same errors."""
+def read_image(data: bytes, size_px: int | None = None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+    """What ``probe_image`` and ``decode_image(data, size_px)`` give, for the price of one decoding; the same errors."""
     _verify_chunks(data)
-    return _decode(data, None)
+    return _decode(data, size_px)
 
 
 def probe_image(data: bytes) -> ImageInfo:
@@ -118,6 +118,15 @@ def probe_image(data: bytes) -> ImageInfo:
     Raises: ImageError: as ``decode_image``.
     """
     return read_image(data)[0]
+
+
+def read_header(data: bytes) -> ImageInfo:
+    """Size, mode and format as the file's header tells them, before EXIF rotation; no pixel is decoded.
+
+    Raises: ImageError: empty, not an image, an unsupported kind, or above ``MAX_PIXELS``.
+    """
+    image = _open(data)
+    return ImageInfo(image.width, image.height, image.mode, image.format or "?")
 
 
 def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
@@ -229,23 +238,8 @@ def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int, t
 
     Returns: the image, not yet rotated, the EXIF orientation still to be applied, and the file's (width, height) after it.
     """
-    if not data:
-        raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_large", f"{error}; at most {MAX_PIXELS} pixels are read: cut it into tiles") from error
-    except UnidentifiedImageError as error:
-        raise _unidentified(data) from error
-    except _DECODE_ERRORS as error:
-        raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
+    image = _open(data)
     width, height = image.size  # before a JPEG is decoded smaller; a TIFF's is as it will be
-    pixels = width * height
-    if pixels > MAX_PIXELS:
-        raise ImageError(
-            "too_large",
-            f"{width} x {height} is {pixels} pixels; at most {MAX_PIXELS} are read: cut it into tiles",
-        )
     try:
         if size_px is not None and image.format in ("JPEG", "MPO"):
             image.draft("", (2 * size_px, 2 * size_px))
@@ -256,6 +250,28 @@ def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int, t
         ) from error
     orientation = _orientation(image)
     return image, orientation, (height, width) if orientation in _QUARTER_TURNS else (width, height)
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """Reads the header only; the decoder may still find the pixels damaged."""
+    if not data:
+        raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_large", f"{error}; at most {MAX_PIXELS} pixels are read: cut it into tiles") from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(data) from error
+    except _DECODE_ERRORS as error:
+        raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
+    width, height = image.size
+    pixels = width * height
+    if pixels > MAX_PIXELS:
+        raise ImageError(
+            "too_large",
+            f"{width} x {height} is {pixels} pixels; at most {MAX_PIXELS} are read: cut it into tiles",
+        )
+    return image
 
 
 def _orientation(image: Image.Image) -> int:

@@ -102,6 +102,13 @@ class FocusNet(nn.Module):
     def forward(self, images: Tensor) -> Aligned:
         """(B, 3, H, W), RGB in 0..1 -> see `Aligned`."""
         image, theta_image = self.align_image(images)
+        levels, thetas = self.features(image)
+        return Aligned(levels, thetas, image, theta_image)
+
+    def features(
+        self, image: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Aligned images (B, 3, H, W), RGB in 0..1 -> levels and thetas of `Aligned`."""
         x = (image - self.pixel_mean) / self.pixel_std
         levels: list[Tensor] = []
         thetas: list[Tensor | None] = []
@@ -112,7 +119,7 @@ class FocusNet(nn.Module):
                 x = warp(x, theta)
             levels.append(x)
             thetas.append(theta)
-        return Aligned((levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2]), image, theta_image)
+        return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])
 
     def project(self, aligned: Aligned) -> tuple[Tensor, Tensor]:
         """f and g on the last level -> projected f(x) and predicted g(f(x)), both (B, C, H/16, W/16)."""

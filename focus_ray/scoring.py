@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from focus_ray.alignment import invert_theta, valid_mask, warp
 from focus_ray.config import ScoringConfig
 from focus_ray.density import Density
-from focus_ray.model import ChannelReduction, FocusNet, common_frame, seen_mask
+from focus_ray.model import Aligned, ChannelReduction, FocusNet, common_frame, seen_mask
 
 # Images a forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms an image at 4 to 8, 7.1 at 16, 7.8 at 32 (two cores of
 # an EPYC with 32 MiB of cache).
@@ -41,6 +42,12 @@ class Detector:
         return self.score_embedding(*embed(self.net, self.reduction, to_images(images, self.density.device)))
 
     @torch.inference_mode()
+    def judge(self, aligned: Aligned) -> Scored:
+        """What the network made of B images -> `Scored`."""
+        levels, theta = common_frame(aligned)
+        return self.score_embedding(self.reduction(levels), theta)
+
+    @torch.inference_mode()
     def score_embedding(self, embedding: Tensor, theta: Tensor | None) -> Scored:
         """What `embed` gave -> `Scored`."""
         distance = self.density.score(embedding)
@@ -52,6 +59,46 @@ class Detector:
         if theta is not None:
             aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
         return Scored(score, aligned_map)
+
+
+def share_a_pass(first: Detector, second: Detector) -> bool:
+    """Whether one backbone pass can serve both: the very same backbone, nothing moved between its layers, one size."""
+    one, other = first.net, second.net
+    return (
+        one.backbone is other.backbone
+        and not len(one.feature_aligners)
+        and not len(other.feature_aligners)
+        and one.config.image_size_px == other.config.image_size_px
+    )
+
+
+@torch.inference_mode()
+def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[Scored]:
+    """Scores images of several categories in one pass through the backbone that they share.
+
+    Each category's images are aligned by its own aligner before the pass, and reduced and judged by its own reduction
+    and density after it: the results are those of each detector alone, up to rounding.
+
+    Args:
+        parts: detectors of which every two `share_a_pass`, each with its images as `Detector.__call__` takes them.
+
+    Returns: one `Scored` a part, in order.
+    """
+    if len(parts) == 1:
+        return [parts[0][0](parts[0][1])]
+    assert all(share_a_pass(parts[0][0], detector) for detector, _ in parts)
+    aligned = [detector.net.align_image(to_images(images, detector.density.device)) for detector, images in parts]
+    passes = [parts[0][0].net.features(part) for part in _slices(torch.cat([image for image, _ in aligned]))]
+    levels, nothing = (
+        tuple(torch.cat(level) for level in zip(*(found for found, _ in passes), strict=True)),
+        passes[0][1],
+    )
+    sizes = [len(image) for image, _ in aligned]
+    split = zip(*(level.split(sizes) for level in levels), strict=True)
+    return [
+        detector.judge(Aligned(own, nothing, image, theta))
+        for (detector, _), own, (image, theta) in zip(parts, split, aligned, strict=True)
+    ]
 
 
 def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
@@ -67,12 +114,22 @@ def embed(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> tuple[T
 
     For inference: on a CPU the network takes a few images at a time, whose activations stay in its caches.
     """
-    if images.device.type == "cpu" and len(images) > _CPU_IMAGES:
-        parts = [embed(net, reduction, part) for part in images.split(_CPU_IMAGES)]
-        thetas = [theta for _, theta in parts if theta is not None]
-        return torch.cat([embedding for embedding, _ in parts]), torch.cat(thetas) if thetas else None
-    levels, theta = common_frame(net(images))
-    return reduction(levels), theta
+    embeddings: list[Tensor] = []
+    thetas: list[Tensor] = []
+    for part in _slices(images):
+        levels, theta = common_frame(net(part))
+        embeddings.append(reduction(levels))
+        if theta is not None:
+            thetas.append(theta)
+    return _joined(embeddings), _joined(thetas) if thetas else None
+
+
+def _slices(images: Tensor) -> tuple[Tensor, ...]:
+    return images.split(_CPU_IMAGES) if images.device.type == "cpu" else (images,)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def upsample_and_smooth(places: int, size_px: int, sigma_px: float) -> Tensor:

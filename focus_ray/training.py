@@ -471,23 +471,6 @@ def _check_claim(config: Config, root: str, resume: bool) -> None:
             )
 
 
-def find_bundles(place: str) -> dict[str, str]:
-    """Category -> bundle, of a bundle, a run's folder or a folder of bundles.
-
-    Raises: DataError: none there.
-    """
-    from focus_ray.bundle import MANIFEST, read_manifest
-    from focus_ray.storage import list_names
-
-    if exists(join(place, MANIFEST)):
-        return {str(read_manifest(place)["category"]): place}
-    for root in (join(place, "bundles"), place):
-        found = [join(root, name) for name in list_names(root) if exists(join(root, name, MANIFEST))]
-        if found:
-            return {str(read_manifest(uri)["category"]): uri for uri in found}
-    raise DataError(f"{place}: no bundle here: give a bundle, or the folder of a run that `focus-ray train` made")
-
-
 def iter_test_records(uri: str, category: str) -> Iterable[dict[str, Any]]:
     """The labelled test images of a category, as `Inspector.evaluate` takes them."""
     rows = read_index(uri, category, split="test")["row"].to_numpy()

@@ -419,7 +419,9 @@ class _Driver:
         # beside the driver, so that it lives and ends with it
         where = NodeAffinitySchedulingStrategy(node_id=self.here, soft=False)
         actor = ray.remote(num_cpus=0, scheduling_strategy=where)(Judge)
-        self.judge = actor.options(name=f"judge-{stage or 'all'}", namespace=self.experiment).remote(self.config, categories, max_epochs)
+        self.judge = actor.options(name=f"judge-{stage or 'all'}", namespace=self.experiment).remote(
+            self.config, categories, max_epochs
+        )
         for record in sorted(done, key=lambda record: record.ended_at):
             self.judge.replay.remote(record.number, record.curves())
             if record.status == "cut":

@@ -50,11 +50,36 @@ ORDER = (
     "update",
     "batch",
     "report",
+    "client",
+    "serving.settings",
+    "serving.problems",
+    "serving.tokens",
+    "serving.source",
+    "serving.measures",
+    "serving.logs",
+    "serving.batching",
+    "serving.models",
+    "serving.rendering",
+    "serving.scorer",
+    "serving.limits",
+    "serving.sink",
+    "serving.service",
+    "serving.envelope",
+    "serving.api",
+    "serving.metrics",
+    "serving.app",
+    "serving.launch",
     "cli",
 )
+WITH_SERVE = {"serving.metrics", "serving.app", "serving.launch"}  # the rest of the service is tested without Ray
+WITHOUT_TORCH = {"client", *(name for name in ORDER if name.startswith("serving."))} - {
+    "serving.models",
+    "serving.scorer",
+}
 MAY_IMPORT = {
-    "ray": {"dataset", "cluster", "training", "tuning", "batch", "submission"},
+    "ray": {"dataset", "cluster", "training", "tuning", "batch", "submission", *WITH_SERVE},
     "torch": {*ORDER}
+    - WITHOUT_TORCH
     - {
         "errors",
         "config",
@@ -73,11 +98,13 @@ MAY_IMPORT = {
     "boto3": {"storage"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-WITHOUT_RAY = [path.stem for path in MODULES if path.stem not in MAY_IMPORT["ray"]]
 
 
 def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+WITHOUT_RAY = [name_of(path) for path in MODULES if name_of(path) not in MAY_IMPORT["ray"]]
 
 
 def imports_of(path: Path) -> list[tuple[int, str]]:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from small_set import NUM_TEST, NUM_TRAIN, draw_parts, fit_alone, ingest_parts, small_config, spoil_an_image
 from torch import Tensor
 
-from focus_ray.bundle import read_bundle, read_manifest, read_statistics
+from focus_ray.bundle import find_bundles, read_bundle, read_manifest, read_statistics
 from focus_ray.cluster import concurrent_runs
 from focus_ray.config import ClusterConfig, Config
 from focus_ray.dataset import ingest, read_index
@@ -31,7 +31,7 @@ from focus_ray.errors import DataError, TrainingError
 from focus_ray.fit import FitResult, Steps, build_detector, fit
 from focus_ray.gaussian import Moments
 from focus_ray.loop import statistics_pass
-from focus_ray.training import build_shard, decoded_rows, find_bundles, fits_memory, plan_category, slice_of, train
+from focus_ray.training import build_shard, decoded_rows, fits_memory, plan_category, slice_of, train
 
 CPU = torch.device("cpu")
 CASES = [(kind, group) for kind in ("gaussian", "nearest") for group in ("none", "rotation_translation")]

@@ -1,0 +1,85 @@
+"""What every request and answer is wrapped in: a request id, security headers, one log line, and no error left bare."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from focus_ray.serving.logs import log
+from focus_ray.serving.measures import Measures
+from focus_ray.serving.problems import MEDIA_TYPE, Problem
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
+_SECURITY_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+
+
+class Envelope:
+    """ASGI middleware; the request id is in `scope["state"]["request_id"]`."""
+
+    def __init__(self, app: ASGIApp, measures: Measures) -> None:
+        self.app, self.measures = app, measures
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        asked = Headers(scope=scope).get("x-request-id", "")
+        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started, status = time.perf_counter(), 0
+
+        async def send_wrapped(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in _SECURITY_HEADERS.items():
+                    headers[name] = value
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_wrapped)
+        except Exception as error:
+            log("request failed", level=logging.ERROR, error=error, request_id=request_id)
+            if not status:
+                problem = Problem(500, "internal-error", "the service failed on this request; its logs have the reason")
+                await problem_response(problem, request_id)(scope, receive, send_wrapped)
+        finally:
+            seconds = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", "other")
+            self.measures.request(route, scope["method"], status, seconds)
+            if route not in ("/healthz", "/readyz"):
+                facts: dict[str, Any] = scope["state"].get("facts", {})
+                log(
+                    "request",
+                    request_id=request_id,
+                    method=scope["method"],
+                    route=route,
+                    status=status,
+                    milliseconds=round(1e3 * seconds, 1),
+                    **facts,
+                )
+
+
+def problem_response(problem: Problem, request_id: str) -> JSONResponse:
+    return JSONResponse(
+        problem.document(request_id), problem.status, media_type=MEDIA_TYPE, headers=problem.all_headers()
+    )

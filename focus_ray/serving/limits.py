@@ -1,0 +1,174 @@
+"""What is refused before it costs anything: too much at once, bodies too large or too slow, too many images or pixels."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from focus_ray.images import ImageError, read_header
+from focus_ray.serving.measures import Measures
+from focus_ray.serving.problems import Problem, unavailable
+from focus_ray.serving.settings import MIB, Limits
+
+
+class Gate:
+    """Counts requests and the bytes of their bodies, and lets no more in than memory was set aside for."""
+
+    def __init__(self, limits: Limits, measures: Measures) -> None:
+        self.limits, self.measures = limits, measures
+        self.num_requests, self.num_bytes = 0, 0
+        self._by_team: Counter[str] = Counter()
+
+    @contextmanager
+    def admit(self, team: str, num_bytes: int) -> Iterator[None]:
+        """Holds a place while a request is answered. Raises: Problem: 429 the team has too many, 503 all have."""
+        if self._by_team[team] >= self.limits.max_in_flight_per_team:
+            raise Problem(
+                429,
+                "too-many-requests",
+                f"team {team!r} has {self._by_team[team]} requests under way, the most it may: wait for some",
+                self.limits.retry_after_s,
+            )
+        if self.num_requests >= self.limits.max_in_flight:
+            raise unavailable("the service has all the requests it can take: try again", self.limits.retry_after_s)
+        if self.num_bytes and self.num_bytes + num_bytes > self.limits.max_in_flight_mb * MIB:
+            raise unavailable("the service has all the images it can hold: try again", self.limits.retry_after_s)
+        self._by_team[team] += 1
+        self.num_requests += 1
+        self.num_bytes += num_bytes
+        self.measures.in_flight(self.num_requests, self.num_bytes)
+        try:
+            yield
+        finally:
+            self.num_requests -= 1
+            self.num_bytes -= num_bytes
+            self._by_team[team] -= 1
+            if not self._by_team[team]:
+                del self._by_team[team]
+            self.measures.in_flight(self.num_requests, self.num_bytes)
+
+
+def announced_bytes(request: Request, limits: Limits) -> int:
+    """The length that a request announces; the most allowed where it announces none.
+
+    Raises: Problem: 413 above the limit, 400 not a length.
+    """
+    most = int(limits.max_body_mb * MIB)
+    text = request.headers.get("content-length")
+    if text is None:
+        return most
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise Problem(400, "bad-request", "the Content-Length header is not a number of bytes")
+    if int(text) > most:
+        raise _too_large(limits)
+    return int(text)
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Raises: Problem: 413 more bytes than allowed, 408 they take too long."""
+    most = int(limits.max_body_mb * MIB)
+
+    async def read() -> bytes:
+        body = bytearray()
+        async for chunk in request.stream():
+            if len(body) + len(chunk) > most:
+                raise _too_large(limits)
+            body += chunk
+        return bytes(body)
+
+    try:
+        return await asyncio.wait_for(read(), limits.body_timeout_s)
+    except asyncio.TimeoutError:
+        raise Problem(
+            408, "body-timeout", f"the body did not arrive within {limits.body_timeout_s:g} s", limits.retry_after_s
+        ) from None
+
+
+async def split_images(request: Request, body: bytes, limits: Limits) -> list[tuple[str, bytes]]:
+    """Names and bytes of the images of a body: one as it is, or one or more files of a multipart form.
+
+    Raises: Problem: 415 neither, 400 a form that cannot be read, 422 no image, 413 too many.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        images = await _read_form(request, body, limits)
+    elif kind.startswith("image/") or kind == "application/octet-stream":
+        images = [("", body)] if body else []
+    else:
+        raise Problem(
+            415,
+            "unsupported-media-type",
+            f"Content-Type {kind[:100]!r}: send image/* or application/octet-stream with the bytes of one image, or "
+            "multipart/form-data with a file for each",
+        )
+    if not images:
+        raise Problem(422, "no-image", "there is no image in the request: send the bytes of one, or a form with files")
+    return images
+
+
+def check_images(images: list[bytes], limits: Limits) -> None:
+    """Reads the images' headers, so that a bomb is refused before it is decoded.
+
+    An image that cannot be read at all passes: the scorer tells its reason.
+
+    Raises: Problem: 422, an image claims too many pixels.
+    """
+    for number, image in enumerate(images):
+        try:
+            info = read_header(image)
+        except ImageError as error:
+            if error.reason == "too_large":
+                raise Problem(422, "image-too-large", f"image {number}: {error}") from None
+            continue
+        if info.width * info.height > limits.max_pixels:
+            raise Problem(
+                422,
+                "image-too-large",
+                f"image {number}: {info.width} x {info.height} is {info.width * info.height} pixels; at most "
+                f"{limits.max_pixels} are taken: cut it into tiles",
+            )
+
+
+async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tuple[str, bytes]]:
+    async def whole() -> AsyncIterator[bytes]:
+        yield body
+
+    parser = MultiPartParser(
+        request.headers,
+        whole(),  # type: ignore[arg-type]
+        max_files=limits.max_images + 1,
+        max_fields=8,
+        max_part_size=4096,
+    )
+    parser.spool_max_size = len(body) + 1  # in memory already: never to a file
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if "files" in error.message.lower():
+            raise _too_many(limits) from None
+        raise Problem(400, "bad-form", f"the multipart form cannot be read: {error.message[:200]}") from None
+    except (KeyError, ValueError, UnicodeError):  # what the parser lets through of odd headers
+        raise Problem(400, "bad-form", "the multipart form cannot be read") from None
+    images: list[tuple[str, bytes]] = []
+    for _, value in form.multi_items():
+        if isinstance(value, str):
+            continue
+        images.append(((value.filename or "")[:200], await value.read()))
+    if len(images) > limits.max_images:
+        raise _too_many(limits)
+    return images
+
+
+def _too_many(limits: Limits) -> Problem:
+    return Problem(
+        413, "too-many-images", f"more than {limits.max_images} images in one request: send several requests"
+    )
+
+
+def _too_large(limits: Limits) -> Problem:
+    return Problem(413, "too-large", f"the body is larger than {limits.max_body_mb:g} MiB: send fewer images a request")

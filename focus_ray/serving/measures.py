@@ -1,0 +1,40 @@
+"""What the service counts; by itself nowhere. `serving.metrics` hands it to Prometheus through Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from focus_ray.registry import Version
+
+
+class Measures:
+    """Takes every figure and keeps none."""
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """A request was answered. route: the pattern, never the path."""
+
+    def stages(self, milliseconds: Mapping[str, float]) -> None:
+        """Where an inspection's time went."""
+
+    def batch(self, num_images: int, num_categories: int, num_passes: int) -> None:
+        """A batch was scored, in so many passes through a backbone."""
+
+    def loaded(self, version: Version, seconds: float) -> None: ...
+
+    def dropped(self, version: Version) -> None: ...
+
+    def held(self, num_models: int, num_bytes: int) -> None: ...
+
+    def in_flight(self, num_requests: int, num_bytes: int) -> None: ...
+
+    def results(self, version: Version, results: Sequence[Mapping[str, Any]], role: str) -> None:
+        """Findings as `Inspection.to_dict` gives them. role: answer, canary or shadow."""
+
+    def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None: ...
+
+    def retried(self) -> None:
+        """A replica was lost while it scored, and another was asked."""
+
+    def sink(self, outcome: str, count: int) -> None:
+        """outcome: kept, dropped, written or failed."""

@@ -1,0 +1,98 @@
+"""The service's figures in Prometheus, by Ray's own exporter: every name begins with `ray_focus_ray_` there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+from focus_ray.registry import Version
+from focus_ray.serving.measures import Measures
+
+_SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
+_MILLISECONDS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000]
+_IMAGES = [1, 2, 4, 8, 16, 32, 64, 128]
+# a p-value of a good image is uniform: a tenth of them falls in each of these
+_P_VALUES = [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+_RATIOS = [0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0]  # of score to threshold
+_OF = ("team", "category", "version", "role")
+
+
+class RayMeasures(Measures):
+    """Counts with Ray's metrics; to be made in the process that counts."""
+
+    def __init__(self) -> None:
+        self._requests = Counter("focus_ray_requests", "Requests answered.", tag_keys=("route", "method", "status"))
+        self._seconds = Histogram(
+            "focus_ray_request_seconds", "From a request's head to its answer.", _SECONDS, ("route",)
+        )
+        self._stages = Histogram(
+            "focus_ray_stage_milliseconds", "Where an inspection's time went.", _MILLISECONDS, ("stage",)
+        )
+        self._batch = Histogram("focus_ray_batch_images", "Images scored together.", _IMAGES)
+        self._mixture = Histogram("focus_ray_batch_categories", "Models in a batch.", _IMAGES)
+        self._passes = Counter("focus_ray_passes", "Passes through a backbone.")
+        self._load = Histogram(
+            "focus_ray_load_seconds", "Until a version was in memory.", _SECONDS, ("team", "category")
+        )
+        self._dropped = Counter("focus_ray_models_dropped", "Versions put out of memory.", ("team", "category"))
+        self._models = Gauge("focus_ray_models", "Versions in memory.")
+        self._model_bytes = Gauge("focus_ray_model_bytes", "Their size.")
+        self._in_flight = Gauge("focus_ray_in_flight_requests", "Requests under way.")
+        self._in_flight_bytes = Gauge("focus_ray_in_flight_bytes", "The bodies of requests under way.")
+        self._images = Counter("focus_ray_images", "Images inspected.", (*_OF, "verdict"))
+        self._p_value = Histogram("focus_ray_p_value", "p-values of images.", _P_VALUES, _OF)
+        self._score = Histogram("focus_ray_score_to_threshold", "Score over threshold.", _RATIOS, _OF)
+        self._shadow = Counter(
+            "focus_ray_shadow_images", "Images scored in shadow.", ("team", "category", "version", "differs")
+        )
+        self._retries = Counter("focus_ray_retries", "Calls made again after a replica was lost.")
+        self._sink = Counter("focus_ray_sink_images", "What became of images for the sink.", ("outcome",))
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        self._requests.inc(1, {"route": route, "method": method, "status": str(status)})
+        self._seconds.observe(seconds, {"route": route})
+
+    def stages(self, milliseconds: Mapping[str, float]) -> None:
+        for stage, value in milliseconds.items():
+            self._stages.observe(value, {"stage": stage})
+
+    def batch(self, num_images: int, num_categories: int, num_passes: int) -> None:
+        self._batch.observe(num_images)
+        self._mixture.observe(num_categories)
+        self._passes.inc(num_passes)
+
+    def loaded(self, version: Version, seconds: float) -> None:
+        self._load.observe(seconds, {"team": version.team, "category": version.category})
+
+    def dropped(self, version: Version) -> None:
+        self._dropped.inc(1, {"team": version.team, "category": version.category})
+
+    def held(self, num_models: int, num_bytes: int) -> None:
+        self._models.set(num_models)
+        self._model_bytes.set(num_bytes)
+
+    def in_flight(self, num_requests: int, num_bytes: int) -> None:
+        self._in_flight.set(num_requests)
+        self._in_flight_bytes.set(num_bytes)
+
+    def results(self, version: Version, results: Sequence[Mapping[str, Any]], role: str) -> None:
+        of = {"team": version.team, "category": version.category, "version": version.name, "role": role}
+        for result in results:
+            if "error" in result:
+                self._images.inc(1, {**of, "verdict": "unreadable"})
+                continue
+            self._images.inc(1, {**of, "verdict": "anomalous" if result["anomalous"] else "normal"})
+            self._p_value.observe(result["p_value"], of)
+            self._score.observe(result["score"] / result["threshold"], of)
+
+    def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None:
+        of = {"team": version.team, "category": version.category, "version": version.name}
+        self._shadow.inc(1, {**of, "differs": str(differs).lower()})
+
+    def retried(self) -> None:
+        self._retries.inc(1)
+
+    def sink(self, outcome: str, count: int) -> None:
+        self._sink.inc(count, {"outcome": outcome})

@@ -1,0 +1,64 @@
+"""What an inspection looks like as a picture: heat map, overlay, mask, or the map's values for a program to draw."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from focus_ray.images import decode_image, encode_png
+from focus_ray.inspector import Inspection, evaluation_size, resize_map
+from focus_ray.report import heat_map, overlay
+
+Output = Literal["json", "heatmap", "overlay", "mask"]
+MAX_SIDE_PX = 1024  # of heat maps and overlays; a mask has the image's own size
+
+
+def draw(output: Output, inspection: Inspection, data: bytes) -> bytes:
+    """A PNG. heatmap and overlay: at most `MAX_SIDE_PX` a side.  mask: white above the pixel threshold, full size.
+
+    Args: data: the encoded image, for the overlay.
+    """
+    height, width = evaluation_size(inspection.height, inspection.width, MAX_SIDE_PX)
+    if output == "mask":
+        return encode_png(
+            resize_map(inspection.anomaly_map, inspection.height, inspection.width) > inspection.pixel_threshold
+        )
+    if output == "heatmap":
+        return encode_png(
+            heat_map(resize_map(inspection.anomaly_map, height, width), 0.0, 2 * inspection.pixel_threshold)
+        )
+    from PIL import Image
+
+    image = Image.fromarray(decode_image(data, None)).resize((width, height), Image.Resampling.BILINEAR)
+    scale = width / inspection.width
+    return encode_png(overlay(np.asarray(image), _scaled(inspection, scale)))
+
+
+def map_values(anomaly_map: NDArray[np.float32], pixel_threshold: float) -> dict[str, Any]:
+    """The map as an 8-bit grey PNG in base64; a pixel v stands for `high * v / 255`.
+
+    `high` is twice the pixel threshold, or the highest value where that is more.
+    """
+    high = max(2 * pixel_threshold, float(anomaly_map.max()), 1e-12)
+    grey = np.clip(np.round(anomaly_map * (255 / high)), 0, 255).astype(np.uint8)
+    return {"png": base64.b64encode(encode_png(grey)).decode(), "high": high}
+
+
+def _scaled(inspection: Inspection, scale: float) -> Inspection:
+    """With its regions in pixels of a picture `scale` times as large."""
+    from dataclasses import replace
+
+    regions = tuple(
+        replace(
+            region,
+            x=int(region.x * scale),
+            y=int(region.y * scale),
+            width=max(1, round(region.width * scale)),
+            height=max(1, round(region.height * scale)),
+        )
+        for region in inspection.regions
+    )
+    return replace(inspection, regions=regions)

@@ -1,0 +1,182 @@
+"""What a replica does with images: decode, wait for the next pass, one pass over all categories of a backbone, judge.
+
+Knows nothing of Serve. Decoding and judging run in threads of their own, so the event loop and the pass go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from focus_ray.images import ImageError, ImageInfo, read_image
+from focus_ray.inspector import Inspection, Inspector
+from focus_ray.registry import Version
+from focus_ray.scoring import score_together, share_a_pass
+from focus_ray.serving.batching import Batcher
+from focus_ray.serving.measures import Measures
+from focus_ray.serving.models import ModelCache
+from focus_ray.serving.rendering import Output, draw, map_values
+from focus_ray.serving.settings import MIB, Pool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of the images of one request, in order.
+
+    results: `Inspection.to_dict`, with "map" where it was asked for, or {"error": {"reason", "detail"}}.
+    pictures: PNG where a picture was asked for and there is one.  timings_ms: by stage.
+    """
+
+    results: list[dict[str, Any]]
+    pictures: list[bytes | None]
+    timings_ms: dict[str, float]
+
+
+class Part(NamedTuple):
+    """Decoded images (B, S, S, 3) of one model, for a pass."""
+
+    inspector: Inspector
+    pixels: NDArray[np.uint8]
+
+
+class Scores(NamedTuple):
+    """Scores (B,), maps (B, S, S), and when their pass began and ended (`time.perf_counter`)."""
+
+    score: NDArray[np.float32]
+    anomaly_map: NDArray[np.float32]
+    began: float
+    ended: float
+
+
+class Scorer:
+    """Scores images with any version of a registry, within a pool's limits."""
+
+    def __init__(self, pool: Pool, device: str = "auto", measures: Measures | None = None) -> None:
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            torch.set_num_threads(pool.num_threads)
+        self.pool, self.device, self.measures = pool, device, measures or Measures()
+        self._workers = ThreadPoolExecutor(pool.num_decoders, thread_name_prefix="decode")
+        self._batcher: Batcher[Part, Scores] = Batcher(
+            self._pass, pool.max_batch_images, ThreadPoolExecutor(1, thread_name_prefix="pass")
+        )
+        self.models = ModelCache(
+            int(pool.memory_mb * MIB),
+            device,
+            ThreadPoolExecutor(1, thread_name_prefix="load"),
+            on_load=self._loaded,
+            on_drop=self.measures.dropped,
+        )
+
+    async def warm(self, version: Version) -> None:
+        """Loads a version and lets it score once. Raises: BundleError: it cannot be loaded."""
+        inspector = (await self.models.get(version)).inspector
+        blank = np.zeros((1, inspector.size_px, inspector.size_px, 3), dtype=np.uint8)
+        await self._batcher.submit(Part(inspector, blank), 1)
+
+    async def inspect(
+        self, version: Version, images: Sequence[bytes], output: Output = "json", include_map: bool = False
+    ) -> Answer:
+        """Scores the images of one request. Raises: BundleError: the version cannot be loaded."""
+        started = time.perf_counter()
+        inspector = (await self.models.get(version)).inspector
+        loaded = time.perf_counter()
+        loop = asyncio.get_running_loop()
+        decoded = await loop.run_in_executor(self._workers, _decode, images, inspector.size_px)
+        ready = time.perf_counter()
+        timings = {"load": loaded - started, "decode": ready - loaded, "wait": 0.0, "score": 0.0, "judge": 0.0}
+        readable = [one for one in decoded if not isinstance(one, ImageError)]
+        scores = None
+        if readable:
+            pixels = np.stack([pixels for _, pixels in readable])
+            scores = await self._batcher.submit(Part(inspector, pixels), len(pixels))
+            timings.update(wait=scores.began - ready, score=scores.ended - scores.began)
+        scored = time.perf_counter()
+        results, pictures = await loop.run_in_executor(
+            self._workers, _judge, inspector, images, decoded, scores, output, include_map
+        )
+        timings["judge"] = time.perf_counter() - scored
+        return Answer(results, pictures, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()})
+
+    def _pass(self, parts: Sequence[Part]) -> list[Scores]:
+        """Scores what waited: parts of one model as one, models that share a backbone in one pass."""
+        began = time.perf_counter()
+        groups: list[dict[int, list[int]]] = []  # of models that share a pass: model -> its parts' places
+        for place, part in enumerate(parts):
+            key, detector = id(part.inspector), part.inspector.bundle.detector
+            for group in groups:
+                first = parts[next(iter(group.values()))[0]].inspector.bundle.detector
+                if key in group or share_a_pass(first, detector):
+                    group.setdefault(key, []).append(place)
+                    break
+            else:
+                groups.append({key: [place]})
+        found: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        for group in groups:
+            together = [
+                (
+                    parts[places[0]].inspector.bundle.detector,
+                    torch.from_numpy(np.concatenate([parts[place].pixels for place in places])),
+                )
+                for places in group.values()
+            ]
+            for places, scored in zip(group.values(), score_together(together), strict=True):
+                cuts = np.cumsum([len(parts[place].pixels) for place in places])[:-1]
+                score = np.split(scored.score.float().cpu().numpy(), cuts)
+                maps = np.split(scored.anomaly_map.float().cpu().numpy(), cuts)
+                found.update(zip(places, zip(score, maps, strict=True), strict=True))
+        ended = time.perf_counter()
+        categories = {id(part.inspector) for part in parts}
+        self.measures.batch(sum(len(part.pixels) for part in parts), len(categories), len(groups))
+        return [Scores(*found[place], began, ended) for place in range(len(parts))]
+
+    def _loaded(self, version: Version, seconds: float) -> None:
+        self.measures.loaded(version, seconds)
+        self.measures.held(len(self.models.keys), self.models.num_bytes)
+
+
+def _decode(images: Sequence[bytes], size_px: int) -> list[tuple[ImageInfo, NDArray[np.uint8]] | ImageError]:
+    found: list[tuple[ImageInfo, NDArray[np.uint8]] | ImageError] = []
+    for image in images:
+        try:
+            found.append(read_image(image, size_px))
+        except ImageError as error:
+            found.append(error)
+    return found
+
+
+def _judge(
+    inspector: Inspector,
+    images: Sequence[bytes],
+    decoded: Sequence[tuple[ImageInfo, NDArray[np.uint8]] | ImageError],
+    scores: Scores | None,
+    output: Output,
+    include_map: bool,
+) -> tuple[list[dict[str, Any]], list[bytes | None]]:
+    results: list[dict[str, Any]] = []
+    pictures: list[bytes | None] = []
+    row = 0
+    for image, one in zip(images, decoded, strict=True):
+        if isinstance(one, ImageError):
+            results.append({"error": {"reason": one.reason, "detail": str(one)}})
+            pictures.append(None)
+            continue
+        assert scores is not None
+        info = one[0]
+        found: Inspection = inspector.judge(float(scores.score[row]), scores.anomaly_map[row], info.width, info.height)
+        row += 1
+        result = found.to_dict()
+        if include_map:
+            result["map"] = map_values(found.anomaly_map, found.pixel_threshold)
+        results.append(result)
+        pictures.append(None if output == "json" else draw(output, found, image))
+    return results, pictures

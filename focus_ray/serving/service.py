@@ -1,0 +1,296 @@
+"""What stands between a request and a score: who may ask, which version answers, canary and shadow, the sink."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import random
+from collections.abc import Awaitable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+
+from focus_ray.bundle import read_manifest
+from focus_ray.calibration import Calibration
+from focus_ray.errors import BundleError, DataError, RegistryError
+from focus_ray.registry import Version
+from focus_ray.serving.limits import Gate
+from focus_ray.serving.logs import log
+from focus_ray.serving.measures import Measures
+from focus_ray.serving.problems import Problem, no_such_category, not_found, unauthorised, unavailable
+from focus_ray.serving.rendering import Output
+from focus_ray.serving.scorer import Answer
+from focus_ray.serving.settings import Route, Settings
+from focus_ray.serving.sink import ImageSink
+from focus_ray.serving.source import Directory, Source, open_source
+from focus_ray.serving.tokens import SCOPES, Caller, Scope, TokenStore
+
+T = TypeVar("T")
+Role = Literal["answer", "canary"]
+MAX_EXAMPLES = 24
+_EXAMPLE_SIDE_PX = 512
+_MAX_SHADOWS = 8  # under way at once; more are left out, for a shadow must not slow what answers
+
+
+class Scorers(Protocol):
+    """What scores: a `Scorer`, or replicas of it."""
+
+    async def inspect(
+        self, version: Version, images: Sequence[bytes], output: Output = ..., include_map: bool = ...
+    ) -> Answer: ...
+
+    async def warm(self, version: Version) -> None: ...
+
+
+class Inspected(NamedTuple):
+    version: Version
+    answer: Answer
+    role: Role
+
+
+class Service:
+    """Answers for one ingress replica. Everything raises Problem where the request cannot be answered."""
+
+    def __init__(
+        self, settings: Settings, scorers: Scorers, measures: Measures | None = None, source: Source | None = None
+    ) -> None:
+        """Raises: ConfigError: no token file.  DataError: no bundle in the folder."""
+        self.settings, self.scorers, self.measures = settings, scorers, measures or Measures()
+        self.source = source or open_source(settings.registry, settings.bundles, settings.team)
+        self.directory = Directory(self.source, settings.refresh_s, scorers.warm, log)
+        self.gate = Gate(settings.limits, self.measures)
+        self.tokens = None
+        if settings.tokens is not None:
+            self.tokens = TokenStore(settings.tokens, settings.refresh_s, lambda text: log(text, level=logging.ERROR))
+        self.sink = ImageSink(settings.sink, self.measures, log) if settings.sink else None
+        self._routes = {(route.team, route.category): route for route in settings.routes}
+        self._shadows: set[asyncio.Task[None]] = set()
+        self._flusher: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        if self.sink is not None:
+            self._flusher = asyncio.create_task(self._flush_regularly())
+
+    async def close(self) -> None:
+        """Ends what runs behind the answers, and writes what the sink holds."""
+        if self._flusher is not None:
+            self._flusher.cancel()
+        if self._shadows:
+            await asyncio.wait(self._shadows, timeout=10)
+        if self.sink is not None:
+            await asyncio.to_thread(self.sink.close)
+
+    # ---- who may ask
+    async def authenticate(self, authorization: str | None) -> Caller:
+        """Raises: Problem: 401."""
+        if self.tokens is None:
+            return Caller(id="anonymous", team="*", scopes=SCOPES)
+        if self.tokens.is_due:
+            await asyncio.to_thread(self.tokens.refresh)
+        caller = self.tokens.authenticate(authorization)
+        if caller is None:
+            raise unauthorised("send a token in force: Authorization: Bearer frs_...")
+        return caller
+
+    @staticmethod
+    def check(caller: Caller, team: str, category: str, scope: Scope) -> None:
+        """Raises: Problem: 404 another team's (nothing is looked up: it cannot be told from what is not there), 403."""
+        if caller.team not in ("*", team):
+            raise (
+                no_such_category(team, category) if category else not_found(f"there is no team {team!r} for this token")
+            )
+        if scope not in caller.scopes:
+            raise Problem(403, "forbidden", f"this token has the scopes {', '.join(caller.scopes)}; this needs {scope}")
+
+    # ---- what is there
+    async def categories(self, team: str) -> list[str]:
+        return await self._ask(asyncio.to_thread(self.source.categories, team), team, "")
+
+    async def versions(self, team: str, category: str) -> tuple[list[Version], dict[str, str]]:
+        found = await self._ask(asyncio.to_thread(self.source.versions, team, category), team, category)
+        if not found:
+            raise no_such_category(team, category)
+        return found, await self._ask(asyncio.to_thread(self.source.aliases, team, category), team, category)
+
+    async def resolve(self, team: str, category: str, ref: str | None) -> Version:
+        route = self._routes.get((team, category))
+        wanted = ref or (route.ref if route else self.settings.default_ref)
+        return await self._ask(self.directory.resolve(team, category, wanted), team, category, ref)
+
+    async def card(self, version: Version) -> dict[str, Any]:
+        """What a reader may know of a version: no place of storage is among it."""
+        manifest = await self._ask(self.directory.manifest(version), version.team, version.category)
+        calibration = Calibration.from_dict(manifest["calibration"])
+        config = manifest["config"]
+        return {
+            "team": version.team,
+            "category": version.category,
+            "version": version.name,
+            "sha256": version.sha256,
+            "created_at": manifest["created_at"],
+            "published_at": version.published_at.isoformat(),
+            "num_bytes": version.num_bytes,
+            "num_images": manifest["moments"]["count"],
+            "calibration": calibration.to_dict(),
+            "caveats": calibration.caveats(),
+            "model": {key: value for key, value in config["model"].items() if not key.startswith("weights")},
+            "train": config["train"],
+            "density": config["density"],
+            "scoring": config["scoring"],
+            "versions": manifest["versions"],
+            "git_commit": manifest["git_commit"],
+        }
+
+    async def example(self, version: Version, number: int) -> bytes:
+        """A normal training image as JPEG, at most 512 px a side; evenly chosen among all."""
+        if not self.settings.examples:
+            raise not_found("this service shows no training images")
+        return await self._ask(asyncio.to_thread(_read_example, version, number), version.team, version.category)
+
+    async def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
+        version = await self._ask(
+            asyncio.to_thread(self.source.promote, team, category, ref, alias), team, category, ref
+        )
+        self.directory.forget(team, category)
+        log("promoted", team=team, category=category, alias=alias, version=version.name)
+        return version
+
+    async def roll_back(self, team: str, category: str, alias: str) -> Version:
+        version = await self._ask(
+            asyncio.to_thread(self.source.roll_back, team, category, alias), team, category, alias
+        )
+        self.directory.forget(team, category)
+        log("rolled back", team=team, category=category, alias=alias, version=version.name)
+        return version
+
+    # ---- scoring
+    async def inspect(
+        self,
+        team: str,
+        category: str,
+        ref: str | None,
+        images: Sequence[bytes],
+        output: Output,
+        include_map: bool,
+        request_id: str,
+    ) -> Inspected:
+        """Scores with the version that the request, the canary's share or the route says."""
+        route = self._routes.get((team, category))
+        version, role = await self._choose(team, category, ref, route)
+        try:
+            answer = await asyncio.wait_for(
+                self.scorers.inspect(version, images, output, include_map), self.settings.limits.timeout_s
+            )
+        except asyncio.TimeoutError:
+            raise Problem(
+                504,
+                "timeout",
+                f"no answer within {self.settings.limits.timeout_s:g} s: try again",
+                self.settings.limits.retry_after_s,
+            ) from None
+        except (BundleError, DataError) as error:
+            log("model cannot be loaded", level=logging.ERROR, error=error, request_id=request_id, version=version.uri)
+            raise self._no_model() from None
+        self.measures.stages(answer.timings_ms)
+        self.measures.results(version, answer.results, role)
+        if self.sink is not None:
+            self.sink.offer(version, request_id, images, answer.results, role)
+        if route is not None and route.shadow and ref is None:
+            self._shadow(route, version, images, answer, request_id)
+        return Inspected(version, answer, role)
+
+    async def _choose(self, team: str, category: str, ref: str | None, route: Route | None) -> tuple[Version, Role]:
+        if ref is None and route is not None and route.canary and random.random() < route.canary_share:
+            try:
+                return await self.directory.resolve(team, category, route.canary), "canary"
+            except (RegistryError, DataError) as error:
+                log("no canary", level=logging.WARNING, error=str(error), team=team, category=category)
+        return await self.resolve(team, category, ref), "answer"
+
+    def _shadow(self, route: Route, version: Version, images: Sequence[bytes], answer: Answer, request_id: str) -> None:
+        if random.random() >= route.shadow_share or len(self._shadows) >= _MAX_SHADOWS:
+            return
+        task = asyncio.create_task(self._score_in_shadow(route, version, images, answer, request_id))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
+
+    async def _score_in_shadow(
+        self, route: Route, version: Version, images: Sequence[bytes], answer: Answer, request_id: str
+    ) -> None:
+        try:
+            assert route.shadow is not None
+            other = await self.directory.resolve(route.team, route.category, route.shadow)
+            if other == version:
+                return
+            shadow = await self.scorers.inspect(other, images, "json", False)
+        except Exception as error:  # whatever it is, the request has its answer
+            log("shadow failed", level=logging.WARNING, error=str(error), request_id=request_id)
+            return
+        self.measures.results(other, shadow.results, "shadow")
+        for number, (first, second) in enumerate(zip(answer.results, shadow.results, strict=True)):
+            if "error" in first or "error" in second:
+                continue
+            # scores of two versions are on two scales; what can be compared is where each stands to its threshold
+            change = second["score"] / second["threshold"] - first["score"] / first["threshold"]
+            differs = first["anomalous"] != second["anomalous"]
+            self.measures.shadow_difference(other, differs, change)
+            log(
+                "shadow",
+                request_id=request_id,
+                image=number,
+                team=other.team,
+                category=other.category,
+                version=version.name,
+                shadow=other.name,
+                differs=differs,
+                p_value=first["p_value"],
+                shadow_p_value=second["p_value"],
+                relative_score_change=round(change, 6),
+            )
+        if self.sink is not None:
+            self.sink.offer(other, request_id, images, shadow.results, "shadow")
+
+    # ---- within
+    async def _ask(self, asked: Awaitable[T], team: str, category: str, ref: str | None = None) -> T:
+        """Turns a source's errors into problems; what they say of the inside is logged and not told."""
+        try:
+            return await asked
+        except RegistryError as error:
+            log("not found", team=team, category=category, error=str(error))
+            if ref is not None:
+                raise not_found(
+                    f"there is no version or alias {ref!r} of category {category!r} of team {team!r} that this token "
+                    "opens or may move"
+                ) from None
+            raise no_such_category(team, category) from None
+        except (BundleError, DataError) as error:
+            log("storage failed", level=logging.ERROR, team=team, category=category, error=error)
+            raise self._no_model() from None
+
+    def _no_model(self) -> Problem:
+        return unavailable("the model cannot be read at present: try again, or ask who runs the service", 5.0)
+
+    async def _flush_regularly(self) -> None:
+        assert self.sink is not None
+        while True:
+            await asyncio.sleep(self.sink.settings.flush_every_s)
+            await asyncio.to_thread(self.sink.flush)
+
+
+def _read_example(version: Version, number: int) -> bytes:
+    from PIL import Image
+
+    from focus_ray.dataset import read_index, read_rows
+    from focus_ray.images import decode_image
+
+    uri = str(read_manifest(version.uri)["data"]["uri"])
+    index = read_index(uri, version.category, split="train").to_pylist()
+    rows = [row["row"] for row in index if row["label"] == 0]
+    count = min(MAX_EXAMPLES, len(rows))
+    if not 0 <= number < count:
+        raise RegistryError(f"example {number} of {count}")
+    (record,) = read_rows(uri, version.category, [rows[number * len(rows) // count]], columns=("image",))
+    image = Image.fromarray(decode_image(record["image"], None))
+    image.thumbnail((_EXAMPLE_SIDE_PX, _EXAMPLE_SIDE_PX))
+    target = io.BytesIO()
+    image.save(target, "JPEG", quality=90)
+    return target.getvalue()
