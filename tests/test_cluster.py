@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -122,7 +121,7 @@ def test_a_run_is_refused_where_its_storage_cannot_be_written(
         probe_nodes([], [s3.new_uri()])
 
 
-UNSHARED = """
+WRONG_NODE = """
 import os, sys
 from ray.cluster_utils import Cluster
 import ray
@@ -130,12 +129,10 @@ from focus_ray.cluster import probe_nodes
 from focus_ray.errors import DataError
 
 if __name__ == "__main__":
-    endpoint = os.environ["AWS_ENDPOINT_URL"]
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    # a node whose own credentials are wrong: only it can tell
-    os.environ["AWS_SECRET_ACCESS_KEY"] = "wrong"
-    nodes.add_node(num_cpus=1, env_vars={"AWS_SECRET_ACCESS_KEY": "wrong"})
-    os.environ["AWS_SECRET_ACCESS_KEY"] = sys.argv[2]
+    right, os.environ["AWS_SECRET_ACCESS_KEY"] = os.environ["AWS_SECRET_ACCESS_KEY"], "wrong"
+    nodes.add_node(num_cpus=1)  # its processes have this environment
+    os.environ["AWS_SECRET_ACCESS_KEY"] = right
     ray.init(address=nodes.address, logging_level="error")
     try:
         probe_nodes([], [sys.argv[1]])
@@ -147,9 +144,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.s3
-def test_a_node_whose_own_credentials_are_wrong_is_named(s3: S3Server, tmp_path: Path) -> None:
-    secret = s3.environment()["AWS_SECRET_ACCESS_KEY"]
-    arguments = [sys.executable, "-c", UNSHARED, s3.new_uri(), secret]
+def test_a_node_whose_own_credentials_are_wrong_is_named(s3: S3Server) -> None:
+    arguments = [sys.executable, "-c", WRONG_NODE, s3.new_uri()]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert "cannot read: the credentials are wrong or expired" in ended.stdout, ended.stdout + ended.stderr[-2000:]
+    assert "cannot write: the credentials are wrong or expired" in ended.stdout, ended.stdout + ended.stderr[-2000:]
     assert ended.stdout.startswith("node ")
