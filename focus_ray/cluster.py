@@ -184,11 +184,11 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
 def _probe_here(files: Mapping[str, bytes | None], folders: Sequence[str]) -> str | None:
     """Runs on a node. Returns: what is wrong there."""
     try:
+        for folder in folders:  # first: what refuses a write says why, a look-up does not
+            probe(folder)
         for file, content in files.items():
             if read_bytes(file) != content and content is not None:
                 return f"{file}: not the file that the driver wrote"
-        for folder in folders:
-            probe(folder)
     except FileNotFoundError as error:
         if is_s3(str(error)):
             return str(error)

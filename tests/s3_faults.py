@@ -55,7 +55,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = connection.getresponse()
             content = answer.read()
             self._answer(answer.status, answer.getheaders(), content)
-        except OSError:
+        except (OSError, http.client.HTTPException):
             self.close_connection = True  # the server is gone: so is the client's connection
         finally:
             connection.close()

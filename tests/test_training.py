@@ -24,8 +24,7 @@ from small_set import NUM_TEST, NUM_TRAIN, draw_parts, fit_alone, ingest_parts, 
 from torch import Tensor
 
 from focus_ray.bundle import find_bundles, read_bundle, read_manifest, read_statistics
-from focus_ray.cluster import concurrent_runs
-from focus_ray.config import ClusterConfig, Config
+from focus_ray.config import Config
 from focus_ray.dataset import ingest, read_index
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fit import FitResult, Steps, build_detector, fit
@@ -444,23 +443,6 @@ def test_more_workers_than_the_images_can_feed_are_refused_before_anything_start
     with pytest.raises(DataError, match=r"category 'gear': 19 training images over 10 workers leave fewer than 2"):
         train(config)
     assert not (tmp_path / "small").exists()  # the name is still free for the mended run
-
-
-@pytest.mark.ray
-def test_a_run_that_no_machine_here_can_hold_is_refused_and_on_a_shared_cluster_told(ray_cluster: None) -> None:
-    """The cluster has four CPUs; a stream needs one beside the workers'."""
-    assert concurrent_runs(ClusterConfig(num_workers=4), private=True) == 1
-    assert concurrent_runs(ClusterConfig(num_workers=1), private=True, streams=True) == 2
-    with pytest.raises(TrainingError, match=r"^5 worker\(s\) need 5 CPU, this machine has 4 CPU: lower cluster\.num_w"):
-        concurrent_runs(ClusterConfig(num_workers=5), private=True)
-    with pytest.raises(
-        TrainingError, match=r"^4 worker\(s\) and the stream of images need 5 CPU, .* raise data\.memory"
-    ):
-        concurrent_runs(ClusterConfig(num_workers=4), private=True, streams=True)
-    said: list[str] = []
-    assert concurrent_runs(ClusterConfig(num_workers=4), False, True, said.append) == 1
-    assert len(said) == 1
-    assert "need 5 CPU, the cluster has 4 CPU: waiting for it to grow; otherwise stop" in said[0]
 
 
 def test_a_category_that_is_not_there_is_refused_with_those_that_are(data: str, tmp_path: Path) -> None:
