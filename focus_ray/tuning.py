@@ -299,6 +299,7 @@ class _Driver:
             self.log("shared work: none (share_work=false)")
             return
         budget = self._budget()
+        ends: dict[Any, Any] = {}  # of each piece of work: a small result that is there once it is
         sizes = self._values("model.image_size_px")
         planned = {(category, size) for category in self.plans for size in sizes}
         for category, size in sorted(planned):
@@ -311,9 +312,9 @@ class _Driver:
                 self.log(_too_large(f"decoded images of {category} at {size} px", needed, budget))
                 continue
             budget -= needed
-            task = ray.remote(num_cpus=self.base.cluster.cpus_per_worker)(_load_task)
+            task = ray.remote(num_cpus=self.base.cluster.cpus_per_worker, num_returns=2)(_load_task)
             plan = self.plans[category]
-            self.images[category, size] = task.remote(
+            self.images[category, size], ends[category, size] = task.remote(
                 self._reference().model_dump(mode="json"), category, plan, self.config.objective, size
             )
             self.log(f"shared work: decoding {category} at {size} px, {needed / 2**20:.0f} MiB")
@@ -326,12 +327,11 @@ class _Driver:
                 self.log(_too_large(f"features of {category}", needed, budget))
                 continue
             budget -= needed
-            embed = ray.remote(num_cpus=self.base.cluster.cpus_per_worker, num_gpus=int(self.use_gpu))(_embed_task)
-            self.features[key] = embed.remote(config.model_dump(mode="json"), self.images[category, size])
+            asked = {"num_cpus": self.base.cluster.cpus_per_worker, "num_gpus": int(self.use_gpu)}
+            embed = ray.remote(num_returns=2, **asked)(_embed_task)
+            self.features[key], ends[key] = embed.remote(config.model_dump(mode="json"), self.images[category, size])
             self.log(f"shared work: features of {category}, {needed / 2**20:.0f} MiB")
-        self._await(self.images)
-        for key in self._await(self.features, keep_going=True):
-            del self.features[key]
+        self._await(ends)
 
     def _budget(self) -> float:
         import ray
@@ -380,26 +380,24 @@ class _Driver:
                     found[key] = (config, category)
         return found
 
-    def _await(self, references: Mapping[Any, Any], keep_going: bool = False) -> list[Any]:
-        """Waits until all are made. Returns: keys of those that failed, which raises unless keep_going."""
+    def _await(self, ends: Mapping[Any, Any]) -> None:
+        """Waits until all is made. Raises: DataError: there are no images. Without features trials make their own."""
         import ray
 
-        waiting = {reference: key for key, reference in references.items()}
-        failed = []
+        waiting = {end: key for key, end in ends.items()}
         while waiting and not self.stopping.is_set():
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=0.5, fetch_local=False)
-            for reference in done:
-                key = waiting.pop(reference)
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=0.5)
+            for end in done:
+                key = waiting.pop(end)
                 try:
-                    ray.get(_probe().remote(reference))
+                    ray.get(end)
                 except Exception as error:
-                    if not keep_going:
+                    if key not in self.features:
                         raise DataError(f"{key[0]}: cannot make the images to judge on: {reason_of(error)}") from None
                     self.log(f"shared work: features failed ({reason_of(error)}): every trial makes its own")
-                    failed.append(key)
-        for reference in waiting:
-            ray.cancel(reference, force=True)
-        return failed
+                    del self.features[key]
+        for end in waiting:
+            ray.cancel(end, force=True)
 
     # ---- trials
     def run_stage(self, stage: str | None, limit: int) -> None:
@@ -580,24 +578,14 @@ def _remove_working_folders(experiment: str) -> None:
 
 def _load_task(
     config: dict[str, Any], category: str, plan: dict[str, Any], objective: Any, size_px: int
-) -> CategoryImages:
-    return load_images(parse_config(config), category, plan, objective, size_px)
+) -> tuple[CategoryImages, None]:
+    """The second value tells the driver that the first is there, or what failed, without moving it."""
+    return load_images(parse_config(config), category, plan, objective, size_px), None
 
 
-def _embed_task(config: dict[str, Any], images: CategoryImages) -> Features:
+def _embed_task(config: dict[str, Any], images: CategoryImages) -> tuple[Features, None]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return embed_images(parse_config(config), images, device)
-
-
-def _probe() -> Any:
-    """A task that tells whether another's result can be had, without moving it here."""
-    import ray
-
-    return ray.remote(num_cpus=0)(_nothing)
-
-
-def _nothing(value: Any) -> None:
-    del value
+    return embed_images(parse_config(config), images, device), None
 
 
 def _trial(config: dict[str, Any], payload: dict[str, Any]) -> None:
