@@ -158,7 +158,7 @@ def test_a_card_shows_calibration_and_no_place_of_storage(http: TestClient, plan
 
 def test_lists_show_what_the_team_has(http: TestClient, plant: Plant) -> None:
     headers = plant.headers(plant.press)
-    assert http.get("/v1", headers=headers).json() == {"team": PRESS, "scopes": ["inspect", "read"]}
+    assert http.get("/v1", headers=headers).json() == {"teams": [PRESS], "scopes": ["inspect", "read"]}
     assert http.get("/v1/press", headers=headers).json()["categories"] == ["board", "gear"]
     told = http.get("/v1/press/gear/versions", headers=headers).json()
     assert [version["version"] for version in told["versions"]] == ["v0001"]
@@ -178,6 +178,7 @@ def test_a_folder_of_bundles_is_served_without_a_registry(plant: Plant) -> None:
     folder = str(Path(plant.bundles["gear"]).parents[1])
     settings = parse_settings({"bundles": folder, "team": "me", "open_to_all": True})
     with client_of(settings) as client:
+        assert client.get("/v1").json()["teams"] == ["me"]
         assert client.get("/v1/me").json()["categories"] == ["board", "gear"]
         headers = {"content-type": "application/octet-stream"}
         told = client.post("/v1/me/board/inspect", content=plant.images[0], headers=headers).json()
