@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -267,3 +271,29 @@ def test_what_the_openapi_description_says_is_what_the_service_does(url: str, pl
         check_one()
     assert len(seen) > 100
     assert 200 in seen
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_it_is_interrupted_and_then_ends_well(plant: Plant, tmp_path: Path) -> None:
+    port = free_port()
+    environment = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="fr-", dir="/tmp")}
+    command = [
+        sys.executable,
+        "-m",
+        "focus_ray.cli",
+        "serve",
+        plant.registry,
+        f"tokens={plant.tokens}",
+        f"--port={port}",
+    ]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        with Client(f"http://127.0.0.1:{port}", plant.press, retries=60) as client:
+            assert client.inspect(PRESS, "gear", plant.images[:1]).version
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told[-2000:]
+        assert "stopping: requests under way are finished first" in told
+    finally:
+        process.kill()
+        shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)

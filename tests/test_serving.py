@@ -22,8 +22,10 @@ import yaml
 from fastapi.testclient import TestClient
 from PIL import Image
 from serving_set import MILL, PRESS, Plant, make_plant
+from starlette.requests import Request
 
 from focus_ray.bundle import read_bundle
+from focus_ray.cli import main
 from focus_ray.errors import BundleError, ConfigError, DataError, RegistryError
 from focus_ray.images import decode_batch, decode_image, encode_png, probe_image, read_image
 from focus_ray.inspector import Inspector, resize_map
@@ -32,11 +34,13 @@ from focus_ray.scoring import score_together, share_a_pass
 from focus_ray.serving.api import create_api
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.launch import check_host
+from focus_ray.serving.limits import announced_bytes, read_body
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.models import ModelCache
+from focus_ray.serving.problems import Problem
 from focus_ray.serving.scorer import Scorer
 from focus_ray.serving.service import Service
-from focus_ray.serving.settings import MIB, Settings, parse_settings
+from focus_ray.serving.settings import MIB, Limits, Settings, parse_settings
 from focus_ray.serving.sink import remove_old
 from focus_ray.serving.source import Directory, FolderSource, version_key
 from focus_ray.serving.tokens import TokenStore, create_token, read_tokens, revoke_token
@@ -154,7 +158,7 @@ def test_a_card_shows_calibration_and_no_place_of_storage(http: TestClient, plan
 
 def test_lists_show_what_the_team_has(http: TestClient, plant: Plant) -> None:
     headers = plant.headers(plant.press)
-    assert http.get("/v1", headers=headers).json() == {"team": PRESS, "scopes": ["inspect", "read"]}
+    assert http.get("/v1", headers=headers).json() == {"teams": [PRESS], "scopes": ["inspect", "read"]}
     assert http.get("/v1/press", headers=headers).json()["categories"] == ["board", "gear"]
     told = http.get("/v1/press/gear/versions", headers=headers).json()
     assert [version["version"] for version in told["versions"]] == ["v0001"]
@@ -174,6 +178,7 @@ def test_a_folder_of_bundles_is_served_without_a_registry(plant: Plant) -> None:
     folder = str(Path(plant.bundles["gear"]).parents[1])
     settings = parse_settings({"bundles": folder, "team": "me", "open_to_all": True})
     with client_of(settings) as client:
+        assert client.get("/v1").json()["teams"] == ["me"]
         assert client.get("/v1/me").json()["categories"] == ["board", "gear"]
         headers = {"content-type": "application/octet-stream"}
         told = client.post("/v1/me/board/inspect", content=plant.images[0], headers=headers).json()
@@ -280,6 +285,34 @@ def test_token_files_that_cannot_be_are_refused_without_showing_them(tmp_path: P
         create_token(file, "press", ["all"])
 
 
+def test_the_command_makes_lists_and_revokes_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "tokens.yaml")
+    assert (
+        main(["token", "create", file, "--team", "press", "--scope", "admin", "--days", "2", "--note", "cell 7"]) == 0
+    )
+    token = capsys.readouterr().out.strip()
+    caller = TokenStore(file).authenticate(f"Bearer {token}")
+    assert caller is not None
+    assert (caller.team, caller.scopes) == ("press", ("admin",))
+    assert main(["token", "list", file]) == 0
+    listed = capsys.readouterr().out
+    assert "cell 7" in listed
+    assert token not in listed
+    assert main(["token", "revoke", file, caller.id]) == 0
+    assert TokenStore(file).authenticate(f"Bearer {token}") is None
+
+
+def test_the_command_serves_neither_to_others_nor_what_is_not_there(
+    plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", plant.registry, "--host", "0.0.0.0"]) == 1
+    assert "can be reached by others: set tokens=FILE" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path)]) == 1
+    assert "no bundle here" in capsys.readouterr().err
+    assert main(["serve", plant.bundles["gear"], "pool.memry_mb=1"]) == 1
+    assert "pool.memry_mb: unknown key; did you mean 'memory_mb'?" in capsys.readouterr().err
+
+
 # ---- limits
 
 
@@ -358,6 +391,29 @@ def test_an_answer_that_takes_too_long_is_given_up(plant: Plant) -> None:
     with TestClient(create_api(Service(settings, Stuck(settings)))) as client:
         answer = client.post("/v1/press/gear/inspect", content=plant.images[0], headers=plant.headers(plant.press))
         assert (answer.status_code, answer.headers["retry-after"]) == (504, "1")
+
+
+def test_a_body_that_is_slow_or_of_no_length_is_refused() -> None:
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(10)
+        return {}
+
+    def request(length: bytes) -> Request:
+        scope = {"type": "http", "method": "POST", "headers": [(b"content-length", length)]}
+        return Request(scope, receive)
+
+    limits = Limits(body_timeout_s=0.05)
+    with pytest.raises(Problem, match=r"408 body-timeout: the body did not arrive within 0\.05 s"):
+        asyncio.run(read_body(request(b"5"), limits))
+    with pytest.raises(Problem, match="400 bad-request: the Content-Length header is not a number of bytes"):
+        announced_bytes(request(b"-1"), limits)
+    assert announced_bytes(request(b"5"), limits) == 5
+
+
+def test_a_method_that_a_path_has_not_is_told(http: TestClient) -> None:
+    answer = http.delete("/healthz")
+    assert (answer.status_code, answer.json()["type"]) == (405, "urn:focus-ray:method-not-allowed")
+    assert answer.headers["allow"] == "GET"
 
 
 MALFORMED_NAMES = (

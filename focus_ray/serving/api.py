@@ -50,7 +50,7 @@ class _Answer(BaseModel):
 
 
 class WhoAmI(_Answer):
-    team: str
+    teams: list[str]
     scopes: list[str]
 
 
@@ -173,10 +173,9 @@ def create_api(service: Service) -> FastAPI:
 def _reading(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
-    @router.get("", response_model=WhoAmI, responses=_problems(401), summary="Whose token this is")
+    @router.get("", response_model=WhoAmI, responses=_problems(401, 503), summary="Whose token this is")
     async def who_am_i(caller: Who) -> Response:
-        team = service.settings.team if caller.team == "*" else caller.team
-        return JSONResponse({"team": team, "scopes": list(caller.scopes)})
+        return JSONResponse({"teams": await service.teams(caller), "scopes": list(caller.scopes)})
 
     @router.get("/{team}", response_model=CategoryList, responses=_problems(401, 403, 404, 422, 503))
     async def list_categories(caller: Who, team: TeamPath) -> Response:

@@ -182,11 +182,7 @@ def _pool(name: str, pool: Pool, device: str, preload: Sequence[Version] = ()) -
         autoscaling_config=_autoscaling(pool.scaling),
         max_ongoing_requests=pool.max_ongoing_requests,
         max_queued_requests=pool.max_queued_requests,
-        ray_actor_options={
-            "num_cpus": pool.num_cpus,
-            "num_gpus": pool.num_gpus,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(pool.num_threads)}},
-        },
+        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus},
         graceful_shutdown_timeout_s=pool.graceful_shutdown_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,

@@ -85,7 +85,7 @@ class RayMeasures(Measures):
                 continue
             self._images.inc(1, {**of, "verdict": "anomalous" if result["anomalous"] else "normal"})
             self._p_value.observe(result["p_value"], of)
-            self._score.observe(result["score"] / result["threshold"], of)
+            self._score.observe(result["score"] / max(result["threshold"], 1e-12), of)
 
     def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None:
         of = {"team": version.team, "category": version.category, "version": version.name}

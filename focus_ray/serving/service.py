@@ -102,6 +102,12 @@ class Service:
             raise Problem(403, "forbidden", f"this token has the scopes {', '.join(caller.scopes)}; this needs {scope}")
 
     # ---- what is there
+    async def teams(self, caller: Caller) -> list[str]:
+        """The caller's team; all, where the service is open to all."""
+        if caller.team != "*":
+            return [caller.team]
+        return await self._ask(asyncio.to_thread(self.source.teams), "", "")
+
     async def categories(self, team: str) -> list[str]:
         return await self._ask(asyncio.to_thread(self.source.categories, team), team, "")
 
@@ -230,7 +236,7 @@ class Service:
             if "error" in first or "error" in second:
                 continue
             # scores of two versions are on two scales; what can be compared is where each stands to its threshold
-            change = second["score"] / second["threshold"] - first["score"] / first["threshold"]
+            change = _to_threshold(second) - _to_threshold(first)
             differs = first["anomalous"] != second["anomalous"]
             self.measures.shadow_difference(other, differs, change)
             log(
@@ -274,6 +280,10 @@ class Service:
         while True:
             await asyncio.sleep(self.sink.settings.flush_every_s)
             await asyncio.to_thread(self.sink.flush)
+
+
+def _to_threshold(result: dict[str, Any]) -> float:
+    return float(result["score"] / max(result["threshold"], 1e-12))
 
 
 def _read_example(version: Version, number: int) -> bytes:

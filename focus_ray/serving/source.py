@@ -19,6 +19,8 @@ T = TypeVar("T")
 class Source(Protocol):
     """What the service asks of a registry. Raises: RegistryError: not there.  DataError: the storage fails."""
 
+    def teams(self) -> list[str]: ...
+
     def categories(self, team: str) -> list[str]: ...
 
     def versions(self, team: str, category: str) -> list[Version]: ...
@@ -39,6 +41,9 @@ class FolderSource:
         """Raises: DataError: no bundle there."""
         self.place, self.team = place, team
         self._bundles()
+
+    def teams(self) -> list[str]:
+        return [self.team]
 
     def categories(self, team: str) -> list[str]:
         return sorted(self._bundles()) if team == self.team else []

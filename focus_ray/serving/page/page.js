@@ -46,10 +46,20 @@ function fill(select, values, labels = values) {
 async function open() {
   state.token = $("token").value.trim();
   const who = await (await ask("v1")).json();
-  state.team = who.team;
-  const { categories } = await (await ask(`v1/${encodeURIComponent(who.team)}`)).json();
+  fill($("team"), who.teams);
+  $("team-row").hidden = who.teams.length < 2;
+  if (who.teams.length) await chooseTeam();
+  else say("There is no team yet: publish a bundle.");
+}
+
+async function chooseTeam() {
+  clear();
+  state.card = null;
+  state.team = $("team").value;
+  const { categories } = await (await ask(`v1/${encodeURIComponent(state.team)}`)).json();
   fill($("category"), categories);
-  say(categories.length ? `Team ${who.team}: ${categories.length} categories.` : `Team ${who.team} has no category yet.`);
+  fill($("version"), []);
+  say(categories.length ? `Team ${state.team}: ${categories.length} categories.` : `Team ${state.team} has no category yet.`);
   if (categories.length) await chooseCategory();
 }
 
@@ -305,6 +315,7 @@ const safely = (action) => async (event) => {
   try { await action(event); } catch (error) { say(error.message, true); }
 };
 $("who").addEventListener("submit", safely(open));
+$("team").addEventListener("change", safely(chooseTeam));
 $("category").addEventListener("change", safely(chooseCategory));
 $("version").addEventListener("change", safely(chooseVersion));
 $("files").addEventListener("change", safely(async () => { await add([...$("files").files]); $("files").value = ""; }));

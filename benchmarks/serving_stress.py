@@ -1,0 +1,218 @@
+"""The service where it is hard: more models than memory, no replica at all, a node that dies under load.
+
+    python -m benchmarks.serving_stress models BUNDLE IMAGES    # 50 models asked at random, room for 10
+    python -m benchmarks.serving_stress zero BUNDLE IMAGES      # from no replica to an answer, and back
+    python -m benchmarks.serving_stress node BUNDLE IMAGES      # two worker nodes, one killed under load
+
+Each ends with an error where what it is to show does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import print_json
+from focus_ray.client import AsyncClient, Client, Inspected
+from focus_ray.dataset import IMAGE_SUFFIXES
+from focus_ray.inspector import Inspector
+from focus_ray.registry import Registry
+from focus_ray.serving.launch import running
+from focus_ray.serving.models import own_tensors
+from focus_ray.serving.settings import MIB, parse_settings
+
+
+def settings_of(registry: str, **pool: Any) -> Any:
+    tree = {
+        "registry": registry,
+        "open_to_all": True,
+        "ingress_num_cpus": 0.1,
+        "pool": {"num_cpus": 0.5, **pool},
+        "limits": {"timeout_s": 120},
+    }
+    return parse_settings(tree)
+
+
+def resident_mb(title: str) -> list[float]:
+    """Resident memory of this cluster's processes whose title contains a text, MiB each."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
+            mine = os.environ.get("RAY_TMPDIR", "/tmp/ray").encode() in (folder / "environ").read_bytes()
+            pages = int((folder / "statm").read_text().split()[1])
+        except (OSError, IndexError):
+            continue
+        if title in name and (mine or "RAY_TMPDIR" not in os.environ):
+            found.append(pages * os.sysconf("SC_PAGE_SIZE") / MIB)
+    return found
+
+
+def models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
+    """2,000 requests for 50 models at random, with room for 10."""
+    inspector = Inspector.load(bundle, "cpu")
+    category = inspector.bundle.category
+    own = sum(tensor.numel() * tensor.element_size() for tensor in own_tensors(inspector.bundle.detector))
+    backbone = sum(t.numel() * t.element_size() for t in inspector.bundle.detector.net.backbone.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        registry = Registry(folder)
+        teams = [f"team{number:02}" for number in range(arguments.models)]
+        for team in teams:
+            registry.publish(bundle, team)
+        settings = settings_of(folder, memory_mb=(backbone + (arguments.room + 0.5) * own) / MIB)
+        memory: list[float] = []
+        loads: list[float] = []
+        draw = random.Random(0)
+
+        async def ask_all(url: str) -> int:
+            errors = 0
+            left = iter(range(arguments.requests))
+
+            async def one(client: AsyncClient) -> None:
+                nonlocal errors
+                for number in left:
+                    answer = await client.inspect(draw.choice(teams), category, [images[number % len(images)]])
+                    errors += answer.findings[0].error is not None
+                    if answer.timings_ms["load"] > 5:
+                        loads.append(answer.timings_ms["load"])
+                    if number % (arguments.requests // 20) == 0:
+                        memory.append(round(max(resident_mb("scorer")), 1))
+                        print(f"request {number}: {memory[-1]:.0f} MiB", flush=True)
+
+            async with AsyncClient(url, retries=8, timeout_s=150) as client:
+                await asyncio.gather(*(one(client) for _ in range(4)))
+            return errors
+
+        with running(settings, port=arguments.port) as url:
+            started = time.perf_counter()
+            errors = asyncio.run(ask_all(url))
+            took = time.perf_counter() - started
+    loads.sort()
+    half = len(memory) // 2
+    growth = statistics.median(memory[half:]) - statistics.median(memory[2:half])
+    found = {
+        "model_mb": round(own / MIB, 1),
+        "requests": arguments.requests,
+        "errors": errors,
+        "requests_per_s": round(arguments.requests / took, 1),
+        "loads": len(loads),
+        "load_ms_p50": loads[len(loads) // 2],
+        "load_ms_p99": loads[int(0.99 * len(loads))],
+        "memory_mb": memory,
+        "growth_mb": round(growth, 1),
+    }
+    assert errors == 0
+    assert growth < max(32.0, 2 * own / MIB), f"memory grew by {growth:.0f} MiB"
+    return found
+
+
+def zero(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The first answer of a pool without replicas, a warm one, and how long until no replica is left again."""
+    inspector = Inspector.load(bundle, "cpu")
+    scaling = {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0, "downscale_delay_s": 5}
+    scaling.update(downscale_to_zero_delay_s=5, metrics_interval_s=1)
+    with tempfile.TemporaryDirectory() as folder:
+        Registry(folder).publish(bundle, "press")
+        colds, warms, downs = [], [], []
+        with (
+            running(settings_of(folder, scaling=scaling), port=arguments.port) as url,
+            Client(url, timeout_s=150) as client,
+        ):
+            for _ in range(arguments.rounds):
+                started = time.perf_counter()
+                while resident_mb("scorer"):
+                    assert time.perf_counter() - started < 120, "the replica stays"
+                    time.sleep(0.2)
+                downs.append(time.perf_counter() - started)
+                started = time.perf_counter()
+                client.inspect("press", inspector.bundle.category, images[:1])
+                colds.append(time.perf_counter() - started)
+                started = time.perf_counter()
+                client.inspect("press", inspector.bundle.category, images[:1])
+                warms.append(time.perf_counter() - started)
+    return {"cold_s": colds, "warm_s": warms, "until_none_s": downs}
+
+
+def node(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Clients of a service on three nodes, one of which is killed."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    expected = Inspector.load(bundle, "cpu").inspect(images[:1])[0]
+    category = expected and Inspector.load(bundle, "cpu").bundle.category
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    doomed = cluster.add_node(num_cpus=2)
+    cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    answers: list[Inspected] = []
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            Registry(folder).publish(bundle, "press")
+            scaling = {"min_replicas": 3, "max_replicas": 3}
+            settings = settings_of(folder, scaling=scaling)
+
+            async def ask(url: str) -> float:
+                stop = False
+                longest = 0.0
+
+                async def one(client: AsyncClient) -> None:
+                    nonlocal longest
+                    while not stop:
+                        started = time.perf_counter()
+                        answers.append(await client.inspect("press", category, images[:1]))
+                        longest = max(longest, time.perf_counter() - started)
+
+                async with AsyncClient(url, retries=12, timeout_s=150) as client:
+                    asked = [asyncio.create_task(one(client)) for _ in range(6)]
+                    await asyncio.sleep(5)
+                    before = len(answers)
+                    await asyncio.to_thread(cluster.remove_node, doomed, allow_graceful=False)
+                    await asyncio.sleep(25)
+                    print(f"{before} answers before the node died, {len(answers) - before} after")
+                    assert len(answers) > before
+                    stop = True
+                    await asyncio.gather(*asked)
+                return longest
+
+            with running(settings, port=arguments.port) as url:
+                longest = asyncio.run(ask(url))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    wrong = sum(abs(one.findings[0].score - expected.score) > 1e-3 * expected.score for one in answers)
+    assert wrong == 0
+    return {"answers": len(answers), "wrong": wrong, "failed": 0, "longest_s": round(longest, 2)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("models", "zero", "node"))
+    parser.add_argument("bundle")
+    parser.add_argument("images", help="folder of images")
+    parser.add_argument("--models", type=int, default=50)
+    parser.add_argument("--room", type=int, default=10)
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--port", type=int, default=18540)
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    paths = sorted(path for path in Path(arguments.images).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = [path.read_bytes() for path in paths[:64]]
+    found = {"models": models, "zero": zero, "node": node}[arguments.what](arguments.bundle, images, arguments)
+    print(found)
+    print_json(f"serving_stress {arguments.what}", arguments, found)
+
+
+if __name__ == "__main__":
+    main()
