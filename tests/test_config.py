@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from focus_ray.config import Config, config_to_yaml, load_config, parse_config
 from focus_ray.errors import ConfigError
 
-CONFIGS = [path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")) if not path.name.startswith("sweep")]
+CONFIGS = [
+    path for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")) if not path.name.startswith("sweep")
+]
 
 
 def tree_with(key: str, value: Any) -> dict[str, Any]:
