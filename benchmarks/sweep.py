@@ -1,8 +1,9 @@
 """What sharing frozen work and racing over categories save in a sweep, on one private cluster.
 
-    python -m benchmarks.sweep --data MVTEC_ROOT --categories bottle hazelnut_toy --weights resnet18.pth [--parts sharing race]
+    python -m benchmarks.sweep --data MVTEC_ROOT --categories bottle hazelnut_toy --weights resnet18.pth [--parts ...]
 
 sharing: a grid over density settings only, with every trial making its own images and features, and with both made once.
+work: the first one without Ray, in CPU seconds: what the machine is otherwise busy with does not enter.
 race: a grid over learning rates, good and ruinous, in full and with the race over categories and successive halving over
 epochs. Costs are wall-clock of the sweep without Ray's start, and the epochs trained; both ways run one after the other.
 """
@@ -11,13 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from typing import Any
 
+import torch
+
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
 from focus_ray import cluster
-from focus_ray.search import parse_sweep
+from focus_ray.search import grid_points, parse_sweep
+from focus_ray.trial import embed_images, forget, judge_category, judging_plan, load_images
 from focus_ray.tuning import sweep
 
 DENSITY_SPACE = {
@@ -48,19 +53,67 @@ def run_sweep(base: dict[str, Any], space: dict[str, Any], name: str, **settings
     }
 
 
+def run_alone(base: dict[str, Any], space: dict[str, Any], categories: list[str], device: str) -> list[dict[str, Any]]:
+    """The same grid in this process, without Ray, in CPU seconds of the work alone: other work on the machine does not
+    count. Every trial makes its own images and features; then all take those that are made once."""
+    config = parse_sweep({"base": base, "space": space, "searcher": "grid"})
+    reference = config.base_config()
+    size_px, points, on = reference.model.image_size_px, grid_points(config), torch.device(device)
+    plans = {category: judging_plan(reference, category, "validation") for category in categories}
+    samples = []
+    for share in (False, True):
+        forget()
+        start = time.process_time()
+        images: dict[str, Any] = {}
+        features: dict[str, Any] = {}
+        scores = []
+        for point in points:
+            settings, found = config.base_config(point), []
+            for category, plan in plans.items():
+                if not share or category not in images:
+                    images[category] = load_images(reference, category, plan, "validation", size_px)
+                if share and category not in features:
+                    features[category] = embed_images(reference, images[category], on)
+                made = features.get(category)
+                found.append(
+                    judge_category(settings, category, images[category], "validation", on, features=made).score
+                )
+            scores.append(statistics.mean(score for score in found if score is not None))
+        seconds = time.process_time() - start
+        best = max(range(len(points)), key=lambda number: scores[number])
+        samples.append(
+            {
+                "sweep": "work shared" if share else "work unshared",
+                "seconds": seconds,
+                "epochs": 0,
+                "trials": len(points),
+                "cut": 0,
+                "best": points[best],
+                "score": scores[best],
+                "scores": scores,
+            }
+        )
+    return samples
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--epochs", type=int, default=3, help="of the race")
     parser.add_argument("--race-size-px", type=int, default=96)
-    parser.add_argument("--parts", nargs="+", choices=("sharing", "race"), default=["sharing", "race"])
+    parser.add_argument("--parts", nargs="+", choices=("work", "sharing", "race"), default=["work", "sharing", "race"])
+    parser.add_argument("--every", type=int, default=1, help="of the density settings' values, for the part 'work'")
     arguments = parser.parse_args()
     uri, categories = open_data(arguments)
     base = base_tree(arguments, uri)
     storage = f"{arguments.work}/sweeps-{time.time():.0f}"
     base = merged(base, {"storage": storage, "data": {"categories": categories}, "cluster": {"use_gpu": "auto"}})
-    cluster.connect()
     samples = []
+    if "work" in arguments.parts:
+        space = {key: values[:: arguments.every] for key, values in DENSITY_SPACE.items()}
+        samples += run_alone(base, space, categories, arguments.device)
+    if {"sharing", "race"} & set(arguments.parts):
+        cluster.connect()
     if "sharing" in arguments.parts:
         samples += [
             run_sweep(base, DENSITY_SPACE, "unshared", share_work=False),
@@ -82,7 +135,7 @@ def main() -> None:
     header = ("sweep", "trials", "cut", "epochs", "seconds", "best", "score", "cost against the one above")
     rows = []
     for number, sample in enumerate(samples):
-        key = "seconds" if number < 2 and "sharing" in arguments.parts else "epochs"
+        key = "epochs" if sample["epochs"] else "seconds"
         ratio = f"{sample[key] / samples[number - 1][key]:.0%} of its {key}" if number % 2 else ""
         sample["ratio"] = sample[key] / samples[number - 1][key] if number % 2 else None
         rows.append(

@@ -79,6 +79,7 @@ def inspect_dataset(
     import ray.data
 
     cluster.connect()
+    cluster.probe_nodes([], [output])
     gpus = 1 if cluster.has_gpus() else 0
     counts = {}
     for category, bundle in bundles.items():

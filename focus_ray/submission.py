@@ -383,6 +383,8 @@ def follow(client: Any, job: str, write: Callable[[str], object]) -> int:
 
     Raises: SubmissionError: no such job, or the cluster is gone.
     """
+    from aiohttp import ClientError
+
     address = client.get_address()
     written = 0
 
@@ -403,7 +405,7 @@ def follow(client: Any, job: str, write: Callable[[str], object]) -> int:
         before = written
         try:
             asyncio.run(tail())
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ClientError) as error:
             broken = 0 if written > before else broken + 1
             if broken > _RECONNECTS:
                 raise SubmissionError(f"{address}: the log of {job!r} breaks off: {error}") from error

@@ -14,6 +14,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,8 @@ from focus_ray.config import unique_name
 from focus_ray.dataset import ingest
 from focus_ray.errors import ConfigError, SubmissionError
 from focus_ray.registry import Registry
-from focus_ray.submission import Job, build_job, build_package, connect, exit_status
+from focus_ray.storage import list_names
+from focus_ray.submission import Job, build_job, build_package, check_versions, connect, exit_status
 
 REPOSITORY = Path(__file__).parents[1]
 TOKEN = "a-token-for-tests-0123456789abcdef"
@@ -164,6 +166,33 @@ def test_no_address_and_no_cluster_are_told(monkeypatch: pytest.MonkeyPatch) -> 
         connect("http://127.0.0.1:1")
 
 
+class Answers:
+    """A cluster that tells these versions; the checks ask for nothing else."""
+
+    def __init__(self, ray: str, python: str) -> None:
+        self.found = {"rayVersion": ray, "pythonVersion": python}
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+    def _do_request(self, method: str, path: str) -> SimpleNamespace:
+        return SimpleNamespace(raise_for_status=lambda: None, json=lambda: {"data": self.found})
+
+
+def test_a_cluster_that_is_too_old_is_refused_and_another_version_is_told() -> None:
+    said: list[str] = []
+    with pytest.raises(SubmissionError, match=r"http://head:8265: the cluster runs Ray 2\.9\.3; focus_ray needs 2\.60"):
+        check_versions(Answers("2.9.3", "3.11.7"), said.append)
+    with pytest.raises(SubmissionError, match=r"the cluster runs Python 3\.9\.1; focus_ray needs 3\.10"):
+        check_versions(Answers("2.60.0", "3.9.1"), said.append)
+    assert said == []
+    check_versions(Answers("9.0.0", "3.99.0"), said.append)
+    assert [line.split(",")[0] for line in said] == [
+        "WARNING: the cluster runs Ray 9.0.0",
+        "WARNING: the cluster runs Python 3.99.0",
+    ]
+
+
 def test_a_dry_run_names_the_files_and_sends_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", "--working-dir", str(folder), "--dry-run", "train", "configs/run.yaml"]) == 0
     printed = capsys.readouterr()
@@ -280,6 +309,27 @@ def test_an_entry_script_runs_under_ray_job_submit(
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     assert Registry(f"{nodes.root}/registry").resolve("press", "gear").name == "v0001"
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.slow
+def test_two_teams_runs_at_once_finish_and_keep_apart(nodes: Nodes, s3: S3Server) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(
+            pool.map(
+                lambda team: nodes.run(
+                    "submit", "--team", team, *train_words(nodes, "name=auto", "cluster.num_workers=1")
+                ),
+                ("north", "south"),
+            )
+        )
+    assert [run.returncode for run in ended] == [0, 0], ended[0].stdout[-1500:] + ended[1].stdout[-1500:]
+    runs = [name for name in list_names(f"{nodes.root}/runs") if name.startswith(("north-", "south-"))]
+    assert sorted(name.split("-")[0] for name in runs) == ["north", "south"]
+    for name in runs:
+        config = read_bundle(f"{nodes.root}/runs/{name}/bundles/gear").config
+        assert (config.name, config.cluster.team) == (name, name.split("-")[0])
 
 
 @pytest.mark.ray

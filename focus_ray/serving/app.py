@@ -169,7 +169,12 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         max_ongoing_requests=limits.max_in_flight + 64,  # above the gate's, which answers with a problem document
         max_queued_requests=4 * limits.max_in_flight,
         backpressure_config={"status_code": 503, "retry_after_s": limits.retry_after_s},
-        ray_actor_options={"num_cpus": settings.ingress_num_cpus},
+        ray_actor_options={
+            "num_cpus": settings.ingress_num_cpus,
+            # a request for a model that went out of memory since the last one would wait 1 to 2 s for a replica to have it
+            # again before it is sent to any other (Ray 2.60)
+            "runtime_env": {"env_vars": {"RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.05"}},
+        },
         graceful_shutdown_timeout_s=limits.timeout_s,
         health_check_period_s=5,
     )
