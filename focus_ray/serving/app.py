@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,8 +56,12 @@ class ScorerReplica:
             self._first = []
 
     async def inspect(self, version: Version, images: Sequence[bytes], output: Output, include_map: bool) -> Answer:
+        started = time.perf_counter()
         await self._announce(version)
-        return await self._scorer.inspect(version, images, output, include_map)
+        announced_ms = 1e3 * (time.perf_counter() - started)
+        answer = await self._scorer.inspect(version, images, output, include_map)
+        answer.timings_ms["load"] = round(answer.timings_ms["load"] + announced_ms, 3)
+        return answer
 
     async def warm(self, version: Version) -> None:
         await self._announce(version)
