@@ -1,4 +1,4 @@
-"""What is in serve/: deploy YAML and manifest that Serve and the service accept, alerts and a dashboard of metrics that exist."""
+"""What is in serve/, and the RayService manifest: deploy YAML that Serve and the service accept, alerts and a dashboard of metrics that exist."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from focus_ray.errors import ConfigError
 from focus_ray.serving.settings import parse_settings
 
 FOLDER = Path(__file__).parents[1] / "serve"
+MANIFEST = Path(__file__).parents[1] / "configs" / "cluster" / "rayservice.yaml"
 
 
 def serve_configs() -> dict[str, dict[str, Any]]:
-    manifest = yaml.safe_load((FOLDER / "rayservice.yaml").read_text())
+    manifest = yaml.safe_load(MANIFEST.read_text())
     return {
         "deploy.yaml": yaml.safe_load((FOLDER / "deploy.yaml").read_text()),
         "rayservice.yaml": yaml.safe_load(manifest["spec"]["serveConfigV2"]),
@@ -50,9 +51,9 @@ def test_the_builder_refuses_a_key_it_does_not_know() -> None:
 
 
 def test_the_manifest_leaves_replicas_time_to_finish_and_asks_for_what_its_pool_needs() -> None:
-    spec = yaml.safe_load((FOLDER / "rayservice.yaml").read_text())["spec"]
+    spec = yaml.safe_load(MANIFEST.read_text())["spec"]
     arguments = parse_settings(serve_configs()["rayservice.yaml"]["applications"][0]["args"])
-    (group,) = spec["rayClusterConfig"]["workerGroupSpecs"]
+    (group,) = (one for one in spec["rayClusterConfig"]["workerGroupSpecs"] if one["groupName"] == "gpu")
     pod = group["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > arguments.pool.graceful_shutdown_s + arguments.limits.timeout_s
     gpus = float(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
