@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,11 @@ def wait_until_nothing_is_left(timeout_s: float = 20.0) -> tuple[list[str], list
 
 @pytest.fixture(scope="module")
 def found(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return sweep(sweep_of(data, tmp_path_factory.mktemp("sweeps")))
+    root = tmp_path_factory.mktemp("sweeps")
+    with pytest.MonkeyPatch.context() as patch:
+        (root / "tmp").mkdir()
+        patch.setattr(tempfile, "tempdir", str(root / "tmp"))
+        return sweep(sweep_of(data, root))
 
 
 # What it finds
@@ -111,13 +116,7 @@ def test_nothing_but_the_results_is_left(found: Outcome) -> None:
     assert "scratch" not in os.listdir(found.root)
     session = Path(os.environ["RAY_TMPDIR"], "ray", "session_latest", "artifacts")
     assert list(session.glob("*/found-*")) == []
-    assert [name for name in os.listdir(tempfile_folder()) if name.startswith("focus-ray-sweep-")] == []
-
-
-def tempfile_folder() -> str:
-    import tempfile
-
-    return tempfile.gettempdir()
+    assert os.listdir(Path(found.root).parent / "tmp") == []
 
 
 @pytest.mark.ray
