@@ -283,7 +283,7 @@ def _run_category(payload: dict[str, Any]) -> None:
     make_trainer(_worker, payload, join(payload["root"], "train"), payload["category"]).fit()
 
 
-def make_trainer(worker: Callable[[dict[str, Any]], None], payload: dict[str, Any], place: str, name: str) -> Any:
+def make_trainer(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], place: str, name: str) -> Any:
     """A TorchTrainer of one category as its configuration asks.
 
     Args:

@@ -248,6 +248,7 @@ class _Driver:
         self.experiment = f"{config.name}-{uuid.uuid4().hex[:6]}"  # Tune's own files, gone at the end
         self.scratch = tempfile.mkdtemp(prefix="focus-ray-sweep-")
         self.here = ray.get_runtime_context().get_node_id()
+        self.groups_before = _placement_groups()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -272,6 +273,8 @@ class _Driver:
     def close(self) -> None:
         """Lets go of everything that this sweep holds in the cluster and on its machines."""
         import ray
+        from ray import PlacementGroupID
+        from ray.util.placement_group import PlacementGroup, remove_placement_group
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         self.images.clear()
@@ -288,6 +291,9 @@ class _Driver:
                 sweepers.append(task.remote(self.experiment))
         if sweepers:
             ray.wait(sweepers, num_returns=len(sweepers), timeout=10.0)
+        # a Train controller that is ended by force leaves its workers' placement group behind (Ray 2.60)
+        for name in _placement_groups() - self.groups_before:
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
         remove_folder(join(self.root, "scratch"))
 
     # ---- shared work
@@ -458,8 +464,10 @@ class _Driver:
 
         searcher = _make_searcher(proposer, missing, self.log)
         # Ray Train's workers have a placement group of their own; `limit` keeps room for them
-        workers = 0 if self.base.cluster.num_workers > 1 or self.streams else 1
-        asked = {"CPU": workers * self.base.cluster.cpus_per_worker, "GPU": float(workers and self.use_gpu)}
+        if self.base.cluster.num_workers > 1 or self.streams:
+            asked = {"memory": float(2**20)}  # Tune refuses an empty bundle (2.60)
+        else:
+            asked = {"CPU": self.base.cluster.cpus_per_worker, "GPU": float(self.use_gpu)}
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(_trial, payload=payload), tune.PlacementGroupFactory([asked])),
             tune_config=tune.TuneConfig(
@@ -490,6 +498,23 @@ class _Driver:
             if record.name not in there:  # its process was lost more often than max_failures allows
                 records.write_record(self.root, dataclasses.replace(record, ended_at=time.time()))
                 self.log(f"trial {record.name}: FAILED: {record.reason}")
+
+
+def _placement_groups() -> set[str]:
+    """Ids of this job's placement groups; none where the dashboard, which knows them, is off or does not answer."""
+    import ray
+    from ray.util.state import list_placement_groups
+    from ray.util.state.exception import RayStateApiException
+
+    job = ray.get_runtime_context().get_job_id()
+    for pause_s in (1.0, 3.0, 0.0):
+        with contextlib.suppress(RayStateApiException, ConnectionError, RuntimeError):
+            found = list_placement_groups(
+                filters=[("creator_job_id", "=", job)], limit=10_000, raise_on_missing_output=False
+            )
+            return {group.placement_group_id for group in found if group.state != "REMOVED"}
+        time.sleep(pause_s)
+    return set()
 
 
 def _make_stopper(driver: _Driver) -> Any:
@@ -667,14 +692,15 @@ def _judge_in_trial(
         result = make_trainer(_train_worker, work, scratch, name).fit()
     finally:
         remove_folder(join(scratch, name))
-    return Judgement(**result.metrics["judgement"])
+    return Judgement(**result.return_value)
 
 
-def _train_worker(work: dict[str, Any]) -> None:
+def _train_worker(work: dict[str, Any]) -> dict[str, Any]:
     """What every Ray Train worker of a trial runs."""
     import ray.train
     import ray.train.torch
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it reports every report
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -683,7 +709,7 @@ def _train_worker(work: dict[str, Any]) -> None:
     settings = parse_config(work["config"])
     wrap = data_parallel(num_workers, device)
     judgement = _judge_work(work, parse_sweep(work["sweep"]), settings, device, rank, num_workers, wrap)
-    ray.train.report({"judgement": dataclasses.asdict(judgement)})
+    return dataclasses.asdict(judgement)  # metrics that come without a checkpoint are not kept (Ray 2.60)
 
 
 def _judge_work(

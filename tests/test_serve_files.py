@@ -1,4 +1,4 @@
-"""What is in serve/, and the RayService manifest: deploy YAML that Serve and the service accept, alerts and a dashboard of metrics that exist."""
+"""serve/ and the RayService manifest: what Serve and the service accept, and alerts and a dashboard of metrics that exist."""
 
 from __future__ import annotations
 

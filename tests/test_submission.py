@@ -350,6 +350,7 @@ def test_a_job_that_the_cluster_can_never_hold_is_refused_in_seconds(nodes: Node
     assert "1 worker(s) of 3 CPU need 3 CPU; the cluster has 4 CPU, and room for 0 such" in ended.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
 def test_interrupting_the_follower_leaves_the_job_and_stop_ends_it(nodes: Nodes) -> None:
