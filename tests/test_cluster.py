@@ -82,7 +82,7 @@ def test_a_cluster_that_can_grow_enough_waits_and_one_that_cannot_refuses(ray_cl
 def test_gpus_that_the_cluster_can_grow_to_are_used(ray_cluster: None) -> None:
     assert not uses_gpu(ClusterConfig())
     assert uses_gpu(ClusterConfig(max_gpus=2))
-    asked = resources_per_worker(ClusterConfig(max_gpus=2, memory_gib_per_worker=2))
+    asked = resources_per_worker(ClusterConfig(max_gpus=2, memory_gib_per_worker=2), use_gpu=True)
     assert asked == {"CPU": 1.0, "GPU": 1.0, "memory": 2 * 2**30}
 
 

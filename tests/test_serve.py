@@ -194,6 +194,7 @@ def test_promotions_and_roll_backs_under_load_fail_nothing_and_are_told(url: str
     assert all(hashes[answer.version] == answer.sha256 for answer in load.answers)
 
 
+@pytest.mark.slow
 def test_prometheus_is_told_of_requests_batches_and_p_values(url: str, plant: Plant) -> None:
     import ray
 

@@ -385,6 +385,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_nodes_train_one_model(data: str, runs: Path) -> None:
     config = small_config(data, runs, **TRAINED).model_copy(update={"name": "nodes"})

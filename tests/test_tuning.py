@@ -110,6 +110,7 @@ def test_table_plots_and_page_lie_beside_the_records(found: Outcome) -> None:
     assert {"sweep.yaml", "best.yaml", "report.md", "report.json", "parallel.png", "importance.png"} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_nothing_but_the_results_is_left(found: Outcome) -> None:
     assert wait_until_nothing_is_left() == ([], [])
