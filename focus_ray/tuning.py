@@ -510,13 +510,18 @@ def _train_leftovers() -> tuple[set[str], set[str]]:
     from ray.util.state import list_actors, list_placement_groups
     from ray.util.state.exception import RayStateApiException
 
-    job = ray.get_runtime_context().get_job_id()
+    context = ray.get_runtime_context()
+    job, address = (
+        context.get_job_id(),
+        context.gcs_address,
+    )  # without the address, two clusters on a machine confuse it
     for pause_s in (1.0, 3.0, 0.0):
         with contextlib.suppress(RayStateApiException, ConnectionError, RuntimeError):
             groups = list_placement_groups(
-                filters=[("creator_job_id", "=", job)], limit=10_000, raise_on_missing_output=False
+                address=address, filters=[("creator_job_id", "=", job)], limit=10_000, raise_on_missing_output=False
             )
             actors = list_actors(
+                address=address,
                 filters=[("class_name", "=", "PlacementGroupCleaner"), ("job_id", "=", job), ("state", "!=", "DEAD")],
                 limit=10_000,
                 raise_on_missing_output=False,

@@ -411,10 +411,11 @@ if __name__ == "__main__":
     threading.Thread(target=stop, daemon=True).start()
     outcome = sweep(config, log=lambda line: print(line, file=sys.stderr))
     deadline = time.monotonic() + 60
+    here = ray.get_runtime_context().gcs_address
     while True:
-        alive = [actor.class_name for actor in list_actors(filters=[("state", "!=", "DEAD")])]
+        alive = [actor.class_name for actor in list_actors(here, filters=[("state", "!=", "DEAD")])]
         left = [name for name in alive if name != "_AutoscalingCoordinatorActor"]  # Ray's own, one a cluster
-        groups = [group.placement_group_id for group in list_placement_groups(filters=[("state", "!=", "REMOVED")])]
+        groups = [group.placement_group_id for group in list_placement_groups(here, filters=[("state", "!=", "REMOVED")])]
         free = ray.available_resources().get("CPU")
         if (not left and not groups and free == 4.0) or time.monotonic() > deadline:
             break
