@@ -248,7 +248,7 @@ class _Driver:
         self.experiment = f"{config.name}-{uuid.uuid4().hex[:6]}"  # Tune's own files, gone at the end
         self.scratch = tempfile.mkdtemp(prefix="focus-ray-sweep-")
         self.here = ray.get_runtime_context().get_node_id()
-        self.before = _train_leftovers()
+        self.groups_before = _placement_groups()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
@@ -291,13 +291,9 @@ class _Driver:
                 sweepers.append(task.remote(self.experiment))
         if sweepers:
             ray.wait(sweepers, num_returns=len(sweepers), timeout=10.0)
-        # a Train controller that is ended by force leaves its workers' placement group behind, and the detached actor that
-        # was to remove it, where that had not begun to watch yet (Ray 2.60)
-        groups, cleaners = _train_leftovers()
-        for name in groups - self.before[0]:
+        # a Train controller that is ended by force leaves its workers' placement group behind (Ray 2.60)
+        for name in _placement_groups() - self.groups_before:
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
-        for name in cleaners - self.before[1]:  # they have no name, so there is no public way
-            ray._private.worker.global_worker.core_worker.kill_actor(ray.ActorID.from_hex(name), True)
         remove_folder(join(self.root, "scratch"))
 
     # ---- shared work
@@ -504,10 +500,10 @@ class _Driver:
                 self.log(f"trial {record.name}: FAILED: {record.reason}")
 
 
-def _train_leftovers() -> tuple[set[str], set[str]]:
-    """Ids of this job's placement groups and of Ray Train's cleaners; none where the dashboard does not answer."""
+def _placement_groups() -> set[str]:
+    """Ids of this job's placement groups; none where the dashboard, which knows them, does not answer."""
     import ray
-    from ray.util.state import list_actors, list_placement_groups
+    from ray.util.state import list_placement_groups
     from ray.util.state.exception import RayStateApiException
 
     context = ray.get_runtime_context()
@@ -518,20 +514,14 @@ def _train_leftovers() -> tuple[set[str], set[str]]:
     for pause_s in (1.0, 3.0, 0.0):
         with contextlib.suppress(RayStateApiException, ConnectionError, RuntimeError):
             groups = list_placement_groups(
-                address=address, filters=[("creator_job_id", "=", job)], limit=10_000, raise_on_missing_output=False
-            )
-            actors = list_actors(
                 address=address,
-                filters=[("class_name", "=", "PlacementGroupCleaner"), ("job_id", "=", job), ("state", "!=", "DEAD")],
+                filters=[("creator_job_id", "=", job)],
                 limit=10_000,
                 raise_on_missing_output=False,
             )
-            return (
-                {group.placement_group_id for group in groups if group.state != "REMOVED"},
-                {actor.actor_id for actor in actors},
-            )
+            return {group.placement_group_id for group in groups if group.state != "REMOVED"}
         time.sleep(pause_s)
-    return set(), set()
+    return set()
 
 
 def _make_stopper(driver: _Driver) -> Any:

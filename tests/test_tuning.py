@@ -414,7 +414,9 @@ if __name__ == "__main__":
     here = ray.get_runtime_context().gcs_address
     while True:
         alive = [actor.class_name for actor in list_actors(here, filters=[("state", "!=", "DEAD")])]
-        left = [name for name in alive if name != "_AutoscalingCoordinatorActor"]  # Ray's own, one a cluster
+        # Ray's own: one a cluster; and a watcher of Train's that stays, without a name to end it by, where its controller
+        # was ended by force before it had begun to watch
+        left = [name for name in alive if name not in ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner")]
         groups = [group.placement_group_id for group in list_placement_groups(here, filters=[("state", "!=", "REMOVED")])]
         free = ray.available_resources().get("CPU")
         if (not left and not groups and free == 4.0) or time.monotonic() > deadline:
