@@ -143,7 +143,7 @@ def _add_jobs(commands: Any) -> None:
         epilog="COMMAND is a focus-ray command (focus-ray submit train configs/run.yaml storage=s3://...) or a program.",
     )
     submit.add_argument("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
-    submit.add_argument("--team", help="whose job it is; train and sweep get it as cluster.team too")
+    submit.add_argument("--team", help="whose job it is; train and sweep get it in their configuration too")
     submit.add_argument("--category", help="noted with the job (train: that of the configuration)")
     submit.add_argument("--working-dir", default=".", help="folder that is sent (default: this one)")
     submit.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these files out too")

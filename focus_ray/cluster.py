@@ -72,14 +72,21 @@ def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, floa
 
 
 def concurrent_runs(
-    config: ClusterConfig, private: bool, streams: bool = False, log: Callable[[str], None] = lambda message: None
+    config: ClusterConfig,
+    private: bool,
+    streams: bool = False,
+    log: Callable[[str], None] = lambda message: None,
+    *,
+    share: float = 1.0,
+    limit: int | None = None,
 ) -> int:
-    """How many categories fit side by side.
+    """How many trainings, each of all of config's workers, fit side by side; the arithmetic is logged.
 
     Args:
         private: whether the cluster is this process's own, and so cannot grow.
         streams: whether images are streamed: what reads them needs a CPU beside the workers'. Without one, workers and
             stream wait for each other for ever (seen with Ray 2.60).
+        share: of the cluster, that may be filled.  limit: no more than so many.
 
     Raises: TrainingError: not even one ever will, on what the cluster has or can grow to; with the arithmetic.
     """
@@ -93,9 +100,14 @@ def concurrent_runs(
     kept = {kind: float(amount) for kind, amount in json.loads(os.environ.get(RESERVED) or "{}").items()}
     free = {kind: total[kind] - kept.get(kind, 0.0) for kind in needs}
     slots = sum(_slots(node, worker) for node in nodes if matches(node.get("Labels", {}), config.labels))
-    fits = min(
-        [slots // config.num_workers, *(math.floor(free[kind] / amount + 1e-9) for kind, amount in needs.items())]
-    )
+    whole = [slots / config.num_workers, *(free[kind] / amount for kind, amount in needs.items())]
+    fits = math.floor(min(whole) * share + 1e-9)
+    if fits < 1 <= math.floor(min(whole) + 1e-9):
+        raise TrainingError(
+            f"{share:g} of the cluster is too little for one of {config.num_workers} worker(s), which need "
+            f"{_show(needs)} of its {_show(free)} and {config.num_workers} of its {slots} places for such a worker: "
+            "raise cluster_share"
+        )
     if fits < 1:
         message = (
             f"{config.num_workers} worker(s) of {_show(worker)}{' + 1 CPU for the stream of images' if streams else ''} "
@@ -123,8 +135,15 @@ def concurrent_runs(
             most = _show({kind: ceiling.get(kind, 0.0) for kind in needs})
             raise TrainingError(f"{message}; {there}, and can grow to {most}: {advice}")
         log(f"WARNING: {message}; {there}: waiting for it to grow; otherwise stop, and {advice}")
-    limit = config.max_concurrent_categories
-    return max(1, fits if limit is None else min(fits, limit))
+    fits = max(1, fits)
+    if limit is not None and limit < fits:
+        log(f"side by side: {limit} as set; room for {fits}")
+        return limit
+    log(
+        f"side by side: {fits} of {config.num_workers} worker(s) of {_show(worker)}, in {share:g} of {_show(free)}"
+        f"{', a CPU each for the stream of images' if streams else ''}"
+    )
+    return fits
 
 
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:

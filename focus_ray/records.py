@@ -25,9 +25,9 @@ import yaml
 from focus_ray.config import config_to_yaml
 from focus_ray.errors import DataError, SweepError
 from focus_ray.search import Point, SweepConfig, parse_sweep
-from focus_ray.storage import exists, join, list_names, read_bytes, write_bytes
+from focus_ray.storage import create_bytes, exists, join, list_names, read_bytes, write_bytes
 
-SWEEP, STATE, DATA, TRIALS = "sweep.yaml", "state.json", "data.json", "trials"
+SWEEP, CLAIM, STATE, DATA, TRIALS = "sweep.yaml", "claim.json", "state.json", "data.json", "trials"
 DONE = ("finished", "cut")  # what a resumed sweep does not try again
 NOISE = 0.01  # of a validation score, docs/SELECTION.md
 HEARTBEAT_S = 3.0
@@ -122,10 +122,17 @@ def objective_words(sweep: SweepConfig) -> str:
     return f"{sweep.objective} on LABELLED test images" if is_labelled(sweep) else "label-free validation score"
 
 
-def claim(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
-    """Writes what the sweep is. Raises: SweepError: the folder holds one already."""
+def check_free(root: str) -> None:
+    """Raises: SweepError: the folder holds a sweep already."""
     if exists(join(root, SWEEP)):
         raise SweepError(f"{root} holds a sweep already: give another name, or `focus-ray sweep resume {root}`")
+
+
+def claim(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
+    """Writes what the sweep is. Raises: SweepError: the folder holds one already, or one begun at the same time was first."""
+    check_free(root)
+    if not create_bytes(join(root, CLAIM), json.dumps({"token": uuid.uuid4().hex}).encode()):
+        raise SweepError(f"{root} was taken by a sweep started at the same time: give another name")
     write_bytes(join(root, DATA), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
     write_bytes(join(root, SWEEP), config_to_yaml(sweep).encode())
 

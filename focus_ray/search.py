@@ -135,9 +135,10 @@ class SweepConfig(_Model):
     """Everything that decides what a sweep tries and finds."""
 
     name: str | None = Field(
-        default=None, pattern=NAME, description="Names the sweep's folder; null makes one up that is not taken."
+        default=None,
+        pattern=NAME,
+        description="Names the sweep's folder; null makes one up, with base.cluster.team and base.name in it.",
     )
-    team: str = Field(default="default", pattern=NAME, description="Leads a made-up name.")
     base_file: str | None = Field(default=None, description="YAML of the configuration that all trials start from.")
     base: dict[str, Any] = Field(default={}, description="The same, inline; joined over base_file's.")
     space: dict[str, Domain] = Field(min_length=1, description="Dotted key of the configuration -> its domain.")

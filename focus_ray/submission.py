@@ -31,8 +31,9 @@ from typing import Any
 
 from focus_ray import __version__
 from focus_ray.cluster import RESERVED
-from focus_ray.config import config_to_yaml, load_config, unique_name
+from focus_ray.config import Config, config_to_yaml, load_config, unique_name
 from focus_ray.errors import SubmissionError
+from focus_ray.search import SweepConfig, load_sweep
 
 MAX_PACKAGE_MIB = 64  # Ray refuses 512; every node fetches it through the head node
 OLDEST_RAY = (2, 60)  # as the package itself requires
@@ -59,6 +60,8 @@ PASSED_ON = (
     "AWS_EC2_METADATA_DISABLED",
 )
 _SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIAL|ACCESS_KEY|PRIVATE_KEY|API_?KEY", re.IGNORECASE)
+_YAML = (".yaml", ".yml")
+_CONFIGURED = {"train": "", "sweep": "base."}  # commands that take a configuration -> what leads its keys
 _STOP_WAIT_S = 60.0
 _START_WAIT_S = 60.0
 _RECONNECTS = 6
@@ -188,8 +191,8 @@ def build_job(
     ours = command[0] in commands
     arguments = list(command)
     metadata = {"focus_ray": __version__, "submitted_by": _user(), "command": command[0]}
-    if ours and command[0] in ("train", "sweep") and team is not None:
-        arguments.append(f"cluster.team={team}")
+    if team is not None and any(word.endswith(_YAML) for word in command) and ours and command[0] in _CONFIGURED:
+        arguments.append(f"{_CONFIGURED[command[0]]}cluster.team={team}")
     package = build_package(working_dir, excludes)
     if ours:
         metadata.update(_read_config(arguments, Path(working_dir), package))
@@ -212,7 +215,7 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
 
     Raises: ConfigError: as `load_config`.  SubmissionError: it would not be there, or its places would not.
     """
-    files = [word for word in arguments[1:] if word.endswith((".yaml", ".yml")) and "=" not in word]
+    files = [word for word in arguments[1:] if word.endswith(_YAML) and "=" not in word]
     if not files:
         return {}
     path = working_dir / files[0]
@@ -220,20 +223,27 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
         raise SubmissionError(
             f"{files[0]}: not among the files that are sent from {working_dir}: give its path below --working-dir"
         )
-    if arguments[0] != "train":
-        overrides = [word for word in arguments[1:] if "=" in word]
+    overrides = [word for word in arguments[1:] if "=" in word and not word.startswith("-")]
+    if arguments[0] not in _CONFIGURED:
         return {"config_sha256": hashlib.sha256(path.read_bytes() + "\n".join(overrides).encode()).hexdigest()}
-    config = load_config(path, [word for word in arguments[1:] if "=" in word and not word.startswith("-")])
+    prefix = _CONFIGURED[arguments[0]]
+    whole: Config | SweepConfig
+    if prefix:
+        whole = load_sweep(path, overrides)
+        config = whole.base_config()
+    else:
+        whole = config = load_config(path, overrides)
     weights = config.model.weights if config.model.weights not in ("default", "random") else "/"
     places = (("data.uri", config.data.uri), ("storage", config.storage), ("model.weights", weights))
     for key, place in places:
-        if "://" not in place and not place.startswith("/") and (key != "model.weights" or place not in package.names):
+        key = prefix + key
+        if "://" not in place and not place.startswith("/") and (place != weights or place not in package.names):
             raise SubmissionError(
                 f"{key}={place}: a path below the folder that is sent, of which each node has a copy of its own: give an "
                 "s3:// URI, or the absolute path of a folder that all nodes share"
             )
     return {
-        "config_sha256": hashlib.sha256(config_to_yaml(config).encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(config_to_yaml(whole).encode()).hexdigest(),
         "category": ",".join(config.data.categories or ("all",)),
         **{key: value for key in ("team", "priority") if (value := getattr(config.cluster, key))},
     }

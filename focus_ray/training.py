@@ -213,7 +213,9 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         team = config.cluster.team
         private = cluster.connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
         streams = config.train.epochs > 0 and any(not fits_memory(config, plans[category]) for category in todo)
-        limit = cluster.concurrent_runs(config.cluster, private, streams, log)
+        limit = cluster.concurrent_runs(
+            config.cluster, private, streams, log, limit=config.cluster.max_concurrent_categories
+        )
         cluster.probe_nodes([join(config.data.uri, f"category={c}", COMMIT_NAME) for c in todo], [root])
         _claim(root, resume)
         write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())

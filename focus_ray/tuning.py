@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import logging
 import math
@@ -29,9 +28,9 @@ from typing import Any
 import torch
 
 from focus_ray import cluster, records
-from focus_ray.config import Config, parse_config
-from focus_ray.dataset import list_categories
-from focus_ray.errors import ConfigError, DataError, SweepError, TrainingError
+from focus_ray.config import Config, parse_config, unique_name
+from focus_ray.dataset import COMMIT_NAME, list_categories
+from focus_ray.errors import ConfigError, DataError, SweepError
 from focus_ray.fit import Steps
 from focus_ray.race import Judge
 from focus_ray.records import Record, SignOfLife
@@ -80,14 +79,15 @@ def sweep(config: SweepConfig, log: Log = lambda message: None) -> Outcome:
     """
     base = absolute(config.base_config())
     if config.name is None:
-        config = config.model_copy(update={"name": new_name(config.team, base.name)})
+        config = config.model_copy(update={"name": unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": base.model_dump(mode="json")})
     root = join(base.storage, str(config.name))
+    records.check_free(root)
     plans = _plans(config, base)
     _check_points(config, base, plans)
-    records.claim(root, config, {category: plan["fingerprint"] for category, plan in plans.items()})
+    fingerprints = {category: plan["fingerprint"] for category, plan in plans.items()}
     log(f"sweep: {root}")
-    return _carry_out(config, base, root, plans, log)
+    return _carry_out(config, base, root, plans, log, lambda: records.claim(root, config, fingerprints))
 
 
 def resume(place: str, log: Log = lambda message: None) -> Outcome:
@@ -104,51 +104,7 @@ def resume(place: str, log: Log = lambda message: None) -> Outcome:
     plans = _plans(config, base)
     records.check_data(root, {category: plan["fingerprint"] for category, plan in plans.items()})
     log(f"sweep: {root}, {len(records.read_records(root))} trials are there")
-    return _carry_out(config, base, root, plans, log)
-
-
-def new_name(team: str, name: str) -> str:
-    """team-name-date-random: no two alike."""
-    stamp = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d-%H%M%S")
-    return f"{team[:30]}-{name[:40]}-{stamp}-{uuid.uuid4().hex[:6]}"
-
-
-def concurrent_trials(
-    config: SweepConfig, base: Config, resources: Mapping[str, float], streams: bool, private: bool, log: Log
-) -> int:
-    """How many trials fit the sweep's share of the cluster side by side; the arithmetic is logged.
-
-    Args:
-        resources: of the cluster.  streams: trials read their images anew on every pass, on a CPU beside the workers'.
-            private: it is this process's own, and so cannot grow.
-
-    Raises: TrainingError: not even one ever will, on a cluster that cannot grow.
-    """
-    workers = base.cluster.num_workers
-    needs = {"CPU": workers * base.cluster.cpus_per_worker + streams}
-    if cluster.uses_gpu(base.cluster):
-        needs["GPU"] = float(workers)
-    fits = {
-        kind: int(resources.get(kind, 0.0) * config.cluster_share / amount + 1e-9) for kind, amount in needs.items()
-    }
-    arithmetic = ", ".join(
-        f"{resources.get(kind, 0.0):g} {kind} x share {config.cluster_share:g} / {amount:g} a trial = {fits[kind]}"
-        for kind, amount in needs.items()
-    )
-    count = min(fits.values())
-    if count == 0:
-        whole = all(resources.get(kind, 0.0) >= amount for kind, amount in needs.items())
-        advice = "raise cluster_share" if whole else "lower base.cluster.num_workers or base.cluster.cpus_per_worker"
-        if private or whole:
-            raise TrainingError(f"no trial fits: {arithmetic}; {advice}, or set RAY_ADDRESS to a larger cluster")
-        log(f"WARNING: no trial fits yet: {arithmetic}; waiting for the cluster to grow; otherwise stop, and {advice}")
-    count = max(1, count)
-    limit = config.max_concurrent_trials
-    if limit is not None and limit < count:
-        log(f"trials side by side: {limit} (max_concurrent_trials), {count} would fit: {arithmetic}")
-        return limit
-    log(f"trials side by side: {count} ({arithmetic})")
-    return count
+    return _carry_out(config, base, root, plans, log, lambda: None)
 
 
 # ---- before anything starts
@@ -193,31 +149,27 @@ def _max_epochs(config: SweepConfig, base: Config) -> int:
 # ---- the driver
 
 
-def _carry_out(config: SweepConfig, base: Config, root: str, plans: dict[str, dict[str, Any]], log: Log) -> Outcome:
+def _carry_out(
+    config: SweepConfig, base: Config, root: str, plans: dict[str, dict[str, Any]], log: Log, claim: Callable[[], None]
+) -> Outcome:
+    """claim: makes the folder this sweep's, once the cluster is known to be able to run it."""
     from focus_ray.sweep_report import write_report
 
     private = cluster.connect()
     import ray
 
-    alive = SignOfLife(root)
-    state = "failed"
-    driver = _Driver(config, base, root, plans, log)
     try:
-        limit = concurrent_trials(config, base, ray.cluster_resources(), driver.streams, private, log)
-        with driver.signals():
-            driver.share()
-            stages = [None] if config.scope == "all_categories" else list(plans)
-            for stage in stages:
-                if not driver.stopping.is_set():
-                    driver.run_stage(stage, limit)
-        state = "stopped" if driver.stopping.is_set() else "finished"
+        trains = _max_epochs(config, base) > 0
+        streams = trains and any(not fits_memory(base, plan) for plan in plans.values())
+        limit = cluster.concurrent_runs(
+            base.cluster, private, streams, log, share=config.cluster_share, limit=config.max_concurrent_trials
+        )
+        cluster.probe_nodes([join(base.data.uri, f"category={c}", COMMIT_NAME) for c in plans], [root])
+        claim()
+        state = _run(_Driver(config, base, root, plans, streams, log), limit)
     finally:
-        try:
-            driver.close()
-        finally:
-            if private:
-                ray.shutdown()
-            alive.close(state)
+        if private:
+            ray.shutdown()
     found = records.read_records(root)
     outcome = Outcome(root, found, records.best_of(found), state == "stopped")
     if outcome.best:
@@ -229,18 +181,42 @@ def _carry_out(config: SweepConfig, base: Config, root: str, plans: dict[str, di
     return outcome
 
 
+def _run(driver: _Driver, limit: int) -> str:
+    """Runs all trials and lets go of everything. Returns: finished or stopped, as the folder tells it too."""
+    alive = SignOfLife(driver.root)
+    state = "failed"
+    try:
+        with driver.signals():
+            driver.share()
+            for stage in [None] if driver.config.scope == "all_categories" else list(driver.plans):
+                if not driver.stopping.is_set():
+                    driver.run_stage(stage, limit)
+        state = "stopped" if driver.stopping.is_set() else "finished"
+    finally:
+        try:
+            driver.close()
+        finally:
+            alive.close(state)
+    return state
+
+
 class _Driver:
     """One process's part of a sweep."""
 
     def __init__(
-        self, config: SweepConfig, base: Config, root: str, plans: dict[str, dict[str, Any]], log: Log
+        self,
+        config: SweepConfig,
+        base: Config,
+        root: str,
+        plans: dict[str, dict[str, Any]],
+        streams: bool,
+        log: Log,
     ) -> None:
         import ray
 
         self.config, self.base, self.root, self.plans, self.log = config, base, root, plans, log
+        self.streams = streams
         self.stopping = threading.Event()
-        trains = _max_epochs(config, base) > 0
-        self.streams = trains and any(not fits_memory(base, plan) for plan in plans.values())
         self.use_gpu = cluster.uses_gpu(base.cluster)
         self.images: dict[tuple[str, int], Any] = {}  # (category, size) -> reference to CategoryImages
         self.features: dict[str, Any] = {}  # key -> reference to Features
@@ -318,7 +294,7 @@ class _Driver:
                 self.log(_too_large(f"decoded images of {category} at {size} px", needed, budget))
                 continue
             budget -= needed
-            task = ray.remote(num_cpus=self.base.cluster.cpus_per_worker, num_returns=2)(_load_task)
+            task = ray.remote(num_returns=2, **self._asked(gpu=False))(_load_task)
             plan = self.plans[category]
             self.images[category, size], ends[category, size] = task.remote(
                 self._reference().model_dump(mode="json"), category, plan, self.config.objective, size
@@ -333,11 +309,15 @@ class _Driver:
                 self.log(_too_large(f"features of {category}", needed, budget))
                 continue
             budget -= needed
-            asked = {"num_cpus": self.base.cluster.cpus_per_worker, "num_gpus": int(self.use_gpu)}
-            embed = ray.remote(num_returns=2, **asked)(_embed_task)
+            embed = ray.remote(num_returns=2, **self._asked(self.use_gpu))(_embed_task)
             self.features[key], ends[key] = embed.remote(config.model_dump(mode="json"), self.images[category, size])
             self.log(f"shared work: features of {category}, {needed / 2**20:.0f} MiB")
         self._await(ends)
+
+    def _asked(self, gpu: bool) -> dict[str, Any]:
+        """What a task that does a worker's work asks of Ray."""
+        asked = {"num_cpus": self.base.cluster.cpus_per_worker, "num_gpus": int(gpu)}
+        return {**asked, "label_selector": dict(self.base.cluster.labels) or None}
 
     def _budget(self) -> float:
         import ray
@@ -467,9 +447,11 @@ class _Driver:
         if self.base.cluster.num_workers > 1 or self.streams:
             asked = {"memory": float(2**20)}  # Tune refuses an empty bundle (2.60)
         else:
-            asked = {"CPU": self.base.cluster.cpus_per_worker, "GPU": float(self.use_gpu)}
+            asked = cluster.resources_per_worker(self.base.cluster, self.use_gpu)
+        labels = [dict(self.base.cluster.labels)] if self.base.cluster.labels else None
+        where = tune.PlacementGroupFactory([asked], bundle_label_selector=labels)
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_trial, payload=payload), tune.PlacementGroupFactory([asked])),
+            tune.with_resources(tune.with_parameters(_trial, payload=payload), where),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=missing,

@@ -25,7 +25,20 @@ def test_what_fits_side_by_side_is_counted_with_the_streams_cpu(ray_cluster: Non
     assert concurrent_runs(ClusterConfig(num_workers=4), private=True) == 1
     assert concurrent_runs(ClusterConfig(num_workers=1), private=True) == 4
     assert concurrent_runs(ClusterConfig(num_workers=1), private=True, streams=True) == 2
-    assert concurrent_runs(ClusterConfig(num_workers=1, max_concurrent_categories=3), private=True) == 3
+    assert concurrent_runs(ClusterConfig(num_workers=1), private=True, limit=3) == 3
+
+
+def test_a_share_of_the_cluster_is_filled_and_the_arithmetic_is_told(ray_cluster: None) -> None:
+    said: list[str] = []
+    assert concurrent_runs(ClusterConfig(num_workers=1), True, False, said.append, share=0.5) == 2
+    assert said == ["side by side: 2 of 1 worker(s) of 1 CPU, in 0.5 of 4 CPU"]
+    assert concurrent_runs(ClusterConfig(num_workers=1), True, False, said.append, share=0.5, limit=1) == 1
+    assert said[1] == "side by side: 1 as set; room for 2"
+    with pytest.raises(
+        TrainingError,
+        match=r"^0\.5 of the cluster is too little for one of 3 worker\(s\), which need 3 CPU of its 4 CPU",
+    ):
+        concurrent_runs(ClusterConfig(num_workers=3), private=True, share=0.5)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +85,7 @@ def test_a_cluster_that_nobody_says_can_grow_refuses_too(ray_cluster: None) -> N
 def test_a_cluster_that_can_grow_enough_waits_and_one_that_cannot_refuses(ray_cluster: None) -> None:
     said: list[str] = []
     assert concurrent_runs(ClusterConfig(num_workers=8, max_cpus=8), False, False, said.append) == 1
-    assert len(said) == 1
+    assert len(said) == 2
     assert "WARNING: 8 worker(s) of 1 CPU need 8 CPU; the cluster has 4 CPU" in said[0]
     assert "waiting for it to grow; otherwise stop, and lower cluster.num_workers" in said[0]
     with pytest.raises(TrainingError, match=r"need 9 CPU; .* and can grow to 8 CPU: lower cluster\.num_workers"):

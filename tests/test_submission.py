@@ -6,20 +6,17 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from job_nodes import REPOSITORY, TOKEN, Nodes, run_nodes
 from s3_server import IDENTITIES, S3Server
 from small_set import draw_parts
 
@@ -27,14 +24,10 @@ from focus_ray.bundle import read_bundle
 from focus_ray.cli import command_names, main
 from focus_ray.cluster import RESERVED
 from focus_ray.config import unique_name
-from focus_ray.dataset import ingest
 from focus_ray.errors import ConfigError, SubmissionError
 from focus_ray.registry import Registry
-from focus_ray.storage import list_names
 from focus_ray.submission import Job, build_job, build_package, check_versions, connect, exit_status
 
-REPOSITORY = Path(__file__).parents[1]
-TOKEN = "a-token-for-tests-0123456789abcdef"
 CONFIG = """
 data: {uri: s3://bucket/data, categories: [gear]}
 storage: s3://bucket/runs
@@ -144,6 +137,29 @@ def test_a_misspelt_key_is_found_before_the_job_is_sent(folder: Path) -> None:
         job(folder, "train", "configs/run.yaml", "train.epoch=2")
 
 
+SWEEP = """
+base: {data: {uri: s3://bucket/data}, storage: s3://bucket/sweeps}
+space: {density.shrinkage: [1.0, 2.0]}
+searcher: grid
+"""
+
+
+def test_a_sweep_is_checked_before_it_is_sent_and_is_its_teams(folder: Path) -> None:
+    (folder / "configs/sweep.yaml").write_text(SWEEP)
+    made = job(folder, "sweep", "configs/sweep.yaml", team="press")
+    assert made.entrypoint == "python -m focus_ray.cli sweep configs/sweep.yaml base.cluster.team=press"
+    assert (made.metadata["team"], made.metadata["category"]) == ("press", "all")
+    other = job(folder, "sweep", "configs/sweep.yaml", "space={density.shrinkage: [1.0, 3.0]}", team="press")
+    assert other.metadata["config_sha256"] != made.metadata["config_sha256"]
+    with pytest.raises(ConfigError, match=r"space: density\.shrinkag: unknown key; did you mean 'density\.shrinkage'"):
+        job(folder, "sweep", "configs/sweep.yaml", "space={density.shrinkag: [1.0]}")
+    with pytest.raises(SubmissionError, match=r"base\.storage=sweeps: a path below the folder that is sent"):
+        job(folder, "sweep", "configs/sweep.yaml", "base.storage=sweeps")
+    resumed = job(folder, "sweep", "resume", "s3://bucket/sweeps/found", team="press")
+    assert resumed.entrypoint == "python -m focus_ray.cli sweep resume s3://bucket/sweeps/found"
+    assert resumed.metadata["team"] == "press"
+
+
 def test_names_made_at_the_same_moment_differ() -> None:
     names = {unique_name("press", "a b/c") for _ in range(200)}
     assert len(names) == 200
@@ -203,54 +219,13 @@ def test_a_dry_run_names_the_files_and_sends_nothing(folder: Path, capsys: pytes
 # On a cluster
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """address: of its Jobs API.  environment: of whoever submits.  s3: where data and results lie."""
-
-    address: str
-    environment: dict[str, str]
-    root: str
-
-    def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        """focus-ray on the submitter's side."""
-        arguments = [sys.executable, "-m", "focus_ray.cli", *words]
-        environment = {**self.environment, "RAY_ADDRESS": self.address, **changes}
-        return subprocess.run(arguments, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
-
-
 @pytest.fixture(scope="module")
 def nodes(s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Two nodes of two CPUs, tokens on, credentials of the S3 server in the nodes' own environment; a small data set."""
-    temporary = tempfile.mkdtemp(prefix="frn-", dir="/tmp")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_AUTH", "RAY_API"))}
-    clean.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
-    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
-    access = s3_server.environment()
-    root = s3_server.new_uri()
     images = draw_parts(tmp_path_factory.mktemp("parts") / "images")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in access.items():
-            patch.setenv(name, value)
-        ingest(images, f"{root}/data", categories=["gear"], progress=False)
-    process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tests/ray_nodes.py")],
-        env={**clean, **access, "RAY_TMPDIR": temporary},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        address = json.loads(process.stdout.readline())["address"]
-        # the submitter knows where the server is, and has no key
-        mine = {**clean, "AWS_ENDPOINT_URL": access["AWS_ENDPOINT_URL"], "AWS_REGION": access["AWS_REGION"]}
-        yield Nodes(address, mine, root)
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(timeout=60)
-        finally:
-            process.kill()
-        shutil.rmtree(temporary, ignore_errors=True)
+    with run_nodes(s3_server) as nodes:
+        nodes.ingest(images, ["gear"])
+        yield nodes
 
 
 def train_words(nodes: Nodes, *overrides: str) -> list[str]:
@@ -309,27 +284,6 @@ def test_an_entry_script_runs_under_ray_job_submit(
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
     assert Registry(f"{nodes.root}/registry").resolve("press", "gear").name == "v0001"
-
-
-@pytest.mark.ray
-@pytest.mark.s3
-@pytest.mark.slow
-def test_two_teams_runs_at_once_finish_and_keep_apart(nodes: Nodes, s3: S3Server) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        ended = list(
-            pool.map(
-                lambda team: nodes.run(
-                    "submit", "--team", team, *train_words(nodes, "name=auto", "cluster.num_workers=1")
-                ),
-                ("north", "south"),
-            )
-        )
-    assert [run.returncode for run in ended] == [0, 0], ended[0].stdout[-1500:] + ended[1].stdout[-1500:]
-    runs = [name for name in list_names(f"{nodes.root}/runs") if name.startswith(("north-", "south-"))]
-    assert sorted(name.split("-")[0] for name in runs) == ["north", "south"]
-    for name in runs:
-        config = read_bundle(f"{nodes.root}/runs/{name}/bundles/gear").config
-        assert (config.name, config.cluster.team) == (name, name.split("-")[0])
 
 
 @pytest.mark.ray

@@ -29,7 +29,7 @@ from focus_ray.errors import ConfigError, DataError, SweepError, TrainingError
 from focus_ray.records import Record, SignOfLife, read_records, read_state, read_sweep
 from focus_ray.search import SweepConfig, parse_sweep
 from focus_ray.storage import list_names
-from focus_ray.tuning import Outcome, concurrent_trials, new_name, sweep
+from focus_ray.tuning import Outcome, sweep
 
 PLAIN = {"image_alignment": {"group": "none"}}
 SPACE = {"density.num_channels": [4, 8, 32], "density.shrinkage": [0.5, 4.0]}
@@ -224,27 +224,15 @@ def test_a_category_that_is_not_there_is_refused(data: str, tmp_path: Path) -> N
         sweep(sweep_of(data, tmp_path, {"data": {"categories": ["nut"]}}))
 
 
-def test_the_arithmetic_of_trials_side_by_side(data: str, tmp_path: Path) -> None:
-    said: list[str] = []
-    config = sweep_of(data, tmp_path, {"cluster": {"num_workers": 3, "use_gpu": False}}, cluster_share=0.5)
-    base = config.base_config()
-    assert concurrent_trials(config, base, {"CPU": 20.0}, False, True, said.append) == 3
-    assert said == ["trials side by side: 3 (20 CPU x share 0.5 / 3 a trial = 3)"]
-    assert concurrent_trials(config, base, {"CPU": 20.0}, True, True, said.append) == 2
-    limited = config.model_copy(update={"max_concurrent_trials": 1})
-    assert concurrent_trials(limited, base, {"CPU": 20.0}, False, True, said.append) == 1
-    with pytest.raises(TrainingError, match=r"no trial fits: 4 CPU x share 0.5 / 3 a trial = 0; raise cluster_share"):
-        concurrent_trials(config, base, {"CPU": 4.0}, False, True, said.append)
-    with pytest.raises(TrainingError, match=r"2 CPU .* = 0; lower base.cluster.num_workers"):
-        concurrent_trials(config, base, {"CPU": 2.0}, False, True, said.append)
-    assert concurrent_trials(config, base, {"CPU": 2.0}, False, False, said.append) == 1
-    assert "waiting for the cluster to grow" in said[-2]
-
-
-def test_names_that_are_made_up_do_not_collide() -> None:
-    names = {new_name("press", "density") for _ in range(100)}
-    assert len(names) == 100
-    assert all(name.startswith("press-density-20") for name in names)
+@pytest.mark.ray
+def test_a_sweep_that_the_cluster_cannot_hold_is_refused_and_takes_no_name(
+    ray_cluster: None, data: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match=r"5 worker\(s\) of 1 CPU need 5 CPU; the cluster has 4 CPU"):
+        sweep(sweep_of(data, tmp_path, {"cluster": {"num_workers": 5, "use_gpu": False}}))
+    with pytest.raises(TrainingError, match=r"need 1 CPU; the cluster has .* labelled {'site': 'nowhere'}"):
+        sweep(sweep_of(data, tmp_path, {"cluster": {"labels": {"site": "nowhere"}, "use_gpu": False}}))
+    assert list_names(f"{tmp_path}/found") == []
 
 
 # The folder

@@ -1,0 +1,91 @@
+"""A Ray cluster that jobs come to over HTTP, with tokens on and an S3 server's credentials in its nodes' environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from s3_server import S3Server
+
+from focus_ray.dataset import ingest
+
+REPOSITORY = Path(__file__).parents[1]
+TOKEN = "a-token-for-tests-0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """address: of its Jobs API.  environment: of whoever submits, without keys.  access: the keys, for a test's own use.
+    root: where data and results lie, on S3."""
+
+    address: str
+    environment: Mapping[str, str]
+    access: Mapping[str, str]
+    root: str
+    process: subprocess.Popen[str]
+
+    def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        """focus-ray on the submitter's side."""
+        process = self.start(*words, **changes)
+        out, err = process.communicate(timeout=250)
+        return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+    def start(self, *words: str, **changes: str) -> subprocess.Popen[str]:
+        """The same, without waiting for its end."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "focus_ray.cli", *words],
+            env={**self.environment, "RAY_ADDRESS": self.address, **changes},
+            cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def ingest(self, images: str | Path, categories: Sequence[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.access.items():
+                patch.setenv(name, value)
+            ingest(images, f"{self.root}/data", categories=list(categories), progress=False)
+
+    def kill_a_worker_node(self) -> None:
+        """SIGKILL to the processes of the node that was added last."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("kill\n")
+        self.process.stdin.flush()
+        assert json.loads(self.process.stdout.readline()) == {"killed": True}
+
+
+@contextmanager
+def run_nodes(s3_server: S3Server, num_nodes: int = 2) -> Iterator[Nodes]:
+    """A head and further nodes of two CPUs each, in a process of its own."""
+    temporary = tempfile.mkdtemp(prefix="frn-", dir="/tmp")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_AUTH", "RAY_API"))}
+    clean.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
+    clean["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{clean['PATH']}"
+    access = s3_server.environment()
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "tests/ray_nodes.py"), str(num_nodes)],
+        env={**clean, **access, "RAY_TMPDIR": temporary},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        address = json.loads(process.stdout.readline())["address"]
+        # the submitter knows where the server is, and has no key
+        mine = {**clean, "AWS_ENDPOINT_URL": access["AWS_ENDPOINT_URL"], "AWS_REGION": access["AWS_REGION"]}
+        yield Nodes(address, mine, access, s3_server.new_uri(), process)
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
+        shutil.rmtree(temporary, ignore_errors=True)
