@@ -24,8 +24,10 @@ def free_port() -> int:
 
 def main(num_nodes: int) -> None:
     # with 127.0.0.1 for its address, or the agent's usual port taken, the head has no job agent (Ray 2.60)
+    # each node unpacks jobs in a folder of its own, as it would on a machine of its own
     def node(**options: Any) -> dict[str, Any]:
-        return {"num_cpus": 2, "dashboard_agent_listen_port": free_port(), **options}
+        port = free_port()
+        return {"num_cpus": 2, "dashboard_agent_listen_port": port, "runtime_env_dir_name": f"envs-{port}", **options}
 
     dashboard = {"include_dashboard": True, "dashboard_host": HOST, "dashboard_port": free_port()}
     nodes = Cluster(initialize_head=True, head_node_args=node(**dashboard))

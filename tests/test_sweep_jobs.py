@@ -31,7 +31,8 @@ CATEGORIES = ("bottle", "hazelnut_toy")
 def nodes(s3_server: S3Server, shared: Path) -> Iterator[Nodes]:
     """Three nodes, one of which a test may kill, and real images."""
     with run_nodes(s3_server, 3) as nodes:
-        nodes.ingest(shared / "data", CATEGORIES)
+        nodes.ingest(shared / "data/mvtec", ["bottle"])
+        nodes.ingest(shared / "data", ["hazelnut_toy"])
         yield nodes
 
 
