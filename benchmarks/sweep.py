@@ -26,7 +26,7 @@ from focus_ray.trial import embed_images, forget, judge_category, judging_plan, 
 from focus_ray.tuning import sweep
 
 DENSITY_SPACE = {
-    "density.num_channels": [50, 100, 200],
+    "density.num_channels": [25, 50, 100, 150, 200, 300],
     "density.shrinkage": [0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0],
 }
 RATES_SPACE = {"train.learning_rate": [1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0]}

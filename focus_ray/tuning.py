@@ -259,9 +259,10 @@ class _Driver:
             ray.kill(self.judge)
         shutil.rmtree(self.scratch, ignore_errors=True)
         # Tune leaves a folder a trial in every node's session folder, which outlives the job (Ray 2.60)
+        _remove_working_folders(self.experiment)
         sweepers = []
         for node in ray.nodes():
-            if node["Alive"]:
+            if node["Alive"] and node["NodeID"] != self.here:
                 where = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
                 task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(_remove_working_folders)
                 sweepers.append(task.remote(self.experiment))
