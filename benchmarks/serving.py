@@ -78,9 +78,10 @@ def direct(inspector: Inspector, images: Sequence[bytes], seconds: float, batch:
 
 
 def batch_sizes() -> tuple[float, float]:
-    """Sum and count of the batch-size metric, as Ray's exporter of this node gives them."""
+    """Sum and count of the batch-size metric, as Ray's exporter of this node gives them: it is behind by up to 10 s."""
     import ray
 
+    time.sleep(12)
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     text = urllib.request.urlopen(address, timeout=10).read().decode()
@@ -96,6 +97,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="of torch, in both")
+    parser.add_argument(
+        "--apart", action="store_true", help="score in a replica apart from the one that takes requests in"
+    )
     parser.add_argument("--port", type=int, default=18530)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -109,6 +113,7 @@ def main() -> None:
             "open_to_all": True,
             "device": arguments.device,
             "ingress_num_cpus": 0,
+            "together": not arguments.apart,
             "pool": {"num_threads": arguments.threads, "num_cpus": 1, "num_gpus": int(arguments.device == "cuda")},
         }
     )
@@ -122,8 +127,9 @@ def main() -> None:
             samples["service"].append(asyncio.run(load(url, images, arguments.clients, arguments.seconds)))
             samples["direct 1"].append(direct(inspector, images, arguments.seconds / 2, 1))
             samples["service, 1 client"].append(asyncio.run(load(url, images, 1, arguments.seconds / 2)))
-        time.sleep(12)  # Ray's exporter is behind by up to 10 s
-        total, count = batch_sizes()
+        before = batch_sizes()
+        asyncio.run(load(url, images, arguments.clients, arguments.seconds))
+        total, count = (after - former for after, former in zip(batch_sizes(), before, strict=True))
     rows = [
         [name, *(statistics.median(one[key] for one in found) for key in ("images_per_s", "p50_ms", "p99_ms"))]
         for name, found in samples.items()
@@ -136,7 +142,7 @@ def main() -> None:
     print(f"service / direct: {statistics.median(ratios):.3f} of {[round(r, 3) for r in ratios]}")
     print(f"added p50 at one client: {statistics.median(added):.1f} ms of {[round(a, 1) for a in added]}")
     if count:
-        print(f"images a batch: {total / count:.1f} over {count:.0f} batches, warm-up and single client included")
+        print(f"images a batch under {arguments.clients} clients: {total / count:.1f} over {count:.0f} batches")
     print_json("serving", arguments, {**samples, "batch_images_mean": total / count if count else None})
 
 

@@ -37,6 +37,7 @@ def settings_of(registry: str, **pool: Any) -> Any:
         "registry": registry,
         "open_to_all": True,
         "ingress_num_cpus": 0.1,
+        "together": False,
         "pool": {"num_cpus": 0.5, **pool},
         "limits": {"timeout_s": 120},
     }

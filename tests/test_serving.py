@@ -806,3 +806,27 @@ def test_version_keys_tell_artifacts_apart(plant: Plant) -> None:
     registry = Registry(plant.registry)
     keys = {version_key(registry.resolve(*of)) for of in ((PRESS, "gear"), (PRESS, "board"), (MILL, "gear"))}
     assert len(keys) == 3
+
+
+def test_one_replica_scores_what_it_takes_in_and_several_do_not(plant: Plant) -> None:
+    pin = {"name": "boards", "team": PRESS, "categories": ["board"]}
+    assert settings_of(plant).is_together
+    assert not settings_of(plant, pins=[pin]).is_together
+    for scaling in ({"min_replicas": 0}, {"max_replicas": 2}):
+        assert not settings_of(plant, pool={"scaling": scaling}).is_together
+    assert not settings_of(plant, together=False).is_together
+    with pytest.raises(ConfigError, match="together=true leaves no replicas to pin"):
+        settings_of(plant, together=True, pins=[pin])
+
+
+def test_only_the_pass_computes_in_parallel(plant: Plant) -> None:
+    former = torch.get_num_threads()
+    try:
+        scorer = Scorer(settings_of(plant, pool={"num_threads": 2}).pool, "cpu")
+        threads = [
+            pool.submit(torch.get_num_threads).result()
+            for pool in (scorer._batcher.executor, scorer._workers, scorer.models.executor)
+        ]
+        assert threads == [2, 1, 1]
+    finally:
+        torch.set_num_threads(former)

@@ -26,7 +26,7 @@ from focus_ray.serving.metrics import RayMeasures
 from focus_ray.serving.problems import unavailable
 from focus_ray.serving.rendering import Output
 from focus_ray.serving.scorer import Answer, Scorer
-from focus_ray.serving.service import Service
+from focus_ray.serving.service import Scorers, Service
 from focus_ray.serving.settings import Limits, Pool, Scaling, parse_settings
 from focus_ray.serving.source import open_source, version_key
 
@@ -139,14 +139,22 @@ class RemoteScorers:
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """Takes requests in: who may ask, limits, which version. Holds no model."""
+    """Takes requests in: who may ask, limits, which version. Holds no model, unless it scores too."""
 
-    def __init__(self, settings: dict[str, Any], common: DeploymentHandle, pinned: dict[str, DeploymentHandle]) -> None:
+    def __init__(
+        self, settings: dict[str, Any], common: DeploymentHandle | None, pinned: dict[str, DeploymentHandle]
+    ) -> None:
+        """common: the pool of all categories that are not pinned; None: this replica is one of it."""
         set_up()
         parsed = parse_settings(settings)
         measures = RayMeasures()
-        by_category = {(pin.team, category): pinned[pin.name] for pin in parsed.pins for category in pin.categories}
-        self._service = Service(parsed, RemoteScorers(common, by_category, parsed.limits, measures), measures)
+        scorers: Scorers
+        if common is None:
+            scorers = Scorer(parsed.pool, parsed.device, measures)
+        else:
+            by_category = {(pin.team, category): pinned[pin.name] for pin in parsed.pins for category in pin.categories}
+            scorers = RemoteScorers(common, by_category, parsed.limits, measures)
+        self._service = Service(parsed, scorers, measures)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._service)
@@ -167,23 +175,28 @@ def build(arguments: dict[str, Any]) -> serve.Application:
             for category in pin.categories
         ]
         pinned[pin.name] = _pool(f"pinned-{pin.name}", pin.pool, settings.device, preload)
-    limits, scaling = settings.limits, settings.ingress
+    limits, pool = settings.limits, settings.pool
+    together = settings.is_together
+    actor: dict[str, Any] = {
+        "num_cpus": settings.ingress_num_cpus,
+        # a request for a model that went out of memory since the last one would wait 1 to 2 s for a replica to have it
+        # again before it is sent to any other (Ray 2.60)
+        "runtime_env": {"env_vars": {"RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.05"}},
+    }
+    if together:
+        actor = {"num_cpus": settings.ingress_num_cpus + pool.num_cpus, "num_gpus": pool.num_gpus}
     ingress = Ingress.options(  # type: ignore[attr-defined]
         name="ingress",
-        autoscaling_config=_autoscaling(scaling),
+        autoscaling_config=_autoscaling(pool.scaling if together else settings.ingress),
         max_ongoing_requests=limits.max_in_flight + 64,  # above the gate's, which answers with a problem document
         max_queued_requests=4 * limits.max_in_flight,
         backpressure_config={"status_code": 503, "retry_after_s": limits.retry_after_s},
-        ray_actor_options={
-            "num_cpus": settings.ingress_num_cpus,
-            # a request for a model that went out of memory since the last one would wait 1 to 2 s for a replica to have it
-            # again before it is sent to any other (Ray 2.60)
-            "runtime_env": {"env_vars": {"RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.05"}},
-        },
+        ray_actor_options=actor,
         graceful_shutdown_timeout_s=limits.timeout_s,
         health_check_period_s=5,
     )
-    return ingress.bind(settings.model_dump(mode="json"), _pool(COMMON, settings.pool, settings.device), pinned)
+    common = None if together else _pool(COMMON, pool, settings.device)
+    return ingress.bind(settings.model_dump(mode="json"), common, pinned)
 
 
 def _pool(name: str, pool: Pool, device: str, preload: Sequence[Version] = ()) -> serve.Application:

@@ -62,13 +62,15 @@ class Scorer:
     def __init__(self, pool: Pool, device: str = "auto", measures: Measures | None = None) -> None:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(pool.num_threads)
         self.pool, self.device, self.measures = pool, device, measures or Measures()
         self._workers = ThreadPoolExecutor(pool.num_decoders, thread_name_prefix="decode")
-        self._batcher: Batcher[Part, Scores] = Batcher(
-            self._pass, pool.max_batch_images, ThreadPoolExecutor(1, thread_name_prefix="pass")
-        )
+        passes = ThreadPoolExecutor(1, thread_name_prefix="pass")
+        if device == "cpu":
+            # every thread that computes in parallel has OpenMP threads of its own; with more of them than cores they go to
+            # sleep between operations, and a pass takes a third longer: so only the pass does
+            passes.submit(_take_threads, pool.num_threads).result()
+            _take_threads(1)
+        self._batcher: Batcher[Part, Scores] = Batcher(self._pass, pool.max_batch_images, passes)
         self.models = ModelCache(
             int(pool.memory_mb * MIB),
             device,
@@ -142,6 +144,12 @@ class Scorer:
     def _loaded(self, version: Version, seconds: float) -> None:
         self.measures.loaded(version, seconds)
         self.measures.held(len(self.models.keys), self.models.num_bytes)
+
+
+def _take_threads(count: int) -> None:
+    """Threads of torch for the calling thread, and for those that begin to compute after it."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # a thread takes the number that was set last when it first asks: this one asks now
 
 
 def _decode(images: Sequence[bytes], size_px: int) -> list[tuple[ImageInfo, NDArray[np.uint8]] | ImageError]:

@@ -123,6 +123,11 @@ class Settings(Section):
         description="Replicas that take requests in; they use no GPU and hold no model.",
     )
     ingress_num_cpus: float = Field(default=0.5, ge=0.0)
+    together: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Whether the replicas that take requests in score them too: a hop less, but nothing else retries what "
+        "a lost one had. auto: where the pool has exactly one replica, and nothing is pinned.",
+    )
     pool: Pool = Pool()
     pins: tuple[Pin, ...] = ()
     routes: tuple[Route, ...] = ()
@@ -140,10 +145,19 @@ class Settings(Section):
             )
         if self.tokens is not None and self.open_to_all:
             raise ValueError("tokens and open_to_all=true contradict each other: set one")
+        if self.together is True and self.pins:
+            raise ValueError("together=true leaves no replicas to pin: take out pins, or set together=false")
         _once("pins", [pin.name for pin in self.pins])
         _once("pins", [f"{pin.team}/{category}" for pin in self.pins for category in pin.categories])
         _once("routes", [f"{route.team}/{route.category}" for route in self.routes])
         return self
+
+    @property
+    def is_together(self) -> bool:
+        """`together`, resolved."""
+        if self.together == "auto":
+            return self.pool.scaling.min_replicas == self.pool.scaling.max_replicas == 1 and not self.pins
+        return self.together
 
 
 def _once(what: str, names: list[str]) -> None:
