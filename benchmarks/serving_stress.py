@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving_stress models BUNDLE IMAGES    # 50 models asked at random, room for 10
     python -m benchmarks.serving_stress zero BUNDLE IMAGES      # from no replica to an answer, and back
+    python -m benchmarks.serving_stress grow BUNDLE IMAGES      # a second replica under load, and back
     python -m benchmarks.serving_stress node BUNDLE IMAGES      # two worker nodes, one killed under load
 
 Each ends with an error where what it is to show does not hold.
@@ -144,6 +145,43 @@ def zero(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
     return {"cold_s": colds, "warm_s": warms, "until_none_s": downs}
 
 
+def grow(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Eight clients of a pool of one replica that may have two: seconds until the second is there, and until it has gone."""
+    inspector = Inspector.load(bundle, "cpu")
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1}
+    scaling.update(downscale_delay_s=5, metrics_interval_s=1)
+    answers: list[Inspected] = []
+
+    def count(wanted: int, since: float) -> float:
+        while len(resident_mb("scorer")) != wanted:
+            assert time.perf_counter() - since < 120, f"{len(resident_mb('scorer'))} replicas, {wanted} awaited"
+            time.sleep(0.2)
+        return time.perf_counter() - since
+
+    async def ask(url: str) -> float:
+        stop = False
+
+        async def one(client: AsyncClient) -> None:
+            while not stop:
+                answers.append(await client.inspect("press", inspector.bundle.category, images[:1]))
+
+        async with AsyncClient(url, retries=4) as client:
+            asked = [asyncio.create_task(one(client)) for _ in range(8)]
+            took = await asyncio.to_thread(count, 2, time.perf_counter())
+            await asyncio.sleep(10)
+            stop = True
+            await asyncio.gather(*asked)
+        return took
+
+    with tempfile.TemporaryDirectory() as folder:
+        Registry(folder).publish(bundle, "press")
+        with running(settings_of(folder, scaling=scaling), port=arguments.port) as url:
+            count(1, time.perf_counter())
+            up = asyncio.run(ask(url))
+            down = count(1, time.perf_counter())
+    return {"until_two_s": round(up, 1), "until_one_s": round(down, 1), "answers": len(answers), "failed": 0}
+
+
 def node(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
     """Clients of a service on three nodes, one of which is killed."""
     import ray
@@ -200,7 +238,7 @@ def node(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("models", "zero", "node"))
+    parser.add_argument("what", choices=("models", "zero", "grow", "node"))
     parser.add_argument("bundle")
     parser.add_argument("images", help="folder of images")
     parser.add_argument("--models", type=int, default=50)
@@ -213,7 +251,9 @@ def main() -> None:
     torch.set_num_threads(1)
     paths = sorted(path for path in Path(arguments.images).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     images = [path.read_bytes() for path in paths[:64]]
-    found = {"models": models, "zero": zero, "node": node}[arguments.what](arguments.bundle, images, arguments)
+    found = {"models": models, "zero": zero, "grow": grow, "node": node}[arguments.what](
+        arguments.bundle, images, arguments
+    )
     print(found)
     print_json(f"serving_stress {arguments.what}", arguments, found)
 

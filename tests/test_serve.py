@@ -26,6 +26,7 @@ from focus_ray.client import AsyncClient, Client, Inspected, ServiceError
 from focus_ray.inspector import Inspector
 from focus_ray.registry import Registry
 from focus_ray.serving.settings import parse_settings
+from focus_ray.serving.source import version_key
 
 pytestmark = pytest.mark.ray
 
@@ -103,6 +104,16 @@ def test_the_client_tells_refusals_apart_and_gives_maps_and_pictures(url: str, p
         pytest.raises(ServiceError, match=r"the service cannot be reached: .* see that it runs"),
     ):
         client.get("/v1")
+
+
+def test_a_pinned_category_is_loaded_before_its_first_request(ray_cluster: None, plant: Plant) -> None:
+    from focus_ray.serving.app import ScorerReplica
+
+    version = Registry(plant.registry).resolve(PRESS, "board")
+    replica = ScorerReplica.func_or_class({}, "cpu", [version])  # type: ignore[attr-defined]
+    assert replica._scorer.models.keys == []
+    asyncio.run(replica.check_health())  # what Serve awaits before it sends a request
+    assert replica._scorer.models.keys == [version_key(version)]
 
 
 class Load:

@@ -21,6 +21,7 @@ import torch
 import yaml
 from fastapi.testclient import TestClient
 from PIL import Image
+from s3_server import S3Server
 from serving_set import MILL, PRESS, Plant, make_plant
 from starlette.requests import Request
 
@@ -44,6 +45,7 @@ from focus_ray.serving.settings import MIB, Limits, Settings, parse_settings
 from focus_ray.serving.sink import remove_old
 from focus_ray.serving.source import Directory, FolderSource, version_key
 from focus_ray.serving.tokens import TokenStore, create_token, read_tokens, revoke_token
+from focus_ray.storage import open_filesystem
 
 
 @pytest.fixture(scope="module")
@@ -770,6 +772,28 @@ def test_a_sink_that_cannot_be_written_fails_no_request(plant: Plant, tmp_path: 
         headers = plant.headers(plant.press)
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).status_code == 200
     assert seen.sunk == {"kept": 1, "failed": 1}
+
+
+@pytest.mark.s3
+def test_registry_tokens_and_sink_may_lie_on_s3(s3: S3Server, plant: Plant) -> None:
+    root = s3.new_uri()
+    registry = Registry(f"{root}/registry")
+    registry.publish(plant.bundles["gear"], PRESS, aliases=["production"])
+    token, _ = create_token(f"{root}/tokens.yaml", PRESS, ["inspect", "admin"])
+    places = {"registry": registry.root, "tokens": f"{root}/tokens.yaml", "sink": {"uri": f"{root}/sink", "share": 1.0}}
+    headers = plant.headers(token)
+    with client_of(settings_of(plant, **places)) as client:
+        told = client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).json()
+        registry.publish(plant.bundles["gear"], PRESS)
+        mine = {"authorization": headers["authorization"]}
+        moved = client.put("/v1/press/gear/aliases/production", json={"version": "v0002"}, headers=mine)
+        assert moved.json()["version"] == "v0002"
+    (expected,) = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])
+    slack = 1e-4 * expected.threshold**2  # near a training image what is left of a squared distance is rounding
+    assert told["results"][0]["score"] ** 2 == pytest.approx(expected.score**2, rel=2e-4, abs=slack)
+    assert registry.aliases(PRESS, "gear")["production"] == "v0002"
+    filesystem, path = open_filesystem(f"{root}/sink")
+    assert pq.read_table(path, filesystem=filesystem)["image"].to_pylist() == plant.images[:1]
 
 
 # ---- settings
