@@ -88,7 +88,7 @@ def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[Scored]:
         return [parts[0][0](parts[0][1])]
     assert all(share_a_pass(parts[0][0], detector) for detector, _ in parts)
     aligned = [detector.net.align_image(to_images(images, detector.density.device)) for detector, images in parts]
-    passes = [parts[0][0].net.features(part) for part in _slices(torch.cat([image for image, _ in aligned]))]
+    passes = [parts[0][0].net.features(part) for part in slices(torch.cat([image for image, _ in aligned]))]
     levels, nothing = (
         tuple(torch.cat(level) for level in zip(*(found for found, _ in passes), strict=True)),
         passes[0][1],
@@ -112,11 +112,11 @@ def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
 def embed(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Images (B, 3, H, W) in 0..1 -> embedding (B, C, H/4, W/4) in the aligned frame, theta (B, 2, 3) or None.
 
-    For inference: on a CPU the network takes a few images at a time, whose activations stay in its caches.
+    For inference.
     """
     embeddings: list[Tensor] = []
     thetas: list[Tensor] = []
-    for part in _slices(images):
+    for part in slices(images):
         levels, theta = common_frame(net(part))
         embeddings.append(reduction(levels))
         if theta is not None:
@@ -124,7 +124,8 @@ def embed(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> tuple[T
     return _joined(embeddings), _joined(thetas) if thetas else None
 
 
-def _slices(images: Tensor) -> tuple[Tensor, ...]:
+def slices(images: Tensor) -> tuple[Tensor, ...]:
+    """A batch as a network takes it for inference: on a CPU a few images at a time, whose activations stay in its caches."""
     return images.split(_CPU_IMAGES) if images.device.type == "cpu" else (images,)
 
 

@@ -32,7 +32,7 @@ from focus_ray.images import decode_batch, decode_mask
 from focus_ray.inspector import summarise
 from focus_ray.loop import collect_scores, embedding_statistics, gather_objects, world_size
 from focus_ray.model import LAYERS, ChannelReduction, FocusNet, common_frame
-from focus_ray.scoring import Scored, to_images
+from focus_ray.scoring import Scored, slices, to_images
 from focus_ray.search import Objective
 from focus_ray.selection import DEFECTS_PER_IMAGE, validation_figures, validation_images
 from focus_ray.training import decoded_rows, iter_test_records, plan_category
@@ -185,8 +185,8 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     def levels_of(batches: Iterator[Tensor]) -> tuple[list[list[NDArray[np.float32]]], list[NDArray[np.float32]]]:
         parts: list[list[NDArray[np.float32]]] = [[] for _ in LAYERS]
         thetas = []
-        for batch in batches:
-            levels, theta = common_frame(run.net(to_images(batch, device)))
+        for images in (part for batch in batches for part in slices(to_images(batch, device))):
+            levels, theta = common_frame(run.net(images))
             for part, level in zip(parts, levels, strict=True):  # as they lie in memory: channels last
                 part.append(level.permute(0, 2, 3, 1).float().cpu().contiguous().numpy())
             if theta is not None:

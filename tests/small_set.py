@@ -56,10 +56,10 @@ def fit_alone(config: Config, category: str = "gear") -> FitResult:
     return fit(config, shard, len(plan["fit_rows"]), torch.device("cpu"))
 
 
-def make_bundle(config: Config, category: str = "gear") -> str:
-    """Trains one category in this process and writes its bundle where `train` would. Returns: its place."""
+def make_bundle(config: Config, category: str = "gear", place: Path | str | None = None, fingerprint: str = "") -> str:
+    """Trains one category in this process and writes its bundle, where `train` would unless told. Returns: its place."""
     result = fit_alone(config, category)
-    place = join(config.storage, config.name, "bundles", category)
+    place = join(config.storage, config.name, "bundles", category) if place is None else str(place)
     write_bundle(
         place,
         config=config,
@@ -68,7 +68,12 @@ def make_bundle(config: Config, category: str = "gear") -> str:
         reduction=result.reduction,
         statistics=result.statistics,
         calibration=result.calibration,
-        data={"uri": config.data.uri, "fingerprint": "", "num_fit": result.statistics.moments.count, "num_holdout": 0},
+        data={
+            "uri": config.data.uri,
+            "fingerprint": fingerprint,
+            "num_fit": result.statistics.moments.count,
+            "num_holdout": 0,
+        },
         metrics={"history": result.history},
     )
     return place

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_set import NUM_TRAIN, fit_alone, ingest_parts, small_config
+from small_set import NUM_TRAIN, ingest_parts, make_bundle, small_config
 from torch import Tensor
 
 from focus_ray.bundle import read_bundle, read_manifest, read_statistics, write_bundle
@@ -63,20 +63,7 @@ def make(data: str, place: Path, kind: str, seed: int = 0, method: str = "split"
         train={"seed": seed},
         calibration={"method": method},
     )
-    plan, result = plan_category(config, "gear"), fit_alone(config)
-    provenance = {"uri": data, "fingerprint": plan["fingerprint"], "num_fit": 0, "num_holdout": 0}
-    write_bundle(
-        place,
-        config=config,
-        category="gear",
-        net=result.net,
-        reduction=result.reduction,
-        statistics=result.statistics,
-        calibration=result.calibration,
-        data=provenance,
-        metrics={},
-    )
-    return str(place)
+    return make_bundle(config, place=place, fingerprint=plan_category(config, "gear")["fingerprint"])
 
 
 def normal_rows(uri: str) -> list[int]:
