@@ -79,6 +79,7 @@ def concurrent_runs(
     *,
     share: float = 1.0,
     limit: int | None = None,
+    prefix: str = "",
 ) -> int:
     """How many trainings, each of all of config's workers, fit side by side; the arithmetic is logged.
 
@@ -86,9 +87,9 @@ def concurrent_runs(
         private: whether the cluster is this process's own, and so cannot grow.
         streams: whether images are streamed: what reads them needs a CPU beside the workers'. Without one, workers and
             stream wait for each other for ever (seen with Ray 2.60).
-        share: of the cluster, that may be filled.  limit: no more than so many.
+        share: of the cluster, that may be filled.  limit: no more than so many.  prefix: of the keys that advice names.
 
-    Raises: TrainingError: not even one ever will, on what the cluster has or can grow to; with the arithmetic.
+    Raises: TrainingError: not even one ever will, on that share of what the cluster has or can grow to; with the arithmetic.
     """
     import ray
 
@@ -102,7 +103,8 @@ def concurrent_runs(
     slots = sum(_slots(node, worker) for node in nodes if matches(node.get("Labels", {}), config.labels))
     whole = [slots / config.num_workers, *(free[kind] / amount for kind, amount in needs.items())]
     fits = math.floor(min(whole) * share + 1e-9)
-    if fits < 1 <= math.floor(min(whole) + 1e-9):
+    ceiling = {} if private else _ceiling(config, total)
+    if fits < 1 <= math.floor(min(whole) + 1e-9) and not _would_fit(needs, ceiling, kept, share):
         raise TrainingError(
             f"{share:g} of the cluster is too little for one of {config.num_workers} worker(s), which need "
             f"{_show(needs)} of its {_show(free)} and {config.num_workers} of its {slots} places for such a worker: "
@@ -119,23 +121,22 @@ def concurrent_runs(
         if any(kept.values()):
             there += f", of which {_show(kept)} for the job's own process"
         there += f", and room for {slots} such worker(s) on its {len(nodes)} node(s){labelled}"
-        advice = "lower cluster.num_workers or cluster.cpus_per_worker" + (
-            ", raise data.memory_budget_mb so that nothing is streamed" if streams else ""
+        advice = f"lower {prefix}cluster.num_workers or {prefix}cluster.cpus_per_worker" + (
+            f", raise {prefix}data.memory_budget_mb so that nothing is streamed" if streams else ""
         )
-        ceiling = {} if private else _ceiling(config, total)
-        short = [kind for kind, amount in needs.items() if ceiling.get(kind, 0.0) - kept.get(kind, 0.0) < amount]
         if private:
             raise TrainingError(f"{message}; {there}: {advice}, or set RAY_ADDRESS to a larger cluster")
         if not ceiling:
             raise TrainingError(
-                f"{message}; {there}, and nothing says that it grows: {advice}, or set cluster.max_cpus and "
-                "cluster.max_gpus to what its autoscaler can bring"
+                f"{message}; {there}, and nothing says that it grows: {advice}, or set {prefix}cluster.max_cpus and "
+                f"{prefix}cluster.max_gpus to what its autoscaler can bring"
             )
-        if short:
+        if not _would_fit(needs, ceiling, kept, share):
             most = _show({kind: ceiling.get(kind, 0.0) for kind in needs})
-            raise TrainingError(f"{message}; {there}, and can grow to {most}: {advice}")
+            part = f", of which {share:g} may be filled" if share < 1 else ""
+            raise TrainingError(f"{message}; {there}, and can grow to {most}{part}: {advice}")
         log(f"WARNING: {message}; {there}: waiting for it to grow; otherwise stop, and {advice}")
-    fits = max(1, fits)
+        return 1
     if limit is not None and limit < fits:
         log(f"side by side: {limit} as set; room for {fits}")
         return limit
@@ -144,6 +145,14 @@ def concurrent_runs(
         f"{', a CPU each for the stream of images' if streams else ''}"
     )
     return fits
+
+
+def _would_fit(
+    needs: Mapping[str, float], ceiling: Mapping[str, float], kept: Mapping[str, float], share: float
+) -> bool:
+    """Whether a share of what a cluster can grow to holds what is needed."""
+    there = ((ceiling.get(kind, 0.0) - kept.get(kind, 0.0), amount) for kind, amount in needs.items())
+    return all(most * share >= amount - 1e-9 for most, amount in there)
 
 
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:

@@ -391,8 +391,11 @@ def parse_model(model: type[_M], tree: Any, source: str) -> _M:
 
 
 def unique_name(*parts: str | None) -> str:
-    """A name that no other run or job has: the parts, the time (UTC) and a random part; fit for files and Ray alike."""
-    kept = [re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts if part]
+    """A name that no other run or job has: the parts' first 30 characters, the time (UTC) and a random part.
+
+    Fit for files and Ray alike, and for a configuration's `name` with up to two parts.
+    """
+    kept = [re.sub(r"[^A-Za-z0-9._]+", "-", part)[:30] for part in parts if part]
     return "-".join([*kept, f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", uuid.uuid4().hex[:6]])
 
 

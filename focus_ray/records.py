@@ -27,7 +27,7 @@ from focus_ray.errors import DataError, SweepError
 from focus_ray.search import Point, SweepConfig, parse_sweep
 from focus_ray.storage import create_bytes, exists, join, list_names, read_bytes, write_bytes
 
-SWEEP, CLAIM, STATE, DATA, TRIALS = "sweep.yaml", "claim.json", "state.json", "data.json", "trials"
+SWEEP, STATE, DATA, TRIALS = "sweep.yaml", "state.json", "data.json", "trials"
 DONE = ("finished", "cut")  # what a resumed sweep does not try again
 NOISE = 0.01  # of a validation score, docs/SELECTION.md
 HEARTBEAT_S = 3.0
@@ -131,10 +131,11 @@ def check_free(root: str) -> None:
 def claim(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
     """Writes what the sweep is. Raises: SweepError: the folder holds one already, or one begun at the same time was first."""
     check_free(root)
-    if not create_bytes(join(root, CLAIM), json.dumps({"token": uuid.uuid4().hex}).encode()):
-        raise SweepError(f"{root} was taken by a sweep started at the same time: give another name")
     write_bytes(join(root, DATA), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
-    write_bytes(join(root, SWEEP), config_to_yaml(sweep).encode())
+    # the object that makes it a sweep comes last, and only where there is none; no two have the same bytes
+    text = f"# begun by {socket.gethostname()}, {uuid.uuid4().hex}\n{config_to_yaml(sweep)}"
+    if not create_bytes(join(root, SWEEP), text.encode()):
+        raise SweepError(f"{root} was taken by a sweep started at the same time: give another name")
 
 
 def read_sweep(root: str) -> SweepConfig:

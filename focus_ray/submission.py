@@ -31,7 +31,7 @@ from typing import Any
 
 from focus_ray import __version__
 from focus_ray.cluster import RESERVED
-from focus_ray.config import Config, config_to_yaml, load_config, unique_name
+from focus_ray.config import Config, config_to_yaml, load_config, read_mapping, unique_name
 from focus_ray.errors import SubmissionError
 from focus_ray.search import SweepConfig, load_sweep
 
@@ -228,16 +228,29 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
         return {"config_sha256": hashlib.sha256(path.read_bytes() + "\n".join(overrides).encode()).hexdigest()}
     prefix = _CONFIGURED[arguments[0]]
     whole: Config | SweepConfig
+    weights: list[str] = []
     if prefix:
         whole = load_sweep(path, overrides)
         config = whole.base_config()
+        base_file = read_mapping(path).get("base_file")
+        if base_file and Path(os.path.normpath(Path(files[0]).parent / base_file)).as_posix() not in package.names:
+            raise SubmissionError(
+                f"base_file {base_file} of {files[0]}: not among the files that are sent: put it beside it"
+            )
+        if "model.weights" in whole.space:
+            weights = [str(value) for value in whole.space["model.weights"].samples()]
     else:
         whole = config = load_config(path, overrides)
-    weights = config.model.weights if config.model.weights not in ("default", "random") else "/"
-    places = (("data.uri", config.data.uri), ("storage", config.storage), ("model.weights", weights))
+    named = {config.model.weights, *weights} - {"default", "random"}
+    places = [
+        ("data.uri", config.data.uri),
+        ("storage", config.storage),
+        *(("model.weights", one) for one in sorted(named)),
+    ]
     for key, place in places:
+        sent = key == "model.weights" and place in package.names
         key = prefix + key
-        if "://" not in place and not place.startswith("/") and (place != weights or place not in package.names):
+        if "://" not in place and not place.startswith("/") and not sent:
             raise SubmissionError(
                 f"{key}={place}: a path below the folder that is sent, of which each node has a copy of its own: give an "
                 "s3:// URI, or the absolute path of a folder that all nodes share"

@@ -76,6 +76,7 @@ def sweep(config: SweepConfig, log: Log = lambda message: None) -> Outcome:
     """Starts a sweep in a folder of its own; see `SweepConfig`.
 
     Raises: SweepError: the folder is taken, or every trial failed. DataError, ConfigError: data or space do not fit.
+        TrainingError: the cluster can never hold a trial.
     """
     base = absolute(config.base_config())
     if config.name is None:
@@ -162,7 +163,13 @@ def _carry_out(
         trains = _max_epochs(config, base) > 0
         streams = trains and any(not fits_memory(base, plan) for plan in plans.values())
         limit = cluster.concurrent_runs(
-            base.cluster, private, streams, log, share=config.cluster_share, limit=config.max_concurrent_trials
+            base.cluster,
+            private,
+            streams,
+            log,
+            share=config.cluster_share,
+            limit=config.max_concurrent_trials,
+            prefix="base.",
         )
         cluster.probe_nodes([join(base.data.uri, f"category={c}", COMMIT_NAME) for c in plans], [root])
         claim()
@@ -317,8 +324,13 @@ class _Driver:
 
     def _asked(self, gpu: bool) -> dict[str, Any]:
         """What a task that does a worker's work asks of Ray."""
-        asked = {"num_cpus": self.base.cluster.cpus_per_worker, "num_gpus": int(gpu)}
-        return {**asked, "label_selector": dict(self.base.cluster.labels) or None}
+        worker = cluster.resources_per_worker(self.base.cluster, gpu)
+        return {
+            "num_cpus": worker["CPU"],
+            "num_gpus": worker.get("GPU", 0.0),
+            "memory": worker.get("memory"),
+            "label_selector": dict(self.base.cluster.labels) or None,
+        }
 
     def _budget(self) -> float:
         import ray

@@ -39,6 +39,11 @@ def test_a_share_of_the_cluster_is_filled_and_the_arithmetic_is_told(ray_cluster
         match=r"^0\.5 of the cluster is too little for one of 3 worker\(s\), which need 3 CPU of its 4 CPU",
     ):
         concurrent_runs(ClusterConfig(num_workers=3), private=True, share=0.5)
+    assert concurrent_runs(ClusterConfig(num_workers=3, max_cpus=8), private=False, share=0.5) == 1
+    with pytest.raises(
+        TrainingError, match=r"can grow to 8 CPU, of which 0\.5 may be filled: lower base\.cluster\.num_w"
+    ):
+        concurrent_runs(ClusterConfig(num_workers=5, max_cpus=8), private=False, share=0.5, prefix="base.")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def test_a_cluster_that_nobody_says_can_grow_refuses_too(ray_cluster: None) -> N
 def test_a_cluster_that_can_grow_enough_waits_and_one_that_cannot_refuses(ray_cluster: None) -> None:
     said: list[str] = []
     assert concurrent_runs(ClusterConfig(num_workers=8, max_cpus=8), False, False, said.append) == 1
-    assert len(said) == 2
+    assert len(said) == 1
     assert "WARNING: 8 worker(s) of 1 CPU need 8 CPU; the cluster has 4 CPU" in said[0]
     assert "waiting for it to grow; otherwise stop, and lower cluster.num_workers" in said[0]
     with pytest.raises(TrainingError, match=r"need 9 CPU; .* and can grow to 8 CPU: lower cluster\.num_workers"):

@@ -1,7 +1,7 @@
 """The cluster manifests: Kubernetes' own schemas for what is Kubernetes', strict keys for KubeRay's and Kueue's kinds.
 
-The fields of KubeRay's and Kueue's kinds below are those of their Go types (ray.io/v1, kueue.x-k8s.io/v1beta1) that the
-manifests use or may use; their CRDs come in no package. Pod templates are checked as pods, strictly, unknown keys included.
+The fields of KubeRay's and Kueue's kinds below are those of their Go types (ray.io/v1 of KubeRay 1.6,
+kueue.x-k8s.io/v1beta2); their CRDs come in no package. Pod templates are checked as pods, strictly, unknown keys included.
 """
 
 from __future__ import annotations
@@ -18,27 +18,34 @@ CLUSTER = Path(__file__).parents[1] / "configs" / "cluster"
 KUBERNETES = "1.31"
 SPEC_OF_RAY_CLUSTER = {
     "suspend", "managedBy", "autoscalerOptions", "headServiceAnnotations", "enableInTreeAutoscaling",
-    "gcsFaultToleranceOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs",
+    "gcsFaultToleranceOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs", "upgradeStrategy", "authOptions",
 }  # fmt: skip
-HEAD = {"template", "headService", "enableIngress", "rayStartParams", "serviceType"}
+HEAD = {"template", "headService", "enableIngress", "resources", "labels", "rayStartParams", "serviceType"}
 WORKERS = {
-    "suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds", "rayStartParams", "template",
-    "scaleStrategy", "numOfHosts",
+    "suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds", "resources", "labels",
+    "rayStartParams", "template", "scaleStrategy", "numOfHosts",
 }  # fmt: skip
 AUTOSCALER = {
-    "resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds", "upscalingMode", "env", "envFrom",
-    "volumeMounts",
+    "resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds", "upscalingMode", "version", "env",
+    "envFrom", "volumeMounts",
 }  # fmt: skip
 SPEC_OF_RAY_JOB = {
     "activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate", "metadata", "clusterSelector",
     "submitterConfig", "managedBy", "deletionStrategy", "entrypoint", "runtimeEnvYAML", "jobId", "submissionMode",
     "entrypointResources", "entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished",
-    "shutdownAfterJobFinishes", "suspend",
+    "preRunningDeadlineSeconds", "shutdownAfterJobFinishes", "suspend",
 }  # fmt: skip
+SPEC_OF_RAY_SERVICE = {
+    "rayClusterDeletionDelaySeconds", "serveService", "upgradeStrategy", "managedBy", "serveConfigV2", "rayClusterConfig",
+    "excludeHeadPodFromServeSvc",
+}  # fmt: skip
+KUEUE = "kueue.x-k8s.io/v1beta2"
 SPEC_OF_QUEUE = {
-    "resourceGroups", "cohort", "queueingStrategy", "namespaceSelector", "flavorFungibility", "preemption",
-    "admissionChecks", "admissionChecksStrategy", "stopPolicy", "fairSharing", "admissionScope",
+    "resourceGroups", "cohortName", "queueingStrategy", "namespaceSelector", "flavorFungibility", "preemption",
+    "admissionChecksStrategy", "stopPolicy", "fairSharing", "admissionScope",
 }  # fmt: skip
+SPEC_OF_LOCAL_QUEUE = {"clusterQueue", "stopPolicy", "fairSharing"}
+SPEC_OF_FLAVOR = {"nodeLabels", "nodeTaints", "tolerations", "topologyName"}
 
 
 def load(name: str) -> list[dict[str, Any]]:
@@ -91,12 +98,15 @@ def test_the_schemas_refuse_an_unknown_key() -> None:
 def test_a_ray_cluster_has_known_keys_and_valid_pods(kind: str) -> None:
     spec = ray_cluster_specs()[kind]
     assert set(spec) <= SPEC_OF_RAY_CLUSTER
-    assert set(spec["headGroupSpec"]) <= HEAD
-    assert set(spec.get("autoscalerOptions", {})) <= AUTOSCALER
+    assert {"rayStartParams", "template"} <= set(spec["headGroupSpec"]) <= HEAD
+    assert spec["headGroupSpec"]["serviceType"] in ("ClusterIP", "NodePort", "LoadBalancer")
+    autoscaler = spec.get("autoscalerOptions", {})
+    assert set(autoscaler) <= AUTOSCALER
+    assert autoscaler.get("upscalingMode", "Default") in ("Default", "Aggressive", "Conservative")
     check_pod(spec["headGroupSpec"]["template"])
     assert [group["groupName"] for group in spec["workerGroupSpecs"]] == ["cpu", "gpu"]
     for group in spec["workerGroupSpecs"]:
-        assert set(group) <= WORKERS
+        assert {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"} <= set(group) <= WORKERS
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         check_pod(group["template"])
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
@@ -106,6 +116,7 @@ def test_a_ray_cluster_has_known_keys_and_valid_pods(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
 def test_every_container_has_the_token_and_cannot_rise_above_itself(kind: str) -> None:
     spec = ray_cluster_specs()[kind]
+    assert spec["authOptions"] == {"mode": "token", "secretName": "focus-ray-token"}  # the operator's own way to it
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         for container in group["template"]["spec"]["containers"]:
             env = {item["name"]: item for item in container["env"]}
@@ -114,6 +125,15 @@ def test_every_container_has_the_token_and_cannot_rise_above_itself(kind: str) -
             assert container["securityContext"]["runAsNonRoot"]
             assert not container["securityContext"]["allowPrivilegeEscalation"]
             assert set(container["resources"]["limits"]) >= {"cpu", "memory"}
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_only_an_autoscaler_may_ask_kubernetes(kind: str) -> None:
+    spec = ray_cluster_specs()[kind]
+    assert not any(account["automountServiceAccountToken"] for account in of_kind("ServiceAccount"))
+    head = spec["headGroupSpec"]["template"]["spec"]
+    assert head.get("automountServiceAccountToken", False) == spec.get("enableInTreeAutoscaling", False)
+    assert not any("automountServiceAccountToken" in g["template"]["spec"] for g in spec["workerGroupSpecs"])
 
 
 def test_no_manifest_holds_a_secret() -> None:
@@ -133,6 +153,7 @@ def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
     assert local["metadata"]["namespace"] == job["metadata"]["namespace"]
     assert labels["kueue.x-k8s.io/priority-class"] in [c["metadata"]["name"] for c in of_kind("WorkloadPriorityClass")]
     assert job["spec"]["suspend"]
+    assert job["spec"]["shutdownAfterJobFinishes"]  # KubeRay and Kueue refuse a job that waits without it
     queue = next(q for q in of_kind("ClusterQueue") if q["metadata"]["name"] == local["spec"]["clusterQueue"])
     quota = {
         resource["name"]: quantity(resource["nominalQuota"])
@@ -140,6 +161,7 @@ def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
         for resource in group["flavors"][0]["resources"]
     }
     spec = job["spec"]["rayClusterSpec"]
+    assert not spec.get("enableInTreeAutoscaling", False)  # Kueue refuses it
     pods = [(1, spec["headGroupSpec"]["template"]), (1, job["spec"]["submitterPodTemplate"])]
     pods += [(group["replicas"], group["template"]) for group in spec["workerGroupSpecs"]]
     for name, limit in quota.items():
@@ -168,6 +190,8 @@ def test_every_team_has_queues_flavors_and_a_namespace_that_exist() -> None:
     flavors = {flavor["metadata"]["name"] for flavor in of_kind("ResourceFlavor")}
     namespaces = {item["metadata"]["name"]: item["metadata"].get("labels", {}) for item in of_kind("Namespace")}
     queues = {queue["metadata"]["name"]: queue["spec"] for queue in of_kind("ClusterQueue")}
+    assert {item["apiVersion"] for item in everything() if "kueue" in item["apiVersion"]} == {KUEUE}
+    assert all(set(flavor.get("spec", {})) <= SPEC_OF_FLAVOR for flavor in of_kind("ResourceFlavor"))
     for spec in queues.values():
         assert set(spec) <= SPEC_OF_QUEUE
         for group in spec["resourceGroups"]:
@@ -177,12 +201,18 @@ def test_every_team_has_queues_flavors_and_a_namespace_that_exist() -> None:
                 assert all(
                     set(r) <= {"name", "nominalQuota", "borrowingLimit", "lendingLimit"} for r in flavor["resources"]
                 )
+        assert spec["queueingStrategy"] in ("StrictFIFO", "BestEffortFIFO")
         assert spec["preemption"].keys() <= {"reclaimWithinCohort", "withinClusterQueue", "borrowWithinCohort"}
-        assert spec["cohort"] == "plant"  # else borrowingLimit is refused
+        assert spec["preemption"]["reclaimWithinCohort"] in ("Never", "LowerPriority", "Any")
+        assert spec["preemption"]["withinClusterQueue"] in ("Never", "LowerPriority", "LowerOrNewerEqualPriority")
+        assert spec["cohortName"] == "plant"  # else borrowingLimit is refused
     for local in of_kind("LocalQueue"):
+        assert set(local["spec"]) <= SPEC_OF_LOCAL_QUEUE
         selector = queues[local["spec"]["clusterQueue"]]["namespaceSelector"]["matchLabels"]
         assert selector.items() <= namespaces[local["metadata"]["namespace"]].items()
-    assert all(isinstance(item["value"], int) for item in of_kind("WorkloadPriorityClass"))
+    for item in of_kind("WorkloadPriorityClass"):
+        assert set(item) <= {"apiVersion", "kind", "metadata", "value", "description"}
+        assert isinstance(item["value"], int)
 
 
 def test_every_namespace_that_is_used_is_made_with_its_account_and_policy() -> None:
@@ -197,7 +227,7 @@ def test_the_services_serve_config_fits_rays_schema() -> None:
     from ray.serve.schema import ServeDeploySchema
 
     (service,) = of_kind("RayService")
-    assert set(service["spec"]) <= {"serveConfigV2", "rayClusterConfig", "serveService"}
+    assert {"rayClusterConfig"} <= set(service["spec"]) <= SPEC_OF_RAY_SERVICE
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     parsed = ServeDeploySchema.model_validate(config)
     assert set(config) <= set(ServeDeploySchema.model_fields)  # Ray itself ignores what it does not know

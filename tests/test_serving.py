@@ -839,7 +839,9 @@ def test_one_replica_scores_what_it_takes_in_and_several_do_not(plant: Plant) ->
     for scaling in ({"min_replicas": 0}, {"max_replicas": 2}):
         assert not settings_of(plant, pool={"scaling": scaling}).is_together
     assert not settings_of(plant, together=False).is_together
-    with pytest.raises(ConfigError, match="together=true leaves no replicas to pin"):
+    assert not settings_of(plant, ingress={"max_replicas": 2}).is_together
+    assert parse_settings(settings_of(plant).model_dump(mode="json")).is_together  # as a replica reads them
+    with pytest.raises(ConfigError, match="together=true leaves no replicas for pins: take it out"):
         settings_of(plant, together=True, pins=[pin])
 
 

@@ -155,6 +155,12 @@ def test_a_sweep_is_checked_before_it_is_sent_and_is_its_teams(folder: Path) -> 
         job(folder, "sweep", "configs/sweep.yaml", "space={density.shrinkag: [1.0]}")
     with pytest.raises(SubmissionError, match=r"base\.storage=sweeps: a path below the folder that is sent"):
         job(folder, "sweep", "configs/sweep.yaml", "base.storage=sweeps")
+    with pytest.raises(SubmissionError, match=r"base\.model\.weights=w/a\.pth: a path below the folder that is sent"):
+        job(folder, "sweep", "configs/sweep.yaml", "space={model.weights: [default, w/a.pth]}")
+    (folder.parent / "base.yaml").write_text("storage: s3://bucket/sweeps")
+    (folder / "configs/far.yaml").write_text(f"base_file: ../../base.yaml{SWEEP}")
+    with pytest.raises(SubmissionError, match=r"base_file \.\./\.\./base\.yaml .*: not among the files that are sent"):
+        job(folder, "sweep", "configs/far.yaml")
     resumed = job(folder, "sweep", "resume", "s3://bucket/sweeps/found", team="press")
     assert resumed.entrypoint == "python -m focus_ray.cli sweep resume s3://bucket/sweeps/found"
     assert resumed.metadata["team"] == "press"

@@ -71,7 +71,8 @@ def wait_for(place: str, count: int, process: subprocess.Popen[str], timeout_s: 
 
 @pytest.mark.usefixtures("_keys")
 def test_a_sweep_by_ray_job_submit_ends_with_a_table(nodes: Nodes, resnet18_weights: Path) -> None:
-    arguments = words(nodes, resnet18_weights, "name=found", "base.cluster.team=press")
+    kept = ("base.cluster.labels={site: b}", "base.cluster.memory_gib_per_worker=0.25")  # on two of the three nodes
+    arguments = words(nodes, resnet18_weights, "name=found", "base.cluster.team=press", *kept)
     ended = subprocess.run(
         [
             str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", nodes.address,

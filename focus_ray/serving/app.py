@@ -32,6 +32,16 @@ from focus_ray.serving.source import open_source, version_key
 
 COMMON = "scorer"  # the pool of all categories that have none of their own
 _ATTEMPTS = 4  # of a call whose replica is lost; a lost node takes several replicas at once
+_ENVIRONMENT = {
+    "env_vars": {
+        # nothing here holds an event loop for long, so a request need not cross from one to another in a process
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        # a request for a model that went out of memory since the last one would wait 1 to 2 s for a replica to have it
+        # again before it is sent to any other (Ray 2.60)
+        "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.05",
+    }
+}
 _MULTIPLEXER = "__serve_multiplex_wrapper"  # where Serve 2.60 keeps a replica's list of models
 
 
@@ -177,14 +187,9 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         pinned[pin.name] = _pool(f"pinned-{pin.name}", pin.pool, settings.device, preload)
     limits, pool = settings.limits, settings.pool
     together = settings.is_together
-    actor: dict[str, Any] = {
-        "num_cpus": settings.ingress_num_cpus,
-        # a request for a model that went out of memory since the last one would wait 1 to 2 s for a replica to have it
-        # again before it is sent to any other (Ray 2.60)
-        "runtime_env": {"env_vars": {"RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.05"}},
-    }
+    actor: dict[str, Any] = {"num_cpus": settings.ingress_num_cpus, "runtime_env": _ENVIRONMENT}
     if together:
-        actor = {"num_cpus": settings.ingress_num_cpus + pool.num_cpus, "num_gpus": pool.num_gpus}
+        actor.update(num_cpus=settings.ingress_num_cpus + pool.num_cpus, num_gpus=pool.num_gpus)
     ingress = Ingress.options(  # type: ignore[attr-defined]
         name="ingress",
         autoscaling_config=_autoscaling(pool.scaling if together else settings.ingress),
@@ -192,7 +197,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         max_queued_requests=4 * limits.max_in_flight,
         backpressure_config={"status_code": 503, "retry_after_s": limits.retry_after_s},
         ray_actor_options=actor,
-        graceful_shutdown_timeout_s=limits.timeout_s,
+        graceful_shutdown_timeout_s=max(limits.timeout_s, pool.graceful_shutdown_s if together else 0.0),
         health_check_period_s=5,
     )
     common = None if together else _pool(COMMON, pool, settings.device)
@@ -205,7 +210,7 @@ def _pool(name: str, pool: Pool, device: str, preload: Sequence[Version] = ()) -
         autoscaling_config=_autoscaling(pool.scaling),
         max_ongoing_requests=pool.max_ongoing_requests,
         max_queued_requests=pool.max_queued_requests,
-        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus},
+        ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "runtime_env": _ENVIRONMENT},
         graceful_shutdown_timeout_s=pool.graceful_shutdown_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,

@@ -33,9 +33,6 @@ def running(settings: Settings, host: str = "127.0.0.1", port: int = 8000) -> It
     """
     check_host(host, settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # nothing here blocks an event loop, so requests need not cross to another one twice; a private Ray's processes inherit it
-    os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
-    os.environ.setdefault("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0")
     import ray
     from ray import serve
     from ray.serve.schema import LoggingConfig

@@ -64,6 +64,8 @@ class Scorer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pool, self.device, self.measures = pool, device, measures or Measures()
         self._workers = ThreadPoolExecutor(pool.num_decoders, thread_name_prefix="decode")
+        # what waits beyond it waits encoded; apart, Serve itself sends no more
+        self._places = asyncio.Semaphore(pool.max_ongoing_requests)
         passes = ThreadPoolExecutor(1, thread_name_prefix="pass")
         if device == "cpu":
             # every thread that computes in parallel has OpenMP threads of its own; with more of them than cores they go to
@@ -89,6 +91,10 @@ class Scorer:
         self, version: Version, images: Sequence[bytes], output: Output = "json", include_map: bool = False
     ) -> Answer:
         """Scores the images of one request. Raises: BundleError: the version cannot be loaded."""
+        async with self._places:
+            return await self._inspect(version, images, output, include_map)
+
+    async def _inspect(self, version: Version, images: Sequence[bytes], output: Output, include_map: bool) -> Answer:
         started = time.perf_counter()
         inspector = (await self.models.get(version)).inspector
         loaded = time.perf_counter()

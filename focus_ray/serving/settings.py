@@ -103,6 +103,9 @@ class Sink(Section):
     )
 
 
+_INGRESS = Scaling(min_replicas=1, max_replicas=4, target_ongoing_requests=64.0)
+
+
 class Settings(Section):
     """The whole service."""
 
@@ -119,14 +122,13 @@ class Settings(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ingress: Scaling = Field(
-        default=Scaling(min_replicas=1, max_replicas=4, target_ongoing_requests=64.0),
-        description="Replicas that take requests in; they use no GPU and hold no model.",
+        default=_INGRESS, description="Replicas that take requests in; apart, they use no GPU and hold no model."
     )
     ingress_num_cpus: float = Field(default=0.5, ge=0.0)
     together: bool | Literal["auto"] = Field(
         default="auto",
         description="Whether the replicas that take requests in score them too: a hop less, but nothing else retries what "
-        "a lost one had. auto: where the pool has exactly one replica, and nothing is pinned.",
+        "a lost one had. auto: where the pool has exactly one replica, nothing is pinned, and ingress is not set.",
     )
     pool: Pool = Pool()
     pins: tuple[Pin, ...] = ()
@@ -145,8 +147,9 @@ class Settings(Section):
             )
         if self.tokens is not None and self.open_to_all:
             raise ValueError("tokens and open_to_all=true contradict each other: set one")
-        if self.together is True and self.pins:
-            raise ValueError("together=true leaves no replicas to pin: take out pins, or set together=false")
+        if self.together is True and (self.pins or self.ingress != _INGRESS):
+            given = "pins" if self.pins else "ingress"
+            raise ValueError(f"together=true leaves no replicas for {given}: take it out, or set together=false")
         _once("pins", [pin.name for pin in self.pins])
         _once("pins", [f"{pin.team}/{category}" for pin in self.pins for category in pin.categories])
         _once("routes", [f"{route.team}/{route.category}" for route in self.routes])
@@ -156,7 +159,8 @@ class Settings(Section):
     def is_together(self) -> bool:
         """`together`, resolved."""
         if self.together == "auto":
-            return self.pool.scaling.min_replicas == self.pool.scaling.max_replicas == 1 and not self.pins
+            scaling = self.pool.scaling
+            return scaling.min_replicas == scaling.max_replicas == 1 and not self.pins and self.ingress == _INGRESS
         return self.together
 
 
