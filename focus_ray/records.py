@@ -131,11 +131,15 @@ def check_free(root: str) -> None:
 def claim(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
     """Writes what the sweep is. Raises: SweepError: the folder holds one already, or one begun at the same time was first."""
     check_free(root)
-    write_bytes(join(root, DATA), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
-    # the object that makes it a sweep comes last, and only where there is none; no two have the same bytes
+    # only where there is none, and no two have the same bytes; what else is written is then the winner's alone
     text = f"# begun by {socket.gethostname()}, {uuid.uuid4().hex}\n{config_to_yaml(sweep)}"
     if not create_bytes(join(root, SWEEP), text.encode()):
         raise SweepError(f"{root} was taken by a sweep started at the same time: give another name")
+    _write_data(root, fingerprints)
+
+
+def _write_data(root: str, fingerprints: Mapping[str, str]) -> None:
+    write_bytes(join(root, DATA), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
 
 
 def read_sweep(root: str) -> SweepConfig:
@@ -154,6 +158,8 @@ def read_sweep(root: str) -> SweepConfig:
 
 def check_data(root: str, fingerprints: Mapping[str, str]) -> None:
     """Raises: DataError: the images are no longer those that the finished trials were judged on."""
+    if not exists(join(root, DATA)):  # its driver died as it began, before any trial
+        _write_data(root, fingerprints)
     former = json.loads(read_bytes(join(root, DATA)))
     changed = sorted(name for name in {*former, *fingerprints} if former.get(name) != fingerprints.get(name))
     if changed:

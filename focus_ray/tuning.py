@@ -502,15 +502,12 @@ def _placement_groups() -> set[str]:
     from ray.util.state.exception import RayStateApiException
 
     context = ray.get_runtime_context()
-    job, address = (
-        context.get_job_id(),
-        context.gcs_address,
-    )  # without the address, two clusters on a machine confuse it
+    address = context.gcs_address  # without it, two clusters on a machine confuse the state API
     for pause_s in (1.0, 3.0, 0.0):
         with contextlib.suppress(RayStateApiException, ConnectionError, RuntimeError):
             groups = list_placement_groups(
                 address=address,
-                filters=[("creator_job_id", "=", job)],
+                filters=[("creator_job_id", "=", context.get_job_id())],
                 limit=10_000,
                 raise_on_missing_output=False,
             )

@@ -285,6 +285,13 @@ def test_changed_images_are_no_ground_to_go_on_from(data: str, tmp_path: Path) -
         records.check_data(str(tmp_path), {"gear": "x", "board": "b"})
 
 
+def test_a_sweep_whose_driver_died_as_it_began_can_be_taken_up(data: str, tmp_path: Path) -> None:
+    records.claim(str(tmp_path), sweep_of(data, tmp_path), {"gear": "a"})
+    (tmp_path / records.DATA).unlink()
+    records.check_data(str(tmp_path), {"gear": "b"})
+    assert json.loads((tmp_path / records.DATA).read_text()) == {"gear": "b"}
+
+
 def test_a_folder_without_a_sweep_is_named(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"no sweep here: give the folder that `focus-ray sweep` named"):
         read_sweep(str(tmp_path))
