@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from focus_ray.bundle import Bundle, git_commit, library_versions
+from focus_ray.bundle.bundle import Bundle, git_commit, library_versions
+from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import Config, parse_config
-from focus_ray.dataset import ingest, list_categories
-from focus_ray.fit import FitResult, build_detector, fit
-from focus_ray.inspector import Inspector
-from focus_ray.training import build_shard, iter_test_records, plan_category
+from focus_ray.data.ingest import ingest
+from focus_ray.data.read import iter_test_records, list_categories
+from focus_ray.data.shards import build_shard
+from focus_ray.data.split import plan_category
+from focus_ray.fitting.fit import FitResult, build_detector, fit
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +66,7 @@ def fit_category(config: Config, category: str, device: str) -> tuple[FitResult,
     """Trains one category in this process and gives an inspector of it."""
     plan = plan_category(config, category)
     shard = build_shard(config, category, plan, rank=0, num_workers=1)
-    result = fit(config, shard, len(plan["fit_rows"]), torch.device(device), log=print)
+    result = fit(config, shard, len(plan.fit_rows), torch.device(device), log=print)
     detector = build_detector(config, result.net, result.reduction, result.statistics)
     bundle = Bundle({"category": category, "sha256": ""}, config, detector, result.calibration)
     return result, Inspector(bundle, device)

@@ -19,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table, run
-from focus_ray.backbone import Backbone, build_backbone
 from focus_ray.config import parse_config
-from focus_ray.fit import MemoryShard
-from focus_ray.images import decode_image, decode_mask
-from focus_ray.inspector import evaluation_size, resize_map, summarise
-from focus_ray.scoring import to_images, upsample_and_smooth
-from focus_ray.training import build_shard, iter_test_records, plan_category
+from focus_ray.data.images import decode_image, decode_mask
+from focus_ray.data.read import iter_test_records
+from focus_ray.data.shards import MemoryShard, build_shard
+from focus_ray.data.split import plan_category
+from focus_ray.evaluation.evaluate import evaluation_size, summarise
+from focus_ray.evaluation.inspection import resize_map
+from focus_ray.fitting.scoring import to_images, upsample_and_smooth
+from focus_ray.model.backbones.base import Backbone, build_backbone
 
 
 def patches(backbone: Backbone, images: Tensor) -> Tensor:

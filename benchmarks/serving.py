@@ -19,8 +19,8 @@ import aiohttp
 import torch
 
 from benchmarks.harness import print_json, print_table
-from focus_ray.dataset import IMAGE_SUFFIXES
-from focus_ray.inspector import Inspector
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.data.importers.base import IMAGE_SUFFIXES
 from focus_ray.serving.launch import running
 from focus_ray.serving.settings import parse_settings
 

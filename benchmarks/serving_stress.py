@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import print_json
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.registry import Registry
 from focus_ray.client import AsyncClient, Client, Inspected
-from focus_ray.dataset import IMAGE_SUFFIXES
-from focus_ray.inspector import Inspector
-from focus_ray.registry import Registry
+from focus_ray.data.importers.base import IMAGE_SUFFIXES
 from focus_ray.serving.launch import running
 from focus_ray.serving.models import own_tensors
 from focus_ray.serving.settings import MIB, parse_settings

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
-from focus_ray import cluster
-from focus_ray.search import grid_points, parse_sweep
-from focus_ray.trial import embed_images, forget, judge_category, judging_plan, load_images
-from focus_ray.tuning import sweep
+from focus_ray.cluster.connect import connect
+from focus_ray.sweep.driver import sweep
+from focus_ray.sweep.settings import grid_points, parse_sweep
+from focus_ray.sweep.shared import embed_images, judging_plan, load_images
+from focus_ray.sweep.trial import forget, judge_category
 
 DENSITY_SPACE = {
     "density.num_channels": [25, 50, 100, 150, 200, 300],
@@ -113,7 +114,7 @@ def main() -> None:
         space = {key: values[:: arguments.every] for key, values in DENSITY_SPACE.items()}
         samples += run_alone(base, space, categories, arguments.device)
     if {"sharing", "race"} & set(arguments.parts):
-        cluster.connect()
+        connect()
     if "sharing" in arguments.parts:
         samples += [
             run_sweep(base, DENSITY_SPACE, "unshared", share_work=False),

@@ -7,9 +7,6 @@ relatives (RegAD, SimSiam, PaDiM), [ours] a choice of this project.
 from __future__ import annotations
 
 import difflib
-import re
-import uuid
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -17,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from focus_ray.errors import ConfigError
+from focus_ray.names import NAME
 
 Group = Literal[
     "none",
@@ -32,18 +30,16 @@ Layer = Literal["layer1", "layer2", "layer3"]
 BackboneName = Literal["resnet18", "wide_resnet50_2", "efficientnet_lite0"]
 
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+class Section(BaseModel):
+    """Base of configurations: frozen, and no unknown keys."""
 
-
-class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-Section = _Model  # for configurations of other modules
 M = TypeVar("M", bound=BaseModel)
 
 
-class DataConfig(_Model):
+class DataConfig(Section):
     """Where the images are and which of them are held out."""
 
     uri: str = Field(description="Root of an ingested Parquet data set: a local path or an s3:// URI.")
@@ -70,7 +66,7 @@ class DataConfig(_Model):
         return value
 
 
-class ImageAlignmentConfig(_Model):
+class ImageAlignmentConfig(Section):
     """ICA: a spatial transformer on the image, before the backbone [paper]."""
 
     group: Group = Field(default="rotation_translation", description="Transforms that the aligner may use.")
@@ -97,7 +93,7 @@ class ImageAlignmentConfig(_Model):
     )
 
 
-class FeatureAlignmentConfig(_Model):
+class FeatureAlignmentConfig(Section):
     """FCA: a spatial transformer after each of layers 1 to 3, trained by the fine loss alone [paper]."""
 
     layer1: Group = "none"
@@ -110,7 +106,7 @@ class FeatureAlignmentConfig(_Model):
     max_rotation_deg: float = Field(default=15.0, gt=0.0, le=180.0, description="Largest turn, degrees [ours].")
 
 
-class ModelConfig(_Model):
+class ModelConfig(Section):
     """The network: alignment, backbone, projector (the paper's encoder f) and predictor (g)."""
 
     backbone: BackboneName = Field(default="resnet18", description="ImageNet CNN; its layers 1 to 3 are used [paper].")
@@ -143,7 +139,7 @@ class ModelConfig(_Model):
         return value
 
 
-class TrainConfig(_Model):
+class TrainConfig(Section):
     """Optimisation. SGD with momentum and a cosine schedule [kin]; the paper's values are not known."""
 
     epochs: int = Field(default=0, ge=0, le=10_000, description="Passes over the training images; 0 trains nothing.")
@@ -174,7 +170,7 @@ class TrainConfig(_Model):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
-class DensityConfig(_Model):
+class DensityConfig(Section):
     """One density per location over the embeddings of normal images."""
 
     kind: Literal["gaussian", "nearest"] = Field(
@@ -229,7 +225,7 @@ class DensityConfig(_Model):
         return value
 
 
-class ScoringConfig(_Model):
+class ScoringConfig(Section):
     """From distances to a map and a score."""
 
     smoothing_sigma_px: float = Field(
@@ -237,7 +233,7 @@ class ScoringConfig(_Model):
     )
 
 
-class SelectionConfig(_Model):
+class SelectionConfig(Section):
     """Choosing by normal images alone: whether to align, and which epoch's network to keep [ours].
 
     Candidates are scored on normal images held out for this, against the same images with synthetic defects.
@@ -259,7 +255,7 @@ class SelectionConfig(_Model):
     )
 
 
-class CalibrationConfig(_Model):
+class CalibrationConfig(Section):
     """Thresholds and p-values from normal images that the density has not seen."""
 
     method: Literal["split", "cross"] = Field(
@@ -271,19 +267,19 @@ class CalibrationConfig(_Model):
     target_pixel_fpr: float = Field(default=0.001, gt=0.0, lt=1.0, description="Share of good pixels called bad.")
 
 
-class ClusterConfig(_Model):
+class ClusterConfig(Section):
     """What a run asks of Ray, and for whom."""
 
     team: str | None = Field(
-        default=None, pattern=_NAME, description="Whose run it is: part of its namespace and of a name made up for it."
+        default=None, pattern=NAME, description="Whose run it is: part of its namespace and of a name made up for it."
     )
     priority: str | None = Field(
         default=None,
-        pattern=_NAME,
+        pattern=NAME,
         description="Kueue's priority class of the job, noted with it (configs/cluster); Ray itself has no priorities.",
     )
     namespace: str | None = Field(
-        default=None, pattern=_NAME, description="Ray namespace; null: one of the team's, or one of the run's own."
+        default=None, pattern=NAME, description="Ray namespace; null: one of the team's, or one of the run's own."
     )
     labels: dict[str, str] = Field(
         default={}, description="Workers run on nodes with these labels: value, !value, in(a,b) or !in(a,b)."
@@ -308,12 +304,12 @@ class ClusterConfig(_Model):
     )
 
 
-class Config(_Model):
+class Config(Section):
     """Everything that decides what a run makes."""
 
     name: str = Field(
         default="focus-ray",
-        pattern=_NAME,
+        pattern=NAME,
         description="Names the run's folder; 'auto' makes one up that no other run has: team, date and a random part.",
     )
     storage: str = Field(default="runs", min_length=1, description="Root of run folders: a local path or s3:// URI.")
@@ -388,15 +384,6 @@ def parse_model(model: type[_M], tree: Any, source: str) -> _M:
         return model.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(item, model) for item in error.errors())) from None
-
-
-def unique_name(*parts: str | None) -> str:
-    """A name that no other run or job has: the parts' first 30 characters, the time (UTC) and a random part.
-
-    Fit for files and Ray alike, and for a configuration's `name` with up to two parts.
-    """
-    kept = [re.sub(r"[^A-Za-z0-9._]+", "-", part)[:30] for part in parts if part]
-    return "-".join([*kept, f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", uuid.uuid4().hex[:6]])
 
 
 def config_to_yaml(config: BaseModel) -> str:

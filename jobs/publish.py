@@ -2,7 +2,7 @@
 
 import sys
 
-from focus_ray.cli import main
+from focus_ray.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["registry", "publish", *sys.argv[1:]]))

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from focus_ray.cli import main as focus_ray
+from focus_ray.cli.main import main as focus_ray
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 

@@ -18,9 +18,8 @@ _RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="fr-", dir="/tm
 
 import pytest
 from hypothesis import settings
+from places import SHARED
 from s3_server import s3, s3_server  # noqa: F401
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 settings.register_profile("focus_ray", deadline=None)  # a busy machine is no failure
 settings.load_profile("focus_ray")

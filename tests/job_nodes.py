@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from places import REPOSITORY
 from s3_server import S3Server
 
-from focus_ray.dataset import ingest
+from focus_ray.data.ingest import ingest
 
-REPOSITORY = Path(__file__).parents[1]
 TOKEN = "a-token-for-tests-0123456789abcdef"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from small_set import ingest_parts, make_bundle, small_config
 
-from focus_ray.dataset import read_rows
-from focus_ray.registry import Registry
+from focus_ray.bundle.registry import Registry
+from focus_ray.data.read import read_rows
 from focus_ray.serving.tokens import create_token
 
 PRESS, MILL = "press", "mill"

@@ -8,13 +8,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from focus_ray.bundle import write_bundle
+from focus_ray.bundle.bundle import write_bundle
 from focus_ray.config import Config, parse_config
-from focus_ray.dataset import SCHEMA, ingest
-from focus_ray.fit import FitResult, fit
-from focus_ray.samples import write_samples
+from focus_ray.data.ingest import ingest
+from focus_ray.data.schema import SCHEMA
+from focus_ray.data.shards import build_shard
+from focus_ray.data.split import plan_category
+from focus_ray.fitting.fit import FitResult, fit
+from focus_ray.samples.write import write_samples
 from focus_ray.storage import join
-from focus_ray.training import build_shard, plan_category
 
 CATEGORIES = ("board", "gear")
 NUM_TRAIN = 24  # a category
@@ -53,7 +55,7 @@ def fit_alone(config: Config, category: str = "gear") -> FitResult:
     """Trains one category in this process."""
     plan = plan_category(config, category)
     shard = build_shard(config, category, plan, 0, 1)
-    return fit(config, shard, len(plan["fit_rows"]), torch.device("cpu"))
+    return fit(config, shard, len(plan.fit_rows), torch.device("cpu"))
 
 
 def make_bundle(config: Config, category: str = "gear", place: Path | str | None = None, fingerprint: str = "") -> str:

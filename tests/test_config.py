@@ -9,13 +9,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from places import CONFIGS
 from pydantic import ValidationError
 
 from focus_ray.config import Config, config_to_yaml, load_config, parse_config
 from focus_ray.errors import ConfigError
 
-FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - set(FOLDER.glob("sweep*.yaml")))  # test_search loads those
+CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("sweep*.yaml")))  # test_search loads those
 
 
 def tree_with(key: str, value: Any) -> dict[str, Any]:

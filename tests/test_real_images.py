@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from places import CONFIGS
 from small_set import make_bundle
 
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.cluster.training import train
 from focus_ray.config import Config, load_config
-from focus_ray.dataset import ingest
-from focus_ray.inspector import Inspector
-from focus_ray.training import iter_test_records, train
+from focus_ray.data.ingest import ingest
+from focus_ray.data.read import iter_test_records
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH_SIZE = 16
 
 

@@ -17,9 +17,11 @@ from pyarrow import fs
 from s3_faults import faulty
 from s3_server import IDENTITIES, S3Server
 
-from focus_ray.dataset import SCHEMA, data_fingerprint, ingest, list_categories, read_index, read_rows
+from focus_ray.data.images import encode_png
+from focus_ray.data.ingest import ingest
+from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
+from focus_ray.data.schema import SCHEMA
 from focus_ray.errors import DataError
-from focus_ray.images import encode_png
 from focus_ray.storage import create_bytes, list_names, open_filesystem, probe, storage_errors
 
 pytestmark = pytest.mark.s3

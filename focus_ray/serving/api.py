@@ -15,23 +15,24 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
 from focus_ray import __version__
-from focus_ray.registry import Version
+from focus_ray.bundle.registry import Version
+from focus_ray.names import NAME
 from focus_ray.serving.envelope import Envelope, problem_response
 from focus_ray.serving.limits import announced_bytes, check_images, read_body, split_images
 from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, Problem
 from focus_ray.serving.rendering import Output
 from focus_ray.serving.service import Inspected, Service
-from focus_ray.serving.settings import NAME_PATTERN, Name
+from focus_ray.serving.settings import Name
 from focus_ray.serving.tokens import Caller
 
 PNG = "image/png"
 _PAGE_FILES = {"page.js": "text/javascript", "page.css": "text/css"}
 
-TeamPath = Annotated[str, Path(pattern=NAME_PATTERN)]
-CategoryPath = Annotated[str, Path(pattern=NAME_PATTERN)]
-AliasPath = Annotated[str, Path(pattern=NAME_PATTERN)]
+TeamPath = Annotated[str, Path(pattern=NAME)]
+CategoryPath = Annotated[str, Path(pattern=NAME)]
+AliasPath = Annotated[str, Path(pattern=NAME)]
 Ref = Annotated[
-    str | None, Query(alias="version", pattern=NAME_PATTERN, description="A version or an alias; none: as configured.")
+    str | None, Query(alias="version", pattern=NAME, description="A version or an alias; none: as configured.")
 ]
 
 

@@ -18,8 +18,8 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from focus_ray.bundle.registry import Version
 from focus_ray.errors import FocusRayError
-from focus_ray.registry import Version
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import log, set_up
 from focus_ray.serving.metrics import RayMeasures

@@ -37,7 +37,7 @@ def running(settings: Settings, host: str = "127.0.0.1", port: int = 8000) -> It
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from focus_ray.cluster import connect
+    from focus_ray.cluster.connect import connect
     from focus_ray.serving.app import build
 
     mine = connect()

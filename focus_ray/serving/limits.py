@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from focus_ray.images import ImageError, read_header
+from focus_ray.data.images import ImageError, read_header
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.problems import Problem, unavailable
 from focus_ray.serving.settings import MIB, Limits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from focus_ray.registry import Version
+from focus_ray.bundle.registry import Version
 
 
 class Measures:

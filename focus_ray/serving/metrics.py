@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from focus_ray.registry import Version
+from focus_ray.bundle.registry import Version
 from focus_ray.serving.measures import Measures
 
 _SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]

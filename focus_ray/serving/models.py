@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from focus_ray.bundle import read_bundle
+from focus_ray.bundle.bundle import read_bundle
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.registry import Version
 from focus_ray.errors import BundleError
-from focus_ray.inspector import Inspector
-from focus_ray.registry import Version
-from focus_ray.scoring import Detector
+from focus_ray.fitting.scoring import Detector
 from focus_ray.serving.source import version_key
 
 

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from focus_ray.images import decode_image, encode_png
-from focus_ray.inspector import Inspection, evaluation_size, resize_map
-from focus_ray.report import heat_map, overlay
+from focus_ray.data.images import decode_image, encode_png
+from focus_ray.evaluation.evaluate import evaluation_size
+from focus_ray.evaluation.inspection import Inspection, resize_map
+from focus_ray.evaluation.report import heat_map, overlay
 
 Output = Literal["json", "heatmap", "overlay", "mask"]
 MAX_SIDE_PX = 1024  # of heat maps and overlays; a mask has the image's own size

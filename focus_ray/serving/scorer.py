@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focus_ray.images import ImageError, ImageInfo, read_image
-from focus_ray.inspector import Inspection, Inspector
-from focus_ray.registry import Version
-from focus_ray.scoring import score_together, share_a_pass
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.registry import Version
+from focus_ray.data.images import ImageError, ImageInfo, read_image
+from focus_ray.evaluation.inspection import Inspection
+from focus_ray.fitting.scoring import score_together, share_a_pass
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.models import ModelCache

@@ -9,10 +9,10 @@ import random
 from collections.abc import Awaitable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from focus_ray.bundle import read_manifest
-from focus_ray.calibration import Calibration
+from focus_ray.bundle.bundle import read_manifest
+from focus_ray.bundle.registry import Version
 from focus_ray.errors import BundleError, DataError, RegistryError
-from focus_ray.registry import Version
+from focus_ray.evaluation.calibration import Calibration
 from focus_ray.serving.limits import Gate
 from focus_ray.serving.logs import log
 from focus_ray.serving.measures import Measures
@@ -289,8 +289,8 @@ def _to_threshold(result: dict[str, Any]) -> float:
 def _read_example(version: Version, number: int) -> bytes:
     from PIL import Image
 
-    from focus_ray.dataset import read_index, read_rows
-    from focus_ray.images import decode_image
+    from focus_ray.data.images import decode_image
+    from focus_ray.data.read import read_index, read_rows
 
     uri = str(read_manifest(version.uri)["data"]["uri"])
     index = read_index(uri, version.category, split="train").to_pylist()

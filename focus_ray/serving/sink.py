@@ -20,8 +20,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from focus_ray.bundle.registry import Version
 from focus_ray.errors import DataError
-from focus_ray.registry import Version
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.settings import MIB, Sink
 from focus_ray.storage import join, list_names, remove_folder, write_bytes

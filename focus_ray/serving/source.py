@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol, TypeVar
 
-from focus_ray.bundle import find_bundles, read_manifest
+from focus_ray.bundle.bundle import find_bundles, read_manifest
+from focus_ray.bundle.registry import LATEST, Registry, Version
 from focus_ray.errors import BundleError, RegistryError
-from focus_ray.registry import LATEST, Registry, Version
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""The trained artifact: written, read, inspected with, updated, published."""

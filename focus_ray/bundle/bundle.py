@@ -1,0 +1,271 @@
+"""The trained artifact: a directory of manifest.json and safetensors, local or on S3; verified byte by byte, no pickle.
+
+The manifest is the commit point. Tensor files carry their own hash in their name and are written first; the manifest,
+which lists them and carries a hash of itself, replaces the former one in a single step. A reader therefore sees the old
+bundle or the new one, whole, on a disk as on S3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from focus_ray import __version__
+from focus_ray.config import Config, parse_config
+from focus_ray.density.base import Statistics, density_tensors, load_density
+from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
+from focus_ray.errors import BundleError, ConfigError, DataError
+from focus_ray.evaluation.calibration import Calibration
+from focus_ray.fitting.scoring import Detector
+from focus_ray.model.backbones.base import Backbone
+from focus_ray.model.network import FocusNet
+from focus_ray.model.reduction import ChannelReduction
+from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_NOT_FOR_SCORING = ("projector.", "predictor.")  # f and g are dropped [kin]
+
+
+class Bundle(NamedTuple):
+    """What a bundle holds once it is read.
+
+    manifest: see docs/BUNDLE.md.  detector: on the device asked for.  calibration: thresholds and p-values.
+    """
+
+    manifest: dict[str, Any]
+    config: Config
+    detector: Detector
+    calibration: Calibration
+
+    @property
+    def category(self) -> str:
+        return str(self.manifest["category"])
+
+    @property
+    def version(self) -> str:
+        """The manifest's hash: names this very artifact."""
+        return str(self.manifest["sha256"])
+
+
+def write_bundle(
+    uri: str | Path,
+    *,
+    config: Config,
+    category: str,
+    net: FocusNet,
+    reduction: ChannelReduction,
+    statistics: Statistics,
+    calibration: Calibration,
+    data: dict[str, Any],
+    metrics: dict[str, Any],
+) -> dict[str, Any]:
+    """Builds the density and writes everything; replaces a bundle that is there in one step.
+
+    Args:
+        data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
+        metrics: figures worth keeping: losses, collapse figures, timings.
+
+    Returns: the manifest.
+
+    Raises: DataError: the place cannot be written.
+    """
+    moments = statistics.moments
+    network = {name: value for name, value in net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)}
+    network.update({f"reduction.{name}": value for name, value in reduction.state_dict().items()})
+    parts: dict[str, dict[str, Tensor]] = {
+        "network": network,
+        "density": density_tensors(config.density, statistics),
+    }
+    if config.density.keep_moments:
+        parts["moments"] = moments_tensors(moments)
+    files = {}
+    for part, tensors in parts.items():
+        content = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+        digest = hashlib.sha256(content).hexdigest()
+        name = f"{part}-{digest[:16]}.safetensors"
+        write_bytes(join(uri, name), content)
+        files[part] = {"name": name, "sha256": digest, "num_bytes": len(content)}
+    manifest: dict[str, Any] = {
+        "format": "focus_ray bundle",
+        "format_version": FORMAT_VERSION,
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "category": category,
+        "config": config.model_dump(mode="json"),
+        "data": data,
+        "moments": {
+            "count": moments.count,
+            "height": moments.height,
+            "width": moments.width,
+            "channels": moments.channels,
+        },
+        "calibration": calibration.to_dict(),
+        "metrics": metrics,
+        "git_commit": git_commit(),
+        "versions": library_versions(),
+        "files": files,
+    }
+    manifest["sha256"] = _manifest_hash(manifest)
+    write_bytes(join(uri, MANIFEST), json.dumps(manifest, indent=1).encode())
+    kept = {entry["name"] for entry in files.values()}
+    for name in list_names(uri):
+        if name.endswith(".safetensors") and name not in kept:
+            remove_file(join(uri, name))
+    return manifest
+
+
+def read_manifest(uri: str | Path) -> dict[str, Any]:
+    """Raises: BundleError: none there, of another format version, or changed since it was written."""
+    try:
+        text = read_bytes(join(uri, MANIFEST))
+    except FileNotFoundError:
+        raise BundleError(
+            f"{uri}: no {MANIFEST} there, so this is no bundle: give the folder that `focus-ray train` names"
+        ) from None
+    except DataError as error:
+        raise BundleError(str(error)) from error
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise BundleError(
+            f"{uri}/{MANIFEST}: not valid JSON ({error}): the bundle is damaged; fetch it again"
+        ) from None
+    if not isinstance(manifest, dict) or manifest.get("format") != "focus_ray bundle":
+        raise BundleError(f"{uri}/{MANIFEST}: not the manifest of a focus_ray bundle")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{uri}: bundle format {manifest.get('format_version')!r}, this focus_ray ({__version__}) reads "
+            f"{FORMAT_VERSION}: install the version that wrote it, or train again"
+        )
+    if manifest.get("sha256") != _manifest_hash(manifest):
+        raise BundleError(f"{uri}/{MANIFEST}: changed since it was written (its hash differs): fetch the bundle again")
+    return manifest
+
+
+def find_bundles(place: str) -> dict[str, str]:
+    """Category -> bundle, of a bundle, a run's folder or a folder of bundles.
+
+    Raises: DataError: none there.
+    """
+    if exists(join(place, MANIFEST)):
+        return {str(read_manifest(place)["category"]): place}
+    for root in (join(place, "bundles"), place):
+        found = [join(root, name) for name in list_names(root) if exists(join(root, name, MANIFEST))]
+        if found:
+            return {str(read_manifest(uri)["category"]): uri for uri in found}
+    raise DataError(f"{place}: no bundle here: give a bundle, or the folder of a run that `focus-ray train` made")
+
+
+def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:
+    """Reads and verifies a bundle. Needs no weights, no Ray and no network besides the bundle's own place.
+
+    Raises: BundleError: missing, damaged, changed, or of another format version.
+    """
+    manifest = read_manifest(uri)
+    try:
+        config = parse_config(manifest["config"], source=f"{uri}/{MANIFEST}")
+        calibration = Calibration.from_dict(manifest["calibration"])
+    except (ConfigError, DataError, KeyError) as error:
+        raise BundleError(f"{uri}: its manifest does not fit this version of focus_ray: {error}") from error
+    network = _read_part(uri, manifest, "network")
+    density = _read_part(uri, manifest, "density")
+    net = FocusNet(config.model, Backbone(config.model.backbone))
+    reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
+    prefix = "reduction."
+    reduction_state = {name.removeprefix(prefix): t for name, t in network.items() if name.startswith(prefix)}
+    net_state = {name: value for name, value in network.items() if not name.startswith(prefix)}
+    try:
+        reduction.load_state_dict(reduction_state)
+        missing, unexpected = net.load_state_dict(net_state, strict=False)
+        missing = [name for name in missing if not name.startswith(_NOT_FOR_SCORING)]
+        if missing or unexpected:
+            raise BundleError(f"{uri}: network tensors missing {missing[:3]}, unknown {unexpected[:3]}")
+        shape = manifest["moments"]
+        fitted = load_density(config.density, density, shape["height"], shape["width"], device)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise BundleError(f"{uri}: its tensors do not fit its config: {error}") from error
+    net = net.to(device).to(memory_format=torch.channels_last)
+    detector = Detector(net, reduction.to(device), fitted, config.scoring)
+    return Bundle(manifest, config, detector, calibration)
+
+
+def read_statistics(uri: str | Path) -> Statistics:
+    """What a bundle keeps of its images, to add images to, to take images from, or to join with another site's.
+
+    Raises: BundleError: it keeps none, or as `read_manifest`.
+    """
+    manifest = read_manifest(uri)
+    if "moments" not in manifest["files"]:
+        raise BundleError(f"{uri}: keeps no moments: train with density.keep_moments=true to update a bundle later")
+    tensors = _read_part(uri, manifest, "moments")
+    shape = manifest["moments"]
+    moments = Moments(0, 0, 0)
+    moments.height, moments.width, moments.channels = shape["height"], shape["width"], shape["channels"]
+    moments.count = shape["count"]
+    moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
+    return Statistics(moments, _read_part(uri, manifest, "density").get("bank"))
+
+
+def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
+    entry = manifest["files"][part]
+    name = str(entry["name"])
+    if "/" in name or "\\" in name or not name.endswith(".safetensors"):
+        raise BundleError(f"{uri}: the manifest names {name!r}, not a file of this bundle")
+    try:
+        content = read_bytes(join(uri, name))
+    except FileNotFoundError:
+        raise BundleError(f"{uri}: {name} is missing: copy the whole folder again") from None
+    except DataError as error:
+        raise BundleError(str(error)) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != entry["sha256"]:
+        raise BundleError(
+            f"{uri}/{name}: its SHA-256 is {digest[:16]}..., the manifest says {entry['sha256'][:16]}...: "
+            "the file was changed or cut short; fetch the bundle again"
+        )
+    return load_tensors(content)
+
+
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def git_commit() -> str | None:
+    """The commit of the source tree the package runs from, with '+changes' where it differs; None when unknown."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():  # installed: a repository further up would be someone else's
+        return None
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5, check=True
+        ).stdout.strip()
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=folder, capture_output=True, text=True, timeout=5, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changes else "")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what shapes a result."""
+    versions = {"focus_ray": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("torchvision", "numpy", "ray"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

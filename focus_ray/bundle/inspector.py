@@ -1,0 +1,147 @@
+"""Inspector: a bundle and encoded images -> scores, p-values, verdicts, maps and regions; and the evaluation of a set.
+
+Command line, evaluation, batch inspection and serving all go through it, so that they agree to the last digit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from focus_ray.bundle.bundle import Bundle, read_bundle
+from focus_ray.data.images import ImageInfo, decode_mask, read_batch
+from focus_ray.errors import DataError
+from focus_ray.evaluation.evaluate import MAX_SIDE_PX, evaluation_size, summarise
+from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
+from focus_ray.model.batch_norm import fuse_batch_norms
+
+
+class Inspector:
+    """Scores encoded images with one bundle, on one device."""
+
+    def __init__(
+        self, bundle: Bundle, device: torch.device | str = "cpu", batch_size: int = 32, num_threads: int = 2
+    ) -> None:
+        """
+        Args:
+            batch_size: images a forward pass.  num_threads: that decode, beside the pass.
+        """
+        self.bundle, self.device, self.batch_size, self.num_threads = bundle, device, batch_size, num_threads
+        self.size_px = bundle.config.model.image_size_px
+        fuse_batch_norms(bundle.detector.net.backbone)
+
+    @classmethod
+    def load(cls, uri: str | Path, device: torch.device | str = "auto", **options: Any) -> Inspector:
+        """Reads and verifies a bundle. device: 'auto' takes a GPU where there is one. Raises: BundleError."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(read_bundle(uri, device), device, **options)
+
+    def score_batches(self, images: Iterable[bytes]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Scores (B,) and maps (B, S, S) batch by batch; the next batch is decoded while one is scored.
+
+        Raises: DataError: an image cannot be decoded; its place in the stream is named.
+        """
+        for _, scores, maps in self._scored(images):
+            yield scores, maps
+
+    def _scored(
+        self, images: Iterable[bytes]
+    ) -> Iterator[tuple[list[ImageInfo], NDArray[np.float32], NDArray[np.float32]]]:
+        stream = iter(images)
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            done = 0
+            pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done)
+            while (decoded := pending.result()) is not None:
+                infos, batch = decoded
+                done += len(batch)
+                pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done)
+                yield infos, *self.score(batch)
+
+    def score(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """uint8 (B, S, S, 3), as `images.decode_batch` gives -> scores (B,) and maps (B, S, S)."""
+        scored = self.bundle.detector(torch.from_numpy(batch))
+        return scored.score.float().cpu().numpy(), scored.anomaly_map.float().cpu().numpy()
+
+    def inspect(self, images: Sequence[bytes]) -> list[Inspection]:
+        """Encoded images -> one `Inspection` each, in order. Raises: DataError: an image cannot be decoded."""
+        found: list[Inspection] = []
+        for infos, scores, maps in self._scored(images):
+            for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
+                found.append(self.judge(float(score), anomaly_map, info.width, info.height))
+        return found
+
+    def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
+        """Verdict, p-value and regions of a scored image of `width` x `height` pixels."""
+        calibration = self.bundle.calibration
+        regions = find_regions(anomaly_map, calibration.pixel_threshold, width, height)
+        return Inspection(
+            score=score,
+            p_value=float(calibration.conformal_p_value(score)),
+            anomalous=bool(calibration.is_anomalous(score)),
+            threshold=calibration.image_threshold,
+            pixel_threshold=calibration.pixel_threshold,
+            anomaly_map=anomaly_map,
+            width=width,
+            height=height,
+            regions=regions,
+        )
+
+    def evaluate(self, records: Iterable[Mapping[str, Any]], max_side_px: int = MAX_SIDE_PX) -> dict[str, Any]:
+        """Metrics over labelled images; labels are compared with, never used to choose anything.
+
+        Args:
+            records: mappings with image and mask bytes (mask None: unknown, or normal), label, defect_type, width, height.
+            max_side_px: maps and masks are compared at the image's size, at most this long a side.
+
+        Returns: see `summarise`.  Raises: DataError: no record, or an image cannot be decoded.
+        """
+        kept: list[dict[str, Any]] = []
+
+        def image_bytes() -> Iterator[bytes]:
+            for record in records:
+                kept.append({key: record[key] for key in ("label", "defect_type", "mask", "width", "height")})
+                yield record["image"]
+
+        scores: list[float] = []
+        maps: list[NDArray[np.float32]] = []
+        masks: list[NDArray[np.bool_] | None] = []
+        for batch_scores, batch_maps in self.score_batches(image_bytes()):
+            for score, anomaly_map in zip(batch_scores, batch_maps, strict=True):
+                record = kept[len(scores)]
+                height, width = evaluation_size(record["height"], record["width"], max_side_px)
+                scores.append(float(score))
+                maps.append(resize_map(anomaly_map, height, width))
+                if record["mask"] is not None:
+                    masks.append(decode_mask(record["mask"], height, width))
+                else:
+                    masks.append(None if record["label"] else np.zeros((height, width), dtype=bool))
+                record["mask"] = None
+        if not scores:
+            raise DataError("there is no test image to evaluate: ingest a set that has some")
+        labels = [int(record["label"]) for record in kept]
+        types = [str(record["defect_type"]) for record in kept]
+        return summarise(
+            labels,
+            types,
+            scores,
+            maps,
+            masks,
+            self.bundle.calibration.image_threshold,
+            self.bundle.calibration.target_fpr,
+        )
+
+    def _decode(self, images: list[bytes], start: int) -> tuple[list[ImageInfo], NDArray[np.uint8]] | None:
+        if not images:
+            return None
+        try:
+            return read_batch(images, self.size_px, self.num_threads)
+        except DataError as error:
+            raise DataError(f"of images {start} to {start + len(images) - 1}: {error}") from error

@@ -1,0 +1,1 @@
+"""The `focus-ray` command: one file a group of subcommands."""

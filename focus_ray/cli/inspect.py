@@ -1,0 +1,139 @@
+"""evaluate, inspect, inspect-batch."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from focus_ray.cli.output import EXIT_ERROR, say
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from focus_ray.bundle.bundle import find_bundles
+    from focus_ray.bundle.inspector import Inspector
+    from focus_ray.data.read import iter_test_records
+    from focus_ray.evaluation.report import evaluation_table, mean_metrics
+    from focus_ray.storage import join, write_bytes
+
+    results: dict[str, dict[str, Any]] = {}
+    bundles = find_bundles(arguments.bundles)
+    for category, uri in bundles.items():
+        say(f"{category}: evaluating {uri}")
+        inspector = Inspector.load(uri)
+        data = arguments.data or inspector.bundle.config.data.uri
+        results[category] = {
+            **inspector.evaluate(iter_test_records(data, category), arguments.max_side_px),
+            "bundle": uri,
+            "version": inspector.bundle.version,
+            "data": data,
+        }
+    table = evaluation_table(results)
+    output = arguments.output or join(arguments.bundles, "report")
+    content = {"categories": results, "mean": mean_metrics(results)}
+    write_bytes(join(output, "report.json"), (json.dumps(content, indent=1) + "\n").encode())
+    write_bytes(join(output, "report.md"), table.encode())
+    print(table)
+    say(f"report: {join(output, 'report.md')} and {join(output, 'report.json')}")
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from focus_ray.bundle.inspector import Inspector
+    from focus_ray.data.images import decode_image, encode_png
+    from focus_ray.data.importers.base import IMAGE_SUFFIXES
+    from focus_ray.errors import DataError
+    from focus_ray.evaluation.report import overlay
+
+    paths: list[Path] = []
+    for name in arguments.images:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+            if not found:
+                raise DataError(f"{path}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
+            paths += found
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    if arguments.overlays:
+        try:
+            Path(arguments.overlays).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{arguments.overlays}: cannot make a folder for overlays: {error.strerror}") from error
+    names = _overlay_names(paths)
+    inspector = Inspector.load(arguments.bundle, arguments.device)
+    status = 0
+    for start in range(0, len(paths), inspector.batch_size):
+        for path, data, found_or_error in _inspect_files(inspector, paths[start : start + inspector.batch_size]):
+            if isinstance(found_or_error, str):
+                print(json.dumps({"image": str(path), "error": found_or_error}))
+                status = EXIT_ERROR
+                continue
+            line = {"image": str(path), "category": inspector.bundle.category, **found_or_error.to_dict()}
+            if arguments.overlays:
+                target = Path(arguments.overlays) / names[path]
+                target.write_bytes(encode_png(overlay(decode_image(data, None), found_or_error)))
+                line["overlay"] = str(target)
+            print(json.dumps(line))
+    return status
+
+
+def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, bytes, Any]]:
+    """Inspections in order; where a file cannot be used, its reason in place of the inspection."""
+    from focus_ray.errors import DataError
+
+    results: list[tuple[Path, bytes, Any]] = []
+    for path in paths:
+        try:
+            results.append((path, path.read_bytes(), None))
+        except OSError as error:
+            results.append((path, b"", f"cannot read the file: {error.strerror or error}"))
+    readable = [number for number, (_, _, reason) in enumerate(results) if reason is None]
+    try:
+        found: list[Any] = inspector.inspect([results[number][1] for number in readable])
+    except DataError:
+        found = []
+        for number in readable:
+            try:
+                found += inspector.inspect([results[number][1]])
+            except DataError as error:
+                found.append(str(error))
+    for number, finding in zip(readable, found, strict=True):
+        results[number] = (*results[number][:2], finding)
+    return results
+
+
+def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """<stem>.png; where images share a stem, with their folders' names before it, and a number if that is not enough."""
+    alike = Counter(path.stem for path in set(paths))
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in dict.fromkeys(paths):
+        name = path.stem if alike[path.stem] == 1 else "-".join([*path.parts[-3:-1], path.stem])
+        numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        name = next(candidate for candidate in numbered if candidate not in taken)
+        taken.add(name)
+        names[path] = f"{name}.png"
+    return names
+
+
+def _inspect_batch(arguments: argparse.Namespace) -> int:
+    from focus_ray.bundle.bundle import find_bundles
+    from focus_ray.cluster.batch import inspect_dataset
+
+    counts = inspect_dataset(
+        find_bundles(arguments.bundles),
+        arguments.data,
+        arguments.output,
+        split=arguments.split,
+        num_actors=arguments.actors,
+        log=say,
+    )
+    print(json.dumps(counts, indent=1))
+    return EXIT_ERROR if any(count["num_errors"] for count in counts.values()) else 0

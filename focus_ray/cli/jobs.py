@@ -1,0 +1,118 @@
+"""submit, jobs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from focus_ray.cli.output import say
+
+
+def add_jobs(commands: Any) -> None:
+    submit = commands.add_parser(
+        "submit",
+        help="run a command as a job on a Ray cluster",
+        epilog="COMMAND is a focus-ray command (focus-ray submit train configs/run.yaml storage=s3://...) or a program.",
+    )
+    submit.add_argument("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
+    submit.add_argument("--team", help="whose job it is; train and sweep get it in their configuration too")
+    submit.add_argument("--category", help="noted with the job (train: that of the configuration)")
+    submit.add_argument("--working-dir", default=".", help="folder that is sent (default: this one)")
+    submit.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these files out too")
+    submit.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable for the job")
+    submit.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="node to run the driver on")
+    submit.add_argument(
+        "--num-cpus", type=float, default=0.0, help="CPUs kept for the driver (default: 0, on the head)"
+    )
+    submit.add_argument("--num-gpus", type=float, default=0.0, help="GPUs kept for the driver (default: 0)")
+    submit.add_argument("--memory-gib", type=float, default=0.0, help="memory kept for the driver (default: 0)")
+    submit.add_argument("--python", default="python", help="interpreter on the cluster (default: python)")
+    submit.add_argument("--no-follow", action="store_true", help="return at once; print the job's id only")
+    submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    submit.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    submit.set_defaults(run=_submit)
+
+    jobs = commands.add_parser("jobs", help="list, follow and stop the jobs of a Ray cluster")
+    actions = jobs.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, help in (
+        ("list", "jobs, newest first"),
+        ("status", "one job, as JSON"),
+        ("follow", "its log until it ends; its exit status"),
+        ("stop", "end it"),
+    ):
+        action = actions.add_parser(name, help=help)
+        action.add_argument("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
+        if name == "list":
+            action.add_argument("--team", help="only this team's")
+        else:
+            action.add_argument("job", help="the id that `submit` printed")
+        action.set_defaults(run=_jobs)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from focus_ray.cli.main import command_names
+    from focus_ray.errors import SubmissionError
+    from focus_ray.submission import client as submission
+    from focus_ray.submission.job import build_job
+
+    labels = dict(item.partition("=")[::2] for item in arguments.label)
+    if not all(labels.values()):
+        raise SubmissionError(f"--label {arguments.label}: expected KEY=VALUE")
+    words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
+    job = build_job(
+        words,
+        commands=command_names(),
+        team=arguments.team,
+        category=arguments.category,
+        working_dir=arguments.working_dir,
+        excludes=arguments.exclude,
+        env=arguments.env,
+        python=arguments.python,
+        num_cpus=arguments.num_cpus,
+        num_gpus=arguments.num_gpus,
+        memory_gib=arguments.memory_gib,
+        labels=labels,
+    )
+    say(
+        f"{job.submission_id}: {job.entrypoint}\n  sends {job.package}; environment: {', '.join(job.environment) or '-'}"
+    )
+    if arguments.dry_run:
+        print("\n".join(job.package.names))
+        return 0
+    client = submission.connect(arguments.address)
+    name = submission.submit(client, job, say)
+    if arguments.no_follow:
+        print(name)
+        return 0
+    return _follow(client, name)
+
+
+def _follow(client: Any, job: str) -> int:
+    from focus_ray.submission import client as submission
+
+    try:
+        status = submission.follow(client, job, lambda text: print(text, end="", flush=True))
+    except KeyboardInterrupt:
+        say(
+            f"\nfocus-ray: no longer following; the job goes on. focus-ray jobs follow {job} | focus-ray jobs stop {job}"
+        )
+        return 130
+    say(f"{job}: {submission.describe(client, job)['status']}, exit status {status}")
+    return status
+
+
+def _jobs(arguments: argparse.Namespace) -> int:
+    from focus_ray.submission import client as submission
+
+    client = submission.connect(arguments.address)
+    if arguments.action == "follow":
+        return _follow(client, arguments.job)
+    if arguments.action == "stop":
+        print(f"{arguments.job}\t{submission.stop(client, arguments.job)}")
+    elif arguments.action == "status":
+        print(json.dumps(submission.describe(client, arguments.job), indent=1))
+    else:
+        for job in submission.list_jobs(client, arguments.team):
+            print(*(job[key] or "-" for key in ("id", "status", "team", "category", "started", "ended")), sep="\t")
+    return 0

@@ -1,0 +1,115 @@
+"""The `focus-ray` command; every subcommand imports what it needs only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from focus_ray import __version__
+from focus_ray.cli.data import _ingest, _samples
+from focus_ray.cli.inspect import _evaluate, _inspect, _inspect_batch
+from focus_ray.cli.jobs import add_jobs
+from focus_ray.cli.output import EXIT_ERROR
+from focus_ray.cli.registry import add_registry
+from focus_ray.cli.serve import add_serving
+from focus_ray.cli.sweep import _sweep
+from focus_ray.cli.train import _train, _update
+from focus_ray.errors import FocusRayError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns: its exit status: 0, 1 for an error that is told on stderr, 3 where ingest rejected."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except FocusRayError as error:
+        print(f"focus-ray: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("focus-ray: interrupted", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="focus-ray",
+        description="Learns from images of good parts; says of a new one whether it is defective, where, and how sure it is.",
+    )
+    parser.add_argument("--version", action="version", version=f"focus-ray {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    ingest = commands.add_parser("ingest", help="read a folder of images into a Parquet data set")
+    ingest.add_argument("source", help="folder: MVTec AD (also AD 2, LOCO), BTAD, VisA, or good/ bad/ masks/")
+    ingest.add_argument("destination", help="root of the Parquet data set: a path or s3:// URI")
+    ingest.add_argument("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
+    ingest.add_argument("--category", action="append", help="take only this category (may be repeated)")
+    ingest.add_argument("--site", default="default", help="where the images were taken (default: default)")
+    ingest.set_defaults(run=_ingest)
+
+    train = commands.add_parser("train", help="train one model a category and write their bundles")
+    train.add_argument("config", help="YAML file, for instance configs/quickstart.yaml")
+    train.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
+    train.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    train.set_defaults(run=_train)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="search settings over categories with Ray Tune",
+        description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration that "
+        "trials start from. `status`, `resume` and `report` take the sweep's folder.",
+    )
+    sweep.add_argument("what", metavar="CONFIG|status|resume|report", help="YAML file, for instance configs/sweep.yaml")
+    sweep.add_argument("rest", nargs="*", metavar="key=value|PLACE", help="num_trials=20, or the sweep's folder")
+    sweep.set_defaults(run=_sweep)
+
+    evaluate = commands.add_parser("evaluate", help="measure bundles on the labelled test images")
+    evaluate.add_argument("bundles", help="a bundle, or a run's folder")
+    evaluate.add_argument("--data", help="Parquet data set (default: the one they were trained from)")
+    evaluate.add_argument("--output", help="folder for report.json and report.md (default: report/ beside the bundles)")
+    evaluate.add_argument(
+        "--max-side-px", type=int, default=512, help="maps are compared at the masks' size up to this"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    inspect = commands.add_parser("inspect", help="score images: JSON lines on stdout, overlays as PNG")
+    inspect.add_argument("bundle", help="a bundle")
+    inspect.add_argument("images", nargs="+", help="image files, or folders of them")
+    inspect.add_argument("--overlays", metavar="FOLDER", help="write a heat-map overlay of every image here")
+    inspect.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    inspect.set_defaults(run=_inspect)
+
+    batch = commands.add_parser("inspect-batch", help="score a Parquet data set with Ray Data into Parquet")
+    batch.add_argument("bundles", help="a bundle, or a run's folder")
+    batch.add_argument("data", help="Parquet data set: a path or s3:// URI")
+    batch.add_argument("output", help="where the results go: a path or s3:// URI")
+    batch.add_argument("--split", choices=("train", "test"), help="only these images")
+    batch.add_argument("--actors", type=int, default=1, help="models that score side by side (default: 1)")
+    batch.set_defaults(run=_inspect_batch)
+
+    update = commands.add_parser("update", help="take images into or out of a bundle's density, or join another site's")
+    update.add_argument("bundle")
+    update.add_argument("output", help="where the changed bundle goes; may be the bundle itself")
+    update.add_argument("--add", metavar="DATA", help="ingested set whose normal training images are taken in")
+    update.add_argument(
+        "--remove", metavar="DATA", help="ingested set whose normal training images are taken out again"
+    )
+    update.add_argument("--join", metavar="BUNDLE", help="bundle of the same network whose statistics are added")
+    update.add_argument("--calibrate", metavar="DATA", help="ingested set of normal images for the new thresholds")
+    update.set_defaults(run=_update)
+
+    add_registry(commands)
+    add_jobs(commands)
+    add_serving(commands)
+
+    samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")
+    samples.add_argument("folder")
+    samples.add_argument("--seed", type=int, default=0)
+    samples.set_defaults(run=_samples)
+    return parser
+
+
+def command_names() -> list[str]:
+    """Names of the subcommands."""
+    (subparsers,) = (item for item in build_parser()._actions if isinstance(item, argparse._SubParsersAction))
+    return list(subparsers.choices)

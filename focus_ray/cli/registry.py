@@ -1,0 +1,79 @@
+"""registry."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from focus_ray.cli.output import say
+
+
+def add_registry(commands: Any) -> None:
+    registry = commands.add_parser("registry", help="publish bundles, move aliases, list, delete old versions")
+    actions = registry.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, help: str, *names: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = actions.add_parser(name, help=help)
+        parser.add_argument("registry", help="root of the registry: a path or s3:// URI")
+        for positional in names:
+            parser.add_argument(positional)
+        parser.set_defaults(run=_registry)
+        return parser
+
+    publish = action("publish", "copy a bundle, or every bundle of a run, in under the next version", "bundles")
+    publish.add_argument("--team", required=True)
+    publish.add_argument("--category", help="refuse bundles of any other")
+    publish.add_argument("--alias", action="append", default=[], help="point this alias at it too (may be repeated)")
+    promote = action("promote", "point an alias at a version", "team", "category", "version", "alias")
+    promote.epilog = "VERSION may be an alias: promote ROOT press bolt candidate production"
+    action("rollback", "point an alias at what it named before", "team", "category", "alias")
+    listing = action("list", "versions with their aliases, one a line")
+    listing.add_argument("team", nargs="?")
+    listing.add_argument("category", nargs="?")
+    collect = action("gc", "delete old versions that no alias names", "team", "category")
+    collect.add_argument("--keep", type=int, default=5, help="newest versions that stay in any case (default: 5)")
+    collect.add_argument("--min-age-hours", type=float, default=1.0, help="younger ones stay too (default: 1)")
+
+
+def _registry(arguments: argparse.Namespace) -> int:
+    from datetime import timedelta
+
+    from focus_ray.bundle.registry import Registry, Version
+    from focus_ray.errors import RegistryError
+
+    registry = Registry(arguments.registry)
+    action = arguments.action
+
+    def show(version: Version, aliases: Sequence[str] = ()) -> None:
+        fields = (version.team, version.category, version.name, f"{version.published_at:%Y-%m-%d %H:%M:%S}")
+        print(*fields, version.num_bytes, version.sha256[:16], ",".join(aliases) or "-", version.uri, sep="\t")
+
+    if action == "publish":
+        from focus_ray.bundle.bundle import find_bundles
+
+        found = find_bundles(arguments.bundles)
+        if arguments.category not in (None, *found):
+            raise RegistryError(
+                f"{arguments.bundles}: no bundle of category {arguments.category!r}; there are {', '.join(found)}"
+            )
+        for category, bundle in found.items():
+            if arguments.category in (None, category):
+                version = registry.publish(bundle, arguments.team, category, aliases=arguments.alias)
+                show(version, ["latest", *arguments.alias])
+    elif action == "promote":
+        version = registry.promote(arguments.team, arguments.category, arguments.version, arguments.alias)
+        show(version, [arguments.alias])
+    elif action == "rollback":
+        show(registry.roll_back(arguments.team, arguments.category, arguments.alias), [arguments.alias])
+    elif action == "gc":
+        age = timedelta(hours=arguments.min_age_hours)
+        for name in registry.collect_garbage(arguments.team, arguments.category, arguments.keep, min_age=age, log=say):
+            print(name)
+    else:
+        for team in registry.teams() if arguments.team is None else [arguments.team]:
+            for category in registry.categories(team) if arguments.category is None else [arguments.category]:
+                aliases = registry.aliases(team, category)
+                for version in registry.versions(team, category):
+                    show(version, sorted(alias for alias, name in aliases.items() if name == version.name))
+    return 0

@@ -1,0 +1,86 @@
+"""serve, token."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from focus_ray.cli.output import say
+
+
+def add_serving(commands: Any) -> None:
+    serve = commands.add_parser("serve", help="answer HTTP requests with a run's bundles or a registry's models")
+    serve.add_argument("place", help="a bundle, a run's folder, a registry, or a YAML of settings (ends in .yaml)")
+    serve.add_argument("override", nargs="*", help="key=value for any setting, for instance tokens=tokens.yaml")
+    serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.set_defaults(run=_serve)
+
+    token = commands.add_parser("token", help="make, list and revoke the tokens that clients of the service send")
+    actions = token.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", help="add a token to a file and print it, once")
+    create.add_argument("file", help="token file: a path or s3:// URI; made where there is none")
+    create.add_argument("--team", required=True)
+    create.add_argument("--scope", action="append", choices=("inspect", "read", "admin"), help="default: inspect, read")
+    create.add_argument("--days", type=float, help="it expires after so many (default: never)")
+    create.add_argument("--note", default="", help="whose it is, for people")
+    listing = actions.add_parser("list", help="tokens of a file, one a line, without their secrets")
+    listing.add_argument("file")
+    revoke = actions.add_parser("revoke", help="take a token out of a file")
+    revoke.add_argument("file")
+    revoke.add_argument("id")
+    token.set_defaults(run=_token)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from focus_ray.config import override_tree, read_tree
+    from focus_ray.serving.launch import check_host, serve_until_interrupted
+    from focus_ray.serving.settings import parse_settings
+
+    if arguments.place.endswith((".yaml", ".yml")):
+        tree = read_tree(arguments.place, arguments.override)
+    else:
+        tree = override_tree({"examples": True, "ingress_num_cpus": 0}, arguments.override)
+        tree[_kind_of(arguments.place)] = arguments.place
+    tree.setdefault("open_to_all", "tokens" not in tree)
+    settings = parse_settings(tree, arguments.place)
+    check_host(arguments.host, settings)
+    serve_until_interrupted(settings, arguments.host, arguments.port, say)
+    return 0
+
+
+def _kind_of(place: str) -> str:
+    """The setting that a place is for. Raises: DataError: there is neither a bundle nor a published version."""
+    from focus_ray.bundle.bundle import find_bundles
+    from focus_ray.bundle.registry import Registry
+    from focus_ray.errors import DataError
+
+    try:
+        find_bundles(place)
+    except DataError as error:
+        registry = Registry(place)
+        if not any(registry.categories(team) for team in registry.teams()):
+            raise DataError(f"{error}, or a registry that `focus-ray registry publish` made") from None
+        return "registry"
+    return "bundles"
+
+
+def _token(arguments: argparse.Namespace) -> int:
+    from datetime import timedelta
+
+    from focus_ray.serving.tokens import create_token, read_tokens, revoke_token
+
+    if arguments.action == "create":
+        expires_in = None if arguments.days is None else timedelta(days=arguments.days)
+        scopes = arguments.scope or ["inspect", "read"]
+        token, record = create_token(arguments.file, arguments.team, scopes, expires_in, arguments.note)
+        say(f"token {record.id} of team {record.team}: {', '.join(record.scopes)}; it cannot be shown again:")
+        print(token)
+    elif arguments.action == "revoke":
+        record = revoke_token(arguments.file, arguments.id)
+        say(f"token {record.id} of team {record.team} is revoked")
+    else:
+        for record in read_tokens(arguments.file).tokens:
+            expires = "never" if record.expires is None else f"{record.expires:%Y-%m-%d %H:%M}"
+            print(record.id, record.team, ",".join(record.scopes), expires, record.note or "-", sep="\t")
+    return 0

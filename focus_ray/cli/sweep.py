@@ -1,0 +1,58 @@
+"""sweep."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from focus_ray.cli.output import EXIT_ERROR, say
+from focus_ray.errors import ConfigError
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    if arguments.what in ("status", "report", "resume"):
+        if len(arguments.rest) != 1:
+            raise ConfigError(f"focus-ray sweep {arguments.what}: expected one sweep's folder, got {arguments.rest}")
+        return _sweep_place(arguments.what, arguments.rest[0])
+    from focus_ray.sweep.settings import load_sweep
+
+    config = load_sweep(arguments.what, arguments.rest)
+    from focus_ray.sweep.driver import sweep
+
+    return _sweep_end(sweep(config, log=say))
+
+
+def _sweep_place(action: str, place: str) -> int:
+    from focus_ray.sweep import records
+
+    if action == "resume":
+        from focus_ray.sweep.driver import resume
+
+        return _sweep_end(resume(place, log=say))
+    config, found = records.read_sweep(place), records.read_records(place)
+    if action == "report":
+        from focus_ray.sweep.report import write_report
+
+        for name in write_report(place, config, found):
+            say(f"report: {place}/{name}")
+    else:
+        print(json.dumps(records.progress(place, config, found), indent=1))
+    print(records.summary_table(config, found))
+    return 0
+
+
+def _sweep_end(outcome: Any) -> int:
+    from focus_ray.sweep import records
+
+    config = records.read_sweep(outcome.root)
+    print(records.summary_table(config, outcome.records))
+    for stage, record in outcome.best.items():
+        name = "best.yaml" if stage is None else f"best-{stage}.yaml"
+        print(f"{stage or 'all categories'}\t{record.score:.4f}\t{outcome.root}/{name}")
+    for record in outcome.failed:
+        say(f"focus-ray: trial {record.name} failed: {record.reason}")
+    if outcome.stopped:
+        say(f"focus-ray: stopped; go on with: focus-ray sweep resume {outcome.root}")
+        return 130
+    return EXIT_ERROR if outcome.failed else 0

@@ -1,0 +1,31 @@
+"""train, update."""
+
+from __future__ import annotations
+
+import argparse
+
+from focus_ray.cli.output import say
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from focus_ray.config import load_config
+
+    config = load_config(arguments.config, arguments.override)
+    from focus_ray.cluster.training import train  # seconds of imports, which a misspelt key need not wait for
+
+    bundles = train(config, resume=arguments.resume, log=say)
+    for category, bundle in bundles.items():
+        print(f"{category}\t{bundle}")
+    return 0
+
+
+def _update(arguments: argparse.Namespace) -> int:
+    from focus_ray.bundle.update import update_bundle
+    from focus_ray.errors import DataError
+
+    changes = {key: getattr(arguments, key) for key in ("add", "remove", "join")}
+    if not any(changes.values()):
+        raise DataError("nothing to change: give --add, --remove or --join")
+    manifest = update_bundle(arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate)
+    print(f"{arguments.output}\t{manifest['moments']['count']} images\t{manifest['sha256']}")
+    return 0

@@ -1,0 +1,1 @@
+"""What runs on Ray: joining a cluster, preflight, training, batch inspection."""

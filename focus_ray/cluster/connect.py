@@ -1,0 +1,77 @@
+"""Joining or starting a Ray cluster, and what of it a worker asks for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+
+from focus_ray.cluster.ray_private import KINDS, autoscaler_limits
+from focus_ray.config import ClusterConfig
+
+
+def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
+    """Joins the cluster of RAY_ADDRESS or of the job that runs this, or starts a private one on this machine.
+
+    Args:
+        namespace: of named actors; None gives this process one of its own.
+
+    Returns: whether the cluster is private to this process.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(namespace=namespace, logging_level="warning")
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line twice
+    # a bare ray.init would join whatever cluster a killed driver left in /tmp/ray (seen with Ray 2.60)
+    # without the dashboard Train cannot tell that a controller lives, warns every second, and may leak placement groups
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        namespace=namespace,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        logging_level="warning",
+    )
+    return True
+
+
+def has_gpus() -> bool:
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0)) > 0
+
+
+def uses_gpu(config: ClusterConfig) -> bool:
+    """Resolves cluster.use_gpu=auto against what the cluster has or can grow to."""
+    return (
+        ceiling_of(config, {}).get("GPU", 0.0) > 0 or has_gpus() if config.use_gpu == "auto" else bool(config.use_gpu)
+    )
+
+
+def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
+    """What Ray keeps for a worker; memory in bytes. use_gpu: of `uses_gpu`."""
+    asked = {"CPU": config.cpus_per_worker}
+    if use_gpu:
+        asked["GPU"] = 1.0
+    if config.memory_gib_per_worker is not None:
+        asked["memory"] = config.memory_gib_per_worker * 2**30
+    return asked
+
+
+def ceiling_of(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:
+    """What the cluster can grow to; empty where it is not known to grow."""
+    found: dict[str, float] = {}
+    told = autoscaler_limits()
+    for kind, configured in (("CPU", config.max_cpus), ("GPU", config.max_gpus)):
+        amount = configured if configured is not None else told.get(kind)
+        if amount is not None:
+            found[kind] = max(amount, total.get(kind, 0.0))
+    if found and config.memory_gib_per_worker is not None:
+        found["memory"] = told.get("memory", math.inf)  # nobody said: no reason to refuse
+    return {**{kind: total.get(kind, 0.0) for kind in KINDS if kind in total}, **found} if found else {}

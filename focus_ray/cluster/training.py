@@ -1,0 +1,328 @@
+"""Training on Ray: one model a category, DDP over its workers, categories side by side as the cluster allows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from focus_ray.bundle.bundle import write_bundle
+from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
+from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
+from focus_ray.cluster.streams import stream_training_images, worker_stream
+from focus_ray.config import Config, config_to_yaml
+from focus_ray.data.read import list_categories
+from focus_ray.data.schema import COMMIT_NAME
+from focus_ray.data.shards import Steps, build_shard, fits_memory
+from focus_ray.data.split import Plan, plan_category
+from focus_ray.errors import DataError, TrainingError
+from focus_ray.fitting.fit import fit
+from focus_ray.names import unique_name
+from focus_ray.storage import create_bytes, exists, is_s3, join, open_filesystem, read_bytes, retrying, write_bytes
+
+RUN_CONFIG = "config.yaml"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainerJob:
+    """What a trainer of one category is told; crosses to its workers as it is."""
+
+    config: Config
+    category: str
+    plan: Plan
+    use_gpu: bool
+
+
+@dataclass(frozen=True)
+class CategoryJob(TrainerJob):
+    """root: of the run, below which checkpoints and the bundle go."""
+
+    root: str
+
+
+J = TypeVar("J", bound=TrainerJob)
+
+
+def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = lambda message: None) -> dict[str, str]:
+    """Trains every category of the config; writes <storage>/<name>/bundles/<category>.
+
+    Args:
+        resume: go on with a run of the same name: finished categories stay, others start at their last checkpoint.
+
+    Returns: category -> the bundle's place.
+
+    Raises: TrainingError: the run's folder exists and `resume` is not asked for, or categories failed, each named with
+        its reason; the bundles of the others are there. DataError: the data set cannot be used.
+    """
+    config = absolute(config)
+    if config.name == "auto":
+        if resume:
+            raise TrainingError("--resume needs the name of the run to go on with: name=...")
+        config = config.model_copy(update={"name": unique_name(config.cluster.team or "run")})
+        log(f"name: {config.name}")
+    there = list_categories(config.data.uri)
+    categories = list(config.data.categories or there)
+    unknown = sorted(set(categories) - set(there))
+    if unknown:
+        raise DataError(f"{config.data.uri} has no category {', '.join(unknown)}; it has {', '.join(there)}")
+    root = join(config.storage, config.name)
+    _check_claim(config, root, resume)
+    plans = {category: plan_category(config, category) for category in categories}
+    for category, plan in plans.items():
+        try:
+            Steps.agree(len(plan.fit_rows), config.cluster.num_workers, config.train.batch_size_per_worker)
+        except DataError as error:
+            raise DataError(f"category {category!r}: {error}") from None
+    bundles = {category: join(root, "bundles", category) for category in categories}
+    todo = [c for c in categories if not (resume and exists(join(bundles[c], "manifest.json")))]
+    for category in sorted(set(categories) - set(todo)):
+        log(f"{category}: already there, {bundles[category]}")
+    if todo:
+        team = config.cluster.team
+        private = connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
+        streams = config.train.epochs > 0 and any(not fits_memory(config, plans[category]) for category in todo)
+        limit = concurrent_runs(config.cluster, private, streams, log, limit=config.cluster.max_concurrent_categories)
+        probe_nodes([join(config.data.uri, f"category={c}", COMMIT_NAME) for c in todo], [root])
+        _claim(root, resume)
+        write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
+        failed = _run_all(config, root, {c: plans[c] for c in todo}, limit, log)
+        if failed:
+            raise TrainingError(
+                f"{len(failed)} of {len(categories)} categories failed; "
+                + "; ".join(f"{category}: {reason}" for category, reason in sorted(failed.items()))
+                + ". Mend the cause and run again with --resume"
+            )
+    return bundles
+
+
+def _run_all(
+    config: Config, root: str, plans: dict[str, Plan], limit: int, log: Callable[[str], None]
+) -> dict[str, str]:
+    """Trains the categories, `limit` at a time. Returns: the reasons of those that failed."""
+    import ray
+
+    use_gpu = uses_gpu(config.cluster)
+    jobs = {category: CategoryJob(config, category, plan, use_gpu, root) for category, plan in plans.items()}
+    task = ray.remote(num_cpus=0, max_retries=0)(_run_category)
+    waiting = list(jobs)
+    running: dict[Any, tuple[str, float]] = {}
+    failed: dict[str, str] = {}
+    while waiting or running:
+        while waiting and len(running) < limit:
+            category = waiting.pop(0)
+            log(f"{category}: training with {config.cluster.num_workers} worker(s)")
+            running[task.remote(jobs[category])] = (category, time.monotonic())
+        done, _ = ray.wait(list(running), num_returns=1)
+        category, since = running.pop(done[0])
+        try:
+            ray.get(done[0])
+            log(f"{category}: done in {time.monotonic() - since:.0f} s, {join(root, 'bundles', category)}")
+        except Exception as error:  # one category's failure must not end the others; it is reported at the end
+            failed[category] = reason_of(error)
+            log(f"{category}: FAILED: {failed[category]}")
+    return failed
+
+
+def reason_of(error: BaseException) -> str:
+    """The innermost cause's own words, without the traces that Ray wraps around it."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        failures = getattr(error, "worker_failures", None)
+        if failures:
+            error = next(iter(failures.values()))
+        elif getattr(error, "cause", None) is not None:
+            error = error.cause  # type: ignore[attr-defined]
+        elif error.__cause__ is not None and type(error).__module__.startswith("ray."):
+            error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
+
+
+def _run_category(job: CategoryJob) -> None:
+    """Trains one category; runs as a Ray task, so that several trainers can wait side by side."""
+    make_trainer(_worker, job, join(job.root, "train"), job.category).fit()
+
+
+def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str) -> Any:
+    """A TorchTrainer of one category as its configuration asks.
+
+    Args:
+        worker: what every worker runs, given the job.  place: where the trainer keeps checkpoints, below `name`.
+    """
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    config = job.config
+    datasets = {}
+    if config.train.epochs and not fits_memory(config, job.plan):
+        datasets["train"] = stream_training_images(config, job.category, job.plan.fit_rows)
+    filesystem, path = open_filesystem(place)
+    return TorchTrainer(
+        _run_worker,
+        train_loop_config={"worker": worker, "job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.cluster.num_workers,
+            use_gpu=job.use_gpu,
+            resources_per_worker=resources_per_worker(config.cluster, job.use_gpu),
+            label_selector=dict(config.cluster.labels) or None,
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem if is_s3(place) else None,
+            failure_config=ray.train.FailureConfig(
+                max_failures=config.cluster.max_failures, controller_failure_limit=config.cluster.max_failures
+            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+        datasets=datasets,
+        dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
+    )
+
+
+def _run_worker(given: dict[str, Any]) -> Any:
+    """What Ray Train calls on every worker: it gives a mapping only."""
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it reports every report
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    return given["worker"](given["job"])
+
+
+def _worker(job: CategoryJob) -> None:
+    """What every Ray Train worker runs."""
+    import ray.train
+    import ray.train.torch
+
+    config, category, plan = job.config, job.category, job.plan
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    start = time.perf_counter()
+    shard = build_shard(config, category, plan, rank, num_workers, worker_stream)
+    loading = time.perf_counter() - start
+
+    def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], dict[str, Any]]) -> None:
+        due = (epoch + 1) % config.train.checkpoint_every_epochs == 0 or epoch + 1 == config.train.epochs
+        if not due:
+            return ray.train.report(figures)
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = None
+            if rank == 0:
+                torch.save(snapshot(), Path(folder) / "state.pt")
+                checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report(figures, checkpoint=checkpoint)
+
+    result = fit(
+        config,
+        shard,
+        len(plan.fit_rows),
+        device,
+        rank=rank,
+        wrap=data_parallel(num_workers, device),
+        state=retrying(lambda: _last_state(ray.train.get_checkpoint(), device)),
+        on_epoch=on_epoch,
+        log=lambda message: print(f"{category}: {message}", flush=True) if rank == 0 else None,
+    )
+    if rank == 0:
+        write_bundle(
+            join(job.root, "bundles", category),
+            config=config,
+            category=category,
+            net=result.net,
+            reduction=result.reduction,
+            statistics=result.statistics,
+            calibration=result.calibration,
+            data={
+                "uri": config.data.uri,
+                "fingerprint": plan.fingerprint,
+                "num_fit": result.statistics.moments.count,
+                "num_holdout": len(plan.holdout_rows),
+            },
+            metrics={
+                "history": result.history,
+                "alignment": result.alignment,
+                "selection": result.selection,
+                "seconds": {"load": loading, **result.seconds},
+                "warnings": result.warnings,
+                "num_workers": num_workers,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            },
+        )
+    ray.train.report({"num_images": result.statistics.moments.count})
+
+
+def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:
+    """What makes a module data-parallel; None for one worker."""
+    if num_workers == 1:
+        return None
+
+    def wrap(module: torch.nn.Module) -> Any:
+        devices = [device] if device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+    return wrap
+
+
+def _last_state(checkpoint: Any, device: torch.device) -> dict[str, Any] | None:
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        state: dict[str, Any] = torch.load(Path(folder) / "state.pt", map_location=device, weights_only=True)
+    return state
+
+
+def absolute(config: Config) -> Config:
+    """Local paths made absolute: workers run in other folders."""
+
+    def resolve(place: str) -> str:
+        return place if "://" in place else str(Path(place).expanduser().absolute())
+
+    weights = config.model.weights
+    if weights not in ("default", "random"):
+        weights = resolve(weights)
+    return config.model_copy(
+        update={
+            "storage": resolve(config.storage),
+            "data": config.data.model_copy(update={"uri": resolve(config.data.uri)}),
+            "model": config.model.model_copy(update={"weights": weights}),
+        }
+    )
+
+
+def _claim(root: str, resume: bool) -> None:
+    """Makes the folder this run's. Raises: TrainingError: another run of the name, started at the same time, was first."""
+    mine = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
+    if not create_bytes(join(root, "claim.json"), mine) and not resume:
+        raise TrainingError(
+            f"{root} was taken by a run started at the same time: give another name (name=auto makes one)"
+        )
+
+
+def _check_claim(config: Config, root: str, resume: bool) -> None:
+    """Raises: TrainingError: the folder is another run's, or, to resume, one of another configuration."""
+    place = join(root, RUN_CONFIG)
+    text = config_to_yaml(config)
+    if exists(place):
+        if not resume:
+            raise TrainingError(
+                f"{root} holds a run already: give another name (name=...), or --resume to go on with it"
+            )
+        former = read_bytes(place).decode()
+        if former != text:
+            changed = sorted(set(text.splitlines()) ^ set(former.splitlines()))
+            raise TrainingError(
+                f"{root}: --resume needs the configuration that it was started with; these lines differ: "
+                + " | ".join(line.strip() for line in changed[:6])
+            )

@@ -1,0 +1,151 @@
+"""What importers share: the plan that one makes of a folder, and how folders, images and masks are found."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from focus_ray.data.schema import Reject
+from focus_ray.errors import DataError
+from focus_ray.names import NAME_WORDS, is_name
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")
+# Companions of the images that mean nothing here; any other suffix among them is rejected and said.
+IGNORED_SUFFIXES = (
+    *(".txt", ".md", ".rst", ".pdf", ".html"),
+    *(".csv", ".json", ".xml", ".yaml", ".yml", ".log", ".db", ".ini"),
+)
+IGNORED_STEMS = ("license", "licence", "readme", "thumbs")
+
+
+@dataclass(frozen=True)
+class Sample:
+    path: Path
+    folder: str  # the part of the id that says where the image came from
+    split: str
+    label: int
+    defect_type: str
+    masks: tuple[Path, ...] = ()
+
+
+@dataclass
+class ImportPlan:
+    category: str
+    samples: list[Sample] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    source: Path
+    test_share: float
+    seed: int
+
+    def relative(self, path: Path) -> str:
+        return path.relative_to(self.source).as_posix() if path.is_relative_to(self.source) else str(path)
+
+
+def held_for_test(names: Sequence[str], settings: ImportSettings) -> set[str]:
+    """The seeded share of normal images that becomes test data: each name's place depends on that name and the seed."""
+
+    def draw(name: str) -> str:
+        return hashlib.sha256(f"{settings.seed}:{name}".encode("utf-8", "surrogateescape")).hexdigest()
+
+    count = round(settings.test_share * len(names))
+    if settings.test_share > 0 and len(names) > 1:
+        count = min(max(count, 1), len(names) - 1)
+    return set(sorted(set(names), key=draw)[:count])
+
+
+def add_folder(
+    plan: ImportPlan,
+    folder: Path,
+    origin: str,
+    split: str,
+    label: int,
+    defect: str,
+    truth: Path | None,
+    settings: ImportSettings,
+) -> None:
+    stems: set[str] = set()
+    for path in _visible_files(folder):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            stems.add(path.stem)
+            masks = match_masks(truth, path.stem) if truth else []
+            plan.samples.append(Sample(path, origin, split, label, defect if label else "good", tuple(masks)))
+        else:
+            detail = f"suffix {path.suffix!r}: expected one of {', '.join(IMAGE_SUFFIXES)}"
+            plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
+    for nested in subfolders(folder):
+        plan.notes.append(f"{settings.relative(nested)}: skipped, images are expected directly in {folder.name}/")
+    if truth:
+        reject_lone_masks(plan, truth, stems, settings)
+
+
+def match_masks(truth: Path, stem: str) -> list[Path]:
+    """<stem>.png, <stem>_mask.png or every file of <stem>/, the last for several regions of one image (LOCO)."""
+    if not truth.is_dir():
+        return []
+    found = [
+        truth / f"{name}{suffix}"
+        for name in (stem, f"{stem}_mask")
+        for suffix in (*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
+    ]
+    found = [path for path in found if path.is_file()]
+    return sorted(set(found)) + image_files(truth / stem)
+
+
+def reject_lone_masks(plan: ImportPlan, truth: Path, stems: set[str], settings: ImportSettings) -> None:
+    lone = [path for path in image_files(truth) if not {path.stem, path.stem.removesuffix("_mask")} & stems]
+    for nested in subfolders(truth):
+        if nested.name not in stems:
+            lone += image_files(nested)
+    for path in lone:
+        detail = "no image has this mask's name: rename one or remove the mask"
+        plan.rejects.append(Reject(settings.relative(path), plan.category, "mask_without_image", detail))
+
+
+def refuse_folders(root: Path, known: set[str], expected: str) -> None:
+    odd = [item.name for item in subfolders(root) if item.name not in known]
+    if odd:
+        raise DataError(f"{root}: did not expect the folder {', '.join(odd)} here: expected {expected}; move it away")
+
+
+def subfolders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith((".", "__MACOSX")))
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(
+        item
+        for item in folder.iterdir()
+        if item.is_file()
+        and not item.name.startswith(".")
+        and item.suffix.lower() not in IGNORED_SUFFIXES
+        and item.stem.lower() not in IGNORED_STEMS
+    )
+
+
+def image_files(folder: Path) -> list[Path]:
+    return [path for path in _visible_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+_Planner = Callable[[Path, str, ImportSettings], ImportPlan]
+
+
+def folder_name(path: Path) -> str:
+    return Path(os.path.abspath(path)).name  # of "." too, and without following a link
+
+
+def category_name(name: str, where: Path) -> str:
+    if not is_name(name):
+        raise DataError(f"{where}: {name!r} cannot name a category: expected {NAME_WORDS}; rename it")
+    return name

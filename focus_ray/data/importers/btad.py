@@ -1,0 +1,19 @@
+"""BTAD."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from focus_ray.data.importers.base import ImportPlan, ImportSettings, add_folder, refuse_folders
+
+
+def plan_btad(root: Path, category: str, settings: ImportSettings) -> ImportPlan:
+    """BTAD: ok and ko in place of good and a defect's name."""
+    plan = ImportPlan(category)
+    truth = root / "ground_truth"
+    refuse_folders(root / "train", {"ok"}, "normal images only, in ok/")
+    refuse_folders(root / "test", {"ok", "ko"}, "ok/ and ko/")
+    add_folder(plan, root / "train" / "ok", "train", "train", 0, "good", None, settings)
+    add_folder(plan, root / "test" / "ok", "test", "test", 0, "good", truth / "ok", settings)
+    add_folder(plan, root / "test" / "ko", "test", "test", 1, "ko", truth / "ko", settings)
+    return plan

@@ -1,0 +1,138 @@
+"""Readers of a data set: they open the files that the commit names, and no others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from focus_ray.data.images import decode_batch
+from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS
+from focus_ray.data.store import Store, open_part, open_store
+from focus_ray.errors import DataError
+
+
+def list_categories(uri: str | Path) -> list[str]:
+    """Names of a data set's categories, sorted. Raises: DataError: no data set there."""
+    store = open_store(uri)
+    names = store.categories()
+    if not names:
+        raise DataError(
+            f"{uri}: no data set here: expected folders category=<name> with a {COMMIT_NAME}; ingest one first"
+        )
+    return names
+
+
+def read_index(uri: str | Path, category: str, split: str | None = None) -> pa.Table:
+    """The light columns of a category, in row order, without images and masks.
+
+    Args: split: train or test; None takes both.
+
+    Returns: ``INDEX_COLUMNS`` and ``row`` (int64), the row's number in the category, for ``read_rows``.
+
+    Raises: DataError: no such data set, category or split; a damaged part file.
+    """
+    if split is not None and split not in SPLITS:
+        raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+    store = open_store(uri)
+    commit = store.need_commit(category)
+    tables = []
+    for entry in commit["files"]:
+        with open_part(store, category, entry) as part:
+            tables.append(part.read(columns=list(INDEX_COLUMNS)))
+    table = pa.concat_tables(tables).replace_schema_metadata(None)
+    table = table.append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int64)))
+    if split is not None:
+        table = table.filter(pc.equal(table["split"], split))
+    return table
+
+
+def read_rows(
+    uri: str | Path,
+    category: str,
+    row_numbers: Sequence[int] | np.ndarray[Any, Any],
+    columns: Sequence[str] = ("id", "label", "image", "mask"),
+) -> Iterator[dict[str, Any]]:
+    """Rows by number, reading only the row groups that hold them and holding one of them at a time.
+
+    Args:
+        row_numbers: strictly ascending, as ``read_index`` gives them in ``row``.
+        columns: of ``SCHEMA``.
+
+    Yields: a dict of Python values for each number, in their order.
+
+    Raises: DataError, at the call and not at the first row: an unknown column, numbers out of order or out of range,
+        no such category. While reading: a part file that is gone or damaged.
+    """
+    unknown = [name for name in columns if name not in SCHEMA.names]
+    if unknown:
+        raise DataError(f"no column {', '.join(unknown)}; there are: {', '.join(SCHEMA.names)}")
+    store = open_store(uri)
+    commit = store.need_commit(category)
+    numbers = np.asarray(row_numbers, dtype=np.int64)
+    if numbers.ndim != 1 or (np.diff(numbers) <= 0).any():
+        raise DataError("row numbers must be a flat list in strictly ascending order: sort them and drop repeats")
+    if numbers.size and (numbers[0] < 0 or numbers[-1] >= commit["num_rows"]):
+        raise DataError(
+            f"row numbers from {numbers[0]} to {numbers[-1]}, but category {category!r} has {commit['num_rows']} rows "
+            "(0-based): read the index again"
+        )
+    return _iterate_rows(store, category, commit, numbers, list(columns))
+
+
+def _iterate_rows(
+    store: Store, category: str, commit: dict[str, Any], numbers: np.ndarray[Any, Any], columns: list[str]
+) -> Iterator[dict[str, Any]]:
+    start = 0
+    for entry in commit["files"]:
+        bounds = start + np.concatenate([[0], np.cumsum(entry["row_group_rows"])]).astype(np.int64)
+        start = int(bounds[-1])
+        cuts = np.searchsorted(numbers, bounds)
+        if cuts[0] == cuts[-1]:
+            continue
+        with open_part(store, category, entry) as part:
+            for group in range(len(bounds) - 1):
+                inside = numbers[cuts[group] : cuts[group + 1]] - bounds[group]
+                if not inside.size:
+                    continue
+                table = part.read_row_group(group, columns=columns)
+                for number in inside.tolist():
+                    yield {name: table.column(name)[number].as_py() for name in columns}
+
+
+def data_fingerprint(uri: str | Path, category: str) -> str:
+    """SHA-256 hex over the sorted (content hash, label, split) of a category: what a model was made from.
+
+    File names, order, encoding and masks do not enter.
+    """
+    table = read_index(uri, category)
+    lines = zip(*(table[name].to_pylist() for name in ("content_hash", "label", "split")), strict=True)
+    return hashlib.sha256("\n".join(sorted(f"{h} {label} {split}" for h, label, split in lines)).encode()).hexdigest()
+
+
+READ_ROWS = 32  # decoded at a time: bounds the memory of large originals
+
+
+def decoded_rows(
+    uri: str, category: str, rows: Sequence[int], size_px: int, batch_size: int = READ_ROWS
+) -> Iterator[np.ndarray[Any, Any]]:
+    """uint8 (B, S, S, 3) of the given rows, in order."""
+    batch: list[bytes] = []
+    for record in read_rows(uri, category, rows, columns=("image",)):
+        batch.append(record["image"])
+        if len(batch) == batch_size:
+            yield decode_batch(batch, size_px)
+            batch = []
+    if batch:
+        yield decode_batch(batch, size_px)
+
+
+def iter_test_records(uri: str, category: str) -> Iterable[dict[str, Any]]:
+    """The labelled test images of a category, as `Inspector.evaluate` takes them."""
+    rows = read_index(uri, category, split="test")["row"].to_numpy()
+    return read_rows(uri, category, rows, columns=("image", "mask", "label", "defect_type", "width", "height"))

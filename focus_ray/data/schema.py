@@ -1,0 +1,58 @@
+"""The Parquet schema of a data set, and what is said of a file that was left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),  # category/folder/defect/stem, unique
+        pa.field("category", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),  # train or test
+        pa.field("label", pa.int8(), nullable=False),  # 0 normal, 1 anomalous
+        pa.field("defect_type", pa.string(), nullable=False),  # "good" where label is 0
+        pa.field("image", pa.binary(), nullable=False),  # the file as it came
+        pa.field("mask", pa.binary()),  # 1-bit PNG, width x height; null where not known or label is 0
+        pa.field("width", pa.int32(), nullable=False),  # pixels, after EXIF rotation
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("site", pa.string(), nullable=False),
+        pa.field("content_hash", pa.string(), nullable=False),  # SHA-256 of size and decoded RGB pixels
+    ],
+    metadata={"focus_ray.schema_version": str(SCHEMA_VERSION)},
+)
+SPLITS = ("train", "test")
+INDEX_COLUMNS = ("id", "split", "label", "defect_type", "width", "height", "site", "content_hash")
+
+COMMIT_NAME = "_commit.json"
+
+RejectReason = Literal[
+    "empty",
+    "not_an_image",
+    "unsupported",
+    "truncated",
+    "too_large",
+    "unreadable",
+    "missing_file",
+    "mask_unreadable",
+    "mask_size",
+    "mask_on_good",
+    "mask_ambiguous",
+    "mask_without_image",
+    "contradictory_label",
+    "duplicate_across_splits",
+    "duplicate_in_train",
+]
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A source file that was left out: path relative to the source, and why."""
+
+    path: str
+    category: str
+    reason: RejectReason
+    detail: str

@@ -1,0 +1,185 @@
+"""One worker's share of the normal images, in memory or read anew on every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from focus_ray.config import Config
+from focus_ray.data.read import decoded_rows
+from focus_ray.data.split import Plan
+from focus_ray.errors import DataError, TrainingError
+
+Stream = Callable[[int, int], Iterable[Mapping[str, Any]]]
+"""batch size, seed -> shuffled batches of 'image', uint8 (B, S, S, 3), of this worker's share, B at most the batch size."""
+
+
+class Shard(Protocol):
+    """One worker's share of the normal images; batches are uint8 (B, S, S, 3)."""
+
+    def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterable[Tensor]:
+        """Exactly `steps` shuffled batches of exactly `batch_size` images."""
+
+    def fit_batches(self, fold: int | None = None) -> Iterable[Tensor]:
+        """Every image of the share once, or those of one fold of the cross calibration."""
+
+    def validation_batches(self) -> Iterable[Tensor]:
+        """Every image of the share that selection judges on, once."""
+
+    def holdout_batches(self) -> Iterable[Tensor]:
+        """Every held-out image of the share once."""
+
+
+class MemoryShard:
+    """A share that is held decoded in memory.
+
+    Args:
+        images: (N, S, S, 3) uint8, for training and density.  folds: (N,) their fold numbers, for cross calibration.
+        holdout: (M, S, S, 3) uint8, for calibration.  validation: (V, S, S, 3) uint8, for label-free selection.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        holdout: Tensor | None = None,
+        folds: Tensor | None = None,
+        batch_size: int = 32,
+        validation: Tensor | None = None,
+    ) -> None:
+        self.images, self.batch_size = images, batch_size
+        self.holdout = images[:0] if holdout is None else holdout
+        self.validation = images[:0] if validation is None else validation
+        self.folds = folds
+
+    def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+        return epoch_batches(self.images, batch_size, steps, generator)
+
+    def fit_batches(self, fold: int | None = None) -> Iterator[Tensor]:
+        images = self.images
+        if fold is not None:
+            if self.folds is None:
+                raise ValueError("cross calibration needs the images' fold numbers")
+            images = images[self.folds == fold]
+        yield from (batch for batch in images.split(self.batch_size) if len(batch))
+
+    def validation_batches(self) -> Iterator[Tensor]:
+        yield from (batch for batch in self.validation.split(self.batch_size) if len(batch))
+
+    def holdout_batches(self) -> Iterator[Tensor]:
+        yield from (batch for batch in self.holdout.split(self.batch_size) if len(batch))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What every worker agrees on before it starts: batch size and steps, from counts alone."""
+
+    batch_size: int
+    steps: int
+
+    @classmethod
+    def agree(cls, num_images: int, num_workers: int, batch_size_per_worker: int) -> Steps:
+        """Raises: DataError: a worker would have fewer than two images."""
+        share = num_images // num_workers
+        if share < 2:
+            raise DataError(
+                f"{num_images} training images over {num_workers} workers leave fewer than 2 for one: "
+                "lower cluster.num_workers or add images"
+            )
+        size = min(batch_size_per_worker, share)
+        return cls(size, share // size)
+
+
+def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`steps` shuffled batches of (N, ...) images held in memory; a small set is gone through more than once."""
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(len(images), generator=generator)])
+        yield images[order[:batch_size]]
+        order = order[batch_size:]
+
+
+class StreamShard:
+    """A share that is read and decoded anew on every pass, a few images at a time."""
+
+    def __init__(self, config: Config, category: str, share: Plan, stream: Stream | None = None) -> None:
+        """
+        Args:
+            share: this worker's part of the plan.  stream: of its decoded training images; None where nothing trains.
+        """
+        self.config, self.category, self.share, self.stream = config, category, share, stream
+        self.batch_size = config.train.batch_size_per_worker
+
+    def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+        assert self.stream is not None, "nothing to train from was given"
+        seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
+        pending: list[Tensor] = []
+        given = 0
+        # a shuffled stream yields short batches in mid-stream (Ray 2.60): cut them to size here
+        batches = self.stream(batch_size, seed)
+        for batch in batches:
+            pending.append(torch.from_numpy(np.array(batch["image"])))
+            while given < steps and sum(map(len, pending)) >= batch_size:
+                joined = torch.cat(pending)
+                pending = [joined[batch_size:]]
+                given += 1
+                yield joined[:batch_size]
+        if given < steps:
+            raise TrainingError(
+                f"the stream of {self.category!r} gave {given} of {steps} batches: was the data changed?"
+            )
+
+    def fit_batches(self, fold: int | None = None) -> Iterator[Tensor]:
+        rows, folds = self.share.fit_rows, self.share.folds
+        return self._read(rows if fold is None else [r for r, f in zip(rows, folds, strict=True) if f == fold])
+
+    def validation_batches(self) -> Iterator[Tensor]:
+        return self._read(self.share.validation_rows)
+
+    def holdout_batches(self) -> Iterator[Tensor]:
+        return self._read(self.share.holdout_rows)
+
+    def _read(self, rows: Sequence[int]) -> Iterator[Tensor]:
+        size = self.config.model.image_size_px
+        for images in decoded_rows(self.config.data.uri, self.category, rows, size, self.batch_size):
+            yield torch.from_numpy(images)
+
+
+def fits_memory(config: Config, plan: Plan) -> bool:
+    """Whether a worker's share of decoded images stays within data.memory_budget_mb."""
+    share = -(-plan.num_images // config.cluster.num_workers)
+    return share * config.model.image_size_px**2 * 3 <= config.data.memory_budget_mb * 2**20
+
+
+def build_shard(
+    config: Config, category: str, plan: Plan, rank: int, num_workers: int, stream: Stream | None = None
+) -> Shard:
+    """This worker's share, in memory where it fits.
+
+    Args: stream: what it trains from where it does not.
+    """
+    share = plan.share(rank, num_workers)
+    if not fits_memory(config, plan):
+        return StreamShard(config, category, share, stream)
+    size = config.model.image_size_px
+
+    def load(numbers: Sequence[int]) -> Tensor:
+        images = torch.empty(len(numbers), size, size, 3, dtype=torch.uint8)
+        done = 0
+        for batch in decoded_rows(config.data.uri, category, numbers, size):
+            images[done : done + len(batch)] = torch.from_numpy(batch)
+            done += len(batch)
+        return images
+
+    return MemoryShard(
+        load(share.fit_rows),
+        load(share.holdout_rows),
+        torch.tensor(share.folds),
+        config.train.batch_size_per_worker,
+        load(share.validation_rows),
+    )

@@ -1,0 +1,251 @@
+"""The Parquet data set: its schema, importers of the field's folder shapes, and readers of what was committed.
+
+One category is one folder, ``<root>/category=<name>/``, with part files and ``_commit.json``, which lists the part
+files that count. It is replaced as a whole, so a reader sees the old data or the new and never a mixture; a run that
+dies leaves the old. docs/DATA.md has the schema, the folder shapes and what becomes of odd files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from focus_ray.data.schema import COMMIT_NAME, SCHEMA, SCHEMA_VERSION, Reject
+from focus_ray.errors import DataError
+from focus_ray.storage import open_filesystem, open_input, read_file, storage_errors, sync_file, write_file
+
+# A row group is what a reader must hold: it closes at 256 rows, or from 64 rows on at 16 MiB, or at 64 MiB in any case.
+MAX_ROW_GROUP_ROWS, MIN_ROW_GROUP_ROWS = 256, 64
+ROW_GROUP_BYTES, MAX_ROW_GROUP_BYTES = 16 << 20, 64 << 20
+FILE_BYTES = 64 << 20  # a part file takes no more row groups from here on
+# Part files that no commit names are leftovers of a dead run, unless another run is just writing them.
+STALE_AFTER = timedelta(hours=24)
+
+
+class Store:
+    """A data set's root: commits, part files and rejects on a local or S3 filesystem."""
+
+    def __init__(self, uri: str, filesystem: fs.FileSystem, path: str) -> None:
+        self.uri, self.filesystem, self.path = uri, filesystem, path
+        self._writable = False
+
+    def folder(self, category: str) -> str:
+        return f"{self.path}/category={category}"
+
+    def errors(self, action: str, path: str) -> Any:
+        return storage_errors(action, self.uri, path)
+
+    def categories(self) -> list[str]:
+        """Names of the committed categories, sorted; empty where there is no data set."""
+        with self.errors("list the data set", self.path):
+            found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+            names = [
+                info.base_name[len("category=") :]
+                for info in found
+                if info.type == fs.FileType.Directory and info.base_name.startswith("category=")
+            ]
+            commits = self.filesystem.get_file_info([f"{self.folder(name)}/{COMMIT_NAME}" for name in names])
+        return sorted(name for name, info in zip(names, commits, strict=True) if info.type == fs.FileType.File)
+
+    def commit(self, category: str) -> dict[str, Any] | None:
+        """The category's commit; None where it has none. Raises: DataError: damaged, or of another schema version."""
+        path = f"{self.folder(category)}/{COMMIT_NAME}"
+        with self.errors("read the commit file", path):
+            data = read_file(self.filesystem, path)
+        if data is None:
+            return None
+        try:
+            commit = json.loads(data)
+            version = commit["schema_version"]
+            if version == SCHEMA_VERSION:
+                for key in ("files", "num_rows", "source_fingerprint", "counts"):
+                    commit[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.uri}: {path}: not a commit file ({error}): remove it and ingest again") from error
+        if version != SCHEMA_VERSION:
+            raise DataError(
+                f"{self.uri}: category {category!r} has schema version {version!r}, this program reads "
+                f"{SCHEMA_VERSION}: ingest it again into another root, or use the version that wrote it"
+            )
+        return cast("dict[str, Any]", commit)
+
+    def need_commit(self, category: str) -> dict[str, Any]:
+        commit = self.commit(category)
+        if commit is None:
+            names = self.categories()
+            if not names:
+                raise DataError(
+                    f"{self.uri}: no data set here: expected folders category=<name> with a {COMMIT_NAME}; ingest one "
+                    f"first"
+                )
+            raise DataError(f"{self.uri}: no category {category!r}; there are: {', '.join(names)}")
+        return commit
+
+    def is_whole(self, category: str, commit: dict[str, Any]) -> bool:
+        """Whether every part file that a commit names is there, at its size."""
+        paths = [f"{self.folder(category)}/{entry['name']}" for entry in commit["files"]]
+        with self.errors("look at part files", self.folder(category)):
+            found = self.filesystem.get_file_info(paths)
+        return [info.size for info in found] == [entry["num_bytes"] for entry in commit["files"]]
+
+    def check_writable(self) -> None:
+        """Finds out before the decoding, not after, that nothing may be written."""
+        if not self._writable:
+            path = f"{self.path}/_write_check-{uuid.uuid4().hex}"
+            with self.errors("write", path):
+                write_file(self.filesystem, path, b"focus_ray")
+                self.filesystem.delete_file(path)
+            self._writable = True
+
+    def publish(
+        self, category: str, rows: Iterable[dict[str, Any]], rejects: Sequence[Reject], facts: dict[str, Any]
+    ) -> None:
+        """Writes part files, then the commit that makes them count, then removes those that no longer do."""
+        folder, run_id = self.folder(category), uuid.uuid4().hex[:12]
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            with self.errors("make the folder", folder):
+                self.filesystem.create_dir(folder, recursive=True)
+        files: list[dict[str, Any]] = []
+        try:
+            groups = _row_groups(rows)
+            for group in groups:
+                name = f"part-{run_id}-{len(files):05d}.parquet"
+                files.append({"name": name, "row_group_rows": []})
+                with self.errors("write a part file", f"{folder}/{name}"):
+                    self._write_part(f"{folder}/{name}", itertools.chain([group], groups), files[-1])
+        except BaseException:
+            self._remove(f"{folder}/{item['name']}" for item in files)
+            raise
+        former = self.commit(category)
+        self.write_rejects(category, rejects)
+        commit = {
+            "schema_version": SCHEMA_VERSION,
+            "category": category,
+            "run_id": run_id,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "files": files,
+            "num_rows": sum(sum(item["row_group_rows"]) for item in files),
+            **facts,
+        }
+        # From here on the parts stay whatever happens: a commit whose answer was lost may still have been made.
+        with self.errors("write the commit file", f"{folder}/{COMMIT_NAME}"):
+            write_file(self.filesystem, f"{folder}/{COMMIT_NAME}", json.dumps(commit, indent=1).encode())
+        self._remove_unreferenced(folder, files, former)
+
+    def _write_part(self, path: str, groups: Iterator[pa.Table], entry: dict[str, Any]) -> None:
+        num_bytes = 0
+        with (
+            self.filesystem.open_output_stream(path) as sink,
+            pq.ParquetWriter(
+                sink,
+                SCHEMA,
+                compression="none",  # the images are compressed already
+                use_dictionary=["category", "split", "defect_type", "site"],
+                write_statistics=["id", "split", "label"],
+            ) as writer,
+        ):
+            for group in groups:
+                writer.write_table(group, row_group_size=group.num_rows)
+                entry["row_group_rows"].append(group.num_rows)
+                num_bytes += group.nbytes
+                if num_bytes >= FILE_BYTES:
+                    break
+        sync_file(self.filesystem, path)
+        entry["num_bytes"] = self.filesystem.get_file_info(path).size
+
+    def _remove(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            try:
+                self.filesystem.delete_file(path)
+            except OSError:  # an unnamed part file harms nobody, and the next run tries again
+                continue
+
+    def _remove_unreferenced(self, folder: str, files: list[dict[str, Any]], former: dict[str, Any] | None) -> None:
+        current = {item["name"] for item in files}
+        replaced = {item["name"] for item in former["files"]} if former else set()
+        with self.errors("list part files", folder):
+            found = self.filesystem.get_file_info(fs.FileSelector(folder))
+        limit = datetime.now(timezone.utc) - STALE_AFTER
+        for info in found:
+            name = info.base_name
+            leftover = name.startswith(("part-", ".tmp-")) and info.mtime is not None and info.mtime < limit
+            if name not in current and (name in replaced or leftover):
+                self._remove([f"{folder}/{name}"])
+
+    def write_rejects(self, category: str, rejects: Sequence[Reject]) -> None:
+        path = self._rejects_path(category)
+        with self.errors("write the rejects", path):
+            if rejects:
+                columns = {
+                    name: [getattr(item, name) for item in rejects] for name in ("path", "category", "reason", "detail")
+                }
+                sink = pa.BufferOutputStream()
+                pq.write_table(pa.table(columns), sink)
+                write_file(self.filesystem, path, sink.getvalue().to_pybytes())
+            elif self.filesystem.get_file_info(path).type == fs.FileType.File:
+                self.filesystem.delete_file(path)
+
+    def rejects(self, category: str) -> list[Reject]:
+        path = self._rejects_path(category)
+        with self.errors("read the rejects", path):
+            data = read_file(self.filesystem, path)
+        return [Reject(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()] if data else []
+
+    def _rejects_path(self, category: str) -> str:
+        return f"{self.path}/_rejects/category={category}.parquet"
+
+
+def _row_groups(rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
+    pending: list[dict[str, Any]] = []
+    num_bytes = 0
+    for row in rows:
+        pending.append(row)
+        num_bytes += len(row["image"]) + len(row["mask"] or b"")
+        full = len(pending) >= MAX_ROW_GROUP_ROWS or num_bytes >= MAX_ROW_GROUP_BYTES
+        if full or (len(pending) >= MIN_ROW_GROUP_ROWS and num_bytes >= ROW_GROUP_BYTES):
+            yield pa.Table.from_pylist(pending, schema=SCHEMA)
+            pending, num_bytes = [], 0
+    if pending:
+        yield pa.Table.from_pylist(pending, schema=SCHEMA)
+
+
+def open_store(uri: str | Path) -> Store:
+    filesystem, path = open_filesystem(uri)
+    return Store(str(uri), filesystem, path)
+
+
+@contextmanager
+def open_part(store: Store, category: str, entry: dict[str, Any]) -> Iterator[pq.ParquetFile]:
+    """One part file, checked against its commit; what goes wrong while it is open becomes a DataError."""
+    path = f"{store.folder(category)}/{entry['name']}"
+    try:
+        with (
+            storage_errors("read a part file", store.uri, path),
+            open_input(store.filesystem, path) as stream,
+            pq.ParquetFile(stream) as part,
+        ):
+            version = (part.schema_arrow.metadata or {}).get(b"focus_ray.schema_version")
+            if version != str(SCHEMA_VERSION).encode() or part.metadata.num_rows != sum(entry["row_group_rows"]):
+                raise pa.ArrowInvalid(f"schema version {version!r}, {part.metadata.num_rows} rows")
+            yield part
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{store.uri}: part file {path} is damaged ({error}): remove the category's {COMMIT_NAME} and ingest it "
+            "again"
+        ) from error
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise DataError(
+                f"{error}. If the category was ingested again meanwhile, start over; otherwise ingest it again"
+            ) from error
+        raise

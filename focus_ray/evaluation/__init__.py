@@ -1,0 +1,1 @@
+"""How good scores are and what they mean: metrics, calibration, synthetic defects, reports."""

@@ -1,0 +1,92 @@
+"""What is known of an image that was inspected: score, verdict, map at the image's own size, and the areas in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy import ndimage
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected area of the map above the pixel threshold.
+
+    x, y, width, height: bounding box, pixels of the original image.  area: pixels.  peak: highest value of the map in it.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float
+
+    def to_dict(self) -> dict[str, float]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of one image.
+
+    score: higher is more anomalous.  p_value: conformal, see docs/CALIBRATION.md.  anomalous: the verdict.
+    threshold: of the score.  pixel_threshold: of the map.  anomaly_map: (S, S), S the network's input size, in the
+    image's own frame, stretched to a square.  regions: in pixels of the original, width x height.
+    """
+
+    score: float
+    p_value: float
+    anomalous: bool
+    threshold: float
+    pixel_threshold: float
+    anomaly_map: NDArray[np.float32]
+    width: int
+    height: int
+    regions: tuple[Region, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; without the map."""
+        return {
+            "score": self.score,
+            "p_value": self.p_value,
+            "anomalous": self.anomalous,
+            "threshold": self.threshold,
+            "pixel_threshold": self.pixel_threshold,
+            "width": self.width,
+            "height": self.height,
+            "regions": [region.to_dict() for region in self.regions],
+        }
+
+
+def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int, height: int) -> tuple[Region, ...]:
+    """Connected areas (8 neighbours) above the threshold, highest peak first, in pixels of a width x height image."""
+    full = resize_map(anomaly_map, height, width)
+    numbered, _ = ndimage.label(full > threshold, structure=np.ones((3, 3)))
+    regions = []
+    for number, box in enumerate(ndimage.find_objects(numbered), start=1):
+        inside = numbered[box] == number
+        rows, columns = box
+        regions.append(
+            Region(
+                x=int(columns.start),
+                y=int(rows.start),
+                width=int(columns.stop - columns.start),
+                height=int(rows.stop - rows.start),
+                area=int(inside.sum()),
+                peak=float(full[box][inside].max()),
+            )
+        )
+    return tuple(sorted(regions, key=lambda region: -region.peak))
+
+
+def resize_map(anomaly_map: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
+    """(S, S) -> (height, width), bilinear."""
+    if anomaly_map.shape == (height, width):
+        return anomaly_map
+    resized = F.interpolate(torch.from_numpy(anomaly_map)[None, None], size=(height, width), mode="bilinear")
+    return resized[0, 0].numpy()

@@ -1,0 +1,116 @@
+"""What people look at: metric tables in Markdown, heat-map overlays, contact sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from focus_ray.evaluation.inspection import Inspection, resize_map
+
+COLUMNS = (
+    ("image_auroc", "image AUROC"),
+    ("image_average_precision", "image AP"),
+    ("image_f1_max", "image F1-max"),
+    ("pixel_auroc", "pixel AUROC"),
+    ("pixel_average_precision", "pixel AP"),
+    ("aupro_0.3", "AUPRO 0.3"),
+    ("aupro_0.05", "AUPRO 0.05"),
+    ("false_positive_rate", "FPR at threshold"),
+    ("recall", "recall at threshold"),
+)
+# dark blue, violet, red, orange, pale yellow: the luminance rises throughout, so it reads without colour too
+_HEAT = np.array([[8, 6, 60], [96, 20, 120], [196, 50, 70], [250, 150, 30], [255, 250, 190]], dtype=np.float64)
+
+
+def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Category -> metrics (as `Inspector.evaluate` gives) -> a Markdown table with a mean row, and one of defect types.
+
+    A metric that a category's test set cannot give is shown as '-' and left out of the mean.
+    """
+    lines = [_row(["category", "good", "bad", *(title for _, title in COLUMNS)]), _rule(3 + len(COLUMNS))]
+    for category, result in results.items():
+        values = [_number(result.get(key)) for key, _ in COLUMNS]
+        lines.append(_row([category, str(result["num_normal"]), str(result["num_anomalous"]), *values]))
+    if len(results) > 1:
+        means = mean_metrics(results)
+        lines.append(_row(["**mean**", "", "", *(_number(means[key]) for key, _ in COLUMNS)]))
+    lines += ["", _row(["category", "defect type", "images", *(title for key, title in COLUMNS if key in _TYPE_KEYS)])]
+    lines.append(_rule(3 + len(_TYPE_KEYS)))
+    for category, result in results.items():
+        for kind, part in result["defect_types"].items():
+            values = [_number(part.get(key)) for key, _ in COLUMNS if key in _TYPE_KEYS]
+            lines.append(_row([category, kind, str(part["num_images"]), *values]))
+    return "\n".join(lines) + "\n"
+
+
+_TYPE_KEYS = {"image_auroc", "pixel_auroc", "aupro_0.3", "aupro_0.05", "recall"}
+
+
+def mean_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Unweighted means over categories, of those that have the metric."""
+    means: dict[str, float | None] = {}
+    for key, _ in COLUMNS:
+        values = [result[key] for result in results.values() if result.get(key) is not None]
+        means[key] = float(np.mean(values)) if values else None
+    return means
+
+
+def heat_map(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
+    """(H, W) -> (H, W, 3) RGB; `low` and below is the darkest, `high` and above the lightest."""
+    position = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(_HEAT) - 1)
+    index = np.minimum(position.astype(int), len(_HEAT) - 2)
+    part = (position - index)[..., None]
+    return (_HEAT[index] * (1 - part) + _HEAT[index + 1] * part).astype(np.uint8)
+
+
+def overlay(image: NDArray[np.uint8], inspection: Inspection) -> NDArray[np.uint8]:
+    """The image (H, W, 3) under its heat map: the scale's middle is the pixel threshold, regions are outlined.
+
+    Returns: (H, W, 3) uint8.
+    """
+    height, width = image.shape[:2]
+    full = resize_map(inspection.anomaly_map, height, width)
+    threshold = inspection.pixel_threshold
+    colours = heat_map(full, 0.0, 2 * threshold)
+    weight = np.clip(full / (2 * threshold), 0.05, 0.6)[..., None]
+    blended = (image * (1 - weight) + colours * weight).astype(np.uint8)
+    picture = Image.fromarray(blended)
+    draw = ImageDraw.Draw(picture)
+    line = max(1, round(min(height, width) / 160))
+    for region in inspection.regions:
+        corner = (region.x + region.width - 1, region.y + region.height - 1)
+        draw.rectangle([(region.x, region.y), corner], outline=(0, 255, 255), width=line)
+    return np.asarray(picture)
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[NDArray[np.uint8]]], titles: Sequence[str], cell_px: int = 192
+) -> Image.Image:
+    """Rows of pictures (H, W, 3), each row with a title above it."""
+    bar = 18
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * (cell_px + 4), len(rows) * (cell_px + bar + 4)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for number, (row, title) in enumerate(zip(rows, titles, strict=True)):
+        top = number * (cell_px + bar + 4)
+        draw.text((4, top + 3), title, fill=(0, 0, 0))
+        for column, picture in enumerate(row):
+            scaled = Image.fromarray(picture).resize((cell_px, cell_px), Image.Resampling.BILINEAR)
+            sheet.paste(scaled, (column * (cell_px + 4), top + bar))
+    return sheet
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rule(columns: int) -> str:
+    return "|" + "---|" * columns
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

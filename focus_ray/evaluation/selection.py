@@ -1,0 +1,53 @@
+"""A validation score from normal images alone: held-out normals against themselves with synthetic defects.
+
+It ranks configurations of one category (alignment groups, epochs, densities); it is not a detection rate, and no test
+image or label enters it. docs/SELECTION.md says how well it ranks on real defects.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from focus_ray.errors import DataError
+from focus_ray.evaluation import metrics
+from focus_ray.evaluation.defects import synthetic_validation_set
+
+DEFECTS_PER_IMAGE = 3
+
+
+def validation_images(
+    normals: NDArray[np.uint8], seed: int, per_image: int = DEFECTS_PER_IMAGE
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Normal images and their defective copies, with masks: (N (1 + per_image), S, S, 3) and (..., S, S).
+
+    Args:
+        normals: (N, S, S, 3) uint8, that the density has not seen.
+
+    Raises: DataError: fewer than two images.
+    """
+    if len(normals) < 2:
+        raise DataError(f"a validation score needs at least 2 held-out normal images, got {len(normals)}")
+    defective, masks, _ = synthetic_validation_set(normals, seed, per_image)
+    clean = np.zeros(normals.shape[:3], dtype=bool)
+    return np.concatenate([normals, defective]), np.concatenate([clean, masks])
+
+
+def validation_figures(
+    masks: NDArray[np.bool_], scores: NDArray[np.float32], maps: NDArray[np.float32]
+) -> dict[str, float]:
+    """How well scores (N,) and maps (N, S, S) find the synthetic defects of masks (N, S, S).
+
+    Returns: score, what configurations are ranked by: the mean of image AUROC and AUPRO (limit 0.3); and image_auroc,
+        pixel_auroc, pixel_average_precision, aupro.
+    """
+    labels = masks.any(axis=(1, 2)).astype(int)
+    pixels = metrics.pixel_metrics(masks, maps, (0.3,))
+    image_auroc = metrics.image_auroc(labels, scores)
+    return {
+        "score": (image_auroc + pixels["aupro_0.3"]) / 2,
+        "image_auroc": image_auroc,
+        "pixel_auroc": pixels["pixel_auroc"],
+        "pixel_average_precision": pixels["pixel_average_precision"],
+        "aupro": pixels["aupro_0.3"],
+    }

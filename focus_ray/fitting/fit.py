@@ -1,0 +1,345 @@
+"""From normal images to everything a bundle holds: train, add up the moments, calibrate. No files, no Ray.
+
+Runs alone or on every worker of an initialised torch.distributed group; each worker brings its own shard of the images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from focus_ray.config import Config
+from focus_ray.data.shards import Shard, Steps
+from focus_ray.density.base import Statistics, build_density, sample_positions
+from focus_ray.density.moments import Moments
+from focus_ray.errors import DataError
+from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
+from focus_ray.evaluation.selection import validation_images
+from focus_ray.fitting.distributed import world_size
+from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
+from focus_ray.fitting.passes import aligner_pass, calibration_pass, statistics_pass, validation_pass
+from focus_ray.fitting.scoring import Detector
+from focus_ray.model.alignment.congealing import CongealingAligner
+from focus_ray.model.network import FocusNet
+from focus_ray.model.reduction import ChannelReduction
+
+
+@dataclass
+class FitResult:
+    """What came out, the same on every worker."""
+
+    net: FocusNet
+    reduction: ChannelReduction
+    statistics: Statistics
+    calibration: Calibration
+    alignment: dict[str, Any] | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    selection: list[dict[str, Any]] = field(default_factory=list)
+
+
+def fit(
+    config: Config,
+    shard: Shard,
+    num_images: int,
+    device: torch.device,
+    *,
+    net: FocusNet | None = None,
+    rank: int = 0,
+    wrap: Callable[[torch.nn.Module], Any] | None = None,
+    state: dict[str, Any] | None = None,
+    on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None = None,
+    log: Callable[[str], None] = lambda message: None,
+) -> FitResult:
+    """Aligns, trains, adds up the statistics and calibrates.
+
+    Args:
+        num_images: training images of all workers together.
+        wrap: makes the objective data-parallel (DDP), when there are several workers.
+        state: what `on_epoch`'s third argument gave at an earlier epoch, to go on from there.
+        on_epoch: called by every worker after every epoch with its number, its figures and a function that gives the
+            state to keep.
+
+    Raises: DataError: too few images.  FloatingPointError: the loss is not finite.
+    """
+    run = Run(config, shard, num_images, device, net=net, rank=rank, log=log)
+    run.learn(wrap, state, on_epoch)
+    return run.finish()
+
+
+def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, statistics: Statistics) -> Detector:
+    """A detector of the density that the statistics give."""
+    return Detector(net, reduction, build_density(config.density, statistics), config.scoring)
+
+
+class Run:
+    """One category's way from images to a result; state that its stages share. Arguments as of `fit`."""
+
+    def __init__(
+        self,
+        config: Config,
+        shard: Shard,
+        num_images: int,
+        device: torch.device,
+        *,
+        net: FocusNet | None = None,
+        rank: int = 0,
+        log: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        torch.manual_seed(config.train.seed)
+        net = FocusNet(config.model) if net is None else net
+        net = net.to(device).to(memory_format=torch.channels_last)
+        self.config, self.net, self.shard, self.num_images = config, net, shard, num_images
+        self.device, self.rank, self.log = device, rank, log
+        self.offset = num_images * rank // world_size()
+        self.reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
+        self.history: list[dict[str, float]] = []
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.alignment: dict[str, Any] | None = None
+        self.selection: list[dict[str, Any]] = []
+        self.best: dict[str, Any] | None = None  # network of the best validation score so far
+        self.validation = self._validation_set()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
+
+    # ---- label-free selection
+    def _validation_set(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
+        """This worker's held-out normals and their synthetic defects; None where nothing is selected."""
+        if not self.config.selection.enabled:
+            return None
+        normals = list(self.shard.validation_batches())
+        if not normals:
+            size = self.config.model.image_size_px
+            return np.empty((0, size, size, 3), np.uint8), np.empty((0, size, size), bool)
+        return validation_images(torch.cat(normals).numpy(), seed=self.config.train.seed * 1009 + self.rank)
+
+    def validate(self, what: dict[str, Any]) -> float | None:
+        """The validation score of the network as it is, noted with what it is; None where nothing is selected."""
+        if self.validation is None:
+            return None
+        detector = build_detector(self.config, self.net, self.reduction, self.training_statistics())
+        images, masks = self.validation
+        figures = validation_pass(detector, images, masks)
+        self.selection.append({**what, **figures})
+        self.log(
+            ", ".join(f"{key} {value}" for key, value in what.items())
+            + f": validation score {figures['score']:.4f} (image AUROC {figures['image_auroc']:.4f}, "
+            f"AUPRO {figures['aupro']:.4f}, against synthetic defects)"
+        )
+        return figures["score"]
+
+    # ---- image alignment
+    def align(self) -> None:
+        """Fits the image aligner; with selection on, keeps it only if it validates better than none does."""
+        chosen = sample_positions(self.num_images, self.config.model.image_alignment.max_images)
+        found = aligner_pass(
+            self.net, self.shard.fit_batches(), self.device, chosen, self.offset, self.config.train.seed
+        )
+        if found is None:
+            return
+        self.alignment = found
+        if found["enabled"] and self.validation is not None:
+            aligner = self.net.image_aligner
+            assert isinstance(aligner, CongealingAligner)
+            group = self.config.model.image_alignment.group
+            aligned = self.validate({"image_alignment": group})
+            aligner.enabled.fill_(False)
+            plain = self.validate({"image_alignment": "none"})
+            assert aligned is not None
+            assert plain is not None
+            found["enabled"] = aligned > plain
+            aligner.enabled.fill_(found["enabled"])
+        turned = "on" if found["enabled"] else "off"
+        self.log(f"image alignment {turned} (pairwise L2 of held-out images falls by {found['drop']:.0%})")
+
+    # ---- training
+    def learn(
+        self,
+        wrap: Callable[[torch.nn.Module], Any] | None = None,
+        state: dict[str, Any] | None = None,
+        on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None = None,
+    ) -> None:
+        """Aligns and trains, from the start or from a state; arguments as of `fit`."""
+        if state is not None:
+            self.restore(state)
+        else:
+            with self.timed("alignment"):
+                self.align()
+        with self.timed("train"):
+            if self.config.train.epochs:
+                self.train(wrap, state, on_epoch)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.net.load_state_dict(state["net"])
+        self.alignment, self.selection, self.best = state["alignment"], state["selection"], state["best"]
+        self.history.extend(state["history"])
+
+    def train(
+        self,
+        wrap: Callable[[torch.nn.Module], Any] | None,
+        state: dict[str, Any] | None,
+        on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None,
+    ) -> None:
+        train, net = self.config.train, self.net
+        steps = Steps.agree(self.num_images, world_size(), train.batch_size_per_worker)
+        objective = Objective(net, train)
+        if not any(parameter.requires_grad for parameter in net.parameters()):
+            raise DataError(
+                "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
+            )
+        optimizer = build_optimizer(net, train)
+        schedule = build_schedule(optimizer, train, steps.steps)
+        first = 0
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            first = int(state["epoch"]) + 1
+        else:
+            self._keep_best(-1)
+        parallel = objective if wrap is None else wrap(objective)
+        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        autocast = train.precision == "bf16" or (train.precision == "auto" and bf16)
+        for epoch in range(first, train.epochs):
+            net.train()
+            generator = torch.Generator().manual_seed((train.seed * 1_000_003 + epoch) * 4099 + self.rank)
+            start = time.perf_counter()
+            batches = self.shard.train_batches(steps.batch_size, steps.steps, generator)
+            figures = train_epoch(parallel, batches, optimizer, schedule, train, self.device, generator, autocast)
+            figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
+            self._note(figures)
+            every = self.config.selection.every_epochs
+            if (epoch + 1) % every == 0 or epoch + 1 == train.epochs:
+                self._keep_best(epoch)
+            if on_epoch is not None:
+
+                def snapshot(epoch: int = epoch) -> dict[str, Any]:
+                    return {
+                        "net": net.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "schedule": schedule.state_dict(),
+                        "epoch": epoch,
+                        "history": list(self.history),
+                        "alignment": self.alignment,
+                        "selection": list(self.selection),
+                        "best": self.best,
+                    }
+
+                on_epoch(epoch, figures, snapshot)
+        if self.best is not None:
+            net.load_state_dict(self.best["net"])
+            self.log(f"kept the network after epoch {self.best['epoch'] + 1} of {train.epochs} (0: untrained)")
+
+    def _note(self, figures: dict[str, float]) -> None:
+        """Keeps and logs an epoch's figures, with a warning where they show a collapse."""
+        self.history.append(figures)
+        epoch, epochs = int(figures["epoch"]) + 1, self.config.train.epochs
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "epoch")
+        self.log(f"epoch {epoch}/{epochs}: {shown}")
+        if collapsed(figures):
+            message = (
+                f"epoch {epoch}: the features have collapsed (std {figures['feature_std']:.3g} of an even spread, "
+                f"effective rank {figures['effective_rank']:.1f}): lower train.learning_rate or train.lambda_fine"
+            )
+            self.warnings.append(message)
+            self.log(f"WARNING: {message}")
+
+    def _keep_best(self, epoch: int) -> None:
+        """Validates the network; keeps a copy where it beats what was kept by the margin. Epoch -1 is the untrained."""
+        self.net.eval()
+        score = self.validate({"epoch": epoch + 1})
+        if score is None:
+            return
+        if self.best is None or score > self.best["score"] + self.config.selection.margin:
+            network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
+            self.best = {"epoch": epoch, "score": score, "net": network}
+
+    # ---- density and calibration
+    def training_statistics(self) -> Statistics:
+        """Of the training images, under the network as it is."""
+        self.net.eval()
+        config = self.config.density
+        kept = sample_positions(self.num_images, config.max_images) if config.kind == "nearest" else None
+        return statistics_pass(self.net, self.reduction, self.shard.fit_batches(), self.device, kept, self.offset)
+
+    def _validation_statistics(self) -> Statistics:
+        """Of the images that selection held out: they join the density once nothing is left to be selected."""
+        kept = range(self.config.density.max_images) if self.config.density.kind == "nearest" else None
+        return statistics_pass(self.net, self.reduction, self.shard.validation_batches(), self.device, kept)
+
+    def finish(self) -> FitResult:
+        self.net.eval()
+        folds: list[Statistics] = []
+        with self.timed("statistics"):
+            if self.config.calibration.method == "cross":
+                kept = _Everything() if self.config.density.kind == "nearest" else None
+                for fold in range(self.config.calibration.num_folds):
+                    batches = self.shard.fit_batches(fold)
+                    folds.append(statistics_pass(self.net, self.reduction, batches, self.device, kept))
+                statistics = _join_all(folds)
+            else:
+                statistics = self.training_statistics()
+            if self.validation is not None:
+                statistics.join(self._validation_statistics())
+            statistics.keep_at_most(self.config.density.max_images)
+        with self.timed("calibration"):
+            if folds:
+                builder = self._cross_calibrate(folds)
+            else:
+                detector = build_detector(self.config, self.net, self.reduction, statistics)
+                builder = calibration_pass(detector, self.shard.holdout_batches(), self.config.calibration, self.device)
+        return FitResult(
+            self.net,
+            self.reduction,
+            statistics,
+            builder.finish(),
+            self.alignment,
+            self.history,
+            self.seconds,
+            self.warnings,
+            self.selection,
+        )
+
+    def _cross_calibrate(self, folds: list[Statistics]) -> CalibrationBuilder:
+        """Every training image is scored by the density of the other folds."""
+        joined: CalibrationBuilder | None = None
+        for fold, part in enumerate(folds):
+            if not part.moments.count:
+                continue
+            rest = _join_all([other for number, other in enumerate(folds) if number != fold])
+            detector = build_detector(self.config, self.net, self.reduction, rest)
+            builder = calibration_pass(detector, self.shard.fit_batches(fold), self.config.calibration, self.device)
+            joined = builder if joined is None else joined.merge(builder)
+        assert joined is not None
+        return joined
+
+
+class _Everything:
+    """Contains every number."""
+
+    def __contains__(self, number: object) -> bool:
+        return True
+
+
+def _join_all(parts: list[Statistics]) -> Statistics:
+    """The statistics of all parts together; the parts stay as they are."""
+    first = parts[0].moments
+    total = Statistics(
+        Moments(first.height, first.width, first.channels, first.mean.device),
+        None if parts[0].bank is None else parts[0].bank[:0],
+    )
+    for part in parts:
+        total.join(part)
+    return total

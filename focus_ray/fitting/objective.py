@@ -1,0 +1,147 @@
+"""The loss that is trained, its optimiser, and one epoch over any iterable of batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from focus_ray.config import TrainConfig
+from focus_ray.fitting.distributed import world_size
+from focus_ray.fitting.scoring import to_images
+from focus_ray.model.losses import coarse_loss, effective_rank, feature_std, fine_loss, random_pairs
+from focus_ray.model.network import FocusNet, inside_mask
+
+COLLAPSE_STD = 0.05  # of the L2-normalised features, relative to an even spread: below this a run has collapsed
+
+
+class Objective(nn.Module):
+    """FYD's total loss as one module, so that DDP sees a single forward."""
+
+    def __init__(self, net: FocusNet, config: TrainConfig) -> None:
+        super().__init__()
+        self.net, self.config = net, config
+        self.coarse = config.lambda_ica > 0 and has_trainable_aligner(net)
+        self.fine = config.lambda_fine > 0
+        if not self.fine:  # what no loss reaches must not wait for a gradient
+            for name, parameter in net.named_parameters():
+                if not name.startswith("image_aligner."):
+                    parameter.requires_grad_(False)
+        if not self.coarse and not self.fine and net.image_aligner is not None:
+            net.image_aligner.requires_grad_(False)
+
+    def forward(self, images: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) in 0..1, pairs (B,) -> 'loss' and its parts, scalars."""
+        aligned = self.net(images)
+        parts: dict[str, Tensor] = {}
+        total = images.new_zeros(())
+        if self.coarse:
+            mask = inside_mask(aligned.theta_image, aligned.image)
+            parts["loss_ica"] = coarse_loss(aligned.image, pairs, mask)
+            total = total + self.config.lambda_ica * parts["loss_ica"]
+        if self.fine:
+            projected, predicted = self.net.project(aligned)
+            parts["loss_fine"] = fine_loss(
+                predicted.float(), projected.float(), pairs, self.config.stop_gradient, self.config.symmetric
+            )
+            total = total + self.config.lambda_fine * parts["loss_fine"]
+            parts["feature_std"] = feature_std(projected)
+            parts["effective_rank"] = effective_rank(aligned.levels[2])
+        return {"loss": total, **parts}
+
+
+def has_trainable_aligner(net: FocusNet) -> bool:
+    """Whether gradient descent has anything to move in the image aligner."""
+    return net.image_aligner is not None and any(p.requires_grad for p in net.image_aligner.parameters())
+
+
+def build_optimizer(net: FocusNet, config: TrainConfig) -> torch.optim.SGD:
+    """SGD; the image aligner, the head (projector and predictor) and the rest each have their own learning rate."""
+    rates = {
+        "image_aligner": config.learning_rate_image_alignment,
+        "projector": config.learning_rate_head,
+        "predictor": config.learning_rate_head,
+    }
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(rates.get(name.partition(".")[0], config.learning_rate), []).append(parameter)
+    # the backbone's group first: its rate is the one that is logged
+    order = sorted(groups, key=lambda rate: rate != config.learning_rate)
+    return torch.optim.SGD(
+        [{"params": groups[rate], "lr": rate} for rate in order],
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Cosine to zero over all steps, after a linear warm-up; stepped after every optimiser step."""
+    total = max(1, config.epochs * steps_per_epoch)
+    warmup = int(config.warmup_epochs * steps_per_epoch)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_epoch(
+    objective: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    batches: Iterable[Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+    config: TrainConfig,
+    device: torch.device,
+    generator: torch.Generator,
+    autocast: bool = False,
+) -> dict[str, float]:
+    """One pass. Batches: uint8 (B, H, W, 3), or (B, 3, H, W) in 0..1.
+
+    Returns: the means of the losses and collapse figures over all steps and workers, with 'steps' and 'learning_rate'.
+
+    Raises: FloatingPointError: the loss is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    steps = 0
+    for batch in batches:
+        images = to_images(batch, device)
+        pairs = random_pairs(images.shape[0], generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            parts = objective(images, pairs)
+        loss = parts["loss"]
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.gradient_clip_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, config.gradient_clip_norm)
+        optimizer.step()
+        schedule.step()
+        for key, value in parts.items():
+            sums[key] = sums.get(key, value.new_zeros((), dtype=torch.float32)) + value.detach().float()
+        steps += 1
+    if not steps:
+        raise ValueError("no batch came: the data set is smaller than one step")
+    keys = sorted(sums)
+    means = torch.stack([sums[key] for key in keys]) / steps
+    if world_size() > 1:
+        dist.all_reduce(means)
+        means /= world_size()
+    result = dict(zip(keys, means.tolist(), strict=True))
+    if not math.isfinite(result["loss"]):
+        raise FloatingPointError(
+            f"the loss is {result['loss']} after {steps} steps: lower train.learning_rate or set train.gradient_clip_norm"
+        )
+    return {**result, "steps": float(steps), "learning_rate": float(schedule.get_last_lr()[0])}
+
+
+def collapsed(log: dict[str, float]) -> bool:
+    """Whether an epoch's figures show that the features no longer tell images apart."""
+    return "feature_std" in log and log["feature_std"] < COLLAPSE_STD

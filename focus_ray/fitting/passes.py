@@ -1,0 +1,138 @@
+"""One pass over images each: alignment, statistics, validation, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from focus_ray.config import CalibrationConfig
+from focus_ray.density.base import Statistics
+from focus_ray.density.moments import Moments
+from focus_ray.density.nearest import keep
+from focus_ray.evaluation.calibration import CalibrationBuilder
+from focus_ray.evaluation.selection import validation_figures
+from focus_ray.fitting.distributed import gather_objects, gather_rows, reduce_moments
+from focus_ray.fitting.scoring import Detector, Scored, embed, to_images
+from focus_ray.model.alignment.congealing import CongealingAligner
+from focus_ray.model.network import FocusNet
+from focus_ray.model.reduction import ChannelReduction
+
+
+@torch.no_grad()  # not inference_mode: statistics are joined in place later
+def statistics_pass(
+    net: FocusNet,
+    reduction: ChannelReduction,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    keep_positions: Container[int] | None = None,
+    offset: int = 0,
+) -> Statistics:
+    """Statistics of every image that any worker is given, the same on every worker after the call.
+
+    Embeddings are added up batch by batch; only those of the chosen images are kept, for a memory.
+
+    Args:
+        keep_positions: numbers, over all workers, of the images whose embeddings are kept; None keeps none.
+        offset: the number of this worker's first image.
+    """
+    net.eval()
+    embeddings = (embed(net, reduction, to_images(batch, device))[0] for batch in batches)
+    size = net.config.image_size_px // reduction.config.map_stride_px
+    return embedding_statistics(embeddings, size, reduction.num_channels, device, keep_positions, offset)
+
+
+@torch.no_grad()
+def embedding_statistics(
+    embeddings: Iterable[Tensor],
+    size: int,
+    num_channels: int,
+    device: torch.device,
+    keep_positions: Container[int] | None = None,
+    offset: int = 0,
+) -> Statistics:
+    """As `statistics_pass`, of embeddings (B, num_channels, size, size) that are there already."""
+    moments = Moments(size, size, num_channels, device)
+    kept: list[Tensor] = []
+    position = offset
+    for embedding in embeddings:
+        moments.update(embedding)
+        if keep_positions is not None:
+            chosen = [number for number in range(len(embedding)) if position + number in keep_positions]
+            if chosen:
+                kept.append(keep(embedding[chosen]))
+        position += len(embedding)
+    reduce_moments(moments)
+    if keep_positions is None:
+        return Statistics(moments)
+    bank = torch.cat(kept) if kept else torch.empty(0, size * size, num_channels, dtype=torch.float16)
+    return Statistics(moments, gather_rows(bank, device))
+
+
+@torch.inference_mode()
+def aligner_pass(
+    net: FocusNet, batches: Iterable[Tensor], device: torch.device, positions: Container[int], offset: int, seed: int
+) -> dict[str, Any] | None:
+    """Fits a congealing aligner on the chosen images of all workers, the same on every worker; None without one.
+
+    Args:
+        positions, offset: as `statistics_pass`'s keep_positions and offset.
+    """
+    aligner = net.image_aligner
+    if not isinstance(aligner, CongealingAligner):
+        return None
+    size = aligner.FINE_PX
+    prepared: list[Tensor] = []
+    position = offset
+    for batch in batches:
+        chosen = [number for number in range(len(batch)) if position + number in positions]
+        if chosen:
+            prepared.append(aligner.prepare(to_images(batch[chosen], device)).cpu())
+        position += len(batch)
+    rows = gather_rows(torch.cat(prepared) if prepared else torch.empty(0, size, size), device)
+    return aligner.fit(rows.to(device), seed)
+
+
+@torch.inference_mode()
+def calibration_pass(
+    detector: Detector, batches: Iterable[Tensor], config: CalibrationConfig, device: torch.device
+) -> CalibrationBuilder:
+    """Scores normal images that the detector's density has not seen; the workers' results are joined."""
+    builder = CalibrationBuilder(config.method, config.target_fpr, config.target_pixel_fpr)
+    for batch in batches:
+        scored = detector(to_images(batch, device))
+        builder.add(scored.score.cpu().numpy(), scored.anomaly_map.cpu().numpy())
+    first, *others = gather_objects(builder)
+    for other in others:
+        first = first.merge(other)
+    return first
+
+
+@torch.inference_mode()
+def validation_pass(
+    detector: Detector, images: NDArray[np.uint8], masks: NDArray[np.bool_], batch_size: int = 32
+) -> dict[str, float]:
+    """`selection.validation_figures` of the images of all workers, the same on every worker.
+
+    Args:
+        images: (N, S, S, 3) uint8 and masks: (N, S, S) bool, this worker's, from `selection.validation_images`.
+    """
+    batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    scores, maps = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1])
+    return validation_figures(
+        *(np.concatenate(parts) for parts in zip(*gather_objects((masks, scores, maps)), strict=True))
+    )
+
+
+def collect_scores(scored: Iterable[Scored], size_px: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scores (N,) and maps (N, size_px, size_px) of all batches."""
+    scores = [np.empty(0, np.float32)]
+    maps = [np.empty((0, size_px, size_px), np.float32)]
+    for batch in scored:
+        scores.append(batch.score.float().cpu().numpy())
+        maps.append(batch.anomaly_map.float().cpu().numpy())
+    return np.concatenate(scores), np.concatenate(maps)

@@ -1,0 +1,1 @@
+"""The network: alignment, backbone, reduction, losses. No files, no Ray."""

@@ -1,0 +1,1 @@
+"""Transforms, and what finds them."""

@@ -1,0 +1,1 @@
+"""ImageNet backbones: one file a family, and the list of them."""

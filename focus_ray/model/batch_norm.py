@@ -1,0 +1,78 @@
+"""Batch norm over all workers, and folding it into convolutions for inference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _SumOverWorkers(torch.autograd.Function):
+    """all_reduce whose gradient is all_reduce (torch.distributed.nn's own is deprecated since torch 2.13)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the joined batch of all workers, on any device (torch's SyncBatchNorm wants a GPU)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if not self.training or world == 1:
+            return super().forward(x)
+        values = x.float()
+        # squares are taken about a point near the mean, the same for all workers, or float32 would lose the variance
+        shift_point = torch.zeros_like(values[0, :, 0, 0]) if self.running_mean is None else self.running_mean.float()
+        values = values - shift_point[:, None, None]
+        count = values.numel() / values.shape[1]
+        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), values.new_full((1,), count)])
+        sums = _SumOverWorkers.apply(sums)
+        total = sums[-1].detach()
+        mean = sums[: self.num_features] / total
+        variance = (sums[self.num_features : -1] / total - mean.square()).clamp_min(0)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            with torch.no_grad():
+                momentum = 0.1 if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean + shift_point, momentum)
+                self.running_var.lerp_(variance * (total / (total - 1).clamp_min(1)), momentum)
+        scale = (variance + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale
+        if self.bias is not None:
+            shift = shift + self.bias
+        return (values * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+def use_global_batch_norm(module: nn.Module) -> None:
+    """Makes every batch norm in a module one over all workers, in place; its parameters and statistics stay."""
+    for child in module.modules():
+        if type(child) is nn.BatchNorm2d:
+            child.__class__ = GlobalBatchNorm2d
+
+
+def fuse_batch_norms(module: nn.Module) -> None:
+    """Folds frozen batch norms into the convolutions before them, in place: same function, fewer passes; for inference."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    names = list(module._modules)
+    for first, second in itertools.pairwise(names):
+        conv, norm = module._modules[first], module._modules[second]
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and conv.out_channels == norm.num_features:
+            module._modules[first] = fuse_conv_bn_eval(conv.eval(), norm.eval())
+            module._modules[second] = nn.Identity()
+    for child in module.children():
+        fuse_batch_norms(child)

@@ -1,0 +1,166 @@
+"""FocusNet: image alignment, backbone with feature alignment between its layers, projector and predictor."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from focus_ray.config import ModelConfig
+from focus_ray.model.alignment.congealing import CongealingAligner
+from focus_ray.model.alignment.theta import Bounds, compose_theta, valid_mask, warp
+from focus_ray.model.alignment.transformer import LocalisedAligner, SpatialTransformer
+from focus_ray.model.backbones.base import STRIDES, Backbone, build_backbone
+from focus_ray.model.batch_norm import use_global_batch_norm
+
+LAYERS = ("layer1", "layer2", "layer3")
+
+
+class Aligned(NamedTuple):
+    """What a forward pass gives.
+
+    levels: features of layers 1 to 3, (B, C, H/4, W/4) to (B, C, H/16, W/16), each in its own aligned frame.
+    thetas: what brought each level there from the level before, (B, 2, 3) each; None where nothing moves.
+    image: (B, 3, H, W) after image alignment.  theta_image: (B, 2, 3), None without image alignment.
+    """
+
+    levels: tuple[Tensor, Tensor, Tensor]
+    thetas: tuple[Tensor | None, Tensor | None, Tensor | None]
+    image: Tensor
+    theta_image: Tensor | None
+
+
+class FocusNet(nn.Module):
+    """The network of FYD, without its losses. Input: images (B, 3, H, W), RGB in 0..1, square of the config's size."""
+
+    def __init__(self, config: ModelConfig, backbone: Backbone | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone or build_backbone(config.backbone, config.weights, config.weights_sha256)
+        spec = self.backbone.spec
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self.image_aligner = build_image_aligner(config)
+        features = config.feature_alignment
+        bounds = Bounds(math.radians(features.max_rotation_deg), features.max_translation, features.max_scale)
+        self.feature_aligners = nn.ModuleDict(
+            {
+                layer: SpatialTransformer(channels, config.image_size_px // stride, group, bounds)
+                for layer, channels, stride in zip(LAYERS, spec.channels, STRIDES, strict=True)
+                if (group := getattr(features, layer)) != "none"
+            }
+        )
+        width = config.projector_width
+        self.projector = nn.Sequential(  # [kin, RegAD's encoder]
+            nn.Conv2d(spec.channels[2], width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 1),
+        )
+        self.predictor = (
+            nn.Sequential(
+                nn.Conv2d(width, config.predictor_width, 1, bias=False),
+                nn.BatchNorm2d(config.predictor_width),
+                nn.ReLU(),
+                nn.Conv2d(config.predictor_width, width, 1),
+            )
+            if config.predictor
+            else nn.Identity()
+        )
+        use_global_batch_norm(self)
+
+    def train(self, mode: bool = True) -> FocusNet:
+        """As nn.Module's, but a frozen batch norm of the backbone stays in evaluation mode."""
+        super().train(mode)
+        if self.config.batch_norm == "frozen":
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def align_image(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """ICA: (B, 3, H, W) -> the aligned images and theta (B, 2, 3), or None without image alignment."""
+        aligner = self.image_aligner
+        if aligner is None or (isinstance(aligner, CongealingAligner) and not bool(aligner.enabled)):
+            return images, None
+        theta = aligner(images)
+        return warp(images, theta, self.config.image_alignment.padding), theta
+
+    def forward(self, images: Tensor) -> Aligned:
+        """(B, 3, H, W), RGB in 0..1 -> see `Aligned`."""
+        image, theta_image = self.align_image(images)
+        levels, thetas = self.features(image)
+        return Aligned(levels, thetas, image, theta_image)
+
+    def features(
+        self, image: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Aligned images (B, 3, H, W), RGB in 0..1 -> levels and thetas of `Aligned`."""
+        x = (image - self.pixel_mean) / self.pixel_std
+        levels: list[Tensor] = []
+        thetas: list[Tensor | None] = []
+        for layer in LAYERS:
+            x = getattr(self.backbone, layer)(x)
+            theta = self.feature_aligners[layer](x) if layer in self.feature_aligners else None
+            if theta is not None:
+                x = warp(x, theta)
+            levels.append(x)
+            thetas.append(theta)
+        return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])
+
+    def project(self, aligned: Aligned) -> tuple[Tensor, Tensor]:
+        """f and g on the last level -> projected f(x) and predicted g(f(x)), both (B, C, H/16, W/16)."""
+        projected = self.projector(aligned.levels[2])
+        return projected, self.predictor(projected)
+
+
+def build_image_aligner(config: ModelConfig) -> nn.Module | None:
+    """The aligner of the config's group; None where it is 'none'."""
+    alignment = config.image_alignment
+    if alignment.group == "none":
+        return None
+    if alignment.method == "congealing":
+        return CongealingAligner(alignment.group, alignment.max_translation, alignment.max_scale, alignment.min_drop)
+    return LocalisedAligner(alignment.group, Bounds(math.pi, alignment.max_translation, alignment.max_scale))
+
+
+def common_frame(aligned: Aligned) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Brings every level to the last level's frame [ours], so that one location is one place in all of them.
+
+    Returns: the levels, and theta (B, 2, 3) from that frame to the input image's; None where nothing moved.
+    """
+    first, second, third = aligned.levels
+    onward: Tensor | None = None  # from the last frame back to the level at hand
+    levels = [third]
+    for level, theta in ((second, aligned.thetas[2]), (first, aligned.thetas[1])):
+        onward = _chain(theta, onward)
+        levels.append(level if onward is None else warp(level, onward))
+    total = _chain(aligned.theta_image, _chain(aligned.thetas[0], onward))
+    return (levels[2], levels[1], levels[0]), total
+
+
+def _chain(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
+    if outer is None or inner is None:
+        return outer if inner is None else inner
+    return compose_theta(outer, inner)
+
+
+def inside_mask(theta: Tensor | None, like: Tensor) -> Tensor | None:
+    """(B, H, W) bool: which pixels of aligned images come from inside; None where nothing was aligned."""
+    return None if theta is None else valid_mask(theta, like.shape[2], like.shape[3])
+
+
+def seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
+    """(H, W) bool: places of the aligned frame that at least this share of the training images showed; None: all."""
+    aligner = net.image_aligner
+    if not isinstance(aligner, CongealingAligner) or not bool(aligner.enabled):
+        return None
+    return F.adaptive_avg_pool2d(aligner.weight[None, None], (height, width))[0, 0] >= share

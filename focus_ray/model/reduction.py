@@ -1,0 +1,77 @@
+"""Levels of features to one embedding of fewer channels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from focus_ray.config import DensityConfig
+from focus_ray.model.network import LAYERS
+
+
+class ChannelReduction(nn.Module):
+    """Levels -> one embedding of fewer channels, at the places of layer 1 (map_stride_px 4) or layer 2 (8).
+
+    A random choice of channels [kin, PaDiM] or a semi-orthogonal projection. Both are linear in the channels, so each
+    level is reduced at its own resolution before it is brought to the map's: the result is that of concatenating first.
+    """
+
+    def __init__(self, channels: tuple[int, ...], config: DensityConfig, seed: int) -> None:
+        """channels: of layers 1 to 3. Raises: ValueError: more channels asked for than there are."""
+        super().__init__()
+        self.config = config
+        self.chosen: Tensor
+        self.projection: Tensor
+        self.used = [LAYERS.index(layer) for layer in config.layers]
+        widths = [channels[index] for index in self.used]
+        total = sum(widths)
+        if config.reduction != "none" and config.num_channels > total:
+            raise ValueError(
+                f"density.num_channels={config.num_channels}, but {', '.join(config.layers)} have {total} channels: "
+                "lower it, or set density.reduction=none"
+            )
+        self.num_channels = total if config.reduction == "none" else config.num_channels
+        generator = torch.Generator().manual_seed(seed)
+        if config.reduction == "random":
+            chosen = torch.randperm(total, generator=generator)[: config.num_channels].sort().values
+            self.register_buffer("chosen", chosen)
+        elif config.reduction == "semi_orthogonal":
+            gaussian = torch.randn(total, config.num_channels, generator=generator, dtype=torch.float64)
+            basis = torch.linalg.qr(gaussian).Q.to(torch.float32)
+            self.register_buffer("projection", basis.t().contiguous())
+        self.widths = widths
+
+    def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Three levels (B, C_i, H_i, W_i) in one frame -> (B, num_channels, H/stride, W/stride)."""
+        size = levels[0 if self.config.map_stride_px == 4 else 1].shape[2:]
+        reduced: list[Tensor] = []
+        start = 0
+        for index, width in zip(self.used, self.widths, strict=True):
+            level = levels[index]
+            if self.config.reduction == "random":
+                inside = (self.chosen >= start) & (self.chosen < start + width)
+                last = level.permute(0, 2, 3, 1).index_select(3, self.chosen[inside] - start)  # quick on channels-last
+                level = last.permute(0, 3, 1, 2)
+            elif self.config.reduction == "semi_orthogonal":
+                level = F.conv2d(level, self.projection[:, start : start + width, None, None].to(level.dtype))
+            if LAYERS[index] in self.config.smooth_layers:
+                level = F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
+            reduced.append(self._bring(level, (int(size[0]), int(size[1]))))
+            start += width
+        if self.config.reduction == "semi_orthogonal":
+            total_sum = reduced[0]
+            for part in reduced[1:]:
+                total_sum = total_sum + part
+            return total_sum
+        return torch.cat(reduced, dim=1)
+
+    def _bring(self, level: Tensor, size: tuple[int, int]) -> Tensor:
+        """A level to the map's places."""
+        if level.shape[2:] == size:
+            return level
+        if self.config.map_stride_px == 4:
+            return F.interpolate(level, size=size, mode="nearest")
+        if level.shape[2] > size[0]:
+            return F.adaptive_avg_pool2d(level, size)
+        return F.interpolate(level, size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,1 @@
+"""Made-up parts with made-up defects."""

@@ -1,0 +1,342 @@
+"""A small circuit board in a fixture."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from focus_ray.samples.painting import (
+    SUPERSAMPLING,
+    Field,
+    Points,
+    blur,
+    curve,
+    direction,
+    lambert_and_blinn,
+    noise,
+    sensor,
+    shifted,
+)
+
+# Small parts: name, x, y (board widths), turned by 90 degrees or not.
+_SMALL: tuple[tuple[str, float, float, bool], ...] = (
+    ("resistor", 0.235, 0.130, False),
+    ("resistor", 0.345, 0.130, False),
+    ("capacitor", 0.455, 0.130, False),
+    ("resistor", 0.235, 0.205, False),
+    ("capacitor", 0.590, 0.110, True),
+    ("capacitor", 0.640, 0.110, True),
+    ("resistor", 0.640, 0.520, True),
+    ("resistor", 0.700, 0.520, True),
+    ("resistor", 0.760, 0.520, True),
+    ("capacitor", 0.840, 0.520, True),
+    ("resistor", 0.250, 0.865, False),
+    ("capacitor", 0.370, 0.865, False),
+    ("resistor", 0.490, 0.865, False),
+    ("led", 0.590, 0.865, False),
+    ("capacitor", 0.620, 0.300, True),
+    ("resistor", 0.480, 0.720, False),
+)
+_VIAS = (
+    *((0.20, 0.26), (0.30, 0.28), (0.56, 0.61), (0.60, 0.66), (0.93, 0.42), (0.17, 0.66), (0.22, 0.72)),
+    *((0.30, 0.76), (0.52, 0.20), (0.57, 0.23), (0.41, 0.78), (0.70, 0.93), (0.90, 0.90), (0.13, 0.14)),
+)
+_LEAD_PITCH = 0.0245
+_BUS_Y = tuple(0.335 + 0.031 * lane for lane in range(8))  # parallel traces from the connector to the large chip
+
+
+def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attempt: int) -> Field:
+    """A small green circuit board in a fixture. (S, S, 3) in [0, 1]."""
+    size = size_px * SUPERSAMPLING
+    trouble = np.random.default_rng([int(rng.integers(2**31)), attempt])
+    angle = math.radians(rng.uniform(-3, 3))
+    shift = rng.uniform(-0.02, 0.02, size=2)
+    azimuth, elevation = math.radians(rng.uniform(-140, -100)), math.radians(rng.uniform(50, 62))
+    exposure, warmth = rng.uniform(0.9, 1.1), rng.uniform(-0.03, 0.03)
+
+    sheet = _Sheet(size * 2)
+    _draw_copper(sheet)
+    _draw_large_parts(sheet, rng)
+    # Pick-and-place scatter: a pixel or so, and up to 2 degrees.
+    places = [(*rng.normal(0, 0.0013, size=2), float(rng.normal(0, 0.8)), rng.uniform(0.85, 1.15)) for _ in _SMALL]
+    victim = int(trouble.integers(len(_SMALL)))
+    for index, (kind, x, y, upright) in enumerate(_SMALL):
+        off_x, off_y, turn, tone = places[index]
+        absent = index == victim and defect == "missing_component"
+        if index == victim and defect == "misplaced_component":
+            sign = trouble.choice([-1, 1], size=2)
+            if trouble.random() < 0.5:
+                turn += float(sign[0] * trouble.uniform(14, 90))
+            else:
+                off_x, off_y = (
+                    off_x + sign[0] * trouble.uniform(0.008, 0.018),
+                    off_y + sign[1] * trouble.uniform(0.008, 0.018),
+                )
+        _draw_small_part(sheet, kind, (x, y), (x + off_x, y + off_y), turn + 90 * upright, tone, absent)
+    if defect == "solder_bridge":
+        _draw_bridge(sheet, trouble)
+    scratch = None
+    if defect == "scratch":
+        middle = sheet.size * trouble.uniform(0.2, 0.8, size=2)
+        scratch = Image.new("L", (sheet.size, sheet.size))
+        points = curve(trouble, middle, sheet.size * trouble.uniform(0.08, 0.22))
+        ImageDraw.Draw(scratch).line(points, fill=255, width=max(2, round(sheet.size * trouble.uniform(0.003, 0.0055))))
+
+    # From the sheet to the picture: the board fills 88 % of the frame, turned and shifted.
+    scale = 1 / 0.88
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    middle_x, middle_y = size * (0.5 + float(shift[0])), size * (0.5 + float(shift[1]))
+    across = (cos, sin, size / 2 - cos * middle_x - sin * middle_y)
+    matrix = (*across, -sin, cos, size / 2 + sin * middle_x - cos * middle_y)
+
+    def photograph(layer: Image.Image) -> Field:
+        small = layer.reduce(2)
+        moved = small.transform(small.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        return np.asarray(moved, dtype=np.float32) / 255
+
+    albedo = photograph(sheet.colour)
+    albedo = albedo * (0.35 + 0.65 * albedo)  # the drawing's colours as light, about gamma 1.6
+    layers = photograph(Image.merge("RGB", (sheet.height, sheet.metal, sheet.outline)))
+    height, metal, board = layers[..., 0] * 60, layers[..., 1].copy(), layers[..., 2].copy()
+    weave = _weave(size, angle)
+    albedo *= (1 + 0.07 * noise(rng, size, 0.2) + 0.05 * noise(rng, size, 0.006) + 0.03 * weave)[..., None]
+    if scratch is not None:
+        mark = photograph(scratch) * (height < 20)
+        bare = np.array([0.46, 0.50, 0.30], np.float32) * trouble.uniform(0.5, 1.0)
+        albedo = albedo * (1 - 0.75 * mark[..., None]) + bare * 0.75 * mark[..., None]
+        height -= 1.5 * mark
+    # Solder (drawn 230 and up) is bumpy, cans and gold are smooth.
+    solder = np.clip(metal * 6 - 4.6, 0, 1) * (0.5 * noise(rng, size, 0.010) + 0.4 * noise(rng, size, 0.025))
+
+    height_soft = ndimage.uniform_filter(height, 5)
+    slope_y, slope_x = np.gradient(0.35 * height_soft + 2.2 * solder)
+    light = direction(azimuth, elevation)
+    diffuse, specular = lambert_and_blinn(slope_x, slope_y, light, 24)
+    away = (-math.sin(azimuth), -math.cos(azimuth))
+    cast = np.zeros_like(height)
+    for step in (0.35, 0.7, 1.0):  # shadows: what stands higher towards the light
+        reach = step * 0.018 * size
+        moved = shifted(height, away[0] * reach, away[1] * reach)
+        cast = np.maximum(cast, moved - height - 12 * step)
+    shadow = ndimage.uniform_filter(np.clip(cast / 14, 0, 1), 5)
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
+    falloff = 1 + 0.16 * (x * math.cos(azimuth) + y * math.sin(azimuth))
+    shade = (0.28 + 0.85 * diffuse) * (1 - 0.5 * shadow) * falloff
+    shine = (0.10 + 0.75 * metal) * specular * (1 - 0.6 * shadow)
+
+    table = 1 + 0.03 * noise(rng, size, 0.008) + 0.04 * noise(rng, size, 0.3)
+    under = shifted(blur(board, 0.010 * size), away[0] * 0.016 * size, away[1] * 0.016 * size)
+    table *= falloff * (1 - 0.55 * np.clip(under, 0, 1)) * (1 - board)
+    picture = np.empty((size, size, 3), np.float32)
+    for channel, grey in enumerate((0.60, 0.59, 0.57)):
+        picture[..., channel] = (albedo[..., channel] * shade + shine) * board + table * grey
+    tint = exposure * np.array([1 + warmth, 1.0, 1 - warmth], np.float32)
+    return sensor(picture, rng, gain=tint, gamma=1.35)
+
+
+class _Sheet:
+    """Layers in board coordinates (0 to 1 across): colour, height (255 is 60 px of 512), bare metal, outline."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.colour = Image.new("RGB", (size, size), (14, 88, 52))
+        self.height, self.metal, self.outline = (Image.new("L", (size, size)) for _ in range(3))
+        self._colour, self._height, self._metal = (
+            ImageDraw.Draw(layer) for layer in (self.colour, self.height, self.metal)
+        )
+        ImageDraw.Draw(self.outline).rounded_rectangle((0, 0, size - 1, size - 1), size * 0.03, fill=255)
+
+    def polygon(self, points: Points, colour: tuple[int, int, int], height: int, metal: int = 0) -> None:
+        scaled = [(x * self.size, y * self.size) for x, y in points]
+        self._colour.polygon(scaled, fill=colour)
+        self._height.polygon(scaled, fill=height)
+        self._metal.polygon(scaled, fill=metal)
+
+    def box(
+        self, at: tuple[float, float], extent: tuple[float, float], turn_deg: float,
+        colour: tuple[int, int, int], height: int, metal: int = 0, off: tuple[float, float] = (0.0, 0.0),
+    ) -> None:  # fmt: skip
+        """A rectangle of the given extent, `off` from `at` in its own frame, turned about `at`."""
+        cos, sin = np.cos(np.deg2rad(turn_deg)), np.sin(np.deg2rad(turn_deg))
+        corners = [
+            (off[0] + i * extent[0] / 2, off[1] + j * extent[1] / 2) for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))
+        ]
+        self.polygon(
+            [(at[0] + cos * u - sin * v, at[1] + sin * u + cos * v) for u, v in corners], colour, height, metal
+        )
+
+    def disc(
+        self, at: tuple[float, float], radius: float, colour: tuple[int, int, int], height: int, metal: int = 0
+    ) -> None:
+        bounds = [(at[0] - radius) * self.size, (at[1] - radius) * self.size]
+        bounds += [(at[0] + radius) * self.size, (at[1] + radius) * self.size]
+        self._colour.ellipse(bounds, fill=colour)
+        self._height.ellipse(bounds, fill=height)
+        self._metal.ellipse(bounds, fill=metal)
+
+    def line(self, points: Points, width: float, colour: tuple[int, int, int], height: int = 0) -> None:
+        scaled = [(x * self.size, y * self.size) for x, y in points]
+        self._colour.line(scaled, fill=colour, width=max(1, round(width * self.size)), joint="curve")
+        if height:
+            self._height.line(scaled, fill=height, width=max(1, round(width * self.size)), joint="curve")
+
+
+_TRACE, _GOLD, _TIN, _SILK = (34, 122, 74), (206, 170, 92), (186, 188, 190), (222, 226, 220)
+
+
+def _draw_copper(sheet: _Sheet) -> None:
+    """Traces, vias, mounting holes and silkscreen: the same on every board."""
+    for lane, y in enumerate(_BUS_Y):
+        end = 0.443 + _LEAD_PITCH * (lane - 3.5)
+        sheet.line([(0.10, y), (0.20, y), (0.20 + abs(y - end), end), (0.33, end)], 0.0085, _TRACE, 3)
+    for lane in range(6):
+        x = 0.39 + _LEAD_PITCH * lane
+        sheet.line(
+            [(x, 0.56), (x, 0.64 + 0.018 * lane), (x + 0.07, 0.71 + 0.018 * lane), (0.70, 0.71 + 0.018 * lane)],
+            0.0075,
+            _TRACE,
+            3,
+        )
+    for lane in range(5):
+        y = 0.394 + _LEAD_PITCH * lane
+        sheet.line(
+            [(0.56, y), (0.60 + 0.012 * lane, y), (0.65 + 0.012 * lane, y - 0.05), (0.70, y - 0.05)], 0.0075, _TRACE, 3
+        )
+    for _, x, y, upright in (_SMALL[index] for index in (0, 2, 4, 10, 12, 8)):
+        stub = [(-0.07, -0.03), (-0.06, 0.0), (0.06, 0.0), (0.09, 0.03)]
+        stub = [(v, u) for u, v in stub] if upright else stub
+        sheet.line([(x + u, y + v) for u, v in stub], 0.0085, _TRACE, 3)
+    sheet.line([(0.04, 0.18), (0.18, 0.18), (0.30, 0.26), (0.36, 0.26), (0.36, 0.33)], 0.013, _TRACE, 3)
+    sheet.line([(0.95, 0.35), (0.90, 0.45), (0.90, 0.60), (0.86, 0.64)], 0.013, _TRACE, 3)
+    for x, y in _VIAS:
+        sheet.disc((x, y), 0.0105, _GOLD, 4, 160)
+        sheet.disc((x, y), 0.0045, (10, 16, 12), 0)
+    for x in (0.055, 0.945):
+        for y in (0.055, 0.945):
+            sheet.disc((x, y), 0.036, _GOLD, 4, 140)
+            sheet.disc((x, y), 0.021, (22, 22, 22), 0)
+    for kind, x, y, upright in _SMALL:
+        wide, high = (0.040, 0.026) if kind != "led" else (0.044, 0.034)
+        wide, high = (high, wide) if upright else (wide, high)
+        frame = [(x - wide, y - high), (x + wide, y - high), (x + wide, y + high), (x - wide, y + high)]
+        sheet.line([*frame, frame[0]], 0.003, _SILK)
+    _digits(sheet, "1110", (0.70, 0.065), 0.017)
+    _digits(sheet, "45", (0.15, 0.245), 0.013)
+    _digits(sheet, "2038", (0.13, 0.795), 0.015)
+    sheet.line([(0.315, 0.315), (0.345, 0.315)], 0.005, _SILK)
+    sheet.line([(0.315, 0.315), (0.315, 0.345)], 0.005, _SILK)
+
+
+def _draw_large_parts(sheet: _Sheet, rng: np.random.Generator) -> None:
+    tone = int(rng.integers(-6, 7))
+    black, pins = (34 + tone, 35 + tone, 38 + tone), range(-4, 4)
+    # Quad flat pack with eight leads a side.
+    at, turn = (0.443 + rng.normal(0, 0.001), 0.443 + rng.normal(0, 0.001)), float(rng.normal(0, 0.3))
+    for side in range(4):
+        for pin in pins:
+            sheet.box(at, (0.036, 0.0125), turn + 90 * side, _TIN, 16, 230, off=(0.112, (pin + 0.5) * _LEAD_PITCH))
+    sheet.box(at, (0.198, 0.198), turn, black, 70)
+    sheet.disc((at[0] - 0.075, at[1] - 0.075), 0.010, (24, 24, 26), 64)
+    _digits(sheet, "7210", (at[0] - 0.055, at[1] - 0.012), 0.020, (112, 112, 114), 70)
+    # Small outline package: four leads on each long side.
+    at, turn = (0.765 + rng.normal(0, 0.001), 0.300 + rng.normal(0, 0.001)), float(rng.normal(0, 0.4))
+    for side in (-1, 1):
+        for pin in range(-2, 2):
+            sheet.box(at, (0.030, 0.016), turn, _TIN, 16, 230, off=(side * 0.072, (pin + 0.5) * 0.036))
+    sheet.box(at, (0.116, 0.158), turn, black, 62)
+    sheet.disc((at[0] - 0.040, at[1] - 0.060), 0.008, (24, 24, 26), 56)
+    _digits(sheet, "358", (at[0] - 0.032, at[1] - 0.010), 0.017, (108, 108, 110), 62)
+    # Connector with eight gold pins.
+    sheet.box((0.062, 0.443), (0.088, 0.286), float(rng.normal(0, 0.2)), (214, 208, 190), 120)
+    sheet.box((0.066, 0.443), (0.058, 0.262), 0.0, (176, 170, 152), 80)
+    for y in _BUS_Y:
+        sheet.box((0.070, y), (0.044, 0.011), 0.0, _GOLD, 100, 220)
+    # Electrolytic capacitor, its dark half marks the minus side; and a quartz can.
+    at = (0.800 + rng.normal(0, 0.0015), 0.765 + rng.normal(0, 0.0015))
+    sheet.box(at, (0.180, 0.180), 0.0, (40, 40, 44), 40)
+    sheet.disc(at, 0.083, (196, 198, 202), 165, 120)
+    minus = np.deg2rad(np.linspace(110, 250, 24) + rng.normal(0, 2.0))
+    sheet.polygon([(at[0] + 0.078 * np.cos(a), at[1] + 0.078 * np.sin(a)) for a in minus], (38, 38, 44), 165)
+    at = (0.235 + rng.normal(0, 0.0012), 0.640)
+    for side in (-1, 1):
+        sheet.disc((at[0] + side * 0.048, at[1]), 0.027, (190, 192, 194), 80, 170)
+    sheet.box(at, (0.096, 0.054), 0.0, (190, 192, 194), 80, 170)
+    _digits(sheet, "160", (at[0] - 0.03, at[1] - 0.010), 0.016, (120, 122, 124), 80)
+
+
+def _draw_small_part(
+    sheet: _Sheet, kind: str, pads: tuple[float, float], at: tuple[float, float], turn: float, tone: float, absent: bool
+) -> None:
+    """Pads stay where the copper is; the part sits on them, or is absent."""
+    upright = 90.0 * (round(turn / 90) % 2) if not absent else turn
+    pad_turn = upright if kind != "led" else 0.0
+    for side in (-1, 1):
+        sheet.box(pads, (0.020, 0.030), pad_turn, _TIN, 6, 235, off=(side * 0.024, 0.0))
+    if absent:
+        return
+    body = {"resistor": (38, 38, 42), "capacitor": (168, 132, 92), "led": (226, 222, 206)}[kind]
+    colour = (int(body[0] * tone), int(body[1] * tone), int(body[2] * tone))
+    height = {"resistor": 34, "capacitor": 52, "led": 48}[kind]
+    for side in (-1, 1):
+        sheet.box(at, (0.015, 0.029), turn, (202, 204, 206), height, 235, off=(side * 0.0235, 0.0))
+    sheet.box(at, (0.036, 0.029), turn, colour, height)
+    if kind == "resistor":
+        for mark in (-0.009, 0.0, 0.009):
+            sheet.box(at, (0.0042, 0.013), turn, (206, 206, 206), height, off=(mark, 0.0))
+    if kind == "led":
+        sheet.disc(at, 0.011, (236, 196, 70), height + 10)
+
+
+def _draw_bridge(sheet: _Sheet, rng: np.random.Generator) -> None:
+    """Solder across two or three neighbours: traces of the bus, or leads of the large chip."""
+    if rng.random() < 0.5:
+        lane = int(rng.integers(len(_BUS_Y) - 1))
+        x, first, last = rng.uniform(0.13, 0.19), _BUS_Y[lane], _BUS_Y[lane + 1]
+        ends = ((x, first - 0.004), (x + rng.uniform(-0.006, 0.006), last + 0.004))
+    else:
+        along = 0.443 + _LEAD_PITCH * (rng.integers(-4, 3) + 0.5)
+        far = 0.443 + rng.choice([-1, 1]) * rng.uniform(0.114, 0.128)
+        ends = ((along, far), (along + _LEAD_PITCH, far))
+        if rng.random() < 0.5:
+            ends = ((far, along), (far, along + _LEAD_PITCH))
+    thick = rng.uniform(0.0055, 0.0095)
+    for step in np.linspace(0, 1, 9):
+        x, y = (ends[0][axis] * (1 - step) + ends[1][axis] * step + rng.normal(0, 0.0008) for axis in (0, 1))
+        sheet.disc((x, y), thick * (1 + 0.35 * abs(2 * step - 1)) * rng.uniform(0.9, 1.1), (198, 200, 202), 22, 235)
+
+
+_SEGMENTS = {
+    **{"a": (0, 0, 1, 0), "b": (1, 0, 1, 1), "c": (1, 1, 1, 2), "d": (0, 2, 1, 2)},
+    **{"e": (0, 1, 0, 2), "f": (0, 0, 0, 1), "g": (0, 1, 1, 1)},
+}
+_LIT = ("abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abcdefg", "abcdfg")
+
+
+def _digits(
+    sheet: _Sheet,
+    text: str,
+    at: tuple[float, float],
+    high: float,
+    colour: tuple[int, int, int] = _SILK,
+    height: int = 0,
+) -> None:
+    """Seven-segment figures, so that no font file is needed and the picture is the same everywhere."""
+    for index, digit in enumerate(text):
+        for segment in _LIT[int(digit)]:
+            x0, y0, x1, y1 = _SEGMENTS[segment]
+            left = at[0] + index * high * 1.45
+            points = [
+                (left + x0 * high * 0.9, at[1] + y0 * high * 0.9),
+                (left + x1 * high * 0.9, at[1] + y1 * high * 0.9),
+            ]
+            sheet.line(points, 0.0038, colour, height)
+
+
+def _weave(size: int, angle: float) -> Field:
+    """The glass cloth under the solder mask."""
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    return np.asarray(np.sin(u * 2 * np.pi * 62) + np.sin(v * 2 * np.pi * 62), dtype=np.float32)

@@ -1,0 +1,1 @@
+"""Settings searched over categories with Ray Tune."""

@@ -1,0 +1,252 @@
+"""The command line: exit statuses, what goes to which stream, and files that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_set import draw_parts, make_bundle, small_config
+
+from focus_ray import __version__
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.cli.main import main
+from focus_ray.data.ingest import ingest
+from focus_ray.samples.write import draw_sample, write_samples
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_parts(tmp_path_factory.mktemp("parts") / "images")
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with one bundle, of gears that were not aligned."""
+    root = tmp_path_factory.mktemp("runs")
+    ingest(images, root / "data", progress=False)
+    make_bundle(small_config(str(root / "data"), root, model={"image_alignment": {"group": "none"}}))
+    return root / "small"
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path) -> str:
+    return str(run / "bundles" / "gear")
+
+
+@pytest.fixture
+def pictures(images: Path, tmp_path: Path) -> Path:
+    """A folder of a good and a bad gear, of which one is oblong."""
+    folder = tmp_path / "pictures"
+    (folder / "inner").mkdir(parents=True)
+    shutil.copy(images / "gear/test/good/000.png", folder / "a.png")
+    Image.open(images / "gear/test/scratch/000.png").resize((90, 60)).save(folder / "inner" / "b.jpg")
+    return folder
+
+
+def lines_of(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# ingest
+
+
+def test_ingest_reports_and_exits_with_0(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ingest", str(images), str(tmp_path / "data"), "--category", "gear"]) == 0
+    assert "gear: written, 24 train, 4 normal and 4 anomalous test images, 4 masks" in capsys.readouterr().out
+
+
+def test_ingest_exits_with_3_where_a_file_was_rejected(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(images / "gear", tmp_path / "gear")
+    (tmp_path / "gear/train/good/broken.png").write_bytes(b"not an image")
+    assert main(["ingest", str(tmp_path / "gear"), str(tmp_path / "data")]) == 3
+    assert "rejected (not_an_image): train/good/broken.png" in capsys.readouterr().out
+
+
+def test_ingest_of_nothing_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ingest", str(tmp_path / "nowhere"), str(tmp_path / "data")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"focus-ray: {tmp_path}/nowhere: expected a local folder of images\n"
+    assert captured.out == ""
+
+
+# train
+
+
+def test_a_misspelt_key_exits_with_1_and_the_key_that_was_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text("data: {uri: images}\ntrain: {epoch: 3}\n")
+    assert main(["train", str(tmp_path / "run.yaml")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"focus-ray: {tmp_path}/run.yaml: train.epoch: unknown key; did you mean 'epochs'?\n"
+    assert captured.out == ""
+
+
+def test_a_misspelt_override_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("data: {uri: images}\n")
+    assert main(["train", str(tmp_path / "run.yaml"), "train.epochs=many"]) == 1
+    assert "train.epochs: " in capsys.readouterr().err
+
+
+def test_the_command_tells_a_users_error_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "focus_ray.cli", "train", str(tmp_path / "run.yaml")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"focus-ray: {tmp_path}/run.yaml: cannot read the configuration: ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_help_and_version_are_quick_because_nothing_heavy_is_imported() -> None:
+    code = "import sys, focus_ray.cli.main as c; c.build_parser(); print([m for m in ('torch', 'ray') if m in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"focus-ray {__version__}\n"
+
+
+# evaluate
+
+
+def test_evaluate_writes_its_report_beside_the_bundles(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run)]) == 0
+    table = capsys.readouterr().out
+    report = json.loads((run / "report/report.json").read_text())
+    gear = report["categories"]["gear"]
+    assert (gear["num_normal"], gear["num_anomalous"], gear["num_masks"]) == (4, 4, 4)
+    assert gear["version"] == Inspector.load(run / "bundles/gear", "cpu").bundle.version
+    assert report["mean"]["image_auroc"] == gear["image_auroc"]
+    text = (run / "report/report.md").read_text()
+    assert text.strip() == table.strip()
+    assert f"| gear | 4 | 4 | {gear['image_auroc']:.4f} |" in text
+    assert "| gear | scratch | 1 |" in text
+
+
+def test_evaluate_takes_one_bundle_other_data_and_another_folder(
+    run: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(run.parent / "data")
+    assert main(["evaluate", bundle, "--data", data, "--output", str(tmp_path / "out"), "--max-side-px", "32"]) == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["categories"]["gear"]["data"] == data
+    assert main(["evaluate", bundle, "--data", str(tmp_path)]) == 1
+    assert "no data set here" in capsys.readouterr().err
+
+
+def test_evaluate_of_a_folder_without_bundles_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"focus-ray: {tmp_path}: no bundle here: give a bundle, or")
+
+
+# inspect
+
+
+def test_inspect_prints_a_json_line_an_image_and_writes_overlays_of_its_size(
+    bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", bundle, str(pictures), "--overlays", str(tmp_path / "overlays"), "--device", "cpu"]) == 0
+    lines = lines_of(capsys.readouterr().out)
+    assert [Path(str(line["image"])).name for line in lines] == ["a.png", "b.jpg"]
+    assert [(line["width"], line["height"], line["category"]) for line in lines] == [(64, 64, "gear"), (90, 60, "gear")]
+    alone = Inspector.load(bundle, "cpu").inspect([(pictures / "a.png").read_bytes()])[0]
+    assert lines[0]["score"] == pytest.approx(alone.score, rel=1e-4)
+    assert [Image.open(str(line["overlay"])).size for line in lines] == [(64, 64), (90, 60)]
+
+
+def test_inspect_scores_the_other_images_where_one_is_damaged_and_exits_with_1(
+    bundle: str, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (pictures / "a.png").read_bytes()
+    (pictures / "cut.png").write_bytes(content[: len(content) // 2])
+    assert main(["inspect", bundle, str(pictures), "--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    lines = lines_of(captured.out)
+    assert [("score" in line, "error" in line) for line in lines] == [(True, False), (False, True), (True, False)]
+    assert "Traceback" not in captured.err
+
+
+def test_inspect_passes_over_a_folder_that_is_called_like_an_image_and_tells_a_dead_link(
+    bundle: str, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "folder.png").mkdir()
+    (pictures / "link.png").symlink_to(pictures / "gone.png")
+    assert main(["inspect", bundle, str(pictures), "--device", "cpu"]) == 1
+    lines = lines_of(capsys.readouterr().out)
+    assert [Path(str(line["image"])).name for line in lines] == ["a.png", "b.jpg", "link.png"]
+    assert "cannot read" in str(lines[2]["error"])
+
+
+def test_overlays_of_images_with_one_name_do_not_replace_each_other(
+    bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("inner/a.png", "one/inner/a.png", "two/one/inner/a.png"):
+        (pictures / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / "a.png", pictures / place)
+    Image.open(pictures / "a.png").save(pictures / "a.jpg")
+    assert main(["inspect", bundle, str(pictures), "--overlays", str(tmp_path / "overlays"), "--device", "cpu"]) == 0
+    overlays = [str(line["overlay"]) for line in lines_of(capsys.readouterr().out)]
+    assert len(set(overlays)) == len(overlays) == 6
+    assert all(Path(overlay).is_file() for overlay in overlays)
+    assert str(tmp_path / "overlays" / "b.png") in overlays
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("missing.png", "missing.png: no such file or folder"),
+        ("empty", "empty: no image in this folder; image files end"),
+    ],
+)
+def test_inspect_of_no_image_exits_with_1(
+    bundle: str, tmp_path: Path, place: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["inspect", bundle, str(tmp_path / place)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_overlays_that_are_to_go_into_a_file_exit_with_1(
+    bundle: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    picture = str(images / "gear/test/good/000.png")
+    assert main(["inspect", bundle, picture, "--overlays", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err == f"focus-ray: {tmp_path}/file: cannot make a folder for overlays: File exists\n"
+
+
+def test_inspect_with_a_missing_bundle_exits_with_1(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tmp_path / "nothing"), str(pictures)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"focus-ray: {tmp_path}/nothing: no manifest.json there, so this is no bundle")
+    assert captured.out == ""
+
+
+# samples
+
+
+def test_samples_draws_into_a_new_folder_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = partial(write_samples, size_px=64, num_train=2, num_test_good=1, num_bad_per_type=1)
+    monkeypatch.setattr("focus_ray.samples.write.write_samples", small)
+    assert main(["samples", str(tmp_path / "images"), "--seed", "3"]) == 0
+    assert sorted(os.listdir(tmp_path / "images")) == ["board", "gear"]
+    drawn = np.asarray(Image.open(tmp_path / "images/gear/train/good/001.png"))
+    np.testing.assert_array_equal(drawn, draw_sample("gear", 3, "train", 1, 64)[0])
+    assert main(["samples", str(tmp_path / "images")]) == 1
+    assert "not empty: give a new folder" in capsys.readouterr().err

@@ -1,0 +1,152 @@
+"""Batch inspection on Ray Data: every row once, as the inspector scores it; damaged images; storage on S3."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from s3_server import S3Server
+from small_set import NUM_TEST, NUM_TRAIN, draw_parts, ingest_parts, make_bundle, small_config, spoil_an_image
+
+from focus_ray.bundle.bundle import read_bundle
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.cluster.batch import BatchScorer, inspect_dataset
+from focus_ray.data.ingest import ingest
+from focus_ray.data.read import read_index, read_rows
+from focus_ray.errors import DataError
+from focus_ray.storage import list_names, open_filesystem
+
+DAMAGED = 5  # a row
+PLAIN = {"image_alignment": {"group": "none"}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A set with one image that cannot be decoded."""
+    uri = ingest_parts(tmp_path_factory.mktemp("parts"))
+    spoil_an_image(uri, "gear", DAMAGED)
+    return uri
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("runs")
+    return make_bundle(small_config(ingest_parts(folder), folder, model=PLAIN))
+
+
+@pytest.fixture(scope="module")
+def results(
+    ray_cluster: None, data: str, bundle: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
+    """Where they lie, the counts, and the rows."""
+    output = str(tmp_path_factory.mktemp("results"))
+    counts = inspect_dataset({"gear": bundle}, data, output, batch_size=5)
+    return output, counts["gear"], pq.read_table(f"{output}/category=gear", partitioning=None).to_pylist()
+
+
+@pytest.mark.ray
+def test_every_image_of_both_splits_is_scored_as_the_inspector_scores_it(
+    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str
+) -> None:
+    _, counts, rows = results
+    index = read_index(data, "gear")
+    assert sorted(row["id"] for row in rows) == sorted(index["id"].to_pylist())
+    records = {r["id"]: r for r in read_rows(data, "gear", range(NUM_TRAIN + NUM_TEST), ("id", "image", "label"))}
+    inspector = Inspector.load(bundle, "cpu")
+    for row in rows:
+        assert row["label"] == records[row["id"]]["label"]
+        assert row["bundle"] == inspector.bundle.version
+        if row["error"]:
+            continue
+        (alone,) = inspector.inspect([records[row["id"]]["image"]])
+        # squares: a training image lies in the memory itself, and what is left of its squared distance is rounding
+        assert row["score"] ** 2 == pytest.approx(alone.score**2, rel=2e-4, abs=1e-4 * row["threshold"] ** 2)
+        # the held-out images are in the set and tie with their own calibration scores up to rounding: one step
+        step = 1 / (inspector.bundle.calibration.num_images + 1)
+        assert row["p_value"] == pytest.approx(alone.p_value, abs=1.01 * step)
+        assert row["anomalous"] == (row["score"] > row["threshold"])
+        assert len(json.loads(row["regions"])) == len(alone.regions)
+    assert counts["num_images"] == NUM_TRAIN + NUM_TEST
+    assert counts["num_anomalous"] == sum(row["anomalous"] for row in rows)
+
+
+@pytest.mark.ray
+def test_a_damaged_image_has_its_reason_and_no_score_and_stops_nothing(
+    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str
+) -> None:
+    _, counts, rows = results
+    assert counts["num_errors"] == 1
+    (row,) = (row for row in rows if row["error"])
+    assert row["id"] == read_index(data, "gear")["id"][DAMAGED].as_py()
+    assert "not an image" in row["error"] or "image" in row["error"]
+    assert np.isnan(row["score"])
+    assert np.isnan(row["p_value"])
+    assert (row["anomalous"], row["regions"]) == (False, "[]")
+
+
+@pytest.mark.ray
+def test_results_that_are_there_are_not_written_over(
+    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str
+) -> None:
+    output, _, _ = results
+    with pytest.raises(DataError, match=r"/category=gear holds results already: give another --output, or remove it"):
+        inspect_dataset({"gear": bundle}, data, output)
+
+
+def test_a_category_that_the_set_lacks_is_named_before_anything_starts(data: str, bundle: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no category nut; it has board, gear"):
+        inspect_dataset({"nut": bundle}, data, str(tmp_path))
+
+
+def test_a_batch_of_damaged_images_alone_is_told_row_by_row(bundle: str) -> None:
+    names = ("id", "label", "defect_type", "site")
+    batch = {name: np.array(["x", "y"], dtype=object) for name in names}
+    found = BatchScorer(bundle)({**batch, "image": np.array([b"", b"no"], dtype=object)})
+    assert all(len(column) == 2 for column in found.values())
+    assert all(found["error"])
+
+
+ON_S3 = """
+import json, sys
+import ray
+from focus_ray.cluster.batch import inspect_dataset
+from focus_ray.config import parse_config
+from focus_ray.cluster.training import train
+if __name__ == "__main__":
+    config, output = parse_config(json.loads(sys.argv[1])), sys.argv[2]
+    ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error")
+    bundles = train(config)
+    print(json.dumps(inspect_dataset(bundles, config.data.uri, output, split="test")))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp_path: Path) -> None:
+    root = s3.new_uri()
+    ingest(draw_parts(tmp_path / "images"), f"{root}/data", categories=["gear"], progress=False)
+    config = small_config(
+        f"{root}/data",
+        f"{root}/runs",
+        model=PLAIN,
+        train={"epochs": 1},
+        cluster={"num_workers": 2},
+    )
+    # a process of its own: what runs in the cluster takes the server's address from the environment it was started in
+    arguments = [sys.executable, "-c", ON_S3, json.dumps(config.model_dump(mode="json")), f"{root}/results"]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=250)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    counts = json.loads(ended.stdout.strip().splitlines()[-1])
+    assert (counts["gear"]["num_images"], counts["gear"]["num_errors"]) == (NUM_TEST, 0)
+    bundle = read_bundle(f"{root}/runs/small/bundles/gear")
+    assert len(bundle.manifest["metrics"]["history"]) == 1
+    assert any(name.startswith("checkpoint_") for name in list_names(f"{root}/runs/small/train/gear"))
+    filesystem, path = open_filesystem(f"{root}/results/category=gear")
+    rows = pq.read_table(path, filesystem=filesystem, partitioning=None).to_pylist()
+    assert {row["bundle"] for row in rows} == {bundle.version}

@@ -1,0 +1,247 @@
+"""The cluster manifests: Kubernetes' own schemas for what is Kubernetes', strict keys for KubeRay's and Kueue's kinds.
+
+The fields of KubeRay's and Kueue's kinds below are those of their Go types (ray.io/v1 of KubeRay 1.6,
+kueue.x-k8s.io/v1beta2); their CRDs come in no package. Pod templates are checked as pods, strictly, unknown keys included.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from places import CONFIGS
+
+CLUSTER = CONFIGS / "cluster"
+KUBERNETES = "1.31"
+SPEC_OF_RAY_CLUSTER = {
+    "suspend", "managedBy", "autoscalerOptions", "headServiceAnnotations", "enableInTreeAutoscaling",
+    "gcsFaultToleranceOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs", "upgradeStrategy", "authOptions",
+}  # fmt: skip
+HEAD = {"template", "headService", "enableIngress", "resources", "labels", "rayStartParams", "serviceType"}
+WORKERS = {
+    "suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds", "resources", "labels",
+    "rayStartParams", "template", "scaleStrategy", "numOfHosts",
+}  # fmt: skip
+AUTOSCALER = {
+    "resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds", "upscalingMode", "version", "env",
+    "envFrom", "volumeMounts",
+}  # fmt: skip
+SPEC_OF_RAY_JOB = {
+    "activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate", "metadata", "clusterSelector",
+    "submitterConfig", "managedBy", "deletionStrategy", "entrypoint", "runtimeEnvYAML", "jobId", "submissionMode",
+    "entrypointResources", "entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished",
+    "preRunningDeadlineSeconds", "shutdownAfterJobFinishes", "suspend",
+}  # fmt: skip
+SPEC_OF_RAY_SERVICE = {
+    "rayClusterDeletionDelaySeconds", "serveService", "upgradeStrategy", "managedBy", "serveConfigV2", "rayClusterConfig",
+    "excludeHeadPodFromServeSvc",
+}  # fmt: skip
+KUEUE = "kueue.x-k8s.io/v1beta2"
+SPEC_OF_QUEUE = {
+    "resourceGroups", "cohortName", "queueingStrategy", "namespaceSelector", "flavorFungibility", "preemption",
+    "admissionChecksStrategy", "stopPolicy", "fairSharing", "admissionScope",
+}  # fmt: skip
+SPEC_OF_LOCAL_QUEUE = {"clusterQueue", "stopPolicy", "fairSharing"}
+SPEC_OF_FLAVOR = {"nodeLabels", "nodeTaints", "tolerations", "topologyName"}
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    return [item for item in yaml.safe_load_all((CLUSTER / name).read_text()) if item]
+
+
+def everything() -> list[dict[str, Any]]:
+    names = sorted(path.name for path in CLUSTER.glob("*.yaml") if path.name != "ray-up.yaml")
+    return [item for name in names for item in load(name)]
+
+
+def of_kind(kind: str) -> list[dict[str, Any]]:
+    return [item for item in everything() if item["kind"] == kind]
+
+
+def ray_cluster_specs() -> dict[str, dict[str, Any]]:
+    (cluster,), (job,), (service,) = of_kind("RayCluster"), of_kind("RayJob"), of_kind("RayService")
+    return {
+        "RayCluster": cluster["spec"],
+        "RayJob": job["spec"]["rayClusterSpec"],
+        "RayService": service["spec"]["rayClusterConfig"],
+    }
+
+
+def check_pod(template: dict[str, Any]) -> None:
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}
+    kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def quantity(text: Any) -> float:
+    number, unit = re.fullmatch(r"([0-9.]+)(m|Mi|Gi)?", str(text)).groups()  # type: ignore[union-attr]
+    return float(number) * {None: 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
+
+
+@pytest.mark.parametrize(
+    "item",
+    [i for i in everything() if i["apiVersion"] in ("v1", "networking.k8s.io/v1")],
+    ids=lambda i: f"{i['kind']}-{i['metadata']['name']}",
+)
+def test_kubernetes_own_kinds_fit_its_schemas(item: dict[str, Any]) -> None:
+    kubernetes_validate.validate(item, KUBERNETES, strict=True)
+
+
+def test_the_schemas_refuse_an_unknown_key() -> None:
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check_pod({"spec": {"containers": [{"name": "a", "image": "b", "imagePullPolice": "Always"}]}})
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_a_ray_cluster_has_known_keys_and_valid_pods(kind: str) -> None:
+    spec = ray_cluster_specs()[kind]
+    assert set(spec) <= SPEC_OF_RAY_CLUSTER
+    assert {"rayStartParams", "template"} <= set(spec["headGroupSpec"]) <= HEAD
+    assert spec["headGroupSpec"]["serviceType"] in ("ClusterIP", "NodePort", "LoadBalancer")
+    autoscaler = spec.get("autoscalerOptions", {})
+    assert set(autoscaler) <= AUTOSCALER
+    assert autoscaler.get("upscalingMode", "Default") in ("Default", "Aggressive", "Conservative")
+    check_pod(spec["headGroupSpec"]["template"])
+    assert [group["groupName"] for group in spec["workerGroupSpecs"]] == ["cpu", "gpu"]
+    for group in spec["workerGroupSpecs"]:
+        assert {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"} <= set(group) <= WORKERS
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        check_pod(group["template"])
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_every_container_has_the_token_and_cannot_rise_above_itself(kind: str) -> None:
+    spec = ray_cluster_specs()[kind]
+    assert spec["authOptions"] == {"mode": "token", "secretName": "focus-ray-token"}  # the operator's own way to it
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        for container in group["template"]["spec"]["containers"]:
+            env = {item["name"]: item for item in container["env"]}
+            assert env["RAY_AUTH_MODE"]["value"] == "token"
+            assert env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "focus-ray-token"
+            assert container["securityContext"]["runAsNonRoot"]
+            assert not container["securityContext"]["allowPrivilegeEscalation"]
+            assert set(container["resources"]["limits"]) >= {"cpu", "memory"}
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_only_an_autoscaler_may_ask_kubernetes(kind: str) -> None:
+    spec = ray_cluster_specs()[kind]
+    assert not any(account["automountServiceAccountToken"] for account in of_kind("ServiceAccount"))
+    head = spec["headGroupSpec"]["template"]["spec"]
+    assert head.get("automountServiceAccountToken", False) == spec.get("enableInTreeAutoscaling", False)
+    assert not any("automountServiceAccountToken" in g["template"]["spec"] for g in spec["workerGroupSpecs"])
+
+
+def test_no_manifest_holds_a_secret() -> None:
+    assert of_kind("Secret") == []
+    for path in CLUSTER.glob("*.yaml"):
+        assert not re.search(
+            r"(AWS_SECRET_ACCESS_KEY|auth_token|RAY_AUTH_TOKEN)\s*[:=]\s*['\"]?[A-Za-z0-9]{12,}", path.read_text()
+        )
+
+
+def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
+    (job,) = of_kind("RayJob")
+    assert set(job["spec"]) <= SPEC_OF_RAY_JOB
+    check_pod(job["spec"]["submitterPodTemplate"])
+    labels = job["metadata"]["labels"]
+    local = next(q for q in of_kind("LocalQueue") if q["metadata"]["name"] == labels["kueue.x-k8s.io/queue-name"])
+    assert local["metadata"]["namespace"] == job["metadata"]["namespace"]
+    assert labels["kueue.x-k8s.io/priority-class"] in [c["metadata"]["name"] for c in of_kind("WorkloadPriorityClass")]
+    assert job["spec"]["suspend"]
+    assert job["spec"]["shutdownAfterJobFinishes"]  # KubeRay and Kueue refuse a job that waits without it
+    queue = next(q for q in of_kind("ClusterQueue") if q["metadata"]["name"] == local["spec"]["clusterQueue"])
+    quota = {
+        resource["name"]: quantity(resource["nominalQuota"])
+        for group in queue["spec"]["resourceGroups"]
+        for resource in group["flavors"][0]["resources"]
+    }
+    spec = job["spec"]["rayClusterSpec"]
+    assert not spec.get("enableInTreeAutoscaling", False)  # Kueue refuses it
+    pods = [(1, spec["headGroupSpec"]["template"]), (1, job["spec"]["submitterPodTemplate"])]
+    pods += [(group["replicas"], group["template"]) for group in spec["workerGroupSpecs"]]
+    for name, limit in quota.items():
+        asked = sum(
+            count * quantity(container["resources"]["requests"].get(name, 0))
+            for count, template in pods
+            for container in template["spec"]["containers"]
+        )
+        assert 0 < asked <= limit, name
+
+
+def test_the_jobs_command_is_one_that_focus_ray_understands() -> None:
+    from focus_ray.cli.main import build_parser
+    from focus_ray.config import load_config
+
+    (job,) = of_kind("RayJob")
+    words = job["spec"]["entrypoint"].split()
+    assert words[:3] == ["python", "-m", "focus_ray.cli"]
+    arguments = build_parser().parse_args(words[3:])
+    config = load_config(CLUSTER.parents[1] / arguments.config, arguments.override)
+    assert (config.name, config.cluster.team) == ("auto", "press")
+    assert set(yaml.safe_load(job["spec"]["runtimeEnvYAML"])) <= {"working_dir", "env_vars", "pip", "py_modules"}
+
+
+def test_every_team_has_queues_flavors_and_a_namespace_that_exist() -> None:
+    flavors = {flavor["metadata"]["name"] for flavor in of_kind("ResourceFlavor")}
+    namespaces = {item["metadata"]["name"]: item["metadata"].get("labels", {}) for item in of_kind("Namespace")}
+    queues = {queue["metadata"]["name"]: queue["spec"] for queue in of_kind("ClusterQueue")}
+    assert {item["apiVersion"] for item in everything() if "kueue" in item["apiVersion"]} == {KUEUE}
+    assert all(set(flavor.get("spec", {})) <= SPEC_OF_FLAVOR for flavor in of_kind("ResourceFlavor"))
+    for spec in queues.values():
+        assert set(spec) <= SPEC_OF_QUEUE
+        for group in spec["resourceGroups"]:
+            for flavor in group["flavors"]:
+                assert flavor["name"] in flavors
+                assert [resource["name"] for resource in flavor["resources"]] == group["coveredResources"]
+                assert all(
+                    set(r) <= {"name", "nominalQuota", "borrowingLimit", "lendingLimit"} for r in flavor["resources"]
+                )
+        assert spec["queueingStrategy"] in ("StrictFIFO", "BestEffortFIFO")
+        assert spec["preemption"].keys() <= {"reclaimWithinCohort", "withinClusterQueue", "borrowWithinCohort"}
+        assert spec["preemption"]["reclaimWithinCohort"] in ("Never", "LowerPriority", "Any")
+        assert spec["preemption"]["withinClusterQueue"] in ("Never", "LowerPriority", "LowerOrNewerEqualPriority")
+        assert spec["cohortName"] == "plant"  # else borrowingLimit is refused
+    for local in of_kind("LocalQueue"):
+        assert set(local["spec"]) <= SPEC_OF_LOCAL_QUEUE
+        selector = queues[local["spec"]["clusterQueue"]]["namespaceSelector"]["matchLabels"]
+        assert selector.items() <= namespaces[local["metadata"]["namespace"]].items()
+    for item in of_kind("WorkloadPriorityClass"):
+        assert set(item) <= {"apiVersion", "kind", "metadata", "value", "description"}
+        assert isinstance(item["value"], int)
+
+
+def test_every_namespace_that_is_used_is_made_with_its_account_and_policy() -> None:
+    made = {item["metadata"]["name"] for item in of_kind("Namespace")}
+    used = {item["metadata"]["namespace"] for item in everything() if "namespace" in item["metadata"]}
+    assert used <= made
+    for kind in ("ServiceAccount", "NetworkPolicy", "ConfigMap"):
+        assert {item["metadata"]["namespace"] for item in of_kind(kind)} == made
+
+
+def test_the_services_serve_config_fits_rays_schema() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    (service,) = of_kind("RayService")
+    assert {"rayClusterConfig"} <= set(service["spec"]) <= SPEC_OF_RAY_SERVICE
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    parsed = ServeDeploySchema.model_validate(config)
+    assert set(config) <= set(ServeDeploySchema.model_fields)  # Ray itself ignores what it does not know
+    (application,) = config["applications"]
+    assert set(application) <= set(type(parsed.applications[0]).model_fields)
+    assert parsed.applications[0].args["registry"].startswith("s3://")
+
+
+def test_ray_up_fits_rays_schema() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
+    validate_config(prepare_config(config))
+    assert config["head_node_type"] in config["available_node_types"]
+    assert sum(node.get("max_workers", 0) for node in config["available_node_types"].values()) <= config["max_workers"]
+    with pytest.raises(Exception, match="max_worker"):
+        validate_config(prepare_config({**config, "max_worker": 3}))

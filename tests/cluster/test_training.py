@@ -1,0 +1,459 @@
+"""Training for real: one, two and three processes agree; Ray Train, Ray Data, a killed worker, two nodes, failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from small_set import NUM_TEST, NUM_TRAIN, draw_parts, fit_alone, ingest_parts, small_config, spoil_an_image
+from torch import Tensor
+
+from focus_ray.bundle.bundle import find_bundles, read_bundle, read_manifest, read_statistics
+from focus_ray.cluster.training import train
+from focus_ray.config import Config
+from focus_ray.data.ingest import ingest
+from focus_ray.data.read import decoded_rows, read_index
+from focus_ray.data.shards import Steps, build_shard, fits_memory
+from focus_ray.data.split import plan_category, slice_of
+from focus_ray.density.moments import Moments
+from focus_ray.errors import DataError, TrainingError
+from focus_ray.fitting.fit import FitResult, build_detector, fit
+from focus_ray.fitting.passes import statistics_pass
+
+CPU = torch.device("cpu")
+CASES = [(kind, group) for kind in ("gaussian", "nearest") for group in ("none", "rotation_translation")]
+TRAINED = {"train": {"epochs": 2}, "cluster": {"num_workers": 2}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return ingest_parts(tmp_path_factory.mktemp("parts"))
+
+
+def case_config(data: str, case: tuple[str, str]) -> Config:
+    kind, group = case
+    alignment = {"group": group, "min_drop": 0.0, "max_images": 10}
+    return small_config(data, "unused", density={"kind": kind, "max_images": 12}, model={"image_alignment": alignment})
+
+
+def images_to_score(data: str) -> Tensor:
+    rows = read_index(data, "gear", split="test")["row"].to_pylist()
+    return torch.cat([torch.from_numpy(batch) for batch in decoded_rows(data, "gear", rows, 64)])
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """Frobenius norm of the difference over that of the first."""
+    return float((one - other).double().norm() / one.double().norm())
+
+
+def assert_same_moments(one: Moments, other: Moments, bound: float) -> None:
+    assert one.count == other.count
+    assert relative(one.mean, other.mean) <= bound
+    assert relative(one.scatter, other.scatter) <= bound
+
+
+# The plan
+
+
+def test_a_plan_parts_the_normal_training_images_and_leaves_none_out(data: str) -> None:
+    plan = plan_category(small_config(data, "unused"), "gear")
+    index = read_index(data, "gear", split="train")
+    assert sorted(plan.fit_rows + plan.holdout_rows) == index["row"].to_pylist()
+    assert len(plan.holdout_rows) == round(0.2 * NUM_TRAIN)
+    assert len(plan.folds) == len(plan.fit_rows)
+    assert list(plan.fit_rows) == sorted(plan.fit_rows)
+    assert list(plan.holdout_rows) == sorted(plan.holdout_rows)
+
+
+def test_a_plan_is_the_same_each_time_and_another_for_another_seed(data: str) -> None:
+    config = small_config(data, "unused")
+    assert plan_category(config, "gear") == plan_category(config, "gear")
+    other = small_config(data, "unused", train={"seed": 1})
+    assert plan_category(other, "gear")["holdout_rows"] != plan_category(config, "gear").holdout_rows
+
+
+def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Path) -> None:
+    images = draw_parts(tmp_path / "images")
+    for path in sorted((images / "gear/train/good").iterdir()):
+        path.rename(path.with_name(f"{99 - int(path.stem):03}.png"))
+    ingest(images, tmp_path / "data", categories=["gear"], progress=False)
+    parts = []
+    for uri in (data, str(tmp_path / "data")):
+        plan = plan_category(small_config(uri, "unused"), "gear")
+        index = read_index(uri, "gear")
+        hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
+        folds = {hashes[row]: fold for row, fold in zip(plan.fit_rows, plan.folds, strict=True)}
+        parts.append((folds, {hashes[row] for row in plan.holdout_rows}, plan.fingerprint))
+    assert parts[0] == parts[1]
+
+
+def test_cross_calibration_holds_nothing_out_and_fills_its_folds_evenly(data: str) -> None:
+    plan = plan_category(small_config(data, "unused", calibration={"method": "cross", "num_folds": 5}), "gear")
+    assert (len(plan.fit_rows), plan.holdout_rows) == (NUM_TRAIN, ())
+    assert sorted(np.bincount(plan.folds)) == [4, 5, 5, 5, 5]
+
+
+@given(st.lists(st.integers(), max_size=40), st.integers(1, 9))
+def test_the_workers_slices_are_the_whole_in_order(values: list[int], num_workers: int) -> None:
+    slices = [slice_of(values, rank, num_workers) for rank in range(num_workers)]
+    assert [value for part in slices for value in part] == values
+    assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+@given(st.integers(2, 500), st.integers(1, 8), st.integers(2, 64))
+def test_the_agreed_steps_fit_every_worker(num_images: int, num_workers: int, batch_size: int) -> None:
+    share = num_images // num_workers
+    if share < 2:
+        with pytest.raises(DataError, match=r"leave fewer than 2 for one: lower cluster\.num_workers"):
+            Steps.agree(num_images, num_workers, batch_size)
+        return
+    steps = Steps.agree(num_images, num_workers, batch_size)
+    assert 2 <= steps.batch_size <= batch_size
+    assert steps.steps >= 1
+    assert steps.steps * steps.batch_size <= share
+
+
+# One, two and three workers, without Ray
+
+
+def fit_as_worker(rank: int, ports: dict[int, int], data: str, folder: str) -> None:
+    """One gloo process of several; the first writes what came out of every case, and of a run that trains."""
+    torch.set_num_threads(1)
+    for num_workers, port in ports.items():
+        if rank >= num_workers:
+            continue
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers)
+        found: dict[Any, Any] = {case: outcome(case_config(data, case), data, rank, num_workers) for case in CASES}
+        if num_workers == 2:
+            found["trained"] = outcome(small_config(data, "unused", **TRAINED), data, rank, num_workers)
+        if rank == 0:
+            torch.save(found, Path(folder) / f"{num_workers}.pt")
+        dist.destroy_process_group()
+
+
+def outcome(config: Config, data: str, rank: int = 0, num_workers: int = 1) -> dict[str, Any]:
+    """Moments, scores of the test images and thresholds of one run."""
+    plan = plan_category(config, "gear")
+    shard = build_shard(config, "gear", plan, rank, num_workers)
+    wrap = torch.nn.parallel.DistributedDataParallel if num_workers > 1 else None
+    result = fit(config, shard, len(plan.fit_rows), CPU, rank=rank, wrap=wrap)
+    return summary(config, result, data)
+
+
+def summary(config: Config, result: FitResult, data: str) -> dict[str, Any]:
+    moments = result.statistics.moments
+    detector = build_detector(config, result.net, result.reduction, result.statistics)
+    return {
+        "count": moments.count,
+        "mean": moments.mean,
+        "scatter": moments.scatter,
+        "scores": detector(images_to_score(data)).score,
+        "threshold": result.calibration.image_threshold,
+        "aligned": result.alignment is not None and result.alignment["enabled"],
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def outcomes(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, Any]]:
+    """Number of workers -> case -> outcome."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    torch.multiprocessing.spawn(fit_as_worker, ({3: free_port(), 2: free_port()}, data, str(folder)), nprocs=3)
+    found = {num_workers: torch.load(folder / f"{num_workers}.pt") for num_workers in (2, 3)}
+    return {1: {case: outcome(case_config(data, case), data) for case in CASES}, **found}
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_several_workers_give_the_moments_and_scores_of_one(
+    outcomes: dict[int, dict[Any, Any]], case: tuple[str, str], num_workers: int
+) -> None:
+    one, several = outcomes[1][case], outcomes[num_workers][case]
+    assert one["count"] == several["count"] == NUM_TRAIN - round(0.2 * NUM_TRAIN)
+    assert one["aligned"] == several["aligned"] == (case[1] != "none")
+    assert relative(one["mean"], several["mean"]) <= 1e-5
+    assert relative(one["scatter"], several["scatter"]) <= 1e-5
+    spread = float(one["scores"].std())
+    assert spread > 0
+    assert float((one["scores"] - several["scores"]).abs().max()) <= 1e-3 * spread
+    assert abs(one["threshold"] - several["threshold"]) <= 1e-3 * spread
+
+
+def test_the_same_seed_gives_the_same_moments_and_scores(data: str) -> None:
+    config = small_config(data, "unused", train={"epochs": 1, "batch_size_per_worker": 4})
+    one, other = (summary(config, fit_alone(config), data) for _ in range(2))
+    assert torch.equal(one["mean"], other["mean"])
+    assert torch.equal(one["scatter"], other["scatter"])
+    assert torch.equal(one["scores"], other["scores"])
+
+
+@pytest.mark.parametrize("method", ["split", "cross"])
+def test_a_streamed_share_gives_the_images_of_one_in_memory(data: str, method: str) -> None:
+    config = small_config(data, "unused", calibration={"method": method})
+    streamed = small_config(data, "unused", calibration={"method": method}, data={"uri": data, "memory_budget_mb": 0})
+    plan = plan_category(config, "gear")
+    assert fits_memory(config, plan)
+    assert not fits_memory(streamed, plan)
+    one, other = (build_shard(item, "gear", plan, 1, 2) for item in (config, streamed))
+    assert torch.equal(torch.cat(list(one.fit_batches())), torch.cat(list(other.fit_batches())))
+    for passes in (lambda shard: shard.fit_batches(2), lambda shard: shard.holdout_batches()):
+        batches = [list(passes(shard)) for shard in (one, other)]
+        assert [batch.tolist() for batch in batches[0]] == [batch.tolist() for batch in batches[1]]
+
+
+# Ray Train
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster: None, data: str, runs: Path) -> Config:
+    """The configuration of a run that two workers have finished."""
+    config = small_config(data, runs, **TRAINED)
+    assert train(config) == {"gear": f"{runs}/small/bundles/gear"}
+    return config
+
+
+@pytest.mark.ray
+def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, data: str, runs: Path) -> None:
+    bundle = read_bundle(find_bundles(f"{runs}/small")["gear"])
+    assert [entry["epoch"] for entry in bundle.manifest["metrics"]["history"]] == [0, 1]
+    assert bundle.manifest["metrics"]["num_workers"] == 2
+    assert bundle.manifest["moments"]["count"] == bundle.manifest["data"]["num_fit"] == 19
+    scored = bundle.detector(images_to_score(data))
+    assert scored.anomaly_map.shape == (NUM_TEST, 64, 64)
+    assert bool((scored.score > 0).all())
+
+
+@pytest.mark.ray
+def test_ray_train_gives_what_two_plain_processes_give(
+    trained: Config, data: str, runs: Path, outcomes: dict[int, dict[Any, Any]]
+) -> None:
+    plain = outcomes[2]["trained"]
+    moments = read_statistics(f"{runs}/small/bundles/gear").moments
+    assert relative(plain["mean"], moments.mean) <= 1e-6
+    assert relative(plain["scatter"], moments.scatter) <= 1e-6
+    scores = read_bundle(f"{runs}/small/bundles/gear").detector(images_to_score(data)).score
+    assert relative(plain["scores"], scores) <= 1e-5
+
+
+@pytest.mark.ray
+def test_a_run_of_the_same_name_is_refused(trained: Config) -> None:
+    with pytest.raises(TrainingError, match=r"small holds a run already: give another name .* or --resume"):
+        train(trained)
+
+
+@pytest.mark.ray
+def test_resuming_a_finished_run_returns_at_once(trained: Config, runs: Path) -> None:
+    version = read_manifest(f"{runs}/small/bundles/gear")["sha256"]
+    said: list[str] = []
+    start = time.monotonic()
+    train(trained, resume=True, log=said.append)
+    assert time.monotonic() - start < 2
+    assert said == [f"gear: already there, {runs}/small/bundles/gear"]
+    assert read_manifest(f"{runs}/small/bundles/gear")["sha256"] == version
+
+
+@pytest.mark.ray
+def test_resuming_with_another_configuration_is_refused(trained: Config) -> None:
+    longer = trained.model_copy(update={"train": trained.train.model_copy(update={"epochs": 3})})
+    with pytest.raises(TrainingError, match=r"--resume needs the configuration .* epochs: 2 \| epochs: 3"):
+        train(longer, resume=True)
+
+
+@pytest.mark.ray
+def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
+    ray_cluster: None, data: str, runs: Path
+) -> None:
+    config = small_config(
+        data,
+        runs,
+        data={"uri": data, "categories": ["gear"], "memory_budget_mb": 0},
+        train={"epochs": 2, "batch_size_per_worker": 4, "learning_rate": 1e-3},
+        cluster={"num_workers": 2, "use_gpu": False},
+    ).model_copy(update={"name": "streamed"})
+    place = train(config)["gear"]
+    plan = plan_category(config, "gear")
+    agreed = Steps.agree(len(plan.fit_rows), 2, 4)
+    assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [agreed.steps] * 2
+    detector = read_bundle(place).detector
+    images = torch.cat([torch.from_numpy(b) for b in decoded_rows(data, "gear", plan.fit_rows, 64)])
+    again = statistics_pass(detector.net, detector.reduction, [images], CPU).moments
+    assert_same_moments(again, read_statistics(place).moments, 1e-5)
+
+
+def train_worker_pids() -> list[int]:
+    """The Ray Train workers among this process's descendants."""
+    parents, found = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if b"RayTrainWorker" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return [pid for pid in found if os.getpid() in ancestors(pid, parents)]
+
+
+def ancestors(pid: int, parents: dict[int, int]) -> set[int]:
+    seen: set[int] = set()
+    while pid in parents and pid not in seen:
+        seen.add(pid)
+        pid = parents[pid]
+    return seen
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
+def test_a_killed_worker_is_replaced_and_the_run_goes_on_from_its_checkpoint(
+    ray_cluster: None, data: str, runs: Path
+) -> None:
+    num_epochs = 16
+    config = small_config(
+        data,
+        runs,
+        train={"epochs": num_epochs, "batch_size_per_worker": 2},
+        cluster={"num_workers": 2, "use_gpu": False, "max_failures": 1},
+    ).model_copy(update={"name": "killed"})
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            train(config)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    before: list[dict[str, float]] = []
+    deadline = time.monotonic() + 90
+    while len(before) < 3 and thread.is_alive() and time.monotonic() < deadline:
+        # a checkpoint that another follows has been taken note of
+        for path in (runs / "killed/train/gear").glob("checkpoint_*/state.pt"):
+            try:
+                before = max(before, torch.load(path, map_location="cpu")["history"], key=len)
+            except (OSError, RuntimeError, EOFError):  # being written, or replaced by the next
+                continue
+        time.sleep(0.05)
+    pids = train_worker_pids()
+    assert (len(before), len(pids)) == (max(3, len(before)), 2), (before, errors)
+    os.kill(pids[0], signal.SIGKILL)
+    thread.join(timeout=120)
+    assert not thread.is_alive()
+    assert not errors
+    history = read_manifest(runs / "killed/bundles/gear")["metrics"]["history"]
+    assert [entry["epoch"] for entry in history] == list(range(num_epochs))
+    assert history[0]["seconds"] == before[0]["seconds"]  # measured once: the first epoch was not run again
+
+
+TWO_NODES = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from focus_ray.config import parse_config
+from focus_ray.cluster.training import train
+if __name__ == "__main__":
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    ray.init(address=nodes.address, logging_level="error")
+    nodes.wait_for_nodes()
+    assert [node["Resources"].get("CPU") for node in ray.nodes()] == [1.0, 1.0]
+    train(parse_config(json.loads(sys.argv[1])))
+    ray.shutdown()
+    nodes.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_two_nodes_train_one_model(data: str, runs: Path) -> None:
+    config = small_config(data, runs, **TRAINED).model_copy(update={"name": "nodes"})
+    arguments = [sys.executable, "-c", TWO_NODES, json.dumps(config.model_dump(mode="json"))]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    manifest = read_manifest(runs / "nodes/bundles/gear")
+    assert (manifest["metrics"]["num_workers"], len(manifest["metrics"]["history"])) == (2, 2)
+    assert manifest["moments"]["count"] == 19
+
+
+# Several categories, and failures
+
+
+@pytest.mark.ray
+def test_a_failing_category_is_named_with_its_reason_and_the_other_is_trained_and_a_resume_finishes(
+    ray_cluster: None, data: str, runs: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    row = plan_category(small_config(str(copy), runs), "gear")["fit_rows"][3]
+    spoil_an_image(str(copy), "gear", row)
+    config = small_config(
+        str(copy), tmp_path, data={"uri": str(copy), "categories": None}, cluster={"max_failures": 0, "use_gpu": False}
+    )
+    said: list[str] = []
+    with pytest.raises(
+        TrainingError, match=r"^1 of 2 categories failed; gear: .*image.*\. Mend the cause and run again with --resume$"
+    ) as caught:
+        train(config, log=said.append)
+    assert "Traceback" not in str(caught.value)
+    assert list(find_bundles(f"{tmp_path}/small")) == ["board"]
+    assert any(line.startswith("gear: FAILED: ") for line in said)
+    version = read_manifest(tmp_path / "small/bundles/board")["sha256"]
+
+    shutil.rmtree(copy)
+    shutil.copytree(data, copy)
+    assert sorted(train(config, resume=True)) == ["board", "gear"]
+    assert sorted(find_bundles(f"{tmp_path}/small")) == ["board", "gear"]
+    assert read_manifest(tmp_path / "small/bundles/board")["sha256"] == version
+
+
+def test_a_category_with_too_few_images_is_refused_before_anything_starts(data: str, tmp_path: Path) -> None:
+    images = draw_parts(tmp_path / "images")
+    for path in sorted((images / "board/train/good").iterdir())[3:]:
+        path.unlink()
+    ingest(images, tmp_path / "data", progress=False)
+    config = small_config(str(tmp_path / "data"), tmp_path / "runs", data={"uri": str(tmp_path / "data")})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"categories": None})})
+    with pytest.raises(DataError, match=r"category 'board' of .* has 3 normal training images; 4 at least"):
+        train(config)
+
+
+def test_more_workers_than_the_images_can_feed_are_refused_before_anything_starts(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path, cluster={"num_workers": 10})
+    with pytest.raises(DataError, match=r"category 'gear': 19 training images over 10 workers leave fewer than 2"):
+        train(config)
+    assert not (tmp_path / "small").exists()  # the name is still free for the mended run
+
+
+def test_a_category_that_is_not_there_is_refused_with_those_that_are(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path, data={"uri": data, "categories": ["gaer"]})
+    with pytest.raises(DataError, match=r"has no category gaer; it has board, gear"):
+        train(config)
+
+
+def test_a_place_without_bundles_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no bundle here: give a bundle, or the folder of a run"):
+        find_bundles(str(tmp_path))

@@ -1,0 +1,776 @@
+"""The Parquet data set: importers, the outcome of every odd file, atomic publication and the readers."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from places import REPOSITORY, SHARED
+
+from focus_ray.cluster.streams import ray_dataset
+from focus_ray.data import ingest as ingest_module
+from focus_ray.data import store
+from focus_ray.data.images import decode_image, decode_mask, encode_png
+from focus_ray.data.ingest import IngestReport, ingest
+from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
+from focus_ray.data.schema import SCHEMA
+from focus_ray.errors import DataError
+
+IMAGES = SHARED / "data"
+SIZE = (12, 16)  # height, width
+
+
+def pixels(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+
+
+def spot(*at: tuple[int, int], size: tuple[int, int] = SIZE) -> np.ndarray:
+    mask = np.zeros(size, dtype=bool)
+    for row, column in at:
+        mask[row, column] = True
+    return mask
+
+
+def save(path: Path, content: bytes | np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif path.suffix == ".png":
+        path.write_bytes(encode_png(content))
+    else:
+        Image.fromarray(content.astype(np.uint8) * 255 if content.dtype == bool else content).save(path)
+    return path
+
+
+def make_mvtec(root: Path, num_train: int = 3, seed: int = 0) -> Path:
+    """train/good 000.., test/good 000, test/crack 000 and 001 with masks; no two images alike."""
+    for number in range(num_train):
+        save(root / f"train/good/{number:03}.png", pixels(seed + number))
+    save(root / "test/good/000.png", pixels(seed + 100))
+    for number in range(2):
+        save(root / f"test/crack/{number:03}.png", pixels(seed + 200 + number))
+        save(root / f"ground_truth/crack/{number:03}_mask.png", spot((1, number)))
+    return root
+
+
+def rows_of(root: Path, category: str) -> list[dict[str, Any]]:
+    index = read_index(root, category)
+    return list(read_rows(root, category, index["row"].to_numpy(), SCHEMA.names))
+
+
+def by_id(root: Path, category: str) -> dict[str, dict[str, Any]]:
+    return {row["id"].removeprefix(f"{category}/"): row for row in rows_of(root, category)}
+
+
+def take(source: Path, destination: Path, **options: Any) -> IngestReport:
+    return ingest(source, destination, progress=False, **options)
+
+
+def reasons(report: IngestReport) -> dict[str, str]:
+    return {item.path: item.reason for item in report.rejects}
+
+
+# Importers
+
+
+def test_mvtec_rows_carry_the_schema(tmp_path: Path) -> None:
+    source = make_mvtec(tmp_path / "bolt")
+    report = take(source, tmp_path / "out", site="plant-7")
+    rows = by_id(tmp_path / "out", "bolt")
+    assert sorted(rows) == [
+        "test/crack/000",
+        "test/crack/001",
+        "test/good/000",
+        "train/good/000",
+        "train/good/001",
+        "train/good/002",
+    ]
+    row = rows["test/crack/001"]
+    assert row.pop("image") == (source / "test/crack/001.png").read_bytes()
+    assert np.array_equal(decode_mask(row.pop("mask"), *SIZE), spot((1, 1)))
+    assert row.pop("content_hash") == hashlib.sha256(b"12x16:" + pixels(201).tobytes()).hexdigest()
+    assert row == {
+        "id": "bolt/test/crack/001",
+        "category": "bolt",
+        "split": "test",
+        "label": 1,
+        "defect_type": "crack",
+        "width": 16,
+        "height": 12,
+        "site": "plant-7",
+    }
+    assert (report.format, report.exit_status, report.num_rows) == ("mvtec", 0, 6)
+
+
+def test_the_part_file_carries_the_schema_version_and_uncompressed_images(tmp_path: Path) -> None:
+    take(make_mvtec(tmp_path / "bolt"), tmp_path / "out")
+    (part,) = (tmp_path / "out/category=bolt").glob("part-*.parquet")
+    file = pq.ParquetFile(part)
+    assert file.schema_arrow.metadata[b"focus_ray.schema_version"] == b"1"
+    assert file.metadata.row_group(0).column(SCHEMA.names.index("image")).compression == "UNCOMPRESSED"
+
+
+def test_plain_pyarrow_reads_the_root_without_partitioning(tmp_path: Path) -> None:
+    for name in ("bolt", "nut"):
+        make_mvtec(tmp_path / "source" / name, seed=ord(name[0]))
+    take(tmp_path / "source", tmp_path / "out")
+    table = pq.read_table(tmp_path / "out", partitioning=None)
+    assert sorted(set(table["category"].to_pylist())) == ["bolt", "nut"]
+    assert table.num_rows == 12
+
+
+def test_mvtec_ad_2_folders(tmp_path: Path) -> None:
+    root = tmp_path / "can"
+    save(root / "train/good/000_regular.png", pixels(0))
+    save(root / "validation/good/000_regular.png", pixels(1))
+    save(root / "test_public/good/000_regular.png", pixels(2))
+    save(root / "test_public/bad/000_regular.png", pixels(3))
+    save(root / "test_public/ground_truth/bad/000_regular_mask.png", spot((2, 2)))
+    save(root / "test_private/000_regular.png", pixels(4))
+    report = take(root, tmp_path / "out")
+    rows = by_id(tmp_path / "out", "can")
+    assert {name: (row["split"], row["label"]) for name, row in rows.items()} == {
+        "train/good/000_regular": ("train", 0),
+        "validation/good/000_regular": ("train", 0),
+        "test_public/good/000_regular": ("test", 0),
+        "test_public/bad/000_regular": ("test", 1),
+    }
+    assert rows["test_public/bad/000_regular"]["mask"] is not None
+    assert (report.rejects, [note for note in report.notes if "test_private" in note and "not public" in note]) == (
+        (),
+        list(report.notes),
+    )
+
+
+def test_loco_masks_of_one_image_are_joined(tmp_path: Path) -> None:
+    root = tmp_path / "breakfast_box"
+    save(root / "train/good/000.png", pixels(0))
+    save(root / "validation/good/000.png", pixels(1))
+    save(root / "test/logical_anomalies/000.png", pixels(2))
+    save(root / "ground_truth/logical_anomalies/000/000.png", spot((1, 1)))
+    save(root / "ground_truth/logical_anomalies/000/001.png", spot((3, 4)))
+    report = take(root, tmp_path / "out")
+    row = by_id(tmp_path / "out", "breakfast_box")["test/logical_anomalies/000"]
+    assert np.array_equal(decode_mask(row["mask"], *SIZE), spot((1, 1), (3, 4)))
+    assert report.rejects == ()
+
+
+def test_btad_folders(tmp_path: Path) -> None:
+    for name, suffix in (("01", "png"), ("03", "bmp")):
+        root, seed = tmp_path / "btad" / name, int(name)
+        save(root / "train/ok/0000.bmp", pixels(seed))
+        save(root / "test/ok/0000.bmp", pixels(seed + 10))
+        save(root / "test/ko/0000.bmp", pixels(seed + 20))
+        save(root / f"ground_truth/ko/0000.{suffix}", spot((2, 3)))
+    report = take(tmp_path / "btad", tmp_path / "out")
+    assert (report.format, [item.name for item in report.categories], report.rejects) == ("btad", ["01", "03"], ())
+    row = by_id(tmp_path / "out", "03")["test/ko/0000"]
+    assert (row["label"], row["defect_type"], decode_mask(row["mask"], *SIZE).sum()) == (1, "ko", 1)
+
+
+def make_visa(root: Path) -> Path:
+    for number in range(4):
+        save(root / f"candle/Data/Images/Normal/{number:04}.png", pixels(number))
+    save(root / "candle/Data/Images/Anomaly/000.png", pixels(50))
+    save(root / "candle/Data/Masks/Anomaly/000.png", spot((0, 1)))
+    return root
+
+
+VISA_TABLE = """object,split,label,image,mask
+candle,train,normal,candle/Data/Images/Normal/0000.png,
+candle,train,normal,candle/Data/Images/Normal/0001.png,
+candle,train,normal,candle/Data/Images/Normal/0002.png,
+candle,test,normal,candle/Data/Images/Normal/0003.png,
+candle,test,anomaly,candle/Data/Images/Anomaly/000.png,candle/Data/Masks/Anomaly/000.png
+"""
+
+
+def test_visa_with_its_split_table(tmp_path: Path) -> None:
+    root = make_visa(tmp_path / "visa")
+    save(root / "split_csv/1cls.csv", VISA_TABLE.encode())
+    report = take(root, tmp_path / "out")
+    (candle,) = report.categories
+    assert (report.format, candle.num_train, candle.num_test_normal, candle.num_test_anomalous, candle.num_masks) == (
+        *("visa", 3, 1, 1),
+        1,
+    )
+    assert by_id(tmp_path / "out", "candle")["test/anomaly/000"]["label"] == 1
+
+
+def test_visa_without_a_split_holds_normal_images_out_by_seed(tmp_path: Path) -> None:
+    root = make_visa(tmp_path / "visa")
+    lines = [f"candle/Data/Images/Normal/{number:04}.png,normal," for number in range(4)]
+    lines.append('candle/Data/Images/Anomaly/000.png,"burnt,bent",candle/Data/Masks/Anomaly/000.png')
+    save(root / "candle/image_anno.csv", "\n".join(["image,label,mask", *lines]).encode())
+    (candle,) = take(root, tmp_path / "out", test_share=0.25).categories
+    assert (candle.num_train, candle.num_test_normal, candle.num_masks) == (3, 1, 1)
+    assert by_id(tmp_path / "out", "candle")["test/burnt_bent/000"]["defect_type"] == "burnt_bent"
+
+
+def test_a_visa_entry_without_its_file_is_rejected(tmp_path: Path) -> None:
+    root = make_visa(tmp_path / "visa")
+    save(root / "split_csv/1cls.csv", VISA_TABLE.encode())
+    (root / "candle/Data/Images/Normal/0001.png").unlink()
+    assert reasons(take(root, tmp_path / "out")) == {"candle/Data/Images/Normal/0001.png": "missing_file"}
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("object,split,image\n", "no column label"),
+        (VISA_TABLE + "candle,dev,normal,a.png,\n", "line 7: .*split='dev'"),
+        (VISA_TABLE + "candle,train,anomaly,a.png,\n", "line 7: an anomalous image .* in train"),
+        (VISA_TABLE + "candle,test,normal,../../etc/a.png,\n", "leaves the data set's folder"),
+    ],
+)
+def test_a_visa_table_that_cannot_be_used_says_why(tmp_path: Path, table: str, message: str) -> None:
+    root = make_visa(tmp_path / "visa")
+    save(root / "split_csv/1cls.csv", table.encode())
+    with pytest.raises(DataError, match=message):
+        take(root, tmp_path / "out")
+
+
+def make_folder(root: Path) -> Path:
+    for number in range(10):
+        save(root / f"good/{number:03}.png", pixels(number))
+    save(root / "bad/000.png", pixels(50))
+    save(root / "bad_scratch/001.png", pixels(51))
+    save(root / "masks/000.png", spot((1, 1)))
+    save(root / "masks/bad_scratch/001_mask.png", spot((2, 2)))
+    return root
+
+
+def test_a_plain_folder_splits_its_good_images_by_seed(tmp_path: Path) -> None:
+    report = take(make_folder(tmp_path / "clip"), tmp_path / "out")
+    (clip,) = report.categories
+    assert (report.format, report.rejects) == ("folder", ())
+    assert (clip.num_train, clip.num_test_normal, clip.num_test_anomalous, clip.num_masks) == (8, 2, 2, 2)
+    rows = by_id(tmp_path / "out", "clip")
+    assert rows["bad_scratch/scratch/001"]["defect_type"] == "scratch"
+    assert rows["bad/000"]["defect_type"] == "bad"
+    held = {name for name, row in rows.items() if row["split"] == "test" and not row["label"]}
+    take(tmp_path / "clip", tmp_path / "other", seed=1)
+    others = by_id(tmp_path / "other", "clip")
+    assert held != {name for name, row in others.items() if row["split"] == "test" and not row["label"]}
+
+
+def test_a_plain_folder_without_bad_images_is_all_training_data(tmp_path: Path) -> None:
+    for number in range(5):
+        save(tmp_path / f"parts/clip/good/{number}.png", pixels(number))
+    (clip,) = take(tmp_path / "parts", tmp_path / "out").categories
+    assert (clip.name, clip.num_train, clip.num_rows) == ("clip", 5, 5)
+
+
+def test_a_mask_that_could_belong_to_two_images_rejects_both(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "clip")
+    save(root / "bad_scratch/000.png", pixels(60))
+    assert reasons(take(root, tmp_path / "out")) == {
+        "bad/000.png": "mask_ambiguous",
+        "bad_scratch/000.png": "mask_ambiguous",
+    }
+
+
+def test_only_the_categories_asked_for_are_taken(tmp_path: Path) -> None:
+    for name in ("bolt", "nut"):
+        make_mvtec(tmp_path / "source" / name)
+    take(tmp_path / "source", tmp_path / "out", categories=["nut"])
+    assert list_categories(tmp_path / "out") == ["nut"]
+
+
+def test_images_whose_stems_clash_keep_unique_ids(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "train/good/000.bmp", pixels(77))
+    take(root, tmp_path / "out")
+    names = set(by_id(tmp_path / "out", "bolt"))
+    assert {"train/good/000.png", "train/good/000.bmp", "train/good/001"} <= names
+
+
+def test_hidden_files_and_texts_are_ignored(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    for name in ("license.txt", "readme.md", ".DS_Store", "Thumbs.db"):
+        save(root / "train/good" / name, b"text")
+    assert take(root, tmp_path / "out").rejects == ()
+
+
+@pytest.mark.skipif(not IMAGES.is_dir(), reason=f"no real images at {IMAGES}")
+def test_real_categories_have_their_published_counts(tmp_path: Path) -> None:
+    reports = [take(IMAGES / name, tmp_path / "out") for name in ("mvtec", "hazelnut_toy")]
+    assert [report.rejects for report in reports] == [(), ()]
+    counts = {
+        item.name: (item.num_train, item.num_test_normal + item.num_test_anomalous, item.num_masks)
+        for report in reports
+        for item in report.categories
+    }
+    assert counts == {"bottle": (209, 83, 63), "screw": (320, 160, 119), "hazelnut_toy": (28, 23, 17)}
+
+
+# What cannot be imported
+
+
+def test_a_source_of_no_known_shape_lists_what_was_expected_and_found(tmp_path: Path) -> None:
+    save(tmp_path / "source/pictures/a.png", pixels(0))
+    with pytest.raises(DataError, match=r"no category found.*train/good.*train/ok.*bad.*Found: pictures"):
+        take(tmp_path / "source", tmp_path / "out")
+
+
+def test_a_source_of_two_shapes_asks_for_a_format(tmp_path: Path) -> None:
+    make_mvtec(tmp_path / "source/bolt")
+    make_folder(tmp_path / "source/clip")
+    with pytest.raises(DataError, match=r"several shapes .*bolt.*clip.*format="):
+        take(tmp_path / "source", tmp_path / "out")
+    report = take(tmp_path / "source", tmp_path / "out", format="folder")
+    assert [item.name for item in report.categories] == ["clip"]
+    assert any("bolt: skipped" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", ["my bolt", "_bolt", "bolt=1", "schräubchen"])
+def test_names_that_cannot_be_categories_are_refused(tmp_path: Path, name: str) -> None:
+    make_mvtec(tmp_path / "source" / name)
+    with pytest.raises(DataError, match="cannot name a category"):
+        take(tmp_path / "source", tmp_path / "out")
+
+
+def test_anomalous_images_in_train_are_refused(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "train/crack/000.png", pixels(9))
+    with pytest.raises(DataError, match=r"did not expect the folder crack here"):
+        take(root, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "coco"}, "format='coco'"),
+        ({"categories": ["nut"]}, "no category nut; there are: bolt"),
+        ({"site": " "}, "site=' '"),
+        ({"test_share": 1.0}, "test_share=1.0"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        take(make_mvtec(tmp_path / "bolt"), tmp_path / "out", **options)
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: expected a local folder"):
+        take(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_a_destination_of_another_scheme_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a local path, file:///path or s3://"):
+        ingest(make_mvtec(tmp_path / "bolt"), "ftp://host/data", progress=False)
+
+
+# What becomes of odd files: the table in docs/DATA.md
+
+
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, format, **options)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("x.png", b"", "empty"),
+        ("x.png", encode_png(pixels(9))[:-200], "truncated"),
+        ("x.jpg", b"<html>not found</html>", "not_an_image"),
+        ("x.png", encode(Image.new("P", (4, 4)), "GIF"), "unsupported"),
+        ("x.gif", encode(Image.new("P", (4, 4)), "GIF"), "unsupported"),
+        ("x.xyz", b"what is this", "unsupported"),
+    ],
+)
+def test_files_that_are_no_image_are_rejected(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "train/good" / name, content)
+    report = take(root, tmp_path / "out")
+    assert reasons(report) == {f"train/good/{name}": reason}
+    assert (report.exit_status, report.num_rows) == (3, 6)
+    assert f"rejected ({reason}): train/good/{name}" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cmyk.tiff", encode(Image.new("CMYK", (16, 12), (0, 255, 255, 0)), "TIFF")),
+        ("deep.png", encode(Image.fromarray(np.full(SIZE, 40_000, np.uint16)), "PNG")),
+        ("grey.png", encode_png(pixels(9)[:, :, 0])),
+        ("alpha.png", encode(Image.new("RGBA", (16, 12), (9, 8, 7, 100)), "PNG")),
+        ("palette.png", encode(Image.fromarray(pixels(9)).convert("P"), "PNG")),
+        ("loud.PNG", encode_png(pixels(9))),
+    ],
+)
+def test_images_in_other_modes_are_taken_as_they_came(tmp_path: Path, name: str, content: bytes) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "train/good" / name, content)
+    assert take(root, tmp_path / "out").rejects == ()
+    row = by_id(tmp_path / "out", "bolt")[f"train/good/{Path(name).stem}"]
+    assert row["image"] == content
+    assert decode_image(row["image"], 8).shape == (8, 8, 3)
+
+
+def test_a_rotated_image_has_its_upright_size(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(root / "test/crack/009.jpg", encode(Image.fromarray(pixels(9)), "JPEG", exif=exif))
+    save(root / "ground_truth/crack/009_mask.png", spot((0, 0), size=(16, 12)))
+    assert take(root, tmp_path / "out").rejects == ()
+    row = by_id(tmp_path / "out", "bolt")["test/crack/009"]
+    assert (row["height"], row["width"]) == (16, 12)
+
+
+def test_a_mask_of_another_size_rejects_its_image(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "ground_truth/crack/000_mask.png", spot((0, 0), size=(16, 12)))
+    report = take(root, tmp_path / "out")
+    assert reasons(report) == {"test/crack/000.png": "mask_size"}
+    assert "is 12 x 16 pixels, the image 16 x 12" in str(report)
+
+
+def test_an_unreadable_mask_rejects_its_image(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "ground_truth/crack/000_mask.png", b"")
+    assert reasons(take(root, tmp_path / "out")) == {"test/crack/000.png": "mask_unreadable"}
+
+
+def test_an_anomalous_image_without_a_mask_is_taken(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    (root / "ground_truth/crack/000_mask.png").unlink()
+    assert take(root, tmp_path / "out").rejects == ()
+    assert by_id(tmp_path / "out", "bolt")["test/crack/000"]["mask"] is None
+
+
+def test_an_empty_mask_of_an_anomalous_image_counts_as_none_and_is_noted(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "ground_truth/crack/000_mask.png", spot())
+    report = take(root, tmp_path / "out")
+    assert by_id(tmp_path / "out", "bolt")["test/crack/000"]["mask"] is None
+    assert any("test/crack/000.png: its mask marks nothing" in note for note in report.notes)
+
+
+def test_a_mask_that_marks_a_good_image_rejects_it(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "ground_truth/good/000_mask.png", spot((1, 1)))
+    assert reasons(take(root, tmp_path / "out")) == {"test/good/000.png": "mask_on_good"}
+
+
+def test_an_empty_mask_of_a_good_image_is_dropped(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "ground_truth/good/000_mask.png", spot())
+    assert take(root, tmp_path / "out").rejects == ()
+    assert by_id(tmp_path / "out", "bolt")["test/good/000"]["mask"] is None
+
+
+def test_a_mask_without_an_image_is_rejected(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "ground_truth/crack/099_mask.png", spot((1, 1)))
+    assert reasons(take(root, tmp_path / "out")) == {"ground_truth/crack/099_mask.png": "mask_without_image"}
+
+
+def test_a_train_image_that_is_test_data_in_another_encoding_is_rejected(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "train/good/leak.bmp", pixels(100))
+    report = take(root, tmp_path / "out")
+    assert reasons(report) == {"train/good/leak.bmp": "duplicate_across_splits"}
+    assert "test/good/000" in by_id(tmp_path / "out", "bolt")
+
+
+def test_repeats_within_train_are_kept_once(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "train/good/900.png", pixels(0))
+    assert reasons(take(root, tmp_path / "out")) == {"train/good/900.png": "duplicate_in_train"}
+
+
+def test_repeats_within_test_are_kept(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "test/good/900.png", pixels(100))
+    assert take(root, tmp_path / "out").rejects == ()
+
+
+@pytest.mark.parametrize("twin", ["train/good/000.png", "test/good/000.png"])
+def test_pixels_both_normal_and_anomalous_are_rejected_on_both_sides(tmp_path: Path, twin: str) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "test/crack/900.png", decode_image((root / twin).read_bytes(), None))
+    assert reasons(take(root, tmp_path / "out")) == dict.fromkeys([twin, "test/crack/900.png"], "contradictory_label")
+
+
+def test_rejects_are_kept_beside_the_data_and_vanish_when_mended(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    broken = save(root / "train/good/x.png", b"")
+    report = take(root, tmp_path / "out")
+    kept = tmp_path / "out/_rejects/category=bolt.parquet"
+    (row,) = pq.read_table(kept, partitioning=None).to_pylist()
+    assert row == {
+        "path": "train/good/x.png",
+        "category": "bolt",
+        "reason": "empty",
+        "detail": report.rejects[0].detail,
+    }
+    broken.unlink()
+    assert take(root, tmp_path / "out").exit_status == 0
+    assert not kept.exists()
+
+
+def test_a_category_with_nothing_usable_is_an_error_after_the_others_are_published(tmp_path: Path) -> None:
+    make_mvtec(tmp_path / "source/nut")
+    save(tmp_path / "source/bolt/train/good/000.png", b"")
+    with pytest.raises(DataError, match=r"nothing usable in bolt \(1 rejected: .*0 bytes.*Published: nut"):
+        take(tmp_path / "source", tmp_path / "out")
+    assert list_categories(tmp_path / "out") == ["nut"]
+
+
+# Publication
+
+
+def test_an_unchanged_source_is_left_as_it_is(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    save(root / "train/good/x.png", b"")
+    first = take(root, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    second = take(root, tmp_path / "out")
+    assert [item.status for item in second.categories] == ["unchanged"]
+    assert (second.exit_status, second.rejects) == (3, first.rejects)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize("change", ["image", "mask", "name", "site"])
+def test_any_change_of_the_source_is_published_and_the_old_parts_go(tmp_path: Path, change: str) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    take(root, tmp_path / "out")
+    if change == "image":
+        save(root / "train/good/000.png", pixels(999))
+    elif change == "mask":
+        save(root / "ground_truth/crack/000_mask.png", spot((5, 5)))
+    elif change == "name":
+        (root / "train/good/000.png").rename(root / "train/good/zzz.png")
+    report = take(root, tmp_path / "out", site="other" if change == "site" else "default")
+    assert [item.status for item in report.categories] == ["written"]
+    folder = tmp_path / "out/category=bolt"
+    commit = json.loads((folder / "_commit.json").read_text())
+    assert {path.name for path in folder.iterdir()} == {"_commit.json", *(item["name"] for item in commit["files"])}
+
+
+def test_a_lost_part_file_is_written_again(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    take(root, tmp_path / "out")
+    next((tmp_path / "out/category=bolt").glob("part-*")).unlink()
+    with pytest.raises(DataError, match=r"cannot read a part file.*ingest it again"):
+        read_index(tmp_path / "out", "bolt")
+    assert take(root, tmp_path / "out").categories[0].status == "written"
+    assert read_index(tmp_path / "out", "bolt").num_rows == 6
+
+
+@pytest.mark.parametrize("moment", ["_row_groups", "write_rejects", "write_file"])
+def test_a_run_killed_while_publishing_leaves_the_old_data(tmp_path: Path, moment: str) -> None:
+    root, out = make_mvtec(tmp_path / "bolt"), tmp_path / "out"
+    take(root, out)
+    old = rows_of(out, "bolt")
+    save(root / "train/good/new.png", pixels(999))
+    program = f"""
+import os, sys
+from focus_ray.data import ingest, store
+def die(*args, **kwargs):
+    os._exit(9)
+store.Store.check_writable = lambda self: None
+if {moment!r} == "write_rejects":
+    store.Store.write_rejects = die
+elif {moment!r} == "write_file":
+    store.write_file = die
+else:
+    original = store._row_groups
+    def one_then_die(rows):
+        yield next(original(rows))
+        die()
+    store._row_groups = one_then_die
+ingest.ingest(sys.argv[1], sys.argv[2], progress=False)
+"""
+    package_root = str(REPOSITORY)
+    environment = {**os.environ, "PYTHONPATH": package_root}
+    killed = subprocess.run([sys.executable, "-c", program, str(root), str(out)], env=environment, check=False)
+    assert killed.returncode == 9
+    assert len(list((out / "category=bolt").glob("part-*"))) == 2
+    assert rows_of(out, "bolt") == old
+    assert take(root, out).categories[0].status == "written"
+    assert read_index(out, "bolt").num_rows == 7
+
+
+def test_leftovers_go_after_a_day_and_not_before(tmp_path: Path) -> None:
+    root, folder = make_mvtec(tmp_path / "bolt"), tmp_path / "out/category=bolt"
+    old, fresh = save(folder / "part-dead-00000.parquet", b"x"), save(folder / "part-live-00000.parquet", b"x")
+    os.utime(old, (1, 1))
+    take(root, tmp_path / "out")
+    assert (old.exists(), fresh.exists()) == (False, True)
+    assert read_index(tmp_path / "out", "bolt").num_rows == 6  # what no commit names is not data
+
+
+def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    original = ingest_module._without_duplicates
+
+    def change_then_go_on(*args: Any) -> Any:
+        save(root / "train/good/001.png", pixels(999))
+        return original(*args)
+
+    monkeypatch.setattr(ingest_module, "_without_duplicates", change_then_go_on)
+    with pytest.raises(DataError, match=r"001.png: changed while being ingested"):
+        take(root, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("part-*"))
+
+
+def test_a_destination_that_cannot_be_written_is_found_before_decoding(tmp_path: Path) -> None:
+    blocked = save(tmp_path / "file", b"")
+    with pytest.raises(DataError, match=r"cannot (write|list|read).*"):
+        take(make_mvtec(tmp_path / "bolt"), blocked / "out")
+
+
+# Readers
+
+
+@pytest.fixture
+def small_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set of 40 rows in row groups of 7 and files of 2 row groups."""
+    monkeypatch.setattr(store, "MAX_ROW_GROUP_ROWS", 7)
+    monkeypatch.setattr(store, "FILE_BYTES", 10 * SIZE[0] * SIZE[1] * 3)
+    take(make_mvtec(tmp_path / "bolt", num_train=37), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_rows_are_numbered_across_files(small_groups: Path) -> None:
+    assert len(list((small_groups / "category=bolt").glob("part-*"))) == 3
+    index = read_index(small_groups, "bolt")
+    assert index["row"].to_pylist() == list(range(40))
+    assert [row["id"] for row in rows_of(small_groups, "bolt")] == index["id"].to_pylist()
+    assert index["id"].to_pylist() == sorted(index["id"].to_pylist())
+
+
+def test_any_ascending_rows_are_read_as_asked(small_groups: Path) -> None:
+    names = read_index(small_groups, "bolt")["id"].to_pylist()
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.sets(st.integers(0, 39)))
+    def check(chosen: set[int]) -> None:
+        rows = read_rows(small_groups, "bolt", sorted(chosen), ["id"])
+        assert [row["id"] for row in rows] == [names[number] for number in sorted(chosen)]
+
+    check()
+
+
+def test_only_the_row_groups_asked_for_are_read(small_groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_group", lambda self, i, **options: read.append(i) or original(self, i, **options)
+    )
+    assert len(list(read_rows(small_groups, "bolt", [0, 3, 15]))) == 3
+    assert read == [0, 0]  # the first of file 0 and the first of file 1
+
+
+def test_the_index_can_be_of_one_split(small_groups: Path) -> None:
+    index = read_index(small_groups, "bolt", "test")
+    assert set(index["split"].to_pylist()) == {"test"}
+    rows = read_rows(small_groups, "bolt", index["row"].to_numpy(), ["id"])
+    assert [row["id"] for row in rows] == index["id"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("numbers", "columns", "message"),
+    [
+        ([3, 1], ["id"], "strictly ascending"),
+        ([1, 1], ["id"], "strictly ascending"),
+        ([-1], ["id"], "has 40 rows"),
+        ([40], ["id"], "has 40 rows"),
+        ([1], ["pixels"], "no column pixels; there are: id, "),
+    ],
+)
+def test_rows_that_cannot_be_read_are_refused_at_the_call(
+    small_groups: Path, numbers: list[int], columns: list[str], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_rows(small_groups, "bolt", numbers, columns)
+
+
+def test_a_missing_category_lists_what_is_there(small_groups: Path) -> None:
+    with pytest.raises(DataError, match="no category 'nut'; there are: bolt"):
+        read_index(small_groups, "nut")
+    with pytest.raises(DataError, match="split='val'"):
+        read_index(small_groups, "bolt", "val")
+
+
+def test_a_missing_data_set_says_so(tmp_path: Path) -> None:
+    for read in (list_categories, lambda uri: read_index(uri, "bolt"), lambda uri: data_fingerprint(uri, "bolt")):
+        with pytest.raises(DataError, match="no data set here"):
+            read(tmp_path / "nowhere")
+
+
+def test_another_schema_version_is_refused(small_groups: Path) -> None:
+    path = small_groups / "category=bolt/_commit.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 2}))
+    with pytest.raises(DataError, match="schema version 2, this program reads 1"):
+        read_index(small_groups, "bolt")
+
+
+def test_a_damaged_commit_is_refused(small_groups: Path) -> None:
+    (small_groups / "category=bolt/_commit.json").write_text('{"schema_version": 1}')
+    with pytest.raises(DataError, match="not a commit file"):
+        read_index(small_groups, "bolt")
+
+
+def test_a_damaged_part_file_is_refused(small_groups: Path) -> None:
+    for part in (small_groups / "category=bolt").glob("part-*"):
+        part.write_bytes(b"PAR1" + b"\0" * 100 + b"PAR1")
+    with pytest.raises(DataError, match=r"part file .* is damaged|cannot read a part file"):
+        read_index(small_groups, "bolt")
+
+
+def test_the_fingerprint_goes_by_content_and_not_by_names_or_encoding(tmp_path: Path) -> None:
+    root = make_mvtec(tmp_path / "bolt")
+    take(root, tmp_path / "a")
+    (root / "train/good/000.png").unlink()
+    save(root / "train/good/other.bmp", pixels(0))
+    take(root, tmp_path / "b")
+    assert data_fingerprint(tmp_path / "a", "bolt") == data_fingerprint(tmp_path / "b", "bolt")
+    save(root / "train/good/extra.png", pixels(999))
+    take(root, tmp_path / "c")
+    assert data_fingerprint(tmp_path / "a", "bolt") != data_fingerprint(tmp_path / "c", "bolt")
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    if mine:
+        ray.shutdown()
+
+
+@pytest.mark.ray
+def test_ray_reads_exactly_the_committed_rows(small_groups: Path, local_ray: None) -> None:
+    save(small_groups / "category=bolt/part-stray-00000.parquet", b"not even Parquet")
+    expected = rows_of(small_groups, "bolt")
+    taken = ray_dataset(small_groups, "bolt").take_all()
+    assert sorted(taken, key=lambda row: row["id"]) == expected
+
+
+@pytest.mark.ray
+def test_ray_reads_one_split_and_the_columns_asked_for(small_groups: Path, local_ray: None) -> None:
+    taken = ray_dataset(small_groups, "bolt", "test", ["id", "label"]).take_all()
+    expected = [{"id": r["id"], "label": r["label"]} for r in rows_of(small_groups, "bolt") if r["split"] == "test"]
+    assert sorted(taken, key=lambda row: row["id"]) == expected

@@ -1,0 +1,225 @@
+"""Calibration: the guarantees in simulation, the laws between p-value and verdict, merging, and a slow reference."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from focus_ray.errors import DataError
+from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
+
+
+def calibrate(scores, maps=None, method="split", target_fpr=0.05, target_pixel_fpr=0.001, **settings) -> Calibration:
+    builder = CalibrationBuilder(method, target_fpr, target_pixel_fpr, **settings)
+    builder.add(scores, np.zeros((len(scores), 2, 2)) if maps is None else maps)
+    return builder.finish()
+
+
+def slow_pixel_threshold(maps: list[np.ndarray], target: Fraction) -> float:
+    """The smallest pixel score lambda with (n R(lambda) + 1)/(n + 1) <= target, or with R <= target, in fractions."""
+    n = len(maps)
+
+    def total_share_above(threshold: float) -> Fraction:
+        return sum((Fraction(int((scores > threshold).sum()), scores.size) for scores in maps), Fraction(0))
+
+    budget = target * (n + 1) - 1 if target * (n + 1) >= 1 else target * n
+    candidates = sorted({float(value) for scores in maps for value in scores.ravel()})
+    return next(value for value in candidates if total_share_above(value) <= budget)
+
+
+SCORES = st.lists(st.integers(-30, 30).map(float), min_size=1, max_size=80)
+TARGETS = st.one_of(st.floats(0.001, 0.999), st.integers(1, 99).map(lambda percent: percent / 100))
+
+
+@given(SCORES, TARGETS, st.integers(-31, 31))
+def test_an_image_is_anomalous_exactly_when_its_p_value_is_at_most_the_effective_rate(scores, target, score):
+    calibration = calibrate(scores, target_fpr=target)
+    p_value = calibration.conformal_p_value(score)
+    assert bool(calibration.is_anomalous(score)) == bool(p_value <= calibration.effective_fpr)
+    assert calibration.effective_fpr == target or not calibration.image_guaranteed
+
+
+@given(SCORES, hnp.arrays(np.int64, (3, 4), elements=st.integers(-31, 31)))
+def test_p_values_are_the_counted_share(scores, new):
+    expected = [[(1 + sum(c >= s for c in scores)) / (len(scores) + 1) for s in row] for row in new]
+    np.testing.assert_allclose(calibrate(scores).conformal_p_value(new), expected, rtol=1e-15)
+
+
+@given(SCORES, st.integers(1, 99))
+def test_the_image_threshold_is_the_textbook_order_statistic(scores, percent):
+    calibration = calibrate(scores, target_fpr=percent / 100)
+    rank = math.ceil((1 - Fraction(percent, 100)) * (len(scores) + 1))
+    assert calibration.image_guaranteed == (rank <= len(scores))
+    assert calibration.image_threshold == sorted(scores)[min(rank, len(scores)) - 1]
+
+
+@given(
+    st.lists(
+        hnp.arrays(np.int64, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.integers(0, 12)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.integers(1, 60),
+)
+def test_the_pixel_threshold_is_its_definition(maps, percent):
+    maps = [scores.astype(np.float32) for scores in maps]
+    calibration = calibrate(np.zeros(len(maps)), maps, target_pixel_fpr=percent / 100, kept_fraction=1.0)
+    assert calibration.pixel_threshold == slow_pixel_threshold(maps, Fraction(percent, 100))
+    assert calibration.pixel_guaranteed == (Fraction(percent, 100) * (len(maps) + 1) >= 1)
+
+
+@given(
+    hnp.arrays(np.int64, (7, 5, 4), elements=st.integers(0, 50)),
+    st.sampled_from([0.05, 0.1, 0.3, 0.6]),
+    st.sampled_from([0.02, 0.1, 0.25]),
+)
+def test_keeping_a_part_of_the_pixels_never_lowers_the_pixel_threshold(maps, kept_fraction, target):
+    whole = calibrate(np.zeros(7), maps, target_pixel_fpr=target, kept_fraction=1.0)
+    part = calibrate(np.zeros(7), maps, target_pixel_fpr=target, kept_fraction=kept_fraction)
+    assert part.pixel_threshold >= whole.pixel_threshold
+
+
+def test_the_default_part_of_the_pixels_gives_the_exact_threshold_when_one_image_holds_all_the_high_scores():
+    maps = np.random.default_rng(0).normal(size=(60, 64, 64))
+    maps[7] += 5.0
+    part = calibrate(np.zeros(60), maps)
+    assert part.pixel_threshold == calibrate(np.zeros(60), maps, kept_fraction=1.0).pixel_threshold
+    assert part.pixel_threshold == slow_pixel_threshold(list(maps[7:8]), Fraction(60, 1000))
+
+
+@given(st.integers(0, 6), hnp.arrays(np.int64, (6, 3, 4), elements=st.integers(0, 9)))
+def test_merged_builders_equal_one_that_saw_everything(cut, maps):
+    scores = maps.max(axis=(1, 2))
+    parts = []
+    for batch in (slice(cut, None), slice(None, cut)):
+        parts.append(CalibrationBuilder("split", 0.2, 0.15))
+        parts[-1].add(scores[batch], maps[batch])
+    merged = pickle.loads(pickle.dumps(parts[0])).merge(parts[1])
+    assert merged.num_images == 6
+    assert merged.finish() == calibrate(scores, maps, target_fpr=0.2, target_pixel_fpr=0.15)
+
+
+def test_over_many_calibrations_the_false_alarm_rate_is_the_target():
+    rng = np.random.default_rng(0)
+    n, runs = 64, 4000
+    alarms = 0
+    for _ in range(runs):
+        scores = rng.gamma(2.0, size=n + 1)
+        alarms += int(calibrate(scores[:n]).is_anomalous(scores[n]))
+    exact = math.floor(0.05 * (n + 1)) / (n + 1)  # for continuous scores
+    assert alarms / runs == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / runs))
+
+
+def test_over_many_calibrations_the_pixel_rate_stays_below_its_bound_for_images_with_dependent_pixels():
+    rng = np.random.default_rng(1)
+    n, runs = 30, 400
+    shares = {0.1: [], 0.01: []}
+    bounds = {}
+    for _ in range(runs):
+        maps = rng.normal(size=(n + 1, 8, 8)) + 2.0 * rng.normal(size=(n + 1, 1, 1))  # whole images are high or low
+        for target, found in shares.items():
+            calibration = calibrate(np.zeros(n), maps[:n], target_pixel_fpr=target)
+            found.append(np.mean(maps[n] > calibration.pixel_threshold))
+            bounds[target] = calibration.pixel_fpr_bound
+            assert calibration.pixel_guaranteed == (target == 0.1)
+    assert bounds == {0.1: 0.1, 0.01: pytest.approx((30 * 0.01 + 1) / 31)}
+    for target, found in shares.items():
+        assert np.mean(found) <= bounds[target] + 3 * np.std(found) / math.sqrt(runs)
+
+
+def test_too_few_images_give_their_highest_score_and_say_so():
+    calibration = calibrate([3.0, 1.0, 2.0], target_fpr=0.05)
+    assert calibration.image_threshold == 3.0
+    assert not calibration.image_guaranteed
+    assert calibration.smallest_fpr == calibration.effective_fpr == 0.25
+    assert any(
+        "3 held-out images cannot vouch" in line and "19 images would do" in line for line in calibration.caveats()
+    )
+
+
+def test_enough_images_leave_nothing_to_tell():
+    calibration = calibrate(np.arange(1000.0), target_fpr=0.05, target_pixel_fpr=0.001)
+    assert (calibration.image_guaranteed, calibration.pixel_guaranteed) == (True, True)
+    assert calibration.caveats() == []
+    assert calibration.pixel_fpr_bound == 0.001
+
+
+def test_the_cross_method_claims_no_guarantee():
+    calibration = calibrate(np.arange(2000.0), method="cross")
+    assert (calibration.image_guaranteed, calibration.pixel_guaranteed) == (False, False)
+    assert ["cross" in line for line in calibration.caveats()] == [True]
+
+
+def test_a_calibration_survives_json_and_pickle():
+    calibration = calibrate(np.float32([0.1, 7.3, 2.2]), np.random.default_rng(0).normal(size=(3, 5, 5)))
+    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+    assert pickle.loads(pickle.dumps(calibration)) == calibration
+
+
+def test_the_p_value_of_one_score_has_no_dimensions():
+    assert calibrate([1.0, 2.0]).conformal_p_value(1.5).shape == ()
+
+
+def test_a_changed_dictionary_is_refused():
+    tree = calibrate([1.0, 2.0]).to_dict()
+    with pytest.raises(DataError, match=r"unknown keys \['extra'\], missing keys \[\]"):
+        Calibration.from_dict({**tree, "extra": 1})
+    with pytest.raises(DataError, match=r"missing keys \['method'\]"):
+        Calibration.from_dict({key: value for key, value in tree.items() if key != "method"})
+    with pytest.raises(DataError, match="not in ascending order"):
+        Calibration.from_dict({**tree, "image_scores": [2.0, 1.0]})
+    with pytest.raises(DataError, match="NaN or infinite"):
+        Calibration.from_dict({**tree, "image_threshold": math.inf})
+    with pytest.raises(DataError, match="image_scores is empty"):
+        Calibration.from_dict({**tree, "image_scores": []})
+    with pytest.raises(DataError, match="expected true or false"):
+        Calibration.from_dict({**tree, "pixel_guaranteed": "yes"})
+    with pytest.raises(DataError, match="wrong type"):
+        Calibration.from_dict({**tree, "image_scores": 3.0})
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(DataError, match=r"target_fpr=0\.0; expected a share"):
+        CalibrationBuilder("split", 0.0, 0.001)
+    with pytest.raises(DataError, match=r"target_pixel_fpr=1\.0"):
+        CalibrationBuilder("split", 0.05, 1.0)
+    with pytest.raises(DataError, match="expected 'split' or 'cross'"):
+        CalibrationBuilder("test", 0.05, 0.001)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="kept_fraction=0"):
+        CalibrationBuilder("split", 0.05, 0.001, kept_fraction=0.0)
+
+
+def test_bad_batches_are_refused_and_leave_the_builder_as_it_was():
+    builder = CalibrationBuilder("split", 0.05, 0.001)
+    with pytest.raises(DataError, match=r"scores \(2,\) for 1 maps"):
+        builder.add([1.0, 2.0], np.zeros((1, 4, 4)))
+    with pytest.raises(DataError, match="calibration scores hold nan"):
+        builder.add([np.nan], np.zeros((1, 4, 4)))
+    with pytest.raises(DataError, match="calibration map 1 has NaN"):
+        builder.add([1.0, 2.0], np.stack([np.zeros((4, 4)), np.full((4, 4), np.inf)]))
+    with pytest.raises(DataError, match=r"calibration map 0 has shape \(4,\)"):
+        builder.add([1.0], np.zeros((1, 4)))
+    assert builder.num_images == 0
+    with pytest.raises(DataError, match=r"set data\.holdout_fraction above 0"):
+        builder.finish()
+
+
+def test_builders_of_different_settings_do_not_merge():
+    with pytest.raises(DataError, match="different settings"):
+        CalibrationBuilder("split", 0.05, 0.001).merge(CalibrationBuilder("split", 0.1, 0.001))
+
+
+def test_a_nan_score_is_never_judged():
+    calibration = calibrate([1.0, 2.0])
+    with pytest.raises(DataError, match="a score is NaN"):
+        calibration.is_anomalous([1.0, np.nan])
+    with pytest.raises(DataError, match="a score is NaN"):
+        calibration.conformal_p_value(np.nan)

