@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, run
+from focus_ray.kinds import DENSITIES
 
 ICA = {"model": {"image_alignment": {"group": "rotation_translation"}}}
 NO_ICA = {"model": {"image_alignment": {"group": "none"}}}
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--density", choices=("gaussian", "nearest"), default="nearest")
+    parser.add_argument("--density", choices=tuple(DENSITIES), default="nearest")
     parser.add_argument("--variants", nargs="+", help="only these")
     arguments = parser.parse_args()
     uri, categories = open_data(arguments)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from focus_ray.errors import ConfigError
+from focus_ray.kinds import BACKBONES, DENSITIES
 from focus_ray.names import NAME
 
 Group = Literal[
@@ -27,7 +28,8 @@ Group = Literal[
     "affine",
 ]
 Layer = Literal["layer1", "layer2", "layer3"]
-BackboneName = Literal["resnet18", "wide_resnet50_2", "efficientnet_lite0"]
+BackboneName = Annotated[str, AfterValidator(BACKBONES.check)]
+DensityName = Annotated[str, AfterValidator(DENSITIES.check)]
 
 
 class Section(BaseModel):
@@ -173,7 +175,7 @@ class TrainConfig(Section):
 class DensityConfig(Section):
     """One density per location over the embeddings of normal images."""
 
-    kind: Literal["gaussian", "nearest"] = Field(
+    kind: DensityName = Field(
         default="nearest",
         description="gaussian: one a location [kin, PaDiM]. nearest: distance to the nearest normal embedding of the "
         "location, whitened by the pooled covariance [ours].",

@@ -28,7 +28,7 @@ from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.fitting.scoring import Detector
-from focus_ray.model.backbones.base import Backbone
+from focus_ray.model.backbones.base import bare_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
@@ -180,15 +180,14 @@ def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:
         raise BundleError(f"{uri}: its manifest does not fit this version of focus_ray: {error}") from error
     network = _read_part(uri, manifest, "network")
     density = _read_part(uri, manifest, "density")
-    net = FocusNet(config.model, Backbone(config.model.backbone))
+    net = FocusNet(config.model, bare_backbone(config.model.backbone), head=False)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
     prefix = "reduction."
     reduction_state = {name.removeprefix(prefix): t for name, t in network.items() if name.startswith(prefix)}
     net_state = {name: value for name, value in network.items() if not name.startswith(prefix)}
     try:
         reduction.load_state_dict(reduction_state)
-        missing, unexpected = net.load_state_dict(net_state, strict=False)
-        missing = [name for name in missing if not name.startswith(_NOT_FOR_SCORING)]
+        missing, unexpected = net.load_state_dict(net_state, strict=False, assign=True)
         if missing or unexpected:
             raise BundleError(f"{uri}: network tensors missing {missing[:3]}, unknown {unexpected[:3]}")
         shape = manifest["moments"]

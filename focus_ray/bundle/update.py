@@ -20,6 +20,7 @@ from focus_ray.density.base import Statistics, build_density
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.passes import calibration_pass, statistics_pass
 from focus_ray.fitting.scoring import Detector
+from focus_ray.kinds import DENSITIES
 
 
 def update_bundle(
@@ -108,7 +109,7 @@ def _images(bundle: Bundle, uri: str, rows: Sequence[int]) -> Iterator[Tensor]:
 
 
 def _statistics_of(bundle: Bundle, uri: str, rows: Sequence[int]) -> Statistics:
-    keep = range(len(rows)) if bundle.config.density.kind == "nearest" else None
+    keep = range(len(rows)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
     detector = bundle.detector
     found = statistics_pass(detector.net, detector.reduction, _images(bundle, uri, rows), detector.density.device, keep)
     return _on(found, "cpu")

@@ -18,13 +18,12 @@ from tqdm import tqdm
 
 from focus_ray.data.images import ImageError, encode_png, read_image, read_mask
 from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample
-from focus_ray.data.importers.choose import _SHAPES, make_plans
+from focus_ray.data.importers.choose import make_plans
 from focus_ray.data.schema import SCHEMA_VERSION, Reject, RejectReason
 from focus_ray.data.store import Store
 from focus_ray.errors import DataError
+from focus_ray.kinds import IMPORTERS
 from focus_ray.storage import open_filesystem
-
-Format = Literal["auto", "mvtec", "btad", "visa", "folder"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class _Checked:
 def ingest(
     source: str | Path,
     destination: str | Path,
-    format: Format = "auto",
+    format: str = "auto",
     categories: Sequence[str] | None = None,
     site: str = "default",
     progress: bool = True,
@@ -123,8 +122,8 @@ def ingest(
     root = Path(source)
     if not root.is_dir():
         raise DataError(f"{source}: expected a local folder of images")
-    if format not in ("auto", "visa", *_SHAPES):
-        raise DataError(f"format={format!r}: expected auto, visa, {', '.join(_SHAPES)}")
+    if format != "auto" and format not in IMPORTERS.places:
+        raise DataError(f"format={format!r}: expected auto, {', '.join(IMPORTERS)}")
     if not 0.0 <= test_share < 1.0:
         raise DataError(f"test_share={test_share}: expected a share in [0, 1)")
     if not site or site != site.strip() or not site.isprintable():

@@ -1,1 +1,1 @@
-"""What is known of normal embeddings, and how far a new one is from it: one file a density, and the list of them."""
+"""What is known of normal embeddings, and how far a new one is from it: one file a density."""

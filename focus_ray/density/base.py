@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,9 +10,8 @@ import torch
 from torch import Tensor
 
 from focus_ray.config import DensityConfig
-from focus_ray.density.gaussian import Gaussian, fit_gaussian
-from focus_ray.density.moments import Moments, mean_variance, unpack_lower
-from focus_ray.density.nearest import NearestMemory, build_memory, whiten
+from focus_ray.density.moments import Moments, mean_variance
+from focus_ray.kinds import DENSITIES
 
 
 class Density(Protocol):
@@ -25,6 +25,26 @@ class Density(Protocol):
 
     def score(self, embedding: Tensor) -> Tensor:
         """(B, C, H, W) -> distances (B, H, W), >= 0."""
+
+
+class DensityKind(Protocol):
+    """How a density of one kind comes to be; its name in `DENSITIES` is what density.kind takes.
+
+    keeps_bank: whether it is built from the embeddings of normal images, and not from their moments alone.
+    """
+
+    keeps_bank: bool
+
+    def build(self, config: DensityConfig, statistics: Statistics) -> Density:
+        """Raises: ValueError: fewer than two images."""
+
+    def tensors(self, config: DensityConfig, statistics: Statistics) -> dict[str, Tensor]:
+        """What a bundle stores, for `load`; the bank, where it is kept, under the name 'bank'."""
+
+    def load(
+        self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
+    ) -> Density:
+        """Raises: KeyError, ValueError: tensors that do not fit."""
 
 
 @dataclass
@@ -60,36 +80,27 @@ def ridge_of(config: DensityConfig, moments: Moments) -> float:
 
 def build_density(config: DensityConfig, statistics: Statistics) -> Density:
     """The density of the config's kind. Raises: ValueError: fewer than two images, or no bank for a memory."""
-    moments = statistics.moments
-    ridge = ridge_of(config, moments)
-    if config.kind == "gaussian":
-        mean, factor = fit_gaussian(moments, ridge, config.pooling)
-        return Gaussian(mean, factor, moments.height, moments.width)
-    if statistics.bank is None:
-        raise ValueError("density.kind=nearest needs the bank of normal embeddings")
-    return build_memory(statistics.bank, moments, ridge, config.window)
+    kind = DENSITIES[config.kind]
+    if kind.keeps_bank and statistics.bank is None:
+        raise ValueError(f"density.kind={config.kind} needs the bank of normal embeddings")
+    return kind.build(config, statistics)
 
 
 def density_tensors(config: DensityConfig, statistics: Statistics) -> dict[str, Tensor]:
     """What a bundle stores to build the density from."""
-    moments = statistics.moments
-    ridge = ridge_of(config, moments)
-    if config.kind == "gaussian":
-        mean, packed = fit_gaussian(moments, ridge, config.pooling, packed=True)
-        return {"mean": mean, "precision_factor": packed}
-    assert statistics.bank is not None
-    return {"bank": statistics.bank, "whitening": build_memory(statistics.bank[:1], moments, ridge).whitening}
+    return DENSITIES[config.kind].tensors(config, statistics)
 
 
 def load_density(
-    config: DensityConfig, tensors: dict[str, Tensor], height: int, width: int, device: torch.device | str
+    config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
 ) -> Density:
     """The density from `density_tensors`. Raises: KeyError, ValueError: tensors that do not fit."""
-    if config.kind == "gaussian":
-        factor = unpack_lower(tensors["precision_factor"].to(device))
-        return Gaussian(tensors["mean"].to(device), factor, height, width)
-    whitening = tensors["whitening"].to(device)
-    return NearestMemory(whiten(tensors["bank"], whitening), whitening, height, width, config.window)
+    return DENSITIES[config.kind].load(config, tensors, height, width, device)
+
+
+def positions_to_keep(config: DensityConfig, count: int) -> set[int] | None:
+    """Which of `count` images' embeddings a pass is to keep; None: none, since the density needs none."""
+    return sample_positions(count, config.max_images) if DENSITIES[config.kind].keeps_bank else None
 
 
 def sample_positions(count: int, limit: int) -> set[int]:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from focus_ray.density.moments import Moments, check_count, chunks, locations_first, pack_lower, pooled_covariance
+from focus_ray.config import DensityConfig
+from focus_ray.density.base import Statistics, ridge_of
+from focus_ray.density.moments import (
+    Moments,
+    check_count,
+    chunks,
+    locations_first,
+    pack_lower,
+    pooled_covariance,
+    unpack_lower,
+)
 
 
 class Gaussian:
@@ -84,3 +96,26 @@ def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Te
     second = torch.bmm(centred, factor[:, :, half:])
     squares = first.square_().sum(dim=2) + second.square_().sum(dim=2)
     return squares.sqrt_().t().reshape(batch, height, width)
+
+
+class _GaussianKind:
+    keeps_bank = False
+
+    def build(self, config: DensityConfig, statistics: Statistics) -> Gaussian:
+        moments = statistics.moments
+        mean, factor = fit_gaussian(moments, ridge_of(config, moments), config.pooling)
+        return Gaussian(mean, factor, moments.height, moments.width)
+
+    def tensors(self, config: DensityConfig, statistics: Statistics) -> dict[str, Tensor]:
+        moments = statistics.moments
+        mean, packed = fit_gaussian(moments, ridge_of(config, moments), config.pooling, packed=True)
+        return {"mean": mean, "precision_factor": packed}
+
+    def load(
+        self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
+    ) -> Gaussian:
+        factor = unpack_lower(tensors["precision_factor"].to(device))
+        return Gaussian(tensors["mean"].to(device), factor, height, width)
+
+
+GAUSSIAN = _GaussianKind()

@@ -9,9 +9,13 @@ Patches are compared at their own place only, which alignment makes possible: no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from focus_ray.config import DensityConfig
+from focus_ray.density.base import Statistics, ridge_of
 from focus_ray.density.moments import Moments, locations_first, pooled_covariance
 
 _CHUNK_BYTES = 64 * 2**20  # of distances held at once
@@ -114,3 +118,26 @@ def keep(embedding: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, L, C) in float16 on the CPU: what a memory keeps of a batch."""
     batch, channels, height, width = embedding.shape
     return embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels).to("cpu", torch.float16)
+
+
+class _NearestKind:
+    keeps_bank = True
+
+    def build(self, config: DensityConfig, statistics: Statistics) -> NearestMemory:
+        assert statistics.bank is not None
+        return build_memory(statistics.bank, statistics.moments, ridge_of(config, statistics.moments), config.window)
+
+    def tensors(self, config: DensityConfig, statistics: Statistics) -> dict[str, Tensor]:
+        assert statistics.bank is not None
+        moments = statistics.moments
+        one = build_memory(statistics.bank[:1], moments, ridge_of(config, moments))
+        return {"bank": statistics.bank, "whitening": one.whitening}
+
+    def load(
+        self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
+    ) -> NearestMemory:
+        whitening = tensors["whitening"].to(device)
+        return NearestMemory(whiten(tensors["bank"], whitening), whitening, height, width, config.window)
+
+
+NEAREST = _NearestKind()

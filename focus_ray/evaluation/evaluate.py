@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from focus_ray.evaluation import metrics
+from focus_ray.evaluation.metrics import Measured
+from focus_ray.kinds import METRICS
 
 MAX_SIDE_PX = 512  # maps and masks are compared at the mask's own size up to this
 
@@ -26,43 +27,31 @@ def summarise(
 
     masks: None where an anomalous image has none; such an image counts in image metrics alone.
     """
-    label = np.asarray(labels)
-    score = np.asarray(scores)
-    known = [index for index, mask in enumerate(masks) if mask is not None]
-    both = 0 < label.sum() < len(label)
-    anomalous = score > threshold
+    measured = Measured(
+        np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64), masks, maps, float(threshold)
+    )
     result: dict[str, Any] = {
-        "num_normal": int((label == 0).sum()),
-        "num_anomalous": int((label == 1).sum()),
-        "num_masks": sum(1 for index in known if label[index]),
-        "image_auroc": metrics.image_auroc(label, score) if both else None,
-        "image_average_precision": metrics.average_precision(label, score) if both else None,
-        "image_f1_max": metrics.f1_max(label, score)[0] if both else None,
+        "num_normal": int((measured.labels == 0).sum()),
+        "num_anomalous": int((measured.labels == 1).sum()),
+        "num_masks": sum(mask is not None for mask, label in zip(masks, measured.labels, strict=True) if label),
         "threshold": float(threshold),
         "target_fpr": float(target_fpr),
-        "false_positive_rate": float(anomalous[label == 0].mean()) if (label == 0).any() else None,
-        "recall": float(anomalous[label == 1].mean()) if (label == 1).any() else None,
+        **{key: METRICS[key].value(measured) for key in METRICS},
     }
-    result.update(_pixel_metrics([masks[i] for i in known], [maps[i] for i in known]))
-    by_type: dict[str, Any] = {}
-    for kind in sorted({kind for kind, value in zip(types, labels, strict=True) if value}):
-        chosen = np.array([t == kind and bool(v) for t, v in zip(types, labels, strict=True)])
-        use = chosen | (label == 0)
-        with_mask = [index for index in known if chosen[index]]
-        by_type[kind] = {
-            "num_images": int(chosen.sum()),
-            "image_auroc": metrics.image_auroc(label[use], score[use]) if both else None,
-            "recall": float(anomalous[chosen].mean()),
-            **_pixel_metrics([masks[i] for i in with_mask], [maps[i] for i in with_mask]),
-        }
-    result["defect_types"] = by_type
+    kinds = np.array([kind if label else "" for kind, label in zip(types, labels, strict=True)])
+    result["defect_types"] = {
+        str(kind): _of_one_type(measured, kinds == kind) for kind in sorted(set(kinds[measured.labels == 1]))
+    }
     return result
 
 
-def _pixel_metrics(masks: Sequence[Any], maps: Sequence[NDArray[np.float32]]) -> dict[str, float | None]:
-    if not any(mask.any() for mask in masks):
-        return {"pixel_auroc": None, "pixel_average_precision": None, "aupro_0.3": None, "aupro_0.05": None}
-    return dict(metrics.pixel_metrics(masks, maps, (0.3, 0.05)))
+def _of_one_type(measured: Measured, chosen: NDArray[np.bool_]) -> dict[str, Any]:
+    parts = {"alone": measured.only(chosen), "with_normals": measured.only(chosen | (measured.labels == 0))}
+    told = {key: METRICS[key] for key in METRICS if METRICS[key].per_defect}
+    return {
+        "num_images": int(chosen.sum()),
+        **{key: metric.value(parts[metric.per_defect]) for key, metric in told.items()},
+    }
 
 
 def evaluation_size(height: int, width: int, max_side_px: int) -> tuple[int, int]:

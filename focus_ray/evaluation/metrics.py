@@ -6,9 +6,10 @@ or fatal is the caller's decision, never a silent 0 or 0.5.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -46,7 +47,7 @@ def f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     """The best F1 over all thresholds and the threshold that gives it: an image counts as bad if score >= threshold.
 
     It looks at the labels of the set it is measured on, so it is an upper bound to report, never a threshold to deploy:
-    that one comes from `focus_ray.calibration`. Of several best thresholds the lowest is returned.
+    that one comes from `focus_ray.evaluation.calibration`. Of several best thresholds the lowest is returned.
 
     Args and raises as for `image_auroc`.
     """
@@ -115,6 +116,56 @@ def pixel_metrics(masks: Stack, maps: Stack, fpr_limits: Sequence[float] = (0.3,
     for fpr_limit in fpr_limits:
         metrics[f"aupro_{fpr_limit:g}"] = curve.aupro(fpr_limit)
     return metrics
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a metric is taken over: some images of one category, scored.
+
+    labels: (N,), 0 normal or 1 anomalous.  scores: (N,).  masks: N of (H, W) bool; None where an anomalous image has
+    none: such an image counts in image metrics alone.  maps: N of (H, W), each of its mask's size.
+    threshold: of the image score.
+    """
+
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    masks: Sequence[NDArray[np.bool_] | None]
+    maps: Sequence[NDArray[np.float32]]
+    threshold: float
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are normal and anomalous images."""
+        return bool(0 < self.labels.sum() < len(self.labels))
+
+    @cached_property
+    def curve(self) -> _PixelCurve | None:
+        """Of all pixels whose truth is known, sorted once for all metrics; None where no anomalous pixel is known."""
+        known = [index for index, mask in enumerate(self.masks) if mask is not None]
+        masks = [np.asarray(self.masks[index]) for index in known]
+        if not any(mask.any() for mask in masks):
+            return None
+        return _PixelCurve.of(masks, [self.maps[index] for index in known], regions=True)
+
+    def only(self, chosen: NDArray[np.bool_]) -> Measured:
+        """The chosen (N,) images alone."""
+        places = np.flatnonzero(chosen).tolist()
+        masks, maps = [self.masks[place] for place in places], [self.maps[place] for place in places]
+        return Measured(self.labels[chosen], self.scores[chosen], masks, maps, self.threshold)
+
+
+class Metric(NamedTuple):
+    """A kind of metric; its name in `METRICS` is its key in reports and sweeps.
+
+    title: for people.  value: None where the images cannot give it.  per_defect: whether it is told of each defect type
+    too, image metrics against all normal images, pixel metrics on the type's own images.
+    higher_is_better: whether a sweep may maximise it.
+    """
+
+    title: str
+    value: Callable[[Measured], float | None]
+    per_defect: Literal["", "with_normals", "alone"] = ""
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -237,3 +288,33 @@ def _finite_vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
 def _check_limit(fpr_limit: float) -> None:
     if not 0.0 < fpr_limit <= 1.0:
         raise DataError(f"fpr_limit={fpr_limit}; expected a share in (0, 1], usually 0.3 or 0.05")
+
+
+# ---- the table's entries; `focus_ray.kinds.METRICS` lists them
+
+
+def _of_images(function: Callable[[NDArray[Any], NDArray[Any]], float]) -> Callable[[Measured], float | None]:
+    return lambda measured: function(measured.labels, measured.scores) if measured.has_both else None
+
+
+def _of_pixels(function: Callable[[_PixelCurve], float]) -> Callable[[Measured], float | None]:
+    return lambda measured: None if measured.curve is None else function(measured.curve)
+
+
+def _share_called_bad(label: int) -> Callable[[Measured], float | None]:
+    def share(measured: Measured) -> float | None:
+        scores = measured.scores[measured.labels == label]
+        return float((scores > measured.threshold).mean()) if len(scores) else None
+
+    return share
+
+
+IMAGE_AUROC = Metric("image AUROC", _of_images(image_auroc), "with_normals")
+IMAGE_AVERAGE_PRECISION = Metric("image AP", _of_images(average_precision))
+IMAGE_F1_MAX = Metric("image F1-max", _of_images(lambda labels, scores: f1_max(labels, scores)[0]))
+PIXEL_AUROC = Metric("pixel AUROC", _of_pixels(_PixelCurve.auroc), "alone")
+PIXEL_AVERAGE_PRECISION = Metric("pixel AP", _of_pixels(_PixelCurve.average_precision), "alone")
+AUPRO_03 = Metric("AUPRO 0.3", _of_pixels(lambda curve: curve.aupro(0.3)), "alone")
+AUPRO_005 = Metric("AUPRO 0.05", _of_pixels(lambda curve: curve.aupro(0.05)), "alone")
+FALSE_POSITIVE_RATE = Metric("FPR at threshold", _share_called_bad(0), higher_is_better=False)
+RECALL = Metric("recall at threshold", _share_called_bad(1), "alone")

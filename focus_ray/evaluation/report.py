@@ -10,18 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from focus_ray.evaluation.inspection import Inspection, resize_map
+from focus_ray.kinds import METRICS
 
-COLUMNS = (
-    ("image_auroc", "image AUROC"),
-    ("image_average_precision", "image AP"),
-    ("image_f1_max", "image F1-max"),
-    ("pixel_auroc", "pixel AUROC"),
-    ("pixel_average_precision", "pixel AP"),
-    ("aupro_0.3", "AUPRO 0.3"),
-    ("aupro_0.05", "AUPRO 0.05"),
-    ("false_positive_rate", "FPR at threshold"),
-    ("recall", "recall at threshold"),
-)
 # dark blue, violet, red, orange, pale yellow: the luminance rises throughout, so it reads without colour too
 _HEAT = np.array([[8, 6, 60], [96, 20, 120], [196, 50, 70], [250, 150, 30], [255, 250, 190]], dtype=np.float64)
 
@@ -31,29 +21,27 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     A metric that a category's test set cannot give is shown as '-' and left out of the mean.
     """
-    lines = [_row(["category", "good", "bad", *(title for _, title in COLUMNS)]), _rule(3 + len(COLUMNS))]
+    metrics = {key: METRICS[key] for key in METRICS}
+    lines = [_row(["category", "good", "bad", *(metric.title for metric in metrics.values())]), _rule(3 + len(metrics))]
     for category, result in results.items():
-        values = [_number(result.get(key)) for key, _ in COLUMNS]
+        values = [_number(result.get(key)) for key in metrics]
         lines.append(_row([category, str(result["num_normal"]), str(result["num_anomalous"]), *values]))
     if len(results) > 1:
         means = mean_metrics(results)
-        lines.append(_row(["**mean**", "", "", *(_number(means[key]) for key, _ in COLUMNS)]))
-    lines += ["", _row(["category", "defect type", "images", *(title for key, title in COLUMNS if key in _TYPE_KEYS)])]
-    lines.append(_rule(3 + len(_TYPE_KEYS)))
+        lines.append(_row(["**mean**", "", "", *(_number(means[key]) for key in metrics)]))
+    told = {key: metric.title for key, metric in metrics.items() if metric.per_defect}
+    lines += ["", _row(["category", "defect type", "images", *told.values()]), _rule(3 + len(told))]
     for category, result in results.items():
         for kind, part in result["defect_types"].items():
-            values = [_number(part.get(key)) for key, _ in COLUMNS if key in _TYPE_KEYS]
+            values = [_number(part.get(key)) for key in told]
             lines.append(_row([category, kind, str(part["num_images"]), *values]))
     return "\n".join(lines) + "\n"
-
-
-_TYPE_KEYS = {"image_auroc", "pixel_auroc", "aupro_0.3", "aupro_0.05", "recall"}
 
 
 def mean_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """Unweighted means over categories, of those that have the metric."""
     means: dict[str, float | None] = {}
-    for key, _ in COLUMNS:
+    for key in METRICS:
         values = [result[key] for result in results.values() if result.get(key) is not None]
         means[key] = float(np.mean(values)) if values else None
     return means

@@ -10,10 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from focus_ray.errors import DataError
-from focus_ray.evaluation import metrics
 from focus_ray.evaluation.defects import synthetic_validation_set
+from focus_ray.evaluation.metrics import Measured
+from focus_ray.kinds import METRICS
 
 DEFECTS_PER_IMAGE = 3
+# figure of a validation -> metric
+JUDGED_BY = {
+    "image_auroc": "image_auroc",
+    "pixel_auroc": "pixel_auroc",
+    "pixel_average_precision": "pixel_average_precision",
+    "aupro": "aupro_0.3",
+}
 
 
 def validation_images(
@@ -41,13 +49,12 @@ def validation_figures(
     Returns: score, what configurations are ranked by: the mean of image AUROC and AUPRO (limit 0.3); and image_auroc,
         pixel_auroc, pixel_average_precision, aupro.
     """
-    labels = masks.any(axis=(1, 2)).astype(int)
-    pixels = metrics.pixel_metrics(masks, maps, (0.3,))
-    image_auroc = metrics.image_auroc(labels, scores)
-    return {
-        "score": (image_auroc + pixels["aupro_0.3"]) / 2,
-        "image_auroc": image_auroc,
-        "pixel_auroc": pixels["pixel_auroc"],
-        "pixel_average_precision": pixels["pixel_average_precision"],
-        "aupro": pixels["aupro_0.3"],
-    }
+    labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
+    measured = Measured(labels, scores.astype(np.float64), list(masks), list(maps), 0.0)
+    found: dict[str, float] = {}
+    for name, key in JUDGED_BY.items():
+        value = METRICS[key].value(measured)
+        if value is None:
+            raise DataError(f"the validation images cannot give {key}: there is no synthetic defect among them")
+        found[name] = value
+    return {"score": (found["image_auroc"] + found["aupro"]) / 2, **found}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from focus_ray.config import Config
 from focus_ray.data.shards import Shard, Steps
-from focus_ray.density.base import Statistics, build_density, sample_positions
+from focus_ray.density.base import Statistics, build_density, positions_to_keep, sample_positions
 from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
@@ -26,8 +26,9 @@ from focus_ray.fitting.distributed import world_size
 from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
 from focus_ray.fitting.passes import aligner_pass, calibration_pass, statistics_pass, validation_pass
 from focus_ray.fitting.scoring import Detector
+from focus_ray.kinds import DENSITIES
 from focus_ray.model.alignment.congealing import CongealingAligner
-from focus_ray.model.network import FocusNet
+from focus_ray.model.network import FocusNet, build_net
 from focus_ray.model.reduction import ChannelReduction
 
 
@@ -95,7 +96,7 @@ class Run:
         log: Callable[[str], None] = lambda message: None,
     ) -> None:
         torch.manual_seed(config.train.seed)
-        net = FocusNet(config.model) if net is None else net
+        net = build_net(config.model) if net is None else net
         net = net.to(device).to(memory_format=torch.channels_last)
         self.config, self.net, self.shard, self.num_images = config, net, shard, num_images
         self.device, self.rank, self.log = device, rank, log
@@ -271,12 +272,12 @@ class Run:
         """Of the training images, under the network as it is."""
         self.net.eval()
         config = self.config.density
-        kept = sample_positions(self.num_images, config.max_images) if config.kind == "nearest" else None
+        kept = positions_to_keep(config, self.num_images)
         return statistics_pass(self.net, self.reduction, self.shard.fit_batches(), self.device, kept, self.offset)
 
     def _validation_statistics(self) -> Statistics:
         """Of the images that selection held out: they join the density once nothing is left to be selected."""
-        kept = range(self.config.density.max_images) if self.config.density.kind == "nearest" else None
+        kept = range(self.config.density.max_images) if DENSITIES[self.config.density.kind].keeps_bank else None
         return statistics_pass(self.net, self.reduction, self.shard.validation_batches(), self.device, kept)
 
     def finish(self) -> FitResult:
@@ -284,7 +285,7 @@ class Run:
         folds: list[Statistics] = []
         with self.timed("statistics"):
             if self.config.calibration.method == "cross":
-                kept = _Everything() if self.config.density.kind == "nearest" else None
+                kept = _Everything() if DENSITIES[self.config.density.kind].keeps_bank else None
                 for fold in range(self.config.calibration.num_folds):
                     batches = self.shard.fit_batches(fold)
                     folds.append(statistics_pass(self.net, self.reduction, batches, self.device, kept))

@@ -36,10 +36,14 @@ class Aligned(NamedTuple):
 class FocusNet(nn.Module):
     """The network of FYD, without its losses. Input: images (B, 3, H, W), RGB in 0..1, square of the config's size."""
 
-    def __init__(self, config: ModelConfig, backbone: Backbone | None = None) -> None:
+    def __init__(self, config: ModelConfig, backbone: Backbone, head: bool = True) -> None:
+        """
+        Args:
+            backbone: with the weights that it is to have; `build_net` loads the configured ones.
+            head: whether there are projector and predictor, which training needs and scoring does not.
+        """
         super().__init__()
-        self.config = config
-        self.backbone = backbone or build_backbone(config.backbone, config.weights, config.weights_sha256)
+        self.config, self.backbone = config, backbone
         spec = self.backbone.spec
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
@@ -55,26 +59,8 @@ class FocusNet(nn.Module):
                 if (group := getattr(features, layer)) != "none"
             }
         )
-        width = config.projector_width
-        self.projector = nn.Sequential(  # [kin, RegAD's encoder]
-            nn.Conv2d(spec.channels[2], width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 1),
-        )
-        self.predictor = (
-            nn.Sequential(
-                nn.Conv2d(width, config.predictor_width, 1, bias=False),
-                nn.BatchNorm2d(config.predictor_width),
-                nn.ReLU(),
-                nn.Conv2d(config.predictor_width, width, 1),
-            )
-            if config.predictor
-            else nn.Identity()
-        )
+        self.projector = build_projector(spec.channels[2], config) if head else None
+        self.predictor = build_predictor(config) if head else None
         use_global_batch_norm(self)
 
     def train(self, mode: bool = True) -> FocusNet:
@@ -118,8 +104,41 @@ class FocusNet(nn.Module):
 
     def project(self, aligned: Aligned) -> tuple[Tensor, Tensor]:
         """f and g on the last level -> projected f(x) and predicted g(f(x)), both (B, C, H/16, W/16)."""
+        assert self.projector is not None, "this network was read for scoring: f and g are dropped"
+        assert self.predictor is not None
         projected = self.projector(aligned.levels[2])
         return projected, self.predictor(projected)
+
+
+def build_net(config: ModelConfig) -> FocusNet:
+    """A network with the configured weights in its backbone. Raises: WeightsError: as `build_backbone`."""
+    return FocusNet(config, build_backbone(config.backbone, config.weights, config.weights_sha256))
+
+
+def build_projector(channels: int, config: ModelConfig) -> nn.Module:
+    """f: (B, channels, H, W) -> (B, projector_width, H, W) [kin, RegAD's encoder]."""
+    width = config.projector_width
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 1),
+    )
+
+
+def build_predictor(config: ModelConfig) -> nn.Module:
+    """g: (B, projector_width, H, W) -> the same shape; the identity where the config has no predictor."""
+    if not config.predictor:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(config.projector_width, config.predictor_width, 1, bias=False),
+        nn.BatchNorm2d(config.predictor_width),
+        nn.ReLU(),
+        nn.Conv2d(config.predictor_width, config.projector_width, 1),
+    )
 
 
 def build_image_aligner(config: ModelConfig) -> nn.Module | None:

@@ -11,17 +11,33 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from focus_ray.config import Config, Section, apply_override, parse_config, parse_model, read_mapping
 from focus_ray.errors import ConfigError
+from focus_ray.kinds import METRICS
 from focus_ray.names import NAME
 
 Point = dict[str, Any]  # dotted key of Config -> value
-Objective = Literal["validation", "image_auroc", "pixel_auroc", "aupro"]
+
+
+def metric_of(objective: str) -> str | None:
+    """The metric's key that an objective stands for; None for the label-free validation."""
+    return None if objective == "validation" else "aupro_0.3" if objective == "aupro" else objective
+
+
+def _check_objective(name: str) -> str:
+    key = metric_of(name)
+    if key is not None and (key not in METRICS.places or not METRICS[key].higher_is_better):
+        known = [key for key in METRICS if METRICS[key].higher_is_better]
+        raise ValueError(f"objective {name!r} is not known: choose validation, aupro or one of {', '.join(known)}")
+    return name
+
+
+Objective = Annotated[str, AfterValidator(_check_objective)]
 _MAX_GRID = 10_000
 _MAX_INTEGERS = 4096  # of a range: so many are checked one by one, of longer ones the ends
 _REFUSED = {  # what a space may not hold, and why

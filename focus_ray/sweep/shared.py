@@ -26,7 +26,8 @@ from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE, validation_images
 from focus_ray.fitting.distributed import world_size
 from focus_ray.fitting.fit import Run
 from focus_ray.fitting.scoring import slices, to_images
-from focus_ray.model.backbones.base import SPECS, STRIDES
+from focus_ray.kinds import BACKBONES
+from focus_ray.model.backbones.base import STRIDES
 from focus_ray.model.network import LAYERS, common_frame
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.sweep.settings import Objective
@@ -113,7 +114,7 @@ def num_bytes_of_images(config: Config, category: str, plan: Plan, objective: Ob
 def num_bytes_of_features(config: Config, category: str, plan: Plan, objective: Objective) -> int:
     """What `embed_images` will give."""
     size = config.model.image_size_px
-    channels = SPECS[config.model.backbone].channels
+    channels = BACKBONES[config.model.backbone].channels
     each = sum(count * (size // stride) ** 2 for count, stride in zip(channels, STRIDES, strict=True)) * 4
     return (len(plan.fit_rows) + num_judged(config, category, plan, objective)) * each
 
@@ -139,7 +140,7 @@ def features_key(config: Config, category: str) -> str | None:
 
 def check_settings(config: Config) -> None:
     """What `Config` cannot know without the network. Raises: ValueError: more channels asked for than there are."""
-    ChannelReduction(SPECS[config.model.backbone].channels, config.density, config.train.seed)
+    ChannelReduction(BACKBONES[config.model.backbone].channels, config.density, config.train.seed)
 
 
 @torch.no_grad()

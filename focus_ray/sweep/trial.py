@@ -19,7 +19,7 @@ from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.data.shards import Shard
-from focus_ray.density.base import Statistics, sample_positions
+from focus_ray.density.base import Statistics, positions_to_keep
 from focus_ray.errors import DataError
 from focus_ray.evaluation.evaluate import summarise
 from focus_ray.evaluation.selection import validation_figures
@@ -27,13 +27,12 @@ from focus_ray.fitting.distributed import gather_objects, world_size
 from focus_ray.fitting.fit import Run, build_detector
 from focus_ray.fitting.passes import collect_scores, embedding_statistics
 from focus_ray.fitting.scoring import Scored
-from focus_ray.model.backbones.base import SPECS
+from focus_ray.kinds import BACKBONES, METRICS
+from focus_ray.model.backbones.base import bare_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
-from focus_ray.sweep.settings import Objective
+from focus_ray.sweep.settings import Objective, metric_of
 from focus_ray.sweep.shared import JUDGE_BATCH, CategoryImages, Features, Judged, shard_of_images
-
-_FIGURES = {"image_auroc": "image_auroc", "pixel_auroc": "pixel_auroc", "aupro": "aupro_0.3"}
 
 
 class Cut(Exception):
@@ -205,7 +204,7 @@ def _untrained_net(config: Config, features: Features, device: torch.device) -> 
     """Carries size and alignment; its backbone is not run."""
 
     def make() -> FocusNet:
-        net = FocusNet(config.model)
+        net = FocusNet(config.model, bare_backbone(config.model.backbone).to_empty(device="cpu"), head=False)
         if features.aligner is not None:
             assert net.image_aligner is not None
             state = {name: torch.from_numpy(np.array(value)) for name, value in features.aligner.items()}
@@ -222,7 +221,7 @@ def _reduced(
     density = config.density
 
     def make() -> tuple[Statistics, ChannelReduction, list[Tensor]]:
-        reduction = ChannelReduction(SPECS[config.model.backbone].channels, density, config.train.seed).to(device)
+        reduction = ChannelReduction(BACKBONES[config.model.backbone].channels, density, config.train.seed).to(device)
 
         def embeddings(levels: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Tensor]:
             for at in range(0, len(levels[0]), batch_size):
@@ -230,7 +229,7 @@ def _reduced(
                 parts = tuple(torch.from_numpy(level).to(device).permute(0, 3, 1, 2) for level in batch)
                 yield reduction(parts)
 
-        kept = sample_positions(len(features.fit[0]), density.max_images) if density.kind == "nearest" else None
+        kept = positions_to_keep(density, len(features.fit[0]))
         size = config.model.image_size_px // density.map_stride_px
         batches = embeddings(features.fit, config.train.batch_size_per_worker)
         statistics = embedding_statistics(batches, size, reduction.num_channels, device, kept)
@@ -249,15 +248,16 @@ def _figures(
     """`score`, by which trials are ranked, and what it is made of. Raises: DataError: it cannot be measured."""
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise FloatingPointError("the anomaly maps are not finite: lower the learning rates")
-    if objective == "validation":
+    key = metric_of(objective)
+    if key is None:
         return {**validation_figures(judged.masks, scores, maps)}
     masks = [mask if known else None for mask, known in zip(judged.masks, judged.known, strict=True)]
     kinds = ["anomalous" if label else "good" for label in judged.labels]
     found = summarise(judged.labels.tolist(), kinds, scores.tolist(), list(maps), masks, 0.0, 0.0)
-    score = found[_FIGURES[objective]]
+    score = found[key]
     if score is None:
         raise DataError(
             f"objective={objective} cannot be measured: the test images lack good ones, bad ones or masks; "
             "use objective=validation"
         )
-    return {"score": score, **{key: found[key] for key in ("image_auroc", "pixel_auroc", "aupro_0.3")}}
+    return {"score": score, **{key: found[key] for key in METRICS}}

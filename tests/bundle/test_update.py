@@ -64,7 +64,7 @@ def make(data: str, place: Path, kind: str, seed: int = 0, method: str = "split"
         train={"seed": seed},
         calibration={"method": method},
     )
-    return make_bundle(config, place=place, fingerprint=plan_category(config, "gear")["fingerprint"])
+    return make_bundle(config, place=place, fingerprint=plan_category(config, "gear").fingerprint)
 
 
 def normal_rows(uri: str) -> list[int]:
@@ -83,7 +83,7 @@ def fresh_statistics(place: str, images: list[Tensor]) -> Statistics:
 
 
 def fit_images(place: str, data: str) -> list[Tensor]:
-    return images_of(data, plan_category(read_bundle(place).config, "gear")["fit_rows"])
+    return images_of(data, plan_category(read_bundle(place).config, "gear").fit_rows)
 
 
 def assert_is_fresh(place: str, images: list[Tensor], data: str) -> None:

@@ -29,7 +29,7 @@ from focus_ray.config import Config
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import decoded_rows, read_index
 from focus_ray.data.shards import Steps, build_shard, fits_memory
-from focus_ray.data.split import plan_category, slice_of
+from focus_ray.data.split import Plan, plan_category
 from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import FitResult, build_detector, fit
@@ -84,7 +84,7 @@ def test_a_plan_is_the_same_each_time_and_another_for_another_seed(data: str) ->
     config = small_config(data, "unused")
     assert plan_category(config, "gear") == plan_category(config, "gear")
     other = small_config(data, "unused", train={"seed": 1})
-    assert plan_category(other, "gear")["holdout_rows"] != plan_category(config, "gear").holdout_rows
+    assert plan_category(other, "gear").holdout_rows != plan_category(config, "gear").holdout_rows
 
 
 def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Path) -> None:
@@ -110,7 +110,8 @@ def test_cross_calibration_holds_nothing_out_and_fills_its_folds_evenly(data: st
 
 @given(st.lists(st.integers(), max_size=40), st.integers(1, 9))
 def test_the_workers_slices_are_the_whole_in_order(values: list[int], num_workers: int) -> None:
-    slices = [slice_of(values, rank, num_workers) for rank in range(num_workers)]
+    plan = Plan(tuple(values), (), (), (), "")
+    slices = [list(plan.share(rank, num_workers).fit_rows) for rank in range(num_workers)]
     assert [value for part in slices for value in part] == values
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
 

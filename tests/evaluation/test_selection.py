@@ -17,7 +17,7 @@ from focus_ray.evaluation.metrics import image_auroc, pixel_metrics
 from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE, validation_figures, validation_images
 from focus_ray.fitting.fit import FitResult, build_detector, fit
 from focus_ray.fitting.passes import statistics_pass, validation_pass
-from focus_ray.model.network import FocusNet
+from focus_ray.model.network import build_net
 from focus_ray.samples.write import draw_sample
 
 CPU = torch.device("cpu")
@@ -70,12 +70,12 @@ def test_validation_takes_no_more_images_than_it_may(data: str) -> None:
 
 
 def test_without_selection_nothing_is_held_out_for_it(data: str) -> None:
-    assert plan_category(small_config(data, "unused"), "gear")["validation_rows"] == []
+    assert plan_category(small_config(data, "unused"), "gear").validation_rows == ()
 
 
 def test_selection_leaves_the_calibration_images_as_they_were(data: str) -> None:
     plain = plan_category(small_config(data, "unused"), "gear")
-    assert plan_category(selecting(data), "gear")["holdout_rows"] == plain["holdout_rows"]
+    assert plan_category(selecting(data), "gear").holdout_rows == plain.holdout_rows
 
 
 def test_a_set_too_small_to_validate_on_is_refused(data: str) -> None:
@@ -109,7 +109,7 @@ def test_the_network_of_the_best_score_is_kept(trained: tuple[Config, FitResult]
 def test_the_untrained_network_stays_where_no_epoch_gains_the_margin(data: str) -> None:
     config = selecting(data, {"margin": 1.0}, train={"epochs": 1, "learning_rate": 0.05})
     torch.manual_seed(config.train.seed)
-    untrained = FocusNet(config.model).state_dict()
+    untrained = build_net(config.model).state_dict()
     kept = run(config).net.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in untrained.items())
 

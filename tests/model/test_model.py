@@ -21,7 +21,7 @@ from focus_ray.fitting.objective import Objective
 from focus_ray.fitting.passes import statistics_pass
 from focus_ray.model.alignment.theta import warp
 from focus_ray.model.batch_norm import GlobalBatchNorm2d, use_global_batch_norm
-from focus_ray.model.network import Aligned, FocusNet, common_frame
+from focus_ray.model.network import Aligned, build_net, common_frame
 from focus_ray.model.reduction import ChannelReduction
 
 WORKERS = 2
@@ -76,7 +76,7 @@ def worker(rank: int, folder: str) -> None:
     norm, x, factors = norm_case()
     found: dict[str, Any] = {"norm": run_norm(norm, x.chunk(WORKERS)[rank], factors.chunk(WORKERS)[rank])}
     for mode in MODES:
-        net = FocusNet(aligned_config(mode))
+        net = build_net(aligned_config(mode))
         net.load_state_dict(torch.load(f"{folder}/{mode}.pth", weights_only=True))
         objective = Objective(net.train(), TrainConfig())
         parallel = nn.parallel.DistributedDataParallel(objective)
@@ -94,7 +94,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     folder = tmp_path_factory.mktemp("workers")
     for mode in MODES:
         torch.manual_seed(0)
-        net = FocusNet(aligned_config(mode))
+        net = build_net(aligned_config(mode))
         for aligner in net.feature_aligners.values():  # away from the identity, or no gradient reaches its first layers
             nn.init.normal_(aligner.parameters_out.weight, std=0.02)
         torch.save(net.state_dict(), folder / f"{mode}.pth")
@@ -122,7 +122,7 @@ def test_batch_norm_over_two_workers_is_torchs_on_the_joined_batch(workers) -> N
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_of_two_workers_are_one_workers_on_the_joined_batch(workers, mode: str) -> None:
     folder, found = workers
-    net = FocusNet(aligned_config(mode))
+    net = build_net(aligned_config(mode))
     net.load_state_dict(torch.load(folder / f"{mode}.pth", weights_only=True))
     joined = torch.cat([PAIRS[0], PAIRS[1] + 4])
     loss = Objective(net.train(), TrainConfig())(random_images(8), joined)["loss"]
@@ -156,7 +156,7 @@ def test_alone_the_batch_norm_of_all_workers_is_torchs() -> None:
 
 @pytest.mark.parametrize(("mode", "moves"), [("frozen", False), ("train", True)])
 def test_a_frozen_backbone_keeps_its_statistics_in_training(mode: str, moves: bool) -> None:
-    net = FocusNet(model_config(mode)).train()
+    net = build_net(model_config(mode)).train()
     before = {name: value.clone() for name, value in net.state_dict().items() if "running" in name}
     net.project(net(random_images(2)))
     for name, value in net.state_dict().items():
@@ -165,7 +165,7 @@ def test_a_frozen_backbone_keeps_its_statistics_in_training(mode: str, moves: bo
 
 
 def test_frozen_batch_norms_are_still_trained_by_gradient() -> None:
-    net = FocusNet(model_config("frozen")).train()
+    net = build_net(model_config("frozen")).train()
     Objective(net, TrainConfig())(random_images(2), torch.tensor([1, 0]))["loss"].backward()
     assert float(net.backbone.layer1[1].weight.grad.abs().max()) > 0
 
@@ -232,7 +232,7 @@ def test_levels_that_nothing_moved_stay_as_they_are() -> None:
 
 
 def test_a_networks_levels_and_thetas_are_in_the_frames_it_says() -> None:
-    net = FocusNet(aligned_config("frozen")).eval()
+    net = build_net(aligned_config("frozen")).eval()
     for aligner in [net.image_aligner.transformer, *net.feature_aligners.values()]:
         nn.init.constant_(aligner.parameters_out.bias, 0.3)
     images = random_images(2)
@@ -268,7 +268,7 @@ def parts(count: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("quarter_turns", [0, 1, 2])
 def test_an_anomaly_is_marked_where_it_is_in_the_image_that_was_given(quarter_turns: int) -> None:
     torch.manual_seed(0)
-    net = FocusNet(aligned_config("frozen")).eval()
+    net = build_net(aligned_config("frozen")).eval()
     nn.init.constant_(net.image_aligner.transformer.parameters_out.bias, math.atanh(min(quarter_turns / 2, 0.9999)))
     for aligner in net.feature_aligners.values():
         nn.init.constant_(aligner.parameters_out.bias, 0.4)
@@ -288,7 +288,7 @@ def test_an_anomaly_is_marked_where_it_is_in_the_image_that_was_given(quarter_tu
 
 
 def test_statistics_of_two_passes_can_be_joined() -> None:
-    net = FocusNet(model_config()).eval()
+    net = build_net(model_config()).eval()
     config = config_of(net.config)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
     cpu = torch.device("cpu")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from focus_ray.data.schema import Reject
 from focus_ray.errors import DataError
@@ -23,6 +24,8 @@ IGNORED_STEMS = ("license", "licence", "readme", "thumbs")
 
 @dataclass(frozen=True)
 class Sample:
+    """A source image and what the folders say of it."""
+
     path: Path
     folder: str  # the part of the id that says where the image came from
     split: str
@@ -33,6 +36,8 @@ class Sample:
 
 @dataclass
 class ImportPlan:
+    """What becomes of the files of one category."""
+
     category: str
     samples: list[Sample] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
@@ -41,12 +46,50 @@ class ImportPlan:
 
 @dataclass(frozen=True)
 class ImportSettings:
+    """test_share: of the normal images that becomes test data where the source has no split.  seed: chooses them."""
+
     source: Path
     test_share: float
     seed: int
 
     def relative(self, path: Path) -> str:
         return path.relative_to(self.source).as_posix() if path.is_relative_to(self.source) else str(path)
+
+
+class Importer(Protocol):
+    """A shape of folders; its name in `IMPORTERS` is what --format takes.
+
+    expected: what such a folder holds, for people.  has_table: whether a table says what there is, which stands above what
+    folders are called; it lies in the source itself.
+    """
+
+    expected: str
+    has_table: bool
+
+    def fits(self, folder: Path) -> bool:
+        """Whether a folder is one category of this shape or, with a table, a set of them."""
+
+    def plan(self, folder: Path, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+        """A plan a category, empty for those that are not wanted; no file is opened but a table. Raises: DataError."""
+
+
+@dataclass(frozen=True)
+class FolderImporter:
+    """An importer whose folders are a category each, told by a folder that they hold."""
+
+    expected: str
+    sign: str  # path below the category
+    plan_one: Callable[[Path, str, ImportSettings], ImportPlan]
+    has_table = False
+
+    def fits(self, folder: Path) -> bool:
+        return (folder / self.sign).is_dir()
+
+    def plan(self, folder: Path, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+        name = folder_name(folder)
+        if categories is not None and name not in categories:
+            return [ImportPlan(name)]
+        return [self.plan_one(folder, category_name(name, folder), settings)]
 
 
 def held_for_test(names: Sequence[str], settings: ImportSettings) -> set[str]:
@@ -71,6 +114,7 @@ def add_folder(
     truth: Path | None,
     settings: ImportSettings,
 ) -> None:
+    """Adds a folder's images to the plan, with their masks from `truth`; what it cannot place is rejected or noted."""
     stems: set[str] = set()
     for path in _visible_files(folder):
         if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -136,9 +180,6 @@ def _visible_files(folder: Path) -> list[Path]:
 
 def image_files(folder: Path) -> list[Path]:
     return [path for path in _visible_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
-
-
-_Planner = Callable[[Path, str, ImportSettings], ImportPlan]
 
 
 def folder_name(path: Path) -> str:

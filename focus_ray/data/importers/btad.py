@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from focus_ray.data.importers.base import ImportPlan, ImportSettings, add_folder, refuse_folders
+from focus_ray.data.importers.base import FolderImporter, ImportPlan, ImportSettings, add_folder, refuse_folders
 
 
 def plan_btad(root: Path, category: str, settings: ImportSettings) -> ImportPlan:
@@ -17,3 +17,6 @@ def plan_btad(root: Path, category: str, settings: ImportSettings) -> ImportPlan
     add_folder(plan, root / "test" / "ok", "test", "test", 0, "good", truth / "ok", settings)
     add_folder(plan, root / "test" / "ko", "test", "test", 1, "ko", truth / "ko", settings)
     return plan
+
+
+BTAD = FolderImporter("train/ok with test/ok and test/ko", "train/ok", plan_btad)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from focus_ray.data.importers.base import (
+    FolderImporter,
     ImportPlan,
     ImportSettings,
     Sample,
@@ -69,3 +70,6 @@ def plan_folder(root: Path, category: str, settings: ImportSettings) -> ImportPl
     for name, own in stems.items():
         reject_lone_masks(plan, masks_root / name, own, settings)
     return plan
+
+
+FOLDER = FolderImporter("good/ with bad*/ and masks/", "good", plan_folder)

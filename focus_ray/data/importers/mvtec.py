@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from focus_ray.data.importers.base import (
+    FolderImporter,
     ImportPlan,
     ImportSettings,
     add_folder,
@@ -33,3 +34,6 @@ def plan_mvtec(root: Path, category: str, settings: ImportSettings) -> ImportPla
     for private in sorted(root.glob("test_private*")):
         plan.notes.append(f"{settings.relative(private)}: skipped, its labels are not public")
     return plan
+
+
+MVTEC = FolderImporter("train/good with test/ or test_public/", "train/good", plan_mvtec)

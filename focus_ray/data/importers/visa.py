@@ -81,3 +81,17 @@ def visa_tables(source: Path) -> list[Path]:
         if table.is_file():
             return [table]
     return sorted(source.glob("*/image_anno.csv"))
+
+
+class _VisaImporter:
+    expected = "split_csv/1cls.csv or image_anno.csv"
+    has_table = True
+
+    def fits(self, folder: Path) -> bool:
+        return bool(visa_tables(folder))
+
+    def plan(self, folder: Path, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+        return [plan for table in visa_tables(folder) for plan in plan_visa(table, folder, categories, settings)]
+
+
+VISA = _VisaImporter()

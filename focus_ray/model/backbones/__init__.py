@@ -1,1 +1,1 @@
-"""ImageNet backbones: one file a family, and the list of them."""
+"""ImageNet backbones: one file a family."""

@@ -1,50 +1,45 @@
-"""ImageNet backbones cut after their third layer, and where their weights come from."""
+"""ImageNet backbones cut after their third layer: what one must offer, and one with its weights loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from focus_ray.errors import WeightsError
-from focus_ray.model.backbones.efficientnet_lite import (
-    LITE_MEAN,
-    LITE_STD,
-    lite0_key,
-    lite0_stages,
-    packaged_lite0_state,
-)
-from focus_ray.model.backbones.resnet import IMAGENET_MEAN, IMAGENET_STD, hub_state, resnet_key, resnet_stages
+from focus_ray.kinds import BACKBONES
 from focus_ray.model.backbones.weights import read_weights
+
+STRIDES = (4, 8, 16)
 
 
 class BackboneSpec(NamedTuple):
-    """What the rest of the model has to know of a backbone."""
+    """A kind of backbone; its name in `BACKBONES` is what model.backbone takes.
 
-    channels: tuple[int, int, int]  # of layers 1, 2, 3; their strides are always 4, 8, 16
-    mean: tuple[float, ...]  # input normalisation, of images in 0..1
+    channels: of layers 1, 2, 3; their strides are always 4, 8, 16.  mean, std: input normalisation, of images in 0..1.
+    stages: makes the three layers.  own_key: a published weight's name -> its name here; None where it is not needed.
+    default_state: the ImageNet weights under their published names. Raises: WeightsError: they cannot be had.
+    """
+
+    channels: tuple[int, int, int]
+    mean: tuple[float, ...]
     std: tuple[float, ...]
-
-
-SPECS = {
-    "resnet18": BackboneSpec((64, 128, 256), IMAGENET_MEAN, IMAGENET_STD),
-    "wide_resnet50_2": BackboneSpec((256, 512, 1024), IMAGENET_MEAN, IMAGENET_STD),
-    "efficientnet_lite0": BackboneSpec((24, 40, 112), LITE_MEAN, LITE_STD),
-}
-STRIDES = (4, 8, 16)
+    stages: Callable[[], tuple[nn.Module, nn.Module, nn.Module]]
+    own_key: Callable[[str], str | None]
+    default_state: Callable[[], Mapping[str, Tensor]]
 
 
 class Backbone(nn.Module):
     """Three stages: images (B, 3, H, W) -> strides 4, 8 and 16, so that alignment can stand between them."""
 
     def __init__(self, name: str) -> None:
+        """Its weights are random. Raises: ValueError: no such backbone; it names those there are."""
         super().__init__()
-        if name not in SPECS:
-            raise ValueError(f"backbone {name!r} is not known: choose one of {', '.join(SPECS)}")
         self.name = name
-        self.spec = SPECS[name]
-        self.layer1, self.layer2, self.layer3 = lite0_stages() if name == "efficientnet_lite0" else resnet_stages(name)
+        self.spec = BACKBONES[name]
+        self.layer1, self.layer2, self.layer3 = self.spec.stages()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 3, H, W), normalised -> (B, C1, H/4, W/4), (B, C2, H/8, W/8), (B, C3, H/16, W/16)."""
@@ -63,15 +58,18 @@ def build_backbone(name: str, weights: str = "default", sha256: str | None = Non
 
     Raises: WeightsError: not to be had, not to be trusted, or of another architecture.
     """
-    backbone = Backbone(name)
     if weights == "random":
-        return backbone
-    if weights == "default":
-        state = packaged_lite0_state() if name == "efficientnet_lite0" else hub_state(name)
-    else:
-        state = read_weights(weights, sha256)
+        return Backbone(name)
+    backbone = bare_backbone(name)
+    state = backbone.spec.default_state() if weights == "default" else read_weights(weights, sha256)
     load_backbone_state(backbone, state, source=weights)
     return backbone
+
+
+def bare_backbone(name: str) -> Backbone:
+    """A backbone without memory for its weights: `load_state_dict(..., assign=True)` puts them in."""
+    with torch.device("meta"):  # random ones would take most of the time of loading a bundle
+        return Backbone(name)
 
 
 def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
@@ -79,12 +77,11 @@ def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source:
 
     Raises: WeightsError: a key of layers 1 to 3 is missing, or a key or shape does not belong.
     """
-    rename = lite0_key if backbone.name == "efficientnet_lite0" else resnet_key
     wanted = backbone.state_dict()
     mapped: dict[str, Tensor] = {}
     unknown = []
     for key, value in state.items():
-        target = rename(key)
+        target = backbone.spec.own_key(key)
         if target is None:
             continue
         if target not in wanted:
@@ -102,4 +99,7 @@ def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source:
             f"{source}: does not fit {backbone.name}: missing {missing[:3]}{'...' if len(missing) > 3 else ''}, "
             f"unknown {unknown[:3]}{'...' if len(unknown) > 3 else ''}; set model.backbone or model.weights"
         )
-    backbone.load_state_dict(mapped, strict=False)
+    for key in wanted:
+        if key.endswith("num_batches_tracked"):  # files from before torch 0.4.1 lack it
+            mapped.setdefault(key, torch.zeros((), dtype=torch.long))
+    backbone.load_state_dict({key: value.clone() for key, value in mapped.items()}, assign=True)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focus_ray.errors import WeightsError
+from focus_ray.model.backbones.base import BackboneSpec
 from focus_ray.model.backbones.weights import read_weights
 
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # how EfficientNet-Lite was trained
@@ -114,3 +115,6 @@ def lite0_stages() -> tuple[nn.Module, nn.Module, nn.Module]:
                 inputs = outputs
         stages.append(nn.Sequential(*layers))
     return stages[0], stages[1], stages[2]
+
+
+LITE0 = BackboneSpec((24, 40, 112), LITE_MEAN, LITE_STD, lite0_stages, lite0_key, packaged_lite0_state)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from focus_ray.errors import WeightsError
+from focus_ray.model.backbones.base import BackboneSpec
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,3 +48,12 @@ def resnet_stages(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
 
     net = getattr(models, name)(weights=None)
     return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1), net.layer2, net.layer3
+
+
+def _spec(name: str, channels: tuple[int, int, int]) -> BackboneSpec:
+    stages, state = partial(resnet_stages, name), partial(hub_state, name)
+    return BackboneSpec(channels, IMAGENET_MEAN, IMAGENET_STD, stages, resnet_key, state)
+
+
+RESNET18 = _spec("resnet18", (64, 128, 256))
+WIDE_RESNET50_2 = _spec("wide_resnet50_2", (256, 512, 1024))

@@ -1,0 +1,92 @@
+"""The kinds there are of densities, backbones, importers and metrics: a new one is a file of its own and a line here."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
+
+if TYPE_CHECKING:
+    from focus_ray.data.importers.base import Importer
+    from focus_ray.density.base import DensityKind
+    from focus_ray.evaluation.metrics import Metric
+    from focus_ray.model.backbones.base import BackboneSpec
+
+T = TypeVar("T")
+
+
+class Kinds(Generic[T]):
+    """The kinds there are of something (densities, backbones, importers), by name; each is imported when first asked for.
+
+    A new kind is a file that defines it, and its line in the table. Knows no module itself, so that a configuration can be
+    checked without torch.
+    """
+
+    def __init__(self, what: str, places: dict[str, str]) -> None:
+        """
+        Args:
+            what: for messages, as in "density".  places: name -> "module:attribute".
+        """
+        self.what, self.places = what, places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def check(self, name: str) -> str:
+        """Returns: the name. Raises: ValueError: there is no such kind; it names those there are."""
+        if name not in self.places:
+            close = difflib.get_close_matches(name, self.places, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ValueError(f"{self.what} {name!r} is not known: {hint}choose one of {', '.join(self.places)}")
+        return name
+
+    def __getitem__(self, name: str) -> T:
+        """Raises: ValueError: as `check`."""
+        module, _, attribute = self.places[self.check(name)].partition(":")
+        return cast(T, getattr(importlib.import_module(module), attribute))
+
+
+DENSITIES: Kinds[DensityKind] = Kinds(
+    "density",
+    {
+        "gaussian": "focus_ray.density.gaussian:GAUSSIAN",
+        "nearest": "focus_ray.density.nearest:NEAREST",
+    },
+)
+
+BACKBONES: Kinds[BackboneSpec] = Kinds(
+    "backbone",
+    {
+        "resnet18": "focus_ray.model.backbones.resnet:RESNET18",
+        "wide_resnet50_2": "focus_ray.model.backbones.resnet:WIDE_RESNET50_2",
+        "efficientnet_lite0": "focus_ray.model.backbones.efficientnet_lite:LITE0",
+    },
+)
+
+# in the order in which a folder is held against them
+IMPORTERS: Kinds[Importer] = Kinds(
+    "format",
+    {
+        "visa": "focus_ray.data.importers.visa:VISA",
+        "mvtec": "focus_ray.data.importers.mvtec:MVTEC",
+        "btad": "focus_ray.data.importers.btad:BTAD",
+        "folder": "focus_ray.data.importers.folder:FOLDER",
+    },
+)
+
+# in the order in which reports show them
+METRICS: Kinds[Metric] = Kinds(
+    "metric",
+    {
+        "image_auroc": "focus_ray.evaluation.metrics:IMAGE_AUROC",
+        "image_average_precision": "focus_ray.evaluation.metrics:IMAGE_AVERAGE_PRECISION",
+        "image_f1_max": "focus_ray.evaluation.metrics:IMAGE_F1_MAX",
+        "pixel_auroc": "focus_ray.evaluation.metrics:PIXEL_AUROC",
+        "pixel_average_precision": "focus_ray.evaluation.metrics:PIXEL_AVERAGE_PRECISION",
+        "aupro_0.3": "focus_ray.evaluation.metrics:AUPRO_03",
+        "aupro_0.05": "focus_ray.evaluation.metrics:AUPRO_005",
+        "false_positive_rate": "focus_ray.evaluation.metrics:FALSE_POSITIVE_RATE",
+        "recall": "focus_ray.evaluation.metrics:RECALL",
+    },
+)
