@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, run
@@ -69,10 +70,7 @@ def main() -> None:
                     "category": category,
                     "seed": seed,
                     **{key: figures[key] for key in (*FIGURES, "false_positive_rate", "recall")},
-                    "alignment": result.alignment,
-                    "history": result.history,
-                    "selection": result.selection,
-                    "warnings": result.warnings,
+                    **asdict(result.notes),
                     "seconds": time.perf_counter() - start,
                 }
                 samples.append(sample)

@@ -76,7 +76,7 @@ def make_bundle(config: Config, category: str = "gear", place: Path | str | None
             "num_fit": result.statistics.moments.count,
             "num_holdout": 0,
         },
-        metrics={"history": result.history},
+        metrics={"history": result.notes.history},
     )
     return place
 

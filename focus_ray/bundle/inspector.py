@@ -5,7 +5,7 @@ Command line, evaluation, batch inspection and serving all go through it, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from focus_ray.bundle.bundle import Bundle, read_bundle
 from focus_ray.data.images import ImageInfo, decode_mask, read_batch
+from focus_ray.data.schema import Row
 from focus_ray.errors import DataError
 from focus_ray.evaluation.evaluate import MAX_SIDE_PX, evaluation_size, summarise
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
@@ -94,7 +95,7 @@ class Inspector:
             regions=regions,
         )
 
-    def evaluate(self, records: Iterable[Mapping[str, Any]], max_side_px: int = MAX_SIDE_PX) -> dict[str, Any]:
+    def evaluate(self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX) -> dict[str, Any]:
         """Metrics over labelled images; labels are compared with, never used to choose anything.
 
         Args:
@@ -103,7 +104,7 @@ class Inspector:
 
         Returns: see `summarise`.  Raises: DataError: no record, or an image cannot be decoded.
         """
-        kept: list[dict[str, Any]] = []
+        kept: list[Row] = []
 
         def image_bytes() -> Iterator[bytes]:
             for record in records:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from focus_ray.data.shards import Steps, build_shard, fits_memory
 from focus_ray.data.split import Plan, plan_category
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import fit
+from focus_ray.fitting.state import TrainState
 from focus_ray.names import unique_name
 from focus_ray.storage import create_bytes, exists, is_s3, join, open_filesystem, read_bytes, retrying, write_bytes
 
@@ -213,14 +214,14 @@ def _worker(job: CategoryJob) -> None:
     shard = build_shard(config, category, plan, rank, num_workers, worker_stream)
     loading = time.perf_counter() - start
 
-    def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], dict[str, Any]]) -> None:
+    def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
         due = (epoch + 1) % config.train.checkpoint_every_epochs == 0 or epoch + 1 == config.train.epochs
         if not due:
             return ray.train.report(figures)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if rank == 0:
-                torch.save(snapshot(), Path(folder) / "state.pt")
+                torch.save(snapshot().to_dict(), Path(folder) / "state.pt")
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(figures, checkpoint=checkpoint)
 
@@ -251,11 +252,8 @@ def _worker(job: CategoryJob) -> None:
                 "num_holdout": len(plan.holdout_rows),
             },
             metrics={
-                "history": result.history,
-                "alignment": result.alignment,
-                "selection": result.selection,
+                **asdict(result.notes),
                 "seconds": {"load": loading, **result.seconds},
-                "warnings": result.warnings,
                 "num_workers": num_workers,
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             },
@@ -275,12 +273,11 @@ def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.
     return wrap
 
 
-def _last_state(checkpoint: Any, device: torch.device) -> dict[str, Any] | None:
+def _last_state(checkpoint: Any, device: torch.device) -> TrainState | None:
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
-        state: dict[str, Any] = torch.load(Path(folder) / "state.pt", map_location=device, weights_only=True)
-    return state
+        return TrainState.from_dict(torch.load(Path(folder) / "state.pt", map_location=device, weights_only=True))
 
 
 def absolute(config: Config) -> Config:

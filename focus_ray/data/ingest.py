@@ -19,7 +19,7 @@ from tqdm import tqdm
 from focus_ray.data.images import ImageError, encode_png, read_image, read_mask
 from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample
 from focus_ray.data.importers.choose import make_plans
-from focus_ray.data.schema import SCHEMA_VERSION, Reject, RejectReason
+from focus_ray.data.schema import SCHEMA_VERSION, Reject, RejectReason, Row
 from focus_ray.data.store import Store
 from focus_ray.errors import DataError
 from focus_ray.kinds import IMPORTERS
@@ -194,12 +194,13 @@ def _ingest_category(
             plan.category,
             _progressing((_make_row(name, item, plan.category, site, settings) for name, item in rows), bar),
             rejects,
-            {"source_fingerprint": fingerprint, "counts": counts},
+            fingerprint,
+            counts,
         )
     return CategoryReport(plan.category, "written", **counts), rejects, notes
 
 
-def _progressing(rows: Iterable[dict[str, Any]], bar: Any) -> Iterator[dict[str, Any]]:
+def _progressing(rows: Iterable[Row], bar: Any) -> Iterator[Row]:
     for row in rows:
         yield row
         bar.update()
@@ -326,7 +327,7 @@ def _make_ids(samples: Sequence[Sample], category: str) -> list[str]:
     return [path if clashing[name] > 1 else name for name, path in zip(ids, paths, strict=True)]
 
 
-def _make_row(name: str, item: _Checked, category: str, site: str, settings: ImportSettings) -> dict[str, Any]:
+def _make_row(name: str, item: _Checked, category: str, site: str, settings: ImportSettings) -> Row:
     try:
         data = item.sample.path.read_bytes()
     except OSError as error:

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from focus_ray.data.images import decode_batch
-from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS
-from focus_ray.data.store import Store, open_part, open_store
+from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS, Row
+from focus_ray.data.store import Commit, Store, open_part, open_store
 from focus_ray.errors import DataError
 
 
@@ -57,7 +57,7 @@ def read_rows(
     category: str,
     row_numbers: Sequence[int] | np.ndarray[Any, Any],
     columns: Sequence[str] = ("id", "label", "image", "mask"),
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Rows by number, reading only the row groups that hold them and holding one of them at a time.
 
     Args:
@@ -86,8 +86,8 @@ def read_rows(
 
 
 def _iterate_rows(
-    store: Store, category: str, commit: dict[str, Any], numbers: np.ndarray[Any, Any], columns: list[str]
-) -> Iterator[dict[str, Any]]:
+    store: Store, category: str, commit: Commit, numbers: np.ndarray[Any, Any], columns: list[str]
+) -> Iterator[Row]:
     start = 0
     for entry in commit["files"]:
         bounds = start + np.concatenate([[0], np.cumsum(entry["row_group_rows"])]).astype(np.int64)
@@ -132,7 +132,7 @@ def decoded_rows(
         yield decode_batch(batch, size_px)
 
 
-def iter_test_records(uri: str, category: str) -> Iterable[dict[str, Any]]:
+def iter_test_records(uri: str, category: str) -> Iterable[Row]:
     """The labelled test images of a category, as `Inspector.evaluate` takes them."""
     rows = read_index(uri, category, split="test")["row"].to_numpy()
     return read_rows(uri, category, rows, columns=("image", "mask", "label", "defect_type", "width", "height"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -56,3 +56,7 @@ class Reject:
     category: str
     reason: RejectReason
     detail: str
+
+
+Row = dict[str, Any]
+"""Column of `SCHEMA` -> Python value, of one row."""

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from focus_ray.data.schema import COMMIT_NAME, SCHEMA, SCHEMA_VERSION, Reject
+from focus_ray.data.schema import COMMIT_NAME, SCHEMA, SCHEMA_VERSION, Reject, Row
 from focus_ray.errors import DataError
 from focus_ray.storage import open_filesystem, open_input, read_file, storage_errors, sync_file, write_file
 
@@ -30,6 +30,27 @@ ROW_GROUP_BYTES, MAX_ROW_GROUP_BYTES = 16 << 20, 64 << 20
 FILE_BYTES = 64 << 20  # a part file takes no more row groups from here on
 # Part files that no commit names are leftovers of a dead run, unless another run is just writing them.
 STALE_AFTER = timedelta(hours=24)
+
+
+class PartEntry(TypedDict):
+    """A part file as its commit names it."""
+
+    name: str
+    row_group_rows: list[int]
+    num_bytes: int
+
+
+class Commit(TypedDict):
+    """What `_commit.json` holds."""
+
+    schema_version: int
+    category: str
+    run_id: str
+    created: str  # ISO 8601, UTC
+    files: list[PartEntry]
+    num_rows: int
+    source_fingerprint: str
+    counts: dict[str, int]  # of `CategoryReport`
 
 
 class Store:
@@ -57,7 +78,7 @@ class Store:
             commits = self.filesystem.get_file_info([f"{self.folder(name)}/{COMMIT_NAME}" for name in names])
         return sorted(name for name, info in zip(names, commits, strict=True) if info.type == fs.FileType.File)
 
-    def commit(self, category: str) -> dict[str, Any] | None:
+    def commit(self, category: str) -> Commit | None:
         """The category's commit; None where it has none. Raises: DataError: damaged, or of another schema version."""
         path = f"{self.folder(category)}/{COMMIT_NAME}"
         with self.errors("read the commit file", path):
@@ -77,9 +98,9 @@ class Store:
                 f"{self.uri}: category {category!r} has schema version {version!r}, this program reads "
                 f"{SCHEMA_VERSION}: ingest it again into another root, or use the version that wrote it"
             )
-        return cast("dict[str, Any]", commit)
+        return cast(Commit, commit)
 
-    def need_commit(self, category: str) -> dict[str, Any]:
+    def need_commit(self, category: str) -> Commit:
         commit = self.commit(category)
         if commit is None:
             names = self.categories()
@@ -91,7 +112,7 @@ class Store:
             raise DataError(f"{self.uri}: no category {category!r}; there are: {', '.join(names)}")
         return commit
 
-    def is_whole(self, category: str, commit: dict[str, Any]) -> bool:
+    def is_whole(self, category: str, commit: Commit) -> bool:
         """Whether every part file that a commit names is there, at its size."""
         paths = [f"{self.folder(category)}/{entry['name']}" for entry in commit["files"]]
         with self.errors("look at part files", self.folder(category)):
@@ -108,19 +129,24 @@ class Store:
             self._writable = True
 
     def publish(
-        self, category: str, rows: Iterable[dict[str, Any]], rejects: Sequence[Reject], facts: dict[str, Any]
+        self,
+        category: str,
+        rows: Iterable[Row],
+        rejects: Sequence[Reject],
+        source_fingerprint: str,
+        counts: dict[str, int],
     ) -> None:
         """Writes part files, then the commit that makes them count, then removes those that no longer do."""
         folder, run_id = self.folder(category), uuid.uuid4().hex[:12]
         if isinstance(self.filesystem, fs.LocalFileSystem):
             with self.errors("make the folder", folder):
                 self.filesystem.create_dir(folder, recursive=True)
-        files: list[dict[str, Any]] = []
+        files: list[PartEntry] = []
         try:
             groups = _row_groups(rows)
             for group in groups:
                 name = f"part-{run_id}-{len(files):05d}.parquet"
-                files.append({"name": name, "row_group_rows": []})
+                files.append({"name": name, "row_group_rows": [], "num_bytes": 0})
                 with self.errors("write a part file", f"{folder}/{name}"):
                     self._write_part(f"{folder}/{name}", itertools.chain([group], groups), files[-1])
         except BaseException:
@@ -128,21 +154,22 @@ class Store:
             raise
         former = self.commit(category)
         self.write_rejects(category, rejects)
-        commit = {
+        commit: Commit = {
             "schema_version": SCHEMA_VERSION,
             "category": category,
             "run_id": run_id,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "files": files,
             "num_rows": sum(sum(item["row_group_rows"]) for item in files),
-            **facts,
+            "source_fingerprint": source_fingerprint,
+            "counts": counts,
         }
         # From here on the parts stay whatever happens: a commit whose answer was lost may still have been made.
         with self.errors("write the commit file", f"{folder}/{COMMIT_NAME}"):
             write_file(self.filesystem, f"{folder}/{COMMIT_NAME}", json.dumps(commit, indent=1).encode())
         self._remove_unreferenced(folder, files, former)
 
-    def _write_part(self, path: str, groups: Iterator[pa.Table], entry: dict[str, Any]) -> None:
+    def _write_part(self, path: str, groups: Iterator[pa.Table], entry: PartEntry) -> None:
         num_bytes = 0
         with (
             self.filesystem.open_output_stream(path) as sink,
@@ -170,7 +197,7 @@ class Store:
             except OSError:  # an unnamed part file harms nobody, and the next run tries again
                 continue
 
-    def _remove_unreferenced(self, folder: str, files: list[dict[str, Any]], former: dict[str, Any] | None) -> None:
+    def _remove_unreferenced(self, folder: str, files: list[PartEntry], former: Commit | None) -> None:
         current = {item["name"] for item in files}
         replaced = {item["name"] for item in former["files"]} if former else set()
         with self.errors("list part files", folder):
@@ -205,8 +232,8 @@ class Store:
         return f"{self.path}/_rejects/category={category}.parquet"
 
 
-def _row_groups(rows: Iterable[dict[str, Any]]) -> Iterator[pa.Table]:
-    pending: list[dict[str, Any]] = []
+def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:
+    pending: list[Row] = []
     num_bytes = 0
     for row in rows:
         pending.append(row)
@@ -225,7 +252,7 @@ def open_store(uri: str | Path) -> Store:
 
 
 @contextmanager
-def open_part(store: Store, category: str, entry: dict[str, Any]) -> Iterator[pq.ParquetFile]:
+def open_part(store: Store, category: str, entry: PartEntry) -> Iterator[pq.ParquetFile]:
     """One part file, checked against its commit; what goes wrong while it is open becomes a DataError."""
     path = f"{store.folder(category)}/{entry['name']}"
     try:

@@ -5,6 +5,7 @@ Runs alone or on every worker of an initialised torch.distributed group; each wo
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,10 +27,12 @@ from focus_ray.fitting.distributed import world_size
 from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
 from focus_ray.fitting.passes import aligner_pass, calibration_pass, statistics_pass, validation_pass
 from focus_ray.fitting.scoring import Detector
+from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
 from focus_ray.kinds import DENSITIES
 from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.network import FocusNet, build_net
 from focus_ray.model.reduction import ChannelReduction
+from focus_ray.seeds import derived_seed
 
 
 @dataclass
@@ -40,11 +43,8 @@ class FitResult:
     reduction: ChannelReduction
     statistics: Statistics
     calibration: Calibration
-    alignment: dict[str, Any] | None = None
-    history: list[dict[str, float]] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
     seconds: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    selection: list[dict[str, Any]] = field(default_factory=list)
 
 
 def fit(
@@ -56,8 +56,8 @@ def fit(
     net: FocusNet | None = None,
     rank: int = 0,
     wrap: Callable[[torch.nn.Module], Any] | None = None,
-    state: dict[str, Any] | None = None,
-    on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None = None,
+    state: TrainState | None = None,
+    on_epoch: OnEpoch | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> FitResult:
     """Aligns, trains, adds up the statistics and calibrates.
@@ -102,12 +102,9 @@ class Run:
         self.device, self.rank, self.log = device, rank, log
         self.offset = num_images * rank // world_size()
         self.reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
-        self.history: list[dict[str, float]] = []
+        self.notes = Notes()
         self.seconds: dict[str, float] = {}
-        self.warnings: list[str] = []
-        self.alignment: dict[str, Any] | None = None
-        self.selection: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None  # network of the best validation score so far
+        self.best: Best | None = None
         self.validation = self._validation_set()
 
     @contextmanager
@@ -125,16 +122,18 @@ class Run:
         if not normals:
             size = self.config.model.image_size_px
             return np.empty((0, size, size, 3), np.uint8), np.empty((0, size, size), bool)
-        return validation_images(torch.cat(normals).numpy(), seed=self.config.train.seed * 1009 + self.rank)
+        return validation_images(
+            torch.cat(normals).numpy(), seed=derived_seed(self.config.train.seed, "synthetic defects", self.rank)
+        )
 
-    def validate(self, what: dict[str, Any]) -> float | None:
+    def validate(self, what: dict[str, float | str]) -> float | None:
         """The validation score of the network as it is, noted with what it is; None where nothing is selected."""
         if self.validation is None:
             return None
         detector = build_detector(self.config, self.net, self.reduction, self.training_statistics())
         images, masks = self.validation
         figures = validation_pass(detector, images, masks)
-        self.selection.append({**what, **figures})
+        self.notes.selection.append({**what, **figures})
         self.log(
             ", ".join(f"{key} {value}" for key, value in what.items())
             + f": validation score {figures['score']:.4f} (image AUROC {figures['image_auroc']:.4f}, "
@@ -151,8 +150,8 @@ class Run:
         )
         if found is None:
             return
-        self.alignment = found
-        if found["enabled"] and self.validation is not None:
+        self.notes.alignment = found
+        if found.enabled and self.validation is not None:
             aligner = self.net.image_aligner
             assert isinstance(aligner, CongealingAligner)
             group = self.config.model.image_alignment.group
@@ -161,17 +160,17 @@ class Run:
             plain = self.validate({"image_alignment": "none"})
             assert aligned is not None
             assert plain is not None
-            found["enabled"] = aligned > plain
-            aligner.enabled.fill_(found["enabled"])
-        turned = "on" if found["enabled"] else "off"
-        self.log(f"image alignment {turned} (pairwise L2 of held-out images falls by {found['drop']:.0%})")
+            found.enabled = aligned > plain
+            aligner.enabled.fill_(found.enabled)
+        turned = "on" if found.enabled else "off"
+        self.log(f"image alignment {turned} (pairwise L2 of held-out images falls by {found.drop:.0%})")
 
     # ---- training
     def learn(
         self,
         wrap: Callable[[torch.nn.Module], Any] | None = None,
-        state: dict[str, Any] | None = None,
-        on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None = None,
+        state: TrainState | None = None,
+        on_epoch: OnEpoch | None = None,
     ) -> None:
         """Aligns and trains, from the start or from a state; arguments as of `fit`."""
         if state is not None:
@@ -183,16 +182,15 @@ class Run:
             if self.config.train.epochs:
                 self.train(wrap, state, on_epoch)
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.net.load_state_dict(state["net"])
-        self.alignment, self.selection, self.best = state["alignment"], state["selection"], state["best"]
-        self.history.extend(state["history"])
+    def restore(self, state: TrainState) -> None:
+        self.net.load_state_dict(state.net)
+        self.notes, self.best = state.notes, state.best
 
     def train(
         self,
         wrap: Callable[[torch.nn.Module], Any] | None,
-        state: dict[str, Any] | None,
-        on_epoch: Callable[[int, dict[str, float], Callable[[], dict[str, Any]]], None] | None,
+        state: TrainState | None,
+        on_epoch: OnEpoch | None,
     ) -> None:
         train, net = self.config.train, self.net
         steps = Steps.agree(self.num_images, world_size(), train.batch_size_per_worker)
@@ -205,9 +203,9 @@ class Run:
         schedule = build_schedule(optimizer, train, steps.steps)
         first = 0
         if state is not None:
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            first = int(state["epoch"]) + 1
+            optimizer.load_state_dict(state.optimizer)
+            schedule.load_state_dict(state.schedule)
+            first = state.epoch + 1
         else:
             self._keep_best(-1)
         parallel = objective if wrap is None else wrap(objective)
@@ -215,7 +213,7 @@ class Run:
         autocast = train.precision == "bf16" or (train.precision == "auto" and bf16)
         for epoch in range(first, train.epochs):
             net.train()
-            generator = torch.Generator().manual_seed((train.seed * 1_000_003 + epoch) * 4099 + self.rank)
+            generator = torch.Generator().manual_seed(derived_seed(train.seed, "epoch", epoch, self.rank))
             start = time.perf_counter()
             batches = self.shard.train_batches(steps.batch_size, steps.steps, generator)
             figures = train_epoch(parallel, batches, optimizer, schedule, train, self.device, generator, autocast)
@@ -226,26 +224,18 @@ class Run:
                 self._keep_best(epoch)
             if on_epoch is not None:
 
-                def snapshot(epoch: int = epoch) -> dict[str, Any]:
-                    return {
-                        "net": net.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(),
-                        "epoch": epoch,
-                        "history": list(self.history),
-                        "alignment": self.alignment,
-                        "selection": list(self.selection),
-                        "best": self.best,
-                    }
+                def snapshot(epoch: int = epoch) -> TrainState:
+                    kept = optimizer.state_dict(), schedule.state_dict()
+                    return TrainState(epoch, net.state_dict(), *kept, copy.deepcopy(self.notes), self.best)
 
                 on_epoch(epoch, figures, snapshot)
         if self.best is not None:
-            net.load_state_dict(self.best["net"])
-            self.log(f"kept the network after epoch {self.best['epoch'] + 1} of {train.epochs} (0: untrained)")
+            net.load_state_dict(self.best.net)
+            self.log(f"kept the network after epoch {self.best.epoch + 1} of {train.epochs} (0: untrained)")
 
     def _note(self, figures: dict[str, float]) -> None:
         """Keeps and logs an epoch's figures, with a warning where they show a collapse."""
-        self.history.append(figures)
+        self.notes.history.append(figures)
         epoch, epochs = int(figures["epoch"]) + 1, self.config.train.epochs
         shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "epoch")
         self.log(f"epoch {epoch}/{epochs}: {shown}")
@@ -254,7 +244,7 @@ class Run:
                 f"epoch {epoch}: the features have collapsed (std {figures['feature_std']:.3g} of an even spread, "
                 f"effective rank {figures['effective_rank']:.1f}): lower train.learning_rate or train.lambda_fine"
             )
-            self.warnings.append(message)
+            self.notes.warnings.append(message)
             self.log(f"WARNING: {message}")
 
     def _keep_best(self, epoch: int) -> None:
@@ -263,9 +253,9 @@ class Run:
         score = self.validate({"epoch": epoch + 1})
         if score is None:
             return
-        if self.best is None or score > self.best["score"] + self.config.selection.margin:
+        if self.best is None or score > self.best.score + self.config.selection.margin:
             network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
-            self.best = {"epoch": epoch, "score": score, "net": network}
+            self.best = Best(epoch, score, network)
 
     # ---- density and calibration
     def training_statistics(self) -> Statistics:
@@ -306,11 +296,8 @@ class Run:
             self.reduction,
             statistics,
             builder.finish(),
-            self.alignment,
-            self.history,
+            self.notes,
             self.seconds,
-            self.warnings,
-            self.selection,
         )
 
     def _cross_calibrate(self, folds: list[Statistics]) -> CalibrationBuilder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import gather_objects, gather_rows, reduce_moments
 from focus_ray.fitting.scoring import Detector, Scored, embed, to_images
-from focus_ray.model.alignment.congealing import CongealingAligner
+from focus_ray.model.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 
@@ -76,7 +75,7 @@ def embedding_statistics(
 @torch.inference_mode()
 def aligner_pass(
     net: FocusNet, batches: Iterable[Tensor], device: torch.device, positions: Container[int], offset: int, seed: int
-) -> dict[str, Any] | None:
+) -> AlignmentReport | None:
     """Fits a congealing aligner on the chosen images of all workers, the same on every worker; None without one.
 
     Args:

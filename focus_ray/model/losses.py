@@ -79,3 +79,27 @@ def effective_rank(features: Tensor) -> Tensor:
     spectrum = torch.linalg.eigvalsh(samples.T @ samples).clamp_min(0)
     weights = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
     return torch.exp(-torch.xlogy(weights, weights).sum())
+
+
+def pairwise_l2(aligned: Tensor, valid: Tensor | None = None, num_pairs: int = 2000, seed: int = 0) -> float:
+    """L_ICA of a set: mean over random pairs of the mean over pixels of the L2 norm over channels of the difference.
+
+    Args:
+        aligned: (N, C, H, W).  valid: (N, H, W) bool; pixels outside either image's mask are not counted.
+
+    Raises: ValueError: fewer than two images.
+    """
+    if len(aligned) < 2:
+        raise ValueError(f"pairs need at least 2 images, got {len(aligned)}")
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(len(aligned), (num_pairs,), generator=generator)
+    second = (first + torch.randint(1, len(aligned), (num_pairs,), generator=generator)) % len(aligned)
+    total = 0.0
+    for one, other in zip(first.split(64), second.split(64), strict=True):
+        norm = (aligned[one] - aligned[other]).square().sum(dim=1).sqrt()
+        if valid is None:
+            total += norm.mean(dim=(1, 2)).sum().item()
+        else:
+            both = (valid[one] & valid[other]).to(norm.dtype)
+            total += ((norm * both).sum(dim=(1, 2)) / both.sum(dim=(1, 2)).clamp_min(1)).sum().item()
+    return total / num_pairs

@@ -27,9 +27,11 @@ from focus_ray.fitting.distributed import world_size
 from focus_ray.fitting.fit import Run
 from focus_ray.fitting.scoring import slices, to_images
 from focus_ray.kinds import BACKBONES
+from focus_ray.model.alignment.congealing import AlignmentReport
 from focus_ray.model.backbones.base import STRIDES
 from focus_ray.model.network import LAYERS, common_frame
 from focus_ray.model.reduction import ChannelReduction
+from focus_ray.seeds import derived_seed
 from focus_ray.sweep.settings import Objective
 
 JUDGE_BATCH = 32
@@ -67,7 +69,7 @@ class Features:
     judged: tuple[NDArray[np.float32], ...]
     theta: NDArray[np.float32] | None
     aligner: dict[str, NDArray[Any]] | None
-    alignment: dict[str, Any] | None
+    alignment: AlignmentReport | None
     uid: str
 
 
@@ -95,7 +97,7 @@ def load_images(config: Config, category: str, plan: Plan, objective: Objective,
     reference_px = config.model.image_size_px
     if objective == "validation":
         normals = decode(plan.validation_rows, reference_px)
-        images, masks = validation_images(normals, seed=config.train.seed * 1009)
+        images, masks = validation_images(normals, seed=derived_seed(config.train.seed, "synthetic defects", 0))
         judged = Judged(
             images, masks, np.asarray(masks.any(axis=(1, 2)), dtype=np.int64), np.ones(len(images), dtype=bool)
         )
@@ -169,7 +171,7 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
         tuple(np.concatenate(part) for part in judged),
         np.concatenate(thetas) if thetas else None,
         None if aligner is None else {name: value.cpu().numpy() for name, value in aligner.state_dict().items()},
-        run.alignment,
+        run.notes.alignment,
         uuid.uuid4().hex,
     )
 

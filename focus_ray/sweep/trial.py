@@ -27,7 +27,9 @@ from focus_ray.fitting.distributed import gather_objects, world_size
 from focus_ray.fitting.fit import Run, build_detector
 from focus_ray.fitting.passes import collect_scores, embedding_statistics
 from focus_ray.fitting.scoring import Scored
+from focus_ray.fitting.state import TrainState
 from focus_ray.kinds import BACKBONES, METRICS
+from focus_ray.model.alignment.congealing import AlignmentReport
 from focus_ray.model.backbones.base import bare_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
@@ -54,7 +56,7 @@ class Judgement:
     epochs: int = 0
     seconds: float = 0.0
     cut: str | None = None
-    alignment: dict[str, Any] | None = None
+    alignment: AlignmentReport | None = None
     warnings: list[str] = field(default_factory=list)
     shared: str = "nothing"
 
@@ -141,7 +143,7 @@ def _judge_fitted(
         scores, maps = (np.concatenate(parts) for parts in zip(*gather_objects(scored), strict=True))
         return _figures(judged, scores, maps, objective)
 
-    def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], dict[str, Any]]) -> None:
+    def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
         result.epochs = epoch + 1
         if epoch + 1 < config.train.epochs:
             take(epoch + 1, judge(), False)
@@ -150,7 +152,7 @@ def _judge_fitted(
         run.learn(wrap, None, on_epoch)
         take(config.train.epochs, judge(), True)  # of the network that was kept, where the settings choose an epoch
     finally:
-        result.alignment, result.warnings = run.alignment, run.warnings
+        result.alignment, result.warnings = run.notes.alignment, run.notes.warnings
 
 
 @torch.no_grad()

@@ -135,19 +135,18 @@ def _judge_in_trial(job: TrialJob) -> Judgement:
         result = make_trainer(_train_worker, job, scratch, name).fit()
     finally:
         remove_folder(join(scratch, name))
-    return Judgement(**result.return_value)
+    return result.return_value  # type: ignore[no-any-return]  # metrics that come without a checkpoint are not kept (Ray 2.60)
 
 
-def _train_worker(job: TrialJob) -> dict[str, Any]:
-    """What every Ray Train worker of a trial runs. Returns: a `Judgement` as Ray Train's result takes it, of plain types."""
+def _train_worker(job: TrialJob) -> Judgement:
+    """What every Ray Train worker of a trial runs."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    judgement = _judge_work(job, device, rank, num_workers, data_parallel(num_workers, device))
-    return dataclasses.asdict(judgement)  # metrics that come without a checkpoint are not kept (Ray 2.60)
+    return _judge_work(job, device, rank, num_workers, data_parallel(num_workers, device))
 
 
 def _judge_work(

@@ -165,7 +165,7 @@ def summary(config: Config, result: FitResult, data: str) -> dict[str, Any]:
         "scatter": moments.scatter,
         "scores": detector(images_to_score(data)).score,
         "threshold": result.calibration.image_threshold,
-        "aligned": result.alignment is not None and result.alignment["enabled"],
+        "aligned": result.notes.alignment is not None and result.notes.alignment.enabled,
     }
 
 

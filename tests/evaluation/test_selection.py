@@ -89,9 +89,9 @@ def test_a_set_too_small_to_validate_on_is_refused(data: str) -> None:
 
 def test_every_epoch_and_the_untrained_network_are_judged(trained: tuple[Config, FitResult]) -> None:
     _, result = trained
-    assert [entry["epoch"] for entry in result.selection] == list(range(EPOCHS + 1))
-    assert len({entry["score"] for entry in result.selection}) > 1
-    for entry in result.selection:
+    assert [entry["epoch"] for entry in result.notes.selection] == list(range(EPOCHS + 1))
+    assert len({entry["score"] for entry in result.notes.selection}) > 1
+    for entry in result.notes.selection:
         assert entry["score"] == pytest.approx((entry["image_auroc"] + entry["aupro"]) / 2)
 
 
@@ -103,7 +103,7 @@ def test_the_network_of_the_best_score_is_kept(trained: tuple[Config, FitResult]
     detector = build_detector(config, result.net, result.reduction, statistics)
     normals = torch.cat(list(shard.validation_batches())).numpy()
     figures = validation_pass(detector, *validation_images(normals, seed=config.train.seed * 1009))
-    assert figures["score"] == pytest.approx(max(entry["score"] for entry in result.selection), abs=1e-6)
+    assert figures["score"] == pytest.approx(max(entry["score"] for entry in result.notes.selection), abs=1e-6)
 
 
 def test_the_untrained_network_stays_where_no_epoch_gains_the_margin(data: str) -> None:
@@ -116,7 +116,7 @@ def test_the_untrained_network_stays_where_no_epoch_gains_the_margin(data: str) 
 
 def test_epochs_in_between_are_not_judged_where_every_second_is(data: str) -> None:
     result = run(selecting(data, {"every_epochs": 2}, train={"epochs": 3}))
-    assert [entry["epoch"] for entry in result.selection] == [0, 2, 3]
+    assert [entry["epoch"] for entry in result.notes.selection] == [0, 2, 3]
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "nearest"])
@@ -132,15 +132,17 @@ def test_validation_images_join_the_density(data: str, kind: str) -> None:
 def test_aligning_is_judged_against_not_aligning(data: str) -> None:
     alignment = {"group": "rotation", "min_drop": 0.0, "max_images": 12}
     result = run(selecting(data, model={"image_alignment": alignment}))
-    scores = {entry["image_alignment"]: entry["score"] for entry in result.selection if "image_alignment" in entry}
+    scores = {
+        entry["image_alignment"]: entry["score"] for entry in result.notes.selection if "image_alignment" in entry
+    }
     assert set(scores) == {"rotation", "none"}
-    assert result.alignment is not None
-    assert result.alignment["enabled"] == (scores["rotation"] > scores["none"])
-    assert bool(result.net.image_aligner.enabled) == result.alignment["enabled"]  # type: ignore[union-attr]
+    assert result.notes.alignment is not None
+    assert result.notes.alignment.enabled == (scores["rotation"] > scores["none"])
+    assert bool(result.net.image_aligner.enabled) == result.notes.alignment.enabled  # type: ignore[union-attr]
 
 
 def test_without_selection_nothing_is_judged(data: str) -> None:
-    assert run(small_config(data, "unused")).selection == []
+    assert run(small_config(data, "unused")).notes.selection == []
 
 
 # Images and figures

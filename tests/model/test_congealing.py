@@ -13,8 +13,9 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from focus_ray.data.images import decode_batch
-from focus_ray.model.alignment.congealing import CongealingAligner, pairwise_l2
+from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.alignment.theta import GROUPS, angle_of, make_theta, valid_mask, warp
+from focus_ray.model.losses import pairwise_l2
 
 SIZE_PX = 128
 
@@ -68,7 +69,7 @@ def errors_of_pairs(theta: Tensor, angles: Tensor) -> Tensor:
 def turned_aligner() -> CongealingAligner:
     """Fitted on 32 copies of the drawn part at all angles."""
     aligner, found = fitted(move(draw_part().expand(32, -1, -1, -1), seed=1, max_shift=0.1)[0])
-    assert found["enabled"]
+    assert found.enabled
     return aligner
 
 
@@ -96,7 +97,7 @@ def test_turns_over_the_full_circle_are_found(turned_aligner: CongealingAligner)
 def test_turns_of_real_screws_are_found(shared: Path) -> None:
     screws = read_screws(shared, 0, 8)
     aligner, found = fitted(move(screws.repeat_interleave(6, 0), seed=4, noise=0.0)[0])
-    assert found["enabled"]
+    assert found.enabled
     copies = 5
     images, angles = move(screws.repeat_interleave(copies, 0), seed=5, noise=0.0)
     theta = aligner(images)
@@ -106,7 +107,7 @@ def test_turns_of_real_screws_are_found(shared: Path) -> None:
 
 def test_aligned_real_screws_lie_on_each_other(shared: Path) -> None:
     aligner, found = fitted(read_screws(shared, 0, 120))
-    assert found["enabled"]
+    assert found.enabled
     others = read_screws(shared, 200, 40)
     theta = aligner(others)
     valid = valid_mask(theta, SIZE_PX, SIZE_PX)
@@ -119,14 +120,14 @@ def test_aligned_real_screws_lie_on_each_other(shared: Path) -> None:
 def test_it_turns_itself_off_on_noise() -> None:
     images = torch.rand(20, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(6))
     aligner, found = fitted(images)
-    assert not found["enabled"]
+    assert not found.enabled
     assert torch.equal(aligner(images[:2]), torch.eye(2, 3).expand(2, 2, 3))
 
 
 def test_it_turns_itself_off_on_a_set_that_is_aligned() -> None:
     images, _ = move(draw_part().expand(20, -1, -1, -1), seed=7, max_angle=0.0)
     aligner, found = fitted(images)
-    assert not found["enabled"]
+    assert not found.enabled
     assert not bool(aligner.enabled)
 
 

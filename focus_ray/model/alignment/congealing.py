@@ -13,6 +13,7 @@ padded borders are never what is matched, and robust weights, so that a defect d
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,33 +28,31 @@ from focus_ray.model.alignment.theta import (
     identity_theta,
     invert_theta,
     make_theta,
+    turn,
     valid_mask,
     warp,
+    wrap_angle,
 )
+from focus_ray.model.losses import pairwise_l2
 
 
-def pairwise_l2(aligned: Tensor, valid: Tensor | None = None, num_pairs: int = 2000, seed: int = 0) -> float:
-    """L_ICA of a set: mean over random pairs of the mean over pixels of the L2 norm over channels of the difference.
+@dataclass
+class AlignmentReport:
+    """What `CongealingAligner.fit` found.
 
-    Args:
-        aligned: (N, C, H, W).  valid: (N, H, W) bool; pixels outside either image's mask are not counted.
-
-    Raises: ValueError: fewer than two images.
+    enabled: whether images are aligned.  drop: the relative fall of the held-out images' pairwise L2 by alignment.
+    l2_identity, l2_aligned: that L2 unaligned and aligned.  restart_costs, round_costs: mean cost of each start and round.
+    angle_bound_deg, shift_bound: the movement seen in training, and a little more.
     """
-    if len(aligned) < 2:
-        raise ValueError(f"pairs need at least 2 images, got {len(aligned)}")
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(len(aligned), (num_pairs,), generator=generator)
-    second = (first + torch.randint(1, len(aligned), (num_pairs,), generator=generator)) % len(aligned)
-    total = 0.0
-    for one, other in zip(first.split(64), second.split(64), strict=True):
-        norm = (aligned[one] - aligned[other]).square().sum(dim=1).sqrt()
-        if valid is None:
-            total += norm.mean(dim=(1, 2)).sum().item()
-        else:
-            both = (valid[one] & valid[other]).to(norm.dtype)
-            total += ((norm * both).sum(dim=(1, 2)) / both.sum(dim=(1, 2)).clamp_min(1)).sum().item()
-    return total / num_pairs
+
+    enabled: bool
+    drop: float
+    l2_identity: float
+    l2_aligned: float
+    restart_costs: list[float]
+    round_costs: list[float]
+    angle_bound_deg: float
+    shift_bound: list[float]
 
 
 class CongealingAligner(nn.Module):
@@ -69,6 +68,21 @@ class CongealingAligner(nn.Module):
     NUM_CANDIDATES = 3  # half turns look alike at 32 px: so many are refined before one is chosen
     COARSE_STEPS, MIDDLE_STEPS, FINE_STEPS = 4, 4, 2
     MIN_OVERLAP = 0.6  # of the template's weight that must lie inside the image
+    OUT_OF_BOUNDS = 4.0  # taken off the correlation, which is in -1..1, of a movement beyond the learnt bounds
+    ROBUST = 3.0  # standard deviations from which a residual is a defect's or a shadow's, not a misfit's
+    MAX_STEP = 0.3  # of an increment, in half widths and radians: what Lucas-Kanade's linear model bears
+    MIN_GAIN = 0.1  # of the template for an image: an increment is divided by it
+    LACK_OF_OVERLAP = 5.0  # added to the cost a missing share of overlap
+    DAMPING = 1e-3  # Levenberg-Marquardt's, of the normal matrix's diagonal
+    EPSILON = 1e-6  # keeps matrices of a flat image invertible
+    MIN_STD, MIN_VARIANCE = 1e-4, 1e-3  # of a picture in units of its own spread: below, it counts as flat
+    ALIGN_BATCH, MEAN_BATCH = 32, 64  # images at a time: bounds the memory of a fit
+    START_IMAGES = 64  # that the restarts are tried on
+    SEEN_SHARE = 0.02  # of the images: a place that fewer show takes the background's level
+    BOUND_MARGIN = 1.25  # of the movement seen in training, for later images
+    BOUND_ANGLE_DEG, BOUND_SHIFT = 5.0, 0.04  # and so much more, shift in half widths
+    FREE_ANGLE_DEG = 120.0  # parts that turn further lie anyhow: no bound
+    COMMON_DIRECTION = 0.5  # mean resultant length from which a set has a mean direction
     NUM_RESTARTS, COARSE_ROUNDS, FINE_ROUNDS = 4, 3, 4
 
     def __init__(self, group: str, max_shift: float = 0.4, max_scale: float = 1.15, min_drop: float = 0.25) -> None:
@@ -110,7 +124,7 @@ class CongealingAligner(nn.Module):
             )
         grey = grey[:, 0]
         grey = grey - grey.mean((1, 2), keepdim=True)
-        return grey / grey.std((1, 2), keepdim=True).clamp_min(1e-4)
+        return grey / grey.std((1, 2), keepdim=True).clamp_min(self.MIN_STD)
 
     @staticmethod
     def _resize(x: Tensor, size: int) -> Tensor:
@@ -137,7 +151,7 @@ class CongealingAligner(nn.Module):
         num = self.NUM_ANGLES if self.turns else 1
         angles = torch.arange(num, device=device) * (2 * math.pi / num)
         # template seen in the input frame at shift 0: T(theta^-1 x)
-        back = invert_theta(_turn(angles.float()))
+        back = invert_theta(turn(angles.float()))
         both = torch.stack([self._resize(self.template[None], size)[0], self._resize(self.weight[None], size)[0]])
         turned = warp(both.expand(num, -1, -1, -1), back, "zeros")
         weight = turned[:, 1].clamp_min(0)
@@ -146,17 +160,19 @@ class CongealingAligner(nn.Module):
         frame = torch.ones(1, 1, size, size, device=device)
         sums = F.conv2d(F.pad(frame, [radius] * 4), kernels)[0]  # correlation with the frame's mask
         wt, w, wtt = sums.split(num)  # each (K, 2r+1, 2r+1)
-        w = w.clamp_min(1e-3)
+        w = w.clamp_min(self.MIN_VARIANCE)
         mean_t = wt / w
-        var_t = (wtt / w - mean_t**2).clamp_min(1e-4)
+        var_t = (wtt / w - mean_t**2).clamp_min(self.MIN_STD)
         overlap = w / w.max()
         penalty = (self.MIN_OVERLAP - overlap).clamp_min(0) * 5
         step = math.pi / num
-        penalty = penalty + 4.0 * (_wrap(angles.float()).abs() > self.angle_bound + step)[:, None, None]
+        penalty = (
+            penalty + self.OUT_OF_BOUNDS * (wrap_angle(angles.float()).abs() > self.angle_bound + step)[:, None, None]
+        )
         if self.shifts:
             px = (torch.arange(2 * radius + 1, device=device) - radius) * (2 / size)
             outside = [(px - c).abs() > b + 1 / size for c, b in zip(self.shift_centre, self.shift_bound, strict=True)]
-            penalty = penalty + 4.0 * (outside[1][:, None] | outside[0][None, :])
+            penalty = penalty + self.OUT_OF_BOUNDS * (outside[1][:, None] | outside[0][None, :])
         self._bank = (kernels[: 2 * num], w, mean_t, var_t, penalty, angles)
         return self._bank
 
@@ -172,7 +188,7 @@ class CongealingAligner(nn.Module):
         wti, wi = sums.split(num, 1)
         wii = F.conv2d(padded[:, 1:], kernels[num:])
         mean_i = wi / w
-        var_i = (wii / w - mean_i**2).clamp_min(1e-3)
+        var_i = (wii / w - mean_i**2).clamp_min(self.MIN_VARIANCE)
         zncc = (wti / w - mean_t * mean_i) / (var_t * var_i).sqrt() - penalty
         side = zncc.shape[-1]
         best, where = zncc.flatten(2).max(-1)  # over translations: (B, K)
@@ -189,7 +205,7 @@ class CongealingAligner(nn.Module):
         dy = torch.div(where, side, rounding_mode="floor") - radius
         dx = where % side - radius
         shift = torch.stack([dx, dy], -1).float() * (2 / self.COARSE_PX)
-        return self._bound(_turn(angles.float()[index], shift)), top
+        return self._bound(turn(angles.float()[index], shift)), top
 
     # ---- (b) refinement
     def _basis(self, template: Tensor) -> Tensor:
@@ -234,20 +250,20 @@ class CongealingAligner(nn.Module):
         if self.turns:
             angle = angle_of(theta)
             excess = angle - torch.minimum(torch.maximum(angle, -self.angle_bound), self.angle_bound)
-            linear = _turn(-excess)[..., :2] @ linear
+            linear = turn(-excess)[..., :2] @ linear
         limit = math.log(self.max_scale)
         if "a" in self.uses:
-            rotation = _turn(torch.atan2(linear[..., 1, 0] - linear[..., 0, 1], linear[..., 0, 0] + linear[..., 1, 1]))
+            rotation = turn(torch.atan2(linear[..., 1, 0] - linear[..., 0, 1], linear[..., 0, 0] + linear[..., 1, 1]))
             rotation = rotation[..., :2]
             stretch = rotation.transpose(-1, -2) @ linear - torch.eye(2, device=theta.device)
             linear = rotation + rotation @ stretch.clamp(-limit, limit)
         elif "s" in self.uses:
             determinant = linear[..., 0, 0] * linear[..., 1, 1] - linear[..., 0, 1] * linear[..., 1, 0]
-            scale = determinant.clamp_min(1e-6).sqrt()
+            scale = determinant.clamp_min(self.EPSILON).sqrt()
             linear = linear * (scale.log().clamp(-limit, limit).exp() / scale)[..., None, None]
         return torch.cat([linear, shift[..., None]], dim=-1)
 
-    def refine(self, level: Tensor, theta: Tensor, num_steps: int, robust: float = 3.0) -> tuple[Tensor, Tensor]:
+    def refine(self, level: Tensor, theta: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
         """Gauss-Newton against the template at level's resolution; never returns a theta worse than it was given.
 
         level: (B, S, S).  theta: (B, 2, 3).  Returns theta and its robust cost (B,), in 0..1.
@@ -260,7 +276,7 @@ class CongealingAligner(nn.Module):
         outer = (basis[:, :, None] * basis[:, None, :]).flatten(1)  # (P, d^2)
         gain_bias = basis[:, -2:]
         outer2 = (gain_bias[:, :, None] * gain_bias[:, None, :]).flatten(1)
-        ridge2 = 1e-4 * torch.eye(2, device=level.device)
+        ridge2 = self.MIN_STD * torch.eye(2, device=level.device)
         images = level[:, None]
         best, best_cost = theta, torch.full((len(level),), math.inf, device=level.device)
         for step in range(num_steps + 1):
@@ -268,17 +284,21 @@ class CongealingAligner(nn.Module):
             moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)[:, 0].flatten(1)
             inside = ((1 - grid.abs().amax(-1)).flatten(1) * (size / 2) + 0.5).clamp(0, 1) * weight  # soft edge
             # gain and bias of the template for this image, then the robust residual
-            total = inside.sum(1, keepdim=True).clamp_min(1e-3)
+            total = inside.sum(1, keepdim=True).clamp_min(self.MIN_VARIANCE)
             normal = (inside @ outer2).view(-1, 2, 2) / total[..., None]
             right = (inside * moved) @ gain_bias / total
             fit = _solve2(normal + ridge2, right)
             residual = moved - fit @ gain_bias.T
             square = residual.square()
-            sigma2 = (inside * square).sum(1, keepdim=True) / total + 1e-6
-            clip = robust**2 * sigma2
+            sigma2 = (inside * square).sum(1, keepdim=True) / total + self.EPSILON
+            clip = self.ROBUST**2 * sigma2
             spread = (inside * moved.square()).sum(1) / total[:, 0] - ((inside * moved).sum(1) / total[:, 0]).square()
-            cost = (inside * torch.minimum(square, clip)).sum(1) / total[:, 0] / spread.clamp_min(1e-3)
-            cost = cost + (fit[:, 0] <= 0) + 5 * (self.MIN_OVERLAP - total[:, 0] / weight.sum()).clamp_min(0)
+            cost = (inside * torch.minimum(square, clip)).sum(1) / total[:, 0] / spread.clamp_min(self.MIN_VARIANCE)
+            cost = (
+                cost
+                + (fit[:, 0] <= 0)
+                + self.LACK_OF_OVERLAP * (self.MIN_OVERLAP - total[:, 0] / weight.sum()).clamp_min(0)
+            )
             better = cost < best_cost
             best = torch.where(better[:, None, None], theta, best)
             best_cost = torch.where(better, cost, best_cost)
@@ -287,11 +307,11 @@ class CongealingAligner(nn.Module):
             w = inside / (1 + square / clip)  # Cauchy-like
             normal = (w @ outer).view(-1, columns, columns)
             trace = normal.diagonal(dim1=1, dim2=2)
-            normal = normal + torch.diag_embed(1e-3 * trace + 1e-6)
+            normal = normal + torch.diag_embed(self.DAMPING * trace + self.EPSILON)
             right = (w * residual) @ basis
             solution = torch.linalg.solve(normal, right)
-            delta = solution[:, :-2] / fit[:, :1].clamp_min(0.1)
-            delta = delta * (0.3 / delta.abs().amax(1, keepdim=True).clamp_min(0.3))
+            delta = solution[:, :-2] / fit[:, :1].clamp_min(self.MIN_GAIN)
+            delta = delta * (self.MAX_STEP / delta.abs().amax(1, keepdim=True).clamp_min(self.MAX_STEP))
             theta = self._bound(compose_theta(theta, invert_theta(self._increment(delta))))
         return best, best_cost
 
@@ -321,32 +341,31 @@ class CongealingAligner(nn.Module):
 
     # ---- training
     def _align_all(self, fine: Tensor, use_fine: bool) -> tuple[Tensor, Tensor]:
-        parts = [self.align(part, use_fine) for part in fine.split(32)]
+        parts = [self.align(part, use_fine) for part in fine.split(self.ALIGN_BATCH)]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _mean_image(self, fine: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Masked mean of the aligned prepared images and the share of images valid at each pixel."""
         total, count = torch.zeros_like(self.template), torch.zeros_like(self.template)
-        for part, moves in zip(fine.split(64), theta.split(64), strict=True):
+        for part, moves in zip(fine.split(self.MEAN_BATCH), theta.split(self.MEAN_BATCH), strict=True):
             valid = valid_mask(moves, self.FINE_PX, self.FINE_PX).to(part.dtype)
             total += (warp(part[:, None], moves, "border")[:, 0] * valid).sum(dim=0)
             count += valid.sum(dim=0)
         share = count / len(fine)
         mean = total / count.clamp_min(1)
         # places that almost no image shows: background level
-        return torch.where(share > 0.02, mean, (mean * share).sum() / share.sum().clamp_min(1e-3)), share
+        return torch.where(
+            share > self.SEEN_SHARE, mean, (mean * share).sum() / share.sum().clamp_min(self.MIN_VARIANCE)
+        ), share
 
     @torch.no_grad()
-    def fit(self, prepared: Tensor, seed: int = 0) -> dict[str, Any]:
+    def fit(self, prepared: Tensor, seed: int = 0) -> AlignmentReport:
         """Learns the template from normal images, and whether to align at all. Deterministic given the seed.
 
         A fifth of the images is kept aside to judge the template on; it joins the last rounds.
 
         Args:
             prepared: (N, F, F), from `prepare`.
-
-        Returns: drop: the relative fall of the held-out images' pairwise L2; enabled: drop >= min_drop; l2_identity
-            (unaligned) and l2_aligned; restart_costs and round_costs; angle_bound_deg and shift_bound, the movement seen.
 
         Raises: ValueError: fewer than four images.
         """
@@ -358,7 +377,7 @@ class CongealingAligner(nn.Module):
         shuffled = prepared[order.to(prepared.device)]
         num_held = max(2, len(shuffled) // 5)
         held, rest = shuffled[:num_held], shuffled[num_held:]
-        some = rest[:64]
+        some = rest[: self.START_IMAGES]
         tried: list[tuple[float, Tensor, Tensor]] = []
         for start in range(min(self.NUM_RESTARTS, len(some))):
             self.set_template(some[start], torch.ones_like(self.template))
@@ -372,21 +391,21 @@ class CongealingAligner(nn.Module):
         round_costs = [self._round(rest) for _ in range(self.FINE_ROUNDS)]
         theta, _ = self._align_all(held, use_fine=True)
         before, after = self._held_out_l2(held, theta)
-        drop = 1 - after / max(before, 1e-9)
+        drop = 1 - after / max(before, self.EPSILON)
         round_costs += [self._round(shuffled) for _ in range(2)]
         theta, _ = self._align_all(shuffled, use_fine=True)
         self._learn_bounds(theta)
         self.enabled.fill_(drop >= self.min_drop)
-        return {
-            "enabled": bool(drop >= self.min_drop),
-            "drop": drop,
-            "l2_identity": before,
-            "l2_aligned": after,
-            "restart_costs": [item[0] for item in tried],
-            "round_costs": round_costs,
-            "angle_bound_deg": math.degrees(float(self.angle_bound)),
-            "shift_bound": self.shift_bound.tolist(),
-        }
+        return AlignmentReport(
+            enabled=bool(drop >= self.min_drop),
+            drop=drop,
+            l2_identity=before,
+            l2_aligned=after,
+            restart_costs=[item[0] for item in tried],
+            round_costs=round_costs,
+            angle_bound_deg=math.degrees(float(self.angle_bound)),
+            shift_bound=self.shift_bound.tolist(),
+        )
 
     def _round(self, fine: Tensor) -> float:
         """One round of congealing over all images. Returns: their mean cost before it."""
@@ -414,14 +433,16 @@ class CongealingAligner(nn.Module):
         self._bank = None
 
     def _learn_bounds(self, theta: Tensor) -> None:
-        """Bounds of later images' movement: what training showed, a quarter more, and 5 degrees or 2 % of the side."""
+        """Bounds of later images' movement: what training showed, and a margin."""
         if self.turns:
-            bound = angle_of(theta).abs().max() * 1.25 + math.radians(5)
-            self.angle_bound.copy_(torch.where(bound > math.radians(120), torch.full_like(bound, math.pi), bound))
+            bound = angle_of(theta).abs().max() * self.BOUND_MARGIN + math.radians(self.BOUND_ANGLE_DEG)
+            self.angle_bound.copy_(
+                torch.where(bound > math.radians(self.FREE_ANGLE_DEG), torch.full_like(bound, math.pi), bound)
+            )
         if self.shifts:
             low, high = theta[..., 2].amin(0), theta[..., 2].amax(0)
             self.shift_centre.copy_((low + high) / 2)
-            self.shift_bound.copy_((high - low) / 2 * 1.25 + 0.04)
+            self.shift_bound.copy_((high - low) / 2 * self.BOUND_MARGIN + self.BOUND_SHIFT)
         self._bank = None
 
     def _gauge(self, theta: Tensor) -> Tensor:
@@ -431,16 +452,11 @@ class CongealingAligner(nn.Module):
         g = identity_theta(theta[:1])
         if self.turns:
             unit = torch.stack([angle_of(theta).cos(), angle_of(theta).sin()], -1).mean(0)
-            if unit.norm() > 0.5:  # the set has a mean direction: keep the frame near it
-                g = _turn(torch.atan2(-unit[1], unit[0])[None])
+            if unit.norm() > self.COMMON_DIRECTION:  # the set has a mean direction: keep the frame near it
+                g = turn(torch.atan2(-unit[1], unit[0])[None])
         if self.shifts:  # the mean place of the image centres becomes the frame's centre
             g = torch.cat([g[..., :2], back[..., 2].mean(0)[None, :, None]], -1)
         return g
-
-
-def _wrap(angle: Tensor) -> Tensor:
-    """To -pi..pi."""
-    return torch.atan2(angle.sin(), angle.cos())
 
 
 def _solve2(matrix: Tensor, right: Tensor) -> Tensor:
@@ -448,10 +464,3 @@ def _solve2(matrix: Tensor, right: Tensor) -> Tensor:
     a, b, c, d = matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1]
     det = a * d - b * c
     return torch.stack([d * right[:, 0] - b * right[:, 1], a * right[:, 1] - c * right[:, 0]], -1) / det[:, None]
-
-
-def _turn(angle: Tensor, shift: Tensor | None = None) -> Tensor:
-    """(..., ) radians and (..., 2) shifts in half widths -> (..., 2, 3)."""
-    flat = angle.reshape(-1)
-    moves = flat.new_zeros(len(flat), 2) if shift is None else shift.reshape(-1, 2)
-    return make_theta(flat, torch.ones_like(flat), moves).reshape(*angle.shape, 2, 3)

@@ -135,3 +135,15 @@ def valid_mask(theta: Tensor, height: int, width: int) -> Tensor:
     """Which pixels of the aligned frame come from inside the frame before: (B, 2, 3) -> (B, H, W) bool."""
     grid = F.affine_grid(theta, [theta.shape[0], 1, height, width], align_corners=False)
     return (grid.abs() <= 1).all(dim=3)
+
+
+def wrap_angle(angle: Tensor) -> Tensor:
+    """Radians, brought to -pi..pi."""
+    return torch.atan2(angle.sin(), angle.cos())
+
+
+def turn(angle: Tensor, shift: Tensor | None = None) -> Tensor:
+    """(..., ) radians and (..., 2) shifts in half widths -> (..., 2, 3)."""
+    flat = angle.reshape(-1)
+    moves = flat.new_zeros(len(flat), 2) if shift is None else shift.reshape(-1, 2)
+    return make_theta(flat, torch.ones_like(flat), moves).reshape(*angle.shape, 2, 3)
