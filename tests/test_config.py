@@ -88,7 +88,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("data.categories", [], "at least 1 item"),
         ("data.holdout_fraction", 1.0, r"less than 1 \(got 1\.0\)"),
         ("data.holdout_fraction", 0.0, r"set data\.holdout_fraction above 0, or calibration\.method=cross"),
-        ("model.backbone", "resnet19", r"'resnet18'.*\(got 'resnet19'\)"),
+        ("model.backbone", "resnet19", r"backbone 'resnet19' is not known: did you mean 'resnet18'\?"),
         ("model.weights_sha256", "XYZ", r"pattern.*\(got 'XYZ'\)"),
         ("model.image_alignment.group", "shear", r"'affine' \(got 'shear'\)"),
         ("model.image_alignment.max_scale", 1.0, r"greater than 1 \(got 1\.0\)"),

@@ -113,7 +113,7 @@ def test_aligned_real_screws_lie_on_each_other(shared: Path) -> None:
     valid = valid_mask(theta, SIZE_PX, SIZE_PX)
     before = pairwise_l2(others, valid)
     after = pairwise_l2(warp(others, theta), valid)
-    print(f"pairwise L2 {before:.4f} -> {after:.4f}, a fall of {1 - after / before:.0%}; fit says {found['drop']:.0%}")
+    print(f"pairwise L2 {before:.4f} -> {after:.4f}, a fall of {1 - after / before:.0%}; fit says {found.drop:.0%}")
     assert after <= 0.6 * before
 
 
