@@ -103,7 +103,9 @@ def test_the_network_of_the_best_score_is_kept(trained: tuple[Config, FitResult]
     statistics = statistics_pass(result.net, result.reduction, shard.fit_batches(), CPU, positions)
     detector = build_detector(config, result.net, result.reduction, statistics)
     normals = torch.cat(list(shard.validation_batches())).numpy()
-    figures = validation_pass(detector, *validation_images(normals, seed=derived_seed(config.train.seed, "synthetic defects", 0)))
+    figures = validation_pass(
+        detector, *validation_images(normals, seed=derived_seed(config.train.seed, "synthetic defects", 0))
+    )
     assert figures["score"] == pytest.approx(max(entry["score"] for entry in result.notes.selection), abs=1e-6)
 
 
