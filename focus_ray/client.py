@@ -117,17 +117,17 @@ class Client:
         return self._send({"method": "GET", "url": path}).json()
 
     def _send(self, request: dict[str, Any]) -> httpx.Response:
-        for attempt in range(self._retries + 1):
+        retries = _Retries(self._retries)
+        while True:
             outcome: httpx.Response | httpx.TransportError
             try:
                 outcome = self._http.request(**request)
             except httpx.TransportError as error:
                 outcome = error
-            pause = _pause(outcome, attempt)
-            if pause is None or attempt == self._retries:
+            pause = retries.pause_after(outcome)
+            if pause is None:
                 return _accept(outcome)
             time.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
 
 
 class AsyncClient:
@@ -170,17 +170,17 @@ class AsyncClient:
         return (await self._send({"method": "GET", "url": path})).json()
 
     async def _send(self, request: dict[str, Any]) -> httpx.Response:
-        for attempt in range(self._retries + 1):
+        retries = _Retries(self._retries)
+        while True:
             outcome: httpx.Response | httpx.TransportError
             try:
                 outcome = await self._http.request(**request)
             except httpx.TransportError as error:
                 outcome = error
-            pause = _pause(outcome, attempt)
-            if pause is None or attempt == self._retries:
+            pause = retries.pause_after(outcome)
+            if pause is None:
                 return _accept(outcome)
             await asyncio.sleep(pause)
-        raise AssertionError("the last attempt returns or raises")
 
 
 def _headers(token: str | None) -> dict[str, str]:
@@ -203,16 +203,29 @@ def _picture(team: str, category: str, image: bytes, output: Output, version: st
     return request
 
 
-def _pause(outcome: httpx.Response | httpx.TransportError, attempt: int) -> float | None:
-    """Seconds to wait before the next attempt; None where there is none to be made."""
-    pause = min(5.0, 0.1 * 2.0**attempt) * random.uniform(0.5, 1.0)
-    if isinstance(outcome, httpx.TransportError):
-        return pause
-    from_proxy = outcome.status_code == 500 and not _is_problem(outcome)
-    if outcome.status_code not in RETRIED and not from_proxy:
-        return None
-    told = outcome.headers.get("retry-after", "")
-    return max(pause, min(30.0, float(told))) if told.isdigit() else pause
+class _Retries:
+    """Whether a request is sent again, and when: one rule for both clients, which only send and sleep.
+
+    left: how often still.
+    """
+
+    def __init__(self, left: int) -> None:
+        self.left, self.attempt = left, 0
+
+    def pause_after(self, outcome: httpx.Response | httpx.TransportError) -> float | None:
+        """Seconds to wait before the next attempt; None where there is none to be made."""
+        pause = min(5.0, 0.1 * 2.0**self.attempt) * random.uniform(0.5, 1.0)
+        self.attempt += 1
+        self.left -= 1
+        if self.left < 0:
+            return None
+        if isinstance(outcome, httpx.TransportError):
+            return pause
+        from_proxy = outcome.status_code == 500 and not _is_problem(outcome)
+        if outcome.status_code not in RETRIED and not from_proxy:
+            return None
+        told = outcome.headers.get("retry-after", "")
+        return max(pause, min(30.0, float(told))) if told.isdigit() else pause
 
 
 def _accept(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:

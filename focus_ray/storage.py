@@ -79,13 +79,19 @@ def write_file(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
         with filesystem.open_output_stream(path) as stream:  # S3 shows an object only once it is whole
             stream.write(data)
         return
-    target = Path(path)
+    with _beside(Path(path), data) as temporary:
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _beside(target: Path, data: bytes) -> Iterator[Path]:
+    """A file of the data in the target's folder, on disk, to be moved or linked to its place; gone afterwards."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".tmp-{uuid.uuid4().hex}-{target.name}"
     try:
         temporary.write_bytes(data)
-        sync_file(filesystem, str(temporary))
-        os.replace(temporary, target)
+        sync_file(fs.LocalFileSystem(), str(temporary))
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -344,17 +350,11 @@ def create_bytes(uri: str | Path, data: bytes) -> bool:
         if not isinstance(filesystem, fs.LocalFileSystem):
             bucket, _, key = path.partition("/")
             return _put_if_none(bucket, key, data) or read_file(filesystem, path) == data
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".tmp-{uuid.uuid4().hex}-{target.name}"
         try:
-            temporary.write_bytes(data)
-            sync_file(filesystem, str(temporary))
-            os.link(temporary, target)  # unlike a rename it does not replace
+            with _beside(Path(path), data) as temporary:
+                os.link(temporary, path)  # unlike a rename it does not replace
         except FileExistsError:
             return False
-        finally:
-            temporary.unlink(missing_ok=True)
         return True
 
 

@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
 # library -> the rooms and modules that may import it
 MAY_IMPORT = {
     "ray": {"cluster", "submission", "sweep.driver", "sweep.sharing", "sweep.tune", "sweep.worker"}
-    | {"serving.app", "serving.launch", "serving.metrics"},
+    | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"},
     "torch": {"data.shards", "model", "density", "fitting", "bundle", "cluster.training", "evaluation.inspection"}
     | {"sweep.shared", "sweep.trial", "sweep.worker", "serving.models", "serving.scorer"},
     "boto3": {"storage"},

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 
-from focus_ray.cluster.ray_private import KINDS, autoscaler_limits
+from focus_ray.cluster.ray_private import KINDS, autoscaler_limits, check_private_parts
 from focus_ray.config import ClusterConfig
 
 
@@ -17,10 +17,13 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
         namespace: of named actors; None gives this process one of its own.
 
     Returns: whether the cluster is private to this process.
+
+    Raises: TrainingError: the installed Ray has moved a part that is read of it.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
     import ray
 
+    check_private_parts()
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):

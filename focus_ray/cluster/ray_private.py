@@ -1,28 +1,74 @@
-"""What is read of Ray's private parts, each behind one function."""
+"""What is read of Ray's private parts, each behind one function; read in Ray 2.60.0, and looked for when a cluster is joined.
+
+No public call tells any of it. A new version that has moved a part fails at once and by name, not later and in silence.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from focus_ray.errors import TrainingError
+
+READ_IN = "2.60.0"
 KINDS = ("CPU", "GPU", "memory")
+# what is needed of it -> module and dotted attribute that must be there
+PARTS = {
+    "what the autoscaler can bring": ("ray._private.state", "state.get_max_resources_from_cluster_config"),
+    "the session's folder": ("ray._private.worker", "_global_node"),
+    "a cluster's Python version": ("ray.job_submission", "JobSubmissionClient._do_request"),
+}
+
+
+def check_private_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
+    """Looks whether all parts are where they were; nothing is called.
+
+    Raises: TrainingError: the installed Ray has moved one.
+    """
+    import ray
+
+    for what, (module, path) in parts.items():
+        try:
+            found: Any = importlib.import_module(module)
+            for name in path.split("."):
+                found = getattr(found, name)
+        except (ImportError, AttributeError):
+            raise TrainingError(
+                f"Ray {ray.__version__} has no {module}:{path}, which tells {what}; it was there in Ray {READ_IN}: install "
+                f"that version (pip install 'ray=={READ_IN}'), or a newer focus_ray"
+            ) from None
 
 
 def autoscaler_limits() -> dict[str, float]:
     """What the autoscaler has told Ray that it can bring; empty where there is none."""
-    from ray._private.state import state  # no public call tells (Ray 2.60)
+    from ray._private.state import state
 
     told = state.get_max_resources_from_cluster_config()
     return {kind: float(amount) for kind, amount in (told or {}).items() if kind in KINDS}
 
 
-def remove_working_folders(experiment: str) -> None:
-    """On the node that runs it."""
+def session_folder() -> Path:
+    """The folder of this node's Ray session."""
     import ray
 
-    node = ray._private.worker._global_node
-    for folder in (Path(node.get_session_dir_path()) / "artifacts").glob(f"*/{experiment}*"):
+    return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
+def cluster_metadata(client: Any) -> dict[str, Any]:
+    """What a cluster says of itself through its Jobs API: rayVersion and pythonVersion among it. Raises: as requests."""
+    ask: Callable[..., Any] = client._do_request
+    answer = ask("GET", "/api/v0/cluster_metadata")
+    answer.raise_for_status()
+    return dict(answer.json()["data"])
+
+
+def remove_working_folders(experiment: str) -> None:
+    """Removes what a Tune experiment has left on the node that runs this."""
+    for folder in (session_folder() / "artifacts").glob(f"*/{experiment}*"):
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # another experiment's may be there
             folder.parent.rmdir()

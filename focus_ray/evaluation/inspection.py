@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +48,19 @@ class Inspection:
     width: int
     height: int
     regions: tuple[Region, ...]
+
+    @property
+    def verdict(self) -> Literal["normal", "anomalous"]:
+        return "anomalous" if self.anomalous else "normal"
+
+    @property
+    def score_to_threshold(self) -> float:
+        """What can be compared between versions, whose scores are on scales of their own."""
+        return self.score / max(self.threshold, 1e-12)
+
+    def without_map(self) -> Inspection:
+        """Small enough to be sent about: its map has no place."""
+        return replace(self, anomaly_map=np.empty((0, 0), np.float32))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; without the map."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -16,11 +17,13 @@ from starlette.exceptions import HTTPException
 
 from focus_ray import __version__
 from focus_ray.bundle.registry import Version
+from focus_ray.data.images import ImageError
+from focus_ray.evaluation.inspection import Inspection
 from focus_ray.names import NAME
 from focus_ray.serving.envelope import Envelope, problem_response
 from focus_ray.serving.limits import announced_bytes, check_images, read_body, split_images
 from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, Problem
-from focus_ray.serving.rendering import Output
+from focus_ray.serving.rendering import MapValues, Output
 from focus_ray.serving.service import Inspected, Service
 from focus_ray.serving.settings import Name
 from focus_ray.serving.tokens import Caller
@@ -75,7 +78,7 @@ class VersionList(_Answer):
 
 
 class RegionAnswer(_Answer):
-    """Bounding box and area in pixels of the image; peak of the map."""
+    """`Region`, as a document: bounding box and area in pixels of the image; peak of the map."""
 
     x: int
     y: int
@@ -367,16 +370,22 @@ def _negotiate(accept: str) -> Output:
 
 
 def _answer(found: Inspected, names: list[str], output: Output, request_id: str) -> Response:
-    version, (results, pictures) = found.version, (found.answer.results, found.answer.pictures)
-    if len(results) == 1 and "error" in results[0]:
-        error = results[0]["error"]
-        raise Problem(422, f"image-{error['reason'].replace('_', '-')}", error["detail"])
+    version, answer = found.version, found.answer
+    first = answer.results[0]
+    if len(answer.results) == 1 and isinstance(first, ImageError):
+        raise Problem(422, f"image-{first.reason.replace('_', '-')}", str(first))
     if output != "json":
-        assert pictures[0] is not None
-        facts = {key: results[0][key] for key in ("score", "p_value", "threshold")}
-        headers = {f"x-{key.replace('_', '-')}": repr(value) for key, value in facts.items()}
-        headers.update({"x-verdict": _verdict(results[0]), "x-version": version.name, "x-sha256": version.sha256})
-        return Response(pictures[0], media_type=PNG, headers=headers)
+        assert answer.pictures[0] is not None
+        assert isinstance(first, Inspection)
+        headers = {
+            "x-score": repr(first.score),
+            "x-p-value": repr(first.p_value),
+            "x-threshold": repr(first.threshold),
+            "x-verdict": first.verdict,
+            "x-version": version.name,
+            "x-sha256": version.sha256,
+        }
+        return Response(answer.pictures[0], media_type=PNG, headers=headers)
     content = {
         "request_id": request_id,
         "team": version.team,
@@ -384,17 +393,20 @@ def _answer(found: Inspected, names: list[str], output: Output, request_id: str)
         "version": version.name,
         "sha256": version.sha256,
         "role": found.role,
-        "results": [
-            {"name": name, **({} if "error" in result else {"verdict": _verdict(result)}), **result}
-            for name, result in zip(names, results, strict=True)
-        ],
-        "timings_ms": found.answer.timings_ms,
+        "results": [_result(*told) for told in zip(names, answer.results, answer.maps, strict=True)],
+        "timings_ms": answer.timings_ms,
     }
     return JSONResponse(content)
 
 
-def _verdict(result: dict[str, Any]) -> str:
-    return "anomalous" if result["anomalous"] else "normal"
+def _result(name: str, result: Inspection | ImageError, values: MapValues | None) -> dict[str, Any]:
+    """As `ResultAnswer` has it."""
+    if isinstance(result, ImageError):
+        return {"name": name, "error": {"reason": result.reason, "detail": str(result)}}
+    told = {"name": name, "verdict": result.verdict, **result.to_dict()}
+    if values is not None:
+        told["map"] = {"png": base64.b64encode(values.png).decode(), "high": values.high}
+    return told
 
 
 def _tell(version: Version) -> dict[str, Any]:

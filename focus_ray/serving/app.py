@@ -26,6 +26,7 @@ from focus_ray.serving.metrics import RayMeasures
 from focus_ray.serving.problems import unavailable
 from focus_ray.serving.rendering import Output
 from focus_ray.serving.scorer import Answer, Scorer
+from focus_ray.serving.serve_private import check_serve_parts, forget_model
 from focus_ray.serving.service import Scorers, Service
 from focus_ray.serving.settings import Limits, Pool, Scaling, parse_settings
 from focus_ray.serving.source import open_source, version_key
@@ -42,7 +43,6 @@ _ENVIRONMENT = {
         "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "0.05",
     }
 }
-_MULTIPLEXER = "__serve_multiplex_wrapper"  # where Serve 2.60 keeps a replica's list of models
 
 
 @serve.deployment
@@ -93,10 +93,7 @@ class ScorerReplica:
         """Takes a version that had to go off Serve's list too, so that requests for it go where it still is."""
         key = version_key(version)
         self._versions.pop(key, None)
-        multiplexer = getattr(self, _MULTIPLEXER, None)
-        if multiplexer is not None:
-            multiplexer.models.pop(key, None)
-            multiplexer._push_multiplexed_replica_info = True
+        forget_model(self, key)
         self._measures.dropped(version)
 
 
@@ -175,6 +172,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
     Raises: ConfigError: a key or value is wrong; it is named.
     """
+    check_serve_parts()
     settings = parse_settings(arguments, "args of the application")
     source = open_source(settings.registry, settings.bundles, settings.team)
     refs = {(route.team, route.category): route.ref for route in settings.routes}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from focus_ray.bundle.registry import Version
+from focus_ray.data.images import ImageError
+from focus_ray.evaluation.inspection import Inspection
 
 
 class Measures:
@@ -28,8 +29,8 @@ class Measures:
 
     def in_flight(self, num_requests: int, num_bytes: int) -> None: ...
 
-    def results(self, version: Version, results: Sequence[Mapping[str, Any]], role: str) -> None:
-        """Findings as `Inspection.to_dict` gives them. role: answer, canary or shadow."""
+    def results(self, version: Version, results: Sequence[Inspection | ImageError], role: str) -> None:
+        """What was found, or could not be read. role: answer, canary or shadow."""
 
     def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None: ...
 

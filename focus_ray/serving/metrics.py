@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from focus_ray.bundle.registry import Version
+from focus_ray.data.images import ImageError
+from focus_ray.evaluation.inspection import Inspection
 from focus_ray.serving.measures import Measures
 
 _SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
@@ -77,15 +78,15 @@ class RayMeasures(Measures):
         self._in_flight.set(num_requests)
         self._in_flight_bytes.set(num_bytes)
 
-    def results(self, version: Version, results: Sequence[Mapping[str, Any]], role: str) -> None:
+    def results(self, version: Version, results: Sequence[Inspection | ImageError], role: str) -> None:
         of = {"team": version.team, "category": version.category, "version": version.name, "role": role}
         for result in results:
-            if "error" in result:
+            if isinstance(result, ImageError):
                 self._images.inc(1, {**of, "verdict": "unreadable"})
                 continue
-            self._images.inc(1, {**of, "verdict": "anomalous" if result["anomalous"] else "normal"})
-            self._p_value.observe(result["p_value"], of)
-            self._score.observe(result["score"] / max(result["threshold"], 1e-12), of)
+            self._images.inc(1, {**of, "verdict": result.verdict})
+            self._p_value.observe(result.p_value, of)
+            self._score.observe(result.score_to_threshold, of)
 
     def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None:
         of = {"team": version.team, "category": version.category, "version": version.name}

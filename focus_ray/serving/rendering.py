@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from focus_ray.data.images import decode_image, encode_png
 from focus_ray.evaluation.evaluate import evaluation_size
@@ -38,14 +36,18 @@ def draw(output: Output, inspection: Inspection, data: bytes) -> bytes:
     return encode_png(overlay(np.asarray(image), _scaled(inspection, scale)))
 
 
-def map_values(anomaly_map: NDArray[np.float32], pixel_threshold: float) -> dict[str, Any]:
-    """The map as an 8-bit grey PNG in base64; a pixel v stands for `high * v / 255`.
+class MapValues(NamedTuple):
+    """A map as an 8-bit grey PNG; a pixel v stands for `high * v / 255`."""
 
-    `high` is twice the pixel threshold, or the highest value where that is more.
-    """
-    high = max(2 * pixel_threshold, float(anomaly_map.max()), 1e-12)
-    grey = np.clip(np.round(anomaly_map * (255 / high)), 0, 255).astype(np.uint8)
-    return {"png": base64.b64encode(encode_png(grey)).decode(), "high": high}
+    png: bytes
+    high: float
+
+
+def map_values(inspection: Inspection) -> MapValues:
+    """`high` is twice the pixel threshold, or the map's highest value where that is more."""
+    anomaly_map = inspection.anomaly_map
+    high = max(2 * inspection.pixel_threshold, float(anomaly_map.max()), 1e-12)
+    return MapValues(encode_png(np.clip(np.round(anomaly_map * (255 / high)), 0, 255).astype(np.uint8)), high)
 
 
 def _scaled(inspection: Inspection, scale: float) -> Inspection:

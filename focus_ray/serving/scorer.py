@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,20 +24,23 @@ from focus_ray.fitting.scoring import score_together, share_a_pass
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.models import ModelCache
-from focus_ray.serving.rendering import Output, draw, map_values
+from focus_ray.serving.rendering import MapValues, Output, draw, map_values
 from focus_ray.serving.settings import MIB, Pool
+
+Result = Inspection | ImageError
 
 
 @dataclass(frozen=True)
 class Answer:
     """What became of the images of one request, in order.
 
-    results: `Inspection.to_dict`, with "map" where it was asked for, or {"error": {"reason", "detail"}}.
-    pictures: PNG where a picture was asked for and there is one.  timings_ms: by stage.
+    results: without their maps; an error where an image cannot be read.  pictures: PNG where one was asked for and can be.
+    maps: of the images that could be read, where they were asked for.  timings_ms: by stage.
     """
 
-    results: list[dict[str, Any]]
+    results: list[Result]
     pictures: list[bytes | None]
+    maps: list[MapValues | None]
     timings_ms: dict[str, float]
 
 
@@ -110,11 +113,11 @@ class Scorer:
             scores = await self._batcher.submit(Part(inspector, pixels), len(pixels))
             timings.update(wait=scores.began - ready, score=scores.ended - scores.began)
         scored = time.perf_counter()
-        results, pictures = await loop.run_in_executor(
+        results, pictures, maps = await loop.run_in_executor(
             self._workers, _judge, inspector, images, decoded, scores, output, include_map
         )
         timings["judge"] = time.perf_counter() - scored
-        return Answer(results, pictures, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()})
+        return Answer(results, pictures, maps, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()})
 
     def _pass(self, parts: Sequence[Part]) -> list[Scores]:
         """Scores what waited: parts of one model as one, models that share a backbone in one pass."""
@@ -176,22 +179,22 @@ def _judge(
     scores: Scores | None,
     output: Output,
     include_map: bool,
-) -> tuple[list[dict[str, Any]], list[bytes | None]]:
-    results: list[dict[str, Any]] = []
+) -> tuple[list[Result], list[bytes | None], list[MapValues | None]]:
+    results: list[Result] = []
     pictures: list[bytes | None] = []
+    maps: list[MapValues | None] = []
     row = 0
     for image, one in zip(images, decoded, strict=True):
         if isinstance(one, ImageError):
-            results.append({"error": {"reason": one.reason, "detail": str(one)}})
+            results.append(one)
             pictures.append(None)
+            maps.append(None)
             continue
         assert scores is not None
         info = one[0]
-        found: Inspection = inspector.judge(float(scores.score[row]), scores.anomaly_map[row], info.width, info.height)
+        found = inspector.judge(float(scores.score[row]), scores.anomaly_map[row], info.width, info.height)
         row += 1
-        result = found.to_dict()
-        if include_map:
-            result["map"] = map_values(found.anomaly_map, found.pixel_threshold)
-        results.append(result)
+        results.append(found.without_map())
         pictures.append(None if output == "json" else draw(output, found, image))
-    return results, pictures
+        maps.append(map_values(found) if include_map else None)
+    return results, pictures, maps

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.registry import Version
+from focus_ray.data.images import ImageError
 from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.serving.limits import Gate
@@ -233,11 +234,11 @@ class Service:
             return
         self.measures.results(other, shadow.results, "shadow")
         for number, (first, second) in enumerate(zip(answer.results, shadow.results, strict=True)):
-            if "error" in first or "error" in second:
+            if isinstance(first, ImageError) or isinstance(second, ImageError):
                 continue
             # scores of two versions are on two scales; what can be compared is where each stands to its threshold
-            change = _to_threshold(second) - _to_threshold(first)
-            differs = first["anomalous"] != second["anomalous"]
+            change = second.score_to_threshold - first.score_to_threshold
+            differs = first.anomalous != second.anomalous
             self.measures.shadow_difference(other, differs, change)
             log(
                 "shadow",
@@ -248,8 +249,8 @@ class Service:
                 version=version.name,
                 shadow=other.name,
                 differs=differs,
-                p_value=first["p_value"],
-                shadow_p_value=second["p_value"],
+                p_value=first.p_value,
+                shadow_p_value=second.p_value,
                 relative_score_change=round(change, 6),
             )
         if self.sink is not None:
@@ -280,10 +281,6 @@ class Service:
         while True:
             await asyncio.sleep(self.sink.settings.flush_every_s)
             await asyncio.to_thread(self.sink.flush)
-
-
-def _to_threshold(result: dict[str, Any]) -> float:
-    return float(result["score"] / max(result["threshold"], 1e-12))
 
 
 def _read_example(version: Version, number: int) -> bytes:

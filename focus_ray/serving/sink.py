@@ -12,7 +12,7 @@ import re
 import threading
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -21,7 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from focus_ray.bundle.registry import Version
+from focus_ray.data.images import ImageError
 from focus_ray.errors import DataError
+from focus_ray.evaluation.inspection import Inspection
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.settings import MIB, Sink
 from focus_ray.storage import join, list_names, remove_folder, write_bytes
@@ -60,7 +62,7 @@ class ImageSink:
         version: Version,
         request_id: str,
         images: Sequence[bytes],
-        results: Sequence[Mapping[str, Any]],
+        results: Sequence[Inspection | ImageError],
         role: str = "answer",
     ) -> None:
         """Keeps a sample; returns at once."""
@@ -69,15 +71,17 @@ class ImageSink:
         full = False
         with self._lock:
             for number, (image, result) in enumerate(zip(images, results, strict=True)):
-                if "error" in result:
+                if isinstance(result, ImageError):
                     continue
-                share = self.settings.share_anomalous if result["anomalous"] else self.settings.share
+                share = self.settings.share_anomalous if result.anomalous else self.settings.share
                 if random.random() >= share:
                     continue
                 if self._num_bytes + len(image) > self.settings.max_buffer_mb * MIB:
                     self.measures.sink("dropped", 1)
                     continue
-                row = {name: result[name] for name in ("width", "height", "score", "p_value", "anomalous")}
+                row: dict[str, Any] = {
+                    name: getattr(result, name) for name in ("width", "height", "score", "p_value", "anomalous")
+                }
                 row.update(id=f"{request_id}/{number}", time=now, image=image)
                 row.update(version=version.name, bundle=version.sha256, role=role)
                 self._rows[place].append(row)

@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from focus_ray.cluster.ray_private import cluster_metadata
 from focus_ray.errors import SubmissionError
 from focus_ray.submission.job import Job
 
@@ -87,9 +88,7 @@ def check_versions(client: Any, say: Callable[[str], None]) -> None:
 
     address = client.get_address()
     with _job_errors(address):
-        answer = client._do_request("GET", "/api/v0/cluster_metadata")  # no public call tells the Python version
-        answer.raise_for_status()
-        found = answer.json()["data"]
+        found = cluster_metadata(client)
     there, python = str(found["rayVersion"]), str(found["pythonVersion"])
     if _numbers(there) < OLDEST_RAY:
         raise SubmissionError(

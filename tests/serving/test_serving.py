@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
+import pickle
 import random
 import threading
 import time
@@ -29,11 +31,12 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry, Version
 from focus_ray.cli.main import main
+from focus_ray.client import FoundRegion
 from focus_ray.data.images import decode_batch, decode_image, encode_png, probe_image, read_image
 from focus_ray.errors import BundleError, ConfigError, DataError, RegistryError
-from focus_ray.evaluation.inspection import resize_map
+from focus_ray.evaluation.inspection import Inspection, Region, resize_map
 from focus_ray.fitting.scoring import score_together, share_a_pass
-from focus_ray.serving.api import create_api
+from focus_ray.serving.api import RegionAnswer, create_api
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.launch import check_host
 from focus_ray.serving.limits import announced_bytes, read_body
@@ -675,7 +678,8 @@ def test_two_categories_of_one_backbone_score_in_one_pass_as_each_alone(plant: P
             # squares: a training image lies in the memory itself, and what is left of its squared distance is rounding
             tolerance = 1e-4 * expected[0].threshold ** 2
             for result, one in zip(answer.results, expected, strict=True):
-                assert result["score"] ** 2 == pytest.approx(one.score**2, rel=2e-4, abs=tolerance)
+                assert isinstance(result, Inspection)
+                assert result.score**2 == pytest.approx(one.score**2, rel=2e-4, abs=tolerance)
 
 
 class Blocker:
@@ -857,3 +861,16 @@ def test_only_the_pass_computes_in_parallel(plant: Plant) -> None:
         assert threads == [2, 1, 1]
     finally:
         torch.set_num_threads(former)
+
+
+def test_a_region_is_the_same_in_the_package_in_documents_and_in_the_client() -> None:
+    own = {field.name: field.type for field in dataclasses.fields(Region)}
+    assert {field.name: field.type for field in dataclasses.fields(FoundRegion)} == own
+    assert {name: field.annotation.__name__ for name, field in RegionAnswer.model_fields.items()} == own  # type: ignore[union-attr]
+
+
+def test_what_a_scorer_answers_crosses_processes_without_its_maps(plant: Any) -> None:
+    found = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
+    sent = pickle.dumps(found.without_map())
+    assert len(sent) < 10_000
+    assert pickle.loads(sent).to_dict() == found.to_dict()
