@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUICKSTART := quickstart
 
-.PHONY: quickstart test lint bench lock clean
+.PHONY: quickstart test test-cluster lint bench lock clean
 .DELETE_ON_ERROR:
 
 # a small made-up image set, ingested, trained with two workers, evaluated and inspected; nothing is downloaded
@@ -13,7 +13,11 @@ quickstart: $(READY)
 	$(BIN)/python jobs/quickstart.py --output $(QUICKSTART)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python tests/run.py
+
+# the browser, property tests of the HTTP API, several Ray nodes, replicas and workers that are killed
+test-cluster: $(READY)
+	$(BIN)/python -m pytest -m "cluster and not slow" --durations=10
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -161,6 +161,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.cluster
 @pytest.mark.s3
 def test_a_node_whose_own_credentials_are_wrong_is_named(s3: S3Server) -> None:
     arguments = [sys.executable, "-c", WRONG_NODE, s3.new_uri()]

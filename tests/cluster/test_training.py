@@ -285,6 +285,7 @@ def test_resuming_with_another_configuration_is_refused(trained: Config) -> None
         train(longer, resume=True)
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
     ray_cluster: None, data: str, runs: Path
@@ -327,6 +328,7 @@ def ancestors(pid: int, parents: dict[int, int]) -> set[int]:
     return seen
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
 def test_a_killed_worker_is_replaced_and_the_run_goes_on_from_its_checkpoint(
@@ -409,7 +411,7 @@ def test_a_failing_category_is_named_with_its_reason_and_the_other_is_trained_an
 ) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
-    row = plan_category(small_config(str(copy), runs), "gear")["fit_rows"][3]
+    row = plan_category(small_config(str(copy), runs), "gear").fit_rows[3]
     spoil_an_image(str(copy), "gear", row)
     config = small_config(
         str(copy), tmp_path, data={"uri": str(copy), "categories": None}, cluster={"max_failures": 0, "use_gpu": False}

@@ -23,7 +23,10 @@ from focus_ray.serving.settings import parse_settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no chromium with chromedriver here")
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="there is no chromium with chromedriver here"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def test_the_client_tells_refusals_apart_and_gives_maps_and_pictures(url: str, p
         client.get("/v1")
 
 
+@pytest.mark.cluster
 def test_a_pinned_category_is_loaded_before_its_first_request(ray_cluster: None, plant: Plant) -> None:
     from focus_ray.serving.app import ScorerReplica
 
@@ -169,6 +170,7 @@ def replica_pids(name: str) -> list[int]:
     return found
 
 
+@pytest.mark.cluster
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
 @pytest.mark.parametrize("name", ["scorer", "ingress"])
 def test_a_replica_killed_under_load_costs_no_client_its_answer(url: str, plant: Plant, name: str) -> None:
@@ -185,6 +187,7 @@ def test_a_replica_killed_under_load_costs_no_client_its_answer(url: str, plant:
         assert found.score**2 == pytest.approx(expected.score**2, rel=2e-4, abs=1e-4 * expected.threshold**2)
 
 
+@pytest.mark.cluster
 def test_promotions_and_roll_backs_under_load_fail_nothing_and_are_told(url: str, plant: Plant) -> None:
     registry = Registry(plant.registry)
     second = registry.publish(plant.bundles["gear"], PRESS)  # latest moves, and latest is what answers
@@ -255,6 +258,7 @@ def test_malformed_requests_over_http_get_problems_and_break_nothing(url: str, p
         assert client.inspect(PRESS, "gear", plant.images[:1]).version
 
 
+@pytest.mark.cluster
 def test_what_the_openapi_description_says_is_what_the_service_does(url: str, plant: Plant) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, given, settings

@@ -251,6 +251,7 @@ def trained(nodes: Nodes) -> subprocess.CompletedProcess[str]:
     return nodes.run("submit", "--team", "press", "--env", "SITE=b", *words)
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
 def test_a_submitted_run_trains_over_two_nodes_from_s3_to_s3(
@@ -263,6 +264,7 @@ def test_a_submitted_run_trains_over_two_nodes_from_s3_to_s3(
     assert bundle.config.cluster.team == "press"
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
 def test_a_jobs_state_tells_whose_it_is_and_no_secret(nodes: Nodes, trained: subprocess.CompletedProcess[str]) -> None:
@@ -277,6 +279,7 @@ def test_a_jobs_state_tells_whose_it_is_and_no_secret(nodes: Nodes, trained: sub
     assert nodes.run("jobs", "list", "--team", "weld").stdout == ""
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
 def test_an_entry_script_runs_under_ray_job_submit(
@@ -294,6 +297,7 @@ def test_an_entry_script_runs_under_ray_job_submit(
     assert Registry(f"{nodes.root}/registry").resolve("press", "gear").name == "v0001"
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
 def test_a_job_that_the_cluster_can_never_hold_is_refused_in_seconds(nodes: Nodes) -> None:
@@ -312,6 +316,7 @@ def test_a_job_that_the_cluster_can_never_hold_is_refused_in_seconds(nodes: Node
     assert "1 worker(s) of 3 CPU need 3 CPU; the cluster has 4 CPU, and room for 0 such" in ended.stdout
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
@@ -344,6 +349,7 @@ def test_interrupting_the_follower_leaves_the_job_and_stop_ends_it(nodes: Nodes)
     assert "no job 'nobody' there" in nodes.run("jobs", "status", "nobody").stderr
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
 def test_a_jobs_own_exit_status_comes_back(nodes: Nodes) -> None:
@@ -352,6 +358,7 @@ def test_a_jobs_own_exit_status_comes_back(nodes: Nodes) -> None:
     assert ended.stdout.count("x" * 9) >= 1
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.parametrize("changes", [{"RAY_AUTH_TOKEN": "another"}, {"RAY_AUTH_MODE": "disabled"}])
