@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 from serving_set import MILL, PRESS, Plant, make_plant
+from waiting import wait_for
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry
@@ -147,12 +147,13 @@ class Load:
                 self.failure = error
 
     def wait_for(self, count: int, timeout_s: float = 60.0) -> None:
-        deadline = time.monotonic() + timeout_s
         wanted = len(self.answers) + count
-        while len(self.answers) < wanted:
+
+        def there() -> bool:
             assert self.failure is None, self.failure
-            assert time.monotonic() < deadline, f"{len(self.answers)} answers, {wanted} awaited"
-            time.sleep(0.02)
+            return len(self.answers) >= wanted
+
+        wait_for(there, timeout_s, f"{wanted} answers", 0.02)
 
 
 def replica_pids(name: str) -> list[int]:
@@ -199,10 +200,7 @@ def test_promotions_and_roll_backs_under_load_fail_nothing_and_are_told(url: str
     with Load(url, plant) as load:
         for version in (second.name, "v0001", second.name, "v0001"):
             registry.promote(PRESS, "gear", version, "latest")
-            deadline = time.monotonic() + 30
-            while not answers(load, version):
-                load.wait_for(1)
-                assert time.monotonic() < deadline, f"{version} does not answer"
+            wait_for(lambda version=version: answers(load, version), 30, f"{version} answers", 0.02)  # type: ignore[misc]
     assert load.failure is None
     assert {answer.version for answer in load.answers} == {"v0001", second.name}
     assert all(hashes[answer.version] == answer.sha256 for answer in load.answers)
@@ -217,14 +215,14 @@ def test_prometheus_is_told_of_requests_batches_and_p_values(url: str, plant: Pl
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     wanted = ("requests_total", "batch_images_count", "p_value_bucket", "stage_milliseconds_bucket", "models")
-    deadline = time.monotonic() + 60
-    while True:
+    text = ""
+
+    def all_are_there() -> bool:
+        nonlocal text
         text = urllib.request.urlopen(address, timeout=10).read().decode()
-        missing = [name for name in wanted if not re.search(rf"^ray_focus_ray_{name}\{{", text, re.M)]
-        if not missing:
-            break
-        assert time.monotonic() < deadline, f"not exported: {missing}"
-        time.sleep(1)
+        return all(re.search(rf"^ray_focus_ray_{name}\{{", text, re.M) for name in wanted)
+
+    wait_for(all_are_there, 60, f"all of {wanted} exported", 1.0)
     assert re.search(r'^ray_focus_ray_images_total\{[^}]*category="gear"', text, re.M)
 
 

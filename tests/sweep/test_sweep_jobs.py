@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from job_nodes import REPOSITORY, Nodes, run_nodes
 from s3_server import S3Server
+from waiting import wait_for_records
 
 from focus_ray.config import load_config
 from focus_ray.storage import list_names, read_bytes
@@ -59,14 +59,6 @@ TRAINED = (  # six settings that take their time: a learning rate, at two widths
 
 def in_order(found: list[Record]) -> list[float | None]:
     return [record.score for record in sorted(found, key=lambda record: record.number)]
-
-
-def wait_for(place: str, count: int, process: subprocess.Popen[str], timeout_s: float = 300.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while len([name for name in list_names(f"{place}/trials") if name.endswith(".json")]) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no trial ended in time"
-        time.sleep(0.1)
 
 
 @pytest.mark.usefixtures("_keys")
@@ -133,7 +125,7 @@ def test_a_sweep_whose_driver_is_killed_is_resumed_as_a_job(
 ) -> None:
     place = f"{nodes.root}/sweeps/broken"
     follower = nodes.start("submit", *words(nodes, resnet18_weights, *TRAINED, "name=broken"))
-    wait_for(place, 2, follower)
+    wait_for_records(place, 2, follower, 300.0)
     state: dict[str, Any] = json.loads(read_bytes(f"{place}/state.json"))
     os.kill(int(state["pid"]), signal.SIGKILL)
     out, _ = follower.communicate(timeout=120)
@@ -156,7 +148,7 @@ def test_a_node_killed_during_a_sweep_costs_no_trial(nodes: Nodes, resnet18_weig
     follower = nodes.start(
         "submit", *words(nodes, resnet18_weights, *TRAINED, "max_concurrent_trials=4", "name=shaken")
     )
-    wait_for(place, 1, follower)
+    wait_for_records(place, 1, follower, 300.0)
     before = {record.name: record for record in read_records(place)}
     nodes.kill_a_worker_node()
     out, err = follower.communicate(timeout=400)

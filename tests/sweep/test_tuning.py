@@ -21,6 +21,7 @@ import pytest
 import yaml
 from s3_server import S3Server
 from small_set import CATEGORIES, draw_parts, ingest_parts, small_config
+from waiting import wait_for_records
 
 from focus_ray.config import load_config
 from focus_ray.data.ingest import ingest
@@ -317,14 +318,6 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def wait_for_records(root: str, count: int, process: subprocess.Popen[str], timeout_s: float = 200.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while len([name for name in list_names(f"{root}/trials") if name.endswith(".json")]) < count:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline, "no trial ended in time"
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
@@ -340,7 +333,7 @@ def test_a_killed_driver_loses_no_finished_trial_and_the_resumed_sweep_ends_with
     whole = start(config.model_copy(update={"name": "whole"}), tmp_path)
     assert whole.wait(timeout=250) == 0, whole.communicate()[1][-3000:]
     driver = start(config, tmp_path)
-    wait_for_records(place, 2, driver)
+    wait_for_records(place, 2, driver, 200.0)
     driver.kill()
     driver.wait()
     before = {record.name: record for record in read_records(place)}
@@ -371,7 +364,7 @@ def test_a_stopped_sweep_leaves_no_process_or_file_and_says_how_to_go_on(
         driver = start(config, tmp_path)
     finally:
         del os.environ["TMPDIR"]
-    wait_for_records(f"{tmp_path}/found", 1, driver)
+    wait_for_records(f"{tmp_path}/found", 1, driver, 200.0)
     driver.send_signal(number)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 130, errors[-3000:]
