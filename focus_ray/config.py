@@ -125,6 +125,11 @@ class ModelConfig(Section):
     batch_norm: Literal["frozen", "train"] = Field(
         default="frozen", description="Whether the backbone's batch norms keep their ImageNet statistics [ours]."
     )
+    padding: Literal["zeros", "reflect"] = Field(
+        default="reflect",
+        description="What the backbone's convolutions see beyond the border. zeros: as it was trained; the places at the border "
+        "then vary most among good images. reflect: the image itself [ours].",
+    )
     image_alignment: ImageAlignmentConfig = ImageAlignmentConfig()
     feature_alignment: FeatureAlignmentConfig = FeatureAlignmentConfig()
     projector_width: int = Field(default=256, ge=8, le=4096, description="Channels of f's 1x1 convolutions [kin: 256].")
@@ -139,6 +144,14 @@ class ModelConfig(Section):
         if value % 16:
             raise ValueError(f"image_size_px={value} must be a multiple of 16, the stride of layer 3")
         return value
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> ModelConfig:
+        if self.padding == "reflect" and self.image_size_px < 48:
+            raise ValueError(
+                f"padding=reflect needs an image_size_px of at least 48, got {self.image_size_px}: use zeros"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -189,8 +202,11 @@ class DensityConfig(Section):
     smooth_layers: tuple[Layer, ...] = Field(
         default=("layer2", "layer3"), description="Layers averaged over 3x3 of their own places first [kin, PatchCore]."
     )
-    reduction: Literal["random", "semi_orthogonal", "none"] = Field(
-        default="semi_orthogonal", description="How channels are reduced [kin: 100 random channels in PaDiM]."
+    reduction: Literal["random", "semi_orthogonal", "none", "discriminant"] = Field(
+        default="discriminant",
+        description="How channels are reduced [kin: 100 random channels in PaDiM]. discriminant: to the directions in which "
+        "synthetic defects differ from their nearest normal neighbours and normal images do not, learnt in closed form "
+        "[ours]; nearest then compares in it as it is.",
     )
     num_channels: int = Field(default=100, ge=1, le=4096, description="Channels kept by the reduction [kin: 100].")
     shrinkage: float = Field(
@@ -232,6 +248,11 @@ class ScoringConfig(Section):
 
     smoothing_sigma_px: float = Field(
         default=4.0, ge=0.0, le=64.0, description="Gaussian smoothing of the map, at the network's input size [kin: 4]."
+    )
+    image_score: Literal["maximum", "profile"] = Field(
+        default="profile",
+        description="maximum: of the map [kin]. profile: how far the map's highest values lie above those of good images, "
+        "each place counted by what is usual there [ours]; where a density keeps no embeddings, the maximum.",
     )
 
 

@@ -27,13 +27,20 @@ from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration
+from focus_ray.fitting.fit import build_detector
+from focus_ray.fitting.profile import Profile
 from focus_ray.fitting.scoring import Detector
 from focus_ray.model.backbones.base import bare_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# what bundles of a former format had no choice of, and how they were made
+_FORMER: dict[int, dict[str, dict[str, str]]] = {
+    1: {"model": {"padding": "zeros"}, "scoring": {"image_score": "maximum"}},
+    FORMAT_VERSION: {},
+}
 MANIFEST = "manifest.json"
 _NOT_FOR_SCORING = ("projector.", "predictor.")  # f and g are dropped [kin]
 
@@ -84,10 +91,13 @@ def write_bundle(
     moments = statistics.moments
     network = {name: value for name, value in net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)}
     network.update({f"reduction.{name}": value for name, value in reduction.state_dict().items()})
-    parts: dict[str, dict[str, Tensor]] = {
-        "network": network,
-        "density": density_tensors(config.density, statistics),
-    }
+    density = density_tensors(config.density, statistics)
+    if statistics.thetas is not None:
+        density["thetas"] = statistics.thetas
+    profile = build_detector(config, net, reduction, statistics).profile
+    if profile is not None:
+        density.update({f"profile.{name}": value for name, value in profile._asdict().items()})
+    parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
     files = {}
@@ -143,10 +153,10 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(manifest, dict) or manifest.get("format") != "focus_ray bundle":
         raise BundleError(f"{uri}/{MANIFEST}: not the manifest of a focus_ray bundle")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in _FORMER:
         raise BundleError(
             f"{uri}: bundle format {manifest.get('format_version')!r}, this focus_ray ({__version__}) reads "
-            f"{FORMAT_VERSION}: install the version that wrote it, or train again"
+            f"{' and '.join(map(str, _FORMER))}: install the version that wrote it, or train again"
         )
     if manifest.get("sha256") != _manifest_hash(manifest):
         raise BundleError(f"{uri}/{MANIFEST}: changed since it was written (its hash differs): fetch the bundle again")
@@ -174,7 +184,7 @@ def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:
     """
     manifest = read_manifest(uri)
     try:
-        config = parse_config(manifest["config"], source=f"{uri}/{MANIFEST}")
+        config = parse_config(_as_it_was_made(manifest), source=f"{uri}/{MANIFEST}")
         calibration = Calibration.from_dict(manifest["calibration"])
     except (ConfigError, DataError, KeyError) as error:
         raise BundleError(f"{uri}: its manifest does not fit this version of focus_ray: {error}") from error
@@ -195,8 +205,19 @@ def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:
     except (RuntimeError, KeyError, ValueError) as error:
         raise BundleError(f"{uri}: its tensors do not fit its config: {error}") from error
     net = net.to(device).to(memory_format=torch.channels_last)
-    detector = Detector(net, reduction.to(device), fitted, config.scoring)
+    profile = None
+    if config.scoring.image_score == "profile" and "profile.weight" in density:
+        profile = Profile(*(density[f"profile.{name}"].to(device) for name in Profile._fields))
+    detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
     return Bundle(manifest, config, detector, calibration)
+
+
+def _as_it_was_made(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The configuration, with what its format did not name yet."""
+    config = dict(manifest["config"])
+    for section, values in _FORMER[manifest["format_version"]].items():
+        config[section] = {**values, **config[section]}
+    return config
 
 
 def read_statistics(uri: str | Path) -> Statistics:
@@ -213,7 +234,8 @@ def read_statistics(uri: str | Path) -> Statistics:
     moments.height, moments.width, moments.channels = shape["height"], shape["width"], shape["channels"]
     moments.count = shape["count"]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
-    return Statistics(moments, _read_part(uri, manifest, "density").get("bank"))
+    density = _read_part(uri, manifest, "density")
+    return Statistics(moments, density.get("bank"), density.get("thetas"))
 
 
 def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:

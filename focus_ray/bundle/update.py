@@ -16,10 +16,10 @@ from torch import Tensor
 from focus_ray.bundle.bundle import Bundle, read_bundle, read_manifest, read_statistics, write_bundle
 from focus_ray.data.read import data_fingerprint, decoded_rows, read_index
 from focus_ray.data.split import plan_category
-from focus_ray.density.base import Statistics, build_density
+from focus_ray.density.base import Statistics
 from focus_ray.errors import BundleError, DataError
+from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import calibration_pass, statistics_pass
-from focus_ray.fitting.scoring import Detector
 from focus_ray.kinds import DENSITIES
 
 
@@ -66,8 +66,7 @@ def update_bundle(
             statistics = _without(statistics, part, source)
         changes.append({"add" if sign > 0 else "remove": source, "num_images": len(rows)})
     statistics.keep_at_most(bundle.config.density.max_images)
-    density = build_density(bundle.config.density, _on(statistics, device))
-    detector = Detector(bundle.detector.net, bundle.detector.reduction, density, bundle.config.scoring)
+    detector = build_detector(bundle.config, bundle.detector.net, bundle.detector.reduction, _on(statistics, device))
     place, held = _calibration_rows(bundle, calibrate)
     config = bundle.config.calibration.model_copy(update={"method": "split"})
     builder = calibration_pass(detector, _images(bundle, place, held), config, torch.device(device))
@@ -128,12 +127,12 @@ def _without(statistics: Statistics, part: Statistics, source: str) -> Statistic
         )
     statistics.moments.remove(part.moments)
     if statistics.bank is not None and part.bank is not None:
-        statistics.bank = _bank_without(statistics.bank, part.bank)
+        statistics.keep(_rows_left(statistics.bank, part.bank))
     return statistics
 
 
-def _bank_without(bank: Tensor, gone: Tensor) -> Tensor:
-    """The bank without the embeddings of the given images; one that was never kept is passed over.
+def _rows_left(bank: Tensor, gone: Tensor) -> list[int]:
+    """Numbers of the bank's images that are none of the given ones; one that was never kept is passed over.
 
     An image's embedding comes out the same to rounding whenever it is computed, and far from any other image's.
     """
@@ -145,7 +144,7 @@ def _bank_without(bank: Tensor, gone: Tensor) -> Tensor:
         nearest = int(distance.argmin())
         if distance[nearest] <= 0.01 * one.norm():
             keep[nearest] = False
-    return bank[keep]
+    return [int(number) for number in keep.nonzero()]
 
 
 def _calibration_rows(bundle: Bundle, calibrate: str | None) -> tuple[str, Sequence[int]]:

@@ -52,10 +52,12 @@ class Statistics:
     """What is kept of the normal images; statistics of several sites can be joined.
 
     moments: of all images.  bank: (N, L, C) float16, embeddings of the images that a memory keeps; None for a Gaussian.
+    thetas: (N, 2, 3), how the images of the bank were aligned; None where they were not.
     """
 
     moments: Moments
     bank: Tensor | None = None
+    thetas: Tensor | None = None
 
     def join(self, other: Statistics) -> Statistics:
         """Adds another site's, in place. Raises: ValueError: shapes or kinds differ."""
@@ -64,12 +66,21 @@ class Statistics:
         self.moments.merge(other.moments)
         if self.bank is not None and other.bank is not None:
             self.bank = torch.cat([self.bank, other.bank])
+        if self.thetas is not None and other.thetas is not None:
+            self.thetas = torch.cat([self.thetas, other.thetas])
         return self
 
     def keep_at_most(self, num_images: int) -> None:
         """Thins the bank, evenly; the moments stay those of all images."""
         if self.bank is not None and len(self.bank) > num_images:
-            self.bank = self.bank[sorted(sample_positions(len(self.bank), num_images))]
+            self.keep(sorted(sample_positions(len(self.bank), num_images)))
+
+    def keep(self, chosen: list[int]) -> None:
+        """Keeps these images of the bank, by their numbers; the moments stay those of all."""
+        if self.bank is not None:
+            self.bank = self.bank[chosen]
+        if self.thetas is not None:
+            self.thetas = self.thetas[chosen]
 
 
 def ridge_of(config: DensityConfig, moments: Moments) -> float:

@@ -38,20 +38,27 @@ class NearestMemory:
         if window < 1 or window % 2 == 0:
             raise ValueError(f"window={window} must be odd and positive")
         self.bank, self.whitening, self.height, self.width, self.window = bank, whitening, height, width, window
+        self.plain = bool((whitening == torch.eye(len(whitening), device=whitening.device)).all())
         self.half_norms = bank.square().sum(dim=2) / 2  # (L, N)
 
     @property
     def device(self) -> torch.device:
         return self.bank.device
 
-    def score(self, embedding: Tensor) -> Tensor:
-        """(B, C, H, W) -> distances (B, H, W) to the nearest normal embedding around the place, >= 0."""
+    def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) -> distances (B, H, W) to the nearest normal embedding around the place, >= 0.
+
+        Args:
+            own: (B,), the number in the bank of each image, which is left out for it: what a new image like it would get.
+        """
         batch, channels, height, width = embedding.shape
         if (height, width) != (self.height, self.width):
             raise ValueError(
                 f"embedding of {(height, width)} places, the memory was made at {(self.height, self.width)}"
             )
-        queries = locations_first(embedding).to(self.bank.dtype) @ self.whitening.t()  # (L, B, C)
+        queries = locations_first(embedding).to(self.bank.dtype)  # (L, B, C)
+        if not self.plain:
+            queries = queries @ self.whitening.t()
         # |q - b|^2 / 2 = |q|^2 / 2 - (q b - |b|^2 / 2), and the best b does not depend on |q|
         closest = torch.full((height, width, batch), -torch.inf, device=self.device, dtype=self.bank.dtype)
         reach = self.window // 2
@@ -64,9 +71,11 @@ class NearestMemory:
             rows = range(top, min(top + rows_at_once, height))
             part = slice(rows.start * width, rows.stop * width)
             near = around[rows.start : rows.stop].permute(0, 1, 4, 5, 2, 3).reshape(len(rows) * width, -1, channels)
-            best = torch.baddbmm(self.half_norms[part, None], near, self.bank[part].transpose(1, 2), beta=-1).amax(
-                dim=2
-            )
+            agreement = torch.baddbmm(self.half_norms[part, None], near, self.bank[part].transpose(1, 2), beta=-1)
+            if own is not None:
+                apart = agreement.view(len(agreement), -1, batch, agreement.shape[2])
+                apart[:, :, torch.arange(batch), own.to(self.device)] = -torch.inf
+            best = agreement.amax(dim=2)
             best = best.view(len(rows), width, self.window, self.window, batch)
             for down in range(self.window):
                 for right in range(self.window):
@@ -87,23 +96,29 @@ def _keep_larger(target: Tensor, values: Tensor, top: int, left: int) -> None:
 
 
 @torch.no_grad()
-def build_memory(bank: Tensor, moments: Moments, ridge: float, window: int = 1) -> NearestMemory:
+def build_memory(bank: Tensor, moments: Moments, ridge: float | None, window: int = 1) -> NearestMemory:
     """A memory from raw embeddings and the moments of the same images.
 
     Args:
         bank: (N, L, C), as `gather` keeps them, any float type.
-        ridge: added to the pooled covariance's diagonal.
+        ridge: added to the pooled covariance's diagonal; None: embeddings are compared as they are.
 
     Raises: ValueError: no image, or fewer than two in the moments.
     """
     if len(bank) == 0:
         raise ValueError("a memory needs at least 1 normal image")
-    covariance = pooled_covariance(moments)
-    covariance.diagonal().add_(ridge)
-    identity = torch.eye(len(covariance), device=covariance.device)
-    whitening = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False)
+    if ridge is None:
+        whitening = torch.eye(bank.shape[2], device=moments.mean.device)
+    else:
+        whitening = whitening_of(pooled_covariance(moments), ridge)
     whitened = whiten(bank, whitening)
     return NearestMemory(whitened, whitening, moments.height, moments.width, window)
+
+
+def whitening_of(covariance: Tensor, ridge: float) -> Tensor:
+    """(C, C) -> W (C, C) with W^T W = (covariance + ridge I)^-1, lower triangular."""
+    identity = torch.eye(len(covariance), device=covariance.device, dtype=covariance.dtype)
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(covariance + ridge * identity), identity, upper=False)
 
 
 def whiten(bank: Tensor, whitening: Tensor) -> Tensor:
@@ -120,17 +135,21 @@ def keep(embedding: Tensor) -> Tensor:
     return embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels).to("cpu", torch.float16)
 
 
+def _ridge(config: DensityConfig, statistics: Statistics) -> float | None:
+    """None where the reduction has learnt the metric already."""
+    return None if config.reduction == "discriminant" else ridge_of(config, statistics.moments)
+
+
 class _NearestKind:
     keeps_bank = True
 
     def build(self, config: DensityConfig, statistics: Statistics) -> NearestMemory:
         assert statistics.bank is not None
-        return build_memory(statistics.bank, statistics.moments, ridge_of(config, statistics.moments), config.window)
+        return build_memory(statistics.bank, statistics.moments, _ridge(config, statistics), config.window)
 
     def tensors(self, config: DensityConfig, statistics: Statistics) -> dict[str, Tensor]:
         assert statistics.bank is not None
-        moments = statistics.moments
-        one = build_memory(statistics.bank[:1], moments, ridge_of(config, moments))
+        one = build_memory(statistics.bank[:1], statistics.moments, _ridge(config, statistics))
         return {"bank": statistics.bank, "whitening": one.whitening}
 
     def load(

@@ -86,7 +86,7 @@ def synthesize_defect(
 
 
 def synthetic_validation_set(
-    images: NDArray[np.uint8], seed: int, per_image: int = 1
+    images: NDArray[np.uint8], seed: int, per_image: int = 1, only: range | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[str]]:
     """Defects on every image: kinds in turn, so that they are balanced, and donors drawn from the other images.
 
@@ -94,6 +94,7 @@ def synthetic_validation_set(
 
     Args:
         images: (N, H, W, 3) uint8 normal images.  seed: 0 or more.  per_image: defective copies of each, 1 or more.
+        only: of all images, whose copies are made, each as it would be with all; None makes all.
 
     Returns: (N per_image, H, W, 3) uint8 in the order of the images, (N per_image, H, W) masks, none empty, and the
         kind of each. A kind that cannot be seen on an image gives way to the next one.
@@ -105,20 +106,27 @@ def synthetic_validation_set(
     if per_image < 1 or seed < 0:
         raise DataError(f"per_image={per_image}, seed={seed}; expected at least 1 and at least 0")
     _check_image(images[0], "images[0]")
-    places = [find_foreground(image) for image in images]
-    num = len(images) * per_image
+    wanted = range(len(images)) if only is None else only
+    places: dict[int, NDArray[np.bool_]] = {}
+
+    def place_of(number: int) -> NDArray[np.bool_]:
+        if number not in places:
+            places[number] = find_foreground(images[number])
+        return places[number]
+
+    num = len(wanted) * per_image
     made_images, masks = np.empty((num, *images.shape[1:]), np.uint8), np.empty((num, *images.shape[1:3]), bool)
     kinds: list[str] = []
-    for index in range(num):
+    for row, index in enumerate(at * per_image + copy for at in wanted for copy in range(per_image)):
         rng = np.random.default_rng([seed, index])
         at = index // per_image
         other = int(rng.integers(len(images) - 1)) if len(images) > 1 else 0
         other += int(len(images) > 1 and other >= at)
         for turn in range(len(KINDS) + 1):
             kind = KINDS[(index + turn) % len(KINDS)] if turn < len(KINDS) else "blob"
-            made = _attempt(images[at], places[at], images[other], places[other], rng, kind)
+            made = _attempt(images[at], place_of(at), images[other], place_of(other), rng, kind)
             if made is not None:
-                made_images[index], masks[index] = made
+                made_images[row], masks[row] = made
                 kinds.append(kind)
                 break
         else:

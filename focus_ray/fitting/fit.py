@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.selection import validation_images
 from focus_ray.fitting.distributed import world_size
+from focus_ray.fitting.metric import metric_pass
 from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
 from focus_ray.fitting.passes import aligner_pass, calibration_pass, statistics_pass, validation_pass
+from focus_ray.fitting.profile import LeavesOut, fit_profile
 from focus_ray.fitting.scoring import Detector
 from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
 from focus_ray.kinds import DENSITIES
@@ -78,7 +80,12 @@ def fit(
 
 def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, statistics: Statistics) -> Detector:
     """A detector of the density that the statistics give."""
-    return Detector(net, reduction, build_density(config.density, statistics), config.scoring)
+    density = build_density(config.density, statistics)
+    detector = Detector(net, reduction, density, config.scoring)
+    if config.scoring.image_score == "profile" and statistics.bank is not None:
+        leaves_out = cast(LeavesOut, density)  # a density with a bank does
+        detector.profile = fit_profile(leaves_out, statistics.bank, statistics.thetas, detector.seen, detector.spread)
+    return detector
 
 
 class Run:
@@ -258,10 +265,25 @@ class Run:
             self.best = Best(epoch, score, network)
 
     # ---- density and calibration
+    def learn_metric(self) -> None:
+        """Of the network as it is, where the reduction is one that learns."""
+        if self.config.density.reduction == "discriminant":
+            found = metric_pass(
+                self.net,
+                self.reduction,
+                self.shard.fit_batches(),
+                self.device,
+                self.num_images,
+                self.offset,
+                self.config.train.seed,
+            )
+            self.reduction.projection.copy_(found)
+
     def training_statistics(self) -> Statistics:
         """Of the training images, under the network as it is."""
         self.net.eval()
         config = self.config.density
+        self.learn_metric()
         kept = positions_to_keep(config, self.num_images)
         return statistics_pass(self.net, self.reduction, self.shard.fit_batches(), self.device, kept, self.offset)
 
@@ -275,6 +297,7 @@ class Run:
         folds: list[Statistics] = []
         with self.timed("statistics"):
             if self.config.calibration.method == "cross":
+                self.learn_metric()
                 kept = _Everything() if DENSITIES[self.config.density.kind].keeps_bank else None
                 for fold in range(self.config.calibration.num_folds):
                     batches = self.shard.fit_batches(fold)
@@ -327,6 +350,7 @@ def _join_all(parts: list[Statistics]) -> Statistics:
     total = Statistics(
         Moments(first.height, first.width, first.channels, first.mean.device),
         None if parts[0].bank is None else parts[0].bank[:0],
+        None if parts[0].thetas is None else parts[0].thetas[:0],
     )
     for part in parts:
         total.join(part)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from focus_ray.config import ScoringConfig
 from focus_ray.density.base import Density
+from focus_ray.fitting.profile import Profile
 from focus_ray.model.alignment.theta import invert_theta, valid_mask, warp
 from focus_ray.model.network import Aligned, FocusNet, common_frame, seen_mask
 from focus_ray.model.reduction import ChannelReduction
@@ -21,7 +22,10 @@ _CPU_IMAGES = 8
 
 
 class Scored(NamedTuple):
-    """score (B,): the map's maximum [kin].  anomaly_map (B, H, W): in the frame of the images that were given."""
+    """score (B,): the map's maximum [kin], or against the profile of good images.
+
+    anomaly_map (B, H, W): in the frame of the images that were given.
+    """
 
     score: Tensor
     anomaly_map: Tensor
@@ -30,7 +34,16 @@ class Scored(NamedTuple):
 class Detector:
     """Everything that turns images into scores; knows nothing of files, thresholds or Ray."""
 
-    def __init__(self, net: FocusNet, reduction: ChannelReduction, density: Density, scoring: ScoringConfig) -> None:
+    def __init__(
+        self,
+        net: FocusNet,
+        reduction: ChannelReduction,
+        density: Density,
+        scoring: ScoringConfig,
+        profile: Profile | None = None,
+    ) -> None:
+        """profile: what image scores are held against; None: they are the map's maximum."""
+        self.profile = profile
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
         size = net.config.image_size_px
         self.seen = seen_mask(net, density.height, density.width)
@@ -55,7 +68,9 @@ class Detector:
             inside = valid_mask(theta, distance.shape[1], distance.shape[2])
             distance = distance * (inside if self.seen is None else inside & self.seen)
         aligned_map = self.spread @ distance @ self.spread.t()
-        score = aligned_map.flatten(1).amax(dim=1)
+        score = (
+            aligned_map.flatten(1).amax(dim=1) if self.profile is None else self.profile.score(distance, self.spread)
+        )
         if theta is not None:
             aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
         return Scored(score, aligned_map)
@@ -110,7 +125,7 @@ def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
 
 
 def embed(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 3, H, W) in 0..1 -> embedding (B, C, H/4, W/4) in the aligned frame, theta (B, 2, 3) or None.
+    """Images (B, 3, H, W) in 0..1 -> embedding (B, C, H/stride, W/stride) in the aligned frame, theta (B, 2, 3) or None.
 
     For inference.
     """

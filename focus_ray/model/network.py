@@ -13,7 +13,7 @@ from focus_ray.config import ModelConfig
 from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.alignment.theta import Bounds, compose_theta, valid_mask, warp
 from focus_ray.model.alignment.transformer import LocalisedAligner, SpatialTransformer
-from focus_ray.model.backbones.base import STRIDES, Backbone, build_backbone
+from focus_ray.model.backbones.base import STRIDES, Backbone, build_backbone, set_padding
 from focus_ray.model.batch_norm import use_global_batch_norm
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -44,6 +44,7 @@ class FocusNet(nn.Module):
         """
         super().__init__()
         self.config, self.backbone = config, backbone
+        set_padding(backbone, config.padding)
         spec = self.backbone.spec
         self.pixel_mean: Tensor
         self.pixel_std: Tensor

@@ -13,7 +13,8 @@ from focus_ray.model.network import LAYERS
 class ChannelReduction(nn.Module):
     """Levels -> one embedding of fewer channels, at the places of layer 1 (map_stride_px 4) or layer 2 (8).
 
-    A random choice of channels [kin, PaDiM] or a semi-orthogonal projection. Both are linear in the channels, so each
+    A random choice of channels [kin, PaDiM], a semi-orthogonal projection, or one that `fitting.metric` learns. All are linear
+    in the channels, so each
     level is reduced at its own resolution before it is brought to the map's: the result is that of concatenating first.
     """
 
@@ -40,6 +41,9 @@ class ChannelReduction(nn.Module):
             gaussian = torch.randn(total, config.num_channels, generator=generator, dtype=torch.float64)
             basis = torch.linalg.qr(gaussian).Q.to(torch.float32)
             self.register_buffer("projection", basis.t().contiguous())
+        elif config.reduction == "discriminant":  # until it is learnt
+            self.register_buffer("projection", torch.zeros(config.num_channels, total))
+        self.projects = config.reduction in ("semi_orthogonal", "discriminant")
         self.widths = widths
 
     def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -53,13 +57,13 @@ class ChannelReduction(nn.Module):
                 inside = (self.chosen >= start) & (self.chosen < start + width)
                 last = level.permute(0, 2, 3, 1).index_select(3, self.chosen[inside] - start)  # quick on channels-last
                 level = last.permute(0, 3, 1, 2)
-            elif self.config.reduction == "semi_orthogonal":
+            elif self.projects:
                 level = F.conv2d(level, self.projection[:, start : start + width, None, None].to(level.dtype))
             if LAYERS[index] in self.config.smooth_layers:
                 level = F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
             reduced.append(self._bring(level, (int(size[0]), int(size[1]))))
             start += width
-        if self.config.reduction == "semi_orthogonal":
+        if self.projects:
             total_sum = reduced[0]
             for part in reduced[1:]:
                 total_sum = total_sum + part

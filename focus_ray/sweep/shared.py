@@ -61,12 +61,13 @@ class CategoryImages:
 class Features:
     """What comes out of a network that no trial trains.
 
-    fit, judged: levels of layers 1 to 3, (N, H, W, C) float32.  theta: (N, 2, 3) of the judged images, or None.
+    fit, judged: levels of layers 1 to 3, (N, H, W, C) float32.  fit_theta, theta: (N, 2, 3) of each, or None.
     aligner: state of the fitted image aligner, or None.  alignment: what its fit found.  uid: no other features' own.
     """
 
     fit: tuple[NDArray[np.float32], ...]
     judged: tuple[NDArray[np.float32], ...]
+    fit_theta: NDArray[np.float32] | None
     theta: NDArray[np.float32] | None
     aligner: dict[str, NDArray[Any]] | None
     alignment: AlignmentReport | None
@@ -129,6 +130,8 @@ def num_judged(config: Config, category: str, plan: Plan, objective: Objective) 
 
 def features_key(config: Config, category: str) -> str | None:
     """Names the features that a trial's settings lead to; None where they are the trial's own."""
+    if config.density.reduction == "discriminant":
+        return None  # what it learns from, synthetic defects, goes through the network too
     if config.train.epochs or (config.selection.enabled and config.model.image_alignment.group != "none"):
         return None  # trained; or aligned only if the trial's density gains by it
     parts = {
@@ -163,12 +166,13 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
                 thetas.append(theta.float().cpu().numpy())
         return parts, thetas
 
-    fitted, _ = levels_of(iter(torch.from_numpy(images.fit).split(config.train.batch_size_per_worker)))
+    fitted, fit_thetas = levels_of(iter(torch.from_numpy(images.fit).split(config.train.batch_size_per_worker)))
     judged, thetas = levels_of(iter(torch.from_numpy(images.judged.images).split(JUDGE_BATCH)))
     aligner = run.net.image_aligner
     return Features(
         tuple(np.concatenate(part) for part in fitted),
         tuple(np.concatenate(part) for part in judged),
+        np.concatenate(fit_thetas) if fit_thetas else None,
         np.concatenate(thetas) if thetas else None,
         None if aligner is None else {name: value.cpu().numpy() for name, value in aligner.state_dict().items()},
         run.notes.alignment,

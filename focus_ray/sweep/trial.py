@@ -6,6 +6,7 @@ the scores are the same as without. Runs alone or on every worker of an initiali
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -233,7 +234,11 @@ def _reduced(
 
         kept = positions_to_keep(density, len(features.fit[0]))
         size = config.model.image_size_px // density.map_stride_px
-        batches = embeddings(features.fit, config.train.batch_size_per_worker)
+        batch_size = config.train.batch_size_per_worker
+        thetas = (
+            None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
+        )
+        batches = zip(embeddings(features.fit, batch_size), thetas or itertools.repeat(None))  # noqa: B905
         statistics = embedding_statistics(batches, size, reduction.num_channels, device, kept)
         return statistics, reduction, list(embeddings(features.judged, JUDGE_BATCH))
 

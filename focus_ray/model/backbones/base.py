@@ -72,6 +72,13 @@ def bare_backbone(name: str) -> Backbone:
         return Backbone(name)
 
 
+def set_padding(backbone: nn.Module, mode: str) -> None:
+    """Makes all convolutions pad with 'zeros', or by 'reflect', in place; weights stay."""
+    for module in backbone.modules():
+        if hasattr(module, "padding_mode"):
+            module.padding_mode = mode  # type: ignore[assignment]
+
+
 def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
     """Loads published key names; layers past the third may be absent and are ignored.
 

@@ -75,6 +75,7 @@ class _ConvNorm(nn.Module):
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True
     ) -> None:
         super().__init__()
+        self.padding_mode = "zeros"
         # SAME pads an even input with stride 2 by kernel - 2, the odd pixel at the end
         self.uneven = (kernel // 2 - 1, kernel // 2) * 2 if stride == 2 else None
         padding = 0 if stride == 2 else kernel // 2
@@ -84,7 +85,7 @@ class _ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.uneven is not None:
-            x = F.pad(x, self.uneven)
+            x = F.pad(x, self.uneven, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         return self.act(self.norm(self.conv(x)))  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,216 @@
+"""The discriminant metric [ours]: the directions in which defects leave the normal patches, and normal patches do not.
+
+Every patch of a normal image has a nearest neighbour among the patches of the other normal images around its place. What is
+left between the two, the residual, says how normal patches differ; the same of a patch with a synthetic defect says how a
+defective one does. With the two scatter matrices of residuals, normal `Sn` and defective `Sd`, the generalised eigenproblem
+`Sd v = lambda Sn v` gives the directions in order of the variance of defects against that of normals (Fisher's discriminant,
+on differences). Each direction kept is scaled by sqrt(log lambda), the weight that a likelihood ratio of the two zero-mean
+Gaussians would give it to first order.
+
+Both matrices are sums over images, so workers add up their own and join them by one all-reduce: the metric of any number of
+workers is that of one, up to the rounding of sums. Nothing is trained by gradient descent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from focus_ray.config import DensityConfig
+from focus_ray.density.base import sample_positions
+from focus_ray.density.nearest import whitening_of
+from focus_ray.evaluation.defects import synthetic_validation_set
+from focus_ray.fitting.distributed import gather_rows, world_size
+from focus_ray.fitting.scoring import embed, to_images
+from focus_ray.model.alignment.theta import warp
+from focus_ray.model.network import FocusNet
+from focus_ray.model.reduction import ChannelReduction
+from focus_ray.seeds import derived_seed
+
+NEIGHBOURS = 128  # images, at most, among which nearest neighbours are searched
+QUERIES = 64  # of them, at most, whose patches and defects are looked at
+DEFECTS = 192  # synthetic ones, about: 3 to 8 an image
+RIDGE = 0.5  # on Sn, of its mean diagonal
+SEARCH_RIDGE = 2.0  # on the covariance that whitens for the search, of its mean diagonal
+COVERED = 0.5  # of a place: from so much on it counts as defective
+_AT_ONCE = 8  # images: bounds memory
+
+
+def full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
+    """The reduction that keeps all channels, smoothed and brought to the map's places as the other does."""
+    config = reduction.config.model_copy(update={"reduction": "none"})
+    return ChannelReduction(channels, config, 0)
+
+
+@torch.no_grad()
+def metric_pass(
+    net: FocusNet,
+    reduction: ChannelReduction,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    num_images: int,
+    offset: int,
+    seed: int,
+) -> Tensor:
+    """Learns the projection of a `discriminant` reduction; the same on every worker.
+
+    Args:
+        batches: this worker's normal images, uint8 (B, S, S, 3).  num_images: of all workers.
+        offset: the number of this worker's first image.
+
+    Returns: (num_channels, C) float32, for `ChannelReduction.projection`; rows beyond the directions worth keeping are 0.
+
+    Raises: ValueError: fewer than two images.
+    """
+    net.eval()
+    chosen = sample_positions(num_images, NEIGHBOURS)
+    mine: list[Tensor] = []
+    position = offset
+    for batch in batches:
+        mine += [batch[number][None] for number in range(len(batch)) if position + number in chosen]
+        position += len(batch)
+    size = net.config.image_size_px
+    own = torch.cat(mine) if mine else torch.empty(0, size, size, 3, dtype=torch.uint8)
+    full = full_reduction(reduction, net.backbone.spec.channels).to(device)
+    # every worker has all of the chosen images, since defects are made with pieces of others
+    images = gather_rows(own, device)
+    bank = gather_rows(_embedded(net, full, own, device)[0].half().cpu(), device)
+    if len(images) < 2:
+        raise ValueError(f"a metric needs at least 2 normal images, got {len(images)}: add training images")
+    scatter = ResidualScatter(bank.to(device).float(), reduction.config, seed)
+    queries = sorted(sample_positions(len(images), QUERIES))
+    rank = dist.get_rank() if world_size() > 1 else 0
+    part = range(len(queries) * rank // world_size(), len(queries) * (rank + 1) // world_size())
+    per_image = max(3, min(8, -(-DEFECTS // len(queries))))
+    shown = images[queries].numpy()
+    for number in part:
+        where = torch.tensor([queries[number]])
+        scatter.add_normal(where)
+        made, masks, _ = synthetic_validation_set(
+            shown, derived_seed(seed, "metric"), per_image, only=range(number, number + 1)
+        )
+        embedding, theta = _embedded(net, full, torch.from_numpy(made), device)
+        scatter.add_defective(embedding, where.expand(len(made)), _covered(masks, theta, bank.shape[2], device))
+    return scatter.projection(reduction.num_channels)
+
+
+def _embedded(
+    net: FocusNet, full: ChannelReduction, images: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """(B, C, H, W) with all channels, and theta."""
+    if not len(images):
+        side = net.config.image_size_px // full.config.map_stride_px
+        return torch.empty(0, full.num_channels, side, side, device=device), None
+    parts = [embed(net, full, to_images(part, device)) for part in images.split(_AT_ONCE)]
+    thetas = [theta for _, theta in parts if theta is not None]
+    return torch.cat([embedding for embedding, _ in parts]), torch.cat(thetas) if thetas else None
+
+
+def _covered(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
+    """(B, side, side) bool: places of the aligned frame that a defect covers."""
+    shown = torch.from_numpy(masks).float()[:, None].to(device)
+    if theta is not None:
+        shown = warp(shown, theta, "zeros")
+    return F.adaptive_avg_pool2d(shown, side)[:, 0] > COVERED
+
+
+class ResidualScatter:
+    """The two scatter matrices; knows no image.
+
+    Args:
+        bank: (N, C, H, W), all channels of normal images, among which neighbours are searched.
+        config: its window says how far around a place.  seed: of the projection in which the search is done.
+    """
+
+    def __init__(self, bank: Tensor, config: DensityConfig, seed: int) -> None:
+        self.bank, self.window = bank, config.window
+        channels = bank.shape[1]
+        generator = torch.Generator().manual_seed(derived_seed(seed, "metric's search"))
+        few = min(config.num_channels, channels)
+        basis = torch.linalg.qr(torch.randn(channels, few, generator=generator, dtype=torch.float64)).Q
+        search = basis.t().float().to(bank.device)
+        reduced = torch.einsum("kc,nchw->nkhw", search, bank)
+        centred = (reduced - reduced.mean(dim=0)).permute(0, 2, 3, 1).reshape(-1, few)
+        covariance = centred.t() @ centred / max(1, (len(bank) - 1) * bank.shape[2] * bank.shape[3])
+        ridge = SEARCH_RIDGE * float(covariance.diagonal().mean())
+        self.search = whitening_of(covariance, max(ridge, 1e-12)) @ search  # (few, C)
+        self.reduced = torch.einsum("kc,nchw->nkhw", self.search, bank)
+        self.normal = torch.zeros(channels, channels, dtype=torch.float64, device=bank.device)
+        self.defective = torch.zeros_like(self.normal)
+        self.num_normal = self.num_defective = 0
+
+    def add_normal(self, own: Tensor) -> None:
+        """Takes in images of the bank, by their numbers (B,)."""
+        residuals = self._residuals(self.bank[own], own).flatten(0, 2).double()
+        self.normal += residuals.t() @ residuals
+        self.num_normal += len(residuals)
+
+    def add_defective(self, embedding: Tensor, own: Tensor, covered: Tensor) -> None:
+        """Takes in copies (B, C, H, W) with defects where covered (B, H, W), of images of the bank with numbers own (B,)."""
+        residuals = self._residuals(embedding, own)[covered].double()
+        self.defective += residuals.t() @ residuals
+        self.num_defective += len(residuals)
+
+    def projection(self, num_channels: int) -> Tensor:
+        """Joins all workers' sums. Returns: (num_channels, C), on the bank's device, the same on every worker."""
+        counts = torch.tensor([self.num_normal, self.num_defective], dtype=torch.float64, device=self.bank.device)
+        if world_size() > 1:
+            for total in (self.normal, self.defective, counts):
+                dist.all_reduce(total)
+        found = discriminant(self.normal / counts[0], self.defective / counts[1].clamp_min(1), num_channels)
+        if world_size() > 1:  # machines of different kinds may round an eigenvector to another sign
+            dist.broadcast(found, 0)
+        return found
+
+    def _residuals(self, embedding: Tensor, own: Tensor) -> Tensor:
+        """(B, C, H, W) less the nearest neighbours in other images than own -> (B, H, W, C)."""
+        batch, _, height, width = embedding.shape
+        count, reach = len(self.bank), self.window // 2
+        query = torch.einsum("kc,bchw->hwbk", self.search, embedding).reshape(height * width, batch, -1)
+        known = F.pad(self.reduced, [reach] * 4).permute(2, 3, 0, 1)  # (H + 2 r, W + 2 r, N, K)
+        norms = F.pad(self.reduced.square().sum(dim=1), [reach] * 4, value=torch.inf).permute(1, 2, 0)
+        best = query.new_full((height * width, batch), torch.inf)
+        nearest = torch.zeros(height * width, batch, dtype=torch.long, device=query.device)
+        for offset in range(self.window**2):
+            down, right = divmod(offset, self.window)
+            rows = known[down : down + height, right : right + width].reshape(height * width, count, -1)
+            half = norms[down : down + height, right : right + width].reshape(height * width, 1, count)
+            distance = torch.baddbmm(half, query, rows.transpose(1, 2), alpha=-2)
+            distance[:, torch.arange(batch), own.to(query.device)] = torch.inf
+            value, image = distance.min(dim=2)
+            closer = value < best
+            best = torch.where(closer, value, best)
+            nearest = torch.where(closer, image * self.window**2 + offset, nearest)
+        image, shift = nearest // self.window**2, nearest % self.window**2
+        place = torch.arange(height * width, device=query.device)[:, None]
+        y = (place // width + shift // self.window - reach).clamp(0, height - 1)
+        x = (place % width + shift % self.window - reach).clamp(0, width - 1)
+        neighbour = self.bank[image, :, y, x]  # (L, B, C)
+        return (embedding.permute(2, 3, 0, 1).flatten(0, 1) - neighbour).permute(1, 0, 2).unflatten(1, (height, width))
+
+
+def discriminant(normal: Tensor, defective: Tensor, num_channels: int) -> Tensor:
+    """The scaled leading directions of `defective v = lambda normal v`.
+
+    Args:
+        normal, defective: (C, C), scatter a patch.
+
+    Returns: (num_channels, C) float32: rows v^T sqrt(log lambda), of the largest lambda first; 0 where lambda is 1 at most.
+    """
+    channels = len(normal)
+    ridge = RIDGE * normal.diagonal().mean().clamp_min(1e-12)
+    root = torch.linalg.cholesky(normal + ridge * torch.eye(channels, dtype=normal.dtype, device=normal.device))
+    half = torch.linalg.solve_triangular(root, defective, upper=False)
+    balanced = torch.linalg.solve_triangular(root, half.t(), upper=False)
+    values, vectors = torch.linalg.eigh((balanced + balanced.t()) / 2)
+    order = values.argsort(descending=True)[:num_channels]
+    weights = values[order].clamp_min(1.0).log().sqrt()
+    directions = torch.linalg.solve_triangular(root.t(), vectors[:, order], upper=True)
+    found = normal.new_zeros(num_channels, channels)
+    found[: len(order)] = (directions * weights).t()
+    return found.float()

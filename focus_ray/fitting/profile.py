@@ -1,0 +1,90 @@
+"""The profile of good images: what is usual at each place, and how high the highest values of a good image's map are [ours].
+
+The maximum of a map is ruled by the places where good parts vary most: a serial number, a reflection, an edge. So for the
+image score, and for it alone, a place's distance is counted by what is usual there: every image of a density's bank is scored
+as if it were new, its own embeddings left out, and the largest distance that any of them shows at a place is the place's
+measure. Maps stay in plain distances, which localise better.
+
+A defect may be a point or spread over the part. So the score looks at the mean of the highest values over several shares of
+the map, from its maximum to a fifth of it, each as a multiple of what good images show, and takes the mean: 1 is a typical good
+image.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focus_ray.density.base import sample_positions
+from focus_ray.model.alignment.theta import valid_mask
+
+IMAGES = 64  # of the bank, at most, that the profile is taken from
+SHARES = (0.0, 0.01, 0.05, 0.2)  # of the map's values, the highest; 0: the maximum
+FLOOR = 2.0  # mean measures, added to a place's own: the fewer good images, the less a place's own can be trusted
+SAMPLE_PX = 4  # the shares are taken over every fourth pixel of the smoothed map
+_AT_ONCE = 8
+
+
+class LeavesOut(Protocol):
+    """A density that scores an image of its own bank as if it were new."""
+
+    height: int
+    width: int
+
+    def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor: ...
+
+
+class Profile(NamedTuple):
+    """weight: (H, W), of a place's distance.  typical: (len(SHARES),), what good images show; both float32."""
+
+    weight: Tensor
+    typical: Tensor
+
+    def score(self, distance: Tensor, spread: Tensor) -> Tensor:
+        """Distances (B, H, W), `scoring.upsample_and_smooth`'s matrix (S, H) -> scores (B,)."""
+        return (highest_values(distance * self.weight, spread) / self.typical).mean(dim=1)
+
+
+def highest_values(distance: Tensor, spread: Tensor) -> Tensor:
+    """(B, H, W), (S, H) -> (B, len(SHARES)): means of the highest values of the smoothed map."""
+    rows = spread[SAMPLE_PX // 2 :: SAMPLE_PX]
+    sampled = (rows @ distance @ rows.t()).flatten(1)
+    counts = [max(1, int(share * sampled.shape[1])) for share in SHARES]
+    top = sampled.topk(max(counts), dim=1).values
+    return torch.stack([top[:, :count].mean(dim=1) for count in counts], dim=1)
+
+
+@torch.no_grad()
+def fit_profile(
+    density: LeavesOut, bank: Tensor, thetas: Tensor | None, seen: Tensor | None, spread: Tensor
+) -> Profile:
+    """The profile of a density's own images.
+
+    Args:
+        bank: (N, L, C), as the density was built from, in that order.  thetas: (N, 2, 3); None: nothing was aligned.
+        seen: (H, W) bool, places that are scored; None: all.
+
+    A single image leaves nothing to compare it with: every place then counts alike.
+    """
+    device, height, width = spread.device, density.height, density.width
+    chosen = sorted(sample_positions(len(bank), IMAGES))
+    if len(bank) < 2:
+        return Profile(torch.ones(height, width, device=device), torch.ones(len(SHARES), device=device))
+    distances = []
+    for start in range(0, len(chosen), _AT_ONCE):
+        own = torch.tensor(chosen[start : start + _AT_ONCE])
+        rows = bank[own].to(device, torch.float32)  # (B, L, C)
+        distance = density.score(rows.transpose(1, 2).unflatten(2, (height, width)), own)
+        if thetas is not None:
+            inside = valid_mask(thetas[own].to(device), height, width)
+            distance = distance * (inside if seen is None else inside & seen)
+        distances.append(distance)
+    known = torch.cat(distances)
+    measure = F.avg_pool2d(known.amax(dim=0)[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
+    mean = measure.mean().clamp_min(1e-12)
+    weight = (1 + FLOOR) * mean / (measure + FLOOR * mean)
+    typical = highest_values(known * weight, spread).mean(dim=0).clamp_min(1e-12)
+    return Profile(weight, typical)
