@@ -17,12 +17,18 @@ from focus_ray.config import Config, parse_config
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.shards import build_shard
-from focus_ray.data.split import plan_category
+from focus_ray.data.split import Plan, plan_category
 from focus_ray.fitting.fit import FitResult, build_detector, fit
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="folder of images in a shape that ingest knows, or a Parquet set")
+def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """several: whether --data takes more than one."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+" if several else None,
+        help="folder of images in a shape that ingest knows, or a Parquet set",
+    )
     parser.add_argument("--categories", nargs="+", help="only these")
     parser.add_argument("--weights", default="default", help="model.weights: 'default', a file or a URI")
     parser.add_argument("--backbone", default="resnet18")
@@ -62,9 +68,9 @@ def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def fit_category(config: Config, category: str, device: str) -> tuple[FitResult, Inspector]:
+def fit_category(config: Config, category: str, device: str, plan: Plan | None = None) -> tuple[FitResult, Inspector]:
     """Trains one category in this process and gives an inspector of it."""
-    plan = plan_category(config, category)
+    plan = plan or plan_category(config, category)
     shard = build_shard(config, category, plan, rank=0, num_workers=1)
     result = fit(config, shard, len(plan.fit_rows), torch.device(device), log=print)
     detector = build_detector(config, result.net, result.reduction, result.statistics)

@@ -23,7 +23,7 @@ from focus_ray.config import parse_config
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.shards import MemoryShard, build_shard
-from focus_ray.data.split import plan_category
+from focus_ray.data.split import Plan, plan_category
 from focus_ray.evaluation.evaluate import evaluation_size, summarise
 from focus_ray.evaluation.inspection import resize_map
 from focus_ray.fitting.scoring import to_images, upsample_and_smooth
@@ -57,9 +57,9 @@ def greedy_coreset(bank: Tensor, share: float, seed: int) -> Tensor:
 
 
 @torch.inference_mode()
-def patchcore(tree: dict[str, Any], category: str, device: str, seed: int) -> dict[str, Any]:
+def patchcore(tree: dict[str, Any], category: str, device: str, seed: int, plan: Plan | None = None) -> dict[str, Any]:
     config = parse_config(tree)
-    plan = plan_category(config, category)
+    plan = plan or plan_category(config, category)
     shard = build_shard(config, category, plan, 0, 1)
     assert isinstance(shard, MemoryShard)
     backbone = build_backbone(config.model.backbone, config.model.weights).eval().to(device)
@@ -72,6 +72,7 @@ def patchcore(tree: dict[str, Any], category: str, device: str, seed: int) -> di
     size = config.model.image_size_px
     spread = upsample_and_smooth(size // 8, size, config.scoring.smoothing_sigma_px).to(device)
     labels, types, scores, maps, masks = [], [], [], [], []
+    start = time.perf_counter()
     for record in iter_test_records(config.data.uri, category):
         image = torch.from_numpy(decode_image(record["image"], size))[None]
         nearest = torch.cdist(patches(backbone, to_images(image, device))[0], coreset).amin(dim=1)
@@ -83,9 +84,10 @@ def patchcore(tree: dict[str, Any], category: str, device: str, seed: int) -> di
         maps.append(resize_map(anomaly_map, height, width))
         known = record["mask"] is not None
         empty = decode_mask(record["mask"], height, width) if known else maps[-1] < -1
-        masks.append(empty)
+        masks.append(empty if known or not record["label"] else None)
     figures = summarise(labels, types, scores, maps, masks, 0.0, 0.05)
-    return {**figures, "fit_s": fit_s, "features_s": features_s}
+    ms = 1e3 * (time.perf_counter() - start) / len(labels)
+    return {**figures, "fit_s": fit_s, "features_s": features_s, "ms": ms}
 
 
 def main() -> None:

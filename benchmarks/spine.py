@@ -33,7 +33,11 @@ ROUNDS = 5
 
 def padim_tree() -> dict[str, Any]:
     tree = yaml.safe_load((Path(__file__).parent.parent / "configs" / "padim.yaml").read_text())
-    return {"model": {"image_alignment": tree["model"]["image_alignment"]}, "density": tree["density"]}
+    return {
+        "model": {key: tree["model"][key] for key in ("image_alignment", "padding")},
+        "density": tree["density"],
+        "scoring": tree["scoring"],
+    }
 
 
 def density_cost(tree: dict[str, Any], category: str, device: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from focus_ray.config import DensityConfig
 from focus_ray.density.base import Statistics, ridge_of
-from focus_ray.density.moments import Moments, locations_first, pooled_covariance
+from focus_ray.density.moments import Moments, check_count, locations_first, pooled_covariance
 
 _CHUNK_BYTES = 64 * 2**20  # of distances held at once
 
@@ -107,6 +107,7 @@ def build_memory(bank: Tensor, moments: Moments, ridge: float | None, window: in
     """
     if len(bank) == 0:
         raise ValueError("a memory needs at least 1 normal image")
+    check_count(moments)
     if ridge is None:
         whitening = torch.eye(bank.shape[2], device=moments.mean.device)
     else:

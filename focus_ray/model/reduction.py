@@ -37,13 +37,12 @@ class ChannelReduction(nn.Module):
         if config.reduction == "random":
             chosen = torch.randperm(total, generator=generator)[: config.num_channels].sort().values
             self.register_buffer("chosen", chosen)
-        elif config.reduction == "semi_orthogonal":
+        # a discriminant one starts from there, until it is learnt
+        self.projects = config.reduction in ("semi_orthogonal", "discriminant")
+        if self.projects:
             gaussian = torch.randn(total, config.num_channels, generator=generator, dtype=torch.float64)
             basis = torch.linalg.qr(gaussian).Q.to(torch.float32)
             self.register_buffer("projection", basis.t().contiguous())
-        elif config.reduction == "discriminant":  # until it is learnt
-            self.register_buffer("projection", torch.zeros(config.num_channels, total))
-        self.projects = config.reduction in ("semi_orthogonal", "discriminant")
         self.widths = widths
 
     def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
