@@ -10,9 +10,9 @@ import asyncio
 import base64
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import httpx
 
@@ -75,6 +75,20 @@ class Inspected:
     timings_ms: dict[str, float]
 
 
+class _Place(TypedDict):
+    method: str
+    url: str
+
+
+class _Request(_Place, total=False):
+    """What of httpx's `request` is used."""
+
+    params: dict[str, str]
+    content: bytes
+    headers: dict[str, str]
+    files: list[tuple[str, tuple[str, bytes]]]
+
+
 class Client:
     """Asks a service; close it, or use it as a context."""
 
@@ -116,18 +130,14 @@ class Client:
         """The JSON of any path, such as /v1/press/bolt. Raises: ServiceError."""
         return self._send({"method": "GET", "url": path}).json()
 
-    def _send(self, request: dict[str, Any]) -> httpx.Response:
-        retries = _Retries(self._retries)
-        while True:
-            outcome: httpx.Response | httpx.TransportError
-            try:
-                outcome = self._http.request(**request)
-            except httpx.TransportError as error:
-                outcome = error
-            pause = retries.pause_after(outcome)
-            if pause is None:
-                return _accept(outcome)
-            time.sleep(pause)
+    def _send(self, request: _Request) -> httpx.Response:
+        async def send() -> httpx.Response:
+            return self._http.request(**request)
+
+        async def sleep(seconds: float) -> None:
+            time.sleep(seconds)
+
+        return _finish(_exchange(send, sleep, self._retries))
 
 
 class AsyncClient:
@@ -169,63 +179,72 @@ class AsyncClient:
         """The JSON of any path, such as /v1/press/bolt. Raises: ServiceError."""
         return (await self._send({"method": "GET", "url": path})).json()
 
-    async def _send(self, request: dict[str, Any]) -> httpx.Response:
-        retries = _Retries(self._retries)
-        while True:
-            outcome: httpx.Response | httpx.TransportError
-            try:
-                outcome = await self._http.request(**request)
-            except httpx.TransportError as error:
-                outcome = error
-            pause = retries.pause_after(outcome)
-            if pause is None:
-                return _accept(outcome)
-            await asyncio.sleep(pause)
+    async def _send(self, request: _Request) -> httpx.Response:
+        return await _exchange(lambda: self._http.request(**request), asyncio.sleep, self._retries)
 
 
 def _headers(token: str | None) -> dict[str, str]:
     return {} if token is None else {"authorization": f"Bearer {token}"}
 
 
-def _inspection(
-    team: str, category: str, images: Sequence[bytes], version: str | None, include_map: bool
-) -> dict[str, Any]:
+def _inspection(team: str, category: str, images: Sequence[bytes], version: str | None, include_map: bool) -> _Request:
     params = {**({"version": version} if version else {}), **({"include": "map"} if include_map else {})}
-    request: dict[str, Any] = {"method": "POST", "url": f"/v1/{team}/{category}/inspect", "params": params}
+    request: _Request = {"method": "POST", "url": f"/v1/{team}/{category}/inspect", "params": params}
     if len(images) == 1:
-        return {**request, "content": images[0], "headers": {"content-type": "application/octet-stream"}}
-    return {**request, "files": [("images", (str(number), image)) for number, image in enumerate(images)]}
+        request["content"] = images[0]
+        request["headers"] = {"content-type": "application/octet-stream"}
+    else:
+        request["files"] = [("images", (str(number), image)) for number, image in enumerate(images)]
+    return request
 
 
-def _picture(team: str, category: str, image: bytes, output: Output, version: str | None) -> dict[str, Any]:
+def _picture(team: str, category: str, image: bytes, output: Output, version: str | None) -> _Request:
     request = _inspection(team, category, [image], version, False)
     request["params"]["output"] = output
     return request
 
 
-class _Retries:
-    """Whether a request is sent again, and when: one rule for both clients, which only send and sleep.
+async def _exchange(
+    send: Callable[[], Awaitable[httpx.Response]], sleep: Callable[[float], Awaitable[None]], retries: int
+) -> httpx.Response:
+    """Sends until the answer is one to keep: the one loop of both clients, which only send and sleep.
 
-    left: how often still.
+    Raises: ServiceError: refused, or not answered within the retries.
     """
+    attempt = 0
+    while True:
+        outcome: httpx.Response | httpx.TransportError
+        try:
+            outcome = await send()
+        except httpx.TransportError as error:
+            outcome = error
+        pause = _pause_after(outcome, attempt) if attempt < retries else None
+        if pause is None:
+            return _accept(outcome)
+        await sleep(pause)
+        attempt += 1
 
-    def __init__(self, left: int) -> None:
-        self.left, self.attempt = left, 0
 
-    def pause_after(self, outcome: httpx.Response | httpx.TransportError) -> float | None:
-        """Seconds to wait before the next attempt; None where there is none to be made."""
-        pause = min(5.0, 0.1 * 2.0**self.attempt) * random.uniform(0.5, 1.0)
-        self.attempt += 1
-        self.left -= 1
-        if self.left < 0:
-            return None
-        if isinstance(outcome, httpx.TransportError):
-            return pause
-        from_proxy = outcome.status_code == 500 and not _is_problem(outcome)
-        if outcome.status_code not in RETRIED and not from_proxy:
-            return None
-        told = outcome.headers.get("retry-after", "")
-        return max(pause, min(30.0, float(told))) if told.isdigit() else pause
+def _finish(exchange: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+    """The answer of an exchange whose `send` and `sleep` block, so that it never waits for an event loop."""
+    try:
+        exchange.send(None)
+    except StopIteration as done:
+        response: httpx.Response = done.value
+        return response
+    raise AssertionError("an exchange that blocks has waited for an event loop")
+
+
+def _pause_after(outcome: httpx.Response | httpx.TransportError, attempt: int) -> float | None:
+    """Seconds to wait before a request is sent again; None where that would change nothing. attempt: from 0."""
+    pause = min(5.0, 0.1 * 2.0**attempt) * random.uniform(0.5, 1.0)
+    if isinstance(outcome, httpx.TransportError):
+        return pause
+    from_proxy = outcome.status_code == 500 and not _is_problem(outcome)
+    if outcome.status_code not in RETRIED and not from_proxy:
+        return None
+    told = outcome.headers.get("retry-after", "")
+    return max(pause, min(30.0, float(told))) if told.isdigit() else pause
 
 
 def _accept(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:

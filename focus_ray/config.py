@@ -160,9 +160,7 @@ class TrainConfig(Section):
 
     epochs: int = Field(default=0, ge=0, le=10_000, description="Passes over the training images; 0 trains nothing.")
     batch_size_per_worker: int = Field(default=32, ge=2, le=4096, description="Images a worker takes a step [kin: 32].")
-    learning_rate: float = Field(
-        default=1e-4, gt=0.0, le=10.0, description="Backbone and feature aligners [kin: 1e-4]."
-    )
+    learning_rate: float = Field(default=1e-4, gt=0.0, le=10.0, description="Backbone [kin: 1e-4].")
     learning_rate_head: float = Field(
         default=0.05,
         gt=0.0,
@@ -171,6 +169,12 @@ class TrainConfig(Section):
         "SimSiam's rate [kin: 0.05] while the backbone is only tuned [ours].",
     )
     learning_rate_image_alignment: float = Field(default=1e-2, gt=0.0, le=10.0, description="ICA [kin: 0.01].")
+    learning_rate_feature_alignment: float = Field(
+        default=0.05,
+        gt=0.0,
+        le=10.0,
+        description="FCA: its aligners start at zero and do not move at the backbone's rate [ours].",
+    )
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
     warmup_epochs: float = Field(default=0.0, ge=0.0, description="Linear warm-up before the cosine schedule [ours].")

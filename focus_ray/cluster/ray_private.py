@@ -19,7 +19,8 @@ KINDS = ("CPU", "GPU", "memory")
 # what is needed of it -> module and dotted attribute that must be there
 PARTS = {
     "what the autoscaler can bring": ("ray._private.state", "state.get_max_resources_from_cluster_config"),
-    "the session's folder": ("ray._private.worker", "_global_node"),
+    "which node this is": ("ray._private.worker", "_global_node"),
+    "the session's folder": ("ray._private.node", "Node.get_session_dir_path"),
     "a cluster's Python version": ("ray.job_submission", "JobSubmissionClient._do_request"),
 }
 

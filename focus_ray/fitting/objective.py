@@ -59,9 +59,10 @@ def has_trainable_aligner(net: FocusNet) -> bool:
 
 
 def build_optimizer(net: FocusNet, config: TrainConfig) -> torch.optim.SGD:
-    """SGD; the image aligner, the head (projector and predictor) and the rest each have their own learning rate."""
+    """SGD; image aligner, feature aligners, head (projector and predictor) and the rest each have a learning rate."""
     rates = {
         "image_aligner": config.learning_rate_image_alignment,
+        "feature_aligners": config.learning_rate_feature_alignment,
         "projector": config.learning_rate_head,
         "predictor": config.learning_rate_head,
     }

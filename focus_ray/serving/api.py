@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Annotated, Any, Literal
 
+import pydantic.dataclasses
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -18,7 +19,7 @@ from starlette.exceptions import HTTPException
 from focus_ray import __version__
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
-from focus_ray.evaluation.inspection import Inspection
+from focus_ray.evaluation.inspection import Inspection, Region
 from focus_ray.names import NAME
 from focus_ray.serving.envelope import Envelope, problem_response
 from focus_ray.serving.limits import announced_bytes, check_images, read_body, split_images
@@ -77,15 +78,9 @@ class VersionList(_Answer):
     aliases: dict[str, str]
 
 
-class RegionAnswer(_Answer):
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class RegionAnswer(Region):
     """`Region`, as a document: bounding box and area in pixels of the image; peak of the map."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    area: int
-    peak: float
 
 
 class MapAnswer(_Answer):

@@ -7,6 +7,7 @@ when memory runs short, so its multiplexer is told directly.
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from focus_ray.cluster.ray_private import READ_IN, check_private_parts
@@ -23,8 +24,9 @@ def check_serve_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
     import ray
     from ray.serve import api, multiplex
 
+    # they are set on instances, so the class does not have them, and only the source tells
     for module, name in ((multiplex, "self.models"), (multiplex, _PUSH), (api, _ATTRIBUTE)):
-        if name not in inspect.getsource(module):
+        if not re.search(rf"{re.escape(name)}\b", inspect.getsource(module)):
             raise TrainingError(
                 f"Ray {ray.__version__}: {module.__name__} no longer knows {name!r}, which tells which models a replica "
                 f"holds; it was there in Ray {READ_IN}: install that version, or a newer focus_ray"

@@ -51,6 +51,47 @@ _REFUSED = {  # what a space may not hold, and why
 }
 
 
+def inert_keys(config: Config) -> dict[str, str]:
+    """Keys, or sections ending in a dot, that change no score under a configuration -> why."""
+    model, density, train = config.model, config.density, config.train
+    alignment = model.image_alignment
+    found: dict[str, str] = {}
+    if not train.epochs:
+        why = "nothing is trained (train.epochs is 0)"
+        found.update({key: why for key in leaf_keys() if key.startswith("train.") and key not in _NOT_TRAINING})
+        found.update(dict.fromkeys(("model.projector_width", "model.predictor", "model.predictor_width"), why))
+    elif not train.lambda_fine:
+        why = "train.lambda_fine is 0"
+        found.update(dict.fromkeys(("model.projector_width", "model.predictor", "model.predictor_width"), why))
+    elif not model.predictor:
+        found["model.predictor_width"] = "model.predictor is false"
+    if alignment.method == "congealing" or alignment.group == "none":
+        why = "no gradient moves the image aligner (model.image_alignment.method is congealing, or its group none)"
+        found.update(dict.fromkeys(("train.lambda_ica", "train.learning_rate_image_alignment"), why))
+    if alignment.method == "localisation":
+        why = "model.image_alignment.method is localisation"
+        found.update(dict.fromkeys(("model.image_alignment.min_drop", "model.image_alignment.max_images"), why))
+    if alignment.group == "none":
+        why = "model.image_alignment.group is none"
+        keys = ("method", "min_drop", "max_images", "max_translation", "max_scale", "padding")
+        found.update({f"model.image_alignment.{key}": why for key in keys})
+    if density.kind == "nearest":
+        found["density.pooling"] = "density.kind is nearest"
+        if density.reduction == "discriminant":
+            why = "density.reduction is discriminant: what it learns is the metric, and nothing is whitened"
+            found.update(dict.fromkeys(("density.shrinkage", "density.shrinkage_unit"), why))
+    if density.kind == "gaussian":
+        found.update(dict.fromkeys(("density.max_images",), "density.kind is gaussian"))
+        if density.reduction != "discriminant":
+            found["density.window"] = "density.kind is gaussian"
+    if density.reduction == "none":
+        found["density.num_channels"] = "density.reduction is none"
+    return found
+
+
+_NOT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_worker")
+
+
 class Domain(Section):
     """What one key may be: exactly one of these. Ranges include both ends."""
 
@@ -311,9 +352,14 @@ def _check_space(sweep: SweepConfig) -> None:
             if key == refused or key.startswith(f"{refused}."):
                 raise ConfigError(f"space: {key} cannot be searched: {why}; set base.{key} instead")
     sweep.base_config()
-    for key, domain in sweep.space.items():
-        for value in domain.samples():
-            sweep.base_config({key: value})
+    points = [{key: value} for key, domain in sweep.space.items() for value in domain.samples()]
+    # what is inert at every value of the others changes nothing anywhere
+    inert = [inert_keys(sweep.base_config(point)) for point in points]
+    for key in sweep.space:
+        of_others = [found for point, found in zip(points, inert, strict=True) if key not in point]
+        if all(key in found for found in [inert_keys(sweep.base_config()), *of_others]):
+            why = inert_keys(sweep.base_config())[key]
+            raise ConfigError(f"space: {key} changes no score here: {why}; take it out, or change that")
     if sweep.searcher == "grid":
         for point in grid_points(sweep):
             sweep.base_config(point)

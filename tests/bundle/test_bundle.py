@@ -32,6 +32,7 @@ def config_of(kind: str = "gaussian", **density: Any) -> Config:
             "data": {"uri": "images"},
             "model": {
                 "backbone": "efficientnet_lite0",
+                "padding": "zeros",
                 "weights": "random",
                 "image_size_px": 32,
                 "projector_width": 8,

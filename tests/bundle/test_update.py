@@ -15,10 +15,10 @@ from focus_ray.cli.main import main
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import decoded_rows, read_index
 from focus_ray.data.split import plan_category
-from focus_ray.density.base import Statistics, build_density
+from focus_ray.density.base import Statistics
 from focus_ray.errors import BundleError, DataError
+from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import statistics_pass
-from focus_ray.fitting.scoring import Detector
 from focus_ray.samples.write import write_samples
 
 NUM_MORE = 6
@@ -96,8 +96,7 @@ def assert_is_fresh(place: str, images: list[Tensor], data: str) -> None:
     ):
         assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
     bundle = read_bundle(place)
-    density = build_density(bundle.config.density, expected)
-    detector = Detector(bundle.detector.net, bundle.detector.reduction, density, bundle.config.scoring)
+    detector = build_detector(bundle.config, bundle.detector.net, bundle.detector.reduction, expected)
     test = torch.cat(images_of(data, read_index(data, "gear", split="test")["row"].to_pylist()))
     torch.testing.assert_close(bundle.detector(test).score, detector(test).score, rtol=1e-3, atol=1e-3)
 

@@ -46,9 +46,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def case_config(data: str, case: tuple[str, str]) -> Config:
+    """case: density.kind, or `learnt` for the default's metric and profile, and the transform group."""
     kind, group = case
     alignment = {"group": group, "min_drop": 0.0, "max_images": 10}
-    return small_config(data, "unused", density={"kind": kind, "max_images": 12}, model={"image_alignment": alignment})
+    density: dict[str, Any] = {"kind": kind, "max_images": 12}
+    if kind == "learnt":
+        density.update(kind="nearest", reduction="discriminant")
+    scoring = {"image_score": "profile" if kind == "learnt" else "maximum"}
+    return small_config(data, "unused", density=density, model={"image_alignment": alignment}, scoring=scoring)
 
 
 def images_to_score(data: str) -> Tensor:
@@ -164,6 +169,7 @@ def summary(config: Config, result: FitResult, data: str) -> dict[str, Any]:
         "mean": moments.mean,
         "scatter": moments.scatter,
         "scores": detector(images_to_score(data)).score,
+        "metric": result.reduction.projection,
         "threshold": result.calibration.image_threshold,
         "aligned": result.notes.alignment is not None and result.notes.alignment.enabled,
     }
@@ -194,6 +200,7 @@ def test_several_workers_give_the_moments_and_scores_of_one(
     assert one["aligned"] == several["aligned"] == (case[1] != "none")
     assert relative(one["mean"], several["mean"]) <= 1e-5
     assert relative(one["scatter"], several["scatter"]) <= 1e-5
+    assert relative(one["metric"], several["metric"]) <= 1e-4
     spread = float(one["scores"].std())
     assert spread > 0
     assert float((one["scores"] - several["scores"]).abs().max()) <= 1e-3 * spread

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import uvicorn
 from serving_set import Plant, make_plant
+from waiting import wait_for
 
 from focus_ray.serving.api import create_api
 from focus_ray.serving.scorer import Scorer
@@ -69,11 +70,8 @@ def start_browser(profile: Path, width: int, height: int) -> Any:
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
 
 
-def until(claim: Any, what: str, timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not claim():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
+def until(claim: Any, what: str) -> None:
+    wait_for(claim, 30.0, what, 0.05)
 
 
 @pytest.mark.parametrize(("name", "width", "height"), [("desk", 1280, 1000), ("phone", 390, 844)])

@@ -23,9 +23,11 @@ import torch
 import yaml
 from fastapi.testclient import TestClient
 from PIL import Image
+from pydantic import TypeAdapter
 from s3_server import S3Server
 from serving_set import MILL, PRESS, Plant, make_plant
 from starlette.requests import Request
+from waiting import wait_for
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
@@ -379,10 +381,10 @@ def test_more_at_once_than_allowed_is_told_to_come_again(plant: Plant, limits: d
     body = plant.images[0].ljust(10_000, b"\0")  # Pillow takes no notice
     with TestClient(create_api(Service(settings, stuck))) as client, ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(client.post, "/v1/press/gear/inspect", content=body, headers=headers) for _ in range(6)]
-        deadline = time.monotonic() + 20
-        while sum(one.done() for one in asked) < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        stuck.may_go.set()
+        try:
+            wait_for(lambda: sum(one.done() for one in asked) >= 4, 20, "four of six are refused", 0.01)
+        finally:
+            stuck.may_go.set()  # the pool waits for all
         statuses = sorted(one.result().status_code for one in asked)
         assert statuses[:2] == [200, 200]
         assert set(statuses[2:]) == {status}
@@ -541,13 +543,12 @@ def test_a_promotion_and_a_roll_back_change_who_answers_and_fail_no_request(
     admin = {"authorization": f"Bearer {plant.press_admin}"}
 
     def ask_until(client: TestClient, version: str) -> None:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
+        def it_answers() -> bool:
             answer = client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers)
             assert answer.status_code == 200
-            if answer.json()["version"] == version:
-                return
-        pytest.fail(f"{version} does not answer")
+            return bool(answer.json()["version"] == version)
+
+        wait_for(it_answers, 20, f"{version} answers", 0.0)
 
     with client_of(settings) as client:
         ask_until(client, "v0001")
@@ -866,7 +867,10 @@ def test_only_the_pass_computes_in_parallel(plant: Plant) -> None:
 def test_a_region_is_the_same_in_the_package_in_documents_and_in_the_client() -> None:
     own = {field.name: field.type for field in dataclasses.fields(Region)}
     assert {field.name: field.type for field in dataclasses.fields(FoundRegion)} == own
-    assert {name: field.annotation.__name__ for name, field in RegionAnswer.model_fields.items()} == own  # type: ignore[union-attr]
+    assert {field.name: field.type for field in dataclasses.fields(RegionAnswer)} == own
+    document = TypeAdapter(RegionAnswer).json_schema()
+    assert set(document["properties"]) == set(document["required"]) == set(own)
+    assert document["additionalProperties"] is False
 
 
 def test_what_a_scorer_answers_crosses_processes_without_its_maps(plant: Any) -> None:

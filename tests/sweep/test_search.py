@@ -18,10 +18,11 @@ from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.settings import Domain, SweepConfig, grid_points, leaf_keys, load_sweep, parse_sweep
 
 SPACE = {"density.shrinkage": {"loguniform": [0.1, 10]}, "density.num_channels": [50, 100]}
+BASE = {"data": {"uri": "x"}, "density": {"reduction": "semi_orthogonal"}}  # its shrinkage counts
 
 
 def sweep_of(**keys: Any) -> SweepConfig:
-    return parse_sweep({"base": {"data": {"uri": "x"}}, "space": SPACE, "num_trials": 12, **keys})
+    return parse_sweep({"base": BASE, "space": SPACE, "num_trials": 12, **keys})
 
 
 def drain(proposer: Proposer) -> list[tuple[int, dict[str, Any]]]:
@@ -174,9 +175,14 @@ def test_a_sweep_taken_up_again_proposes_what_it_would_have_proposed(searcher: s
 
 
 def test_the_parzen_estimator_gathers_about_the_best() -> None:
-    sweep = sweep_of(searcher="optuna", num_trials=40, space={"density.shrinkage": {"loguniform": [0.01, 100]}})
-    points = [abs(np.log(point["density.shrinkage"])) for _, point in drain(Proposer(sweep))]
-    assert np.median(points[-15:]) < 0.5 * np.median(points[:10])
+    space = {"density.shrinkage": {"loguniform": [0.01, 100]}}
+    late: list[float] = []
+    for seed in range(5):  # one sweep of forty may be lucky at its start
+        points = [
+            point for _, point in drain(Proposer(sweep_of(searcher="optuna", num_trials=40, space=space, seed=seed)))
+        ]
+        late += [abs(np.log(point["density.shrinkage"])) for point in points[-15:]]
+    assert np.median(late) < 0.5 * (np.log(100) / 2)  # half of what points drawn at random come to
 
 
 def test_a_failed_trial_gives_nothing_to_learn_from_and_is_not_asked_again() -> None:

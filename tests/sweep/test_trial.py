@@ -28,6 +28,7 @@ from focus_ray.sweep.trial import forget, judge_category
 CPU = torch.device("cpu")
 ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0, "max_images": 12}}
 PLAIN = {"image_alignment": {"group": "none"}}
+SHAREABLE = {"reduction": "semi_orthogonal"}  # features of a metric that defects taught are a trial's own
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def images_of(config: Config, objective: Objective = "validation", size_px: int 
 @pytest.mark.parametrize(
     "density",
     [
-        {},
-        {"kind": "gaussian", "pooling": 0.5},
+        SHAREABLE,
+        {**SHAREABLE, "kind": "gaussian", "pooling": 0.5},
         {"reduction": "random", "map_stride_px": 4, "layers": ["layer1", "layer2"]},
     ],
     ids=["nearest", "gaussian", "random"],
@@ -53,8 +54,8 @@ def test_features_handed_in_give_the_very_scores_of_a_trial_alone(
     data: str, model: dict[str, Any], density: dict[str, Any]
 ) -> None:
     forget()
-    objective: Objective = "aupro" if density else "validation"
-    base = small_config(data, "unused", model=model)
+    objective: Objective = "validation" if density == SHAREABLE else "aupro"
+    base = small_config(data, "unused", model=model, density=SHAREABLE)
     config = small_config(data, "unused", model=model, density=density)
     images = images_of(base, objective)
     features = embed_images(base, images, CPU)
@@ -67,25 +68,28 @@ def test_features_handed_in_give_the_very_scores_of_a_trial_alone(
 
 
 def test_features_are_shared_by_those_settings_only_that_lead_to_them(data: str) -> None:
-    key = features_key(small_config(data, "unused"), "gear")
+    def key_of(category: str = "gear", **sections: dict[str, Any]) -> str | None:
+        return features_key(small_config(data, "unused", **{"density": SHAREABLE, **sections}), category)
+
+    key = key_of()
     same = [
-        {"density": {"num_channels": 8}},
+        {"density": {**SHAREABLE, "num_channels": 8}},
         {"scoring": {"smoothing_sigma_px": 1.0}},
         {"train": {"learning_rate": 1.0}},
     ]
     other = [
         {"model": {"image_alignment": {"group": "none"}}},
         {"train": {"seed": 3}},
-        {"model": {"image_size_px": 32}},
+        {"model": {"image_size_px": 48}},
     ]
-    own = [{"train": {"epochs": 1}}, {"selection": {"enabled": True}}]
+    own = [{"train": {"epochs": 1}}, {"selection": {"enabled": True}}, {"density": {"reduction": "discriminant"}}]
     assert key is not None
-    assert {features_key(small_config(data, "unused", **part), "gear") for part in same} == {key}
-    others = {features_key(small_config(data, "unused", **part), "gear") for part in other}
+    assert {key_of(**part) for part in same} == {key}
+    others = {key_of(**part) for part in other}
     assert len(others) == 3
     assert not others & {key, None}
-    assert {features_key(small_config(data, "unused", **part), "gear") for part in own} == {None}
-    assert features_key(small_config(data, "unused"), "board") != key
+    assert {key_of(**part) for part in own} == {None}
+    assert key_of("board") != key
 
 
 @pytest.mark.parametrize("objective", ["validation", "image_auroc"])

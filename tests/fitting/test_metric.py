@@ -1,0 +1,156 @@
+"""The discriminant metric: the generalised eigenproblem, residuals against a slow search, sums over workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from small_set import ingest_parts, make_bundle, small_config
+from torch import Tensor
+
+from focus_ray.bundle.bundle import read_bundle
+from focus_ray.config import DensityConfig
+from focus_ray.data.shards import build_shard
+from focus_ray.data.split import plan_category
+from focus_ray.evaluation.defects import synthetic_validation_set
+from focus_ray.fitting.fit import Run, build_detector, fit
+from focus_ray.fitting.metric import RIDGE, ResidualScatter, discriminant, full_reduction, metric_pass
+from focus_ray.fitting.scoring import embed, to_images
+from focus_ray.model.network import build_net
+from focus_ray.model.reduction import ChannelReduction
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return ingest_parts(tmp_path_factory.mktemp("parts"))
+
+
+def scatter(seed: int, channels: int = 6, samples: int = 200, scale: float = 1.0) -> Tensor:
+    values = scale * torch.randn(samples, channels, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.t() @ values / samples
+
+
+def test_the_directions_are_those_of_scipys_generalised_eigenproblem() -> None:
+    normal, defective = scatter(0), scatter(1, scale=3.0)
+    found = discriminant(normal, defective, 4)
+    ridged = normal + RIDGE * normal.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    values, vectors = scipy.linalg.eigh(defective.numpy(), ridged.numpy())
+    expected = (vectors[:, ::-1][:, :4] * np.sqrt(np.log(values[::-1][:4]))).T
+    signs = np.sign((expected * found.numpy()).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(found.numpy(), expected * signs, rtol=1e-4, atol=1e-6)
+
+
+def test_directions_in_which_defects_vary_no_more_than_normals_are_left_out() -> None:
+    normal = torch.eye(5, dtype=torch.float64)
+    defective = torch.diag(torch.tensor([9.0, 0.5, 4.0, 0.1, 1.0], dtype=torch.float64))
+    found = discriminant(normal, defective, 5)
+    assert (found.norm(dim=1) > 0).tolist() == [True, True, False, False, False]
+    assert found[0].abs().argmax() == 0
+    assert found[1].abs().argmax() == 2
+    assert discriminant(normal, defective, 8).shape == (8, 5)
+
+
+def test_residuals_are_those_of_a_slow_search_over_other_images() -> None:
+    bank = torch.randn(5, 7, 4, 4, generator=torch.Generator().manual_seed(3))
+    sums = ResidualScatter(bank, DensityConfig(window=3, num_channels=7), seed=0)
+    own = torch.tensor([2, 4])
+    found = sums._residuals(bank[own], own)
+    for row, image in enumerate(own.tolist()):
+        for y in range(4):
+            for x in range(4):
+                query = bank[image, :, y, x]
+                near = [
+                    bank[other, :, v, u]
+                    for other in range(5)
+                    if other != image
+                    for v in range(max(0, y - 1), min(4, y + 2))
+                    for u in range(max(0, x - 1), min(4, x + 2))
+                ]
+                distances = [float((sums.search @ (query - one)).square().sum()) for one in near]
+                expected = query - near[int(np.argmin(distances))]
+                torch.testing.assert_close(found[row, y, x], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_of_parts_are_the_sums_of_all() -> None:
+    bank = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(5))
+    config = DensityConfig(num_channels=5)
+    whole, one, other = (ResidualScatter(bank, config, seed=1) for _ in range(3))
+    whole.add_normal(torch.arange(6))
+    one.add_normal(torch.tensor([0, 1, 2]))
+    other.add_normal(torch.tensor([3, 4, 5]))
+    torch.testing.assert_close(one.normal + other.normal, whole.normal)
+    assert one.num_normal + other.num_normal == whole.num_normal == 6 * 16
+
+
+def test_copies_made_of_some_images_are_those_made_with_all() -> None:
+    images = np.random.default_rng(0).integers(0, 255, (4, 48, 48, 3), dtype=np.uint8)
+    all_images, all_masks, all_kinds = synthetic_validation_set(images, 7, 2)
+    some_images, some_masks, some_kinds = synthetic_validation_set(images, 7, 2, only=range(1, 3))
+    assert some_kinds == all_kinds[2:6]
+    assert np.array_equal(some_images, all_images[2:6])
+    assert np.array_equal(some_masks, all_masks[2:6])
+
+
+def test_it_tells_the_defects_it_learns_from_better_than_a_plain_projection(data: str) -> None:
+    """The law it is made for: defects stand out against the spread of normal images more than at random."""
+    config = small_config(
+        data,
+        "unused",
+        model={"image_alignment": {"group": "none"}},
+        density={"num_channels": 16, "reduction": "discriminant"},
+    )
+    plan = plan_category(config, "gear")
+    net = build_net(config.model).eval()
+    reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
+    batches = list(build_shard(config, "gear", plan, 0, 1).fit_batches())
+    plain = reduction.projection.clone()
+    learnt = metric_pass(net, reduction, batches, CPU, len(plan.fit_rows), 0, seed=0)
+    full = full_reduction(reduction, net.backbone.spec.channels)
+    images = torch.cat(batches)
+    made, _, _ = synthetic_validation_set(images.numpy(), 99, 1)
+
+    def contrast(projection: Tensor) -> float:
+        with torch.inference_mode():
+            normal, defective = (
+                torch.einsum("kc,bchw->bkhw", projection, embed(net, full, to_images(batch, CPU))[0])
+                for batch in (images, torch.from_numpy(made))
+            )
+        change = (defective - normal).square().sum(dim=1).amax(dim=(1, 2))
+        among = (normal[1:] - normal[:-1]).square().sum(dim=1).mean()
+        return float((change / among).log().mean())
+
+    assert contrast(learnt) > contrast(plain)
+
+
+def test_the_same_seed_learns_the_same_metric_and_a_bundle_keeps_it(data: str, tmp_path: Path) -> None:
+    config = small_config(
+        data,
+        tmp_path,
+        model={"image_alignment": {"group": "none"}},
+        density={"reduction": "discriminant"},
+        scoring={"image_score": "profile"},
+    )
+    plan = plan_category(config, "gear")
+    found = [fit(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU) for _ in range(2)]
+    assert torch.equal(found[0].reduction.projection, found[1].reduction.projection)
+    assert found[0].reduction.projection.shape == (32, 448)
+    place = make_bundle(config)
+    detector = build_detector(config, found[0].net, found[0].reduction, found[0].statistics)
+    images = torch.cat(list(build_shard(config, "gear", plan, 0, 1).holdout_batches()))
+    expected, read = detector(images), read_bundle(place).detector(images)
+    torch.testing.assert_close(read.score, expected.score, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(read.anomaly_map, expected.anomaly_map, rtol=1e-3, atol=1e-2)
+
+
+def test_one_image_is_too_few(data: str) -> None:
+    config = small_config(data, "unused", model={"image_alignment": {"group": "none"}})
+    plan = plan_category(config, "gear")
+    run = Run(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
+    one = next(iter(run.shard.fit_batches()))[:1]
+    with pytest.raises(ValueError, match="a metric needs at least 2 normal images, got 1"):
+        metric_pass(run.net, run.reduction, [one], CPU, 1, 0, 0)

@@ -1,0 +1,94 @@
+"""The profile of good images: its weights, its scores, and that an image of the bank is scored as a new one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from focus_ray.config import DensityConfig
+from focus_ray.density.base import Statistics, build_density
+from focus_ray.density.moments import Moments
+from focus_ray.density.nearest import NearestMemory, keep
+from focus_ray.fitting.profile import FLOOR, SHARES, Profile, fit_profile, highest_values
+from focus_ray.fitting.scoring import upsample_and_smooth
+
+SIDE, CHANNELS = 8, 5
+SPREAD = upsample_and_smooth(SIDE, 64, 4.0)
+
+
+def embeddings(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def memory(values: Tensor, window: int = 1) -> tuple[NearestMemory, Tensor]:
+    moments = Moments(SIDE, SIDE, CHANNELS)
+    moments.update(values)
+    bank = keep(values)
+    density = build_density(DensityConfig(reduction="discriminant", window=window), Statistics(moments, bank))  # type: ignore[arg-type]
+    assert isinstance(density, NearestMemory)
+    return density, bank
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_an_image_of_the_bank_is_scored_as_if_it_were_new(window: int) -> None:
+    values = embeddings(7)
+    density, bank = memory(values, window)
+    rows = bank.float().transpose(1, 2).unflatten(2, (SIDE, SIDE))
+    left_out = density.score(rows, torch.arange(7))
+    for number in range(7):
+        others, _ = memory(torch.cat([rows[:number], rows[number + 1 :]]), window)
+        torch.testing.assert_close(left_out[number], others.score(rows[number : number + 1])[0], rtol=1e-4, atol=1e-4)
+    assert float(density.score(rows).max()) < 0.05  # with its own embeddings there, nothing is left of it
+
+
+def test_a_place_where_good_images_vary_counts_less() -> None:
+    values = embeddings(12)
+    values[:, :, 5, 5] *= 8
+    density, bank = memory(values)
+    profile = fit_profile(density, bank, None, None, SPREAD)
+    assert profile.weight.shape == (SIDE, SIDE)
+    assert int(profile.weight.argmin()) in [row * SIDE + column for row in (4, 5, 6) for column in (4, 5, 6)]
+    assert float(profile.weight.max()) <= (1 + FLOOR) / FLOOR + 1e-6
+
+
+def test_a_good_image_scores_about_one_and_an_odd_one_more() -> None:
+    density, bank = memory(embeddings(40))
+    profile = fit_profile(density, bank, None, None, SPREAD)
+    new = embeddings(20, seed=1)
+    scores = profile.score(density.score(new), SPREAD)
+    assert 0.8 < float(scores.mean()) < 1.2
+    new[:, :, 2:4, 2:4] += 6
+    assert float(profile.score(density.score(new), SPREAD).min()) > float(scores.max())
+
+
+def test_the_highest_values_fall_from_the_maximum_to_the_largest_share() -> None:
+    values = highest_values(torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(2)), SPREAD)
+    assert values.shape == (3, len(SHARES))
+    assert bool((values[:, :-1] >= values[:, 1:]).all())
+
+
+def test_places_that_are_not_scored_do_not_enter() -> None:
+    density, bank = memory(embeddings(10))
+    seen = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    seen[2:6, 2:6] = True
+    identity = torch.eye(2, 3).expand(10, 2, 3)
+    masked = fit_profile(density, bank, identity, seen, SPREAD)
+    plain = fit_profile(density, bank, None, None, SPREAD)
+    assert bool((masked.typical[1:] < plain.typical[1:]).all())
+
+
+def test_a_score_does_not_depend_on_the_batch() -> None:
+    density, bank = memory(embeddings(10))
+    profile = fit_profile(density, bank, None, None, SPREAD)
+    distance = density.score(embeddings(6, seed=3))
+    whole = profile.score(distance, SPREAD)
+    for number in range(6):
+        torch.testing.assert_close(profile.score(distance[number : number + 1], SPREAD)[0], whole[number])
+
+
+def test_one_image_leaves_every_place_alike() -> None:
+    density, bank = memory(embeddings(2))
+    profile = fit_profile(density, bank[:1], None, None, SPREAD)
+    assert isinstance(profile, Profile)
+    assert bool((profile.weight == 1).all())
