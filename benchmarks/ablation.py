@@ -57,12 +57,13 @@ def main() -> None:
     unknown = sorted(set(arguments.variants or []) - set(chosen))
     if unknown:
         parser.error(f"no variant {unknown}; there are {list(chosen)}")
-    density = {"kind": arguments.density, "pooling": 0.5}
+    density = {"kind": arguments.density, "pooling": 0.5, "reduction": "semi_orthogonal"}
+    plain = {"model": {"padding": "zeros"}, "scoring": {"image_score": "maximum"}, "density": density}  # FYD, nothing added
     samples = []
     for name in arguments.variants or chosen:
         for category in categories:
             for seed in arguments.seeds:
-                tree = merged(base_tree(arguments, uri), chosen[name], {"density": density, "train": {"seed": seed}})
+                tree = merged(base_tree(arguments, uri), chosen[name], plain, {"train": {"seed": seed}})
                 start = time.perf_counter()
                 result, _, figures = run(tree, category, arguments.device)
                 sample = {

@@ -126,6 +126,7 @@ def own_tensors(detector: Detector) -> Iterator[Tensor]:
     yield detector.spread
     if detector.seen is not None:
         yield detector.seen
+    yield from detector.profile or ()
 
 
 def hash_module(module: nn.Module) -> str:

@@ -90,7 +90,9 @@ def test_what_does_not_fit_is_refused_before_anything_starts(keys: dict[str, Any
 
 
 def test_values_are_what_the_configuration_makes_of_them() -> None:
-    sweep = sweep_of(space={"train.learning_rate": ["1e-3", "1e-4"], "density.layers": [["layer1", "layer2"]]})
+    base = {**BASE, "train": {"epochs": 1}}
+    space = {"train.learning_rate": ["1e-3", "1e-4"], "density.layers": [["layer1", "layer2"]]}
+    sweep = sweep_of(base=base, space=space)
     assert sweep.space["train.learning_rate"].choice == (0.001, 0.0001)  # text in YAML 1.1
     assert sweep.space["density.layers"].choice == (["layer1", "layer2"],)
 
@@ -141,9 +143,9 @@ def test_integers_are_drawn_from_the_range_with_both_its_ends(low: int, span: in
 
 
 def test_a_grid_is_every_combination_once() -> None:
-    sweep = sweep_of(searcher="grid", num_trials=None, space={"density.window": [1, 3], "density.pooling": [0, 1]})
+    sweep = sweep_of(searcher="grid", num_trials=None, space={"density.window": [1, 3], "density.shrinkage": [1, 2]})
     assert grid_points(sweep) == [
-        {"density.window": w, "density.pooling": p} for w in (1, 3) for p in (0.0, 1.0)
+        {"density.window": w, "density.shrinkage": s} for w in (1, 3) for s in (1.0, 2.0)
     ]  # fmt: skip
     assert [number for number, _ in [Proposer(sweep).ask()] if number == 0] == [0]  # type: ignore[misc]
 
