@@ -37,6 +37,7 @@ from focus_ray.fitting.passes import statistics_pass
 
 CPU = torch.device("cpu")
 CASES = [(kind, group) for kind in ("gaussian", "nearest") for group in ("none", "rotation_translation")]
+CASES.append(("learnt", "rotation_translation"))
 TRAINED = {"train": {"epochs": 2}, "cluster": {"num_workers": 2}}
 
 
@@ -137,19 +138,22 @@ def test_the_agreed_steps_fit_every_worker(num_images: int, num_workers: int, ba
 # One, two and three workers, without Ray
 
 
-def fit_as_worker(rank: int, ports: dict[int, int], data: str, folder: str) -> None:
-    """One gloo process of several; the first writes what came out of every case, and of a run that trains."""
+def fit_as_worker(rank: int, port: int, configs: dict[Any, Config], data: str, folder: str, num_workers: int) -> None:
+    """One gloo process of several; the first writes what came out of every configuration."""
+    if rank >= num_workers:
+        return
     torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers)
+    found = {name: outcome(config, data, rank, num_workers) for name, config in configs.items()}
+    if rank == 0:
+        torch.save(found, Path(folder) / f"{num_workers}.pt")
+    dist.destroy_process_group()
+
+
+def fit_as_workers(rank: int, ports: dict[int, int], configs: dict[Any, Config], data: str, folder: str) -> None:
+    """As several numbers of workers, one number after the other."""
     for num_workers, port in ports.items():
-        if rank >= num_workers:
-            continue
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_workers)
-        found: dict[Any, Any] = {case: outcome(case_config(data, case), data, rank, num_workers) for case in CASES}
-        if num_workers == 2:
-            found["trained"] = outcome(small_config(data, "unused", **TRAINED), data, rank, num_workers)
-        if rank == 0:
-            torch.save(found, Path(folder) / f"{num_workers}.pt")
-        dist.destroy_process_group()
+        fit_as_worker(rank, port, configs, data, folder, num_workers)
 
 
 def outcome(config: Config, data: str, rank: int = 0, num_workers: int = 1) -> dict[str, Any]:
@@ -185,9 +189,20 @@ def free_port() -> int:
 def outcomes(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[Any, Any]]:
     """Number of workers -> case -> outcome."""
     folder = tmp_path_factory.mktemp("outcomes")
-    torch.multiprocessing.spawn(fit_as_worker, ({3: free_port(), 2: free_port()}, data, str(folder)), nprocs=3)
-    found = {num_workers: torch.load(folder / f"{num_workers}.pt") for num_workers in (2, 3)}
-    return {1: {case: outcome(case_config(data, case), data) for case in CASES}, **found}
+    configs = {case: case_config(data, case) for case in CASES}
+    ports = {3: free_port(), 2: free_port()}
+    torch.multiprocessing.spawn(fit_as_workers, (ports, configs, data, str(folder)), nprocs=3)
+    found = {num_workers: torch.load(folder / f"{num_workers}.pt") for num_workers in ports}
+    return {1: {case: outcome(config, data) for case, config in configs.items()}, **found}
+
+
+@pytest.fixture(scope="module")
+def plain_outcome(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of two plain processes that train."""
+    folder = tmp_path_factory.mktemp("plain")
+    configs = {"trained": small_config(data, "unused", **TRAINED)}
+    torch.multiprocessing.spawn(fit_as_workers, ({2: free_port()}, configs, data, str(folder)), nprocs=2)
+    return torch.load(folder / "2.pt")["trained"]  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
@@ -196,15 +211,19 @@ def test_several_workers_give_the_moments_and_scores_of_one(
     outcomes: dict[int, dict[Any, Any]], case: tuple[str, str], num_workers: int
 ) -> None:
     one, several = outcomes[1][case], outcomes[num_workers][case]
+    # the learnt metric is taken from embeddings kept in half precision: what a batch's size does to their last bit can
+    # turn a nearest neighbour into another (1.8e-4 of the metric with two workers, 0 with three)
+    bound = 1e-3 if case[0] == "learnt" else 1e-5
     assert one["count"] == several["count"] == NUM_TRAIN - round(0.2 * NUM_TRAIN)
     assert one["aligned"] == several["aligned"] == (case[1] != "none")
-    assert relative(one["mean"], several["mean"]) <= 1e-5
-    assert relative(one["scatter"], several["scatter"]) <= 1e-5
-    assert relative(one["metric"], several["metric"]) <= 1e-4
+    assert relative(one["mean"], several["mean"]) <= bound
+    assert relative(one["scatter"], several["scatter"]) <= bound
+    assert relative(one["metric"], several["metric"]) <= bound
     spread = float(one["scores"].std())
     assert spread > 0
-    assert float((one["scores"] - several["scores"]).abs().max()) <= 1e-3 * spread
-    assert abs(one["threshold"] - several["threshold"]) <= 1e-3 * spread
+    far = (1e-2 if case[0] == "learnt" else 1e-3) * spread
+    assert float((one["scores"] - several["scores"]).abs().max()) <= far
+    assert abs(one["threshold"] - several["threshold"]) <= far
 
 
 def test_the_same_seed_gives_the_same_moments_and_scores(data: str) -> None:
@@ -258,14 +277,13 @@ def test_two_workers_train_a_bundle_that_loads_and_scores(trained: Config, data:
 
 @pytest.mark.ray
 def test_ray_train_gives_what_two_plain_processes_give(
-    trained: Config, data: str, runs: Path, outcomes: dict[int, dict[Any, Any]]
+    trained: Config, data: str, runs: Path, plain_outcome: dict[str, Any]
 ) -> None:
-    plain = outcomes[2]["trained"]
     moments = read_statistics(f"{runs}/small/bundles/gear").moments
-    assert relative(plain["mean"], moments.mean) <= 1e-6
-    assert relative(plain["scatter"], moments.scatter) <= 1e-6
+    assert relative(plain_outcome["mean"], moments.mean) <= 1e-6
+    assert relative(plain_outcome["scatter"], moments.scatter) <= 1e-6
     scores = read_bundle(f"{runs}/small/bundles/gear").detector(images_to_score(data)).score
-    assert relative(plain["scores"], scores) <= 1e-5
+    assert relative(plain_outcome["scores"], scores) <= 1e-5
 
 
 @pytest.mark.ray
