@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from s3_server import S3Server
 from small_set import CATEGORIES, draw_parts, ingest_parts, small_config
@@ -29,8 +30,13 @@ from focus_ray.errors import ConfigError, DataError, SweepError, TrainingError
 from focus_ray.storage import list_names
 from focus_ray.sweep import records
 from focus_ray.sweep.driver import Outcome, sweep
+from focus_ray.sweep.proposer import Proposer
+from focus_ray.sweep.race import Judge
 from focus_ray.sweep.records import Record, SignOfLife, read_records, read_state, read_sweep
+from focus_ray.sweep.report import write_report
 from focus_ray.sweep.settings import SweepConfig, parse_sweep
+from focus_ray.sweep.shared import judging_plan, load_images
+from focus_ray.sweep.trial import judge_category
 
 PLAIN = {"image_alignment": {"group": "none"}}
 SPACE = {"density.num_channels": [4, 8, 32], "density.shrinkage": [0.5, 4.0]}
@@ -46,6 +52,30 @@ def sweep_of(data: str, storage: Path | str, base: dict[str, Any] | None = None,
     sections = {"data": {"categories": list(CATEGORIES)}, "model": PLAIN, **(base or {})}
     tree = small_config(data, storage, **sections).model_dump(mode="json")
     return parse_sweep({"base": tree, "space": SPACE, "searcher": "grid", "name": "found", **keys})
+
+
+def judged_alone(config: SweepConfig) -> list[Record]:
+    """All trials one after the other in this process: no Ray, nothing shared, nothing cut."""
+    base, proposer, found = config.base_config(), Proposer(config), []
+    images = {
+        category: load_images(
+            base, category, judging_plan(base, category, config.objective), config.objective, base.model.image_size_px
+        )
+        for category in CATEGORIES
+    }
+    while (asked := proposer.ask()) is not None:
+        number, point = asked
+        settings = config.base_config(point)
+        parts = [
+            judge_category(settings, category, images[category], config.objective, torch.device("cpu"))
+            for category in CATEGORIES
+        ]
+        score = records.mean_score([part.score for part in parts if part.score is not None])
+        proposer.tell(number, point, score)
+        ended = {part.category: dataclasses.asdict(part) for part in parts}
+        epochs = sum(part.epochs for part in parts)
+        found.append(Record(number, None, point, "finished", score, ended, epochs=epochs))
+    return found
 
 
 def what_is_left() -> tuple[list[str], list[str]]:
@@ -127,9 +157,8 @@ def test_features_are_made_once_and_the_scores_are_those_without_sharing(
 ) -> None:
     shared = {part["shared"] for record in found.records for part in record.categories.values()}
     assert shared == {"features"}
-    alone = sweep(sweep_of(data, tmp_path, share_work=False))
-    assert {part["shared"] for record in alone.records for part in record.categories.values()} == {"nothing"}
-    assert [record.score for record in alone.records] == pytest.approx([r.score for r in found.records], abs=1e-6)
+    alone = judged_alone(sweep_of(data, tmp_path))
+    assert [record.score for record in alone] == pytest.approx([r.score for r in found.records], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -159,9 +188,11 @@ def test_one_sweep_a_category_finds_the_best_of_each(
 @pytest.mark.ray
 def test_a_trial_that_fails_is_told_and_the_others_go_on(ray_cluster: None, data: str, tmp_path: Path) -> None:
     space = {"model.weights": ["random", str(tmp_path / "absent.pth")], "density.shrinkage": [1.0, 2.0]}
-    outcome = sweep(sweep_of(data, tmp_path, space=space, share_work=False))
+    outcome = sweep(sweep_of(data, tmp_path, space=space, share_work=False, objective="pixel_auroc"))
     assert [record.status for record in outcome.records] == ["finished", "finished", "failed", "failed"]
     assert all("absent.pth" in str(record.reason) for record in outcome.failed)
+    assert {part["shared"] for record in outcome.records for part in record.categories.values()} == {"nothing"}
+    assert "pixel_auroc on LABELLED test images" in Path(outcome.root, "best.yaml").read_text()
     assert wait_until_nothing_is_left() == ([], [])
 
 
@@ -173,32 +204,64 @@ def test_where_every_trial_fails_the_sweep_does(ray_cluster: None, data: str, tm
         sweep(sweep_of(data, tmp_path, space=space))
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_labelled_objective_is_marked_in_table_yaml_and_page(ray_cluster: None, data: str, tmp_path: Path) -> None:
-    outcome = sweep(sweep_of(data, tmp_path, objective="pixel_auroc", space={"density.shrinkage": [1.0, 2.0]}))
-    best = Path(outcome.root, "best.yaml").read_text()
+def test_a_labelled_objective_is_marked_in_table_yaml_and_page(data: str, tmp_path: Path) -> None:
+    config = sweep_of(data, tmp_path, objective="pixel_auroc", space={"density.shrinkage": [1.0, 2.0]})
+    write_report(str(tmp_path), config, [a_record(point={"density.shrinkage": value}) for value in (1.0, 2.0)])
+    best = (tmp_path / "best.yaml").read_text()
     assert "pixel_auroc on LABELLED test images" in best
     assert "no fair test" in best
-    assert "<span class=mark>labelled</span>" in Path(outcome.root, "report.html").read_text()
-    assert "LABELLED" in Path(outcome.root, "report.md").read_text()
-    assert pq.read_schema(f"{outcome.root}/trials.parquet").metadata[b"labelled"] == b"True"
+    assert "<span class=mark>labelled</span>" in (tmp_path / "report.html").read_text()
+    assert "LABELLED" in (tmp_path / "report.md").read_text()
+    assert pq.read_schema(tmp_path / "trials.parquet").metadata[b"labelled"] == b"True"
+
+
+# A race
+
+
+RATES = {"train.learning_rate": [1e-2, 1e-4, 1e-3, 0.03]}  # none diverges: what loses loses to the first
+TRAINED: dict[str, Any] = {"train": {"epochs": 3, "learning_rate_head": 0.05}}
+HALVING: dict[str, Any] = {"race": {"enabled": True}, "scheduler": {"kind": "asha"}}
+
+
+@pytest.fixture(scope="module")
+def raceless(data: str) -> list[Record]:
+    """Four rates, every trial to its end."""
+    return judged_alone(sweep_of(data, "unused", TRAINED, space=RATES))
+
+
+def test_a_race_finds_the_same_best_for_fewer_epochs(raceless: list[Record], data: str) -> None:
+    judge = Judge(sweep_of(data, "unused", TRAINED, space=RATES, **HALVING), CATEGORIES, 3)
+    ended = []
+    epochs = 0
+    for record in raceless:  # whose scores do not depend on what the judge says of them
+        judge.begin(record.number)
+        reason = None
+        for category, curve in record.curves().items():
+            for epoch, score in curve:
+                epochs += reason is None
+                reason = reason or judge.report(record.number, category, epoch, score, epoch == 3)
+        status = "finished" if reason is None else "cut"
+        ended.append(dataclasses.replace(record, status=status, score=record.score if reason is None else None))
+    assert records.best_of(ended)[None] == records.best_of(raceless)[None]
+    assert sum(record.epochs for record in raceless) == 4 * 2 * 3
+    assert epochs <= 0.6 * 4 * 2 * 3, epochs
+    assert [record.status for record in ended] == ["finished", "cut", "cut", "cut"]
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_race_finds_the_same_best_for_fewer_epochs(ray_cluster: None, data: str, tmp_path: Path) -> None:
-    space = {"train.learning_rate": [1e-4, 0.3, 1.0, 3.0]}
-    base = {"train": {"epochs": 3, "learning_rate_head": 0.05}}
-    common: dict[str, Any] = {"space": space, "max_concurrent_trials": 1}
-    whole = sweep(sweep_of(data, tmp_path, base, **common))
-    halving = {"race": {"enabled": True}, "scheduler": {"kind": "asha"}}
-    raced = sweep(sweep_of(data, tmp_path, base, **common, **halving, name="raced"))
-    assert raced.best[None].point == whole.best[None].point
-    assert raced.best[None].score == pytest.approx(whole.best[None].score)
-    epochs = [sum(record.epochs for record in outcome.records) for outcome in (whole, raced)]
-    assert epochs[1] <= 0.6 * 4 * 2 * 3, epochs
-    assert any(record.status == "cut" for record in raced.records)
+def test_a_race_on_ray_finds_the_best_of_all_trials_to_their_end(
+    ray_cluster: None, raceless: list[Record], data: str, tmp_path: Path
+) -> None:
+    raced = sweep(sweep_of(data, tmp_path, TRAINED, space=RATES, max_concurrent_trials=1, **HALVING))
+    whole = records.best_of(raceless)[None]
+    assert raced.best[None].point == whole.point
+    assert raced.best[None].score == pytest.approx(whole.score)
+    epochs = sum(record.epochs for record in raced.records)
+    assert epochs <= 0.6 * 4 * 2 * 3, epochs
+    reasons = [str(record.reason) for record in raced.records if record.status == "cut"]
+    assert len(reasons) == 3
+    assert all(reason.startswith(("race: ", "successive halving: ")) for reason in reasons)
     assert "curves.png" in os.listdir(raced.root)
 
 
