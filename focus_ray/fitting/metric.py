@@ -7,6 +7,9 @@ defective one does. With the two scatter matrices of residuals, normal `Sn` and 
 on differences). Each direction kept is scaled by sqrt(log lambda), the weight that a likelihood ratio of the two zero-mean
 Gaussians would give it to first order.
 
+Real defects are not the synthetic ones. So the learnt directions take half of the channels, and a random projection whitened
+by the normal covariance, which favours no kind of defect, takes the other half; both weigh alike on normal residuals.
+
 Both matrices are sums over images, so workers add up their own and join them by one all-reduce: the metric of any number of
 workers is that of one, up to the rounding of sums. Nothing is trained by gradient descent.
 """
@@ -37,6 +40,7 @@ QUERIES = 64  # of them, at most, whose patches and defects are looked at
 DEFECTS = 192  # synthetic ones, about: 3 to 8 an image
 RIDGE = 0.5  # on Sn, of its mean diagonal
 SEARCH_RIDGE = 2.0  # on the covariance that whitens for the search, of its mean diagonal
+WHITENED = 0.5  # of the channels: a whitened random projection beside the learnt directions, for defects of other kinds
 COVERED = 0.5  # of a place: from so much on it counts as defective
 _AT_ONCE = 8  # images: bounds memory
 
@@ -63,7 +67,7 @@ def metric_pass(
         batches: this worker's normal images, uint8 (B, S, S, 3).  num_images: of all workers.
         offset: the number of this worker's first image.
 
-    Returns: (num_channels, C) float32, for `ChannelReduction.projection`; rows beyond the directions worth keeping are 0.
+    Returns: (num_channels, C) float32, for `ChannelReduction.projection`; learnt rows beyond those worth keeping are 0.
 
     Raises: ValueError: fewer than two images.
     """
@@ -162,7 +166,10 @@ class ResidualScatter:
         if world_size() > 1:
             for total in (self.normal, self.defective, counts):
                 dist.all_reduce(total)
-        found = discriminant(self.normal / counts[0], self.defective / counts[1].clamp_min(1), num_channels)
+        normal = self.normal / counts[0]
+        num_whitened = int(WHITENED * num_channels)
+        learnt = discriminant(normal, self.defective / counts[1].clamp_min(1), num_channels - num_whitened)
+        found = torch.cat([_unit(learnt, normal), _unit(self.search[:num_whitened], normal)])
         if world_size() > 1:  # machines of different kinds may round an eigenvector to another sign
             dist.broadcast(found, 0)
         return found
@@ -192,6 +199,12 @@ class ResidualScatter:
         x = (place % width + shift % self.window - reach).clamp(0, width - 1)
         neighbour = self.bank[image, :, y, x]  # (L, B, C)
         return (embedding.permute(2, 3, 0, 1).flatten(0, 1) - neighbour).permute(1, 0, 2).unflatten(1, (height, width))
+
+
+def _unit(rows: Tensor, normal: Tensor) -> Tensor:
+    """Rows (k, C), scaled together so that normal residuals have a mean square of 1 over them."""
+    square = torch.einsum("kc,cd,kd->", rows.double(), normal, rows.double())
+    return rows / square.clamp_min(1e-24).sqrt().float()
 
 
 def discriminant(normal: Tensor, defective: Tensor, num_channels: int) -> Tensor:
