@@ -58,7 +58,11 @@ def main() -> None:
     if unknown:
         parser.error(f"no variant {unknown}; there are {list(chosen)}")
     density = {"kind": arguments.density, "pooling": 0.5, "reduction": "semi_orthogonal"}
-    plain = {"model": {"padding": "zeros"}, "scoring": {"image_score": "maximum"}, "density": density}  # FYD, nothing added
+    plain = {
+        "model": {"padding": "zeros"},
+        "scoring": {"image_score": "maximum"},
+        "density": density,
+    }  # FYD, nothing added
     samples = []
     for name in arguments.variants or chosen:
         for category in categories:
