@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_set import NUM_TEST, NUM_TRAIN, draw_parts, fit_alone, ingest_parts, small_config, spoil_an_image
 from torch import Tensor
+from waiting import wait_for
 
 from focus_ray.bundle.bundle import find_bundles, read_bundle, read_manifest, read_statistics
 from focus_ray.cluster.training import train
@@ -34,6 +35,7 @@ from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import FitResult, build_detector, fit
 from focus_ray.fitting.passes import statistics_pass
+from focus_ray.fitting.state import TrainState
 
 CPU = torch.device("cpu")
 CASES = [(kind, group) for kind in ("gaussian", "nearest") for group in ("none", "rotation_translation")]
@@ -377,15 +379,19 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on_from_its_checkpoint(
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     before: list[dict[str, float]] = []
-    deadline = time.monotonic() + 90
-    while len(before) < 3 and thread.is_alive() and time.monotonic() < deadline:
+
+    def three_epochs_are_kept() -> bool:
+        nonlocal before
         # a checkpoint that another follows has been taken note of
         for path in (runs / "killed/train/gear").glob("checkpoint_*/state.pt"):
             try:
-                before = max(before, torch.load(path, map_location="cpu")["history"], key=len)
+                state = TrainState.from_dict(torch.load(path, map_location="cpu"))
             except (OSError, RuntimeError, EOFError):  # being written, or replaced by the next
                 continue
-        time.sleep(0.05)
+            before = max(before, state.notes.history, key=len)
+        return len(before) >= 3 or not thread.is_alive()
+
+    wait_for(three_epochs_are_kept, 90, "a checkpoint of three epochs", 0.05)
     pids = train_worker_pids()
     assert (len(before), len(pids)) == (max(3, len(before)), 2), (before, errors)
     os.kill(pids[0], signal.SIGKILL)
