@@ -31,7 +31,7 @@ def add_jobs(commands: Any) -> None:
     submit.add_argument("--no-follow", action="store_true", help="return at once; print the job's id only")
     submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
     submit.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
-    submit.set_defaults(run=_submit)
+    submit.set_defaults(run=_submit, known=commands.choices)  # complete by the time a command runs
 
     jobs = commands.add_parser("jobs", help="list, follow and stop the jobs of a Ray cluster")
     actions = jobs.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -51,7 +51,6 @@ def add_jobs(commands: Any) -> None:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from focus_ray.cli.main import command_names
     from focus_ray.errors import SubmissionError
     from focus_ray.submission import client as submission
     from focus_ray.submission.job import build_job
@@ -62,7 +61,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
     job = build_job(
         words,
-        commands=command_names(),
+        commands=arguments.known,
         team=arguments.team,
         category=arguments.category,
         working_dir=arguments.working_dir,
