@@ -140,7 +140,7 @@ def test_a_misspelt_key_is_found_before_the_job_is_sent(folder: Path) -> None:
 
 
 SWEEP = """
-base: {data: {uri: s3://bucket/data}, storage: s3://bucket/sweeps}
+base: {data: {uri: s3://bucket/data}, storage: s3://bucket/sweeps, density: {reduction: semi_orthogonal}}
 space: {density.shrinkage: [1.0, 2.0]}
 searcher: grid
 """
