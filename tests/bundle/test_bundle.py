@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import subprocess
@@ -40,7 +41,7 @@ def config_of(kind: str = "gaussian", **density: Any) -> Config:
                 "image_alignment": {"group": "none"},
                 "feature_alignment": {"layer2": "rotation"},
             },
-            "density": {"kind": kind, "num_channels": 12, **density},
+            "density": {"kind": kind, "num_channels": 12, "reduction": "semi_orthogonal", **density},
         }
     )
 
@@ -235,9 +236,23 @@ def test_another_format_version_is_refused(bundle: Path) -> None:
     path = bundle / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
     with pytest.raises(
-        BundleError, match=r"bundle format 99, this focus_ray .* reads 1: install the version that wrote it"
+        BundleError, match=r"bundle format 99, this focus_ray .* reads 1 and 2: install the version that wrote it"
     ):
         read_bundle(bundle)
+
+
+def test_a_bundle_of_the_former_format_scores_as_it_did(bundle: Path) -> None:
+    """It had no choice of padding and of the image score: zeros, and the map's maximum."""
+    path = bundle / MANIFEST
+    manifest = json.loads(path.read_text())
+    former = {**manifest, "format_version": 1, "config": json.loads(json.dumps(manifest["config"]))}
+    del former["config"]["model"]["padding"], former["config"]["scoring"]["image_score"]
+    del former["sha256"]
+    text = json.dumps(former, sort_keys=True, separators=(",", ":"))
+    path.write_text(json.dumps({**former, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+    read = read_bundle(bundle)
+    assert (read.config.model.padding, read.config.scoring.image_score) == ("zeros", "maximum")
+    assert read.detector.profile is None
 
 
 def test_a_missing_file_is_named(bundle: Path) -> None:
