@@ -14,6 +14,7 @@ import pytest
 from s3_faults import faulty
 from s3_server import S3Server, find_program, free_ports, start, wait_until_ready
 from small_set import NUM_TEST, NUM_TRAIN, draw_parts, small_config
+from waiting import wait_for
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.data.ingest import ingest
@@ -64,8 +65,11 @@ def test_a_server_that_is_killed_and_throttles_costs_no_row_and_repeats_none(
             environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.endpoint, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
             run = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
             checkpoints = f"{root}/runs/small/train/gear"
-            while run.poll() is None and not any(n.startswith("checkpoint_") for n in list_names(checkpoints)):
-                time.sleep(0.1)
+
+            def has_checkpoint() -> bool:
+                return run.poll() is not None or any(n.startswith("checkpoint_") for n in list_names(checkpoints))
+
+            wait_for(has_checkpoint, 200, "a checkpoint")
             assert run.poll() is None, (tmp_path / "log").read_text()[-3000:]
             process.kill()
             process.wait()
