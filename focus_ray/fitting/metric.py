@@ -42,7 +42,6 @@ RIDGE = 0.5  # on Sn, of its mean diagonal
 SEARCH_RIDGE = 2.0  # on the covariance that whitens for the search, of its mean diagonal
 WHITENED = 0.5  # of the channels: a whitened random projection beside the learnt directions, for defects of other kinds
 COVERED = 0.5  # of a place: from so much on it counts as defective
-_AT_ONCE = 8  # images: bounds memory
 
 
 def full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
@@ -110,7 +109,8 @@ def _embedded(
     if not len(images):
         side = net.config.image_size_px // full.config.map_stride_px
         return torch.empty(0, full.num_channels, side, side, device=device), None
-    parts = [embed(net, full, to_images(part, device)) for part in images.split(_AT_ONCE)]
+    # one by one: rounding that depends on the batch would choose other neighbours with another number of workers
+    parts = [embed(net, full, to_images(image, device)) for image in images.split(1)]
     thetas = [theta for _, theta in parts if theta is not None]
     return torch.cat([embedding for embedding, _ in parts]), torch.cat(thetas) if thetas else None
 
