@@ -1,5 +1,7 @@
 """The configuration of a run: frozen models that refuse unknown keys; YAML in, resolved YAML or JSON out.
 
+Long, so that every setting of a run can be read in one place.
+
 Paper constants and their kin are defaults here, each with its source: [paper] arXiv 2110.04538, [kin] its published
 relatives (RegAD, SimSiam, PaDiM), [ours] a choice of this project.
 """

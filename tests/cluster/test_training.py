@@ -1,4 +1,7 @@
-"""Training for real: one, two and three processes agree; Ray Train, Ray Data, a killed worker, two nodes, failures."""
+"""Training for real: one, two and three processes agree; Ray Train, Ray Data, a killed worker, two nodes, failures.
+
+Long, because its tests share fixtures that cost seconds.
+"""
 
 from __future__ import annotations
 

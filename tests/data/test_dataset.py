@@ -1,4 +1,7 @@
-"""The Parquet data set: importers, the outcome of every odd file, atomic publication and the readers."""
+"""The Parquet data set: importers, the outcome of every odd file, atomic publication and the readers.
+
+Long, because its tests share fixtures that cost seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The service without Serve: who may ask, limits, versions, models in memory, and answers equal to the inspector's."""
+"""The service without Serve: who may ask, limits, versions, models in memory, and answers equal to the inspector's.
+
+Long, because its tests share fixtures that cost seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A real sweep: what it finds and leaves, a driver killed and taken up again, a stop, trials that fail, workers of DDP."""
+"""A real sweep: what it finds and leaves, a driver killed and taken up again, a stop, trials that fail, workers of DDP.
+
+Long, because its tests share fixtures that cost seconds.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Image alignment by congealing [ours]: theta is searched against the mean image of the normal ones.
 
+Long, because search, refinement and learning are one state: a template and its bounds.
+
 FYD trains its image transformer by the pairwise distance of the aligned images. The mean over pairs of squared distances
 is twice the mean squared distance to the mean image, so the same objective can be descended on the mean image alone:
 align every image to the template, take the mean of the aligned images as the next template, repeat (congealing, Miller,
