@@ -400,15 +400,12 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-_M = TypeVar("_M", bound=BaseModel)
-
-
 def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
     """Validates a plain mapping. Raises: ConfigError: naming each key, its value and what was expected."""
     return parse_model(Config, tree, source)
 
 
-def parse_model(model: type[_M], tree: Any, source: str) -> _M:
+def parse_model(model: type[M], tree: Any, source: str) -> M:
     """`parse_config` for any model."""
     try:
         return model.model_validate(tree)

@@ -351,15 +351,14 @@ def _check_space(sweep: SweepConfig) -> None:
         for refused, why in _REFUSED.items():
             if key == refused or key.startswith(f"{refused}."):
                 raise ConfigError(f"space: {key} cannot be searched: {why}; set base.{key} instead")
-    sweep.base_config()
+    of_base = inert_keys(sweep.base_config())
     points = [{key: value} for key, domain in sweep.space.items() for value in domain.samples()]
     # what is inert at every value of the others changes nothing anywhere
     inert = [inert_keys(sweep.base_config(point)) for point in points]
     for key in sweep.space:
         of_others = [found for point, found in zip(points, inert, strict=True) if key not in point]
-        if all(key in found for found in [inert_keys(sweep.base_config()), *of_others]):
-            why = inert_keys(sweep.base_config())[key]
-            raise ConfigError(f"space: {key} changes no score here: {why}; take it out, or change that")
+        if all(key in found for found in [of_base, *of_others]):
+            raise ConfigError(f"space: {key} changes no score here: {of_base[key]}; take it out, or change that")
     if sweep.searcher == "grid":
         for point in grid_points(sweep):
             sweep.base_config(point)
