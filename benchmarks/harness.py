@@ -18,7 +18,7 @@ from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.shards import build_shard
 from focus_ray.data.split import Plan, plan_category
-from focus_ray.fitting.fit import FitResult, build_detector, fit
+from focus_ray.fitting.fit import FitResult, fit
 
 
 def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -73,8 +73,7 @@ def fit_category(config: Config, category: str, device: str, plan: Plan | None =
     plan = plan or plan_category(config, category)
     shard = build_shard(config, category, plan, rank=0, num_workers=1)
     result = fit(config, shard, len(plan.fit_rows), torch.device(device), log=print)
-    detector = build_detector(config, result.net, result.reduction, result.statistics)
-    bundle = Bundle({"category": category, "sha256": ""}, config, detector, result.calibration)
+    bundle = Bundle({"category": category, "sha256": ""}, config, result.detector, result.calibration)
     return result, Inspector(bundle, device)
 
 

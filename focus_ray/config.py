@@ -236,9 +236,26 @@ class DensityConfig(Section):
     max_images: int = Field(
         default=512, ge=2, description="nearest: keeps the embeddings of so many images at most, evenly chosen."
     )
+    coreset: int = Field(
+        default=1024,
+        ge=0,
+        le=65536,
+        description="nearest: patches of a memory without places, chosen greedily from all images, whose distance is averaged "
+        "with that of the places' own memory [kin, PatchCore]. 0: none.",
+    )
+    coreset_channels: int = Field(
+        default=128,
+        ge=1,
+        le=4096,
+        description="Channels of layers 2 and 3 for the coreset, at most: a random projection.",
+    )
     keep_moments: bool = Field(
         default=True, description="Keep the moments in the bundle, so that images can be added or taken out later."
     )
+
+    @property
+    def keeps_coreset(self) -> bool:
+        return self.kind == "nearest" and self.coreset > 0
 
     @field_validator("layers")
     @classmethod

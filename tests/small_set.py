@@ -70,8 +70,7 @@ def make_bundle(config: Config, category: str = "gear", place: Path | str | None
         place,
         config=config,
         category=category,
-        net=result.net,
-        reduction=result.reduction,
+        detector=result.detector,
         statistics=result.statistics,
         calibration=result.calibration,
         data={

@@ -27,7 +27,6 @@ from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration
-from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.profile import Profile
 from focus_ray.fitting.scoring import Detector
 from focus_ray.model.backbones.base import bare_backbone
@@ -35,10 +34,11 @@ from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # what bundles of a former format had no choice of, and how they were made
-_FORMER: dict[int, dict[str, dict[str, str]]] = {
-    1: {"model": {"padding": "zeros"}, "scoring": {"image_score": "maximum"}},
+_FORMER: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"model": {"padding": "zeros"}, "scoring": {"image_score": "maximum"}, "density": {"coreset": 0}},
+    2: {"density": {"coreset": 0}},
     FORMAT_VERSION: {},
 }
 MANIFEST = "manifest.json"
@@ -71,16 +71,16 @@ def write_bundle(
     *,
     config: Config,
     category: str,
-    net: FocusNet,
-    reduction: ChannelReduction,
+    detector: Detector,
     statistics: Statistics,
     calibration: Calibration,
     data: dict[str, Any],
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    """Builds the density and writes everything; replaces a bundle that is there in one step.
+    """Writes everything; replaces a bundle that is there in one step.
 
     Args:
+        detector: as `build_detector` makes it of the statistics.
         data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
         metrics: figures worth keeping: losses, collapse figures, timings.
 
@@ -89,17 +89,20 @@ def write_bundle(
     Raises: DataError: the place cannot be written.
     """
     moments = statistics.moments
-    network = {name: value for name, value in net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)}
-    network.update({f"reduction.{name}": value for name, value in reduction.state_dict().items()})
-    density = density_tensors(config.density, statistics)
+    network = {
+        name: value for name, value in detector.net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)
+    }
+    network.update({f"reduction.{name}": value for name, value in detector.reduction.state_dict().items()})
+    density = density_tensors(config.density, statistics, detector.density)
     if statistics.thetas is not None:
         density["thetas"] = statistics.thetas
-    profile = build_detector(config, net, reduction, statistics).profile
-    if profile is not None:
-        density.update({f"profile.{name}": value for name, value in profile._asdict().items()})
+    if detector.profile is not None:
+        density.update({f"profile.{name}": value for name, value in detector.profile._asdict().items()})
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
+        if config.density.keeps_coreset and statistics.bank is not None:
+            parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
     files = {}
     for part, tensors in parts.items():
         content = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
@@ -235,7 +238,10 @@ def read_statistics(uri: str | Path) -> Statistics:
     moments.count = shape["count"]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
     density = _read_part(uri, manifest, "density")
-    return Statistics(moments, density.get("bank"), density.get("thetas"))
+    bank = density.get("bank")
+    if bank is not None and "coreset_bank" in tensors:
+        bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
+    return Statistics(moments, bank, density.get("thetas"))
 
 
 def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:

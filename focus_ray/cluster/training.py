@@ -241,8 +241,7 @@ def _worker(job: CategoryJob) -> None:
             join(job.root, "bundles", category),
             config=config,
             category=category,
-            net=result.net,
-            reduction=result.reduction,
+            detector=result.detector,
             statistics=result.statistics,
             calibration=result.calibration,
             data={

@@ -38,8 +38,12 @@ class DensityKind(Protocol):
     def build(self, config: DensityConfig, statistics: Statistics) -> Density:
         """Raises: ValueError: fewer than two images."""
 
-    def tensors(self, config: DensityConfig, statistics: Statistics) -> dict[str, Tensor]:
-        """What a bundle stores, for `load`; the bank, where it is kept, under the name 'bank'."""
+    def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
+        """What a bundle stores, for `load`; the bank, where it is kept, under the name 'bank', cut to the channels of places.
+
+        Args:
+            density: as `build` made it of the same statistics.
+        """
 
     def load(
         self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
@@ -51,7 +55,9 @@ class DensityKind(Protocol):
 class Statistics:
     """What is kept of the normal images; statistics of several sites can be joined.
 
-    moments: of all images.  bank: (N, L, C) float16, embeddings of the images that a memory keeps; None for a Gaussian.
+    moments: of all images.
+    bank: (N, L, C + K) float16, embeddings of the images that a memory keeps, with K channels for a coreset (0: none); None for
+        a Gaussian.
     thetas: (N, 2, 3), how the images of the bank were aligned; None where they were not.
     """
 
@@ -97,9 +103,9 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
     return kind.build(config, statistics)
 
 
-def density_tensors(config: DensityConfig, statistics: Statistics) -> dict[str, Tensor]:
-    """What a bundle stores to build the density from."""
-    return DENSITIES[config.kind].tensors(config, statistics)
+def density_tensors(config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
+    """What a bundle stores to build the density from, which is that of the statistics."""
+    return DENSITIES[config.kind].tensors(config, statistics, density)
 
 
 def load_density(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from focus_ray.config import DensityConfig
-from focus_ray.density.base import Statistics, ridge_of
+from focus_ray.density.base import Density, Statistics, ridge_of
 from focus_ray.density.moments import (
     Moments,
     check_count,
@@ -106,7 +106,7 @@ class _GaussianKind:
         mean, factor = fit_gaussian(moments, ridge_of(config, moments), config.pooling)
         return Gaussian(mean, factor, moments.height, moments.width)
 
-    def tensors(self, config: DensityConfig, statistics: Statistics) -> dict[str, Tensor]:
+    def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
         moments = statistics.moments
         mean, packed = fit_gaussian(moments, ridge_of(config, moments), config.pooling, packed=True)
         return {"mean": mean, "precision_factor": packed}

@@ -3,8 +3,8 @@
 Where a part looks different in a few ways at one place (a thread's phase, a print), one Gaussian spreads over what lies
 between them. Keeping the normal embeddings of each location and scoring by the distance to the nearest one does not. All
 embeddings are whitened by one covariance pooled over locations, so that directions in which normal parts vary count less.
-Patches are compared at their own place only, which alignment makes possible: nothing like PatchCore's coreset
-(arXiv 2106.08265) has to be searched.
+Patches are compared around their own place, which alignment makes possible. Where a part lies anywhere, or has no places at
+all, a coreset without places knows more (`coreset`): by default both are asked, and their distances averaged.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from focus_ray.config import DensityConfig
-from focus_ray.density.base import Statistics, ridge_of
+from focus_ray.density.base import Density, Statistics, ridge_of, sample_positions
+from focus_ray.density.coreset import Coreset, choose_coreset
 from focus_ray.density.moments import Moments, check_count, locations_first, pooled_covariance
 
 _CHUNK_BYTES = 64 * 2**20  # of distances held at once
+_TYPICAL_IMAGES = 16
 
 
 class NearestMemory:
@@ -85,6 +87,49 @@ class NearestMemory:
         return (squares - 2 * closest).clamp_min_(0).sqrt_().permute(2, 0, 1)
 
 
+class JointMemory:
+    """A memory of places and a coreset [ours]: the mean of both distances, each as a multiple of what good images show.
+
+    Attributes:
+        typical: (2,), the mean distance of good images, each left out itself, in `places` and in `coreset`.
+    """
+
+    def __init__(self, places: NearestMemory, coreset: Coreset, typical: Tensor) -> None:
+        self.places, self.coreset, self.typical = places, coreset, typical
+        self.height, self.width = places.height, places.width
+
+    @property
+    def device(self) -> torch.device:
+        return self.places.device
+
+    def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor:
+        """(B, C + K, H, W) -> (B, H, W); 1 is a typical good patch. Arguments as `NearestMemory.score`'s."""
+        few = self.places.bank.shape[2]
+        return (
+            self.places.score(embedding[:, :few], own) / self.typical[0]
+            + self.coreset.score(embedding[:, few:], own) / self.typical[1]
+        ) / 2
+
+
+def typical_distances(places: NearestMemory, coreset: Coreset, bank: Tensor) -> Tensor:
+    """Mean distances (2,) of some images of the bank (N, L, C + K), their own embeddings left out; 1 where there is one image."""
+    if len(bank) < 2:
+        return torch.ones(2, device=places.device)
+    own = torch.tensor(sorted(sample_positions(len(bank), _TYPICAL_IMAGES)))
+    found = torch.zeros(2, device=places.device)
+    for number in own.split(1):
+        rows = bank[number].to(places.device, torch.float32).transpose(1, 2).unflatten(2, (places.height, places.width))
+        few = places.bank.shape[2]
+        found += torch.stack([places.score(rows[:, :few], number).mean(), coreset.score(rows[:, few:], number).mean()])
+    return (found / len(own)).clamp_min_(1e-12)
+
+
+def _split(statistics: Statistics) -> list[int]:
+    """Channels of the bank for the places and for the coreset."""
+    assert statistics.bank is not None
+    return [statistics.moments.channels, statistics.bank.shape[2] - statistics.moments.channels]
+
+
 def _keep_larger(target: Tensor, values: Tensor, top: int, left: int) -> None:
     """target (H, W, B) becomes its maximum with values (h, w, B) laid at (top, left), cut to what is inside."""
     height, width = target.shape[:2]
@@ -144,20 +189,39 @@ def _ridge(config: DensityConfig, statistics: Statistics) -> float | None:
 class _NearestKind:
     keeps_bank = True
 
-    def build(self, config: DensityConfig, statistics: Statistics) -> NearestMemory:
+    def build(self, config: DensityConfig, statistics: Statistics) -> NearestMemory | JointMemory:
         assert statistics.bank is not None
-        return build_memory(statistics.bank, statistics.moments, _ridge(config, statistics), config.window)
+        bank, others = statistics.bank.split(_split(statistics), dim=2)
+        places = build_memory(bank, statistics.moments, _ridge(config, statistics), config.window)
+        if not config.keeps_coreset:
+            return places
+        coreset = choose_coreset(others, config.coreset, places.device)
+        return JointMemory(places, coreset, typical_distances(places, coreset, statistics.bank))
 
-    def tensors(self, config: DensityConfig, statistics: Statistics) -> dict[str, Tensor]:
+    def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
         assert statistics.bank is not None
-        one = build_memory(statistics.bank[:1], statistics.moments, _ridge(config, statistics))
-        return {"bank": statistics.bank, "whitening": one.whitening}
+        assert isinstance(density, (NearestMemory, JointMemory))
+        bank = statistics.bank[:, :, : _split(statistics)[0]]
+        if isinstance(density, NearestMemory):
+            return {"bank": bank, "whitening": density.whitening}
+        coreset = density.coreset
+        return {
+            "bank": bank,
+            "whitening": density.places.whitening,
+            "coreset.patches": coreset.patches.half(),  # of the bank, which has them in float16
+            "coreset.images": coreset.images.int(),
+            "typical": density.typical,
+        }
 
     def load(
         self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
-    ) -> NearestMemory:
+    ) -> NearestMemory | JointMemory:
         whitening = tensors["whitening"].to(device)
-        return NearestMemory(whiten(tensors["bank"], whitening), whitening, height, width, config.window)
+        places = NearestMemory(whiten(tensors["bank"], whitening), whitening, height, width, config.window)
+        if not config.keeps_coreset:
+            return places
+        coreset = Coreset(tensors["coreset.patches"].to(device).float(), tensors["coreset.images"].to(device).long())
+        return JointMemory(places, coreset, tensors["typical"].to(device))
 
 
 NEAREST = _NearestKind()

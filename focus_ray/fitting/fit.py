@@ -41,12 +41,19 @@ from focus_ray.seeds import derived_seed
 class FitResult:
     """What came out, the same on every worker."""
 
-    net: FocusNet
-    reduction: ChannelReduction
+    detector: Detector
     statistics: Statistics
     calibration: Calibration
     notes: Notes = field(default_factory=Notes)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def net(self) -> FocusNet:
+        return self.detector.net
+
+    @property
+    def reduction(self) -> ChannelReduction:
+        return self.detector.reduction
 
 
 def fit(
@@ -309,14 +316,13 @@ class Run:
                 statistics.join(self._validation_statistics())
             statistics.keep_at_most(self.config.density.max_images)
         with self.timed("calibration"):
+            detector = build_detector(self.config, self.net, self.reduction, statistics)
             if folds:
                 builder = self._cross_calibrate(folds)
             else:
-                detector = build_detector(self.config, self.net, self.reduction, statistics)
                 builder = calibration_pass(detector, self.shard.holdout_batches(), self.config.calibration, self.device)
         return FitResult(
-            self.net,
-            self.reduction,
+            detector,
             statistics,
             builder.finish(),
             self.notes,

@@ -46,7 +46,7 @@ COVERED = 0.5  # of a place: from so much on it counts as defective
 
 def full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
     """The reduction that keeps all channels, smoothed and brought to the map's places as the other does."""
-    config = reduction.config.model_copy(update={"reduction": "none"})
+    config = reduction.config.model_copy(update={"reduction": "none", "coreset": 0})
     return ChannelReduction(channels, config, 0)
 
 

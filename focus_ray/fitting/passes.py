@@ -42,26 +42,27 @@ def statistics_pass(
     net.eval()
     embedded = (embed(net, reduction, to_images(batch, device)) for batch in batches)
     size = net.config.image_size_px // reduction.config.map_stride_px
-    return embedding_statistics(embedded, size, reduction.num_channels, device, keep_positions, offset)
+    return embedding_statistics(embedded, reduction, size, device, keep_positions, offset)
 
 
 @torch.no_grad()
 def embedding_statistics(
     embedded: Iterable[tuple[Tensor, Tensor | None]],
+    reduction: ChannelReduction,
     size: int,
-    num_channels: int,
     device: torch.device,
     keep_positions: Container[int] | None = None,
     offset: int = 0,
 ) -> Statistics:
-    """As `statistics_pass`, of embeddings (B, num_channels, size, size), each with its theta (B, 2, 3) or None, as `embed`
-    gives them, that are there already."""
+    """As `statistics_pass`, of embeddings (B, channels, size, size) that are there already, each with its theta (B, 2, 3) or
+    None, as `embed` gives them."""
+    num_channels = reduction.num_channels
     moments = Moments(size, size, num_channels, device)
     kept: list[Tensor] = []
     moved: list[Tensor] = []
     position = offset
     for embedding, theta in embedded:
-        moments.update(embedding)
+        moments.update(embedding[:, :num_channels])
         if keep_positions is not None:
             chosen = [number for number in range(len(embedding)) if position + number in keep_positions]
             if chosen:
@@ -72,7 +73,8 @@ def embedding_statistics(
     reduce_moments(moments)
     if keep_positions is None:
         return Statistics(moments)
-    bank = torch.cat(kept) if kept else torch.empty(0, size * size, num_channels, dtype=torch.float16)
+    all_channels = num_channels + reduction.num_coreset_channels
+    bank = torch.cat(kept) if kept else torch.empty(0, size * size, all_channels, dtype=torch.float16)
     bank = gather_rows(bank, device)
     thetas = gather_rows(torch.cat(moved) if moved else torch.empty(0, 2, 3), device)
     return Statistics(moments, bank, thetas if len(thetas) else None)

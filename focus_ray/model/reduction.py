@@ -14,8 +14,14 @@ class ChannelReduction(nn.Module):
     """Levels -> one embedding of fewer channels, at the places of layer 1 (map_stride_px 4) or layer 2 (8).
 
     A random choice of channels [kin, PaDiM], a semi-orthogonal projection, or one that `fitting.metric` learns. All are linear
-    in the channels, so each
-    level is reduced at its own resolution before it is brought to the map's: the result is that of concatenating first.
+    in the channels, so each level is reduced at its own resolution before it is brought to the map's: the result is that of
+    concatenating first.
+
+    Where the density keeps a coreset, its channels follow: a semi-orthogonal projection of layers 2 and 3, averaged over 3x3 with
+    the padding counted, as PatchCore does [kin].
+
+    Attributes:
+        num_channels: for the memory of places or the Gaussians.  num_coreset_channels: for the coreset; 0 without one.
     """
 
     def __init__(self, channels: tuple[int, ...], config: DensityConfig, seed: int) -> None:
@@ -44,10 +50,24 @@ class ChannelReduction(nn.Module):
             basis = torch.linalg.qr(gaussian).Q.to(torch.float32)
             self.register_buffer("projection", basis.t().contiguous())
         self.widths = widths
+        self.num_coreset_channels = 0
+        if config.keeps_coreset:
+            total = sum(channels[1:])
+            self.num_coreset_channels = min(config.coreset_channels, total)
+            gaussian = torch.randn(total, self.num_coreset_channels, generator=generator, dtype=torch.float64)
+            self.coreset_projection: Tensor
+            self.register_buffer("coreset_projection", torch.linalg.qr(gaussian).Q.float().t().contiguous())
 
     def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Three levels (B, C_i, H_i, W_i) in one frame -> (B, num_channels, H/stride, W/stride)."""
-        size = levels[0 if self.config.map_stride_px == 4 else 1].shape[2:]
+        """Three levels (B, C_i, H_i, W_i) in one frame -> (B, num_channels + num_coreset_channels, H/stride, W/stride)."""
+        height, width = levels[0 if self.config.map_stride_px == 4 else 1].shape[2:]
+        size = int(height), int(width)
+        parts = [self._for_places(levels, size)]
+        if self.num_coreset_channels:
+            parts.append(self._for_coreset(levels, size))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _for_places(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
         reduced: list[Tensor] = []
         start = 0
         for index, width in zip(self.used, self.widths, strict=True):
@@ -60,7 +80,7 @@ class ChannelReduction(nn.Module):
                 level = F.conv2d(level, self.projection[:, start : start + width, None, None].to(level.dtype))
             if LAYERS[index] in self.config.smooth_layers:
                 level = F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
-            reduced.append(self._bring(level, (int(size[0]), int(size[1]))))
+            reduced.append(self._bring(level, size))
             start += width
         if self.projects:
             total_sum = reduced[0]
@@ -68,6 +88,17 @@ class ChannelReduction(nn.Module):
                 total_sum = total_sum + part
             return total_sum
         return torch.cat(reduced, dim=1)
+
+    def _for_coreset(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
+        found: Tensor | None = None
+        start = 0
+        for level in levels[1:]:
+            weight = self.coreset_projection[:, start : start + level.shape[1], None, None].to(level.dtype)
+            start += level.shape[1]
+            part = self._bring(F.avg_pool2d(F.conv2d(level, weight), 3, stride=1, padding=1), size)
+            found = part if found is None else found + part
+        assert found is not None
+        return found
 
     def _bring(self, level: Tensor, size: tuple[int, int]) -> Tensor:
         """A level to the map's places."""

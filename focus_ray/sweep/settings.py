@@ -81,9 +81,12 @@ def inert_keys(config: Config) -> dict[str, str]:
             why = "density.reduction is discriminant: what it learns is the metric, and nothing is whitened"
             found.update(dict.fromkeys(("density.shrinkage", "density.shrinkage_unit"), why))
     if density.kind == "gaussian":
-        found.update(dict.fromkeys(("density.max_images",), "density.kind is gaussian"))
+        keys = ("density.max_images", "density.coreset", "density.coreset_channels")
+        found.update(dict.fromkeys(keys, "density.kind is gaussian"))
         if density.reduction != "discriminant":
             found["density.window"] = "density.kind is gaussian"
+    elif not density.coreset:
+        found["density.coreset_channels"] = "density.coreset is 0"
     if density.reduction == "none":
         found["density.num_channels"] = "density.reduction is none"
     return found

@@ -239,13 +239,11 @@ def _reduced(
             None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
         )
         batches = zip(embeddings(features.fit, batch_size), thetas or itertools.repeat(None))  # noqa: B905
-        statistics = embedding_statistics(batches, size, reduction.num_channels, device, kept)
+        statistics = embedding_statistics(batches, reduction, size, device, kept)
         return statistics, reduction, list(embeddings(features.judged, JUDGE_BATCH))
 
-    leads_to = {
-        key: getattr(density, key)
-        for key in ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
-    }
+    keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
+    leads_to = {key: getattr(density, key) for key in (*keys, "keeps_coreset", "coreset_channels")}
     return _reductions.get(f"{features.uid} {leads_to} {device}", make)  # type: ignore[no-any-return]
 
 

@@ -150,13 +150,13 @@ def test_two_sites_of_one_network_join(
     site, joined = str(tmp_path / "site"), str(tmp_path / "joined")
     bundle = read_bundle(start)
     own = images_of(more, normal_rows(more))
+    statistics = fresh_statistics(start, own)
     write_bundle(
         site,
         config=bundle.config,
         category="gear",
-        net=bundle.detector.net,
-        reduction=bundle.detector.reduction,
-        statistics=fresh_statistics(start, own),
+        detector=build_detector(bundle.config, bundle.detector.net, bundle.detector.reduction, statistics),
+        statistics=statistics,
         calibration=bundle.calibration,
         data=bundle.manifest["data"],
         metrics={},
@@ -197,8 +197,7 @@ def test_data_that_is_gone_needs_images_to_calibrate_with(data: str, more: str, 
         tmp_path / "bundle",
         config=gone,
         category="gear",
-        net=bundle.detector.net,
-        reduction=bundle.detector.reduction,
+        detector=bundle.detector,
         statistics=read_statistics(tmp_path / "bundle"),
         calibration=bundle.calibration,
         data=bundle.manifest["data"],

@@ -128,7 +128,7 @@ def test_an_empty_bank_is_refused() -> None:
 
 def test_moments_of_one_image_are_refused() -> None:
     with pytest.raises(ValueError, match="needs at least 2 normal images, got 1"):
-        build_density(DensityConfig(), statistics_of(embeddings(1)))
+        build_density(DensityConfig(coreset=0), statistics_of(embeddings(1)))
 
 
 @pytest.mark.parametrize("window", [0, 2, -1])
@@ -157,13 +157,13 @@ def test_an_embedding_of_another_map_is_refused() -> None:
 
 
 def config_of(kind: str) -> DensityConfig:
-    return DensityConfig.model_validate({"kind": kind, "pooling": 0.2 if kind == "gaussian" else 0.0})
+    return DensityConfig.model_validate({"kind": kind, "pooling": 0.2 if kind == "gaussian" else 0.0, "coreset": 0})
 
 
 def test_the_config_decides_which_density_is_built() -> None:
     statistics = statistics_of(embeddings(9))
     assert isinstance(build_density(config_of("gaussian"), statistics), Gaussian)
-    memory = build_density(DensityConfig(kind="nearest", window=5), statistics)
+    memory = build_density(DensityConfig(kind="nearest", window=5, coreset=0), statistics)
     assert isinstance(memory, NearestMemory)
     assert memory.window == 5
 
@@ -172,7 +172,7 @@ def test_the_config_decides_which_density_is_built() -> None:
 def test_a_density_built_from_its_tensors_scores_the_same(kind: str) -> None:
     config, statistics = config_of(kind), statistics_of(embeddings(9))
     built = build_density(config, statistics)
-    loaded = load_density(config, density_tensors(config, statistics), HEIGHT, WIDTH, "cpu")
+    loaded = load_density(config, density_tensors(config, statistics, built), HEIGHT, WIDTH, "cpu")
     queries = embeddings(4, seed=4)
     torch.testing.assert_close(loaded.score(queries), built.score(queries), atol=1e-5, rtol=1e-5)
 

@@ -1,0 +1,76 @@
+"""A memory without places: patches of all normal images, few of them, chosen so that every other is near one [kin].
+
+PatchCore (arXiv 2106.08265) compares a patch with the normal ones of everywhere. What a part looks like somewhere else is then
+normal too, which is right for textures and for parts that lie anywhere, where a memory of each place knows little; and wrong
+for a part that is where it should not be, which only a memory of places can see.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+POOL = 32768  # patches, at most, among which the coreset is chosen
+_SEARCH_CHANNELS = 64  # of the random projection in which it is chosen [kin: Johnson-Lindenstrauss]
+_CHUNK_BYTES = 64 * 2**20  # of distances held at once
+
+
+class Coreset:
+    """The fitted memory.
+
+    Attributes:
+        patches: (M, K).  images: (M,), the number of the normal image that each was taken from.
+    """
+
+    def __init__(self, patches: Tensor, images: Tensor) -> None:
+        if patches.ndim != 2 or images.shape != patches.shape[:1]:
+            raise ValueError(f"patches {tuple(patches.shape)} and their images {tuple(images.shape)} do not fit")
+        self.patches, self.images = patches, images
+        self.half_norms = patches.square().sum(dim=1) / 2
+
+    def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor:
+        """(B, K, H, W) -> distances (B, H, W) to the nearest patch, >= 0.
+
+        Args:
+            own: (B,), the number of each image, whose own patches are left out for it.
+        """
+        batch, channels, height, width = embedding.shape
+        queries = embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels).to(self.patches.dtype)
+        at_once = max(1, _CHUNK_BYTES // (height * width * len(self.patches) * 4))
+        closest = []
+        for start in range(0, batch, at_once):
+            part = queries[start : start + at_once]
+            agreement = torch.addmm(-self.half_norms, part.flatten(0, 1), self.patches.t()).view(*part.shape[:2], -1)
+            if own is not None:
+                mine = own[start : start + at_once, None].to(self.images.device) == self.images
+                agreement.masked_fill_(mine[:, None], -torch.inf)
+            closest.append(agreement.amax(dim=2))
+        squares = queries.square().sum(dim=2)
+        return (squares - 2 * torch.cat(closest)).clamp_min_(0).sqrt_().view(batch, height, width)
+
+
+@torch.no_grad()
+def choose_coreset(bank: Tensor, num_patches: int, device: torch.device | str) -> Coreset:
+    """The coreset of normal embeddings (N, L, K), any float type: at most so many patches. The same at every call."""
+    num_images, places, channels = bank.shape
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randperm(num_images * places, generator=generator)[:POOL]
+    patches = bank.reshape(-1, channels)[pool].to(device, torch.float32)
+    projection = torch.randn(channels, _SEARCH_CHANNELS, generator=generator).to(device)
+    chosen = greedy_coreset(patches @ projection, num_patches).cpu()
+    return Coreset(patches[chosen.to(device)], (pool[chosen] // places).to(device))
+
+
+def greedy_coreset(points: Tensor, count: int) -> Tensor:
+    """Numbers of at most `count` of the points (P, D): the one farthest from their mean, then ever the one farthest from those
+    chosen. Which they are does not depend on the order of the points."""
+    norms = points.square().sum(dim=1)
+    distance = torch.full_like(norms, torch.inf)
+    chosen = torch.zeros(min(count, len(points)), dtype=torch.long, device=points.device)
+    if len(points):
+        chosen[0] = (points - points.mean(dim=0)).square().sum(dim=1).argmax()
+    for number in range(1, len(chosen)):
+        last = points[chosen[number - 1]]
+        torch.minimum(distance, torch.addmv(norms, points, last, alpha=-2) + last.square().sum(), out=distance)
+        chosen[number] = distance.argmax()
+    return chosen
