@@ -159,7 +159,7 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
     if manifest.get("format_version") not in _FORMER:
         raise BundleError(
             f"{uri}: bundle format {manifest.get('format_version')!r}, this focus_ray ({__version__}) reads "
-            f"{' and '.join(map(str, _FORMER))}: install the version that wrote it, or train again"
+            f"{', '.join(map(str, sorted(_FORMER)[:-1]))} and {FORMAT_VERSION}: install the version that wrote it, or train again"
         )
     if manifest.get("sha256") != _manifest_hash(manifest):
         raise BundleError(f"{uri}/{MANIFEST}: changed since it was written (its hash differs): fetch the bundle again")

@@ -139,6 +139,19 @@ def embed(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> tuple[T
     return _joined(embeddings), _joined(thetas) if thetas else None
 
 
+def embed_alike(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As `embed`, for what a coreset is chosen from: one image at a time where there is one.
+
+    Which patches are farthest from the others may hang on the last digits, and those on how images are batched: in this way the
+    choice is the same with any number of workers.
+    """
+    if not reduction.num_coreset_channels:
+        return embed(net, reduction, images)
+    found = [embed(net, reduction, image) for image in images.split(1)]
+    thetas = [theta for _, theta in found if theta is not None]
+    return torch.cat([embedding for embedding, _ in found]), torch.cat(thetas) if thetas else None
+
+
 def slices(images: Tensor) -> tuple[Tensor, ...]:
     """A batch as a network takes it for inference: on a CPU a few images at a time, whose activations stay in its caches."""
     return images.split(_CPU_IMAGES) if images.device.type == "cpu" else (images,)

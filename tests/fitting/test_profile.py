@@ -25,7 +25,9 @@ def memory(values: Tensor, window: int = 1) -> tuple[NearestMemory, Tensor]:
     moments = Moments(SIDE, SIDE, CHANNELS)
     moments.update(values)
     bank = keep(values)
-    density = build_density(DensityConfig(reduction="discriminant", window=window), Statistics(moments, bank))  # type: ignore[arg-type]
+    density = build_density(
+        DensityConfig(coreset=0, reduction="discriminant", window=window), Statistics(moments, bank)
+    )  # type: ignore[arg-type]
     assert isinstance(density, NearestMemory)
     return density, bank
 

@@ -28,7 +28,7 @@ from focus_ray.sweep.trial import forget, judge_category
 CPU = torch.device("cpu")
 ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0, "max_images": 12}}
 PLAIN = {"image_alignment": {"group": "none"}}
-SHAREABLE = {"reduction": "semi_orthogonal"}  # features of a metric that defects taught are a trial's own
+SHAREABLE = {"reduction": "semi_orthogonal", "coreset": 0}  # features of a metric that defects taught are a trial's own
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,10 @@ def images_of(config: Config, objective: Objective = "validation", size_px: int 
     [
         SHAREABLE,
         {**SHAREABLE, "kind": "gaussian", "pooling": 0.5},
-        {"reduction": "random", "map_stride_px": 4, "layers": ["layer1", "layer2"]},
+        {"reduction": "random", "map_stride_px": 4, "layers": ["layer1", "layer2"], "coreset": 0},
+        {"reduction": "semi_orthogonal"},
     ],
-    ids=["nearest", "gaussian", "random"],
+    ids=["nearest", "gaussian", "random", "coreset"],
 )
 def test_features_handed_in_give_the_very_scores_of_a_trial_alone(
     data: str, model: dict[str, Any], density: dict[str, Any]
@@ -63,8 +64,11 @@ def test_features_handed_in_give_the_very_scores_of_a_trial_alone(
     alone = judge_category(config, "gear", images, objective, CPU)
     for _ in range(2):  # made, and kept from the time before
         shared = judge_category(config, "gear", images, objective, CPU, features=features)
-        assert shared.score == pytest.approx(alone.score, abs=1e-6)
-        assert shared.figures == pytest.approx(alone.figures, abs=1e-6)
+        bound = (
+            1e-6 if density.get("coreset") == 0 or density.get("kind") else 1e-3
+        )  # a coreset hangs on the last digits
+        assert shared.score == pytest.approx(alone.score, abs=bound)
+        assert shared.figures == pytest.approx(alone.figures, abs=bound)
 
 
 def test_features_are_shared_by_those_settings_only_that_lead_to_them(data: str) -> None:
