@@ -216,6 +216,11 @@ class DensityConfig(Section):
         "[ours]; nearest then compares in it as it is.",
     )
     num_channels: int = Field(default=100, ge=1, le=4096, description="Channels kept by the reduction [kin: 100].")
+    metric: str | None = Field(
+        default=None,
+        description="discriminant: a path or URI of a metric learnt over other categories, as `focus-ray metric` writes it, "
+        "in place of one of the category's own [ours].",
+    )
     shrinkage: float = Field(
         default=2.0, gt=0.0, le=1000.0, description="Ridge on the covariance's diagonal, in shrinkage_unit."
     )

@@ -103,6 +103,8 @@ def write_bundle(
         parts["moments"] = moments_tensors(moments)
         if config.density.keeps_coreset and statistics.bank is not None:
             parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
+        if statistics.scatter is not None:
+            parts["moments"]["metric_scatter"] = statistics.scatter
     files = {}
     for part, tensors in parts.items():
         content = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
@@ -241,7 +243,7 @@ def read_statistics(uri: str | Path) -> Statistics:
     bank = density.get("bank")
     if bank is not None and "coreset_bank" in tensors:
         bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
-    return Statistics(moments, bank, density.get("thetas"))
+    return Statistics(moments, bank, density.get("thetas"), tensors.get("metric_scatter"))
 
 
 def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from focus_ray.cli.output import EXIT_ERROR
 from focus_ray.cli.registry import add_registry
 from focus_ray.cli.serve import add_serving
 from focus_ray.cli.sweep import _sweep
-from focus_ray.cli.train import _train, _update
+from focus_ray.cli.train import _metric, _train, _update
 from focus_ray.errors import FocusRayError
 
 
@@ -86,6 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_argument("--split", choices=("train", "test"), help="only these images")
     batch.add_argument("--actors", type=int, default=1, help="models that score side by side (default: 1)")
     batch.set_defaults(run=_inspect_batch)
+
+    metric = commands.add_parser("metric", help="join the metrics of trained categories to one for new categories")
+    metric.add_argument("bundles", nargs="+", help="bundles, runs' folders, or folders of bundles")
+    metric.add_argument("--output", required=True, metavar="FILE", help="for density.metric: a path or s3:// URI")
+    metric.set_defaults(run=_metric)
 
     update = commands.add_parser("update", help="take images into or out of a bundle's density, or join another site's")
     update.add_argument("bundle")

@@ -19,6 +19,14 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _metric(arguments: argparse.Namespace) -> int:
+    from focus_ray.bundle.metric import share_metric
+
+    categories = share_metric(arguments.bundles, arguments.output)
+    print(f"{arguments.output}\t{len(categories)} categories\t{', '.join(categories)}")
+    return 0
+
+
 def _update(arguments: argparse.Namespace) -> int:
     from focus_ray.bundle.update import update_bundle
     from focus_ray.errors import DataError

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from focus_ray.bundle.bundle import write_bundle
+from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
@@ -26,11 +27,13 @@ from focus_ray.data.shards import Steps, build_shard, fits_memory
 from focus_ray.data.split import Plan, plan_category
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import fit
+from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import TrainState
 from focus_ray.names import unique_name
 from focus_ray.storage import create_bytes, exists, is_s3, join, open_filesystem, read_bytes, retrying, write_bytes
 
 RUN_CONFIG = "config.yaml"
+SHARED_METRIC = "metric.safetensors"
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +75,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
             raise TrainingError("--resume needs the name of the run to go on with: name=...")
         config = config.model_copy(update={"name": unique_name(config.cluster.team or "run")})
         log(f"name: {config.name}")
+    read_shared_metric(config)
     there = list_categories(config.data.uri)
     categories = list(config.data.categories or there)
     unknown = sorted(set(categories) - set(there))
@@ -104,7 +108,17 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
                 + "; ".join(f"{category}: {reason}" for category, reason in sorted(failed.items()))
                 + ". Mend the cause and run again with --resume"
             )
+    if len(bundles) > 1 and learns_metric(config):
+        shared = join(root, SHARED_METRIC)
+        share_metric(list(bundles.values()), shared)
+        log(f"metric of all {len(bundles)} categories, for a new one's density.metric: {shared}")
     return bundles
+
+
+def learns_metric(config: Config) -> bool:
+    """Whether each category learns a metric of its own, and its bundle keeps what others can share."""
+    density = config.density
+    return density.reduction == "discriminant" and density.metric is None and density.keep_moments
 
 
 def _run_all(
@@ -285,7 +299,7 @@ def absolute(config: Config) -> Config:
     def resolve(place: str) -> str:
         return place if "://" in place else str(Path(place).expanduser().absolute())
 
-    weights = config.model.weights
+    weights, metric = config.model.weights, config.density.metric
     if weights not in ("default", "random"):
         weights = resolve(weights)
     return config.model_copy(
@@ -293,6 +307,7 @@ def absolute(config: Config) -> Config:
             "storage": resolve(config.storage),
             "data": config.data.model_copy(update={"uri": resolve(config.data.uri)}),
             "model": config.model.model_copy(update={"weights": weights}),
+            "density": config.density.model_copy(update={"metric": metric and resolve(metric)}),
         }
     )
 

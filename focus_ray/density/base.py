@@ -59,11 +59,13 @@ class Statistics:
     bank: (N, L, C + K) float16, embeddings of the images that a memory keeps, with K channels for a coreset (0: none); None for
         a Gaussian.
     thetas: (N, 2, 3), how the images of the bank were aligned; None where they were not.
+    scatter: (2, C, C), of normal and of defective residuals, of which the metric was learnt (`fitting.metric`); None: it was not.
     """
 
     moments: Moments
     bank: Tensor | None = None
     thetas: Tensor | None = None
+    scatter: Tensor | None = None
 
     def join(self, other: Statistics) -> Statistics:
         """Adds another site's, in place. Raises: ValueError: shapes or kinds differ."""

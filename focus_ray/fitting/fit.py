@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.data.shards import Shard, Steps
@@ -29,6 +30,7 @@ from focus_ray.fitting.objective import Objective, build_optimizer, build_schedu
 from focus_ray.fitting.passes import aligner_pass, calibration_pass, statistics_pass, validation_pass
 from focus_ray.fitting.profile import LeavesOut, fit_profile
 from focus_ray.fitting.scoring import Detector
+from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
 from focus_ray.kinds import DENSITIES
 from focus_ray.model.alignment.congealing import CongealingAligner
@@ -119,6 +121,7 @@ class Run:
         self.notes = Notes()
         self.seconds: dict[str, float] = {}
         self.best: Best | None = None
+        self.scatter: Tensor | None = None  # of the metric, once it is learnt
         self.validation = self._validation_set()
 
     @contextmanager
@@ -275,7 +278,7 @@ class Run:
     def learn_metric(self) -> None:
         """Of the network as it is, where the reduction is one that learns."""
         if self.config.density.reduction == "discriminant":
-            found = metric_pass(
+            found, self.scatter = metric_pass(
                 self.net,
                 self.reduction,
                 self.shard.fit_batches(),
@@ -283,6 +286,7 @@ class Run:
                 self.num_images,
                 self.offset,
                 self.config.train.seed,
+                read_shared_metric(self.config),
             )
             self.reduction.projection.copy_(found)
 
@@ -315,6 +319,7 @@ class Run:
             if self.validation is not None:
                 statistics.join(self._validation_statistics())
             statistics.keep_at_most(self.config.density.max_images)
+            statistics.scatter = self.scatter
         with self.timed("calibration"):
             detector = build_detector(self.config, self.net, self.reduction, statistics)
             if folds:

@@ -59,14 +59,17 @@ def metric_pass(
     num_images: int,
     offset: int,
     seed: int,
-) -> Tensor:
+    shared: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Learns the projection of a `discriminant` reduction; the same on every worker.
 
     Args:
         batches: this worker's normal images, uint8 (B, S, S, 3).  num_images: of all workers.
         offset: the number of this worker's first image.
+        shared: (2, C, C), scatters learnt over other categories, from which the directions are taken instead.
 
-    Returns: (num_channels, C) float32, for `ChannelReduction.projection`; learnt rows beyond those worth keeping are 0.
+    Returns: (num_channels, C) float32, for `ChannelReduction.projection`; learnt rows beyond those worth keeping are 0. And the
+        scatters (2, C, C) a patch, float32, of normal and of defective residuals; the latter 0 where `shared` is given.
 
     Raises: ValueError: fewer than two images.
     """
@@ -94,12 +97,14 @@ def metric_pass(
     for number in part:
         where = torch.tensor([queries[number]])
         scatter.add_normal(where)
+        if shared is not None:
+            continue
         made, masks, _ = synthetic_validation_set(
             shown, derived_seed(seed, "metric"), per_image, only=range(number, number + 1)
         )
         embedding, theta = _embedded(net, full, torch.from_numpy(made), device)
         scatter.add_defective(embedding, where.expand(len(made)), _covered(masks, theta, bank.shape[2], device))
-    return scatter.projection(reduction.num_channels)
+    return scatter.projection(reduction.num_channels, shared)
 
 
 def _embedded(
@@ -160,19 +165,20 @@ class ResidualScatter:
         self.defective += residuals.t() @ residuals
         self.num_defective += len(residuals)
 
-    def projection(self, num_channels: int) -> Tensor:
-        """Joins all workers' sums. Returns: (num_channels, C), on the bank's device, the same on every worker."""
+    def projection(self, num_channels: int, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Joins all workers' sums. Returns: as `metric_pass`, on the bank's device, the same on every worker."""
         counts = torch.tensor([self.num_normal, self.num_defective], dtype=torch.float64, device=self.bank.device)
         if world_size() > 1:
             for total in (self.normal, self.defective, counts):
                 dist.all_reduce(total)
-        normal = self.normal / counts[0]
+        normal, defective = self.normal / counts[0], self.defective / counts[1].clamp_min(1)
+        taken = torch.stack([normal, defective]) if shared is None else shared.to(normal)
         num_whitened = int(WHITENED * num_channels)
-        learnt = discriminant(normal, self.defective / counts[1].clamp_min(1), num_channels - num_whitened)
+        learnt = discriminant(taken[0], taken[1], num_channels - num_whitened)
         found = torch.cat([_unit(learnt, normal), _unit(self.search[:num_whitened], normal)])
         if world_size() > 1:  # machines of different kinds may round an eigenvector to another sign
             dist.broadcast(found, 0)
-        return found
+        return found, torch.stack([normal, defective]).float()
 
     def _residuals(self, embedding: Tensor, own: Tensor) -> Tensor:
         """(B, C, H, W) less the nearest neighbours in other images than own -> (B, H, W, C)."""

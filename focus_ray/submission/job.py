@@ -136,6 +136,7 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
         ("data.uri", config.data.uri),
         ("storage", config.storage),
         *(("model.weights", one) for one in sorted(named)),
+        *([("density.metric", config.density.metric)] if config.density.metric else []),
     ]
     for key, place in places:
         sent = key == "model.weights" and place in package.names

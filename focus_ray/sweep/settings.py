@@ -87,6 +87,8 @@ def inert_keys(config: Config) -> dict[str, str]:
             found["density.window"] = "density.kind is gaussian"
     elif not density.coreset:
         found["density.coreset_channels"] = "density.coreset is 0"
+    if density.reduction != "discriminant":
+        found["density.metric"] = "density.reduction is not discriminant"
     if density.reduction == "none":
         found["density.num_channels"] = "density.reduction is none"
     return found

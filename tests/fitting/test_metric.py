@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from small_set import ingest_parts, make_bundle, small_config
+from small_set import CATEGORIES, fit_alone, ingest_parts, make_bundle, small_config
 from torch import Tensor
 
-from focus_ray.bundle.bundle import read_bundle
-from focus_ray.config import DensityConfig
+from focus_ray.bundle.bundle import read_bundle, read_statistics
+from focus_ray.bundle.metric import share_metric
+from focus_ray.config import Config, DensityConfig
 from focus_ray.data.shards import build_shard
 from focus_ray.data.split import plan_category
+from focus_ray.errors import BundleError, ConfigError
 from focus_ray.evaluation.defects import synthetic_validation_set
 from focus_ray.fitting.fit import Run, build_detector, fit
 from focus_ray.fitting.metric import RIDGE, ResidualScatter, discriminant, full_reduction, metric_pass
 from focus_ray.fitting.scoring import embed, to_images
+from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.model.network import build_net
 from focus_ray.model.reduction import ChannelReduction
 
@@ -109,7 +113,7 @@ def test_it_tells_the_defects_it_learns_from_better_than_a_plain_projection(data
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
     batches = list(build_shard(config, "gear", plan, 0, 1).fit_batches())
     plain = reduction.projection.clone()
-    learnt = metric_pass(net, reduction, batches, CPU, len(plan.fit_rows), 0, seed=0)
+    learnt, _ = metric_pass(net, reduction, batches, CPU, len(plan.fit_rows), 0, seed=0)
     full = full_reduction(reduction, net.backbone.spec.channels)
     images = torch.cat(batches)
     made, _, _ = synthetic_validation_set(images.numpy(), 99, 1)
@@ -154,3 +158,70 @@ def test_one_image_is_too_few(data: str) -> None:
     one = next(iter(run.shard.fit_batches()))[:1]
     with pytest.raises(ValueError, match="a metric needs at least 2 normal images, got 1"):
         metric_pass(run.net, run.reduction, [one], CPU, 1, 0, 0)
+
+
+# Shared over categories
+
+
+@pytest.fixture(scope="module")
+def of_two(data: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, list[str]]:
+    """Bundles of both categories, each with a metric of its own."""
+    storage = tmp_path_factory.mktemp("shared")
+    config = small_config(
+        data,
+        storage,
+        model={"image_alignment": {"group": "none"}},
+        density={"reduction": "discriminant"},
+    )
+    return config, [make_bundle(config, category) for category in CATEGORIES]
+
+
+def with_metric(config: Config, metric: Path | str, **model: Any) -> Config:
+    density = config.density.model_copy(update={"metric": str(metric)})
+    return config.model_copy(update={"density": density, "model": config.model.model_copy(update=model)})
+
+
+def test_a_shared_metric_is_the_mean_of_the_categories_own(of_two: tuple[Config, list[str]], tmp_path: Path) -> None:
+    config, bundles = of_two
+    place = str(tmp_path / "metric.safetensors")
+    assert share_metric(bundles, place) == sorted(CATEGORIES)
+    scatters = [read_statistics(bundle).scatter for bundle in bundles]
+    expected = sum(scatter / scatter[0].diagonal().mean() for scatter in scatters) / 2  # type: ignore[index,union-attr]
+    found = read_shared_metric(with_metric(config, place))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_category_given_a_metric_takes_its_directions_and_makes_no_defects(
+    of_two: tuple[Config, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, bundles = of_two
+    place = str(tmp_path / "metric.safetensors")
+    share_metric(bundles[:1], place)
+    monkeypatch.setattr("focus_ray.fitting.metric.synthetic_validation_set", None)
+    result = fit_alone(with_metric(config, place), CATEGORIES[1])
+    own = read_statistics(bundles[0]).scatter
+    assert own is not None
+    directions = discriminant(own[0].double(), own[1].double(), config.density.num_channels // 2)
+    found = result.reduction.projection[: len(directions)]
+    ratio = found.norm() / directions.norm()
+    torch.testing.assert_close(found, directions * ratio, rtol=1e-3, atol=1e-3)
+    assert result.statistics.scatter is not None
+    assert not result.statistics.scatter[1].any()
+
+
+def test_a_metric_of_another_network_or_no_metric_is_refused(of_two: tuple[Config, list[str]], tmp_path: Path) -> None:
+    config, bundles = of_two
+    place = tmp_path / "metric.safetensors"
+    share_metric(bundles, str(place))
+    with pytest.raises(ConfigError, match=r"made with model\.padding=reflect, this run has zeros: give the file that"):
+        read_shared_metric(with_metric(config, place, padding="zeros"))
+    with pytest.raises(ConfigError, match=r"density\.metric=.*nowhere: cannot be read .*give the file that"):
+        read_shared_metric(with_metric(config, tmp_path / "nowhere"))
+    (tmp_path / "text").write_text("no metric")
+    with pytest.raises(ConfigError, match=r"text: not a shared metric: give the file"):
+        read_shared_metric(with_metric(config, tmp_path / "text"))
+    given = make_bundle(with_metric(config, place), CATEGORIES[0], place=tmp_path / "given")
+    with pytest.raises(BundleError, match="keeps no metric of its own: train it with"):
+        share_metric([given], str(tmp_path / "other"))
+    with pytest.raises(BundleError, match="is there twice: name each category once"):
+        share_metric([bundles[0], bundles[0]], str(tmp_path / "other"))
