@@ -8,19 +8,21 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import yaml
 
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
+from focus_ray.cluster.ownership import SignOfLife, check_resumable, write_fingerprints
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
-from focus_ray.config import Config, config_to_yaml
+from focus_ray.config import Config, config_to_yaml, parse_config
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.data.shards import Steps, build_shard, fits_memory
@@ -30,9 +32,21 @@ from focus_ray.fitting.fit import fit
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import TrainState
 from focus_ray.names import unique_name
-from focus_ray.storage import create_bytes, exists, is_s3, join, open_filesystem, read_bytes, retrying, write_bytes
+from focus_ray.storage import (
+    create_bytes,
+    exists,
+    is_s3,
+    join,
+    list_names,
+    open_filesystem,
+    read_bytes,
+    retrying,
+    write_bytes,
+)
 
 RUN_CONFIG = "config.yaml"
+# settings that change how a run goes, not what comes of a category
+_FREE = ("cluster.", "data.memory_budget_mb", "data.categories", "train.checkpoint_every_epochs")
 SHARED_METRIC = "metric.safetensors"
 
 logger = logging.getLogger(__name__)
@@ -82,13 +96,14 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     if unknown:
         raise DataError(f"{config.data.uri} has no category {', '.join(unknown)}; it has {', '.join(there)}")
     root = join(config.storage, config.name)
-    _check_claim(config, root, resume)
     plans = {category: plan_category(config, category) for category in categories}
     for category, plan in plans.items():
         try:
             Steps.agree(len(plan.fit_rows), config.cluster.num_workers, config.train.batch_size_per_worker)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
+    fingerprints = {category: plan.fingerprint for category, plan in plans.items()}
+    _check_claim(config, root, resume, fingerprints)
     bundles = {category: join(root, "bundles", category) for category in categories}
     todo = [c for c in categories if not (resume and exists(join(bundles[c], "manifest.json")))]
     for category in sorted(set(categories) - set(todo)):
@@ -99,9 +114,15 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         streams = config.train.epochs > 0 and any(not fits_memory(config, plans[category]) for category in todo)
         limit = concurrent_runs(config.cluster, private, streams, log, limit=config.cluster.max_concurrent_categories)
         probe_nodes([join(config.data.uri, f"category={c}", COMMIT_NAME) for c in todo], [root])
-        _claim(root, resume)
+        _claim(root, resume, fingerprints)
         write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
-        failed = _run_all(config, root, {c: plans[c] for c in todo}, limit, log)
+        alive = SignOfLife(root)
+        state = "failed"
+        try:
+            failed = _run_all(config, root, {c: plans[c] for c in todo}, limit, log)
+            state = "failed" if failed else "finished"
+        finally:
+            alive.close(state)
         if failed:
             raise TrainingError(
                 f"{len(failed)} of {len(categories)} categories failed; "
@@ -312,28 +333,58 @@ def absolute(config: Config) -> Config:
     )
 
 
-def _claim(root: str, resume: bool) -> None:
+def _claim(root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
     """Makes the folder this run's. Raises: TrainingError: another run of the name, started at the same time, was first."""
     mine = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
-    if not create_bytes(join(root, "claim.json"), mine) and not resume:
+    if create_bytes(join(root, "claim.json"), mine):
+        write_fingerprints(root, fingerprints)
+    elif not resume:
         raise TrainingError(
             f"{root} was taken by a run started at the same time: give another name (name=auto makes one)"
         )
 
 
-def _check_claim(config: Config, root: str, resume: bool) -> None:
-    """Raises: TrainingError: the folder is another run's, or, to resume, one of another configuration."""
+def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
+    """Raises: TrainingError: the folder is another run's, one that a driver is at, or, to resume, one of another
+    configuration.  DataError: the images have changed since it began."""
     place = join(root, RUN_CONFIG)
-    text = config_to_yaml(config)
-    if exists(place):
-        if not resume:
-            raise TrainingError(
-                f"{root} holds a run already: give another name (name=...), or --resume to go on with it"
-            )
-        former = read_bytes(place).decode()
-        if former != text:
-            changed = sorted(set(text.splitlines()) ^ set(former.splitlines()))
-            raise TrainingError(
-                f"{root}: --resume needs the configuration that it was started with; these lines differ: "
-                + " | ".join(line.strip() for line in changed[:6])
-            )
+    if not exists(place):
+        return
+    if not resume:
+        raise TrainingError(f"{root} holds a run already: give another name (name=...), or --resume to go on with it")
+    begun = _begun(root)  # of other categories nothing has come yet
+    check_resumable(root, fingerprints, TrainingError, binding=begun)
+    former = read_bytes(place).decode()
+    changed = differing_keys(parse_config(yaml.safe_load(former), source=place), config)
+    if changed and begun:
+        raise TrainingError(
+            f"{root}: categories that are finished, or have checkpoints, were made with other settings: "
+            + "; ".join(changed)
+            + ". Go on with those, or start anew under another name"
+        )
+
+
+def _begun(root: str) -> set[str]:
+    """Categories that are finished or have a checkpoint."""
+    places = {name: list_names(join(root, "train", name)) for name in list_names(join(root, "train"))}
+    begun = {name for name, inside in places.items() if any(one.startswith("checkpoint") for one in inside)}
+    return begun | {*list_names(join(root, "bundles"))}
+
+
+def differing_keys(former: Config, config: Config) -> list[str]:
+    """Settings that change a result and are not the same, each with both values."""
+    was, now = (dict(_leaves(one.model_dump(mode="json"))) for one in (former, config))
+    return [
+        f"{key} was {was.get(key)}, is {now.get(key)}"
+        for key in sorted({*was, *now})
+        if was.get(key) != now.get(key)
+        and (not key.startswith(_FREE) or (key == "cluster.num_workers" and config.train.epochs > 0))
+    ]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

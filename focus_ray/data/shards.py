@@ -28,6 +28,9 @@ class Shard(Protocol):
     def fit_batches(self, fold: int | None = None) -> Iterable[Tensor]:
         """Every image of the share once, or those of one fold of the cross calibration."""
 
+    def fold_size(self, fold: int) -> int:
+        """Images of the share in one fold of the cross calibration."""
+
     def validation_batches(self) -> Iterable[Tensor]:
         """Every image of the share that selection judges on, once."""
 
@@ -66,6 +69,9 @@ class MemoryShard:
                 raise ValueError("cross calibration needs the images' fold numbers")
             images = images[self.folds == fold]
         yield from (batch for batch in images.split(self.batch_size) if len(batch))
+
+    def fold_size(self, fold: int) -> int:
+        return 0 if self.folds is None else int((self.folds == fold).sum())
 
     def validation_batches(self) -> Iterator[Tensor]:
         yield from (batch for batch in self.validation.split(self.batch_size) if len(batch))
@@ -137,6 +143,9 @@ class StreamShard:
     def fit_batches(self, fold: int | None = None) -> Iterator[Tensor]:
         rows, folds = self.share.fit_rows, self.share.folds
         return self._read(rows if fold is None else [r for r, f in zip(rows, folds, strict=True) if f == fold])
+
+    def fold_size(self, fold: int) -> int:
+        return self.share.folds.count(fold)
 
     def validation_batches(self) -> Iterator[Tensor]:
         return self._read(self.share.validation_rows)

@@ -18,7 +18,21 @@ from focus_ray.errors import DataError
 
 Method = Literal["split", "cross"]
 
+TIE = (
+    1e-5  # relative: the last digits of a score hang on how images were batched; closer than this, two scores are equal
+)
+
 _ROUNDING = 1e-12  # relative; sums of pixel shares such as 1/50176 that should equal the budget count as equal
+
+
+def certain_part(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scores less what rounding may have added to them."""
+    return scores - TIE * np.abs(scores)
+
+
+def is_above(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
+    """Whether scores are above a threshold, however images were batched: one as high as it, to `TIE`, is not."""
+    return np.asarray(certain_part(scores) > threshold)
 
 
 @dataclass(frozen=True)
@@ -87,7 +101,7 @@ class Calibration:
         return (self.num_images * self.target_pixel_fpr + 1.0) / (self.num_images + 1)
 
     def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """(1 + #{held-out scores >= score}) / (n + 1): small where the image is unlike the normal ones.
+        """(1 + #{held-out scores >= score}, ties by `TIE` counted) / (n + 1): small where the image is unlike the normal ones.
 
         Under exchangeability P(p <= a) <= a for a new normal image and any a (Vovk et al., Algorithmic Learning in a
         Random World, 2005). `p <= effective_fpr` if and only if `is_anomalous`.
@@ -99,13 +113,13 @@ class Calibration:
 
         Raises: DataError: a score is NaN.
         """
-        values = _without_nan(scores)
+        values = certain_part(_without_nan(scores))
         below = np.searchsorted(np.asarray(self.image_scores), values, side="left")
         return np.asarray((1.0 + self.num_images - below) / (self.num_images + 1))
 
     def is_anomalous(self, scores: ArrayLike) -> NDArray[np.bool_]:
-        """score > image_threshold, of the same shape as scores. Raises: DataError: a score is NaN."""
-        return np.asarray(_without_nan(scores) > self.image_threshold)
+        """score > image_threshold by more than `TIE`, of the same shape as scores. Raises: DataError: a score is NaN."""
+        return is_above(_without_nan(scores), self.image_threshold)
 
     def caveats(self) -> list[str]:
         """What a reader of the thresholds has to be told, in plain sentences; empty when both guarantees hold."""

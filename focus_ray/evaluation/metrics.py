@@ -17,6 +17,7 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from focus_ray.errors import DataError
+from focus_ray.evaluation.calibration import is_above
 
 Stack = NDArray[Any] | Sequence[NDArray[Any]]
 """(N, H, W), or N arrays of (H, W) that may differ in size."""
@@ -66,7 +67,7 @@ def false_positive_rate(scores_of_normals: ArrayLike, threshold: float) -> float
     scores = _finite_vector(scores_of_normals, "scores_of_normals")
     if np.isnan(threshold):
         raise DataError("threshold is NaN; expected a number on the scale of the scores")
-    return float(np.mean(scores > threshold))
+    return float(np.mean(is_above(scores, threshold)))
 
 
 def pixel_auroc(masks: Stack, maps: Stack) -> float:
@@ -304,7 +305,7 @@ def _of_pixels(function: Callable[[_PixelCurve], float]) -> Callable[[Measured],
 def _share_called_bad(label: int) -> Callable[[Measured], float | None]:
     def share(measured: Measured) -> float | None:
         scores = measured.scores[measured.labels == label]
-        return float((scores > measured.threshold).mean()) if len(scores) else None
+        return float(is_above(scores, measured.threshold).mean()) if len(scores) else None
 
     return share
 

@@ -24,7 +24,7 @@ from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.selection import validation_images
-from focus_ray.fitting.distributed import world_size
+from focus_ray.fitting.distributed import gather_objects, world_size
 from focus_ray.fitting.metric import metric_pass
 from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
 from focus_ray.fitting.passes import aligner_pass, calibration_pass, statistics_pass, validation_pass
@@ -309,10 +309,7 @@ class Run:
         with self.timed("statistics"):
             if self.config.calibration.method == "cross":
                 self.learn_metric()
-                kept = _Everything() if DENSITIES[self.config.density.kind].keeps_bank else None
-                for fold in range(self.config.calibration.num_folds):
-                    batches = self.shard.fit_batches(fold)
-                    folds.append(statistics_pass(self.net, self.reduction, batches, self.device, kept))
+                folds = [self._fold_statistics(fold) for fold in range(self.config.calibration.num_folds)]
                 statistics = _join_all(folds)
             else:
                 statistics = self.training_statistics()
@@ -334,25 +331,28 @@ class Run:
             self.seconds,
         )
 
+    def _fold_statistics(self, fold: int) -> Statistics:
+        """Of the images of one fold; keeps no more embeddings than a memory made of the other folds alone would take."""
+        config = self.config.density
+        sizes = gather_objects(self.shard.fold_size(fold))
+        limit = -(-config.max_images // (self.config.calibration.num_folds - 1))
+        kept = sample_positions(sum(sizes), limit) if DENSITIES[config.kind].keeps_bank else None
+        batches = self.shard.fit_batches(fold)
+        return statistics_pass(self.net, self.reduction, batches, self.device, kept, sum(sizes[: self.rank]))
+
     def _cross_calibrate(self, folds: list[Statistics]) -> CalibrationBuilder:
-        """Every training image is scored by the density of the other folds."""
+        """Every training image is scored by the density of the other folds: a memory no larger than the one that ships."""
         joined: CalibrationBuilder | None = None
         for fold, part in enumerate(folds):
             if not part.moments.count:
                 continue
             rest = _join_all([other for number, other in enumerate(folds) if number != fold])
+            rest.keep_at_most(self.config.density.max_images)
             detector = build_detector(self.config, self.net, self.reduction, rest)
             builder = calibration_pass(detector, self.shard.fit_batches(fold), self.config.calibration, self.device)
             joined = builder if joined is None else joined.merge(builder)
         assert joined is not None
         return joined
-
-
-class _Everything:
-    """Contains every number."""
-
-    def __contains__(self, number: object) -> bool:
-        return True
 
 
 def _join_all(parts: list[Statistics]) -> Statistics:

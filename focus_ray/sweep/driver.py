@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
+from focus_ray.cluster.ownership import SignOfLife, check_resumable
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.ray_private import remove_working_folders
 from focus_ray.cluster.training import absolute, reason_of
@@ -36,7 +37,7 @@ from focus_ray.storage import join, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.race import Judge
-from focus_ray.sweep.records import Record, SignOfLife
+from focus_ray.sweep.records import Record
 from focus_ray.sweep.settings import Point, SweepConfig
 from focus_ray.sweep.shared import (
     check_settings,
@@ -87,12 +88,9 @@ def resume(place: str, log: Log = lambda message: None) -> Outcome:
     """
     root = place if "://" in place else str(Path(place).expanduser().absolute())
     config = records.read_sweep(root)
-    state = records.read_state(root)
-    if state["state"] == "running":
-        raise SweepError(f"{root}: still running, as process {state['pid']} on {state['host']}")
     base = config.base_config()
     plans = _plans(config, base)
-    records.check_data(root, {category: plan.fingerprint for category, plan in plans.items()})
+    check_resumable(root, {category: plan.fingerprint for category, plan in plans.items()}, SweepError)
     log(f"sweep: {root}, {len(records.read_records(root))} trials are there")
     return _carry_out(config, base, root, plans, log, lambda: None)
 

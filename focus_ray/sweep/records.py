@@ -10,27 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import socket
-import threading
-import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import yaml
 
+from focus_ray.cluster.ownership import FINGERPRINTS, read_state, write_fingerprints
 from focus_ray.config import config_to_yaml
-from focus_ray.errors import DataError, SweepError
+from focus_ray.errors import SweepError
 from focus_ray.storage import create_bytes, exists, join, list_names, read_bytes, write_bytes
 from focus_ray.sweep.settings import Point, SweepConfig, parse_sweep
 
-SWEEP, STATE, DATA, TRIALS = "sweep.yaml", "state.json", "data.json", "trials"
+SWEEP, TRIALS = "sweep.yaml", "trials"
 DONE = ("finished", "cut")  # what a resumed sweep does not try again
 NOISE = 0.01  # of a validation score, docs/SELECTION.md
-HEARTBEAT_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -135,11 +132,7 @@ def claim(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> Non
     text = f"# begun by {socket.gethostname()}, {uuid.uuid4().hex}\n{config_to_yaml(sweep)}"
     if not create_bytes(join(root, SWEEP), text.encode()):
         raise SweepError(f"{root} was taken by a sweep started at the same time: give another name")
-    _write_data(root, fingerprints)
-
-
-def _write_data(root: str, fingerprints: Mapping[str, str]) -> None:
-    write_bytes(join(root, DATA), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
+    write_fingerprints(root, fingerprints)
 
 
 def read_sweep(root: str) -> SweepConfig:
@@ -156,81 +149,12 @@ def read_sweep(root: str) -> SweepConfig:
     return parse_sweep(tree, source=join(root, SWEEP))
 
 
-def check_data(root: str, fingerprints: Mapping[str, str]) -> None:
-    """Raises: DataError: the images are no longer those that the finished trials were judged on."""
-    if not exists(join(root, DATA)):  # its driver died as it began, before any trial
-        _write_data(root, fingerprints)
-    former = json.loads(read_bytes(join(root, DATA)))
-    changed = sorted(name for name in {*former, *fingerprints} if former.get(name) != fingerprints.get(name))
-    if changed:
-        raise DataError(
-            f"{root}: the images of {', '.join(changed)} have changed since the sweep began: start a new one"
-        )
-
-
-class SignOfLife:
-    """Writes state.json every few seconds, so that others can tell a running sweep from one whose driver was killed."""
-
-    def __init__(self, root: str) -> None:
-        self.place = join(root, STATE)
-        self.owner, self.beat = uuid.uuid4().hex, 0
-        self._end = threading.Event()
-        self._write("running")
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def close(self, state: str, **facts: Any) -> None:
-        """Says how the sweep ended: finished, stopped or failed."""
-        self._end.set()
-        self._thread.join()
-        self._write(state, **facts)
-
-    def _run(self) -> None:
-        while not self._end.wait(HEARTBEAT_S):
-            try:
-                self._write("running")
-            except DataError:
-                continue  # the storage is away for a moment; the records are what counts, and they are retried
-
-    def _write(self, state: str, **facts: Any) -> None:
-        self.beat += 1
-        content = {
-            "state": state,
-            "owner": self.owner,
-            "beat": self.beat,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "time": time.time(),
-            **facts,
-        }
-        write_bytes(self.place, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def read_state(root: str, watch: Callable[[float], None] | None = time.sleep) -> dict[str, Any]:
-    """state.json, where 'running' becomes 'lost' if no sign of life follows within two and a half beats.
-
-    Args:
-        watch: waits that many seconds; None takes what is written as it is.
-    """
-    try:
-        first: dict[str, Any] = json.loads(read_bytes(join(root, STATE)))
-    except FileNotFoundError:
-        return {"state": "lost"}
-    if first["state"] != "running" or watch is None:
-        return first
-    watch(2.5 * HEARTBEAT_S)  # not the clock: that of another machine may be off
-    second: dict[str, Any] = json.loads(read_bytes(join(root, STATE)))
-    if second["state"] == "running" and (second["owner"], second["beat"]) == (first["owner"], first["beat"]):
-        return {**second, "state": "lost"}
-    return second
-
-
 def progress(root: str, sweep: SweepConfig, found: Sequence[Record]) -> dict[str, Any]:
     """How far a sweep is: its state, trials by status, and the best so far."""
     base = sweep.base_config()
     stages = 1
     if sweep.scope == "per_category":
-        stages = len(json.loads(read_bytes(join(root, DATA))))
+        stages = len(json.loads(read_bytes(join(root, FINGERPRINTS))))
     return {
         **{key: value for key, value in read_state(root).items() if key in ("state", "host", "pid")},
         "storage": base.storage,

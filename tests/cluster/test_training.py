@@ -28,6 +28,7 @@ from torch import Tensor
 from waiting import wait_for
 
 from focus_ray.bundle.bundle import find_bundles, read_bundle, read_manifest, read_statistics
+from focus_ray.cluster.ownership import FINGERPRINTS, SignOfLife
 from focus_ray.cluster.training import train
 from focus_ray.config import Config
 from focus_ray.data.ingest import ingest
@@ -309,8 +310,33 @@ def test_resuming_a_finished_run_returns_at_once(trained: Config, runs: Path) ->
 @pytest.mark.ray
 def test_resuming_with_another_configuration_is_refused(trained: Config) -> None:
     longer = trained.model_copy(update={"train": trained.train.model_copy(update={"epochs": 3})})
-    with pytest.raises(TrainingError, match=r"--resume needs the configuration .* epochs: 2 \| epochs: 3"):
+    with pytest.raises(TrainingError, match=r"made with other settings: train\.epochs was 2, is 3\. Go on with"):
         train(longer, resume=True)
+
+
+@pytest.mark.ray
+def test_resuming_may_change_what_changes_no_result(trained: Config) -> None:
+    budget = trained.data.model_copy(update={"memory_budget_mb": 77})
+    cluster = trained.cluster.model_copy(update={"max_concurrent_categories": 1, "max_failures": 5})
+    train(trained.model_copy(update={"data": budget, "cluster": cluster}), resume=True)
+
+
+@pytest.mark.ray
+def test_resuming_is_refused_where_images_changed_or_a_driver_is_alive(trained: Config, runs: Path, data: str) -> None:
+    place = runs / "small" / FINGERPRINTS
+    former = place.read_text()
+    try:
+        place.write_text(json.dumps({"gear": "another"}))
+        with pytest.raises(DataError, match="the images of gear have changed since it began"):
+            train(trained, resume=True)
+    finally:
+        place.write_text(former)
+    alive = SignOfLife(str(runs / "small"))
+    try:
+        with pytest.raises(TrainingError, match=rf"small: still running, as process {os.getpid()} on .*: wait for it"):
+            train(trained, resume=True)
+    finally:
+        alive.close("finished")
 
 
 @pytest.mark.cluster

@@ -15,6 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
+from focus_ray.evaluation.metrics import false_positive_rate
 
 
 def calibrate(scores, maps=None, method="split", target_fpr=0.05, target_pixel_fpr=0.001, **settings) -> Calibration:
@@ -223,3 +224,18 @@ def test_a_nan_score_is_never_judged():
         calibration.is_anomalous([1.0, np.nan])
     with pytest.raises(DataError, match="a score is NaN"):
         calibration.conformal_p_value(np.nan)
+
+
+def test_the_last_digits_of_a_score_decide_nothing() -> None:
+    """An image that ties with a held-out score is normal, alone and in its folder, and everywhere by the same rule."""
+    held = [float(value) for value in np.linspace(1.0, 10.019063, 19)]
+    builder = CalibrationBuilder("split", 0.05, 0.05)
+    builder.add(np.array(held), np.ones((19, 4, 4), np.float32))
+    calibration = builder.finish()
+    alone, in_a_folder, above = 10.0190630, 10.0190687, 10.03
+    scores = np.array([alone, in_a_folder, above])
+    assert calibration.is_anomalous(scores).tolist() == [False, False, True]
+    p_values = calibration.conformal_p_value(scores)
+    assert p_values[0] == p_values[1] > p_values[2]
+    assert (p_values <= calibration.effective_fpr).tolist() == [False, False, True]
+    assert false_positive_rate(scores, calibration.image_threshold) == pytest.approx(1 / 3)

@@ -27,6 +27,7 @@ from s3_server import S3Server
 from small_set import CATEGORIES, draw_parts, ingest_parts, small_config
 from waiting import wait_for_records
 
+from focus_ray.cluster.ownership import FINGERPRINTS, SignOfLife, check_fingerprints, read_state
 from focus_ray.config import load_config
 from focus_ray.data.ingest import ingest
 from focus_ray.errors import ConfigError, DataError, SweepError, TrainingError
@@ -35,7 +36,7 @@ from focus_ray.sweep import records
 from focus_ray.sweep.driver import Outcome, sweep
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.race import Judge
-from focus_ray.sweep.records import Record, SignOfLife, read_records, read_state, read_sweep
+from focus_ray.sweep.records import Record, read_records, read_sweep
 from focus_ray.sweep.report import write_report
 from focus_ray.sweep.settings import SweepConfig, parse_sweep
 from focus_ray.sweep.shared import judging_plan, load_images
@@ -347,16 +348,18 @@ def test_a_driver_that_gives_no_sign_of_life_is_lost(tmp_path: Path) -> None:
 
 def test_changed_images_are_no_ground_to_go_on_from(data: str, tmp_path: Path) -> None:
     records.claim(str(tmp_path), sweep_of(data, tmp_path), {"gear": "a", "board": "b"})
-    records.check_data(str(tmp_path), {"gear": "a", "board": "b"})
-    with pytest.raises(DataError, match=r"the images of gear have changed since the sweep began: start a new one"):
-        records.check_data(str(tmp_path), {"gear": "x", "board": "b"})
+    check_fingerprints(str(tmp_path), {"gear": "a", "board": "b"})
+    with pytest.raises(
+        DataError, match=r"the images of gear have changed since it began, .*: start anew under another"
+    ):
+        check_fingerprints(str(tmp_path), {"gear": "x", "board": "b"})
 
 
 def test_a_sweep_whose_driver_died_as_it_began_can_be_taken_up(data: str, tmp_path: Path) -> None:
     records.claim(str(tmp_path), sweep_of(data, tmp_path), {"gear": "a"})
-    (tmp_path / records.DATA).unlink()
-    records.check_data(str(tmp_path), {"gear": "b"})
-    assert json.loads((tmp_path / records.DATA).read_text()) == {"gear": "b"}
+    (tmp_path / FINGERPRINTS).unlink()
+    check_fingerprints(str(tmp_path), {"gear": "b"})
+    assert json.loads((tmp_path / FINGERPRINTS).read_text()) == {"gear": "b"}
 
 
 def test_a_folder_without_a_sweep_is_named(tmp_path: Path) -> None:
