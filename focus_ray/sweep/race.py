@@ -48,24 +48,37 @@ class Judge:
         self.scores: dict[int, dict[str, float]] = {}  # of a trial: what it ended each category with
         self.cut: set[int] = set()
         self.stopping: str | None = None
+        self.scheduler = sweep.scheduler
+        self.heard: dict[int, list[tuple[float, int]]] = {}  # of a trial: score and step, in the order of all
         self.trials: dict[int, Any] = {}
-        self.study: Any = None
-        if sweep.scheduler.kind == "asha":
-            import optuna
+        self.study: Any = self._new_study()
 
-            optuna.logging.set_verbosity(optuna.logging.WARNING)
-            pruner = optuna.pruners.SuccessiveHalvingPruner(
-                min_resource=sweep.scheduler.grace_epochs, reduction_factor=sweep.scheduler.reduction_factor
-            )
-            self.study = optuna.create_study(direction="maximize", pruner=pruner)
+    def _new_study(self) -> Any:
+        if self.scheduler.kind != "asha":
+            return None
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        pruner = optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=self.scheduler.grace_epochs, reduction_factor=self.scheduler.reduction_factor
+        )
+        return optuna.create_study(direction="maximize", pruner=pruner)
 
     def begin(self, trial: int) -> None:
         """A trial starts, or starts again after its machine was lost: what it said before no longer counts."""
         self.scores.pop(trial, None)
         self.cut.discard(trial)
-        self.trials.pop(trial, None)
-        if self.study is not None:
-            self.trials[trial] = self.study.ask()
+        if self.study is None:
+            return
+        if self.heard.pop(trial, None):  # a study forgets nothing, so that the trial would compete with its former self
+            self.study, self.trials = self._new_study(), {}
+            for other, heard in self.heard.items():
+                self.trials[other] = self.study.ask()
+                for score, step in heard:
+                    self.trials[other].report(score, step)
+                    self.trials[other].should_prune()
+        self.heard[trial] = []
+        self.trials[trial] = self.study.ask()
 
     def report(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
         """Takes in a score.
@@ -114,6 +127,7 @@ class Judge:
         if trial not in self.trials:
             self.begin(trial)
         step = self.categories.index(category) * max(1, self.max_epochs) + max(1, epoch)
+        self.heard[trial].append((score, step))
         self.trials[trial].report(score, step)
         if not self.trials[trial].should_prune():
             return None

@@ -88,6 +88,22 @@ def test_halving_lets_the_best_third_past_a_rung() -> None:
     assert reports == [9, 9, 1, 9, 1, 1]
 
 
+def test_a_trial_begun_again_does_not_compete_with_its_former_self() -> None:
+    """A lost node's trial does worse at first the second time: nobody else is there to cut it."""
+    judge = Judge(sweep_of(scheduler={"kind": "asha", "reduction_factor": 2}), ["a"], 9)
+    judge.begin(0)
+    assert judge.report(0, "a", 1, 0.9, False) is None
+    judge.begin(0)
+    assert judge.report(0, "a", 1, 0.5, False) is None
+    # what others reported still counts, in the rungs in which they did
+    judge.begin(1)
+    assert judge.report(1, "a", 1, 0.8, False) is None
+    judge.begin(0)
+    assert judge.report(0, "a", 1, 0.5, False) is not None
+    judge.begin(0)
+    assert judge.report(0, "a", 1, 0.85, False) is None
+
+
 def test_halving_counts_epochs_over_categories() -> None:
     judge = Judge(sweep_of(scheduler={"kind": "asha", "grace_epochs": 4}), ["a", "b"], 3)
     run(judge, 0, [0.9, 0.9], epochs=3)
