@@ -16,7 +16,7 @@ import torch
 from focus_ray.cluster.streams import worker_stream
 from focus_ray.cluster.training import TrainerJob, data_parallel, make_trainer, reason_of
 from focus_ray.config import Config
-from focus_ray.data.shards import StreamShard, fits_memory
+from focus_ray.data.shards import Shard, StreamShard, build_shard, fits_memory
 from focus_ray.data.split import Plan
 from focus_ray.storage import join, remove_folder
 from focus_ray.sweep import records
@@ -162,12 +162,9 @@ def _judge_work(
     objective = stage.sweep.objective
     images: CategoryImages | None = _shared(job.images)
     features: Features | None = _shared(job.features) if num_workers == 1 and images is not None else None
-    shard = None
+    shard: Shard | None = None
     if images is None:
-        loaded = plan
-        if settings.train.epochs and not fits_memory(settings, plan):
-            shard = StreamShard(settings, job.category, plan.share(rank, num_workers), worker_stream)
-            loaded = dataclasses.replace(plan, fit_rows=(), folds=())
+        shard, loaded = own_share(settings, job.category, plan, rank, num_workers)
         images = load_images(stage.reference, job.category, loaded, objective, settings.model.image_size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
@@ -189,6 +186,19 @@ def _judge_work(
     )
     judgement.shared = "features" if features is not None else "images" if job.images is not None else "nothing"
     return judgement
+
+
+def own_share(settings: Config, category: str, plan: Plan, rank: int, num_workers: int) -> tuple[Shard | None, Plan]:
+    """What a worker trains from where images are not shared, and the plan of what is left to be read by everyone.
+
+    A single worker reads its images with the others, and its shard is None; one of several reads its own part alone.
+    """
+    rest = dataclasses.replace(plan, fit_rows=(), folds=())
+    if settings.train.epochs and not fits_memory(settings, plan):
+        return StreamShard(settings, category, plan.share(rank, num_workers), worker_stream), rest
+    if num_workers == 1:
+        return None, plan
+    return build_shard(settings, category, dataclasses.replace(plan, holdout_rows=()), rank, num_workers), rest
 
 
 def _shared(reference: Any) -> Any:

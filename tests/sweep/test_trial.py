@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from small_set import NUM_TEST, ingest_parts, small_config
 
 from focus_ray.config import Config
+from focus_ray.data.read import decoded_rows
 from focus_ray.errors import DataError
 from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE
 from focus_ray.sweep.settings import Objective
@@ -24,6 +26,7 @@ from focus_ray.sweep.shared import (
     num_bytes_of_images,
 )
 from focus_ray.sweep.trial import forget, judge_category
+from focus_ray.sweep.worker import own_share
 
 CPU = torch.device("cpu")
 ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0, "max_images": 12}}
@@ -169,3 +172,32 @@ def test_settings_under_which_training_diverges_cut_the_trial(data: str) -> None
     assert (result.score, result.epochs < 2) == (None, True)
     assert result.cut is not None
     assert result.cut.startswith("diverged: ")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_a_worker_decodes_its_own_share_where_images_are_not_shared(
+    data: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(data, "unused", model=PLAIN)
+    plan = judging_plan(config, "gear", "validation")
+    decoded: list[int] = []
+
+    def counting(uri: str, category: str, rows: Sequence[int], *rest: Any) -> Iterator[np.ndarray]:
+        decoded.extend(rows)
+        return decoded_rows(uri, category, rows, *rest)
+
+    for module in ("focus_ray.data.shards", "focus_ray.sweep.shared"):
+        monkeypatch.setattr(f"{module}.decoded_rows", counting)
+    given = []
+    for rank in range(num_workers):
+        decoded.clear()
+        shard, rest = own_share(config, "gear", plan, rank, num_workers)
+        images = load_images(config, "gear", rest, "validation", 64)
+        given.append(sorted({*decoded} & {*plan.fit_rows}))
+        if shard is not None:
+            whole = load_images(config, "gear", plan, "validation", 64)
+            count = len(plan.fit_rows)
+            part = whole.fit[count * rank // num_workers : count * (rank + 1) // num_workers]
+            assert np.array_equal(torch.cat(list(shard.fit_batches())).numpy(), part)
+            assert not len(images.fit)
+    assert sorted(row for rows in given for row in rows) == sorted(plan.fit_rows)
