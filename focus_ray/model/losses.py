@@ -76,7 +76,8 @@ def effective_rank(features: Tensor) -> Tensor:
     """exp of the entropy of the spectrum of the covariance over batch and places, in 1..C (Roy and Vetterli, 2007)."""
     samples = features.float().permute(0, 2, 3, 1).flatten(0, 2)
     samples = samples - samples.mean(dim=0)
-    spectrum = torch.linalg.eigvalsh(samples.T @ samples).clamp_min(0)
+    with torch.autocast(features.device.type, enabled=False):
+        spectrum = torch.linalg.eigvalsh(samples.T @ samples).clamp_min(0)
     weights = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
     return torch.exp(-torch.xlogy(weights, weights).sum())
 

@@ -233,3 +233,36 @@ def test_a_spatial_transformer_takes_maps_of_any_size_and_learns_from_the_first_
     assert theta.shape == (2, 2, 3)
     theta[:, 0, 1].sum().backward()
     assert float(net.parameters_out.weight.grad.abs().max()) > 0
+
+
+# Half precision
+
+
+@pytest.mark.parametrize("group", ["rotation_translation", "affine"])
+def test_a_warp_looks_at_the_same_places_in_half_precision(group: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    theta = theta_from_parameters(torch.randn(4, num_parameters(group), generator=generator), group, Bounds())
+    ramp = torch.linspace(-128, 128, 256)  # a pixel's value is its own place
+    places = torch.stack([ramp.expand(256, 256), ramp[:, None].expand(256, 256)])[None].expand(4, 2, 256, 256)
+    exact = warp(places, theta, "border")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float((warp(places, theta, "border") - exact).abs().max()) < 1e-3
+        both = compose_theta(theta, invert_theta(theta))
+        assert float((both - identity_theta(theta)).abs().max()) < 1e-5
+        assert torch.equal(valid_mask(theta, 256, 256), valid_mask(theta, 256, 256))
+    half = warp(places.bfloat16(), theta, "border").float()
+    assert float((half - exact).abs().max()) <= 0.51  # what bf16 can tell of a value of 128, and no more
+
+
+def test_a_localisation_net_gives_the_angle_of_its_numbers_under_autocast() -> None:
+    torch.manual_seed(0)
+    net = SpatialTransformer(3, 32, "rotation_translation", Bounds()).eval()
+    torch.nn.init.normal_(net.parameters_out.weight, std=0.05)
+    seen = []
+    net.head.register_forward_hook(lambda module, given, out: seen.append(out))
+    images = torch.rand(4, 3, 32, 32)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        theta = net(images)
+    exact = theta_from_parameters(net.parameters_out(seen[0].float()), "rotation_translation", Bounds())
+    assert theta.dtype == torch.float32
+    torch.testing.assert_close(theta, exact)

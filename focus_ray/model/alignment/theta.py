@@ -97,8 +97,9 @@ def identity_theta(like: Tensor) -> Tensor:
 
 def compose_theta(outer: Tensor, inner: Tensor) -> Tensor:
     """The one transform that equals warping by `outer` and then warping the result by `inner`; all (B, 2, 3)."""
-    linear = outer[:, :, :2] @ inner[:, :, :2]
-    shift = outer[:, :, :2] @ inner[:, :, 2:] + outer[:, :, 2:]
+    with full_precision(outer):
+        linear = outer[:, :, :2] @ inner[:, :, :2]
+        shift = outer[:, :, :2] @ inner[:, :, 2:] + outer[:, :, 2:]
     return torch.cat([linear, shift], dim=2)
 
 
@@ -112,18 +113,30 @@ def invert_theta(theta: Tensor) -> Tensor:
     if bool((determinant.abs() < 1e-8).any()):
         raise ValueError("a transform is singular and has no inverse: bound the transform group")
     linear = torch.stack([torch.stack([d, -b], 1), torch.stack([-c, a], 1)], 1) / determinant[:, None, None]
-    return torch.cat([linear, -linear @ theta[:, :, 2:]], dim=2)
+    with full_precision(theta):
+        shift = -linear @ theta[:, :, 2:]
+    return torch.cat([linear, shift], dim=2)
+
+
+def full_precision(like: Tensor) -> torch.autocast:
+    """No autocast: in bf16 a coordinate of a 256 px frame is off by up to half a pixel."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def warp(images: Tensor, theta: Tensor, padding: str = "border", size: tuple[int, int] | None = None) -> Tensor:
-    """Bilinear resampling: (B, C, H, W), (B, 2, 3) -> (B, C, *size), by default the size it came with.
+    """Bilinear resampling: (B, C, H, W), (B, 2, 3) -> (B, C, *size), by default the size it came with, in the images' type.
+
+    Where to look is worked out in float32 at least, whatever the images' type and under autocast too.
 
     Args:
         padding: 'border', 'reflection' or 'zeros': what stands outside the frame.
     """
     shape = [images.shape[0], images.shape[1], *(size or images.shape[2:])]
-    grid = F.affine_grid(theta.to(images.dtype), shape, align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+    exact = torch.promote_types(images.dtype, torch.float32)
+    with full_precision(images):
+        grid = F.affine_grid(theta.to(exact), shape, align_corners=False)
+        sampled = F.grid_sample(images.to(exact), grid, mode="bilinear", padding_mode=padding, align_corners=False)
+    return sampled.to(images.dtype)
 
 
 def angle_of(theta: Tensor) -> Tensor:
@@ -133,7 +146,9 @@ def angle_of(theta: Tensor) -> Tensor:
 
 def valid_mask(theta: Tensor, height: int, width: int) -> Tensor:
     """Which pixels of the aligned frame come from inside the frame before: (B, 2, 3) -> (B, H, W) bool."""
-    grid = F.affine_grid(theta, [theta.shape[0], 1, height, width], align_corners=False)
+    with full_precision(theta):
+        exact = theta.to(torch.promote_types(theta.dtype, torch.float32))
+        grid = F.affine_grid(exact, [theta.shape[0], 1, height, width], align_corners=False)
     return (grid.abs() <= 1).all(dim=3)
 
 

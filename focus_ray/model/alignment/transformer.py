@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focus_ray.model.alignment.theta import Bounds, num_parameters, theta_from_parameters
+from focus_ray.model.alignment.theta import Bounds, full_precision, num_parameters, theta_from_parameters
 
 
 class SpatialTransformer(nn.Module):
@@ -36,8 +36,9 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> theta (B, 2, 3)."""
-        parameters = self.parameters_out(self.head(self.features(x).flatten(1)))
-        return theta_from_parameters(parameters.float(), self.group, self.bounds)
+        found = self.head(self.features(x).flatten(1))
+        with full_precision(x):
+            return theta_from_parameters(self.parameters_out(found.float()), self.group, self.bounds)
 
 
 class LocalisedAligner(nn.Module):
