@@ -15,6 +15,7 @@ from focus_ray.fitting.scoring import to_images
 from focus_ray.model.losses import coarse_loss, effective_rank, feature_std, fine_loss, random_pairs
 from focus_ray.model.network import FocusNet, inside_mask
 
+LEVEL = "last level"  # (B, C, H, W), of which the effective rank is taken, once an epoch
 COLLAPSE_STD = 0.05  # of the L2-normalised features, relative to an even spread: below this a run has collapsed
 
 
@@ -34,7 +35,7 @@ class Objective(nn.Module):
             net.image_aligner.requires_grad_(False)
 
     def forward(self, images: Tensor, pairs: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) in 0..1, pairs (B,) -> 'loss' and its parts, scalars."""
+        """Images (B, 3, H, W) in 0..1, pairs (B,) -> 'loss' and its parts, scalars; and `LEVEL`, of the fine loss."""
         aligned = self.net(images)
         parts: dict[str, Tensor] = {}
         total = images.new_zeros(())
@@ -49,7 +50,7 @@ class Objective(nn.Module):
             )
             total = total + self.config.lambda_fine * parts["loss_fine"]
             parts["feature_std"] = feature_std(projected)
-            parts["effective_rank"] = effective_rank(aligned.levels[2])
+            parts[LEVEL] = aligned.levels[2].detach()
         return {"loss": total, **parts}
 
 
@@ -106,17 +107,20 @@ def train_epoch(
 ) -> dict[str, float]:
     """One pass. Batches: uint8 (B, H, W, 3), or (B, 3, H, W) in 0..1.
 
-    Returns: the means of the losses and collapse figures over all steps and workers, with 'steps' and 'learning_rate'.
+    Returns: the means of the losses and collapse figures over all steps and workers, with 'steps' and the last step's
+        'learning_rate'. The effective rank, which takes an eigen-decomposition, is that of the last step.
 
-    Raises: FloatingPointError: the loss is not finite.
+    Raises: FloatingPointError, on every worker: the loss, or a weight after the last step, is not finite on some worker.
     """
     sums: dict[str, Tensor] = {}
-    steps = 0
+    steps, rate = 0, 0.0
+    level: Tensor | None = None
     for batch in batches:
         images = to_images(batch, device)
         pairs = random_pairs(images.shape[0], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             parts = objective(images, pairs)
+        level = parts.pop(LEVEL, None)
         loss = parts["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -124,6 +128,7 @@ def train_epoch(
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, config.gradient_clip_norm)
         optimizer.step()
+        rate = float(schedule.get_last_lr()[0])
         schedule.step()
         for key, value in parts.items():
             sums[key] = sums.get(key, value.new_zeros((), dtype=torch.float32)) + value.detach().float()
@@ -131,16 +136,25 @@ def train_epoch(
     if not steps:
         raise ValueError("no batch came: the data set is smaller than one step")
     keys = sorted(sums)
-    means = torch.stack([sums[key] for key in keys]) / steps
-    if world_size() > 1:
-        dist.all_reduce(means)
-        means /= world_size()
+    means = _mean_over_workers(torch.stack([sums[key] for key in keys]) / steps)
     result = dict(zip(keys, means.tolist(), strict=True))
-    if not math.isfinite(result["loss"]):
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    broken = _mean_over_workers(torch.stack([~p.detach().isfinite().all() for p in weights]).any().float())
+    if not math.isfinite(result["loss"]) or float(broken) > 0:
+        what = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
         raise FloatingPointError(
-            f"the loss is {result['loss']} after {steps} steps: lower train.learning_rate or set train.gradient_clip_norm"
+            f"{what} after {steps} steps: lower train.learning_rate or set train.gradient_clip_norm"
         )
-    return {**result, "steps": float(steps), "learning_rate": float(schedule.get_last_lr()[0])}
+    if level is not None:
+        result["effective_rank"] = float(_mean_over_workers(effective_rank(level)))
+    return {**result, "steps": float(steps), "learning_rate": rate}
+
+
+def _mean_over_workers(figures: Tensor) -> Tensor:
+    if world_size() > 1:
+        dist.all_reduce(figures)
+        figures = figures / world_size()
+    return figures
 
 
 def collapsed(log: dict[str, float]) -> bool:

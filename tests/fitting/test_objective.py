@@ -1,0 +1,82 @@
+"""An epoch: what it reports, and that a loss or a weight that is not finite ends it for every worker alike."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from focus_ray.config import TrainConfig
+from focus_ray.fitting import objective as module
+from focus_ray.fitting.objective import LEVEL, build_schedule, train_epoch
+
+CPU = torch.device("cpu")
+
+
+class Slope(nn.Module):
+    """One weight; its loss is the weight times `factor`."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.weight, self.factor = nn.Parameter(torch.ones(())), factor
+
+    def forward(self, images: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.weight * self.factor, LEVEL: torch.randn(4, 3, 2, 2) * self.factor}
+
+
+def run(slope: Slope, steps: int = 2, **settings: float) -> dict[str, float]:
+    config = TrainConfig(epochs=1, **settings)
+    optimizer = torch.optim.SGD(slope.parameters(), lr=config.learning_rate)
+    schedule = build_schedule(optimizer, config, steps)
+    batches = [torch.zeros(2, 8, 8, 3, dtype=torch.uint8)] * steps
+    return train_epoch(slope, batches, optimizer, schedule, config, CPU, torch.Generator())
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_told_as_documented(factor: float) -> None:
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) after 2 steps: lower train\.learning_rate"):
+        run(Slope(factor))
+
+
+def test_a_last_step_that_breaks_the_weights_is_told() -> None:
+    slope = Slope(3e38)
+    with pytest.raises(FloatingPointError, match="weights are not finite after 1 steps: lower train"):
+        run(slope, steps=1, learning_rate=10.0)
+
+
+def test_the_effective_rank_is_taken_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr(module, "effective_rank", lambda level: taken.append(level) or torch.tensor(2.0))
+    assert run(Slope(), steps=5)["effective_rank"] == 2.0
+    assert len(taken) == 1
+
+
+def test_the_learning_rate_is_that_of_the_last_step() -> None:
+    assert run(Slope(), steps=1, learning_rate=0.25)["learning_rate"] == 0.25
+    assert run(Slope(), steps=2, learning_rate=0.25)["learning_rate"] == pytest.approx(
+        0.125
+    )  # half-way down the cosine
+
+
+def _as_worker(rank: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        run(Slope(float("nan") if rank else 1.0))
+        told = "nothing"
+    except Exception as error:
+        told = type(error).__name__
+    Path(folder, str(rank)).write_text(told)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_every_worker_hears_of_one_workers_loss(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_as_worker, (port, str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["FloatingPointError"] * 2
