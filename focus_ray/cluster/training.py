@@ -147,10 +147,13 @@ def _run_all(
 ) -> dict[str, str]:
     """Trains the categories, `limit` at a time. Returns: the reasons of those that failed."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     use_gpu = uses_gpu(config.cluster)
     jobs = {category: CategoryJob(config, category, plan, use_gpu, root) for category, plan in plans.items()}
-    task = ray.remote(num_cpus=0, max_retries=0)(_run_category)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # beside the driver, so that losing another node ends no training; again where its process alone was lost
+    task = ray.remote(num_cpus=0, max_retries=2, scheduling_strategy=here)(_run_category)
     waiting = list(jobs)
     running: dict[Any, tuple[str, float]] = {}
     failed: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +55,26 @@ def gather_objects(value: _T) -> list[_T]:
     gathered: list[Any] = [None] * world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def decided_by_first(decide: Callable[[], _T]) -> _T:
+    """What the first worker finds, on every one; what it raises, every one raises.
+
+    Machines of different kinds round differently, so a yes or no that each works out alone may differ, and what follows it, a
+    collective, would wait for ever.
+    """
+    if world_size() == 1:
+        return decide()
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = decide()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]  # type: ignore[no-any-return]
 
 
 def world_size() -> int:

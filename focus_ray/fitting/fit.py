@@ -24,7 +24,7 @@ from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.selection import validation_images
-from focus_ray.fitting.distributed import gather_objects, world_size
+from focus_ray.fitting.distributed import decided_by_first, gather_objects, world_size
 from focus_ray.fitting.metric import metric_pass
 from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
 from focus_ray.fitting.passes import aligner_pass, calibration_pass, statistics_pass, validation_pass
@@ -177,7 +177,7 @@ class Run:
             plain = self.validate({"image_alignment": "none"})
             assert aligned is not None
             assert plain is not None
-            found.enabled = aligned > plain
+            found.enabled = decided_by_first(lambda: aligned > plain)
             aligner.enabled.fill_(found.enabled)
         turned = "on" if found.enabled else "off"
         self.log(f"image alignment {turned} (pairwise L2 of held-out images falls by {found.drop:.0%})")
@@ -270,7 +270,8 @@ class Run:
         score = self.validate({"epoch": epoch + 1})
         if score is None:
             return
-        if self.best is None or score > self.best.score + self.config.selection.margin:
+        best = self.best
+        if best is None or decided_by_first(lambda: score > best.score + self.config.selection.margin):
             network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
             self.best = Best(epoch, score, network)
 

@@ -15,7 +15,7 @@ from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import keep
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.evaluation.selection import validation_figures
-from focus_ray.fitting.distributed import gather_objects, gather_rows, reduce_moments
+from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, reduce_moments
 from focus_ray.fitting.scoring import Detector, Scored, embed_alike, to_images
 from focus_ray.model.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.model.network import FocusNet
@@ -101,7 +101,14 @@ def aligner_pass(
             prepared.append(aligner.prepare(to_images(batch[chosen], device)).cpu())
         position += len(batch)
     rows = gather_rows(torch.cat(prepared) if prepared else torch.empty(0, size, size), device)
-    return aligner.fit(rows.to(device), seed)
+
+    def fit() -> tuple[AlignmentReport, dict[str, Tensor]]:
+        report = aligner.fit(rows.to(device), seed)
+        return report, {name: value.cpu() for name, value in aligner.state_dict().items()}
+
+    report, state = decided_by_first(fit)
+    aligner.load_state_dict(state)
+    return report
 
 
 @torch.inference_mode()

@@ -179,8 +179,13 @@ def inside_mask(theta: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
-    """(H, W) bool: places of the aligned frame that at least this share of the training images showed; None: all."""
+    """(H, W) bool: places of the aligned frame that at least this share of the training images showed; None: all.
+
+    None too where features are aligned once more: distances then lie in a frame of each image's own, and this is not it.
+    """
     aligner = net.image_aligner
+    if len(net.feature_aligners):
+        return None
     if not isinstance(aligner, CongealingAligner) or not bool(aligner.enabled):
         return None
     return F.adaptive_avg_pool2d(aligner.weight[None, None], (height, width))[0, 0] >= share
