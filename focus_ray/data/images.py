@@ -7,7 +7,8 @@ Decisions, the same for training, batch inspection and serving:
 - Transparency (alpha channel, palette or colour key) is composed over black, so hidden colours never matter.
 - 16-bit grey is scaled by its full range, round(value * 255 / 65535), never by its own minimum and maximum: equal
   exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift them first.
-- 16-bit colour keeps its high byte (Pillow reads no more). 32-bit integer and float images are refused.
+- 16-bit colour keeps its high byte (Pillow reads no more). 32-bit integer, signed and float images are refused.
+- What a TIFF's tags say of its pixels decides how it is read, or that it is refused (`tiff`): WhiteIsZero comes out as it looks.
 - Of a file with several frames or pages the first is taken.
 """
 
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from focus_ray.data import tiff
 from focus_ray.errors import DataError
 
 # Largest image read, in pixels (about 9459 x 9459): where Pillow starts to warn of decompression bombs. A few hundred
@@ -76,12 +78,16 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Size in pixels after EXIF rotation; mode (``L``, ``RGB``, ``I;16``, ...) and format of the file itself."""
+    """Size in pixels after EXIF rotation; mode (``L``, ``RGB``, ``I;16``, ...) and format of the file itself.
+
+    see_through: it has an alpha channel, which is zero everywhere, so that it shows nothing.
+    """
 
     width: int
     height: int
     mode: str
     format: str
+    see_through: bool = False
 
 
 def decode_image(data: bytes, size_px: int | None) -> npt.NDArray[np.uint8]:
@@ -106,7 +112,6 @@ def decode_image(data: bytes, size_px: int | None) -> npt.NDArray[np.uint8]:
 
 def read_image(data: bytes, size_px: int | None = None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
     """What ``probe_image`` and ``decode_image(data, size_px)`` give, for the price of one decoding; the same errors."""
-    _verify_chunks(data)
     return _decode(data, size_px)
 
 
@@ -125,6 +130,9 @@ def read_header(data: bytes) -> ImageInfo:
 
     Raises: ImageError: empty, not an image, an unsupported kind, or above ``MAX_PIXELS``.
     """
+    tags = _tiff_tags(data)
+    if tags is not None and _reader_of(tags) == "tifffile":
+        return ImageInfo(tags.width, tags.height, "RGB" if tags.photometric == 2 else "L", "TIFF")
     image = _open(data)
     return ImageInfo(image.width, image.height, image.mode, image.format or "?")
 
@@ -219,8 +227,9 @@ def read_batch(
 
 
 def _decode(data: bytes, size_px: int | None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+    _verify_chunks(data)
     image, orientation, (width, height) = _load(data, size_px)
-    info = ImageInfo(width, height, image.mode, image.format or "?")
+    info = ImageInfo(width, height, image.mode, image.format or "?", _is_see_through(image))
     try:
         plain = _to_grey_or_rgb(image)
         if orientation in _TRANSPOSE:
@@ -233,11 +242,14 @@ def _decode(data: bytes, size_px: int | None) -> tuple[ImageInfo, npt.NDArray[np
         raise _undecodable(error, image) from error
 
 
-def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int, tuple[int, int]]:
+def _load(data: bytes, size_px: int | None) -> tuple[Image.Image, int, tuple[int, int]]:
     """Opens and loads the pixels.
 
     Returns: the image, not yet rotated, the EXIF orientation still to be applied, and the file's (width, height) after it.
     """
+    tags = _tiff_tags(data)
+    if tags is not None and _reader_of(tags) == "tifffile":
+        return _load_tiff(data, tags)
     image = _open(data)
     width, height = image.size  # before a JPEG is decoded smaller; a TIFF's is as it will be
     try:
@@ -249,7 +261,60 @@ def _load(data: bytes, size_px: int | None) -> tuple[ImageFile.ImageFile, int, t
             "truncated", f"the {image.format} image's pixels are truncated or damaged ({error}): copy it again"
         ) from error
     orientation = _orientation(image)
-    return image, orientation, (height, width) if orientation in _QUARTER_TURNS else (width, height)
+    size = (height, width) if orientation in _QUARTER_TURNS else (width, height)
+    if tags is not None and tags.bits in (12, 16) and _is_deep(image):
+        return _at_full_range(image, tags), orientation, size
+    return image, orientation, size
+
+
+def _tiff_tags(data: bytes) -> tiff.Tags | None:
+    """None for other files, and for one that is too damaged to have any. Raises: ImageError: its kind is not read."""
+    if not data.startswith(tiff.SIGNS):
+        return None
+    try:
+        tags = tiff.read_tags(data)
+    except tiff.TiffError as error:
+        raise ImageError("unsupported", str(error)) from error
+    if tags is not None:
+        _check_size(tags.width, tags.height)
+    return tags
+
+
+def _reader_of(tags: tiff.Tags) -> str:
+    try:
+        return tiff.reader_of(tags)
+    except tiff.TiffError as error:
+        raise ImageError("unsupported", str(error)) from error
+
+
+def _load_tiff(data: bytes, tags: tiff.Tags) -> tuple[Image.Image, int, tuple[int, int]]:
+    try:
+        pixels, see_through = tiff.read_pixels(data, tags)
+    except tiff.TiffError as error:
+        raise ImageError("unsupported", str(error)) from error
+    image = Image.fromarray(pixels)
+    image.format = "TIFF"
+    image.info["see_through"] = see_through
+    turned = tags.orientation in _QUARTER_TURNS
+    return image, tags.orientation, (image.height, image.width) if turned else image.size
+
+
+def _at_full_range(image: Image.Image, tags: tiff.Tags) -> Image.Image:
+    """Deep grey as it looks, and as 16 bits."""
+    values = np.asarray(image).astype(np.int64)
+    full = 2**tags.bits - 1
+    if tags.photometric == 0:
+        values = full - values
+    found = Image.fromarray((values * 65535 // full).clip(0, 65535).astype(np.uint16))
+    found.format = image.format
+    return found
+
+
+def _is_see_through(image: Image.Image) -> bool:
+    """Whether alpha is zero everywhere."""
+    if image.mode in ("RGBA", "LA", "PA"):
+        return not np.asarray(image.getchannel("A")).any()
+    return bool(image.info.get("see_through", False))
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -264,14 +329,17 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         raise _unidentified(data) from error
     except _DECODE_ERRORS as error:
         raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
-    width, height = image.size
+    _check_size(*image.size)
+    return image
+
+
+def _check_size(width: int, height: int) -> None:
     pixels = width * height
     if pixels > MAX_PIXELS:
         raise ImageError(
             "too_large",
             f"{width} x {height} is {pixels} pixels; at most {MAX_PIXELS} are read: cut it into tiles",
         )
-    return image
 
 
 def _orientation(image: Image.Image) -> int:

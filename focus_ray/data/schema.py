@@ -36,6 +36,7 @@ RejectReason = Literal[
     "truncated",
     "too_large",
     "unreadable",
+    "file_name",
     "missing_file",
     "mask_unreadable",
     "mask_size",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from focus_ray.data.importers.vocabulary import is_good_name, is_unclear_name
 from focus_ray.data.schema import Reject
 from focus_ray.errors import DataError
 from focus_ray.names import NAME_WORDS, is_name
@@ -36,12 +37,19 @@ class Sample:
 
 @dataclass
 class ImportPlan:
-    """What becomes of the files of one category."""
+    """What becomes of the files of one category. folders: what each folder was taken for, with its images' count."""
 
     category: str
     samples: list[Sample] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+    def take_over(self, other: ImportPlan) -> None:
+        """What another plan of the category found, but for its samples."""
+        self.rejects += other.rejects
+        self.notes += other.notes
+        self.folders += other.folders
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,9 @@ class ImportSettings:
     seed: int
 
     def relative(self, path: Path) -> str:
-        return path.relative_to(self.source).as_posix() if path.is_relative_to(self.source) else str(path)
+        """For people and reports: bytes that are no UTF-8 are shown as \\xff."""
+        shown = path.relative_to(self.source).as_posix() if path.is_relative_to(self.source) else str(path)
+        return shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Importer(Protocol):
@@ -78,12 +88,12 @@ class FolderImporter:
     """An importer whose folders are a category each, told by a folder that they hold."""
 
     expected: str
-    sign: str  # path below the category
+    sign: Callable[[Path], bool]  # of a folder that is one category
     plan_one: Callable[[Path, str, ImportSettings], ImportPlan]
     has_table = False
 
     def fits(self, folder: Path) -> bool:
-        return (folder / self.sign).is_dir()
+        return self.sign(folder)
 
     def plan(self, folder: Path, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
         name = folder_name(folder)
@@ -116,8 +126,17 @@ def add_folder(
 ) -> None:
     """Adds a folder's images to the plan, with their masks from `truth`; what it cannot place is rejected or noted."""
     stems: set[str] = set()
-    for path in _visible_files(folder):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+    visible, passed_over = _listed_files(folder)
+    for path in visible:
+        if is_lost(path):
+            plan.rejects.append(Reject(settings.relative(path), plan.category, "unreadable", lost_words(path)))
+        elif not path.is_file():
+            detail = "no regular file: a pipe, a device or a socket is not read"
+            plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
+        elif not is_text(path.name):
+            detail = "its name is not valid UTF-8: rename it"
+            plan.rejects.append(Reject(settings.relative(path), plan.category, "file_name", detail))
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
             stems.add(path.stem)
             masks = match_masks(truth, path.stem) if truth else []
             plan.samples.append(Sample(path, origin, split, label, defect if label else "good", tuple(masks)))
@@ -126,6 +145,20 @@ def add_folder(
             plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
     for nested in subfolders(folder):
         plan.notes.append(f"{settings.relative(nested)}: skipped, images are expected directly in {folder.name}/")
+    if passed_over:
+        shown = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
+        plan.notes.append(f"{settings.relative(folder)}: passed over {shown}")
+    if folder.is_dir():
+        meaning = (
+            f"anomalous, {defect!r}, for the test"
+            if label
+            else f"normal, for {'the test' if split == 'test' else 'training'}"
+        )
+        plan.folders.append(f"{settings.relative(folder)}: {len(stems)} images, {meaning}")
+        if label and is_unclear_name(defect):
+            plan.notes.append(
+                f"{settings.relative(folder)}: taken for a defect named {defect!r}; if its parts are good, rename it to good"
+            )
     if truth:
         reject_lone_masks(plan, truth, stems, settings)
 
@@ -139,7 +172,7 @@ def match_masks(truth: Path, stem: str) -> list[Path]:
         for name in (stem, f"{stem}_mask")
         for suffix in (*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
     ]
-    found = [path for path in found if path.is_file()]
+    found = [path for path in found if path.is_file() or is_lost(path)]  # a lost mask must not pass for none
     return sorted(set(found)) + image_files(truth / stem)
 
 
@@ -156,7 +189,21 @@ def reject_lone_masks(plan: ImportPlan, truth: Path, stems: set[str], settings: 
 def refuse_folders(root: Path, known: set[str], expected: str) -> None:
     odd = [item.name for item in subfolders(root) if item.name not in known]
     if odd:
-        raise DataError(f"{root}: did not expect the folder {', '.join(odd)} here: expected {expected}; move it away")
+        shown = ", ".join(name if is_text(name) else ascii(name) for name in odd)
+        raise DataError(f"{root}: did not expect the folder {shown} here: expected {expected}; move it away")
+
+
+def skipped_folders(root: Path, used: set[str], settings: ImportSettings) -> list[str]:
+    """Notes on folders, and on images that lie beside them, of which nothing is taken."""
+    notes = [
+        f"{settings.relative(item)}: skipped, its name says nothing in this shape"
+        for item in subfolders(root)
+        if item.name not in used
+    ]
+    loose = len(image_files(root))
+    if loose:
+        notes.append(f"{settings.relative(root)}: {loose} images beside the folders are skipped: put them into one")
+    return notes
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -165,21 +212,54 @@ def subfolders(folder: Path) -> list[Path]:
     return sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith((".", "__MACOSX")))
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(
-        item
-        for item in folder.iterdir()
-        if item.is_file()
-        and not item.name.startswith(".")
-        and item.suffix.lower() not in IGNORED_SUFFIXES
-        and item.stem.lower() not in IGNORED_STEMS
+def good_folders(folder: Path) -> list[Path]:
+    """Its folders whose names say that they hold good parts."""
+    return [item for item in subfolders(folder) if is_good_name(item.name)]
+
+
+def is_lost(path: Path) -> bool:
+    """Whether it is a link to what is not there: data under version control that was not fetched."""
+    return path.is_symlink() and not path.exists()
+
+
+def lost_words(path: Path) -> str:
+    target = ascii(os.readlink(path))
+    return (
+        f"a link to {target}, which is not there: fetch what it names (git annex get, dvc pull) or copy the file itself"
     )
 
 
+def is_text(name: str) -> bool:
+    """Whether a name is valid UTF-8; others come with surrogates in place of their odd bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _listed_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
+    """What is no folder: what to look at, and how many of what kind are passed over as companions of images."""
+    if not folder.is_dir():
+        return [], {}
+    visible: list[Path] = []
+    passed_over: dict[str, int] = {}
+    for item in sorted(folder.iterdir()):
+        if item.is_dir():
+            continue
+        if item.name.startswith("."):
+            kind = "hidden"
+        elif item.suffix.lower() in IGNORED_SUFFIXES or item.stem.lower() in IGNORED_STEMS:
+            kind = item.suffix.lower() or item.name
+        else:
+            visible.append(item)
+            continue
+        passed_over[kind] = passed_over.get(kind, 0) + 1
+    return visible, passed_over
+
+
 def image_files(folder: Path) -> list[Path]:
-    return [path for path in _visible_files(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in _listed_files(folder)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def folder_name(path: Path) -> str:

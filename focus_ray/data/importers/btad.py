@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from focus_ray.data.importers.base import FolderImporter, ImportPlan, ImportSettings, add_folder, refuse_folders
+from focus_ray.data.importers.base import (
+    FolderImporter,
+    ImportPlan,
+    ImportSettings,
+    add_folder,
+    refuse_folders,
+    subfolders,
+)
 
 
 def plan_btad(root: Path, category: str, settings: ImportSettings) -> ImportPlan:
@@ -19,4 +26,10 @@ def plan_btad(root: Path, category: str, settings: ImportSettings) -> ImportPlan
     return plan
 
 
-BTAD = FolderImporter("train/ok with test/ok and test/ko", "train/ok", plan_btad)
+def is_btad(folder: Path) -> bool:
+    """Whether its folders are called as BTAD's are, and no other."""
+    train, test = ({item.name for item in subfolders(folder / name)} for name in ("train", "test"))
+    return train == {"ok"} and test <= {"ok", "ko"}
+
+
+BTAD = FolderImporter("train/ok with test/ok and test/ko", is_btad, plan_btad)

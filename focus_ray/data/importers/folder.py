@@ -11,45 +11,52 @@ from focus_ray.data.importers.base import (
     ImportSettings,
     Sample,
     add_folder,
+    good_folders,
     held_for_test,
     image_files,
     match_masks,
     refuse_folders,
     reject_lone_masks,
+    skipped_folders,
     subfolders,
 )
+from focus_ray.data.importers.vocabulary import is_bad_name
 from focus_ray.data.schema import Reject
 
 
 def plan_folder(root: Path, category: str, settings: ImportSettings) -> ImportPlan:
     """good/, bad*/ and masks/: what somebody's own images most often are."""
     plan = ImportPlan(category)
-    bad_folders = [item for item in subfolders(root) if item.name.lower().startswith("bad")]
+    good = good_folders(root)
+    bad_folders = [item for item in subfolders(root) if is_bad_name(item.name)]
     masks_root = root / "masks"
-    known = {"good", "masks", *(item.name for item in bad_folders)}
-    refuse_folders(root, known, "good/, bad*/ and masks/")
+    refuse_folders(root, {"masks", *(item.name for item in (*good, *bad_folders))}, "good/, bad*/ and masks/")
+    plan.notes += skipped_folders(root, {item.name for item in subfolders(root)}, settings)
 
     normal = ImportPlan(category)
-    add_folder(normal, root / "good", "good", "train", 0, "good", None, settings)
-    plan.rejects += normal.rejects
-    plan.notes += normal.notes
+    for item in good:
+        add_folder(normal, item, item.name, "train", 0, "good", None, settings)
+    plan.take_over(normal)
     owners: dict[str, list[str]] = defaultdict(list)
     for bad in bad_folders:
         for path in image_files(bad):
             owners[path.stem].append(bad.name)
 
     held = held_for_test([item.path.name for item in normal.samples], settings) if bad_folders else set()
+    if held:
+        plan.folders.append(f"of the good images {len(held)} are kept for the test, the others are for training")
     for sample in normal.samples:
         stem = sample.path.stem
-        masks = match_masks(masks_root / "good", stem) or ([] if stem in owners else match_masks(masks_root, stem))
+        masks = match_masks(masks_root / sample.folder, stem)
+        masks = masks or ([] if stem in owners else match_masks(masks_root, stem))
         split = "test" if sample.path.name in held else "train"
-        plan.samples.append(Sample(sample.path, "good", split, 0, "good", tuple(masks)))
+        plan.samples.append(Sample(sample.path, sample.folder, split, 0, "good", tuple(masks)))
     for bad in bad_folders:
         anomalous = ImportPlan(category)
-        defect = bad.name[len("bad") :].lstrip("_-. ") or "bad"
+        defect = bad.name[len("bad") :].lstrip("_-. ") if bad.name.lower().startswith("bad") else bad.name
+        defect = defect or "bad"
         add_folder(anomalous, bad, bad.name, "test", 1, defect, None, settings)
-        plan.rejects += anomalous.rejects
-        plan.notes += anomalous.notes
+        plan.take_over(anomalous)
         for sample in anomalous.samples:
             stem = sample.path.stem
             masks = match_masks(masks_root / bad.name, stem)
@@ -64,7 +71,7 @@ def plan_folder(root: Path, category: str, settings: ImportSettings) -> ImportPl
                     continue
             plan.samples.append(Sample(sample.path, bad.name, "test", 1, defect, tuple(masks)))
 
-    image_folders = [root / "good", *bad_folders]
+    image_folders = [*good, *bad_folders]
     stems = {folder.name: {path.stem for path in image_files(folder)} for folder in image_folders}
     reject_lone_masks(plan, masks_root, set().union(stems, *stems.values()), settings)
     for name, own in stems.items():
@@ -72,4 +79,8 @@ def plan_folder(root: Path, category: str, settings: ImportSettings) -> ImportPl
     return plan
 
 
-FOLDER = FolderImporter("good/ with bad*/ and masks/", "good", plan_folder)
+def _is_folder(folder: Path) -> bool:
+    return any(image_files(item) for item in good_folders(folder)) or (folder / "good").is_dir()
+
+
+FOLDER = FolderImporter("good/ with bad*/ and masks/", _is_folder, plan_folder)

@@ -9,31 +9,46 @@ from focus_ray.data.importers.base import (
     ImportPlan,
     ImportSettings,
     add_folder,
+    good_folders,
+    is_text,
     refuse_folders,
     reject_lone_masks,
+    skipped_folders,
     subfolders,
 )
+from focus_ray.data.importers.btad import is_btad
+from focus_ray.data.importers.vocabulary import is_good_name
+from focus_ray.errors import DataError
 
 
 def plan_mvtec(root: Path, category: str, settings: ImportSettings) -> ImportPlan:
     """MVTec AD, MVTec AD 2 and MVTec LOCO, told apart by their folders alone."""
     plan = ImportPlan(category)
     for folder in ("train", "validation"):
-        if (root / folder).is_dir():
-            refuse_folders(root / folder, {"good"}, "normal images only, in good/")
-            add_folder(plan, root / folder / "good", folder, "train", 0, "good", None, settings)
+        good = good_folders(root / folder)
+        refuse_folders(root / folder, {item.name for item in good}, "normal images only, in good/")
+        for item in good:
+            add_folder(plan, item, folder, "train", 0, "good", None, settings)
     for folder, truth in (("test", root / "ground_truth"), ("test_public", root / "test_public" / "ground_truth")):
         for defect in subfolders(root / folder):
             if defect.name == "ground_truth":
                 continue
-            label = int(defect.name != "good")
+            if not is_text(defect.name):
+                raise DataError(f"{settings.relative(defect)}: its name is not valid UTF-8: rename the folder")
+            label = int(not is_good_name(defect.name))
             add_folder(plan, defect, folder, "test", label, defect.name, truth / defect.name, settings)
         for masks in subfolders(truth):
             if not (root / folder / masks.name).is_dir():
                 reject_lone_masks(plan, masks, set(), settings)
-    for private in sorted(root.glob("test_private*")):
-        plan.notes.append(f"{settings.relative(private)}: skipped, its labels are not public")
+    private = sorted(root.glob("test_private*"))
+    plan.notes += [f"{settings.relative(item)}: skipped, its labels are not public" for item in private]
+    used = {"train", "validation", "test", "test_public", "ground_truth", *(item.name for item in private)}
+    plan.notes += skipped_folders(root, used, settings)
     return plan
 
 
-MVTEC = FolderImporter("train/good with test/ or test_public/", "train/good", plan_mvtec)
+def _is_mvtec(folder: Path) -> bool:
+    return bool(good_folders(folder / "train")) and not is_btad(folder)
+
+
+MVTEC = FolderImporter("train/good with test/ or test_public/", _is_mvtec, plan_mvtec)

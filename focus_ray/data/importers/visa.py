@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample, category_name, folder_name, held_for_test
+from focus_ray.data.importers.vocabulary import is_good_name
 from focus_ray.data.schema import SPLITS, Reject
 from focus_ray.errors import DataError
+
+_NO = ("0", "0.0", "false", "no", "f", "n")  # of a column that says whether the part is anomalous
+_YES = ("1", "1.0", "true", "yes", "t", "y")
 
 
 def plan_visa(table: Path, root: Path, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
@@ -41,7 +45,7 @@ def plan_visa(table: Path, root: Path, categories: Sequence[str] | None, setting
                 f"{table}: line {number}: expected split train or test, a label and an image, got split={split!r}, "
                 f"label={label_text!r}, image={image_text!r}"
             )
-        label = int(label_text.lower() not in ("normal", "good", "ok", "0"))
+        label = int(not (is_good_name(label_text) or label_text.casefold() in _NO))
         if label and split == "train":
             raise DataError(f"{table}: line {number}: an anomalous image ({label_text!r}) in train; move it to test")
         if not label and not split:
@@ -61,7 +65,8 @@ def plan_visa(table: Path, root: Path, categories: Sequence[str] | None, setting
             detail = f"{settings.relative(table)} names {lost[0]}, which is not there"
             plan.rejects.append(Reject(settings.relative(image), category, "missing_file", detail))
             continue
-        defect = re.sub(r"[^A-Za-z0-9._-]+", "_", label_text) if label else "good"
+        named = "anomaly" if label_text.casefold() in _YES else label_text
+        defect = re.sub(r"[^A-Za-z0-9._-]+", "_", named) if label else "good"
         masks = (mask,) if mask_text else ()
         plan.samples.append(Sample(image, split, split, label, defect, masks))
     return [plans[name] for name in sorted(plans)]
