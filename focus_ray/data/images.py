@@ -141,7 +141,8 @@ def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
     """Decodes a mask: a pixel is anomalous when any of its values is above 0, whatever the bit depth.
 
     Palettes are looked up, so their colours count and not their indices; transparency is composed over black.
-    Resized by nearest neighbour only; at a large reduction a defect of a few pixels can fall between the samples.
+    Reduced, a pixel is anomalous where any of those that it stands for was, so that no defect vanishes, however thin; enlarged,
+    it is that of the nearest.
 
     Args: height, width: size returned, pixels.
 
@@ -149,26 +150,41 @@ def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
 
     Raises: ImageError: as ``decode_image``.
     """
-    mask = read_mask(data)
-    if mask.shape == (height, width):
-        return mask
-    resized = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
-    return np.asarray(resized) > 0
+    return resize_mask(read_mask(data), height, width)
+
+
+def resize_mask(mask: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDArray[np.bool_]:
+    """(H, W) bool to (height, width), as ``decode_mask`` does."""
+    for axis, size in enumerate((height, width)):
+        length = mask.shape[axis]
+        if size < length:
+            mask = np.logical_or.reduceat(mask, np.arange(size) * length // size, axis=axis)
+        elif size > length:
+            mask = mask.take(np.arange(size) * length // size, axis=axis)
+    return np.ascontiguousarray(mask)
 
 
 def read_mask(data: bytes) -> npt.NDArray[np.bool_]:
     """``decode_mask`` at the file's own size. Returns: (H, W) bool. Raises: ImageError."""
+    return probe_mask(data)[0]
+
+
+def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
+    """``read_mask``, and how many different values above 0 the file has: one in a mask, a few where they name kinds of defects,
+    many in one that was saved as JPEG, blurred or scaled. Raises: ImageError."""
     _verify_chunks(data)
     image, orientation, _ = _load(data, None)
     try:
         deep = _is_deep(image) or image.mode == "F"
-        mask: npt.NDArray[np.bool_] = np.asarray(image) > 0 if deep else _any_channel(_to_grey_or_rgb(image))
+        values = np.asarray(image) if deep else _highest_channel(_to_grey_or_rgb(image))
+        mask: npt.NDArray[np.bool_] = values > 0
+        different = len(np.unique(values[mask]))
     except _DECODE_ERRORS as error:
         raise _undecodable(error, image) from error
     if orientation in _TRANSPOSE:
         upright = Image.fromarray(mask.astype(np.uint8)).transpose(_TRANSPOSE[orientation])
         mask = np.asarray(upright) > 0
-    return mask
+    return mask, different
 
 
 def encode_png(array: npt.NDArray[Any]) -> bytes:
@@ -350,9 +366,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _any_channel(image: Image.Image) -> npt.NDArray[np.bool_]:
+def _highest_channel(image: Image.Image) -> npt.NDArray[Any]:
     values = np.asarray(image)
-    return np.asarray(values.max(axis=2) if values.ndim == 3 else values) > 0
+    return np.asarray(values.max(axis=2) if values.ndim == 3 else values)
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from focus_ray.data.images import ImageError, encode_png, read_image, read_mask
-from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample
+from focus_ray.data.images import ImageError, encode_png, probe_mask, read_image
+from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample, is_lost, lost_words
 from focus_ray.data.importers.choose import make_plans
 from focus_ray.data.schema import SCHEMA_VERSION, Reject, RejectReason, Row
 from focus_ray.data.store import Store
@@ -28,7 +28,10 @@ from focus_ray.storage import open_filesystem
 
 @dataclass(frozen=True)
 class CategoryReport:
-    """What one category holds after an ingestion; counts are rows, ``num_masks`` anomalous rows with a mask."""
+    """What one category holds after an ingestion; counts are rows, ``num_masks`` anomalous rows with a mask.
+
+    folders: what each folder of the source was taken for.
+    """
 
     name: str
     status: Literal["written", "unchanged"]
@@ -36,6 +39,7 @@ class CategoryReport:
     num_test_normal: int
     num_test_anomalous: int
     num_masks: int
+    folders: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -69,6 +73,7 @@ class IngestReport:
                 f"{item.name}: {item.status}, {item.num_train} train, {item.num_test_normal} normal and "
                 f"{item.num_test_anomalous} anomalous test images, {item.num_masks} masks"
             )
+            lines += [f"  {folder}" for folder in item.folders]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"rejected ({item.reason}): {item.path}: {item.detail}" for item in self.rejects]
         if self.rejects:
@@ -88,6 +93,9 @@ class _Checked:
     content_hash: str
     mask: bytes | None
     note: str | None
+    levels: int = 256  # different values of its pixels
+    marked: float = 0.0  # the mask's share of the image
+    mask_values: int = 1  # different ones above 0
 
 
 def ingest(
@@ -163,7 +171,9 @@ def _ingest_category(
         fingerprint = _source_fingerprint(plan, settings, site, pool)
         former = store.commit(plan.category)
         if former and former["source_fingerprint"] == fingerprint and store.is_whole(plan.category, former):
-            return CategoryReport(plan.category, "unchanged", **former["counts"]), store.rejects(plan.category), []
+            counts = former["counts"]
+            report = CategoryReport(plan.category, "unchanged", **counts, folders=tuple(plan.folders))
+            return report, store.rejects(plan.category), _plausibility(plan.category, counts, [], settings)
 
         store.check_writable()
         checked: list[_Checked] = []
@@ -197,7 +207,43 @@ def _ingest_category(
             fingerprint,
             counts,
         )
-    return CategoryReport(plan.category, "written", **counts), rejects, notes
+    notes += _plausibility(plan.category, counts, kept, settings)
+    return CategoryReport(plan.category, "written", **counts, folders=tuple(plan.folders)), rejects, notes
+
+
+def _plausibility(
+    category: str, counts: dict[str, int], kept: Sequence[_Checked], settings: ImportSettings
+) -> list[str]:
+    """What was taken as it is and is likely not meant, once a category and not once a file."""
+    notes = []
+
+    def told(found: list[_Checked], words: str) -> None:
+        if found:
+            first = settings.relative((found[0].sample.masks or (found[0].sample.path,))[0])
+            notes.append(f"{category}: {words.format(count=len(found))} (the first: {first})")
+
+    if counts["num_test_anomalous"] and not counts["num_test_normal"]:
+        notes.append(
+            f"{category}: no good test image: false alarms and image AUROC cannot be measured; put good parts that are not for "
+            "training into test/good"
+        )
+    if kept and max(item.levels for item in kept) <= 3:
+        what = "are of one colour" if max(item.levels for item in kept) == 1 else "have two or three values only"
+        notes.append(f"{category}: all {len(kept)} images {what}: are they masks, or exported with a wrong range?")
+    masked = [item for item in kept if item.mask is not None]
+    told(
+        [item for item in masked if item.mask_values > MASK_VALUES],
+        "{count} masks have many values above 0, as after JPEG, blur or scaling; each of them counts as defective: save masks as "
+        "PNG with 0 and 255",
+    )
+    told(
+        [item for item in masked if item.marked > 0.5],
+        "{count} masks mark more than half of their image: defective is what is above 0, are they inverted?",
+    )
+    return notes
+
+
+MASK_VALUES = 16  # more than kinds of defects are told apart by
 
 
 def _progressing(rows: Iterable[Row], bar: Any) -> Iterator[Row]:
@@ -247,12 +293,17 @@ def _check(sample: Sample, category: str, settings: ImportSettings) -> _Checked 
         return reject("unreadable", error.strerror or str(error))
     content = hashlib.sha256(f"{info.height}x{info.width}:".encode())
     content.update(pixels.data)
+    levels = int(np.count_nonzero(np.bincount(pixels.reshape(-1), minlength=256)))
     del pixels
 
     joined: np.ndarray[Any, np.dtype[np.bool_]] | None = None
+    mask_values = 0
     for path in sample.masks:
+        if is_lost(path):
+            return reject("mask_unreadable", f"its mask {settings.relative(path)} is {lost_words(path)}")
         try:
-            mask = read_mask(path.read_bytes())
+            mask, different = probe_mask(path.read_bytes())
+            mask_values = max(mask_values, different)
         except (ImageError, OSError) as error:
             return reject("mask_unreadable", f"its mask {settings.relative(path)} cannot be read: {error}")
         if mask.shape != (info.height, info.width):
@@ -266,14 +317,20 @@ def _check(sample: Sample, category: str, settings: ImportSettings) -> _Checked 
     if joined is not None and not sample.label and joined.any():
         return reject(
             "mask_on_good",
-            f"a normal image whose mask {settings.relative(sample.masks[0])} marks {int(joined.sum())} pixels: move "
-            "the image to a defect's folder or remove the mask",
+            f"a normal image whose mask {settings.relative(sample.masks[0])} marks {int(joined.sum())} pixels"
+            + (", nearly all, as an inverted mask does (defective is what is above 0)" if joined.mean() > 0.9 else "")
+            + ": move the image to a defect's folder, or mend or remove the mask",
         )
     if joined is not None and sample.label and not joined.any():
         note = "its mask marks nothing although the image is anomalous; taken as an image without a mask"
+    if info.see_through:
+        note = "its alpha channel is 0 everywhere: it is taken as black; export it without transparency"
     encoded = encode_png(joined) if joined is not None and joined.any() else None
     digest = hashlib.sha256(data).hexdigest()
-    return _Checked(sample, digest, info.width, info.height, content.hexdigest(), encoded, note)
+    marked = 0.0 if joined is None else float(joined.mean())
+    return _Checked(
+        sample, digest, info.width, info.height, content.hexdigest(), encoded, note, levels, marked, mask_values
+    )
 
 
 def _without_duplicates(
