@@ -148,7 +148,8 @@ class ResidualScatter:
         covariance = centred.t() @ centred / max(1, (len(bank) - 1) * bank.shape[2] * bank.shape[3])
         ridge = SEARCH_RIDGE * float(covariance.diagonal().mean())
         self.search = whitening_of(covariance, max(ridge, 1e-12)) @ search  # (few, C)
-        self.reduced = torch.einsum("kc,nchw->nkhw", self.search, bank)
+        reduced = torch.einsum("kc,nchw->hwkn", self.search, bank).flatten(0, 1)
+        self.rows, self.norms = reduced.contiguous(), reduced.square().sum(dim=1)  # (L, K, N), (L, N)
         self.normal = torch.zeros(channels, channels, dtype=torch.float64, device=bank.device)
         self.defective = torch.zeros_like(self.normal)
         self.num_normal = self.num_defective = 0
@@ -183,28 +184,37 @@ class ResidualScatter:
     def _residuals(self, embedding: Tensor, own: Tensor) -> Tensor:
         """(B, C, H, W) less the nearest neighbours in other images than own -> (B, H, W, C)."""
         batch, _, height, width = embedding.shape
-        count, reach = len(self.bank), self.window // 2
-        query = torch.einsum("kc,bchw->hwbk", self.search, embedding).reshape(height * width, batch, -1)
-        known = F.pad(self.reduced, [reach] * 4).permute(2, 3, 0, 1)  # (H + 2 r, W + 2 r, N, K)
-        norms = F.pad(self.reduced.square().sum(dim=1), [reach] * 4, value=torch.inf).permute(1, 2, 0)
-        best = query.new_full((height * width, batch), torch.inf)
-        nearest = torch.zeros(height * width, batch, dtype=torch.long, device=query.device)
-        for offset in range(self.window**2):
-            down, right = divmod(offset, self.window)
-            rows = known[down : down + height, right : right + width].reshape(height * width, count, -1)
-            half = norms[down : down + height, right : right + width].reshape(height * width, 1, count)
-            distance = torch.baddbmm(half, query, rows.transpose(1, 2), alpha=-2)
-            distance[:, torch.arange(batch), own.to(query.device)] = torch.inf
-            value, image = distance.min(dim=2)
-            closer = value < best
-            best = torch.where(closer, value, best)
-            nearest = torch.where(closer, image * self.window**2 + offset, nearest)
-        image, shift = nearest // self.window**2, nearest % self.window**2
-        place = torch.arange(height * width, device=query.device)[:, None]
-        y = (place // width + shift // self.window - reach).clamp(0, height - 1)
-        x = (place % width + shift % self.window - reach).clamp(0, width - 1)
-        neighbour = self.bank[image, :, y, x]  # (L, B, C)
-        return (embedding.permute(2, 3, 0, 1).flatten(0, 1) - neighbour).permute(1, 0, 2).unflatten(1, (height, width))
+        window, reach = self.window, self.window // 2
+        query = torch.einsum("kc,bchw->hwbk", self.search, embedding)  # (H, W, B, K)
+        padded = F.pad(query, [0, 0, 0, 0, reach, reach, reach, reach])
+        # every bank row meets all the queries around it in one product: the bank, by far the larger, is read once
+        around = padded.unfold(0, window, 1).unfold(1, window, 1).permute(0, 1, 4, 5, 2, 3)  # (H, W, w, w, B, K)
+        distance = torch.baddbmm(
+            self.norms[:, None], around.reshape(height * width, -1, query.shape[3]), self.rows, alpha=-2
+        )
+        distance.view(height * width, window**2, batch, -1)[:, :, torch.arange(batch), own.to(query.device)] = torch.inf
+        value, image = (found.view(height, width, window, window, batch) for found in distance.min(dim=2))
+        best = query.new_full((height, width, batch), torch.inf)
+        nearest = torch.zeros(height, width, batch, dtype=torch.long, device=query.device)
+        y, x = torch.zeros_like(nearest), torch.zeros_like(nearest)
+        down_all = torch.arange(height, device=query.device)[:, None, None].expand_as(nearest)
+        right_all = torch.arange(width, device=query.device)[None, :, None].expand_as(nearest)
+        for offset in range(window**2):
+            down, right = (number - reach for number in divmod(offset, window))
+            # what the bank of (r, c) says of the query at (r + down, c + right)
+            mine = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
+            theirs = slice(max(-down, 0), height + min(-down, 0)), slice(max(-right, 0), width + min(-right, 0))
+            said = value[theirs][:, :, down + reach, right + reach]
+            closer = said < best[mine]
+            for target, found in (
+                (best, said),
+                (nearest, image[theirs][:, :, down + reach, right + reach]),
+                (y, down_all[theirs]),
+                (x, right_all[theirs]),
+            ):
+                target[mine] = torch.where(closer, found, target[mine])
+        neighbour = self.bank.permute(0, 2, 3, 1)[nearest, y, x]  # (H, W, B, C)
+        return (embedding.permute(2, 3, 0, 1) - neighbour).permute(2, 0, 1, 3)
 
 
 def _unit(rows: Tensor, normal: Tensor) -> Tensor:
