@@ -129,7 +129,7 @@ class Inspector:
             raise DataError("there is no test image to evaluate: ingest a set that has some")
         labels = [int(record["label"]) for record in kept]
         types = [str(record["defect_type"]) for record in kept]
-        return summarise(
+        found = summarise(
             labels,
             types,
             scores,
@@ -138,6 +138,8 @@ class Inspector:
             self.bundle.calibration.image_threshold,
             self.bundle.calibration.target_fpr,
         )
+        reduced = any(max(record["height"], record["width"]) > max_side_px for record in kept)
+        return {**found, "reduced": reduced}
 
     def _decode(self, images: list[bytes], start: int) -> tuple[list[ImageInfo], NDArray[np.uint8]] | None:
         if not images:

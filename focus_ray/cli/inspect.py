@@ -10,36 +10,45 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.output import EXIT_ERROR, say
+from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, readable_name, say
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from focus_ray.bundle.bundle import find_bundles
     from focus_ray.bundle.inspector import Inspector
     from focus_ray.data.read import iter_test_records
+    from focus_ray.errors import FocusRayError
     from focus_ray.evaluation.report import evaluation_table, mean_metrics
     from focus_ray.storage import join, write_bytes
 
     results: dict[str, dict[str, Any]] = {}
     bundles = find_bundles(arguments.bundles)
+    output = arguments.output or join(arguments.bundles, "report")
+    table = ""
     for category, uri in bundles.items():
         say(f"{category}: evaluating {uri}")
-        inspector = Inspector.load(uri)
-        data = arguments.data or inspector.bundle.config.data.uri
-        results[category] = {
-            **inspector.evaluate(iter_test_records(data, category), arguments.max_side_px),
-            "bundle": uri,
-            "version": inspector.bundle.version,
-            "data": data,
-        }
-    table = evaluation_table(results)
-    output = arguments.output or join(arguments.bundles, "report")
-    content = {"categories": results, "mean": mean_metrics(results)}
-    write_bytes(join(output, "report.json"), (json.dumps(content, indent=1) + "\n").encode())
-    write_bytes(join(output, "report.md"), table.encode())
+        try:
+            inspector = Inspector.load(uri)
+            data = arguments.data or inspector.bundle.config.data.uri
+            results[category] = {
+                **inspector.evaluate(iter_test_records(data, category), arguments.max_side_px),
+                "bundle": uri,
+                "version": inspector.bundle.version,
+                "data": data,
+            }
+        except FocusRayError as error:  # of this category: the others are measured all the same
+            say(f"{category}: {error}")
+            results[category] = {"error": str(error), "bundle": uri}
+        table = evaluation_table(results)
+        content = {"categories": results, "mean": mean_metrics(results)}
+        write_bytes(join(output, "report.json"), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_bytes(join(output, "report.md"), table.encode())
     print(table)
     say(f"report: {join(output, 'report.md')} and {join(output, 'report.json')}")
-    return 0
+    failed = [category for category, result in results.items() if "error" in result]
+    if len(failed) == len(results):
+        return EXIT_ERROR
+    return EXIT_PARTLY if failed else 0
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -72,15 +81,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for start in range(0, len(paths), inspector.batch_size):
         for path, data, found_or_error in _inspect_files(inspector, paths[start : start + inspector.batch_size]):
             if isinstance(found_or_error, str):
-                print(json.dumps({"image": str(path), "error": found_or_error}))
+                print(json.dumps({"image": readable_name(path), "error": found_or_error}, ensure_ascii=False))
                 status = EXIT_ERROR
                 continue
-            line = {"image": str(path), "category": inspector.bundle.category, **found_or_error.to_dict()}
+            line = {"image": readable_name(path), "category": inspector.bundle.category, **found_or_error.to_dict()}
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
                 target.write_bytes(encode_png(overlay(decode_image(data, None), found_or_error)))
-                line["overlay"] = str(target)
-            print(json.dumps(line))
+                line["overlay"] = readable_name(target)
+            print(json.dumps(line, ensure_ascii=False))
     return status
 
 
@@ -135,5 +144,5 @@ def _inspect_batch(arguments: argparse.Namespace) -> int:
         num_actors=arguments.actors,
         log=say,
     )
-    print(json.dumps(counts, indent=1))
+    print(json.dumps(counts, indent=1, ensure_ascii=False))
     return EXIT_ERROR if any(count["num_errors"] for count in counts.values()) else 0

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 EXIT_ERROR = 1
-EXIT_REJECTS = 3
+EXIT_PARTLY = 3  # some of it could not be done, and was told
+
+
+def readable_name(path: Path) -> str:
+    """As text that any terminal and file can hold: bytes that are no UTF-8 as \\xff."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def say(message: str) -> None:

@@ -13,7 +13,9 @@ from focus_ray.cluster.preflight import probe_nodes
 from focus_ray.cluster.streams import ray_dataset
 from focus_ray.data.read import list_categories
 from focus_ray.errors import DataError
-from focus_ray.storage import is_s3, join, list_names, open_filesystem
+from focus_ray.storage import is_s3, join, list_names, open_filesystem, remove_file, remove_folder, write_bytes
+
+UNFINISHED = "_unfinished"  # in a folder of results until all of them are there; readers of Parquet pass it over
 
 
 class BatchScorer:
@@ -76,8 +78,13 @@ def inspect_dataset(
     if unknown:
         raise DataError(f"{uri} has no category {', '.join(unknown)}; it has {', '.join(list_categories(uri))}")
     for category in bundles:
-        if list_names(join(output, f"category={category}")):
-            raise DataError(f"{output}/category={category} holds results already: give another --output, or remove it")
+        place = join(output, f"category={category}")
+        there = list_names(place)
+        if UNFINISHED in there:
+            log(f"{place}: left unfinished by an earlier run: begun anew")
+            remove_folder(place)
+        elif there:
+            raise DataError(f"{place} holds results already: give another output folder, or remove this one")
     import ray.data
 
     connect()
@@ -93,8 +100,11 @@ def inspect_dataset(
             batch_size=batch_size,
             num_gpus=gpus,
         ).materialize()
-        filesystem, path = open_filesystem(join(output, f"category={category}"))
+        place = join(output, f"category={category}")
+        write_bytes(join(place, UNFINISHED), b"")
+        filesystem, path = open_filesystem(place)
         results.write_parquet(path, filesystem=filesystem if is_s3(output) else None)
+        remove_file(join(place, UNFINISHED))
         table = results.select_columns(["anomalous", "error"]).to_pandas()
         counts[category] = {
             "num_images": len(table),

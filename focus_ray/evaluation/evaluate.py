@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from focus_ray.evaluation.metrics import Measured
+from focus_ray.errors import DataError
+from focus_ray.evaluation.metrics import Measured, Metric
 from focus_ray.kinds import METRICS
 
 MAX_SIDE_PX = 512  # maps and masks are compared at the mask's own size up to this
@@ -25,8 +26,12 @@ def summarise(
 ) -> dict[str, Any]:
     """All metrics of one category; a metric that the set cannot give (one class only, no mask) is None.
 
+    So is one that fails on what the set holds, masks that cover whole images for instance: 'reasons' then says why, by the
+    metric's name, after its defect's where it is of one defect.
+
     masks: None where an anomalous image has none; such an image counts in image metrics alone.
     """
+    reasons: dict[str, str] = {}
     measured = Measured(
         np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64), masks, maps, float(threshold)
     )
@@ -36,21 +41,30 @@ def summarise(
         "num_masks": sum(mask is not None for mask, label in zip(masks, measured.labels, strict=True) if label),
         "threshold": float(threshold),
         "target_fpr": float(target_fpr),
-        **{key: METRICS[key].value(measured) for key in METRICS},
+        **{key: _value(METRICS[key], measured, reasons, key) for key in METRICS},
     }
     kinds = np.array([kind if label else "" for kind, label in zip(types, labels, strict=True)])
     result["defect_types"] = {
-        str(kind): _of_one_type(measured, kinds == kind) for kind in sorted(set(kinds[measured.labels == 1]))
+        str(kind): _of_one_type(measured, kinds == kind, str(kind), reasons)
+        for kind in sorted(set(kinds[measured.labels == 1]))
     }
-    return result
+    return {**result, "reasons": reasons}
 
 
-def _of_one_type(measured: Measured, chosen: NDArray[np.bool_]) -> dict[str, Any]:
+def _value(metric: Metric, measured: Measured, reasons: dict[str, str], where: str) -> float | None:
+    try:
+        return metric.value(measured)
+    except DataError as error:
+        reasons[where] = str(error)
+        return None
+
+
+def _of_one_type(measured: Measured, chosen: NDArray[np.bool_], kind: str, reasons: dict[str, str]) -> dict[str, Any]:
     parts = {"alone": measured.only(chosen), "with_normals": measured.only(chosen | (measured.labels == 0))}
     told = {key: METRICS[key] for key in METRICS if METRICS[key].per_defect}
     return {
         "num_images": int(chosen.sum()),
-        **{key: metric.value(parts[metric.per_defect]) for key, metric in told.items()},
+        **{key: _value(metric, parts[metric.per_defect], reasons, f"{kind}: {key}") for key, metric in told.items()},
     }
 
 

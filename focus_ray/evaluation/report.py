@@ -19,22 +19,38 @@ _HEAT = np.array([[8, 6, 60], [96, 20, 120], [196, 50, 70], [250, 150, 30], [255
 def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Category -> metrics (as `Inspector.evaluate` gives) -> a Markdown table with a mean row, and one of defect types.
 
-    A metric that a category's test set cannot give is shown as '-' and left out of the mean.
+    A metric that a category's test set cannot give is shown as '-' and left out of the mean; where something stood in its way,
+    and where a category could not be measured at all (its result is an 'error' alone), the reason follows below the tables.
     """
     metrics = {key: METRICS[key] for key in METRICS}
     lines = [_row(["category", "good", "bad", *(metric.title for metric in metrics.values())]), _rule(3 + len(metrics))]
     for category, result in results.items():
         values = [_number(result.get(key)) for key in metrics]
-        lines.append(_row([category, str(result["num_normal"]), str(result["num_anomalous"]), *values]))
+        counts = ["-" if "error" in result else str(result[key]) for key in ("num_normal", "num_anomalous")]
+        lines.append(_row([category, *counts, *values]))
     if len(results) > 1:
         means = mean_metrics(results)
         lines.append(_row(["**mean**", "", "", *(_number(means[key]) for key in metrics)]))
     told = {key: metric.title for key, metric in metrics.items() if metric.per_defect}
     lines += ["", _row(["category", "defect type", "images", *told.values()]), _rule(3 + len(told))]
     for category, result in results.items():
-        for kind, part in result["defect_types"].items():
+        for kind, part in result.get("defect_types", {}).items():
             values = [_number(part.get(key)) for key in told]
             lines.append(_row([category, kind, str(part["num_images"]), *values]))
+    reasons = [
+        f"- {category}: not measured: {result['error']}" for category, result in results.items() if "error" in result
+    ]
+    for category, result in results.items():
+        reasons += [f"- {category}: {where}: {reason}" for where, reason in result.get("reasons", {}).items()]
+    if reasons:
+        lines += ["", *reasons]
+    reduced = [category for category, result in results.items() if result.get("reduced")]
+    if reduced:
+        lines += [
+            "",
+            f"Compared at a reduced size ({', '.join(reduced)}): a reduced pixel is defective where any that it stands for is, "
+            "so defects are up to a pixel wider there.",
+        ]
     return "\n".join(lines) + "\n"
 
 

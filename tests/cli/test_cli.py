@@ -146,6 +146,38 @@ def test_evaluate_takes_one_bundle_other_data_and_another_folder(
     assert "no data set here" in capsys.readouterr().err
 
 
+def test_evaluate_measures_the_other_defects_and_categories_where_one_cannot_be(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One defect has masks of whole images; one category has no test images; their reasons stand in their own places."""
+    for category in ("gear", "board"):
+        shutil.copytree(images / category, tmp_path / "images" / category)
+    for mask in (tmp_path / "images/gear/ground_truth/scratch").glob("*.png"):
+        size = Image.open(mask).size
+        Image.new("L", size, 255).save(mask)
+    ingest(tmp_path / "images", tmp_path / "data", progress=False)
+    config = small_config(str(tmp_path / "data"), tmp_path, model={"image_alignment": {"group": "none"}})
+    for category in ("gear", "board"):
+        make_bundle(config, category)
+    shutil.rmtree(tmp_path / "images/board/test")
+    shutil.rmtree(tmp_path / "images/board/ground_truth")
+    ingest(tmp_path / "images", tmp_path / "data", progress=False)
+    assert main(["evaluate", str(tmp_path / "small")]) == 3
+    captured = capsys.readouterr()
+    report = json.loads((tmp_path / "small/report/report.json").read_text())["categories"]
+    assert "there is no test image to evaluate" in report["board"]["error"]
+    gear = report["gear"]
+    assert gear["image_auroc"] is not None
+    others = [kind for kind in gear["defect_types"] if kind != "scratch"]
+    assert others
+    assert all(gear["defect_types"][kind]["aupro_0.3"] is not None for kind in others)
+    assert any(where.startswith("scratch: ") for where in gear["reasons"]), gear["reasons"]
+    text = (tmp_path / "small/report/report.md").read_text()
+    assert "| board | - | - |" in text
+    assert "- board: not measured: there is no test image to evaluate" in text
+    assert captured.out.strip() == text.strip()
+
+
 def test_evaluate_of_a_folder_without_bundles_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith(f"focus-ray: {tmp_path}: no bundle here: give a bundle, or")

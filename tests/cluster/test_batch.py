@@ -16,7 +16,7 @@ from small_set import NUM_TEST, NUM_TRAIN, draw_parts, ingest_parts, make_bundle
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.batch import BatchScorer, inspect_dataset
+from focus_ray.cluster.batch import UNFINISHED, BatchScorer, inspect_dataset
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.errors import DataError
@@ -67,10 +67,9 @@ def test_every_image_of_both_splits_is_scored_as_the_inspector_scores_it(
         (alone,) = inspector.inspect([records[row["id"]]["image"]])
         # squares: a training image lies in the memory itself, and what is left of its squared distance is rounding
         assert row["score"] ** 2 == pytest.approx(alone.score**2, rel=2e-4, abs=1e-4 * row["threshold"] ** 2)
-        # the held-out images are in the set and tie with their own calibration scores up to rounding: one step
-        step = 1 / (inspector.bundle.calibration.num_images + 1)
-        assert row["p_value"] == pytest.approx(alone.p_value, abs=1.01 * step)
-        assert row["anomalous"] == (row["score"] > row["threshold"])
+        # the held-out images are in the set and tie with their own calibration scores up to rounding, which decides nothing
+        assert row["p_value"] == alone.p_value
+        assert row["anomalous"] == alone.anomalous
         assert len(json.loads(row["regions"])) == len(alone.regions)
     assert counts["num_images"] == NUM_TRAIN + NUM_TEST
     assert counts["num_anomalous"] == sum(row["anomalous"] for row in rows)
@@ -95,8 +94,23 @@ def test_results_that_are_there_are_not_written_over(
     results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str
 ) -> None:
     output, _, _ = results
-    with pytest.raises(DataError, match=r"/category=gear holds results already: give another --output, or remove it"):
+    with pytest.raises(DataError, match=r"/category=gear holds results already: give another output folder, or remove"):
         inspect_dataset({"gear": bundle}, data, output)
+
+
+@pytest.mark.ray
+def test_what_a_failed_write_left_is_begun_anew(
+    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str, tmp_path: Path
+) -> None:
+    place = tmp_path / "category=gear"
+    place.mkdir()
+    (place / UNFINISHED).touch()
+    (place / "half.parquet").write_bytes(b"PAR1")
+    said: list[str] = []
+    assert inspect_dataset({"gear": bundle}, data, str(tmp_path), log=said.append)["gear"] == results[1]
+    assert "left unfinished by an earlier run: begun anew" in said[0]
+    assert not (place / UNFINISHED).exists()
+    assert pq.read_table(place, partitioning=None).num_rows == results[1]["num_images"]
 
 
 def test_a_category_that_the_set_lacks_is_named_before_anything_starts(data: str, bundle: str, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from focus_ray.data.images import (
     probe_image,
     read_batch,
     read_image,
+    read_mask,
 )
 from focus_ray.errors import DataError
 
@@ -293,3 +294,16 @@ def test_arguments_out_of_range_are_refused() -> None:
         decode_batch([], 32, 0)
     with pytest.raises(ValueError, match="float64"):
         encode_png(np.zeros((4, 4)))
+
+
+@pytest.mark.parametrize("damage", ["no end mark", "wrong checksum"])
+def test_every_way_to_decode_refuses_a_png_that_ingest_refuses(damage: str) -> None:
+    whole = encode(Image.fromarray(pattern()))
+    spoilt = whole[: -len(b"\x00\x00\x00\x00IEND\xaeB`\x82")] if damage == "no end mark" else None
+    if spoilt is None:
+        place = whole.rindex(b"IEND") - 5  # in the checksum of the last data chunk
+        spoilt = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for read in (probe_image, lambda data: decode_image(data, 16), lambda data: decode_batch([data], 16), read_mask):
+        with pytest.raises(ImageError, match="truncated") as caught:
+            read(spoilt)
+        assert caught.value.reason == "truncated"
