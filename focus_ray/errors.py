@@ -23,6 +23,10 @@ class BundleError(FocusRayError, RuntimeError):
     """A trained artifact that is missing, incomplete, changed or of another format version."""
 
 
+class ScoreError(DataError):
+    """A score that is not a finite number: the model, not the image, is to blame."""
+
+
 class TrainingError(FocusRayError, RuntimeError):
     """A training run that could not be carried through."""
 

@@ -2,7 +2,8 @@
 
 The manifest is the commit point. Tensor files carry their own hash in their name and are written first; the manifest,
 which lists them and carries a hash of itself, replaces the former one in a single step. A reader therefore sees the old
-bundle or the new one, whole, on a disk as on S3.
+bundle or the new one, whole, on a disk as on S3: one that finds a file gone because the bundle was replaced while it read takes
+the new one.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -33,6 +35,8 @@ from focus_ray.model.backbones.base import bare_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 3
 # what bundles of a former format had no choice of, and how they were made
@@ -187,7 +191,23 @@ def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:
 
     Raises: BundleError: missing, damaged, changed, or of another format version.
     """
+    return _whole(uri, lambda manifest: _read_bundle(uri, manifest, device))
+
+
+def _whole(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
+    """What `read` makes of the bundle; once more where it was replaced meanwhile, and its former files were gone."""
     manifest = read_manifest(uri)
+    while True:
+        try:
+            return read(manifest)
+        except BundleError:
+            now = read_manifest(uri)
+            if now["sha256"] == manifest["sha256"]:
+                raise
+            manifest = now
+
+
+def _read_bundle(uri: str | Path, manifest: dict[str, Any], device: torch.device | str) -> Bundle:
     try:
         config = parse_config(_as_it_was_made(manifest), source=f"{uri}/{MANIFEST}")
         calibration = Calibration.from_dict(manifest["calibration"])
@@ -230,7 +250,10 @@ def read_statistics(uri: str | Path) -> Statistics:
 
     Raises: BundleError: it keeps none, or as `read_manifest`.
     """
-    manifest = read_manifest(uri)
+    return _whole(uri, lambda manifest: _read_statistics(uri, manifest))
+
+
+def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     if "moments" not in manifest["files"]:
         raise BundleError(f"{uri}: keeps no moments: train with density.keep_moments=true to update a bundle later")
     tensors = _read_part(uri, manifest, "moments")

@@ -5,6 +5,7 @@ Command line, evaluation, batch inspection and serving all go through it, so tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from focus_ray.bundle.bundle import Bundle, read_bundle
 from focus_ray.data.images import ImageInfo, decode_mask, read_batch
 from focus_ray.data.schema import Row
-from focus_ray.errors import DataError
+from focus_ray.errors import DataError, ScoreError
 from focus_ray.evaluation.evaluate import MAX_SIDE_PX, evaluation_size, summarise
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
 from focus_ray.model.batch_norm import fuse_batch_norms
@@ -72,7 +73,7 @@ class Inspector:
         return scored.score.float().cpu().numpy(), scored.anomaly_map.float().cpu().numpy()
 
     def inspect(self, images: Sequence[bytes]) -> list[Inspection]:
-        """Encoded images -> one `Inspection` each, in order. Raises: DataError: an image cannot be decoded."""
+        """Encoded images -> one `Inspection` each, in order. Raises: DataError: an image cannot be decoded, or as `judge`."""
         found: list[Inspection] = []
         for infos, scores, maps in self._scored(images):
             for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
@@ -80,8 +81,16 @@ class Inspector:
         return found
 
     def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
-        """Verdict, p-value and regions of a scored image of `width` x `height` pixels."""
+        """Verdict, p-value and regions of a scored image of `width` x `height` pixels.
+
+        Raises: ScoreError: the score, or a value of the map, is not a finite number.
+        """
         calibration = self.bundle.calibration
+        if not (math.isfinite(score) and np.isfinite(anomaly_map).all()):
+            raise ScoreError(
+                f"the model of {self.bundle.category!r} (version {self.bundle.version[:16]}) gave no finite score for an image: "
+                "its tensors overflow or are damaged; train it again"
+            )
         regions = find_regions(anomaly_map, calibration.pixel_threshold, width, height)
         return Inspection(
             score=score,

@@ -54,12 +54,19 @@ def _kind_of(place: str) -> str:
     from focus_ray.bundle.bundle import find_bundles
     from focus_ray.bundle.registry import Registry
     from focus_ray.errors import DataError
+    from focus_ray.storage import join, list_names
 
     try:
         find_bundles(place)
     except DataError as error:
+        runs = [name for name in list_names(place) if list_names(join(place, name, "bundles"))]
+        if runs:
+            raise DataError(
+                f"{place}: a folder of runs: give one of them, for instance {join(place, runs[0])}"
+            ) from None
         registry = Registry(place)
-        if not any(registry.categories(team) for team in registry.teams()):
+        published = (registry.versions(team, name) for team in registry.teams() for name in registry.categories(team))
+        if not any(published):
             raise DataError(f"{error}, or a registry that `focus-ray registry publish` made") from None
         return "registry"
     return "bundles"

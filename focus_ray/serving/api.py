@@ -306,9 +306,9 @@ def _add_open_routes(api: FastAPI, service: Service) -> None:
     async def healthz() -> Response:
         return JSONResponse({"status": "ok"})
 
-    @api.get("/readyz", response_model=Ready, responses=_problems(503), summary="Whether models can be reached")
+    @api.get("/readyz", response_model=Ready, responses=_problems(503), summary="Whether there are models to serve")
     async def readyz() -> Response:
-        await service.categories(service.settings.team)
+        await service.ready()
         return JSONResponse({"status": "ok"})
 
     if not service.settings.page:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 import time
 import weakref
 from collections import OrderedDict
@@ -36,17 +37,21 @@ class Backbones:
 
     def __init__(self) -> None:
         self._by_hash: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()  # loader threads put in what the event loop counts
 
     def share(self, detector: Detector) -> None:
         """Puts the one backbone of these tensors in the detector's place for it. To be called before batch norms are fused."""
         digest = hash_module(detector.net.backbone)
-        known = self._by_hash.setdefault(digest, detector.net.backbone)
+        with self._lock:
+            known = self._by_hash.setdefault(digest, detector.net.backbone)
         detector.net.backbone = known  # type: ignore[assignment]
 
     @property
     def num_bytes(self) -> int:
         """Of all that some model still uses."""
-        return sum(_size(backbone.parameters()) + _size(backbone.buffers()) for backbone in self._by_hash.values())
+        with self._lock:
+            there = list(self._by_hash.values())
+        return sum(_size(backbone.parameters()) + _size(backbone.buffers()) for backbone in there)
 
 
 class ModelCache:
@@ -122,11 +127,20 @@ def own_tensors(detector: Detector) -> Iterator[Tensor]:
     net, shared = detector.net, {id(tensor) for tensor in _tensors(detector.net.backbone)}
     yield from (tensor for tensor in _tensors(net) if id(tensor) not in shared)
     yield from _tensors(detector.reduction)
-    yield from (value for value in vars(detector.density).values() if isinstance(value, Tensor))
+    yield from _held_by(detector.density)
     yield detector.spread
     if detector.seen is not None:
         yield detector.seen
     yield from detector.profile or ()
+
+
+def _held_by(thing: object) -> Iterator[Tensor]:
+    """The tensors of an object of ours and of those that it is made of."""
+    for value in vars(thing).values():
+        if isinstance(value, Tensor):
+            yield value
+        elif type(value).__module__.startswith("focus_ray.density"):
+            yield from _held_by(value)
 
 
 def hash_module(module: nn.Module) -> str:

@@ -6,13 +6,14 @@ import asyncio
 import io
 import logging
 import random
+import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
-from focus_ray.errors import BundleError, DataError, RegistryError
+from focus_ray.errors import BundleError, DataError, RegistryError, ScoreError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.serving.limits import Gate
 from focus_ray.serving.logs import log
@@ -65,6 +66,7 @@ class Service:
         self.sink = ImageSink(settings.sink, self.measures, log) if settings.sink else None
         self._routes = {(route.team, route.category): route for route in settings.routes}
         self._shadows: set[asyncio.Task[None]] = set()
+        self._ready_since = float("-inf")
         self._flusher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -103,6 +105,25 @@ class Service:
             raise Problem(403, "forbidden", f"this token has the scopes {', '.join(caller.scopes)}; this needs {scope}")
 
     # ---- what is there
+    async def ready(self) -> None:
+        """Whether there is anything to serve, looked up every `refresh_s` at most however often it is asked.
+
+        Raises: Problem: 503 there is not, or it cannot be read.
+        """
+        if time.monotonic() - self._ready_since >= self.settings.refresh_s:
+            if not await self._ask(asyncio.to_thread(self._serves_something), "", ""):
+                log(
+                    "nothing to serve",
+                    level=logging.ERROR,
+                    registry=self.settings.registry,
+                    bundles=self.settings.bundles,
+                )
+                raise unavailable("there is no model to serve here: ask who runs the service", 5.0)
+            self._ready_since = time.monotonic()
+
+    def _serves_something(self) -> bool:
+        return any(self.source.categories(team) for team in self.source.teams())
+
     async def teams(self, caller: Caller) -> list[str]:
         """The caller's team; all, where the service is open to all."""
         if caller.team != "*":
@@ -194,6 +215,11 @@ class Service:
                 f"no answer within {self.settings.limits.timeout_s:g} s: try again",
                 self.settings.limits.retry_after_s,
             ) from None
+        except ScoreError as error:
+            log("no finite score", level=logging.ERROR, error=error, request_id=request_id, version=version.uri)
+            raise Problem(
+                500, "no-score", "the model gave no finite score for an image: tell who runs the service"
+            ) from None
         except (BundleError, DataError) as error:
             log("model cannot be loaded", level=logging.ERROR, error=error, request_id=request_id, version=version.uri)
             raise self._no_model() from None
@@ -228,9 +254,10 @@ class Service:
             other = await self.directory.resolve(route.team, route.category, route.shadow)
             if other == version:
                 return
-            shadow = await self.scorers.inspect(other, images, "json", False)
+            asked = self.scorers.inspect(other, images, "json", False)
+            shadow = await asyncio.wait_for(asked, self.settings.limits.timeout_s)
         except Exception as error:  # whatever it is, the request has its answer
-            log("shadow failed", level=logging.WARNING, error=str(error), request_id=request_id)
+            log("shadow failed", level=logging.WARNING, error=str(error) or type(error).__name__, request_id=request_id)
             return
         self.measures.results(other, shadow.results, "shadow")
         for number, (first, second) in enumerate(zip(answer.results, shadow.results, strict=True)):

@@ -11,7 +11,8 @@ import hmac
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import Literal
 
@@ -21,7 +22,7 @@ from pydantic import Field
 from focus_ray.config import Section, parse_model
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.serving.settings import Name
-from focus_ray.storage import read_bytes, write_bytes
+from focus_ray.storage import create_bytes, read_bytes, remove_file, write_bytes
 
 Scope = Literal["inspect", "read", "admin"]
 SCOPES: tuple[Scope, ...] = ("inspect", "read", "admin")
@@ -86,10 +87,6 @@ def create_token(
 
     Raises: ConfigError: the file is not a token file, or a name or scope cannot be.
     """
-    try:
-        former = parse_tokens(read_bytes(uri), uri)
-    except FileNotFoundError:
-        former = TokenFile()
     secret, token_id = secrets.token_urlsafe(32), secrets.token_hex(6)
     now = datetime.now(timezone.utc).replace(microsecond=0)
     record = parse_model(
@@ -105,18 +102,43 @@ def create_token(
         },
         "token",
     )
-    _write(uri, TokenFile(tokens=(*former.tokens, record)))
+    with _alone_at(uri):
+        try:
+            former = parse_tokens(read_bytes(uri), uri)
+        except FileNotFoundError:
+            former = TokenFile()
+        _write(uri, TokenFile(tokens=(*former.tokens, record)))
     return f"frs_{token_id}_{secret}", record
 
 
 def revoke_token(uri: str, token_id: str) -> Token:
     """Takes a token out of the file. Raises: ConfigError: it is not there."""
-    former = read_tokens(uri)
-    found = [token for token in former.tokens if token.id == token_id]
-    if not found:
-        raise ConfigError(f"{uri}: no token {token_id!r}; there are {', '.join(t.id for t in former.tokens) or 'none'}")
-    _write(uri, TokenFile(tokens=tuple(token for token in former.tokens if token.id != token_id)))
+    with _alone_at(uri):
+        former = read_tokens(uri)
+        found = [token for token in former.tokens if token.id == token_id]
+        if not found:
+            there = ", ".join(token.id for token in former.tokens) or "none"
+            raise ConfigError(f"{uri}: no token {token_id!r}; there are {there}")
+        _write(uri, TokenFile(tokens=tuple(token for token in former.tokens if token.id != token_id)))
     return found[0]
+
+
+@contextmanager
+def _alone_at(uri: str, patience_s: float = 20.0) -> Iterator[None]:
+    """Two that change the file at once do so one after the other, so that neither's change is lost.
+
+    Raises: ConfigError: another holds it for longer than any change takes.
+    """
+    lock = f"{uri}.lock"
+    until = time.monotonic() + patience_s
+    while not create_bytes(lock, secrets.token_hex(16).encode()):
+        if time.monotonic() > until:
+            raise ConfigError(f"{lock}: another change of the tokens is under way; if none is, remove this file")
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        remove_file(lock)
 
 
 def hash_secret(secret: str) -> str:

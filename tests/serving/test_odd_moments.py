@@ -1,0 +1,226 @@
+"""Faults that take two at once, or a slip of the operator: replaced bundles, lost tokens, mistyped places, broken models."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from serving_set import PRESS, Plant, make_plant
+from torch import nn
+
+from focus_ray.bundle import bundle as bundle_module
+from focus_ray.bundle.bundle import read_bundle, read_manifest, read_statistics, write_bundle
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.registry import Registry
+from focus_ray.cli.main import main
+from focus_ray.errors import ConfigError, ScoreError
+from focus_ray.serving.api import create_api
+from focus_ray.serving.measures import Measures
+from focus_ray.serving.models import Backbones, _size, own_tensors
+from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.service import Service
+from focus_ray.serving.settings import Settings, parse_settings
+from focus_ray.serving.tokens import create_token, read_tokens, revoke_token
+
+
+@pytest.fixture(scope="module")
+def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
+    return make_plant(tmp_path_factory.mktemp("plant"))
+
+
+def settings_of(plant: Plant, **changes: Any) -> Settings:
+    return parse_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.05, **changes})
+
+
+def service_of(settings: Settings) -> Service:
+    return Service(settings, Scorer(settings.pool, "cpu", Measures()), Measures())
+
+
+# Bundles
+
+
+def test_a_reader_whose_bundle_is_replaced_while_it_reads_gets_the_new_one_whole(
+    plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = read_bundle(plant.bundles["gear"])
+    statistics = read_statistics(plant.bundles["gear"])
+
+    def write(seed: int) -> None:
+        config = source.config.model_copy(update={"train": source.config.train.model_copy(update={"seed": seed})})
+        next(source.detector.net.backbone.parameters()).data.mul_(1.01)  # other tensors, so other files
+        statistics.moments.mean.add_(0.01)
+        write_bundle(
+            tmp_path / "bundle",
+            config=config,
+            category="gear",
+            detector=source.detector,
+            statistics=statistics,
+            calibration=source.calibration,
+            data=source.manifest["data"],
+            metrics={},
+        )
+
+    write(0)
+    read_part = bundle_module._read_part
+    replaced: list[int] = []
+
+    def read_late(uri: Any, manifest: Any, part: str) -> Any:
+        if not replaced:
+            replaced.append(1)
+            write(1)  # another process publishes just now
+        return read_part(uri, manifest, part)
+
+    monkeypatch.setattr(bundle_module, "_read_part", read_late)
+    for read in (lambda: read_bundle(tmp_path / "bundle").version, lambda: read_statistics(tmp_path / "bundle")):
+        replaced.clear()
+        found = read()
+        if isinstance(found, str):
+            assert found == read_manifest(tmp_path / "bundle")["sha256"]
+
+
+# Tokens
+
+
+def test_tokens_made_at_once_are_all_kept(tmp_path: Path) -> None:
+    place = str(tmp_path / "tokens.yaml")
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: create_token(place, f"team{number}", ["read"])[1].id, range(12)))
+    assert sorted(token.id for token in read_tokens(place).tokens) == sorted(made)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda token_id: revoke_token(place, token_id), made[:6]))
+    assert sorted(token.id for token in read_tokens(place).tokens) == sorted(made[6:])
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.yaml"]
+
+
+def test_a_change_of_the_tokens_that_never_ended_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "tokens.yaml"
+    (tmp_path / "tokens.yaml.lock").write_text("left")
+    clock = iter([0.0, 100.0])
+    monkeypatch.setattr("focus_ray.serving.tokens.time.monotonic", lambda: next(clock))
+    with pytest.raises(ConfigError, match=r"tokens\.yaml\.lock: another change of the tokens is under way"):
+        create_token(str(place), "press", ["read"])
+
+
+# Mistyped places
+
+
+def test_a_service_is_not_ready_where_nothing_is_published_and_looks_seldom(plant: Plant, tmp_path: Path) -> None:
+    with TestClient(create_api(service_of(settings_of(plant, registry=str(tmp_path / "regisrty"))))) as client:
+        assert client.get("/readyz").status_code == 503
+    service = service_of(settings_of(plant, refresh_s=60))
+    looked: list[str] = []
+    teams = service.source.teams
+    service.source.teams = lambda: looked.append("teams") or teams()  # type: ignore[func-returns-value,method-assign]
+    with TestClient(create_api(service)) as client:
+        assert [client.get("/readyz").status_code for _ in range(5)] == [200] * 5
+    assert looked == ["teams"]
+
+
+def test_serving_a_folder_of_runs_names_a_run(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = Path(plant.bundles["gear"]).parents[2]
+    assert main(["serve", str(runs)]) == 1
+    assert "a folder of runs: give one of them, for instance" in capsys.readouterr().err
+
+
+# Models
+
+
+def test_a_score_that_is_no_number_is_told_as_what_it_is(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    inspector = Inspector.load(plant.bundles["gear"], "cpu")
+    with pytest.raises(ScoreError, match=r"the model of 'gear' \(version .*\) gave no finite score for an image"):
+        inspector.judge(float("nan"), np.zeros((4, 4), np.float32), 4, 4)
+    with pytest.raises(ScoreError):
+        inspector.judge(1.0, np.full((4, 4), np.inf, np.float32), 4, 4)
+
+    def judge(self: Inspector, score: float, *rest: Any) -> Any:
+        return ordinary(self, float("nan"), *rest)
+
+    ordinary = Inspector.judge
+    monkeypatch.setattr(Inspector, "judge", judge)
+    with TestClient(create_api(service_of(settings_of(plant))), raise_server_exceptions=False) as client:
+        answer = client.post("/v1/press/gear/inspect", content=plant.images[0], headers=plant.headers(plant.press))
+    assert answer.status_code == 500
+    assert "no finite score" in answer.text
+    assert "cannot be read" not in answer.text
+
+
+def test_a_shadow_that_hangs_is_given_up(plant: Plant, tmp_path: Path) -> None:
+    registry = Registry(tmp_path)
+    registry.publish(plant.bundles["gear"], PRESS, aliases=["production"])
+    registry.publish(plant.bundles["gear"], PRESS, aliases=["candidate"])
+    route = {"team": PRESS, "category": "gear", "ref": "production", "shadow": "candidate"}
+    settings = settings_of(plant, registry=str(tmp_path), routes=[route], limits={"timeout_s": 1.0})
+    service = service_of(settings)
+    inspect = service.scorers.inspect
+
+    async def hang_for_the_shadow(version: Any, *rest: Any) -> Any:
+        if version.name == "v0002":
+            await asyncio.sleep(3600)
+        return await inspect(version, *rest)
+
+    service.scorers.inspect = hang_for_the_shadow  # type: ignore[method-assign]
+
+    async def run() -> None:
+        await service.start()
+        await service.inspect(PRESS, "gear", None, plant.images[:1], "json", False, "request")
+        assert len(service._shadows) == 1
+        await asyncio.wait(set(service._shadows), timeout=10)
+        await asyncio.sleep(0)
+        assert not service._shadows
+        await service.close()
+
+    asyncio.run(run())
+
+
+def test_backbones_are_counted_while_loaders_put_some_in() -> None:
+    backbones, stop = Backbones(), threading.Event()
+    kept: list[Any] = []
+    failed: list[BaseException] = []
+
+    class Net:
+        def __init__(self, number: int) -> None:
+            self.backbone: nn.Module = nn.Linear(1, 1 + number % 7)
+
+    class Held:
+        def __init__(self, number: int) -> None:
+            self.net = Net(number)
+
+    def load(first: int) -> None:
+        for number in range(first, first + 300):
+            held = Held(number)
+            backbones.share(held)  # type: ignore[arg-type]
+            kept.append(held)
+            if len(kept) > 20:
+                kept.pop(0)
+
+    def count() -> None:
+        while not stop.is_set():
+            try:
+                assert backbones.num_bytes >= 0
+            except BaseException as error:
+                failed.append(error)
+                return
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    loaders = [threading.Thread(target=load, args=(1000 * number,)) for number in range(3)]
+    for thread in loaders:
+        thread.start()
+    for thread in loaders:
+        thread.join()
+    stop.set()
+    counter.join()
+    assert not failed
+
+
+def test_what_a_model_takes_counts_both_memories(plant: Plant) -> None:
+    detector = read_bundle(plant.bundles["gear"]).detector
+    density: Any = detector.density
+    both = _size(iter([density.places.bank, density.coreset.patches]))
+    assert _size(own_tensors(detector)) > both
