@@ -15,6 +15,10 @@ class DataError(FocusRayError, ValueError):
     """An image, mask or data set that cannot be used."""
 
 
+class StorageError(DataError):
+    """A storage that cannot be reached or refuses; another time it may not."""
+
+
 class WeightsError(FocusRayError, RuntimeError):
     """Pretrained weights that cannot be found, read or trusted."""
 

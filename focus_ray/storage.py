@@ -1,8 +1,9 @@
 """Local paths and s3:// URIs behind one pyarrow filesystem, and one clear error for whatever goes wrong there.
 
-S3 takes the standard variables: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or AWS_PROFILE; AWS_REGION
-or AWS_DEFAULT_REGION; AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) for servers other than Amazon's. Credentials are left
-to the AWS client's own chain: they are never copied into a URI, a log or a pickled filesystem.
+S3 takes the standard variables and AWS files (`s3_settings`): AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or
+AWS_PROFILE; AWS_REGION or AWS_DEFAULT_REGION; AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) for servers other than Amazon's;
+AWS_CA_BUNDLE; HTTPS_PROXY and NO_PROXY; FOCUS_RAY_S3_ADDRESSING=virtual for servers that want the bucket in the host's name.
+Credentials are never copied into a URI, a log or a pickled filesystem.
 
 A request that is throttled, refused for the moment or cut off is sent again with growing pauses: AWS_MAX_ATTEMPTS times
 in all, ten unless it is set, which outlasts a server that restarts.
@@ -25,7 +26,8 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
-from focus_ray.errors import DataError
+from focus_ray.errors import DataError, StorageError
+from focus_ray.s3_settings import S3Settings, s3_settings
 
 T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
@@ -59,6 +61,8 @@ def open_filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
             raise DataError(
                 f"{text}: expected s3://bucket/prefix without a query; set the server with AWS_ENDPOINT_URL"
             )
+        if "//" in path:
+            raise DataError(f"{text}: two slashes in a row: a folder's name is empty; leave one out")
         return _open_s3(path.partition("/")[0]), path
     if scheme == "file":
         parsed = urllib.parse.urlparse(text)
@@ -182,7 +186,7 @@ def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Ite
     try:
         yield
     except OSError as error:
-        raise DataError(_explain(error, action, str(uri), path)) from error
+        raise StorageError(_explain(error, action, str(uri), path)) from error
 
 
 class _RetryingS3(fs.S3FileSystem):
@@ -197,6 +201,7 @@ def _make_s3(region: str | None, endpoint: str | None, attempts: int | None = No
     return _RetryingS3(
         region=region,
         endpoint_override=endpoint,
+        **s3_settings().for_pyarrow(),
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=REQUEST_TIMEOUT_S,
         allow_delayed_open=True,  # a small file is one PUT, not the three requests of a multipart upload
@@ -212,28 +217,25 @@ def max_attempts() -> int:
     return int(text)
 
 
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
-
-
-def _region(bucket: str) -> str | None:
-    """None leaves it to AWS_PROFILE."""
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region is None and _endpoint():
+def _region(bucket: str) -> str:
+    settings = s3_settings()
+    region = settings.region
+    if region is None and settings.endpoint:
         return "us-east-1"  # what servers other than Amazon's take
-    if region is None and not os.environ.get("AWS_PROFILE"):
+    if region is None:
         with storage_errors("find the bucket's region (or set AWS_REGION)", f"s3://{bucket}", bucket):
             return str(fs.resolve_s3_region(bucket))
     return region
 
 
 def _open_s3(bucket: str) -> fs.S3FileSystem:
-    return _make_s3(_region(bucket), _endpoint())
+    return _make_s3(_region(bucket), s3_settings().endpoint)
 
 
 @lru_cache(maxsize=4)
-def _boto_client(region: str | None, endpoint: str | None, attempts: int, identity: tuple[str | None, ...]) -> Any:
-    """boto3's client, for what pyarrow cannot ask: a PUT on condition. `identity` parts clients of other credentials."""
+def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tuple[str | None, ...]) -> Any:
+    """boto3's client, for what pyarrow cannot ask: a PUT on condition, and a server's own reason. `identity` parts clients of
+    other credentials."""
     import boto3
     from botocore.config import Config
 
@@ -241,10 +243,35 @@ def _boto_client(region: str | None, endpoint: str | None, attempts: int, identi
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=REQUEST_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": attempts},
-        s3={"addressing_style": "path"} if endpoint else {},  # as pyarrow does
+        s3={
+            "addressing_style": "virtual" if settings.virtual else "path" if settings.endpoint else "auto"
+        },  # as pyarrow
+        proxies={"http": settings.proxy, "https": settings.proxy} if settings.proxy else None,
         request_checksum_calculation="when_required",  # not every server knows the newer ones
     )
-    return boto3.Session().client("s3", region_name=region, endpoint_url=endpoint, config=options)
+    return boto3.Session().client(
+        "s3", region_name=region, endpoint_url=settings.endpoint, config=options, verify=settings.ca_file
+    )
+
+
+def _client(bucket: str, attempts: int | None = None) -> Any:
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+    identity = tuple(os.environ.get(name) for name in names)
+    return _boto_client(_region(bucket), s3_settings(), attempts or max_attempts(), identity)
+
+
+def _own_reason(bucket: str) -> str:
+    """Why the server refuses, in its own words: pyarrow asks with a HEAD, whose answer has no body, so this asks with a GET."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        _client(bucket, attempts=1).list_objects_v2(Bucket=bucket, MaxKeys=1)
+    except ClientError as error:
+        told = error.response.get("Error", {})
+        return f"{told.get('Code', '')}: {told.get('Message', '')} {error.response.get('Region', '')}".strip(": ")
+    except (BotoCoreError, DataError):
+        return ""
+    return ""
 
 
 def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
@@ -253,13 +280,39 @@ def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
         return f"{path or uri}: cannot {action}: {detail}"
     bucket, _, key = (path or uri[len("s3://") :]).partition("/")
     text = str(error)
-    endpoint = _endpoint()
+    endpoint = s3_settings().endpoint
     server = endpoint.rpartition("@")[2] if endpoint else "Amazon S3 (AWS_ENDPOINT_URL is not set)"
-    return f"S3 bucket {bucket!r}, key {key!r} at {server}: cannot {action}: {_hint(text)} [{text}]"
+    hint = _hint(text)
+    if hint in (_DENIED, _FAILED) and (reason := _own_reason(bucket)):
+        text = f"{text}; the server says: {reason}"
+        hint = _hint(reason) if _hint(reason) != _FAILED else hint
+    return f"S3 bucket {bucket!r}, key {key!r} at {server}: cannot {action}: {hint} [{text}]"
+
+
+_DENIED = (
+    "access denied: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, to an identity that the "
+    "bucket's policy allows this"
+)
+_FAILED = "the request failed"
 
 
 def _hint(text: str) -> str:
     text = text.upper().replace("_", "")  # pyarrow writes ACCESS_DENIED, boto3 AccessDenied
+    if "TOOSKEWED" in text or "SKEWED" in text:
+        return "this machine's clock is too far from the server's: set it right (timedatectl set-ntp true)"
+    if any(sign in text for sign in ("QUOTA", "STORAGEFULL", "INSUFFICIENTSTORAGE", "NOSPACELEFT", "STATUS 507")):
+        return "the storage or its quota is full: free space, or raise the quota"
+    if any(
+        sign in text
+        for sign in (
+            "AUTHORIZATIONHEADERMALFORMED",
+            "PERMANENTREDIRECT",
+            "ILLEGALLOCATION",
+            "STATUS 301",
+            "IS WRONG; EXPECTING",
+        )
+    ):
+        return "the bucket is in another region: set AWS_REGION to the one that the server names"
     if "UNABLE TO LOCATE CREDENTIALS" in text:
         return "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if any(sign in text for sign in ("SIGNATURE", "INVALIDACCESSKEY", "INVALIDCLIENTTOKEN", "EXPIRED")):
@@ -268,10 +321,7 @@ def _hint(text: str) -> str:
             "(with AWS_SESSION_TOKEN if they are temporary), or AWS_PROFILE"
         )
     if "ACCESSDENIED" in text:
-        return (
-            "access denied: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, to an identity that the "
-            "bucket's policy allows this"
-        )
+        return _DENIED
     if "NOSUCHBUCKET" in text:
         return "there is no such bucket: create it, or mend the URI or AWS_ENDPOINT_URL"
     if any(
@@ -280,7 +330,7 @@ def _hint(text: str) -> str:
         return "no connection: set AWS_ENDPOINT_URL to the server's address, and see that it runs"
     if "PERMANENTREDIRECT" in text or "MOVED" in text:
         return "the bucket is in another region: set AWS_REGION"
-    return "the request failed"
+    return _FAILED
 
 
 def join(root: str | Path, *names: str) -> str:
@@ -316,7 +366,7 @@ def probe(uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "d
     filesystem, path = open_filesystem(uri)
     if is_s3(uri):
         bucket = path.partition("/")[0]
-        filesystem = _make_s3(_region(bucket), _endpoint(), attempts=2)
+        filesystem = _make_s3(_region(bucket), s3_settings().endpoint, attempts=2)
     content = uuid.uuid4().hex.encode()
     file = f"{path}/_probe-{content.decode()}"
     if "write" in actions:
@@ -362,8 +412,7 @@ def _put_if_none(bucket: str, key: str, data: bytes) -> bool:
     """Whether the object was created. Raises: OSError: the server could not be asked."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
-    client = _boto_client(_region(bucket), _endpoint(), max_attempts(), tuple(map(os.environ.get, names)))
+    client = _client(bucket)
     for _ in range(max_attempts()):
         try:
             client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")

@@ -34,7 +34,7 @@ def add_serving(commands: Any) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     from focus_ray.config import override_tree, read_tree
-    from focus_ray.serving.launch import check_host, serve_until_interrupted
+    from focus_ray.serving.launch import check_host, check_port, serve_until_interrupted
     from focus_ray.serving.settings import parse_settings
 
     if arguments.place.endswith((".yaml", ".yml")):
@@ -45,6 +45,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     tree.setdefault("open_to_all", "tokens" not in tree)
     settings = parse_settings(tree, arguments.place)
     check_host(arguments.host, settings)
+    check_port(arguments.host, arguments.port)
     serve_until_interrupted(settings, arguments.host, arguments.port, say)
     return 0
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from focus_ray.cluster.ray_private import KINDS, autoscaler_limits, check_private_parts
 from focus_ray.config import ClusterConfig
+from focus_ray.errors import TrainingError
 
 
 def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
@@ -18,7 +20,7 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
 
     Returns: whether the cluster is private to this process.
 
-    Raises: TrainingError: the installed Ray has moved a part that is read of it.
+    Raises: TrainingError: the installed Ray has moved a part that is read of it, or Ray does not start or answer.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
     import ray
@@ -27,21 +29,34 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     if ray.is_initialized():
         return False
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(namespace=namespace, logging_level="warning")
+        _init(f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} does not answer", namespace=namespace)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line twice
     # a bare ray.init would join whatever cluster a killed driver left in /tmp/ray (seen with Ray 2.60)
     # without the dashboard Train cannot tell that a controller lives, warns every second, and may leak placement groups
-    ray.init(
+    _init(
+        "Ray does not start on this machine",
         address="local",
         num_cpus=num_cpus,
         namespace=namespace,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
-        logging_level="warning",
     )
     return True
+
+
+def _init(what: str, **settings: Any) -> None:
+    import ray
+
+    try:
+        ray.init(logging_level="warning", **settings)
+    except Exception as error:  # of many types, with many lines
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise TrainingError(
+            f"{what}: {type(error).__name__}: {reason[:300]}; a busy machine may need longer: try again with less running on "
+            "it, or a larger RAY_raylet_start_wait_time_s"
+        ) from error
 
 
 def has_gpus() -> bool:

@@ -21,6 +21,7 @@ PARTS = {
     "what the autoscaler can bring": ("ray._private.state", "state.get_max_resources_from_cluster_config"),
     "which node this is": ("ray._private.worker", "_global_node"),
     "the session's folder": ("ray._private.node", "Node.get_session_dir_path"),
+    "which failures are tried again": ("ray.train.v2.api.data_parallel_trainer", "create_failure_policy"),
     "a cluster's Python version": ("ray.job_submission", "JobSubmissionClient._do_request"),
 }
 

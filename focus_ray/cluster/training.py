@@ -28,8 +28,7 @@ from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.data.shards import Steps, build_shard, fits_memory
 from focus_ray.data.split import Plan, plan_category
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.fitting.fit import fit
-from focus_ray.fitting.shared_metric import read_shared_metric
+from focus_ray.fitting.fit import check_ingredients, fit
 from focus_ray.fitting.state import TrainState
 from focus_ray.names import unique_name
 from focus_ray.storage import (
@@ -89,7 +88,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
             raise TrainingError("--resume needs the name of the run to go on with: name=...")
         config = config.model_copy(update={"name": unique_name(config.cluster.team or "run")})
         log(f"name: {config.name}")
-    read_shared_metric(config)
+    check_ingredients(config)
     there = list_categories(config.data.uri)
     categories = list(config.data.categories or there)
     unknown = sorted(set(categories) - set(there))
@@ -202,6 +201,9 @@ def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str) -> A
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from focus_ray.cluster import failure_policy
+
+    failure_policy.install()
     config = job.config
     datasets = {}
     if config.train.epochs and not fits_memory(config, job.plan):

@@ -87,6 +87,15 @@ def fit(
     return run.finish()
 
 
+def check_ingredients(config: Config) -> None:
+    """Looks for what a fit needs besides images, so that it is told once and not by every worker.
+
+    Raises: WeightsError: the weights cannot be had.  ConfigError: density.metric cannot be used.
+    """
+    build_net(config.model)
+    read_shared_metric(config)
+
+
 def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, statistics: Statistics) -> Detector:
     """A detector of the density that the statistics give."""
     density = build_density(config.density, statistics)

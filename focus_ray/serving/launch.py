@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,21 @@ def check_host(host: str, settings: Settings) -> None:
         loopback = False
     if not loopback and settings.tokens is None:
         raise ConfigError(f"host {host!r} can be reached by others: set tokens=FILE, made by `focus-ray token create`")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises: ConfigError: something listens there already, or the port may not be used."""
+    if port == 0:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen at {host}:{port}: {error.strerror or error}: give another --port, or end what is there"
+            ) from None
 
 
 @contextmanager

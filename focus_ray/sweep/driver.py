@@ -32,6 +32,7 @@ from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.data.shards import Steps, fits_memory
 from focus_ray.data.split import Plan
 from focus_ray.errors import ConfigError, DataError, SweepError
+from focus_ray.fitting.fit import check_ingredients
 from focus_ray.names import unique_name
 from focus_ray.storage import join, remove_folder
 from focus_ray.sweep import records
@@ -113,9 +114,15 @@ def _check_points(config: SweepConfig, base: Config, plans: Mapping[str, Plan]) 
         points: Sequence[Point] = [{key: value} for key, domain in config.space.items() for value in domain.samples()]
     else:
         points = Proposer(config).known
+    checked: set[str] = set()
     for point in points:
+        settings = config.base_config(point)
+        ingredients = f"{settings.model.backbone} {settings.model.weights} {settings.density.metric}"
+        if ingredients not in checked:
+            check_ingredients(settings)
+            checked.add(ingredients)
         try:
-            check_settings(config.base_config(point))
+            check_settings(settings)
         except ValueError as error:
             where = ", ".join(f"{key}={value!r}" for key, value in point.items())
             raise ConfigError(f"space: at {where}: {error}") from None
