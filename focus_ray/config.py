@@ -62,6 +62,11 @@ class DataConfig(Section):
         description="Decoded images are kept in a worker's memory up to this many MiB and streamed beyond it.",
     )
 
+    @field_validator("categories", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("categories")
     @classmethod
     def _unique(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:

@@ -28,3 +28,12 @@ def unique_name(*parts: str | None) -> str:
     """
     kept = [re.sub(r"[^A-Za-z0-9._]+", "-", part)[:30] for part in parts if part]
     return "-".join([*kept, f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", uuid.uuid4().hex[:6]])
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is valid UTF-8; others come with surrogates in place of their odd bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

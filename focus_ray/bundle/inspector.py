@@ -72,10 +72,15 @@ class Inspector:
         scored = self.bundle.detector(torch.from_numpy(batch))
         return scored.score.float().cpu().numpy(), scored.anomaly_map.float().cpu().numpy()
 
-    def inspect(self, images: Sequence[bytes]) -> list[Inspection]:
-        """Encoded images -> one `Inspection` each, in order. Raises: DataError: an image cannot be decoded, or as `judge`."""
+    def inspect(self, images: Sequence[bytes | str | Path]) -> list[Inspection]:
+        """Encoded images, or paths of image files -> one `Inspection` each, in order.
+
+        Raises: DataError: an image cannot be read or decoded, or is neither bytes nor a path; or as `judge`.
+        """
+        if isinstance(images, (bytes, bytearray, str, Path)):
+            raise DataError(f"inspect takes a list of images, got one {type(images).__name__}: put it into brackets")
         found: list[Inspection] = []
-        for infos, scores, maps in self._scored(images):
+        for infos, scores, maps in self._scored(_encoded(image, number) for number, image in enumerate(images)):
             for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
                 found.append(self.judge(float(score), anomaly_map, info.width, info.height))
         return found
@@ -157,3 +162,18 @@ class Inspector:
             return read_batch(images, self.size_px, self.num_threads)
         except DataError as error:
             raise DataError(f"of images {start} to {start + len(images) - 1}: {error}") from error
+
+
+def _encoded(image: object, number: int) -> bytes:
+    """The bytes of an image file, given as they are or by path."""
+    if isinstance(image, (str, Path)):
+        try:
+            return Path(image).expanduser().read_bytes()
+        except OSError as error:
+            raise DataError(f"{image}: cannot be read: {error.strerror or error}") from None
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
+    raise DataError(
+        f"image {number} is {type(image).__module__}.{type(image).__name__}: expected the bytes of an image file, or its path; "
+        "`focus_ray.data.images.encode_png` makes bytes of an array"
+    )

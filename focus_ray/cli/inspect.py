@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, readable_name, say
+from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, readable_name, require, say
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    require(arguments.bundles, arguments.data)
     from focus_ray.bundle.bundle import find_bundles
     from focus_ray.bundle.inspector import Inspector
     from focus_ray.data.read import iter_test_records
@@ -52,11 +53,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from focus_ray.bundle.inspector import Inspector
+    require(arguments.bundle)
     from focus_ray.data.images import decode_image, encode_png
     from focus_ray.data.importers.base import IMAGE_SUFFIXES
     from focus_ray.errors import DataError
-    from focus_ray.evaluation.report import overlay
 
     paths: list[Path] = []
     for name in arguments.images:
@@ -76,6 +76,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise DataError(f"{arguments.overlays}: cannot make a folder for overlays: {error.strerror}") from error
     names = _overlay_names(paths)
+    from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a misspelt path need not wait for
+    from focus_ray.evaluation.report import overlay
+
     inspector = Inspector.load(arguments.bundle, arguments.device)
     status = 0
     for start in range(0, len(paths), inspector.batch_size):
@@ -133,6 +136,7 @@ def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _inspect_batch(arguments: argparse.Namespace) -> int:
+    require(arguments.bundles, arguments.data)
     from focus_ray.bundle.bundle import find_bundles
     from focus_ray.cluster.batch import inspect_dataset
 

@@ -110,7 +110,7 @@ def _jobs(arguments: argparse.Namespace) -> int:
     if arguments.action == "stop":
         print(f"{arguments.job}\t{submission.stop(client, arguments.job)}")
     elif arguments.action == "status":
-        print(json.dumps(submission.describe(client, arguments.job), indent=1))
+        print(json.dumps(submission.describe(client, arguments.job), indent=1, ensure_ascii=False))
     else:
         for job in submission.list_jobs(client, arguments.team):
             print(*(job[key] or "-" for key in ("id", "status", "team", "category", "started", "ended")), sep="\t")

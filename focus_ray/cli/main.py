@@ -10,7 +10,7 @@ from focus_ray import __version__
 from focus_ray.cli.data import _ingest, _samples
 from focus_ray.cli.inspect import _evaluate, _inspect, _inspect_batch
 from focus_ray.cli.jobs import add_jobs
-from focus_ray.cli.output import EXIT_ERROR
+from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED
 from focus_ray.cli.registry import add_registry
 from focus_ray.cli.serve import add_serving
 from focus_ray.cli.sweep import _sweep
@@ -20,7 +20,11 @@ from focus_ray.errors import FocusRayError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns: its exit status: 0, 1 for an error that is told on stderr, 3 where ingest rejected."""
-    arguments = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        build_parser().print_help()
+        return 0
+    arguments = build_parser().parse_args(words)
     try:
         return int(arguments.run(arguments))
     except FocusRayError as error:
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("focus-ray: interrupted", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:

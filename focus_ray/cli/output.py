@@ -5,13 +5,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from focus_ray.errors import DataError
+
 EXIT_ERROR = 1
+EXIT_INTERRUPTED = 130
 EXIT_PARTLY = 3  # some of it could not be done, and was told
 
 
 def readable_name(path: Path) -> str:
     """As text that any terminal and file can hold: bytes that are no UTF-8 as \\xff."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def require(*places: str | None) -> None:
+    """Looks for local places before anything heavy is imported. Raises: DataError: one is not there."""
+    for place in places:
+        if place is not None and "://" not in place and not Path(place).expanduser().exists():
+            raise DataError(f"{place}: no such file or folder")
 
 
 def say(message: str) -> None:

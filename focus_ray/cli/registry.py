@@ -71,6 +71,7 @@ def _registry(arguments: argparse.Namespace) -> int:
         for name in registry.collect_garbage(arguments.team, arguments.category, arguments.keep, min_age=age, log=say):
             print(name)
     else:
+        print("team", "category", "version", "published at", "bytes", "sha256", "aliases", "place", sep="\t")
         for team in registry.teams() if arguments.team is None else [arguments.team]:
             for category in registry.categories(team) if arguments.category is None else [arguments.category]:
                 aliases = registry.aliases(team, category)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from focus_ray.cli.output import say
+from focus_ray.cli.output import require, say
 
 
 def add_serving(commands: Any) -> None:
@@ -33,6 +33,7 @@ def add_serving(commands: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    require(arguments.place)
     from focus_ray.config import override_tree, read_tree
     from focus_ray.serving.launch import check_host, check_port, serve_until_interrupted
     from focus_ray.serving.settings import parse_settings

@@ -37,7 +37,7 @@ def _sweep_place(action: str, place: str) -> int:
         for name in write_report(place, config, found):
             say(f"report: {place}/{name}")
     else:
-        print(json.dumps(records.progress(place, config, found), indent=1))
+        print(json.dumps(records.progress(place, config, found), indent=1, ensure_ascii=False))
     print(records.summary_table(config, found))
     return 0
 

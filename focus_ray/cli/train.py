@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from focus_ray.cli.output import say
+from focus_ray.cli.output import EXIT_INTERRUPTED, require, say
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -13,13 +13,28 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.override)
     from focus_ray.cluster.training import train  # seconds of imports, which a misspelt key need not wait for
 
-    bundles = train(config, resume=arguments.resume, log=say)
+    names: list[str] = []
+
+    def tell(message: str) -> None:
+        names.extend([message.partition(": ")[2]] if message.startswith("name: ") else [])
+        say(message)
+
+    try:
+        bundles = train(config, resume=arguments.resume, log=tell)
+    except KeyboardInterrupt:
+        name = names[0] if names else config.name
+        words = " ".join([*(word for word in arguments.override if not word.startswith("name=")), f"name={name}"])
+        say(
+            f"focus-ray: interrupted; `focus-ray train {arguments.config} {words} --resume` goes on from the last checkpoints"
+        )
+        return EXIT_INTERRUPTED
     for category, bundle in bundles.items():
         print(f"{category}\t{bundle}")
     return 0
 
 
 def _metric(arguments: argparse.Namespace) -> int:
+    require(*arguments.bundles)
     from focus_ray.bundle.metric import share_metric
 
     categories = share_metric(arguments.bundles, arguments.output)
@@ -28,6 +43,7 @@ def _metric(arguments: argparse.Namespace) -> int:
 
 
 def _update(arguments: argparse.Namespace) -> int:
+    require(arguments.bundle, arguments.add, arguments.remove, arguments.join, arguments.calibrate)
     from focus_ray.bundle.update import update_bundle
     from focus_ray.errors import DataError
 

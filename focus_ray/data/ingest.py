@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +166,7 @@ def ingest(
 def _ingest_category(
     plan: ImportPlan, store: Store, settings: ImportSettings, site: str, num_threads: int, progress: bool
 ) -> tuple[CategoryReport | None, list[Reject], list[str]]:
-    bar = tqdm(total=2 * len(plan.samples), desc=plan.category, unit="image", disable=not progress)
+    bar = tqdm(total=len(plan.samples), desc=plan.category, unit="image", disable=not progress)
     with ThreadPoolExecutor(num_threads) as pool, bar:
         fingerprint = _source_fingerprint(plan, settings, site, pool)
         former = store.commit(plan.category)
@@ -188,7 +188,6 @@ def _ingest_category(
         kept, duplicates = _without_duplicates(checked, plan.category, settings)
         rejects = sorted(rejects + duplicates, key=lambda item: (item.path, item.reason))
         notes = [f"{settings.relative(item.sample.path)}: {item.note}" for item in kept if item.note]
-        bar.total = len(plan.samples) + len(kept)
         if not kept:
             store.write_rejects(plan.category, rejects)
             return None, rejects, notes
@@ -202,7 +201,7 @@ def _ingest_category(
         }
         store.publish(
             plan.category,
-            _progressing((_make_row(name, item, plan.category, site, settings) for name, item in rows), bar),
+            (_make_row(name, item, plan.category, site, settings) for name, item in rows),
             rejects,
             fingerprint,
             counts,
@@ -244,12 +243,6 @@ def _plausibility(
 
 
 MASK_VALUES = 16  # more than kinds of defects are told apart by
-
-
-def _progressing(rows: Iterable[Row], bar: Any) -> Iterator[Row]:
-    for row in rows:
-        yield row
-        bar.update()
 
 
 def _source_fingerprint(plan: ImportPlan, settings: ImportSettings, site: str, pool: ThreadPoolExecutor) -> str:

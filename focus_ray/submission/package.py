@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from focus_ray.errors import SubmissionError
+from focus_ray.names import is_utf8
 
 MAX_PACKAGE_MIB = 64  # Ray refuses 512; every node fetches it through the head node
 
@@ -104,5 +105,9 @@ def _files_to_send(
         )
         for name in files:
             path = Path(folder) / name
+            if wanted(prefix + name, False) and not is_utf8(prefix + name):
+                raise SubmissionError(
+                    f"{prefix + name!a}: a name that is not valid UTF-8 cannot be sent: rename it, or leave it out with --exclude"
+                )
             if wanted(prefix + name, False) and path.is_file():
                 yield prefix + name, path

@@ -55,7 +55,7 @@ def write_report(root: str, sweep: SweepConfig, found: Sequence[Record]) -> list
         "num_trials": len(found),
         "epochs": sum(record.epochs for record in found),
     }
-    files["report.json"] = (json.dumps(facts, indent=1) + "\n").encode()
+    files["report.json"] = (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode()
     files["report.html"] = _page(root, sweep, found, pictures, importances).encode()
     for name, data in files.items():
         write_bytes(join(root, name), data)

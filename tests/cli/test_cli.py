@@ -264,7 +264,7 @@ def test_inspect_with_a_missing_bundle_exits_with_1(
 ) -> None:
     assert main(["inspect", str(tmp_path / "nothing"), str(pictures)]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"focus-ray: {tmp_path}/nothing: no manifest.json there, so this is no bundle")
+    assert captured.err.startswith(f"focus-ray: {tmp_path}/nothing: no such file or folder")
     assert captured.out == ""
 
 

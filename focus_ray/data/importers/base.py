@@ -12,7 +12,7 @@ from typing import Protocol
 from focus_ray.data.importers.vocabulary import is_good_name, is_unclear_name
 from focus_ray.data.schema import Reject
 from focus_ray.errors import DataError
-from focus_ray.names import NAME_WORDS, is_name
+from focus_ray.names import NAME_WORDS, is_name, is_utf8
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")
 # Companions of the images that mean nothing here; any other suffix among them is rejected and said.
@@ -133,7 +133,7 @@ def add_folder(
         elif not path.is_file():
             detail = "no regular file: a pipe, a device or a socket is not read"
             plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
-        elif not is_text(path.name):
+        elif not is_utf8(path.name):
             detail = "its name is not valid UTF-8: rename it"
             plan.rejects.append(Reject(settings.relative(path), plan.category, "file_name", detail))
         elif path.suffix.lower() in IMAGE_SUFFIXES:
@@ -189,7 +189,7 @@ def reject_lone_masks(plan: ImportPlan, truth: Path, stems: set[str], settings: 
 def refuse_folders(root: Path, known: set[str], expected: str) -> None:
     odd = [item.name for item in subfolders(root) if item.name not in known]
     if odd:
-        shown = ", ".join(name if is_text(name) else ascii(name) for name in odd)
+        shown = ", ".join(name if is_utf8(name) else ascii(name) for name in odd)
         raise DataError(f"{root}: did not expect the folder {shown} here: expected {expected}; move it away")
 
 
@@ -227,15 +227,6 @@ def lost_words(path: Path) -> str:
     return (
         f"a link to {target}, which is not there: fetch what it names (git annex get, dvc pull) or copy the file itself"
     )
-
-
-def is_text(name: str) -> bool:
-    """Whether a name is valid UTF-8; others come with surrogates in place of their odd bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _listed_files(folder: Path) -> tuple[list[Path], dict[str, int]]:

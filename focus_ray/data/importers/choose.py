@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from focus_ray.data.importers.base import ImportPlan, ImportSettings, subfolders
+from focus_ray.data.importers.base import ImportPlan, ImportSettings, image_files, subfolders
 from focus_ray.errors import DataError
 from focus_ray.kinds import IMPORTERS
+
+
+def _mend(source: Path) -> str:
+    """One line for what people have most often: images, and no folder that says what they are."""
+    for place in (source, *subfolders(source)):
+        images = image_files(place)
+        if images:
+            where = place / "good" if place == source else source / place.name / "good"
+            return f". {len(images)} images lie in {place}: if their parts are good, put them into {where}/"
+    return ""
 
 
 def make_plans(
@@ -27,7 +37,9 @@ def make_plans(
     if not roots:
         listed = "; ".join(f"{name}: {IMPORTERS[name].expected}" for name in wanted)
         seen = ", ".join(sorted(item.name for item in source.iterdir())[:12]) or "nothing"
-        raise DataError(f"{source}: no category found, here or one folder down. Expected {listed}. Found: {seen}")
+        raise DataError(
+            f"{source}: no category found, here or one folder down. Expected {listed}. Found: {seen}{_mend(source)}"
+        )
     if len(roots) > 1:
         mixed = "; ".join(f"{name}: {', '.join(path.name for path in found)}" for name, found in roots.items())
         raise DataError(f"{source}: holds folders of several shapes ({mixed}): choose one with format=")

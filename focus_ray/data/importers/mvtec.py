@@ -10,7 +10,6 @@ from focus_ray.data.importers.base import (
     ImportSettings,
     add_folder,
     good_folders,
-    is_text,
     refuse_folders,
     reject_lone_masks,
     skipped_folders,
@@ -19,6 +18,7 @@ from focus_ray.data.importers.base import (
 from focus_ray.data.importers.btad import is_btad
 from focus_ray.data.importers.vocabulary import is_good_name
 from focus_ray.errors import DataError
+from focus_ray.names import is_utf8
 
 
 def plan_mvtec(root: Path, category: str, settings: ImportSettings) -> ImportPlan:
@@ -33,7 +33,7 @@ def plan_mvtec(root: Path, category: str, settings: ImportSettings) -> ImportPla
         for defect in subfolders(root / folder):
             if defect.name == "ground_truth":
                 continue
-            if not is_text(defect.name):
+            if not is_utf8(defect.name):
                 raise DataError(f"{settings.relative(defect)}: its name is not valid UTF-8: rename the folder")
             label = int(not is_good_name(defect.name))
             add_folder(plan, defect, folder, "test", label, defect.name, truth / defect.name, settings)

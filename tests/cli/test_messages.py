@@ -1,0 +1,180 @@
+"""What a person reads who makes a slip: one line, at once, that names the thing and the mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_set import draw_parts, make_bundle, small_config
+
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.registry import Registry
+from focus_ray.cli.main import main
+from focus_ray.config import DataConfig, parse_config
+from focus_ray.data.images import encode_png
+from focus_ray.data.ingest import ingest
+from focus_ray.errors import DataError, SubmissionError, TrainingError
+from focus_ray.submission.package import build_package
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("parts")
+    ingest(draw_parts(folder / "images"), folder / "data", progress=False)
+    return make_bundle(small_config(str(folder / "data"), folder, model={"image_alignment": {"group": "none"}}))
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+
+
+def test_the_bare_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("ingest", "train", "evaluate", "inspect", "metric", "serve"))
+
+
+def test_a_folder_of_no_shape_names_the_folder_to_make(tmp_path: Path, picture: np.ndarray) -> None:
+    for place in (tmp_path / "nut", tmp_path / "set" / "nut"):
+        place.mkdir(parents=True)
+        (place / "a.png").write_bytes(encode_png(picture))
+    with pytest.raises(DataError, match=r"1 images lie in .*nut: if their parts are good, put them into .*nut/good/"):
+        ingest(tmp_path / "nut", tmp_path / "out", progress=False)
+    with pytest.raises(DataError, match=r"put them into .*set/nut/good/"):
+        ingest(tmp_path / "set", tmp_path / "out", progress=False)
+
+
+def test_one_category_may_be_named_without_brackets() -> None:
+    assert DataConfig(uri="data", categories="nut").categories == ("nut",)
+    assert parse_config({"data": {"uri": "data", "categories": "nut"}}).data.categories == ("nut",)
+
+
+def test_an_inspector_takes_paths_and_says_what_it_does_not_take(
+    bundle: str, picture: np.ndarray, tmp_path: Path
+) -> None:
+    inspector = Inspector.load(bundle, "cpu")
+    (tmp_path / "a.png").write_bytes(encode_png(picture))
+    path = tmp_path / "a.png"
+    scores = [one.score for one in inspector.inspect([path.read_bytes(), str(path), path])]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6) == pytest.approx(scores[2], rel=1e-6)
+    with pytest.raises(DataError, match=r"image 0 is numpy\.ndarray: expected the bytes of an image file, or its path"):
+        inspector.inspect([picture])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="takes a list of images, got one str: put it into brackets"):
+        inspector.inspect(str(path))
+    with pytest.raises(DataError, match=r"nowhere\.png: cannot be read: No such file"):
+        inspector.inspect([tmp_path / "nowhere.png"])
+
+
+def test_json_keeps_umlauts_and_odd_bytes_are_shown(
+    bundle: str, picture: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "Schlüssel.png").write_bytes(encode_png(picture))
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/Br\xfccke.png")).write_bytes(encode_png(picture))
+    assert main(["inspect", bundle, str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "Schlüssel.png" in told
+    assert {Path(json.loads(line)["image"]).name for line in told.splitlines()} == {"Schlüssel.png", "Br\\xfccke.png"}
+
+
+def test_a_list_of_versions_has_titles(bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Registry(tmp_path).publish(bundle, "press")
+    assert main(["registry", "list", str(tmp_path)]) == 0
+    titles, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
+    assert titles[:3] == ["team", "category", "version"]
+    assert [len(row) for row in rows] == [len(titles)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "nowhere", "a.png"],
+        ["evaluate", "nowhere"],
+        ["serve", "nowhere"],
+        ["update", "nowhere", "out", "--add", "nowhere"],
+        ["inspect-batch", "nowhere", "data", "out"],
+    ],
+)
+def test_a_misspelt_place_is_told_before_anything_heavy_is_imported(words: list[str], tmp_path: Path) -> None:
+    code = "import sys; from focus_ray.cli.main import main; status = main(sys.argv[1:]); "
+    code += "assert not {'torch', 'ray'} & set(sys.modules); sys.exit(status)"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.strip() == "focus-ray: nowhere: no such file or folder"
+    assert time.monotonic() - start < 10  # on a busy machine
+
+
+def test_a_busy_port_is_told_in_one_line(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", bundle, "--port", str(port)]) == 1
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1
+    assert f"cannot listen at 127.0.0.1:{port}: Address already in use: give another --port" in told[0]
+
+
+def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from focus_ray.cluster.connect import connect
+
+    def init(**settings: object) -> None:
+        raise RuntimeError("The current node timed out during startup.\nThis could happen because\n\nmany lines")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(TrainingError) as caught:
+        connect()
+    assert "\n" not in str(caught.value)
+    assert "Ray does not start on this machine: RuntimeError: The current node timed out" in str(caught.value)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    with pytest.raises(TrainingError, match=r"the Ray cluster at RAY_ADDRESS=10\.0\.0\.9:6379 does not answer"):
+        connect()
+
+
+def test_weights_that_are_not_there_are_told_before_ray_starts(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("focus_ray.cluster.training.connect", None)  # must not be reached
+    data = str(Path(bundle).parents[2] / "data")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"name: lost\nstorage: {tmp_path}\ndata:\n  uri: {data}\nmodel:\n  weights: {tmp_path}/nowhere.pth\n"
+    )
+    assert main(["train", str(config)]) == 1
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1
+    assert "nowhere.pth" in told[0]
+    assert "give an existing file" in told[0]
+    assert not (tmp_path / "lost").exists()  # so that the corrected configuration needs no --resume
+
+
+def test_ctrl_c_in_a_training_names_how_to_go_on(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(config: object, resume: bool, log: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("focus_ray.cluster.training.train", interrupted)
+    config = tmp_path / "config.yaml"
+    config.write_text("name: parts\ndata:\n  uri: data\n")
+    assert main(["train", str(config), "train.epochs=3"]) == 130
+    assert f"`focus-ray train {config} train.epochs=3 name=parts --resume` goes on" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_utf_8_is_told_where_a_job_is_packed(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/Br\xfccke.yaml")).write_text("")
+    with pytest.raises(SubmissionError, match=r"cke\.yaml.*: a name that is not valid UTF-8 cannot be sent: rename it"):
+        build_package(tmp_path)
+    assert build_package(tmp_path, ["Br*"]).names
