@@ -353,9 +353,10 @@ def test_the_command_publishes_promotes_lists_rolls_back_and_collects(
     ]
     run("publish", root, bundle, "--team", "press", "--category", "gear")
     assert run("promote", root, "press", "gear", "latest", "production")[0][2] == "v0002"
-    lines = run("list", root)
+    titles, *lines = run("list", root)
+    assert titles[:3] == ["team", "category", "version"]
     assert [(line[2], line[6]) for line in lines] == [("v0001", "-"), ("v0002", "latest,production")]
-    assert run("list", root, "press", "gear") == lines
+    assert run("list", root, "press", "gear")[1:] == lines
     assert run("rollback", root, "press", "gear", "production")[0][2] == "v0001"
     run("publish", root, bundle, "--team", "press")
     assert run("gc", root, "press", "gear", "--keep", "1", "--min-age-hours", "0") == []  # rolls back to v0002

@@ -1,0 +1,69 @@
+"""Which failures of a training are tried again."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+pytest.importorskip("ray")
+
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api import data_parallel_trainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from focus_ray.cluster.failure_policy import CertainFailurePolicy, causes, install
+from focus_ray.errors import ConfigError, DataError, StorageError, TrainingError, WeightsError
+
+
+def decide(*errors: BaseException) -> FailureDecision:
+    policy = CertainFailurePolicy(ray.train.FailureConfig(max_failures=3))
+    failed = WorkerGroupError("failed", dict(enumerate(errors)))
+    return policy.make_decision(pickle.loads(pickle.dumps(failed)))
+
+
+def as_ray_tells(error: BaseException) -> BaseException:
+    return UserExceptionWithTraceback(error, "Traceback ...")
+
+
+@pytest.mark.parametrize(
+    "error", [DataError("a"), ConfigError("b"), WeightsError("c"), FloatingPointError("the loss is nan")]
+)
+def test_what_will_come_again_is_not_tried_again(error: BaseException) -> None:
+    assert decide(as_ray_tells(error)) == FailureDecision.RAISE
+    # the other workers fail of its going, which is no reason to go on
+    assert decide(as_ray_tells(RuntimeError("connection closed by peer")), as_ray_tells(error)) == FailureDecision.RAISE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        as_ray_tells(StorageError("no connection")),
+        as_ray_tells(RuntimeError("CUDA error")),
+        as_ray_tells(TrainingError("the stream gave 3 of 4 batches")),
+        RayActorError(),
+        WorkerHealthCheckFailedError("lost", RayActorError()),
+    ],
+)
+def test_what_may_pass_is_tried_again(error: BaseException) -> None:
+    assert decide(error) == FailureDecision.RETRY
+
+
+def test_causes_are_found_under_any_name_and_once() -> None:
+    inner = DataError("inner")
+    outer = RuntimeError("outer")
+    outer.__cause__ = inner
+    inner.__cause__ = outer  # a circle, as re-raising makes
+    assert {type(one) for one in causes(as_ray_tells(outer))} == {UserExceptionWithTraceback, RuntimeError, DataError}
+
+
+def test_trainers_use_it_once_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_parallel_trainer, "create_failure_policy", None)
+    install()
+    assert isinstance(
+        data_parallel_trainer.create_failure_policy(ray.train.FailureConfig()),  # type: ignore[misc]
+        CertainFailurePolicy,
+    )
