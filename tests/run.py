@@ -5,6 +5,7 @@ A part that fails, or of which no test ran, fails the whole. The ten slowest tes
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ PARTS = {
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
     status = 0
+    # one thread each: two that wait for one another spin, and take from Ray's workers, which run at a lower priority
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     slowest: list[tuple[float, str]] = []
     with tempfile.TemporaryDirectory() as folder:
         running = {}
@@ -28,7 +31,11 @@ def main(arguments: list[str]) -> int:
             report, log = Path(folder, f"{number}.xml"), Path(folder, f"{number}.log")
             command = [sys.executable, "-m", "pytest", "-m", marks, f"--junit-xml={report}", *arguments]
             with log.open("wb") as sink:
-                running[name] = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT), report, log
+                running[name] = (
+                    subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment),
+                    report,
+                    log,
+                )
         for name, (process, report, log) in running.items():
             code = process.wait()
             print(f"---- {name}\n{log.read_text(errors='replace')}", flush=True)

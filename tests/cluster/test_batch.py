@@ -66,7 +66,7 @@ def test_every_image_of_both_splits_is_scored_as_the_inspector_scores_it(
             continue
         (alone,) = inspector.inspect([records[row["id"]]["image"]])
         # squares: a training image lies in the memory itself, and what is left of its squared distance is rounding
-        assert row["score"] ** 2 == pytest.approx(alone.score**2, rel=2e-4, abs=1e-4 * row["threshold"] ** 2)
+        assert row["score"] ** 2 == pytest.approx(alone.score**2, rel=2e-4, abs=1e-3 * row["threshold"] ** 2)
         # the held-out images are in the set and tie with their own calibration scores up to rounding, which decides nothing
         assert row["p_value"] == alone.p_value
         assert row["anomalous"] == alone.anomalous
