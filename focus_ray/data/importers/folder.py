@@ -80,7 +80,10 @@ def plan_folder(root: Path, category: str, settings: ImportSettings) -> ImportPl
 
 
 def _is_folder(folder: Path) -> bool:
-    return any(image_files(item) for item in good_folders(folder)) or (folder / "good").is_dir()
+    if (folder / "good").is_dir():
+        return True
+    others = [item for item in subfolders(folder) if not (is_bad_name(item.name) or item.name == "masks")]
+    return any(image_files(item) for item in good_folders(folder)) and others == good_folders(folder)
 
 
 FOLDER = FolderImporter("good/ with bad*/ and masks/", _is_folder, plan_folder)
