@@ -57,7 +57,7 @@ def main() -> None:
     unknown = sorted(set(arguments.variants or []) - set(chosen))
     if unknown:
         parser.error(f"no variant {unknown}; there are {list(chosen)}")
-    density = {"kind": arguments.density, "pooling": 0.5, "reduction": "semi_orthogonal"}
+    density = {"kind": arguments.density, "pooling": 0.5, "reduction": "semi_orthogonal", "coreset": 0}
     plain = {
         "model": {"padding": "zeros"},
         "scoring": {"image_score": "maximum"},

@@ -109,7 +109,7 @@ def main() -> None:
     base = base_tree(arguments, uri)
     storage = f"{arguments.work}/sweeps-{time.time():.0f}"
     base = merged(base, {"storage": storage, "data": {"categories": categories}, "cluster": {"use_gpu": "auto"}})
-    base = merged(base, {"density": {"reduction": "semi_orthogonal"}})  # whose features trials can share
+    base = merged(base, {"density": {"reduction": "semi_orthogonal", "coreset": 0}})  # whose features trials can share
     samples = []
     if "work" in arguments.parts:
         space = {key: values[:: arguments.every] for key, values in DENSITY_SPACE.items()}
