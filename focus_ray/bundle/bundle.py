@@ -183,7 +183,15 @@ def find_bundles(place: str) -> dict[str, str]:
         found = [join(root, name) for name in list_names(root) if exists(join(root, name, MANIFEST))]
         if found:
             return {str(read_manifest(uri)["category"]): uri for uri in found}
+    runs = runs_in(place)
+    if runs:
+        raise DataError(f"{place}: a folder of runs: give one of them, for instance {join(place, runs[0])}")
     raise DataError(f"{place}: no bundle here: give a bundle, or the folder of a run that `focus-ray train` made")
+
+
+def runs_in(place: str) -> list[str]:
+    """Names of the runs in a folder."""
+    return [name for name in list_names(place) if list_names(join(place, name, "bundles"))]
 
 
 def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:
