@@ -53,19 +53,15 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _kind_of(place: str) -> str:
     """The setting that a place is for. Raises: DataError: there is neither a bundle nor a published version."""
-    from focus_ray.bundle.bundle import find_bundles
+    from focus_ray.bundle.bundle import find_bundles, runs_in
     from focus_ray.bundle.registry import Registry
     from focus_ray.errors import DataError
-    from focus_ray.storage import join, list_names
 
     try:
         find_bundles(place)
     except DataError as error:
-        runs = [name for name in list_names(place) if list_names(join(place, name, "bundles"))]
-        if runs:
-            raise DataError(
-                f"{place}: a folder of runs: give one of them, for instance {join(place, runs[0])}"
-            ) from None
+        if runs_in(place):
+            raise
         registry = Registry(place)
         published = (registry.versions(team, name) for team in registry.teams() for name in registry.categories(team))
         if not any(published):
