@@ -114,10 +114,7 @@ def _embedded(
     if not len(images):
         side = net.config.image_size_px // full.config.map_stride_px
         return torch.empty(0, full.num_channels, side, side, device=device), None
-    # one by one: rounding that depends on the batch would choose other neighbours with another number of workers
-    parts = [embed(net, full, to_images(image, device)) for image in images.split(1)]
-    thetas = [theta for _, theta in parts if theta is not None]
-    return torch.cat([embedding for embedding, _ in parts]), torch.cat(thetas) if thetas else None
+    return embed(net, full, to_images(images, device), singly=True)
 
 
 def _covered(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from focus_ray.density.nearest import keep
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, reduce_moments
-from focus_ray.fitting.scoring import Detector, Scored, embed_alike, to_images
+from focus_ray.fitting.scoring import Detector, Scored, embed, to_images
 from focus_ray.model.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
@@ -40,7 +40,8 @@ def statistics_pass(
         offset: the number of this worker's first image.
     """
     net.eval()
-    embedded = (embed_alike(net, reduction, to_images(batch, device)) for batch in batches)
+    singly = reduction.num_coreset_channels > 0
+    embedded = (embed(net, reduction, to_images(batch, device), singly) for batch in batches)
     size = net.config.image_size_px // reduction.config.map_stride_px
     return embedding_statistics(embedded, reduction, size, device, keep_positions, offset)
 

@@ -124,32 +124,25 @@ def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
     return batch.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
 
 
-def embed(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def embed(
+    net: FocusNet, reduction: ChannelReduction, images: Tensor, singly: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Images (B, 3, H, W) in 0..1 -> embedding (B, C, H/stride, W/stride) in the aligned frame, theta (B, 2, 3) or None.
 
     For inference.
+
+    Args:
+        singly: one image at a time. The last digits hang on how images are batched, and what is chosen by them, a nearest
+            neighbour or a coreset, is then the same with any number of workers.
     """
     embeddings: list[Tensor] = []
     thetas: list[Tensor] = []
-    for part in slices(images):
+    for part in images.split(1) if singly else slices(images):
         levels, theta = common_frame(net(part))
         embeddings.append(reduction(levels))
         if theta is not None:
             thetas.append(theta)
     return _joined(embeddings), _joined(thetas) if thetas else None
-
-
-def embed_alike(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """As `embed`, for what a coreset is chosen from: one image at a time where there is one.
-
-    Which patches are farthest from the others may hang on the last digits, and those on how images are batched: in this way the
-    choice is the same with any number of workers.
-    """
-    if not reduction.num_coreset_channels:
-        return embed(net, reduction, images)
-    found = [embed(net, reduction, image) for image in images.split(1)]
-    thetas = [theta for _, theta in found if theta is not None]
-    return torch.cat([embedding for embedding, _ in found]), torch.cat(thetas) if thetas else None
 
 
 def slices(images: Tensor) -> tuple[Tensor, ...]:

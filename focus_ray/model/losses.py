@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from focus_ray.model.alignment.theta import full_precision
+
 
 def random_pairs(batch_size: int, generator: torch.Generator | None = None) -> Tensor:
     """A permutation pi (B,) without fixed points [ours]: image b is paired with another image, pi(b).
@@ -76,7 +78,7 @@ def effective_rank(features: Tensor) -> Tensor:
     """exp of the entropy of the spectrum of the covariance over batch and places, in 1..C (Roy and Vetterli, 2007)."""
     samples = features.float().permute(0, 2, 3, 1).flatten(0, 2)
     samples = samples - samples.mean(dim=0)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         spectrum = torch.linalg.eigvalsh(samples.T @ samples).clamp_min(0)
     weights = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
     return torch.exp(-torch.xlogy(weights, weights).sum())

@@ -105,9 +105,11 @@ def _files_to_send(
         )
         for name in files:
             path = Path(folder) / name
-            if wanted(prefix + name, False) and not is_utf8(prefix + name):
+            if not wanted(prefix + name, False):
+                continue
+            if not is_utf8(prefix + name):
                 raise SubmissionError(
                     f"{prefix + name!a}: a name that is not valid UTF-8 cannot be sent: rename it, or leave it out with --exclude"
                 )
-            if wanted(prefix + name, False) and path.is_file():
+            if path.is_file():
                 yield prefix + name, path

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from places import free_port
 
 from focus_ray.fitting.distributed import decided_by_first
 from focus_ray.fitting.passes import aligner_pass
@@ -56,9 +56,6 @@ def _as_worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_the_first_worker_decides_and_fits_for_all(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_as_worker, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_as_worker, (free_port(), str(tmp_path)), nprocs=2)
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     assert found[0] == found[1] == {"number": 0, "told": "mine", "enabled": True, "aligner": True, "template": 1.0}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from places import free_port
 from torch import Tensor, nn
 
 from focus_ray.config import TrainConfig
@@ -75,8 +75,5 @@ def _as_worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_every_worker_hears_of_one_workers_loss(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_as_worker, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_as_worker, (free_port(), str(tmp_path)), nprocs=2)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["FloatingPointError"] * 2
