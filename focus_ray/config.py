@@ -313,11 +313,13 @@ class SelectionConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Thresholds and p-values from normal images that the density has not seen."""
+    """Thresholds and p-values from normal images that the density has not seen, or is made not to see."""
 
-    method: Literal["split", "cross"] = Field(
-        default="split",
-        description="split: the held-out share. cross: every training image, scored with its fold's moments removed.",
+    method: Literal["auto", "split", "cross", "leave_one_out"] = Field(
+        default="auto",
+        description="split: a held-out share (data.holdout_fraction). leave_one_out: every training image, scored with its own "
+        "embedding left out of the density. cross: every training image, scored without its fold. auto: split where it holds "
+        "out enough images for a steady threshold, 5 / target_fpr, or where train.epochs is above 0; else leave_one_out.",
     )
     num_folds: int = Field(default=5, ge=2, le=100, description="Folds of the cross method.")
     target_fpr: float = Field(default=0.05, gt=0.0, lt=1.0, description="Share of good images that may be called bad.")
@@ -340,6 +342,11 @@ class ClusterConfig(Section):
     )
     labels: dict[str, str] = Field(
         default={}, description="Workers run on nodes with these labels: value, !value, in(a,b) or !in(a,b)."
+    )
+    local: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Train in the command's own process, without Ray, one category after the other. auto: with one worker, and "
+        "no RAY_ADDRESS, labels or max_concurrent_categories.",
     )
     num_workers: int = Field(default=1, ge=1, le=4096)
     use_gpu: bool | Literal["auto"] = Field(
@@ -384,7 +391,7 @@ class Config(Section):
         if self.calibration.method == "split" and self.data.holdout_fraction == 0.0:
             raise ValueError(
                 "calibration.method=split needs held-out images: set data.holdout_fraction above 0, "
-                "or calibration.method=cross"
+                "or calibration.method=leave_one_out"
             )
         return self
 

@@ -48,7 +48,8 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
         "train": {"epochs": 0, "batch_size_per_worker": 4, "learning_rate": 1e-3},
         "density": {"num_channels": 32, "reduction": "semi_orthogonal"},
         "scoring": {"image_score": "maximum"},
-        "cluster": {"use_gpu": False},
+        "calibration": {"method": "split"},
+        "cluster": {"use_gpu": False, "local": False},
     }
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}

@@ -12,7 +12,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -38,14 +38,16 @@ from focus_ray.storage import exists, join, list_names, read_bytes, remove_file,
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # what bundles of a former format had no choice of, and how they were made
 _FORMER: dict[int, dict[str, dict[str, Any]]] = {
     1: {"model": {"padding": "zeros"}, "scoring": {"image_score": "maximum"}, "density": {"coreset": 0}},
     2: {"density": {"coreset": 0}},
+    3: {},
     FORMAT_VERSION: {},
 }
 MANIFEST = "manifest.json"
+_KNOWN = "known_images"
 _NOT_FOR_SCORING = ("projector.", "predictor.")  # f and g are dropped [kin]
 
 
@@ -53,12 +55,14 @@ class Bundle(NamedTuple):
     """What a bundle holds once it is read.
 
     manifest: see docs/BUNDLE.md.  detector: on the device asked for.  calibration: thresholds and p-values.
+    known: `short_hash` of the images that the density was made of; empty where that was not kept.
     """
 
     manifest: dict[str, Any]
     config: Config
     detector: Detector
     calibration: Calibration
+    known: frozenset[int] = frozenset()
 
     @property
     def category(self) -> str:
@@ -80,10 +84,12 @@ def write_bundle(
     calibration: Calibration,
     data: dict[str, Any],
     metrics: dict[str, Any],
+    known: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes everything; replaces a bundle that is there in one step.
 
     Args:
+        known: content hashes of the images that the density was made of, so that they are told when they are inspected.
         detector: as `build_detector` makes it of the statistics.
         data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
         metrics: figures worth keeping: losses, collapse figures, timings.
@@ -102,6 +108,8 @@ def write_bundle(
         density["thetas"] = statistics.thetas
     if detector.profile is not None:
         density.update({f"profile.{name}": value for name, value in detector.profile._asdict().items()})
+    if known:
+        density[_KNOWN] = torch.tensor(sorted(short_hash(one) for one in known), dtype=torch.int64)
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
@@ -142,6 +150,11 @@ def write_bundle(
         if name.endswith(".safetensors") and name not in kept:
             remove_file(join(uri, name))
     return manifest
+
+
+def short_hash(content_hash: str) -> int:
+    """The first 8 bytes of a content hash, as int64."""
+    return int.from_bytes(bytes.fromhex(content_hash[:16]), "big", signed=True)
 
 
 def read_manifest(uri: str | Path) -> dict[str, Any]:
@@ -242,7 +255,8 @@ def _read_bundle(uri: str | Path, manifest: dict[str, Any], device: torch.device
     if config.scoring.image_score == "profile" and "profile.weight" in density:
         profile = Profile(*(density[f"profile.{name}"].to(device) for name in Profile._fields))
     detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
-    return Bundle(manifest, config, detector, calibration)
+    known = frozenset(density[_KNOWN].tolist()) if _KNOWN in density else frozenset()
+    return Bundle(manifest, config, detector, calibration, known)
 
 
 def _as_it_was_made(manifest: dict[str, Any]) -> dict[str, Any]:

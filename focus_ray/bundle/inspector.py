@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focus_ray.bundle.bundle import Bundle, read_bundle
+from focus_ray.bundle.bundle import Bundle, read_bundle, short_hash
 from focus_ray.data.images import ImageInfo, decode_mask, read_batch
 from focus_ray.data.schema import Row
 from focus_ray.errors import DataError, ScoreError
@@ -55,16 +56,16 @@ class Inspector:
             yield scores, maps
 
     def _scored(
-        self, images: Iterable[bytes]
+        self, images: Iterable[bytes], hashed: bool = False
     ) -> Iterator[tuple[list[ImageInfo], NDArray[np.float32], NDArray[np.float32]]]:
         stream = iter(images)
         with ThreadPoolExecutor(max_workers=1) as ahead:
             done = 0
-            pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done)
+            pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done, hashed)
             while (decoded := pending.result()) is not None:
                 infos, batch = decoded
                 done += len(batch)
-                pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done)
+                pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done, hashed)
                 yield infos, *self.score(batch)
 
     def score(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -80,9 +81,13 @@ class Inspector:
         if isinstance(images, (bytes, bytearray, str, Path)):
             raise DataError(f"inspect takes a list of images, got one {type(images).__name__}: put it into brackets")
         found: list[Inspection] = []
-        for infos, scores, maps in self._scored(_encoded(image, number) for number, image in enumerate(images)):
+        known = self.bundle.known
+        encoded = (_encoded(image, number) for number, image in enumerate(images))
+        for infos, scores, maps in self._scored(encoded, hashed=bool(known)):
             for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
-                found.append(self.judge(float(score), anomaly_map, info.width, info.height))
+                one = self.judge(float(score), anomaly_map, info.width, info.height)
+                trained_on = info.content_hash is not None and short_hash(info.content_hash) in known
+                found.append(replace(one, trained_on=True) if trained_on else one)
         return found
 
     def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
@@ -155,11 +160,13 @@ class Inspector:
         reduced = any(max(record["height"], record["width"]) > max_side_px for record in kept)
         return {**found, "reduced": reduced}
 
-    def _decode(self, images: list[bytes], start: int) -> tuple[list[ImageInfo], NDArray[np.uint8]] | None:
+    def _decode(
+        self, images: list[bytes], start: int, hashed: bool
+    ) -> tuple[list[ImageInfo], NDArray[np.uint8]] | None:
         if not images:
             return None
         try:
-            return read_batch(images, self.size_px, self.num_threads)
+            return read_batch(images, self.size_px, self.num_threads, hashed)
         except DataError as error:
             raise DataError(f"of images {start} to {start + len(images) - 1}: {error}") from error
 

@@ -1,7 +1,7 @@
 """Later changes to a bundle's density, without training: take images in or out, join another site's statistics.
 
 The network stays as it is. Statistics add, so the result is what a fresh density pass over the remaining images would give;
-thresholds are set anew from held-out normal images, because the old ones belong to the old density.
+thresholds are set anew, because the old ones belong to the old density.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from focus_ray.data.split import plan_category
 from focus_ray.density.base import Statistics
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.fit import build_detector
+from focus_ray.fitting.left_out import leave_one_out_pass
 from focus_ray.fitting.passes import calibration_pass, statistics_pass
 from focus_ray.kinds import DENSITIES
 
@@ -38,8 +39,9 @@ def update_bundle(
     Args:
         add, remove: ingested data sets whose normal training images of the category are taken in, or out again.
         join: another bundle of the same network, whose statistics are added.
-        calibrate: an ingested data set whose normal training images of the category set the thresholds; None takes the
-            images that the bundle's own data set held out, if that is still what the bundle was made from.
+        calibrate: an ingested data set whose normal training images of the category set the thresholds; None leaves each of the
+            images kept out in turn, where the bundle was calibrated so, or takes the images that the bundle's own data set
+            held out, if that is still what the bundle was made from.
 
     Returns: the new manifest.
 
@@ -67,9 +69,13 @@ def update_bundle(
         changes.append({"add" if sign > 0 else "remove": source, "num_images": len(rows)})
     statistics.keep_at_most(bundle.config.density.max_images)
     detector = build_detector(bundle.config, bundle.detector.net, bundle.detector.reduction, _on(statistics, device))
-    place, held = _calibration_rows(bundle, calibrate)
-    config = bundle.config.calibration.model_copy(update={"method": "split"})
-    builder = calibration_pass(detector, _images(bundle, place, held), config, torch.device(device))
+    held: Sequence[int] = ()
+    if calibrate is None and bundle.calibration.method == "leave_one_out" and statistics.bank is not None:
+        builder = leave_one_out_pass(detector, statistics, (), bundle.config)
+    else:
+        place, held = _calibration_rows(bundle, calibrate)
+        images = _images(bundle, place, held)
+        builder = calibration_pass(detector, images, bundle.config.calibration, "split", torch.device(device))
     return write_bundle(
         output,
         config=bundle.config,
@@ -151,10 +157,8 @@ def _calibration_rows(bundle: Bundle, calibrate: str | None) -> tuple[str, Seque
         return calibrate, _normal_rows(calibrate, bundle.category)
     uri = bundle.config.data.uri
     hint = "give --calibrate DATA, an ingested set of normal images that are not in the density"
-    if bundle.config.calibration.method != "split":
-        raise DataError(
-            f"the bundle was calibrated by {bundle.config.calibration.method!r} and holds no images out: {hint}"
-        )
+    if bundle.calibration.method != "split":
+        raise DataError(f"the bundle was calibrated by {bundle.calibration.method!r} and holds no images out: {hint}")
     try:
         same = data_fingerprint(uri, bundle.category) == bundle.manifest["data"]["fingerprint"]
     except DataError as error:

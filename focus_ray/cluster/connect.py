@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from focus_ray.cluster.messages import is_verbose
 from focus_ray.cluster.ray_private import KINDS, autoscaler_limits, check_private_parts
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import TrainingError
+
+
+def runs_here(config: ClusterConfig) -> bool:
+    """Whether one worker in this process does: as asked, or where nothing calls for a cluster.
+
+    Raises: TrainingError: it is asked for, and so are several workers.
+    """
+    if config.local != "auto":
+        if config.local and config.num_workers > 1:
+            raise TrainingError(
+                f"cluster.local=true trains in this process alone, but cluster.num_workers={config.num_workers}: "
+                "set one of the two"
+            )
+        return config.local
+    ray = sys.modules.get("ray")
+    joined = bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+    asked = config.num_workers > 1 or config.labels or (config.max_concurrent_categories or 1) > 1
+    return not (joined or asked)
 
 
 def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
@@ -50,7 +70,7 @@ def _init(what: str, **settings: Any) -> None:
     import ray
 
     try:
-        ray.init(logging_level="warning", **settings)
+        ray.init(logging_level="warning" if is_verbose() else "error", log_to_driver=is_verbose(), **settings)
     except Exception as error:  # of many types, with many lines
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TrainingError(

@@ -9,27 +9,28 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import yaml
 
-from focus_ray.bundle.bundle import write_bundle
+from focus_ray.bundle.make import STATE_FILE, make_bundle, set_reproducible, train_here
 from focus_ray.bundle.metric import share_metric
-from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
+from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, uses_gpu
+from focus_ray.cluster.messages import Messages
 from focus_ray.cluster.ownership import SignOfLife, check_resumable, write_fingerprints
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
 from focus_ray.config import Config, config_to_yaml, parse_config
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
-from focus_ray.data.shards import Steps, build_shard, fits_memory
+from focus_ray.data.shards import Steps, fits_memory
 from focus_ray.data.split import Plan, plan_category
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.fitting.fit import check_ingredients, fit
-from focus_ray.fitting.state import TrainState
+from focus_ray.fitting.fit import check_ingredients
+from focus_ray.fitting.state import Figures, TrainState
 from focus_ray.names import unique_name
 from focus_ray.storage import (
     create_bytes,
@@ -38,6 +39,7 @@ from focus_ray.storage import (
     join,
     list_names,
     open_filesystem,
+    probe,
     read_bytes,
     retrying,
     write_bytes,
@@ -46,6 +48,7 @@ from focus_ray.storage import (
 RUN_CONFIG = "config.yaml"
 # settings that change how a run goes, not what comes of a category
 _FREE = ("cluster.", "data.memory_budget_mb", "data.categories", "train.checkpoint_every_epochs")
+_LISTEN_S = 1.0  # between two looks at what workers tell
 SHARED_METRIC = "metric.safetensors"
 
 logger = logging.getLogger(__name__)
@@ -63,9 +66,13 @@ class TrainerJob:
 
 @dataclass(frozen=True)
 class CategoryJob(TrainerJob):
-    """root: of the run, below which checkpoints and the bundle go."""
+    """root: of the run, below which checkpoints and the bundle go.  messages: takes what workers tell."""
 
     root: str
+    messages: Messages
+
+    def tell(self, text: str) -> None:
+        self.messages.put(f"{self.category}: {text}")
 
 
 J = TypeVar("J", bound=TrainerJob)
@@ -108,17 +115,19 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     for category in sorted(set(categories) - set(todo)):
         log(f"{category}: already there, {bundles[category]}")
     if todo:
-        team = config.cluster.team
-        private = connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
-        streams = config.train.epochs > 0 and any(not fits_memory(config, plans[category]) for category in todo)
-        limit = concurrent_runs(config.cluster, private, streams, log, limit=config.cluster.max_concurrent_categories)
-        probe_nodes([join(config.data.uri, f"category={c}", COMMIT_NAME) for c in todo], [root])
+        here = runs_here(config.cluster)
+        limit = 1
+        if here:
+            probe(root)
+        else:
+            limit = _join_cluster(config, root, {c: plans[c] for c in todo}, log)
         _claim(root, resume, fingerprints)
         write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
         alive = SignOfLife(root)
         state = "failed"
         try:
-            failed = _run_all(config, root, {c: plans[c] for c in todo}, limit, log)
+            mine = {c: plans[c] for c in todo}
+            failed = train_here(config, mine, root, log) if here else _run_all(config, root, mine, limit, log)
             state = "failed" if failed else "finished"
         finally:
             alive.close(state)
@@ -135,6 +144,16 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     return bundles
 
 
+def _join_cluster(config: Config, root: str, plans: Mapping[str, Plan], log: Callable[[str], None]) -> int:
+    """Returns: how many categories fit side by side. Raises: TrainingError, DataError: what preflight and probes find."""
+    team = config.cluster.team
+    private = connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
+    streams = config.train.epochs > 0 and any(not fits_memory(config, plan) for plan in plans.values())
+    limit = concurrent_runs(config.cluster, private, streams, log, limit=config.cluster.max_concurrent_categories)
+    probe_nodes([join(config.data.uri, f"category={category}", COMMIT_NAME) for category in plans], [root])
+    return limit
+
+
 def learns_metric(config: Config) -> bool:
     """Whether each category learns a metric of its own, and its bundle keeps what others can share."""
     density = config.density
@@ -149,7 +168,8 @@ def _run_all(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     use_gpu = uses_gpu(config.cluster)
-    jobs = {category: CategoryJob(config, category, plan, use_gpu, root) for category, plan in plans.items()}
+    messages = Messages()
+    jobs = {category: CategoryJob(config, category, plan, use_gpu, root, messages) for category, plan in plans.items()}
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # beside the driver, so that losing another node ends no training; again where its process alone was lost
     task = ray.remote(num_cpus=0, max_retries=2, scheduling_strategy=here)(_run_category)
@@ -161,7 +181,10 @@ def _run_all(
             category = waiting.pop(0)
             log(f"{category}: training with {config.cluster.num_workers} worker(s)")
             running[task.remote(jobs[category])] = (category, time.monotonic())
-        done, _ = ray.wait(list(running), num_returns=1)
+        done, _ = ray.wait(list(running), num_returns=1, timeout=_LISTEN_S)
+        messages.show(log)
+        if not done:
+            continue
         category, since = running.pop(done[0])
         try:
             ray.get(done[0])
@@ -169,6 +192,7 @@ def _run_all(
         except Exception as error:  # one category's failure must not end the others; it is reported at the end
             failed[category] = reason_of(error)
             log(f"{category}: FAILED: {failed[category]}")
+    messages.show(log)
     return failed
 
 
@@ -236,8 +260,7 @@ def _run_worker(given: dict[str, Any]) -> Any:
     """What Ray Train calls on every worker: it gives a mapping only."""
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it reports every report
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
+    set_reproducible()
     return given["worker"](given["job"])
 
 
@@ -250,54 +273,33 @@ def _worker(job: CategoryJob) -> None:
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    start = time.perf_counter()
-    shard = build_shard(config, category, plan, rank, num_workers, worker_stream)
-    loading = time.perf_counter() - start
 
-    def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
+    def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
         due = (epoch + 1) % config.train.checkpoint_every_epochs == 0 or epoch + 1 == config.train.epochs
         if not due:
             return ray.train.report(figures)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if rank == 0:
-                torch.save(snapshot().to_dict(), Path(folder) / "state.pt")
+                torch.save(snapshot().to_dict(), Path(folder) / STATE_FILE)
                 checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(figures, checkpoint=checkpoint)
 
-    result = fit(
+    count = make_bundle(
         config,
-        shard,
-        len(plan.fit_rows),
+        category,
+        plan,
+        job.root,
         device,
         rank=rank,
+        num_workers=num_workers,
+        stream=worker_stream,
         wrap=data_parallel(num_workers, device),
         state=retrying(lambda: _last_state(ray.train.get_checkpoint(), device)),
         on_epoch=on_epoch,
-        log=lambda message: print(f"{category}: {message}", flush=True) if rank == 0 else None,
+        log=job.tell,
     )
-    if rank == 0:
-        write_bundle(
-            join(job.root, "bundles", category),
-            config=config,
-            category=category,
-            detector=result.detector,
-            statistics=result.statistics,
-            calibration=result.calibration,
-            data={
-                "uri": config.data.uri,
-                "fingerprint": plan.fingerprint,
-                "num_fit": result.statistics.moments.count,
-                "num_holdout": len(plan.holdout_rows),
-            },
-            metrics={
-                **asdict(result.notes),
-                "seconds": {"load": loading, **result.seconds},
-                "num_workers": num_workers,
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            },
-        )
-    ray.train.report({"num_images": result.statistics.moments.count})
+    ray.train.report({"num_images": count})
 
 
 def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:
@@ -316,7 +318,7 @@ def _last_state(checkpoint: Any, device: torch.device) -> TrainState | None:
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
-        return TrainState.from_dict(torch.load(Path(folder) / "state.pt", map_location=device, weights_only=True))
+        return TrainState.from_dict(torch.load(Path(folder) / STATE_FILE, map_location=device, weights_only=True))
 
 
 def absolute(config: Config) -> Config:

@@ -14,11 +14,12 @@ Decisions, the same for training, batch inspection and serving:
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -81,6 +82,7 @@ class ImageInfo:
     """Size in pixels after EXIF rotation; mode (``L``, ``RGB``, ``I;16``, ...) and format of the file itself.
 
     see_through: it has an alpha channel, which is zero everywhere, so that it shows nothing.
+    content_hash: `content_hash` of its pixels, where it was asked for.
     """
 
     width: int
@@ -88,6 +90,7 @@ class ImageInfo:
     mode: str
     format: str
     see_through: bool = False
+    content_hash: str | None = None
 
 
 def decode_image(data: bytes, size_px: int | None) -> npt.NDArray[np.uint8]:
@@ -219,17 +222,28 @@ def decode_batch(images: Sequence[bytes], size_px: int, num_threads: int = 1) ->
     return read_batch(images, size_px, num_threads)[1]
 
 
+def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
+    """SHA-256 hex of the size and the decoded RGB pixels (H, W, 3): what tells an image, however its file is named or packed."""
+    digest = hashlib.sha256(f"{pixels.shape[0]}x{pixels.shape[1]}:".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
 def read_batch(
-    images: Sequence[bytes], size_px: int, num_threads: int = 1
+    images: Sequence[bytes], size_px: int, num_threads: int = 1, hashed: bool = False
 ) -> tuple[list[ImageInfo], npt.NDArray[np.uint8]]:
-    """``decode_batch`` and what is known of each image, its own size above all; the same errors."""
+    """``decode_batch`` and what is known of each image, its own size above all; the same errors.
+
+    Args:
+        hashed: tell the images' content hashes too; costs a second decoding of JPEGs that are read at a reduced size.
+    """
     if num_threads < 1:
         raise ValueError(f"num_threads={num_threads} must be at least 1")
     batch = np.empty((len(images), size_px, size_px, 3), dtype=np.uint8)
 
     def decode_into(position: int) -> ImageInfo:
         try:
-            info, batch[position] = _decode(images[position], size_px)
+            info, batch[position] = _decode(images[position], size_px, hashed)
             return info
         except ImageError as error:
             raise ImageError(error.reason, f"image {position} of {len(images)}: {error}") from error
@@ -242,7 +256,7 @@ def read_batch(
     return infos, batch
 
 
-def _decode(data: bytes, size_px: int | None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+def _decode(data: bytes, size_px: int | None, hashed: bool = False) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
     _verify_chunks(data)
     image, orientation, (width, height) = _load(data, size_px)
     info = ImageInfo(width, height, image.mode, image.format or "?", _is_see_through(image))
@@ -250,6 +264,9 @@ def _decode(data: bytes, size_px: int | None) -> tuple[ImageInfo, npt.NDArray[np
         plain = _to_grey_or_rgb(image)
         if orientation in _TRANSPOSE:
             plain = plain.transpose(_TRANSPOSE[orientation])
+        if hashed:
+            whole = np.asarray(plain.convert("RGB")) if plain.size == (width, height) else _decode(data, None)[1]
+            info = replace(info, content_hash=content_hash(whole))
         if size_px is not None and plain.size != (size_px, size_px):
             plain = plain.resize((size_px, size_px), Image.Resampling.BILINEAR)
         pixels = np.array(plain.convert("RGB"), dtype=np.uint8)  # last: grey is resized as one channel

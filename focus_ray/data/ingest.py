@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from focus_ray.data.images import ImageError, encode_png, probe_mask, read_image
+from focus_ray.data.images import ImageError, content_hash, encode_png, probe_mask, read_image
 from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample, is_lost, lost_words
 from focus_ray.data.importers.choose import make_plans
 from focus_ray.data.schema import SCHEMA_VERSION, Reject, RejectReason, Row
@@ -284,8 +284,7 @@ def _check(sample: Sample, category: str, settings: ImportSettings) -> _Checked 
         return reject(error.reason, str(error))
     except OSError as error:
         return reject("unreadable", error.strerror or str(error))
-    content = hashlib.sha256(f"{info.height}x{info.width}:".encode())
-    content.update(pixels.data)
+    content = content_hash(pixels)
     levels = int(np.count_nonzero(np.bincount(pixels.reshape(-1), minlength=256)))
     del pixels
 
@@ -321,9 +320,7 @@ def _check(sample: Sample, category: str, settings: ImportSettings) -> _Checked 
     encoded = encode_png(joined) if joined is not None and joined.any() else None
     digest = hashlib.sha256(data).hexdigest()
     marked = 0.0 if joined is None else float(joined.mean())
-    return _Checked(
-        sample, digest, info.width, info.height, content.hexdigest(), encoded, note, levels, marked, mask_values
-    )
+    return _Checked(sample, digest, info.width, info.height, content, encoded, note, levels, marked, mask_values)
 
 
 def _without_duplicates(

@@ -15,6 +15,8 @@ from focus_ray.data.read import decoded_rows
 from focus_ray.data.split import Plan
 from focus_ray.errors import DataError, TrainingError
 
+_GROUP_ROWS = 512  # of a local stream, decoded and shuffled together
+
 Stream = Callable[[int, int], Iterable[Mapping[str, Any]]]
 """batch size, seed -> shuffled batches of 'image', uint8 (B, S, S, 3), of this worker's share, B at most the batch size."""
 
@@ -36,6 +38,9 @@ class Shard(Protocol):
 
     def holdout_batches(self) -> Iterable[Tensor]:
         """Every held-out image of the share once."""
+
+    def num_holdout(self) -> int:
+        """Held-out images of the share."""
 
 
 class MemoryShard:
@@ -79,6 +84,9 @@ class MemoryShard:
     def holdout_batches(self) -> Iterator[Tensor]:
         yield from (batch for batch in self.holdout.split(self.batch_size) if len(batch))
 
+    def num_holdout(self) -> int:
+        return len(self.holdout)
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -108,6 +116,24 @@ def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.
             order = torch.cat([order, torch.randperm(len(images), generator=generator)])
         yield images[order[:batch_size]]
         order = order[batch_size:]
+
+
+def local_stream(config: Config, category: str, rows: Sequence[int]) -> Stream:
+    """Shuffled batches of these rows, decoded anew at every call: in random order within random groups of rows."""
+
+    def batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(np.asarray(rows, dtype=np.int64))
+        for start in range(0, len(order), _GROUP_ROWS):
+            group = np.sort(order[start : start + _GROUP_ROWS])
+            images = np.concatenate(
+                list(decoded_rows(config.data.uri, category, group.tolist(), config.model.image_size_px))
+            )
+            places = rng.permutation(len(images))
+            for first in range(0, len(images), batch_size):
+                yield {"image": images[places[first : first + batch_size]]}
+
+    return batches
 
 
 class StreamShard:
@@ -152,6 +178,9 @@ class StreamShard:
 
     def holdout_batches(self) -> Iterator[Tensor]:
         return self._read(self.share.holdout_rows)
+
+    def num_holdout(self) -> int:
+        return len(self.share.holdout_rows)
 
     def _read(self, rows: Sequence[int]) -> Iterator[Tensor]:
         size = self.config.model.image_size_px

@@ -11,13 +11,16 @@ from focus_ray.config import Config
 from focus_ray.data.read import data_fingerprint, read_index
 from focus_ray.errors import DataError
 
+# held-out images above the threshold, as many as that: its false alarm rate is then between 0.4 and 1.8 times the target (90 %)
+_STEADY = 5
+
 
 @dataclass(frozen=True)
 class Plan:
     """Which rows of a category train and which are held out, or a worker's share of them.
 
     fit_rows, validation_rows, holdout_rows: ascending row numbers.  folds: of the fit rows, for cross calibration.
-    fingerprint: of the whole category's data.
+    fingerprint: of the whole category's data.  fit_hashes: content hashes of the fit and validation rows.
     """
 
     fit_rows: tuple[int, ...]
@@ -25,6 +28,7 @@ class Plan:
     validation_rows: tuple[int, ...]
     holdout_rows: tuple[int, ...]
     fingerprint: str
+    fit_hashes: tuple[str, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -62,9 +66,7 @@ def plan_category(config: Config, category: str) -> Plan:
     ranked = sorted(
         range(len(rows)), key=lambda i: hashlib.sha256(f"{config.train.seed}:{hashes[i]}".encode()).digest()
     )
-    num_holdout = 0
-    if config.calibration.method == "split":
-        num_holdout = min(len(rows) - 2, max(1, round(config.data.holdout_fraction * len(rows))))
+    num_holdout = min(len(rows) - 2, num_held_out(config, len(rows)))
     num_validation = 0
     if config.selection.enabled:
         wanted = min(config.selection.max_images, round(config.selection.fraction * len(rows)))
@@ -84,4 +86,15 @@ def plan_category(config: Config, category: str) -> Plan:
         validation_rows=tuple(rows[validation].tolist()),
         holdout_rows=tuple(rows[place < num_holdout].tolist()),
         fingerprint=data_fingerprint(config.data.uri, category),
+        fit_hashes=tuple(sorted(one for one, number in zip(hashes, place, strict=True) if number >= num_holdout)),
     )
+
+
+def num_held_out(config: Config, num_images: int) -> int:
+    """How many of a category's normal images calibrate and do nothing else."""
+    calibration, fraction = config.calibration, config.data.holdout_fraction
+    held = max(1, round(fraction * num_images))
+    if calibration.method == "split":
+        return held
+    steady = fraction > 0 and held * calibration.target_fpr >= _STEADY
+    return held if calibration.method == "auto" and (steady or (fraction > 0 and config.train.epochs > 0)) else 0

@@ -27,10 +27,27 @@ class Density(Protocol):
         """(B, C, H, W) -> distances (B, H, W), >= 0."""
 
 
+class LeavesOut(Protocol):
+    """A density that scores images it was made of as if they were new."""
+
+    height: int
+    width: int
+
+    def score(self, embedding: Tensor, own: Tensor) -> Tensor:
+        """(B, C, H, W) -> distances (B, H, W), each image's own embeddings left out for it.
+
+        Args:
+            own: (B,), the images' numbers in the bank; of no meaning to a density without one.
+        """
+
+
 class DensityKind(Protocol):
     """How a density of one kind comes to be; its name in `DENSITIES` is what density.kind takes.
 
     keeps_bank: whether it is built from the embeddings of normal images, and not from their moments alone.
+
+    A kind may also have `leaving_out(config, statistics, density) -> LeavesOut`, of a density as `build` made it; one without is
+    calibrated by folds.
     """
 
     keeps_bank: bool
@@ -103,6 +120,17 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
     if kind.keeps_bank and statistics.bank is None:
         raise ValueError(f"density.kind={config.kind} needs the bank of normal embeddings")
     return kind.build(config, statistics)
+
+
+def leaves_out(config: DensityConfig) -> bool:
+    """Whether the density's kind can score an image it was made of as if it were new."""
+    return hasattr(DENSITIES[config.kind], "leaving_out")
+
+
+def leaving_out(config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
+    """What scores the images that the density was made of as if they were new."""
+    found: LeavesOut = DENSITIES[config.kind].leaving_out(config, statistics, density)  # type: ignore[attr-defined]
+    return found
 
 
 def density_tensors(config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:

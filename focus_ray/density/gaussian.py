@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from focus_ray.config import DensityConfig
-from focus_ray.density.base import Density, Statistics, ridge_of
+from focus_ray.density.base import Density, LeavesOut, Statistics, ridge_of
 from focus_ray.density.moments import (
     Moments,
     check_count,
@@ -49,7 +49,9 @@ class Gaussian:
 
 
 @torch.no_grad()
-def fit_gaussian(moments: Moments, ridge: float, pooling: float = 0.0, packed: bool = False) -> tuple[Tensor, Tensor]:
+def fit_gaussian(
+    moments: Moments, ridge: float, pooling: float = 0.0, packed: bool = False, divisor: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean and precision factor of moments.
 
     Covariance of a location: (1 - pooling) scatter / (count - 1) + pooling * pooled + ridge I. With pooling 0 that is
@@ -58,6 +60,7 @@ def fit_gaussian(moments: Moments, ridge: float, pooling: float = 0.0, packed: b
 
     Args:
         packed: give the factors as `pack_lower` does, at half the memory.
+        divisor: of a location's scatter, in place of count - 1.
 
     Returns: mean (L, C), precision factor (L, C, C), or (L, C (C + 1) / 2) packed.
 
@@ -72,7 +75,7 @@ def fit_gaussian(moments: Moments, ridge: float, pooling: float = 0.0, packed: b
     if pooling:
         base = base + pooling * pooled_covariance(moments)
     for part in chunks(locations, channels):
-        covariance = torch.add(base, moments.scatter[part], alpha=(1 - pooling) / (moments.count - 1))
+        covariance = torch.add(base, moments.scatter[part], alpha=(1 - pooling) / (divisor or moments.count - 1))
         root = torch.linalg.cholesky(covariance)
         factor = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
         factors[part] = pack_lower(factor) if packed else factor
@@ -98,6 +101,32 @@ def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Te
     return squares.sqrt_().t().reshape(batch, height, width)
 
 
+class LeftOutGaussian:
+    """Distances of images to the Gaussian of all the others, from one fit [ours].
+
+    Taking an image x out of n moves the mean m by (x - m) / (n - 1) and takes n / (n - 1) v v^T, v = x - m, from the
+    scatter. With A the covariance of the whole scatter over n - 2, the left-out covariance is A - c v v^T, and the
+    Sherman-Morrison formula gives its Mahalanobis distance from v^T A^-1 v alone. Exact but for the ridge and the pooled
+    covariance, which stay those of all images.
+    """
+
+    def __init__(self, moments: Moments, ridge: float, pooling: float) -> None:
+        """Raises: ValueError: fewer than three images."""
+        if moments.count < 3:
+            raise ValueError(f"leaving one image out needs at least 3, got {moments.count}: add training images")
+        n = moments.count
+        self.height, self.width = moments.height, moments.width
+        mean, factor = fit_gaussian(moments, ridge, pooling, divisor=n - 2)
+        self.gaussian = Gaussian(mean, factor, moments.height, moments.width)
+        self.moved = n / (n - 1)
+        self.taken = (1 - pooling) * n / ((n - 1) * (n - 2))
+
+    def score(self, embedding: Tensor, own: Tensor) -> Tensor:
+        """(B, C, H, W) of images among those fitted -> (B, H, W)."""
+        square = self.gaussian.score(embedding).square()
+        return self.moved * (square / (1 - self.taken * square).clamp_min(1e-6)).sqrt()
+
+
 class _GaussianKind:
     keeps_bank = False
 
@@ -105,6 +134,9 @@ class _GaussianKind:
         moments = statistics.moments
         mean, factor = fit_gaussian(moments, ridge_of(config, moments), config.pooling)
         return Gaussian(mean, factor, moments.height, moments.width)
+
+    def leaving_out(self, config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
+        return LeftOutGaussian(statistics.moments, ridge_of(config, statistics.moments), config.pooling)
 
     def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
         moments = statistics.moments

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from focus_ray.config import DensityConfig
-from focus_ray.density.base import Density, Statistics, ridge_of, sample_positions
+from focus_ray.density.base import Density, LeavesOut, Statistics, ridge_of, sample_positions
 from focus_ray.density.coreset import Coreset, choose_coreset
 from focus_ray.density.moments import Moments, check_count, locations_first, pooled_covariance
 
@@ -197,6 +197,10 @@ class _NearestKind:
             return places
         coreset = choose_coreset(others, config.coreset, places.device)
         return JointMemory(places, coreset, typical_distances(places, coreset, statistics.bank))
+
+    def leaving_out(self, config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
+        assert isinstance(density, (NearestMemory, JointMemory))
+        return density
 
     def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
         assert statistics.bank is not None

@@ -1,7 +1,7 @@
-"""Thresholds and p-values from held-out normal images: what a score means, and how often a good part is called bad.
+"""Thresholds and p-values from normal images: what a score means, and how often a good part is called bad.
 
-Everything here comes from normal images that the density has not seen, never from test images. docs/CALIBRATION.md says
-what is guaranteed with how many images and what is not.
+Everything here comes from normal images that the density has not seen, or whose own part of it was left out, never from test
+images. docs/CALIBRATION.md says what is guaranteed with how many images and what is not.
 """
 
 from __future__ import annotations
@@ -9,19 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, cast
+from functools import lru_cache
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import beta
 
 from focus_ray.errors import DataError
+from focus_ray.evaluation.tail import Tail, fit_tail
 
-Method = Literal["split", "cross"]
+Method = Literal["split", "cross", "leave_one_out"]
 
 TIE = (
     1e-5  # relative: the last digits of a score hang on how images were batched; closer than this, two scores are equal
 )
 
+# scores above the threshold, at least, for it to be counted where no guarantee is lost by a model of the tail, which is steadier
+_STEADY = 5
 _ROUNDING = 1e-12  # relative; sums of pixel shares such as 1/50176 that should equal the budget count as equal
 
 
@@ -37,21 +42,25 @@ def is_above(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of held-out normal images and the thresholds drawn from them. An image or pixel is anomalous above them.
+    """Scores of n normal images and the thresholds drawn from them. An image or pixel is anomalous above them.
 
     Attributes:
-        method: "split": images kept out of training and density; "cross": each image scored without its fold.
+        method: "split": images kept out of training and density; "leave_one_out": each training image scored with its own
+            embedding left out of the density; "cross": each scored without its fold.
         image_scores: n scores of normal images, ascending.
         target_fpr: share of good images that may be called bad.
         image_threshold: on the scale of the image scores.
-        image_guaranteed: whether P(a good image is called bad) <= target_fpr holds for exchangeable images. False for
-            "cross", and where n < 1/target_fpr - 1: then the threshold is the highest held-out score, whose false
-            alarm rate `smallest_fpr` is the lowest that n images can vouch for.
+        image_guaranteed: whether P(a good image is called bad) <= target_fpr holds for exchangeable images: "split" alone,
+            with n >= 1/target_fpr - 1.
         target_pixel_fpr: share of a good image's pixels that may be called bad, on average over images.
         pixel_threshold: on the scale of the anomaly maps.
         pixel_guaranteed: whether that share is <= target_pixel_fpr in expectation over held-out and future images.
-            False for "cross", and where n < 1/target_pixel_fpr - 1: then the threshold is the plain quantile, and
-            what holds is `pixel_fpr_bound`.
+            "split" alone, with n >= 1/target_pixel_fpr - 1; with fewer the threshold is the plain quantile, and what holds
+            for "split" is `pixel_fpr_bound`.
+        tail: a model of the highest scores, from which threshold and small p-values come where n < 1/target_fpr - 1 images
+            cannot show the target themselves, and, but for "split", where they leave fewer than 5 scores above the
+            threshold. None: they are counted; three images or fewer leave the highest score as the threshold, whose rate is
+            `smallest_fpr`.
     """
 
     method: Method
@@ -62,6 +71,7 @@ class Calibration:
     target_pixel_fpr: float
     pixel_threshold: float
     pixel_guaranteed: bool
+    tail: Tail | None = None
 
     def __post_init__(self) -> None:
         _check_method(self.method)
@@ -77,18 +87,18 @@ class Calibration:
 
     @property
     def num_images(self) -> int:
-        """n, the held-out normal images."""
+        """n, the normal images that were scored."""
         return len(self.image_scores)
 
     @property
     def smallest_fpr(self) -> float:
-        """1/(n + 1): the smallest p-value there is, and the lowest false alarm rate that n images can vouch for."""
+        """1/(n + 1): the smallest share that n images can show."""
         return 1.0 / (self.num_images + 1)
 
     @property
     def effective_fpr(self) -> float:
-        """The level at which `is_anomalous` really works: target_fpr, or smallest_fpr where that is higher."""
-        return max(self.target_fpr, self.smallest_fpr)
+        """The level at which `is_anomalous` works: target_fpr; without a tail smallest_fpr where that is higher."""
+        return self.target_fpr if self.tail is not None else max(self.target_fpr, self.smallest_fpr)
 
     @property
     def pixel_fpr_bound(self) -> float:
@@ -100,57 +110,99 @@ class Calibration:
             return self.target_pixel_fpr
         return (self.num_images * self.target_pixel_fpr + 1.0) / (self.num_images + 1)
 
+    def fpr_interval(self, mass: float = 0.9) -> tuple[float, float]:
+        """Where the long-run false alarm rate of this one threshold lies, with probability `mass` over the draw of the n images.
+
+        A threshold at an order statistic has a rate that follows Beta(m, n + 1 - m), m = floor(target_fpr (n + 1)); with
+        a tail m is 1, the highest score's.
+        """
+        m = max(1, _num_extreme(self.num_images, self.target_fpr))
+        law = beta(m, self.num_images + 1 - m)
+        return float(law.ppf((1 - mass) / 2)), float(law.ppf((1 + mass) / 2))
+
     def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """(1 + #{held-out scores >= score}, ties by `TIE` counted) / (n + 1): small where the image is unlike the normal ones.
+        """(1 + #{normal scores >= score, ties by `TIE` counted}) / (n + 1): small where the image is unlike the normal ones.
 
         Under exchangeability P(p <= a) <= a for a new normal image and any a (Vovk et al., Algorithmic Learning in a
-        Random World, 2005). `p <= effective_fpr` if and only if `is_anomalous`.
+        Random World, 2005); with a tail, what that says of scores above its start. `p <= effective_fpr` if and only if
+        `is_anomalous`.
 
         Args:
             scores: any shape.
 
-        Returns: the same shape, in [1/(n + 1), 1].
+        Returns: the same shape, in [1/(n + 1), 1], with a tail in (0, 1].
 
         Raises: DataError: a score is NaN.
         """
         values = certain_part(_without_nan(scores))
         below = np.searchsorted(np.asarray(self.image_scores), values, side="left")
-        return np.asarray((1.0 + self.num_images - below) / (self.num_images + 1))
+        counted = np.asarray((1.0 + self.num_images - below) / (self.num_images + 1))
+        if self.tail is None:
+            return counted
+        modelled = np.where(values > self.tail.start, self.tail.share_above(values), counted)
+        # at the threshold itself the model says the target to rounding: the verdict decides on which side that is
+        just_above = np.nextafter(self.target_fpr, 1.0)
+        return np.where(
+            values > self.image_threshold,
+            np.minimum(modelled, self.target_fpr),
+            np.maximum(modelled, just_above),
+        )
 
     def is_anomalous(self, scores: ArrayLike) -> NDArray[np.bool_]:
         """score > image_threshold by more than `TIE`, of the same shape as scores. Raises: DataError: a score is NaN."""
         return is_above(_without_nan(scores), self.image_threshold)
 
     def caveats(self) -> list[str]:
-        """What a reader of the thresholds has to be told, in plain sentences; empty when both guarantees hold."""
-        if self.method == "cross":
-            return [
-                f"Thresholds come from {self.num_images} training images, each scored without its fold (cross); "
-                "this approximates the false alarm rate and carries no finite-sample guarantee."
-            ]
-        told = []
-        if not self.image_guaranteed:
+        """What a reader of the thresholds has to be told, in plain sentences; empty where there is nothing to add."""
+        n, told = self.num_images, []
+        if self.method == "leave_one_out":
             told.append(
-                f"{self.num_images} held-out images cannot vouch for a false alarm rate of {self.target_fpr:g}: "
-                f"the image threshold is their highest score, good for {self.smallest_fpr:.3g}; "
-                f"{_images_needed(self.target_fpr)} images would do."
+                f"All {n} training images set the threshold, each scored with itself left out"
+                + (", by a model of the highest scores" if self.tail is not None else "")
+                + "; the rate is then close to the target in trials, which is no guarantee."
             )
-        if not self.pixel_guaranteed:
+        elif self.method == "cross":
             told.append(
-                f"{self.num_images} held-out images cannot vouch for a pixel false alarm rate of "
-                f"{self.target_pixel_fpr:g}: the pixel threshold is their plain quantile, with an expected rate of "
-                f"at most {self.pixel_fpr_bound:.3g}; {_images_needed(self.target_pixel_fpr)} images would do."
+                f"All {n} training images set the threshold, each scored without its fold (cross); this approximates the "
+                "false alarm rate and carries no guarantee."
+            )
+        needed = _images_needed(self.target_fpr)
+        if n < needed:
+            how = (
+                "the threshold is extrapolated from their scores by a model of the tail, and is an estimate"
+                if self.tail is not None
+                else f"the threshold is their highest score, good for a rate of {self.smallest_fpr:.2g}"
+            )
+            told.append(
+                f"{n} good image{'s are' if n > 1 else ' is'} too few to show a false alarm rate of {self.target_fpr:g}: {how}; "
+                f"{needed} good images would do."
+            )
+        low, high = self.fpr_interval()
+        if high > 2 * self.target_fpr:
+            told.append(
+                f"With {n} good images the rate of this one threshold may lie between {low:.1%} and {high:.1%} (90 %); "
+                f"{_images_to_be_within_twice(self.target_fpr)} would hold it below {2 * self.target_fpr:.1%}."
+            )
+        if not self.pixel_guaranteed and n < _images_needed(self.target_pixel_fpr):
+            told.append(
+                f"Outlined areas are a guide: {n} good images cannot show a pixel rate of {self.target_pixel_fpr:g} "
+                f"({_images_needed(self.target_pixel_fpr)} would do)."
             )
         return told
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives back an equal calibration."""
-        return {**asdict(self), "image_scores": list(self.image_scores)}
+        return {
+            **asdict(self),
+            "image_scores": list(self.image_scores),
+            "tail": None if self.tail is None else self.tail._asdict(),
+        }
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> Calibration:
         """Raises: DataError: a key is unknown or missing, or a value does not fit."""
         known = {field.name for field in fields(Calibration)}
+        tree = {"tail": None, **tree}  # which calibrations of former bundles had no choice of
         if set(tree) != known:
             raise DataError(
                 f"calibration: unknown keys {sorted(set(tree) - known)}, missing keys {sorted(known - set(tree))}; "
@@ -166,6 +218,7 @@ class Calibration:
                 target_pixel_fpr=float(tree["target_pixel_fpr"]),
                 pixel_threshold=float(tree["pixel_threshold"]),
                 pixel_guaranteed=_bool(tree, "pixel_guaranteed"),
+                tail=None if tree["tail"] is None else Tail(**tree["tail"]),
             )
         except TypeError as error:
             raise DataError(f"calibration: a value has the wrong type: {error}") from error
@@ -253,11 +306,17 @@ class CalibrationBuilder:
         """Raises: DataError: no image was added."""
         if not self._scores:
             raise DataError(
-                "no held-out normal image to calibrate with; set data.holdout_fraction above 0, or "
-                "calibration.method=cross"
+                "no normal image to calibrate with; set data.holdout_fraction above 0, or "
+                "calibration.method=leave_one_out"
             )
         image_scores = np.sort(np.array(self._scores))
         image_threshold, image_attained = _image_threshold(image_scores, self.target_fpr)
+        counted = image_attained and (
+            self.method == "split" or _num_extreme(image_scores.size, self.target_fpr) >= _STEADY
+        )
+        tail = None if counted else fit_tail(image_scores)
+        if tail is not None:
+            image_threshold = tail.score_at(self.target_fpr)
         pixel_threshold, pixel_attained = self._pixel_threshold()
         return Calibration(
             method=self.method,
@@ -268,6 +327,7 @@ class CalibrationBuilder:
             target_pixel_fpr=self.target_pixel_fpr,
             pixel_threshold=pixel_threshold,
             pixel_guaranteed=pixel_attained and self.method == "split",
+            tail=tail,
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -306,15 +366,20 @@ def _image_threshold(scores: NDArray[np.float64], target_fpr: float) -> tuple[fl
 
     The rank is found by comparing m/(n + 1) with a as floats, exactly as a p-value is, so rounding cannot part the two.
     """
-    n = scores.size
-    num_extreme = int(target_fpr * (n + 1))  # m: the largest count with m/(n + 1) <= a
-    while (num_extreme + 1) / (n + 1) <= target_fpr:
-        num_extreme += 1
-    while num_extreme and num_extreme / (n + 1) > target_fpr:
-        num_extreme -= 1
+    num_extreme = _num_extreme(scores.size, target_fpr)
     if num_extreme == 0:
         return float(scores[-1]), False
-    return float(scores[n - num_extreme]), True
+    return float(scores[scores.size - num_extreme]), True
+
+
+def _num_extreme(n: int, target_fpr: float) -> int:
+    """m: the largest count with m/(n + 1) <= target_fpr."""
+    m = int(target_fpr * (n + 1))
+    while (m + 1) / (n + 1) <= target_fpr:
+        m += 1
+    while m and m / (n + 1) > target_fpr:
+        m -= 1
+    return m
 
 
 def _images_needed(target: float) -> int:
@@ -322,6 +387,15 @@ def _images_needed(target: float) -> int:
     while 1.0 / (n + 1) > target:
         n += 1
     return n
+
+
+@lru_cache
+def _images_to_be_within_twice(target: float, mass: float = 0.9) -> int:
+    """How many images keep the upper end of `fpr_interval` at twice the target, to two digits."""
+    n = _images_needed(target)
+    while beta(m := _num_extreme(n, target), n + 1 - m).ppf((1 + mass) / 2) > min(1.0, 2 * target):
+        n += max(1, n // 20)
+    return round(n, 1 - int(math.log10(n)))
 
 
 def _without_nan(scores: ArrayLike) -> NDArray[np.float64]:
@@ -338,8 +412,8 @@ def _bool(tree: Mapping[str, Any], key: str) -> bool:
 
 
 def _check_method(method: str) -> None:
-    if method not in ("split", "cross"):
-        raise DataError(f"method={method!r}; expected 'split' or 'cross'")
+    if method not in get_args(Method):
+        raise DataError(f"method={method!r}; expected one of {', '.join(get_args(Method))}")
 
 
 def _check_share(value: float, name: str) -> None:

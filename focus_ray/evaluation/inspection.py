@@ -37,6 +37,7 @@ class Inspection:
     score: higher is more anomalous.  p_value: conformal, see docs/CALIBRATION.md.  anomalous: the verdict.
     threshold: of the score.  pixel_threshold: of the map.  anomaly_map: (S, S), S the network's input size, in the
     image's own frame, stretched to a square.  regions: in pixels of the original, width x height.
+    trained_on: whether it is one of the images that the density was made of, so that its score says nothing of new parts.
     """
 
     score: float
@@ -48,6 +49,7 @@ class Inspection:
     width: int
     height: int
     regions: tuple[Region, ...]
+    trained_on: bool = False
 
     @property
     def verdict(self) -> Literal["normal", "anomalous"]:
@@ -73,6 +75,7 @@ class Inspection:
             "width": self.width,
             "height": self.height,
             "regions": [region.to_dict() for region in self.regions],
+            **({"trained_on": True} if self.trained_on else {}),
         }
 
 

@@ -10,25 +10,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.data.shards import Shard, Steps
-from focus_ray.density.base import Statistics, build_density, positions_to_keep, sample_positions
+from focus_ray.density.base import (
+    Statistics,
+    build_density,
+    leaves_out,
+    leaving_out,
+    positions_to_keep,
+    sample_positions,
+)
 from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError
-from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
+from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder, Method
 from focus_ray.evaluation.selection import validation_images
 from focus_ray.fitting.distributed import decided_by_first, gather_objects, world_size
-from focus_ray.fitting.metric import metric_pass
+from focus_ray.fitting.left_out import leave_one_out_pass
+from focus_ray.fitting.metric import Metric, metric_pass
 from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
-from focus_ray.fitting.passes import aligner_pass, calibration_pass, statistics_pass, validation_pass
-from focus_ray.fitting.profile import LeavesOut, fit_profile
+from focus_ray.fitting.passes import (
+    aligner_pass,
+    calibration_pass,
+    statistics_pass,
+    validation_pass,
+)
+from focus_ray.fitting.profile import fit_profile
 from focus_ray.fitting.scoring import Detector
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
@@ -101,8 +113,8 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
     density = build_density(config.density, statistics)
     detector = Detector(net, reduction, density, config.scoring)
     if config.scoring.image_score == "profile" and statistics.bank is not None:
-        leaves_out = cast(LeavesOut, density)  # a density with a bank does
-        detector.profile = fit_profile(leaves_out, statistics.bank, statistics.thetas, detector.seen, detector.spread)
+        apart = leaving_out(config.density, statistics, density)
+        detector.profile = fit_profile(apart, statistics.bank, statistics.thetas, detector.seen, detector.spread)
     return detector
 
 
@@ -130,7 +142,7 @@ class Run:
         self.notes = Notes()
         self.seconds: dict[str, float] = {}
         self.best: Best | None = None
-        self.scatter: Tensor | None = None  # of the metric, once it is learnt
+        self.metric: Metric | None = None  # once it is learnt
         self.validation = self._validation_set()
 
     @contextmanager
@@ -288,7 +300,7 @@ class Run:
     def learn_metric(self) -> None:
         """Of the network as it is, where the reduction is one that learns."""
         if self.config.density.reduction == "discriminant":
-            found, self.scatter = metric_pass(
+            self.metric = metric_pass(
                 self.net,
                 self.reduction,
                 self.shard.fit_batches(),
@@ -297,8 +309,9 @@ class Run:
                 self.offset,
                 self.config.train.seed,
                 read_shared_metric(self.config),
+                in_folds=self.calibration_method() == "leave_one_out",
             )
-            self.reduction.projection.copy_(found)
+            self.reduction.projection.copy_(self.metric.projection)
 
     def training_statistics(self) -> Statistics:
         """Of the training images, under the network as it is."""
@@ -313,11 +326,21 @@ class Run:
         kept = range(self.config.density.max_images) if DENSITIES[self.config.density.kind].keeps_bank else None
         return statistics_pass(self.net, self.reduction, self.shard.validation_batches(), self.device, kept)
 
+    def calibration_method(self) -> Method:
+        """The configured one; auto: by images that were held out, or else by leaving each out of the density."""
+        method = self.config.calibration.method
+        if method != "auto":
+            return method
+        if sum(gather_objects(self.shard.num_holdout())):
+            return "split"
+        return "leave_one_out" if leaves_out(self.config.density) else "cross"
+
     def finish(self) -> FitResult:
         self.net.eval()
         folds: list[Statistics] = []
+        method = self.calibration_method()
         with self.timed("statistics"):
-            if self.config.calibration.method == "cross":
+            if method == "cross":
                 self.learn_metric()
                 folds = [self._fold_statistics(fold) for fold in range(self.config.calibration.num_folds)]
                 statistics = _join_all(folds)
@@ -326,13 +349,17 @@ class Run:
             if self.validation is not None:
                 statistics.join(self._validation_statistics())
             statistics.keep_at_most(self.config.density.max_images)
-            statistics.scatter = self.scatter
+            statistics.scatter = None if self.metric is None else self.metric.scatters
         with self.timed("calibration"):
             detector = build_detector(self.config, self.net, self.reduction, statistics)
-            if folds:
+            if method == "cross":
                 builder = self._cross_calibrate(folds)
+            elif method == "leave_one_out":
+                batches = self.shard.fit_batches()
+                builder = leave_one_out_pass(detector, statistics, batches, self.config, self.metric)
             else:
-                builder = calibration_pass(detector, self.shard.holdout_batches(), self.config.calibration, self.device)
+                held = self.shard.holdout_batches()
+                builder = calibration_pass(detector, held, self.config.calibration, method, self.device)
         return FitResult(
             detector,
             statistics,
@@ -359,7 +386,9 @@ class Run:
             rest = _join_all([other for number, other in enumerate(folds) if number != fold])
             rest.keep_at_most(self.config.density.max_images)
             detector = build_detector(self.config, self.net, self.reduction, rest)
-            builder = calibration_pass(detector, self.shard.fit_batches(fold), self.config.calibration, self.device)
+            builder = calibration_pass(
+                detector, self.shard.fit_batches(fold), self.config.calibration, "cross", self.device
+            )
             joined = builder if joined is None else joined.merge(builder)
         assert joined is not None
         return joined

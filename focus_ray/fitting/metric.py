@@ -17,6 +17,7 @@ workers is that of one, up to the rounding of sums. Nothing is trained by gradie
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +42,23 @@ DEFECTS = 192  # synthetic ones, about: 3 to 8 an image
 RIDGE = 0.5  # on Sn, of its mean diagonal
 SEARCH_RIDGE = 2.0  # on the covariance that whitens for the search, of its mean diagonal
 WHITENED = 0.5  # of the channels: a whitened random projection beside the learnt directions, for defects of other kinds
+FOLDS = 5  # of the images, for calibration by metrics that have not seen them
 COVERED = 0.5  # of a place: from so much on it counts as defective
+
+
+class Metric(NamedTuple):
+    """What `metric_pass` learns, with C channels before and k after it; on the device.
+
+    projection: (k, C) float32, for `ChannelReduction.projection`; learnt rows beyond those worth keeping are 0.
+    scatters: (2, C, C) a patch, float32, of normal and of defective residuals; the latter 0 where directions are shared.
+    folds: (FOLDS, k, C), the projection as it is without the images whose number leaves that remainder by FOLDS; or None.
+    embeddings: (N, C, H, W) float16 on the CPU, of all images, beside folds; or None.
+    """
+
+    projection: Tensor
+    scatters: Tensor
+    folds: Tensor | None = None
+    embeddings: Tensor | None = None
 
 
 def full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
@@ -60,16 +77,16 @@ def metric_pass(
     offset: int,
     seed: int,
     shared: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    in_folds: bool = False,
+) -> Metric:
     """Learns the projection of a `discriminant` reduction; the same on every worker.
 
     Args:
         batches: this worker's normal images, uint8 (B, S, S, 3).  num_images: of all workers.
         offset: the number of this worker's first image.
         shared: (2, C, C), scatters learnt over other categories, from which the directions are taken instead.
-
-    Returns: (num_channels, C) float32, for `ChannelReduction.projection`; learnt rows beyond those worth keeping are 0. And the
-        scatters (2, C, C) a patch, float32, of normal and of defective residuals; the latter 0 where `shared` is given.
+        in_folds: find, beside it, the metrics without a fold of the images each; done where every image is looked at, and
+            none is shared.
 
     Raises: ValueError: fewer than two images.
     """
@@ -104,7 +121,10 @@ def metric_pass(
         )
         embedding, theta = _embedded(net, full, torch.from_numpy(made), device)
         scatter.add_defective(embedding, where.expand(len(made)), _covered(masks, theta, bank.shape[2], device))
-    return scatter.projection(reduction.num_channels, shared)
+    projection, scatters = scatter.projection(reduction.num_channels, shared)
+    if not in_folds or shared is not None or len(queries) < num_images or num_images < 2 * FOLDS:
+        return Metric(projection, scatters)
+    return Metric(projection, scatters, scatter.projections_of_folds(reduction.num_channels), bank)
 
 
 def _embedded(
@@ -147,36 +167,46 @@ class ResidualScatter:
         self.search = whitening_of(covariance, max(ridge, 1e-12)) @ search  # (few, C)
         reduced = torch.einsum("kc,nchw->hwkn", self.search, bank).flatten(0, 1)
         self.rows, self.norms = reduced.contiguous(), reduced.square().sum(dim=1)  # (L, K, N), (L, N)
-        self.normal = torch.zeros(channels, channels, dtype=torch.float64, device=bank.device)
-        self.defective = torch.zeros_like(self.normal)
-        self.num_normal = self.num_defective = 0
+        # a fold of the images each: normal and defective sums (FOLDS, 2, C, C), and patches (FOLDS, 2)
+        self.sums = torch.zeros(FOLDS, 2, channels, channels, dtype=torch.float64, device=bank.device)
+        self.counts = torch.zeros(FOLDS, 2, dtype=torch.float64, device=bank.device)
 
     def add_normal(self, own: Tensor) -> None:
-        """Takes in images of the bank, by their numbers (B,)."""
-        residuals = self._residuals(self.bank[own], own).flatten(0, 2).double()
-        self.normal += residuals.t() @ residuals
-        self.num_normal += len(residuals)
+        """Takes in an image of the bank, by its number (1,)."""
+        self._add(0, self._residuals(self.bank[own], own).flatten(0, 2), own)
 
     def add_defective(self, embedding: Tensor, own: Tensor, covered: Tensor) -> None:
-        """Takes in copies (B, C, H, W) with defects where covered (B, H, W), of images of the bank with numbers own (B,)."""
-        residuals = self._residuals(embedding, own)[covered].double()
-        self.defective += residuals.t() @ residuals
-        self.num_defective += len(residuals)
+        """Takes in copies (B, C, H, W) with defects where covered (B, H, W), of one image of the bank, its number own (B,)."""
+        self._add(1, self._residuals(embedding, own)[covered], own)
+
+    def _add(self, kind: int, residuals: Tensor, own: Tensor) -> None:
+        fold = int(own[0]) % FOLDS
+        residuals = residuals.double()
+        self.sums[fold, kind] += residuals.t() @ residuals
+        self.counts[fold, kind] += len(residuals)
 
     def projection(self, num_channels: int, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Joins all workers' sums. Returns: as `metric_pass`, on the bank's device, the same on every worker."""
-        counts = torch.tensor([self.num_normal, self.num_defective], dtype=torch.float64, device=self.bank.device)
+        """Joins all workers' sums. Returns: `Metric.projection` and `Metric.scatters`, on the bank's device."""
         if world_size() > 1:
-            for total in (self.normal, self.defective, counts):
+            for total in (self.sums, self.counts):
                 dist.all_reduce(total)
-        normal, defective = self.normal / counts[0], self.defective / counts[1].clamp_min(1)
-        taken = torch.stack([normal, defective]) if shared is None else shared.to(normal)
+        mean = self.sums.sum(dim=0) / self.counts.sum(dim=0).clamp_min(1)[:, None, None]
+        return self._projection(num_channels, mean, mean if shared is None else shared.to(mean)), mean.float()
+
+    def projections_of_folds(self, num_channels: int) -> Tensor:
+        """`Metric.folds`; to be called after `projection`, which joins the workers' sums."""
+        sums, counts = self.sums.sum(dim=0) - self.sums, self.counts.sum(dim=0) - self.counts
+        means = sums / counts.clamp_min(1)[:, :, None, None]
+        return torch.stack([self._projection(num_channels, mean, mean) for mean in means])
+
+    def _projection(self, num_channels: int, mean: Tensor, taken: Tensor) -> Tensor:
+        """Of the scatters (2, C, C) that directions are taken from, at the scale of the normal one of `mean` (2, C, C)."""
         num_whitened = int(WHITENED * num_channels)
         learnt = discriminant(taken[0], taken[1], num_channels - num_whitened)
-        found = torch.cat([_unit(learnt, normal), _unit(self.search[:num_whitened], normal)])
+        found = torch.cat([_unit(learnt, mean[0]), _unit(self.search[:num_whitened], mean[0])])
         if world_size() > 1:  # machines of different kinds may round an eigenvector to another sign
             dist.broadcast(found, 0)
-        return found, torch.stack([normal, defective]).float()
+        return found
 
     def _residuals(self, embedding: Tensor, own: Tensor) -> Tensor:
         """(B, C, H, W) less the nearest neighbours in other images than own -> (B, H, W, C)."""

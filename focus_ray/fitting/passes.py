@@ -13,7 +13,7 @@ from focus_ray.config import CalibrationConfig
 from focus_ray.density.base import Statistics
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import keep
-from focus_ray.evaluation.calibration import CalibrationBuilder
+from focus_ray.evaluation.calibration import CalibrationBuilder, Method
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, reduce_moments
 from focus_ray.fitting.scoring import Detector, Scored, embed, to_images
@@ -114,13 +114,18 @@ def aligner_pass(
 
 @torch.inference_mode()
 def calibration_pass(
-    detector: Detector, batches: Iterable[Tensor], config: CalibrationConfig, device: torch.device
+    detector: Detector, batches: Iterable[Tensor], config: CalibrationConfig, method: Method, device: torch.device
 ) -> CalibrationBuilder:
     """Scores normal images that the detector's density has not seen; the workers' results are joined."""
-    builder = CalibrationBuilder(config.method, config.target_fpr, config.target_pixel_fpr)
+    builder = CalibrationBuilder(method, config.target_fpr, config.target_pixel_fpr)
     for batch in batches:
         scored = detector(to_images(batch, device))
         builder.add(scored.score.cpu().numpy(), scored.anomaly_map.cpu().numpy())
+    return joined_by_all(builder)
+
+
+def joined_by_all(builder: CalibrationBuilder) -> CalibrationBuilder:
+    """The builders of all workers, merged on every one."""
     first, *others = gather_objects(builder)
     for other in others:
         first = first.merge(other)

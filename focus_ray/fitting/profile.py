@@ -12,13 +12,13 @@ image.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.base import sample_positions
+from focus_ray.density.base import LeavesOut, sample_positions
 from focus_ray.model.alignment.theta import valid_mask
 
 IMAGES = 64  # of the bank, at most, that the profile is taken from
@@ -26,15 +26,6 @@ SHARES = (0.0, 0.01, 0.05, 0.2)  # of the map's values, the highest; 0: the maxi
 FLOOR = 2.0  # mean measures, added to a place's own: the fewer good images, the less a place's own can be trusted
 SAMPLE_PX = 4  # the shares are taken over every fourth pixel of the smoothed map
 _AT_ONCE = 8
-
-
-class LeavesOut(Protocol):
-    """A density that scores an image of its own bank as if it were new."""
-
-    height: int
-    width: int
-
-    def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor: ...
 
 
 class Profile(NamedTuple):
@@ -69,20 +60,41 @@ def fit_profile(
 
     A single image leaves nothing to compare it with: every place then counts alike.
     """
-    device, height, width = spread.device, density.height, density.width
-    chosen = sorted(sample_positions(len(bank), IMAGES))
     if len(bank) < 2:
-        return Profile(torch.ones(height, width, device=device), torch.ones(len(SHARES), device=device))
+        places = torch.ones(density.height, density.width, device=spread.device)
+        return Profile(places, torch.ones(len(SHARES), device=spread.device))
+    chosen = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
+    return profile_of(left_out_distances(density, bank, thetas, seen, chosen, spread.device), spread)
+
+
+@torch.no_grad()
+def left_out_distances(
+    density: LeavesOut,
+    bank: Tensor,
+    thetas: Tensor | None,
+    seen: Tensor | None,
+    chosen: Tensor,
+    device: torch.device | str,
+) -> Tensor:
+    """(n, H, W) of the chosen images (n,) of the bank, each scored as if it were new; 0 where nothing is scored."""
     distances = []
-    for start in range(0, len(chosen), _AT_ONCE):
-        own = torch.tensor(chosen[start : start + _AT_ONCE])
+    for own in chosen.split(_AT_ONCE):
         rows = bank[own].to(device, torch.float32)  # (B, L, C)
-        distance = density.score(rows.transpose(1, 2).unflatten(2, (height, width)), own)
-        if thetas is not None:
-            inside = valid_mask(thetas[own].to(device), height, width)
-            distance = distance * (inside if seen is None else inside & seen)
-        distances.append(distance)
-    known = torch.cat(distances)
+        distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), own)
+        distances.append(scored_only(distance, None if thetas is None else thetas[own].to(device), seen))
+    return torch.cat(distances) if distances else torch.empty(0, density.height, density.width, device=device)
+
+
+def scored_only(distance: Tensor, theta: Tensor | None, seen: Tensor | None) -> Tensor:
+    """Distances (B, H, W), 0 where there is nothing to score: outside the aligned image, and where training hardly saw."""
+    if theta is None:
+        return distance
+    inside = valid_mask(theta, distance.shape[1], distance.shape[2])
+    return distance * (inside if seen is None else inside & seen)
+
+
+def profile_of(known: Tensor, spread: Tensor) -> Profile:
+    """The profile that the left-out distances (n, H, W) of good images give, n > 0."""
     measure = F.avg_pool2d(known.amax(dim=0)[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
     mean = measure.mean().clamp_min(1e-12)
     weight = (1 + FLOOR) * mean / (measure + FLOOR * mean)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from focus_ray.config import ScoringConfig
 from focus_ray.density.base import Density
-from focus_ray.fitting.profile import Profile
-from focus_ray.model.alignment.theta import invert_theta, valid_mask, warp
+from focus_ray.fitting.profile import Profile, scored_only
+from focus_ray.model.alignment.theta import invert_theta, warp
 from focus_ray.model.network import Aligned, FocusNet, common_frame, seen_mask
 from focus_ray.model.reduction import ChannelReduction
 
@@ -63,14 +63,16 @@ class Detector:
     @torch.inference_mode()
     def score_embedding(self, embedding: Tensor, theta: Tensor | None) -> Scored:
         """What `embed` gave -> `Scored`."""
-        distance = self.density.score(embedding)
-        if theta is not None:  # what lies outside the image is made up, and what training hardly saw is not known
-            inside = valid_mask(theta, distance.shape[1], distance.shape[2])
-            distance = distance * (inside if self.seen is None else inside & self.seen)
+        return self.score_distance(self.density.score(embedding), theta)
+
+    @torch.inference_mode()
+    def score_distance(self, distance: Tensor, theta: Tensor | None, profile: Profile | None = None) -> Scored:
+        """What a density made of embeddings (B, H, W), and theta (B, 2, 3) or None -> `Scored`; profile: in place of its own."""
+        profile = profile or self.profile
+        # what lies outside the image is made up, and what training hardly saw is not known
+        distance = scored_only(distance, theta, self.seen)
         aligned_map = self.spread @ distance @ self.spread.t()
-        score = (
-            aligned_map.flatten(1).amax(dim=1) if self.profile is None else self.profile.score(distance, self.spread)
-        )
+        score = aligned_map.flatten(1).amax(dim=1) if profile is None else profile.score(distance, self.spread)
         if theta is not None:
             aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
         return Scored(score, aligned_map)

@@ -518,3 +518,55 @@ def test_a_category_that_is_not_there_is_refused_with_those_that_are(data: str, 
 def test_a_place_without_bundles_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no bundle here: give a bundle, or the folder of a run"):
         find_bundles(str(tmp_path))
+
+
+@pytest.mark.ray
+def test_training_in_the_process_equals_one_worker_on_ray_to_the_last_digit(data: str, tmp_path: Path) -> None:
+    made = {}
+    for name, local in (("here", "auto"), ("ray", False)):
+        config = small_config(
+            data,
+            tmp_path / name,
+            density={"reduction": "discriminant"},
+            scoring={"image_score": "profile"},
+            calibration={"method": "auto"},
+            cluster={"local": local},
+        )
+        made[name] = read_manifest(train(config)["gear"])
+    parts = [{part: entry["sha256"] for part, entry in one["files"].items()} for one in made.values()]
+    assert parts[0] == parts[1]
+    assert made["here"]["calibration"] == made["ray"]["calibration"]
+
+
+def test_training_in_the_process_goes_on_from_its_last_checkpoint(data: str, tmp_path: Path) -> None:
+    def settings(place: str, epochs: int) -> Config:
+        return small_config(data, tmp_path / place, train={"epochs": epochs}, cluster={"local": True})
+
+    whole = read_manifest(train(settings("whole", 2))["gear"])
+
+    def stop_after_one(message: str) -> None:
+        if "epoch 2/2" in message:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings("broken", 2), log=stop_after_one)
+    told: list[str] = []
+    resumed = read_manifest(train(settings("broken", 2), resume=True, log=told.append)["gear"])
+    assert not any("epoch 1/2" in line for line in told)
+    assert resumed["files"]["network"]["sha256"] == whole["files"]["network"]["sha256"]
+
+
+def test_streamed_training_in_the_process_sees_every_image(data: str, tmp_path: Path) -> None:
+    config = small_config(
+        data,
+        tmp_path,
+        data={"memory_budget_mb": 0.0},
+        train={"epochs": 1},
+        cluster={"local": True},
+    )
+    assert read_manifest(train(config)["gear"])["moments"]["count"] == NUM_TRAIN - round(0.2 * NUM_TRAIN)
+
+
+def test_several_workers_do_not_fit_in_the_process(data: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"cluster\.local=true trains in this process alone.*num_workers=2"):
+        train(small_config(data, tmp_path, cluster={"local": True, "num_workers": 2}))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.spatial import distance
 from torch import Tensor
 
-from focus_ray.density.gaussian import Gaussian, fit_gaussian, mahalanobis
+from focus_ray.density.gaussian import Gaussian, LeftOutGaussian, fit_gaussian, mahalanobis
 from focus_ray.density.moments import (
     Moments,
     locations_first,
@@ -175,6 +175,25 @@ def test_distances_are_scipys_mahalanobis(count: int) -> None:
                 for query in queries.double().numpy()
             ]
             np.testing.assert_allclose(found[:, row, column], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", [0.0, 0.5])
+def test_a_left_out_distance_is_that_to_the_gaussian_of_the_others(pooling: float) -> None:
+    values = embeddings(0, 12)
+    moments = moments_of(values)
+    found = LeftOutGaussian(moments, 0.05, pooling).score(values, torch.empty(0))
+    pooled = pooled_covariance(moments)
+    for number in range(12):
+        rest = moments_of(torch.cat([values[:number], values[number + 1 :]]))
+        covariance = (1 - pooling) * rest.scatter / 10 + pooling * pooled + 0.05 * torch.eye(4)
+        centred = values[number].flatten(1).t() - rest.mean
+        expected = torch.einsum("lc,lcd,ld->l", centred, torch.linalg.inv(covariance), centred).sqrt().view(2, 3)
+        torch.testing.assert_close(found[number], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_two_images_leave_no_gaussian_when_one_is_left_out() -> None:
+    with pytest.raises(ValueError, match="leaving one image out needs at least 3, got 2"):
+        LeftOutGaussian(moments_of(embeddings(0, count=2)), 0.01, 0.0)
 
 
 def test_the_precision_factor_is_lower_triangular_and_squares_to_the_inverse_covariance() -> None:

@@ -51,7 +51,9 @@ def test_an_image_is_anomalous_exactly_when_its_p_value_is_at_most_the_effective
 @given(SCORES, hnp.arrays(np.int64, (3, 4), elements=st.integers(-31, 31)))
 def test_p_values_are_the_counted_share(scores, new):
     expected = [[(1 + sum(c >= s for c in scores)) / (len(scores) + 1) for s in row] for row in new]
-    np.testing.assert_allclose(calibrate(scores).conformal_p_value(new), expected, rtol=1e-15)
+    calibration = calibrate(scores)
+    counted = np.full(new.shape, True) if calibration.tail is None else new <= calibration.tail.start
+    np.testing.assert_allclose(calibration.conformal_p_value(new)[counted], np.array(expected)[counted], rtol=1e-15)
 
 
 @given(SCORES, st.integers(1, 99))
@@ -59,7 +61,11 @@ def test_the_image_threshold_is_the_textbook_order_statistic(scores, percent):
     calibration = calibrate(scores, target_fpr=percent / 100)
     rank = math.ceil((1 - Fraction(percent, 100)) * (len(scores) + 1))
     assert calibration.image_guaranteed == (rank <= len(scores))
-    assert calibration.image_threshold == sorted(scores)[min(rank, len(scores)) - 1]
+    if calibration.tail is None:
+        assert calibration.image_threshold == sorted(scores)[min(rank, len(scores)) - 1]
+    else:
+        assert rank > len(scores)
+        assert calibration.tail.share_above(calibration.image_threshold) == pytest.approx(percent / 100)
 
 
 @given(
@@ -136,14 +142,63 @@ def test_over_many_calibrations_the_pixel_rate_stays_below_its_bound_for_images_
         assert np.mean(found) <= bounds[target] + 3 * np.std(found) / math.sqrt(runs)
 
 
-def test_too_few_images_give_their_highest_score_and_say_so():
+def test_three_images_give_their_highest_score_and_say_so():
     calibration = calibrate([3.0, 1.0, 2.0], target_fpr=0.05)
     assert calibration.image_threshold == 3.0
     assert not calibration.image_guaranteed
     assert calibration.smallest_fpr == calibration.effective_fpr == 0.25
     assert any(
-        "3 held-out images cannot vouch" in line and "19 images would do" in line for line in calibration.caveats()
+        "3 good images are too few" in line and "19 good images would do" in line for line in calibration.caveats()
     )
+
+
+def test_too_few_images_give_a_threshold_of_a_model_and_say_so():
+    calibration = calibrate(np.arange(10.0), target_fpr=0.05)
+    assert calibration.tail is not None
+    assert calibration.image_threshold > 9.0
+    assert calibration.effective_fpr == 0.05
+    assert not calibration.image_guaranteed
+    assert any("10 good images are too few" in line and "model of the tail" in line for line in calibration.caveats())
+    again = Calibration.from_dict(json.loads(json.dumps(calibration.to_dict())))
+    assert again == calibration
+
+
+@pytest.mark.parametrize(("n", "target"), [(4, 0.05), (8, 0.05), (15, 0.05), (40, 0.01)])
+def test_over_many_draws_the_rate_of_a_modelled_threshold_is_the_target_where_tails_are_exponential(n, target):
+    rng = np.random.default_rng(0)
+    rates = []
+    for _ in range(4000):
+        threshold = calibrate(rng.exponential(size=n), target_fpr=target).image_threshold
+        rates.append(math.exp(-threshold))
+    assert np.mean(rates) == pytest.approx(target, abs=4 * np.std(rates) / math.sqrt(len(rates)))
+
+
+def test_modelled_p_values_fall_with_the_score_and_meet_the_counted_ones():
+    calibration = calibrate(np.sort(np.random.default_rng(1).gamma(4.0, size=12)), target_fpr=0.05)
+    scores = np.linspace(0.0, 3 * calibration.image_threshold, 2000)
+    p_values = calibration.conformal_p_value(scores)
+    assert (np.diff(p_values) <= 0).all()
+    assert p_values[0] == 1.0
+    assert 0 < p_values[-1] < 0.01
+    start = calibration.tail.start
+    below, above = calibration.conformal_p_value([start * (1 - 1e-9), start * (1 + 1e-4)])
+    assert above == pytest.approx(below - 1 / 13, abs=1e-3)
+
+
+def test_the_interval_of_the_rate_narrows_with_images_and_holds_its_share_of_draws():
+    few, many = (calibrate(np.arange(float(n))).fpr_interval() for n in (40, 400))
+    assert few[0] < many[0] < 0.05 < many[1] < few[1]
+    rng = np.random.default_rng(0)
+    rates = [math.exp(-calibrate(rng.exponential(size=40)).image_threshold) for _ in range(2000)]
+    low, high = few
+    assert np.mean([(low <= rate <= high) for rate in rates]) == pytest.approx(0.9, abs=0.03)
+
+
+def test_leaving_one_out_tells_what_is_known_of_its_rate():
+    calibration = calibrate(np.arange(200.0), method="leave_one_out")
+    assert not calibration.image_guaranteed
+    assert calibration.tail is None
+    assert any("All 200 training images set the threshold" in line for line in calibration.caveats())
 
 
 def test_enough_images_leave_nothing_to_tell():
@@ -157,6 +212,11 @@ def test_the_cross_method_claims_no_guarantee():
     calibration = calibrate(np.arange(2000.0), method="cross")
     assert (calibration.image_guaranteed, calibration.pixel_guaranteed) == (False, False)
     assert ["cross" in line for line in calibration.caveats()] == [True]
+
+
+def test_calibrations_of_former_bundles_have_no_tail():
+    tree = calibrate([1.0, 2.0]).to_dict()
+    assert Calibration.from_dict({key: value for key, value in tree.items() if key != "tail"}).tail is None
 
 
 def test_a_calibration_survives_json_and_pickle():
@@ -192,7 +252,7 @@ def test_bad_settings_are_refused():
         CalibrationBuilder("split", 0.0, 0.001)
     with pytest.raises(DataError, match=r"target_pixel_fpr=1\.0"):
         CalibrationBuilder("split", 0.05, 1.0)
-    with pytest.raises(DataError, match="expected 'split' or 'cross'"):
+    with pytest.raises(DataError, match="expected one of split, cross, leave_one_out"):
         CalibrationBuilder("test", 0.05, 0.001)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="kept_fraction=0"):
         CalibrationBuilder("split", 0.05, 0.001, kept_fraction=0.0)

@@ -20,7 +20,7 @@ from focus_ray.data.split import plan_category
 from focus_ray.errors import BundleError, ConfigError
 from focus_ray.evaluation.defects import synthetic_validation_set
 from focus_ray.fitting.fit import Run, build_detector, fit
-from focus_ray.fitting.metric import RIDGE, ResidualScatter, discriminant, full_reduction, metric_pass
+from focus_ray.fitting.metric import FOLDS, RIDGE, ResidualScatter, discriminant, full_reduction, metric_pass
 from focus_ray.fitting.scoring import embed, to_images
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.model.network import build_net
@@ -84,11 +84,27 @@ def test_sums_of_parts_are_the_sums_of_all() -> None:
     bank = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(5))
     config = DensityConfig(num_channels=5)
     whole, one, other = (ResidualScatter(bank, config, seed=1) for _ in range(3))
-    whole.add_normal(torch.arange(6))
-    one.add_normal(torch.tensor([0, 1, 2]))
-    other.add_normal(torch.tensor([3, 4, 5]))
-    torch.testing.assert_close(one.normal + other.normal, whole.normal)
-    assert one.num_normal + other.num_normal == whole.num_normal == 6 * 16
+    for number in range(6):
+        own = torch.tensor([number])
+        for sums in (whole, one if number < 3 else other):
+            sums.add_normal(own)
+            sums.add_defective(bank[own] + number, own, torch.ones(1, 4, 4, dtype=torch.bool))
+    torch.testing.assert_close(one.sums + other.sums, whole.sums)
+    assert torch.equal(one.counts + other.counts, whole.counts)
+    assert whole.counts.sum(dim=0).tolist() == [6 * 16, 6 * 16]
+
+
+def test_a_metric_without_a_fold_is_that_of_the_other_images_residuals() -> None:
+    bank = torch.randn(6, 5, 4, 4, generator=torch.Generator().manual_seed(5))
+    covered = torch.ones(1, 4, 4, dtype=torch.bool)
+    whole, others = (ResidualScatter(bank, DensityConfig(num_channels=4), seed=1) for _ in range(2))
+    for number in range(6):
+        own = torch.tensor([number])
+        for sums in (whole, others):
+            if sums is whole or number % FOLDS != 0:
+                sums.add_normal(own)
+                sums.add_defective(3 * bank[own].flip(2), own, covered)
+    torch.testing.assert_close(whole.projections_of_folds(4)[0], others.projection(4)[0])
 
 
 def test_copies_made_of_some_images_are_those_made_with_all() -> None:
@@ -113,7 +129,7 @@ def test_it_tells_the_defects_it_learns_from_better_than_a_plain_projection(data
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
     batches = list(build_shard(config, "gear", plan, 0, 1).fit_batches())
     plain = reduction.projection.clone()
-    learnt, _ = metric_pass(net, reduction, batches, CPU, len(plan.fit_rows), 0, seed=0)
+    learnt = metric_pass(net, reduction, batches, CPU, len(plan.fit_rows), 0, seed=0).projection
     full = full_reduction(reduction, net.backbone.spec.channels)
     images = torch.cat(batches)
     made, _, _ = synthetic_validation_set(images.numpy(), 99, 1)

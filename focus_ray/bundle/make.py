@@ -1,0 +1,146 @@
+"""From a category's images to its bundle: on one worker or, in a torch.distributed group, on every one. No Ray."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from focus_ray.bundle.bundle import write_bundle
+from focus_ray.config import Config
+from focus_ray.data.shards import Stream, build_shard, local_stream
+from focus_ray.data.split import Plan
+from focus_ray.fitting.fit import fit
+from focus_ray.fitting.state import Figures, OnEpoch, TrainState
+from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
+
+STATE_FILE = "state.pt"
+
+
+def set_reproducible() -> None:
+    """Results that are the same at every run, on a GPU too."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def bundle_place(root: str, category: str) -> str:
+    return join(root, "bundles", category)
+
+
+def make_bundle(
+    config: Config,
+    category: str,
+    plan: Plan,
+    root: str,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    num_workers: int = 1,
+    stream: Stream | None = None,
+    wrap: Callable[[torch.nn.Module], Any] | None = None,
+    state: TrainState | None = None,
+    on_epoch: OnEpoch | None = None,
+    log: Callable[[str], None] = lambda message: None,
+) -> int:
+    """Fits one category, with every worker calling; the first writes <root>/bundles/<category>. Other arguments as of `fit`.
+
+    Args:
+        stream: what this worker trains from where its share does not fit its memory.
+
+    Returns: images in the density.
+    """
+    start = time.perf_counter()
+    log(f"reading {plan.num_images} images")
+    shard = build_shard(config, category, plan, rank, num_workers, stream)
+    loading = time.perf_counter() - start
+    result = fit(
+        config,
+        shard,
+        len(plan.fit_rows),
+        device,
+        rank=rank,
+        wrap=wrap,
+        state=state,
+        on_epoch=on_epoch,
+        log=log if rank == 0 else lambda message: None,
+    )
+    count = result.statistics.moments.count
+    if rank == 0:
+        write_bundle(
+            bundle_place(root, category),
+            config=config,
+            category=category,
+            detector=result.detector,
+            statistics=result.statistics,
+            calibration=result.calibration,
+            data={
+                "uri": config.data.uri,
+                "fingerprint": plan.fingerprint,
+                "num_fit": count,
+                "num_holdout": len(plan.holdout_rows),
+            },
+            metrics={
+                **asdict(result.notes),
+                "seconds": {"load": loading, **result.seconds},
+                "num_workers": num_workers,
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            },
+            known=plan.fit_hashes,
+        )
+    return count
+
+
+def train_here(config: Config, plans: Mapping[str, Plan], root: str, log: Callable[[str], None]) -> dict[str, str]:
+    """Trains categories one after the other in this process, as one worker on a cluster would, to the last digit.
+
+    Returns: category -> reason, of those that failed.
+    """
+    set_reproducible()
+    device = torch.device("cuda" if config.cluster.use_gpu and torch.cuda.is_available() else "cpu")
+    failed: dict[str, str] = {}
+    for number, (category, plan) in enumerate(plans.items(), start=1):
+        start = time.monotonic()
+        log(f"{category}: training in this process, category {number} of {len(plans)}")
+        try:
+            _train_one(config, category, plan, root, device, lambda text, name=category: log(f"{name}: {text}"))  # type: ignore[misc]
+        except Exception as error:  # one category's failure must not end the others; it is reported at the end
+            failed[category] = f"{type(error).__name__}: {error}"
+            log(f"{category}: FAILED: {failed[category]}")
+        else:
+            log(f"{category}: done in {time.monotonic() - start:.0f} s, {bundle_place(root, category)}")
+    return failed
+
+
+def _train_one(
+    config: Config, category: str, plan: Plan, root: str, device: torch.device, log: Callable[[str], None]
+) -> None:
+    place = join(root, "train", category)
+
+    def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
+        if (epoch + 1) % config.train.checkpoint_every_epochs and epoch + 1 != config.train.epochs:
+            return
+        content = io.BytesIO()
+        torch.save(snapshot().to_dict(), content)
+        name = f"checkpoint_{epoch:06}"
+        write_bytes(join(place, name, STATE_FILE), content.getvalue())
+        for former in list_names(place):
+            if former.startswith("checkpoint_") and former != name:
+                remove_file(join(place, former, STATE_FILE))
+
+    stream = local_stream(config, category, plan.fit_rows)
+    state = latest_state(place, device)
+    make_bundle(config, category, plan, root, device, stream=stream, state=state, on_epoch=on_epoch, log=log)
+
+
+def latest_state(place: str, device: torch.device) -> TrainState | None:
+    """Of the checkpoint that a training of this category left last; None where there is none."""
+    for name in sorted((name for name in list_names(place) if name.startswith("checkpoint")), reverse=True):
+        file = join(place, name, STATE_FILE)
+        if exists(file):
+            tree = torch.load(io.BytesIO(read_bytes(file)), map_location=device, weights_only=True)
+            return TrainState.from_dict(tree)
+    return None

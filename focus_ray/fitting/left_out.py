@@ -1,0 +1,150 @@
+"""Calibration by the images that a density was made of, each scored as if it were new [ours].
+
+Leaving an image's own embeddings out of a memory is exact: it is the memory of the others. Two more things have seen the image,
+the profile of good images and a learnt metric, and would let it score lower than a new one does: with 20 images and a target of
+0.05 the realised false alarm rate was 0.2. So its own distances are left out of the profile too; and where there are few images,
+each is scored under a metric that was learnt without its fold of the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from focus_ray.config import Config
+from focus_ray.density.base import LeavesOut, Statistics, leaving_out, sample_positions
+from focus_ray.density.nearest import JointMemory, NearestMemory, keep, typical_distances, whiten
+from focus_ray.evaluation.calibration import CalibrationBuilder
+from focus_ray.fitting.distributed import world_size
+from focus_ray.fitting.metric import FOLDS, Metric
+from focus_ray.fitting.passes import joined_by_all
+from focus_ray.fitting.profile import IMAGES, left_out_distances, profile_of
+from focus_ray.fitting.scoring import Detector, Scored, embed, to_images
+
+
+@torch.inference_mode()
+def leave_one_out_pass(
+    detector: Detector,
+    statistics: Statistics,
+    batches: Iterable[Tensor],
+    config: Config,
+    metric: Metric | None = None,
+) -> CalibrationBuilder:
+    """Scores the images that the detector's density was made of as if they were new; the same on every worker.
+
+    Where the density keeps embeddings those images are scored, shared out over the workers; else those of the batches.
+
+    Args:
+        statistics: of which the detector was built.  batches: this worker's training images.
+        metric: what was learnt of the same images, if it was.
+    """
+    calibration = config.calibration
+    builder = CalibrationBuilder("leave_one_out", calibration.target_fpr, calibration.target_pixel_fpr)
+    if statistics.bank is None:
+        scored = _left_out_of_moments(detector, statistics, batches, config)
+    elif metric is not None and metric.folds is not None and len(statistics.bank) == _count(metric):
+        scored = _by_folds(detector, statistics, metric)
+    else:
+        scored = _left_out_of_bank(detector, leaving_out(config.density, statistics, detector.density), statistics)
+    for found in scored:
+        builder.add(found.score.cpu().numpy(), found.anomaly_map.cpu().numpy())
+    return joined_by_all(builder)
+
+
+def _count(metric: Metric) -> int:
+    return 0 if metric.embeddings is None else len(metric.embeddings)
+
+
+def _left_out_of_moments(
+    detector: Detector, statistics: Statistics, batches: Iterable[Tensor], config: Config
+) -> Iterator[Scored]:
+    density = leaving_out(config.density, statistics, detector.density)
+    for batch in batches:
+        embedding, theta = embed(detector.net, detector.reduction, to_images(batch, detector.density.device))
+        yield detector.score_distance(density.score(embedding, torch.empty(0)), theta)
+
+
+def _left_out_of_bank(detector: Detector, density: LeavesOut, statistics: Statistics) -> Iterator[Scored]:
+    """Of this worker's part of the bank."""
+    bank = statistics.bank
+    assert bank is not None
+    device = detector.density.device
+    profiled = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
+    known = left_out_distances(density, bank, statistics.thetas, detector.seen, profiled, device)
+    places = {int(number): place for place, number in enumerate(profiled)}
+    for own in _mine(len(bank)).split(1):
+        place = places.get(int(own))
+        if place is None:
+            distance, others = left_out_distances(density, bank, statistics.thetas, detector.seen, own, device), known
+        else:
+            distance, others = known[place : place + 1], torch.cat([known[:place], known[place + 1 :]])
+        yield _under_profile_of(
+            others, detector, distance, None if statistics.thetas is None else statistics.thetas[own]
+        )
+
+
+def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Iterator[Scored]:
+    """Of this worker's part of the images, under metrics that have not seen them."""
+    bank, thetas, density = statistics.bank, statistics.thetas, detector.density
+    assert bank is not None
+    assert metric.folds is not None
+    assert metric.embeddings is not None
+    assert isinstance(density, (NearestMemory, JointMemory))
+    device, everyone = density.device, torch.arange(len(bank))
+    places = density.places if isinstance(density, JointMemory) else density
+    num_channels = places.bank.shape[2]
+    beyond: Tensor | None = None  # distances to the coreset, which knows no metric
+    if isinstance(density, JointMemory):
+        others = bank[:, :, num_channels:]
+        beyond = left_out_distances(_CoresetOf(density), others, thetas, detector.seen, everyone, device)
+    for fold in range(FOLDS):
+        projection = metric.folds[fold]
+        rows = torch.cat(
+            [
+                keep(torch.einsum("kc,nchw->nkhw", projection, part.to(device, torch.float32)))
+                for part in metric.embeddings.split(8)
+            ]
+        )
+        memory = NearestMemory(
+            whiten(rows, places.whitening), places.whitening, places.height, places.width, places.window
+        )
+        distances = left_out_distances(memory, rows, thetas, detector.seen, everyone, device)
+        if isinstance(density, JointMemory):
+            assert beyond is not None
+            both = torch.cat([rows, bank[:, :, num_channels:]], dim=2)
+            typical = typical_distances(memory, density.coreset, both)
+            distances = (distances / typical[0] + beyond / typical[1]) / 2
+        for own in _mine(len(bank)).split(1):
+            number = int(own)
+            if number % FOLDS == fold:
+                others = torch.cat([distances[:number], distances[number + 1 :]])
+                theta = None if thetas is None else thetas[own]
+                yield _under_profile_of(others, detector, distances[number : number + 1], theta)
+
+
+class _CoresetOf:
+    """The coreset of a joint memory, as a density that leaves out."""
+
+    def __init__(self, density: JointMemory) -> None:
+        self.height, self.width, self.coreset = density.height, density.width, density.coreset
+
+    def score(self, embedding: Tensor, own: Tensor) -> Tensor:
+        return self.coreset.score(embedding, own)
+
+
+def _under_profile_of(others: Tensor, detector: Detector, distance: Tensor, theta: Tensor | None) -> Scored:
+    """One image (1, H, W) under the profile that the other images' distances (n, H, W) give, where profiles score at all."""
+    if detector.profile is None or not len(others):
+        return detector.score_distance(distance, None if theta is None else theta.to(distance.device))
+    return detector.score_distance(
+        distance, None if theta is None else theta.to(distance.device), profile_of(others, detector.spread)
+    )
+
+
+def _mine(count: int) -> Tensor:
+    """Numbers of this worker's part of `count` images."""
+    rank = dist.get_rank() if world_size() > 1 else 0
+    return torch.arange(count * rank // world_size(), count * (rank + 1) // world_size())
