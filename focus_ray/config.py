@@ -199,7 +199,10 @@ class TrainConfig(Section):
         default=1, ge=1, description="Epochs between two checkpoints, from which a lost run goes on."
     )
     seed: int = Field(
-        default=0, ge=0, lt=2**31, description="Of whatever is drawn: held-out images, weights, order, channels, defects."
+        default=0,
+        ge=0,
+        lt=2**31,
+        description="Of whatever is drawn: held-out images, weights, order, channels, defects.",
     )
 
 
@@ -352,7 +355,10 @@ class ClusterConfig(Section):
         default={}, description="Workers run on nodes with these labels: value, !value, in(a,b) or !in(a,b)."
     )
     num_workers: int = Field(
-        default=1, ge=1, le=4096, description="Workers that train one category together, with DDP where there are several."
+        default=1,
+        ge=1,
+        le=4096,
+        description="Workers that train one category together, with DDP where there are several.",
     )
     use_gpu: bool | Literal["auto"] = Field(
         default="auto", description="auto: a GPU a worker when the cluster has any."

@@ -11,7 +11,7 @@ from focus_ray.errors import ConfigError
 Kind = Literal["run", "sweep"]
 
 _PACKAGE = Path(__file__).resolve().parent
-_COMMANDS: dict[Kind, str] = {"run": "train", "sweep": "sweep"}
+COMMANDS: dict[Kind, str] = {"run": "train", "sweep": "sweep"}
 
 
 def standard_folder() -> Path:
@@ -45,7 +45,7 @@ def standard_summary(name: str) -> str:
 
 
 def find_config(text: str, kind: Kind | None = None) -> Path:
-    """The file that a path or the bare name of a standard configuration stands for; a file of that path comes first.
+    """The file that a path or the bare name of a standard configuration stands for; a file comes first.
 
     Args:
         kind: what it is for; None takes both.
@@ -53,23 +53,21 @@ def find_config(text: str, kind: Kind | None = None) -> Path:
     Raises: ConfigError: neither is there, or the name is one of the other kind.
     """
     path = Path(text).expanduser()
-    if path.is_file():
+    if path.exists() and not path.is_dir():  # a folder may have the name by chance: `make quickstart` makes one
         return path
     names = standard_names()
     if text in names:
         own = kind_of(text)
         if kind not in (None, own):
-            raise ConfigError(f"{text} is a configuration for `focus-ray {_COMMANDS[own]} {text}`: {_choose(kind)}")
+            raise ConfigError(f"{text} is a configuration for `focus-ray {COMMANDS[own]} {text}`: {_choose(kind)}")
         return standard_folder() / f"{text}.yaml"
-    if path.exists() and not path.is_dir():  # a pipe, as <(...) gives
-        return path
-    close = difflib.get_close_matches(path.stem, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    close = difflib.get_close_matches(path.stem, standard_names(kind), n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
     what = "a folder" if path.is_dir() else "no such file"
     raise ConfigError(
-        f"{text}: cannot read the configuration: {what}, and no standard configuration of that name{hint} {_choose(kind)}"
+        f"{text}: cannot read the configuration: {what}, and no standard configuration of that name{hint}: {_choose(kind)}"
     )
 
 
 def _choose(kind: Kind | None) -> str:
-    return f"Give the path of a YAML file, or one of {', '.join(standard_names(kind))}"
+    return f"give the path of a YAML file, or one of {', '.join(standard_names(kind))}"

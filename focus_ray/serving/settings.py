@@ -70,9 +70,9 @@ class Route(Section):
     category: Name = Field(description="The category that this is about.")
     ref: Name = Field(default="latest", description="An alias or a version.")
     canary: Name | None = Field(default=None, description="Alias or version that answers a share of the requests.")
-    canary_share: float = Field(default=0.05, ge=0.0, le=1.0, description="Of the requests.")
+    canary_share: float = Field(default=0.05, ge=0.0, le=1.0, description="Of the requests that name no version.")
     shadow: Name | None = Field(default=None, description="Alias or version that scores too; the difference is logged.")
-    shadow_share: float = Field(default=1.0, ge=0.0, le=1.0, description="Of the requests.")
+    shadow_share: float = Field(default=1.0, ge=0.0, le=1.0, description="Of the requests that name no version.")
 
 
 class Limits(Section):
@@ -126,7 +126,9 @@ class Settings(Section):
     ingress: Scaling = Field(
         default=_INGRESS, description="Replicas that take requests in; apart, they use no GPU and hold no model."
     )
-    ingress_num_cpus: float = Field(default=0.5, ge=0.0, description="CPUs that Ray keeps for one of those.")
+    ingress_num_cpus: float = Field(
+        default=0.5, ge=0.0, description="CPUs that Ray keeps for a replica that takes requests in."
+    )
     together: bool | Literal["auto"] = Field(
         default="auto",
         description="Whether the replicas that take requests in score them too: a hop less, but nothing else retries what "

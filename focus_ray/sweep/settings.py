@@ -106,9 +106,7 @@ class Domain(Section):
     uniform: tuple[float, float] | None = Field(default=None, description="[low, high], all alike.")
     loguniform: tuple[float, float] | None = Field(default=None, description="[low, high], all magnitudes alike.")
     randint: tuple[int, int] | None = Field(default=None, description="[low, high], all integers alike.")
-    lograndint: tuple[int, int] | None = Field(
-        default=None, description="[low, high], integers, all magnitudes alike."
-    )
+    lograndint: tuple[int, int] | None = Field(default=None, description="[low, high], integers, all magnitudes alike.")
 
     @model_validator(mode="before")
     @classmethod
