@@ -105,9 +105,9 @@ class ImageAlignmentConfig(Section):
 class FeatureAlignmentConfig(Section):
     """FCA: a spatial transformer after each of layers 1 to 3, trained by the fine loss alone [paper]."""
 
-    layer1: Group = "none"
-    layer2: Group = "none"
-    layer3: Group = "none"
+    layer1: Group = Field(default="none", description="Transforms after layer 1.")
+    layer2: Group = Field(default="none", description="Transforms after layer 2.")
+    layer3: Group = Field(default="none", description="Transforms after layer 3.")
     max_translation: float = Field(
         default=0.15, gt=0.0, le=1.0, description="Largest shift, in half map widths [ours]."
     )
@@ -182,8 +182,8 @@ class TrainConfig(Section):
         le=10.0,
         description="FCA: its aligners start at zero and do not move at the backbone's rate [ours].",
     )
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
-    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0)
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="Of SGD [kin: 0.9].")
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="Of SGD, on every parameter.")
     warmup_epochs: float = Field(default=0.0, ge=0.0, description="Linear warm-up before the cosine schedule [ours].")
     lambda_ica: float = Field(default=1.0, ge=0.0, description="Weight of the image alignment loss.")
     lambda_fine: float = Field(default=1.0, ge=0.0, description="Weight of the fine loss.")
@@ -192,9 +192,18 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="auto: bf16 autocast on a GPU that has it, fp32 elsewhere."
     )
-    gradient_clip_norm: float | None = Field(default=None, gt=0.0)
-    checkpoint_every_epochs: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    gradient_clip_norm: float | None = Field(
+        default=None, gt=0.0, description="Gradients of a larger norm are scaled down to it; null leaves them."
+    )
+    checkpoint_every_epochs: int = Field(
+        default=1, ge=1, description="Epochs between two checkpoints, from which a lost run goes on."
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**31,
+        description="Of whatever is drawn: held-out images, weights, order, channels, defects.",
+    )
 
 
 class DensityConfig(Section):
@@ -205,7 +214,11 @@ class DensityConfig(Section):
         description="gaussian: one a location [kin, PaDiM]. nearest: distance to the nearest normal embedding of the "
         "location, whitened by the pooled covariance [ours].",
     )
-    layers: tuple[Layer, ...] = Field(default=("layer1", "layer2", "layer3"), min_length=1)
+    layers: tuple[Layer, ...] = Field(
+        default=("layer1", "layer2", "layer3"),
+        min_length=1,
+        description="Layers whose embeddings are joined, in order [paper].",
+    )
     map_stride_px: Literal[4, 8] = Field(
         default=8,
         description="Input pixels a location stands for. 4: layers are brought to layer 1's places by nearest neighbour "
@@ -348,11 +361,16 @@ class ClusterConfig(Section):
         description="Train in the command's own process, without Ray, one category after the other. auto: with one worker, and "
         "no RAY_ADDRESS, labels or max_concurrent_categories.",
     )
-    num_workers: int = Field(default=1, ge=1, le=4096)
+    num_workers: int = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Workers that train one category together, with DDP where there are several.",
+    )
     use_gpu: bool | Literal["auto"] = Field(
         default="auto", description="auto: a GPU a worker when the cluster has any."
     )
-    cpus_per_worker: float = Field(default=1.0, gt=0.0)
+    cpus_per_worker: float = Field(default=1.0, gt=0.0, description="CPUs that Ray keeps for a worker.")
     memory_gib_per_worker: float | None = Field(
         default=None, gt=0.0, description="Memory that Ray keeps for a worker; null keeps none."
     )

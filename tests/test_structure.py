@@ -13,7 +13,7 @@ import pytest
 from places import PACKAGE
 
 # room -> the rooms that it may import from; what none of them lists here stands on the ground
-GROUND = {"errors", "names", "kinds", "seeds", "s3_settings", "storage", "config"}
+GROUND = {"errors", "names", "kinds", "seeds", "s3_settings", "storage", "standard", "config"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "names": set(),
@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "kinds": set(),  # it names modules, and imports none
     "s3_settings": {"errors"},
     "storage": {"errors", "s3_settings"},
+    "standard": {"errors"},
     "client": {"errors"},
     "samples": {"errors"},
     "config": {"errors", "names", "kinds"},
@@ -34,14 +35,18 @@ ROOMS: dict[str, set[str]] = {
     "sweep": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle", "cluster"},
     "submission": GROUND | {"cluster", "sweep"},
     "serving": GROUND | {"data", "evaluation", "fitting", "bundle", "cluster"},
-    "cli": GROUND | {"data", "samples", "evaluation", "bundle", "cluster", "sweep", "submission", "serving"},
+    "config_reference": GROUND | {"sweep", "serving"},
+    "doctor": GROUND | {"data", "model", "cluster", "sweep"},
+    "cli": GROUND
+    | {"data", "samples", "evaluation", "bundle", "cluster", "sweep", "submission", "serving"}
+    | {"config_reference", "doctor"},
 }
 # library -> the rooms and modules that may import it
 MAY_IMPORT = {
     "ray": {"cluster", "submission", "sweep.driver", "sweep.sharing", "sweep.tune", "sweep.worker"}
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"},
     "torch": {"data.shards", "model", "density", "fitting", "bundle", "cluster.training", "evaluation.inspection"}
-    | {"sweep.shared", "sweep.trial", "sweep.worker", "serving.models", "serving.scorer"},
+    | {"sweep.shared", "sweep.trial", "sweep.worker", "serving.models", "serving.scorer", "doctor.machine"},
     "boto3": {"s3_settings", "storage"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from focus_ray import __version__
+from focus_ray.cli.config import add_config
 from focus_ray.cli.data import _ingest, _samples
+from focus_ray.cli.doctor import add_doctor
 from focus_ray.cli.inspect import _evaluate, _inspect, _inspect_batch
 from focus_ray.cli.jobs import add_jobs
 from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED
@@ -52,8 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     ingest.set_defaults(run=_ingest)
 
     train = commands.add_parser("train", help="train one model a category and write their bundles")
-    train.add_argument("config", help="YAML file, for instance configs/quickstart.yaml")
+    train.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
     train.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
+    train.add_argument("--config", dest="named", metavar="CONFIG", help="the same; then all words are key=value")
     train.add_argument("--resume", action="store_true", help="go on with the run of this name")
     train.set_defaults(run=_train)
 
@@ -63,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration that "
         "trials start from. `status`, `resume` and `report` take the sweep's folder.",
     )
-    sweep.add_argument("what", metavar="CONFIG|status|resume|report", help="YAML file, for instance configs/sweep.yaml")
+    sweep.add_argument(
+        "what", metavar="CONFIG|status|resume|report", help="a YAML file, or a name of `focus-ray config list`"
+    )
     sweep.add_argument("rest", nargs="*", metavar="key=value|PLACE", help="num_trials=20, or the sweep's folder")
     sweep.set_defaults(run=_sweep)
 
@@ -109,6 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_registry(commands)
     add_jobs(commands)
+    add_config(commands)
+    add_doctor(commands)
     add_serving(commands)
 
     samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")

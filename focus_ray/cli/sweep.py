@@ -15,9 +15,10 @@ def _sweep(arguments: argparse.Namespace) -> int:
         if len(arguments.rest) != 1:
             raise ConfigError(f"focus-ray sweep {arguments.what}: expected one sweep's folder, got {arguments.rest}")
         return _sweep_place(arguments.what, arguments.rest[0])
+    from focus_ray.standard import find_config
     from focus_ray.sweep.settings import load_sweep
 
-    config = load_sweep(arguments.what, arguments.rest)
+    config = load_sweep(find_config(arguments.what, "sweep"), arguments.rest)
     from focus_ray.sweep.driver import sweep
 
     return _sweep_end(sweep(config, log=say))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from focus_ray.cli.output import EXIT_INTERRUPTED, require, say
+from focus_ray.errors import ConfigError
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from focus_ray.config import load_config
+    from focus_ray.standard import find_config
 
-    config = load_config(arguments.config, arguments.override)
+    given, overrides = _given(arguments)
+    config = load_config(find_config(given, "run"), overrides)
     from focus_ray.cluster.training import train  # seconds of imports, which a misspelt key need not wait for
 
     names: list[str] = []
@@ -23,14 +27,26 @@ def _train(arguments: argparse.Namespace) -> int:
         bundles = train(config, resume=arguments.resume, log=tell)
     except KeyboardInterrupt:
         name = names[0] if names else config.name
-        words = " ".join([*(word for word in arguments.override if not word.startswith("name=")), f"name={name}"])
-        say(
-            f"focus-ray: interrupted; `focus-ray train {arguments.config} {words} --resume` goes on from the last checkpoints"
-        )
+        words = " ".join([*(word for word in overrides if not word.startswith("name=")), f"name={name}"])
+        say(f"focus-ray: interrupted; `focus-ray train {given} {words} --resume` goes on from the last checkpoints")
         return EXIT_INTERRUPTED
     for category, bundle in bundles.items():
         print(f"{category}\t{bundle}")
     return 0
+
+
+def _given(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """The configuration, given first or by --config, and the overrides. Raises: ConfigError: none is given."""
+    if arguments.named is not None:
+        return arguments.named, [*([] if arguments.config is None else [arguments.config]), *arguments.override]
+    if arguments.config is None or ("=" in arguments.config and not Path(arguments.config).exists()):
+        from focus_ray.standard import standard_names
+
+        raise ConfigError(
+            "train needs a configuration, before any key=value: the path of a YAML file, or one of "
+            f"{', '.join(standard_names('run'))}"
+        )
+    return arguments.config, arguments.override
 
 
 def _metric(arguments: argparse.Namespace) -> int:

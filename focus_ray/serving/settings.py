@@ -17,7 +17,7 @@ class Scaling(Section):
     """How many replicas a deployment has, and when that changes."""
 
     min_replicas: int = Field(default=1, ge=0, le=1000, description="0: none while nothing is asked.")
-    max_replicas: int = Field(default=1, ge=1, le=1000)
+    max_replicas: int = Field(default=1, ge=1, le=1000, description="Not below min_replicas; above it, load decides.")
     target_ongoing_requests: float = Field(
         default=16.0, gt=0.0, description="Requests a replica should have at once; half a batch keeps it busy."
     )
@@ -40,7 +40,7 @@ class Scaling(Section):
 class Pool(Section):
     """Replicas that score."""
 
-    num_cpus: float = Field(default=1.0, ge=0.0)
+    num_cpus: float = Field(default=1.0, ge=0.0, description="CPUs that Ray keeps for a replica.")
     num_gpus: float = Field(default=0.0, ge=0.0, description="A share lets several replicas live on one GPU.")
     num_threads: int = Field(default=1, ge=1, le=256, description="Of torch, on a CPU. As many as num_cpus, usually.")
     num_decoders: int = Field(default=2, ge=1, le=64, description="Threads that decode images and draw results.")
@@ -58,21 +58,21 @@ class Pin(Section):
     """Categories with replicas of their own, loaded before the first request."""
 
     name: Name = Field(description="Names the deployment.")
-    team: Name
-    categories: tuple[Name, ...] = Field(min_length=1)
+    team: Name = Field(description="Whose categories they are.")
+    categories: tuple[Name, ...] = Field(min_length=1, description="Those that these replicas alone score.")
     pool: Pool = Pool()
 
 
 class Route(Section):
     """Which version answers for a category when the request names none."""
 
-    team: Name
-    category: Name
+    team: Name = Field(description="Whose category it is.")
+    category: Name = Field(description="The category that this is about.")
     ref: Name = Field(default="latest", description="An alias or a version.")
     canary: Name | None = Field(default=None, description="Alias or version that answers a share of the requests.")
-    canary_share: float = Field(default=0.05, ge=0.0, le=1.0)
+    canary_share: float = Field(default=0.05, ge=0.0, le=1.0, description="Of the requests that name no version.")
     shadow: Name | None = Field(default=None, description="Alias or version that scores too; the difference is logged.")
-    shadow_share: float = Field(default=1.0, ge=0.0, le=1.0)
+    shadow_share: float = Field(default=1.0, ge=0.0, le=1.0, description="Of the requests that name no version.")
 
 
 class Limits(Section):
@@ -96,7 +96,7 @@ class Sink(Section):
     share: float = Field(default=0.01, ge=0.0, le=1.0, description="Of images found normal.")
     share_anomalous: float = Field(default=1.0, ge=0.0, le=1.0, description="Of images found anomalous.")
     retention_days: float = Field(default=30.0, gt=0.0, description="Days kept; older ones are deleted.")
-    flush_every_s: float = Field(default=60.0, gt=0.0)
+    flush_every_s: float = Field(default=60.0, gt=0.0, description="What is kept is written at least so often.")
     max_rows: int = Field(default=256, ge=1, description="A file; it is written when so many are there.")
     max_buffer_mb: float = Field(
         default=64.0, gt=0.0, description="Waiting to be written; beyond it images are dropped."
@@ -120,11 +120,15 @@ class Settings(Section):
     examples: bool = Field(
         default=False, description="Let readers see normal training images, where the data set can be reached."
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="What replicas score on. auto: a GPU where they have one."
+    )
     ingress: Scaling = Field(
         default=_INGRESS, description="Replicas that take requests in; apart, they use no GPU and hold no model."
     )
-    ingress_num_cpus: float = Field(default=0.5, ge=0.0)
+    ingress_num_cpus: float = Field(
+        default=0.5, ge=0.0, description="CPUs that Ray keeps for a replica that takes requests in."
+    )
     together: bool | Literal["auto"] = Field(
         default="auto",
         description="Whether the replicas that take requests in score them too: a hop less, but nothing else retries what "

@@ -18,6 +18,7 @@ from focus_ray.cluster.preflight import RESERVED
 from focus_ray.config import Config, config_to_yaml, load_config, read_mapping
 from focus_ray.errors import SubmissionError
 from focus_ray.names import unique_name
+from focus_ray.standard import COMMANDS, standard_folder, standard_names
 from focus_ray.submission.package import Package, build_package
 from focus_ray.sweep.settings import SweepConfig, load_sweep
 
@@ -81,7 +82,8 @@ def build_job(
     ours = command[0] in commands
     arguments = list(command)
     metadata = {"focus_ray": __version__, "submitted_by": user(), "command": command[0]}
-    if team is not None and any(word.endswith(YAML) for word in command) and ours and command[0] in _CONFIGURED:
+    configured = _standard_in(command, working_dir) is not None or any(word.endswith(YAML) for word in command)
+    if team is not None and configured and ours and command[0] in _CONFIGURED:
         arguments.append(f"{_CONFIGURED[command[0]]}cluster.team={team}")
     package = build_package(working_dir, excludes)
     if ours:
@@ -105,11 +107,13 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
 
     Raises: ConfigError: as `load_config`.  SubmissionError: it would not be there, or its places would not.
     """
-    files = [word for word in arguments[1:] if word.endswith(YAML) and "=" not in word]
-    if not files:
+    words = [word.removeprefix("--config=") for word in arguments[1:]]
+    files = [word for word in words if word.endswith(YAML) and "=" not in word]
+    standard = _standard_in(arguments, working_dir)
+    if standard is None and not files:
         return {}
-    path = working_dir / files[0]
-    if Path(os.path.normpath(files[0])).as_posix() not in package.names:
+    path = standard or working_dir / files[0]
+    if standard is None and Path(os.path.normpath(files[0])).as_posix() not in package.names:
         raise SubmissionError(
             f"{files[0]}: not among the files that are sent from {working_dir}: give its path below --working-dir"
         )
@@ -123,7 +127,11 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
         whole = load_sweep(path, overrides)
         config = whole.base_config()
         base_file = read_mapping(path).get("base_file")
-        if base_file and Path(os.path.normpath(Path(files[0]).parent / base_file)).as_posix() not in package.names:
+        if (
+            standard is None
+            and base_file
+            and Path(os.path.normpath(Path(files[0]).parent / base_file)).as_posix() not in package.names
+        ):
             raise SubmissionError(
                 f"base_file {base_file} of {files[0]}: not among the files that are sent: put it beside it"
             )
@@ -151,6 +159,17 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
         "category": ",".join(config.data.categories or ("all",)),
         **{key: value for key in ("team", "priority") if (value := getattr(config.cluster, key))},
     }
+
+
+def _standard_in(command: Sequence[str], working_dir: str | Path) -> Path | None:
+    """The standard configuration that a command names, which goes along with the package; None where it names none."""
+    kinds = {command: kind for kind, command in COMMANDS.items()}
+    if command[0] not in kinds:
+        return None
+    names = standard_names(kinds[command[0]])
+    words = (word.removeprefix("--config=") for word in command[1:])
+    found = next((word for word in words if word in names and not (Path(working_dir) / word).is_file()), None)
+    return None if found is None else standard_folder() / f"{found}.yaml"
 
 
 def _environment(names: Iterable[str]) -> Iterator[tuple[str, str]]:

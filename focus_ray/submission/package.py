@@ -12,6 +12,7 @@ from pathlib import Path
 
 from focus_ray.errors import SubmissionError
 from focus_ray.names import is_utf8
+from focus_ray.standard import standard_folder
 
 MAX_PACKAGE_MIB = 64  # Ray refuses 512; every node fetches it through the head node
 
@@ -60,6 +61,7 @@ def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
     if "focus_ray/__init__.py" not in files:
         package = Path(__file__).resolve().parents[1]
         files.update({f"focus_ray/{name}": path for name, path in _files_to_send(package, (), ())})
+        files.update({f"focus_ray/configs/{path.name}": path for path in standard_folder().glob("*.yaml")})
     sizes = {name: path.stat().st_size for name, path in files.items()}
     limit = MAX_PACKAGE_MIB * 2**20
     largest = ", ".join(

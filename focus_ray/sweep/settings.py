@@ -100,11 +100,13 @@ _NOT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_worker")
 class Domain(Section):
     """What one key may be: exactly one of these. Ranges include both ends."""
 
-    choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
-    uniform: tuple[float, float] | None = None
-    loguniform: tuple[float, float] | None = None
-    randint: tuple[int, int] | None = None
-    lograndint: tuple[int, int] | None = None
+    choice: tuple[Any, ...] | None = Field(
+        default=None, min_length=1, description="One of these values; a bare list means the same."
+    )
+    uniform: tuple[float, float] | None = Field(default=None, description="[low, high], all alike.")
+    loguniform: tuple[float, float] | None = Field(default=None, description="[low, high], all magnitudes alike.")
+    randint: tuple[int, int] | None = Field(default=None, description="[low, high], all integers alike.")
+    lograndint: tuple[int, int] | None = Field(default=None, description="[low, high], integers, all magnitudes alike.")
 
     @model_validator(mode="before")
     @classmethod
@@ -171,7 +173,9 @@ class SchedulerConfig(Section):
         "best of every reduction_factor trials seen there go on.",
     )
     grace_epochs: int = Field(default=1, ge=1, description="Epochs, over all categories, before the first rung.")
-    reduction_factor: int = Field(default=3, ge=2, le=100)
+    reduction_factor: int = Field(
+        default=3, ge=2, le=100, description="At a rung, one of so many trials goes on; rungs lie so far apart too."
+    )
 
 
 class RaceConfig(Section):
@@ -205,14 +209,15 @@ class SweepConfig(Section):
     )
     objective: Objective = Field(
         default="validation",
-        description="validation: the label-free score of docs/SELECTION.md. The others look at the labelled test "
+        description="validation: the label-free score of docs/SELECTION.md. aupro, or a metric of docs/EVALUATION.md that is "
+        "better the higher it is: these look at the labelled test "
         "images; what they choose is no longer a fair test of those images.",
     )
     searcher: Literal["grid", "random", "optuna"] = Field(
         default="random", description="optuna: its tree-structured Parzen estimator (TPE)."
     )
     num_trials: int | None = Field(default=None, ge=1, le=_MAX_GRID, description="A category, if scope=per_category.")
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31, description="Of the searcher: the same proposes the same points.")
     scheduler: SchedulerConfig = SchedulerConfig()
     race: RaceConfig = RaceConfig()
     share_work: bool = Field(

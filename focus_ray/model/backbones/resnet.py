@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +15,19 @@ from focus_ray.model.backbones.base import BackboneSpec
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def hub_state(name: str) -> Mapping[str, Tensor]:
+def hub_weights(name: str) -> Any:
+    """torchvision's weights of a backbone, an enum with their `url`; None where the backbone has others."""
     from torchvision import models
 
     # V1 weights: the ones that PaDiM, RegAD and PatchCore report with
-    weights = {
+    return {
         "resnet18": models.ResNet18_Weights.IMAGENET1K_V1,
         "wide_resnet50_2": models.Wide_ResNet50_2_Weights.IMAGENET1K_V1,
-    }[name]
+    }.get(name)
+
+
+def hub_state(name: str) -> Mapping[str, Tensor]:
+    weights = hub_weights(name)
     try:
         return weights.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
     except (OSError, RuntimeError) as error:

@@ -19,9 +19,8 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     """
     if source.startswith(("http://", "https://")):
         try:
-            folder = Path(torch.hub.get_dir()) / "checkpoints"
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{hashlib.sha256(source.encode()).hexdigest()[:12]}-{Path(source).name}"
+            path = downloaded_file(source)
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists():
                 torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256, progress=False)
             data = path.read_bytes()
@@ -36,6 +35,16 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     if sha256 is not None and not digest.startswith(sha256):
         raise WeightsError(f"{source}: SHA-256 is {digest}, expected one that starts with {sha256}; get the file again")
     return _parse_state(data, source)
+
+
+def downloaded_file(url: str) -> Path:
+    """Where the weights of a model.weights=https://... are kept once they are downloaded."""
+    return hub_file(f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}")
+
+
+def hub_file(name: str) -> Path:
+    """A file of torch's hub cache."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
 def _read_file(source: str) -> bytes:

@@ -1,0 +1,36 @@
+"""doctor."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from typing import Any
+
+from focus_ray.cli.output import EXIT_ERROR, say
+
+
+def add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser("doctor", help="check this machine, and what a configuration needs; say what to mend")
+    doctor.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
+    doctor.add_argument("override", nargs="*", help="key=value, for instance data.uri=s3://plant/parts")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from focus_ray.doctor.checks import diagnose
+    from focus_ray.doctor.finding import as_json, is_healthy
+
+    config, overrides = arguments.config, arguments.override
+    if config is not None and "=" in config:
+        config, overrides = None, [config, *overrides]
+    findings = []
+    for finding in diagnose(config, overrides):
+        findings.append(finding)
+        if not arguments.json:
+            print(finding, flush=True)
+    if arguments.json:
+        print(as_json(findings))
+    counts = Counter(finding.status for finding in findings)
+    say(f"doctor: {', '.join(f'{counts[status]} {status}' for status in ('ok', 'warning', 'FAILED'))}")
+    return 0 if is_healthy(findings) else EXIT_ERROR

@@ -1,0 +1,91 @@
+"""Checks of what is installed: Python, packages, torch beside torchvision, Ray."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+from focus_ray import __version__
+from focus_ray.doctor.finding import Asked, Result, failed, ok, warning
+
+DISTRIBUTION = "focus-ray"
+SHOWN = ("torch", "torchvision", "numpy", "pyarrow", "pydantic")
+WITHOUT_RAY = "inspect, evaluate and update do without it, train, sweep, serve, inspect-batch and submit do not"
+
+
+def python(asked: Asked) -> Result:
+    return ok(f"{platform.python_version()} on {platform.system()} {platform.machine()}; focus_ray {__version__}")
+
+
+def packages(asked: Asked) -> Result:
+    """Every package that focus_ray requires, but Ray, which has a check of its own."""
+    wrong = [problem for need in required() if need.name != "ray" for problem in problems(need)]
+    shown = ", ".join(f"{name} {version_of(name) or 'missing'}" for name in SHOWN)
+    if wrong:
+        wanted = " ".join(f"'{need}'" for need, _ in wrong)
+        return failed(f"{shown}; {', '.join(reason for _, reason in wrong)}", f"pip install {wanted}")
+    return ok(f"{shown}; all that focus_ray requires is here") if required() else _not_installed(shown)
+
+
+def _not_installed(shown: str) -> Result:
+    return warning(f"{shown}; what focus_ray requires is not known, since it is not installed", "pip install -e .")
+
+
+def required(name: str = DISTRIBUTION) -> list[Requirement]:
+    """What a package requires here, extras left out; empty where it is not installed."""
+    try:
+        listed = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
+    needs = map(Requirement, listed)
+    return [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+
+
+def version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def problems(need: Requirement) -> Iterator[tuple[Requirement, str]]:
+    """(requirement, reason) where what is installed does not satisfy it."""
+    found = version_of(need.name)
+    if found is None:
+        yield need, f"{need.name} is missing"
+    elif not need.specifier.contains(found, prereleases=True):
+        yield need, f"{need.name} is {found}, not {need.specifier}"
+
+
+def torch_pair(asked: Asked) -> Result:
+    """torchvision holds compiled code for one torch, and says which; then whether it loads."""
+    torch, vision = version_of("torch"), version_of("torchvision")
+    if torch is None or vision is None:
+        return failed(f"torch {torch or 'missing'}, torchvision {vision or 'missing'}", "pip install torch torchvision")
+    both = f"torch {torch} with torchvision {vision}"
+    advice = "install both anew, together and from the same index: pip install --force-reinstall torch torchvision"
+    wrong = [need for need in required("torchvision") if need.name == "torch" and any(problems(need))]
+    if wrong:
+        return failed(f"{both}, which was built for torch{wrong[0].specifier}", advice)
+    try:
+        import torchvision.ops  # noqa: F401  fails where the compiled parts do not fit
+    except (ImportError, RuntimeError, OSError) as error:
+        return failed(f"{both}: torchvision does not load: {type(error).__name__}: {error}", advice)
+    return ok(f"{both}: they fit")
+
+
+def ray(asked: Asked) -> Result:
+    if importlib.util.find_spec("ray") is None:
+        needed = next((str(need) for need in required() if need.name == "ray"), "ray[data,serve,train,tune]")
+        return warning(f"not installed; {WITHOUT_RAY}", f"pip install '{needed}'")
+    wrong = [problem for need in required() if need.name == "ray" for problem in problems(need)]
+    if wrong:
+        return failed(wrong[0][1], f"pip install '{wrong[0][0]}'")
+    from focus_ray.cluster.ray_private import check_private_parts
+
+    check_private_parts()
+    return ok(f"{version_of('ray')}; what focus_ray reads of it is in its place")

@@ -1,0 +1,196 @@
+"""`focus-ray config`, and standard configurations by name: in a checkout, in a wheel, in a job."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from places import CONFIGS, REPOSITORY
+
+from focus_ray import standard
+from focus_ray.cli.main import command_names, main
+from focus_ray.config import Config, load_config
+from focus_ray.errors import ConfigError, SubmissionError
+from focus_ray.standard import find_config, standard_names
+from focus_ray.submission.job import build_job
+from focus_ray.submission.package import build_package
+from focus_ray.sweep.settings import SweepConfig, load_sweep
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """Configurations that `train` was given, in place of a training."""
+    given: list[Config] = []
+
+    def train(config: Config, **options: object) -> dict[str, str]:
+        given.append(config)
+        return {}
+
+    monkeypatch.setattr("focus_ray.cluster.training.train", train)
+    return given
+
+
+# config
+
+
+def test_show_writes_every_default_out_and_applies_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", "default", "train.epochs=7"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert set(tree) == set(Config.model_fields)
+    assert (tree["train"]["epochs"], tree["train"]["momentum"]) == (7, 0.9)
+
+
+def test_show_of_a_sweep_resolves_its_base_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", "sweep-training", "num_trials=3"]) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert set(tree) == set(SweepConfig.model_fields)
+    assert (tree["num_trials"], tree["base"]["density"]["kind"], tree["base_file"]) == (3, "gaussian", None)
+
+
+def test_show_reads_what_it_has_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", "padim"]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    assert load_config(tmp_path / "shown.yaml") == load_config(CONFIGS / "padim.yaml")
+
+
+def test_explain_prints_a_key_and_refuses_a_misspelt_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "explain", "train.momentum"]) == 0
+    assert "default: 0.9" in capsys.readouterr().out
+    assert main(["config", "explain", "train.momentun"]) == 1
+    assert "did you mean train.momentum" in capsys.readouterr().err
+
+
+def test_list_names_the_standard_configurations_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "list"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows] == [
+        ["default", "train"],
+        ["fyd", "train"],
+        ["padim", "train"],
+        ["quickstart", "train"],
+        ["sweep", "sweep"],
+        ["sweep-training", "sweep"],
+    ]
+    assert all(row[2].endswith(".") for row in rows)
+
+
+# Names and paths
+
+
+def test_train_takes_a_name_first_or_as_an_option(trained: list[Config]) -> None:
+    for words in (["padim", "name=a"], ["--config", "padim", "name=a"], ["name=a", "--config", "padim"]):
+        assert main(["train", *words]) == 0
+    assert trained == [load_config(CONFIGS / "padim.yaml", ["name=a"])] * 3
+
+
+def test_a_file_wins_over_a_name_and_a_folder_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: list[Config]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").mkdir()
+    Path("default").write_text("name: mine\ndata: {uri: data}\n")
+    assert main(["train", "default"]) == main(["train", "quickstart"]) == 0
+    assert [config.name for config in trained] == ["mine", "quickstart"]
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        (
+            "defalt",
+            "run",
+            r"^defalt: .*no such file, and no standard configuration of that name \(did you mean 'default'\?\)",
+        ),
+        ("nowhere/x.yaml", "run", "give the path of a YAML file, or one of default, fyd, padim, quickstart$"),
+        ("nowhere", "sweep", "give the path of a YAML file, or one of sweep, sweep-training$"),
+        (".", None, r"^\.: cannot read the configuration: a folder, and no standard configuration of that name"),
+        ("sweep", "run", "^sweep is a configuration for `focus-ray sweep sweep`: give the path"),
+        ("default", "sweep", "^default is a configuration for `focus-ray train default`"),
+    ],
+)
+def test_what_is_neither_a_file_nor_a_name_names_both_possibilities(
+    text: str, kind: standard.Kind | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_config(text, kind)
+
+
+@pytest.mark.parametrize("words", [[], ["name=a"]])
+def test_train_without_a_configuration_says_what_to_give(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *words]) == 1
+    assert "train needs a configuration, before any key=value: the path of a YAML file, or one of default" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_package_without_the_standard_configurations_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standard, "_PACKAGE", tmp_path / "focus_ray")
+    with pytest.raises(ConfigError, match="the standard configurations are not with the package: install it anew"):
+        standard_names()
+
+
+# A wheel
+
+
+def test_a_wheel_holds_the_standard_configurations(tmp_path: Path) -> None:
+    with zipfile.ZipFile(_wheel(tmp_path)) as archive:
+        archive.extractall(tmp_path / "installed")
+    folder = tmp_path / "installed/focus_ray/configs"
+    assert sorted(path.stem for path in folder.glob("*.yaml")) == standard_names()
+    code = "from focus_ray.cli.main import main; raise SystemExit(main(['config', 'show', 'sweep-training']))"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'installed')!r}); {code}"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+    assert yaml.safe_load(shown.stdout) == load_sweep(CONFIGS / "sweep-training.yaml").model_dump(mode="json")
+
+
+def _wheel(folder: Path) -> Path:
+    """Builds the wheel from a copy of what it is made of. Skips: nothing here builds one."""
+    source = folder / "source"
+    for name in ("focus_ray", "configs"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source / name)
+    uv = shutil.which("uv", path=f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin") or shutil.which("uv")
+    if importlib.util.find_spec("hatchling") is not None:
+        command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "dist")]
+    elif uv is not None:
+        command = [uv, "build", "--wheel", "-o", str(folder / "dist")]
+    else:
+        pytest.skip("neither hatchling nor uv is here to build a wheel")
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=200)
+    if built.returncode and "resolve requirements from `build-system" in built.stderr:
+        pytest.skip("uv cannot get hatchling to build a wheel with")
+    assert built.returncode == 0, built.stderr
+    (wheel,) = (folder / "dist").glob("*.whl")
+    return wheel
+
+
+# A job
+
+
+@pytest.mark.parametrize("words", [["train", "padim"], ["train", "--config", "padim"], ["train", "--config=padim"]])
+def test_a_job_takes_a_name_and_its_configuration_goes_along(words: list[str], tmp_path: Path) -> None:
+    places = ["data.uri=s3://plant/parts", "storage=s3://plant/runs"]
+    job = build_job([*words, *places], commands=command_names(), team="press", working_dir=tmp_path)
+    assert job.entrypoint.endswith("storage=s3://plant/runs cluster.team=press")
+    assert {"team", "config_sha256"} <= set(job.metadata)
+    assert "focus_ray/configs/padim.yaml" in job.package.names
+
+
+def test_a_job_of_a_named_sweep_is_checked_before_it_is_sent(tmp_path: Path) -> None:
+    words = ["sweep", "sweep-training", "base.data.uri=s3://plant/parts"]
+    with pytest.raises(SubmissionError, match=r"base\.storage=runs: a path below the folder that is sent"):
+        build_job(words, commands=command_names(), working_dir=tmp_path)
+
+
+def test_a_checkout_sends_its_configurations_as_they_are() -> None:
+    names = build_package(REPOSITORY).names
+    assert "configs/default.yaml" in names
+    assert "focus_ray/configs/default.yaml" not in names

@@ -1,0 +1,131 @@
+"""The reference of settings: whole, up to date, in words that hold, and without anything heavy."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from places import REPOSITORY
+
+from focus_ray.config import parse_config
+from focus_ray.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
+from focus_ray.errors import ConfigError
+from focus_ray.kinds import BACKBONES
+from focus_ray.sweep.settings import leaf_keys
+
+SETTINGS: dict[str, dict[str, Setting]] = {
+    root.title: {setting.key: setting for part in parts_of(root.model) for setting in part.settings} for root in ROOTS
+}
+RUN, SWEEP, SERVICE = SETTINGS.values()
+
+
+def test_the_page_is_up_to_date() -> None:
+    page = (REPOSITORY / "docs/CONFIG.md").read_text(encoding="utf-8")
+    assert page == markdown(), f"docs/CONFIG.md is out of date with the models: run `{COMMAND}`"
+
+
+@pytest.mark.parametrize("title", SETTINGS)
+def test_every_setting_has_a_description(title: str) -> None:
+    assert [key for key, setting in SETTINGS[title].items() if not setting.description] == []
+
+
+def test_every_key_of_a_run_is_there_and_no_other() -> None:
+    assert set(RUN) == set(leaf_keys())
+
+
+def test_defaults_are_those_that_a_run_gets() -> None:
+    config = parse_config({"data": {"uri": "data"}})
+    assert RUN["train.momentum"].default == str(config.train.momentum)
+    assert RUN["density.layers"].default == "[layer1, layer2, layer3]"
+    assert (RUN["data.uri"].default, RUN["data.categories"].default) == (None, "null")
+
+
+def test_a_section_that_its_field_sets_otherwise_shows_what_the_field_sets() -> None:
+    assert (SERVICE["ingress.max_replicas"].default, SERVICE["pool.scaling.max_replicas"].default) == ("4", "1")
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("train.epochs", "integer from 0 to 10000"),
+        ("train.learning_rate", "number above 0, up to 10"),
+        ("train.momentum", "number from 0, below 1"),
+        ("train.gradient_clip_norm", "number above 0 or null"),
+        ("model.backbone", ", ".join(BACKBONES)),
+        ("model.image_size_px", "integer from 32 to 2048; pixels"),
+        ("model.weights_sha256", "text of the form ^[0-9a-f]{8,64}$, or null"),
+        ("density.window", "1, 3, 5"),
+        ("density.layers", "list of (layer1, layer2, layer3), not empty"),
+        ("cluster.use_gpu", "true, false, or auto"),
+        ("cluster.labels", "mapping of text to text"),
+        ("cluster.memory_gib_per_worker", "number above 0 or null; GiB"),
+        ("name", "name"),
+    ],
+)
+def test_what_a_setting_may_be_is_said_in_words(key: str, values: str) -> None:
+    assert RUN[key].values == values
+
+
+def test_sections_in_lists_and_mappings_have_their_keys() -> None:
+    assert SERVICE["pins[].categories"].values == "list of names, not empty"
+    assert SERVICE["sink.uri"].default is None
+    assert SWEEP["space.KEY.uniform"].values == "[number, number], or null"
+
+
+def test_a_unit_is_read_off_a_fields_name() -> None:
+    assert [unit_of(name) for name in ("timeout_s", "memory_gib_per_worker", "max_rotation_deg", "epochs")] == [
+        "seconds",
+        "GiB",
+        "degrees",
+        None,
+    ]
+
+
+# One key
+
+
+def test_a_key_is_explained_with_its_values_default_and_meaning() -> None:
+    told = explain("train.epochs")
+    assert "train.epochs (of a run)" in told
+    assert all(words in told for words in ("integer from 0 to 10000", "default: 0", "Passes over the training images"))
+
+
+def test_a_key_of_a_run_is_found_as_sweeps_write_it() -> None:
+    assert explain("base.train.epochs") == explain("train.epochs")
+
+
+def test_a_key_that_must_be_set_says_so() -> None:
+    assert "default: none: it must be set" in explain("data.uri")
+
+
+def test_a_key_of_several_configurations_is_explained_for_each() -> None:
+    assert re.findall(r"^name \((.*)\)", explain("name"), re.MULTILINE) == ["of a run", "of a sweep"]
+
+
+def test_a_section_lists_the_keys_in_it_and_in_its_sections() -> None:
+    told = explain("model")
+    assert "model.backbone " in told
+    assert "model.image_alignment.group " in told
+    assert "train." not in told
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("train.epoch", r"^train\.epoch: no such key; did you mean train\.epochs"),
+        ("epochs", r"did you mean train\.epochs"),
+        ("trian", "did you mean train"),
+        ("zzzzzz", r"zzzzzz: no such key; docs/CONFIG\.md has all there are"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest(key: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        explain(key)
+
+
+def test_neither_torch_nor_ray_is_imported() -> None:
+    code = "import sys, focus_ray.config_reference as c; c.markdown(); print({'torch', 'ray'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.strip() == "set()"
