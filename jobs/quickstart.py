@@ -41,7 +41,7 @@ def main() -> None:
     step("inspect", str(run / "bundles" / category), str(picture), "--overlays", str(root / "overlays"))
     print(
         f"\nquickstart: {time.monotonic() - start:.0f} s\n"
-        f"  report    {run / 'report' / 'report.md'}\n"
+        f"  report    {run / 'report' / 'report.html'}\n"
         f"  bundles   {run / 'bundles'}\n"
         f"  heat map  {root / 'overlays' / (picture.stem + '.png')}"
     )

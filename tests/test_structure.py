@@ -31,14 +31,15 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": GROUND | {"data"},
     "fitting": GROUND | {"data", "model", "density", "evaluation"},
     "bundle": GROUND | {"data", "model", "density", "evaluation", "fitting"},
-    "cluster": GROUND | {"data", "fitting", "bundle"},
-    "sweep": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle", "cluster"},
+    "reporting": GROUND | {"data", "evaluation", "bundle"},
+    "cluster": GROUND | {"data", "fitting", "bundle", "reporting"},
+    "sweep": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle", "reporting", "cluster"},
     "submission": GROUND | {"cluster", "sweep"},
     "serving": GROUND | {"data", "evaluation", "fitting", "bundle", "cluster"},
     "config_reference": GROUND | {"sweep", "serving"},
     "doctor": GROUND | {"data", "model", "cluster", "sweep"},
     "cli": GROUND
-    | {"data", "samples", "evaluation", "bundle", "cluster", "sweep", "submission", "serving"}
+    | {"data", "samples", "evaluation", "bundle", "reporting", "cluster", "sweep", "submission", "serving"}
     | {"config_reference", "doctor"},
 }
 # library -> the rooms and modules that may import it

@@ -18,11 +18,13 @@ import torch
 from numpy.typing import NDArray
 
 from focus_ray.bundle.bundle import Bundle, read_bundle, short_hash
-from focus_ray.data.images import ImageInfo, decode_mask, read_batch
+from focus_ray.data.images import ImageInfo, decode_batch, decode_mask, read_batch
 from focus_ray.data.schema import Row
 from focus_ray.errors import DataError, ScoreError
-from focus_ray.evaluation.evaluate import MAX_SIDE_PX, evaluation_size, summarise
+from focus_ray.evaluation.evaluate import MAX_SIDE_PX, Labelled, evaluation_size, figures
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
+from focus_ray.evaluation.metrics import Measured
+from focus_ray.fitting.scoring import to_images
 from focus_ray.model.batch_norm import fuse_batch_norms
 
 
@@ -115,19 +117,32 @@ class Inspector:
         )
 
     def evaluate(self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX) -> dict[str, Any]:
-        """Metrics over labelled images; labels are compared with, never used to choose anything.
+        """Metrics over labelled images; labels are compared with, never used to choose anything. Arguments as of `measure`.
+
+        Returns: see `figures`.  Raises: DataError: no record, or an image cannot be decoded.
+        """
+        return self.figures(self.measure(records, max_side_px))
+
+    def figures(self, labelled: Labelled) -> dict[str, Any]:
+        """What `evaluate` returns, of images that `measure` scored."""
+        found = figures(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
+        return {**found, "reduced": labelled.reduced}
+
+    def measure(self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX) -> Labelled:
+        """Scores labelled images, and keeps maps and masks at the size at which they are compared.
 
         Args:
-            records: mappings with image and mask bytes (mask None: unknown, or normal), label, defect_type, width, height.
+            records: mappings with image and mask bytes (mask None: unknown, or normal), label, defect_type, width, height,
+                and id where it is known.
             max_side_px: maps and masks are compared at the image's size, at most this long a side.
 
-        Returns: see `summarise`.  Raises: DataError: no record, or an image cannot be decoded.
+        Raises: DataError: no record, or an image cannot be decoded.
         """
         kept: list[Row] = []
 
         def image_bytes() -> Iterator[bytes]:
             for record in records:
-                kept.append({key: record[key] for key in ("label", "defect_type", "mask", "width", "height")})
+                kept.append({key: value for key, value in record.items() if key != "image"})
                 yield record["image"]
 
         scores: list[float] = []
@@ -146,19 +161,23 @@ class Inspector:
                 record["mask"] = None
         if not scores:
             raise DataError("there is no test image to evaluate: ingest a set that has some")
-        labels = [int(record["label"]) for record in kept]
-        types = [str(record["defect_type"]) for record in kept]
-        found = summarise(
-            labels,
-            types,
-            scores,
-            maps,
-            masks,
-            self.bundle.calibration.image_threshold,
-            self.bundle.calibration.target_fpr,
+        labels = np.array([int(record["label"]) for record in kept], dtype=np.int64)
+        threshold = float(self.bundle.calibration.image_threshold)
+        return Labelled(
+            Measured(labels, np.asarray(scores, dtype=np.float64), masks, maps, threshold),
+            types=tuple(str(record["defect_type"]) for record in kept),
+            ids=tuple(str(record.get("id", "")) for record in kept),
+            reduced=any(max(record["height"], record["width"]) > max_side_px for record in kept),
         )
-        reduced = any(max(record["height"], record["width"]) > max_side_px for record in kept)
-        return {**found, "reduced": reduced}
+
+    @torch.inference_mode()
+    def aligned(self, image: bytes) -> NDArray[np.uint8] | None:
+        """An encoded image as the network sees it, (S, S, 3); None where images are not aligned."""
+        batch = to_images(torch.from_numpy(decode_batch([image], self.size_px)), self.bundle.detector.density.device)
+        found, theta = self.bundle.detector.net.align_image(batch)
+        if theta is None:
+            return None
+        return (found[0].permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
     def _decode(
         self, images: list[bytes], start: int, hashed: bool

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import itertools
 import json
 from collections import Counter
@@ -20,9 +22,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from focus_ray.data.read import iter_test_records
     from focus_ray.errors import FocusRayError
     from focus_ray.evaluation.report import evaluation_table, mean_metrics
+    from focus_ray.reporting.evaluation import Section, describe, evaluation_page
     from focus_ray.storage import join, write_bytes
 
     results: dict[str, dict[str, Any]] = {}
+    sections: dict[str, Section] = {}
     bundles = find_bundles(arguments.bundles)
     output = arguments.output or join(arguments.bundles, "report")
     table = ""
@@ -31,12 +35,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         try:
             inspector = Inspector.load(uri)
             data = arguments.data or inspector.bundle.config.data.uri
-            results[category] = {
-                **inspector.evaluate(iter_test_records(data, category), arguments.max_side_px),
+            labelled = inspector.measure(iter_test_records(data, category), arguments.max_side_px)
+            result = {
+                **inspector.figures(labelled),
                 "bundle": uri,
                 "version": inspector.bundle.version,
                 "data": data,
             }
+            sections[category] = describe(inspector, labelled, result, data)
+            results[category] = result
         except FocusRayError as error:  # of this category: the others are measured all the same
             say(f"{category}: {error}")
             results[category] = {"error": str(error), "bundle": uri}
@@ -44,8 +51,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         content = {"categories": results, "mean": mean_metrics(results)}
         write_bytes(join(output, "report.json"), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
         write_bytes(join(output, "report.md"), table.encode())
+    write_bytes(join(output, "report.html"), evaluation_page(results, sections))
     print(table)
-    say(f"report: {join(output, 'report.md')} and {join(output, 'report.json')}")
+    say(f"report: {join(output, 'report.html')}, report.md and report.json beside it")
     failed = [category for category, result in results.items() if "error" in result]
     if len(failed) == len(results):
         return EXIT_ERROR
@@ -75,25 +83,62 @@ def _inspect(arguments: argparse.Namespace) -> int:
             Path(arguments.overlays).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{arguments.overlays}: cannot make a folder for overlays: {error.strerror}") from error
+    if arguments.csv and Path(arguments.csv).is_dir():
+        raise DataError(f"{arguments.csv}: a folder: give a file for --csv")
     names = _overlay_names(paths)
     from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a misspelt path need not wait for
-    from focus_ray.evaluation.report import overlay
+    from focus_ray.evaluation.strip import overlay_with_strip
+    from focus_ray.storage import write_bytes
 
     inspector = Inspector.load(arguments.bundle, arguments.device)
+    category = inspector.bundle.category
     status = 0
+    rows: list[dict[str, Any]] = []
     for start in range(0, len(paths), inspector.batch_size):
         for path, data, found_or_error in _inspect_files(inspector, paths[start : start + inspector.batch_size]):
+            rows.append(_csv_row(readable_name(path), category, found_or_error))
             if isinstance(found_or_error, str):
                 print(json.dumps({"image": readable_name(path), "error": found_or_error}, ensure_ascii=False))
                 status = EXIT_ERROR
                 continue
-            line = {"image": readable_name(path), "category": inspector.bundle.category, **found_or_error.to_dict()}
+            line = {"image": readable_name(path), "category": category, **found_or_error.to_dict()}
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
-                target.write_bytes(encode_png(overlay(decode_image(data, None), found_or_error)))
+                target.write_bytes(encode_png(overlay_with_strip(decode_image(data, None), found_or_error)))
                 line["overlay"] = readable_name(target)
             print(json.dumps(line, ensure_ascii=False))
+    if arguments.csv:
+        write_bytes(arguments.csv, _csv(rows))
     return status
+
+
+CSV_COLUMNS = (
+    *("image", "category", "verdict", "score", "threshold", "p_value", "num_regions"),
+    *("largest_x", "largest_y", "largest_width", "largest_height", "error"),
+)
+
+
+def _csv_row(image: str, category: str, found_or_error: Any) -> dict[str, Any]:
+    """What is told of an image; its largest region is that of the most pixels, in pixels of the image."""
+    row: dict[str, Any] = {"image": image, "category": category}
+    if isinstance(found_or_error, str):
+        return {**row, "error": found_or_error}
+    found = found_or_error
+    row = {**row, "verdict": found.verdict, "num_regions": len(found.regions)}
+    row.update({key: getattr(found, key) for key in ("score", "threshold", "p_value")})
+    if found.regions:
+        largest = max(found.regions, key=lambda region: region.area)
+        row.update({f"largest_{key}": getattr(largest, key) for key in ("x", "y", "width", "height")})
+    return row
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
+    """A line of column names, and one an image; what is not known of one is empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
 
 
 def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, bytes, Any]]:

@@ -75,7 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure bundles on the labelled test images")
     evaluate.add_argument("bundles", help="a bundle, or a run's folder")
     evaluate.add_argument("--data", help="Parquet data set (default: the one they were trained from)")
-    evaluate.add_argument("--output", help="folder for report.json and report.md (default: report/ beside the bundles)")
+    evaluate.add_argument(
+        "--output", help="folder for report.html, .md and .json (default: report/ beside the bundles)"
+    )
     evaluate.add_argument(
         "--max-side-px", type=int, default=512, help="maps are compared at the masks' size up to this"
     )
@@ -85,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("bundle", help="a bundle")
     inspect.add_argument("images", nargs="+", help="image files, or folders of them")
     inspect.add_argument("--overlays", metavar="FOLDER", help="write a heat-map overlay of every image here")
+    inspect.add_argument("--csv", metavar="FILE", help="write a table here too: one row an image, once all are done")
     inspect.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     inspect.set_defaults(run=_inspect)
 

@@ -32,6 +32,7 @@ from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import check_ingredients
 from focus_ray.fitting.state import Figures, TrainState
 from focus_ray.names import unique_name
+from focus_ray.reporting.training import write_training_report
 from focus_ray.storage import (
     create_bytes,
     exists,
@@ -141,6 +142,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         shared = join(root, SHARED_METRIC)
         share_metric(list(bundles.values()), shared)
         log(f"metric of all {len(bundles)} categories, for a new one's density.metric: {shared}")
+    log(f"report: {write_training_report(bundles, root)}")
     return bundles
 
 

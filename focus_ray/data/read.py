@@ -132,7 +132,10 @@ def decoded_rows(
         yield decode_batch(batch, size_px)
 
 
+TEST_COLUMNS = ("id", "image", "mask", "label", "defect_type", "width", "height")
+
+
 def iter_test_records(uri: str, category: str) -> Iterable[Row]:
     """The labelled test images of a category, as `Inspector.evaluate` takes them."""
     rows = read_index(uri, category, split="test")["row"].to_numpy()
-    return read_rows(uri, category, rows, columns=("image", "mask", "label", "defect_type", "width", "height"))
+    return read_rows(uri, category, rows, columns=TEST_COLUMNS)

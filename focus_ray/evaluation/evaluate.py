@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,18 @@ from focus_ray.kinds import METRICS
 MAX_SIDE_PX = 512  # maps and masks are compared at the mask's own size up to this
 
 
+class Labelled(NamedTuple):
+    """Labelled images of one category, scored, in the order of their records.
+
+    types: N defect types.  ids: N; '' where a record has none.  reduced: whether maps are smaller than their images.
+    """
+
+    measured: Measured
+    types: tuple[str, ...]
+    ids: tuple[str, ...]
+    reduced: bool
+
+
 def summarise(
     labels: Sequence[int],
     types: Sequence[str],
@@ -24,22 +36,29 @@ def summarise(
     threshold: float,
     target_fpr: float,
 ) -> dict[str, Any]:
+    """`figures` of arrays.
+
+    masks: None where an anomalous image has none; such an image counts in image metrics alone.
+    """
+    measured = Measured(
+        np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64), masks, maps, float(threshold)
+    )
+    return figures(measured, types, target_fpr)
+
+
+def figures(measured: Measured, types: Sequence[str], target_fpr: float) -> dict[str, Any]:
     """All metrics of one category; a metric that the set cannot give (one class only, no mask) is None.
 
     So is one that fails on what the set holds, masks that cover whole images for instance: 'reasons' then says why, by the
     metric's name, after its defect's where it is of one defect.
-
-    masks: None where an anomalous image has none; such an image counts in image metrics alone.
     """
     reasons: dict[str, str] = {}
-    measured = Measured(
-        np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64), masks, maps, float(threshold)
-    )
+    masks, labels = measured.masks, measured.labels
     result: dict[str, Any] = {
         "num_normal": int((measured.labels == 0).sum()),
         "num_anomalous": int((measured.labels == 1).sum()),
         "num_masks": sum(mask is not None for mask, label in zip(masks, measured.labels, strict=True) if label),
-        "threshold": float(threshold),
+        "threshold": measured.threshold,
         "target_fpr": float(target_fpr),
         **{key: _value(METRICS[key], measured, reasons, key) for key in METRICS},
     }

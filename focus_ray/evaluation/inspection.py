@@ -64,6 +64,20 @@ class Inspection:
         """Small enough to be sent about: its map has no place."""
         return replace(self, anomaly_map=np.empty((0, 0), np.float32))
 
+    def scaled(self, factor: float) -> Inspection:
+        """With its regions in pixels of a picture `factor` times as large."""
+        regions = tuple(
+            replace(
+                region,
+                x=int(region.x * factor),
+                y=int(region.y * factor),
+                width=max(1, round(region.width * factor)),
+                height=max(1, round(region.height * factor)),
+            )
+            for region in self.regions
+        )
+        return replace(self, regions=regions)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON types; without the map."""
         return {

@@ -207,12 +207,16 @@ class _PixelCurve:
         gained = np.diff(self.found, prepend=0) / self.found[-1]
         return float(np.sum(gained * self.found / (self.found + self.at_or_above)))
 
-    def aupro(self, fpr_limit: float) -> float:
+    def pro(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The per-region-overlap curve's corners from (0, 0) to (1, 1): false positive rate, mean overlap."""
         fpr = np.empty(2 * self.found.size + 2)
         pro = np.empty_like(fpr)
         fpr[0], fpr[1:-1:2], fpr[2:-1:2], fpr[-1] = 0.0, self.above, self.at_or_above, self.num_normal
         pro[0], pro[1], pro[3:-1:2], pro[2:-1:2], pro[-1] = 0.0, 0.0, self.overlap[:-1], self.overlap, 1.0
-        fpr /= self.num_normal
+        return fpr / self.num_normal, pro
+
+    def aupro(self, fpr_limit: float) -> float:
+        fpr, pro = self.pro()
         inside = int(np.searchsorted(fpr, fpr_limit, side="right"))
         area = float(np.sum(0.5 * (pro[1:inside] + pro[: inside - 1]) * np.diff(fpr[:inside])))
         if inside < fpr.size:

@@ -33,7 +33,7 @@ def draw(output: Output, inspection: Inspection, data: bytes) -> bytes:
 
     image = Image.fromarray(decode_image(data, None)).resize((width, height), Image.Resampling.BILINEAR)
     scale = width / inspection.width
-    return encode_png(overlay(np.asarray(image), _scaled(inspection, scale)))
+    return encode_png(overlay(np.asarray(image), inspection.scaled(scale)))
 
 
 class MapValues(NamedTuple):
@@ -48,20 +48,3 @@ def map_values(inspection: Inspection) -> MapValues:
     anomaly_map = inspection.anomaly_map
     high = max(2 * inspection.pixel_threshold, float(anomaly_map.max()), 1e-12)
     return MapValues(encode_png(np.clip(np.round(anomaly_map * (255 / high)), 0, 255).astype(np.uint8)), high)
-
-
-def _scaled(inspection: Inspection, scale: float) -> Inspection:
-    """With its regions in pixels of a picture `scale` times as large."""
-    from dataclasses import replace
-
-    regions = tuple(
-        replace(
-            region,
-            x=int(region.x * scale),
-            y=int(region.y * scale),
-            width=max(1, round(region.width * scale)),
-            height=max(1, round(region.height * scale)),
-        )
-        for region in inspection.regions
-    )
-    return replace(inspection, regions=regions)

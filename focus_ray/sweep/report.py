@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from focus_ray.reporting.page import png_uri, render
 from focus_ray.storage import join, write_bytes
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import distributions
@@ -56,7 +55,7 @@ def write_report(root: str, sweep: SweepConfig, found: Sequence[Record]) -> list
         "epochs": sum(record.epochs for record in found),
     }
     files["report.json"] = (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode()
-    files["report.html"] = _page(root, sweep, found, pictures, importances).encode()
+    files["report.html"] = _page(root, sweep, found, pictures, importances)
     for name, data in files.items():
         write_bytes(join(root, name), data)
     return list(files)
@@ -282,72 +281,76 @@ def _parquet(sweep: SweepConfig, found: Sequence[Record]) -> bytes:
     return buffer.getvalue()
 
 
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#1d2733;background:#fff}
-table{border-collapse:collapse;font-size:14px}td,th{padding:.3rem .7rem;border-bottom:1px solid #e3e7eb;text-align:right}
-th{background:#f4f6f8}td.text,th.text{text-align:left}tr.best td{background:#fdecea;font-weight:600}
-tr.cut td,tr.failed td{color:#6b7783}img{max-width:100%}pre{background:#f4f6f8;padding:.8rem;overflow:auto}
-.mark{background:#c0392b;color:#fff;padding:.1rem .5rem;border-radius:.3rem}.wide{overflow-x:auto}
-"""
-
-
 def _page(
     root: str,
     sweep: SweepConfig,
     found: Sequence[Record],
     pictures: dict[str, list[tuple[str, str, bytes]]],
     importances: dict[str, dict[str, float] | None],
-) -> str:
+) -> bytes:
     best = records.best_of(found)
-    say = html.escape
-    name = str(sweep.name)
-    counts = {status: sum(record.status == status for record in found) for status in ("finished", "cut", "failed")}
-    parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{say(name)}</title><style>{_STYLE}</style><h1>Sweep {say(name)}</h1>",
-        f"<p>{say(root)}<br>"
-        + ", ".join(f"{count} {status}" for status, count in counts.items())
-        + f"; {sum(record.epochs for record in found)} epochs, {sum(record.seconds for record in found):.0f} s of trials. "
-        f"Searcher {say(sweep.searcher)}, seed {sweep.seed}. Maximised: {say(records.objective_words(sweep))}.</p>",
-    ]
-    if records.is_labelled(sweep):
-        parts.append(
-            "<p><span class=mark>labelled</span> These scores come from labelled test images. What was chosen by them must "
-            "not be judged on them again.</p>"
-        )
-    for stage in sorted({record.stage for record in found}, key=lambda stage: stage or ""):
-        mine = [record for record in found if record.stage == stage]
-        parts.append(f"<h2>{'All categories' if stage is None else say(stage)}</h2>")
-        winner = best.get(stage)
-        if winner is not None:
-            tied = records.tied_with_best(mine, winner)
-            settings = ", ".join(f"{key} = {records.shown(value)}" for key, value in winner.point.items())
-            parts.append(f"<p>Best: trial {winner.number}, <b>{winner.score:.4f}</b>: {say(settings)}.")
-            if tied:
-                parts.append(f" {tied} more within {records.NOISE:g} of it: their order means nothing.")
-            yaml_name = "best.yaml" if stage is None else f"best-{stage}.yaml"
-            parts.append(f"</p><pre>focus-ray train {say(join(root, yaml_name))}</pre>")
-        parts.append(_html_table(sweep, mine, winner))
-        for _, title, picture in pictures.get(stage or "", []):
-            data = base64.b64encode(picture).decode()
-            parts.append(f"<h3>{say(title)}</h3><img alt='{say(title)}' src='data:image/png;base64,{data}'>")
-            if title == "Parameter importance" and len(_scored(mine)) < 10 * len(sweep.space):
-                parts.append(
-                    f"<p>{len(_scored(mine))} trials for {len(sweep.space)} parameters: a hint, not a measurement.</p>"
-                )
-        if importances.get(stage or "") is None:
-            parts.append(f"<p>No parameter importance: it needs {_MIN_FOR_IMPORTANCE} finished trials that differ.</p>")
-    parts.append(
-        f"<h2>Configuration</h2><pre>{say(json.dumps(sweep.model_dump(mode='json', exclude={'base'}), indent=1))}</pre>"
+    stages = sorted({record.stage for record in found}, key=lambda stage: stage or "")
+    return render(
+        "sweep.html",
+        title=f"Sweep {sweep.name}",
+        place=root,
+        counts={status: sum(record.status == status for record in found) for status in ("finished", "cut", "failed")},
+        epochs=sum(record.epochs for record in found),
+        seconds=sum(record.seconds for record in found),
+        searcher=sweep.searcher,
+        seed=sweep.seed,
+        objective=records.objective_words(sweep),
+        is_labelled=records.is_labelled(sweep),
+        noise=records.NOISE,
+        min_for_importance=_MIN_FOR_IMPORTANCE,
+        stages=[
+            _stage(
+                root,
+                sweep,
+                [record for record in found if record.stage == stage],
+                best.get(stage),
+                pictures.get(stage or "", []),
+                importances.get(stage or "") is not None,
+            )
+            for stage in stages
+        ],
+        settings=json.dumps(sweep.model_dump(mode="json", exclude={"base"}), indent=1, ensure_ascii=False),
     )
-    return "\n".join(parts) + "</html>\n"
 
 
-def _html_table(sweep: SweepConfig, mine: Sequence[Record], winner: Record | None) -> str:
+def _stage(
+    root: str,
+    sweep: SweepConfig,
+    mine: Sequence[Record],
+    winner: Record | None,
+    pictures: Sequence[tuple[str, str, bytes]],
+    has_importance: bool,
+) -> dict[str, Any]:
+    """What the page shows of the trials of one stage."""
+    stage, num_scored = mine[0].stage, len(_scored(mine))
+    return {
+        "name": "All categories" if stage is None else stage,
+        "winner": winner,
+        "point": "" if winner is None else ", ".join(f"{k} = {records.shown(v)}" for k, v in winner.point.items()),
+        "tied": 0 if winner is None else records.tied_with_best(mine, winner),
+        "best_yaml": join(root, "best.yaml" if stage is None else f"best-{stage}.yaml"),
+        "table": _table(sweep, mine, winner),
+        "pictures": {title: png_uri(picture) for _, title, picture in pictures},
+        "num_scored": num_scored,
+        "num_parameters": len(sweep.space),
+        "is_hint": num_scored < 10 * len(sweep.space),
+        "has_importance": has_importance,
+    }
+
+
+def _table(
+    sweep: SweepConfig, mine: Sequence[Record], winner: Record | None
+) -> tuple[list[str], list[tuple[str, list[str], str]]]:
+    """Heads of the columns, and a row a trial, best first: how it is marked, its cells, its status."""
     categories = list(dict.fromkeys(name for record in mine for name in record.categories))
     categories = categories if len(categories) > 1 else []
     head = ["trial", *sweep.space, "score", *categories, *(["spread"] if categories else []), "epochs", "seconds"]
-    rows = ["<tr>" + "".join(f"<th>{html.escape(title)}</th>" for title in head) + "<th class=text>status</th></tr>"]
+    rows = []
     for record in sorted(mine, key=lambda r: (r.status != "finished", -(r.score or 0.0), r.status, r.number)):
         scores = [record.score, *(record.categories.get(name, {}).get("score") for name in categories)]
         if categories:
@@ -355,10 +358,6 @@ def _html_table(sweep: SweepConfig, mine: Sequence[Record], winner: Record | Non
         cells = [str(record.number), *(records.shown(record.point.get(key)) for key in sweep.space)]
         cells += ["-" if score is None else f"{score:.4f}" for score in scores]
         cells += [str(record.epochs), f"{record.seconds:.1f}"]
-        kind = "best" if winner is not None and record.number == winner.number else record.status
-        status = record.status + (f": {record.reason}" if record.reason else "")
-        rows.append(
-            f"<tr class={kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-            + f"<td class=text>{html.escape(status)}</td></tr>"
-        )  # fmt: skip
-    return "<div class=wide><table>" + "".join(rows) + "</table></div>"
+        mark = "best" if winner is not None and record.number == winner.number else record.status
+        rows.append((mark, cells, record.status + (f": {record.reason}" if record.reason else "")))
+    return head, rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -133,6 +135,9 @@ def test_evaluate_writes_its_report_beside_the_bundles(run: Path, capsys: pytest
     assert text.strip() == table.strip()
     assert f"| gear | 4 | 4 | {gear['image_auroc']:.4f} |" in text
     assert "| gear | scratch | 1 |" in text
+    page = (run / "report/report.html").read_text()
+    assert "of 4 good parts would be called bad" in page
+    assert "of 4 defective parts are found" in page
 
 
 def test_evaluate_takes_one_bundle_other_data_and_another_folder(
@@ -176,6 +181,9 @@ def test_evaluate_measures_the_other_defects_and_categories_where_one_cannot_be(
     assert "| board | - | - |" in text
     assert "- board: not measured: there is no test image to evaluate" in text
     assert captured.out.strip() == text.strip()
+    page = (tmp_path / "small/report/report.html").read_text()
+    assert "Not measured: there is no test image to evaluate" in page
+    assert page.index("1 could not be measured") < page.index('id="category-1"')
 
 
 def test_evaluate_of_a_folder_without_bundles_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +194,7 @@ def test_evaluate_of_a_folder_without_bundles_exits_with_1(tmp_path: Path, capsy
 # inspect
 
 
-def test_inspect_prints_a_json_line_an_image_and_writes_overlays_of_its_size(
+def test_inspect_prints_a_json_line_an_image_and_writes_overlays_with_a_strip_below(
     bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", bundle, str(pictures), "--overlays", str(tmp_path / "overlays"), "--device", "cpu"]) == 0
@@ -195,7 +203,43 @@ def test_inspect_prints_a_json_line_an_image_and_writes_overlays_of_its_size(
     assert [(line["width"], line["height"], line["category"]) for line in lines] == [(64, 64, "gear"), (90, 60, "gear")]
     alone = Inspector.load(bundle, "cpu").inspect([(pictures / "a.png").read_bytes()])[0]
     assert lines[0]["score"] == pytest.approx(alone.score, rel=1e-4)
-    assert [Image.open(str(line["overlay"])).size for line in lines] == [(64, 64), (90, 60)]
+    sizes = [Image.open(str(line["overlay"])).size for line in lines]
+    assert [width for width, _ in sizes] == [5 * 64, 4 * 90]  # whole times as large, wide enough for words
+    assert all(height > factor * side for (_, height), factor, side in zip(sizes, (5, 4), (64, 60), strict=True))
+
+
+def test_inspect_writes_a_table_with_a_row_an_image_and_the_reason_where_one_cannot_be_read(
+    bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "cut.png").write_bytes((pictures / "a.png").read_bytes()[:100])
+    table = tmp_path / "new" / "table.csv"
+    assert main(["inspect", bundle, str(pictures), "--csv", str(table), "--device", "cpu"]) == 1
+    lines = lines_of(capsys.readouterr().out)
+    with table.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["image"] for row in rows] == [line["image"] for line in lines]
+    assert [row["category"] for row in rows] == ["gear"] * 3
+    for row, line in zip(rows, lines, strict=True):
+        if "error" in line:
+            assert (row["error"], row["verdict"], row["score"]) == (line["error"], "", "")
+            continue
+        assert [float(row[key]) for key in ("score", "threshold", "p_value")] == [
+            line[key] for key in ("score", "threshold", "p_value")
+        ]
+        assert row["verdict"] == ("anomalous" if line["anomalous"] else "normal")
+        regions = cast(list[dict[str, float]], line["regions"])
+        assert int(row["num_regions"]) == len(regions)
+        box = [row[f"largest_{key}"] for key in ("x", "y", "width", "height")]
+        largest = max(regions, key=lambda region: region["area"]) if regions else None
+        assert box == ([str(largest[key]) for key in ("x", "y", "width", "height")] if largest else [""] * 4)
+    assert [path.name for path in table.parent.iterdir()] == ["table.csv"]
+
+
+def test_a_table_that_is_to_go_into_a_folder_exits_with_1(
+    bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", bundle, str(pictures), "--csv", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"focus-ray: {tmp_path}: a folder: give a file for --csv\n"
 
 
 def test_inspect_scores_the_other_images_where_one_is_damaged_and_exits_with_1(
