@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from focus_ray.cli.output import EXIT_INTERRUPTED, require, say
 
+if TYPE_CHECKING:
+    from focus_ray.config import Config
+
+
+def read_config(place: str, overrides: list[str]) -> Config:
+    """`load_config` of a file, or of an object in a storage, as a sweep's best.yaml may be. Raises: ConfigError."""
+    from focus_ray.config import load_config, mapping_of, override_tree, parse_config
+
+    if "://" not in place:
+        return load_config(place, overrides)
+    from focus_ray.errors import ConfigError
+    from focus_ray.storage import read_bytes
+
+    try:
+        text = read_bytes(place).decode()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{place}: cannot read the configuration: {error}") from error
+    return parse_config(override_tree(mapping_of(text, place), overrides), source=place)
+
 
 def _train(arguments: argparse.Namespace) -> int:
-    from focus_ray.config import load_config
-
-    config = load_config(arguments.config, arguments.override)
+    config = read_config(arguments.config, arguments.override)
     from focus_ray.cluster.training import train  # seconds of imports, which a misspelt key need not wait for
 
     names: list[str] = []

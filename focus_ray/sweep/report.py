@@ -9,17 +9,16 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from focus_ray.storage import join, write_bytes
-from focus_ray.sweep import records
+from focus_ray.sweep import records, summary
+from focus_ray.sweep.plots import importance_plot, learning_curves, parallel_coordinates
 from focus_ray.sweep.proposer import distributions
 from focus_ray.sweep.records import Record
 from focus_ray.sweep.settings import SweepConfig
 
-_BEST, _CUT, _GRID = "#c0392b", "#9aa5b1", "#e3e7eb"
 _MIN_FOR_IMPORTANCE = 4
 
 
@@ -28,29 +27,33 @@ def write_report(root: str, sweep: SweepConfig, found: Sequence[Record]) -> list
     files: dict[str, bytes] = {"trials.parquet": _parquet(sweep, found)}
     best = records.best_of(found)
     for stage, record in best.items():
-        name = "best.yaml" if stage is None else f"best-{stage}.yaml"
-        files[name] = records.best_config_yaml(sweep, record, root).encode()
+        files[records.best_name(stage)] = records.best_config_yaml(sweep, record, root).encode()
     pictures: dict[str, list[tuple[str, str, bytes]]] = {}
     importances: dict[str, dict[str, float] | None] = {}
-    for stage in sorted({record.stage for record in found}, key=lambda stage: stage or ""):
+    for stage in summary.stages_of(found):
         mine = [record for record in found if record.stage == stage]
         end = "" if stage is None else f"-{stage}"
         importance = importances[stage or ""] = parameter_importance(sweep, mine)
         made = [
             ("parallel", "Settings and scores", parallel_coordinates(sweep, mine)),
             ("curves", "Learning curves", learning_curves(sweep, mine)),
-            ("importance", "Parameter importance", importance_plot(sweep, importance, len(_scored(mine)))),
+            ("importance", "Parameter importance", importance_plot(sweep, importance, len(records.scored(mine)))),
         ]
         for name, title, picture in made:
             if picture is not None:
                 files[f"{name}{end}.png"] = picture
                 pictures.setdefault(stage or "", []).append((f"{name}{end}.png", title, picture))
-    table = records.summary_table(sweep, found)
-    files["report.md"] = table.encode()
+    files["report.md"] = _markdown(root, sweep, found).encode()
     facts = {
         "objective": sweep.objective,
         "labelled": records.is_labelled(sweep),
         "best": {stage or "all": {"number": r.number, "score": r.score, "point": r.point} for stage, r in best.items()},
+        "level": {
+            stage or "all": sorted(record.number for record in [*ties.equal, *ties.near])
+            for stage, winner in best.items()
+            for ties in [summary.ties_with(sweep, [r for r in found if r.stage == stage], winner)]
+        },
+        "caveats": {stage or "all": summary.told(sweep, found, stage).caveats for stage in summary.stages_of(found)},
         "importance": importances,
         "num_trials": len(found),
         "epochs": sum(record.epochs for record in found),
@@ -67,8 +70,11 @@ def parameter_importance(sweep: SweepConfig, found: Sequence[Record]) -> dict[st
 
     None where it means nothing: too few finished trials, or all alike.
     """
-    scored = _scored(found)
-    if len(scored) < _MIN_FOR_IMPORTANCE or len({record.score for record in scored}) < 2:
+    scored = records.scored(found)
+    if (
+        len(scored) < _MIN_FOR_IMPORTANCE
+        or len({round(record.score or 0.0, records.DECIMALS) for record in scored}) < 2
+    ):
         return None
     import optuna
 
@@ -96,165 +102,10 @@ def parameter_importance(sweep: SweepConfig, found: Sequence[Record]) -> dict[st
     }
 
 
-def parallel_coordinates(sweep: SweepConfig, found: Sequence[Record]) -> bytes | None:
-    """A line a finished trial through its settings, the scores of its categories and the mean; PNG."""
-    scored = sorted(_scored(found), key=lambda record: record.score or 0.0)
-    if not scored:
-        return None
-    keys = list(sweep.space)
-    categories = list(scored[0].categories) if len(scored[0].categories) > 1 else []
-    columns: list[tuple[str, list[float], list[tuple[float, str]]]] = []
-    for key in keys:
-        positions, ticks = _axis(sweep, key, [record.point[key] for record in scored])
-        columns.append((key.replace(".", ".\n", 1), positions, ticks))
-    results = [(name, [record.categories[name]["score"] for record in scored]) for name in categories]
-    results.append(("mean score" if categories else "score", [record.score or 0.0 for record in scored]))
-    for name, values in results:
-        columns.append((name, *_scale(values)))
-    figure, axes = _figure(1.6 * len(columns) + 1.6, 4.4)
-    low, high = min(record.score or 0.0 for record in scored), max(record.score or 0.0 for record in scored)
-    rng = np.random.default_rng(0)
-    shift = rng.uniform(-0.012, 0.012, (len(scored), len(columns)))  # so that equal settings stay apart
-    shift[:, len(keys) :] = 0
-    for number, record in enumerate(scored):
-        is_best = number == len(scored) - 1
-        place = ((record.score or 0.0) - low) / (high - low) if high > low else 1.0
-        heights = [column[1][number] + shift[number, at] for at, column in enumerate(columns)]
-        axes.plot(
-            range(len(columns)),
-            heights,
-            color=_BEST if is_best else _shade(place),
-            linewidth=2.6 if is_best else 1.3,
-            alpha=1.0 if is_best else 0.85,
-            zorder=3 if is_best else 2,
-            label=f"best: trial {record.number}" if is_best else None,
-        )
-    for at, (_, _, ticks) in enumerate(columns):
-        axes.axvline(at, color="#5f6b76", linewidth=1.0, zorder=1)
-        for height, text in ticks:
-            axes.text(
-                at + 0.05, height, text, fontsize=8, va="center", zorder=4,
-                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
-            )  # fmt: skip
-    axes.set_xticks(range(len(columns)), [column[0] for column in columns], fontsize=9)
-    axes.set_yticks([])
-    axes.set_xlim(-0.2, len(columns) - 1 + 0.55)
-    axes.set_ylim(-0.08, 1.12)
-    axes.legend(loc="upper left", fontsize=8, frameon=False, ncols=2)
-    axes.set_title(f"{len(scored)} finished trials; darker is better ({records.objective_words(sweep)})", fontsize=10)
-    return _png(figure)
-
-
-def learning_curves(sweep: SweepConfig, found: Sequence[Record]) -> bytes | None:
-    """The score by epoch, a panel a category, trials that were cut in grey up to where they were; PNG. None where nothing
-    was trained."""
-    categories = list(dict.fromkeys(name for record in found for name in record.categories))
-    if not any(len(curve) > 1 for record in found for curve in record.curves().values()):
-        return None
-    best = records.best_of(found)
-    names = {record.name for record in best.values()}
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * len(categories), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(categories), squeeze=False)[0]
-    for panel, category in zip(panels, categories, strict=True):
-        _style(panel)
-        for record in found:
-            curve = record.curves().get(category)
-            if not curve:
-                continue
-            epochs, scores = zip(*curve, strict=True)
-            is_best, is_cut = record.name in names, record.status != "finished"
-            panel.plot(
-                epochs, scores, marker="x" if is_cut else "o", markersize=4,
-                markevery=[len(curve) - 1] if len(curve) > 1 else None,
-                color=_BEST if is_best else _CUT if is_cut else "#2c6fad",
-                linewidth=2.4 if is_best else 1.1, zorder=3 if is_best else 1 if is_cut else 2,
-            )  # fmt: skip
-        panel.set_title(category, fontsize=10)
-        panel.set_xlabel("epochs")
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].set_ylabel(records.objective_words(sweep), fontsize=9)
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=_BEST, linewidth=2.4, marker="o", markersize=4, label="best"),
-        Line2D([], [], color="#2c6fad", marker="o", markersize=4, label="finished"),
-        Line2D([], [], color=_CUT, marker="x", markersize=4, label="cut"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return _png(figure)
-
-
-def importance_plot(sweep: SweepConfig, importance: dict[str, float] | None, num_trials: int) -> bytes | None:
-    if not importance:
-        return None
-    keys = list(importance)[::-1]
-    figure, axes = _figure(6.4, 1.1 + 0.42 * len(keys))
-    axes.barh(keys, [importance[key] for key in keys], color="#2c6fad", height=0.6)
-    for number, key in enumerate(keys):
-        axes.text(importance[key] + 0.012, number, f"{importance[key]:.2f}", va="center", fontsize=9)
-    axes.set_xlim(0, max(importance.values()) * 1.15 + 0.02)
-    axes.set_xlabel("share of the score's variance (fANOVA)")
-    axes.set_title(f"from {num_trials} finished trials", fontsize=10)
-    axes.grid(axis="x", color=_GRID)
-    return _png(figure)
-
-
-def _scored(found: Sequence[Record]) -> list[Record]:
-    return [record for record in found if record.status == "finished" and record.score is not None]
-
-
-def _axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
-    """Heights in 0..1 of values on their parameter's axis, and its ticks."""
-    domain = sweep.space[key]
-    if domain.choice is not None:
-        texts = [json.dumps(value) for value in domain.choice]
-        heights = np.linspace(0, 1, len(texts)) if len(texts) > 1 else np.array([0.5])
-        labels = [(float(height), records.shown(value)) for height, value in zip(heights, domain.choice, strict=True)]
-        return [float(heights[texts.index(json.dumps(value))]) for value in values], labels
-    low, high = (np.log(domain.ends) if domain.is_log else np.asarray(domain.ends)).tolist()
-    numbers = np.log(values) if domain.is_log else np.asarray(values, dtype=float)
-    places = np.linspace(0, 1, 3)
-    ticks = low + places * (high - low)
-    shown = [records.shown(float(np.exp(tick) if domain.is_log else tick)) for tick in ticks]
-    return [float(v) for v in (numbers - low) / (high - low)], list(zip(places.tolist(), shown, strict=True))
-
-
-def _scale(values: Sequence[float]) -> tuple[list[float], list[tuple[float, str]]]:
-    low, high = min(values), max(values)
-    if high == low:
-        return [0.5] * len(values), [(0.5, f"{low:.4f}")]
-    return [(value - low) / (high - low) for value in values], [(0.0, f"{low:.4f}"), (1.0, f"{high:.4f}")]
-
-
-def _shade(place: float) -> str:
-    """Pale to dark blue: the luminance falls with the score, so that it reads without colour."""
-    start, end = np.array([190, 212, 232]), np.array([16, 58, 110])
-    return "#" + "".join(f"{int(v):02x}" for v in start + place * (end - start))
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no pyplot: it keeps figures, and may look for a display
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    _style(axes)
-    return figure, axes
-
-
-def _style(axes: Any) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color=_GRID)
-    axes.tick_params(labelsize=9)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
+def _markdown(root: str, sweep: SweepConfig, found: Sequence[Record]) -> str:
+    trains = "\n".join(summary.commands(root, found))
+    end = f"\n```\n{trains}\n```\n" if trains else ""
+    return f"{records.summary_table(sweep, found)}\n{summary.text(sweep, found)}{end}"
 
 
 def _parquet(sweep: SweepConfig, found: Sequence[Record]) -> bytes:
@@ -311,30 +162,20 @@ def _page(
         f"Searcher {say(sweep.searcher)}, seed {sweep.seed}. Maximised: {say(records.objective_words(sweep))}.</p>",
     ]
     if records.is_labelled(sweep):
-        parts.append(
-            "<p><span class=mark>labelled</span> These scores come from labelled test images. What was chosen by them must "
-            "not be judged on them again.</p>"
-        )
-    for stage in sorted({record.stage for record in found}, key=lambda stage: stage or ""):
+        parts.append("<p><span class=mark>labelled</span></p>")
+    for stage in summary.stages_of(found):
         mine = [record for record in found if record.stage == stage]
         parts.append(f"<h2>{'All categories' if stage is None else say(stage)}</h2>")
         winner = best.get(stage)
+        said = summary.told(sweep, found, stage)
+        words = [said.best, *said.ties, *said.caveats]
+        parts.append("<ul>" + "".join(f"<li>{say(line)}</li>" for line in words if line is not None) + "</ul>")
         if winner is not None:
-            tied = records.tied_with_best(mine, winner)
-            settings = ", ".join(f"{key} = {records.shown(value)}" for key, value in winner.point.items())
-            parts.append(f"<p>Best: trial {winner.number}, <b>{winner.score:.4f}</b>: {say(settings)}.")
-            if tied:
-                parts.append(f" {tied} more within {records.NOISE:g} of it: their order means nothing.")
-            yaml_name = "best.yaml" if stage is None else f"best-{stage}.yaml"
-            parts.append(f"</p><pre>focus-ray train {say(join(root, yaml_name))}</pre>")
+            parts.append(f"<pre>{say(summary.commands(root, [winner])[0])}</pre>")
         parts.append(_html_table(sweep, mine, winner))
         for _, title, picture in pictures.get(stage or "", []):
             data = base64.b64encode(picture).decode()
             parts.append(f"<h3>{say(title)}</h3><img alt='{say(title)}' src='data:image/png;base64,{data}'>")
-            if title == "Parameter importance" and len(_scored(mine)) < 10 * len(sweep.space):
-                parts.append(
-                    f"<p>{len(_scored(mine))} trials for {len(sweep.space)} parameters: a hint, not a measurement.</p>"
-                )
         if importances.get(stage or "") is None:
             parts.append(f"<p>No parameter importance: it needs {_MIN_FOR_IMPORTANCE} finished trials that differ.</p>")
     parts.append(
@@ -348,12 +189,12 @@ def _html_table(sweep: SweepConfig, mine: Sequence[Record], winner: Record | Non
     categories = categories if len(categories) > 1 else []
     head = ["trial", *sweep.space, "score", *categories, *(["spread"] if categories else []), "epochs", "seconds"]
     rows = ["<tr>" + "".join(f"<th>{html.escape(title)}</th>" for title in head) + "<th class=text>status</th></tr>"]
-    for record in sorted(mine, key=lambda r: (r.status != "finished", -(r.score or 0.0), r.status, r.number)):
+    for record in sorted(mine, key=records.rank):
         scores = [record.score, *(record.categories.get(name, {}).get("score") for name in categories)]
         if categories:
             scores.append(record.spread)
         cells = [str(record.number), *(records.shown(record.point.get(key)) for key in sweep.space)]
-        cells += ["-" if score is None else f"{score:.4f}" for score in scores]
+        cells += ["-" if score is None else f"{score:.{records.DECIMALS}f}" for score in scores]
         cells += [str(record.epochs), f"{record.seconds:.1f}"]
         kind = "best" if winner is not None and record.number == winner.number else record.status
         status = record.status + (f": {record.reason}" if record.reason else "")
