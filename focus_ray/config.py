@@ -441,14 +441,19 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error}") from error
+    return mapping_of(text, str(path))
+
+
+def mapping_of(text: str, source: str) -> dict[str, Any]:
+    """YAML's top mapping. Raises: ConfigError: it is none, or no YAML."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections at the top, got {type(tree).__name__}")
+        raise ConfigError(f"{source}: expected a mapping of sections at the top, got {type(tree).__name__}")
     return tree
 
 

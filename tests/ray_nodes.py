@@ -7,19 +7,13 @@ A line "kill" on stdin ends the node that was added last, by force.
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from typing import Any
 
+from places import free_port
 from ray.cluster_utils import Cluster
 
 HOST = "127.0.0.1"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 def main(num_nodes: int) -> None:

@@ -25,7 +25,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _sweep_place(action: str, place: str) -> int:
-    from focus_ray.sweep import records
+    from focus_ray.sweep import records, summary
 
     if action == "resume":
         from focus_ray.sweep.driver import resume
@@ -40,19 +40,23 @@ def _sweep_place(action: str, place: str) -> int:
     else:
         print(json.dumps(records.progress(place, config, found), indent=1, ensure_ascii=False))
     print(records.summary_table(config, found))
+    print(summary.text(config, found))
+    if action == "report":
+        print("\n".join(summary.commands(place, found)))
     return 0
 
 
 def _sweep_end(outcome: Any) -> int:
-    from focus_ray.sweep import records
+    """Table, words and, as the last lines, what to do next."""
+    from focus_ray.sweep import records, summary
 
     config = records.read_sweep(outcome.root)
     print(records.summary_table(config, outcome.records))
-    for stage, record in outcome.best.items():
-        name = "best.yaml" if stage is None else f"best-{stage}.yaml"
-        print(f"{stage or 'all categories'}\t{record.score:.4f}\t{outcome.root}/{name}")
+    print(summary.text(config, outcome.records), flush=True)
     for record in outcome.failed:
         say(f"focus-ray: trial {record.name} failed: {record.reason}")
+    for command in summary.commands(outcome.root, outcome.records):
+        print(command, flush=True)
     if outcome.stopped:
         say(f"focus-ray: stopped; go on with: focus-ray sweep resume {outcome.root}")
         return 130

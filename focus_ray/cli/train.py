@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from focus_ray.cli.output import EXIT_INTERRUPTED, require, say
 from focus_ray.errors import ConfigError
 
+if TYPE_CHECKING:
+    from focus_ray.config import Config
 
-def _train(arguments: argparse.Namespace) -> int:
-    from focus_ray.config import load_config
+
+def read_config(place: str, overrides: list[str]) -> Config:
+    """`load_config` of a file, a standard configuration by its name, or an object in a storage.
+
+    Raises: ConfigError.
+    """
+    from focus_ray.config import load_config, mapping_of, override_tree, parse_config
     from focus_ray.standard import find_config
 
+    if "://" not in place:
+        return load_config(find_config(place, "run"), overrides)
+    from focus_ray.storage import read_bytes
+
+    try:
+        text = read_bytes(place).decode()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{place}: cannot read the configuration: {error}") from error
+    return parse_config(override_tree(mapping_of(text, place), overrides), source=place)
+
+
+def _train(arguments: argparse.Namespace) -> int:
     given, overrides = _given(arguments)
-    config = load_config(find_config(given, "run"), overrides)
+    config = read_config(given, overrides)
     from focus_ray.cluster.training import train  # seconds of imports, which a misspelt key need not wait for
 
     names: list[str] = []

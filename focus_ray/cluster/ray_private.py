@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ PARTS = {
     "which node this is": ("ray._private.worker", "_global_node"),
     "the session's folder": ("ray._private.node", "Node.get_session_dir_path"),
     "which failures are tried again": ("ray.train.v2.api.data_parallel_trainer", "create_failure_policy"),
+    "which variables its actors are told": ("ray.train.v2._internal.constants", "ENV_VARS_TO_PROPAGATE"),
     "a cluster's Python version": ("ray.job_submission", "JobSubmissionClient._do_request"),
 }
 
@@ -58,6 +60,19 @@ def session_folder() -> Path:
     import ray
 
     return Path(ray._private.worker._global_node.get_session_dir_path())
+
+
+def tell_trainers_their_cluster() -> None:
+    """Lets the actors of trainers that this process makes from now on ask the cluster that they are in.
+
+    Train's placement group cleaner asks the state API whether its controller lives, and names no cluster: with two on a
+    machine its thread dies with a traceback, and cleans nothing.
+    """
+    import ray
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def cluster_metadata(client: Any) -> dict[str, Any]:

@@ -227,9 +227,10 @@ def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str) -> A
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    from focus_ray.cluster import failure_policy
+    from focus_ray.cluster import failure_policy, ray_private
 
     failure_policy.install()
+    ray_private.tell_trainers_their_cluster()
     config = job.config
     datasets = {}
     if config.train.epochs and not fits_memory(config, job.plan):

@@ -69,11 +69,11 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
         if index == victim and defect == "misplaced_component":
             sign = trouble.choice([-1, 1], size=2)
             if trouble.random() < 0.5:
-                turn += float(sign[0] * trouble.uniform(14, 90))
+                turn += float(sign[0] * trouble.uniform(25, 90))
             else:
                 off_x, off_y = (
-                    off_x + sign[0] * trouble.uniform(0.008, 0.018),
-                    off_y + sign[1] * trouble.uniform(0.008, 0.018),
+                    off_x + sign[0] * trouble.uniform(0.014, 0.024),
+                    off_y + sign[1] * trouble.uniform(0.014, 0.024),
                 )
         _draw_small_part(sheet, kind, (x, y), (x + off_x, y + off_y), turn + 90 * upright, tone, absent)
     if defect == "solder_bridge":
@@ -82,8 +82,8 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
     if defect == "scratch":
         middle = sheet.size * trouble.uniform(0.2, 0.8, size=2)
         scratch = Image.new("L", (sheet.size, sheet.size))
-        points = curve(trouble, middle, sheet.size * trouble.uniform(0.08, 0.22))
-        ImageDraw.Draw(scratch).line(points, fill=255, width=max(2, round(sheet.size * trouble.uniform(0.003, 0.0055))))
+        points = curve(trouble, middle, sheet.size * trouble.uniform(0.12, 0.28))
+        ImageDraw.Draw(scratch).line(points, fill=255, width=max(2, round(sheet.size * trouble.uniform(0.005, 0.008))))
 
     # From the sheet to the picture: the board fills 88 % of the frame, turned and shifted.
     scale = 1 / 0.88
@@ -105,8 +105,8 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
     albedo *= (1 + 0.07 * noise(rng, size, 0.2) + 0.05 * noise(rng, size, 0.006) + 0.03 * weave)[..., None]
     if scratch is not None:
         mark = photograph(scratch) * (height < 20)
-        bare = np.array([0.46, 0.50, 0.30], np.float32) * trouble.uniform(0.5, 1.0)
-        albedo = albedo * (1 - 0.75 * mark[..., None]) + bare * 0.75 * mark[..., None]
+        bare = np.array([0.50, 0.52, 0.36], np.float32) * trouble.uniform(0.9, 1.2)
+        albedo = albedo * (1 - 0.85 * mark[..., None]) + bare * 0.85 * mark[..., None]
         height -= 1.5 * mark
     # Solder (drawn 230 and up) is bumpy, cans and gold are smooth.
     solder = np.clip(metal * 6 - 4.6, 0, 1) * (0.5 * noise(rng, size, 0.010) + 0.4 * noise(rng, size, 0.025))
@@ -298,11 +298,11 @@ def _draw_bridge(sheet: _Sheet, rng: np.random.Generator) -> None:
         ends = ((x, first - 0.004), (x + rng.uniform(-0.006, 0.006), last + 0.004))
     else:
         along = 0.443 + _LEAD_PITCH * (rng.integers(-4, 3) + 0.5)
-        far = 0.443 + rng.choice([-1, 1]) * rng.uniform(0.114, 0.128)
+        far = 0.443 + rng.choice([-1, 1]) * rng.uniform(0.120, 0.132)
         ends = ((along, far), (along + _LEAD_PITCH, far))
         if rng.random() < 0.5:
             ends = ((far, along), (far, along + _LEAD_PITCH))
-    thick = rng.uniform(0.0055, 0.0095)
+    thick = rng.uniform(0.009, 0.013)
     for step in np.linspace(0, 1, 9):
         x, y = (ends[0][axis] * (1 - step) + ends[1][axis] * step + rng.normal(0, 0.0008) for axis in (0, 1))
         sheet.disc((x, y), thick * (1 + 0.35 * abs(2 * step - 1)) * rng.uniform(0.9, 1.1), (198, 200, 202), 22, 235)

@@ -89,15 +89,15 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     if defect == "scratch":
         at, start = trouble.uniform(0, 2 * np.pi), trouble.uniform(0.10, 0.30)
         centre_px = size * (centre + start * zoom * np.array([np.cos(at), np.sin(at)]))
-        scratch = stroke(size, curve(trouble, centre_px, size * trouble.uniform(0.10, 0.26)), trouble.uniform(2.2, 3.8))
-        height -= trouble.uniform(1.4, 2.8) * ndimage.gaussian_filter(scratch, 0.8)
+        scratch = stroke(size, curve(trouble, centre_px, size * trouble.uniform(0.14, 0.28)), trouble.uniform(3.2, 5.0))
+        height -= trouble.uniform(2.0, 3.2) * ndimage.gaussian_filter(scratch, 0.8)
     if defect == "contamination":
         at, far = trouble.uniform(0, 2 * np.pi), trouble.uniform(0.13, 0.34)
         spot = blob(
-            trouble, size, centre + far * zoom * np.array([np.cos(at), np.sin(at)]), trouble.uniform(0.022, 0.06)
+            trouble, size, centre + far * zoom * np.array([np.cos(at), np.sin(at)]), trouble.uniform(0.032, 0.06)
         )
         colour = np.array([[0.20, 0.13, 0.07], [0.10, 0.10, 0.11], [0.42, 0.22, 0.10]][trouble.integers(3)], np.float32)
-        stain = (spot * trouble.uniform(0.45, 0.9), colour)
+        stain = (spot * trouble.uniform(0.7, 0.95), colour)
         gloss = gloss * (1 - 0.8 * spot)
 
     slope_y, slope_x = np.gradient(height)
@@ -106,7 +106,7 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     slope_y += lathe * sin_phi
     if scratch is not None:
         gloss = gloss * (1 - 0.5 * scratch)
-        albedo = albedo * (1 + 0.55 * scratch)
+        albedo = albedo * (1 + 0.9 * scratch)
 
     light = direction(azimuth, elevation)
     diffuse, specular = lambert_and_blinn(slope_x, slope_y, light, 30)

@@ -28,9 +28,9 @@ def write_samples(
     root: Path,
     seed: int = 0,
     size_px: int = 256,
-    num_train: int = 48,
-    num_test_good: int = 16,
-    num_bad_per_type: int = 6,
+    num_train: int = 100,
+    num_test_good: int = 40,
+    num_bad_per_type: int = 8,
 ) -> None:
     """Writes `root/<category>/{train/good,test/good,test/<type>,ground_truth/<type>}` in MVTec AD's layout, as PNG.
 
@@ -39,6 +39,7 @@ def write_samples(
 
     Args:
         seed: 0 or more.  size_px: height and width, at least 64.
+        num_train: 100 keep the rate of false alarms near its target even where a fifth of them is held out to set it.
 
     Raises: DataError: seed, size_px or a count is too small, or the folder of a category exists and is not empty.
     """

@@ -27,7 +27,7 @@ from focus_ray.sweep.settings import Point, SweepConfig, parse_sweep
 
 SWEEP, TRIALS = "sweep.yaml", "trials"
 DONE = ("finished", "cut")  # what a resumed sweep does not try again
-NOISE = 0.01  # of a validation score, docs/SELECTION.md
+DECIMALS = 4  # of a score, as it is shown; scores that are the same to these are equal
 
 
 @dataclass(frozen=True)
@@ -86,28 +86,28 @@ def read_records(root: str) -> list[Record]:
     return sorted(found, key=lambda record: (record.stage or "", record.number))
 
 
+def rank(record: Record) -> tuple[bool, float, str, int]:
+    """Sorts the best first: finished ones by score, of equal ones the lower number, then the others."""
+    score = 0.0 if record.score is None else record.score
+    return record.status != "finished", -round(score, DECIMALS), record.status, record.number
+
+
 def best_of(records: Sequence[Record]) -> dict[str | None, Record]:
-    """The highest score of each stage, the lower number where two are equal."""
+    """The first of each stage by `rank`."""
     best: dict[str | None, Record] = {}
-    for record in sorted(records, key=lambda record: record.number):
-        if record.status == "finished" and record.score is not None:
-            held = best.get(record.stage)
-            if held is None or held.score is None or record.score > held.score:
-                best[record.stage] = record
+    for record in sorted(scored(records), key=lambda record: (record.stage or "", rank(record))):
+        best.setdefault(record.stage, record)
     return best
 
 
-def tied_with_best(records: Sequence[Record], best: Record) -> int:
-    """How many other trials lie so close behind the best that their order means nothing."""
-    assert best.score is not None
-    return sum(
-        1
-        for record in records
-        if record.stage == best.stage
-        and record.score is not None
-        and record.number != best.number
-        and record.score > best.score - NOISE
-    )
+def scored(found: Sequence[Record]) -> list[Record]:
+    """Those that finished, with a score."""
+    return [record for record in found if record.status == "finished" and record.score is not None]
+
+
+def best_name(stage: str | None) -> str:
+    """The file of a stage's best configuration."""
+    return "best.yaml" if stage is None else f"best-{stage}.yaml"
 
 
 def is_labelled(sweep: SweepConfig) -> bool:
@@ -170,13 +170,12 @@ def progress(root: str, sweep: SweepConfig, found: Sequence[Record]) -> dict[str
 
 
 def best_config_yaml(sweep: SweepConfig, record: Record, root: str) -> str:
-    """The best trial's configuration, ready for `focus-ray train`."""
+    """The best trial's configuration, ready for `focus-ray train`: its run lies beside the sweep, under the sweep's name."""
     config = sweep.base_config(record.point)
     categories = config.data.categories if record.stage is None else (record.stage,)
-    name = f"{config.name}-best" if record.stage is None else f"{config.name}-best-{record.stage}"
-    config = config.model_copy(
-        update={"name": name[:100], "data": config.data.model_copy(update={"categories": categories})}
-    )
+    end = "-best" if record.stage is None else f"-best-{record.stage}"
+    name = f"{(sweep.name or config.name)[: 100 - len(end)]}{end}"
+    config = config.model_copy(update={"name": name, "data": config.data.model_copy(update={"categories": categories})})
     assert record.score is not None
     head = [
         f"Best of {root}, trial {record.number}{f' for {record.stage}' if record.stage else ''}: "
@@ -196,7 +195,7 @@ def summary_table(sweep: SweepConfig, records: Sequence[Record]) -> str:
     for stage in stages:
         mine = [record for record in records if record.stage == stage]
         categories = list(dict.fromkeys(name for record in mine for name in record.categories))
-        ordered = sorted(mine, key=lambda r: (r.status != "finished", -(r.score or 0.0), r.status, r.number))
+        ordered = sorted(mine, key=rank)
         title = objective_words(sweep) + (f", {stage}" if stage else "")
         head = [
             "trial",
@@ -245,4 +244,4 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{value:.{DECIMALS}f}"

@@ -47,11 +47,13 @@ class Judgement:
     """What a trial comes to on one category.
 
     score: None where it was cut before its end.  curve: (epoch, score), the last one the score itself.
-    epochs: trained, the one it was cut in included.
+    epochs: trained, the one it was cut in included.  num_good, num_bad: images that the score is of.
     """
 
     category: str
     score: float | None = None
+    num_good: int = 0
+    num_bad: int = 0
     figures: dict[str, float | None] = field(default_factory=dict)
     curve: list[tuple[int, float]] = field(default_factory=list)
     epochs: int = 0
@@ -90,7 +92,8 @@ def judge_category(
 
     Raises: DataError: too few images, or the objective cannot be measured.
     """
-    result = Judgement(category)
+    num_bad = int(images.judged.labels.sum())
+    result = Judgement(category, num_good=len(images.judged.labels) - num_bad, num_bad=num_bad)
     start = time.perf_counter()
 
     def take(epoch: int, figures: dict[str, float | None], final: bool) -> None:

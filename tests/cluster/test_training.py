@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from places import free_port
 from small_set import NUM_TEST, NUM_TRAIN, draw_parts, fit_alone, ingest_parts, small_config, spoil_an_image
 from torch import Tensor
 from waiting import wait_for
@@ -183,12 +183,6 @@ def summary(config: Config, result: FitResult, data: str) -> dict[str, Any]:
         "threshold": result.calibration.image_threshold,
         "aligned": result.notes.alignment is not None and result.notes.alignment.enabled,
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+from places import free_port
 from serving_set import MILL, PRESS, Plant, make_plant
 from waiting import wait_for
 
@@ -29,12 +30,6 @@ from focus_ray.serving.settings import parse_settings
 from focus_ray.serving.source import version_key
 
 pytestmark = pytest.mark.ray
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

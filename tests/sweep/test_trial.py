@@ -128,6 +128,7 @@ def test_a_labelled_objective_is_measured_on_the_test_images(data: str) -> None:
     assert len(images.judged.images) == NUM_TEST
     result = judge_category(config, "gear", images, "image_auroc", CPU)
     assert result.score == result.figures["image_auroc"]
+    assert (result.num_good, result.num_bad) == (4, NUM_TEST - 4)
     assert len(images.validation) == 0  # none is held out for nothing
 
 

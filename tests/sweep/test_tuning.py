@@ -120,7 +120,8 @@ def test_every_trial_is_judged_on_every_category_and_the_best_is_the_highest_mea
         assert (record.status, list(record.categories)) == ("finished", list(CATEGORIES))
         scores = [part["score"] for part in record.categories.values()]
         assert record.score == pytest.approx(sum(scores) / 2)
-    assert found.best[None].score == max(record.score for record in found.records if record.score)
+    highest = max(record.score for record in found.records if record.score)
+    assert found.best[None].score == pytest.approx(highest, abs=1e-4)  # of equal ones the first
     assert len({tuple(record.point.values()) for record in found.records}) == 6
     assert (found.stopped, found.failed) == (False, [])
 
@@ -130,7 +131,7 @@ def test_the_best_configuration_is_ready_to_train_and_says_where_it_is_from(foun
     config = load_config(f"{found.root}/best.yaml")
     point = found.best[None].point
     assert (config.density.num_channels, config.density.shrinkage) == tuple(point.values())
-    assert config.name == "small-best"
+    assert config.name == "found-best"
     assert "label-free validation score" in Path(found.root, "best.yaml").read_text().splitlines()[0]
 
 
@@ -186,7 +187,7 @@ def test_one_sweep_a_category_finds_the_best_of_each(
     each = sweep(sweep_of(data, tmp_path, scope="per_category"))
     for category in CATEGORIES:
         best = max(record.categories[category]["score"] for record in found.records)
-        assert each.best[category].score == pytest.approx(best, abs=1e-6)
+        assert each.best[category].score == pytest.approx(best, abs=1e-4)  # of equal ones the first
         assert load_config(f"{each.root}/best-{category}.yaml").data.categories == (category,)
 
 
