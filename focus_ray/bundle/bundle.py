@@ -143,7 +143,7 @@ def write_bundle(
         "versions": library_versions(),
         "files": files,
     }
-    manifest["sha256"] = _manifest_hash(manifest)
+    manifest["sha256"] = manifest_hash(manifest)
     write_bytes(join(uri, MANIFEST), json.dumps(manifest, indent=1).encode())
     kept = {entry["name"] for entry in files.values()}
     for name in list_names(uri):
@@ -180,7 +180,7 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
             f"{uri}: bundle format {manifest.get('format_version')!r}, this focus_ray ({__version__}) reads "
             f"{', '.join(map(str, sorted(_FORMER)[:-1]))} and {FORMAT_VERSION}: install the version that wrote it, or train again"
         )
-    if manifest.get("sha256") != _manifest_hash(manifest):
+    if manifest.get("sha256") != manifest_hash(manifest):
         raise BundleError(f"{uri}/{MANIFEST}: changed since it was written (its hash differs): fetch the bundle again")
     return manifest
 
@@ -311,7 +311,8 @@ def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str
     return load_tensors(content)
 
 
-def _manifest_hash(manifest: dict[str, Any]) -> str:
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    """Of all that a manifest says but the hash itself."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

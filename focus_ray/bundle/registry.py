@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import socket
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.bundle.bundle import MANIFEST, read_manifest
+from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.errors import RegistryError
 from focus_ray.names import NAME_WORDS, is_name
 from focus_ray.storage import create_bytes, join, list_names, read_bytes, remove_file, remove_folder, write_bytes
@@ -216,6 +218,17 @@ class Registry:
                     remove_folder(join(place, name))
                     log(f"{team}/{category}/{name}: deleted, never finished by its publisher")
         return removed
+
+    def set_thresholds(
+        self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
+    ) -> Version:
+        """Publishes a version's model under thresholds that a person chose, as the next version.
+
+        Raises: DataError, BundleError, RegistryError: as `recalibrate.set_thresholds` and `publish`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            set_thresholds(version.uri, folder, image_threshold=image_threshold, pixel_threshold=pixel_threshold, by=by)
+            return self.publish(folder, version.team, version.category)
 
     # ---- within
     def _place(self, team: str, category: str) -> str:

@@ -8,11 +8,11 @@ import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, readable_name, require, say
+from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, image_paths, readable_name, require, say
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -53,6 +53,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         write_bytes(join(output, "report.md"), table.encode())
     write_bytes(join(output, "report.html"), evaluation_page(results, sections))
     print(table)
+    told = {category: section.caveats for category, section in sections.items()}
+    for caveat, of in _grouped(told).items():
+        say(f"note: {caveat} ({', '.join(of)})" if len(results) > 1 else f"note: {caveat}")
     say(f"report: {join(output, 'report.html')}, report.md and report.json beside it")
     failed = [category for category, result in results.items() if "error" in result]
     if len(failed) == len(results):
@@ -60,24 +63,21 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return EXIT_PARTLY if failed else 0
 
 
+def _grouped(told: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Sentence -> the categories that it is said of."""
+    found: dict[str, list[str]] = {}
+    for category, sentences in told.items():
+        for sentence in sentences:
+            found.setdefault(sentence, []).append(category)
+    return found
+
+
 def _inspect(arguments: argparse.Namespace) -> int:
     require(arguments.bundle)
     from focus_ray.data.images import decode_image, encode_png
-    from focus_ray.data.importers.base import IMAGE_SUFFIXES
     from focus_ray.errors import DataError
 
-    paths: list[Path] = []
-    for name in arguments.images:
-        path = Path(name)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
-            if not found:
-                raise DataError(f"{path}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
-            paths += found
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise DataError(f"{path}: no such file or folder")
+    paths = image_paths(arguments.images)
     if arguments.overlays:
         try:
             Path(arguments.overlays).mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     inspector = Inspector.load(arguments.bundle, arguments.device)
     category = inspector.bundle.category
     status = 0
+    for caveat in inspector.bundle.calibration.caveats():
+        say(f"note: {caveat}")
     rows: list[dict[str, Any]] = []
+    counts: Counter[str] = Counter()
     for start in range(0, len(paths), inspector.batch_size):
         for path, data, found_or_error in _inspect_files(inspector, paths[start : start + inspector.batch_size]):
             rows.append(_csv_row(readable_name(path), category, found_or_error))
@@ -102,6 +105,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
                 status = EXIT_ERROR
                 continue
             line = {"image": readable_name(path), "category": category, **found_or_error.to_dict()}
+            counts[found_or_error.verdict] += 1
+            counts["trained on"] += found_or_error.trained_on
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
                 target.write_bytes(encode_png(overlay_with_strip(decode_image(data, None), found_or_error)))
@@ -109,6 +114,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
             print(json.dumps(line, ensure_ascii=False))
     if arguments.csv:
         write_bytes(arguments.csv, _csv(rows))
+    if counts["trained on"]:
+        say(
+            f"WARNING: {counts['trained on']} of {len(paths)} images are among those that the model was trained on: their scores "
+            "are near zero and say nothing of new parts"
+        )
+    written = [f"{place}" for place in (arguments.overlays, arguments.csv) if place]
+    say(
+        f"{len(paths)} images: {counts['anomalous']} anomalous, {counts['normal']} normal"
+        + (f", {len(paths) - counts['anomalous'] - counts['normal']} could not be read" if status else "")
+        + (f"; written: {', '.join(written)}" if written else "")
+    )
     return status
 
 

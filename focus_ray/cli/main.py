@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from focus_ray import __version__
+from focus_ray.cli.calibrate import add_calibrate
 from focus_ray.cli.config import add_config
 from focus_ray.cli.data import _ingest, _samples
 from focus_ray.cli.doctor import add_doctor
@@ -115,6 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     update.add_argument("--calibrate", metavar="DATA", help="ingested set of normal images for the new thresholds")
     update.set_defaults(run=_update)
 
+    add_calibrate(commands)
     add_registry(commands)
     add_jobs(commands)
     add_config(commands)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from focus_ray.errors import DataError
@@ -22,6 +23,25 @@ def require(*places: str | None) -> None:
     for place in places:
         if place is not None and "://" not in place and not Path(place).expanduser().exists():
             raise DataError(f"{place}: no such file or folder")
+
+
+def image_paths(names: Sequence[str]) -> list[Path]:
+    """Image files, and those of folders and of all below them, in order. Raises: DataError: one is not there, or holds none."""
+    from focus_ray.data.importers.base import IMAGE_SUFFIXES
+
+    paths: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
+            if not found:
+                raise DataError(f"{path}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
+            paths += found
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder")
+    return paths
 
 
 def say(message: str) -> None:

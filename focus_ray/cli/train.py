@@ -12,6 +12,8 @@ from focus_ray.errors import ConfigError
 if TYPE_CHECKING:
     from focus_ray.config import Config
 
+_SHOWN_CATEGORIES = 3  # of a training of more, the report has the caveats
+
 
 def read_config(place: str, overrides: list[str]) -> Config:
     """`load_config` of a file, a standard configuration by its name, or an object in a storage.
@@ -35,6 +37,7 @@ def read_config(place: str, overrides: list[str]) -> Config:
 def _train(arguments: argparse.Namespace) -> int:
     given, overrides = _given(arguments)
     config = read_config(given, overrides)
+    say(f"train: {config.data.uri} -> {config.storage}/{config.name}")
     from focus_ray.cluster.training import train  # seconds of imports, which a misspelt key need not wait for
 
     names: list[str] = []
@@ -52,7 +55,22 @@ def _train(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     for category, bundle in bundles.items():
         print(f"{category}\t{bundle}")
+    _tell_next(bundles)
     return 0
+
+
+def _tell_next(bundles: dict[str, str]) -> None:
+    """What to know of the thresholds, and what to type next."""
+    from focus_ray.bundle.bundle import read_manifest
+    from focus_ray.evaluation.calibration import Calibration
+
+    if len(bundles) <= _SHOWN_CATEGORIES:
+        for category, place in bundles.items():
+            for caveat in Calibration.from_dict(read_manifest(place)["calibration"]).caveats():
+                say(f"note: {category}: {caveat}")
+    place = next(iter(bundles.values()))
+    say(f"next: focus-ray evaluate {place.rpartition('/bundles/')[0] or place}   # on labelled test images")
+    say(f"      focus-ray inspect {place} IMAGES --overlays heat")
 
 
 def _given(arguments: argparse.Namespace) -> tuple[str, list[str]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation.tail import Tail, fit_tail
@@ -61,6 +61,7 @@ class Calibration:
             cannot show the target themselves, and, but for "split", where they leave fewer than 5 scores above the
             threshold. None: they are counted; three images or fewer leave the highest score as the threshold, whose rate is
             `smallest_fpr`.
+        by_hand: whether a person set a threshold; target_fpr is then what the good images say of it.
     """
 
     method: Method
@@ -72,6 +73,7 @@ class Calibration:
     pixel_threshold: float
     pixel_guaranteed: bool
     tail: Tail | None = None
+    by_hand: bool = False
 
     def __post_init__(self) -> None:
         _check_method(self.method)
@@ -117,8 +119,8 @@ class Calibration:
         a tail m is 1, the highest score's.
         """
         m = max(1, _num_extreme(self.num_images, self.target_fpr))
-        law = beta(m, self.num_images + 1 - m)
-        return float(law.ppf((1 - mass) / 2)), float(law.ppf((1 + mass) / 2))
+        low, high = betaincinv(m, self.num_images + 1 - m, [(1 - mass) / 2, (1 + mass) / 2])
+        return float(low), float(high)
 
     def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
         """(1 + #{normal scores >= score, ties by `TIE` counted}) / (n + 1): small where the image is unlike the normal ones.
@@ -137,24 +139,49 @@ class Calibration:
         values = certain_part(_without_nan(scores))
         below = np.searchsorted(np.asarray(self.image_scores), values, side="left")
         counted = np.asarray((1.0 + self.num_images - below) / (self.num_images + 1))
-        if self.tail is None:
-            return counted
-        modelled = np.where(values > self.tail.start, self.tail.share_above(values), counted)
-        # at the threshold itself the model says the target to rounding: the verdict decides on which side that is
-        just_above = np.nextafter(self.target_fpr, 1.0)
+        if self.tail is not None:
+            counted = np.where(values > self.tail.start, self.tail.share_above(values), counted)
+        # at the threshold itself a model says the target to rounding: the verdict decides on which side that is
+        just_above = np.nextafter(self.effective_fpr, 2.0)
         return np.where(
             values > self.image_threshold,
-            np.minimum(modelled, self.target_fpr),
-            np.maximum(modelled, just_above),
+            np.minimum(counted, self.effective_fpr),
+            np.maximum(counted, just_above),
         )
 
     def is_anomalous(self, scores: ArrayLike) -> NDArray[np.bool_]:
         """score > image_threshold by more than `TIE`, of the same shape as scores. Raises: DataError: a score is NaN."""
         return is_above(_without_nan(scores), self.image_threshold)
 
+    def with_thresholds(self, image: float | None, pixel: float | None) -> Calibration:
+        """These scores with thresholds that a person chose; None keeps one.
+
+        Raises: DataError: neither is given, or one is not a finite number above 0.
+        """
+        given = [value for value in (image, pixel) if value is not None]
+        if not given:
+            raise DataError("no threshold to set: give an image threshold, a pixel threshold, or both")
+        if not all(math.isfinite(value) and value > 0 for value in given):
+            raise DataError(f"thresholds {given}; expected finite numbers above 0")
+        changed = replace(self, by_hand=True)
+        if pixel is not None:
+            changed = replace(changed, pixel_threshold=float(pixel), pixel_guaranteed=False)
+        if image is None:
+            return changed
+        if self.tail is not None and image > self.tail.start:
+            share = float(self.tail.share_above(image))
+        else:
+            share = (1 + sum(score > image for score in self.image_scores)) / (self.num_images + 1)
+        share = min(max(share, 1e-9), 1 - 1e-9)
+        return replace(changed, image_threshold=float(image), target_fpr=share, image_guaranteed=False)
+
     def caveats(self) -> list[str]:
         """What a reader of the thresholds has to be told, in plain sentences; empty where there is nothing to add."""
         n, told = self.num_images, []
+        if self.by_hand:
+            told.append(
+                f"A threshold was set by hand; by the {n} good images, about {self.target_fpr:.2g} of good parts lie above it."
+            )
         if self.method == "leave_one_out":
             told.append(
                 f"All {n} training images set the threshold, each scored with itself left out"
@@ -167,7 +194,7 @@ class Calibration:
                 "false alarm rate and carries no guarantee."
             )
         needed = _images_needed(self.target_fpr)
-        if n < needed:
+        if n < needed and not self.by_hand:
             how = (
                 "the threshold is extrapolated from their scores by a model of the tail, and is an estimate"
                 if self.tail is not None
@@ -178,7 +205,7 @@ class Calibration:
                 f"{needed} good images would do."
             )
         low, high = self.fpr_interval()
-        if high > 2 * self.target_fpr:
+        if high > 2 * self.target_fpr and not self.by_hand:
             told.append(
                 f"With {n} good images the rate of this one threshold may lie between {low:.1%} and {high:.1%} (90 %); "
                 f"{_images_to_be_within_twice(self.target_fpr)} would hold it below {2 * self.target_fpr:.1%}."
@@ -202,7 +229,7 @@ class Calibration:
     def from_dict(tree: Mapping[str, Any]) -> Calibration:
         """Raises: DataError: a key is unknown or missing, or a value does not fit."""
         known = {field.name for field in fields(Calibration)}
-        tree = {"tail": None, **tree}  # which calibrations of former bundles had no choice of
+        tree = {"tail": None, "by_hand": False, **tree}  # which calibrations of former bundles had no choice of
         if set(tree) != known:
             raise DataError(
                 f"calibration: unknown keys {sorted(set(tree) - known)}, missing keys {sorted(known - set(tree))}; "
@@ -219,6 +246,7 @@ class Calibration:
                 pixel_threshold=float(tree["pixel_threshold"]),
                 pixel_guaranteed=_bool(tree, "pixel_guaranteed"),
                 tail=None if tree["tail"] is None else Tail(**tree["tail"]),
+                by_hand=_bool(tree, "by_hand"),
             )
         except TypeError as error:
             raise DataError(f"calibration: a value has the wrong type: {error}") from error
@@ -393,7 +421,7 @@ def _images_needed(target: float) -> int:
 def _images_to_be_within_twice(target: float, mass: float = 0.9) -> int:
     """How many images keep the upper end of `fpr_interval` at twice the target, to two digits."""
     n = _images_needed(target)
-    while beta(m := _num_extreme(n, target), n + 1 - m).ppf((1 + mass) / 2) > min(1.0, 2 * target):
+    while betaincinv(m := _num_extreme(n, target), n + 1 - m, (1 + mass) / 2) > min(1.0, 2 * target):
         n += max(1, n // 20)
     return round(n, 1 - int(math.log10(n)))
 

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import is_above
@@ -33,6 +32,8 @@ def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
 
     Raises: DataError: lengths differ, a score is NaN or infinite, a label is not 0 or 1, or only one class is present.
     """
+    from sklearn.metrics import roc_auc_score  # a second of imports, which a fit can do without
+
     return float(roc_auc_score(*_checked(labels, scores)))
 
 
@@ -41,6 +42,8 @@ def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
 
     Args and raises as for `image_auroc`.
     """
+    from sklearn.metrics import average_precision_score  # a second of imports, which a fit can do without
+
     return float(average_precision_score(*_checked(labels, scores)))
 
 
@@ -52,6 +55,8 @@ def f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
 
     Args and raises as for `image_auroc`.
     """
+    from sklearn.metrics import precision_recall_curve  # a second of imports, which a fit can do without
+
     precision, recall, thresholds = precision_recall_curve(*_checked(labels, scores))
     total = precision + recall
     f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)[:-1]

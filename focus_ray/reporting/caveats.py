@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from focus_ray.evaluation.calibration import is_above
 from focus_ray.evaluation.metrics import Measured
@@ -30,6 +29,8 @@ class Share:
 
     @property
     def bounds(self) -> tuple[float, float]:
+        from scipy.stats import binomtest  # a second of imports, which pages without shares can do without
+
         found = binomtest(self.count, self.total).proportion_ci(CONFIDENCE, method="exact")
         return float(found.low), float(found.high)
 

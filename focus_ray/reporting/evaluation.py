@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_curve, roc_curve
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.evaluation.evaluate import Labelled
@@ -95,12 +94,16 @@ def evaluation_page(results: Mapping[str, Mapping[str, Any]], sections: Mapping[
 
 def roc(measured: Measured) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """False and true positive rates, over all thresholds."""
+    from sklearn.metrics import roc_curve  # a second of imports, which other commands can do without
+
     false, true, _ = roc_curve(measured.labels, measured.scores)
     return false, true
 
 
 def precision_recall(measured: Measured) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Recall, rising, and the precision there, over all thresholds."""
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(measured.labels, measured.scores)
     return recall[::-1], precision[::-1]
 

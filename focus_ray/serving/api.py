@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from focus_ray import __version__
@@ -126,6 +126,20 @@ class InspectAnswer(_Answer):
 class PromoteBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
     version: Name
+
+
+class ThresholdsBody(BaseModel):
+    """Thresholds that a person chose; one that is left out stays."""
+
+    model_config = ConfigDict(extra="forbid")
+    image_threshold: float | None = Field(default=None, gt=0, le=1e30, allow_inf_nan=False)
+    pixel_threshold: float | None = Field(default=None, gt=0, le=1e30, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _something(self) -> ThresholdsBody:
+        if self.image_threshold is None and self.pixel_threshold is None:
+            raise ValueError("give image_threshold, pixel_threshold, or both")
+        return self
 
 
 class AliasAnswer(_Answer):
@@ -292,6 +306,19 @@ def _administering(service: Service) -> APIRouter:
     ) -> Response:
         service.check(caller, team, category, "admin")
         return answer(await service.promote(team, category, body.version, alias), alias)
+
+    @router.post(
+        "/{team}/{category}/versions/{version}/thresholds",
+        response_model=VersionAnswer,
+        responses=_problems(400, 401, 403, 404, 409, 422, 503),
+        summary="A new version of a model, under thresholds that a person chose",
+    )
+    async def set_thresholds(
+        caller: Who, team: TeamPath, category: CategoryPath, version: AliasPath, body: ThresholdsBody
+    ) -> Response:
+        service.check(caller, team, category, "admin")
+        made = await service.set_thresholds(team, category, version, body.image_threshold, body.pixel_threshold, caller)
+        return JSONResponse(_tell(made))
 
     @router.post("/{team}/{category}/aliases/{alias}/rollback", response_model=AliasAnswer, responses=problems)
     async def roll_back(caller: Who, team: TeamPath, category: CategoryPath, alias: AliasPath) -> Response:

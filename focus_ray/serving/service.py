@@ -190,6 +190,30 @@ class Service:
         log("rolled back", team=team, category=category, alias=alias, version=version.name)
         return version
 
+    async def set_thresholds(
+        self, team: str, category: str, ref: str, image: float | None, pixel: float | None, caller: Caller
+    ) -> Version:
+        """A new version of the same model under thresholds that the caller chose; no alias but `latest` moves to it."""
+        if self.settings.registry is None:
+            raise Problem(
+                409,
+                "not-a-registry",
+                "this service serves a folder of bundles, which keeps no versions: publish to a registry and serve that, or use "
+                "`focus-ray calibrate` on the bundle",
+            )
+        version = await self.resolve(team, category, ref)
+        try:
+            made = await self._ask(
+                asyncio.to_thread(self.source.set_thresholds, version, image, pixel, f"token {caller.id}"),
+                team,
+                category,
+                ref,
+            )
+        finally:
+            self.directory.forget(team, category)
+        log("thresholds set", team=team, category=category, version=made.name, of=version.name, by=caller.id)
+        return made
+
     # ---- scoring
     async def inspect(
         self,

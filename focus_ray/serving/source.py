@@ -33,6 +33,10 @@ class Source(Protocol):
 
     def roll_back(self, team: str, category: str, alias: str) -> Version: ...
 
+    def set_thresholds(
+        self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
+    ) -> Version: ...
+
 
 class FolderSource:
     """A bundle, or a run's folder, as a registry of one team; a category's one version is named by its hash."""
@@ -72,6 +76,13 @@ class FolderSource:
 
     def roll_back(self, team: str, category: str, alias: str) -> Version:
         raise RegistryError("a folder of bundles has no aliases to move: serve a registry")
+
+    def set_thresholds(
+        self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
+    ) -> Version:
+        raise RegistryError(
+            "a folder of bundles keeps no versions, so thresholds are not saved in it: serve a registry"
+        )
 
     def _bundles(self) -> dict[str, str]:
         return find_bundles(self.place)

@@ -47,6 +47,7 @@ async function open() {
   state.token = $("token").value.trim();
   const who = await (await ask("v1")).json();
   fill($("team"), who.teams);
+  state.mayAdmin = who.scopes.includes("admin");
   $("team-row").hidden = who.teams.length < 2;
   if (who.teams.length) await chooseTeam();
   else say("There is no team yet: publish a bundle.");
@@ -189,6 +190,9 @@ function choose(number) {
   }
   draw();
   drawHistogram(result.score);
+  $("save-row").hidden = !state.mayAdmin;
+  $("save-note").hidden = true;
+  setImageThreshold(state.card.calibration.image_threshold);
   if (!$("examples").childElementCount) showExamples();
 }
 
@@ -231,8 +235,39 @@ function draw() {
   canvas.dataset.above = String(above);
 }
 
-function drawHistogram(score) {
-  const canvas = $("histogram"), { image_scores: scores, image_threshold: threshold } = state.card.calibration;
+function setImageThreshold(value) {
+  const { image_scores: scores, image_threshold: calibrated } = state.card.calibration;
+  const slider = $("image-threshold");
+  slider.max = 2 * Math.max(calibrated, ...scores);
+  slider.step = slider.max / 1000;
+  slider.value = value;
+  showImageThreshold();
+}
+
+function showImageThreshold() {
+  const threshold = Number($("image-threshold").value), scores = state.card.calibration.image_scores;
+  const above = scores.filter((score) => score > threshold).length;
+  $("image-threshold-value").textContent = `${threshold.toFixed(3)}: ${above} of ${scores.length} good images lie above`;
+  const item = state.items[state.chosen];
+  if (item && item.result) drawHistogram(item.result.score, threshold);
+}
+
+async function saveThresholds() {
+  const image = Number($("image-threshold").value), pixel = Number($("threshold").value);
+  const answer = await ask(`${place()}/versions/${encodeURIComponent(state.card.version)}/thresholds`, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ image_threshold: image, pixel_threshold: pixel }),
+  });
+  const made = await answer.json();
+  $("save-note").hidden = false;
+  $("save-note").textContent =
+    `Saved as version ${made.version}. It is the latest; other aliases stay where they are until someone promotes it.`;
+}
+
+function drawHistogram(score, chosen = null) {
+  const canvas = $("histogram"), { image_scores: scores, image_threshold: calibrated } = state.card.calibration;
+  const threshold = chosen === null ? calibrated : chosen;
   const density = window.devicePixelRatio || 1;
   canvas.width = canvas.clientWidth * density;
   canvas.height = canvas.clientHeight * density;
@@ -329,6 +364,8 @@ $("camera").addEventListener("click", safely(cameraOn));
 $("camera-off").addEventListener("click", cameraOff);
 $("capture").addEventListener("click", safely(capture));
 for (const id of ["threshold", "show-map", "show-regions"]) $(id).addEventListener("input", draw);
+$("image-threshold").addEventListener("input", showImageThreshold);
+$("save-thresholds").addEventListener("click", safely(saveThresholds));
 $("reset").addEventListener("click", () => { $("threshold").value = state.items[state.chosen].result.pixel_threshold; draw(); });
 $("save-json").addEventListener("click", () => {
   const item = state.items[state.chosen];

@@ -1,0 +1,137 @@
+"""New thresholds for a bundle, without training: from new good images, or set by a person. The tensors stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from focus_ray import __version__
+from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.errors import BundleError, DataError
+from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
+from focus_ray.evaluation.trade_off import TradeOff, trade_off
+from focus_ray.storage import join, read_bytes, write_bytes
+
+
+@dataclass(frozen=True)
+class Recalibrated:
+    """manifest: of the new bundle.  calibration: its.  num_known: good images left out, being what the density was made of.
+    curve: where bad images were given; None otherwise."""
+
+    manifest: dict[str, Any]
+    calibration: Calibration
+    num_known: int
+    curve: TradeOff | None
+
+
+def calibrate_bundle(
+    uri: str | Path,
+    output: str | Path,
+    good: Sequence[Path],
+    bad: Sequence[Path] = (),
+    *,
+    target_fpr: float | None = None,
+    target_pixel_fpr: float | None = None,
+    device: str = "auto",
+) -> Recalibrated:
+    """Writes a copy of a bundle whose thresholds come from these good images.
+
+    Args:
+        output: may be the bundle itself: it is replaced in one step.
+        good: image files that the density has not seen; those that it has are left out, since they score near zero.
+        bad: image files of defective parts: nothing is set by them, they show what a threshold costs.
+        target_fpr, target_pixel_fpr: None keeps the bundle's.
+
+    Raises: DataError: no usable good image, or a file cannot be read; a share out of range.  BundleError: no such bundle.
+    """
+    inspector = Inspector.load(uri, device)
+    old = inspector.bundle.calibration
+    builder = CalibrationBuilder(
+        "split",
+        old.target_fpr if target_fpr is None else target_fpr,
+        old.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
+    )
+    found = inspector.inspect(good)
+    new = [one for one in found if not one.trained_on]
+    if not new:
+        raise DataError(
+            f"{uri}: all {len(found)} good images are among those that the model was trained on, and score near zero: "
+            "give images that it has not seen"
+        )
+    builder.add([one.score for one in new], [one.anomaly_map for one in new])
+    calibration = builder.finish()
+    curve = None
+    if bad:
+        curve = trade_off(np.array([one.score for one in new]), np.array([one.score for one in inspector.inspect(bad)]))
+    note = {"how": "good images", "num_good": len(new), "num_bad": len(bad), "images_sha256": _fingerprint(good)}
+    return Recalibrated(rewrite(uri, output, calibration, note), calibration, len(found) - len(new), curve)
+
+
+def set_thresholds(
+    uri: str | Path,
+    output: str | Path,
+    *,
+    image_threshold: float | None = None,
+    pixel_threshold: float | None = None,
+    by: str = "",
+) -> dict[str, Any]:
+    """Writes a copy of a bundle with thresholds that a person chose; None keeps one. Returns: its manifest.
+
+    Args: by: who, for people.
+
+    Raises: DataError: neither is given, or one is not a finite number above 0.
+    """
+    manifest = read_manifest(uri)
+    calibration = Calibration.from_dict(manifest["calibration"]).with_thresholds(image_threshold, pixel_threshold)
+    return rewrite(uri, output, calibration, {"how": "set by hand", "by": by})
+
+
+def rewrite(uri: str | Path, output: str | Path, calibration: Calibration, note: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a bundle with another calibration; what it was calibrated by before stays in its provenance.
+
+    Raises: BundleError: a file of the bundle is missing or damaged.
+    """
+    former = read_manifest(uri)
+    if str(output) != str(uri):
+        for entry in former["files"].values():
+            try:
+                content = read_bytes(join(uri, str(entry["name"])))
+            except FileNotFoundError:
+                raise BundleError(f"{uri}: {entry['name']} is missing: copy the whole folder again") from None
+            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+                raise BundleError(f"{uri}/{entry['name']}: not what the manifest lists: fetch the bundle again")
+            write_bytes(join(output, str(entry["name"])), content)
+    changes = list(former["data"].get("calibrations", []))
+    changes.append(
+        {
+            **note,
+            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "version": former["sha256"],
+            "focus_ray": __version__,
+            "image_threshold": former["calibration"]["image_threshold"],
+            "pixel_threshold": former["calibration"]["pixel_threshold"],
+        }
+    )
+    manifest = {
+        **former,
+        "calibration": calibration.to_dict(),
+        "data": {**former["data"], "calibrations": changes},
+    }
+    manifest["sha256"] = manifest_hash(manifest)
+    write_bytes(join(output, MANIFEST), json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def _fingerprint(paths: Sequence[Path]) -> str:
+    """Of the files' contents, whatever their names and order."""
+    digests: NDArray[np.bytes_] = np.sort([hashlib.sha256(path.read_bytes()).hexdigest().encode() for path in paths])
+    return hashlib.sha256(b"\n".join(digests.tolist())).hexdigest()

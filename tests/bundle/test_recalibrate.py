@@ -1,0 +1,159 @@
+"""New thresholds without training: from good images, by hand; what they cost; training images are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_set import draw_parts, ingest_parts, small_config
+
+from focus_ray.bundle.bundle import read_bundle, read_manifest
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.recalibrate import calibrate_bundle, set_thresholds
+from focus_ray.bundle.registry import Registry
+from focus_ray.cli.main import main
+from focus_ray.cluster.training import train
+from focus_ray.errors import DataError
+from focus_ray.evaluation.trade_off import trade_off
+from focus_ray.samples.write import write_samples
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """data/, images/ they were ingested from, runs/small/bundles/gear, and new/ images that no model has seen."""
+    folder = tmp_path_factory.mktemp("recalibrate")
+    write_samples(folder / "new", seed=7, size_px=64, num_train=24, num_test_good=1, num_bad_per_type=3)
+    config = small_config(ingest_parts(folder), folder / "runs", cluster={"local": True})
+    train(config)
+    return folder
+
+
+def bundle_of(work: Path) -> str:
+    return str(work / "runs/small/bundles/gear")
+
+
+def good_images(work: Path) -> list[Path]:
+    return sorted((work / "new/gear/train/good").iterdir())
+
+
+def bad_images(work: Path) -> list[Path]:
+    return sorted(path for path in (work / "new/gear/test").rglob("*.png") if path.parent.name != "good")
+
+
+def test_new_good_images_set_the_threshold_that_their_scores_give(work: Path, tmp_path: Path) -> None:
+    before = read_manifest(bundle_of(work))
+    done = calibrate_bundle(bundle_of(work), tmp_path / "new", good_images(work), target_fpr=0.2)
+    scores = sorted(one.score for one in Inspector.load(bundle_of(work)).inspect(good_images(work)))
+    assert done.calibration.image_scores == pytest.approx(scores, rel=1e-5)
+    assert done.calibration.image_threshold == done.calibration.image_scores[24 - 5]  # m = floor(0.2 * 25) = 5
+    assert done.calibration.image_guaranteed
+    after = read_manifest(tmp_path / "new")
+    assert after["files"] == before["files"]
+    assert after["sha256"] != before["sha256"]
+    (change,) = after["data"]["calibrations"]
+    assert change["version"] == before["sha256"]
+    assert change["image_threshold"] == before["calibration"]["image_threshold"]
+    assert read_manifest(bundle_of(work)) == before
+    assert read_bundle(tmp_path / "new").calibration == done.calibration
+
+
+def test_images_that_the_model_was_trained_on_are_told_and_set_nothing(work: Path, tmp_path: Path) -> None:
+    trained_on = sorted((work / "images/gear/train/good").iterdir())
+    found = Inspector.load(bundle_of(work)).inspect([*trained_on, *good_images(work)])
+    manifest = read_manifest(bundle_of(work))
+    assert sum(one.trained_on for one in found) == manifest["moments"]["count"]
+    assert not any(one.trained_on for one in found[len(trained_on) :])
+    assert any("trained_on" in one.to_dict() for one in found)
+    done = calibrate_bundle(bundle_of(work), tmp_path / "new", [*trained_on, *good_images(work)])
+    assert done.num_known == manifest["moments"]["count"]
+    assert done.calibration.num_images == len(trained_on) + len(good_images(work)) - done.num_known
+    known = [path for path, one in zip(trained_on, found, strict=False) if one.trained_on]
+    with pytest.raises(DataError, match=r"all \d+ good images are among those that the model was trained on"):
+        calibrate_bundle(bundle_of(work), tmp_path / "none", known)
+    assert not (tmp_path / "none").exists()
+
+
+def test_bad_images_show_what_a_threshold_costs_and_set_nothing(work: Path, tmp_path: Path) -> None:
+    without = calibrate_bundle(bundle_of(work), tmp_path / "a", good_images(work))
+    done = calibrate_bundle(bundle_of(work), tmp_path / "b", good_images(work), bad_images(work))
+    assert done.calibration == without.calibration
+    assert without.curve is None
+    assert done.curve is not None
+    assert (done.curve.num_good, done.curve.num_bad) == (24, len(bad_images(work)))
+    assert done.curve.to_csv().decode().splitlines()[0] == "threshold,false_alarm_rate,miss_rate"
+
+
+def test_a_trade_off_counts_what_lies_above_each_threshold() -> None:
+    rng = np.random.default_rng(0)
+    good, bad = rng.integers(0, 9, 30).astype(float), rng.integers(3, 12, 20).astype(float)
+    curve = trade_off(good, bad)
+    for threshold, alarms, misses in zip(curve.thresholds, curve.false_alarms, curve.misses, strict=True):
+        assert alarms == pytest.approx((good > threshold).mean())
+        assert misses == pytest.approx((bad <= threshold).mean())
+    cost = curve.cost(1.0, 10.0, 0.1)
+    assert cost == pytest.approx(0.9 * curve.false_alarms + 1.0 * curve.misses)
+    assert curve.at(4.5) == (pytest.approx((good > 4.5).mean()), pytest.approx((bad <= 4.5).mean()))
+    with pytest.raises(DataError, match="a trade-off needs good and bad images, got 30 and 0"):
+        trade_off(good, bad[:0])
+    with pytest.raises(DataError, match="expected 0 or more"):
+        curve.cost(-1.0, 1.0, 0.1)
+    with pytest.raises(DataError, match="defect rate 2; expected a share"):
+        curve.cost(1.0, 1.0, 2.0)
+
+
+def test_thresholds_set_by_hand_are_kept_with_who_set_them_and_what_they_say_of_good_parts(
+    work: Path, tmp_path: Path
+) -> None:
+    scores = read_bundle(bundle_of(work)).calibration.image_scores
+    middle = float(np.mean(scores[1:3]))
+    manifest = set_thresholds(bundle_of(work), tmp_path / "new", image_threshold=middle, by="ann")
+    calibration = read_bundle(tmp_path / "new").calibration
+    assert calibration.image_threshold == middle
+    assert calibration.by_hand
+    assert not calibration.image_guaranteed
+    assert manifest["data"]["calibrations"][-1]["by"] == "ann"
+    values = np.linspace(0.0, 2 * max(scores), 500)
+    assert (calibration.is_anomalous(values) == (calibration.conformal_p_value(values) <= calibration.target_fpr)).all()
+    assert any("set by hand" in line for line in calibration.caveats())
+    with pytest.raises(DataError, match="no threshold to set"):
+        set_thresholds(bundle_of(work), tmp_path / "none")
+    with pytest.raises(DataError, match="expected finite numbers above 0"):
+        set_thresholds(bundle_of(work), tmp_path / "none", pixel_threshold=float("nan"))
+
+
+def test_a_registry_publishes_thresholds_as_its_next_version(work: Path, tmp_path: Path) -> None:
+    registry = Registry(str(tmp_path / "registry"))
+    first = registry.publish(bundle_of(work), "press", aliases=["production"])
+    second = registry.set_thresholds(first, 3.5, None, "token ab")
+    assert (second.name, registry.aliases("press", "gear")) == ("v0002", {"latest": "v0002", "production": "v0001"})
+    assert read_bundle(second.uri).calibration.image_threshold == 3.5
+
+
+def test_the_command_says_what_changed_and_refuses_what_it_cannot_do(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, good = str(tmp_path / "new"), str(work / "new/gear/train/good")
+    bad = [str(path) for path in bad_images(work)]
+    curve = str(tmp_path / "curve.csv")
+    assert main(["calibrate", bundle_of(work), new, "--good", good, "--bad", *bad, "--trade-off", curve]) == 0
+    told = capsys.readouterr()
+    assert "cheapest" in told.out
+    assert "image threshold" in told.err
+    assert Path(curve).read_text().startswith("threshold,")
+    assert main(["calibrate", new, new]) == 1
+    assert "give either --good" in capsys.readouterr().err
+    assert main(["calibrate", new, new, "--good", good, "--trade-off", curve]) == 1
+    assert "--trade-off needs --bad" in capsys.readouterr().err
+    assert main(["calibrate", new, new, "--good", str(tmp_path / "gone")]) == 1
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+def test_inspect_says_that_images_were_trained_on_and_what_its_threshold_is_worth(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_parts(work / "again")
+    assert main(["inspect", bundle_of(work), str(work / "again/gear/train/good")]) == 0
+    told = capsys.readouterr().err
+    assert "images are among those that the model was trained on" in told
+    assert "good images are too few" in told
