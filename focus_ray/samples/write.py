@@ -39,7 +39,7 @@ def write_samples(
 
     Args:
         seed: 0 or more.  size_px: height and width, at least 64.
-        num_train: 100 keep the rate of false alarms near its target even where a fifth of them is held out to set it.
+        num_train: a fifth of 100, where it is held out, still suffices for a target of 0.05 (docs/CALIBRATION.md).
 
     Raises: DataError: seed, size_px or a count is too small, or the folder of a category exists and is not empty.
     """
