@@ -1,12 +1,32 @@
 """Industrial anomaly detection from normal images only, trained, searched and served on Ray.
 
+    model = focus_ray.fit("photographs of good parts/")
+    model.inspect("new.png").verdict
+
 A reconstruction of "Focus Your Distribution" (arXiv 2110.04538). The package itself imports nothing heavy: every
 module loads torch or Ray only where it needs them.
 """
 
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from focus_ray.api import Model, fit, load
+    from focus_ray.estimator import AnomalyDetector
 
 # read by OpenMP as torch loads: threads that spin while they wait made a fit eight times slower on a busy machine
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
+
+__all__ = ["AnomalyDetector", "Model", "__version__", "fit", "load"]
+_MODULES = {"Model": "api", "fit": "api", "load": "api", "AnomalyDetector": "estimator"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch comes when it is asked for."""
+    if name in _MODULES:
+        from importlib import import_module
+
+        return getattr(import_module(f"focus_ray.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'focus_ray' has no attribute {name!r}")

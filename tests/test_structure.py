@@ -36,11 +36,13 @@ ROOMS: dict[str, set[str]] = {
     "sweep": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle", "reporting", "cluster"},
     "submission": GROUND | {"cluster", "sweep"},
     "serving": GROUND | {"data", "evaluation", "fitting", "bundle", "cluster"},
+    "api": GROUND | {"standard", "data", "evaluation", "fitting", "bundle"},
+    "estimator": {"api"},
     "config_reference": GROUND | {"sweep", "serving"},
     "doctor": GROUND | {"data", "model", "cluster", "sweep"},
     "cli": GROUND
     | {"data", "samples", "evaluation", "bundle", "reporting", "cluster", "sweep", "submission", "serving"}
-    | {"config_reference", "doctor"},
+    | {"api", "config_reference", "doctor"},
 }
 # library -> the rooms and modules that may import it
 MAY_IMPORT = {

@@ -94,8 +94,16 @@ def make_bundle(
     return count
 
 
-def train_here(config: Config, plans: Mapping[str, Plan], root: str, log: Callable[[str], None]) -> dict[str, str]:
+def train_here(
+    config: Config,
+    plans: Mapping[str, Plan],
+    root: str,
+    log: Callable[[str], None],
+    raise_at_once: bool = False,
+) -> dict[str, str]:
     """Trains categories one after the other in this process, as one worker on a cluster would, to the last digit.
+
+    Args: raise_at_once: let a category's error through, in place of going on with the others.
 
     Returns: category -> reason, of those that failed.
     """
@@ -108,6 +116,8 @@ def train_here(config: Config, plans: Mapping[str, Plan], root: str, log: Callab
         try:
             _train_one(config, category, plan, root, device, lambda text, name=category: log(f"{name}: {text}"))  # type: ignore[misc]
         except Exception as error:  # one category's failure must not end the others; it is reported at the end
+            if raise_at_once:
+                raise
             failed[category] = f"{type(error).__name__}: {error}"
             log(f"{category}: FAILED: {failed[category]}")
         else:

@@ -101,15 +101,7 @@ def rewrite(uri: str | Path, output: str | Path, calibration: Calibration, note:
     Raises: BundleError: a file of the bundle is missing or damaged.
     """
     former = read_manifest(uri)
-    if str(output) != str(uri):
-        for entry in former["files"].values():
-            try:
-                content = read_bytes(join(uri, str(entry["name"])))
-            except FileNotFoundError:
-                raise BundleError(f"{uri}: {entry['name']} is missing: copy the whole folder again") from None
-            if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-                raise BundleError(f"{uri}/{entry['name']}: not what the manifest lists: fetch the bundle again")
-            write_bytes(join(output, str(entry["name"])), content)
+    _copy_tensors(uri, former, output)
     changes = list(former["data"].get("calibrations", []))
     changes.append(
         {
@@ -129,6 +121,28 @@ def rewrite(uri: str | Path, output: str | Path, calibration: Calibration, note:
     manifest["sha256"] = manifest_hash(manifest)
     write_bytes(join(output, MANIFEST), json.dumps(manifest, indent=1).encode())
     return manifest
+
+
+def copy_bundle(uri: str | Path, output: str | Path) -> dict[str, Any]:
+    """A bundle as it is, in another place; one that is there is replaced. Returns: its manifest. Raises: as `rewrite`."""
+    manifest = read_manifest(uri)
+    _copy_tensors(uri, manifest, output)
+    write_bytes(join(output, MANIFEST), json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def _copy_tensors(uri: str | Path, manifest: dict[str, Any], output: str | Path) -> None:
+    """The files that a manifest lists, verified; nothing where both places are one."""
+    if str(output) == str(uri):
+        return
+    for entry in manifest["files"].values():
+        try:
+            content = read_bytes(join(uri, str(entry["name"])))
+        except FileNotFoundError:
+            raise BundleError(f"{uri}: {entry['name']} is missing: copy the whole folder again") from None
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise BundleError(f"{uri}/{entry['name']}: not what the manifest lists: fetch the bundle again")
+        write_bytes(join(output, str(entry["name"])), content)
 
 
 def _fingerprint(paths: Sequence[Path]) -> str:

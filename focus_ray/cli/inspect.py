@@ -17,6 +17,11 @@ from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, image_paths, readable_
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     require(arguments.bundles, arguments.data)
+    return evaluate_run(arguments.bundles, arguments.data, arguments.output, arguments.max_side_px)
+
+
+def evaluate_run(place: str, data: str | None = None, output: str | None = None, max_side_px: int = 512) -> int:
+    """Measures all bundles of a place, tells the figures and writes the reports. Returns: the exit status."""
     from focus_ray.bundle.bundle import find_bundles
     from focus_ray.bundle.inspector import Inspector
     from focus_ray.data.read import iter_test_records
@@ -27,22 +32,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     results: dict[str, dict[str, Any]] = {}
     sections: dict[str, Section] = {}
-    bundles = find_bundles(arguments.bundles)
-    output = arguments.output or join(arguments.bundles, "report")
+    bundles = find_bundles(place)
+    output = output or join(place, "report")
     table = ""
     for category, uri in bundles.items():
         say(f"{category}: evaluating {uri}")
         try:
             inspector = Inspector.load(uri)
-            data = arguments.data or inspector.bundle.config.data.uri
-            labelled = inspector.measure(iter_test_records(data, category), arguments.max_side_px)
+            source = data or inspector.bundle.config.data.uri
+            labelled = inspector.measure(iter_test_records(source, category), max_side_px)
             result = {
                 **inspector.figures(labelled),
                 "bundle": uri,
                 "version": inspector.bundle.version,
-                "data": data,
+                "data": source,
             }
-            sections[category] = describe(inspector, labelled, result, data)
+            sections[category] = describe(inspector, labelled, result, source)
             results[category] = result
         except FocusRayError as error:  # of this category: the others are measured all the same
             say(f"{category}: {error}")

@@ -11,6 +11,7 @@ from focus_ray.cli.calibrate import add_calibrate
 from focus_ray.cli.config import add_config
 from focus_ray.cli.data import _ingest, _samples
 from focus_ray.cli.doctor import add_doctor
+from focus_ray.cli.fit import add_fit
 from focus_ray.cli.inspect import _evaluate, _inspect, _inspect_batch
 from focus_ray.cli.jobs import add_jobs
 from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED
@@ -60,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--config", dest="named", metavar="CONFIG", help="the same; then all words are key=value")
     train.add_argument("--resume", action="store_true", help="go on with the run of this name")
     train.set_defaults(run=_train)
+
+    add_fit(commands)
 
     sweep = commands.add_parser(
         "sweep",

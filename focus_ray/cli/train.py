@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,12 +56,15 @@ def _train(arguments: argparse.Namespace) -> int:
         return EXIT_INTERRUPTED
     for category, bundle in bundles.items():
         print(f"{category}\t{bundle}")
-    _tell_next(bundles)
+    tell_thresholds(bundles)
+    place = next(iter(bundles.values()))
+    say(f"next: focus-ray evaluate {place.rpartition('/bundles/')[0] or place}   # on labelled test images")
+    say(f"      focus-ray inspect {place} IMAGES --overlays heat")
     return 0
 
 
-def _tell_next(bundles: dict[str, str]) -> None:
-    """What to know of the thresholds, and what to type next."""
+def tell_thresholds(bundles: Mapping[str, str]) -> None:
+    """What to know of the thresholds of a few categories."""
     from focus_ray.bundle.bundle import read_manifest
     from focus_ray.evaluation.calibration import Calibration
 
@@ -68,9 +72,6 @@ def _tell_next(bundles: dict[str, str]) -> None:
         for category, place in bundles.items():
             for caveat in Calibration.from_dict(read_manifest(place)["calibration"]).caveats():
                 say(f"note: {category}: {caveat}")
-    place = next(iter(bundles.values()))
-    say(f"next: focus-ray evaluate {place.rpartition('/bundles/')[0] or place}   # on labelled test images")
-    say(f"      focus-ray inspect {place} IMAGES --overlays heat")
 
 
 def _given(arguments: argparse.Namespace) -> tuple[str, list[str]]:

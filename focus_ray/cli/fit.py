@@ -1,0 +1,63 @@
+"""fit."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from focus_ray.cli.output import require, say
+
+
+def add_fit(commands: Any) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="from a folder of photographs to a model and its report, in one step on this machine",
+        description="Ingests the images, trains by the standard configuration in this process, and measures the model on the "
+        "labelled test images where there are some. OUTPUT is a run's folder, as `train` makes it, with the ingested images in data/.",
+    )
+    fit.add_argument("source", help="folder of photographs of good parts; or good/ bad/ masks/, MVTec AD, BTAD, VisA")
+    fit.add_argument("output", help="folder that is made: bundles/, report.html, report/ and data/")
+    fit.add_argument("override", nargs="*", help="key=value for any setting, for instance model.weights=resnet18.pth")
+    fit.set_defaults(run=_fit)
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    require(arguments.source)
+    from focus_ray.config import load_config
+    from focus_ray.errors import DataError
+    from focus_ray.names import NAME_WORDS, is_name
+    from focus_ray.standard import find_config
+
+    output = Path(arguments.output).absolute()
+    if not is_name(output.name):
+        raise DataError(f"{output}: {output.name!r} cannot name a run: expected {NAME_WORDS}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output}: not empty: give a new folder")
+    data = str(output / "data")
+    words = [*arguments.override, f"data.uri={data}", f"storage={output.parent}", f"name={output.name}"]
+    config = load_config(find_config("default", "run"), words)
+    say(f"fit: {arguments.source} -> {output}")
+    from focus_ray.api import as_good
+    from focus_ray.cli.inspect import evaluate_run
+    from focus_ray.cli.train import tell_thresholds
+    from focus_ray.cluster.training import train
+    from focus_ray.data.ingest import ingest
+
+    with tempfile.TemporaryDirectory() as scratch:
+        ingested = ingest(as_good(Path(arguments.source), Path(scratch)), data)
+    say(str(ingested))
+    bundles = train(config, log=say)
+    tested = any(category.num_test_normal + category.num_test_anomalous for category in ingested.categories)
+    status = 0
+    if tested:
+        status = evaluate_run(str(output))
+    else:
+        say("there are no labelled test images: how many defects it finds is not known")
+        tell_thresholds(bundles)
+    place = next(iter(bundles.values()))
+    print(f"{output / ('report/report.html' if tested else 'report.html')}")
+    say(f"next: focus-ray inspect {place} IMAGES --overlays heat")
+    say(f"      focus-ray serve {output}   # a page on http://127.0.0.1:8000")
+    return max(status, ingested.exit_status)

@@ -1,0 +1,196 @@
+"""Python without a cluster: fit, inspect, evaluate, save; scikit-learn's conventions."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.utils import estimator_checks
+from small_set import draw_parts, ingest_parts
+
+import focus_ray
+from focus_ray.bundle.bundle import read_manifest
+from focus_ray.cli.main import main
+from focus_ray.errors import ConfigError, DataError
+
+QUICK: dict[str, Any] = {
+    "weights": "random",
+    "image_size_px": 64,
+    "model__image_alignment__group": "none",
+    "density__num_channels": 16,
+    "coreset": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_parts(tmp_path_factory.mktemp("api") / "images") / "gear"
+
+
+@pytest.fixture(scope="module")
+def model(parts: Path) -> focus_ray.Model:
+    return focus_ray.fit(parts, **QUICK)
+
+
+def pixels_of(folder: Path) -> np.ndarray[Any, Any]:
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.iterdir())])
+
+
+def test_a_folder_an_array_and_a_list_of_paths_make_the_same_model(parts: Path, model: focus_ray.Model) -> None:
+    good = parts / "train/good"
+    new = sorted((parts / "test/good").iterdir())[0]
+    score = model.inspect(new).score
+    arrays = focus_ray.fit(pixels_of(good), **QUICK)
+    paths = focus_ray.fit(sorted(good.iterdir()), **QUICK)
+    plain = focus_ray.fit(good, **QUICK)
+    for other in (arrays, paths, plain):
+        assert other.inspect(new).score == pytest.approx(score, rel=1e-5)
+        assert other.threshold == pytest.approx(model.threshold, rel=1e-5)
+    assert plain.category == "good"
+    assert model.category == "gear"
+
+
+def test_it_is_the_model_that_the_commands_make(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+    uri = ingest_parts(tmp_path)
+    words = [
+        f"data.uri={uri}",
+        "data.categories=[gear]",
+        f"storage={tmp_path / 'runs'}",
+        "name=a",
+        "model.weights=random",
+    ]
+    words += [
+        "model.image_size_px=64",
+        "model.image_alignment.group=none",
+        "density.num_channels=16",
+        "density.coreset=64",
+    ]
+    assert main(["train", "default", *words]) == 0
+    commanded = read_manifest(tmp_path / "runs/a/bundles/gear")
+    model.save(tmp_path / "saved")
+    saved = read_manifest(tmp_path / "saved")
+    for part in ("network", "density", "moments"):
+        assert saved["files"][part]["sha256"] == commanded["files"][part]["sha256"]
+    assert saved["calibration"] == commanded["calibration"]
+
+
+def test_images_are_inspected_by_path_bytes_and_pixels_alike(parts: Path, model: focus_ray.Model) -> None:
+    path = sorted((parts / "test/good").iterdir())[0]
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    found = [model.inspect(image) for image in (path, str(path), path.read_bytes(), pixels)]
+    assert len({one.score for one in found}) == 1
+    assert found[0].verdict in ("normal", "anomalous")
+    assert model.inspect_all(np.stack([pixels, pixels]))[1].score == pytest.approx(found[0].score, rel=1e-5)
+    assert len(model.inspect_all(parts / "test/good")) == 4
+    assert any("training images set the threshold" in line for line in model.caveats)
+
+
+def test_a_saved_model_is_loaded_as_it_was(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+    place = model.save(tmp_path / "model")
+    again = focus_ray.load(place)
+    image = sorted((parts / "test/good").iterdir())[0]
+    assert again.inspect(image).score == model.inspect(image).score
+    assert model.save(place) == place
+
+
+def test_it_is_evaluated_on_what_lay_beside_the_good_images_and_on_what_is_given(
+    parts: Path, model: focus_ray.Model, tmp_path: Path
+) -> None:
+    own = model.evaluate()
+    assert (own["num_normal"], own["image_auroc"] is not None) == (4, True)
+    assert model.evaluate(parts)["image_auroc"] == own["image_auroc"]
+    good, bad = (
+        sorted((parts / "test/good").iterdir()),
+        [p for p in (parts / "test").rglob("*.png") if p.parent.name != "good"],
+    )
+    given = model.evaluate([*good, *bad], [0] * len(good) + [1] * len(bad))
+    assert given["image_auroc"] == pytest.approx(own["image_auroc"])
+    with pytest.raises(DataError, match="2 images, but 1 labels"):
+        model.evaluate(good[:2], [0])
+    with pytest.raises(DataError, match="label 3 of image 0: expected 0"):
+        model.evaluate(good[:1], [3])
+    with pytest.raises(DataError, match="evaluate needs labels"):
+        model.evaluate(good)
+    elsewhere = focus_ray.load(model.save(tmp_path / "saved"))
+    assert elsewhere.evaluate(parts)["image_auroc"] == own["image_auroc"]
+
+
+def test_a_misspelt_or_ambiguous_setting_is_refused_by_name(parts: Path) -> None:
+    with pytest.raises(ConfigError, match="image_size: no such setting; did you mean 'image_size_px'"):
+        focus_ray.fit(parts, image_size=64)
+    with pytest.raises(ConfigError, match=r"max_images: could be .*: write model__image_alignment__max_images"):
+        focus_ray.fit(parts, max_images=64)
+    with pytest.raises(ConfigError, match=r"model\.image_size_px"):
+        focus_ray.fit(parts, image_size_px=63)
+
+
+def test_what_is_no_image_is_refused(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"shape \(4, 4, 5\).*expected uint8"):
+        model.inspect(np.zeros((4, 4, 5), np.uint8))
+    with pytest.raises(DataError, match="type float64: expected uint8"):
+        model.inspect(np.zeros((4, 4, 3)))
+    with pytest.raises(DataError, match="cannot be read"):
+        model.inspect(tmp_path / "gone.png")
+    with pytest.raises(DataError, match="no such folder"):
+        focus_ray.fit(tmp_path / "gone", **QUICK)
+    with pytest.raises(DataError, match="2 normal training images; 4 at least"):
+        focus_ray.fit(pixels_of(parts / "train/good")[:2], **QUICK)
+    with pytest.raises(DataError, match=r"holds 2 categories \(board, gear\)"):
+        focus_ray.fit(parts.parent, **QUICK)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no image in this folder"):
+        model.inspect_all(tmp_path / "empty")
+
+
+def test_the_estimator_keeps_scikit_learns_conventions(parts: Path) -> None:
+    good, bad = (
+        pixels_of(parts / "train/good"),
+        pixels_of(next(p for p in (parts / "test").iterdir() if p.name != "good")),
+    )
+    settings = {key: value for key, value in QUICK.items() if key not in ("weights", "image_size_px")}
+    estimator = focus_ray.AnomalyDetector(64, "random", settings=settings)
+    with pytest.raises(NotFittedError):
+        estimator.predict(good)
+    assert estimator.fit(good) is estimator
+    images = np.concatenate([good[:3], bad])
+    scores, decision = estimator.score_samples(images), estimator.decision_function(images)
+    np.testing.assert_allclose(decision, scores - estimator.offset_)
+    assert set(estimator.predict(images)) <= {-1, 1}
+    assert ((decision < -1e-4) == (estimator.predict(images) == -1)).all()
+    assert ((estimator.p_values(images) <= 0.05) == (estimator.predict(images) == -1)).all()
+    np.testing.assert_array_equal(estimator.fit_predict(good), estimator.predict(good))
+    again = pickle.loads(pickle.dumps(estimator))
+    np.testing.assert_array_equal(again.score_samples(images), scores)
+    assert not hasattr(clone(estimator), "model_")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        estimator_checks.check_parameters_default_constructible,
+        estimator_checks.check_no_attributes_set_in_init,
+        estimator_checks.check_get_params_invariance,
+        estimator_checks.check_set_params,
+        estimator_checks.check_estimator_repr,
+        estimator_checks.check_estimator_cloneable,
+        estimator_checks.check_valid_tag_types,
+        estimator_checks.check_mixin_order,
+    ],
+)
+def test_scikit_learns_own_checks_that_need_no_table_pass(check: Any) -> None:
+    check("AnomalyDetector", focus_ray.AnomalyDetector())
+
+
+def test_the_package_imports_at_once_and_without_torch() -> None:
+    show = "'torch' in sys.modules, f.fit.__name__, 'torch' in sys.modules, 'ray' in sys.modules"
+    code = f"import sys, focus_ray as f; print({show})"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert out == ["False", "fit", "True", "False"]
