@@ -15,7 +15,8 @@ def add_fit(commands: Any) -> None:
         "fit",
         help="from a folder of photographs to a model and its report, in one step on this machine",
         description="Ingests the images, trains by the standard configuration in this process, and measures the model on the "
-        "labelled test images where there are some. OUTPUT is a run's folder, as `train` makes it, with the ingested images in data/.",
+        "labelled test images where there are some. OUTPUT is a run's folder, as `train` makes it, with the ingested images "
+        "in data/.",
     )
     fit.add_argument("source", help="folder of photographs of good parts; or good/ bad/ masks/, MVTec AD, BTAD, VisA")
     fit.add_argument("output", help="folder that is made: bundles/, report.html, report/ and data/")
