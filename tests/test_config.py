@@ -87,7 +87,6 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("data.categories", ["bolt", "nut", "bolt"], r"lists a name twice: \['bolt', 'nut', 'bolt'\]"),
         ("data.categories", [], "at least 1 item"),
         ("data.holdout_fraction", 1.0, r"less than 1 \(got 1\.0\)"),
-        ("data.holdout_fraction", 0.0, r"set data\.holdout_fraction above 0, or calibration\.method=cross"),
         ("model.backbone", "resnet19", r"backbone 'resnet19' is not known: did you mean 'resnet18'\?"),
         ("model.weights_sha256", "XYZ", r"pattern.*\(got 'XYZ'\)"),
         ("model.image_alignment.group", "shear", r"'affine' \(got 'shear'\)"),
@@ -108,8 +107,11 @@ def test_a_value_that_does_not_fit_is_named_with_what_came_and_what_was_expected
 
 
 def test_cross_calibration_needs_no_held_out_images() -> None:
-    tree = tree_with("data.holdout_fraction", 0.0) | {"calibration": {"method": "cross"}}
-    assert parse_config(tree).data.holdout_fraction == 0.0
+    tree = tree_with("data.holdout_fraction", 0.0)
+    for method in ("auto", "cross", "leave_one_out"):
+        assert parse_config(tree | {"calibration": {"method": method}}).data.holdout_fraction == 0.0
+    with pytest.raises(ConfigError, match=r"set data\.holdout_fraction above 0, or calibration\.method=leave_one_out"):
+        parse_config(tree | {"calibration": {"method": "split"}})
 
 
 # Files and overrides

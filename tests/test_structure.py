@@ -112,8 +112,8 @@ def test_only_the_rooms_that_may_import_a_library_do(library: str) -> None:
     assert [name for name in sorted(found) if not may(name, library)] == []
 
 
-def test_the_package_itself_imports_nothing() -> None:
-    assert [name for _, name in imports_of(PACKAGE / "__init__.py")] == []
+def test_the_package_itself_imports_nothing_heavy() -> None:
+    assert {name for _, name in imports_of(PACKAGE / "__init__.py")} == {"os", "typing", "importlib"}
 
 
 BLOCK = """

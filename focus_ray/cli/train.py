@@ -57,9 +57,9 @@ def _train(arguments: argparse.Namespace) -> int:
     for category, bundle in bundles.items():
         print(f"{category}\t{bundle}")
     tell_thresholds(bundles)
-    place = next(iter(bundles.values()))
-    say(f"next: focus-ray evaluate {place.rpartition('/bundles/')[0] or place}   # on labelled test images")
-    say(f"      focus-ray inspect {place} IMAGES --overlays heat")
+    for place in list(bundles.values())[:1]:
+        say(f"next: focus-ray evaluate {place.rpartition('/bundles/')[0] or place}   # on labelled test images")
+        say(f"      focus-ray inspect {place} IMAGES --overlays heat")
     return 0
 
 

@@ -154,9 +154,9 @@ def test_weights_that_are_not_there_are_told_before_ray_starts(
     )
     assert main(["train", str(config)]) == 1
     told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 1
-    assert "nowhere.pth" in told[0]
-    assert "give an existing file" in told[0]
+    assert len(told) == 2  # what is done, and why not
+    assert "nowhere.pth" in told[1]
+    assert "give an existing file" in told[1]
     assert not (tmp_path / "lost").exists()  # so that the corrected configuration needs no --resume
 
 

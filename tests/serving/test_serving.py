@@ -566,6 +566,35 @@ def test_a_promotion_and_a_roll_back_change_who_answers_and_fail_no_request(
         assert missing.status_code == 404
 
 
+def test_thresholds_that_an_admin_sets_are_the_next_version_and_no_alias_but_latest_moves(
+    plant: Plant, two_versions: Registry
+) -> None:
+    settings = settings_of(plant, registry=two_versions.root, default_ref="production")
+    admin = {"authorization": f"Bearer {plant.press_admin}"}
+    reader = {"authorization": f"Bearer {plant.press}"}
+    place = "/v1/press/gear/versions/v0001/thresholds"
+    with client_of(settings) as client:
+        before = client.get("/v1/press/gear?version=v0001", headers=admin).json()["calibration"]
+        made = client.post(place, json={"image_threshold": 2.5}, headers=admin)
+        assert made.status_code == 200
+        version = made.json()["version"]
+        after = client.get(f"/v1/press/gear?version={version}", headers=admin).json()
+        assert after["calibration"]["image_threshold"] == 2.5
+        assert after["calibration"]["pixel_threshold"] == before["pixel_threshold"]
+        assert any("set by hand" in line for line in after["caveats"])
+        assert client.get("/v1/press/gear", headers=admin).json()["version"] == "v0001"
+        for body in ({}, {"image_threshold": -1}, {"image_threshold": 1, "other": 2}, {"pixel_threshold": "nan"}):
+            assert client.post(place, json=body, headers=admin).status_code == 422
+        assert client.post(place, json={"image_threshold": 2}, headers=reader).status_code == 403
+        gone = client.post("/v1/press/gear/versions/v0099/thresholds", json={"image_threshold": 2}, headers=admin)
+        assert gone.status_code == 404
+    folder = parse_settings({"bundles": plant.bundles["gear"], "open_to_all": True})
+    with client_of(folder) as client:
+        team = client.get("/v1").json()["teams"][0]
+        refused = client.post(f"/v1/{team}/gear/versions/latest/thresholds", json={"image_threshold": 2})
+        assert refused.status_code in (403, 409)
+
+
 def test_a_canary_answers_its_share_and_a_shadow_only_scores(plant: Plant, two_versions: Registry) -> None:
     route = {"team": PRESS, "category": "gear", "ref": "production"}
     headers = plant.headers(plant.press)
