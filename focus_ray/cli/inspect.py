@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, image_paths, readable_name, require, say
+from focus_ray.progress import track
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -40,7 +41,8 @@ def evaluate_run(place: str, data: str | None = None, output: str | None = None,
         try:
             inspector = Inspector.load(uri)
             source = data or inspector.bundle.config.data.uri
-            labelled = inspector.measure(iter_test_records(source, category), max_side_px)
+            records = track(iter_test_records(source, category), f"{category}: scoring", 0, say)
+            labelled = inspector.measure(records, max_side_px)
             result = {
                 **inspector.figures(labelled),
                 "bundle": uri,
@@ -102,7 +104,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         say(f"note: {caveat}")
     rows: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
-    for start in range(0, len(paths), inspector.batch_size):
+    starts = range(0, len(paths), inspector.batch_size)
+    for start in track(starts, "inspecting", len(paths), say, count=lambda first: inspector.batch_size):
         for path, data, found_or_error in _inspect_files(inspector, paths[start : start + inspector.batch_size]):
             rows.append(_csv_row(readable_name(path), category, found_or_error))
             if isinstance(found_or_error, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         build_parser().print_help()
         return 0
     arguments = build_parser().parse_args(words)
+    if arguments.verbose:
+        os.environ["FOCUS_RAY_VERBOSE"] = "1"
     try:
         return int(arguments.run(arguments))
     except FocusRayError as error:
@@ -45,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Learns from images of good parts; says of a new one whether it is defective, where, and how sure it is.",
     )
     parser.add_argument("--version", action="version", version=f"focus-ray {__version__}")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own lines and all that workers print")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     ingest = commands.add_parser("ingest", help="read a folder of images into a Parquet data set")
@@ -59,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
     train.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
     train.add_argument("--config", dest="named", metavar="CONFIG", help="the same; then all words are key=value")
+    train.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="show Ray's own lines too")
     train.add_argument("--resume", action="store_true", help="go on with the run of this name")
     train.set_defaults(run=_train)
 
