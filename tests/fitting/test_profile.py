@@ -10,11 +10,12 @@ from focus_ray.config import DensityConfig
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import NearestMemory, keep
+from focus_ray.density.tiles import Tiles
 from focus_ray.fitting.profile import FLOOR, SHARES, Profile, fit_profile, highest_values
-from focus_ray.fitting.scoring import upsample_and_smooth
+from focus_ray.fitting.spread import Spread
 
 SIDE, CHANNELS = 8, 5
-SPREAD = upsample_and_smooth(SIDE, 64, 4.0)
+SPREAD = Spread.of(Tiles(1, 1, 64, 0), SIDE, 4.0)
 
 
 def embeddings(count: int, seed: int = 0) -> Tensor:
