@@ -29,7 +29,7 @@ from focus_ray.density.nearest import keep
 from focus_ray.density.tiles import SharedByTiles, Tiles, fold_bank, split_places, unfold_bank
 from focus_ray.errors import ConfigError
 from focus_ray.evaluation.inspection import resize_map
-from focus_ray.fitting.fit import FitResult, fit
+from focus_ray.fitting.fit import FitResult, check_ingredients, fit
 from focus_ray.fitting.scoring import score_together, share_a_pass
 from focus_ray.fitting.spread import Spread
 
@@ -268,6 +268,37 @@ def test_cross_calibration_selection_and_training_know_tiles(data: str, tmp_path
         assert result.calibration.num_images == len(plan_category(config, "gear").fit_rows)
         assert len(result.notes.history) == 1
         assert len(result.notes.selection) == 2
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+def test_a_few_images_in_tiles_are_each_left_out_whole(data: str, tmp_path: Path, density: str) -> None:
+    """With folds of the metric and without: an image is left out with all of its tiles, so scores are like new images'."""
+    for reduction in ("discriminant", "semi_orthogonal"):
+        sections: dict[str, Any] = {
+            "model": model(density, (2, 2)),
+            "calibration": {"method": "leave_one_out"},
+            "density": {"reduction": reduction, "coreset": 256},
+            "scoring": {"image_score": "profile"},
+        }
+        config = small_config(data, tmp_path, **sections)
+        images = textures(34, config.model.frame_px)
+        result = fit(config, MemoryShard(images[:16]), 16, torch.device("cpu"))
+        assert result.calibration.method == "leave_one_out"
+        assert result.calibration.num_images == 16
+        new = result.detector(images[16:]).score
+        assert float(np.median(result.calibration.image_scores)) == pytest.approx(float(new.median()), rel=0.05)
+
+
+def test_images_cannot_be_left_out_of_moments_that_tiles_share(data: str, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"model": model("shared"), "density": {"kind": "gaussian"}}
+    left_out = small_config(data, tmp_path, **sections, calibration={"method": "leave_one_out"})
+    with pytest.raises(
+        ConfigError, match=r"kind gaussian, shared by tiles, cannot leave an image out: set calibration\.method"
+    ):
+        check_ingredients(left_out)
+    calibration = {"method": "auto", "target_fpr": 0.05}
+    result = fit_alone(small_config(data, tmp_path, **sections, calibration=calibration))
+    assert result.calibration.method == "cross"
 
 
 def test_tiled_models_of_one_backbone_share_a_pass(bundles: dict[str, str]) -> None:
