@@ -16,6 +16,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import Config, parse_config
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, list_categories
+from focus_ray.data.regions import frame_of
 from focus_ray.data.shards import build_shard
 from focus_ray.data.split import Plan, plan_category
 from focus_ray.fitting.fit import FitResult, fit
@@ -73,7 +74,9 @@ def fit_category(config: Config, category: str, device: str, plan: Plan | None =
     plan = plan or plan_category(config, category)
     shard = build_shard(config, category, plan, rank=0, num_workers=1)
     result = fit(config, shard, len(plan.fit_rows), torch.device(device), log=print)
-    bundle = Bundle({"category": category, "sha256": ""}, config, result.detector, result.calibration)
+    bundle = Bundle(
+        {"category": category, "sha256": ""}, config, result.detector, result.calibration, frame_of(config, category)
+    )
     return result, Inspector(bundle, device)
 
 

@@ -26,7 +26,8 @@ from focus_ray.data.shards import MemoryShard, build_shard
 from focus_ray.data.split import Plan, plan_category
 from focus_ray.evaluation.evaluate import evaluation_size, summarise
 from focus_ray.evaluation.inspection import resize_map
-from focus_ray.fitting.scoring import to_images, upsample_and_smooth
+from focus_ray.fitting.scoring import to_images
+from focus_ray.fitting.spread import upsample_and_smooth
 from focus_ray.model.backbones.base import Backbone, build_backbone
 
 

@@ -32,6 +32,16 @@ Group = Literal[
 Layer = Literal["layer1", "layer2", "layer3"]
 BackboneName = Annotated[str, AfterValidator(BACKBONES.check)]
 DensityName = Annotated[str, AfterValidator(DENSITIES.check)]
+Polygon = tuple[tuple[float, float], ...]
+
+
+def _is_polygon(region: Any) -> bool:
+    """Whether it is one list of points, and not a list of such lists."""
+    try:
+        numbers = [number for point in region for number in point]
+        return bool(numbers) and all(isinstance(number, (int, float)) for number in numbers)
+    except TypeError:
+        return False
 
 
 class Section(BaseModel):
@@ -61,6 +71,36 @@ class DataConfig(Section):
         ge=0.0,
         description="Decoded images are kept in a worker's memory up to this many MiB and streamed beyond it.",
     )
+    regions: dict[str, str | tuple[Polygon, ...]] = Field(
+        default={},
+        description="Category -> what of its images is inspected; nothing is scored elsewhere. Polygons, each a list of [x, y] "
+        "as shares of the image's width and height, or a mask image, white where inspected: a path or URI.",
+    )
+
+    @field_validator("regions", mode="before")
+    @classmethod
+    def _polygons(cls, value: Any) -> Any:
+        """One polygon may stand without a list around it."""
+        if not isinstance(value, dict):
+            return value
+        return {name: [region] if _is_polygon(region) else region for name, region in value.items()}
+
+    @field_validator("regions")
+    @classmethod
+    def _drawable(cls, value: dict[str, str | tuple[Polygon, ...]]) -> dict[str, str | tuple[Polygon, ...]]:
+        for name, region in value.items():
+            if not region:
+                raise ValueError(f"{name}: it is empty: give polygons or the path of a mask, or leave the category out")
+            for polygon in () if isinstance(region, str) else region:
+                if len(polygon) < 3:
+                    raise ValueError(f"{name}: a polygon has {len(polygon)} points: give 3 at least")
+                outside = [list(point) for point in polygon if not (0 <= point[0] <= 1 and 0 <= point[1] <= 1)]
+                if outside:
+                    raise ValueError(
+                        f"{name}: the point {outside[0]} lies outside the image: points are [x, y], shares from 0 to 1 of its "
+                        "width and height"
+                    )
+        return value
 
     @field_validator("categories", mode="before")
     @classmethod
@@ -115,6 +155,26 @@ class FeatureAlignmentConfig(Section):
     max_rotation_deg: float = Field(default=15.0, gt=0.0, le=180.0, description="Largest turn, degrees [ours].")
 
 
+class TilingConfig(Section):
+    """Tiles, each as large as the network's input, in which a large photograph is scored [ours]."""
+
+    grid: tuple[Annotated[int, Field(ge=1, le=32)], Annotated[int, Field(ge=1, le=32)]] = Field(
+        description="[rows, columns] of tiles. The photograph is brought to the size that they cover, whatever its own: so a "
+        "tile shows the same part of every image."
+    )
+    overlap: float = Field(
+        default=0.125,
+        ge=0.0,
+        le=0.5,
+        description="Share of a tile's side that it has in common with the next: there the maps of both are blended.",
+    )
+    density: Literal["per_tile", "shared"] = Field(
+        default="per_tile",
+        description="per_tile: each tile has places of its own, for parts that lie alike in all images. shared: all tiles are "
+        "compared with the places of any, for textures; takes less memory.",
+    )
+
+
 class ModelConfig(Section):
     """The network: alignment, backbone, projector (the paper's encoder f) and predictor (g)."""
 
@@ -128,7 +188,17 @@ class ModelConfig(Section):
     weights_sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{8,64}$", description="Refuse a weights file whose SHA-256 starts otherwise."
     )
-    image_size_px: int = Field(default=224, ge=32, le=2048, description="Images are resized to this square [kin: 224].")
+    image_size_px: int = Field(
+        default=224, ge=32, le=2048, description="Side of the network's input, a square [kin: 224]."
+    )
+    resize: Literal["stretch", "pad"] = Field(
+        default="stretch",
+        description="stretch: images are stretched to the network's input. pad: they keep their shape, and mirrored filler, "
+        "which is not scored, takes the rest [ours].",
+    )
+    tiling: TilingConfig | None = Field(
+        default=None, description="Scores large photographs in tiles of image_size_px each; null: as one."
+    )
     batch_norm: Literal["frozen", "train"] = Field(
         default="frozen", description="Whether the backbone's batch norms keep their ImageNet statistics [ours]."
     )
@@ -145,12 +215,47 @@ class ModelConfig(Section):
         default=256, ge=4, le=4096, description="Hidden channels of g [kin: 256 in RegAD, a quarter in SimSiam]."
     )
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tiles."""
+        return self.tiling.grid if self.tiling is not None else (1, 1)
+
+    @property
+    def shared_grid(self) -> tuple[int, int]:
+        """Rows and columns of the tiles that share one density's places."""
+        return self.grid if self.tiling is not None and self.tiling.density == "shared" else (1, 1)
+
+    @property
+    def overlap_px(self) -> int:
+        """What neighbouring tiles have in common."""
+        return round(self.tiling.overlap * self.image_size_px) if self.tiling is not None else 0
+
+    @property
+    def frame_px(self) -> tuple[int, int]:
+        """Height and width that images are brought to: those of all tiles together."""
+        step = self.image_size_px - self.overlap_px
+        return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
+
     @field_validator("image_size_px")
     @classmethod
     def _divisible(cls, value: int) -> int:
         if value % 16:
             raise ValueError(f"image_size_px={value} must be a multiple of 16, the stride of layer 3")
         return value
+
+    @model_validator(mode="after")
+    def _tiles_do_not_move(self) -> ModelConfig:
+        aligned = {"model.image_alignment.group": self.image_alignment.group}
+        aligned.update(
+            {f"model.feature_alignment.{key}": getattr(self.feature_alignment, key) for key in get_args(Layer)}
+        )
+        moving = [f"{key}=none" for key, group in aligned.items() if group != "none"]
+        if self.tiling is not None and moving:
+            raise ValueError(
+                f"tiling does not go with alignment, which would move each tile by itself: set {', '.join(moving)}, or leave "
+                "tiling out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _large_enough(self) -> ModelConfig:

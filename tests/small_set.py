@@ -77,7 +77,7 @@ def make_bundle(config: Config, category: str = "gear", place: Path | str | None
         data={
             "uri": config.data.uri,
             "fingerprint": fingerprint,
-            "num_fit": result.statistics.moments.count,
+            "num_fit": result.statistics.num_images,
             "num_holdout": 0,
         },
         metrics={"history": result.notes.history},

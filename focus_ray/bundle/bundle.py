@@ -25,8 +25,11 @@ from torch import Tensor
 
 from focus_ray import __version__
 from focus_ray.config import Config, parse_config
+from focus_ray.data.framing import Frame
+from focus_ray.data.regions import frame_of, frame_with
 from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
+from focus_ray.density.tiles import unfold_bank
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.fitting.profile import Profile
@@ -39,11 +42,11 @@ from focus_ray.storage import exists, join, list_names, read_bytes, remove_file,
 T = TypeVar("T")
 
 FORMAT_VERSION = 4
-# what bundles of a former format had no choice of, and how they were made
+# what bundles of a former format had no choice of, and how they were made; what is left out here was as the defaults are
 _FORMER: dict[int, dict[str, dict[str, Any]]] = {
     1: {"model": {"padding": "zeros"}, "scoring": {"image_score": "maximum"}, "density": {"coreset": 0}},
     2: {"density": {"coreset": 0}},
-    3: {},
+    3: {},  # without tiling, padding and regions
     FORMAT_VERSION: {},
 }
 MANIFEST = "manifest.json"
@@ -55,6 +58,7 @@ class Bundle(NamedTuple):
     """What a bundle holds once it is read.
 
     manifest: see docs/BUNDLE.md.  detector: on the device asked for.  calibration: thresholds and p-values.
+    frame: what images are brought to, the region of interest included.
     known: `short_hash` of the images that the density was made of; empty where that was not kept.
     """
 
@@ -62,6 +66,7 @@ class Bundle(NamedTuple):
     config: Config
     detector: Detector
     calibration: Calibration
+    frame: Frame
     known: frozenset[int] = frozenset()
 
     @property
@@ -85,10 +90,12 @@ def write_bundle(
     data: dict[str, Any],
     metrics: dict[str, Any],
     known: Sequence[str] = (),
+    frame: Frame | None = None,
 ) -> dict[str, Any]:
     """Writes everything; replaces a bundle that is there in one step.
 
     Args:
+        frame: what images are brought to; None: as the config says.
         known: content hashes of the images that the density was made of, so that they are told when they are inspected.
         detector: as `build_detector` makes it of the statistics.
         data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
@@ -106,6 +113,11 @@ def write_bundle(
     density = density_tensors(config.density, statistics, detector.density)
     if statistics.thetas is not None:
         density["thetas"] = statistics.thetas
+    if statistics.shown is not None:
+        density["shown"] = statistics.shown
+    region = (frame or frame_of(config, category)).region
+    if region is not None:
+        density["region"] = torch.from_numpy(region)
     if detector.profile is not None:
         density.update({f"profile.{name}": value for name, value in detector.profile._asdict().items()})
     if known:
@@ -232,6 +244,7 @@ def _read_bundle(uri: str | Path, manifest: dict[str, Any], device: torch.device
     try:
         config = parse_config(_as_it_was_made(manifest), source=f"{uri}/{MANIFEST}")
         calibration = Calibration.from_dict(manifest["calibration"])
+        category = str(manifest["category"])
     except (ConfigError, DataError, KeyError) as error:
         raise BundleError(f"{uri}: its manifest does not fit this version of focus_ray: {error}") from error
     network = _read_part(uri, manifest, "network")
@@ -247,7 +260,10 @@ def _read_bundle(uri: str | Path, manifest: dict[str, Any], device: torch.device
         if missing or unexpected:
             raise BundleError(f"{uri}: network tensors missing {missing[:3]}, unknown {unexpected[:3]}")
         shape = manifest["moments"]
-        fitted = load_density(config.density, density, shape["height"], shape["width"], device)
+        grid = config.model.shared_grid
+        fitted = load_density(config.density, density, shape["height"], shape["width"], device, grid)
+        region = density["region"].numpy() if category in config.data.regions else None
+        frame = frame_with(config, region)
     except (RuntimeError, KeyError, ValueError) as error:
         raise BundleError(f"{uri}: its tensors do not fit its config: {error}") from error
     net = net.to(device).to(memory_format=torch.channels_last)
@@ -256,7 +272,7 @@ def _read_bundle(uri: str | Path, manifest: dict[str, Any], device: torch.device
         profile = Profile(*(density[f"profile.{name}"].to(device) for name in Profile._fields))
     detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
     known = frozenset(density[_KNOWN].tolist()) if _KNOWN in density else frozenset()
-    return Bundle(manifest, config, detector, calibration, known)
+    return Bundle(manifest, config, detector, calibration, frame, known)
 
 
 def _as_it_was_made(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -286,9 +302,13 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
     density = _read_part(uri, manifest, "density")
     bank = density.get("bank")
+    grid = parse_config(_as_it_was_made(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
+    if bank is not None:
+        bank = unfold_bank(bank, grid, moments.height, moments.width)
     if bank is not None and "coreset_bank" in tensors:
         bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
-    return Statistics(moments, bank, density.get("thetas"), tensors.get("metric_scatter"))
+    scatter, shown = tensors.get("metric_scatter"), density.get("shown")
+    return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid)
 
 
 def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:

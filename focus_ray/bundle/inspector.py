@@ -39,7 +39,7 @@ class Inspector:
             batch_size: images a forward pass.  num_threads: that decode, beside the pass.
         """
         self.bundle, self.device, self.batch_size, self.num_threads = bundle, device, batch_size, num_threads
-        self.size_px = bundle.config.model.image_size_px
+        self.frame = bundle.frame
         fuse_batch_norms(bundle.detector.net.backbone)
 
     @classmethod
@@ -50,7 +50,7 @@ class Inspector:
         return cls(read_bundle(uri, device), device, **options)
 
     def score_batches(self, images: Iterable[bytes]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Scores (B,) and maps (B, S, S) batch by batch; the next batch is decoded while one is scored.
+        """Scores (B,) and maps (B, H, W), of the frame, batch by batch; the next batch is decoded while one is scored.
 
         Raises: DataError: an image cannot be decoded; its place in the stream is named.
         """
@@ -71,7 +71,7 @@ class Inspector:
                 yield infos, *self.score(batch)
 
     def score(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """uint8 (B, S, S, 3), as `images.decode_batch` gives -> scores (B,) and maps (B, S, S)."""
+        """uint8 (B, H, W, 3 or 4), as `images.decode_batch` gives for the frame -> scores (B,) and maps (B, H, W)."""
         scored = self.bundle.detector(torch.from_numpy(batch))
         return scored.score.float().cpu().numpy(), scored.anomaly_map.float().cpu().numpy()
 
@@ -93,7 +93,7 @@ class Inspector:
         return found
 
     def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
-        """Verdict, p-value and regions of a scored image of `width` x `height` pixels.
+        """Verdict, p-value and regions of a scored image of `width` x `height` pixels, whose map is the frame's.
 
         Raises: ScoreError: the score, or a value of the map, is not a finite number.
         """
@@ -103,6 +103,7 @@ class Inspector:
                 f"the model of {self.bundle.category!r} (version {self.bundle.version[:16]}) gave no finite score for an image: "
                 "its tensors overflow or are damaged; train it again"
             )
+        anomaly_map = self.frame.crop(anomaly_map, width, height)
         regions = find_regions(anomaly_map, calibration.pixel_threshold, width, height)
         return Inspection(
             score=score,
@@ -148,12 +149,14 @@ class Inspector:
         scores: list[float] = []
         maps: list[NDArray[np.float32]] = []
         masks: list[NDArray[np.bool_] | None] = []
+        inside: list[NDArray[np.bool_] | None] = []
         for batch_scores, batch_maps in self.score_batches(image_bytes()):
             for score, anomaly_map in zip(batch_scores, batch_maps, strict=True):
                 record = kept[len(scores)]
                 height, width = evaluation_size(record["height"], record["width"], max_side_px)
                 scores.append(float(score))
-                maps.append(resize_map(anomaly_map, height, width))
+                maps.append(resize_map(self.frame.crop(anomaly_map, record["width"], record["height"]), height, width))
+                inside.append(self.frame.region_at(height, width))
                 if record["mask"] is not None:
                     masks.append(decode_mask(record["mask"], height, width))
                 else:
@@ -164,7 +167,7 @@ class Inspector:
         labels = np.array([int(record["label"]) for record in kept], dtype=np.int64)
         threshold = float(self.bundle.calibration.image_threshold)
         return Labelled(
-            Measured(labels, np.asarray(scores, dtype=np.float64), masks, maps, threshold),
+            Measured(labels, np.asarray(scores, dtype=np.float64), masks, maps, threshold, inside),
             types=tuple(str(record["defect_type"]) for record in kept),
             ids=tuple(str(record.get("id", "")) for record in kept),
             reduced=any(max(record["height"], record["width"]) > max_side_px for record in kept),
@@ -172,8 +175,8 @@ class Inspector:
 
     @torch.inference_mode()
     def aligned(self, image: bytes) -> NDArray[np.uint8] | None:
-        """An encoded image as the network sees it, (S, S, 3); None where images are not aligned."""
-        batch = to_images(torch.from_numpy(decode_batch([image], self.size_px)), self.bundle.detector.density.device)
+        """An encoded image as the network sees it, (H, W, 3); None where images are not aligned."""
+        batch = to_images(torch.from_numpy(decode_batch([image], self.frame)), self.bundle.detector.density.device)
         found, theta = self.bundle.detector.net.align_image(batch)
         if theta is None:
             return None
@@ -185,7 +188,7 @@ class Inspector:
         if not images:
             return None
         try:
-            return read_batch(images, self.size_px, self.num_threads, hashed)
+            return read_batch(images, self.frame, self.num_threads, hashed)
         except DataError as error:
             raise DataError(f"of images {start} to {start + len(images) - 1}: {error}") from error
 

@@ -68,7 +68,7 @@ def make_bundle(
         on_epoch=on_epoch,
         log=log if rank == 0 else lambda message: None,
     )
-    count = result.statistics.moments.count
+    count = result.statistics.num_images
     if rank == 0:
         write_bundle(
             bundle_place(root, category),

@@ -83,8 +83,9 @@ def update_bundle(
         detector=detector,
         statistics=statistics,
         calibration=builder.finish(),
-        data={**provenance, "num_fit": statistics.moments.count, "num_holdout": len(held), "updates": changes},
+        data={**provenance, "num_fit": statistics.num_images, "num_holdout": len(held), "updates": changes},
         metrics=bundle.manifest["metrics"],
+        frame=bundle.frame,
     )
 
 
@@ -108,7 +109,7 @@ def _normal_rows(uri: str, category: str) -> list[int]:
 
 
 def _images(bundle: Bundle, uri: str, rows: Sequence[int]) -> Iterator[Tensor]:
-    for images in decoded_rows(uri, bundle.category, rows, bundle.config.model.image_size_px):
+    for images in decoded_rows(uri, bundle.category, rows, bundle.frame):
         yield torch.from_numpy(images)
 
 
@@ -126,9 +127,9 @@ def _on(statistics: Statistics, device: torch.device | str) -> Statistics:
 
 
 def _without(statistics: Statistics, part: Statistics, source: str) -> Statistics:
-    if part.moments.count > statistics.moments.count - 2:
+    if part.num_images > statistics.num_images - 2:
         raise DataError(
-            f"{source}: {part.moments.count} images to take out of {statistics.moments.count}; at least 2 must remain"
+            f"{source}: {part.num_images} images to take out of {statistics.num_images}; at least 2 must remain"
         )
     statistics.moments.remove(part.moments)
     if statistics.bank is not None and part.bank is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from focus_ray.config import Config
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import READ_ROWS, read_index
+from focus_ray.data.regions import frame_of
 from focus_ray.data.schema import SPLITS
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError
@@ -51,13 +52,13 @@ def stream_training_images(config: Config, category: str, rows: Sequence[int]) -
     index = read_index(config.data.uri, category, split="train")
     chosen = set(rows)
     ids = {i for i, row in zip(index["id"].to_pylist(), index["row"].to_pylist(), strict=True) if row in chosen}
-    size = config.model.image_size_px
+    frame = frame_of(config, category)
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
         images = [bytes(image) for name, image in zip(batch["id"], batch["image"], strict=True) if name in ids]
         if not images:
-            return {"image": np.empty((0, size, size, 3), dtype=np.uint8)}
-        return {"image": decode_batch(images, size)}
+            return {"image": np.empty((0, *frame.shape), dtype=np.uint8)}
+        return {"image": decode_batch(images, frame)}
 
     dataset = ray_dataset(config.data.uri, category, split="train", columns=("id", "image"))
     return dataset.map_batches(decode, batch_size=READ_ROWS)

@@ -25,6 +25,7 @@ from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
 from focus_ray.config import Config, config_to_yaml, parse_config
 from focus_ray.data.read import list_categories
+from focus_ray.data.regions import check_regions
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.data.shards import Steps, fits_memory
 from focus_ray.data.split import Plan, plan_category
@@ -102,6 +103,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     unknown = sorted(set(categories) - set(there))
     if unknown:
         raise DataError(f"{config.data.uri} has no category {', '.join(unknown)}; it has {', '.join(there)}")
+    check_regions(config, there)
     root = join(config.storage, config.name)
     plans = {category: plan_category(config, category) for category in categories}
     for category, plan in plans.items():
@@ -331,12 +333,13 @@ def absolute(config: Config) -> Config:
         return place if "://" in place else str(Path(place).expanduser().absolute())
 
     weights, metric = config.model.weights, config.density.metric
+    regions = {name: resolve(one) if isinstance(one, str) else one for name, one in config.data.regions.items()}
     if weights not in ("default", "random"):
         weights = resolve(weights)
     return config.model_copy(
         update={
             "storage": resolve(config.storage),
-            "data": config.data.model_copy(update={"uri": resolve(config.data.uri)}),
+            "data": config.data.model_copy(update={"uri": resolve(config.data.uri), "regions": regions}),
             "model": config.model.model_copy(update={"weights": weights}),
             "density": config.density.model_copy(update={"metric": metric and resolve(metric)}),
         }

@@ -27,6 +27,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from focus_ray.data import tiff
+from focus_ray.data.framing import Frame
 from focus_ray.errors import DataError
 
 # Largest image read, in pixels (about 9459 x 9459): where Pillow starts to warn of decompression bombs. A few hundred
@@ -93,29 +94,27 @@ class ImageInfo:
     content_hash: str | None = None
 
 
-def decode_image(data: bytes, size_px: int | None) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, size: int | Frame | None) -> npt.NDArray[np.uint8]:
     """Decodes one image by the decisions at the top of this file.
 
-    Resizing stretches to the square by Pillow's antialiased bilinear filter. JPEGs at least four times larger than
-    asked are decoded at a half, quarter or eighth (never below twice ``size_px``) first, which moves pixels by about
-    one grey level and saves most of the time.
+    Resizing is by Pillow's antialiased bilinear filter. JPEGs at least four times larger than asked are decoded at a half,
+    quarter or eighth (never below twice what is asked) first, which moves pixels by about one grey level and saves most of
+    the time.
 
     Args:
         data: an encoded file of one of ``FORMATS``.
-        size_px: side of the square returned; None keeps the size.
+        size: the frame that it is brought to; a number: the side of a square that it is stretched to; None keeps the size.
 
-    Returns: (H, W, 3) RGB, uint8, writable; H = W = ``size_px`` unless that is None.
+    Returns: (H, W, 3) RGB, uint8, writable; of the frame's shape, which may have a fourth channel, where there is one.
 
     Raises: ImageError: empty, truncated, not an image, an unsupported kind, or above ``MAX_PIXELS``.
     """
-    if size_px is not None and size_px < 1:
-        raise ValueError(f"size_px={size_px} must be at least 1")
-    return _decode(data, size_px)[1]
+    return _decode(data, _frame(size))[1]
 
 
-def read_image(data: bytes, size_px: int | None = None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
-    """What ``probe_image`` and ``decode_image(data, size_px)`` give, for the price of one decoding; the same errors."""
-    return _decode(data, size_px)
+def read_image(data: bytes, size: int | Frame | None = None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+    """What ``probe_image`` and ``decode_image(data, size)`` give, for the price of one decoding; the same errors."""
+    return _decode(data, _frame(size))
 
 
 def probe_image(data: bytes) -> ImageInfo:
@@ -210,16 +209,16 @@ def encode_png(array: npt.NDArray[Any]) -> bytes:
     return sink.getvalue()
 
 
-def decode_batch(images: Sequence[bytes], size_px: int, num_threads: int = 1) -> npt.NDArray[np.uint8]:
+def decode_batch(images: Sequence[bytes], size: int | Frame, num_threads: int = 1) -> npt.NDArray[np.uint8]:
     """``decode_image`` over a batch; Pillow lets go of the interpreter lock, so threads help.
 
     Args: num_threads: threads used, at most one an image.
 
-    Returns: (B, size_px, size_px, 3) RGB, uint8, in the order given.
+    Returns: (B, H, W, 3 or 4), uint8, in the order given.
 
     Raises: ImageError: naming the position of the first image that cannot be decoded.
     """
-    return read_batch(images, size_px, num_threads)[1]
+    return read_batch(images, size, num_threads)[1]
 
 
 def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
@@ -230,7 +229,7 @@ def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def read_batch(
-    images: Sequence[bytes], size_px: int, num_threads: int = 1, hashed: bool = False
+    images: Sequence[bytes], size: int | Frame, num_threads: int = 1, hashed: bool = False
 ) -> tuple[list[ImageInfo], npt.NDArray[np.uint8]]:
     """``decode_batch`` and what is known of each image, its own size above all; the same errors.
 
@@ -239,11 +238,13 @@ def read_batch(
     """
     if num_threads < 1:
         raise ValueError(f"num_threads={num_threads} must be at least 1")
-    batch = np.empty((len(images), size_px, size_px, 3), dtype=np.uint8)
+    frame = _frame(size)
+    assert frame is not None
+    batch = np.empty((len(images), *frame.shape), dtype=np.uint8)
 
     def decode_into(position: int) -> ImageInfo:
         try:
-            info, batch[position] = _decode(images[position], size_px, hashed)
+            info, batch[position] = _decode(images[position], frame, hashed)
             return info
         except ImageError as error:
             raise ImageError(error.reason, f"image {position} of {len(images)}: {error}") from error
@@ -256,9 +257,13 @@ def read_batch(
     return infos, batch
 
 
-def _decode(data: bytes, size_px: int | None, hashed: bool = False) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+def _frame(size: int | Frame | None) -> Frame | None:
+    return Frame(size, size) if isinstance(size, int) else size
+
+
+def _decode(data: bytes, frame: Frame | None, hashed: bool = False) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
     _verify_chunks(data)
-    image, orientation, (width, height) = _load(data, size_px)
+    image, orientation, (width, height) = _load(data, None if frame is None else max(frame.height, frame.width))
     info = ImageInfo(width, height, image.mode, image.format or "?", _is_see_through(image))
     try:
         plain = _to_grey_or_rgb(image)
@@ -267,10 +272,9 @@ def _decode(data: bytes, size_px: int | None, hashed: bool = False) -> tuple[Ima
         if hashed:
             whole = np.asarray(plain.convert("RGB")) if plain.size == (width, height) else _decode(data, None)[1]
             info = replace(info, content_hash=content_hash(whole))
-        if size_px is not None and plain.size != (size_px, size_px):
-            plain = plain.resize((size_px, size_px), Image.Resampling.BILINEAR)
-        pixels = np.array(plain.convert("RGB"), dtype=np.uint8)  # last: grey is resized as one channel
-        return info, pixels
+        if frame is not None:
+            return info, frame.place(plain, width, height)
+        return info, np.array(plain.convert("RGB"), dtype=np.uint8)
     except _DECODE_ERRORS as error:
         raise _undecodable(error, image) from error
 
@@ -447,4 +451,6 @@ def _unidentified(data: bytes) -> ImageError:
 def _undecodable(error: BaseException, image: Image.Image) -> ImageError:
     if isinstance(error, ImageError):
         return error
+    if isinstance(error, DataError):  # of the frame: its region is not in this image
+        return ImageError("unsupported", str(error))
     return ImageError("unsupported", f"{image.format} of mode {image.mode} cannot be converted to RGB ({error})")

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS, Row
 from focus_ray.data.store import Commit, Store, open_part, open_store
@@ -119,17 +120,17 @@ READ_ROWS = 32  # decoded at a time: bounds the memory of large originals
 
 
 def decoded_rows(
-    uri: str, category: str, rows: Sequence[int], size_px: int, batch_size: int = READ_ROWS
+    uri: str, category: str, rows: Sequence[int], size: int | Frame, batch_size: int = READ_ROWS
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """uint8 (B, S, S, 3) of the given rows, in order."""
+    """uint8 (B, H, W, 3 or 4) of the given rows, in order, as `decode_batch` gives them."""
     batch: list[bytes] = []
     for record in read_rows(uri, category, rows, columns=("image",)):
         batch.append(record["image"])
         if len(batch) == batch_size:
-            yield decode_batch(batch, size_px)
+            yield decode_batch(batch, size)
             batch = []
     if batch:
-        yield decode_batch(batch, size_px)
+        yield decode_batch(batch, size)
 
 
 TEST_COLUMNS = ("id", "image", "mask", "label", "defect_type", "width", "height")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,17 +13,18 @@ from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.data.read import decoded_rows
+from focus_ray.data.regions import frame_of
 from focus_ray.data.split import Plan
 from focus_ray.errors import DataError, TrainingError
 
 _GROUP_ROWS = 512  # of a local stream, decoded and shuffled together
 
 Stream = Callable[[int, int], Iterable[Mapping[str, Any]]]
-"""batch size, seed -> shuffled batches of 'image', uint8 (B, S, S, 3), of this worker's share, B at most the batch size."""
+"""batch size, seed -> shuffled batches of 'image', uint8 (B, H, W, C), of this worker's share, B at most the batch size."""
 
 
 class Shard(Protocol):
-    """One worker's share of the normal images; batches are uint8 (B, S, S, 3)."""
+    """One worker's share of the normal images; batches are uint8 (B, H, W, C), of the frame's shape."""
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterable[Tensor]:
         """Exactly `steps` shuffled batches of exactly `batch_size` images."""
@@ -47,8 +49,8 @@ class MemoryShard:
     """A share that is held decoded in memory.
 
     Args:
-        images: (N, S, S, 3) uint8, for training and density.  folds: (N,) their fold numbers, for cross calibration.
-        holdout: (M, S, S, 3) uint8, for calibration.  validation: (V, S, S, 3) uint8, for label-free selection.
+        images: (N, H, W, C) uint8, for training and density.  folds: (N,) their fold numbers, for cross calibration.
+        holdout: (M, H, W, C) uint8, for calibration.  validation: (V, H, W, C) uint8, for label-free selection.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class StreamShard:
         """
         self.config, self.category, self.share, self.stream = config, category, share, stream
         self.batch_size = config.train.batch_size_per_worker
+        self.frame = frame_of(config, category)
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
         assert self.stream is not None, "nothing to train from was given"
@@ -183,15 +186,15 @@ class StreamShard:
         return len(self.share.holdout_rows)
 
     def _read(self, rows: Sequence[int]) -> Iterator[Tensor]:
-        size = self.config.model.image_size_px
-        for images in decoded_rows(self.config.data.uri, self.category, rows, size, self.batch_size):
+        for images in decoded_rows(self.config.data.uri, self.category, rows, self.frame, self.batch_size):
             yield torch.from_numpy(images)
 
 
 def fits_memory(config: Config, plan: Plan) -> bool:
     """Whether a worker's share of decoded images stays within data.memory_budget_mb."""
     share = -(-plan.num_images // config.cluster.num_workers)
-    return share * config.model.image_size_px**2 * 3 <= config.data.memory_budget_mb * 2**20
+    channels = 4 if config.model.resize == "pad" or config.data.regions else 3
+    return share * math.prod(config.model.frame_px) * channels <= config.data.memory_budget_mb * 2**20
 
 
 def build_shard(
@@ -204,12 +207,12 @@ def build_shard(
     share = plan.share(rank, num_workers)
     if not fits_memory(config, plan):
         return StreamShard(config, category, share, stream)
-    size = config.model.image_size_px
+    frame = frame_of(config, category)
 
     def load(numbers: Sequence[int]) -> Tensor:
-        images = torch.empty(len(numbers), size, size, 3, dtype=torch.uint8)
+        images = torch.empty(len(numbers), *frame.shape, dtype=torch.uint8)
         done = 0
-        for batch in decoded_rows(config.data.uri, category, numbers, size):
+        for batch in decoded_rows(config.data.uri, category, numbers, frame):
             images[done : done + len(batch)] = torch.from_numpy(batch)
             done += len(batch)
         return images

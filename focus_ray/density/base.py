@@ -11,6 +11,7 @@ from torch import Tensor
 
 from focus_ray.config import DensityConfig
 from focus_ray.density.moments import Moments, mean_variance
+from focus_ray.density.tiles import SharedByTiles, fold_bank
 from focus_ray.kinds import DENSITIES
 
 
@@ -76,13 +77,30 @@ class Statistics:
     bank: (N, L, C + K) float16, embeddings of the images that a memory keeps, with K channels for a coreset (0: none); None for
         a Gaussian.
     thetas: (N, 2, 3), how the images of the bank were aligned; None where they were not.
+    shown: (N, L) bool, places of the images of the bank that are scored; None: all.
     scatter: (2, C, C), of normal and of defective residuals, of which the metric was learnt (`fitting.metric`); None: it was not.
+    grid: rows and columns of tiles that share the places of the moments, which count each; the bank has those of all tiles.
     """
 
     moments: Moments
     bank: Tensor | None = None
     thetas: Tensor | None = None
     scatter: Tensor | None = None
+    shown: Tensor | None = None
+    grid: tuple[int, int] = (1, 1)
+
+    @property
+    def num_images(self) -> int:
+        return self.moments.count // (self.grid[0] * self.grid[1])
+
+    @property
+    def of_tiles(self) -> Statistics:
+        """As if each tile that shares the places were an image."""
+        if self.grid == (1, 1):
+            return self
+        moments = self.moments
+        bank = None if self.bank is None else fold_bank(self.bank, self.grid, moments.height, moments.width)
+        return Statistics(moments, bank)
 
     def join(self, other: Statistics) -> Statistics:
         """Adds another site's, in place. Raises: ValueError: shapes or kinds differ."""
@@ -93,6 +111,8 @@ class Statistics:
             self.bank = torch.cat([self.bank, other.bank])
         if self.thetas is not None and other.thetas is not None:
             self.thetas = torch.cat([self.thetas, other.thetas])
+        if self.shown is not None and other.shown is not None:
+            self.shown = torch.cat([self.shown, other.shown])
         return self
 
     def keep_at_most(self, num_images: int) -> None:
@@ -106,6 +126,8 @@ class Statistics:
             self.bank = self.bank[chosen]
         if self.thetas is not None:
             self.thetas = self.thetas[chosen]
+        if self.shown is not None:
+            self.shown = self.shown[chosen]
 
 
 def ridge_of(config: DensityConfig, moments: Moments) -> float:
@@ -119,30 +141,47 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
     kind = DENSITIES[config.kind]
     if kind.keeps_bank and statistics.bank is None:
         raise ValueError(f"density.kind={config.kind} needs the bank of normal embeddings")
-    return kind.build(config, statistics)
+    density = kind.build(config, statistics.of_tiles)
+    return density if statistics.grid == (1, 1) else SharedByTiles(density, statistics.grid)
 
 
-def leaves_out(config: DensityConfig) -> bool:
-    """Whether the density's kind can score an image it was made of as if it were new."""
-    return hasattr(DENSITIES[config.kind], "leaving_out")
+def leaves_out(config: DensityConfig, grid: tuple[int, int] = (1, 1)) -> bool:
+    """Whether the density's kind can score an image it was made of as if it were new.
+
+    Args: grid: as `Statistics.grid`. Without a bank, one tile can be left out of moments, and not all tiles of an image.
+    """
+    kind = DENSITIES[config.kind]
+    return hasattr(kind, "leaving_out") and (grid == (1, 1) or kind.keeps_bank)
 
 
 def leaving_out(config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
     """What scores the images that the density was made of as if they were new."""
-    found: LeavesOut = DENSITIES[config.kind].leaving_out(config, statistics, density)  # type: ignore[attr-defined]
-    return found
+    one = density.one if isinstance(density, SharedByTiles) else density
+    found: LeavesOut = DENSITIES[config.kind].leaving_out(config, statistics.of_tiles, one)  # type: ignore[attr-defined]
+    return found if statistics.grid == (1, 1) else SharedByTiles(found, statistics.grid)
 
 
 def density_tensors(config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-    """What a bundle stores to build the density from, which is that of the statistics."""
-    return DENSITIES[config.kind].tensors(config, statistics, density)
+    """What a bundle stores to build the density from, which is that of the statistics; a bank as in `Statistics.of_tiles`."""
+    if isinstance(density, SharedByTiles):
+        density = density.one
+    return DENSITIES[config.kind].tensors(config, statistics.of_tiles, density)
 
 
 def load_density(
-    config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
+    config: DensityConfig,
+    tensors: Mapping[str, Tensor],
+    height: int,
+    width: int,
+    device: torch.device | str,
+    grid: tuple[int, int] = (1, 1),
 ) -> Density:
-    """The density from `density_tensors`. Raises: KeyError, ValueError: tensors that do not fit."""
-    return DENSITIES[config.kind].load(config, tensors, height, width, device)
+    """The density from `density_tensors`. Raises: KeyError, ValueError: tensors that do not fit.
+
+    Args: height, width, grid: of the moments, and as `Statistics.grid`.
+    """
+    density = DENSITIES[config.kind].load(config, tensors, height, width, device)
+    return density if grid == (1, 1) else SharedByTiles(density, grid)
 
 
 def positions_to_keep(config: DensityConfig, count: int) -> set[int] | None:

@@ -32,7 +32,7 @@ class Coreset:
         """(B, K, H, W) -> distances (B, H, W) to the nearest patch, >= 0.
 
         Args:
-            own: (B,), the number of each image, whose own patches are left out for it.
+            own: (B,), the number of each image, whose own patches are left out for it; or (B, K), several numbers.
         """
         batch, channels, height, width = embedding.shape
         queries = embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels).to(self.patches.dtype)
@@ -42,7 +42,8 @@ class Coreset:
             part = queries[start : start + at_once]
             agreement = torch.addmm(-self.half_norms, part.flatten(0, 1), self.patches.t()).view(*part.shape[:2], -1)
             if own is not None:
-                mine = own[start : start + at_once, None].to(self.images.device) == self.images
+                numbers = own[start : start + at_once].view(len(part), -1, 1).to(self.images.device)
+                mine = (numbers == self.images).any(dim=1)
                 agreement.masked_fill_(mine[:, None], -torch.inf)
             closest.append(agreement.amax(dim=2))
         squares = queries.square().sum(dim=2)

@@ -51,7 +51,8 @@ class NearestMemory:
         """(B, C, H, W) -> distances (B, H, W) to the nearest normal embedding around the place, >= 0.
 
         Args:
-            own: (B,), the number in the bank of each image, which is left out for it: what a new image like it would get.
+            own: (B,), the number in the bank of each image, which is left out for it: what a new image like it would get;
+                or (B, K), several numbers.
         """
         batch, channels, height, width = embedding.shape
         if (height, width) != (self.height, self.width):
@@ -76,7 +77,7 @@ class NearestMemory:
             agreement = torch.baddbmm(self.half_norms[part, None], near, self.bank[part].transpose(1, 2), beta=-1)
             if own is not None:
                 apart = agreement.view(len(agreement), -1, batch, agreement.shape[2])
-                apart[:, :, torch.arange(batch), own.to(self.device)] = -torch.inf
+                apart[:, :, torch.arange(batch)[:, None], own.view(batch, -1).to(self.device)] = -torch.inf
             best = agreement.amax(dim=2)
             best = best.view(len(rows), width, self.window, self.window, batch)
             for down in range(self.window):

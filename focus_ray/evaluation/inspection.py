@@ -35,8 +35,8 @@ class Inspection:
     """What is known of one image.
 
     score: higher is more anomalous.  p_value: conformal, see docs/CALIBRATION.md.  anomalous: the verdict.
-    threshold: of the score.  pixel_threshold: of the map.  anomaly_map: (S, S), S the network's input size, in the
-    image's own frame, stretched to a square.  regions: in pixels of the original, width x height.
+    threshold: of the score.  pixel_threshold: of the map.  anomaly_map: (H, W), the image at the size at which it was scored,
+    which for model.resize=stretch need not have its shape.  regions: in pixels of the original, width x height.
     trained_on: whether it is one of the images that the density was made of, so that its score says nothing of new parts.
     """
 
@@ -115,7 +115,7 @@ def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int,
 
 
 def resize_map(anomaly_map: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """(S, S) -> (height, width), bilinear."""
+    """(H, W) -> (height, width), bilinear."""
     if anomaly_map.shape == (height, width):
         return anomaly_map
     resized = F.interpolate(torch.from_numpy(anomaly_map)[None, None], size=(height, width), mode="bilinear")

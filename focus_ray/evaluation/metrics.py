@@ -130,7 +130,7 @@ class Measured:
 
     labels: (N,), 0 normal or 1 anomalous.  scores: (N,).  masks: N of (H, W) bool; None where an anomalous image has
     none: such an image counts in image metrics alone.  maps: N of (H, W), each of its mask's size.
-    threshold: of the image score.
+    threshold: of the image score.  inside: N of (H, W) bool, pixels that count, those of a region of interest; None: all.
     """
 
     labels: NDArray[np.int64]
@@ -138,6 +138,7 @@ class Measured:
     masks: Sequence[NDArray[np.bool_] | None]
     maps: Sequence[NDArray[np.float32]]
     threshold: float
+    inside: Sequence[NDArray[np.bool_] | None] | None = None
 
     @property
     def has_both(self) -> bool:
@@ -149,15 +150,18 @@ class Measured:
         """Of all pixels whose truth is known, sorted once for all metrics; None where no anomalous pixel is known."""
         known = [index for index, mask in enumerate(self.masks) if mask is not None]
         masks = [np.asarray(self.masks[index]) for index in known]
-        if not any(mask.any() for mask in masks):
+        inside = None if self.inside is None else [self.inside[index] for index in known]
+        kept = masks if inside is None else [m if i is None else m & i for m, i in zip(masks, inside, strict=True)]
+        if not any(mask.any() for mask in kept):
             return None
-        return _PixelCurve.of(masks, [self.maps[index] for index in known], regions=True)
+        return _PixelCurve.of(kept, [self.maps[index] for index in known], regions=True, inside=inside)
 
     def only(self, chosen: NDArray[np.bool_]) -> Measured:
         """The chosen (N,) images alone."""
         places = np.flatnonzero(chosen).tolist()
         masks, maps = [self.masks[place] for place in places], [self.maps[place] for place in places]
-        return Measured(self.labels[chosen], self.scores[chosen], masks, maps, self.threshold)
+        inside = None if self.inside is None else [self.inside[place] for place in places]
+        return Measured(self.labels[chosen], self.scores[chosen], masks, maps, self.threshold, inside)
 
 
 class Metric(NamedTuple):
@@ -189,8 +193,10 @@ class _PixelCurve:
     num_normal: int
 
     @staticmethod
-    def of(masks: Stack, maps: Stack, regions: bool) -> _PixelCurve:
-        normal, anomalous, weights = _split_pixels(masks, maps, regions)
+    def of(
+        masks: Stack, maps: Stack, regions: bool, inside: Sequence[NDArray[np.bool_] | None] | None = None
+    ) -> _PixelCurve:
+        normal, anomalous, weights = _split_pixels(masks, maps, regions, inside)
         normal.sort()
         order = np.argsort(-anomalous, kind="stable")
         anomalous = anomalous[order]
@@ -232,8 +238,13 @@ class _PixelCurve:
         return min(area / fpr_limit, 1.0)
 
 
-def _split_pixels(masks: Stack, maps: Stack, regions: bool) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
-    """Scores of normal pixels, scores of anomalous pixels, and each anomalous pixel's share of the PRO."""
+def _split_pixels(
+    masks: Stack, maps: Stack, regions: bool, inside: Sequence[NDArray[np.bool_] | None] | None = None
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
+    """Scores of normal pixels, scores of anomalous pixels, and each anomalous pixel's share of the PRO.
+
+    inside: the pixels that count, beyond which no mask reaches.
+    """
     if len(masks) != len(maps):
         raise DataError(f"{len(masks)} masks for {len(maps)} maps; expected a mask per map, all-zero for a good image")
     normal, anomalous, region_of = [], [], []
@@ -249,10 +260,11 @@ def _split_pixels(masks: Stack, maps: Stack, regions: bool) -> tuple[NDArray[Any
         if not np.isfinite(scores).all():
             raise DataError(f"image {index}: the map has NaN or infinite values; expected finite scores")
         mask = mask != 0
+        counts = None if inside is None else inside[index]
         if not mask.any():
-            normal.append(scores.ravel())
+            normal.append(scores.ravel() if counts is None else scores[counts])
             continue
-        normal.append(scores[~mask])
+        normal.append(scores[~mask] if counts is None else scores[~mask & counts])
         anomalous.append(scores[mask])
         if regions:
             labelled, count = ndimage.label(mask, structure=_EIGHT_CONNECTED)

@@ -27,17 +27,21 @@ JUDGED_BY = {
 def validation_images(
     normals: NDArray[np.uint8], seed: int, per_image: int = DEFECTS_PER_IMAGE
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Normal images and their defective copies, with masks: (N (1 + per_image), S, S, 3) and (..., S, S).
+    """Normal images and their defective copies, with masks: (N (1 + per_image), H, W, C) and (..., H, W).
 
     Args:
-        normals: (N, S, S, 3) uint8, that the density has not seen.
+        normals: (N, H, W, C) uint8, that the density has not seen. A fourth channel, what is scored (`data.framing`), is kept,
+            and no mask reaches beyond it.
 
     Raises: DataError: fewer than two images.
     """
     if len(normals) < 2:
         raise DataError(f"a validation score needs at least 2 held-out normal images, got {len(normals)}")
-    defective, masks, _ = synthetic_validation_set(normals, seed, per_image)
+    defective, masks, _ = synthetic_validation_set(normals[..., :3], seed, per_image)
     clean = np.zeros(normals.shape[:3], dtype=bool)
+    if normals.shape[3] > 3:
+        shown = np.repeat(normals[..., 3:], per_image, axis=0)
+        defective, masks = np.concatenate([defective, shown], axis=3), masks & (shown[..., 0] > 0)
     return np.concatenate([normals, defective]), np.concatenate([clean, masks])
 
 

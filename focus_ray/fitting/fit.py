@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.data.shards import Shard, Steps
@@ -27,7 +28,8 @@ from focus_ray.density.base import (
     sample_positions,
 )
 from focus_ray.density.moments import Moments
-from focus_ray.errors import DataError
+from focus_ray.density.tiles import Tiles
+from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder, Method
 from focus_ray.evaluation.selection import validation_images
 from focus_ray.fitting.distributed import decided_by_first, gather_objects, world_size
@@ -102,8 +104,15 @@ def fit(
 def check_ingredients(config: Config) -> None:
     """Looks for what a fit needs besides images, so that it is told once and not by every worker.
 
-    Raises: WeightsError: the weights cannot be had.  ConfigError: density.metric cannot be used.
+    Raises: WeightsError: the weights cannot be had.  ConfigError: density.metric cannot be used, or calibration is to leave
+        images out and the density cannot.
     """
+    if config.calibration.method == "leave_one_out" and not leaves_out(config.density, config.model.shared_grid):
+        tiles = ", shared by tiles," if config.model.shared_grid != (1, 1) else ""
+        raise ConfigError(
+            f"calibration.method=leave_one_out: a density of kind {config.density.kind}{tiles} cannot leave an image out: set "
+            "calibration.method=cross"
+        )
     build_net(config.model)
     read_shared_metric(config)
 
@@ -114,7 +123,7 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
     detector = Detector(net, reduction, density, config.scoring)
     if config.scoring.image_score == "profile" and statistics.bank is not None:
         apart = leaving_out(config.density, statistics, density)
-        detector.profile = fit_profile(apart, statistics.bank, statistics.thetas, detector.seen, detector.spread)
+        detector.profile = fit_profile(apart, statistics, detector.seen, detector.spread)
     return detector
 
 
@@ -158,8 +167,8 @@ class Run:
             return None
         normals = list(self.shard.validation_batches())
         if not normals:
-            size = self.config.model.image_size_px
-            return np.empty((0, size, size, 3), np.uint8), np.empty((0, size, size), bool)
+            size = self.config.model.frame_px
+            return np.empty((0, *size, 3), np.uint8), np.empty((0, *size), bool)
         return validation_images(
             torch.cat(normals).numpy(), seed=derived_seed(self.config.train.seed, "synthetic defects", self.rank)
         )
@@ -253,7 +262,7 @@ class Run:
             net.train()
             generator = torch.Generator().manual_seed(derived_seed(train.seed, "epoch", epoch, self.rank))
             start = time.perf_counter()
-            batches = self.shard.train_batches(steps.batch_size, steps.steps, generator)
+            batches = self._one_tile_each(self.shard.train_batches(steps.batch_size, steps.steps, generator), epoch)
             figures = train_epoch(parallel, batches, optimizer, schedule, train, self.device, generator, autocast)
             figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
             self._note(figures)
@@ -270,6 +279,14 @@ class Run:
         if self.best is not None:
             net.load_state_dict(self.best.net)
             self.log(f"kept the network after epoch {self.best.epoch + 1} of {train.epochs} (0: untrained)")
+
+    def _one_tile_each(self, batches: Iterable[Tensor], epoch: int) -> Iterator[Tensor]:
+        """Of images in tiles, one tile a batch, the same of all its images and on all workers; the tiles take turns."""
+        tiles = Tiles.of(self.config.model)
+        generator = torch.Generator().manual_seed(derived_seed(self.config.train.seed, "tiles", epoch))
+        order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
+        for number, batch in enumerate(batches):
+            yield batch if tiles.num_tiles == 1 else tiles.one_position(batch, order[number % len(order)])
 
     def _note(self, figures: dict[str, float]) -> None:
         """Keeps and logs an epoch's figures, with a warning where they show a collapse."""
@@ -333,7 +350,7 @@ class Run:
             return method
         if sum(gather_objects(self.shard.num_holdout())):
             return "split"
-        return "leave_one_out" if leaves_out(self.config.density) else "cross"
+        return "leave_one_out" if leaves_out(self.config.density, self.config.model.shared_grid) else "cross"
 
     def finish(self) -> FitResult:
         self.net.eval()
@@ -401,6 +418,8 @@ def _join_all(parts: list[Statistics]) -> Statistics:
         Moments(first.height, first.width, first.channels, first.mean.device),
         None if parts[0].bank is None else parts[0].bank[:0],
         None if parts[0].thetas is None else parts[0].thetas[:0],
+        shown=None if parts[0].shown is None else parts[0].shown[:0],
+        grid=parts[0].grid,
     )
     for part in parts:
         total.join(part)

@@ -17,12 +17,16 @@ from torch import Tensor
 from focus_ray.config import Config
 from focus_ray.density.base import LeavesOut, Statistics, leaving_out, sample_positions
 from focus_ray.density.nearest import JointMemory, NearestMemory, keep, typical_distances, whiten
+from focus_ray.density.tiles import SharedByTiles, fold_bank
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.fitting.distributed import world_size
 from focus_ray.fitting.metric import FOLDS, Metric
-from focus_ray.fitting.passes import joined_by_all
+from focus_ray.fitting.passes import joined_by_all, pixels_that_count
 from focus_ray.fitting.profile import IMAGES, left_out_distances, profile_of
-from focus_ray.fitting.scoring import Detector, Scored, embed, to_images
+from focus_ray.fitting.scoring import Detector, Scored, embed, pixels_shown, places_shown, shown_in, to_images
+
+LeftOut = tuple[Scored, Tensor | None]
+"""Scored images, and (B, H, W) bool, the pixels that count; None: all."""
 
 
 @torch.inference_mode()
@@ -49,8 +53,8 @@ def leave_one_out_pass(
         scored = _by_folds(detector, statistics, metric)
     else:
         scored = _left_out_of_bank(detector, leaving_out(config.density, statistics, detector.density), statistics)
-    for found in scored:
-        builder.add(found.score.cpu().numpy(), found.anomaly_map.cpu().numpy())
+    for found, shown in scored:
+        builder.add(found.score.cpu().numpy(), pixels_that_count(found, shown))
     return joined_by_all(builder)
 
 
@@ -60,46 +64,56 @@ def _count(metric: Metric) -> int:
 
 def _left_out_of_moments(
     detector: Detector, statistics: Statistics, batches: Iterable[Tensor], config: Config
-) -> Iterator[Scored]:
-    density = leaving_out(config.density, statistics, detector.density)
+) -> Iterator[LeftOut]:
+    density, device = leaving_out(config.density, statistics, detector.density), detector.density.device
     for batch in batches:
-        embedding, theta = embed(detector.net, detector.reduction, to_images(batch, detector.density.device))
-        yield detector.score_distance(density.score(embedding, torch.empty(0)), theta)
+        embedding, theta = embed(detector.net, detector.reduction, to_images(batch, device))
+        distance, shown = density.score(embedding, torch.empty(0)), shown_in(batch, device)
+        if shown is not None:
+            distance = distance * places_shown(shown, theta, detector.tiles, distance.shape[1:])
+        yield detector.score_distance(distance, theta, shown=shown), shown
 
 
-def _left_out_of_bank(detector: Detector, density: LeavesOut, statistics: Statistics) -> Iterator[Scored]:
+def _left_out_of_bank(detector: Detector, density: LeavesOut, statistics: Statistics) -> Iterator[LeftOut]:
     """Of this worker's part of the bank."""
     bank = statistics.bank
     assert bank is not None
     device = detector.density.device
     profiled = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
-    known = left_out_distances(density, bank, statistics.thetas, detector.seen, profiled, device)
+    known = left_out_distances(density, statistics, bank, detector.seen, profiled, device)
     places = {int(number): place for place, number in enumerate(profiled)}
     for own in _mine(len(bank)).split(1):
         place = places.get(int(own))
         if place is None:
-            distance, others = left_out_distances(density, bank, statistics.thetas, detector.seen, own, device), known
+            distance, others = left_out_distances(density, statistics, bank, detector.seen, own, device), known
         else:
             distance, others = known[place : place + 1], torch.cat([known[:place], known[place + 1 :]])
-        yield _under_profile_of(
-            others, detector, distance, None if statistics.thetas is None else statistics.thetas[own]
-        )
+        yield _under_profile_of(others, detector, distance, statistics, own)
 
 
-def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Iterator[Scored]:
+def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Iterator[LeftOut]:
     """Of this worker's part of the images, under metrics that have not seen them."""
-    bank, thetas, density = statistics.bank, statistics.thetas, detector.density
+    bank, density, grid = statistics.bank, detector.density, statistics.grid
     assert bank is not None
     assert metric.folds is not None
     assert metric.embeddings is not None
+    if isinstance(density, SharedByTiles):
+        density = density.one
     assert isinstance(density, (NearestMemory, JointMemory))
     device, everyone = density.device, torch.arange(len(bank))
     places = density.places if isinstance(density, JointMemory) else density
     num_channels = places.bank.shape[2]
+
+    def of_images(one: LeavesOut) -> LeavesOut:
+        return one if grid == (1, 1) else SharedByTiles(one, grid)
+
+    def of_tiles(rows: Tensor) -> Tensor:
+        return fold_bank(rows, grid, places.height, places.width)
+
     beyond: Tensor | None = None  # distances to the coreset, which knows no metric
     if isinstance(density, JointMemory):
         others = bank[:, :, num_channels:]
-        beyond = left_out_distances(_CoresetOf(density), others, thetas, detector.seen, everyone, device)
+        beyond = left_out_distances(of_images(_CoresetOf(density)), statistics, others, detector.seen, everyone, device)
     for fold in range(FOLDS):
         projection = metric.folds[fold]
         rows = torch.cat(
@@ -109,20 +123,19 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Ite
             ]
         )
         memory = NearestMemory(
-            whiten(rows, places.whitening), places.whitening, places.height, places.width, places.window
+            whiten(of_tiles(rows), places.whitening), places.whitening, places.height, places.width, places.window
         )
-        distances = left_out_distances(memory, rows, thetas, detector.seen, everyone, device)
+        distances = left_out_distances(of_images(memory), statistics, rows, detector.seen, everyone, device)
         if isinstance(density, JointMemory):
             assert beyond is not None
-            both = torch.cat([rows, bank[:, :, num_channels:]], dim=2)
+            both = of_tiles(torch.cat([rows, bank[:, :, num_channels:]], dim=2))
             typical = typical_distances(memory, density.coreset, both)
             distances = (distances / typical[0] + beyond / typical[1]) / 2
         for own in _mine(len(bank)).split(1):
             number = int(own)
             if number % FOLDS == fold:
                 others = torch.cat([distances[:number], distances[number + 1 :]])
-                theta = None if thetas is None else thetas[own]
-                yield _under_profile_of(others, detector, distances[number : number + 1], theta)
+                yield _under_profile_of(others, detector, distances[number : number + 1], statistics, own)
 
 
 class _CoresetOf:
@@ -135,13 +148,19 @@ class _CoresetOf:
         return self.coreset.score(embedding, own)
 
 
-def _under_profile_of(others: Tensor, detector: Detector, distance: Tensor, theta: Tensor | None) -> Scored:
-    """One image (1, H, W) under the profile that the other images' distances (n, H, W) give, where profiles score at all."""
-    if detector.profile is None or not len(others):
-        return detector.score_distance(distance, None if theta is None else theta.to(distance.device))
-    return detector.score_distance(
-        distance, None if theta is None else theta.to(distance.device), profile_of(others, detector.spread)
-    )
+def _under_profile_of(
+    others: Tensor, detector: Detector, distance: Tensor, statistics: Statistics, own: Tensor
+) -> LeftOut:
+    """One image (1, H, W), number own (1,) of the bank, under the profile that the other images' distances (n, H, W) give, where
+    profiles score at all."""
+    theta = None if statistics.thetas is None else statistics.thetas[own].to(distance.device)
+    shown = None
+    if statistics.shown is not None:
+        shown = pixels_shown(statistics.shown[own].to(distance.device).view_as(distance), theta, detector.tiles)
+    profile = None
+    if detector.profile is not None and len(others):
+        profile = profile_of(others, detector.spread, statistics.shown)
+    return detector.score_distance(distance, theta, profile, shown), shown
 
 
 def _mine(count: int) -> Tensor:

@@ -28,15 +28,17 @@ from torch import Tensor
 from focus_ray.config import DensityConfig
 from focus_ray.density.base import sample_positions
 from focus_ray.density.nearest import whitening_of
+from focus_ray.density.tiles import Tiles
 from focus_ray.evaluation.defects import synthetic_validation_set
 from focus_ray.fitting.distributed import gather_rows, world_size
-from focus_ray.fitting.scoring import embed, to_images
+from focus_ray.fitting.scoring import embed_tiles, places_shown, to_images
 from focus_ray.model.alignment.theta import warp
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.seeds import derived_seed
 
-NEIGHBOURS = 128  # images, at most, among which nearest neighbours are searched
+NEIGHBOURS = 128  # images, at most, among which nearest neighbours are searched; of images in tiles, so many tiles
+FEWEST = 32  # but tiles of so many images
 QUERIES = 64  # of them, at most, whose patches and defects are looked at
 DEFECTS = 192  # synthetic ones, about: 3 to 8 an image
 RIDGE = 0.5  # on Sn, of its mean diagonal
@@ -52,7 +54,7 @@ class Metric(NamedTuple):
     projection: (k, C) float32, for `ChannelReduction.projection`; learnt rows beyond those worth keeping are 0.
     scatters: (2, C, C) a patch, float32, of normal and of defective residuals; the latter 0 where directions are shared.
     folds: (FOLDS, k, C), the projection as it is without the images whose number leaves that remainder by FOLDS; or None.
-    embeddings: (N, C, H, W) float16 on the CPU, of all images, beside folds; or None.
+    embeddings: (N, C, H, W) float16 on the CPU, of all images with the places of their tiles side by side, beside folds; or None.
     """
 
     projection: Tensor
@@ -82,7 +84,7 @@ def metric_pass(
     """Learns the projection of a `discriminant` reduction; the same on every worker.
 
     Args:
-        batches: this worker's normal images, uint8 (B, S, S, 3).  num_images: of all workers.
+        batches: this worker's normal images, uint8 (B, H, W, C); tiles count as images.  num_images: of all workers.
         offset: the number of this worker's first image.
         shared: (2, C, C), scatters learnt over other categories, from which the directions are taken instead.
         in_folds: find, beside it, the metrics without a fold of the images each; done where every image is looked at, and
@@ -91,40 +93,45 @@ def metric_pass(
     Raises: ValueError: fewer than two images.
     """
     net.eval()
-    chosen = sample_positions(num_images, NEIGHBOURS)
-    mine: list[Tensor] = []
+    tiles = Tiles.of(net.config)
+    chosen = sample_positions(num_images, max(FEWEST, NEIGHBOURS // tiles.num_tiles))
+    size = net.config.image_size_px
+    mine = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
     position = offset
     for batch in batches:
-        mine += [batch[number][None] for number in range(len(batch)) if position + number in chosen]
+        mine += [_marked(tiles.cut_batch(batch[n][None])) for n in range(len(batch)) if position + n in chosen]
         position += len(batch)
-    size = net.config.image_size_px
-    own = torch.cat(mine) if mine else torch.empty(0, size, size, 3, dtype=torch.uint8)
+    own = torch.cat(mine)
     full = full_reduction(reduction, net.backbone.spec.channels).to(device)
     # every worker has all of the chosen images, since defects are made with pieces of others
     images = gather_rows(own, device)
-    bank = gather_rows(_embedded(net, full, own, device)[0].half().cpu(), device)
+    embedding, theta = _embedded(net, full, own, device)
+    bank = gather_rows(embedding.half().cpu(), device)
+    scored = gather_rows(_places(own[..., 3], theta, bank.shape[2], device).byte().cpu(), device) > 0
     if len(images) < 2:
         raise ValueError(f"a metric needs at least 2 normal images, got {len(images)}: add training images")
-    scatter = ResidualScatter(bank.to(device).float(), reduction.config, seed)
-    queries = sorted(sample_positions(len(images), QUERIES))
+    scatter = ResidualScatter(bank.to(device).float(), reduction.config, seed, tiles.num_tiles)
+    queries = _queries(len(images), tiles.num_tiles)
     rank = dist.get_rank() if world_size() > 1 else 0
     part = range(len(queries) * rank // world_size(), len(queries) * (rank + 1) // world_size())
     per_image = max(3, min(8, -(-DEFECTS // len(queries))))
-    shown = images[queries].numpy()
+    shown = images[queries, ..., :3].numpy()
     for number in part:
         where = torch.tensor([queries[number]])
-        scatter.add_normal(where)
+        scatter.add_normal(where, scored[where].to(device))
         if shared is not None:
             continue
         made, masks, _ = synthetic_validation_set(
             shown, derived_seed(seed, "metric"), per_image, only=range(number, number + 1)
         )
         embedding, theta = _embedded(net, full, torch.from_numpy(made), device)
+        masks &= images[queries[number], ..., 3].numpy() > 0
         scatter.add_defective(embedding, where.expand(len(made)), _covered(masks, theta, bank.shape[2], device))
     projection, scatters = scatter.projection(reduction.num_channels, shared)
-    if not in_folds or shared is not None or len(queries) < num_images or num_images < 2 * FOLDS:
+    looked_at = len(queries) if tiles.num_tiles == 1 else len(chosen)
+    if not in_folds or shared is not None or looked_at < num_images or num_images < 2 * FOLDS:
         return Metric(projection, scatters)
-    return Metric(projection, scatters, scatter.projections_of_folds(reduction.num_channels), bank)
+    return Metric(projection, scatters, scatter.projections_of_folds(reduction.num_channels), tiles.join(bank))
 
 
 def _embedded(
@@ -134,7 +141,26 @@ def _embedded(
     if not len(images):
         side = net.config.image_size_px // full.config.map_stride_px
         return torch.empty(0, full.num_channels, side, side, device=device), None
-    return embed(net, full, to_images(images, device), singly=True)
+    return embed_tiles(net, full, to_images(images, device), singly=True)
+
+
+def _marked(images: Tensor) -> Tensor:
+    """(B, S, S, 3 or 4) -> (B, S, S, 4), the fourth channel saying what is scored (`data.framing`)."""
+    return images if images.shape[3] > 3 else F.pad(images, (0, 1), value=255)
+
+
+def _queries(num_images: int, num_tiles: int) -> list[int]:
+    """Which of all images, or tiles, are looked at; of tiles not every so many, which might be the same tile of each image."""
+    if num_tiles == 1:
+        return sorted(sample_positions(num_images, QUERIES))
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    return sorted(order[:QUERIES].tolist())
+
+
+def _places(shown: Tensor, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
+    """(B, S, S), above 0 where scored -> (B, side, side) bool, places of the aligned frame."""
+    whole = Tiles(1, 1, shown.shape[1], 0)
+    return places_shown(shown.to(device) > 0, theta, whole, (side, side))
 
 
 def _covered(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
@@ -151,10 +177,11 @@ class ResidualScatter:
     Args:
         bank: (N, C, H, W), all channels of normal images, among which neighbours are searched.
         config: its window says how far around a place.  seed: of the projection in which the search is done.
+        per_image: tiles of an image, which come after one another and stand for images here.
     """
 
-    def __init__(self, bank: Tensor, config: DensityConfig, seed: int) -> None:
-        self.bank, self.window = bank, config.window
+    def __init__(self, bank: Tensor, config: DensityConfig, seed: int, per_image: int = 1) -> None:
+        self.bank, self.window, self.per_image = bank, config.window, per_image
         channels = bank.shape[1]
         generator = torch.Generator().manual_seed(derived_seed(seed, "metric's search"))
         few = min(config.num_channels, channels)
@@ -171,16 +198,17 @@ class ResidualScatter:
         self.sums = torch.zeros(FOLDS, 2, channels, channels, dtype=torch.float64, device=bank.device)
         self.counts = torch.zeros(FOLDS, 2, dtype=torch.float64, device=bank.device)
 
-    def add_normal(self, own: Tensor) -> None:
-        """Takes in an image of the bank, by its number (1,)."""
-        self._add(0, self._residuals(self.bank[own], own).flatten(0, 2), own)
+    def add_normal(self, own: Tensor, scored: Tensor | None = None) -> None:
+        """Takes in an image of the bank, by its number (1,), where it is scored, (1, H, W) bool; None: everywhere."""
+        residuals = self._residuals(self.bank[own], own)
+        self._add(0, residuals.flatten(0, 2) if scored is None else residuals[scored], own)
 
     def add_defective(self, embedding: Tensor, own: Tensor, covered: Tensor) -> None:
         """Takes in copies (B, C, H, W) with defects where covered (B, H, W), of one image of the bank, its number own (B,)."""
         self._add(1, self._residuals(embedding, own)[covered], own)
 
     def _add(self, kind: int, residuals: Tensor, own: Tensor) -> None:
-        fold = int(own[0]) % FOLDS
+        fold = int(own[0]) // self.per_image % FOLDS
         residuals = residuals.double()
         self.sums[fold, kind] += residuals.t() @ residuals
         self.counts[fold, kind] += len(residuals)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from focus_ray.config import CalibrationConfig
 from focus_ray.density.base import Statistics
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import keep
+from focus_ray.density.tiles import Tiles, split_places
 from focus_ray.evaluation.calibration import CalibrationBuilder, Method
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, reduce_moments
-from focus_ray.fitting.scoring import Detector, Scored, embed, to_images
+from focus_ray.fitting.scoring import Detector, Scored, embed, places_shown, shown_in, to_images
 from focus_ray.model.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
@@ -41,44 +43,71 @@ def statistics_pass(
     """
     net.eval()
     singly = reduction.num_coreset_channels > 0
-    embedded = (embed(net, reduction, to_images(batch, device), singly) for batch in batches)
+    tiles = Tiles.of(net.config)
+
+    def embedded() -> Iterator[Embedded]:
+        for batch in batches:
+            embedding, theta = embed(net, reduction, to_images(batch, device), singly)
+            shown = shown_in(batch, device)
+            if shown is not None:
+                shown = places_shown(shown, theta, tiles, embedding.shape[2:]).flatten(1)
+            yield Embedded(embedding, theta, shown)
+
     size = net.config.image_size_px // reduction.config.map_stride_px
-    return embedding_statistics(embedded, reduction, size, device, keep_positions, offset)
+    shared = net.config.shared_grid
+    places = (size, size) if shared == tiles[:2] else (tiles.rows * size, tiles.columns * size)
+    return embedding_statistics(embedded(), reduction, places, device, keep_positions, offset, shared)
+
+
+class Embedded(NamedTuple):
+    """What `scoring.embed` gives of B images, and (B, L) bool, which of their places are scored; None: all."""
+
+    embedding: Tensor
+    theta: Tensor | None
+    shown: Tensor | None = None
 
 
 @torch.no_grad()
 def embedding_statistics(
-    embedded: Iterable[tuple[Tensor, Tensor | None]],
+    embedded: Iterable[Embedded],
     reduction: ChannelReduction,
-    size: int,
+    places: tuple[int, int],
     device: torch.device,
     keep_positions: Container[int] | None = None,
     offset: int = 0,
+    shared: tuple[int, int] = (1, 1),
 ) -> Statistics:
-    """As `statistics_pass`, of embeddings (B, channels, size, size) that are there already, each with its theta (B, 2, 3) or
-    None, as `embed` gives them."""
+    """As `statistics_pass`, of embeddings (B, channels, H, W) that are there already.
+
+    Args: places: down and across, of the moments.  shared: rows and columns of the tiles that share them.
+    """
     num_channels = reduction.num_channels
-    moments = Moments(size, size, num_channels, device)
+    moments = Moments(*places, num_channels, device)
     kept: list[Tensor] = []
     moved: list[Tensor] = []
+    scored: list[Tensor] = []
     position = offset
-    for embedding, theta in embedded:
-        moments.update(embedding[:, :num_channels])
+    for embedding, theta, shown in embedded:
+        moments.update(split_places(embedding[:, :num_channels], *shared))
         if keep_positions is not None:
             chosen = [number for number in range(len(embedding)) if position + number in keep_positions]
             if chosen:
                 kept.append(keep(embedding[chosen]))
                 if theta is not None:
                     moved.append(theta[chosen].float().cpu())
+                if shown is not None:
+                    scored.append(shown[chosen].byte().cpu())
         position += len(embedding)
     reduce_moments(moments)
     if keep_positions is None:
-        return Statistics(moments)
+        return Statistics(moments, grid=shared)
     all_channels = num_channels + reduction.num_coreset_channels
-    bank = torch.cat(kept) if kept else torch.empty(0, size * size, all_channels, dtype=torch.float16)
+    num_places = places[0] * places[1] * shared[0] * shared[1]
+    bank = torch.cat(kept) if kept else torch.empty(0, num_places, all_channels, dtype=torch.float16)
     bank = gather_rows(bank, device)
     thetas = gather_rows(torch.cat(moved) if moved else torch.empty(0, 2, 3), device)
-    return Statistics(moments, bank, thetas if len(thetas) else None)
+    shown = gather_rows(torch.cat(scored) if scored else torch.empty(0, num_places, dtype=torch.uint8), device) > 0
+    return Statistics(moments, bank, thetas if len(thetas) else None, shown=shown if len(shown) else None, grid=shared)
 
 
 @torch.inference_mode()
@@ -119,9 +148,17 @@ def calibration_pass(
     """Scores normal images that the detector's density has not seen; the workers' results are joined."""
     builder = CalibrationBuilder(method, config.target_fpr, config.target_pixel_fpr)
     for batch in batches:
-        scored = detector(to_images(batch, device))
-        builder.add(scored.score.cpu().numpy(), scored.anomaly_map.cpu().numpy())
+        scored = detector(batch)
+        builder.add(scored.score.cpu().numpy(), pixels_that_count(scored, shown_in(batch, "cpu")))
     return joined_by_all(builder)
+
+
+def pixels_that_count(scored: Scored, shown: Tensor | None) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+    """Maps as a calibration takes them: (B, H, W), or of each image (1, n) the pixels that are shown (B, H, W)."""
+    maps: NDArray[np.float32] = scored.anomaly_map.cpu().numpy()
+    if shown is None:
+        return maps
+    return [one[kept][None] for one, kept in zip(maps, shown.cpu().numpy(), strict=True)]
 
 
 def joined_by_all(builder: CalibrationBuilder) -> CalibrationBuilder:
@@ -139,19 +176,21 @@ def validation_pass(
     """`selection.validation_figures` of the images of all workers, the same on every worker.
 
     Args:
-        images: (N, S, S, 3) uint8 and masks: (N, S, S) bool, this worker's, from `selection.validation_images`.
+        images: (N, H, W, 3 or 4) uint8 and masks: (N, H, W) bool, this worker's, from `selection.validation_images`.
     """
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
-    scores, maps = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1])
+    scores, maps = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1:])
     return validation_figures(
         *(np.concatenate(parts) for parts in zip(*gather_objects((masks, scores, maps)), strict=True))
     )
 
 
-def collect_scores(scored: Iterable[Scored], size_px: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scores (N,) and maps (N, size_px, size_px) of all batches."""
+def collect_scores(
+    scored: Iterable[Scored], size_px: tuple[int, ...]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scores (N,) and maps (N, *size_px) of all batches."""
     scores = [np.empty(0, np.float32)]
-    maps = [np.empty((0, size_px, size_px), np.float32)]
+    maps = [np.empty((0, *size_px), np.float32)]
     for batch in scored:
         scores.append(batch.score.float().cpu().numpy())
         maps.append(batch.anomaly_map.float().cpu().numpy())

@@ -7,7 +7,7 @@ measure. Maps stay in plain distances, which localise better.
 
 A defect may be a point or spread over the part. So the score looks at the mean of the highest values over several shares of
 the map, from its maximum to a fifth of it, each as a multiple of what good images show, and takes the mean: 1 is a typical good
-image.
+image. Of an image in tiles the map is that of all tiles: the highest of each tile's shares ranked worse (docs/LARGE_IMAGES.md).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.base import LeavesOut, sample_positions
+from focus_ray.density.base import LeavesOut, Statistics, sample_positions
+from focus_ray.fitting.spread import Spread
 from focus_ray.model.alignment.theta import valid_mask
 
 IMAGES = 64  # of the bank, at most, that the profile is taken from
@@ -34,53 +35,57 @@ class Profile(NamedTuple):
     weight: Tensor
     typical: Tensor
 
-    def score(self, distance: Tensor, spread: Tensor) -> Tensor:
-        """Distances (B, H, W), `scoring.upsample_and_smooth`'s matrix (S, H) -> scores (B,)."""
+    def score(self, distance: Tensor, spread: Spread) -> Tensor:
+        """Distances (B, H, W) -> scores (B,)."""
         return (highest_values(distance * self.weight, spread) / self.typical).mean(dim=1)
 
 
-def highest_values(distance: Tensor, spread: Tensor) -> Tensor:
-    """(B, H, W), (S, H) -> (B, len(SHARES)): means of the highest values of the smoothed map."""
-    rows = spread[SAMPLE_PX // 2 :: SAMPLE_PX]
-    sampled = (rows @ distance @ rows.t()).flatten(1)
+def highest_values(distance: Tensor, spread: Spread) -> Tensor:
+    """(B, H, W) -> (B, len(SHARES)): means of the highest values of the smoothed map."""
+    sampled = spread.every(SAMPLE_PX)(distance).flatten(1)
     counts = [max(1, int(share * sampled.shape[1])) for share in SHARES]
     top = sampled.topk(max(counts), dim=1).values
     return torch.stack([top[:, :count].mean(dim=1) for count in counts], dim=1)
 
 
 @torch.no_grad()
-def fit_profile(
-    density: LeavesOut, bank: Tensor, thetas: Tensor | None, seen: Tensor | None, spread: Tensor
-) -> Profile:
+def fit_profile(density: LeavesOut, statistics: Statistics, seen: Tensor | None, spread: Spread) -> Profile:
     """The profile of a density's own images.
 
     Args:
-        bank: (N, L, C), as the density was built from, in that order.  thetas: (N, 2, 3); None: nothing was aligned.
-        seen: (H, W) bool, places that are scored; None: all.
+        statistics: of which the density was built, with a bank.  seen: (H, W) bool, places that are scored; None: all.
 
     A single image leaves nothing to compare it with: every place then counts alike.
     """
+    bank, device = statistics.bank, spread.rows.device
+    assert bank is not None
     if len(bank) < 2:
-        places = torch.ones(density.height, density.width, device=spread.device)
-        return Profile(places, torch.ones(len(SHARES), device=spread.device))
+        places = torch.ones(density.height, density.width, device=device)
+        return Profile(places, torch.ones(len(SHARES), device=device))
     chosen = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
-    return profile_of(left_out_distances(density, bank, thetas, seen, chosen, spread.device), spread)
+    return profile_of(left_out_distances(density, statistics, bank, seen, chosen, device), spread, statistics.shown)
 
 
 @torch.no_grad()
 def left_out_distances(
     density: LeavesOut,
+    statistics: Statistics,
     bank: Tensor,
-    thetas: Tensor | None,
     seen: Tensor | None,
     chosen: Tensor,
     device: torch.device | str,
 ) -> Tensor:
-    """(n, H, W) of the chosen images (n,) of the bank, each scored as if it were new; 0 where nothing is scored."""
+    """(n, H, W) of the chosen images (n,) of the bank, each scored as if it were new; 0 where nothing is scored.
+
+    Args: bank: (N, L, C), what the density keeps of the images of the statistics.
+    """
     distances = []
+    thetas, shown = statistics.thetas, statistics.shown
     for own in chosen.split(_AT_ONCE):
         rows = bank[own].to(device, torch.float32)  # (B, L, C)
         distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), own)
+        if shown is not None:
+            distance = distance * shown[own].to(device).view_as(distance)
         distances.append(scored_only(distance, None if thetas is None else thetas[own].to(device), seen))
     return torch.cat(distances) if distances else torch.empty(0, density.height, density.width, device=device)
 
@@ -93,10 +98,14 @@ def scored_only(distance: Tensor, theta: Tensor | None, seen: Tensor | None) -> 
     return distance * (inside if seen is None else inside & seen)
 
 
-def profile_of(known: Tensor, spread: Tensor) -> Profile:
-    """The profile that the left-out distances (n, H, W) of good images give, n > 0."""
+def profile_of(known: Tensor, spread: Spread, shown: Tensor | None = None) -> Profile:
+    """The profile that the left-out distances (n, H, W) of good images give, n > 0.
+
+    Args: shown: (N, H * W) bool, places of all images that are scored; None: all.
+    """
     measure = F.avg_pool2d(known.amax(dim=0)[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
-    mean = measure.mean().clamp_min(1e-12)
+    counted = measure if shown is None else measure[shown.any(dim=0).view_as(measure).to(measure.device)]
+    mean = counted.mean().clamp_min(1e-12)
     weight = (1 + FLOOR) * mean / (measure + FLOOR * mean)
     typical = highest_values(known * weight, spread).mean(dim=0).clamp_min(1e-12)
     return Profile(weight, typical)

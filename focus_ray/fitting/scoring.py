@@ -11,7 +11,9 @@ from torch import Tensor
 
 from focus_ray.config import ScoringConfig
 from focus_ray.density.base import Density
+from focus_ray.density.tiles import Tiles
 from focus_ray.fitting.profile import Profile, scored_only
+from focus_ray.fitting.spread import Spread
 from focus_ray.model.alignment.theta import invert_theta, warp
 from focus_ray.model.network import Aligned, FocusNet, common_frame, seen_mask
 from focus_ray.model.reduction import ChannelReduction
@@ -19,6 +21,7 @@ from focus_ray.model.reduction import ChannelReduction
 # Images a forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms an image at 4 to 8, 7.1 at 16, 7.8 at 32 (two cores of
 # an EPYC with 32 MiB of cache).
 _CPU_IMAGES = 8
+_GPU_IMAGES = 256  # bounds the memory of a batch of many tiles
 
 
 class Scored(NamedTuple):
@@ -45,37 +48,48 @@ class Detector:
         """profile: what image scores are held against; None: they are the map's maximum."""
         self.profile = profile
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
-        size = net.config.image_size_px
         self.seen = seen_mask(net, density.height, density.width)
-        self.spread = upsample_and_smooth(density.height, size, scoring.smoothing_sigma_px).to(density.device)
+        self.tiles = Tiles.of(net.config)
+        places = density.height // self.tiles.rows
+        self.spread = Spread.of(self.tiles, places, scoring.smoothing_sigma_px, density.device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Scored:
-        """uint8 (B, H, W, 3) or float (B, 3, H, W) in 0..1, at the network's input size -> `Scored`."""
-        return self.score_embedding(*embed(self.net, self.reduction, to_images(images, self.density.device)))
+        """uint8 (B, H, W, 3 or 4) or float (B, 3, H, W) in 0..1, of the size that images are brought to -> `Scored`."""
+        device = self.density.device
+        embedding, theta = embed(self.net, self.reduction, to_images(images, device))
+        return self.score_embedding(embedding, theta, shown_in(images, device))
 
     @torch.inference_mode()
-    def judge(self, aligned: Aligned) -> Scored:
-        """What the network made of B images -> `Scored`."""
+    def judge(self, aligned: Aligned, shown: Tensor | None = None) -> Scored:
+        """What the network made of the tiles of B images -> `Scored`."""
         levels, theta = common_frame(aligned)
-        return self.score_embedding(self.reduction(levels), theta)
+        return self.score_embedding(self.tiles.join(self.reduction(levels)), theta, shown)
 
     @torch.inference_mode()
-    def score_embedding(self, embedding: Tensor, theta: Tensor | None) -> Scored:
-        """What `embed` gave -> `Scored`."""
-        return self.score_distance(self.density.score(embedding), theta)
+    def score_embedding(self, embedding: Tensor, theta: Tensor | None, shown: Tensor | None = None) -> Scored:
+        """What `embed` gave, and `shown_in` -> `Scored`."""
+        distance = self.density.score(embedding)
+        if shown is not None:
+            distance = distance * places_shown(shown, theta, self.tiles, distance.shape[1:])
+        return self.score_distance(distance, theta, shown=shown)
 
     @torch.inference_mode()
-    def score_distance(self, distance: Tensor, theta: Tensor | None, profile: Profile | None = None) -> Scored:
-        """What a density made of embeddings (B, H, W), and theta (B, 2, 3) or None -> `Scored`; profile: in place of its own."""
+    def score_distance(
+        self, distance: Tensor, theta: Tensor | None, profile: Profile | None = None, shown: Tensor | None = None
+    ) -> Scored:
+        """What a density made of embeddings (B, H, W), and theta (B, 2, 3) or None -> `Scored`.
+
+        Args: profile: in place of its own.  shown: (B, H, W) bool, pixels of the images, outside which distances are 0.
+        """
         profile = profile or self.profile
         # what lies outside the image is made up, and what training hardly saw is not known
         distance = scored_only(distance, theta, self.seen)
-        aligned_map = self.spread @ distance @ self.spread.t()
+        aligned_map = self.spread(distance)
         score = aligned_map.flatten(1).amax(dim=1) if profile is None else profile.score(distance, self.spread)
         if theta is not None:
             aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
-        return Scored(score, aligned_map)
+        return Scored(score, aligned_map if shown is None else aligned_map * shown)
 
 
 def share_a_pass(first: Detector, second: Detector) -> bool:
@@ -104,7 +118,10 @@ def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[Scored]:
     if len(parts) == 1:
         return [parts[0][0](parts[0][1])]
     assert all(share_a_pass(parts[0][0], detector) for detector, _ in parts)
-    aligned = [detector.net.align_image(to_images(images, detector.density.device)) for detector, images in parts]
+    aligned = [
+        detector.net.align_image(detector.tiles.cut(to_images(images, detector.density.device)))
+        for detector, images in parts
+    ]
     passes = [parts[0][0].net.features(part) for part in slices(torch.cat([image for image, _ in aligned]))]
     levels, nothing = (
         tuple(torch.cat(level) for level in zip(*(found for found, _ in passes), strict=True)),
@@ -113,17 +130,40 @@ def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[Scored]:
     sizes = [len(image) for image, _ in aligned]
     split = zip(*(level.split(sizes) for level in levels), strict=True)
     return [
-        detector.judge(Aligned(own, nothing, image, theta))
-        for (detector, _), own, (image, theta) in zip(parts, split, aligned, strict=True)
+        detector.judge(Aligned(own, nothing, image, theta), shown_in(images, detector.density.device))
+        for (detector, images), own, (image, theta) in zip(parts, split, aligned, strict=True)
     ]
 
 
 def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
-    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in 0..1, channels-last in memory; a float batch passes as it is."""
+    """uint8 (B, H, W, 3 or 4) -> float (B, 3, H, W) in 0..1, channels-last in memory; a float batch passes as it is."""
     batch = batch.to(device, non_blocking=True)
     if batch.dtype != torch.uint8:
         return batch
-    return batch.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+    return batch[..., :3].permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+
+
+def shown_in(batch: Tensor, device: torch.device | str) -> Tensor | None:
+    """(B, H, W) bool, what the fourth channel of a uint8 batch says is scored (`data.framing`); None without one: all."""
+    if batch.dtype != torch.uint8 or batch.shape[3] < 4:
+        return None
+    return batch[..., 3].to(device) > 0
+
+
+def pixels_shown(places: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
+    """(B, H, W) bool, pixels of the images that places (B, H, W) of the aligned frame stand for, where these alone are known."""
+    spread = Spread.of(tiles, places.shape[1] // tiles.rows, 0.0, places.device)
+    found = spread(places.float())
+    return (found if theta is None else warp(found[:, None], invert_theta(theta), "zeros")[:, 0]) >= 0.5
+
+
+def places_shown(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
+    """(B, *size) bool: places, of the aligned frame and of all tiles, of which at least half is shown (B, H, W) in the images."""
+    pixels = shown[:, None].float()
+    if theta is not None:
+        pixels = warp(pixels, theta, "zeros")
+    each = F.adaptive_avg_pool2d(tiles.cut(pixels), (size[0] // tiles.rows, size[1] // tiles.columns))
+    return tiles.join(each)[:, 0] >= 0.5
 
 
 def embed(
@@ -131,10 +171,20 @@ def embed(
 ) -> tuple[Tensor, Tensor | None]:
     """Images (B, 3, H, W) in 0..1 -> embedding (B, C, H/stride, W/stride) in the aligned frame, theta (B, 2, 3) or None.
 
-    For inference.
+    Of images in tiles, the places of the tiles lie side by side. Arguments as of `embed_tiles`.
+    """
+    tiles = Tiles.of(net.config)
+    embedding, theta = embed_tiles(net, reduction, tiles.cut(images), singly)
+    return tiles.join(embedding), theta
+
+
+def embed_tiles(
+    net: FocusNet, reduction: ChannelReduction, images: Tensor, singly: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """`embed` of images, or tiles of them, that have the size of the network's input. For inference.
 
     Args:
-        singly: one image at a time. The last digits hang on how images are batched, and what is chosen by them, a nearest
+        singly: one at a time. The last digits hang on how images are batched, and what is chosen by them, a nearest
             neighbour or a coreset, is then the same with any number of workers.
     """
     embeddings: list[Tensor] = []
@@ -149,26 +199,8 @@ def embed(
 
 def slices(images: Tensor) -> tuple[Tensor, ...]:
     """A batch as a network takes it for inference: on a CPU a few images at a time, whose activations stay in its caches."""
-    return images.split(_CPU_IMAGES) if images.device.type == "cpu" else (images,)
+    return images.split(_CPU_IMAGES if images.device.type == "cpu" else _GPU_IMAGES)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def upsample_and_smooth(places: int, size_px: int, sigma_px: float) -> Tensor:
-    """The matrix A (size_px, places) with which A m A^T is the bilinear upsampling of a square map m, smoothed.
-
-    Both steps are linear and separable, so one small product per axis does what two passes over the pixels would.
-    Gaussian of `sigma_px`, cut at 4 sigma, mirrored at the border.
-    """
-    identity = torch.eye(places, dtype=torch.float64)
-    upsampled = F.interpolate(identity[None], size=size_px, mode="linear", align_corners=False)[0].t()
-    if sigma_px == 0:
-        return upsampled.float().contiguous()
-    radius = min(int(4 * sigma_px + 0.5), size_px - 1)
-    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (offsets / sigma_px) ** 2)
-    kernel /= kernel.sum()
-    columns = F.pad(upsampled.t()[:, None], (radius, radius), mode="reflect")
-    return F.conv1d(columns, kernel[None, None])[:, 0].t().float().contiguous()

@@ -128,7 +128,7 @@ def own_tensors(detector: Detector) -> Iterator[Tensor]:
     yield from (tensor for tensor in _tensors(net) if id(tensor) not in shared)
     yield from _tensors(detector.reduction)
     yield from _held_by(detector.density)
-    yield detector.spread
+    yield from detector.spread
     if detector.seen is not None:
         yield detector.seen
     yield from detector.profile or ()

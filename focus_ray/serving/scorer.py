@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
+from focus_ray.data.framing import Frame
 from focus_ray.data.images import ImageError, ImageInfo, read_image
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.fitting.scoring import score_together, share_a_pass
@@ -45,14 +46,14 @@ class Answer:
 
 
 class Part(NamedTuple):
-    """Decoded images (B, S, S, 3) of one model, for a pass."""
+    """Decoded images (B, H, W, 3 or 4) of one model, for a pass."""
 
     inspector: Inspector
     pixels: NDArray[np.uint8]
 
 
 class Scores(NamedTuple):
-    """Scores (B,), maps (B, S, S), and when their pass began and ended (`time.perf_counter`)."""
+    """Scores (B,), maps (B, H, W) of the frame, and when their pass began and ended (`time.perf_counter`)."""
 
     score: NDArray[np.float32]
     anomaly_map: NDArray[np.float32]
@@ -88,7 +89,7 @@ class Scorer:
     async def warm(self, version: Version) -> None:
         """Loads a version and lets it score once. Raises: BundleError: it cannot be loaded."""
         inspector = (await self.models.get(version)).inspector
-        blank = np.zeros((1, inspector.size_px, inspector.size_px, 3), dtype=np.uint8)
+        blank = np.zeros((1, *inspector.frame.shape), dtype=np.uint8)
         await self._batcher.submit(Part(inspector, blank), 1)
 
     async def inspect(
@@ -103,7 +104,7 @@ class Scorer:
         inspector = (await self.models.get(version)).inspector
         loaded = time.perf_counter()
         loop = asyncio.get_running_loop()
-        decoded = await loop.run_in_executor(self._workers, _decode, images, inspector.size_px)
+        decoded = await loop.run_in_executor(self._workers, _decode, images, inspector.frame)
         ready = time.perf_counter()
         timings = {"load": loaded - started, "decode": ready - loaded, "wait": 0.0, "score": 0.0, "judge": 0.0}
         readable = [one for one in decoded if not isinstance(one, ImageError)]
@@ -162,11 +163,11 @@ def _take_threads(count: int) -> None:
     torch.get_num_threads()  # a thread takes the number that was set last when it first asks: this one asks now
 
 
-def _decode(images: Sequence[bytes], size_px: int) -> list[tuple[ImageInfo, NDArray[np.uint8]] | ImageError]:
+def _decode(images: Sequence[bytes], frame: Frame) -> list[tuple[ImageInfo, NDArray[np.uint8]] | ImageError]:
     found: list[tuple[ImageInfo, NDArray[np.uint8]] | ImageError] = []
     for image in images:
         try:
-            found.append(read_image(image, size_px))
+            found.append(read_image(image, frame))
         except ImageError as error:
             found.append(error)
     return found

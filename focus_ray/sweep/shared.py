@@ -144,7 +144,15 @@ def features_key(config: Config, category: str) -> str | None:
 
 
 def check_settings(config: Config) -> None:
-    """What `Config` cannot know without the network. Raises: ValueError: more channels asked for than there are."""
+    """What `Config` cannot know without the network, and what a sweep cannot do.
+
+    Raises: ValueError: more channels asked for than there are; or settings under which images are not squares scored whole.
+    """
+    beyond = {"model.tiling": config.model.tiling, "data.regions": config.data.regions}
+    names = [name for name, value in beyond.items() if value]
+    names += ["model.resize=pad"] if config.model.resize == "pad" else []
+    if names:
+        raise ValueError(f"a sweep does not know {', '.join(names)}: search without, then train with it")
     ChannelReduction(BACKBONES[config.model.backbone].channels, config.density, config.train.seed)
 
 

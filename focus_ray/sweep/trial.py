@@ -26,7 +26,7 @@ from focus_ray.evaluation.evaluate import summarise
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import gather_objects, world_size
 from focus_ray.fitting.fit import Run, build_detector
-from focus_ray.fitting.passes import collect_scores, embedding_statistics
+from focus_ray.fitting.passes import Embedded, collect_scores, embedding_statistics
 from focus_ray.fitting.scoring import Scored
 from focus_ray.fitting.state import TrainState
 from focus_ray.kinds import BACKBONES, METRICS
@@ -143,7 +143,7 @@ def _judge_fitted(
     def judge() -> dict[str, float | None]:
         detector = build_detector(config, run.net, run.reduction, run.training_statistics())
         batches = (mine[at : at + JUDGE_BATCH] for at in range(0, len(mine), JUDGE_BATCH))
-        scored = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), judged.masks.shape[1])
+        scored = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), judged.masks.shape[1:])
         scores, maps = (np.concatenate(parts) for parts in zip(*gather_objects(scored), strict=True))
         return _figures(judged, scores, maps, objective)
 
@@ -175,7 +175,7 @@ def _judge_features(
             yield detector.score_embedding(embedding, None if theta is None else theta[at : at + len(embedding)])
             at += len(embedding)
 
-    return _figures(images.judged, *collect_scores(scored(), config.model.image_size_px), objective)
+    return _figures(images.judged, *collect_scores(scored(), images.judged.masks.shape[1:]), objective)
 
 
 class _Recent:
@@ -241,8 +241,8 @@ def _reduced(
         thetas = (
             None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
         )
-        batches = zip(embeddings(features.fit, batch_size), thetas or itertools.repeat(None))  # noqa: B905
-        statistics = embedding_statistics(batches, reduction, size, device, kept)
+        batches = map(Embedded, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
+        statistics = embedding_statistics(batches, reduction, (size, size), device, kept)
         return statistics, reduction, list(embeddings(features.judged, JUDGE_BATCH))
 
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")

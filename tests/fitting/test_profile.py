@@ -10,11 +10,12 @@ from focus_ray.config import DensityConfig
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import NearestMemory, keep
+from focus_ray.density.tiles import Tiles
 from focus_ray.fitting.profile import FLOOR, SHARES, Profile, fit_profile, highest_values
-from focus_ray.fitting.scoring import upsample_and_smooth
+from focus_ray.fitting.spread import Spread
 
 SIDE, CHANNELS = 8, 5
-SPREAD = upsample_and_smooth(SIDE, 64, 4.0)
+SPREAD = Spread.of(Tiles(1, 1, 64, 0), SIDE, 4.0)
 
 
 def embeddings(count: int, seed: int = 0) -> Tensor:
@@ -30,6 +31,10 @@ def memory(values: Tensor, window: int = 1) -> tuple[NearestMemory, Tensor]:
     )  # type: ignore[arg-type]
     assert isinstance(density, NearestMemory)
     return density, bank
+
+
+def kept(bank: Tensor, thetas: Tensor | None = None) -> Statistics:
+    return Statistics(Moments(SIDE, SIDE, CHANNELS), bank, thetas)
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -48,7 +53,7 @@ def test_a_place_where_good_images_vary_counts_less() -> None:
     values = embeddings(12)
     values[:, :, 5, 5] *= 8
     density, bank = memory(values)
-    profile = fit_profile(density, bank, None, None, SPREAD)
+    profile = fit_profile(density, kept(bank), None, SPREAD)
     assert profile.weight.shape == (SIDE, SIDE)
     assert int(profile.weight.argmin()) in [row * SIDE + column for row in (4, 5, 6) for column in (4, 5, 6)]
     assert float(profile.weight.max()) <= (1 + FLOOR) / FLOOR + 1e-6
@@ -56,7 +61,7 @@ def test_a_place_where_good_images_vary_counts_less() -> None:
 
 def test_a_good_image_scores_about_one_and_an_odd_one_more() -> None:
     density, bank = memory(embeddings(40))
-    profile = fit_profile(density, bank, None, None, SPREAD)
+    profile = fit_profile(density, kept(bank), None, SPREAD)
     new = embeddings(20, seed=1)
     scores = profile.score(density.score(new), SPREAD)
     assert 0.8 < float(scores.mean()) < 1.2
@@ -75,14 +80,14 @@ def test_places_that_are_not_scored_do_not_enter() -> None:
     seen = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     seen[2:6, 2:6] = True
     identity = torch.eye(2, 3).expand(10, 2, 3)
-    masked = fit_profile(density, bank, identity, seen, SPREAD)
-    plain = fit_profile(density, bank, None, None, SPREAD)
+    masked = fit_profile(density, kept(bank, identity), seen, SPREAD)
+    plain = fit_profile(density, kept(bank), None, SPREAD)
     assert bool((masked.typical[1:] < plain.typical[1:]).all())
 
 
 def test_a_score_does_not_depend_on_the_batch() -> None:
     density, bank = memory(embeddings(10))
-    profile = fit_profile(density, bank, None, None, SPREAD)
+    profile = fit_profile(density, kept(bank), None, SPREAD)
     distance = density.score(embeddings(6, seed=3))
     whole = profile.score(distance, SPREAD)
     for number in range(6):
@@ -91,6 +96,6 @@ def test_a_score_does_not_depend_on_the_batch() -> None:
 
 def test_one_image_leaves_every_place_alike() -> None:
     density, bank = memory(embeddings(2))
-    profile = fit_profile(density, bank[:1], None, None, SPREAD)
+    profile = fit_profile(density, kept(bank[:1]), None, SPREAD)
     assert isinstance(profile, Profile)
     assert bool((profile.weight == 1).all())

@@ -1,0 +1,108 @@
+"""How a photograph is brought to the size that is scored, and what of it is: stretched or padded, with a region of interest.
+
+Where something is not to be scored, filler beside an image that keeps its shape or what lies outside a region, a decoded image
+carries a fourth channel that marks what is. Images go through shards, streams and batches with it; the network sees three.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from focus_ray.errors import DataError
+
+SHOWN = 255  # in the fourth channel: scored; 0: not
+
+
+class Box(NamedTuple):
+    """Where an image lies in its frame, pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+
+
+class Frame:
+    """The size that every image of a category is brought to, and how.
+
+    Attributes:
+        height, width: pixels.
+        resize: stretch to the frame, or pad: scaled to fit, in the middle, and mirrored outwards to fill it.
+        region: (height, width) bool, what is scored of an image that is stretched to that size; None: all of it.
+    """
+
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        resize: Literal["stretch", "pad"] = "stretch",
+        region: NDArray[np.bool_] | None = None,
+    ) -> None:
+        if min(height, width) < 1:
+            raise ValueError(f"size_px={min(height, width)} must be at least 1")
+        assert region is None or region.shape == (height, width)
+        self.height, self.width, self.resize, self.region = height, width, resize, region
+        self._shown: dict[Box, NDArray[np.uint8]] = {}
+
+    @property
+    def marks(self) -> bool:
+        """Whether decoded images have the fourth channel."""
+        return self.resize == "pad" or self.region is not None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a decoded image, (H, W, 3) or (H, W, 4)."""
+        return self.height, self.width, 4 if self.marks else 3
+
+    def box(self, width: int, height: int) -> Box:
+        """Where an image of `width` x `height` pixels lies."""
+        if self.resize == "stretch":
+            return Box(0, 0, self.height, self.width)
+        scale = min(self.width / width, self.height / height)
+        tall, wide = max(1, round(height * scale)), max(1, round(width * scale))
+        return Box((self.height - tall) // 2, (self.width - wide) // 2, tall, wide)
+
+    def place(self, image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
+        """A decoded image, grey or RGB, whose file has `width` x `height` pixels -> uint8 of `shape`."""
+        box = self.box(width, height)
+        if image.size != (box.width, box.height):
+            image = image.resize((box.width, box.height), Image.Resampling.BILINEAR)
+        pixels = np.array(image.convert("RGB"), dtype=np.uint8)  # last: grey is resized as one channel
+        if pixels.shape[:2] != (self.height, self.width):
+            below, right = self.height - box.top - box.height, self.width - box.left - box.width
+            pixels = np.pad(pixels, ((box.top, below), (box.left, right), (0, 0)), mode="symmetric")
+        if self.marks:
+            pixels = np.concatenate([pixels, self.shown(box)[..., None]], axis=2)
+        return pixels
+
+    def shown(self, box: Box) -> NDArray[np.uint8]:
+        """(height, width), the fourth channel of an image that lies there. Raises: DataError: nothing of it is to be scored."""
+        if box not in self._shown:
+            found = np.zeros((self.height, self.width), np.uint8)
+            region = self.region_at(box.height, box.width)
+            found[box.inside] = SHOWN if region is None else region * np.uint8(SHOWN)
+            if not found.any():
+                raise DataError(
+                    f"the region of interest covers no pixel of an image of {box.width} x {box.height} pixels: enlarge it"
+                )
+            self._shown[box] = found
+        return self._shown[box]
+
+    def region_at(self, height: int, width: int) -> NDArray[np.bool_] | None:
+        """The region (height, width) in an image of that size; None: all of it."""
+        if self.region is None or self.region.shape == (height, width):
+            return self.region
+        drawn = Image.fromarray(self.region.astype(np.uint8) * np.uint8(255))
+        return np.asarray(drawn.resize((width, height), Image.Resampling.BILINEAR)) >= 128
+
+    def crop(self, anomaly_map: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
+        """A map (height, width) of the frame -> that of the image of `width` x `height` pixels alone."""
+        return anomaly_map[self.box(width, height).inside]

@@ -1,0 +1,184 @@
+"""Images that keep their shape (model.resize=pad): mirrored filler is never scored, and results lie in the image's own frame."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from small_set import fit_alone, make_bundle, small_config
+
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.data.framing import Frame
+from focus_ray.data.images import decode_image, encode_png, read_batch
+from focus_ray.data.ingest import ingest
+from focus_ray.data.read import iter_test_records
+from focus_ray.data.regions import frame_of
+from focus_ray.evaluation.inspection import Inspection
+from focus_ray.evaluation.report import overlay
+from focus_ray.fitting.fit import FitResult
+from focus_ray.serving.scorer import Scores, _decode, _judge
+
+WIDTH, HEIGHT = 120, 60  # of the photographs
+
+
+def photograph(
+    rng: np.random.Generator, spot: tuple[int, int] | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Stripes with a little noise; and with a 10 px spot, its mask."""
+    stripes = 128 + 60 * np.sin(np.arange(WIDTH) / 6)
+    pixels = np.clip(stripes[None, :, None] + rng.normal(0, 4, (HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8)
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    if spot is not None:
+        x, y = spot
+        pixels[y : y + 10, x : x + 10] = (255, 0, 255)
+        mask[y : y + 10, x : x + 10] = True
+    return pixels, mask
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("stripes")
+    rng = np.random.default_rng(0)
+
+    def save(place: str, pixels: NDArray[Any]) -> None:
+        path = folder / "images" / "belt" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode_png(pixels))
+
+    for number in range(14):
+        save(f"train/good/{number:02d}.png", photograph(rng)[0])
+    for number in range(4):
+        save(f"test/good/{number:02d}.png", photograph(rng)[0])
+        pixels, mask = photograph(rng, (10 + 25 * number, 10 + 10 * number))
+        save(f"test/spot/{number:02d}.png", pixels)
+        save(f"ground_truth/spot/{number:02d}_mask.png", mask)
+    ingest(folder / "images", folder / "data", progress=False)
+    return str(folder / "data")
+
+
+@pytest.fixture(scope="module")
+def inspector(data: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
+    return Inspector.load(make_bundle(padded(data, tmp_path_factory.mktemp("runs")), "belt"), "cpu")
+
+
+def padded(data: str, folder: Path, **model: Any) -> Any:
+    settings = {"resize": "pad", "image_alignment": {"group": "none"}, **model}
+    return small_config(data, folder, data={"categories": ["belt"]}, model=settings)
+
+
+# Decoding
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000))
+def test_an_image_keeps_its_shape_and_touches_two_sides(width: int, height: int) -> None:
+    box = Frame(64, 96, "pad").box(width, height)
+    assert box.height == 64 or box.width == 96
+    assert abs(box.width - box.height * width / height) <= 1 + width / height
+    assert abs(box.top - (64 - box.top - box.height)) <= 1
+    assert abs(box.left - (96 - box.left - box.width)) <= 1
+
+
+def test_a_padded_image_stands_in_the_middle_of_mirrored_filler_that_is_marked() -> None:
+    pixels = photograph(np.random.default_rng(1))[0]
+    found = decode_image(encode_png(pixels), Frame(64, 64, "pad"))
+    assert found.shape == (64, 64, 4)
+    own = np.asarray(Image.fromarray(pixels).resize((64, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(found[16:48, :, :3], own)
+    np.testing.assert_array_equal(found[:16, :, :3], own[:16][::-1])
+    np.testing.assert_array_equal(found[48:, :, :3], own[-16:][::-1])
+    assert (found[16:48, :, 3] == 255).all()
+    assert not found[:16, :, 3].any()
+    assert not found[48:, :, 3].any()
+
+
+def test_a_photograph_on_its_side_is_padded_as_it_looks() -> None:
+    image = Image.fromarray(photograph(np.random.default_rng(1))[0])
+    sink, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    image.save(sink, "JPEG", exif=exif)
+    found = decode_image(sink.getvalue(), Frame(64, 64, "pad"))
+    assert (found[:, 16:48, 3] == 255).all()
+    assert not found[:, :16, 3].any()
+
+
+def test_stretched_images_have_three_channels_as_ever() -> None:
+    data = encode_png(photograph(np.random.default_rng(1))[0])
+    np.testing.assert_array_equal(decode_image(data, Frame(64, 64)), decode_image(data, 64))
+    assert decode_image(data, Frame(32, 64)).shape == (32, 64, 3)
+    assert read_batch([], Frame(32, 64, "pad"))[1].shape == (0, 32, 64, 4)
+
+
+# Scoring
+
+
+def test_the_filler_is_not_scored(inspector: Inspector) -> None:
+    batch = decode_image(encode_png(photograph(np.random.default_rng(2))[0]), inspector.frame)[None]
+    changed = batch.copy()
+    changed[:, :8, :, :3] = 255  # far enough from the image not to be seen from its own places' scores
+    (score, _), maps = zip(*(scored for scored in map(inspector.score, (batch, changed))), strict=True)
+    for anomaly_map in maps:
+        assert (anomaly_map[0, :16] == 0).all()
+        assert (anomaly_map[0, 48:] == 0).all()
+        assert (anomaly_map[0, 16:48] > 0).all()
+    assert float(score[0]) > 0
+
+
+def test_a_defect_is_told_in_pixels_of_the_photograph(inspector: Inspector) -> None:
+    pixels, _ = photograph(np.random.default_rng(3), (80, 40))
+    (found,) = inspector.inspect([encode_png(pixels)])
+    assert (found.width, found.height, found.anomaly_map.shape) == (WIDTH, HEIGHT, (32, 64))
+    assert found.anomalous
+    first = found.regions[0]
+    assert first.x <= 85 < first.x + first.width
+    assert first.y <= 45 < first.y + first.height
+    assert overlay(pixels, found).shape == pixels.shape
+
+
+def test_serving_decodes_and_judges_as_the_inspector_does(inspector: Inspector) -> None:
+    images = [encode_png(photograph(np.random.default_rng(n), (20, 20))[0]) for n in range(2)]
+    decoded = _decode(images, inspector.frame)
+    score, maps = inspector.score(np.stack([one[1] for one in decoded if isinstance(one, tuple)]))
+    results, pictures, values = _judge(inspector, images, decoded, Scores(score, maps, 0.0, 0.0), "overlay", True)
+    for result, expected in zip(results, inspector.inspect(images), strict=True):
+        assert isinstance(result, Inspection)
+        assert result.to_dict() == expected.to_dict()
+    assert decode_image(pictures[0] or b"", None).shape == (HEIGHT, WIDTH, 3)
+    assert values[0] is not None
+    assert decode_image(values[0].png, None).shape == (32, 64, 3)
+
+
+def test_masks_lie_on_the_defects_of_padded_images(inspector: Inspector, data: str) -> None:
+    found = inspector.evaluate(iter_test_records(data, "belt"))
+    assert (found["num_normal"], found["num_anomalous"], found["num_masks"]) == (4, 4, 4)
+    assert found["image_auroc"] == 1.0
+    assert found["pixel_auroc"] > 0.9
+
+
+def test_padding_goes_with_alignment_tiles_metric_profile_and_selection(data: str, tmp_path: Path) -> None:
+    everything: dict[str, Any] = {
+        "density": {"reduction": "discriminant"},
+        "scoring": {"image_score": "profile"},
+        "selection": {"enabled": True, "fraction": 0.2},
+    }
+    tiles = {"tiling": {"grid": [2, 2], "overlap": 0.25}, "image_size_px": 32, "image_alignment": {"group": "none"}}
+    aligned = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
+    for model in (tiles, aligned):
+        config = small_config(
+            data, tmp_path, data={"categories": ["belt"]}, model={"resize": "pad", **model}, **everything
+        )
+        result: FitResult = fit_alone(config, "belt")
+        assert result.statistics.shown is not None
+        assert 0 < float(result.statistics.shown.float().mean()) < 1
+        frame = frame_of(config, "belt")
+        image = decode_image(encode_png(photograph(np.random.default_rng(4))[0]), frame)
+        anomaly_map = result.detector(torch.from_numpy(image)[None]).anomaly_map[0]
+        assert (anomaly_map[torch.from_numpy(image[..., 3] == 0)] == 0).all()
+        assert anomaly_map.shape == frame.shape[:2]
