@@ -50,6 +50,7 @@ from focus_ray.kinds import DENSITIES
 from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.network import FocusNet, build_net
 from focus_ray.model.reduction import ChannelReduction
+from focus_ray.progress import track
 from focus_ray.seeds import derived_seed
 
 
@@ -154,6 +155,10 @@ class Run:
         self.metric: Metric | None = None  # once it is learnt
         self.validation = self._validation_set()
 
+    def watched(self, what: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The batches, with a line now and then of how many images are done."""
+        return track(batches, what, self.num_images // world_size(), self.log, count=len)
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -193,7 +198,12 @@ class Run:
         """Fits the image aligner; with selection on, keeps it only if it validates better than none does."""
         chosen = sample_positions(self.num_images, self.config.model.image_alignment.max_images)
         found = aligner_pass(
-            self.net, self.shard.fit_batches(), self.device, chosen, self.offset, self.config.train.seed
+            self.net,
+            self.watched("aligning", self.shard.fit_batches()),
+            self.device,
+            chosen,
+            self.offset,
+            self.config.train.seed,
         )
         if found is None:
             return
@@ -320,13 +330,14 @@ class Run:
             self.metric = metric_pass(
                 self.net,
                 self.reduction,
-                self.shard.fit_batches(),
+                self.watched("metric", self.shard.fit_batches()),
                 self.device,
                 self.num_images,
                 self.offset,
                 self.config.train.seed,
                 read_shared_metric(self.config),
                 in_folds=self.calibration_method() == "leave_one_out",
+                log=self.log,
             )
             self.reduction.projection.copy_(self.metric.projection)
 
@@ -336,7 +347,8 @@ class Run:
         config = self.config.density
         self.learn_metric()
         kept = positions_to_keep(config, self.num_images)
-        return statistics_pass(self.net, self.reduction, self.shard.fit_batches(), self.device, kept, self.offset)
+        batches = self.watched("statistics", self.shard.fit_batches())
+        return statistics_pass(self.net, self.reduction, batches, self.device, kept, self.offset)
 
     def _validation_statistics(self) -> Statistics:
         """Of the images that selection held out: they join the density once nothing is left to be selected."""
@@ -372,10 +384,10 @@ class Run:
             if method == "cross":
                 builder = self._cross_calibrate(folds)
             elif method == "leave_one_out":
-                batches = self.shard.fit_batches()
-                builder = leave_one_out_pass(detector, statistics, batches, self.config, self.metric)
+                batches = self.watched("calibration", self.shard.fit_batches())
+                builder = leave_one_out_pass(detector, statistics, batches, self.config, self.metric, self.log)
             else:
-                held = self.shard.holdout_batches()
+                held = self.watched("calibration", self.shard.holdout_batches())
                 builder = calibration_pass(detector, held, self.config.calibration, method, self.device)
         return FitResult(
             detector,

@@ -8,7 +8,7 @@ each is scored under a metric that was learnt without its fold of the images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from focus_ray.fitting.metric import FOLDS, Metric
 from focus_ray.fitting.passes import joined_by_all, pixels_that_count
 from focus_ray.fitting.profile import IMAGES, left_out_distances, profile_of
 from focus_ray.fitting.scoring import Detector, Scored, embed, pixels_shown, places_shown, shown_in, to_images
+from focus_ray.progress import track
 
 LeftOut = tuple[Scored, Tensor | None]
 """Scored images, and (B, H, W) bool, the pixels that count; None: all."""
@@ -36,6 +37,7 @@ def leave_one_out_pass(
     batches: Iterable[Tensor],
     config: Config,
     metric: Metric | None = None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> CalibrationBuilder:
     """Scores the images that the detector's density was made of as if they were new; the same on every worker.
 
@@ -53,7 +55,8 @@ def leave_one_out_pass(
         scored = _by_folds(detector, statistics, metric)
     else:
         scored = _left_out_of_bank(detector, leaving_out(config.density, statistics, detector.density), statistics)
-    for found, shown in scored:
+    total = 0 if statistics.bank is None else len(_mine(len(statistics.bank)))
+    for found, shown in track(scored, "calibration", total, log) if total else scored:
         builder.add(found.score.cpu().numpy(), pixels_that_count(found, shown))
     return joined_by_all(builder)
 

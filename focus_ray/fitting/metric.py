@@ -16,7 +16,7 @@ workers is that of one, up to the rounding of sums. Nothing is trained by gradie
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ from focus_ray.fitting.scoring import embed_tiles, places_shown, to_images
 from focus_ray.model.alignment.theta import warp
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
+from focus_ray.progress import track
 from focus_ray.seeds import derived_seed
 
 NEIGHBOURS = 128  # images, at most, among which nearest neighbours are searched; of images in tiles, so many tiles
@@ -80,6 +81,7 @@ def metric_pass(
     seed: int,
     shared: Tensor | None = None,
     in_folds: bool = False,
+    log: Callable[[str], None] = lambda message: None,
 ) -> Metric:
     """Learns the projection of a `discriminant` reduction; the same on every worker.
 
@@ -116,7 +118,7 @@ def metric_pass(
     part = range(len(queries) * rank // world_size(), len(queries) * (rank + 1) // world_size())
     per_image = max(3, min(8, -(-DEFECTS // len(queries))))
     shown = images[queries, ..., :3].numpy()
-    for number in part:
+    for number in track(part, "metric: defects", len(part), log):
         where = torch.tensor([queries[number]])
         scatter.add_normal(where, scored[where].to(device))
         if shared is not None:
