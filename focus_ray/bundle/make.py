@@ -31,6 +31,10 @@ def bundle_place(root: str, category: str) -> str:
     return join(root, "bundles", category)
 
 
+def _say_nothing(message: str) -> None:
+    pass
+
+
 def make_bundle(
     config: Config,
     category: str,
@@ -44,7 +48,7 @@ def make_bundle(
     wrap: Callable[[torch.nn.Module], Any] | None = None,
     state: TrainState | None = None,
     on_epoch: OnEpoch | None = None,
-    log: Callable[[str], None] = lambda message: None,
+    log: Callable[[str], None] = _say_nothing,
 ) -> int:
     """Fits one category, with every worker calling; the first writes <root>/bundles/<category>. Other arguments as of `fit`.
 
@@ -54,6 +58,8 @@ def make_bundle(
     Returns: images in the density.
     """
     start = time.perf_counter()
+    if rank > 0:
+        log = _say_nothing
     log(f"reading {plan.num_images} images")
     shard = build_shard(config, category, plan, rank, num_workers, stream)
     loading = time.perf_counter() - start
@@ -66,7 +72,7 @@ def make_bundle(
         wrap=wrap,
         state=state,
         on_epoch=on_epoch,
-        log=log if rank == 0 else lambda message: None,
+        log=log,
     )
     count = result.statistics.num_images
     if rank == 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -118,9 +117,7 @@ class Calibration:
         A threshold at an order statistic has a rate that follows Beta(m, n + 1 - m), m = floor(target_fpr (n + 1)); with
         a tail m is 1, the highest score's.
         """
-        m = max(1, _num_extreme(self.num_images, self.target_fpr))
-        low, high = betaincinv(m, self.num_images + 1 - m, [(1 - mass) / 2, (1 + mass) / 2])
-        return float(low), float(high)
+        return _fpr_interval(self.num_images, self.target_fpr, mass)
 
     def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
         """(1 + #{normal scores >= score, ties by `TIE` counted}) / (n + 1): small where the image is unlike the normal ones.
@@ -205,10 +202,12 @@ class Calibration:
                 f"{needed} good images would do."
             )
         low, high = self.fpr_interval()
-        if high > 2 * self.target_fpr and not self.by_hand:
+        steady = math.ceil(_STEADY / self.target_fpr)
+        if high > 2 * self.target_fpr and n < steady and not self.by_hand:
+            lower, higher = _fpr_interval(steady, self.target_fpr, 0.9)
             told.append(
-                f"With {n} good images the rate of this one threshold may lie between {low:.1%} and {high:.1%} (90 %); "
-                f"{_images_to_be_within_twice(self.target_fpr)} would hold it below {2 * self.target_fpr:.1%}."
+                f"With {n} good images the false alarm rate of this one threshold lies between {low:.1%} and {high:.1%} in 9 "
+                f"of 10 cases; {steady} would bring it between {lower:.1%} and {higher:.1%}."
             )
         if not self.pixel_guaranteed and n < _images_needed(self.target_pixel_fpr):
             told.append(
@@ -417,13 +416,10 @@ def _images_needed(target: float) -> int:
     return n
 
 
-@lru_cache
-def _images_to_be_within_twice(target: float, mass: float = 0.9) -> int:
-    """How many images keep the upper end of `fpr_interval` at twice the target, to two digits."""
-    n = _images_needed(target)
-    while betaincinv(m := _num_extreme(n, target), n + 1 - m, (1 + mass) / 2) > min(1.0, 2 * target):
-        n += max(1, n // 20)
-    return round(n, 1 - int(math.log10(n)))
+def _fpr_interval(n: int, target_fpr: float, mass: float) -> tuple[float, float]:
+    m = max(1, _num_extreme(n, target_fpr))
+    low, high = betaincinv(m, n + 1 - m, [(1 - mass) / 2, (1 + mass) / 2])
+    return float(low), float(high)
 
 
 def _without_nan(scores: ArrayLike) -> NDArray[np.float64]:

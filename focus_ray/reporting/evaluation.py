@@ -130,7 +130,7 @@ def _plots(
             {
                 "good test images": measured.scores[measured.labels == 0].tolist(),
                 "bad test images": measured.scores[measured.labels == 1].tolist(),
-                "calibration: good images held out": calibration_scores,
+                "calibration: good images": calibration_scores,
             },
             measured.threshold,
             "Scores",

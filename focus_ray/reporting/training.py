@@ -89,10 +89,10 @@ def _plots(
 ) -> list[plots.Plot]:
     drawn = [
         plots.score_histograms(
-            {"calibration: good images held out": calibration.image_scores},
+            {"calibration: good images": calibration.image_scores},
             calibration.image_threshold,
             "Calibration scores",
-            "Scores of good images that the density has not seen; right of the dashed threshold an image is called bad.",
+            f"Scores of {_held(calibration)}; right of the dashed threshold an image is called bad.",
         )
     ]
     if not history:
@@ -121,10 +121,18 @@ def _plots(
     return drawn
 
 
-def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
-    held = "training images, each scored without its fold" if calibration.method == "cross" else "good images"
+def _held(calibration: Calibration) -> str:
+    """What the threshold comes from."""
     return {
-        "calibrated with": f"{calibration.num_images} {held} ({calibration.method})",
+        "split": "good images that the density has not seen",
+        "cross": "training images, each scored without its fold",
+        "leave_one_out": "training images, each scored with itself left out",
+    }[calibration.method]
+
+
+def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
+    return {
+        "calibrated with": f"{calibration.num_images} {_held(calibration)} ({calibration.method})",
         "image threshold": f"{calibration.image_threshold:.6g}",
         "good images called bad, asked for": f"{100 * calibration.target_fpr:.3g} %",
         "pixel threshold": f"{calibration.pixel_threshold:.6g}",
