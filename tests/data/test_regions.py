@@ -26,6 +26,7 @@ from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation import metrics
 from focus_ray.fitting.fit import FitResult, Run
 from focus_ray.fitting.left_out import leave_one_out_pass
+from focus_ray.sweep.settings import parse_sweep
 from focus_ray.sweep.shared import check_settings
 
 LEFT = [[0, 0], [0.5, 0], [0.5, 1], [0, 1]]
@@ -266,3 +267,20 @@ def test_an_image_of_a_shape_that_leaves_nothing_of_the_region_is_refused() -> N
         ImageError, match=r"the region of interest covers no pixel of an image of 1 x 64 pixels: enlarge it"
     ):
         decode_image(thread, Frame(64, 64, "pad", region))
+
+
+def test_thresholds_from_new_images_count_pixels_of_the_region_alone(inspector: Inspector) -> None:
+    anomaly_map = np.zeros((64, 64), np.float32)
+    anomaly_map[:, :32] = 1.0
+    assert inspector.frame.inside(anomaly_map).shape == (1, 64 * 32)
+    assert inspector.frame.inside(anomaly_map).min() == 1.0
+    assert Frame(64, 64).inside(anomaly_map) is anomaly_map
+
+
+@pytest.mark.parametrize("key", ["model.tiling.grid", "model.resize"])
+def test_a_sweep_does_not_search_over_how_images_are_framed(key: str) -> None:
+    tree = {"base": {"data": {"uri": "images"}}, "space": {key: ["pad"]}, "searcher": "grid"}
+    with pytest.raises(
+        ConfigError, match=rf"space: {key} cannot be searched: a sweep looks at images that are stretched"
+    ):
+        parse_sweep(tree)
