@@ -67,7 +67,7 @@ def calibrate_bundle(
             f"{uri}: all {len(found)} good images are among those that the model was trained on, and score near zero: "
             "give images that it has not seen"
         )
-    builder.add([one.score for one in new], [one.anomaly_map for one in new])
+    builder.add([one.score for one in new], [inspector.frame.inside(one.anomaly_map) for one in new])
     calibration = builder.finish()
     curve = None
     if bad:

@@ -103,6 +103,11 @@ class Frame:
         drawn = Image.fromarray(self.region.astype(np.uint8) * np.uint8(255))
         return np.asarray(drawn.resize((width, height), Image.Resampling.BILINEAR)) >= 128
 
+    def inside(self, anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
+        """An image's own map (H, W) -> the pixels that count, (1, n) of the region or all as they are."""
+        region = self.region_at(*anomaly_map.shape)
+        return anomaly_map if region is None else anomaly_map[region][None]
+
     def crop(self, anomaly_map: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
         """A map (height, width) of the frame -> that of the image of `width` x `height` pixels alone."""
         return anomaly_map[self.box(width, height).inside]

@@ -122,15 +122,14 @@ def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.
 
 def local_stream(config: Config, category: str, rows: Sequence[int]) -> Stream:
     """Shuffled batches of these rows, decoded anew at every call: in random order within random groups of rows."""
+    frame = frame_of(config, category)
 
     def batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         rng = np.random.default_rng(seed)
         order = rng.permutation(np.asarray(rows, dtype=np.int64))
         for start in range(0, len(order), _GROUP_ROWS):
             group = np.sort(order[start : start + _GROUP_ROWS])
-            images = np.concatenate(
-                list(decoded_rows(config.data.uri, category, group.tolist(), config.model.image_size_px))
-            )
+            images = np.concatenate(list(decoded_rows(config.data.uri, category, group.tolist(), frame)))
             places = rng.permutation(len(images))
             for first in range(0, len(images), batch_size):
                 yield {"image": images[places[first : first + batch_size]]}

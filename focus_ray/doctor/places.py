@@ -7,8 +7,10 @@ import urllib.request
 from pathlib import Path
 
 from focus_ray.config import ModelConfig
+from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import list_categories, read_rows
+from focus_ray.data.regions import frame_of
 from focus_ray.data.store import Store, open_store
 from focus_ray.doctor.finding import Asked, Result, failed, ok
 from focus_ray.doctor.machine import there
@@ -39,14 +41,14 @@ def data(asked: Asked) -> Result | None:
     settings = asked.config.data
     store = open_store(settings.uri)
     categories = settings.categories or tuple(list_categories(settings.uri))
-    told = [_category(store, category, asked.config.model.image_size_px) for category in categories]
+    told = [_category(store, category, frame_of(asked.config, category)) for category in categories]
     damaged = [text for whole, text in told if not whole]
     if damaged:
         return failed(f"{settings.uri}: {'; '.join(damaged)}", "ingest these categories again")
     return ok(f"{settings.uri}: {len(told)} categories: {'; '.join(text for _, text in told)}")
 
 
-def _category(store: Store, category: str, size_px: int) -> tuple[bool, str]:
+def _category(store: Store, category: str, frame: Frame) -> tuple[bool, str]:
     """Whether it is whole and can be trained on, and its counts in words."""
     commit = store.need_commit(category)
     if not store.is_whole(category, commit):
@@ -55,7 +57,7 @@ def _category(store: Store, category: str, size_px: int) -> tuple[bool, str]:
     if not counts["num_train"]:
         return False, f"{category}: no normal training image"
     (first,) = read_rows(store.uri, category, [0], columns=("image",))
-    decode_batch([first["image"]], size_px)
+    decode_batch([first["image"]], frame)
     return True, (
         f"{category} {counts['num_train']} train, {counts['num_test_normal']} normal and {counts['num_test_anomalous']} "
         "anomalous test images"

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -331,12 +331,15 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def leaf_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all values of a configuration."""
+    """Dotted keys of all values of a configuration; a section that may be null is a value too."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from leaf_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
+            continue
+        yield f"{prefix}{name}"
+        for part in get_args(field.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from leaf_keys(part, f"{prefix}{name}.")
 
 
 def grid_points(sweep: SweepConfig) -> list[Point]:
@@ -358,6 +361,11 @@ def _check_space(sweep: SweepConfig) -> None:
             guess = (same_end or close)[:1]
             hint = f"; did you mean {guess[0]!r}?" if guess else ": `focus-ray train` writes all keys there are"
             raise ConfigError(f"space: {key}: unknown key{hint}")
+        if key.startswith(("model.tiling", "model.resize")):
+            raise ConfigError(
+                f"space: {key} cannot be searched: a sweep looks at images that are stretched, and scored whole; train with each "
+                "value instead"
+            )
         for refused, why in _REFUSED.items():
             if key == refused or key.startswith(f"{refused}."):
                 raise ConfigError(f"space: {key} cannot be searched: {why}; set base.{key} instead")

@@ -20,11 +20,13 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.images import ImageError, decode_batch, decode_image, decode_mask, encode_png
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.regions import check_regions, draw_polygons, frame_of, read_region
-from focus_ray.data.shards import MemoryShard, build_shard
+from focus_ray.data.shards import build_shard
 from focus_ray.data.split import plan_category
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation import metrics
-from focus_ray.fitting.fit import FitResult, fit
+from focus_ray.fitting.fit import FitResult, Run
+from focus_ray.fitting.left_out import leave_one_out_pass
+from focus_ray.sweep.settings import parse_sweep
 from focus_ray.sweep.shared import check_settings
 
 LEFT = [[0, 0], [0.5, 0], [0.5, 1], [0, 1]]
@@ -208,20 +210,17 @@ def test_thresholds_come_from_pixels_of_the_region_alone(inspector: Inspector, d
 
 @pytest.mark.parametrize("reduction", ["discriminant", "semi_orthogonal"])
 def test_left_out_images_count_pixels_of_the_region_alone(data: str, tmp_path: Path, reduction: str) -> None:
-    calibration = {"method": "leave_one_out", "target_pixel_fpr": 0.05}
-    density, scoring = {"reduction": reduction}, {"image_score": "profile"}
-
-    def share_above(region: Any) -> float:
-        """Of the left half of new images."""
-        config = config_with(data, tmp_path, region, calibration=calibration, density=density, scoring=scoring)
-        noise = np.random.default_rng(0).integers(0, 256, (36, 64, 64, 3), dtype=np.uint8)
-        images = torch.from_numpy(decode_batch([encode_png(one) for one in noise], frame_of(config, "gear")))
-        result = fit(config, MemoryShard(images[:16]), 16, torch.device("cpu"))
-        maps = result.detector(images[16:]).anomaly_map[:, :, :32]
-        return float((maps > result.calibration.pixel_threshold).float().mean())
-
-    everything = [[0, 0], [1, 0], [1, 1], [0, 1]]
-    assert share_above(LEFT) == pytest.approx(share_above(everything), rel=0.25)  # twice it, were all pixels counted
+    sections: dict[str, Any] = {
+        "calibration": {"method": "leave_one_out"},
+        "density": {"reduction": reduction},
+        "scoring": {"image_score": "profile"},
+    }
+    config = config_with(data, tmp_path, LEFT, **sections)
+    plan = plan_category(config, "gear")
+    run = Run(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), torch.device("cpu"))
+    result = run.finish()
+    builder = leave_one_out_pass(result.detector, result.statistics, (), config, run.metric)
+    assert builder._num_pixels == [64 * 32] * len(plan.fit_rows)
 
 
 def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str) -> None:
@@ -268,3 +267,20 @@ def test_an_image_of_a_shape_that_leaves_nothing_of_the_region_is_refused() -> N
         ImageError, match=r"the region of interest covers no pixel of an image of 1 x 64 pixels: enlarge it"
     ):
         decode_image(thread, Frame(64, 64, "pad", region))
+
+
+def test_thresholds_from_new_images_count_pixels_of_the_region_alone(inspector: Inspector) -> None:
+    anomaly_map = np.zeros((64, 64), np.float32)
+    anomaly_map[:, :32] = 1.0
+    assert inspector.frame.inside(anomaly_map).shape == (1, 64 * 32)
+    assert inspector.frame.inside(anomaly_map).min() == 1.0
+    assert Frame(64, 64).inside(anomaly_map) is anomaly_map
+
+
+@pytest.mark.parametrize("key", ["model.tiling.grid", "model.resize"])
+def test_a_sweep_does_not_search_over_how_images_are_framed(key: str) -> None:
+    tree = {"base": {"data": {"uri": "images"}}, "space": {key: ["pad"]}, "searcher": "grid"}
+    with pytest.raises(
+        ConfigError, match=rf"space: {key} cannot be searched: a sweep looks at images that are stretched"
+    ):
+        parse_sweep(tree)
