@@ -9,6 +9,7 @@ from focus_ray.cli.output import say
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
+    say(f"ingest: {arguments.source} -> {arguments.destination}")
     from focus_ray.data.ingest import ingest
 
     report = ingest(
@@ -24,11 +25,13 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 def _samples(arguments: argparse.Namespace) -> int:
     from focus_ray.errors import DataError
-    from focus_ray.samples.write import write_samples
 
     folder = Path(arguments.folder)
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder}: not empty: give a new folder")
+    say(f"samples: drawing parts into {folder}; a minute or two")
+    from focus_ray.samples.write import write_samples
+
     write_samples(folder, seed=arguments.seed)
     say(f"samples: {folder}")
     return 0

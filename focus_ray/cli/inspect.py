@@ -23,6 +23,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def evaluate_run(place: str, data: str | None = None, output: str | None = None, max_side_px: int = 512) -> int:
     """Measures all bundles of a place, tells the figures and writes the reports. Returns: the exit status."""
+    say(f"evaluate: {place}")
     from focus_ray.bundle.bundle import find_bundles
     from focus_ray.bundle.inspector import Inspector
     from focus_ray.data.read import iter_test_records
@@ -93,6 +94,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.csv and Path(arguments.csv).is_dir():
         raise DataError(f"{arguments.csv}: a folder: give a file for --csv")
     names = _overlay_names(paths)
+    say(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a misspelt path need not wait for
     from focus_ray.evaluation.strip import overlay_with_strip
     from focus_ray.storage import write_bytes
@@ -206,6 +208,7 @@ def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 def _inspect_batch(arguments: argparse.Namespace) -> int:
     require(arguments.bundles, arguments.data)
+    say(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
     from focus_ray.bundle.bundle import find_bundles
     from focus_ray.cluster.batch import inspect_dataset
 

@@ -34,6 +34,7 @@ def add_serving(commands: Any) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     require(arguments.place)
+    say(f"serve: {arguments.place} on http://{arguments.host}:{arguments.port}, as soon as it is up")
     from focus_ray.config import override_tree, read_tree
     from focus_ray.serving.launch import check_host, check_port, serve_until_interrupted
     from focus_ray.serving.settings import parse_settings

@@ -19,6 +19,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from focus_ray.sweep.settings import load_sweep
 
     config = load_sweep(find_config(arguments.what, "sweep"), arguments.rest)
+    say(f"sweep: {arguments.what}")
     from focus_ray.sweep.driver import sweep
 
     return _sweep_end(sweep(config, log=say))

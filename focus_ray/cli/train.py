@@ -99,6 +99,7 @@ def _metric(arguments: argparse.Namespace) -> int:
 
 def _update(arguments: argparse.Namespace) -> int:
     require(arguments.bundle, arguments.add, arguments.remove, arguments.join, arguments.calibrate)
+    say(f"update: {arguments.bundle} -> {arguments.output}")
     from focus_ray.bundle.update import update_bundle
     from focus_ray.errors import DataError
 

