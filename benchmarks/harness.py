@@ -49,14 +49,11 @@ def open_data(arguments: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def base_tree(arguments: argparse.Namespace, uri: str) -> dict[str, Any]:
-    return {
-        "data": {"uri": uri},
-        "model": {
-            "backbone": arguments.backbone,
-            "weights": arguments.weights,
-            "image_size_px": arguments.image_size_px,
-        },
-    }
+    return base_tree_of(uri, arguments.weights, arguments.image_size_px, arguments.backbone)
+
+
+def base_tree_of(uri: str, weights: str, size_px: int, backbone: str = "resnet18") -> dict[str, Any]:
+    return {"data": {"uri": uri}, "model": {"backbone": backbone, "weights": weights, "image_size_px": size_px}}
 
 
 def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
