@@ -433,7 +433,11 @@ def list_names(uri: str | Path) -> list[str]:
     """Names of the files and folders directly in a folder, sorted; empty where there is no such folder."""
     filesystem, path = open_filesystem(uri)
     with storage_errors("list", uri, path):
-        found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        selector = fs.FileSelector(path, allow_not_found=True)
+        try:
+            found = filesystem.get_file_info(selector)
+        except FileNotFoundError:  # pyarrow looks twice, and says so of a folder that is made in between
+            found = filesystem.get_file_info(selector)
     return sorted(item.base_name for item in found)
 
 
