@@ -48,6 +48,7 @@ from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
 from focus_ray.kinds import DENSITIES
 from focus_ray.model.alignment.congealing import CongealingAligner
+from focus_ray.model.batch_norm import folded_batch_norms
 from focus_ray.model.network import FocusNet, build_net
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.progress import track
@@ -366,6 +367,10 @@ class Run:
 
     def finish(self) -> FitResult:
         self.net.eval()
+        with folded_batch_norms(self.net):
+            return self._finish()
+
+    def _finish(self) -> FitResult:
         folds: list[Statistics] = []
         method = self.calibration_method()
         with self.timed("statistics"):

@@ -29,6 +29,8 @@ from focus_ray.progress import track
 LeftOut = tuple[Scored, Tensor | None]
 """Scored images, and (B, H, W) bool, the pixels that count; None: all."""
 
+_AT_ONCE = 8
+
 
 @torch.inference_mode()
 def leave_one_out_pass(
@@ -85,13 +87,17 @@ def _left_out_of_bank(detector: Detector, density: LeavesOut, statistics: Statis
     profiled = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
     known = left_out_distances(density, statistics, bank, detector.seen, profiled, device)
     places = {int(number): place for place, number in enumerate(profiled)}
-    for own in _mine(len(bank)).split(1):
-        place = places.get(int(own))
-        if place is None:
-            distance, others = left_out_distances(density, statistics, bank, detector.seen, own, device), known
-        else:
-            distance, others = known[place : place + 1], torch.cat([known[:place], known[place + 1 :]])
-        yield _under_profile_of(others, detector, distance, statistics, own)
+    for part in _mine(len(bank)).split(_AT_ONCE):  # together: the bank is read once for all of them
+        new = torch.tensor([int(own) for own in part if int(own) not in places], dtype=torch.long)
+        found = left_out_distances(density, statistics, bank, detector.seen, new, device)
+        distances = dict(zip(new.tolist(), found.split(1), strict=True))
+        for own in part.split(1):
+            place = places.get(int(own))
+            if place is None:
+                yield _under_profile_of(known, detector, distances[int(own)], statistics, own)
+            else:
+                others = torch.cat([known[:place], known[place + 1 :]])
+                yield _under_profile_of(others, detector, known[place : place + 1], statistics, own)
 
 
 def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Iterator[LeftOut]:

@@ -126,7 +126,8 @@ def metric_pass(
         made, masks, _ = synthetic_validation_set(
             shown, derived_seed(seed, "metric"), per_image, only=range(number, number + 1)
         )
-        embedding, theta = _embedded(net, full, torch.from_numpy(made), device)
+        # together: whichever worker looks at an image has all its copies
+        embedding, theta = _embedded(net, full, torch.from_numpy(made), device, singly=False)
         masks &= images[queries[number], ..., 3].numpy() > 0
         scatter.add_defective(embedding, where.expand(len(made)), _covered(masks, theta, bank.shape[2], device))
     projection, scatters = scatter.projection(reduction.num_channels, shared)
@@ -137,13 +138,13 @@ def metric_pass(
 
 
 def _embedded(
-    net: FocusNet, full: ChannelReduction, images: Tensor, device: torch.device
+    net: FocusNet, full: ChannelReduction, images: Tensor, device: torch.device, singly: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """(B, C, H, W) with all channels, and theta."""
     if not len(images):
         side = net.config.image_size_px // full.config.map_stride_px
         return torch.empty(0, full.num_channels, side, side, device=device), None
-    return embed_tiles(net, full, to_images(images, device), singly=True)
+    return embed_tiles(net, full, to_images(images, device), singly)
 
 
 def _marked(images: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def left_out_distances(
     """
     distances = []
     thetas, shown = statistics.thetas, statistics.shown
-    for own in chosen.split(_AT_ONCE):
+    for own in chosen.split(_AT_ONCE) if len(chosen) else ():
         rows = bank[own].to(device, torch.float32)  # (B, L, C)
         distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), own)
         if shown is not None:

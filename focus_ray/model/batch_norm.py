@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +65,20 @@ def use_global_batch_norm(module: nn.Module) -> None:
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = GlobalBatchNorm2d
+
+
+@contextmanager
+def folded_batch_norms(net: nn.Module) -> Iterator[None]:
+    """A network whose `backbone` has its batch norms folded within, for inference; afterwards it is what it was."""
+    whole = net.backbone
+    assert isinstance(whole, nn.Module)
+    folded = copy.deepcopy(whole)
+    fuse_batch_norms(folded)
+    net.backbone = folded
+    try:
+        yield
+    finally:
+        net.backbone = whole
 
 
 def fuse_batch_norms(module: nn.Module) -> None:

@@ -68,7 +68,9 @@ def test_every_image_of_both_splits_is_scored_as_the_inspector_scores_it(
         # squares: a training image lies in the memory itself, and what is left of its squared distance is rounding
         assert row["score"] ** 2 == pytest.approx(alone.score**2, rel=2e-4, abs=1e-3 * row["threshold"] ** 2)
         # the held-out images are in the set and tie with their own calibration scores up to rounding, which decides nothing
-        assert row["p_value"] == pytest.approx(alone.p_value, rel=1e-2)  # of a tail it moves with the score's last digits
+        assert row["p_value"] == pytest.approx(
+            alone.p_value, rel=1e-2
+        )  # of a tail it moves with the score's last digits
         assert row["anomalous"] == alone.anomalous
         assert len(json.loads(row["regions"])) == len(alone.regions)
     assert counts["num_images"] == NUM_TRAIN + NUM_TEST
