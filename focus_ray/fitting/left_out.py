@@ -90,7 +90,7 @@ def _left_out_of_bank(detector: Detector, density: LeavesOut, statistics: Statis
     for part in _mine(len(bank)).split(_AT_ONCE):  # together: the bank is read once for all of them
         new = torch.tensor([int(own) for own in part if int(own) not in places], dtype=torch.long)
         found = left_out_distances(density, statistics, bank, detector.seen, new, device)
-        distances = dict(zip(new.tolist(), found.split(1), strict=True))
+        distances = {int(own): found[place : place + 1] for place, own in enumerate(new)}
         for own in part.split(1):
             place = places.get(int(own))
             if place is None:
