@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUICKSTART := quickstart
+CATEGORY ?= bottle
 
 .PHONY: quickstart test test-cluster lint bench lock clean
 .DELETE_ON_ERROR:
@@ -24,10 +25,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy focus_ray
 
-# what is too slow for every change; see benchmarks/
+# beside the peers and the limits of the machine, into benchmarks/results/; then the tests that are too slow for every change
 bench: $(READY)
+	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "make bench DATA=mvtec CATEGORY=bottle WEIGHTS=resnet18.pth: a folder in MVTec's shape, one of its categories, ResNet-18's weights"; exit 1; }
+	$(BIN)/python -m benchmarks.peer --data $(DATA)/$(CATEGORY) --weights $(WEIGHTS)
+	$(BIN)/python -m benchmarks.limits --data $(DATA) --categories $(CATEGORY) --weights $(WEIGHTS)
 	$(BIN)/python -m pytest -m slow
-	$(BIN)/python -m benchmarks.spine
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "focus_ray needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }

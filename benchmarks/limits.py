@@ -1,0 +1,122 @@
+"""How far the hot paths are from what the machine can do: the backbone alone, moving a memory once, sorting the scores once.
+
+    python -m benchmarks.limits --data MVTEC_ROOT --categories bottle --weights resnet18.pth
+
+Each figure is the median of interleaved runs in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.harness import add_arguments, base_tree, environment, fit_category, open_data, print_table
+from focus_ray.config import parse_config
+from focus_ray.data.read import iter_test_records
+from focus_ray.density.nearest import JointMemory, NearestMemory
+from focus_ray.fitting.scoring import embed, to_images
+from focus_ray.kinds import METRICS
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BATCHES = (1, 4, 8, 32)
+
+
+def interleaved(acts: Mapping[str, Callable[[], object]], times: int) -> dict[str, float]:
+    """Name -> median seconds; a round runs every act once, so that what disturbs one disturbs all."""
+    taken: dict[str, list[float]] = {name: [] for name in acts}
+    for number in range(times + 1):
+        for name, act in acts.items():
+            start = time.perf_counter()
+            act()
+            if number:  # the first round warms up
+                taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+@torch.inference_mode()
+def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, Any]]:
+    """Rows: what, images/s or seconds of ours and of the limit, the share reached."""
+    detector, size = inspector.bundle.detector, inspector.size_px
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for count in BATCHES:
+        batch = rng.integers(0, 255, (count, size, size, 3), dtype=np.uint8)
+        ready = to_images(torch.from_numpy(batch), detector.density.device)
+        acts: dict[str, Callable[[], object]] = {
+            "ours": lambda batch=batch: inspector.score(batch),  # type: ignore[misc]
+            "limit": lambda ready=ready: detector.net.backbone(ready),  # type: ignore[misc]
+        }
+        found = interleaved(acts, times)
+        rows.append(
+            {
+                "what": f"inspection of {count}, beside the backbone alone",
+                "ours": count / found["ours"],
+                "limit": count / found["limit"],
+                "unit": "images/s",
+                "share": found["limit"] / found["ours"],
+            }
+        )
+    density = detector.density
+    places = density.places if isinstance(density, JointMemory) else density
+    if isinstance(places, NearestMemory):
+        embedding, _ = embed(detector.net, detector.reduction, ready[:8])
+        queries = embedding[:, : places.bank.shape[2]].contiguous()
+        found = interleaved({"ours": lambda: places.score(queries), "limit": lambda: places.bank.sum()}, times)
+        rows.append(
+            {
+                "what": f"memory of places for 8 images, beside reading its {places.bank.nbytes / 2**20:.0f} MiB once",
+                "ours": found["ours"],
+                "limit": found["limit"],
+                "unit": "s",
+                "share": found["limit"] / found["ours"],
+            }
+        )
+    measured = inspector.measure(records).measured
+    scores = np.concatenate([one.ravel() for one in measured.maps])
+    found = interleaved({"ours": lambda: METRICS["aupro_0.3"].value(measured), "limit": lambda: np.sort(scores)}, 3)
+    rows.append(
+        {
+            "what": f"AUPRO of {len(measured.maps)} maps, beside sorting their {scores.size} scores once",
+            "ours": found["ours"],
+            "limit": found["limit"],
+            "unit": "s",
+            "share": found["limit"] / found["ours"],
+        }
+    )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.set_defaults(image_size_px=256)
+    parser.add_argument("--times", type=int, default=7)
+    arguments = parser.parse_args()
+    uri, categories = open_data(arguments)
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for category in categories:
+        config = parse_config(base_tree(arguments, uri))
+        _, inspector = fit_category(config, category, arguments.device)
+        rows = samples[category] = measure(inspector, list(iter_test_records(uri, category)), arguments.times)
+        print(f"\n{category}\n")
+        print_table(
+            ("what", "ours", "limit", "unit", "share of the limit"),
+            [[row["what"], row["ours"], row["limit"], row["unit"], row["share"]] for row in rows],
+        )
+    line = {"benchmark": "limits", **environment(arguments.device), "samples": samples}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "limits.json").write_text(json.dumps(line) + "\n")
+    print()
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
