@@ -1,4 +1,4 @@
-"""Runs the quick tests as `make test` does: those without Ray beside those with it, two processes on two cores.
+"""Runs the quick tests as `make test` does: those without Ray, in two halves, beside those with it, which mostly wait.
 
 A part that fails, or of which no test ran, fails the whole. The ten slowest tests are told at the end.
 """
@@ -13,12 +13,31 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+TESTS = Path(__file__).resolve().parent
+FIRST = (
+    "cli",
+    "cluster",
+    "data",
+    "samples",
+    "serving",
+    "submission",
+    "sweep",
+)  # folders of the first half, alike in length
+WITHOUT, WITH = "not slow and not cluster and not ray", "ray and not slow and not cluster"
+# name -> marks, niceness, places. Ray's workers have a niceness of 15: the other parts stand no further back
 PARTS = {
-    "without Ray": "not slow and not cluster and not ray",
-    "with Ray": "ray and not slow and not cluster",
+    "without Ray, first half": (WITHOUT, 15, [TESTS / name for name in FIRST]),
+    "without Ray, second half": (
+        WITHOUT,
+        15,
+        sorted(
+            path
+            for path in TESTS.iterdir()
+            if path.name not in FIRST and (path.name.startswith("test_") or any(path.glob("test_*.py")))
+        ),
+    ),
+    "with Ray": (WITH, 0, [TESTS]),
 }
-# the part with Ray takes longest, and Ray's workers have a niceness of 15: the other part stands back behind them
-NICE = {"without Ray": 19, "with Ray": 0}
 
 
 def main(arguments: list[str]) -> int:
@@ -29,18 +48,19 @@ def main(arguments: list[str]) -> int:
     slowest: list[tuple[float, str]] = []
     with tempfile.TemporaryDirectory() as folder:
         running = {}
-        for number, (name, marks) in enumerate(PARTS.items()):
+        for number, (name, (marks, nice, places)) in enumerate(PARTS.items()):
             report, log = Path(folder, f"{number}.xml"), Path(folder, f"{number}.log")
             command = [
                 "nice",
                 "-n",
-                str(NICE[name]),
+                str(nice),
                 sys.executable,
                 "-m",
                 "pytest",
                 "-m",
                 marks,
                 f"--junit-xml={report}",
+                *map(str, places),
                 *arguments,
             ]
             with log.open("wb") as sink:

@@ -188,7 +188,7 @@ def test_evaluate_measures_the_other_defects_and_categories_where_one_cannot_be(
 
 def test_evaluate_of_a_folder_without_bundles_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith(f"focus-ray: {tmp_path}: no bundle here: give a bundle, or")
+    assert f"\nfocus-ray: {tmp_path}: no bundle here: give a bundle, or" in capsys.readouterr().err
 
 
 # inspect
