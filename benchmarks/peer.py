@@ -24,7 +24,10 @@ from focus_ray.data.importers.base import image_files, match_masks, subfolders
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-ENVIRONMENTS = {"anomalib": ["anomalib==2.7.0", "adeval==1.1.0"], "anomavision": ["AnomaVision==3.6.2"]}
+ENVIRONMENTS = {
+    "anomalib": ["anomalib==2.7.0", "adeval==1.1.0"],
+    "anomavision": ["AnomaVision==3.6.2", "torch", "torchvision", "scikit-learn"],
+}
 # name -> environment (None: ours), script, method
 PEERS = {
     "focus_ray default": (None, "ours", "default"),
@@ -105,7 +108,7 @@ def measure(peer: str, asked: dict[str, Any], work: Path) -> dict[str, Any]:
     command += (
         ["-m", f"benchmarks.peers.{script}"] if place is None else [str(ROOT / "benchmarks/peers" / f"{script}.py")]
     )
-    settings = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([*command, str(spec)], capture_output=True, text=True, cwd=ROOT, env=settings)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

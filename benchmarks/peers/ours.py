@@ -18,6 +18,7 @@ from focus_ray.bundle.bundle import Bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import parse_config
 from focus_ray.data.images import decode_batch
+from focus_ray.data.regions import frame_of
 from focus_ray.data.schema import Row
 from focus_ray.data.shards import MemoryShard
 from focus_ray.evaluation.metrics import Measured
@@ -36,7 +37,10 @@ made: dict[str, Inspector] = {}
 def fit_images() -> None:
     images = torch.from_numpy(decode_batch([Path(name).read_bytes() for name in asked["train"]], asked["size_px"], 2))
     found = fit(config, MemoryShard(images, folds=torch.arange(len(images)) % 5), len(images), torch.device("cpu"))
-    made["one"] = Inspector(Bundle({"category": "part", "sha256": ""}, config, found.detector, found.calibration))
+    bundle = Bundle(
+        {"category": "part", "sha256": ""}, config, found.detector, found.calibration, frame_of(config, "part")
+    )
+    made["one"] = Inspector(bundle)
 
 
 def records() -> list[Row]:
