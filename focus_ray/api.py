@@ -33,6 +33,7 @@ from focus_ray.data.split import plan_category
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.fitting.fit import check_ingredients
+from focus_ray.names import is_name
 from focus_ray.standard import find_config
 from focus_ray.storage import join, read_bytes
 
@@ -178,7 +179,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     for section in ("data", "cluster"):
         tree.pop(section, None)
     tree.pop("name", None)
-    keys = dict(_keys(Config))
+    keys = list(_keys(Config))
     for name, value in given.items():
         dotted = name.replace("__", ".")
         matching = [key for key in keys if key == dotted or key.endswith(f".{dotted}")]
@@ -199,15 +200,12 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel] | None]]:
-    """Dotted names of all settings, and of sections with their model."""
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings and sections."""
     for name, field in model.model_fields.items():
-        section = (
-            field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
-        )
-        yield f"{prefix}{name}", section
-        if section is not None:
-            yield from _keys(section, f"{prefix}{name}.")
+        yield f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
 
 
 def _ingested(images: Any, root: Path) -> tuple[str, str]:
@@ -240,7 +238,8 @@ def as_good(source: Path, root: Path) -> Path:
     """A folder of nothing but images, as one below `root` whose good/ they are, by links, or copies; any other as it is."""
     if not image_files(source) or any(item.is_dir() for item in source.iterdir()):
         return source
-    folder = root / (_safe(source.resolve().name) or _NAME) / "good"
+    name = source.resolve().name
+    folder = root / (name if is_name(name) else _NAME) / "good"
     folder.mkdir(parents=True)
     for path in image_files(source):
         try:
@@ -248,12 +247,6 @@ def as_good(source: Path, root: Path) -> Path:
         except OSError:
             shutil.copy(path, folder / path.name)
     return folder.parent
-
-
-def _safe(name: str) -> str:
-    from focus_ray.names import is_name
-
-    return name if is_name(name) else ""
 
 
 def _written(images: Any, folder: Path) -> Path:

@@ -20,6 +20,7 @@ from focus_ray.cli.registry import add_registry
 from focus_ray.cli.serve import add_serving
 from focus_ray.cli.sweep import _sweep
 from focus_ray.cli.train import _metric, _train, _update
+from focus_ray.cluster.messages import VERBOSE
 from focus_ray.errors import FocusRayError
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     arguments = build_parser().parse_args(words)
     if arguments.verbose:
-        os.environ["FOCUS_RAY_VERBOSE"] = "1"
+        os.environ[VERBOSE] = "1"
     try:
         return int(arguments.run(arguments))
     except FocusRayError as error:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from focus_ray.bundle.make import STATE_FILE, make_bundle, set_reproducible, train_here
+from focus_ray.bundle.make import STATE_FILE, bundle_place, make_bundle, set_reproducible, train_here
 from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, uses_gpu
 from focus_ray.cluster.messages import Messages
@@ -113,7 +113,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
             raise DataError(f"category {category!r}: {error}") from None
     fingerprints = {category: plan.fingerprint for category, plan in plans.items()}
     _check_claim(config, root, resume, fingerprints)
-    bundles = {category: join(root, "bundles", category) for category in categories}
+    bundles = {category: bundle_place(root, category) for category in categories}
     todo = [c for c in categories if not (resume and exists(join(bundles[c], "manifest.json")))]
     for category in sorted(set(categories) - set(todo)):
         log(f"{category}: already there, {bundles[category]}")

@@ -77,5 +77,11 @@ def decided_by_first(decide: Callable[[], _T]) -> _T:
     return found[0]  # type: ignore[no-any-return]
 
 
+def own_part(count: int) -> range:
+    """This worker's contiguous part of `count` numbers; every number is in exactly one worker's."""
+    rank = dist.get_rank() if world_size() > 1 else 0
+    return range(count * rank // world_size(), count * (rank + 1) // world_size())
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from focus_ray.config import Config
@@ -19,7 +18,7 @@ from focus_ray.density.base import LeavesOut, Statistics, leaving_out, sample_po
 from focus_ray.density.nearest import JointMemory, NearestMemory, keep, typical_distances, whiten
 from focus_ray.density.tiles import SharedByTiles, fold_bank
 from focus_ray.evaluation.calibration import CalibrationBuilder
-from focus_ray.fitting.distributed import world_size
+from focus_ray.fitting.distributed import own_part
 from focus_ray.fitting.metric import FOLDS, Metric
 from focus_ray.fitting.passes import joined_by_all, pixels_that_count
 from focus_ray.fitting.profile import IMAGES, left_out_distances, profile_of
@@ -174,5 +173,5 @@ def _under_profile_of(
 
 def _mine(count: int) -> Tensor:
     """Numbers of this worker's part of `count` images."""
-    rank = dist.get_rank() if world_size() > 1 else 0
-    return torch.arange(count * rank // world_size(), count * (rank + 1) // world_size())
+    part = own_part(count)
+    return torch.arange(part.start, part.stop)

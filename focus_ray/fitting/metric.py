@@ -30,7 +30,7 @@ from focus_ray.density.base import sample_positions
 from focus_ray.density.nearest import whitening_of
 from focus_ray.density.tiles import Tiles
 from focus_ray.evaluation.defects import synthetic_validation_set
-from focus_ray.fitting.distributed import gather_rows, world_size
+from focus_ray.fitting.distributed import gather_rows, own_part, world_size
 from focus_ray.fitting.scoring import embed_tiles, places_shown, to_images
 from focus_ray.model.alignment.theta import warp
 from focus_ray.model.network import FocusNet
@@ -114,8 +114,7 @@ def metric_pass(
         raise ValueError(f"a metric needs at least 2 normal images, got {len(images)}: add training images")
     scatter = ResidualScatter(bank.to(device).float(), reduction.config, seed, tiles.num_tiles)
     queries = _queries(len(images), tiles.num_tiles)
-    rank = dist.get_rank() if world_size() > 1 else 0
-    part = range(len(queries) * rank // world_size(), len(queries) * (rank + 1) // world_size())
+    part = own_part(len(queries))
     per_image = max(3, min(8, -(-DEFECTS // len(queries))))
     shown = images[queries, ..., :3].numpy()
     for number in track(part, "metric: defects", len(part), log):
