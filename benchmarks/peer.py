@@ -93,7 +93,7 @@ def python_of(environment_name: str | None, work: Path) -> str:
     python = place / "bin" / "python"
     if not (place / ".ready").exists():
         subprocess.run([sys.executable, "-m", "uv", "venv", "--quiet", "--clear", str(place)], check=True)
-        command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", str(python)]
+        command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python)]
         subprocess.run([*command, *ENVIRONMENTS[environment_name]], check=True)
         (place / ".ready").touch()
     return str(python)
@@ -109,6 +109,7 @@ def measure(peer: str, asked: dict[str, Any], work: Path) -> dict[str, Any]:
         ["-m", f"benchmarks.peers.{script}"] if place is None else [str(ROOT / "benchmarks/peers" / f"{script}.py")]
     )
     settings = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    settings.pop("PYTHONDONTWRITEBYTECODE", None)  # as users run it: nobody's modules are compiled anew at each start
     done = subprocess.run([*command, str(spec)], capture_output=True, text=True, cwd=ROOT, env=settings)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import BACKBONES, DENSITIES
 from focus_ray.names import NAME
+from focus_ray.precision import Precision
 
 Group = Literal[
     "none",
@@ -207,6 +208,11 @@ class ModelConfig(Section):
         description="What the backbone's convolutions see beyond the border. zeros: as it was trained; the places at the border "
         "then vary most among good images. reflect: the image itself [ours].",
     )
+    precision: Precision = Field(
+        default="auto",
+        description="What the backbone computes in once it is trained. auto: bf16 on a GPU or CPU that multiplies it at once "
+        "(AVX512-BF16, AMX), fp32 elsewhere. fp32: the same on every machine, to the last digits.",
+    )
     image_alignment: ImageAlignmentConfig = ImageAlignmentConfig()
     feature_alignment: FeatureAlignmentConfig = FeatureAlignmentConfig()
     projector_width: int = Field(default=256, ge=8, le=4096, description="Channels of f's 1x1 convolutions [kin: 256].")
@@ -294,7 +300,7 @@ class TrainConfig(Section):
     lambda_fine: float = Field(default=1.0, ge=0.0, description="Weight of the fine loss.")
     stop_gradient: bool = Field(default=True, description="Stop-gradient on the shuffled branch [paper].")
     symmetric: bool = Field(default=False, description="Average the fine loss over both directions of a pair.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Precision = Field(
         default="auto", description="auto: bf16 autocast on a GPU that has it, fp32 elsewhere."
     )
     gradient_clip_norm: float | None = Field(
@@ -363,6 +369,10 @@ class DensityConfig(Section):
     )
     max_images: int = Field(
         default=512, ge=2, description="nearest: keeps the embeddings of so many images at most, evenly chosen."
+    )
+    precision: Precision = Field(
+        default="auto",
+        description="nearest: what the memory of places is held and searched in; as model.precision. bf16 takes half the memory.",
     )
     coreset: int = Field(
         default=1024,

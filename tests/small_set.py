@@ -44,9 +44,15 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
         "name": "small",
         "storage": str(storage),
         "data": {"uri": uri, "categories": ["gear"]},
-        "model": {"weights": "random", "image_size_px": 64, "projector_width": 16, "predictor_width": 8},
+        "model": {
+            "weights": "random",
+            "image_size_px": 64,
+            "projector_width": 16,
+            "predictor_width": 8,
+            "precision": "fp32",  # figures then hang on no machine
+        },
         "train": {"epochs": 0, "batch_size_per_worker": 4, "learning_rate": 1e-3},
-        "density": {"num_channels": 32, "reduction": "semi_orthogonal"},
+        "density": {"num_channels": 32, "reduction": "semi_orthogonal", "precision": "fp32"},
         "scoring": {"image_score": "maximum"},
         "calibration": {"method": "split"},
         "cluster": {"use_gpu": False, "local": False},

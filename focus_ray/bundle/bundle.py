@@ -41,12 +41,18 @@ from focus_ray.storage import exists, join, list_names, read_bytes, remove_file,
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 # what bundles of a former format had no choice of, and how they were made; what is left out here was as the defaults are
+_FP32 = {"precision": "fp32"}
 _FORMER: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"model": {"padding": "zeros"}, "scoring": {"image_score": "maximum"}, "density": {"coreset": 0}},
-    2: {"density": {"coreset": 0}},
-    3: {},  # without tiling, padding and regions
+    1: {
+        "model": {"padding": "zeros", **_FP32},
+        "scoring": {"image_score": "maximum"},
+        "density": {"coreset": 0, **_FP32},
+    },
+    2: {"model": _FP32, "density": {"coreset": 0, **_FP32}},
+    3: {"model": _FP32, "density": _FP32},  # without tiling, padding and regions
+    4: {"model": _FP32, "density": _FP32},
     FORMAT_VERSION: {},
 }
 MANIFEST = "manifest.json"

@@ -25,7 +25,8 @@ from focus_ray.evaluation.evaluate import MAX_SIDE_PX, Labelled, evaluation_size
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
 from focus_ray.evaluation.metrics import Measured
 from focus_ray.fitting.scoring import to_images
-from focus_ray.model.batch_norm import fuse_batch_norms
+from focus_ray.model.batch_norm import prepare_for_inference
+from focus_ray.precision import compute_dtype
 
 
 class Inspector:
@@ -40,7 +41,8 @@ class Inspector:
         """
         self.bundle, self.device, self.batch_size, self.num_threads = bundle, device, batch_size, num_threads
         self.frame = bundle.frame
-        fuse_batch_norms(bundle.detector.net.backbone)
+        net = bundle.detector.net
+        prepare_for_inference(net.backbone, compute_dtype(net.config.precision, device))
 
     @classmethod
     def load(cls, uri: str | Path, device: torch.device | str = "auto", **options: Any) -> Inspector:

@@ -22,6 +22,8 @@ from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.left_out import leave_one_out_pass
 from focus_ray.fitting.passes import calibration_pass, statistics_pass
 from focus_ray.kinds import DENSITIES
+from focus_ray.model.batch_norm import prepared_for_inference
+from focus_ray.precision import compute_dtype
 
 
 def update_bundle(
@@ -57,11 +59,13 @@ def update_bundle(
         _check_same_network(bundle.manifest, other, str(join))
         statistics.join(read_statistics(join))
         changes.append({"join": str(join), "version": other["sha256"]})
+    dtype = compute_dtype(bundle.config.model.precision, device)
     for source, sign in ((add, 1), (remove, -1)):
         if source is None:
             continue
         rows = _normal_rows(source, bundle.category)
-        part = _statistics_of(bundle, source, rows)
+        with prepared_for_inference(bundle.detector.net, dtype):
+            part = _statistics_of(bundle, source, rows)
         if sign > 0:
             statistics.join(part)
         else:
@@ -71,11 +75,12 @@ def update_bundle(
     detector = build_detector(bundle.config, bundle.detector.net, bundle.detector.reduction, _on(statistics, device))
     held: Sequence[int] = ()
     if calibrate is None and bundle.calibration.method == "leave_one_out" and statistics.bank is not None:
-        builder = leave_one_out_pass(detector, statistics, (), bundle.config)
+        builder = leave_one_out_pass(detector, statistics, bundle.config)
     else:
         place, held = _calibration_rows(bundle, calibrate)
         images = _images(bundle, place, held)
-        builder = calibration_pass(detector, images, bundle.config.calibration, "split", torch.device(device))
+        with prepared_for_inference(bundle.detector.net, dtype):
+            builder = calibration_pass(detector, images, bundle.config.calibration, "split", torch.device(device))
     return write_bundle(
         output,
         config=bundle.config,
@@ -140,7 +145,7 @@ def _without(statistics: Statistics, part: Statistics, source: str) -> Statistic
 def _rows_left(bank: Tensor, gone: Tensor) -> list[int]:
     """Numbers of the bank's images that are none of the given ones; one that was never kept is passed over.
 
-    An image's embedding comes out the same to rounding whenever it is computed, and far from any other image's.
+    An image's embedding comes out the same to rounding, of bfloat16 where a machine computes in it, and far from any other's.
     """
     rows = bank.flatten(1).float()
     keep = torch.ones(len(rows), dtype=torch.bool)
@@ -148,7 +153,7 @@ def _rows_left(bank: Tensor, gone: Tensor) -> list[int]:
         distance = (rows - one).norm(dim=1)
         distance[~keep] = torch.inf
         nearest = int(distance.argmin())
-        if distance[nearest] <= 0.01 * one.norm():
+        if distance[nearest] <= 0.02 * one.norm():
             keep[nearest] = False
     return [int(number) for number in keep.nonzero()]
 

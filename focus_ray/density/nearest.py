@@ -18,6 +18,7 @@ from focus_ray.config import DensityConfig
 from focus_ray.density.base import Density, LeavesOut, Statistics, ridge_of, sample_positions
 from focus_ray.density.coreset import Coreset, choose_coreset
 from focus_ray.density.moments import Moments, check_count, locations_first, pooled_covariance
+from focus_ray.precision import compute_dtype
 
 _CHUNK_BYTES = 64 * 2**20  # of distances held at once
 _TYPICAL_IMAGES = 16
@@ -27,21 +28,39 @@ class NearestMemory:
     """The fitted density.
 
     Attributes:
-        bank: (L, N, C), whitened embeddings of N normal images at each of L = height * width places.
+        bank: (L, N, C), whitened embeddings of N normal images at each of L = height * width places; less `centre` where there is
+            one.
+        centre: (L, 1, C) float32, the bank's mean at each place, of a memory in bfloat16: what is left is as small as distances
+            are, and so is its rounding. None in float32.
         whitening: (C, C), W with W^T W = inverse pooled covariance; Euclidean distance after it is Mahalanobis before.
         window: odd; a patch is compared with the bank of window x window places around its own.
     """
 
-    def __init__(self, bank: Tensor, whitening: Tensor, height: int, width: int, window: int = 1) -> None:
+    def __init__(
+        self,
+        bank: Tensor,
+        whitening: Tensor,
+        height: int,
+        width: int,
+        window: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """bank: not centred.  dtype: what it is to be held and searched in, float32 or bfloat16."""
         if bank.ndim != 3 or bank.shape[0] != height * width or whitening.shape != (bank.shape[2], bank.shape[2]):
             raise ValueError(
                 f"bank {tuple(bank.shape)} and whitening {tuple(whitening.shape)} do not fit a map of {height} x {width}"
             )
         if window < 1 or window % 2 == 0:
             raise ValueError(f"window={window} must be odd and positive")
+        self.centre: Tensor | None = None
+        if dtype == torch.bfloat16:
+            self.centre = bank.mean(dim=1, keepdim=True)
+            parts = zip(bank.split(64), self.centre.split(64), strict=True)  # not all at once: it is large
+            bank = torch.cat([(part - own).to(dtype) for part, own in parts])
         self.bank, self.whitening, self.height, self.width, self.window = bank, whitening, height, width, window
         self.plain = bool((whitening == torch.eye(len(whitening), device=whitening.device)).all())
-        self.half_norms = bank.square().sum(dim=2) / 2  # (L, N)
+        norms = torch.linalg.vector_norm(bank, dim=2, dtype=torch.float32)
+        self.half_norms = (norms.square() / 2).to(dtype)  # (L, N)
 
     @property
     def device(self) -> torch.device:
@@ -59,11 +78,11 @@ class NearestMemory:
             raise ValueError(
                 f"embedding of {(height, width)} places, the memory was made at {(self.height, self.width)}"
             )
-        queries = locations_first(embedding).to(self.bank.dtype)  # (L, B, C)
+        queries = locations_first(embedding).to(self.whitening.dtype)  # (L, B, C)
         if not self.plain:
             queries = queries @ self.whitening.t()
         # |q - b|^2 / 2 = |q|^2 / 2 - (q b - |b|^2 / 2), and the best b does not depend on |q|
-        closest = torch.full((height, width, batch), -torch.inf, device=self.device, dtype=self.bank.dtype)
+        closest = torch.full((height, width, batch), -torch.inf, device=self.device, dtype=queries.dtype)
         reach = self.window // 2
         padded = queries.new_zeros(height + 2 * reach, width + 2 * reach, batch, channels)
         padded[reach : reach + height, reach : reach + width] = queries.view(height, width, batch, channels)
@@ -74,17 +93,21 @@ class NearestMemory:
             rows = range(top, min(top + rows_at_once, height))
             part = slice(rows.start * width, rows.stop * width)
             near = around[rows.start : rows.stop].permute(0, 1, 4, 5, 2, 3).reshape(len(rows) * width, -1, channels)
+            if self.centre is not None:
+                near = (near - self.centre[part]).to(self.bank.dtype)
             agreement = torch.baddbmm(self.half_norms[part, None], near, self.bank[part].transpose(1, 2), beta=-1)
             if own is not None:
                 apart = agreement.view(len(agreement), -1, batch, agreement.shape[2])
                 apart[:, :, torch.arange(batch)[:, None], own.view(batch, -1).to(self.device)] = -torch.inf
             best = agreement.amax(dim=2)
+            if self.centre is not None:  # each place has a centre of its own, from which q counts too
+                best = best.to(queries.dtype) - near.to(queries.dtype).square().sum(dim=2) / 2
             best = best.view(len(rows), width, self.window, self.window, batch)
             for down in range(self.window):
                 for right in range(self.window):
                     # best[r, c, down, right] is what the bank of (r, c) says of the query at (r + down - reach, ...)
                     _keep_larger(closest, best[:, :, down, right], rows.start + down - reach, right - reach)
-        squares = queries.square().sum(dim=2).view(height, width, batch)
+        squares = 0 if self.centre is not None else queries.square().sum(dim=2).view(height, width, batch)
         return (squares - 2 * closest).clamp_min_(0).sqrt_().permute(2, 0, 1)
 
 
@@ -118,10 +141,12 @@ def typical_distances(places: NearestMemory, coreset: Coreset, bank: Tensor) -> 
         return torch.ones(2, device=places.device)
     own = torch.tensor(sorted(sample_positions(len(bank), _TYPICAL_IMAGES)))
     found = torch.zeros(2, device=places.device)
-    for number in own.split(1):
-        rows = bank[number].to(places.device, torch.float32).transpose(1, 2).unflatten(2, (places.height, places.width))
+    for numbers in own.split(8):  # together: the bank is read once for all of them
+        rows = bank[numbers].to(places.device, torch.float32).transpose(1, 2)
+        rows = rows.unflatten(2, (places.height, places.width))
         few = places.bank.shape[2]
-        found += torch.stack([places.score(rows[:, :few], number).mean(), coreset.score(rows[:, few:], number).mean()])
+        both = places.score(rows[:, :few], numbers), coreset.score(rows[:, few:], numbers)
+        found += torch.stack([one.mean() for one in both]) * len(numbers)
     return (found / len(own)).clamp_min_(1e-12)
 
 
@@ -142,8 +167,10 @@ def _keep_larger(target: Tensor, values: Tensor, top: int, left: int) -> None:
 
 
 @torch.no_grad()
-def build_memory(bank: Tensor, moments: Moments, ridge: float | None, window: int = 1) -> NearestMemory:
-    """A memory from raw embeddings and the moments of the same images.
+def build_memory(
+    bank: Tensor, moments: Moments, ridge: float | None, window: int = 1, dtype: torch.dtype = torch.float32
+) -> NearestMemory:
+    """A memory from raw embeddings and the moments of the same images; window and dtype as of `NearestMemory`.
 
     Args:
         bank: (N, L, C), as `gather` keeps them, any float type.
@@ -159,7 +186,7 @@ def build_memory(bank: Tensor, moments: Moments, ridge: float | None, window: in
     else:
         whitening = whitening_of(pooled_covariance(moments), ridge)
     whitened = whiten(bank, whitening)
-    return NearestMemory(whitened, whitening, moments.height, moments.width, window)
+    return NearestMemory(whitened, whitening, moments.height, moments.width, window, dtype)
 
 
 def whitening_of(covariance: Tensor, ridge: float) -> Tensor:
@@ -193,7 +220,8 @@ class _NearestKind:
     def build(self, config: DensityConfig, statistics: Statistics) -> NearestMemory | JointMemory:
         assert statistics.bank is not None
         bank, others = statistics.bank.split(_split(statistics), dim=2)
-        places = build_memory(bank, statistics.moments, _ridge(config, statistics), config.window)
+        dtype = compute_dtype(config.precision, statistics.moments.mean.device)
+        places = build_memory(bank, statistics.moments, _ridge(config, statistics), config.window, dtype)
         if not config.keeps_coreset:
             return places
         coreset = choose_coreset(others, config.coreset, places.device)
@@ -222,7 +250,8 @@ class _NearestKind:
         self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
     ) -> NearestMemory | JointMemory:
         whitening = tensors["whitening"].to(device)
-        places = NearestMemory(whiten(tensors["bank"], whitening), whitening, height, width, config.window)
+        dtype = compute_dtype(config.precision, device)
+        places = NearestMemory(whiten(tensors["bank"], whitening), whitening, height, width, config.window, dtype)
         if not config.keeps_coreset:
             return places
         coreset = Coreset(tensors["coreset.patches"].to(device).float(), tensors["coreset.images"].to(device).long())

@@ -40,6 +40,7 @@ CUT_TO_OBJECT = 0.7
 _ATTEMPTS = 12
 _GREY_CHROMA = 10.0  # of 255: below this mean spread of the channels a picture counts as grey
 _MIN_SIDE_PX = 32
+_APART_PX = 8  # defects that share a copy
 
 
 def synthesize_defect(
@@ -132,6 +133,37 @@ def synthetic_validation_set(
         else:
             raise AssertionError("a blob is visible on any image")
     return made_images, masks, kinds
+
+
+def overlaid(
+    image: NDArray[np.uint8], copies: NDArray[np.uint8], masks: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Copies of one image with a defect each, as fewer copies with several: those that lie apart share one.
+
+    Args:
+        image: (H, W, 3) uint8.  copies: (N, H, W, 3) uint8, masks: (N, H, W), of that image.
+
+    Returns: (M, H, W, 3) uint8 and the masks (M, H, W) of their defects together, 1 <= M <= N.
+    """
+    made: list[NDArray[np.uint8]] = []
+    together: list[NDArray[np.bool_]] = []
+    taken: list[NDArray[np.bool_]] = []
+    for copy, mask in zip(copies, masks, strict=True):
+        changed = (copy != image).any(axis=2)
+        place = next((place for place, other in enumerate(taken) if not (other & changed).any()), len(made))
+        if place == len(made):
+            made.append(copy)
+            together.append(mask)
+            taken.append(_grown(changed))
+        else:
+            made[place] = np.where(changed[:, :, None], copy, made[place])
+            together[place] = together[place] | mask
+            taken[place] = taken[place] | _grown(changed)
+    return np.stack(made), np.stack(together)
+
+
+def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return np.asarray(ndimage.maximum_filter(mask, 2 * _APART_PX + 1))
 
 
 def find_foreground(image: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -6,6 +6,7 @@ Runs alone or on every worker of an initialised torch.distributed group; each wo
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -48,11 +49,14 @@ from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
 from focus_ray.kinds import DENSITIES
 from focus_ray.model.alignment.congealing import CongealingAligner
-from focus_ray.model.batch_norm import folded_batch_norms
+from focus_ray.model.batch_norm import prepared_for_inference
 from focus_ray.model.network import FocusNet, build_net
 from focus_ray.model.reduction import ChannelReduction
+from focus_ray.precision import compute_dtype
 from focus_ray.progress import track
 from focus_ray.seeds import derived_seed
+
+_CALIBRATED = 128  # images, at most, that a density without a memory leaves out, each in turn
 
 
 @dataclass
@@ -125,7 +129,7 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
     detector = Detector(net, reduction, density, config.scoring)
     if config.scoring.image_score == "profile" and statistics.bank is not None:
         apart = leaving_out(config.density, statistics, density)
-        detector.profile = fit_profile(apart, statistics, detector.seen, detector.spread)
+        detector.profile, detector.profiled = fit_profile(apart, statistics, detector.seen, detector.spread)
     return detector
 
 
@@ -342,14 +346,23 @@ class Run:
             )
             self.reduction.projection.copy_(self.metric.projection)
 
-    def training_statistics(self) -> Statistics:
-        """Of the training images, under the network as it is."""
+    def training_statistics(self, for_calibration: bool = False) -> Statistics:
+        """Of the training images, under the network as it is.
+
+        Args: for_calibration: keep the embeddings of some images also where the density needs none.
+        """
         self.net.eval()
         config = self.config.density
         self.learn_metric()
         kept = positions_to_keep(config, self.num_images)
+        if kept is None and for_calibration:
+            kept = sample_positions(self.num_images, _CALIBRATED)
         batches = self.watched("statistics", self.shard.fit_batches())
-        return statistics_pass(self.net, self.reduction, batches, self.device, kept, self.offset)
+        known = None if self.metric is None else self.metric.known
+        found = statistics_pass(self.net, self.reduction, batches, self.device, kept, self.offset, known)
+        if self.metric is not None:
+            self.metric = self.metric._replace(known=None)  # their memory is needed
+        return found
 
     def _validation_statistics(self) -> Statistics:
         """Of the images that selection held out: they join the density once nothing is left to be selected."""
@@ -367,7 +380,7 @@ class Run:
 
     def finish(self) -> FitResult:
         self.net.eval()
-        with folded_batch_norms(self.net):
+        with prepared_for_inference(self.net, compute_dtype(self.config.model.precision, self.device)):
             return self._finish()
 
     def _finish(self) -> FitResult:
@@ -379,18 +392,20 @@ class Run:
                 folds = [self._fold_statistics(fold) for fold in range(self.config.calibration.num_folds)]
                 statistics = _join_all(folds)
             else:
-                statistics = self.training_statistics()
+                statistics = self.training_statistics(for_calibration=method == "leave_one_out")
             if self.validation is not None:
                 statistics.join(self._validation_statistics())
             statistics.keep_at_most(self.config.density.max_images)
             statistics.scatter = None if self.metric is None else self.metric.scatters
         with self.timed("calibration"):
+            sample = statistics
+            if not DENSITIES[self.config.density.kind].keeps_bank:
+                statistics = dataclasses.replace(statistics, bank=None, thetas=None, shown=None)
             detector = build_detector(self.config, self.net, self.reduction, statistics)
             if method == "cross":
                 builder = self._cross_calibrate(folds)
             elif method == "leave_one_out":
-                batches = self.watched("calibration", self.shard.fit_batches())
-                builder = leave_one_out_pass(detector, statistics, batches, self.config, self.metric, self.log)
+                builder = leave_one_out_pass(detector, sample, self.config, self.metric, self.log)
             else:
                 held = self.watched("calibration", self.shard.holdout_batches())
                 builder = calibration_pass(detector, held, self.config.calibration, method, self.device)

@@ -8,7 +8,7 @@ each is scored under a metric that was learnt without its fold of the images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from focus_ray.fitting.distributed import own_part
 from focus_ray.fitting.metric import FOLDS, Metric
 from focus_ray.fitting.passes import joined_by_all, pixels_that_count
 from focus_ray.fitting.profile import IMAGES, left_out_distances, profile_of
-from focus_ray.fitting.scoring import Detector, Scored, embed, pixels_shown, places_shown, shown_in, to_images
+from focus_ray.fitting.scoring import Detector, Scored, pixels_shown
 from focus_ray.progress import track
 
 LeftOut = tuple[Scored, Tensor | None]
@@ -35,29 +35,25 @@ _AT_ONCE = 8
 def leave_one_out_pass(
     detector: Detector,
     statistics: Statistics,
-    batches: Iterable[Tensor],
     config: Config,
     metric: Metric | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> CalibrationBuilder:
-    """Scores the images that the detector's density was made of as if they were new; the same on every worker.
-
-    Where the density keeps embeddings those images are scored, shared out over the workers; else those of the batches.
+    """Scores images that the detector's density was made of as if they were new, shared out over the workers; the same on all.
 
     Args:
-        statistics: of which the detector was built.  batches: this worker's training images.
+        statistics: of which the detector was built; of their images those in the bank are scored, which is there for it also
+            where the density needs none.
         metric: what was learnt of the same images, if it was.
     """
     calibration = config.calibration
     builder = CalibrationBuilder("leave_one_out", calibration.target_fpr, calibration.target_pixel_fpr)
-    if statistics.bank is None:
-        scored = _left_out_of_moments(detector, statistics, batches, config)
-    elif metric is not None and metric.folds is not None and len(statistics.bank) == _count(metric):
+    assert statistics.bank is not None
+    if metric is not None and metric.folds is not None and len(statistics.bank) == _count(metric):
         scored = _by_folds(detector, statistics, metric)
     else:
         scored = _left_out_of_bank(detector, leaving_out(config.density, statistics, detector.density), statistics)
-    total = 0 if statistics.bank is None else len(_mine(len(statistics.bank)))
-    for found, shown in track(scored, "calibration", total, log) if total else scored:
+    for found, shown in track(scored, "calibration", len(_mine(len(statistics.bank))), log):
         builder.add(found.score.cpu().numpy(), pixels_that_count(found, shown))
     return joined_by_all(builder)
 
@@ -66,25 +62,16 @@ def _count(metric: Metric) -> int:
     return 0 if metric.embeddings is None else len(metric.embeddings)
 
 
-def _left_out_of_moments(
-    detector: Detector, statistics: Statistics, batches: Iterable[Tensor], config: Config
-) -> Iterator[LeftOut]:
-    density, device = leaving_out(config.density, statistics, detector.density), detector.density.device
-    for batch in batches:
-        embedding, theta = embed(detector.net, detector.reduction, to_images(batch, device))
-        distance, shown = density.score(embedding, torch.empty(0)), shown_in(batch, device)
-        if shown is not None:
-            distance = distance * places_shown(shown, theta, detector.tiles, distance.shape[1:])
-        yield detector.score_distance(distance, theta, shown=shown), shown
-
-
 def _left_out_of_bank(detector: Detector, density: LeavesOut, statistics: Statistics) -> Iterator[LeftOut]:
     """Of this worker's part of the bank."""
     bank = statistics.bank
     assert bank is not None
     device = detector.density.device
-    profiled = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
-    known = left_out_distances(density, statistics, bank, detector.seen, profiled, device)
+    profiled, known = torch.empty(0, dtype=torch.long), detector.profiled
+    if detector.profile is not None:
+        profiled = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
+    if known is None:
+        known = left_out_distances(density, statistics, bank, detector.seen, profiled, device)
     places = {int(number): place for place, number in enumerate(profiled)}
     for part in _mine(len(bank)).split(_AT_ONCE):  # together: the bank is read once for all of them
         new = torch.tensor([int(own) for own in part if int(own) not in places], dtype=torch.long)
@@ -131,7 +118,12 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Ite
             ]
         )
         memory = NearestMemory(
-            whiten(of_tiles(rows), places.whitening), places.whitening, places.height, places.width, places.window
+            whiten(of_tiles(rows), places.whitening),
+            places.whitening,
+            places.height,
+            places.width,
+            places.window,
+            places.bank.dtype,
         )
         distances = left_out_distances(of_images(memory), statistics, rows, detector.seen, everyone, device)
         if isinstance(density, JointMemory):

@@ -16,20 +16,21 @@ workers is that of one, up to the rounding of sums. Nothing is trained by gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.config import DensityConfig
 from focus_ray.density.base import sample_positions
 from focus_ray.density.nearest import whitening_of
 from focus_ray.density.tiles import Tiles
-from focus_ray.evaluation.defects import synthetic_validation_set
+from focus_ray.evaluation.defects import overlaid, synthetic_validation_set
 from focus_ray.fitting.distributed import gather_rows, own_part, world_size
 from focus_ray.fitting.scoring import embed_tiles, places_shown, to_images
 from focus_ray.model.alignment.theta import warp
@@ -38,14 +39,16 @@ from focus_ray.model.reduction import ChannelReduction
 from focus_ray.progress import track
 from focus_ray.seeds import derived_seed
 
-NEIGHBOURS = 128  # images, at most, among which nearest neighbours are searched; of images in tiles, so many tiles
+NEIGHBOURS = 64  # images, at most, among which nearest neighbours are searched; of images in tiles, so many tiles
 FEWEST = 32  # but tiles of so many images
-QUERIES = 64  # of them, at most, whose patches and defects are looked at
-DEFECTS = 192  # synthetic ones, about: 3 to 8 an image
+QUERIES = 32  # of them whose patches and defects are looked at, where there are more than are looked at all
+DEFECTS = 192  # synthetic ones, at most about: 3 to 8 an image
 RIDGE = 0.5  # on Sn, of its mean diagonal
 SEARCH_RIDGE = 2.0  # on the covariance that whitens for the search, of its mean diagonal
 WHITENED = 0.5  # of the channels: a whitened random projection beside the learnt directions, for defects of other kinds
 FOLDS = 5  # of the images, for calibration by metrics that have not seen them
+_AT_ONCE = 8
+_GROUP = 64  # images whose features of all channels are held in float32 at once
 COVERED = 0.5  # of a place: from so much on it counts as defective
 
 
@@ -56,18 +59,42 @@ class Metric(NamedTuple):
     scatters: (2, C, C) a patch, float32, of normal and of defective residuals; the latter 0 where directions are shared.
     folds: (FOLDS, k, C), the projection as it is without the images whose number leaves that remainder by FOLDS; or None.
     embeddings: (N, C, H, W) float16 on the CPU, of all images with the places of their tiles side by side, beside folds; or None.
+    known: of this worker's images among those looked at, so that their statistics take no further pass.
     """
 
     projection: Tensor
     scatters: Tensor
     folds: Tensor | None = None
     embeddings: Tensor | None = None
+    known: Known | None = None
+
+
+class Known(NamedTuple):
+    """What the network made of n images, with all channels and as the coreset wants them.
+
+    row: image's number, over all workers -> its row.  full: (n, C, H, W), coreset: (n, K, H, W), of whole images, float16 on the
+    CPU.  thetas: (n, 2, 3), or None.
+    """
+
+    row: dict[int, int]
+    full: Tensor
+    coreset: Tensor
+    thetas: Tensor | None
+
+    def embedding(self, numbers: Sequence[int], projection: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `scoring.embed` gives of B images, up to the rounding of float16: (B, k + K, H, W) and theta (B, 2, 3)."""
+        rows, device = [self.row[number] for number in numbers], projection.device
+        places = F.conv2d(self.full[rows].to(device, torch.float32), projection[:, :, None, None])
+        found = torch.cat([places, self.coreset[rows].to(device, torch.float32)], dim=1)
+        return found, None if self.thetas is None else self.thetas[rows].to(device)
 
 
 def full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
-    """The reduction that keeps all channels, smoothed and brought to the map's places as the other does."""
-    config = reduction.config.model_copy(update={"reduction": "none", "coreset": 0})
-    return ChannelReduction(channels, config, 0)
+    """The reduction that keeps all channels, smoothed and brought to the map's places as the other does; its coreset's too."""
+    found = ChannelReduction(channels, reduction.config.model_copy(update={"reduction": "none"}), 0)
+    if found.num_coreset_channels:
+        found.coreset_projection.copy_(reduction.coreset_projection)
+    return found
 
 
 @torch.no_grad()
@@ -99,51 +126,70 @@ def metric_pass(
     chosen = sample_positions(num_images, max(FEWEST, NEIGHBOURS // tiles.num_tiles))
     size = net.config.image_size_px
     mine = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
+    numbers: list[int] = []
     position = offset
     for batch in batches:
-        mine += [_marked(tiles.cut_batch(batch[n][None])) for n in range(len(batch)) if position + n in chosen]
+        taken = [n for n in range(len(batch)) if position + n in chosen]
+        mine += [_marked(tiles.cut_batch(batch[n][None])) for n in taken]
+        numbers += [position + n for n in taken]
         position += len(batch)
     own = torch.cat(mine)
     full = full_reduction(reduction, net.backbone.spec.channels).to(device)
     # every worker has all of the chosen images, since defects are made with pieces of others
     images = gather_rows(own, device)
     embedding, theta = _embedded(net, full, own, device)
-    bank = gather_rows(embedding.half().cpu(), device)
+    width = full.num_channels
+    places, beyond = embedding.cpu().split([width, full.num_coreset_channels], dim=1)
+    rows = {number: row for row, number in enumerate(numbers)}
+    known = Known(rows, tiles.join(places), tiles.join(beyond), theta)
+    bank = gather_rows(places, device)
     scored = gather_rows(_places(own[..., 3], theta, bank.shape[2], device).byte().cpu(), device) > 0
     if len(images) < 2:
         raise ValueError(f"a metric needs at least 2 normal images, got {len(images)}: add training images")
-    scatter = ResidualScatter(bank.to(device).float(), reduction.config, seed, tiles.num_tiles)
-    queries = _queries(len(images), tiles.num_tiles)
+    scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles)
+    queries = _queries(len(images), tiles.num_tiles, all_of_them=len(images) == num_images)
     part = own_part(len(queries))
     per_image = max(3, min(8, -(-DEFECTS // len(queries))))
     shown = images[queries, ..., :3].numpy()
-    for number in track(part, "metric: defects", len(part), log):
-        where = torch.tensor([queries[number]])
+    groups = [part[start : start + _AT_ONCE] for start in range(0, len(part), _AT_ONCE)]
+    for group in track(groups, "metric: images with defects", len(part), log, count=len):
+        where = torch.tensor([queries[number] for number in group])
         scatter.add_normal(where, scored[where].to(device))
         if shared is not None:
             continue
-        made, masks, _ = synthetic_validation_set(
-            shown, derived_seed(seed, "metric"), per_image, only=range(number, number + 1)
-        )
-        # together: whichever worker looks at an image has all its copies
-        embedding, theta = _embedded(net, full, torch.from_numpy(made), device, singly=False)
-        masks &= images[queries[number], ..., 3].numpy() > 0
-        scatter.add_defective(embedding, where.expand(len(made)), _covered(masks, theta, bank.shape[2], device))
+        made: list[NDArray[np.uint8]] = []
+        masks: list[NDArray[np.bool_]] = []
+        owners: list[int] = []
+        for number in group:
+            only = range(number, number + 1)
+            copies, covered, _ = synthetic_validation_set(shown, derived_seed(seed, "metric"), per_image, only)
+            together, covered = overlaid(shown[number], copies, covered)
+            made += [*together]
+            masks += [*(covered & (images[queries[number], ..., 3].numpy() > 0))]
+            owners += [queries[number]] * len(together)
+        embedding, theta = _embedded(net, full, torch.from_numpy(np.stack(made)), device)
+        place = _covered(np.stack(masks), theta, bank.shape[2], device)
+        for numbers in torch.arange(len(made)).split(_AT_ONCE):
+            defective = embedding[numbers, :width].float()
+            scatter.add_defective(defective, torch.tensor(owners)[numbers], place[numbers])
     projection, scatters = scatter.projection(reduction.num_channels, shared)
     looked_at = len(queries) if tiles.num_tiles == 1 else len(chosen)
     if not in_folds or shared is not None or looked_at < num_images or num_images < 2 * FOLDS:
-        return Metric(projection, scatters)
-    return Metric(projection, scatters, scatter.projections_of_folds(reduction.num_channels), tiles.join(bank))
+        return Metric(projection, scatters, known=known)
+    return Metric(projection, scatters, scatter.projections_of_folds(reduction.num_channels), tiles.join(bank), known)
 
 
 def _embedded(
-    net: FocusNet, full: ChannelReduction, images: Tensor, device: torch.device, singly: bool = True
+    net: FocusNet, full: ChannelReduction, images: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """(B, C, H, W) with all channels, and theta."""
+    """(B, C, H, W) float16 with all channels, and theta; the same of each image with any number of workers."""
     if not len(images):
         side = net.config.image_size_px // full.config.map_stride_px
-        return torch.empty(0, full.num_channels, side, side, device=device), None
-    return embed_tiles(net, full, to_images(images, device), singly)
+        channels = full.num_channels + full.num_coreset_channels
+        return torch.empty(0, channels, side, side, device=device, dtype=torch.float16), None
+    parts = [embed_tiles(net, full, to_images(part, device), alike=True) for part in images.split(_GROUP)]
+    thetas = [theta for _, theta in parts if theta is not None]
+    return torch.cat([embedding.half() for embedding, _ in parts]), torch.cat(thetas) if thetas else None
 
 
 def _marked(images: Tensor) -> Tensor:
@@ -151,12 +197,15 @@ def _marked(images: Tensor) -> Tensor:
     return images if images.shape[3] > 3 else F.pad(images, (0, 1), value=255)
 
 
-def _queries(num_images: int, num_tiles: int) -> list[int]:
-    """Which of all images, or tiles, are looked at; of tiles not every so many, which might be the same tile of each image."""
+def _queries(num_images: int, num_tiles: int, all_of_them: bool) -> list[int]:
+    """Which of the chosen images, or tiles, are looked at; of tiles not every so many, which might be one tile of each image.
+
+    All of few, by folds of which they are calibrated then.
+    """
     if num_tiles == 1:
-        return sorted(sample_positions(num_images, QUERIES))
+        return sorted(sample_positions(num_images, num_images if all_of_them else QUERIES))
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
-    return sorted(order[:QUERIES].tolist())
+    return sorted(order[:NEIGHBOURS].tolist())
 
 
 def _places(shown: Tensor, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
@@ -177,7 +226,7 @@ class ResidualScatter:
     """The two scatter matrices; knows no image.
 
     Args:
-        bank: (N, C, H, W), all channels of normal images, among which neighbours are searched.
+        bank: (N, C, H, W), all channels of normal images, among which neighbours are searched; any float type.
         config: its window says how far around a place.  seed: of the projection in which the search is done.
         per_image: tiles of an image, which come after one another and stand for images here.
     """
@@ -189,31 +238,32 @@ class ResidualScatter:
         few = min(config.num_channels, channels)
         basis = torch.linalg.qr(torch.randn(channels, few, generator=generator, dtype=torch.float64)).Q
         search = basis.t().float().to(bank.device)
-        reduced = torch.einsum("kc,nchw->nkhw", search, bank)
-        centred = (reduced - reduced.mean(dim=0)).permute(0, 2, 3, 1).reshape(-1, few)
+        reduced = torch.stack([search @ image.flatten(1).float() for image in bank])  # (N, K, L)
+        centred = (reduced - reduced.mean(dim=0)).transpose(1, 2).reshape(-1, few)
         covariance = centred.t() @ centred / max(1, (len(bank) - 1) * bank.shape[2] * bank.shape[3])
         ridge = SEARCH_RIDGE * float(covariance.diagonal().mean())
         self.search = whitening_of(covariance, max(ridge, 1e-12)) @ search  # (few, C)
-        reduced = torch.einsum("kc,nchw->hwkn", self.search, bank).flatten(0, 1)
+        reduced = torch.stack([self.search @ image.flatten(1).float() for image in bank]).permute(2, 1, 0)
         self.rows, self.norms = reduced.contiguous(), reduced.square().sum(dim=1)  # (L, K, N), (L, N)
         # a fold of the images each: normal and defective sums (FOLDS, 2, C, C), and patches (FOLDS, 2)
         self.sums = torch.zeros(FOLDS, 2, channels, channels, dtype=torch.float64, device=bank.device)
         self.counts = torch.zeros(FOLDS, 2, dtype=torch.float64, device=bank.device)
 
     def add_normal(self, own: Tensor, scored: Tensor | None = None) -> None:
-        """Takes in an image of the bank, by its number (1,), where it is scored, (1, H, W) bool; None: everywhere."""
-        residuals = self._residuals(self.bank[own], own)
-        self._add(0, residuals.flatten(0, 2) if scored is None else residuals[scored], own)
+        """Takes in images of the bank, by their numbers (B,), where they are scored, (B, H, W) bool; None: everywhere."""
+        residuals = self._residuals(self.bank[own].float(), own)
+        self._add(0, residuals, own, scored)
 
     def add_defective(self, embedding: Tensor, own: Tensor, covered: Tensor) -> None:
-        """Takes in copies (B, C, H, W) with defects where covered (B, H, W), of one image of the bank, its number own (B,)."""
-        self._add(1, self._residuals(embedding, own)[covered], own)
+        """Takes in copies (B, C, H, W) with defects where covered (B, H, W), of images of the bank, their numbers own (B,)."""
+        self._add(1, self._residuals(embedding, own), own, covered)
 
-    def _add(self, kind: int, residuals: Tensor, own: Tensor) -> None:
-        fold = int(own[0]) // self.per_image % FOLDS
-        residuals = residuals.double()
-        self.sums[fold, kind] += residuals.t() @ residuals
-        self.counts[fold, kind] += len(residuals)
+    def _add(self, kind: int, residuals: Tensor, own: Tensor, counted: Tensor | None) -> None:
+        for number, image in enumerate(residuals):
+            fold = int(own[number]) // self.per_image % FOLDS
+            rows = (image.flatten(0, 1) if counted is None else image[counted[number]]).double()
+            self.sums[fold, kind] += rows.t() @ rows
+            self.counts[fold, kind] += len(rows)
 
     def projection(self, num_channels: int, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Joins all workers' sums. Returns: `Metric.projection` and `Metric.scatters`, on the bank's device."""
@@ -242,7 +292,7 @@ class ResidualScatter:
         """(B, C, H, W) less the nearest neighbours in other images than own -> (B, H, W, C)."""
         batch, _, height, width = embedding.shape
         window, reach = self.window, self.window // 2
-        query = torch.einsum("kc,bchw->hwbk", self.search, embedding)  # (H, W, B, K)
+        query = (self.search @ embedding.flatten(2)).permute(2, 0, 1).unflatten(0, (height, width))  # (H, W, B, K)
         padded = F.pad(query, [0, 0, 0, 0, reach, reach, reach, reach])
         # every bank row meets all the queries around it in one product: the bank, by far the larger, is read once
         around = padded.unfold(0, window, 1).unfold(1, window, 1).permute(0, 1, 4, 5, 2, 3)  # (H, W, w, w, B, K)
@@ -270,7 +320,7 @@ class ResidualScatter:
                 (x, right_all[theirs]),
             ):
                 target[mine] = torch.where(closer, found, target[mine])
-        neighbour = self.bank.permute(0, 2, 3, 1)[nearest, y, x]  # (H, W, B, C)
+        neighbour = self.bank.permute(0, 2, 3, 1)[nearest, y, x].float()  # (H, W, B, C)
         return (embedding.permute(2, 3, 0, 1) - neighbour).permute(2, 0, 1, 3)
 
 

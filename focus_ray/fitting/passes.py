@@ -18,6 +18,7 @@ from focus_ray.density.tiles import Tiles, split_places
 from focus_ray.evaluation.calibration import CalibrationBuilder, Method
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, reduce_moments
+from focus_ray.fitting.metric import Known
 from focus_ray.fitting.scoring import Detector, Scored, embed, places_shown, shown_in, to_images
 from focus_ray.model.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.model.network import FocusNet
@@ -32,6 +33,7 @@ def statistics_pass(
     device: torch.device,
     keep_positions: Container[int] | None = None,
     offset: int = 0,
+    known: Known | None = None,
 ) -> Statistics:
     """Statistics of every image that any worker is given, the same on every worker after the call.
 
@@ -40,14 +42,32 @@ def statistics_pass(
     Args:
         keep_positions: numbers, over all workers, of the images whose embeddings are kept; None keeps none.
         offset: the number of this worker's first image.
+        known: what this network made of some of them already.
     """
     net.eval()
-    singly = reduction.num_coreset_channels > 0
+    alike = reduction.num_coreset_channels > 0
     tiles = Tiles.of(net.config)
 
+    def embedding_of(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
+        rows = {} if known is None else known.row
+        new = [number for number in range(len(batch)) if position + number not in rows]
+        if len(new) == len(batch):
+            return embed(net, reduction, to_images(batch, device), alike)
+        assert known is not None
+        old = [number for number in range(len(batch)) if position + number in rows]
+        embedding, theta = known.embedding([position + number for number in old], reduction.projection)
+        if new:
+            others, moved = embed(net, reduction, to_images(batch[new], device), alike)
+            order = torch.tensor(old + new).argsort().to(device)
+            embedding = torch.cat([embedding, others])[order]
+            theta = None if theta is None or moved is None else torch.cat([theta, moved])[order]
+        return embedding, theta
+
     def embedded() -> Iterator[Embedded]:
+        position = offset
         for batch in batches:
-            embedding, theta = embed(net, reduction, to_images(batch, device), singly)
+            embedding, theta = embedding_of(batch, position)
+            position += len(batch)
             shown = shown_in(batch, device)
             if shown is not None:
                 shown = places_shown(shown, theta, tiles, embedding.shape[2:]).flatten(1)

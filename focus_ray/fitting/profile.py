@@ -49,8 +49,10 @@ def highest_values(distance: Tensor, spread: Spread) -> Tensor:
 
 
 @torch.no_grad()
-def fit_profile(density: LeavesOut, statistics: Statistics, seen: Tensor | None, spread: Spread) -> Profile:
-    """The profile of a density's own images.
+def fit_profile(
+    density: LeavesOut, statistics: Statistics, seen: Tensor | None, spread: Spread
+) -> tuple[Profile, Tensor | None]:
+    """The profile of a density's own images, and the left-out distances (n, H, W) that it was taken from.
 
     Args:
         statistics: of which the density was built, with a bank.  seen: (H, W) bool, places that are scored; None: all.
@@ -61,9 +63,10 @@ def fit_profile(density: LeavesOut, statistics: Statistics, seen: Tensor | None,
     assert bank is not None
     if len(bank) < 2:
         places = torch.ones(density.height, density.width, device=device)
-        return Profile(places, torch.ones(len(SHARES), device=device))
+        return Profile(places, torch.ones(len(SHARES), device=device)), None
     chosen = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
-    return profile_of(left_out_distances(density, statistics, bank, seen, chosen, device), spread, statistics.shown)
+    known = left_out_distances(density, statistics, bank, seen, chosen, device)
+    return profile_of(known, spread, statistics.shown), known
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from focus_ray.model.reduction import ChannelReduction
 # Images a forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms an image at 4 to 8, 7.1 at 16, 7.8 at 32 (two cores of
 # an EPYC with 32 MiB of cache).
 _CPU_IMAGES = 8
+_GPU_IMAGES_ALIKE = 32
 _GPU_IMAGES = 256  # bounds the memory of a batch of many tiles
 
 
@@ -47,6 +48,7 @@ class Detector:
     ) -> None:
         """profile: what image scores are held against; None: they are the map's maximum."""
         self.profile = profile
+        self.profiled: Tensor | None = None  # the distances that it was taken from, where it was fitted here
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
         self.seen = seen_mask(net, density.height, density.width)
         self.tiles = Tiles.of(net.config)
@@ -167,33 +169,37 @@ def places_shown(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequen
 
 
 def embed(
-    net: FocusNet, reduction: ChannelReduction, images: Tensor, singly: bool = False
+    net: FocusNet, reduction: ChannelReduction, images: Tensor, alike: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Images (B, 3, H, W) in 0..1 -> embedding (B, C, H/stride, W/stride) in the aligned frame, theta (B, 2, 3) or None.
 
     Of images in tiles, the places of the tiles lie side by side. Arguments as of `embed_tiles`.
     """
     tiles = Tiles.of(net.config)
-    embedding, theta = embed_tiles(net, reduction, tiles.cut(images), singly)
+    embedding, theta = embed_tiles(net, reduction, tiles.cut(images), alike)
     return tiles.join(embedding), theta
 
 
 def embed_tiles(
-    net: FocusNet, reduction: ChannelReduction, images: Tensor, singly: bool = False
+    net: FocusNet, reduction: ChannelReduction, images: Tensor, alike: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`embed` of images, or tiles of them, that have the size of the network's input. For inference.
 
     Args:
-        singly: one at a time. The last digits hang on how images are batched, and what is chosen by them, a nearest
-            neighbour or a coreset, is then the same with any number of workers.
+        alike: so many at a time, always, the last of them with fillers. The last digits hang on how many there are, and what is
+            chosen by them, a nearest neighbour or a coreset, is then the same with any number of workers.
     """
     embeddings: list[Tensor] = []
     thetas: list[Tensor] = []
-    for part in images.split(1) if singly else slices(images):
+    at_once = _CPU_IMAGES if images.device.type == "cpu" else _GPU_IMAGES_ALIKE
+    for part in images.split(at_once) if alike else slices(images):
+        count = len(part)
+        if alike and count < at_once:
+            part = torch.cat([part, part[:1].expand(at_once - count, *part.shape[1:])])
         levels, theta = common_frame(net(part))
-        embeddings.append(reduction(levels))
+        embeddings.append(reduction(levels)[:count])
         if theta is not None:
-            thetas.append(theta)
+            thetas.append(theta[:count])
     return _joined(embeddings), _joined(thetas) if thetas else None
 
 

@@ -67,14 +67,20 @@ def use_global_batch_norm(module: nn.Module) -> None:
             child.__class__ = GlobalBatchNorm2d
 
 
+def prepare_for_inference(backbone: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Folds a backbone's batch norms and gives it the number type that it is to compute in, in place."""
+    fuse_batch_norms(backbone)
+    backbone.to(dtype)
+
+
 @contextmanager
-def folded_batch_norms(net: nn.Module) -> Iterator[None]:
-    """A network whose `backbone` has its batch norms folded within, for inference; afterwards it is what it was."""
+def prepared_for_inference(net: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """A network whose `backbone` is prepared within; afterwards it is what it was."""
     whole = net.backbone
     assert isinstance(whole, nn.Module)
-    folded = copy.deepcopy(whole)
-    fuse_batch_norms(folded)
-    net.backbone = folded
+    prepared = copy.deepcopy(whole)
+    prepare_for_inference(prepared, dtype)
+    net.backbone = prepared
     try:
         yield
     finally:

@@ -94,12 +94,14 @@ class FocusNet(nn.Module):
         x = (image - self.pixel_mean) / self.pixel_std
         levels: list[Tensor] = []
         thetas: list[Tensor | None] = []
+        half = next(self.backbone.parameters()).dtype == torch.bfloat16  # `prepared_for_inference`
         for layer in LAYERS:
-            x = getattr(self.backbone, layer)(x)
-            theta = self.feature_aligners[layer](x) if layer in self.feature_aligners else None
+            x = getattr(self.backbone, layer)(x.bfloat16() if half else x)
+            level = x.float() if half else x
+            theta = self.feature_aligners[layer](level) if layer in self.feature_aligners else None
             if theta is not None:
-                x = warp(x, theta)
-            levels.append(x)
+                level = x = warp(level, theta)
+            levels.append(level)
             thetas.append(theta)
         return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])
 

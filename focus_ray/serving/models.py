@@ -20,6 +20,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
 from focus_ray.errors import BundleError
 from focus_ray.fitting.scoring import Detector
+from focus_ray.precision import compute_dtype
 from focus_ray.serving.source import version_key
 
 
@@ -41,7 +42,8 @@ class Backbones:
 
     def share(self, detector: Detector) -> None:
         """Puts the one backbone of these tensors in the detector's place for it. To be called before batch norms are fused."""
-        digest = hash_module(detector.net.backbone)
+        dtype = compute_dtype(detector.net.config.precision, detector.density.device)
+        digest = f"{hash_module(detector.net.backbone)} {dtype}"
         with self._lock:
             known = self._by_hash.setdefault(digest, detector.net.backbone)
         detector.net.backbone = known  # type: ignore[assignment]

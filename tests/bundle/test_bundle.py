@@ -235,7 +235,8 @@ def test_another_format_version_is_refused(bundle: Path) -> None:
     path = bundle / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
     with pytest.raises(
-        BundleError, match=r"bundle format 99, this focus_ray .* reads 1, 2, 3 and 4: install the version that wrote it"
+        BundleError,
+        match=r"bundle format 99, this focus_ray .* reads 1, 2, 3, 4 and 5: install the version that wrote it",
     ):
         read_bundle(bundle)
 

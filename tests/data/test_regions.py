@@ -219,7 +219,7 @@ def test_left_out_images_count_pixels_of_the_region_alone(data: str, tmp_path: P
     plan = plan_category(config, "gear")
     run = Run(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), torch.device("cpu"))
     result = run.finish()
-    builder = leave_one_out_pass(result.detector, result.statistics, (), config, run.metric)
+    builder = leave_one_out_pass(result.detector, result.statistics, config, run.metric)
     assert builder._num_pixels == [64 * 32] * len(plan.fit_rows)
 
 

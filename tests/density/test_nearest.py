@@ -81,7 +81,7 @@ def test_scores_do_not_depend_on_how_the_rows_are_cut(window: int, monkeypatch: 
 
 
 def test_a_batch_scores_as_its_images_do_one_by_one() -> None:
-    density = build_density(DensityConfig(window=3, coreset=0), statistics_of(embeddings(9)))
+    density = build_density(DensityConfig(window=3, coreset=0, precision="fp32"), statistics_of(embeddings(9)))
     queries = embeddings(5, seed=3)
     alone = torch.cat([density.score(query[None]) for query in queries])
     torch.testing.assert_close(density.score(queries), alone, atol=1e-4, rtol=1e-4)
@@ -89,7 +89,7 @@ def test_a_batch_scores_as_its_images_do_one_by_one() -> None:
 
 def test_a_normal_image_of_the_bank_is_at_no_distance_from_it() -> None:
     statistics = statistics_of(embeddings(9).half().float())
-    density = build_density(DensityConfig(window=1, coreset=0), statistics)
+    density = build_density(DensityConfig(window=1, coreset=0, precision="fp32"), statistics)
     assert density.score(embeddings(9).half().float()).max() < 0.02
 
 
@@ -163,7 +163,7 @@ def config_of(kind: str) -> DensityConfig:
 def test_the_config_decides_which_density_is_built() -> None:
     statistics = statistics_of(embeddings(9))
     assert isinstance(build_density(config_of("gaussian"), statistics), Gaussian)
-    memory = build_density(DensityConfig(kind="nearest", window=5, coreset=0), statistics)
+    memory = build_density(DensityConfig(kind="nearest", window=5, coreset=0, precision="fp32"), statistics)
     assert isinstance(memory, NearestMemory)
     assert memory.window == 5
 

@@ -14,6 +14,7 @@ from focus_ray.evaluation.defects import (
     KINDS,
     VISIBLE_CHANGE,
     find_foreground,
+    overlaid,
     synthesize_defect,
     synthetic_validation_set,
 )
@@ -66,6 +67,20 @@ def test_a_set_has_the_kinds_in_turn_and_every_image_its_copies():
         untouched = ~masks[index]
         change = np.abs(made[index].astype(int) - images[index // 2].astype(int)).max(axis=2)
         assert change[untouched].max() <= VISIBLE_CHANGE
+
+
+def test_copies_laid_over_one_another_keep_every_defect_apart_from_the_others():
+    image = draw_sample("board", 0, "train", 0)[0]
+    copies, masks, _ = synthetic_validation_set(image[None], seed=1, per_image=6)
+    made, together = overlaid(image, copies, masks)
+    assert 1 <= len(made) < 6
+    for copy, mask in zip(copies, masks, strict=True):
+        (place,) = [place for place, other in enumerate(together) if (other & mask).sum() == mask.sum()][:1]
+        assert (made[place][mask] == copy[mask]).all()
+    assert together.sum() == masks.sum()  # those that overlap have a copy each
+    assert (
+        made[:, ~masks.any(axis=0)] == np.where(masks.any(axis=0)[..., None], 0, image)[~masks.any(axis=0)]
+    ).mean() > 0.9
 
 
 def test_a_set_depends_on_its_seed_alone():

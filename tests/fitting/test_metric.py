@@ -21,8 +21,10 @@ from focus_ray.errors import BundleError, ConfigError
 from focus_ray.evaluation.defects import synthetic_validation_set
 from focus_ray.fitting.fit import Run, build_detector, fit
 from focus_ray.fitting.metric import FOLDS, RIDGE, ResidualScatter, discriminant, full_reduction, metric_pass
+from focus_ray.fitting.passes import statistics_pass
 from focus_ray.fitting.scoring import embed, to_images
 from focus_ray.fitting.shared_metric import read_shared_metric
+from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.network import build_net
 from focus_ray.model.reduction import ChannelReduction
 
@@ -137,7 +139,9 @@ def test_it_tells_the_defects_it_learns_from_better_than_a_plain_projection(data
     def contrast(projection: Tensor) -> float:
         with torch.inference_mode():
             normal, defective = (
-                torch.einsum("kc,bchw->bkhw", projection, embed(net, full, to_images(batch, CPU))[0])
+                torch.einsum(
+                    "kc,bchw->bkhw", projection, embed(net, full, to_images(batch, CPU))[0][:, : full.num_channels]
+                )
                 for batch in (images, torch.from_numpy(made))
             )
         change = (defective - normal).square().sum(dim=1).amax(dim=(1, 2))
@@ -241,3 +245,46 @@ def test_a_metric_of_another_network_or_no_metric_is_refused(of_two: tuple[Confi
         share_metric([given], str(tmp_path / "other"))
     with pytest.raises(BundleError, match="is there twice: name each category once"):
         share_metric([bundles[0], bundles[0]], str(tmp_path / "other"))
+
+
+def test_statistics_of_images_that_the_metric_looked_at_need_no_second_pass(data: str, tmp_path: Path) -> None:
+    config = small_config(data, tmp_path, density={"num_channels": 16, "reduction": "discriminant", "coreset": 32})
+    plan = plan_category(config, "gear")
+    net = build_net(config.model).eval()
+    reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
+    batches = list(build_shard(config, "gear", plan, 0, 1).fit_batches())
+    count = len(plan.fit_rows)
+    learnt = metric_pass(net, reduction, batches, CPU, count, 0, seed=0)
+    reduction.projection.copy_(learnt.projection)
+    assert learnt.known is not None
+    some = learnt.known._replace(row={number: row for number, row in learnt.known.row.items() if number % 3})
+    whole, mixed, none = (
+        statistics_pass(net, reduction, batches, CPU, range(count), 0, known) for known in (None, some, learnt.known)
+    )
+    for found in (mixed, none):
+        assert whole.bank is not None
+        assert found.bank is not None
+        torch.testing.assert_close(found.bank.float(), whole.bank.float(), atol=0.02, rtol=0.01)
+        torch.testing.assert_close(found.moments.mean, whole.moments.mean, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 11])
+def test_an_images_embedding_hangs_on_no_other(data: str, tmp_path: Path, count: int) -> None:
+    """Or a coreset chosen by it would be another with another number of workers. Image alignment included."""
+    config = small_config(
+        data, tmp_path, density={"coreset": 32}, model={"image_alignment": {"group": "rotation_translation"}}
+    )
+    plan = plan_category(config, "gear")
+    run = Run(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
+    run.align()
+    assert isinstance(run.net.image_aligner, CongealingAligner)
+    run.net.image_aligner.enabled.fill_(True)
+    run.net.eval()
+    images = to_images(torch.cat(list(run.shard.fit_batches())), CPU)
+    whole, theta = embed(run.net, run.reduction, images, alike=True)
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(count))[:count]
+    found, moved = embed(run.net, run.reduction, images[chosen], alike=True)
+    assert theta is not None
+    assert moved is not None
+    assert torch.equal(moved, theta[chosen])
+    assert torch.equal(found, whole[chosen])

@@ -27,7 +27,7 @@ def memory(values: Tensor, window: int = 1) -> tuple[NearestMemory, Tensor]:
     moments.update(values)
     bank = keep(values)
     density = build_density(
-        DensityConfig(coreset=0, reduction="discriminant", window=window), Statistics(moments, bank)
+        DensityConfig(coreset=0, reduction="discriminant", window=window, precision="fp32"), Statistics(moments, bank)
     )  # type: ignore[arg-type]
     assert isinstance(density, NearestMemory)
     return density, bank
@@ -53,7 +53,7 @@ def test_a_place_where_good_images_vary_counts_less() -> None:
     values = embeddings(12)
     values[:, :, 5, 5] *= 8
     density, bank = memory(values)
-    profile = fit_profile(density, kept(bank), None, SPREAD)
+    profile, _ = fit_profile(density, kept(bank), None, SPREAD)
     assert profile.weight.shape == (SIDE, SIDE)
     assert int(profile.weight.argmin()) in [row * SIDE + column for row in (4, 5, 6) for column in (4, 5, 6)]
     assert float(profile.weight.max()) <= (1 + FLOOR) / FLOOR + 1e-6
@@ -61,7 +61,7 @@ def test_a_place_where_good_images_vary_counts_less() -> None:
 
 def test_a_good_image_scores_about_one_and_an_odd_one_more() -> None:
     density, bank = memory(embeddings(40))
-    profile = fit_profile(density, kept(bank), None, SPREAD)
+    profile, _ = fit_profile(density, kept(bank), None, SPREAD)
     new = embeddings(20, seed=1)
     scores = profile.score(density.score(new), SPREAD)
     assert 0.8 < float(scores.mean()) < 1.2
@@ -80,14 +80,14 @@ def test_places_that_are_not_scored_do_not_enter() -> None:
     seen = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     seen[2:6, 2:6] = True
     identity = torch.eye(2, 3).expand(10, 2, 3)
-    masked = fit_profile(density, kept(bank, identity), seen, SPREAD)
-    plain = fit_profile(density, kept(bank), None, SPREAD)
+    masked, _ = fit_profile(density, kept(bank, identity), seen, SPREAD)
+    plain, _ = fit_profile(density, kept(bank), None, SPREAD)
     assert bool((masked.typical[1:] < plain.typical[1:]).all())
 
 
 def test_a_score_does_not_depend_on_the_batch() -> None:
     density, bank = memory(embeddings(10))
-    profile = fit_profile(density, kept(bank), None, SPREAD)
+    profile, _ = fit_profile(density, kept(bank), None, SPREAD)
     distance = density.score(embeddings(6, seed=3))
     whole = profile.score(distance, SPREAD)
     for number in range(6):
@@ -96,6 +96,6 @@ def test_a_score_does_not_depend_on_the_batch() -> None:
 
 def test_one_image_leaves_every_place_alike() -> None:
     density, bank = memory(embeddings(2))
-    profile = fit_profile(density, kept(bank[:1]), None, SPREAD)
+    profile, _ = fit_profile(density, kept(bank[:1]), None, SPREAD)
     assert isinstance(profile, Profile)
     assert bool((profile.weight == 1).all())

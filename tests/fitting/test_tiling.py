@@ -175,7 +175,7 @@ def test_a_map_shows_a_defect_where_it_is_in_the_photograph(bundles: dict[str, s
 
 
 def test_a_shared_density_leaves_out_all_tiles_of_an_image_of_its_bank() -> None:
-    config = DensityConfig(coreset=16, reduction="discriminant")
+    config = DensityConfig(coreset=16, reduction="discriminant", precision="fp32")
     values = torch.randn(6, 5 + 4, 8, 12, generator=torch.Generator().manual_seed(0))
 
     def shared(images: Tensor) -> SharedByTiles:

@@ -288,10 +288,10 @@ class CongealingAligner(nn.Module):
             inside = ((1 - grid.abs().amax(-1)).flatten(1) * (size / 2) + 0.5).clamp(0, 1) * weight  # soft edge
             # gain and bias of the template for this image, then the robust residual
             total = inside.sum(1, keepdim=True).clamp_min(self.MIN_VARIANCE)
-            normal = (inside @ outer2).view(-1, 2, 2) / total[..., None]
-            right = (inside * moved) @ gain_bias / total
+            normal = _each(inside, outer2).view(-1, 2, 2) / total[..., None]
+            right = _each(inside * moved, gain_bias) / total
             fit = _solve2(normal + ridge2, right)
-            residual = moved - fit @ gain_bias.T
+            residual = moved - _each(fit, gain_bias.T)
             square = residual.square()
             sigma2 = (inside * square).sum(1, keepdim=True) / total + self.EPSILON
             clip = self.ROBUST**2 * sigma2
@@ -308,10 +308,10 @@ class CongealingAligner(nn.Module):
             if step == num_steps:
                 break
             w = inside / (1 + square / clip)  # Cauchy-like
-            normal = (w @ outer).view(-1, columns, columns)
+            normal = _each(w, outer).view(-1, columns, columns)
             trace = normal.diagonal(dim1=1, dim2=2)
             normal = normal + torch.diag_embed(self.DAMPING * trace + self.EPSILON)
-            right = (w * residual) @ basis
+            right = _each(w * residual, basis)
             solution = torch.linalg.solve(normal, right)
             delta = solution[:, :-2] / fit[:, :1].clamp_min(self.MIN_GAIN)
             delta = delta * (self.MAX_STEP / delta.abs().amax(1, keepdim=True).clamp_min(self.MAX_STEP))
@@ -473,6 +473,13 @@ class CongealingAligner(nn.Module):
         if self.shifts:  # the mean place of the image centres becomes the frame's centre
             g = torch.cat([g[..., :2], back[..., 2].mean(0)[None, :, None]], -1)
         return g
+
+
+def _each(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows (B, P) @ matrix (P, D), each row by itself: to the last digit, none hangs on its place among the others."""
+    width = matrix.shape[1]
+    whole = F.pad(matrix, (0, -width % 16))  # products of odd widths do hang on it
+    return torch.bmm(rows[:, None], whole.expand(len(rows), *whole.shape))[:, 0, :width]
 
 
 def _solve2(matrix: Tensor, right: Tensor) -> Tensor:

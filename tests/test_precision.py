@@ -1,0 +1,78 @@
+"""bfloat16 where a device is quick at it: what it changes, and what it must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_set import make_bundle, small_config
+
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.config import DensityConfig
+from focus_ray.data.ingest import ingest
+from focus_ray.data.read import iter_test_records
+from focus_ray.density.base import Statistics, build_density, density_tensors, load_density
+from focus_ray.density.moments import Moments
+from focus_ray.density.nearest import NearestMemory, keep
+from focus_ray.precision import compute_dtype
+from focus_ray.samples.write import write_samples
+
+CPU = torch.device("cpu")
+
+
+def test_auto_is_bfloat16_only_where_the_device_is_quick_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for quick, found in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("focus_ray.precision.quick_at_bfloat16", lambda device, quick=quick: quick)
+        assert compute_dtype("auto", CPU) == found
+        assert compute_dtype("fp32", "cpu") == torch.float32
+        assert compute_dtype("bf16", "cpu") == torch.bfloat16
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_memory_in_bfloat16_takes_half_the_bytes_and_gives_nearly_the_same_distances(window: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    means = 30 * torch.randn(
+        16, 6, 5, generator=generator
+    )  # far apart, as features are: rounding must not hang on them
+    images, queries = (means + torch.randn(count, 16, 6, 5, generator=generator) for count in (12, 4))
+    moments = Moments(6, 5, 16)
+    moments.update(images)
+    statistics = Statistics(moments, keep(images))
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config = DensityConfig(coreset=0, window=window, precision=precision)  # type: ignore[arg-type]
+        density = build_density(config, statistics)
+        read = load_density(config, density_tensors(config, statistics, density), 6, 5, CPU)
+        assert isinstance(density, NearestMemory)
+        assert isinstance(read, NearestMemory)
+        assert torch.equal(density.score(queries), read.score(queries))
+        found[precision] = density
+    assert found["bf16"].bank.nbytes * 2 == found["fp32"].bank.nbytes
+    exact = found["fp32"].score(queries)
+    torch.testing.assert_close(found["bf16"].score(queries), exact, rtol=0.02, atol=0)
+    own = torch.tensor([2, 7])
+    left_out = found["fp32"].score(images[own], own)
+    torch.testing.assert_close(found["bf16"].score(images[own], own), left_out, rtol=0.02, atol=0)
+
+
+def test_a_bundle_in_bfloat16_judges_as_one_in_float32(tmp_path: Path) -> None:
+    write_samples(tmp_path / "images", size_px=64, num_train=16, num_test_good=4, num_bad_per_type=2)
+    uri = str(tmp_path / "data")
+    ingest(tmp_path / "images", uri, progress=False)
+    scores = {}
+    for precision in ("fp32", "bf16"):
+        config = small_config(
+            uri,
+            tmp_path / precision,
+            model={"precision": precision},
+            density={"precision": precision, "reduction": "discriminant"},
+            scoring={"image_score": "profile"},
+        )
+        inspector = Inspector.load(make_bundle(config), "cpu")
+        dtype = next(inspector.bundle.detector.net.backbone.parameters()).dtype
+        assert dtype == compute_dtype(precision, CPU)  # type: ignore[arg-type]
+        scores[precision] = inspector.measure(iter_test_records(uri, "gear")).measured.scores
+    np.testing.assert_allclose(scores["bf16"], scores["fp32"], rtol=0.05)
+    assert np.corrcoef(scores["bf16"], scores["fp32"])[0, 1] > 0.99
