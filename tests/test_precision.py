@@ -14,6 +14,7 @@ from focus_ray.config import DensityConfig
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.base import Statistics, build_density, density_tensors, load_density
+from focus_ray.density.coreset import Coreset
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import NearestMemory, keep
 from focus_ray.precision import compute_dtype
@@ -76,3 +77,15 @@ def test_a_bundle_in_bfloat16_judges_as_one_in_float32(tmp_path: Path) -> None:
         scores[precision] = inspector.measure(iter_test_records(uri, "gear")).measured.scores
     np.testing.assert_allclose(scores["bf16"], scores["fp32"], rtol=0.05)
     assert np.corrcoef(scores["bf16"], scores["fp32"])[0, 1] > 0.99
+
+
+def test_a_coreset_in_bfloat16_gives_nearly_the_same_distances() -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = (5 + torch.randn(200, 24, generator=generator)).half().float()
+    images, queries = torch.arange(200) % 10, 5 + torch.randn(3, 24, 4, 4, generator=generator)
+    exact, rounded = Coreset(patches, images), Coreset(patches, images, torch.bfloat16)
+    for own in (None, torch.tensor([1, 4, 9])):
+        torch.testing.assert_close(rounded.score(queries, own), exact.score(queries, own), rtol=0.02, atol=0)
+    assert torch.equal(rounded.whole, exact.whole)
+    again = Coreset(rounded.whole.float(), images, torch.bfloat16)
+    assert torch.equal(again.score(queries), rounded.score(queries))

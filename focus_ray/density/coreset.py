@@ -19,14 +19,19 @@ class Coreset:
     """The fitted memory.
 
     Attributes:
-        patches: (M, K).  images: (M,), the number of the normal image that each was taken from.
+        whole: (M, K) float16, as a bundle stores them.  images: (M,), the number of the normal image that each was taken from.
+        patches: (M, K), those that are searched; less `centre` where there is one.
+        centre: (K,) float32, the patches' mean, of a memory in bfloat16, whose rounding grows with what is rounded.
     """
 
-    def __init__(self, patches: Tensor, images: Tensor) -> None:
+    def __init__(self, patches: Tensor, images: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """patches: not centred, of float16's digits.  dtype: what they are searched in, float32 or bfloat16."""
         if patches.ndim != 2 or images.shape != patches.shape[:1]:
             raise ValueError(f"patches {tuple(patches.shape)} and their images {tuple(images.shape)} do not fit")
-        self.patches, self.images = patches, images
-        self.half_norms = patches.square().sum(dim=1) / 2
+        self.whole, self.images = patches.half(), images
+        self.centre = patches.float().mean(dim=0) if dtype == torch.bfloat16 else None
+        self.patches = patches if self.centre is None else (patches - self.centre).to(dtype)
+        self.half_norms = (self.patches.float().square().sum(dim=1) / 2).to(dtype)
 
     def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor:
         """(B, K, H, W) -> distances (B, H, W) to the nearest patch, >= 0.
@@ -35,7 +40,8 @@ class Coreset:
             own: (B,), the number of each image, whose own patches are left out for it; or (B, K), several numbers.
         """
         batch, channels, height, width = embedding.shape
-        queries = embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels).to(self.patches.dtype)
+        queries = embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        queries = (queries if self.centre is None else queries - self.centre).to(self.patches.dtype)
         at_once = max(1, _CHUNK_BYTES // (height * width * len(self.patches) * 4))
         closest = []
         for start in range(0, batch, at_once):
@@ -45,13 +51,15 @@ class Coreset:
                 numbers = own[start : start + at_once].view(len(part), -1, 1).to(self.images.device)
                 mine = (numbers == self.images).any(dim=1)
                 agreement.masked_fill_(mine[:, None], -torch.inf)
-            closest.append(agreement.amax(dim=2))
-        squares = queries.square().sum(dim=2)
+            closest.append(agreement.amax(dim=2).float())
+        squares = queries.float().square().sum(dim=2)
         return (squares - 2 * torch.cat(closest)).clamp_min_(0).sqrt_().view(batch, height, width)
 
 
 @torch.no_grad()
-def choose_coreset(bank: Tensor, num_patches: int, device: torch.device | str) -> Coreset:
+def choose_coreset(
+    bank: Tensor, num_patches: int, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Coreset:
     """The coreset of normal embeddings (N, L, K), any float type: at most so many patches. The same at every call."""
     num_images, places, channels = bank.shape
     generator = torch.Generator().manual_seed(0)
@@ -59,7 +67,7 @@ def choose_coreset(bank: Tensor, num_patches: int, device: torch.device | str) -
     patches = bank.reshape(-1, channels)[pool].to(device, torch.float32)
     projection = torch.randn(channels, _SEARCH_CHANNELS, generator=generator).to(device)
     chosen = greedy_coreset(patches @ projection, num_patches).cpu()
-    return Coreset(patches[chosen.to(device)], (pool[chosen] // places).to(device))
+    return Coreset(patches[chosen.to(device)], (pool[chosen] // places).to(device), dtype)
 
 
 def greedy_coreset(points: Tensor, count: int) -> Tensor:

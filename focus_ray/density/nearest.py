@@ -57,6 +57,7 @@ class NearestMemory:
             self.centre = bank.mean(dim=1, keepdim=True)
             parts = zip(bank.split(64), self.centre.split(64), strict=True)  # not all at once: it is large
             bank = torch.cat([(part - own).to(dtype) for part, own in parts])
+        bank = bank.transpose(1, 2).contiguous().transpose(1, 2)  # in memory as products take it
         self.bank, self.whitening, self.height, self.width, self.window = bank, whitening, height, width, window
         self.plain = bool((whitening == torch.eye(len(whitening), device=whitening.device)).all())
         norms = torch.linalg.vector_norm(bank, dim=2, dtype=torch.float32)
@@ -224,7 +225,7 @@ class _NearestKind:
         places = build_memory(bank, statistics.moments, _ridge(config, statistics), config.window, dtype)
         if not config.keeps_coreset:
             return places
-        coreset = choose_coreset(others, config.coreset, places.device)
+        coreset = choose_coreset(others, config.coreset, places.device, dtype)
         return JointMemory(places, coreset, typical_distances(places, coreset, statistics.bank))
 
     def leaving_out(self, config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
@@ -241,7 +242,7 @@ class _NearestKind:
         return {
             "bank": bank,
             "whitening": density.places.whitening,
-            "coreset.patches": coreset.patches.half(),  # of the bank, which has them in float16
+            "coreset.patches": coreset.whole,
             "coreset.images": coreset.images.int(),
             "typical": density.typical,
         }
@@ -254,7 +255,8 @@ class _NearestKind:
         places = NearestMemory(whiten(tensors["bank"], whitening), whitening, height, width, config.window, dtype)
         if not config.keeps_coreset:
             return places
-        coreset = Coreset(tensors["coreset.patches"].to(device).float(), tensors["coreset.images"].to(device).long())
+        patches, images = (tensors[f"coreset.{name}"].to(device) for name in ("patches", "images"))
+        coreset = Coreset(patches.float(), images.long(), dtype)
         return JointMemory(places, coreset, tensors["typical"].to(device))
 
 
