@@ -93,7 +93,17 @@ def python_of(environment_name: str | None, work: Path) -> str:
     python = place / "bin" / "python"
     if not (place / ".ready").exists():
         subprocess.run([sys.executable, "-m", "uv", "venv", "--quiet", "--clear", str(place)], check=True)
-        command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python)]
+        command = [
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            "install",
+            "--quiet",
+            "--compile-bytecode",
+            "--python",
+            str(python),
+        ]
         subprocess.run([*command, *ENVIRONMENTS[environment_name]], check=True)
         (place / ".ready").touch()
     return str(python)

@@ -18,14 +18,16 @@ import torch
 from numpy.typing import NDArray
 
 from focus_ray.bundle.bundle import Bundle, read_bundle, short_hash
+from focus_ray.bundle.engine import FEWEST_EXAMPLES, MOST_EXAMPLES, TOLERANCE, TORCH, check_engine, compile_features
 from focus_ray.data.images import ImageInfo, decode_batch, decode_mask, read_batch
 from focus_ray.data.schema import Row
-from focus_ray.errors import DataError, ScoreError
+from focus_ray.density.base import sample_positions
+from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.evaluation.evaluate import MAX_SIDE_PX, Labelled, evaluation_size, figures
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
 from focus_ray.evaluation.metrics import Measured
 from focus_ray.fitting.scoring import to_images
-from focus_ray.model.batch_norm import prepare_for_inference
+from focus_ray.model.batch_norm import fuse_batch_norms, prepare_for_inference
 from focus_ray.precision import compute_dtype
 
 
@@ -33,15 +35,30 @@ class Inspector:
     """Scores encoded images with one bundle, on one device."""
 
     def __init__(
-        self, bundle: Bundle, device: torch.device | str = "cpu", batch_size: int = 32, num_threads: int = 2
+        self,
+        bundle: Bundle,
+        device: torch.device | str = "cpu",
+        batch_size: int = 32,
+        num_threads: int = 2,
+        engine: str = TORCH,
+        examples: Sequence[bytes | str | Path] = (),
     ) -> None:
         """
         Args:
             batch_size: images a forward pass.  num_threads: that decode, beside the pass.
+            engine: what computes the features: torch, or on a CPU onnxruntime or onnxruntime-int8 (`bundle.engine`).
+            examples: encoded images of good parts, or their paths, by which another engine than torch is scaled and checked.
+
+        Raises: ConfigError: the engine cannot be used here, or scores the examples otherwise than torch does.
+            DataError: an example cannot be read.
         """
         self.bundle, self.device, self.batch_size, self.num_threads = bundle, device, batch_size, num_threads
         self.frame = bundle.frame
         net = bundle.detector.net
+        check_engine(engine, net, device, len(examples))
+        fuse_batch_norms(net.backbone)
+        if engine != TORCH:
+            self._compile(engine, examples)
         prepare_for_inference(net.backbone, compute_dtype(net.config.precision, device))
 
     @classmethod
@@ -183,6 +200,35 @@ class Inspector:
         if theta is None:
             return None
         return (found[0].permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+    @torch.inference_mode()
+    def _compile(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
+        """Gives the network another engine. Raises: ConfigError: the examples' scores are not those of torch."""
+        detector, known = self.bundle.detector, self.bundle.known
+        encoded = [_encoded(image, number) for number, image in enumerate(examples)]
+        chosen = [encoded[number] for number in sorted(sample_positions(len(encoded), MOST_EXAMPLES))]
+        infos, pixels = read_batch(chosen, self.frame, self.num_threads, hashed=True)
+        # images that the memory holds score near 0, of which a share is nothing to go by
+        new = [info.content_hash is None or short_hash(info.content_hash) not in known for info in infos]
+        if sum(new) < FEWEST_EXAMPLES:
+            raise ConfigError(
+                f"engine={engine}: {sum(new)} of {len(new)} examples are not among the images that the model was trained on, and "
+                f"{FEWEST_EXAMPLES} are needed to check it: give others of the category"
+            )
+        batch = torch.from_numpy(pixels)
+        expected = detector(batch).score
+        tiles = detector.tiles.cut(to_images(batch, "cpu"))
+        compiled = compile_features(
+            detector.net, engine, detector.net.align_image(tiles[:MOST_EXAMPLES])[0].contiguous()
+        )
+        detector.net.compiled = compiled
+        change = float((detector(batch).score / expected - 1).abs()[torch.tensor(new)].median())
+        if not change <= TOLERANCE[engine]:
+            detector.net.compiled = None
+            raise ConfigError(
+                f"engine={engine}: scores of {sum(new)} examples differ from torch's by {change:.1%} at the median, more than "
+                f"{TOLERANCE[engine]:.0%}: thresholds would not hold; give engine=torch"
+            )
 
     def _decode(
         self, images: list[bytes], start: int, hashed: bool

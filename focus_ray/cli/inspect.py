@@ -99,7 +99,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from focus_ray.evaluation.strip import overlay_with_strip
     from focus_ray.storage import write_bytes
 
-    inspector = Inspector.load(arguments.bundle, arguments.device)
+    examples = image_paths(arguments.examples) if arguments.examples else []
+    if arguments.engine != "torch":
+        say(f"inspect: compiling for {arguments.engine}, checked by {len(examples)} examples")
+    inspector = Inspector.load(arguments.bundle, arguments.device, engine=arguments.engine, examples=examples)
     category = inspector.bundle.category
     status = 0
     for caveat in inspector.bundle.calibration.caveats():

@@ -99,6 +99,17 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--overlays", metavar="FOLDER", help="write a heat-map overlay of every image here")
     inspect.add_argument("--csv", metavar="FILE", help="write a table here too: one row an image, once all are done")
     inspect.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    inspect.add_argument(
+        "--engine",
+        default="torch",
+        help="what computes the features: torch, or on a CPU onnxruntime or onnxruntime-int8 (default: torch)",
+    )
+    inspect.add_argument(
+        "--examples",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files of good parts, or folders of them, by which another engine is scaled and checked",
+    )
     inspect.set_defaults(run=_inspect)
 
     batch = commands.add_parser("inspect-batch", help="score a Parquet data set with Ray Data into Parquet")

@@ -99,6 +99,7 @@ def share_a_pass(first: Detector, second: Detector) -> bool:
     one, other = first.net, second.net
     return (
         one.backbone is other.backbone
+        and one.compiled is other.compiled
         and not len(one.feature_aligners)
         and not len(other.feature_aligners)
         and one.config.image_size_px == other.config.image_size_px

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,8 @@ class FocusNet(nn.Module):
         """
         super().__init__()
         self.config, self.backbone = config, backbone
+        # what computes the levels in the backbone's place, where there are no feature aligners (`bundle.engine`)
+        self.compiled: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
         set_padding(backbone, config.padding)
         spec = self.backbone.spec
         self.pixel_mean: Tensor
@@ -91,6 +94,8 @@ class FocusNet(nn.Module):
         self, image: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Aligned images (B, 3, H, W), RGB in 0..1 -> levels and thetas of `Aligned`."""
+        if self.compiled is not None:
+            return self.compiled(image), (None, None, None)
         x = (image - self.pixel_mean) / self.pixel_std
         levels: list[Tensor] = []
         thetas: list[Tensor | None] = []
