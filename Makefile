@@ -25,11 +25,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy focus_ray
 
-# beside the peers and the limits of the machine, into benchmarks/results/; then the tests that are too slow for every change
+# beside the peers and the limits, the price of Ray, growth, into benchmarks/results/; then tests that are too slow for every change
 bench: $(READY)
 	@test -n "$(DATA)" -a -n "$(WEIGHTS)" || { echo "make bench DATA=mvtec CATEGORY=bottle WEIGHTS=resnet18.pth: a folder in MVTec's shape, one of its categories, ResNet-18's weights"; exit 1; }
 	$(BIN)/python -m benchmarks.peer --data $(DATA)/$(CATEGORY) --weights $(WEIGHTS)
 	$(BIN)/python -m benchmarks.limits --data $(DATA) --categories $(CATEGORY) --weights $(WEIGHTS)
+	$(BIN)/python -m benchmarks.ray_price --data $(DATA) --categories $(CATEGORY) --weights $(WEIGHTS)
+	$(BIN)/python -m benchmarks.scale --data $(DATA)/$(CATEGORY) --weights $(WEIGHTS)
 	$(BIN)/python -m pytest -m slow
 
 $(READY): requirements.lock pyproject.toml

@@ -21,6 +21,8 @@ from focus_ray.data.shards import build_shard
 from focus_ray.data.split import Plan, plan_category
 from focus_ray.fitting.fit import FitResult, fit
 
+RESULTS = Path(__file__).resolve().parent / "results"
+
 
 def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """several: whether --data takes more than one."""
@@ -102,7 +104,17 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def print_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> None:
-    """The one JSON line that closes a benchmark's output."""
-    line = {"benchmark": benchmark, **environment(arguments.device), "arguments": vars(arguments), "samples": samples}
-    print(json.dumps(line))
+def print_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> str:
+    """The one JSON line that closes a benchmark's output. Returns: it."""
+    line = json.dumps(
+        {"benchmark": benchmark, **environment(arguments.device), "arguments": vars(arguments), "samples": samples}
+    )
+    print(line)
+    return line
+
+
+def keep_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> None:
+    """As `print_json`; kept in results/, in place of a former run's."""
+    line = print_json(benchmark, arguments, samples)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{benchmark}.json").write_text(line + "\n")
