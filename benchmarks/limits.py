@@ -50,7 +50,8 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
     rows: list[dict[str, Any]] = []
     for count in BATCHES:
         batch = rng.integers(0, 255, (count, size, size, 3), dtype=np.uint8)
-        ready = to_images(torch.from_numpy(batch), detector.density.device)
+        dtype = next(detector.net.backbone.parameters()).dtype
+        ready = to_images(torch.from_numpy(batch), detector.density.device).to(dtype)
         acts: dict[str, Callable[[], object]] = {
             "ours": lambda batch=batch: inspector.score(batch),  # type: ignore[misc]
             "limit": lambda ready=ready: detector.net.backbone(ready),  # type: ignore[misc]
@@ -68,7 +69,7 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
     density = detector.density
     places = density.places if isinstance(density, JointMemory) else density
     if isinstance(places, NearestMemory):
-        embedding, _ = embed(detector.net, detector.reduction, ready[:8])
+        embedding, _ = embed(detector.net, detector.reduction, ready[:8].float())
         queries = embedding[:, : places.bank.shape[2]].contiguous()
         found = interleaved({"ours": lambda: places.score(queries), "limit": lambda: places.bank.sum()}, times)
         rows.append(

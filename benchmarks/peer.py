@@ -124,7 +124,14 @@ def measure(peer: str, asked: dict[str, Any], work: Path) -> dict[str, Any]:
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise RuntimeError(f"{peer} failed ({done.returncode}): {done.stderr.strip()[-1500:]}")
-    return dict(json.loads(lines[-1]))
+    return {key: value for line in lines for key, value in json.loads(line).items()}
+
+
+def metrics_of_adeval(maps: Path, work: Path) -> dict[str, Any]:
+    """Seconds and figures of ADEval, of the maps that ours wrote."""
+    command = [python_of("anomalib", work), str(ROOT / "benchmarks/peers/metrics_peer.py"), str(maps)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def table(samples: dict[str, list[dict[str, Any]]]) -> list[list[Any]]:
@@ -174,6 +181,7 @@ def main() -> None:
     parser.add_argument("--image-size-px", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--metrics", action=argparse.BooleanOptionalAction, default=True, help="also beside ADEval's")
     parser.add_argument("--work", type=Path, default=Path("scratch/peers"), help="for environments and links")
     arguments = parser.parse_args()
     work = arguments.work.absolute()
@@ -184,10 +192,15 @@ def main() -> None:
         "singles": 20,
         "batches": 5,
     }
+    metrics: list[dict[str, Any]] = []
     samples: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
     for repeat in range(arguments.repeats):
         for peer in arguments.peers:
-            found = measure(peer, asked, work)
+            first = peer == arguments.peers[0] and PEERS[peer][0] is None and arguments.metrics
+            found = measure(peer, {**asked, "maps": str(work / "maps.npz")} if first else asked, work)
+            if first:
+                theirs = metrics_of_adeval(work / "maps.npz", work)
+                metrics.append({"ours_s": found["metrics_s"], "adeval_s": theirs["seconds"], **theirs})
             samples[peer].append(found)
             print(f"{repeat + 1}: {peer}: fit {found['fit_s']:.1f} s, one {found['one_ready_ms']:.0f} ms", flush=True)
     print()
@@ -195,7 +208,18 @@ def main() -> None:
     for ours in [peer for peer in arguments.peers if peer.startswith("focus_ray")]:
         print()
         print_table(("below 1: ours is better", *list(COLUMNS.values())[:7]), ratios(samples, ours))
-    line = {"benchmark": "peer", **environment("cpu"), "data": arguments.data.name, "samples": samples}
+    if metrics:
+        ours, theirs = (statistics.median(run[key] for run in metrics) for key in ("ours_s", "adeval_s"))
+        print(
+            f"\npixel AUROC and AUPRO of the same maps: {ours:.3f} s, ADEval {theirs:.3f} s, {ours / theirs:.2f} of it"
+        )
+    line = {
+        "benchmark": "peer",
+        **environment("cpu"),
+        "data": arguments.data.name,
+        "samples": samples,
+        "metrics": metrics,
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "peer.json").write_text(json.dumps(line) + "\n")
     chart(samples, RESULTS / "peer.svg")

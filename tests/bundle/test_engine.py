@@ -1,0 +1,109 @@
+"""Compiled engines: the same scores within what is stated, and plain words where they cannot be had."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_set import ingest_parts, make_bundle, small_config
+
+from focus_ray.bundle.bundle import read_bundle, short_hash
+from focus_ray.bundle.engine import TOLERANCE
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.cli.main import main
+from focus_ray.data.images import content_hash, decode_image, encode_png
+from focus_ray.data.read import iter_test_records
+from focus_ray.errors import ConfigError
+from focus_ray.samples.write import draw_sample
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return ingest_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def bundle(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_bundle(small_config(data, tmp_path_factory.mktemp("run"), scoring={"image_score": "profile"}))
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[bytes]:
+    """Good parts that no bundle has seen."""
+    return [encode_png(draw_sample("gear", 7, "good", index)[0]) for index in range(6)]
+
+
+@pytest.mark.parametrize("engine", sorted(TOLERANCE))
+def test_an_engine_scores_as_torch_does(engine: str, bundle: str, data: str, examples: list[bytes]) -> None:
+    records = list(iter_test_records(data, "gear"))
+    plain, compiled = Inspector.load(bundle, "cpu"), Inspector.load(bundle, "cpu", engine=engine, examples=examples)
+    assert compiled.bundle.detector.net.compiled is not None
+    expected, found = (one.measure(records).measured for one in (plain, compiled))
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=4 * TOLERANCE[engine])
+    for mine, theirs in zip(found.maps, expected.maps, strict=True):
+        assert np.abs(mine - theirs).mean() <= 2 * TOLERANCE[engine] * theirs.mean()
+
+
+def test_what_scores_otherwise_is_refused(bundle: str, examples: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "focus_ray.bundle.inspector.compile_features",
+        lambda net, engine, images: lambda part: tuple(2 * level for level in net.backbone(part)),
+    )
+    with pytest.raises(ConfigError, match=r"of 6 examples differ from torch's by \d+.*: thresholds would not hold"):
+        Inspector.load(bundle, "cpu", engine="onnxruntime", examples=examples)
+
+
+@pytest.mark.parametrize(
+    ("engine", "count", "message"),
+    [
+        ("tensorrt", 6, "expected one of torch, onnxruntime, onnxruntime-int8"),
+        ("onnxruntime-int8", 3, "at least 4, got 3: give examples"),
+    ],
+)
+def test_what_cannot_be_is_told(engine: str, count: int, message: str, bundle: str, examples: list[bytes]) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Inspector.load(bundle, "cpu", engine=engine, examples=examples[:count])
+
+
+def test_images_that_the_model_was_trained_on_check_nothing(bundle: str, examples: list[bytes]) -> None:
+    known = frozenset(short_hash(content_hash(decode_image(image, None))) for image in examples[:3])
+    with pytest.raises(
+        ConfigError, match="3 of 6 examples are not among the images that the model was trained on, and 4 are"
+    ):
+        Inspector(read_bundle(bundle)._replace(known=known), "cpu", engine="onnxruntime", examples=examples)
+
+
+def test_a_missing_package_is_named(bundle: str, examples: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ConfigError, match=r"needs the package onnxscript: pip install 'focus-ray\[onnx\]'"):
+        Inspector.load(bundle, "cpu", engine="onnxruntime", examples=examples)
+
+
+def test_features_that_are_aligned_between_layers_are_refused(data: str, tmp_path: Path, examples: list[bytes]) -> None:
+    config = small_config(data, tmp_path, model={"feature_alignment": {"layer1": "translation"}})
+    with pytest.raises(ConfigError, match="cannot align features between layers"):
+        Inspector.load(make_bundle(config), "cpu", engine="onnxruntime", examples=examples)
+
+
+def test_the_command_line_takes_an_engine(
+    bundle: str, examples: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, image in enumerate(examples):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    command = ["inspect", bundle, str(tmp_path / "0.png"), "--device", "cpu"]
+    assert main([*command, "--engine", "onnxruntime", "--examples", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["score"] > 0
+    assert main([*command, "--engine", "onnxruntime"]) != 0
+    assert "got 0: give examples" in capsys.readouterr().err
+
+
+def test_a_batch_of_any_size_is_taken(bundle: str, examples: list[bytes]) -> None:
+    inspector = Inspector.load(bundle, "cpu", engine="onnxruntime", examples=examples)
+    together = inspector.inspect(examples)
+    alone = [inspector.inspect([image])[0] for image in examples]
+    np.testing.assert_allclose([one.score for one in together], [one.score for one in alone], rtol=1e-3)
