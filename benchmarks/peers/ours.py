@@ -11,8 +11,9 @@ from typing import Any
 start = time.perf_counter()
 
 import numpy as np
+import sklearn.metrics  # noqa: F401  the product imports these two when they are needed; peers import theirs here
 import torch
-import torchvision.models  # noqa: F401  the product imports it when a network is built; peers import theirs here
+import torchvision.models  # noqa: F401
 
 from benchmarks.harness import base_tree_of, merged
 from benchmarks.peers.common import run, spec

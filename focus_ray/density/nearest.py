@@ -22,6 +22,7 @@ from focus_ray.precision import compute_dtype
 
 _CHUNK_BYTES = 64 * 2**20  # of distances held at once
 _TYPICAL_IMAGES = 16
+_PLACES_AT_ONCE = 64
 
 
 class NearestMemory:
@@ -45,21 +46,26 @@ class NearestMemory:
         window: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """bank: not centred.  dtype: what it is to be held and searched in, float32 or bfloat16."""
+        """bank: not centred, any float type and device.  dtype: what it is to be held and searched in, float32 or bfloat16."""
         if bank.ndim != 3 or bank.shape[0] != height * width or whitening.shape != (bank.shape[2], bank.shape[2]):
             raise ValueError(
                 f"bank {tuple(bank.shape)} and whitening {tuple(whitening.shape)} do not fit a map of {height} x {width}"
             )
         if window < 1 or window % 2 == 0:
             raise ValueError(f"window={window} must be odd and positive")
-        self.centre: Tensor | None = None
-        if dtype == torch.bfloat16:
-            self.centre = bank.mean(dim=1, keepdim=True)
-            parts = zip(bank.split(64), self.centre.split(64), strict=True)  # not all at once: it is large
-            bank = torch.cat([(part - own).to(dtype) for part, own in parts])
-        bank = bank.transpose(1, 2).contiguous().transpose(1, 2)  # in memory as products take it
-        self.bank, self.whitening, self.height, self.width, self.window = bank, whitening, height, width, window
-        self.plain = bool((whitening == torch.eye(len(whitening), device=whitening.device)).all())
+        places, count, channels = bank.shape
+        held = torch.empty(places, channels, count, dtype=dtype, device=whitening.device)  # as products take it
+        centres = []
+        for start in range(0, places, _PLACES_AT_ONCE):  # not all at once: it is large
+            part = bank[start : start + _PLACES_AT_ONCE].to(whitening.device, torch.float32)
+            if dtype == torch.bfloat16:
+                centres.append(part.mean(dim=1, keepdim=True))
+                part = part - centres[-1]
+            held[start : start + _PLACES_AT_ONCE] = part.transpose(1, 2)
+        self.centre = torch.cat(centres) if centres else None
+        self.bank = bank = held.transpose(1, 2)
+        self.whitening, self.height, self.width, self.window = whitening, height, width, window
+        self.plain = _is_identity(whitening)
         norms = torch.linalg.vector_norm(bank, dim=2, dtype=torch.float32)
         self.half_norms = (norms.square() / 2).to(dtype)  # (L, N)
 
@@ -186,14 +192,22 @@ def build_memory(
         whitening = torch.eye(bank.shape[2], device=moments.mean.device)
     else:
         whitening = whitening_of(pooled_covariance(moments), ridge)
-    whitened = whiten(bank, whitening)
-    return NearestMemory(whitened, whitening, moments.height, moments.width, window, dtype)
+    return NearestMemory(_compared(bank, whitening), whitening, moments.height, moments.width, window, dtype)
 
 
 def whitening_of(covariance: Tensor, ridge: float) -> Tensor:
     """(C, C) -> W (C, C) with W^T W = (covariance + ridge I)^-1, lower triangular."""
     identity = torch.eye(len(covariance), device=covariance.device, dtype=covariance.dtype)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(covariance + ridge * identity), identity, upper=False)
+
+
+def _is_identity(whitening: Tensor) -> bool:
+    return bool((whitening == torch.eye(len(whitening), device=whitening.device)).all())
+
+
+def _compared(bank: Tensor, whitening: Tensor) -> Tensor:
+    """Raw (N, L, C) -> (L, N, C), whitened; a view of it where there is nothing to whiten."""
+    return bank.transpose(0, 1) if _is_identity(whitening) else whiten(bank, whitening)
 
 
 def whiten(bank: Tensor, whitening: Tensor) -> Tensor:
@@ -252,7 +266,7 @@ class _NearestKind:
     ) -> NearestMemory | JointMemory:
         whitening = tensors["whitening"].to(device)
         dtype = compute_dtype(config.precision, device)
-        places = NearestMemory(whiten(tensors["bank"], whitening), whitening, height, width, config.window, dtype)
+        places = NearestMemory(_compared(tensors["bank"], whitening), whitening, height, width, config.window, dtype)
         if not config.keeps_coreset:
             return places
         patches, images = (tensors[f"coreset.{name}"].to(device) for name in ("patches", "images"))

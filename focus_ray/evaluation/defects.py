@@ -87,7 +87,11 @@ def synthesize_defect(
 
 
 def synthetic_validation_set(
-    images: NDArray[np.uint8], seed: int, per_image: int = 1, only: range | None = None
+    images: NDArray[np.uint8],
+    seed: int,
+    per_image: int = 1,
+    only: range | None = None,
+    foregrounds: dict[int, NDArray[np.bool_]] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[str]]:
     """Defects on every image: kinds in turn, so that they are balanced, and donors drawn from the other images.
 
@@ -96,6 +100,7 @@ def synthetic_validation_set(
     Args:
         images: (N, H, W, 3) uint8 normal images.  seed: 0 or more.  per_image: defective copies of each, 1 or more.
         only: of all images, whose copies are made, each as it would be with all; None makes all.
+        foregrounds: image's number -> where the object is, kept from one call to the next.
 
     Returns: (N per_image, H, W, 3) uint8 in the order of the images, (N per_image, H, W) masks, none empty, and the
         kind of each. A kind that cannot be seen on an image gives way to the next one.
@@ -108,7 +113,7 @@ def synthetic_validation_set(
         raise DataError(f"per_image={per_image}, seed={seed}; expected at least 1 and at least 0")
     _check_image(images[0], "images[0]")
     wanted = range(len(images)) if only is None else only
-    places: dict[int, NDArray[np.bool_]] = {}
+    places = {} if foregrounds is None else foregrounds
 
     def place_of(number: int) -> NDArray[np.bool_]:
         if number not in places:

@@ -197,17 +197,19 @@ class _PixelCurve:
         masks: Stack, maps: Stack, regions: bool, inside: Sequence[NDArray[np.bool_] | None] | None = None
     ) -> _PixelCurve:
         normal, anomalous, weights = _split_pixels(masks, maps, regions, inside)
-        normal.sort()
-        order = np.argsort(-anomalous, kind="stable")
+        num_normal = normal.size
+        order = np.argsort(anomalous)[::-1]
         anomalous = anomalous[order]
         last = np.flatnonzero(np.append(anomalous[1:] != anomalous[:-1], True))
-        thresholds = anomalous[last]
+        rising = anomalous[last][::-1]  # in which order a search goes through memory once
+        normal = normal[normal >= rising[0]]  # the others are at or above none
+        normal.sort()
         return _PixelCurve(
-            above=normal.size - np.searchsorted(normal, thresholds, side="right"),
-            at_or_above=normal.size - np.searchsorted(normal, thresholds, side="left"),
+            above=normal.size - np.searchsorted(normal, rising, side="right")[::-1],
+            at_or_above=normal.size - np.searchsorted(normal, rising, side="left")[::-1],
             found=last + 1,
             overlap=np.cumsum(weights[order])[last] if regions else np.zeros(last.size),
-            num_normal=normal.size,
+            num_normal=num_normal,
         )
 
     def auroc(self) -> float:

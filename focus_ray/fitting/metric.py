@@ -48,7 +48,7 @@ SEARCH_RIDGE = 2.0  # on the covariance that whitens for the search, of its mean
 WHITENED = 0.5  # of the channels: a whitened random projection beside the learnt directions, for defects of other kinds
 FOLDS = 5  # of the images, for calibration by metrics that have not seen them
 _AT_ONCE = 8
-_GROUP = 64  # images whose features of all channels are held in float32 at once
+_GROUP = 16  # images whose features of all channels are held in float32 at once
 COVERED = 0.5  # of a place: from so much on it counts as defective
 
 
@@ -151,6 +151,7 @@ def metric_pass(
     part = own_part(len(queries))
     per_image = max(3, min(8, -(-DEFECTS // len(queries))))
     shown = images[queries, ..., :3].numpy()
+    foregrounds: dict[int, NDArray[np.bool_]] = {}
     groups = [part[start : start + _AT_ONCE] for start in range(0, len(part), _AT_ONCE)]
     for group in track(groups, "metric: images with defects", len(part), log, count=len):
         where = torch.tensor([queries[number] for number in group])
@@ -162,7 +163,9 @@ def metric_pass(
         owners: list[int] = []
         for number in group:
             only = range(number, number + 1)
-            copies, covered, _ = synthetic_validation_set(shown, derived_seed(seed, "metric"), per_image, only)
+            copies, covered, _ = synthetic_validation_set(
+                shown, derived_seed(seed, "metric"), per_image, only, foregrounds
+            )
             together, covered = overlaid(shown[number], copies, covered)
             made += [*together]
             masks += [*(covered & (images[queries[number], ..., 3].numpy() > 0))]
