@@ -158,28 +158,37 @@ def metric_pass(
         scatter.add_normal(where, scored[where].to(device))
         if shared is not None:
             continue
-        made: list[NDArray[np.uint8]] = []
-        masks: list[NDArray[np.bool_]] = []
-        owners: list[int] = []
-        for number in group:
-            only = range(number, number + 1)
-            copies, covered, _ = synthetic_validation_set(
-                shown, derived_seed(seed, "metric"), per_image, only, foregrounds
-            )
-            together, covered = overlaid(shown[number], copies, covered)
-            made += [*together]
-            masks += [*(covered & (images[queries[number], ..., 3].numpy() > 0))]
-            owners += [queries[number]] * len(together)
-        embedding, theta = _embedded(net, full, torch.from_numpy(np.stack(made)), device)
-        place = _covered(np.stack(masks), theta, bank.shape[2], device)
-        for numbers in torch.arange(len(made)).split(_AT_ONCE):
-            defective = embedding[numbers, :width].float()
-            scatter.add_defective(defective, torch.tensor(owners)[numbers], place[numbers])
+        made, masks, of = _with_defects(shown, group, derived_seed(seed, "metric"), per_image, foregrounds)
+        owners = torch.tensor(queries)[of]
+        masks &= images[owners, ..., 3].numpy() > 0
+        embedding, theta = _embedded(net, full, torch.from_numpy(made), device)
+        place = _covered(masks, theta, bank.shape[2], device)
+        for some in torch.arange(len(made)).split(_AT_ONCE):
+            scatter.add_defective(embedding[some, :width].float(), owners[some], place[some])
     projection, scatters = scatter.projection(reduction.num_channels, shared)
     looked_at = len(queries) if tiles.num_tiles == 1 else len(chosen)
     if not in_folds or shared is not None or looked_at < num_images or num_images < 2 * FOLDS:
         return Metric(projection, scatters, known=known)
     return Metric(projection, scatters, scatter.projections_of_folds(reduction.num_channels), tiles.join(bank), known)
+
+
+def _with_defects(
+    images: NDArray[np.uint8],
+    numbers: Iterable[int],
+    seed: int,
+    per_image: int,
+    foregrounds: dict[int, NDArray[np.bool_]],
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[int]]:
+    """Copies (M, S, S, 3) of some of the images with defects on them, masks (M, S, S), and the number of each one's image."""
+    made, masks, owners = [], [], []
+    for number in numbers:
+        only = range(number, number + 1)
+        copies, covered, _ = synthetic_validation_set(images, seed, per_image, only, foregrounds)
+        together, covered = overlaid(images[number], copies, covered)
+        made.append(together)
+        masks.append(covered)
+        owners += [number] * len(together)
+    return np.concatenate(made), np.concatenate(masks), owners
 
 
 def _embedded(
