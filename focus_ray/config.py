@@ -18,7 +18,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import BACKBONES, DENSITIES
 from focus_ray.names import NAME
-from focus_ray.precision import Precision
 
 Group = Literal[
     "none",
@@ -31,6 +30,7 @@ Group = Literal[
     "affine",
 ]
 Layer = Literal["layer1", "layer2", "layer3"]
+Precision = Literal["auto", "fp32", "bf16"]
 BackboneName = Annotated[str, AfterValidator(BACKBONES.check)]
 DensityName = Annotated[str, AfterValidator(DENSITIES.check)]
 Polygon = tuple[tuple[float, float], ...]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-Precision = Literal["auto", "fp32", "bf16"]
 
-
-def compute_dtype(precision: Precision, device: torch.device | str) -> torch.dtype:
-    """What a configured precision means on a device: auto takes bfloat16 where it is quicker there."""
+def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+    """What auto, fp32 or bf16 mean on a device: auto takes bfloat16 where it is quicker there."""
     if precision == "auto":
         precision = "bf16" if quick_at_bfloat16(torch.device(device)) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32

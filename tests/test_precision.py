@@ -43,7 +43,7 @@ def test_a_memory_in_bfloat16_takes_half_the_bytes_and_gives_nearly_the_same_dis
     statistics = Statistics(moments, keep(images))
     found = {}
     for precision in ("fp32", "bf16"):
-        config = DensityConfig(coreset=0, window=window, precision=precision)  # type: ignore[arg-type]
+        config = DensityConfig(coreset=0, window=window, precision=precision)
         density = build_density(config, statistics)
         read = load_density(config, density_tensors(config, statistics, density), 6, 5, CPU)
         assert isinstance(density, NearestMemory)
@@ -73,7 +73,7 @@ def test_a_bundle_in_bfloat16_judges_as_one_in_float32(tmp_path: Path) -> None:
         )
         inspector = Inspector.load(make_bundle(config), "cpu")
         dtype = next(inspector.bundle.detector.net.backbone.parameters()).dtype
-        assert dtype == compute_dtype(precision, CPU)  # type: ignore[arg-type]
+        assert dtype == compute_dtype(precision, CPU)
         scores[precision] = inspector.measure(iter_test_records(uri, "gear")).measured.scores
     np.testing.assert_allclose(scores["bf16"], scores["fp32"], rtol=0.05)
     assert np.corrcoef(scores["bf16"], scores["fp32"])[0, 1] > 0.99

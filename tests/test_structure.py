@@ -13,12 +13,13 @@ import pytest
 from places import PACKAGE
 
 # room -> the rooms that it may import from; what none of them lists here stands on the ground
-GROUND = {"progress", "errors", "names", "kinds", "seeds", "s3_settings", "storage", "standard", "config"}
+GROUND = {"progress", "precision", "errors", "names", "kinds", "seeds", "s3_settings", "storage", "standard", "config"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "names": set(),
     "seeds": set(),
     "progress": set(),
+    "precision": set(),
     "kinds": set(),  # it names modules, and imports none
     "s3_settings": {"errors"},
     "storage": {"errors", "s3_settings"},
@@ -49,7 +50,16 @@ ROOMS: dict[str, set[str]] = {
 MAY_IMPORT = {
     "ray": {"cluster", "submission", "sweep.driver", "sweep.sharing", "sweep.tune", "sweep.worker"}
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"},
-    "torch": {"data.shards", "model", "density", "fitting", "bundle", "cluster.training", "evaluation.inspection"}
+    "torch": {
+        "precision",
+        "data.shards",
+        "model",
+        "density",
+        "fitting",
+        "bundle",
+        "cluster.training",
+        "evaluation.inspection",
+    }
     | {"sweep.shared", "sweep.trial", "sweep.worker", "serving.models", "serving.scorer", "doctor.machine"},
     "boto3": {"s3_settings", "storage"},
 }
