@@ -16,9 +16,7 @@ from focus_ray.errors import BundleError, RegistryError
 from focus_ray.storage import Stamp
 
 T = TypeVar("T")
-TRUST_S = (
-    600.0  # look-ups that are older are made again whatever the marks say: an older focus_ray publishes without marks
-)
+TRUST_S = 600.0  # older look-ups are made again whatever the marks say: an older focus_ray publishes without any
 _SETTLED_S = 60.0  # a stamp tells a change once its file is older than what clocks differ by and S3's seconds hide
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from s3_server import S3Server
 
 from focus_ray.bundle import registry as registry_module
 from focus_ray.bundle.bundle import FORMAT_VERSION, MANIFEST, manifest_hash
@@ -54,12 +55,12 @@ def make_registry(root: Path, num_categories: int) -> Registry:
     return registry
 
 
-def write_manifest(bundle: Path, of: str, note: int = 0) -> None:
+def write_manifest(bundle: str | Path, of: str, note: int = 0) -> None:
     """A bundle's manifest, and no tensors."""
     manifest = {"format": "focus_ray bundle", "format_version": FORMAT_VERSION, "category": of, "files": {}}
     manifest.update(created_at="2026-01-31T12:00:00+00:00", note=f"{note:04}")
     manifest["sha256"] = manifest_hash(manifest)
-    write_bytes(bundle / MANIFEST, json.dumps(manifest).encode())
+    write_bytes(join(bundle, MANIFEST), json.dumps(manifest).encode())
 
 
 def make_folder(root: Path, num_categories: int, age_s: float = 3600.0) -> Path:
@@ -479,6 +480,29 @@ def test_a_folder_s_new_replaced_and_removed_bundles_are_seen_after_an_interval(
 
     asyncio.run(run())
     assert len(line.warmed) == 1
+
+
+@pytest.mark.s3
+def test_a_folder_on_s3_is_listed_once_too(
+    s3: S3Server, clock: Clock, asked: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = s3.new_uri()
+    for number in range(3):
+        write_manifest(join(place, "bundles", category(number)), category(number))
+        write_bytes(join(place, "bundles", category(number), "network-0.safetensors"), b"x")
+    source = FolderSource(place, TEAM, REFRESH_S)
+    assert source.categories(TEAM) == [category(of) for of in range(3)]
+    former = source.resolve(TEAM, category(1))
+    write_manifest(join(place, "bundles", category(1)), category(1), note=1)  # in the same second, of the same size
+    clock.now += REFRESH_S
+    asked.clear()
+    assert source.resolve(TEAM, category(1)).name != former.name
+    assert asked == {"listings": 1, "files": 3}
+    monkeypatch.setattr(source_module, "_SETTLED_S", -3600.0)
+    source.marks(TEAM)
+    asked.clear()
+    source.marks(TEAM)
+    assert asked == {"listings": 1}
 
 
 def test_a_folder_is_a_bundle_a_run_or_bundles_side_by_side(tmp_path: Path) -> None:
