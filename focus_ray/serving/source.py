@@ -146,8 +146,8 @@ def version_key(version: Version) -> str:
 
 @dataclass
 class _Entry:
-    """mark: its category's, from before it was looked up; None: there was none.  resolved, checked: when it was, and when
-    it was last known to hold."""
+    """mark: its category's, from before it was looked up; None: there was none.  resolved: when it was looked up.
+    checked: when it was last asked whether it holds."""
 
     version: Version
     mark: str | None
@@ -188,9 +188,9 @@ class Directory:
         entry = self._entries.get(key)
         if entry is None:
             known, now = self._marks.get(team), time.monotonic()
-            mark = known.of.get(category) if known else None
+            mark, checked = (known.of.get(category), known.asked) if known else (None, float("-inf"))
             version = await asyncio.to_thread(self.source.resolve, team, category, ref)
-            entry = self._entries[key] = _Entry(version, mark, now, now)
+            entry = self._entries[key] = _Entry(version, mark, now, checked)
         elif entry.task is None and time.monotonic() - entry.checked >= self.refresh_s:
             entry.task = asyncio.create_task(self._refresh(key, entry))
         return entry.version

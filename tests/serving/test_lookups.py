@@ -191,6 +191,51 @@ def test_what_has_moved_is_seen_after_an_interval_and_nothing_else_is_looked_up(
     assert line.warmed == [f"part003/{name}" for name in ("v0002", "v0001", "v0002")]
 
 
+@pytest.mark.parametrize("kind", ["registry", "folder"])
+def test_an_answer_is_an_interval_old_at_most_though_categories_are_asked_for_at_other_times(
+    tmp_path: Path, clock: Clock, kind: str
+) -> None:
+    def change(of: int) -> None:
+        if kind == "registry":
+            add_version(registry, category(of), "v0002")
+        else:
+            write_manifest(tmp_path / "bundles" / category(of), category(of), note=1)
+
+    if kind == "registry":
+        registry = make_registry(tmp_path, 4)
+        line = Line(Registry(tmp_path))
+    else:
+        line = Line(FolderSource(str(make_folder(tmp_path, 4)), TEAM, REFRESH_S))
+
+    async def ask(of: int) -> str:
+        version = await line.directory.resolve(TEAM, category(of), "latest")
+        await line.ask(0)  # what that set off
+        return version.name
+
+    async def run() -> None:
+        for _ in range(2):
+            former = {of: await ask(of) for of in (0, 1, 3)}  # with marks of the time 0
+        clock.now += 1.9
+        change(2)
+        change(1)
+        third = await ask(2)  # its first look-up
+        clock.now += 0.1
+        assert await ask(0) == former[0]  # marks of 2.0
+        change(0)
+        change(3)
+        clock.now += 1.9
+        assert {of: await ask(of) for of in (0, 1, 3)} == former  # marks of 2.0 say that 1 has changed, and no other
+        assert await ask(1) != former[1]
+        await ask(2)
+        assert (await ask(2) != third) == (kind == "folder")
+        clock.now += 0.1
+        for of in (0, 3):
+            await ask(of)
+            assert await ask(of) != former[of]
+
+    asyncio.run(run())
+
+
 def test_a_category_is_looked_up_anew_while_its_alias_is_moved_and_after_its_mover_died(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,10 +483,11 @@ def test_one_listing_serves_all_categories_of_a_folder_and_manifests_are_read_on
 
     async def run() -> None:
         await line.ask(num_categories)
+        await line.ask(num_categories)
         assert len(source.categories(TEAM)) == num_categories
         for of in range(num_categories):
             assert source.aliases(TEAM, category(of)) == {"latest": source.resolve(TEAM, category(of)).name}
-        assert asked == {"listings": 1, "files": num_categories}
+        assert asked == {"listings": 2, "files": num_categories}
         asked.clear()
         for _ in range(5):
             clock.now += REFRESH_S
@@ -460,6 +506,7 @@ def test_a_folder_s_new_replaced_and_removed_bundles_are_seen_after_an_interval(
     line = Line(source)
 
     async def run() -> None:
+        await line.ask(3)
         before = await line.ask(3)
         stamp = (bundles / category(1) / MANIFEST).stat()
         write_manifest(bundles / category(1), category(1), note=1)
