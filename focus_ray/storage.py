@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -35,6 +35,13 @@ REQUEST_TIMEOUT_S = 60.0
 MAX_ATTEMPTS = 10  # of a request; the pauses between them double and come to about 25 s
 
 _BUSY = ("Failed to flush response stream", "INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "status 503")
+
+
+class Stamp(NamedTuple):
+    """When a file was last changed, in ns since 1970 (S3 tells seconds), and its bytes."""
+
+    mtime_ns: int
+    num_bytes: int
 
 
 def is_s3(uri: str | Path) -> bool:
@@ -439,6 +446,34 @@ def list_names(uri: str | Path) -> list[str]:
         except FileNotFoundError:  # pyarrow looks twice, and says so of a folder that is made in between
             found = filesystem.get_file_info(selector)
     return sorted(item.base_name for item in found)
+
+
+def stamp(uri: str | Path) -> Stamp | None:
+    """A file's stamp; None where there is none. Raises: DataError: it cannot be told."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("look up", uri, path):
+        info = filesystem.get_file_info(path)
+    return Stamp(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
+
+
+def stamps(uri: str | Path, name: str) -> dict[str, Stamp]:
+    """The files of one name in the folders directly in a folder: folder's name -> stamp, sorted.
+
+    One listing on S3, of everything below; on a disk a listing of the folder and a look at each file.
+
+    Raises: DataError: the folder cannot be listed.
+    """
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("list", uri, path):
+        if isinstance(filesystem, fs.LocalFileSystem):
+            found = filesystem.get_file_info([f"{path}/{folder}/{name}" for folder in list_names(path)])
+        else:
+            found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = [item for item in found if item.type == fs.FileType.File]
+    parts = ((item.path.removeprefix(f"{path}/").split("/"), item) for item in files)
+    return dict(
+        sorted((place[0], Stamp(item.mtime_ns or 0, item.size)) for place, item in parts if place[1:] == [name])
+    )
 
 
 def exists(uri: str | Path) -> bool:

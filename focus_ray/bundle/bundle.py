@@ -37,7 +37,7 @@ from focus_ray.fitting.scoring import Detector
 from focus_ray.model.backbones.base import bare_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
-from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
+from focus_ray.storage import Stamp, exists, join, list_names, read_bytes, remove_file, stamp, stamps, write_bytes
 
 T = TypeVar("T")
 
@@ -218,6 +218,20 @@ def find_bundles(place: str) -> dict[str, str]:
     if runs:
         raise DataError(f"{place}: a folder of runs: give one of them, for instance {join(place, runs[0])}")
     raise DataError(f"{place}: no bundle here: give a bundle, or the folder of a run that `focus-ray train` made")
+
+
+def stamp_bundles(place: str) -> dict[str, Stamp]:
+    """Bundle -> its manifest's stamp, of the bundles that `find_bundles` finds; empty where there is none.
+
+    Reads no manifest: asked often, it shows which have to be read again.
+    """
+    if (own := stamp(join(place, MANIFEST))) is not None:
+        return {place: own}
+    for root in (join(place, "bundles"), place):
+        found = {join(root, name): one for name, one in stamps(root, MANIFEST).items()}
+        if found:
+            return found
+    return {}
 
 
 def runs_in(place: str) -> list[str]:

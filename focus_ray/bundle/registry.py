@@ -5,10 +5,15 @@
       _claims/v0007.json                who took the number; stays when the version goes, so no number is given twice
       _published/v0007.json             makes the version count; written last
       _aliases/production/00000003.json the alias's third target and those before it; the highest number counts
+    <root>/<team>/_changes/
+      bolt@begun-20260131T120000-<token>.json  someone is changing what a name of the category stands for
+      bolt@done-<token>.json                   when that was last done; goes once a newer one is there
 
 Every file is created and never written over, and claims and alias entries are created on the condition that there is none
 (a hard link on a disk, `If-None-Match: *` on S3). So of several publishers each gets a number of its own, of several that
 move one alias each sees the others' moves, and readers see a version whole or not at all. There is no lock to be left behind.
+
+Who reads often lists a team's `_changes`, one request a thousand categories, and looks up only what has changed (`marks`).
 """
 
 from __future__ import annotations
@@ -20,7 +25,8 @@ import re
 import socket
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -28,15 +34,17 @@ from typing import Any
 
 from focus_ray.bundle.bundle import MANIFEST, read_manifest
 from focus_ray.bundle.recalibrate import set_thresholds
-from focus_ray.errors import RegistryError
+from focus_ray.errors import DataError, RegistryError
 from focus_ray.names import NAME_WORDS, is_name
 from focus_ray.storage import create_bytes, join, list_names, read_bytes, remove_file, remove_folder, write_bytes
 
 LATEST = "latest"
 MAX_STEPS_BACK = 32  # an alias remembers so many former targets
 CLAIM_LASTS = timedelta(hours=12)  # a publisher that takes longer is refused; its leftovers go after twice as long
+_CHANGES, _TIME = "_changes", "%Y%m%dT%H%M%S"
 _VERSION = re.compile(r"v[0-9]{4,}")
 _ENTRY = re.compile(r"[0-9]{8}\.json")
+_BEGUN, _DONE = "begun-", "done-"  # a listing comes in this order: see `marks`
 _ATTEMPTS = 1000  # at a number that others take first; each failure means that someone else has come through
 
 
@@ -103,6 +111,25 @@ class Registry:
         if version is None:
             raise RegistryError(self._absent(team, category, ref))
         return version
+
+    def marks(self, team: str) -> dict[str, str]:
+        """Category -> its mark: while it stays, every name of the category stands for what it did. One listing.
+
+        A category has none while someone changes it (or died doing so), and where it was last changed by a focus_ray that
+        made no marks; it has to be looked up.
+        """
+        folder = join(self.root, check_name(team, "team"), _CHANGES)
+        found: dict[str, list[str]] = {}
+        for category, kind in (_split_mark(name) for name in list_names(folder)):
+            if is_name(category):
+                found.setdefault(category, []).append(kind)
+        # The mark of a change is done before its beginning goes, and S3 lists in the names' order, beginnings first: so a
+        # listing of several pages shows one of the two. A mark goes only for a newer one, so what changed never looks as before.
+        return {
+            category: " ".join(sorted(kinds))
+            for category, kinds in found.items()
+            if all(kind.startswith(_DONE) for kind in kinds)
+        }
 
     # ---- writing
     def publish(
@@ -195,19 +222,20 @@ class Registry:
         now = datetime.now(timezone.utc)
         versions = self.versions(team, category)
         removed = []
-        for version in versions[: max(0, len(versions) - keep)]:
-            if now - version.published_at < min_age or version.name in self._named(team, category):
-                continue
-            marker = join(place, "_published", f"{version.name}.json")
-            record = read_bytes(marker)
-            remove_file(marker)
-            # an alias may have been moved here meanwhile: its mover looks for the marker after it has moved the alias
-            if version.name in self._named(team, category):
-                write_bytes(marker, record)
-                continue
-            remove_folder(version.uri)
-            removed.append(version.name)
-            log(f"{team}/{category}/{version.name}: deleted, {version.num_bytes} bytes")
+        with self._changing(team, category) if versions else nullcontext():
+            for version in versions[: max(0, len(versions) - keep)]:
+                if now - version.published_at < min_age or version.name in self._named(team, category):
+                    continue
+                marker = join(place, "_published", f"{version.name}.json")
+                record = read_bytes(marker)
+                remove_file(marker)
+                # an alias may have been moved here meanwhile: its mover looks for the marker after it has moved the alias
+                if version.name in self._named(team, category):
+                    write_bytes(marker, record)
+                    continue
+                remove_folder(version.uri)
+                removed.append(version.name)
+                log(f"{team}/{category}/{version.name}: deleted, {version.num_bytes} bytes")
         published = set(self._names(team, category))
         folders = set(list_names(place))
         for file in list_names(join(place, "_claims")):
@@ -296,7 +324,37 @@ class Registry:
             **_author(),
         }
         place = join(self._place(team, category), "_aliases", alias, f"{number:08}.json")
-        return create_bytes(place, _encode(record))
+        with self._changing(team, category):
+            return create_bytes(place, _encode(record))
+
+    @contextmanager
+    def _changing(self, team: str, category: str) -> Iterator[None]:
+        """Around all that changes what a name stands for: marks the category before and after (`marks`).
+
+        Raises: DataError: the beginning cannot be marked; nothing is changed then.
+        """
+        folder = join(self.root, team, _CHANGES)
+        now, token = datetime.now(timezone.utc), uuid.uuid4().hex
+        # a beginning that is older was left by one who died; a younger one is another's, who is still at it
+        dead = f"{_BEGUN}{now - 2 * CLAIM_LASTS:{_TIME}}"
+        former = [
+            name
+            for name in list_names(folder)
+            for of, kind in [_split_mark(name)]
+            if of == category and (kind.startswith(_DONE) or kind < dead)
+        ]
+        begun = f"{category}@{_BEGUN}{now:{_TIME}}-{token}.json"
+        record = _encode({"at": now.isoformat(), **_author()})
+        write_bytes(join(folder, begun), record)
+        try:
+            yield
+        finally:
+            # what was to be changed is changed by now; with a beginning left behind readers only look up more often
+            with suppress(DataError):
+                write_bytes(join(folder, f"{category}@{_DONE}{token}.json"), record)
+                for name in [begun, *former]:
+                    with suppress(DataError):  # another has deleted it first, or this identity may not delete
+                        remove_file(join(folder, name))
 
     def _named(self, team: str, category: str) -> set[str]:
         """Versions that an alias names or would roll back to."""
@@ -339,6 +397,12 @@ def _copy_bundle(source: str | Path, manifest: dict[str, Any], target: str) -> i
     text = json.dumps(manifest, indent=1).encode()
     write_bytes(join(target, MANIFEST), text)
     return num_bytes + len(text)
+
+
+def _split_mark(name: str) -> tuple[str, str]:
+    """A file of `_changes`: its category, and which mark it is."""
+    category, _, kind = name.partition("@")
+    return category, kind
 
 
 def _number(version: str) -> int:

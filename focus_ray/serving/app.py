@@ -174,7 +174,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     """
     check_serve_parts()
     settings = parse_settings(arguments, "args of the application")
-    source = open_source(settings.registry, settings.bundles, settings.team)
+    source = open_source(settings.registry, settings.bundles, settings.team, settings.refresh_s)
     refs = {(route.team, route.category): route.ref for route in settings.routes}
     pinned = {}
     for pin in settings.pins:

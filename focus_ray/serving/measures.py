@@ -38,4 +38,4 @@ class Measures:
         """A replica was lost while it scored, and another was asked."""
 
     def sink(self, outcome: str, count: int) -> None:
-        """outcome: kept, dropped, written or failed."""
+        """outcome: kept or dropped, then written or failed; delayed too where the first attempt at writing failed."""

@@ -57,7 +57,7 @@ class Service:
     ) -> None:
         """Raises: ConfigError: no token file.  DataError: no bundle in the folder."""
         self.settings, self.scorers, self.measures = settings, scorers, measures or Measures()
-        self.source = source or open_source(settings.registry, settings.bundles, settings.team)
+        self.source = source or open_source(settings.registry, settings.bundles, settings.team, settings.refresh_s)
         self.directory = Directory(self.source, settings.refresh_s, scorers.warm, log)
         self.gate = Gate(settings.limits, self.measures)
         self.tokens = None

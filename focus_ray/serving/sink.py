@@ -1,8 +1,10 @@
 """Inspected images and scores kept as Parquet for retraining: sampled, bounded in memory, deleted after their time.
 
-    <uri>/team=<team>/category=<category>/date=2026-01-31/part-<id>.parquet
+    <uri>/team=<team>/date=2026-01-31/part-<id>.parquet
 
-Columns: those of docs/SERVE.md. What cannot be written is dropped and counted; a request never waits for it, nor fails.
+A flush writes one file a team, with what waits of all its categories. Columns: those of docs/SERVE.md. A file that cannot be
+written waits, within the same bound, for the next flush; for what comes beyond the bound there is no room: it is dropped and
+counted. A request never waits for the sink, nor fails.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +33,7 @@ from focus_ray.storage import join, list_names, remove_folder, write_bytes
 SCHEMA = pa.schema(
     [
         pa.field("id", pa.string(), nullable=False),  # request id and the image's place in it
+        pa.field("category", pa.string(), nullable=False),
         pa.field("time", pa.timestamp("ms", tz="UTC"), nullable=False),
         pa.field("image", pa.binary(), nullable=False),  # the file as it came
         pa.field("width", pa.int32(), nullable=False),
@@ -46,14 +49,25 @@ SCHEMA = pa.schema(
 _DATE = re.compile(r"date=(\d{4}-\d{2}-\d{2})")
 
 
+class _File(NamedTuple):
+    """What is to be written. size: of the images in it, as they count in the buffer."""
+
+    uri: str
+    content: bytes
+    num_images: int
+    size: int
+
+
 class ImageSink:
     """Takes what was inspected; a thread writes it."""
 
     def __init__(self, settings: Sink, measures: Measures, log: Any = lambda message, **facts: None) -> None:
         self.settings, self.measures, self.log = settings, measures, log
         self._lock = threading.Lock()
-        self._rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-        self._num_bytes = 0
+        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by team
+        self._num_bytes = 0  # of images that wait, as rows and in files
+        self._waiting: list[_File] = []  # could not be written so far; the writer's own
+        self._is_asked = False  # full, and the writer has been told
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sink")
         self._cleaned: datetime | None = None
 
@@ -67,8 +81,6 @@ class ImageSink:
     ) -> None:
         """Keeps a sample; returns at once."""
         now = datetime.now(timezone.utc)
-        place = (version.team, version.category)
-        full = False
         with self._lock:
             for number, (image, result) in enumerate(zip(images, results, strict=True)):
                 if isinstance(result, ImageError):
@@ -82,12 +94,13 @@ class ImageSink:
                 row: dict[str, Any] = {
                     name: getattr(result, name) for name in ("width", "height", "score", "p_value", "anomalous")
                 }
-                row.update(id=f"{request_id}/{number}", time=now, image=image)
+                row.update(id=f"{request_id}/{number}", category=version.category, time=now, image=image)
                 row.update(version=version.name, bundle=version.sha256, role=role)
-                self._rows[place].append(row)
+                self._rows[version.team].append(row)
                 self._num_bytes += len(image)
                 self.measures.sink("kept", 1)
-            full = len(self._rows[place]) >= self.settings.max_rows
+            full = len(self._rows[version.team]) >= self.settings.max_rows and not self._is_asked
+            self._is_asked |= full
         if full:
             self._writer.submit(self._write)
 
@@ -96,25 +109,30 @@ class ImageSink:
         self._writer.submit(self._write).result()
 
     def close(self) -> None:
+        """Writes what is there; what cannot be written now is lost, and counted."""
         self.flush()
         self._writer.shutdown()
+        if self._waiting:
+            self.measures.sink("failed", sum(file.num_images for file in self._waiting))
 
     def _write(self) -> None:
         with self._lock:
-            rows, self._rows, self._num_bytes = self._rows, defaultdict(list), 0
-        for (team, category), found in rows.items():
-            if not found:
-                continue
-            sink = pa.BufferOutputStream()
-            pq.write_table(pa.Table.from_pylist(found, schema=SCHEMA), sink, compression="none")
-            date = found[-1]["time"].date().isoformat()
-            folder = join(self.settings.uri, f"team={team}", f"category={category}", f"date={date}")
+            rows, self._rows, self._is_asked = self._rows, defaultdict(list), False
+        files, self._waiting = self._waiting, []
+        new = [self._file(team, found) for team, found in rows.items() if found]
+        for number, file in enumerate([*files, *new]):
             try:
-                write_bytes(join(folder, f"part-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes())
-                self.measures.sink("written", len(found))
+                # under the name of the first attempt: one whose answer alone was lost is written over and not doubled
+                write_bytes(file.uri, file.content)
             except DataError as error:
-                self.measures.sink("failed", len(found))
-                self.log("the sink could not be written", error=str(error), num_images=len(found))
+                if number >= len(files):
+                    self.measures.sink("delayed", file.num_images)
+                self.log("the sink could not be written", error=str(error), num_images=file.num_images)
+                self._waiting.append(file)
+                continue
+            self.measures.sink("written", file.num_images)
+            with self._lock:
+                self._num_bytes -= file.size
         now = datetime.now(timezone.utc)
         if self._cleaned is None or now - self._cleaned > timedelta(hours=1):
             self._cleaned = now
@@ -123,18 +141,31 @@ class ImageSink:
             except DataError as error:
                 self.log("old images could not be deleted from the sink", error=str(error))
 
+    def _file(self, team: str, rows: Sequence[dict[str, Any]]) -> _File:
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="none")
+        folder = join(self.settings.uri, f"team={team}", f"date={rows[-1]['time'].date().isoformat()}")
+        return _File(
+            join(folder, f"part-{uuid.uuid4().hex}.parquet"),
+            sink.getvalue().to_pybytes(),
+            len(rows),
+            sum(len(row["image"]) for row in rows),
+        )
+
 
 def remove_old(uri: str, before: datetime) -> list[str]:
     """Deletes the days that end before a time. Returns: their folders. Raises: DataError: the place cannot be reached."""
     removed = []
-    for team in (name for name in list_names(uri) if name.startswith("team=")):
-        for category in (name for name in list_names(join(uri, team)) if name.startswith("category=")):
-            for day in list_names(join(uri, team, category)):
-                match = _DATE.fullmatch(day)
-                if match is None:
-                    continue
-                ended = datetime.fromisoformat(match[1]).replace(tzinfo=timezone.utc) + timedelta(days=1)
-                if ended <= before:
-                    remove_folder(join(uri, team, category, day))
-                    removed.append(join(uri, team, category, day))
+    for team in (join(uri, name) for name in list_names(uri) if name.startswith("team=")):
+        days = [join(team, name) for name in list_names(team)]
+        for category in [place for place in days if "/category=" in place.removeprefix(team)]:  # so it once was
+            days += [join(category, name) for name in list_names(category)]
+        for day in days:
+            match = _DATE.fullmatch(day.rpartition("/")[2])
+            if match is None:
+                continue
+            ended = datetime.fromisoformat(match[1]).replace(tzinfo=timezone.utc) + timedelta(days=1)
+            if ended <= before:
+                remove_folder(day)
+                removed.append(day)
     return removed

@@ -249,6 +249,35 @@ def test_names_cannot_leave_their_folder(name: str, tmp_path: Path) -> None:
             use()
 
 
+def test_a_category_s_mark_changes_with_all_that_its_names_stand_for(registry: Registry, bundle: str) -> None:
+    marks = []
+
+    def changed() -> None:
+        mark = registry.marks("press")["gear"]
+        assert mark not in marks
+        assert registry.marks("press") == {"gear": mark}
+        marks.append(mark)
+        assert len(list_names(join(registry.root, "press", "_changes"))) == 1
+
+    assert registry.marks("press") == {}
+    for _ in range(2):
+        registry.publish(bundle, "press", aliases=["production"])
+        changed()
+    registry.roll_back("press", "gear", "production")
+    changed()
+    registry.promote("press", "gear", "v0002", "production")
+    changed()
+    registry.promote("press", "gear", "v0002", "candidate")
+    changed()
+    registry.publish(bundle, "press")
+    registry.promote("press", "gear", "v0003", "production")
+    registry.promote("press", "gear", "v0003", "candidate")
+    changed()
+    assert registry.collect_garbage("press", "gear", 1, min_age=NO_AGE) == ["v0001"]
+    changed()
+    assert (registry.teams(), registry.categories("press")) == (["press"], ["gear"])
+
+
 # Garbage
 
 
