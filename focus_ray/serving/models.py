@@ -40,9 +40,11 @@ class Backbones:
         self._by_hash: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()  # loader threads put in what the event loop counts
 
-    def share(self, detector: Detector) -> None:
-        """Puts the one backbone of these tensors in the detector's place for it. To be called before batch norms are fused."""
-        dtype = compute_dtype(detector.net.config.precision, detector.density.device)
+    def share(self, detector: Detector, dtype: torch.dtype) -> None:
+        """Puts the one backbone of these tensors in the detector's place for it. To be called before batch norms are fused.
+
+        Args: dtype: what it is to compute in.
+        """
         digest = f"{hash_module(detector.net.backbone)} {dtype}"
         with self._lock:
             known = self._by_hash.setdefault(digest, detector.net.backbone)
@@ -117,7 +119,7 @@ class ModelCache:
         bundle = read_bundle(version.uri, self.device)
         if bundle.version != version.sha256:
             raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}: publish it again")
-        self._backbones.share(bundle.detector)
+        self._backbones.share(bundle.detector, compute_dtype(bundle.config.model.precision, self.device))
         bundle.detector.net.projector = nn.Sequential()  # f and g do not score [kin]
         bundle.detector.net.predictor = nn.Identity()
         inspector = Inspector(bundle, self.device)
