@@ -70,7 +70,8 @@ def test_ingesting_again_leaves_an_unchanged_category_and_replaces_a_changed_one
     files = [info for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if info.is_file]
     with filesystem.open_input_file(f"{path}/category=bolt/_commit.json") as stream:
         commit = json.loads(stream.read())
-    assert {info.base_name for info in files} == {"_commit.json", *(entry["name"] for entry in commit["files"])}
+    named = {commit["index"]["name"], *(entry["name"] for entry in commit["files"])}
+    assert {info.base_name for info in files} == {"_commit.json", *named}
 
 
 def test_an_identity_that_may_only_read_reads_and_is_told_that_it_may_not_write(

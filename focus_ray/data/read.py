@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS, Row
-from focus_ray.data.store import Commit, Store, open_part, open_store
+from focus_ray.data.store import Commit, PartEntry, Store, open_part, open_store
 from focus_ray.errors import DataError
 
 
@@ -32,25 +33,41 @@ def list_categories(uri: str | Path) -> list[str]:
 def read_index(uri: str | Path, category: str, split: str | None = None) -> pa.Table:
     """The light columns of a category, in row order, without images and masks.
 
+    One object, the index, however many part files there are; of a category whose commit names none, every part file.
+
     Args: split: train or test; None takes both.
 
     Returns: ``INDEX_COLUMNS`` and ``row`` (int64), the row's number in the category, for ``read_rows``.
 
-    Raises: DataError: no such data set, category or split; a damaged part file.
+    Raises: DataError: no such data set, category or split; a damaged index or part file.
     """
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     store = open_store(uri)
     commit = store.need_commit(category)
-    tables = []
-    for entry in commit["files"]:
-        with open_part(store, category, entry) as part:
-            tables.append(part.read(columns=list(INDEX_COLUMNS)))
-    table = pa.concat_tables(tables).replace_schema_metadata(None)
+    table = store.index(category, commit)
+    if table is None:
+        table = _index_of_parts(store, category, commit)
+    table = table.replace_schema_metadata(None)
     table = table.append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int64)))
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
     return table
+
+
+PART_READERS = 16  # part files read at once: their small reads take a store's answering time and little else
+
+
+def _index_of_parts(store: Store, category: str, commit: Commit) -> pa.Table:
+    """``INDEX_COLUMNS`` of all rows, from footers and light columns of the part files."""
+
+    def read(entry: PartEntry) -> pa.Table:
+        with open_part(store, category, entry) as part:
+            # Arrow's own threads, one a CPU and shared by all parts, would wait one for another
+            return part.read(columns=list(INDEX_COLUMNS), use_threads=False)
+
+    with ThreadPoolExecutor(PART_READERS) as pool:
+        return pa.concat_tables(list(pool.map(read, commit["files"])))
 
 
 def read_rows(
@@ -111,7 +128,11 @@ def data_fingerprint(uri: str | Path, category: str) -> str:
 
     File names, order, encoding and masks do not enter.
     """
-    table = read_index(uri, category)
+    return index_fingerprint(read_index(uri, category))
+
+
+def index_fingerprint(table: pa.Table) -> str:
+    """``data_fingerprint`` of what ``read_index`` gave for both splits."""
     lines = zip(*(table[name].to_pylist() for name in ("content_hash", "label", "split")), strict=True)
     return hashlib.sha256("\n".join(sorted(f"{h} {label} {split}" for h, label, split in lines)).encode()).hexdigest()
 

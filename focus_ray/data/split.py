@@ -6,9 +6,10 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 
 from focus_ray.config import Config
-from focus_ray.data.read import data_fingerprint, read_index
+from focus_ray.data.read import index_fingerprint, read_index
 from focus_ray.errors import DataError
 
 # held-out images above the threshold, as many as that: its false alarm rate is then between 0.4 and 1.8 times the target (90 %)
@@ -55,7 +56,8 @@ def plan_category(config: Config, category: str) -> Plan:
 
     Raises: DataError: no such category, or too few normal training images.
     """
-    index = read_index(config.data.uri, category, split="train")
+    whole = read_index(config.data.uri, category)
+    index = whole.filter(pc.equal(whole["split"], "train"))
     labels = index["label"].to_numpy()
     rows = index["row"].to_numpy()[labels == 0]
     hashes = [h for h, label in zip(index["content_hash"].to_pylist(), labels, strict=True) if label == 0]
@@ -85,7 +87,7 @@ def plan_category(config: Config, category: str) -> Plan:
         folds=tuple((place[kept] % config.calibration.num_folds).tolist()),
         validation_rows=tuple(rows[validation].tolist()),
         holdout_rows=tuple(rows[place < num_holdout].tolist()),
-        fingerprint=data_fingerprint(config.data.uri, category),
+        fingerprint=index_fingerprint(whole),
         fit_hashes=tuple(sorted(one for one, number in zip(hashes, place, strict=True) if number >= num_holdout)),
     )
 

@@ -1,12 +1,14 @@
 """The Parquet data set: its schema, importers of the field's folder shapes, and readers of what was committed.
 
-One category is one folder, ``<root>/category=<name>/``, with part files and ``_commit.json``, which lists the part
-files that count. It is replaced as a whole, so a reader sees the old data or the new and never a mixture; a run that
-dies leaves the old. docs/DATA.md has the schema, the folder shapes and what becomes of odd files.
+One category is one folder, ``<root>/category=<name>/``, with part files, an index of their light columns, and
+``_commit.json``, which names the files that count. It is replaced as a whole, so a reader sees the old data or the new
+and never a mixture; a run that dies leaves the old. docs/DATA.md has the schema, the folder shapes and what becomes of
+odd files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import uuid
@@ -20,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from focus_ray.data.schema import COMMIT_NAME, SCHEMA, SCHEMA_VERSION, Reject, Row
+from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SCHEMA_VERSION, Reject, Row
 from focus_ray.errors import DataError
 from focus_ray.storage import open_filesystem, open_input, read_file, storage_errors, sync_file, write_file
 
@@ -28,7 +30,7 @@ from focus_ray.storage import open_filesystem, open_input, read_file, storage_er
 MAX_ROW_GROUP_ROWS, MIN_ROW_GROUP_ROWS = 256, 64
 ROW_GROUP_BYTES, MAX_ROW_GROUP_BYTES = 16 << 20, 64 << 20
 FILE_BYTES = 64 << 20  # a part file takes no more row groups from here on
-# Part files that no commit names are leftovers of a dead run, unless another run is just writing them.
+# Files that no commit names are leftovers of a dead run, unless another run is just writing them.
 STALE_AFTER = timedelta(hours=24)
 
 
@@ -40,6 +42,13 @@ class PartEntry(TypedDict):
     num_bytes: int
 
 
+class IndexEntry(TypedDict):
+    """The object with the light columns of all rows, as its commit names it."""
+
+    name: str
+    sha256: str  # of its bytes
+
+
 class Commit(TypedDict):
     """What `_commit.json` holds."""
 
@@ -48,6 +57,7 @@ class Commit(TypedDict):
     run_id: str
     created: str  # ISO 8601, UTC
     files: list[PartEntry]
+    index: IndexEntry | None
     num_rows: int
     source_fingerprint: str
     counts: dict[str, int]  # of `CategoryReport`
@@ -91,6 +101,8 @@ class Store:
             if version == SCHEMA_VERSION:
                 for key in ("files", "num_rows", "source_fingerprint", "counts"):
                     commit[key]
+                if commit.setdefault("index", None) is not None:
+                    commit["index"]["name"], commit["index"]["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.uri}: {path}: not a commit file ({error}): remove it and ingest again") from error
         if version != SCHEMA_VERSION:
@@ -113,11 +125,38 @@ class Store:
         return commit
 
     def is_whole(self, category: str, commit: Commit) -> bool:
-        """Whether every part file that a commit names is there, at its size."""
+        """Whether every part file that a commit names is there, at its size, and its index, byte for byte."""
         paths = [f"{self.folder(category)}/{entry['name']}" for entry in commit["files"]]
         with self.errors("look at part files", self.folder(category)):
             found = self.filesystem.get_file_info(paths)
-        return [info.size for info in found] == [entry["num_bytes"] for entry in commit["files"]]
+        if [info.size for info in found] != [entry["num_bytes"] for entry in commit["files"]]:
+            return False
+        return commit["index"] is None or self._index_bytes(category, commit["index"]) is not None
+
+    def index(self, category: str, commit: Commit) -> pa.Table | None:
+        """``INDEX_COLUMNS`` of all rows, in row order; None where the commit names no index.
+
+        Raises: DataError: the index is gone or not what was written.
+        """
+        entry = commit["index"]
+        if entry is None:
+            return None
+        data = self._index_bytes(category, entry)
+        if data is None:
+            # The parts would give the same table, but a store that lost or changed one file that a commit names is to be
+            # mended, and of a large set they take many minutes that nobody expects.
+            raise DataError(
+                f"{self.uri}: index {self.folder(category)}/{entry['name']} is missing or damaged. If the category was "
+                "ingested again meanwhile, start over; otherwise ingest it again"
+            )
+        return pq.read_table(pa.BufferReader(data))
+
+    def _index_bytes(self, category: str, entry: IndexEntry) -> bytes | None:
+        """None where the file is missing or has other bytes than were written."""
+        path = f"{self.folder(category)}/{entry['name']}"
+        with self.errors("read the index", path):
+            data = read_file(self.filesystem, path)
+        return data if data is not None and hashlib.sha256(data).hexdigest() == entry["sha256"] else None
 
     def check_writable(self) -> None:
         """Finds out before the decoding, not after, that nothing may be written."""
@@ -136,21 +175,32 @@ class Store:
         source_fingerprint: str,
         counts: dict[str, int],
     ) -> None:
-        """Writes part files, then the commit that makes them count, then removes those that no longer do."""
+        """Writes part files and index, then the commit that makes them count, then removes those that no longer do."""
         folder, run_id = self.folder(category), uuid.uuid4().hex[:12]
         if isinstance(self.filesystem, fs.LocalFileSystem):
             with self.errors("make the folder", folder):
                 self.filesystem.create_dir(folder, recursive=True)
         files: list[PartEntry] = []
+        light: list[pa.Table] = []
+
+        def noted() -> Iterator[pa.Table]:
+            for group in _row_groups(rows):
+                light.append(group.select(INDEX_COLUMNS))
+                yield group
+
+        # Named by its run, as parts are: a name by content alone could be another run's too, which may just remove it.
+        index: IndexEntry = {"name": f"_index-{run_id}.parquet", "sha256": ""}
         try:
-            groups = _row_groups(rows)
+            groups = noted()
             for group in groups:
                 name = f"part-{run_id}-{len(files):05d}.parquet"
                 files.append({"name": name, "row_group_rows": [], "num_bytes": 0})
                 with self.errors("write a part file", f"{folder}/{name}"):
                     self._write_part(f"{folder}/{name}", itertools.chain([group], groups), files[-1])
+            with self.errors("write the index", f"{folder}/{index['name']}"):
+                index["sha256"] = self._write_index(f"{folder}/{index['name']}", pa.concat_tables(light))
         except BaseException:
-            self._remove(f"{folder}/{item['name']}" for item in files)
+            self._remove(f"{folder}/{item['name']}" for item in [*files, index])
             raise
         former = self.commit(category)
         self.write_rejects(category, rejects)
@@ -160,14 +210,15 @@ class Store:
             "run_id": run_id,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "files": files,
+            "index": index,
             "num_rows": sum(sum(item["row_group_rows"]) for item in files),
             "source_fingerprint": source_fingerprint,
             "counts": counts,
         }
-        # From here on the parts stay whatever happens: a commit whose answer was lost may still have been made.
+        # From here on parts and index stay whatever happens: a commit whose answer was lost may still have been made.
         with self.errors("write the commit file", f"{folder}/{COMMIT_NAME}"):
             write_file(self.filesystem, f"{folder}/{COMMIT_NAME}", json.dumps(commit, indent=1).encode())
-        self._remove_unreferenced(folder, files, former)
+        self._remove_unreferenced(folder, commit, former)
 
     def _write_part(self, path: str, groups: Iterator[pa.Table], entry: PartEntry) -> None:
         num_bytes = 0
@@ -190,22 +241,30 @@ class Store:
         sync_file(self.filesystem, path)
         entry["num_bytes"] = self.filesystem.get_file_info(path).size
 
+    def _write_index(self, path: str, table: pa.Table) -> str:
+        """Returns: SHA-256 hex of the file's bytes."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        data = sink.getvalue().to_pybytes()
+        write_file(self.filesystem, path, data)
+        return hashlib.sha256(data).hexdigest()
+
     def _remove(self, paths: Iterable[str]) -> None:
         for path in paths:
             try:
                 self.filesystem.delete_file(path)
-            except OSError:  # an unnamed part file harms nobody, and the next run tries again
+            except OSError:  # an unnamed file harms nobody, and the next run tries again
                 continue
 
-    def _remove_unreferenced(self, folder: str, files: list[PartEntry], former: Commit | None) -> None:
-        current = {item["name"] for item in files}
-        replaced = {item["name"] for item in former["files"]} if former else set()
+    def _remove_unreferenced(self, folder: str, commit: Commit, former: Commit | None) -> None:
+        current = _named(commit)
+        replaced = _named(former) if former else set()
         with self.errors("list part files", folder):
             found = self.filesystem.get_file_info(fs.FileSelector(folder))
         limit = datetime.now(timezone.utc) - STALE_AFTER
         for info in found:
             name = info.base_name
-            leftover = name.startswith(("part-", ".tmp-")) and info.mtime is not None and info.mtime < limit
+            leftover = name.startswith(("part-", "_index-", ".tmp-")) and info.mtime is not None and info.mtime < limit
             if name not in current and (name in replaced or leftover):
                 self._remove([f"{folder}/{name}"])
 
@@ -230,6 +289,11 @@ class Store:
 
     def _rejects_path(self, category: str) -> str:
         return f"{self.path}/_rejects/category={category}.parquet"
+
+
+def _named(commit: Commit) -> set[str]:
+    """Names of the files that count."""
+    return {item["name"] for item in [*commit["files"], *([commit["index"]] if commit["index"] else [])]}
 
 
 def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:

@@ -52,7 +52,7 @@ def _category(store: Store, category: str, frame: Frame) -> tuple[bool, str]:
     """Whether it is whole and can be trained on, and its counts in words."""
     commit = store.need_commit(category)
     if not store.is_whole(category, commit):
-        return False, f"{category}: part files are missing or cut short"
+        return False, f"{category}: files of its data are missing or damaged"
     counts = commit["counts"]
     if not counts["num_train"]:
         return False, f"{category}: no normal training image"

@@ -418,7 +418,7 @@ def test_a_damaged_data_set_fails(config: Config, tmp_path: Path) -> None:
         part.unlink()
     found = find(places.data, damaged)
     assert (found.status, found.advice) == ("FAILED", "ingest these categories again")
-    assert "gear: part files are missing or cut short" in found.message
+    assert "gear: files of its data are missing or damaged" in found.message
 
 
 def test_weights_of_a_file_are_loaded(config: Config, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from places import REPOSITORY, SHARED
+from pyarrow import fs
+from small_set import small_config
 
 from focus_ray.cluster.streams import ray_dataset
 from focus_ray.data import ingest as ingest_module
@@ -29,7 +32,8 @@ from focus_ray.data import store
 from focus_ray.data.images import decode_image, decode_mask, encode_png
 from focus_ray.data.ingest import IngestReport, ingest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
-from focus_ray.data.schema import SCHEMA
+from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
+from focus_ray.data.split import plan_category
 from focus_ray.errors import DataError
 
 IMAGES = SHARED / "data"
@@ -565,7 +569,8 @@ def test_any_change_of_the_source_is_published_and_the_old_parts_go(tmp_path: Pa
     assert [item.status for item in report.categories] == ["written"]
     folder = tmp_path / "out/category=bolt"
     commit = json.loads((folder / "_commit.json").read_text())
-    assert {path.name for path in folder.iterdir()} == {"_commit.json", *(item["name"] for item in commit["files"])}
+    named = {commit["index"]["name"], *(item["name"] for item in commit["files"])}
+    assert {path.name for path in folder.iterdir()} == {"_commit.json", *named}
 
 
 def test_a_lost_part_file_is_written_again(tmp_path: Path) -> None:
@@ -573,12 +578,12 @@ def test_a_lost_part_file_is_written_again(tmp_path: Path) -> None:
     take(root, tmp_path / "out")
     next((tmp_path / "out/category=bolt").glob("part-*")).unlink()
     with pytest.raises(DataError, match=r"cannot read a part file.*ingest it again"):
-        read_index(tmp_path / "out", "bolt")
+        rows_of(tmp_path / "out", "bolt")
     assert take(root, tmp_path / "out").categories[0].status == "written"
     assert read_index(tmp_path / "out", "bolt").num_rows == 6
 
 
-@pytest.mark.parametrize("moment", ["_row_groups", "write_rejects", "write_file"])
+@pytest.mark.parametrize("moment", ["_row_groups", "index", "write_rejects", "commit"])
 def test_a_run_killed_while_publishing_leaves_the_old_data(tmp_path: Path, moment: str) -> None:
     root, out = make_mvtec(tmp_path / "bolt"), tmp_path / "out"
     take(root, out)
@@ -592,8 +597,13 @@ def die(*args, **kwargs):
 store.Store.check_writable = lambda self: None
 if {moment!r} == "write_rejects":
     store.Store.write_rejects = die
-elif {moment!r} == "write_file":
-    store.write_file = die
+elif {moment!r} in ("index", "commit"):
+    write = store.write_file
+    def write_until(filesystem, path, data):
+        if "/_" + {moment!r} in path:
+            die()
+        write(filesystem, path, data)
+    store.write_file = write_until
 else:
     original = store._row_groups
     def one_then_die(rows):
@@ -607,14 +617,16 @@ ingest.ingest(sys.argv[1], sys.argv[2], progress=False)
     killed = subprocess.run([sys.executable, "-c", program, str(root), str(out)], env=environment, check=False)
     assert killed.returncode == 9
     assert len(list((out / "category=bolt").glob("part-*"))) == 2
+    assert len(list((out / "category=bolt").glob("_index-*"))) == 1 + (moment in ("write_rejects", "commit"))
     assert rows_of(out, "bolt") == old
     assert take(root, out).categories[0].status == "written"
     assert read_index(out, "bolt").num_rows == 7
 
 
-def test_leftovers_go_after_a_day_and_not_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["part-{}-00000.parquet", "_index-{}.parquet"])
+def test_leftovers_go_after_a_day_and_not_before(tmp_path: Path, name: str) -> None:
     root, folder = make_mvtec(tmp_path / "bolt"), tmp_path / "out/category=bolt"
-    old, fresh = save(folder / "part-dead-00000.parquet", b"x"), save(folder / "part-live-00000.parquet", b"x")
+    old, fresh = save(folder / name.format("dead"), b"x"), save(folder / name.format("live"), b"x")
     os.utime(old, (1, 1))
     take(root, tmp_path / "out")
     assert (old.exists(), fresh.exists()) == (False, True)
@@ -642,6 +654,18 @@ def test_a_destination_that_cannot_be_written_is_found_before_decoding(tmp_path:
 
 
 # Readers
+
+
+def commit_of(root: Path, category: str) -> dict[str, Any]:
+    return dict(json.loads((root / f"category={category}/_commit.json").read_text()))
+
+
+def forget_the_index(root: Path, category: str) -> None:
+    """Leaves the category as one whose commit names no index."""
+    commit = commit_of(root, category)
+    folder = root / f"category={category}"
+    (folder / commit.pop("index")["name"]).unlink()
+    (folder / "_commit.json").write_text(json.dumps(commit))
 
 
 @pytest.fixture
@@ -734,10 +758,13 @@ def test_a_damaged_commit_is_refused(small_groups: Path) -> None:
 
 
 def test_a_damaged_part_file_is_refused(small_groups: Path) -> None:
+    index = read_index(small_groups, "bolt")
+    forget_the_index(small_groups, "bolt")
     for part in (small_groups / "category=bolt").glob("part-*"):
         part.write_bytes(b"PAR1" + b"\0" * 100 + b"PAR1")
-    with pytest.raises(DataError, match=r"part file .* is damaged|cannot read a part file"):
-        read_index(small_groups, "bolt")
+    for read in (read_index, lambda *at: list(read_rows(*at, index["row"].to_numpy()))):
+        with pytest.raises(DataError, match=r"part file .* is damaged|cannot read a part file"):
+            read(small_groups, "bolt")
 
 
 def test_the_fingerprint_goes_by_content_and_not_by_names_or_encoding(tmp_path: Path) -> None:
@@ -750,6 +777,161 @@ def test_the_fingerprint_goes_by_content_and_not_by_names_or_encoding(tmp_path: 
     save(root / "train/good/extra.png", pixels(999))
     take(root, tmp_path / "c")
     assert data_fingerprint(tmp_path / "a", "bolt") != data_fingerprint(tmp_path / "c", "bolt")
+
+
+# The index
+
+
+class Requests:
+    """A filesystem that notes what on S3 is a request: a look at a file, its opening, and each read."""
+
+    def __init__(self) -> None:
+        self.local, self.made = fs.LocalFileSystem(), list[str]()
+
+    def get_file_info(self, path: str) -> fs.FileInfo:
+        self.made.append(f"look {path}")
+        return self.local.get_file_info(path)
+
+    def open_input_file(self, path: str) -> RequestedFile:
+        self.made.append(f"open {path}")
+        return RequestedFile(self.local.open_input_file(path), path, self.made)
+
+
+class RequestedFile:
+    def __init__(self, file: Any, path: str, made: list[str]) -> None:
+        self.file, self.path, self.made = file, path, made
+        self.size, self.close = file.size, file.close
+
+    def read_at(self, count: int, position: int) -> bytes:
+        self.made.append(f"read {self.path}")
+        return bytes(self.file.read_at(count, position))
+
+
+def requests_of(action: Callable[[], object]) -> list[str]:
+    """What an action asks of the storage."""
+    filesystem = Requests()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "open_filesystem", lambda uri: (filesystem, str(uri)))
+        action()
+    return filesystem.made
+
+
+def test_the_index_is_the_table_of_the_parts(small_groups: Path, tmp_path: Path) -> None:
+    make_mvtec(tmp_path / "nut", num_train=9, seed=500)
+    make_folder(tmp_path / "clip")
+    take(tmp_path / "nut", small_groups, site="plant-7")
+    take(tmp_path / "clip", small_groups)
+    save(tmp_path / "bolt/train/good/0000.png", pixels(999))
+    take(tmp_path / "bolt", small_groups, site="plant-8")
+    for category, num_rows, site in (("bolt", 41, "plant-8"), ("nut", 12, "plant-7"), ("clip", 12, "default")):
+        place = (small_groups, category)
+        tables = [read_index(*place, split) for split in (None, "train", "test")]
+        fingerprint = data_fingerprint(*place)
+        assert tables[0].column_names == [*INDEX_COLUMNS, "row"]
+        assert (tables[0].num_rows, set(tables[0]["site"].to_pylist())) == (num_rows, {site})
+        forget_the_index(*place)
+        for table, split in zip(tables, (None, "train", "test"), strict=True):
+            parts = read_index(*place, split)
+            assert parts.schema.equals(table.schema, check_metadata=True)
+            assert parts.equals(table)
+        assert data_fingerprint(*place) == fingerprint
+
+
+def test_a_set_without_an_index_is_whole_and_its_next_version_has_one(small_groups: Path, tmp_path: Path) -> None:
+    forget_the_index(small_groups, "bolt")
+    assert take(tmp_path / "bolt", small_groups).categories[0].status == "unchanged"
+    assert len(rows_of(small_groups, "bolt")) == 40
+    save(tmp_path / "bolt/train/good/new.png", pixels(999))
+    take(tmp_path / "bolt", small_groups)
+    index = small_groups / "category=bolt" / commit_of(small_groups, "bolt")["index"]["name"]
+    assert pq.read_table(index).column_names == list(INDEX_COLUMNS)
+    assert read_index(small_groups, "bolt").num_rows == 41
+
+
+def test_an_index_takes_as_many_requests_for_few_parts_as_for_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_mvtec(tmp_path / "bolt", num_train=37)
+    monkeypatch.setattr(store, "MAX_ROW_GROUP_ROWS", 4)
+    counts = {}
+    for file_bytes in (1, 1 << 30):
+        out = tmp_path / f"out-{file_bytes}"
+        monkeypatch.setattr(store, "FILE_BYTES", file_bytes)
+        take(tmp_path / "bolt", out)
+        made = requests_of(lambda out=out: read_index(out, "bolt"))
+        assert not [request for request in made if "part-" in request]
+        num_parts = len(commit_of(out, "bolt")["files"])
+        forget_the_index(out, "bolt")
+        counts[num_parts] = (len(made), len(requests_of(lambda out=out: read_index(out, "bolt"))))
+    assert sorted(counts) == [1, 10]
+    assert counts[1][0] == counts[10][0] <= 6  # commit and index: a look, an opening and a read each
+    assert counts[10][1] - counts[1][1] >= 9 * 2  # without an index every part is opened and read
+
+
+def test_a_plan_reads_the_index_once(tmp_path: Path) -> None:
+    take(make_mvtec(tmp_path / "bolt", num_train=37), tmp_path / "out")
+    config = small_config(tmp_path / "out", tmp_path)
+    made = requests_of(lambda: plan_category(config, "bolt"))
+    assert len([request for request in made if request.startswith("open")]) == 2  # the commit and the index
+    plan = plan_category(config, "bolt")
+    assert plan.fingerprint == data_fingerprint(tmp_path / "out", "bolt")
+    forget_the_index(tmp_path / "out", "bolt")
+    assert plan_category(config, "bolt") == plan
+
+
+def test_parts_are_read_several_at_once_and_stay_in_order(small_groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = read_index(small_groups, "bolt")
+    forget_the_index(small_groups, "bolt")
+    original, all_here = pq.ParquetFile.read, threading.Barrier(3, timeout=30)
+
+    def wait_for_the_others(self: pq.ParquetFile, **options: Any) -> Any:
+        all_here.wait()
+        return original(self, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read", wait_for_the_others)
+    assert read_index(small_groups, "bolt").equals(expected)
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "text"])
+def test_a_damaged_index_is_told_and_mended_by_ingesting_again(small_groups: Path, tmp_path: Path, damage: str) -> None:
+    expected = read_index(small_groups, "bolt")
+    path = small_groups / "category=bolt" / commit_of(small_groups, "bolt")["index"]["name"]
+    data = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        flipped = data[:100] + bytes([data[100] ^ 1]) + data[101:]
+        path.write_bytes({"cut": data[:-1], "flipped": flipped, "text": b"text"}[damage])
+    for read in (read_index, data_fingerprint):
+        with pytest.raises(DataError, match=rf"index .*{path.name} is missing or damaged.*ingest it again"):
+            read(small_groups, "bolt")
+    assert take(tmp_path / "bolt", small_groups).categories[0].status == "written"
+    assert read_index(small_groups, "bolt").equals(expected)
+
+
+def test_a_commit_whose_index_is_no_entry_is_refused(small_groups: Path) -> None:
+    path = small_groups / "category=bolt/_commit.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "index": {"name": "_index-x.parquet"}}))
+    with pytest.raises(DataError, match=r"not a commit file .*sha256"):
+        read_index(small_groups, "bolt")
+
+
+def test_an_index_that_cannot_be_written_leaves_the_old_data_and_no_files(
+    small_groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, before = rows_of(small_groups, "bolt"), sorted(small_groups.rglob("*"))
+    save(tmp_path / "bolt/train/good/new.png", pixels(999))
+
+    def full(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+        if "/_index-" in path:
+            raise OSError("no space left")
+
+    monkeypatch.setattr(store, "write_file", full)
+    monkeypatch.setattr(store.Store, "check_writable", lambda self: None)
+    with pytest.raises(DataError, match=r"_index-.*cannot write the index: no space left"):
+        take(tmp_path / "bolt", small_groups)
+    assert sorted(small_groups.rglob("*")) == before
+    assert rows_of(small_groups, "bolt") == old
 
 
 @pytest.fixture(scope="module")
