@@ -63,8 +63,7 @@ def _index_of_parts(store: Store, category: str, commit: Commit) -> pa.Table:
 
     def read(entry: PartEntry) -> pa.Table:
         with open_part(store, category, entry) as part:
-            # Arrow's own threads, one a CPU and shared by all parts, would wait one for another
-            return part.read(columns=list(INDEX_COLUMNS), use_threads=False)
+            return part.read(columns=list(INDEX_COLUMNS))
 
     with ThreadPoolExecutor(PART_READERS) as pool:
         return pa.concat_tables(list(pool.map(read, commit["files"])))

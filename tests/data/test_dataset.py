@@ -870,7 +870,7 @@ def test_an_index_takes_as_many_requests_for_few_parts_as_for_many(
 
 def test_a_plan_reads_the_index_once(tmp_path: Path) -> None:
     take(make_mvtec(tmp_path / "bolt", num_train=37), tmp_path / "out")
-    config = small_config(tmp_path / "out", tmp_path)
+    config = small_config(str(tmp_path / "out"), tmp_path)
     made = requests_of(lambda: plan_category(config, "bolt"))
     assert len([request for request in made if request.startswith("open")]) == 2  # the commit and the index
     plan = plan_category(config, "bolt")
