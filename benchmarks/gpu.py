@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import base_tree_of, keep_json, merged, print_table
+from benchmarks.harness import base_tree_of, inspector_of, keep_json, merged, print_table
 from benchmarks.limits import interleaved
-from focus_ray.bundle.bundle import Bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import Config, parse_config
 from focus_ray.data.images import decode_batch
 from focus_ray.data.importers.base import image_files
-from focus_ray.data.regions import frame_of
 from focus_ray.data.shards import MemoryShard
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.scoring import to_images
@@ -56,9 +54,7 @@ def fitted(config: Config, images: Tensor, device: str) -> tuple[Inspector, dict
     """An inspector, and the seconds that the stages of its fit took."""
     shard = MemoryShard(images, folds=torch.arange(len(images)) % config.calibration.num_folds)
     found = fit(config, shard, len(images), torch.device(device))
-    frame = frame_of(config, "part")
-    bundle = Bundle({"category": "part", "sha256": ""}, config, found.detector, found.calibration, frame)
-    return Inspector(bundle, device), found.seconds
+    return inspector_of(config, "part", found, device), found.seconds
 
 
 def is_aligned(net: FocusNet) -> bool:

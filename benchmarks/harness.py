@@ -73,10 +73,15 @@ def fit_category(config: Config, category: str, device: str, plan: Plan | None =
     plan = plan or plan_category(config, category)
     shard = build_shard(config, category, plan, rank=0, num_workers=1)
     result = fit(config, shard, len(plan.fit_rows), torch.device(device), log=print)
-    bundle = Bundle(
-        {"category": category, "sha256": ""}, config, result.detector, result.calibration, frame_of(config, category)
+    return result, inspector_of(config, category, result, device)
+
+
+def inspector_of(config: Config, category: str, found: FitResult, device: str) -> Inspector:
+    """What was fitted, as it would be read from its bundle."""
+    frame = frame_of(config, category)
+    return Inspector(
+        Bundle({"category": category, "sha256": ""}, config, found.detector, found.calibration, frame), device
     )
-    return result, Inspector(bundle, device)
 
 
 def run(tree: Mapping[str, Any], category: str, device: str) -> tuple[FitResult, Inspector, dict[str, Any]]:

@@ -8,17 +8,15 @@ Each figure is the median of interleaved runs in one process.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.harness import add_arguments, base_tree, environment, fit_category, open_data, print_table
+from benchmarks.harness import add_arguments, base_tree, fit_category, keep_json, open_data, print_table
 from focus_ray.config import parse_config
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.nearest import JointMemory, NearestMemory
@@ -26,7 +24,6 @@ from focus_ray.evaluation.metrics import Measured
 from focus_ray.fitting.scoring import embed, to_images
 from focus_ray.kinds import METRICS
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BATCHES = (1, 4, 8, 32)
 
 
@@ -118,11 +115,8 @@ def main() -> None:
             ("what", "ours", "limit", "unit", "share of the limit"),
             [[row["what"], row["ours"], row["limit"], row["unit"], row["share"]] for row in rows],
         )
-    line = {"benchmark": "limits", **environment(arguments.device), "samples": samples}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "limits.json").write_text(json.dumps(line) + "\n")
     print()
-    print(json.dumps(line))
+    keep_json("limits", arguments, samples)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import environment, print_table
+from benchmarks.harness import RESULTS, environment, print_table
 from focus_ray.data.importers.base import image_files, match_masks, subfolders
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 ENVIRONMENTS = {
     "anomalib": ["anomalib==2.7.0", "adeval==1.1.0"],
     "anomavision": ["AnomaVision==3.6.2", "torch", "torchvision", "scikit-learn"],

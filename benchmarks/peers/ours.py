@@ -15,14 +15,11 @@ import sklearn.metrics  # noqa: F401  the product imports these two when they ar
 import torch
 import torchvision.models  # noqa: F401
 
-from benchmarks.harness import base_tree_of, merged
+from benchmarks.harness import base_tree_of, inspector_of, merged
 from benchmarks.peers.common import run, spec
 from benchmarks.spine import padim_tree
-from focus_ray.bundle.bundle import Bundle
-from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import parse_config
 from focus_ray.data.images import decode_batch
-from focus_ray.data.regions import frame_of
 from focus_ray.data.schema import Row
 from focus_ray.data.shards import MemoryShard
 from focus_ray.evaluation.metrics import Measured
@@ -41,10 +38,7 @@ made: dict[str, Any] = {}
 def fit_images() -> None:
     images = torch.from_numpy(decode_batch([Path(name).read_bytes() for name in asked["train"]], asked["size_px"], 2))
     found = fit(config, MemoryShard(images, folds=torch.arange(len(images)) % 5), len(images), torch.device("cpu"))
-    bundle = Bundle(
-        {"category": "part", "sha256": ""}, config, found.detector, found.calibration, frame_of(config, "part")
-    )
-    made["one"] = Inspector(bundle)
+    made["one"] = inspector_of(config, "part", found, "cpu")
 
 
 def records() -> list[Row]:

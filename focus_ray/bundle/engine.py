@@ -63,11 +63,10 @@ def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_exa
             f"{FEWEST_EXAMPLES}, got {num_examples}: give examples, paths or bytes of image files"
         )
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"engine={engine} needs the package {error.name}: pip install 'focus-ray[onnx]'") from None
-    del onnxruntime
 
 
 def compile_features(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
@@ -82,7 +81,7 @@ def compile_features(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
         path = Path(folder) / "features.onnx"
         _export(net, path, examples[:2])
         if engine == "onnxruntime-int8":
-            path = _quantised(path, examples[:MOST_EXAMPLES].numpy())
+            path = _quantised(path, examples.numpy())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         # between its calls torch needs the cores

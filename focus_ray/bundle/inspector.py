@@ -56,8 +56,8 @@ class Inspector:
         self.frame = bundle.frame
         net = bundle.detector.net
         check_engine(engine, net, device, len(examples))
-        fuse_batch_norms(net.backbone)
         if engine != TORCH:
+            fuse_batch_norms(net.backbone)
             self._compile(engine, examples)
         prepare_for_inference(net.backbone, compute_dtype(net.config.precision, device))
 
@@ -205,8 +205,8 @@ class Inspector:
     def _compile(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
         """Gives the network another engine. Raises: ConfigError: the examples' scores are not those of torch."""
         detector, known = self.bundle.detector, self.bundle.known
-        encoded = [_encoded(image, number) for number, image in enumerate(examples)]
-        chosen = [encoded[number] for number in sorted(sample_positions(len(encoded), MOST_EXAMPLES))]
+        numbers = sorted(sample_positions(len(examples), MOST_EXAMPLES))
+        chosen = [_encoded(examples[number], number) for number in numbers]
         infos, pixels = read_batch(chosen, self.frame, self.num_threads, hashed=True)
         # images that the memory holds score near 0, of which a share is nothing to go by
         new = [info.content_hash is None or short_hash(info.content_hash) not in known for info in infos]

@@ -16,6 +16,7 @@ from focus_ray.fitting.scoring import Detector
 from focus_ray.model.network import build_net
 
 CPU = torch.device("cpu")
+MODEL = {"weights": "random", "image_size_px": 32, "image_alignment": {"group": "none"}, "precision": "fp32"}
 TARGET, DRAWS, FIT, HELD, NEW = 0.1, 20, 64, 19, 40
 
 
@@ -34,12 +35,7 @@ def test_new_good_images_are_called_defective_as_often_as_was_asked(method: str,
     config = parse_config(
         {
             "data": {"uri": "unused"},
-            "model": {
-                "weights": "random",
-                "image_size_px": 32,
-                "image_alignment": {"group": "none"},
-                "precision": "fp32",
-            },
+            "model": MODEL,
             # a memory of far fewer images than there are: what is calibrated has to be what ships
             "density": {
                 "kind": kind,
@@ -74,12 +70,7 @@ def test_few_images_that_a_metric_and_a_profile_are_learnt_of_set_an_honest_thre
     config = parse_config(
         {
             "data": {"uri": "unused"},
-            "model": {
-                "weights": "random",
-                "image_size_px": 32,
-                "image_alignment": {"group": "none"},
-                "precision": "fp32",
-            },
+            "model": MODEL,
             # residuals of far more patches than channels, as on real images: of 64 channels here
             "density": {"layers": ["layer1"], "num_channels": 8, "coreset": 32, "coreset_channels": 8},
             "calibration": {"target_fpr": TARGET},
@@ -103,12 +94,7 @@ def test_leaving_an_image_out_of_a_memory_scores_it_as_the_memory_of_the_others_
     config = parse_config(
         {
             "data": {"uri": "unused"},
-            "model": {
-                "weights": "random",
-                "image_size_px": 32,
-                "image_alignment": {"group": "none"},
-                "precision": "fp32",
-            },
+            "model": MODEL,
             "density": {
                 "reduction": "semi_orthogonal",
                 "num_channels": 8,
