@@ -29,7 +29,7 @@ from focus_ray.data.importers.base import IMAGE_SUFFIXES, image_files
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.schema import Row
-from focus_ray.data.split import plan_category
+from focus_ray.data.split import split_category
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.fitting.fit import check_ingredients
@@ -152,8 +152,8 @@ def fit(
     check_ingredients(config)
     data, category = _ingested(images, root)
     config = _parse(tree, data)
-    plan = plan_category(config, category)
-    train_here(config, {category: plan}, str(root), log or (lambda message: None), raise_at_once=True)
+    split = split_category(config, category)
+    train_here(config, [split], str(root), log or (lambda message: None), raise_at_once=True)
     place = bundle_place(str(root), category)
     return Model(Inspector.load(place), place, scratch)
 

@@ -450,6 +450,13 @@ class CalibrationConfig(Section):
         "out enough images for a steady threshold, 5 / target_fpr, or where train.epochs is above 0; else leave_one_out.",
     )
     num_folds: int = Field(default=5, ge=2, le=100, description="Folds of the cross method.")
+    max_images: int = Field(
+        default=4096,
+        ge=1,
+        description="Calibrates with so many images at most: split holds no more out, cross scores no more, evenly chosen. 4096 "
+        "bring the rate of a threshold for 0.05 between 0.044 and 0.056 in 9 of 10 cases; a worker keeps up to 10 % of each "
+        "one's map.",
+    )
     target_fpr: float = Field(default=0.05, gt=0.0, lt=1.0, description="Share of good images that may be called bad.")
     target_pixel_fpr: float = Field(default=0.001, gt=0.0, lt=1.0, description="Share of good pixels called bad.")
 
@@ -482,10 +489,23 @@ class ClusterConfig(Section):
         le=4096,
         description="Workers that train one category together, with DDP where there are several.",
     )
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="With fewer than num_workers, and as few as that, a training begins or goes on where machines are short, "
+        "and takes more when they come, from its last checkpoint on; null: it waits for all. Results then hang on when "
+        "machines came and went.",
+    )
     use_gpu: bool | Literal["auto"] = Field(
         default="auto", description="auto: a GPU a worker when the cluster has any."
     )
     cpus_per_worker: float = Field(default=1.0, gt=0.0, description="CPUs that Ray keeps for a worker.")
+    gpus_per_worker: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="GPUs that Ray keeps for a worker that uses them; below 1, single workers of several categories share one.",
+    )
     memory_gib_per_worker: float | None = Field(
         default=None, gt=0.0, description="Memory that Ray keeps for a worker; null keeps none."
     )
@@ -499,6 +519,21 @@ class ClusterConfig(Section):
     max_concurrent_categories: int | None = Field(
         default=None, ge=1, description="Categories trained side by side; null fits them to the cluster."
     )
+
+    @property
+    def fewest_workers(self) -> int:
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ClusterConfig:
+        if self.fewest_workers > self.num_workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than num_workers={self.num_workers}")
+        if self.gpus_per_worker < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"gpus_per_worker={self.gpus_per_worker:g} with num_workers={self.num_workers}: workers of one category "
+                "cannot share a GPU; set one of the two to 1"
+            )
+        return self
 
 
 class Config(Section):

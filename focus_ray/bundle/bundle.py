@@ -18,7 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -95,14 +97,14 @@ def write_bundle(
     calibration: Calibration,
     data: dict[str, Any],
     metrics: dict[str, Any],
-    known: Sequence[str] = (),
+    known: Sequence[int] | NDArray[np.int64] = (),
     frame: Frame | None = None,
 ) -> dict[str, Any]:
     """Writes everything; replaces a bundle that is there in one step.
 
     Args:
         frame: what images are brought to; None: as the config says.
-        known: content hashes of the images that the density was made of, so that they are told when they are inspected.
+        known: `short_hash` of the images that the density was made of, so that they are told when they are inspected.
         detector: as `build_detector` makes it of the statistics.
         data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
         metrics: figures worth keeping: losses, collapse figures, timings.
@@ -126,8 +128,8 @@ def write_bundle(
         density["region"] = torch.from_numpy(region)
     if detector.profile is not None:
         density.update({f"profile.{name}": value for name, value in detector.profile._asdict().items()})
-    if known:
-        density[_KNOWN] = torch.tensor(sorted(short_hash(one) for one in known), dtype=torch.int64)
+    if len(known):
+        density[_KNOWN] = torch.tensor(sorted(known), dtype=torch.int64)
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
@@ -168,11 +170,6 @@ def write_bundle(
         if name.endswith(".safetensors") and name not in kept:
             remove_file(join(uri, name))
     return manifest
-
-
-def short_hash(content_hash: str) -> int:
-    """The first 8 bytes of a content hash, as int64."""
-    return int.from_bytes(bytes.fromhex(content_hash[:16]), "big", signed=True)
 
 
 def read_manifest(uri: str | Path) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focus_ray.bundle.bundle import Bundle, read_bundle, short_hash
+from focus_ray.bundle.bundle import Bundle, read_bundle
 from focus_ray.bundle.engine import FEWEST_EXAMPLES, MOST_EXAMPLES, TOLERANCE, TORCH, check_engine, compile_features
 from focus_ray.data.images import ImageInfo, decode_batch, decode_mask, read_batch
 from focus_ray.data.schema import Row
+from focus_ray.data.split import short_hash
 from focus_ray.density.base import sample_positions
 from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.evaluation.evaluate import MAX_SIDE_PX, Labelled, evaluation_size, figures

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.config import Config
 from focus_ray.data.shards import Stream, build_shard, local_stream
-from focus_ray.data.split import Plan
+from focus_ray.data.split import Split
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.state import Figures, OnEpoch, TrainState
 from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
 
 STATE_FILE = "state.pt"
+_DECODERS = 8  # threads, at most, of a training in this process
 
 
 def set_reproducible() -> None:
@@ -37,14 +39,14 @@ def _say_nothing(message: str) -> None:
 
 def make_bundle(
     config: Config,
-    category: str,
-    plan: Plan,
+    split: Split,
     root: str,
     device: torch.device,
     *,
     rank: int = 0,
     num_workers: int = 1,
     stream: Stream | None = None,
+    num_threads: int = 1,
     wrap: Callable[[torch.nn.Module], Any] | None = None,
     state: TrainState | None = None,
     on_epoch: OnEpoch | None = None,
@@ -53,15 +55,19 @@ def make_bundle(
     """Fits one category, with every worker calling; the first writes <root>/bundles/<category>. Other arguments as of `fit`.
 
     Args:
-        stream: what this worker trains from where its share does not fit its memory.
+        stream: what this worker trains from where its share does not fit its memory; None: its own reading of the rows.
+        num_threads: that decode images.
 
     Returns: images in the density.
     """
+    category = split.category
     start = time.perf_counter()
     if rank > 0:
         log = _say_nothing
-    log(f"reading {plan.num_images} images")
-    shard = build_shard(config, category, plan, rank, num_workers, stream)
+    log(f"reading {split.num_images} images")
+    plan = split.plan(config)
+    stream = stream or local_stream(config, category, plan.fit_rows, num_threads)
+    shard = build_shard(config, category, plan, rank, num_workers, stream, num_threads)
     loading = time.perf_counter() - start
     result = fit(
         config,
@@ -102,7 +108,7 @@ def make_bundle(
 
 def train_here(
     config: Config,
-    plans: Mapping[str, Plan],
+    splits: Sequence[Split],
     root: str,
     log: Callable[[str], None],
     raise_at_once: bool = False,
@@ -116,11 +122,11 @@ def train_here(
     set_reproducible()
     device = torch.device("cuda" if config.cluster.use_gpu and torch.cuda.is_available() else "cpu")
     failed: dict[str, str] = {}
-    for number, (category, plan) in enumerate(plans.items(), start=1):
-        start = time.monotonic()
-        log(f"{category}: training in this process, category {number} of {len(plans)}")
+    for number, split in enumerate(splits, start=1):
+        category, start = split.category, time.monotonic()
+        log(f"{category}: training in this process, category {number} of {len(splits)}")
         try:
-            _train_one(config, category, plan, root, device, lambda text, name=category: log(f"{name}: {text}"))  # type: ignore[misc]
+            _train_one(config, split, root, device, lambda text, name=category: log(f"{name}: {text}"))  # type: ignore[misc]
         except Exception as error:  # one category's failure must not end the others; it is reported at the end
             if raise_at_once:
                 raise
@@ -131,10 +137,8 @@ def train_here(
     return failed
 
 
-def _train_one(
-    config: Config, category: str, plan: Plan, root: str, device: torch.device, log: Callable[[str], None]
-) -> None:
-    place = join(root, "train", category)
+def _train_one(config: Config, split: Split, root: str, device: torch.device, log: Callable[[str], None]) -> None:
+    place = join(root, "train", split.category)
 
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
         if (epoch + 1) % config.train.checkpoint_every_epochs and epoch + 1 != config.train.epochs:
@@ -147,9 +151,9 @@ def _train_one(
             if former.startswith("checkpoint_") and former != name:
                 remove_file(join(place, former, STATE_FILE))
 
-    stream = local_stream(config, category, plan.fit_rows)
     state = latest_state(place, device)
-    make_bundle(config, category, plan, root, device, stream=stream, state=state, on_epoch=on_epoch, log=log)
+    threads = min(_DECODERS, os.cpu_count() or 1)
+    make_bundle(config, split, root, device, num_threads=threads, state=state, on_epoch=on_epoch, log=log)
 
 
 def latest_state(place: str, device: torch.device) -> TrainState | None:

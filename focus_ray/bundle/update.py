@@ -171,4 +171,4 @@ def _calibration_rows(bundle: Bundle, calibrate: str | None) -> tuple[str, Seque
         raise DataError(f"the bundle's own held-out images cannot be read ({error}): {hint}") from None
     if not same:
         raise DataError(f"{uri} has changed since the bundle was made, so its held-out images are not known: {hint}")
-    return uri, plan_category(bundle.config, bundle.category).holdout_rows
+    return uri, plan_category(bundle.config, bundle.category).holdout_rows.tolist()

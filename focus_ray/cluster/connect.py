@@ -96,7 +96,7 @@ def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, floa
     """What Ray keeps for a worker; memory in bytes. use_gpu: of `uses_gpu`."""
     asked = {"CPU": config.cpus_per_worker}
     if use_gpu:
-        asked["GPU"] = 1.0
+        asked["GPU"] = config.gpus_per_worker
     if config.memory_gib_per_worker is not None:
         asked["memory"] = config.memory_gib_per_worker * 2**30
     return asked

@@ -30,6 +30,7 @@ def concurrent_runs(
     share: float = 1.0,
     limit: int | None = None,
     prefix: str = "",
+    growing: bool = False,
 ) -> int:
     """How many trainings, each of all of config's workers, fit side by side; the arithmetic is logged.
 
@@ -38,6 +39,7 @@ def concurrent_runs(
         streams: whether images are streamed: what reads them needs a CPU beside the workers'. Without one, workers and
             stream wait for each other for ever (seen with Ray 2.60).
         share: of the cluster, that may be filled.  limit: no more than so many.  prefix: of the keys that advice names.
+        growing: count what an autoscaler can bring too, of work that waits for it one by one.
 
     Raises: TrainingError: not even one ever will, on that share of what the cluster has or can grow to; with the arithmetic.
     """
@@ -60,6 +62,13 @@ def concurrent_runs(
             f"{_show(needs)} of its {_show(free)} and {config.num_workers} of its {slots} places for such a worker: "
             "raise cluster_share"
         )
+    if fits < 1 and config.fewest_workers < config.num_workers:
+        log(f"{config.num_workers} workers do not fit side by side: with {config.fewest_workers} or more, as they come")
+        fewer = config.model_copy(update={"num_workers": config.fewest_workers, "min_workers": None})
+        return min(1, concurrent_runs(fewer, private, streams, log, share=share, limit=limit, prefix=prefix))
+    if growing and fits and ceiling:
+        grown = min((ceiling.get(kind, 0.0) - kept.get(kind, 0.0)) / amount for kind, amount in needs.items())
+        fits = max(fits, math.floor(grown * share + 1e-9))
     if fits < 1:
         message = (
             f"{config.num_workers} worker(s) of {_show(worker)}{' + 1 CPU for the stream of images' if streams else ''} "

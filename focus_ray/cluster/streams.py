@@ -10,9 +10,10 @@ import numpy as np
 
 from focus_ray.config import Config
 from focus_ray.data.images import decode_batch
-from focus_ray.data.read import READ_ROWS, read_index
+from focus_ray.data.read import READ_ROWS
 from focus_ray.data.regions import frame_of
 from focus_ray.data.schema import SPLITS
+from focus_ray.data.split import Split
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError
 
@@ -47,20 +48,19 @@ def ray_dataset(
     return dataset.select_columns(list(columns)) if columns is not None else dataset
 
 
-def stream_training_images(config: Config, category: str, rows: Sequence[int]) -> Any:
-    """A Ray data set of the decoded training images of the given rows."""
-    index = read_index(config.data.uri, category, split="train")
-    chosen = set(rows)
-    ids = {i for i, row in zip(index["id"].to_pylist(), index["row"].to_pylist(), strict=True) if row in chosen}
-    frame = frame_of(config, category)
+def stream_training_images(config: Config, split: Split) -> Any:
+    """A Ray data set of the decoded images that train, told by the rule where their rows are read."""
+    frame = frame_of(config, split.category)
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
-        images = [bytes(image) for name, image in zip(batch["id"], batch["image"], strict=True) if name in ids]
+        rows = zip(batch["label"], batch["content_hash"], batch["image"], strict=True)
+        images = [bytes(image) for label, found, image in rows if not label and split.part_of(found) == "fit"]
         if not images:
             return {"image": np.empty((0, *frame.shape), dtype=np.uint8)}
         return {"image": decode_batch(images, frame)}
 
-    dataset = ray_dataset(config.data.uri, category, split="train", columns=("id", "image"))
+    columns = ("label", "content_hash", "image")
+    dataset = ray_dataset(config.data.uri, split.category, split="train", columns=columns)
     return dataset.map_batches(decode, batch_size=READ_ROWS)
 
 

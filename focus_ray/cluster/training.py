@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,10 @@ import yaml
 from focus_ray.bundle.make import STATE_FILE, bundle_place, make_bundle, set_reproducible, train_here
 from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, uses_gpu
+from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.messages import Messages
 from focus_ray.cluster.ownership import SignOfLife, check_resumable, write_fingerprints
+from focus_ray.cluster.pool import fit_in_pool
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
 from focus_ray.config import Config, config_to_yaml, parse_config
@@ -28,7 +30,7 @@ from focus_ray.data.read import list_categories
 from focus_ray.data.regions import check_regions
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.data.shards import Steps, fits_memory
-from focus_ray.data.split import Plan, plan_category
+from focus_ray.data.split import Split, split_category
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import check_ingredients
 from focus_ray.fitting.state import Figures, TrainState
@@ -61,9 +63,12 @@ class TrainerJob:
     """What a trainer of one category is told; crosses to its workers as it is."""
 
     config: Config
-    category: str
-    plan: Plan
+    split: Split
     use_gpu: bool
+
+    @property
+    def category(self) -> str:
+        return self.split.category
 
 
 @dataclass(frozen=True)
@@ -105,13 +110,13 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         raise DataError(f"{config.data.uri} has no category {', '.join(unknown)}; it has {', '.join(there)}")
     check_regions(config, there)
     root = join(config.storage, config.name)
-    plans = {category: plan_category(config, category) for category in categories}
-    for category, plan in plans.items():
+    splits = {category: split_category(config, category) for category in categories}
+    for category, split in splits.items():
         try:
-            Steps.agree(len(plan.fit_rows), config.cluster.num_workers, config.train.batch_size_per_worker)
+            Steps.agree(split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
-    fingerprints = {category: plan.fingerprint for category, plan in plans.items()}
+    fingerprints = {category: split.fingerprint for category, split in splits.items()}
     _check_claim(config, root, resume, fingerprints)
     bundles = {category: bundle_place(root, category) for category in categories}
     todo = [c for c in categories if not (resume and exists(join(bundles[c], "manifest.json")))]
@@ -123,13 +128,13 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         if here:
             probe(root)
         else:
-            limit = _join_cluster(config, root, {c: plans[c] for c in todo}, log)
+            limit = _join_cluster(config, root, {c: splits[c] for c in todo}, log)
         _claim(root, resume, fingerprints)
         write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
         alive = SignOfLife(root)
         state = "failed"
         try:
-            mine = {c: plans[c] for c in todo}
+            mine = [splits[c] for c in todo]
             failed = train_here(config, mine, root, log) if here else _run_all(config, root, mine, limit, log)
             state = "failed" if failed else "finished"
         finally:
@@ -148,13 +153,20 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     return bundles
 
 
-def _join_cluster(config: Config, root: str, plans: Mapping[str, Plan], log: Callable[[str], None]) -> int:
+def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Callable[[str], None]) -> int:
     """Returns: how many categories fit side by side. Raises: TrainingError, DataError: what preflight and probes find."""
     team = config.cluster.team
     private = connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
-    streams = config.train.epochs > 0 and any(not fits_memory(config, plan) for plan in plans.values())
-    limit = concurrent_runs(config.cluster, private, streams, log, limit=config.cluster.max_concurrent_categories)
-    probe_nodes([join(config.data.uri, f"category={category}", COMMIT_NAME) for category in plans], [root])
+    streams = config.train.epochs > 0 and any(not fits_memory(config, split) for split in splits.values())
+    limit = concurrent_runs(
+        config.cluster,
+        private,
+        streams,
+        log,
+        limit=config.cluster.max_concurrent_categories,
+        growing=in_pool(config),
+    )
+    probe_nodes([join(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits], [root])
     return limit
 
 
@@ -165,15 +177,43 @@ def learns_metric(config: Config) -> bool:
 
 
 def _run_all(
-    config: Config, root: str, plans: dict[str, Plan], limit: int, log: Callable[[str], None]
+    config: Config, root: str, splits: Sequence[Split], limit: int, log: Callable[[str], None]
 ) -> dict[str, str]:
     """Trains the categories, `limit` at a time. Returns: the reasons of those that failed."""
+    use_gpu = uses_gpu(config.cluster)
+    messages = Messages()
+    jobs = [CategoryJob(config, split, use_gpu, root, messages) for split in splits]
+    if in_pool(config):
+        log(f"{len(jobs)} categories, {min(limit, len(jobs))} at a time")
+        return fit_in_pool(_fit_alone, jobs, config.cluster, use_gpu, limit, messages, log)
+    return _run_trainers(config, {job.category: job for job in jobs}, limit, log)
+
+
+def in_pool(config: Config) -> bool:
+    """Whether categories are fitted by single workers that take one after the other: nothing is trained by gradient."""
+    return config.train.epochs == 0 and config.cluster.num_workers == 1
+
+
+def _fit_alone(job: CategoryJob) -> None:
+    """What a worker of the pool runs."""
+    set_reproducible()
+    device = torch.device("cuda" if job.use_gpu else "cpu")
+    make_bundle(job.config, job.split, job.root, device, num_threads=decoders(job.config), log=job.tell)
+
+
+def decoders(config: Config) -> int:
+    """Threads that a worker decodes with: one a CPU that it has."""
+    return max(1, int(config.cluster.cpus_per_worker))
+
+
+def _run_trainers(
+    config: Config, jobs: Mapping[str, CategoryJob], limit: int, log: Callable[[str], None]
+) -> dict[str, str]:
+    """By a trainer of Ray Train each. Returns: the reasons of those that failed."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    use_gpu = uses_gpu(config.cluster)
-    messages = Messages()
-    jobs = {category: CategoryJob(config, category, plan, use_gpu, root, messages) for category, plan in plans.items()}
+    messages = next(iter(jobs.values())).messages
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # beside the driver, so that losing another node ends no training; again where its process alone was lost
     task = ray.remote(num_cpus=0, max_retries=2, scheduling_strategy=here)(_run_category)
@@ -192,27 +232,13 @@ def _run_all(
         category, since = running.pop(done[0])
         try:
             ray.get(done[0])
-            log(f"{category}: done in {time.monotonic() - since:.0f} s, {join(root, 'bundles', category)}")
+            place = bundle_place(jobs[category].root, category)
+            log(f"{category}: done in {time.monotonic() - since:.0f} s, {place}")
         except Exception as error:  # one category's failure must not end the others; it is reported at the end
             failed[category] = reason_of(error)
             log(f"{category}: FAILED: {failed[category]}")
     messages.show(log)
     return failed
-
-
-def reason_of(error: BaseException) -> str:
-    """The innermost cause's own words, without the traces that Ray wraps around it."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        failures = getattr(error, "worker_failures", None)
-        if failures:
-            error = next(iter(failures.values()))
-        elif getattr(error, "cause", None) is not None:
-            error = error.cause  # type: ignore[attr-defined]
-        elif error.__cause__ is not None and type(error).__module__.startswith("ray."):
-            error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
 
 
 def _run_category(job: CategoryJob) -> None:
@@ -234,15 +260,16 @@ def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str) -> A
     failure_policy.install()
     ray_private.tell_trainers_their_cluster()
     config = job.config
+    workers = config.cluster.num_workers
     datasets = {}
-    if config.train.epochs and not fits_memory(config, job.plan):
-        datasets["train"] = stream_training_images(config, job.category, job.plan.fit_rows)
+    if config.train.epochs and not fits_memory(config, job.split):
+        datasets["train"] = stream_training_images(config, job.split)
     filesystem, path = open_filesystem(place)
     return TorchTrainer(
         _run_worker,
         train_loop_config={"worker": worker, "job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.cluster.num_workers,
+            num_workers=workers if config.cluster.min_workers is None else (config.cluster.min_workers, workers),
             use_gpu=job.use_gpu,
             resources_per_worker=resources_per_worker(config.cluster, job.use_gpu),
             label_selector=dict(config.cluster.labels) or None,
@@ -274,7 +301,7 @@ def _worker(job: CategoryJob) -> None:
     import ray.train
     import ray.train.torch
 
-    config, category, plan = job.config, job.category, job.plan
+    config = job.config
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
@@ -292,13 +319,13 @@ def _worker(job: CategoryJob) -> None:
 
     count = make_bundle(
         config,
-        category,
-        plan,
+        job.split,
         job.root,
         device,
         rank=rank,
         num_workers=num_workers,
         stream=worker_stream,
+        num_threads=decoders(config),
         wrap=data_parallel(num_workers, device),
         state=retrying(lambda: _last_state(ray.train.get_checkpoint(), device)),
         on_epoch=on_epoch,

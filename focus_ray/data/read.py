@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from focus_ray.data.ahead import ahead
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS, Row
@@ -140,17 +142,26 @@ READ_ROWS = 32  # decoded at a time: bounds the memory of large originals
 
 
 def decoded_rows(
-    uri: str, category: str, rows: Sequence[int], size: int | Frame, batch_size: int = READ_ROWS
+    uri: str,
+    category: str,
+    rows: Sequence[int] | np.ndarray[Any, Any],
+    size: int | Frame,
+    batch_size: int = READ_ROWS,
+    num_threads: int = 1,
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """uint8 (B, H, W, 3 or 4) of the given rows, in order, as `decode_batch` gives them."""
-    batch: list[bytes] = []
-    for record in read_rows(uri, category, rows, columns=("image",)):
-        batch.append(record["image"])
-        if len(batch) == batch_size:
-            yield decode_batch(batch, size)
-            batch = []
-    if batch:
-        yield decode_batch(batch, size)
+    """uint8 (B, H, W, 3 or 4) of the given rows, in order, as `decode_batch` gives them.
+
+    Read and decoded ahead of who asks for them: up to four batches lie in memory.
+
+    Args: num_threads: that decode.
+    """
+    records = read_rows(uri, category, rows, columns=("image",))
+
+    def batches() -> Iterator[np.ndarray[Any, Any]]:
+        while batch := [record["image"] for record in itertools.islice(records, batch_size)]:
+            yield decode_batch(batch, size, num_threads)
+
+    return ahead(batches())
 
 
 TEST_COLUMNS = ("id", "image", "mask", "label", "defect_type", "width", "height")

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.data.read import decoded_rows
 from focus_ray.data.regions import frame_of
-from focus_ray.data.split import Plan
+from focus_ray.data.split import Plan, Split
 from focus_ray.errors import DataError, TrainingError
 
 _GROUP_ROWS = 512  # of a local stream, decoded and shuffled together
@@ -29,8 +30,11 @@ class Shard(Protocol):
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterable[Tensor]:
         """Exactly `steps` shuffled batches of exactly `batch_size` images."""
 
-    def fit_batches(self, fold: int | None = None) -> Iterable[Tensor]:
-        """Every image of the share once, or those of one fold of the cross calibration."""
+    def fit_batches(self, fold: int | None = None, places: Sequence[int] | None = None) -> Iterable[Tensor]:
+        """Every image of the share once, or those of one fold of the cross calibration.
+
+        Args: places: of these, ascending; the others are not read.
+        """
 
     def fold_size(self, fold: int) -> int:
         """Images of the share in one fold of the cross calibration."""
@@ -69,12 +73,14 @@ class MemoryShard:
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
         return epoch_batches(self.images, batch_size, steps, generator)
 
-    def fit_batches(self, fold: int | None = None) -> Iterator[Tensor]:
+    def fit_batches(self, fold: int | None = None, places: Sequence[int] | None = None) -> Iterator[Tensor]:
         images = self.images
         if fold is not None:
             if self.folds is None:
                 raise ValueError("cross calibration needs the images' fold numbers")
             images = images[self.folds == fold]
+        if places is not None:
+            images = images[torch.tensor(places, dtype=torch.long)]
         yield from (batch for batch in images.split(self.batch_size) if len(batch))
 
     def fold_size(self, fold: int) -> int:
@@ -120,16 +126,18 @@ def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.
         order = order[batch_size:]
 
 
-def local_stream(config: Config, category: str, rows: Sequence[int]) -> Stream:
+def local_stream(config: Config, category: str, rows: NDArray[np.int64], num_threads: int = 1) -> Stream:
     """Shuffled batches of these rows, decoded anew at every call: in random order within random groups of rows."""
     frame = frame_of(config, category)
 
     def batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         rng = np.random.default_rng(seed)
-        order = rng.permutation(np.asarray(rows, dtype=np.int64))
+        order = rng.permutation(rows)
         for start in range(0, len(order), _GROUP_ROWS):
             group = np.sort(order[start : start + _GROUP_ROWS])
-            images = np.concatenate(list(decoded_rows(config.data.uri, category, group.tolist(), frame)))
+            images = np.concatenate(
+                list(decoded_rows(config.data.uri, category, group, frame, num_threads=num_threads))
+            )
             places = rng.permutation(len(images))
             for first in range(0, len(images), batch_size):
                 yield {"image": images[places[first : first + batch_size]]}
@@ -140,11 +148,15 @@ def local_stream(config: Config, category: str, rows: Sequence[int]) -> Stream:
 class StreamShard:
     """A share that is read and decoded anew on every pass, a few images at a time."""
 
-    def __init__(self, config: Config, category: str, share: Plan, stream: Stream | None = None) -> None:
+    def __init__(
+        self, config: Config, category: str, share: Plan, stream: Stream | None = None, num_threads: int = 1
+    ) -> None:
         """
         Args:
             share: this worker's part of the plan.  stream: of its decoded training images; None where nothing trains.
+            num_threads: that decode.
         """
+        self.num_threads = num_threads
         self.config, self.category, self.share, self.stream = config, category, share, stream
         self.batch_size = config.train.batch_size_per_worker
         self.frame = frame_of(config, category)
@@ -168,12 +180,12 @@ class StreamShard:
                 f"the stream of {self.category!r} gave {given} of {steps} batches: was the data changed?"
             )
 
-    def fit_batches(self, fold: int | None = None) -> Iterator[Tensor]:
-        rows, folds = self.share.fit_rows, self.share.folds
-        return self._read(rows if fold is None else [r for r, f in zip(rows, folds, strict=True) if f == fold])
+    def fit_batches(self, fold: int | None = None, places: Sequence[int] | None = None) -> Iterator[Tensor]:
+        rows = self.share.fit_rows if fold is None else self.share.fit_rows[self.share.folds == fold]
+        return self._read(rows if places is None else rows[np.asarray(places, dtype=np.int64)])
 
     def fold_size(self, fold: int) -> int:
-        return self.share.folds.count(fold)
+        return int((self.share.folds == fold).sum())
 
     def validation_batches(self) -> Iterator[Tensor]:
         return self._read(self.share.validation_rows)
@@ -184,34 +196,42 @@ class StreamShard:
     def num_holdout(self) -> int:
         return len(self.share.holdout_rows)
 
-    def _read(self, rows: Sequence[int]) -> Iterator[Tensor]:
-        for images in decoded_rows(self.config.data.uri, self.category, rows, self.frame, self.batch_size):
+    def _read(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
+        for images in decoded_rows(
+            self.config.data.uri, self.category, rows, self.frame, self.batch_size, self.num_threads
+        ):
             yield torch.from_numpy(images)
 
 
-def fits_memory(config: Config, plan: Plan) -> bool:
-    """Whether a worker's share of decoded images stays within data.memory_budget_mb."""
-    share = -(-plan.num_images // config.cluster.num_workers)
+def fits_memory(config: Config, plan: Plan | Split) -> bool:
+    """Whether a worker's share of decoded images stays within data.memory_budget_mb, with the fewest workers there may be."""
+    share = -(-plan.num_images // config.cluster.fewest_workers)
     channels = 4 if config.model.resize == "pad" or config.data.regions else 3
     return share * math.prod(config.model.frame_px) * channels <= config.data.memory_budget_mb * 2**20
 
 
 def build_shard(
-    config: Config, category: str, plan: Plan, rank: int, num_workers: int, stream: Stream | None = None
+    config: Config,
+    category: str,
+    plan: Plan,
+    rank: int,
+    num_workers: int,
+    stream: Stream | None = None,
+    num_threads: int = 1,
 ) -> Shard:
     """This worker's share, in memory where it fits.
 
-    Args: stream: what it trains from where it does not.
+    Args: stream: what it trains from where it does not.  num_threads: that decode.
     """
     share = plan.share(rank, num_workers)
     if not fits_memory(config, plan):
-        return StreamShard(config, category, share, stream)
+        return StreamShard(config, category, share, stream, num_threads)
     frame = frame_of(config, category)
 
-    def load(numbers: Sequence[int]) -> Tensor:
+    def load(numbers: NDArray[np.int64]) -> Tensor:
         images = torch.empty(len(numbers), *frame.shape, dtype=torch.uint8)
         done = 0
-        for batch in decoded_rows(config.data.uri, category, numbers, frame):
+        for batch in decoded_rows(config.data.uri, category, numbers, frame, num_threads=num_threads):
             images[done : done + len(batch)] = torch.from_numpy(batch)
             done += len(batch)
         return images
@@ -219,7 +239,7 @@ def build_shard(
     return MemoryShard(
         load(share.fit_rows),
         load(share.holdout_rows),
-        torch.tensor(share.folds),
+        torch.from_numpy(share.folds),
         config.train.batch_size_per_worker,
         load(share.validation_rows),
     )

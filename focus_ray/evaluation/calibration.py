@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -91,6 +92,11 @@ class Calibration:
         """n, the normal images that were scored."""
         return len(self.image_scores)
 
+    @cached_property
+    def _scores(self) -> NDArray[np.float64]:
+        """Not to be made at every p-value."""
+        return np.asarray(self.image_scores)
+
     @property
     def smallest_fpr(self) -> float:
         """1/(n + 1): the smallest share that n images can show."""
@@ -134,7 +140,7 @@ class Calibration:
         Raises: DataError: a score is NaN.
         """
         values = certain_part(_without_nan(scores))
-        below = np.searchsorted(np.asarray(self.image_scores), values, side="left")
+        below = np.searchsorted(self._scores, values, side="left")
         counted = np.asarray((1.0 + self.num_images - below) / (self.num_images + 1))
         if self.tail is not None:
             counted = np.where(values > self.tail.start, self.tail.share_above(values), counted)

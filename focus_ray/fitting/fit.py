@@ -35,7 +35,7 @@ from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder, Me
 from focus_ray.evaluation.selection import validation_images
 from focus_ray.fitting.distributed import decided_by_first, gather_objects, world_size
 from focus_ray.fitting.left_out import leave_one_out_pass
-from focus_ray.fitting.metric import Metric, metric_pass
+from focus_ray.fitting.metric import Metric, images_to_look_at, metric_pass
 from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
 from focus_ray.fitting.passes import (
     aligner_pass,
@@ -153,6 +153,7 @@ class Run:
         self.config, self.net, self.shard, self.num_images = config, net, shard, num_images
         self.device, self.rank, self.log = device, rank, log
         self.offset = num_images * rank // world_size()
+        self.num_own = num_images * (rank + 1) // world_size() - self.offset
         self.reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
         self.notes = Notes()
         self.seconds: dict[str, float] = {}
@@ -198,18 +199,16 @@ class Run:
         )
         return figures["score"]
 
+    def _own(self, chosen: set[int]) -> list[int]:
+        """Places in this worker's share of images that are numbered over all workers."""
+        return [number - self.offset for number in sorted(chosen) if number - self.offset in range(self.num_own)]
+
     # ---- image alignment
     def align(self) -> None:
         """Fits the image aligner; with selection on, keeps it only if it validates better than none does."""
         chosen = sample_positions(self.num_images, self.config.model.image_alignment.max_images)
-        found = aligner_pass(
-            self.net,
-            self.watched("aligning", self.shard.fit_batches()),
-            self.device,
-            chosen,
-            self.offset,
-            self.config.train.seed,
-        )
+        batches = self.shard.fit_batches(places=self._own(chosen))
+        found = aligner_pass(self.net, batches, self.device, self.config.train.seed)
         if found is None:
             return
         self.notes.alignment = found
@@ -268,6 +267,7 @@ class Run:
             optimizer.load_state_dict(state.optimizer)
             schedule.load_state_dict(state.schedule)
             first = state.epoch + 1
+            schedule.last_epoch = first * steps.steps  # of this many workers: there may have been others before
         else:
             self._keep_best(-1)
         parallel = objective if wrap is None else wrap(objective)
@@ -332,13 +332,14 @@ class Run:
     def learn_metric(self) -> None:
         """Of the network as it is, where the reduction is one that learns."""
         if self.config.density.reduction == "discriminant":
+            places = self._own(images_to_look_at(self.num_images, Tiles.of(self.config.model).num_tiles))
             self.metric = metric_pass(
                 self.net,
                 self.reduction,
-                self.watched("metric", self.shard.fit_batches()),
+                self.shard.fit_batches(places=places),
                 self.device,
                 self.num_images,
-                self.offset,
+                [self.offset + place for place in places],
                 self.config.train.seed,
                 read_shared_metric(self.config),
                 in_folds=self.calibration_method() == "leave_one_out",
@@ -427,7 +428,8 @@ class Run:
         return statistics_pass(self.net, self.reduction, batches, self.device, kept, sum(sizes[: self.rank]))
 
     def _cross_calibrate(self, folds: list[Statistics]) -> CalibrationBuilder:
-        """Every training image is scored by the density of the other folds: a memory no larger than the one that ships."""
+        """Training images are scored by the density of the other folds: a memory no larger than the one that ships."""
+        limit = -(-self.config.calibration.max_images // len(folds))  # of a fold
         joined: CalibrationBuilder | None = None
         for fold, part in enumerate(folds):
             if not part.moments.count:
@@ -435,9 +437,12 @@ class Run:
             rest = _join_all([other for number, other in enumerate(folds) if number != fold])
             rest.keep_at_most(self.config.density.max_images)
             detector = build_detector(self.config, self.net, self.reduction, rest)
-            builder = calibration_pass(
-                detector, self.shard.fit_batches(fold), self.config.calibration, "cross", self.device
-            )
+            sizes = gather_objects(self.shard.fold_size(fold))
+            first = sum(sizes[: self.rank])
+            own = range(first, first + sizes[self.rank])
+            places = [number - first for number in sorted(sample_positions(sum(sizes), limit)) if number in own]
+            scored = self.shard.fit_batches(fold, places)
+            builder = calibration_pass(detector, scored, self.config.calibration, "cross", self.device)
             joined = builder if joined is None else joined.merge(builder)
         assert joined is not None
         return joined

@@ -98,13 +98,18 @@ def full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> Ch
 
 
 @torch.no_grad()
+def images_to_look_at(num_images: int, num_tiles: int) -> set[int]:
+    """Numbers of the images that a metric is learnt from, each in so many tiles."""
+    return sample_positions(num_images, max(FEWEST, NEIGHBOURS // num_tiles))
+
+
 def metric_pass(
     net: FocusNet,
     reduction: ChannelReduction,
     batches: Iterable[Tensor],
     device: torch.device,
     num_images: int,
-    offset: int,
+    numbers: Sequence[int],
     seed: int,
     shared: Tensor | None = None,
     in_folds: bool = False,
@@ -113,8 +118,9 @@ def metric_pass(
     """Learns the projection of a `discriminant` reduction; the same on every worker.
 
     Args:
-        batches: this worker's normal images, uint8 (B, H, W, C); tiles count as images.  num_images: of all workers.
-        offset: the number of this worker's first image.
+        batches: this worker's images of those that `images_to_look_at` names, uint8 (B, H, W, C); tiles count as images.
+        num_images: of all workers, whether they are looked at or not.
+        numbers: of the images of the batches, among those of all workers.
         shared: (2, C, C), scatters learnt over other categories, from which the directions are taken instead.
         in_folds: find, beside it, the metrics without a fold of the images each; done where every image is looked at, and
             none is shared.
@@ -123,16 +129,9 @@ def metric_pass(
     """
     net.eval()
     tiles = Tiles.of(net.config)
-    chosen = sample_positions(num_images, max(FEWEST, NEIGHBOURS // tiles.num_tiles))
     size = net.config.image_size_px
     mine = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
-    numbers: list[int] = []
-    position = offset
-    for batch in batches:
-        taken = [n for n in range(len(batch)) if position + n in chosen]
-        mine += [_marked(tiles.cut_batch(batch[n][None])) for n in taken]
-        numbers += [position + n for n in taken]
-        position += len(batch)
+    mine += [_marked(tiles.cut_batch(one)) for batch in batches for one in batch.split(1)]
     own = torch.cat(mine)
     full = full_reduction(reduction, net.backbone.spec.channels).to(device)
     # every worker has all of the chosen images, since defects are made with pieces of others
@@ -166,7 +165,7 @@ def metric_pass(
         for some in torch.arange(len(made)).split(_AT_ONCE):
             scatter.add_defective(embedding[some, :width].float(), owners[some], place[some])
     projection, scatters = scatter.projection(reduction.num_channels, shared)
-    looked_at = len(queries) if tiles.num_tiles == 1 else len(chosen)
+    looked_at = len(queries) if tiles.num_tiles == 1 else len(images) // tiles.num_tiles
     if not in_folds or shared is not None or looked_at < num_images or num_images < 2 * FOLDS:
         return Metric(projection, scatters, known=known)
     return Metric(projection, scatters, scatter.projections_of_folds(reduction.num_channels), tiles.join(bank), known)

@@ -131,25 +131,13 @@ def embedding_statistics(
 
 
 @torch.inference_mode()
-def aligner_pass(
-    net: FocusNet, batches: Iterable[Tensor], device: torch.device, positions: Container[int], offset: int, seed: int
-) -> AlignmentReport | None:
-    """Fits a congealing aligner on the chosen images of all workers, the same on every worker; None without one.
-
-    Args:
-        positions, offset: as `statistics_pass`'s keep_positions and offset.
-    """
+def aligner_pass(net: FocusNet, batches: Iterable[Tensor], device: torch.device, seed: int) -> AlignmentReport | None:
+    """Fits a congealing aligner on the images of all workers, the same on every worker; None without one."""
     aligner = net.image_aligner
     if not isinstance(aligner, CongealingAligner):
         return None
     size = aligner.FINE_PX
-    prepared: list[Tensor] = []
-    position = offset
-    for batch in batches:
-        chosen = [number for number in range(len(batch)) if position + number in positions]
-        if chosen:
-            prepared.append(aligner.prepare(to_images(batch[chosen], device)).cpu())
-        position += len(batch)
+    prepared = [aligner.prepare(to_images(batch, device)).cpu() for batch in batches]
     rows = gather_rows(torch.cat(prepared) if prepared else torch.empty(0, size, size), device)
 
     def fit() -> tuple[AlignmentReport, dict[str, Tensor]]:

@@ -22,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
+from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.ownership import SignOfLife, check_resumable
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.ray_private import remove_working_folders
-from focus_ray.cluster.training import absolute, reason_of
+from focus_ray.cluster.training import absolute
 from focus_ray.config import Config
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.data.shards import Steps, fits_memory
-from focus_ray.data.split import Plan
+from focus_ray.data.split import Split
 from focus_ray.errors import ConfigError, DataError, SweepError
 from focus_ray.fitting.fit import check_ingredients
 from focus_ray.names import unique_name
@@ -42,7 +43,7 @@ from focus_ray.sweep.records import Record
 from focus_ray.sweep.settings import Point, SweepConfig
 from focus_ray.sweep.shared import (
     check_settings,
-    judging_plan,
+    judging_split,
 )
 from focus_ray.sweep.sharing import SharedWork
 from focus_ray.sweep.tune import Log, make_searcher, make_stopper, placement_groups, run_tune
@@ -75,11 +76,11 @@ def sweep(config: SweepConfig, log: Log = lambda message: None) -> Outcome:
     config = config.model_copy(update={"base": base.model_dump(mode="json")})
     root = join(base.storage, str(config.name))
     records.check_free(root)
-    plans = _plans(config, base)
-    _check_points(config, base, plans)
-    fingerprints = {category: plan.fingerprint for category, plan in plans.items()}
+    splits = _splits(config, base)
+    _check_points(config, base, splits)
+    fingerprints = {category: split.fingerprint for category, split in splits.items()}
     log(f"sweep: {root}")
-    return _carry_out(config, base, root, plans, log, lambda: records.claim(root, config, fingerprints))
+    return _carry_out(config, base, root, splits, log, lambda: records.claim(root, config, fingerprints))
 
 
 def resume(place: str, log: Log = lambda message: None) -> Outcome:
@@ -90,13 +91,13 @@ def resume(place: str, log: Log = lambda message: None) -> Outcome:
     root = place if "://" in place else str(Path(place).expanduser().absolute())
     config = records.read_sweep(root)
     base = config.base_config()
-    plans = _plans(config, base)
-    check_resumable(root, {category: plan.fingerprint for category, plan in plans.items()}, SweepError)
+    splits = _splits(config, base)
+    check_resumable(root, {category: split.fingerprint for category, split in splits.items()}, SweepError)
     log(f"sweep: {root}, {len(records.read_records(root))} trials are there")
-    return _carry_out(config, base, root, plans, log, lambda: None)
+    return _carry_out(config, base, root, splits, log, lambda: None)
 
 
-def _plans(config: SweepConfig, base: Config) -> dict[str, Plan]:
+def _splits(config: SweepConfig, base: Config) -> dict[str, Split]:
     """The categories in the order in which they are judged, and which images each trial learns from."""
     there = list_categories(base.data.uri)
     categories = list(base.data.categories or there)
@@ -105,10 +106,10 @@ def _plans(config: SweepConfig, base: Config) -> dict[str, Plan]:
         raise DataError(f"{base.data.uri} has no category {', '.join(unknown)}; it has {', '.join(there)}")
     first = [category for category in config.race.order or () if category in categories]
     ordered = [*first, *(category for category in categories if category not in first)]
-    return {category: judging_plan(base, category, config.objective) for category in ordered}
+    return {category: judging_split(base, category, config.objective) for category in ordered}
 
 
-def _check_points(config: SweepConfig, base: Config, plans: Mapping[str, Plan]) -> None:
+def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]) -> None:
     """What only data and network can tell. Raises: ConfigError, DataError."""
     if config.searcher == "optuna":
         points: Sequence[Point] = [{key: value} for key, domain in config.space.items() for value in domain.samples()]
@@ -126,15 +127,15 @@ def _check_points(config: SweepConfig, base: Config, plans: Mapping[str, Plan]) 
         except ValueError as error:
             where = ", ".join(f"{key}={value!r}" for key, value in point.items())
             raise ConfigError(f"space: at {where}: {error}") from None
-    for category, plan in plans.items():
+    for category, split in splits.items():
         try:
-            Steps.agree(len(plan.fit_rows), base.cluster.num_workers, base.train.batch_size_per_worker)
+            Steps.agree(split.num_fit, base.cluster.num_workers, base.train.batch_size_per_worker)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
 
 
 def _carry_out(
-    config: SweepConfig, base: Config, root: str, plans: dict[str, Plan], log: Log, claim: Callable[[], None]
+    config: SweepConfig, base: Config, root: str, splits: dict[str, Split], log: Log, claim: Callable[[], None]
 ) -> Outcome:
     """claim: makes the folder this sweep's, once the cluster is known to be able to run it."""
     from focus_ray.sweep.report import write_report
@@ -144,7 +145,7 @@ def _carry_out(
 
     try:
         trains = config.max_epochs > 0
-        streams = trains and any(not fits_memory(base, plan) for plan in plans.values())
+        streams = trains and any(not fits_memory(base, split) for split in splits.values())
         limit = concurrent_runs(
             base.cluster,
             private,
@@ -154,9 +155,9 @@ def _carry_out(
             limit=config.max_concurrent_trials,
             prefix="base.",
         )
-        probe_nodes([join(base.data.uri, f"category={c}", COMMIT_NAME) for c in plans], [root])
+        probe_nodes([join(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
         claim()
-        state = _run(_Driver(config, base, root, plans, streams, log), limit)
+        state = _run(_Driver(config, base, root, splits, streams, log), limit)
     finally:
         if private:
             ray.shutdown()
@@ -178,7 +179,7 @@ def _run(driver: _Driver, limit: int) -> str:
     try:
         with driver.signals():
             driver.shared.make()
-            for stage in [None] if driver.config.scope == "all_categories" else list(driver.plans):
+            for stage in [None] if driver.config.scope == "all_categories" else list(driver.splits):
                 if not driver.stopping.is_set():
                     driver.run_stage(stage, limit)
         state = "stopped" if driver.stopping.is_set() else "finished"
@@ -198,17 +199,17 @@ class _Driver:
         config: SweepConfig,
         base: Config,
         root: str,
-        plans: dict[str, Plan],
+        splits: dict[str, Split],
         streams: bool,
         log: Log,
     ) -> None:
         import ray
 
-        self.config, self.base, self.root, self.plans, self.log = config, base, root, plans, log
+        self.config, self.base, self.root, self.splits, self.log = config, base, root, splits, log
         self.streams = streams
         self.stopping = threading.Event()
         self.use_gpu = uses_gpu(base.cluster)
-        self.shared = SharedWork(config, base, plans, self.use_gpu, self.stopping, log)
+        self.shared = SharedWork(config, base, splits, self.use_gpu, self.stopping, log)
         self.judge: Any = None
         self.experiment = f"{config.name}-{uuid.uuid4().hex[:6]}"  # Tune's own files, gone at the end
         self.scratch = tempfile.mkdtemp(prefix="focus-ray-sweep-")
@@ -267,7 +268,7 @@ class _Driver:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        categories = list(self.plans) if stage is None else [stage]
+        categories = list(self.splits) if stage is None else [stage]
         proposer = Proposer(self.config)
         max_epochs = self.config.max_epochs
         done = [r for r in records.read_records(self.root) if r.stage == stage and r.status in records.DONE]
@@ -290,7 +291,7 @@ class _Driver:
             sweep=self.config,
             reference=self.shared.reference(),
             stage=stage,
-            plans={category: self.plans[category] for category in categories},
+            splits={category: self.splits[category] for category in categories},
             root=self.root,
             use_gpu=self.use_gpu,
             images=self.shared.images,

@@ -20,7 +20,7 @@ from focus_ray.config import Config
 from focus_ray.data.images import decode_batch, decode_mask
 from focus_ray.data.read import decoded_rows, iter_test_records, read_index
 from focus_ray.data.shards import MemoryShard
-from focus_ray.data.split import Plan, plan_category
+from focus_ray.data.split import Plan, Split, split_category
 from focus_ray.errors import DataError
 from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE, validation_images
 from focus_ray.fitting.distributed import world_size
@@ -74,12 +74,12 @@ class Features:
     uid: str
 
 
-def judging_plan(config: Config, category: str, objective: Objective) -> Plan:
-    """`plan_category`, with images held out to be judged on where the objective needs them. Raises: DataError."""
+def judging_split(config: Config, category: str, objective: Objective) -> Split:
+    """`split_category`, with images held out to be judged on where the objective needs them. Raises: DataError."""
     if objective == "validation":
         selection = config.selection.model_copy(update={"enabled": True})
         config = config.model_copy(update={"selection": selection})
-    return plan_category(config, category)
+    return split_category(config, category)
 
 
 def load_images(config: Config, category: str, plan: Plan, objective: Objective, size_px: int) -> CategoryImages:
@@ -92,7 +92,7 @@ def load_images(config: Config, category: str, plan: Plan, objective: Objective,
     Raises: DataError: images cannot be read, or there is nothing to judge on.
     """
 
-    def decode(rows: Sequence[int], at: int) -> NDArray[np.uint8]:
+    def decode(rows: Sequence[int] | NDArray[np.int64], at: int) -> NDArray[np.uint8]:
         return np.concatenate([np.empty((0, at, at, 3), np.uint8), *decoded_rows(config.data.uri, category, rows, at)])
 
     reference_px = config.model.image_size_px
@@ -108,24 +108,24 @@ def load_images(config: Config, category: str, plan: Plan, objective: Objective,
     return CategoryImages(decode(plan.fit_rows, size_px), decode(plan.validation_rows, size_px), judged)
 
 
-def num_bytes_of_images(config: Config, category: str, plan: Plan, objective: Objective, size_px: int) -> int:
+def num_bytes_of_images(config: Config, split: Split, objective: Objective, size_px: int) -> int:
     """What `load_images` will take."""
-    rows = len(plan.fit_rows) + len(plan.validation_rows)
-    return (rows * 3 + num_judged(config, category, plan, objective) * 4) * size_px**2
+    rows = split.num_fit + split.num_validation
+    return (rows * 3 + num_judged(config, split, objective) * 4) * size_px**2
 
 
-def num_bytes_of_features(config: Config, category: str, plan: Plan, objective: Objective) -> int:
+def num_bytes_of_features(config: Config, split: Split, objective: Objective) -> int:
     """What `embed_images` will give."""
     size = config.model.image_size_px
     channels = BACKBONES[config.model.backbone].channels
     each = sum(count * (size // stride) ** 2 for count, stride in zip(channels, STRIDES, strict=True)) * 4
-    return (len(plan.fit_rows) + num_judged(config, category, plan, objective)) * each
+    return (split.num_fit + num_judged(config, split, objective)) * each
 
 
-def num_judged(config: Config, category: str, plan: Plan, objective: Objective) -> int:
+def num_judged(config: Config, split: Split, objective: Objective) -> int:
     if objective == "validation":
-        return len(plan.validation_rows) * (1 + DEFECTS_PER_IMAGE)
-    return int(read_index(config.data.uri, category, split="test").num_rows)
+        return split.num_validation * (1 + DEFECTS_PER_IMAGE)
+    return int(read_index(config.data.uri, split.category, split="test").num_rows)
 
 
 def features_key(config: Config, category: str) -> str | None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from focus_ray.cluster.connect import resources_per_worker
-from focus_ray.cluster.training import reason_of
+from focus_ray.cluster.failures import reason_of
 from focus_ray.config import Config
 from focus_ray.data.shards import fits_memory
-from focus_ray.data.split import Plan
+from focus_ray.data.split import Split
 from focus_ray.errors import DataError
 from focus_ray.names import Log
 from focus_ray.sweep.settings import Point, SweepConfig, grid_points, value_of
@@ -28,12 +28,12 @@ class SharedWork:
         self,
         config: SweepConfig,
         base: Config,
-        plans: Mapping[str, Plan],
+        splits: Mapping[str, Split],
         use_gpu: bool,
         stopping: threading.Event,
         log: Log,
     ) -> None:
-        self.config, self.base, self.plans, self.use_gpu = config, base, plans, use_gpu
+        self.config, self.base, self.splits, self.use_gpu = config, base, splits, use_gpu
         self.stopping, self.log = stopping, log
         self.images: dict[tuple[str, int], Any] = {}
         self.features: dict[str, Any] = {}
@@ -53,28 +53,27 @@ class SharedWork:
         budget = self._budget()
         ends: dict[Any, Any] = {}  # of each piece of work: a small result that is there once it is
         sizes = self._values("model.image_size_px")
-        planned = {(category, size) for category in self.plans for size in sizes}
+        planned = {(category, size) for category in self.splits for size in sizes}
         for category, size in sorted(planned):
             config = self._sized(size)
-            if not fits_memory(config, self.plans[category]):
+            if not fits_memory(config, self.splits[category]):
                 self.log(f"shared work: {category} is over data.memory_budget_mb: every trial streams it")
                 continue
-            needed = num_bytes_of_images(config, category, self.plans[category], self.config.objective, size)
+            needed = num_bytes_of_images(config, self.splits[category], self.config.objective, size)
             if needed > budget:
                 self.log(_too_large(f"decoded images of {category} at {size} px", needed, budget))
                 continue
             budget -= needed
             task = ray.remote(num_returns=2, **self._asked(gpu=False))(load_task)
-            plan = self.plans[category]
             self.images[category, size], ends[category, size] = task.remote(
-                self.reference(), category, plan, self.config.objective, size
+                self.reference(), self.splits[category], self.config.objective, size
             )
             self.log(f"shared work: decoding {category} at {size} px, {needed / 2**20:.0f} MiB")
         for key, (config, category) in self._shareable().items():
             size = config.model.image_size_px
             if (category, size) not in self.images:
                 continue
-            needed = num_bytes_of_features(config, category, self.plans[category], self.config.objective)
+            needed = num_bytes_of_features(config, self.splits[category], self.config.objective)
             if needed > budget:
                 self.log(_too_large(f"features of {category}", needed, budget))
                 continue
@@ -132,7 +131,7 @@ class SharedWork:
         found: dict[str, tuple[Config, str]] = {}
         for point in points:
             config = self.config.base_config(point)
-            for category in self.plans:
+            for category in self.splits:
                 key = features_key(config, category)
                 if key is not None:
                     found[key] = (config, category)

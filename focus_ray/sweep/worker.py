@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.streams import worker_stream
-from focus_ray.cluster.training import TrainerJob, data_parallel, make_trainer, reason_of
+from focus_ray.cluster.training import TrainerJob, data_parallel, make_trainer
 from focus_ray.config import Config
 from focus_ray.data.shards import Shard, StreamShard, build_shard, fits_memory
-from focus_ray.data.split import Plan
+from focus_ray.data.split import NO_ROWS, Plan, Split
 from focus_ray.storage import join, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.records import Record
@@ -34,7 +35,7 @@ class StageJob:
     """What every trial of a stage is told; crosses to them as it is.
 
     sweep: as the driver validated it.  reference: the base at the largest size of all trials.
-    stage: the category that is searched for; None for all.  plans: of the categories, in the order in which they are judged.
+    stage: the category that is searched for; None for all.  splits: of the categories, in the order in which they are judged.
     images: (category, size) -> reference to `CategoryImages`.  features: key -> reference to `Features`.
     judge: handle of the actor that hears every score.
     """
@@ -42,7 +43,7 @@ class StageJob:
     sweep: SweepConfig
     reference: Config
     stage: str | None
-    plans: Mapping[str, Plan]
+    splits: Mapping[str, Split]
     root: str
     use_gpu: bool
     images: Mapping[tuple[str, int], Any]
@@ -63,11 +64,9 @@ class TrialJob(TrainerJob):
     features: Any
 
 
-def load_task(
-    config: Config, category: str, plan: Plan, objective: Objective, size_px: int
-) -> tuple[CategoryImages, None]:
+def load_task(config: Config, split: Split, objective: Objective, size_px: int) -> tuple[CategoryImages, None]:
     """The second value tells the driver that the first is there, or what failed, without moving it."""
-    return load_images(config, category, plan, objective, size_px), None
+    return load_images(config, split.category, split.plan(config), objective, size_px), None
 
 
 def embed_task(config: Config, images: CategoryImages) -> tuple[Features, None]:
@@ -89,12 +88,10 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
         settings = job.sweep.base_config(point)
         if not job.sweep.share_work:
             forget()
-        for category, plan in job.plans.items():
+        for category, split in job.splits.items():
             images = job.images.get((category, settings.model.image_size_px))
             features = job.features.get(features_key(settings, category) or "")
-            found[category] = _judge_in_trial(
-                TrialJob(settings, category, plan, job.use_gpu, number, job, images, features)
-            )
+            found[category] = _judge_in_trial(TrialJob(settings, split, job.use_gpu, number, job, images, features))
             if found[category].cut is not None:
                 break
     except Exception as error:  # of this point alone: it is recorded, and the other trials go on
@@ -118,7 +115,7 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
         time.time(),
     )
     records.write_record(job.root, record)
-    steps = steps_of(record, list(job.plans), 1 if failure else job.sweep.max_epochs)
+    steps = steps_of(record, list(job.splits), 1 if failure else job.sweep.max_epochs)
     score = math.nan if record.score is None else record.score
     # as text: Tune hands searchers flattened results
     tune.report({"score": score, "told": json.dumps({"record": dataclasses.asdict(record), "steps": steps})})
@@ -126,7 +123,7 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
 
 def _judge_in_trial(job: TrialJob) -> Judgement:
     """One category, in this process or by workers of Ray Train."""
-    streams = job.config.train.epochs > 0 and not fits_memory(job.config, job.plan)
+    streams = job.config.train.epochs > 0 and not fits_memory(job.config, job.split)
     if job.config.cluster.num_workers == 1 and not streams:
         return _judge_work(job, torch.device("cuda" if job.use_gpu else "cpu"))
     scratch = join(job.stage.root, "scratch")
@@ -158,13 +155,13 @@ def _judge_work(
 ) -> Judgement:
     import ray
 
-    settings, plan, stage = job.config, job.plan, job.stage
+    settings, stage = job.config, job.stage
     objective = stage.sweep.objective
     images: CategoryImages | None = _shared(job.images)
     features: Features | None = _shared(job.features) if num_workers == 1 and images is not None else None
     shard: Shard | None = None
     if images is None:
-        shard, loaded = own_share(settings, job.category, plan, rank, num_workers)
+        shard, loaded = own_share(settings, job.category, job.split.plan(settings), rank, num_workers)
         images = load_images(stage.reference, job.category, loaded, objective, settings.model.image_size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
@@ -177,7 +174,7 @@ def _judge_work(
         images,
         objective,
         device,
-        num_images=len(plan.fit_rows),
+        num_images=job.split.num_fit,
         features=features,
         rank=rank,
         wrap=wrap,
@@ -193,12 +190,12 @@ def own_share(settings: Config, category: str, plan: Plan, rank: int, num_worker
 
     A single worker reads its images with the others, and its shard is None; one of several reads its own part alone.
     """
-    rest = dataclasses.replace(plan, fit_rows=(), folds=())
+    rest = dataclasses.replace(plan, fit_rows=NO_ROWS, folds=NO_ROWS)
     if settings.train.epochs and not fits_memory(settings, plan):
         return StreamShard(settings, category, plan.share(rank, num_workers), worker_stream), rest
     if num_workers == 1:
         return None, plan
-    return build_shard(settings, category, dataclasses.replace(plan, holdout_rows=()), rank, num_workers), rest
+    return build_shard(settings, category, dataclasses.replace(plan, holdout_rows=NO_ROWS), rank, num_workers), rest
 
 
 def _shared(reference: Any) -> Any:

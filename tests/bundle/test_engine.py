@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from small_set import ingest_parts, make_bundle, small_config
 
-from focus_ray.bundle.bundle import read_bundle, short_hash
+from focus_ray.bundle.bundle import read_bundle
+from focus_ray.data.split import short_hash
 from focus_ray.bundle.engine import TOLERANCE
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import main
