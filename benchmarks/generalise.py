@@ -36,8 +36,7 @@ def few(plan: Plan, shots: int | None) -> Plan:
     if shots is None or shots >= len(plan.fit_rows):
         return plan
     chosen = sorted(sample_positions(len(plan.fit_rows), shots))
-    rows = tuple(plan.fit_rows[place] for place in chosen)
-    return dataclasses.replace(plan, fit_rows=rows, folds=tuple(plan.folds[place] for place in chosen))
+    return dataclasses.replace(plan, fit_rows=plan.fit_rows[chosen], folds=plan.folds[chosen])
 
 
 def measure(

@@ -160,7 +160,7 @@ def ways(config: Config, category: str, rows: Sequence[int], where: str) -> dict
     uri, train = config.data.uri, config.train
     kept = build_shard(config, category, plan, 0, 1)
     unkept = config.model_copy(update={"data": config.data.model_copy(update={"memory_budget_mb": 0.0})})
-    streamed = build_shard(unkept, category, plan, 0, 1, local_stream(unkept, category, plan.fit_rows))
+    streamed = build_shard(unkept, category, plan, 0, 1, local_stream(unkept, category, plan))
     steps = Steps.agree(len(plan.fit_rows), 1, train.batch_size_per_worker)
 
     def epoch(shard: Any) -> int:

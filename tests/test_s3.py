@@ -71,7 +71,10 @@ def test_ingesting_again_leaves_an_unchanged_category_and_replaces_a_changed_one
     with filesystem.open_input_file(f"{path}/category=bolt/_commit.json") as stream:
         commit = json.loads(stream.read())
     named = {commit["index"]["name"], *(entry["name"] for entry in commit["files"])}
-    assert {info.base_name for info in files} == {"_commit.json", *named}
+    dropped = {entry["name"] for entry in commit["dropped"]}
+    versions = {info.base_name for info in files if "/_commits/" in info.path}
+    assert (len(named), len(dropped), len(versions)) == (2, 2, 2)
+    assert {info.base_name for info in files} == {"_commit.json", *named, *dropped, *versions}
 
 
 def test_an_identity_that_may_only_read_reads_and_is_told_that_it_may_not_write(

@@ -66,7 +66,7 @@ def make_bundle(
         log = _say_nothing
     log(f"reading {split.num_images} images")
     plan = split.plan(config)
-    stream = stream or local_stream(config, category, plan.fit_rows, num_threads)
+    stream = stream or local_stream(config, category, plan, num_threads)
     shard = build_shard(config, category, plan, rank, num_workers, stream, num_threads)
     loading = time.perf_counter() - start
     result = fit(

@@ -32,25 +32,39 @@ def list_categories(uri: str | Path) -> list[str]:
     return names
 
 
-def read_index(uri: str | Path, category: str, split: str | None = None) -> pa.Table:
+_VERSION = b"focus_ray.version"  # in the metadata of what `read_index` gives
+
+
+def data_version(uri: str | Path, category: str) -> str:
+    """Name of the version of a category that is current. Raises: DataError: no such data set or category."""
+    return open_store(uri).need_commit(category)["run_id"]
+
+
+def index_version(table: pa.Table) -> str:
+    """Name of the version that `read_index` read, for `read_rows`: row numbers hold within one version."""
+    return str(table.schema.metadata[_VERSION].decode())
+
+
+def read_index(uri: str | Path, category: str, split: str | None = None, version: str | None = None) -> pa.Table:
     """The light columns of a category, in row order, without images and masks.
 
     One object, the index, however many part files there are; of a category whose commit names none, every part file.
 
-    Args: split: train or test; None takes both.
+    Args: split: train or test; None takes both.  version: as `data_version` names it; None takes the current one.
 
-    Returns: ``INDEX_COLUMNS`` and ``row`` (int64), the row's number in the category, for ``read_rows``.
+    Returns: ``INDEX_COLUMNS`` and ``row`` (int64), the row's number in this version of the category, for ``read_rows``;
+        `index_version` tells which version.
 
-    Raises: DataError: no such data set, category or split; a damaged index or part file.
+    Raises: DataError: no such data set, category or split; a version that is gone; a damaged index or part file.
     """
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     store = open_store(uri)
-    commit = store.need_commit(category)
+    commit = store.need_commit(category, version)
     table = store.index(category, commit)
     if table is None:
         table = _index_of_parts(store, category, commit)
-    table = table.replace_schema_metadata(None)
+    table = table.replace_schema_metadata({_VERSION: commit["run_id"]})
     table = table.append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int64)))
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
@@ -76,23 +90,25 @@ def read_rows(
     category: str,
     row_numbers: Sequence[int] | np.ndarray[Any, Any],
     columns: Sequence[str] = ("id", "label", "image", "mask"),
+    version: str | None = None,
 ) -> Iterator[Row]:
     """Rows by number, reading only the row groups that hold them and holding one of them at a time.
 
     Args:
         row_numbers: strictly ascending, as ``read_index`` gives them in ``row``.
         columns: of ``SCHEMA``.
+        version: that the numbers are of, as `index_version` tells; None takes the current one.
 
     Yields: a dict of Python values for each number, in their order.
 
     Raises: DataError, at the call and not at the first row: an unknown column, numbers out of order or out of range,
-        no such category. While reading: a part file that is gone or damaged.
+        no such category, a version that is gone. While reading: a part file that is gone or damaged.
     """
     unknown = [name for name in columns if name not in SCHEMA.names]
     if unknown:
         raise DataError(f"no column {', '.join(unknown)}; there are: {', '.join(SCHEMA.names)}")
     store = open_store(uri)
-    commit = store.need_commit(category)
+    commit = store.need_commit(category, version)
     numbers = np.asarray(row_numbers, dtype=np.int64)
     if numbers.ndim != 1 or (np.diff(numbers) <= 0).any():
         raise DataError("row numbers must be a flat list in strictly ascending order: sort them and drop repeats")
@@ -148,14 +164,15 @@ def decoded_rows(
     size: int | Frame,
     batch_size: int = READ_ROWS,
     num_threads: int = 1,
+    version: str | None = None,
 ) -> Iterator[np.ndarray[Any, Any]]:
     """uint8 (B, H, W, 3 or 4) of the given rows, in order, as `decode_batch` gives them.
 
     Read and decoded ahead of who asks for them: up to four batches lie in memory.
 
-    Args: num_threads: that decode.
+    Args: num_threads: that decode.  version: as of `read_rows`.
     """
-    records = read_rows(uri, category, rows, columns=("image",))
+    records = read_rows(uri, category, rows, columns=("image",), version=version)
 
     def batches() -> Iterator[np.ndarray[Any, Any]]:
         while batch := [record["image"] for record in itertools.islice(records, batch_size)]:
@@ -169,5 +186,5 @@ TEST_COLUMNS = ("id", "image", "mask", "label", "defect_type", "width", "height"
 
 def iter_test_records(uri: str, category: str) -> Iterable[Row]:
     """The labelled test images of a category, as `Inspector.evaluate` takes them."""
-    rows = read_index(uri, category, split="test")["row"].to_numpy()
-    return read_rows(uri, category, rows, columns=TEST_COLUMNS)
+    index = read_index(uri, category, split="test")
+    return read_rows(uri, category, index["row"].to_numpy(), columns=TEST_COLUMNS, version=index_version(index))

@@ -126,18 +126,17 @@ def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.
         order = order[batch_size:]
 
 
-def local_stream(config: Config, category: str, rows: NDArray[np.int64], num_threads: int = 1) -> Stream:
-    """Shuffled batches of these rows, decoded anew at every call: in random order within random groups of rows."""
+def local_stream(config: Config, category: str, plan: Plan, num_threads: int = 1) -> Stream:
+    """Shuffled batches of the rows that train, decoded anew at every call: in random order within random groups of rows."""
     frame = frame_of(config, category)
 
     def batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         rng = np.random.default_rng(seed)
-        order = rng.permutation(rows)
+        order = rng.permutation(plan.fit_rows)
         for start in range(0, len(order), _GROUP_ROWS):
             group = np.sort(order[start : start + _GROUP_ROWS])
-            images = np.concatenate(
-                list(decoded_rows(config.data.uri, category, group, frame, num_threads=num_threads))
-            )
+            rows = decoded_rows(config.data.uri, category, group, frame, num_threads=num_threads, version=plan.version)
+            images = np.concatenate(list(rows))
             places = rng.permutation(len(images))
             for first in range(0, len(images), batch_size):
                 yield {"image": images[places[first : first + batch_size]]}
@@ -197,9 +196,8 @@ class StreamShard:
         return len(self.share.holdout_rows)
 
     def _read(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
-        for images in decoded_rows(
-            self.config.data.uri, self.category, rows, self.frame, self.batch_size, self.num_threads
-        ):
+        uri, version = self.config.data.uri, self.share.version
+        for images in decoded_rows(uri, self.category, rows, self.frame, self.batch_size, self.num_threads, version):
             yield torch.from_numpy(images)
 
 
@@ -231,7 +229,8 @@ def build_shard(
     def load(numbers: NDArray[np.int64]) -> Tensor:
         images = torch.empty(len(numbers), *frame.shape, dtype=torch.uint8)
         done = 0
-        for batch in decoded_rows(config.data.uri, category, numbers, frame, num_threads=num_threads):
+        uri, version = config.data.uri, plan.version
+        for batch in decoded_rows(uri, category, numbers, frame, num_threads=num_threads, version=version):
             images[done : done + len(batch)] = torch.from_numpy(batch)
             done += len(batch)
         return images

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from focus_ray.config import Config
-from focus_ray.data.read import index_fingerprint, read_index
+from focus_ray.data.read import index_fingerprint, index_version, read_index
 from focus_ray.errors import DataError
 
 # held-out images above the threshold, as many as that: its false alarm rate is then between 0.4 and 1.8 times the target (90 %)
@@ -30,7 +30,7 @@ class Split:
     """The rule of one category, small enough to be sent to any number of workers.
 
     Attributes:
-        fingerprint: of the whole category's data.
+        fingerprint, version: of the whole category's data; the version's rows stay readable beside later ones.
         num_fit, num_validation, num_holdout: images of each part.
         validation_from, fit_from: keys, hex. Below the first an image calibrates, below the second it validates, and else it
             trains.
@@ -39,6 +39,7 @@ class Split:
     category: str
     seed: int
     fingerprint: str
+    version: str
     num_fit: int
     num_validation: int
     num_holdout: int
@@ -56,13 +57,8 @@ class Split:
         return "holdout" if key < self.validation_from else "validation" if key < self.fit_from else "fit"
 
     def plan(self, config: Config) -> Plan:
-        """The rows, from the category's index. Raises: DataError: the images are not those that the rule was made for."""
-        table = read_index(config.data.uri, self.category)
-        if index_fingerprint(table) != self.fingerprint:
-            raise DataError(
-                f"{config.data.uri}: the images of {self.category!r} have changed since the run began, and its results would be "
-                "of two sets: start anew under another name, or bring the former data set back"
-            )
+        """The rows, from the category's index. Raises: DataError: the version that the rule was made for is gone."""
+        table = read_index(config.data.uri, self.category, version=self.version)
         return _rows_of(self, _normal_images(table, self.seed), config.calibration.num_folds)
 
 
@@ -70,8 +66,9 @@ class Split:
 class Plan:
     """The rows that a rule gives, or a worker's share of them.
 
-    fit_rows, validation_rows, holdout_rows: int64, ascending row numbers.  folds: of the fit rows, for cross calibration.
-    fingerprint: of the whole category's data.  fit_hashes: of the fit and validation rows, `short_hash`, int64, sorted.
+    fit_rows, validation_rows, holdout_rows: int64, ascending row numbers in the version of the data.
+    folds: of the fit rows, for cross calibration.  fingerprint, version: of the whole category's data.
+    fit_hashes: of the fit and validation rows, `short_hash`, int64, sorted.
     """
 
     fit_rows: NDArray[np.int64]
@@ -79,6 +76,7 @@ class Plan:
     validation_rows: NDArray[np.int64]
     holdout_rows: NDArray[np.int64]
     fingerprint: str
+    version: str | None = None
     fit_hashes: NDArray[np.int64] = field(default_factory=lambda: NO_ROWS)
 
     @property
@@ -98,6 +96,7 @@ class Plan:
             part(self.validation_rows),
             part(self.holdout_rows),
             self.fingerprint,
+            self.version,
         )
 
 
@@ -168,6 +167,7 @@ def _split(config: Config, category: str) -> tuple[Split, _NormalImages]:
             category,
             config.train.seed,
             index_fingerprint(table),
+            index_version(table),
             num_fit=count - below[1],
             num_validation=below[1] - below[0],
             num_holdout=below[0],
@@ -189,6 +189,7 @@ def _rows_of(split: Split, images: _NormalImages, num_folds: int) -> Plan:
         validation_rows=images.rows[(place >= first) & (place < kept)],
         holdout_rows=images.rows[place < first],
         fingerprint=split.fingerprint,
+        version=split.version,
         fit_hashes=np.sort(np.array(hashes, dtype=np.int64)),
     )
 

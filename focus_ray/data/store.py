@@ -2,8 +2,9 @@
 
 One category is one folder, ``<root>/category=<name>/``, with part files, an index of their light columns, and
 ``_commit.json``, which names the files that count. It is replaced as a whole, so a reader sees the old data or the new
-and never a mixture; a run that dies leaves the old. docs/DATA.md has the schema, the folder shapes and what becomes of
-odd files.
+and never a mixture; a run that dies leaves the old. Every commit is kept beside, ``_commits/<run_id>.json``: a version that
+was replaced stays readable, with its files, for a day. docs/DATA.md has the schema, the folder shapes and what becomes of odd
+files.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from focus_ray.storage import open_filesystem, open_input, read_file, storage_er
 MAX_ROW_GROUP_ROWS, MIN_ROW_GROUP_ROWS = 256, 64
 ROW_GROUP_BYTES, MAX_ROW_GROUP_BYTES = 16 << 20, 64 << 20
 FILE_BYTES = 64 << 20  # a part file takes no more row groups from here on
-# Files that no commit names are leftovers of a dead run, unless another run is just writing them.
+# A version that was replaced stays this long for those who read it. Files that no commit names are leftovers of a dead run once
+# they are as old: a younger one may belong to a run that is just writing it.
 STALE_AFTER = timedelta(hours=24)
+VERSIONS = "_commits"  # in a category's folder
 
 
 class PartEntry(TypedDict):
@@ -49,15 +52,23 @@ class IndexEntry(TypedDict):
     sha256: str  # of its bytes
 
 
+class DroppedEntry(TypedDict):
+    """A file of a former version that the commit no longer names, and since when."""
+
+    name: str
+    at: str  # ISO 8601, UTC
+
+
 class Commit(TypedDict):
-    """What `_commit.json` holds."""
+    """What `_commit.json` and `_commits/<run_id>.json` hold."""
 
     schema_version: int
     category: str
-    run_id: str
+    run_id: str  # the version's name
     created: str  # ISO 8601, UTC
     files: list[PartEntry]
     index: IndexEntry | None
+    dropped: list[DroppedEntry]  # still there for readers of former versions
     num_rows: int
     source_fingerprint: str
     counts: dict[str, int]  # of `CategoryReport`
@@ -88,9 +99,34 @@ class Store:
             commits = self.filesystem.get_file_info([f"{self.folder(name)}/{COMMIT_NAME}" for name in names])
         return sorted(name for name, info in zip(names, commits, strict=True) if info.type == fs.FileType.File)
 
-    def commit(self, category: str) -> Commit | None:
-        """The category's commit; None where it has none. Raises: DataError: damaged, or of another schema version."""
+    def commit(self, category: str, version: str | None = None) -> Commit | None:
+        """The category's commit; None where it has none.
+
+        Args: version: the `run_id` of a commit; None takes the current one.
+
+        Raises: DataError: damaged, or of another schema version; the version is gone.
+        """
         path = f"{self.folder(category)}/{COMMIT_NAME}"
+        if version is None:
+            return self._read_commit(category, path)
+        kept = self._read_commit(category, self._version_path(category, version))
+        if kept is not None:
+            return kept
+        current = self._read_commit(category, path)
+        if current is not None and current["run_id"] == version:  # published by a program that kept no versions
+            return current
+        there = f"it is now {current['run_id']}" if current else "the category is not there any more"
+        raise DataError(
+            f"{self.uri}: category {category!r} has no version {version!r}: {there}. A version that was replaced stays for "
+            f"{STALE_AFTER.total_seconds() / 3600:g} hours: read the index again and start over"
+        )
+
+    def _version_path(self, category: str, version: str) -> str:
+        if not version.isalnum():
+            raise DataError(f"{self.uri}: version {version!r}: expected one that `data_version` gave")
+        return f"{self.folder(category)}/{VERSIONS}/{version}.json"
+
+    def _read_commit(self, category: str, path: str) -> Commit | None:
         with self.errors("read the commit file", path):
             data = read_file(self.filesystem, path)
         if data is None:
@@ -99,10 +135,11 @@ class Store:
             commit = json.loads(data)
             version = commit["schema_version"]
             if version == SCHEMA_VERSION:
-                for key in ("files", "num_rows", "source_fingerprint", "counts"):
+                for key in ("files", "run_id", "num_rows", "source_fingerprint", "counts"):
                     commit[key]
                 if commit.setdefault("index", None) is not None:
                     commit["index"]["name"], commit["index"]["sha256"]
+                commit.setdefault("dropped", [])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.uri}: {path}: not a commit file ({error}): remove it and ingest again") from error
         if version != SCHEMA_VERSION:
@@ -112,8 +149,9 @@ class Store:
             )
         return cast(Commit, commit)
 
-    def need_commit(self, category: str) -> Commit:
-        commit = self.commit(category)
+    def need_commit(self, category: str, version: str | None = None) -> Commit:
+        """`commit`. Raises: DataError: there is none."""
+        commit = self.commit(category, version)
         if commit is None:
             names = self.categories()
             if not names:
@@ -204,21 +242,42 @@ class Store:
             raise
         former = self.commit(category)
         self.write_rejects(category, rejects)
+        now = datetime.now(timezone.utc)
         commit: Commit = {
             "schema_version": SCHEMA_VERSION,
             "category": category,
             "run_id": run_id,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "created": now.isoformat(timespec="seconds"),
             "files": files,
             "index": index,
+            "dropped": [],
             "num_rows": sum(sum(item["row_group_rows"]) for item in files),
             "source_fingerprint": source_fingerprint,
             "counts": counts,
         }
+        self._make_current(commit, former, now)
+
+    def _make_current(self, commit: Commit, former: Commit | None, now: datetime) -> None:
+        """Writes the commit, as a version and as the current one, then removes what has been replaced for long enough."""
+        category, folder = commit["category"], self.folder(commit["category"])
+        limit = now - STALE_AFTER
+        if former:
+            gone = sorted(_named(former) - _named(commit))
+            commit["dropped"] = [item for item in former["dropped"] if _when(item) >= limit]
+            commit["dropped"] += [{"name": name, "at": now.isoformat()} for name in gone]
+        with self.errors("list the category's files", folder):
+            found = self.filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        there = {info.path[len(folder) + 1 :]: info for info in found if info.is_file}
+        versions = [commit]
+        if former and f"{VERSIONS}/{former['run_id']}.json" not in there:  # by a program that kept no versions
+            versions.append(former)
         # From here on parts and index stay whatever happens: a commit whose answer was lost may still have been made.
-        with self.errors("write the commit file", f"{folder}/{COMMIT_NAME}"):
-            write_file(self.filesystem, f"{folder}/{COMMIT_NAME}", json.dumps(commit, indent=1).encode())
-        self._remove_unreferenced(folder, commit, former)
+        places = [(self._version_path(category, item["run_id"]), item) for item in versions]
+        for path, item in [*places, (f"{folder}/{COMMIT_NAME}", commit)]:
+            with self.errors("write the commit file", path):
+                write_file(self.filesystem, path, json.dumps(item, indent=1).encode())
+        kept = {former["run_id"] if former else "", commit["run_id"]}
+        self._remove(f"{folder}/{name}" for name in _stale(there, commit, kept, limit))
 
     def _write_part(self, path: str, groups: Iterator[pa.Table], entry: PartEntry) -> None:
         num_bytes = 0
@@ -256,18 +315,6 @@ class Store:
             except OSError:  # an unnamed file harms nobody, and the next run tries again
                 continue
 
-    def _remove_unreferenced(self, folder: str, commit: Commit, former: Commit | None) -> None:
-        current = _named(commit)
-        replaced = _named(former) if former else set()
-        with self.errors("list part files", folder):
-            found = self.filesystem.get_file_info(fs.FileSelector(folder))
-        limit = datetime.now(timezone.utc) - STALE_AFTER
-        for info in found:
-            name = info.base_name
-            leftover = name.startswith(("part-", "_index-", ".tmp-")) and info.mtime is not None and info.mtime < limit
-            if name not in current and (name in replaced or leftover):
-                self._remove([f"{folder}/{name}"])
-
     def write_rejects(self, category: str, rejects: Sequence[Reject]) -> None:
         path = self._rejects_path(category)
         with self.errors("write the rejects", path):
@@ -294,6 +341,29 @@ class Store:
 def _named(commit: Commit) -> set[str]:
     """Names of the files that count."""
     return {item["name"] for item in [*commit["files"], *([commit["index"]] if commit["index"] else [])]}
+
+
+def _when(item: DroppedEntry) -> datetime:
+    return datetime.fromisoformat(item["at"])
+
+
+def _stale(there: dict[str, fs.FileInfo], commit: Commit, kept: set[str], limit: datetime) -> list[str]:
+    """Which of the files that are there nobody can be reading or writing any more: path in the category's folder.
+
+    Args: there: as they were before the commit.  kept: versions that stay in any case: the current and the last one.
+    """
+    named = _named(commit) | {item["name"] for item in commit["dropped"]}
+    leftovers = [
+        path
+        for path, info in there.items()
+        if path.rpartition("/")[2].startswith(("part-", "_index-", ".tmp-"))
+        and path not in named
+        and info.mtime < limit
+    ]
+    # a version is replaced by the next younger one: it goes when that one is old enough
+    versions = sorted((info.mtime, path) for path, info in there.items() if path.startswith(f"{VERSIONS}/"))
+    replaced = [path for (_, path), (at, _) in itertools.pairwise(versions) if at < limit]
+    return leftovers + [path for path in replaced if path.rpartition("/")[2].removesuffix(".json") not in kept]
 
 
 def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:

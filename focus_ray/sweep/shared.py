@@ -93,7 +93,12 @@ def load_images(config: Config, category: str, plan: Plan, objective: Objective,
     """
 
     def decode(rows: Sequence[int] | NDArray[np.int64], at: int) -> NDArray[np.uint8]:
-        return np.concatenate([np.empty((0, at, at, 3), np.uint8), *decoded_rows(config.data.uri, category, rows, at)])
+        return np.concatenate(
+            [
+                np.empty((0, at, at, 3), np.uint8),
+                *decoded_rows(config.data.uri, category, rows, at, version=plan.version),
+            ]
+        )
 
     reference_px = config.model.image_size_px
     if objective == "validation":

@@ -130,8 +130,8 @@ def test_it_tells_the_defects_it_learns_from_better_than_a_plain_projection(data
     net = build_net(config.model).eval()
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
     batches = list(build_shard(config, "gear", plan, 0, 1).fit_batches())
-    plain = reduction.projection.clone()
-    learnt = metric_pass(net, reduction, batches, CPU, len(plan.fit_rows), 0, seed=0).projection
+    plain, count = reduction.projection.clone(), len(plan.fit_rows)
+    learnt = metric_pass(net, reduction, batches, CPU, count, range(count), seed=0).projection
     full = full_reduction(reduction, net.backbone.spec.channels)
     images = torch.cat(batches)
     made, _, _ = synthetic_validation_set(images.numpy(), 99, 1)
@@ -177,7 +177,7 @@ def test_one_image_is_too_few(data: str) -> None:
     run = Run(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
     one = next(iter(run.shard.fit_batches()))[:1]
     with pytest.raises(ValueError, match="a metric needs at least 2 normal images, got 1"):
-        metric_pass(run.net, run.reduction, [one], CPU, 1, 0, 0)
+        metric_pass(run.net, run.reduction, [one], CPU, 1, [0], 0)
 
 
 # Shared over categories
@@ -254,7 +254,7 @@ def test_statistics_of_images_that_the_metric_looked_at_need_no_second_pass(data
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
     batches = list(build_shard(config, "gear", plan, 0, 1).fit_batches())
     count = len(plan.fit_rows)
-    learnt = metric_pass(net, reduction, batches, CPU, count, 0, seed=0)
+    learnt = metric_pass(net, reduction, batches, CPU, count, range(count), seed=0)
     reduction.projection.copy_(learnt.projection)
     assert learnt.known is not None
     some = learnt.known._replace(row={number: row for number, row in learnt.known.row.items() if number % 3})

@@ -20,7 +20,7 @@ from focus_ray.sweep.shared import (
     CategoryImages,
     embed_images,
     features_key,
-    judging_plan,
+    judging_split,
     load_images,
     num_bytes_of_features,
     num_bytes_of_images,
@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def images_of(config: Config, objective: Objective = "validation", size_px: int = 64) -> CategoryImages:
-    return load_images(config, "gear", judging_plan(config, "gear", objective), objective, size_px)
+    return load_images(config, "gear", judging_split(config, "gear", objective).plan(config), objective, size_px)
 
 
 @pytest.mark.parametrize("model", [PLAIN, ALIGNED], ids=["plain", "aligned"])
@@ -102,13 +102,13 @@ def test_features_are_shared_by_those_settings_only_that_lead_to_them(data: str)
 @pytest.mark.parametrize("objective", ["validation", "image_auroc"])
 def test_what_shared_work_takes_is_known_before_it_is_made(data: str, objective: Objective) -> None:
     config = small_config(data, "unused", model=PLAIN)
-    plan = judging_plan(config, "gear", objective)
+    split = judging_split(config, "gear", objective)
     images = images_of(config, objective)
     arrays = (images.fit, images.validation, images.judged.images, images.judged.masks)
-    assert sum(array.nbytes for array in arrays) == num_bytes_of_images(config, "gear", plan, objective, 64)
+    assert sum(array.nbytes for array in arrays) == num_bytes_of_images(config, split, objective, 64)
     features = embed_images(config, images, CPU)
     taken = sum(level.nbytes for level in (*features.fit, *features.judged))
-    assert taken == num_bytes_of_features(config, "gear", plan, objective)
+    assert taken == num_bytes_of_features(config, split, objective)
 
 
 def test_all_trials_are_judged_on_the_same_images_whatever_their_size(data: str) -> None:
@@ -118,7 +118,7 @@ def test_all_trials_are_judged_on_the_same_images_whatever_their_size(data: str)
     assert small.images.shape == (len(large.images), 32, 32, 3)
     assert np.array_equal(large.masks.any(axis=(1, 2)), small.masks.any(axis=(1, 2)))
     assert np.array_equal(large.labels, small.labels)
-    num_normal = len(judging_plan(config, "gear", "validation").validation_rows)
+    num_normal = judging_split(config, "gear", "validation").num_validation
     assert large.labels.tolist() == [0] * num_normal + [1] * num_normal * DEFECTS_PER_IMAGE
 
 
@@ -180,12 +180,12 @@ def test_a_worker_decodes_its_own_share_where_images_are_not_shared(
     data: str, num_workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = small_config(data, "unused", model=PLAIN)
-    plan = judging_plan(config, "gear", "validation")
+    plan = judging_split(config, "gear", "validation").plan(config)
     decoded: list[int] = []
 
-    def counting(uri: str, category: str, rows: Sequence[int], *rest: Any) -> Iterator[np.ndarray]:
+    def counting(uri: str, category: str, rows: Sequence[int], *rest: Any, **more: Any) -> Iterator[np.ndarray]:
         decoded.extend(rows)
-        return decoded_rows(uri, category, rows, *rest)
+        return decoded_rows(uri, category, rows, *rest, **more)
 
     for module in ("focus_ray.data.shards", "focus_ray.sweep.shared"):
         monkeypatch.setattr(f"{module}.decoded_rows", counting)

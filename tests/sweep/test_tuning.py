@@ -39,7 +39,7 @@ from focus_ray.sweep.race import Judge
 from focus_ray.sweep.records import Record, read_records, read_sweep
 from focus_ray.sweep.report import write_report
 from focus_ray.sweep.settings import SweepConfig, parse_sweep
-from focus_ray.sweep.shared import judging_plan, load_images
+from focus_ray.sweep.shared import judging_split, load_images
 from focus_ray.sweep.trial import judge_category
 
 PLAIN = {"image_alignment": {"group": "none"}}
@@ -65,7 +65,11 @@ def judged_alone(config: SweepConfig) -> list[Record]:
     base, proposer, found = config.base_config(), Proposer(config), []
     images = {
         category: load_images(
-            base, category, judging_plan(base, category, config.objective), config.objective, base.model.image_size_px
+            base,
+            category,
+            judging_split(base, category, config.objective).plan(base),
+            config.objective,
+            base.model.image_size_px,
         )
         for category in CATEGORIES
     }
