@@ -11,12 +11,12 @@ import pytest
 from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
-from focus_ray.data.split import short_hash
 from focus_ray.bundle.engine import TOLERANCE
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import main
 from focus_ray.data.images import content_hash, decode_image, encode_png
 from focus_ray.data.read import iter_test_records
+from focus_ray.data.split import short_hash
 from focus_ray.errors import ConfigError
 from focus_ray.samples.write import draw_sample
 

@@ -1,0 +1,125 @@
+"""The pool of single workers: every category once, lost actors' categories again, certain errors not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from small_set import draw_parts, ingest_parts, small_config
+
+from focus_ray.bundle.bundle import find_bundles, read_manifest
+from focus_ray.cluster.messages import Messages
+from focus_ray.cluster.pool import fit_in_pool
+from focus_ray.cluster.training import in_pool, train
+from focus_ray.config import Config
+from focus_ray.data.ingest import ingest
+from focus_ray.errors import DataError, StorageError, TrainingError
+
+pytestmark = pytest.mark.ray
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
+
+
+@dataclass(frozen=True)
+class Job:
+    category: str
+    place: Path
+
+
+def run(fit: Callable[[Job], None], names: Sequence[str], place: Path, num_actors: int = 2) -> dict[str, str]:
+    config = small_config("unused", place).cluster
+    jobs = [Job(name, place) for name in names]
+    return fit_in_pool(fit, jobs, config, False, num_actors, Messages(), lambda text: None)
+
+
+def attempts_of(place: Path) -> list[str]:
+    """Names in alphabetical order, one an attempt."""
+    return sorted(file.name.partition("-")[0] for file in place.iterdir())
+
+
+def note(job: Job) -> int:
+    """Leaves a file of this attempt. Returns: which attempt it is."""
+    number = sum(name == job.category for name in attempts_of(job.place))
+    (job.place / f"{job.category}-{number}").write_text("")
+    return number
+
+
+def fit_or_die(job: Job) -> None:
+    if note(job) == 0 and job.category == "b":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_lost_actors_category_is_fitted_again_and_the_others_once(ray_cluster: None, tmp_path: Path) -> None:
+    assert run(fit_or_die, list("abcde"), tmp_path) == {}
+    assert attempts_of(tmp_path) == ["a", "b", "b", "c", "d", "e"]
+
+
+def fit_or_fail(job: Job) -> None:
+    number = note(job)
+    if job.category == "b":
+        raise DataError("no such image")
+    if job.category == "c" and number < 2:
+        raise StorageError("S3 is away")
+    if job.category == "d":
+        raise RuntimeError("always")
+
+
+def test_what_will_fail_again_is_not_tried_again_and_a_storage_that_comes_back_is(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    failed = run(fit_or_fail, list("abcd"), tmp_path)
+    assert failed == {"b": "DataError: no such image", "d": "RuntimeError: always"}
+    retries = small_config("unused", tmp_path).cluster.max_failures
+    assert attempts_of(tmp_path) == ["a", "b", "c", "c", "c", *["d"] * (retries + 1)]
+
+
+class NoFunction:
+    """Sent to actors, it fails there."""
+
+    def __reduce__(self) -> Any:
+        return _refuse, ()
+
+
+def _refuse() -> None:
+    raise ValueError("not here")
+
+
+def test_actors_that_do_not_start_end_it(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"no process starts to fit in: .*not here"):
+        run(NoFunction(), ["a"], tmp_path, num_actors=1)  # type: ignore[arg-type]
+
+
+def test_categories_fitted_in_a_pool_are_those_fitted_in_this_process(ray_cluster: None, tmp_path: Path) -> None:
+    images = draw_parts(tmp_path / "images")
+    (images / "wheel").symlink_to(images / "gear", target_is_directory=True)
+    data = str(tmp_path / "data")
+    ingest(images, data, categories=["gear", "wheel"], progress=False)
+
+    def config(name: str, **cluster: Any) -> Config:
+        sections = {"data": {"uri": data, "categories": ["gear", "wheel"]}, "cluster": {"use_gpu": False, **cluster}}
+        return small_config(data, tmp_path, **sections).model_copy(update={"name": name})
+
+    pooled, here = config("pooled", local=False), config("here", local=True)
+    assert in_pool(pooled)
+    said: list[str] = []
+    train(pooled, log=said.append)
+    train(here)
+    assert "2 categories, 2 at a time" in said
+    made = [find_bundles(str(tmp_path / name)) for name in ("pooled", "here")]
+    assert [list(bundles) for bundles in made] == [["gear", "wheel"]] * 2
+    for category in ("gear", "wheel"):
+        one, other = (read_manifest(bundles[category]) for bundles in made)
+        assert one["files"]["network"]["sha256"] == other["files"]["network"]["sha256"]
+        assert one["calibration"]["image_threshold"] == pytest.approx(other["calibration"]["image_threshold"], rel=1e-5)
+
+
+def test_training_by_gradient_or_by_several_workers_is_not_pooled(tmp_path: Path) -> None:
+    data = ingest_parts(tmp_path)
+    assert not in_pool(small_config(data, tmp_path, train={"epochs": 1}))
+    assert not in_pool(small_config(data, tmp_path, cluster={"num_workers": 2}))
