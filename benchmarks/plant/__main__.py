@@ -1,0 +1,132 @@
+"""What a plant costs: images ingested from S3 to S3, appended to, trained, evaluated and inspected, with nodes dying or not.
+
+    python -m benchmarks.plant grow --images 10000 100000 --categories 50     # is the cost of an image the same?
+    python -m benchmarks.plant categories --categories 300                    # what does a category cost to begin with?
+    python -m benchmarks.plant kills --times 3                                # does a plant of dying machines give the same?
+
+Each command runs as a user would run it, against SeaweedFS on this machine; requests and bytes are the server's own counts,
+memory is what no other process shares. Images are made up, small, and each its own (`made.picture`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import keep_json, print_table
+from benchmarks.plant.kills import kills
+from benchmarks.plant.made import put_plant
+from benchmarks.plant.server import BUCKET, Server
+from benchmarks.plant.watch import cost_of
+
+COLUMNS = (
+    "step",
+    "images",
+    "seconds",
+    "ms an image",
+    "requests an image",
+    "KiB read an image",
+    "driver MB",
+    "worker MB",
+)
+
+
+def settings_of(arguments: argparse.Namespace, root: str, categories: int) -> list[str]:
+    """A small model: what is asked here is what the system costs, not how well it sees."""
+    return [
+        "default",
+        "name=plant",
+        f"data.uri={root}/data",
+        f"storage={root}/runs",
+        f"model.weights={arguments.weights}",
+        f"model.image_size_px={arguments.size}",
+        "cluster.local=false",
+        "cluster.use_gpu=false",
+    ]
+
+
+def row_of(step: str, images: int, cost: dict[str, Any]) -> list[Any]:
+    requests = sum(count for kind, count in cost["requests"].items() if " " not in kind)
+    return [
+        step,
+        images,
+        cost["seconds"],
+        round(1e3 * cost["seconds"] / images, 2),
+        round(requests / images, 3),
+        round(cost["sent_mb"] * 1024 / images, 2),
+        cost["driver_mb"],
+        cost["largest_worker_mb"],
+    ]
+
+
+def walk(arguments: argparse.Namespace, images: int, categories: int, work: Path) -> list[dict[str, Any]]:
+    """The whole way of one plant. Returns: a record a step."""
+    root = f"s3://{BUCKET}/{images}-{categories}"
+    raw, run = f"{root}/raw", f"{root}/runs/plant"
+    each = images // categories
+    start = time.perf_counter()
+    made = put_plant(f"{images}-{categories}/raw", categories, each, arguments.size)
+    print(
+        f"{made['images']} images, {made['bytes'] / 2**20:.0f} MiB, put in {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
+    workers = str(arguments.workers)
+    steps: list[tuple[str, int, list[str]]] = [
+        ("ingest", made["images"], ["ingest", raw, f"{root}/data", "--workers", workers]),
+        ("ingest again", made["images"], ["ingest", raw, f"{root}/data", "--workers", workers]),
+        ("train", images, ["train", *settings_of(arguments, root, categories)]),
+        ("evaluate", made["images"] - images, ["evaluate", run, "--workers", workers]),
+        ("inspect-batch", made["images"], ["inspect-batch", run, f"{root}/data", f"{root}/found", "--actors", workers]),
+    ]
+    records = []
+    for step, count, command in steps:
+        records.append(run_step(step, count, command, work))
+    added = put_plant(f"{images}-{categories}/more", categories, 1, arguments.size, first=10**6, tests=False)
+    command = ["ingest", f"{root}/more", f"{root}/data", "--append", "--workers", workers]
+    records.append(run_step("append", added["images"], command, work))
+    return records
+
+
+def run_step(step: str, count: int, command: list[str], work: Path) -> dict[str, Any]:
+    cost = cost_of(command, work / f"{step.replace(' ', '-')}.log", accept=(0, 3))
+    row = row_of(step, count, cost)
+    print_table(COLUMNS, [row])
+    return {"step": step, "images": count, **cost}
+
+
+def grow(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
+    found = {str(images): walk(arguments, images, arguments.categories, work) for images in arguments.images}
+    print_table(COLUMNS, [row_of(one["step"], one["images"], one) for records in found.values() for one in records])
+    return found
+
+
+def categories(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
+    return walk(arguments, arguments.categories * arguments.each, arguments.categories, work)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("grow", "categories", "kills"))
+    parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000], help="training images in all")
+    parser.add_argument("--categories", type=int, default=50)
+    parser.add_argument("--each", type=int, default=32, help="training images of a category, for `categories`")
+    parser.add_argument("--times", type=int, default=3, help="runs with deaths, for `kills`")
+    parser.add_argument("--size", type=int, default=64, help="pixels a side")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--weights", default="random")
+    parser.add_argument("--work", type=Path, default=Path("scratch/plant"), help="folder of the server and the logs")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    shutil.rmtree(arguments.work, ignore_errors=True)
+    arguments.work.mkdir(parents=True)
+    act = {"grow": grow, "categories": categories, "kills": kills}[arguments.what]
+    with Server(arguments.work.absolute()):
+        found = act(arguments, arguments.work)
+    keep_json(f"plant_{arguments.what}", arguments, found)
+
+
+if __name__ == "__main__":
+    main()
