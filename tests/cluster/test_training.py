@@ -463,6 +463,53 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on_from_its_checkpoint(
     assert history[0]["seconds"] == before[0]["seconds"]  # measured once: the first epoch was not run again
 
 
+SPOT = """
+import json, sys, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from focus_ray.bundle.bundle import read_manifest
+from focus_ray.config import parse_config
+from focus_ray.cluster.training import train
+
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+doomed = nodes.add_node(num_cpus=1)
+ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+config = parse_config(json.loads(sys.argv[1]))
+said = []
+gone = []
+
+def log(line):
+    said.append(line)
+    if "epoch 3/" in line and not gone:
+        gone.append(line)
+        threading.Thread(target=nodes.remove_node, args=(doomed,), kwargs={"allow_graceful": False}).start()
+
+places = train(config, log=log)
+metrics = read_manifest(places["gear"])["metrics"]
+print(json.dumps({"killed": len(gone), "workers": metrics["num_workers"], "epochs": len(metrics["history"]),
+                  "steps": sorted({entry["steps"] for entry in metrics["history"]})}))
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.ray
+def test_an_elastic_training_goes_on_with_the_workers_that_are_left(data: str, tmp_path: Path) -> None:
+    config = small_config(
+        data,
+        tmp_path,
+        train={"epochs": 30, "batch_size_per_worker": 2},
+        cluster={"num_workers": 2, "min_workers": 1, "use_gpu": False, "local": False},
+    )
+    environment = {**os.environ, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    command = [sys.executable, "-c", SPOT, json.dumps(config.model_dump(mode="json"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    num_images = len(plan_category(config, "gear").fit_rows)
+    steps = sorted({Steps.agree(num_images, workers, 2).steps for workers in (1, 2)})
+    assert found == {"killed": 1, "workers": 1, "epochs": 30, "steps": steps}
+
+
 TWO_NODES = """
 import json, sys
 import ray
