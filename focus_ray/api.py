@@ -241,7 +241,7 @@ def as_good(source: Path, root: Path) -> Path:
     name = source.resolve().name
     folder = root / (name if is_name(name) else _NAME) / "good"
     folder.mkdir(parents=True)
-    for path in image_files(source):
+    for path in (Path(str(item)) for item in image_files(source)):
         try:
             os.symlink(path.resolve(), folder / path.name)
         except OSError:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import threading
 import time
 import urllib.parse
 import uuid
@@ -250,6 +251,7 @@ def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tup
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=REQUEST_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=32,  # as many threads read at once
         s3={
             "addressing_style": "virtual" if settings.virtual else "path" if settings.endpoint else "auto"
         },  # as pyarrow
@@ -434,6 +436,61 @@ def _put_if_none(bucket: str, key: str, data: bytes) -> bool:
         else:
             return True
     raise OSError("other writers of the same object kept coming first")
+
+
+class Listed(NamedTuple):
+    """An object: its path below what was listed, its bytes, and its ETag, which no other content has."""
+
+    path: str
+    num_bytes: int
+    etag: str
+
+
+def list_objects(uri: str) -> Iterator[Listed]:
+    """Every object below an s3:// prefix, in the order of their keys: a request a thousand. Raises: DataError."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    _, place = open_filesystem(uri)
+    bucket, _, key = place.partition("/")
+    prefix = f"{key}/" if key else ""
+    with storage_errors("list", uri, place):
+        try:
+            for page in _client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for item in page.get("Contents", ()):
+                    if item["Key"] != prefix:
+                        yield Listed(item["Key"][len(prefix) :], item["Size"], item["ETag"].strip('"'))
+        except (BotoCoreError, ClientError) as error:
+            raise OSError(str(error)) from error
+
+
+class ObjectReader:
+    """Reads whole objects of one bucket, a request each; pyarrow takes three. Threads may share it."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._made: Any = None
+        self._lock = threading.Lock()
+
+    def read(self, uri: str) -> bytes | None:
+        """An object's bytes; None where there is none. Raises: DataError: it cannot be read."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = uri[len("s3://") :].partition("/")
+        with self._lock:  # making a client is not safe among threads
+            client = self._made = self._made or _client(bucket)
+        with storage_errors("read", self.uri, f"{bucket}/{key}"):
+            for attempt in range(1, max_attempts() + 1):
+                try:
+                    return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+                except ClientError as error:
+                    if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                        return None
+                    raise OSError(str(error)) from error
+                except BotoCoreError as error:  # cut off in the middle, for what boto3 does not ask again
+                    if attempt == max_attempts():
+                        raise OSError(str(error)) from error
+                    time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
+        raise AssertionError("max_attempts is 1 at least")
 
 
 def list_names(uri: str | Path) -> list[str]:

@@ -17,6 +17,7 @@ from pyarrow import fs
 from s3_faults import faulty
 from s3_server import IDENTITIES, S3Server
 
+from focus_ray.data.commits import named
 from focus_ray.data.images import encode_png
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
@@ -70,11 +71,10 @@ def test_ingesting_again_leaves_an_unchanged_category_and_replaces_a_changed_one
     files = [info for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True)) if info.is_file]
     with filesystem.open_input_file(f"{path}/category=bolt/_commit.json") as stream:
         commit = json.loads(stream.read())
-    named = {commit["index"]["name"], *(entry["name"] for entry in commit["files"])}
     dropped = {entry["name"] for entry in commit["dropped"]}
-    versions = {info.base_name for info in files if "/_commits/" in info.path}
-    assert (len(named), len(dropped), len(versions)) == (2, 2, 2)
-    assert {info.base_name for info in files} == {"_commit.json", *named, *dropped, *versions}
+    kept = [info.base_name for info in files if "/_commits/" in info.path or "/_claims/" in info.path]
+    assert (len(named(commit)), len(dropped), len(kept)) == (3, 3, 3)  # part, index, sources; two versions and a claim
+    assert {info.base_name for info in files} == {"_commit.json", *named(commit), *dropped, *kept}
 
 
 def test_an_identity_that_may_only_read_reads_and_is_told_that_it_may_not_write(

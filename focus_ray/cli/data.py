@@ -1,26 +1,108 @@
-"""ingest, samples."""
+"""ingest, data, samples."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from focus_ray.cli.output import say
 
 
+def add_data(commands: Any) -> None:
+    ingest = commands.add_parser("ingest", help="read a folder of images into a Parquet data set")
+    ingest.add_argument(
+        "source", help="folder or s3:// prefix: MVTec AD (also AD 2, LOCO), BTAD, VisA, or good/ bad/ masks/"
+    )
+    ingest.add_argument("destination", help="root of the Parquet data set: a path or s3:// URI")
+    ingest.add_argument("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
+    ingest.add_argument("--category", action="append", help="take only this category (may be repeated)")
+    ingest.add_argument("--site", default="default", help="where the images were taken (default: default)")
+    ingest.add_argument(
+        "--append", action="store_true", help="add the images that a category does not have yet, and keep those it has"
+    )
+    ingest.add_argument(
+        "--workers",
+        metavar="N|auto",
+        type=_workers,
+        help="read and check in so many tasks at a time on the Ray cluster of RAY_ADDRESS, or one on this machine; auto: one a "
+        "CPU (default: in this process)",
+    )
+    ingest.set_defaults(run=_ingest)
+
+    data = commands.add_parser("data", help="change a Parquet data set: take images out, join small files")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    remove = actions.add_parser("remove", help="take images out of a category")
+    remove.add_argument("data", help="root of the Parquet data set: a path or s3:// URI")
+    remove.add_argument("--category", required=True)
+    which = remove.add_mutually_exclusive_group(required=True)
+    which.add_argument("--id", action="append", metavar="ID", help="the image of this id (may be repeated)")
+    which.add_argument("--ids", metavar="FILE", help="the images of a text file's ids, one a line")
+    which.add_argument("--content-hash", action="append", metavar="HASH", help="of these pixels (may be repeated)")
+    which.add_argument("--site", help="all images of a site")
+    remove.set_defaults(run=_remove)
+    compact = actions.add_parser("compact", help="join small part files, remove what nobody can be reading any more")
+    compact.add_argument("data", help="root of the Parquet data set: a path or s3:// URI")
+    compact.add_argument("--category", action="append", help="only this category (may be repeated)")
+    compact.set_defaults(run=_compact)
+
+
+def _workers(text: str) -> int | str:
+    if text == "auto":
+        return text
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of tasks, 1 or more, or auto")
+    return int(text)
+
+
 def _ingest(arguments: argparse.Namespace) -> int:
     say(f"ingest: {arguments.source} -> {arguments.destination}")
-    from focus_ray.data.ingest import ingest
+    options = {
+        "format": arguments.format,
+        "categories": arguments.category,
+        "site": arguments.site,
+        "append": arguments.append,
+    }
+    if arguments.workers is None:
+        from focus_ray.data.ingest import ingest
 
-    report = ingest(
-        arguments.source,
-        arguments.destination,
-        format=arguments.format,
-        categories=arguments.category,
-        site=arguments.site,
-    )
+        report = ingest(arguments.source, arguments.destination, **options)
+    else:
+        from focus_ray.cluster.ingest import ingest_on_cluster
+
+        report = ingest_on_cluster(arguments.source, arguments.destination, arguments.workers, **options)
     print(report)
     return report.exit_status
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    from focus_ray.data.change import remove_rows
+
+    ids = _lines(arguments.ids) if arguments.ids is not None else arguments.id or ()
+    hashes = arguments.content_hash or ()
+    print(remove_rows(arguments.data, arguments.category, ids=ids, content_hashes=hashes, site=arguments.site))
+    return 0
+
+
+def _lines(name: str) -> list[str]:
+    from focus_ray.errors import DataError
+
+    try:
+        lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{name}: cannot read the ids: {error}") from error
+    ids = [line for line in lines if line]
+    if not ids:
+        raise DataError(f"{name}: no id in it: expected one a line")
+    return ids
+
+
+def _compact(arguments: argparse.Namespace) -> int:
+    from focus_ray.data.change import compact
+
+    for report in compact(arguments.data, arguments.category):
+        print(report)
+    return 0
 
 
 def _samples(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from focus_ray import __version__
 from focus_ray.cli.calibrate import add_calibrate
 from focus_ray.cli.config import add_config
-from focus_ray.cli.data import _ingest, _samples
+from focus_ray.cli.data import _samples, add_data
 from focus_ray.cli.doctor import add_doctor
 from focus_ray.cli.fit import add_fit
 from focus_ray.cli.inspect import _evaluate, _inspect, _inspect_batch
@@ -52,13 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="show Ray's own lines and all that workers print")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    ingest = commands.add_parser("ingest", help="read a folder of images into a Parquet data set")
-    ingest.add_argument("source", help="folder: MVTec AD (also AD 2, LOCO), BTAD, VisA, or good/ bad/ masks/")
-    ingest.add_argument("destination", help="root of the Parquet data set: a path or s3:// URI")
-    ingest.add_argument("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
-    ingest.add_argument("--category", action="append", help="take only this category (may be repeated)")
-    ingest.add_argument("--site", default="default", help="where the images were taken (default: default)")
-    ingest.set_defaults(run=_ingest)
+    add_data(commands)
 
     train = commands.add_parser("train", help="train one model a category and write their bundles")
     train.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")

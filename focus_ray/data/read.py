@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from focus_ray.data.ahead import ahead
+from focus_ray.data.commits import Commit, PartEntry
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS, Row
-from focus_ray.data.store import Commit, PartEntry, Store, open_part, open_store
+from focus_ray.data.store import Store, open_part, open_store
 from focus_ray.errors import DataError
 
 
@@ -61,9 +62,7 @@ def read_index(uri: str | Path, category: str, split: str | None = None, version
         raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     store = open_store(uri)
     commit = store.need_commit(category, version)
-    table = store.index(category, commit)
-    if table is None:
-        table = _index_of_parts(store, category, commit)
+    table = index_of(store, category, commit)
     table = table.replace_schema_metadata({_VERSION: commit["run_id"]})
     table = table.append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int64)))
     if split is not None:
@@ -72,6 +71,12 @@ def read_index(uri: str | Path, category: str, split: str | None = None, version
 
 
 PART_READERS = 16  # part files read at once: their small reads take a store's answering time and little else
+
+
+def index_of(store: Store, category: str, commit: Commit) -> pa.Table:
+    """``INDEX_COLUMNS`` of all rows of a commit."""
+    table = store.index(category, commit)
+    return _index_of_parts(store, category, commit) if table is None else table
 
 
 def _index_of_parts(store: Store, category: str, commit: Commit) -> pa.Table:

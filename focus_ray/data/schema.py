@@ -26,6 +26,17 @@ SCHEMA = pa.schema(
 )
 SPLITS = ("train", "test")
 INDEX_COLUMNS = ("id", "split", "label", "defect_type", "width", "height", "site", "content_hash")
+INDEX_SCHEMA = pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS], metadata=SCHEMA.metadata)
+# of every file that was read for a category, images and masks: what tells that it is the same, and an image's pixels
+SOURCE_COLUMNS = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),  # whole: a local path or an s3:// URI
+        pa.field("num_bytes", pa.int64(), nullable=False),  # -1: could not be read
+        pa.field("stamp", pa.string(), nullable=False),  # ETag, or the time of change in ns
+        pa.field("digest", pa.string(), nullable=False),  # SHA-256 hex of the bytes
+        pa.field("content_hash", pa.string()),  # of an image that could be used
+    ]
+)
 
 COMMIT_NAME = "_commit.json"
 

@@ -9,69 +9,73 @@ files.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SCHEMA_VERSION, Reject, Row
-from focus_ray.errors import DataError
-from focus_ray.storage import open_filesystem, open_input, read_file, storage_errors, sync_file, write_file
+from focus_ray.data.commits import (
+    CLAIMS,
+    STALE_AFTER,
+    VERSIONS,
+    Commit,
+    IndexEntry,
+    PartEntry,
+    dropped_after,
+    named,
+    parse_commit,
+    stale,
+)
+from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, INDEX_SCHEMA, SCHEMA, SCHEMA_VERSION, Reject, Row
+from focus_ray.errors import DataError, StorageError
+from focus_ray.storage import (
+    create_bytes,
+    join,
+    open_filesystem,
+    open_input,
+    read_file,
+    storage_errors,
+    sync_file,
+    write_file,
+)
 
 # A row group is what a reader must hold: it closes at 256 rows, or from 64 rows on at 16 MiB, or at 64 MiB in any case.
 MAX_ROW_GROUP_ROWS, MIN_ROW_GROUP_ROWS = 256, 64
 ROW_GROUP_BYTES, MAX_ROW_GROUP_BYTES = 16 << 20, 64 << 20
 FILE_BYTES = 64 << 20  # a part file takes no more row groups from here on
-# A version that was replaced stays this long for those who read it. Files that no commit names are leftovers of a dead run once
-# they are as old: a younger one may belong to a run that is just writing it.
-STALE_AFTER = timedelta(hours=24)
-VERSIONS = "_commits"  # in a category's folder
+# A publisher that another one has overtaken builds on what that one made, this often.
+ATTEMPTS = 20
+# of an OSError: the file system has no hard links
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-class PartEntry(TypedDict):
-    """A part file as its commit names it."""
+@dataclass
+class Draft:
+    """What a publication makes of a category.
 
-    name: str
-    row_group_rows: list[int]
-    num_bytes: int
+    index: of `INDEX_COLUMNS`, in row order.  sources: of `SOURCE_COLUMNS`; None keeps nothing of them.
+    rejects: to be kept beside; None leaves those that are.  fresh: part files made for this draft alone, which go if it does
+    not become a version.
+    """
 
-
-class IndexEntry(TypedDict):
-    """The object with the light columns of all rows, as its commit names it."""
-
-    name: str
-    sha256: str  # of its bytes
-
-
-class DroppedEntry(TypedDict):
-    """A file of a former version that the commit no longer names, and since when."""
-
-    name: str
-    at: str  # ISO 8601, UTC
-
-
-class Commit(TypedDict):
-    """What `_commit.json` and `_commits/<run_id>.json` hold."""
-
-    schema_version: int
-    category: str
-    run_id: str  # the version's name
-    created: str  # ISO 8601, UTC
     files: list[PartEntry]
-    index: IndexEntry | None
-    dropped: list[DroppedEntry]  # still there for readers of former versions
-    num_rows: int
+    index: pa.Table
+    sources: pa.Table | None
     source_fingerprint: str
-    counts: dict[str, int]  # of `CategoryReport`
+    counts: dict[str, int]
+    rejects: Sequence[Reject] | None = None
+    fresh: list[str] = field(default_factory=list)
 
 
 class Store:
@@ -131,23 +135,7 @@ class Store:
             data = read_file(self.filesystem, path)
         if data is None:
             return None
-        try:
-            commit = json.loads(data)
-            version = commit["schema_version"]
-            if version == SCHEMA_VERSION:
-                for key in ("files", "run_id", "num_rows", "source_fingerprint", "counts"):
-                    commit[key]
-                if commit.setdefault("index", None) is not None:
-                    commit["index"]["name"], commit["index"]["sha256"]
-                commit.setdefault("dropped", [])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.uri}: {path}: not a commit file ({error}): remove it and ingest again") from error
-        if version != SCHEMA_VERSION:
-            raise DataError(
-                f"{self.uri}: category {category!r} has schema version {version!r}, this program reads "
-                f"{SCHEMA_VERSION}: ingest it again into another root, or use the version that wrote it"
-            )
-        return cast(Commit, commit)
+        return parse_commit(data, self.uri, category, path)
 
     def need_commit(self, category: str, version: str | None = None) -> Commit:
         """`commit`. Raises: DataError: there is none."""
@@ -164,12 +152,17 @@ class Store:
 
     def is_whole(self, category: str, commit: Commit) -> bool:
         """Whether every part file that a commit names is there, at its size, and its index, byte for byte."""
-        paths = [f"{self.folder(category)}/{entry['name']}" for entry in commit["files"]]
-        with self.errors("look at part files", self.folder(category)):
-            found = self.filesystem.get_file_info(paths)
-        if [info.size for info in found] != [entry["num_bytes"] for entry in commit["files"]]:
+        sizes = {path: info.size for path, info in self.files(category).items()}
+        if any(sizes.get(entry["name"]) != entry["num_bytes"] for entry in commit["files"]):
             return False
-        return commit["index"] is None or self._index_bytes(category, commit["index"]) is not None
+        return commit["index"] is None or self._object_bytes(category, commit["index"]) is not None
+
+    def files(self, category: str) -> dict[str, fs.FileInfo]:
+        """Everything in the category's folder and below, by its path there; on S3 a request a thousand files."""
+        folder = self.folder(category)
+        with self.errors("list the category's files", folder):
+            found = self.filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        return {info.path[len(folder) + 1 :]: info for info in found if info.is_file}
 
     def index(self, category: str, commit: Commit) -> pa.Table | None:
         """``INDEX_COLUMNS`` of all rows, in row order; None where the commit names no index.
@@ -179,7 +172,7 @@ class Store:
         entry = commit["index"]
         if entry is None:
             return None
-        data = self._index_bytes(category, entry)
+        data = self._object_bytes(category, entry)
         if data is None:
             # The parts would give the same table, but a store that lost or changed one file that a commit names is to be
             # mended, and of a large set they take many minutes that nobody expects.
@@ -189,7 +182,13 @@ class Store:
             )
         return pq.read_table(pa.BufferReader(data))
 
-    def _index_bytes(self, category: str, entry: IndexEntry) -> bytes | None:
+    def sources(self, category: str, commit: Commit) -> pa.Table | None:
+        """`SOURCE_COLUMNS` of the files that were read; None where they are not known."""
+        entry = commit["sources"]
+        data = self._object_bytes(category, entry) if entry else None
+        return None if data is None else pq.read_table(pa.BufferReader(data))
+
+    def _object_bytes(self, category: str, entry: IndexEntry) -> bytes | None:
         """None where the file is missing or has other bytes than were written."""
         path = f"{self.folder(category)}/{entry['name']}"
         with self.errors("read the index", path):
@@ -205,16 +204,12 @@ class Store:
                 self.filesystem.delete_file(path)
             self._writable = True
 
-    def publish(
-        self,
-        category: str,
-        rows: Iterable[Row],
-        rejects: Sequence[Reject],
-        source_fingerprint: str,
-        counts: dict[str, int],
-    ) -> None:
-        """Writes part files and index, then the commit that makes them count, then removes those that no longer do."""
-        folder, run_id = self.folder(category), uuid.uuid4().hex[:12]
+    def write_parts(self, category: str, rows: Iterable[Row]) -> tuple[list[PartEntry], pa.Table]:
+        """Writes part files under names that no other run has; they count once a commit names them.
+
+        Returns: the files, and `INDEX_COLUMNS` of their rows.
+        """
+        folder, token = self.folder(category), uuid.uuid4().hex[:12]
         if isinstance(self.filesystem, fs.LocalFileSystem):
             with self.errors("make the folder", folder):
                 self.filesystem.create_dir(folder, recursive=True)
@@ -226,58 +221,134 @@ class Store:
                 light.append(group.select(INDEX_COLUMNS))
                 yield group
 
-        # Named by its run, as parts are: a name by content alone could be another run's too, which may just remove it.
-        index: IndexEntry = {"name": f"_index-{run_id}.parquet", "sha256": ""}
         try:
             groups = noted()
             for group in groups:
-                name = f"part-{run_id}-{len(files):05d}.parquet"
+                name = f"part-{token}-{len(files):05d}.parquet"
                 files.append({"name": name, "row_group_rows": [], "num_bytes": 0})
                 with self.errors("write a part file", f"{folder}/{name}"):
                     self._write_part(f"{folder}/{name}", itertools.chain([group], groups), files[-1])
-            with self.errors("write the index", f"{folder}/{index['name']}"):
-                index["sha256"] = self._write_index(f"{folder}/{index['name']}", pa.concat_tables(light))
         except BaseException:
-            self._remove(f"{folder}/{item['name']}" for item in [*files, index])
+            self.discard(category, [item["name"] for item in files])
             raise
-        former = self.commit(category)
-        self.write_rejects(category, rejects)
+        return files, pa.concat_tables(light) if light else INDEX_SCHEMA.empty_table()
+
+    def publish(
+        self, category: str, build: Callable[[Commit | None], Draft | None], made: Sequence[PartEntry] = ()
+    ) -> bool:
+        """Makes a new version of a category: what `build` makes of the current one.
+
+        Of several publishers at once each comes after another: one that was overtaken calls `build` again, with what the
+        other made.
+
+        Args:
+            build: the current commit, or None -> the draft; None where there is nothing to change.
+            made: part files that were written for it; they are removed where nothing comes of it.
+
+        Returns: whether there was anything to change.
+
+        Raises: DataError: the storage fails, or others kept coming first.
+        """
+        fresh = [entry["name"] for entry in made]
+        try:
+            for _ in range(ATTEMPTS):
+                former = self.commit(category)
+                draft = build(former)
+                if draft is None:
+                    self.discard(category, fresh)
+                    return False
+                fresh += draft.fresh
+                commit, there = self._prepare(category, draft, former, fresh)
+                if former is None or self._claim(category, former["run_id"], commit["run_id"]):
+                    break
+                self.discard(category, fresh[len(made) :])
+                del fresh[len(made) :]
+                self._make_last_current(category, former)
+            else:
+                raise DataError(
+                    f"{self.uri}: category {category!r}: other runs kept publishing first: run it again when they are done"
+                )
+        except BaseException:
+            self.discard(category, fresh)
+            raise
+        # from here on its files stay whatever happens: a commit whose answer was lost may still have been made
+        self._make_current(commit)
+        self._make_last_current(category, commit)
+        unused = {entry["name"] for entry in made} - named(commit)
+        self.discard(category, [*unused, *stale(there, commit, datetime.now(timezone.utc))])
+        return True
+
+    def _prepare(
+        self, category: str, draft: Draft, former: Commit | None, fresh: list[str]
+    ) -> tuple[Commit, dict[str, fs.FileInfo]]:
+        """Writes all of a version but what makes it count.
+
+        Args: fresh: takes the names of the files written.
+
+        Returns: the commit, and the files that were there before.
+        """
+        folder, run_id = self.folder(category), uuid.uuid4().hex[:12]
+        # Named by the run: a name by content alone could be another run's too, which may just remove it.
+        objects: dict[str, IndexEntry | None] = {}
+        for kind, table in (("index", draft.index), ("sources", draft.sources)):
+            objects[kind] = None
+            if table is not None:
+                name = f"_{kind}-{run_id}.parquet"
+                fresh.append(name)
+                with self.errors(f"write the {kind}", f"{folder}/{name}"):
+                    objects[kind] = {"name": name, "sha256": self._write_table(f"{folder}/{name}", table)}
+        if draft.rejects is not None:
+            self.write_rejects(category, draft.rejects)
         now = datetime.now(timezone.utc)
         commit: Commit = {
             "schema_version": SCHEMA_VERSION,
             "category": category,
             "run_id": run_id,
             "created": now.isoformat(timespec="seconds"),
-            "files": files,
-            "index": index,
+            "files": draft.files,
+            "index": objects["index"],
+            "sources": objects["sources"],
             "dropped": [],
-            "num_rows": sum(sum(item["row_group_rows"]) for item in files),
-            "source_fingerprint": source_fingerprint,
-            "counts": counts,
+            "num_rows": sum(sum(item["row_group_rows"]) for item in draft.files),
+            "source_fingerprint": draft.source_fingerprint,
+            "counts": draft.counts,
         }
-        self._make_current(commit, former, now)
-
-    def _make_current(self, commit: Commit, former: Commit | None, now: datetime) -> None:
-        """Writes the commit, as a version and as the current one, then removes what has been replaced for long enough."""
-        category, folder = commit["category"], self.folder(commit["category"])
-        limit = now - STALE_AFTER
+        there = self.files(category)
         if former:
-            gone = sorted(_named(former) - _named(commit))
-            commit["dropped"] = [item for item in former["dropped"] if _when(item) >= limit]
-            commit["dropped"] += [{"name": name, "at": now.isoformat()} for name in gone]
-        with self.errors("list the category's files", folder):
-            found = self.filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
-        there = {info.path[len(folder) + 1 :]: info for info in found if info.is_file}
-        versions = [commit]
-        if former and f"{VERSIONS}/{former['run_id']}.json" not in there:  # by a program that kept no versions
-            versions.append(former)
-        # From here on parts and index stay whatever happens: a commit whose answer was lost may still have been made.
-        places = [(self._version_path(category, item["run_id"]), item) for item in versions]
-        for path, item in [*places, (f"{folder}/{COMMIT_NAME}", commit)]:
-            with self.errors("write the commit file", path):
-                write_file(self.filesystem, path, json.dumps(item, indent=1).encode())
-        kept = {former["run_id"] if former else "", commit["run_id"]}
-        self._remove(f"{folder}/{name}" for name in _stale(there, commit, kept, limit))
+            commit["dropped"] = dropped_after(former, commit, now)
+            if f"{VERSIONS}/{former['run_id']}.json" not in there:  # by a program that kept no versions
+                self._write_commit(self._version_path(category, former["run_id"]), former)
+        fresh.append(f"{VERSIONS}/{run_id}.json")
+        self._write_commit(self._version_path(category, run_id), commit)
+        return commit, there
+
+    def _write_commit(self, path: str, commit: Commit) -> None:
+        with self.errors("write the commit file", path):
+            write_file(self.filesystem, path, json.dumps(commit, indent=1).encode())
+
+    def _make_current(self, commit: Commit) -> None:
+        self._write_commit(f"{self.folder(commit['category'])}/{COMMIT_NAME}", commit)
+
+    def _claim(self, category: str, former: str, run_id: str) -> bool:
+        """Whether this version is the one that comes after the former: of several, one is."""
+        place = join(self.uri, f"category={category}", CLAIMS, f"after-{former}")
+        try:
+            return create_bytes(place, run_id.encode())
+        except StorageError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_LINKS:
+                return True  # the last to write then wins
+            raise
+
+    def _make_last_current(self, category: str, commit: Commit) -> None:
+        """Makes the last of the versions that came after a commit current: its publisher may have died before it could."""
+        while True:
+            path = f"{self.folder(category)}/{CLAIMS}/after-{commit['run_id']}"
+            with self.errors("read which version came after", path):
+                found = read_file(self.filesystem, path)
+            if found is None:
+                return
+            commit = self.need_commit(category, found.decode())
+            self._make_current(commit)
 
     def _write_part(self, path: str, groups: Iterator[pa.Table], entry: PartEntry) -> None:
         num_bytes = 0
@@ -300,7 +371,7 @@ class Store:
         sync_file(self.filesystem, path)
         entry["num_bytes"] = self.filesystem.get_file_info(path).size
 
-    def _write_index(self, path: str, table: pa.Table) -> str:
+    def _write_table(self, path: str, table: pa.Table) -> str:
         """Returns: SHA-256 hex of the file's bytes."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
@@ -308,11 +379,12 @@ class Store:
         write_file(self.filesystem, path, data)
         return hashlib.sha256(data).hexdigest()
 
-    def _remove(self, paths: Iterable[str]) -> None:
-        for path in paths:
+    def discard(self, category: str, names: Iterable[str]) -> None:
+        """Removes files of a category that no commit names."""
+        for name in names:
             try:
-                self.filesystem.delete_file(path)
-            except OSError:  # an unnamed file harms nobody, and the next run tries again
+                self.filesystem.delete_file(f"{self.folder(category)}/{name}")
+            except OSError:  # an unnamed file harms nobody, and a later run tries again
                 continue
 
     def write_rejects(self, category: str, rejects: Sequence[Reject]) -> None:
@@ -336,34 +408,6 @@ class Store:
 
     def _rejects_path(self, category: str) -> str:
         return f"{self.path}/_rejects/category={category}.parquet"
-
-
-def _named(commit: Commit) -> set[str]:
-    """Names of the files that count."""
-    return {item["name"] for item in [*commit["files"], *([commit["index"]] if commit["index"] else [])]}
-
-
-def _when(item: DroppedEntry) -> datetime:
-    return datetime.fromisoformat(item["at"])
-
-
-def _stale(there: dict[str, fs.FileInfo], commit: Commit, kept: set[str], limit: datetime) -> list[str]:
-    """Which of the files that are there nobody can be reading or writing any more: path in the category's folder.
-
-    Args: there: as they were before the commit.  kept: versions that stay in any case: the current and the last one.
-    """
-    named = _named(commit) | {item["name"] for item in commit["dropped"]}
-    leftovers = [
-        path
-        for path, info in there.items()
-        if path.rpartition("/")[2].startswith(("part-", "_index-", ".tmp-"))
-        and path not in named
-        and info.mtime < limit
-    ]
-    # a version is replaced by the next younger one: it goes when that one is old enough
-    versions = sorted((info.mtime, path) for path, info in there.items() if path.startswith(f"{VERSIONS}/"))
-    replaced = [path for (_, path), (at, _) in itertools.pairwise(versions) if at < limit]
-    return leftovers + [path for path in replaced if path.rpartition("/")[2].removesuffix(".json") not in kept]
 
 
 def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:

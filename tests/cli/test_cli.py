@@ -77,7 +77,9 @@ def test_ingest_exits_with_3_where_a_file_was_rejected(
 def test_ingest_of_nothing_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ingest", str(tmp_path / "nowhere"), str(tmp_path / "data")]) == 1
     captured = capsys.readouterr()
-    assert captured.err.endswith(f"focus-ray: {tmp_path}/nowhere: expected a local folder of images\n")
+    assert captured.err.endswith(
+        f"focus-ray: {tmp_path}/nowhere: expected a local folder of images, or an s3:// prefix\n"
+    )
     assert captured.out == ""
 
 

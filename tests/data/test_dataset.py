@@ -31,8 +31,9 @@ from focus_ray.cluster.streams import ray_dataset
 from focus_ray.data import ingest as ingest_module
 from focus_ray.data import store
 from focus_ray.data.images import decode_image, decode_mask, encode_png
-from focus_ray.data.ingest import IngestReport, ingest
+from focus_ray.data.ingest import ingest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
+from focus_ray.data.report import IngestReport
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
 from focus_ray.data.split import plan_category
 from focus_ray.errors import DataError
@@ -588,13 +589,13 @@ def test_leftovers_go_after_a_day_and_not_before(tmp_path: Path, name: str) -> N
 
 def test_a_source_that_changes_while_it_is_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_mvtec(tmp_path / "bolt")
-    original = ingest_module._without_duplicates
+    original = ingest_module.without_duplicates
 
     def change_then_go_on(*args: Any) -> Any:
         save(root / "train/good/001.png", pixels(999))
         return original(*args)
 
-    monkeypatch.setattr(ingest_module, "_without_duplicates", change_then_go_on)
+    monkeypatch.setattr(ingest_module, "without_duplicates", change_then_go_on)
     with pytest.raises(DataError, match=r"001.png: changed while being ingested"):
         take(root, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("part-*"))

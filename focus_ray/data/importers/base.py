@@ -11,6 +11,7 @@ from typing import Protocol
 
 from focus_ray.data.importers.vocabulary import is_good_name, is_unclear_name
 from focus_ray.data.schema import Reject
+from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 from focus_ray.names import NAME_WORDS, is_name, is_utf8
 
@@ -23,16 +24,17 @@ IGNORED_SUFFIXES = (
 IGNORED_STEMS = ("license", "licence", "readme", "thumbs")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A source image and what the folders say of it."""
 
-    path: Path
+    path: SourcePath
     folder: str  # the part of the id that says where the image came from
     split: str
     label: int
     defect_type: str
-    masks: tuple[Path, ...] = ()
+    masks: tuple[SourcePath, ...] = ()
+    drawn: bool = False  # the split is not the source's own but drawn
 
 
 @dataclass
@@ -56,11 +58,11 @@ class ImportPlan:
 class ImportSettings:
     """test_share: of the normal images that becomes test data where the source has no split.  seed: chooses them."""
 
-    source: Path
+    source: SourcePath
     test_share: float
     seed: int
 
-    def relative(self, path: Path) -> str:
+    def relative(self, path: SourcePath) -> str:
         """For people and reports: bytes that are no UTF-8 are shown as \\xff."""
         shown = path.relative_to(self.source).as_posix() if path.is_relative_to(self.source) else str(path)
         return shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -76,10 +78,10 @@ class Importer(Protocol):
     expected: str
     has_table: bool
 
-    def fits(self, folder: Path) -> bool:
+    def fits(self, folder: SourcePath) -> bool:
         """Whether a folder is one category of this shape or, with a table, a set of them."""
 
-    def plan(self, folder: Path, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+    def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
         """A plan a category, empty for those that are not wanted; no file is opened but a table. Raises: DataError."""
 
 
@@ -88,14 +90,14 @@ class FolderImporter:
     """An importer whose folders are a category each, told by a folder that they hold."""
 
     expected: str
-    sign: Callable[[Path], bool]  # of a folder that is one category
-    plan_one: Callable[[Path, str, ImportSettings], ImportPlan]
+    sign: Callable[[SourcePath], bool]  # of a folder that is one category
+    plan_one: Callable[[SourcePath, str, ImportSettings], ImportPlan]
     has_table = False
 
-    def fits(self, folder: Path) -> bool:
+    def fits(self, folder: SourcePath) -> bool:
         return self.sign(folder)
 
-    def plan(self, folder: Path, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+    def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
         name = folder_name(folder)
         if categories is not None and name not in categories:
             return [ImportPlan(name)]
@@ -116,12 +118,12 @@ def held_for_test(names: Sequence[str], settings: ImportSettings) -> set[str]:
 
 def add_folder(
     plan: ImportPlan,
-    folder: Path,
+    folder: SourcePath,
     origin: str,
     split: str,
     label: int,
     defect: str,
-    truth: Path | None,
+    truth: SourcePath | None,
     settings: ImportSettings,
 ) -> None:
     """Adds a folder's images to the plan, with their masks from `truth`; what it cannot place is rejected or noted."""
@@ -163,7 +165,7 @@ def add_folder(
         reject_lone_masks(plan, truth, stems, settings)
 
 
-def match_masks(truth: Path, stem: str) -> list[Path]:
+def match_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
     """<stem>.png, <stem>_mask.png or every file of <stem>/, the last for several regions of one image (LOCO)."""
     if not truth.is_dir():
         return []
@@ -176,7 +178,7 @@ def match_masks(truth: Path, stem: str) -> list[Path]:
     return sorted(set(found)) + image_files(truth / stem)
 
 
-def reject_lone_masks(plan: ImportPlan, truth: Path, stems: set[str], settings: ImportSettings) -> None:
+def reject_lone_masks(plan: ImportPlan, truth: SourcePath, stems: set[str], settings: ImportSettings) -> None:
     lone = [path for path in image_files(truth) if not {path.stem, path.stem.removesuffix("_mask")} & stems]
     for nested in subfolders(truth):
         if nested.name not in stems:
@@ -186,14 +188,14 @@ def reject_lone_masks(plan: ImportPlan, truth: Path, stems: set[str], settings: 
         plan.rejects.append(Reject(settings.relative(path), plan.category, "mask_without_image", detail))
 
 
-def refuse_folders(root: Path, known: set[str], expected: str) -> None:
+def refuse_folders(root: SourcePath, known: set[str], expected: str) -> None:
     odd = [item.name for item in subfolders(root) if item.name not in known]
     if odd:
         shown = ", ".join(name if is_utf8(name) else ascii(name) for name in odd)
         raise DataError(f"{root}: did not expect the folder {shown} here: expected {expected}; move it away")
 
 
-def skipped_folders(root: Path, used: set[str], settings: ImportSettings) -> list[str]:
+def skipped_folders(root: SourcePath, used: set[str], settings: ImportSettings) -> list[str]:
     """Notes on folders, and on images that lie beside them, of which nothing is taken."""
     notes = [
         f"{settings.relative(item)}: skipped, its name says nothing in this shape"
@@ -206,34 +208,34 @@ def skipped_folders(root: Path, used: set[str], settings: ImportSettings) -> lis
     return notes
 
 
-def subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: SourcePath) -> list[SourcePath]:
     if not folder.is_dir():
         return []
     return sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith((".", "__MACOSX")))
 
 
-def good_folders(folder: Path) -> list[Path]:
+def good_folders(folder: SourcePath) -> list[SourcePath]:
     """Its folders whose names say that they hold good parts."""
     return [item for item in subfolders(folder) if is_good_name(item.name)]
 
 
-def is_lost(path: Path) -> bool:
+def is_lost(path: SourcePath) -> bool:
     """Whether it is a link to what is not there: data under version control that was not fetched."""
     return path.is_symlink() and not path.exists()
 
 
-def lost_words(path: Path) -> str:
-    target = ascii(os.readlink(path))
+def lost_words(path: SourcePath) -> str:
+    target = ascii(os.readlink(str(path)))
     return (
         f"a link to {target}, which is not there: fetch what it names (git annex get, dvc pull) or copy the file itself"
     )
 
 
-def _listed_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
+def _listed_files(folder: SourcePath) -> tuple[list[SourcePath], dict[str, int]]:
     """What is no folder: what to look at, and how many of what kind are passed over as companions of images."""
     if not folder.is_dir():
         return [], {}
-    visible: list[Path] = []
+    visible: list[SourcePath] = []
     passed_over: dict[str, int] = {}
     for item in sorted(folder.iterdir()):
         if item.is_dir():
@@ -249,15 +251,17 @@ def _listed_files(folder: Path) -> tuple[list[Path], dict[str, int]]:
     return visible, passed_over
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: SourcePath) -> list[SourcePath]:
     return [path for path in _listed_files(folder)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
-def folder_name(path: Path) -> str:
-    return Path(os.path.abspath(path)).name  # of "." too, and without following a link
+def folder_name(path: SourcePath) -> str:
+    return (
+        Path(os.path.abspath(path)).name if isinstance(path, Path) else path.name
+    )  # of "." too, without following a link
 
 
-def category_name(name: str, where: Path) -> str:
+def category_name(name: str, where: SourcePath) -> str:
     if not is_name(name):
         raise DataError(f"{where}: {name!r} cannot name a category: expected {NAME_WORDS}; rename it")
     return name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from focus_ray.data.importers.base import (
     FolderImporter,
     ImportPlan,
@@ -12,9 +10,10 @@ from focus_ray.data.importers.base import (
     refuse_folders,
     subfolders,
 )
+from focus_ray.data.source import SourcePath
 
 
-def plan_btad(root: Path, category: str, settings: ImportSettings) -> ImportPlan:
+def plan_btad(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
     """BTAD: ok and ko in place of good and a defect's name."""
     plan = ImportPlan(category)
     truth = root / "ground_truth"
@@ -26,7 +25,7 @@ def plan_btad(root: Path, category: str, settings: ImportSettings) -> ImportPlan
     return plan
 
 
-def is_btad(folder: Path) -> bool:
+def is_btad(folder: SourcePath) -> bool:
     """Whether its folders are called as BTAD's are, and no other."""
     train, test = ({item.name for item in subfolders(folder / name)} for name in ("train", "test"))
     return train == {"ok"} and test <= {"ok", "ko"}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from focus_ray.data.importers.base import ImportPlan, ImportSettings, image_files, subfolders
+from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 from focus_ray.kinds import IMPORTERS
 
 
-def _mend(source: Path) -> str:
+def _mend(source: SourcePath) -> str:
     """One line for what people have most often: images, and no folder that says what they are."""
     for place in (source, *subfolders(source)):
         images = image_files(place)
@@ -21,7 +21,7 @@ def _mend(source: Path) -> str:
 
 
 def make_plans(
-    source: Path, format: str, categories: Sequence[str] | None, settings: ImportSettings
+    source: SourcePath, format: str, categories: Sequence[str] | None, settings: ImportSettings
 ) -> tuple[str, list[ImportPlan], list[str]]:
     """Returns: the format taken, a plan for each category wanted, and notes."""
     wanted = list(IMPORTERS) if format == "auto" else [format]

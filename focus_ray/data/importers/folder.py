@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 
 from focus_ray.data.importers.base import (
     FolderImporter,
@@ -22,9 +21,10 @@ from focus_ray.data.importers.base import (
 )
 from focus_ray.data.importers.vocabulary import is_bad_name
 from focus_ray.data.schema import Reject
+from focus_ray.data.source import SourcePath
 
 
-def plan_folder(root: Path, category: str, settings: ImportSettings) -> ImportPlan:
+def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
     """good/, bad*/ and masks/: what somebody's own images most often are."""
     plan = ImportPlan(category)
     good = good_folders(root)
@@ -50,7 +50,7 @@ def plan_folder(root: Path, category: str, settings: ImportSettings) -> ImportPl
         masks = match_masks(masks_root / sample.folder, stem)
         masks = masks or ([] if stem in owners else match_masks(masks_root, stem))
         split = "test" if sample.path.name in held else "train"
-        plan.samples.append(Sample(sample.path, sample.folder, split, 0, "good", tuple(masks)))
+        plan.samples.append(Sample(sample.path, sample.folder, split, 0, "good", tuple(masks), drawn=True))
     for bad in bad_folders:
         anomalous = ImportPlan(category)
         defect = bad.name[len("bad") :].lstrip("_-. ") if bad.name.lower().startswith("bad") else bad.name
@@ -79,7 +79,7 @@ def plan_folder(root: Path, category: str, settings: ImportSettings) -> ImportPl
     return plan
 
 
-def _is_folder(folder: Path) -> bool:
+def _is_folder(folder: SourcePath) -> bool:
     if (folder / "good").is_dir():
         return True
     others = [item for item in subfolders(folder) if not (is_bad_name(item.name) or item.name == "masks")]

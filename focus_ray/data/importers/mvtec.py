@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from focus_ray.data.importers.base import (
     FolderImporter,
     ImportPlan,
@@ -17,11 +15,12 @@ from focus_ray.data.importers.base import (
 )
 from focus_ray.data.importers.btad import is_btad
 from focus_ray.data.importers.vocabulary import is_good_name
+from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 from focus_ray.names import is_utf8
 
 
-def plan_mvtec(root: Path, category: str, settings: ImportSettings) -> ImportPlan:
+def plan_mvtec(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
     """MVTec AD, MVTec AD 2 and MVTec LOCO, told apart by their folders alone."""
     plan = ImportPlan(category)
     for folder in ("train", "validation"):
@@ -47,7 +46,7 @@ def plan_mvtec(root: Path, category: str, settings: ImportSettings) -> ImportPla
     return plan
 
 
-def _is_mvtec(folder: Path) -> bool:
+def _is_mvtec(folder: SourcePath) -> bool:
     return bool(good_folders(folder / "train")) and not is_btad(folder)
 
 

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample, category_name, folder_name, held_for_test
 from focus_ray.data.importers.vocabulary import is_good_name
 from focus_ray.data.schema import SPLITS, Reject
+from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 
 _NO = ("0", "0.0", "false", "no", "f", "n")  # of a column that says whether the part is anomalous
 _YES = ("1", "1.0", "true", "yes", "t", "y")
 
 
-def plan_visa(table: Path, root: Path, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+def plan_visa(
+    table: SourcePath, root: SourcePath, categories: Sequence[str] | None, settings: ImportSettings
+) -> list[ImportPlan]:
     """VisA: a table of object,split,label,image,mask; without a split column, normal images are split by seed."""
     try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            columns = set(reader.fieldnames or ())
-            rows = list(reader)
+        reader = csv.DictReader(io.StringIO(table.read_bytes().decode("utf-8-sig"), newline=""))
+        columns = set(reader.fieldnames or ())
+        rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot read the table: {error}") from error
     needed = {"image", "label"} | ({"object"} if table.name != "image_anno.csv" else set())
@@ -57,7 +60,8 @@ def plan_visa(table: Path, root: Path, categories: Sequence[str] | None, setting
             plans.setdefault(category, ImportPlan(category))
             continue
         plan = plans.setdefault(category, ImportPlan(category))
-        if not split:
+        drawn = not split
+        if drawn:
             split = "test" if label or image_text in held[category] else "train"
         image, mask = (_table_path(text, root, table) for text in (image_text, mask_text or image_text))
         lost = [text for text, path in ((image_text, image), (mask_text, mask)) if text and not path.is_file()]
@@ -68,11 +72,11 @@ def plan_visa(table: Path, root: Path, categories: Sequence[str] | None, setting
         named = "anomaly" if label_text.casefold() in _YES else label_text
         defect = re.sub(r"[^A-Za-z0-9._-]+", "_", named) if label else "good"
         masks = (mask,) if mask_text else ()
-        plan.samples.append(Sample(image, split, split, label, defect, masks))
+        plan.samples.append(Sample(image, split, split, label, defect, masks, drawn))
     return [plans[name] for name in sorted(plans)]
 
 
-def _table_path(text: str, root: Path, table: Path) -> Path:
+def _table_path(text: str, root: SourcePath, table: SourcePath) -> SourcePath:
     """Resolves a table's entry against the data set's root, then the table's folder; never outside the root."""
     parts = PurePosixPath(text.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts:
@@ -81,7 +85,7 @@ def _table_path(text: str, root: Path, table: Path) -> Path:
     return beside if not (root / parts).is_file() and beside.is_file() else root / parts
 
 
-def visa_tables(source: Path) -> list[Path]:
+def visa_tables(source: SourcePath) -> list[SourcePath]:
     for table in (source / "split_csv" / "1cls.csv", source / "image_anno.csv"):
         if table.is_file():
             return [table]
@@ -92,10 +96,10 @@ class _VisaImporter:
     expected = "split_csv/1cls.csv or image_anno.csv"
     has_table = True
 
-    def fits(self, folder: Path) -> bool:
+    def fits(self, folder: SourcePath) -> bool:
         return bool(visa_tables(folder))
 
-    def plan(self, folder: Path, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
+    def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
         return [plan for table in visa_tables(folder) for plan in plan_visa(table, folder, categories, settings)]
 
 
