@@ -16,7 +16,7 @@ SLOW_DOWN = (
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """endpoint: where it listens.  passed, refused: requests so far."""
+    """endpoint: where it listens.  passed, refused: requests so far.  made: of these, method, path, bytes there and back."""
 
     daemon_threads = True
 
@@ -25,6 +25,7 @@ class FaultyProxy(ThreadingHTTPServer):
         self.target, self.share, self.random = urlsplit(target).netloc, share, random.Random(0)
         self.lock = threading.Lock()
         self.passed = self.refused = 0
+        self.made: list[tuple[str, str, int, int]] = []
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
 
     def refuses(self) -> bool:
@@ -54,6 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
             connection.endheaders(body or None)
             answer = connection.getresponse()
             content = answer.read()
+            with self.server.lock:
+                self.server.made.append((self.command, self.path, len(body), len(content)))
             self._answer(answer.status, answer.getheaders(), content)
         except (OSError, http.client.HTTPException):
             self.close_connection = True  # the server is gone: so is the client's connection

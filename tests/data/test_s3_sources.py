@@ -1,0 +1,203 @@
+"""Images that lie on S3: the data set is the one that the same folders on a disk give, each object is asked for once."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from made_sources import make_folder, make_mvtec, pixels, save, spot
+from s3_faults import FaultyProxy, faulty
+from s3_server import S3Server
+
+from focus_ray.cli.main import main
+from focus_ray.data import store
+from focus_ray.data.ingest import ingest
+from focus_ray.data.read import data_fingerprint, read_index, read_rows
+from focus_ray.data.schema import SCHEMA
+from focus_ray.data.source import S3Path, S3Tree, open_source
+from focus_ray.data.store import open_store
+from focus_ray.errors import DataError
+from focus_ray.storage import Listed, write_bytes
+
+pytestmark = pytest.mark.s3
+
+VISA = """object,split,label,image,mask
+candle,train,normal,candle/a.png,
+candle,train,normal,candle/b.png,
+candle,test,normal,candle/c.png,
+candle,test,anomaly,candle/d.png,candle/m.png
+candle,test,anomaly,candle/lost.png,
+"""
+
+
+def upload(folder: Path, uri: str) -> str:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            write_bytes(f"{uri}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    return uri
+
+
+@pytest.fixture
+def counted(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    with faulty(s3.endpoint, share=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        yield proxy
+
+
+def requests_of(proxy: FaultyProxy, about: str) -> Counter[str]:
+    """Methods of the requests whose path has this in it, since the last call."""
+    return Counter(method for method, path, _, _ in proxy.made if about in unquote(path))
+
+
+def make_visa(root: Path) -> Path:
+    for number, name in enumerate("abcd"):
+        save(root / f"candle/{name}.png", pixels(number))
+    save(root / "candle/m.png", spot((1, 1)))
+    save(root / "split_csv/1cls.csv", VISA.encode())
+    return root
+
+
+def make_odd(root: Path) -> Path:
+    make_mvtec(root)
+    save(root / "train/good/broken.png", b"")
+    save(root / "train/good/copy.png", pixels(1))
+    save(root / "train/good/notes.txt", b"text")
+    save(root / "train/good/.hidden", b"text")
+    save(root / "train/good/odd.xyz", b"text")
+    save(root / "train/good/deeper/x.png", pixels(70))
+    save(root / "test_private/x.png", pixels(71))
+    save(root / "raw/x.png", pixels(72))
+    save(root / "ground_truth/crack/lone.png", spot((1, 1)))
+    save(root / "test/good/größe 1+1.png", pixels(73))
+    return root
+
+
+@pytest.mark.parametrize("make", [make_mvtec, make_odd, make_folder, make_visa])
+def test_a_source_on_s3_gives_what_it_gives_on_a_disk(s3: S3Server, tmp_path: Path, make: object) -> None:
+    folder = make(tmp_path / "bolt")  # type: ignore[operator]
+    uri = upload(folder, f"{s3.new_uri()}/bolt")
+    out = s3.new_uri()
+    local, remote = ingest(folder, tmp_path / "out", progress=False), ingest(uri, out, progress=False)
+    assert remote == local
+    assert str(remote) == str(local)
+    for category in (item.name for item in local.categories):
+        index = read_index(tmp_path / "out", category)
+        rows = [
+            list(read_rows(place, category, index["row"].to_numpy(), SCHEMA.names)) for place in (tmp_path / "out", out)
+        ]
+        assert sorted(rows[1], key=lambda row: row["id"]) == rows[0]
+        commits = [open_store(place).need_commit(category) for place in (tmp_path / "out", out)]
+        assert commits[0]["source_fingerprint"] == commits[1]["source_fingerprint"]
+
+
+def test_every_object_is_asked_for_once_and_not_again(
+    counted: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_mvtec(tmp_path / "parts/bolt", num_train=17)
+    make_mvtec(tmp_path / "parts/nut", num_train=7, seed=500)
+    source, out = upload(tmp_path / "parts", "s3://focus-ray-tests/once-source"), "s3://focus-ray-tests/once-out"
+    counted.made.clear()
+    ingest(source, out, progress=False)
+    objects = sum(path.is_file() for path in (tmp_path / "parts").rglob("*"))
+    asked = requests_of(counted, "once-source")
+    assert asked == {"GET": objects + 1}  # one of them lists
+    written = requests_of(counted, "once-out")
+    print(f"{objects} objects, 2 categories: {dict(asked)} of the source, {dict(written)} of the data set")
+    assert written.total() <= 60
+
+    counted.made.clear()
+    assert [item.status for item in ingest(source, out, progress=False).categories] == ["unchanged"] * 2
+    assert requests_of(counted, "once-source") == {"GET": 1}
+
+    save(root / "train/good/new.png", pixels(999))
+    write_bytes(f"{source}/bolt/train/good/new.png", (root / "train/good/new.png").read_bytes())
+    counted.made.clear()
+    (report, other) = ingest(source, out, progress=False, append=True).categories
+    assert (report.num_added, report.num_there, other.status) == (1, 20, "unchanged")
+    assert requests_of(counted, "once-source") == {"GET": 2}
+
+
+def test_an_append_costs_as_much_for_many_parts_as_for_few(
+    counted: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_mvtec(tmp_path / "bolt", num_train=37)
+    monkeypatch.setattr(store, "MAX_ROW_GROUP_ROWS", 2)
+    totals, num_parts = [], []
+    for number, file_bytes in enumerate((1, 1 << 30)):
+        source, out = f"s3://focus-ray-tests/append-{number}", f"s3://focus-ray-tests/appended-{number}"
+        monkeypatch.setattr(store, "FILE_BYTES", file_bytes)
+        ingest(tmp_path / "bolt", out, progress=False)
+        num_parts.append(len(open_store(out).need_commit("bolt")["files"]))
+        more = make_mvtec(tmp_path / f"more{number}/bolt", num_train=1, seed=700)
+        for name in ("test", "ground_truth"):
+            for path in sorted((more / name).rglob("*.png")):
+                path.unlink()
+        upload(more, f"{source}/bolt")
+        counted.made.clear()
+        (report,) = ingest(f"{source}/bolt", out, progress=False, append=True).categories
+        assert report.num_added == 1
+        made = [
+            (method, path, there + back) for method, path, there, back in counted.made if "appended" in unquote(path)
+        ]
+        assert not [path for method, path, _ in made if "part-" in path and method != "PUT" and method != "HEAD"]
+        totals.append((Counter(method for method, _, _ in made), sum(size for _, _, size in made)))
+        assert len(list(read_rows(out, "bolt", read_index(out, "bolt")["row"].to_numpy(), ["id"]))) == 41
+    print(f"one image to {num_parts} part files: requests {[dict(made) for made, _ in totals]}, bytes {totals}")
+    assert num_parts == [20, 1]
+    assert totals[0][0] == totals[1][0]
+    assert totals[0][0].total() <= 45
+
+
+def test_errors_and_reports_name_the_uri(s3: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = s3.new_uri()
+    with pytest.raises(DataError, match=rf"{empty}: nothing is there: expected images below this prefix"):
+        ingest(empty, tmp_path / "out", progress=False)
+    save(tmp_path / "bolt/pictures/a.png", pixels(0))
+    odd = upload(tmp_path / "bolt", f"{s3.new_uri()}/bolt")
+    assert main(["ingest", odd, str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert f"focus-ray: {odd}: no category found, here or one folder down" in told
+    assert f"1 images lie in {odd}/pictures: if their parts are good, put them into {odd}/pictures/good/" in told
+
+
+def test_an_object_whose_folder_has_no_name_is_refused() -> None:
+    with pytest.raises(DataError, match=r"s3://b/parts/train//x.png: a folder's name is empty: rename the object"):
+        S3Tree("s3://b/parts").take([Listed("train//x.png", 1, "e")])
+
+
+def test_wrong_credentials_for_the_source_name_the_bucket(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = upload(make_mvtec(tmp_path / "bolt"), f"{s3.new_uri()}/bolt")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
+    with pytest.raises(DataError, match=r"S3 bucket 'focus-ray-tests', key .*cannot list: the credentials are wrong"):
+        ingest(uri, tmp_path / "out", progress=False)
+
+
+def test_a_throttled_source_loses_no_image(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_mvtec(tmp_path / "bolt", num_train=30)
+    uri, out = upload(folder, f"{s3.new_uri()}/bolt"), s3.new_uri()
+    ingest(folder, tmp_path / "out", progress=False)
+    with faulty(s3.endpoint, share=0.2) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        assert ingest(uri, out, progress=False).num_rows == 33
+        assert proxy.refused > 5
+        assert data_fingerprint(out, "bolt") == data_fingerprint(tmp_path / "out", "bolt")
+
+
+def test_a_path_crosses_to_another_process_without_listing_and_secret(s3: S3Server, tmp_path: Path) -> None:
+    uri = upload(make_mvtec(tmp_path / "bolt"), f"{s3.new_uri()}/bolt")
+    root = open_source(uri)
+    path = root / "train" / "good" / "000.png"
+    path.read_bytes()
+    sent = pickle.dumps([path, root])
+    assert len(sent) < 400
+    again, base = pickle.loads(sent)
+    assert isinstance(again, S3Path)
+    assert (again, str(again)) == (path, f"{uri}/train/good/000.png")
+    assert again.read_bytes() == (tmp_path / "bolt/train/good/000.png").read_bytes()
+    assert again.relative_to(base).as_posix() == "train/good/000.png"
