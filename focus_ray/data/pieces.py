@@ -171,7 +171,11 @@ def _finish(item: _Category, how: Pieces) -> Outcome:
     assert len(results) == len(item.chunks), "a category is finished when all of its pieces are there"
     made = _Made(item, how, results)
     changed = how.store.publish(item.plan.category, made.draft, made.parts)
-    return made.outcome(changed)
+    outcome = made.outcome(changed)
+    for held in (item.chunks, item.results, item.stamps, item.facts):  # of a million images, gigabytes
+        held.clear()
+    item.base = None
+    return outcome
 
 
 class _Made:

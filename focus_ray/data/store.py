@@ -314,6 +314,13 @@ class Store:
             "counts": draft.counts,
         }
         there = self.files(category)
+        lost = sorted({entry["name"] for entry in draft.files} - set(there))
+        if lost:
+            raise DataError(
+                f"{self.uri}: {len(lost)} part files of category {category!r} are not there, {lost[0]} first. Those of a run of "
+                f"more than {STALE_AFTER.total_seconds() / 3600:g} hours may have been taken for leftovers: run it again; "
+                "if they are of what was there before, ingest the category again without appending"
+            )
         if former:
             commit["dropped"] = dropped_after(former, commit, now)
             if f"{VERSIONS}/{former['run_id']}.json" not in there:  # by a program that kept no versions

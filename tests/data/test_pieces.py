@@ -400,6 +400,20 @@ def test_a_run_that_dies_among_the_pieces_leaves_the_old_data_and_is_done_again(
     assert left.isdisjoint(path.name for path in folder.iterdir())
 
 
+def test_no_version_is_made_of_a_part_file_that_is_not_there(tmp_path: Path) -> None:
+    root, out = make_mvtec(tmp_path / "bolt"), tmp_path / "out"
+    take(root, out)
+    version = data_version(out, "bolt")
+    next((out / "category=bolt").glob("part-*")).unlink()
+    save(root / "train/good/new.png", pixels(999))
+    with pytest.raises(DataError, match=r"1 part files of category 'bolt' are not there, part-.*without appending"):
+        append(root, out)
+    assert data_version(out, "bolt") == version
+    assert not list((out / "category=bolt").glob("part-*"))
+    take(root, out)
+    assert len(rows_of(out)) == 7
+
+
 def test_a_source_that_is_seen_by_stamp_is_not_read_again(
     tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
