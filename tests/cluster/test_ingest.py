@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 import pytest
 from made_sources import make_mvtec, pixels, save
+from s3_faults import faulty
+from s3_server import S3Server
 
 from focus_ray.cli.main import main
 from focus_ray.cluster import ingest as cluster_ingest
@@ -22,6 +26,7 @@ from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import SCHEMA
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError, TrainingError
+from focus_ray.storage import write_bytes
 
 pytestmark = pytest.mark.ray
 
@@ -118,3 +123,26 @@ def test_the_command_appends_with_workers(
     assert "bolt: unchanged, 22 train" in told
     assert status == 3  # the broken files
     assert store.open_store(out).need_commit("nut")["num_rows"] == 26
+
+
+@pytest.mark.s3
+def test_from_s3_to_s3_each_object_is_read_once_by_some_worker(s3: S3Server, source: Path, tmp_path: Path) -> None:
+    root, objects = s3.new_uri(), [path for path in sorted(source.rglob("*")) if path.is_file()]
+    for path in objects:
+        write_bytes(f"{root}/parts/{path.relative_to(source).as_posix()}", path.read_bytes())
+    expected = ingest(source, tmp_path / "alone", progress=False)
+    with faulty(s3.endpoint, share=0) as proxy:
+        words = ["ingest", f"{root}/parts", f"{root}/data", "--workers", "2"]
+        environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.endpoint}
+        ended = subprocess.run(
+            [sys.executable, "-m", "focus_ray.cli", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        asked = [path for method, path, _, _ in proxy.made if "/parts/" in path and method == "GET"]
+    assert (ended.returncode, ended.stdout) == (expected.exit_status, f"{expected}\n"), ended.stderr[-2000:]
+    assert len(asked) == len(set(asked)) == len(objects)
+    for category in ("bolt", "nut"):
+        assert read_index(f"{root}/data", category).equals(read_index(tmp_path / "alone", category))
