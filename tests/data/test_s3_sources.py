@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 import pytest
@@ -167,6 +167,15 @@ def test_errors_and_reports_name_the_uri(s3: S3Server, tmp_path: Path, capsys: p
 def test_an_object_whose_folder_has_no_name_is_refused() -> None:
     with pytest.raises(DataError, match=r"s3://b/parts/train//x.png: a folder's name is empty: rename the object"):
         S3Tree("s3://b/parts").take([Listed("train//x.png", 1, "e")])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.b.PNG", ".hidden", ".a.png", "a.", "a", "a..png", "größe 1.tif"])
+def test_names_are_taken_apart_as_those_of_files(name: str) -> None:
+    root = S3Path(S3Tree("s3://b/parts"))
+    path, file = root / "train" / name, Path("/b/parts/train") / name
+    assert (path.name, path.stem, path.suffix) == (file.name, file.stem, file.suffix)
+    assert (path.parent.name, path.parts) == ("train", file.parts[1:])
+    assert (root / f"train/{name}", root / PurePosixPath("train") / name) == (path, path)
 
 
 def test_wrong_credentials_for_the_source_name_the_bucket(
