@@ -35,7 +35,7 @@ from focus_ray.data.ingest import ingest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
 from focus_ray.data.report import IngestReport
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
-from focus_ray.data.split import plan_category
+from focus_ray.data.split import plan_category, split_category
 from focus_ray.errors import DataError
 
 IMAGES = SHARED / "data"
@@ -827,10 +827,10 @@ def test_a_plan_reads_the_index_once(tmp_path: Path) -> None:
     config = small_config(str(tmp_path / "out"), tmp_path)
     made = requests_of(lambda: plan_category(config, "bolt"))
     assert len([request for request in made if request.startswith("open")]) == 2  # the commit and the index
-    plan = plan_category(config, "bolt")
+    plan, split = plan_category(config, "bolt"), split_category(config, "bolt")
     assert plan.fingerprint == data_fingerprint(tmp_path / "out", "bolt")
     forget_the_index(tmp_path / "out", "bolt")
-    assert plan_category(config, "bolt") == plan
+    assert split_category(config, "bolt") == split
 
 
 def test_parts_are_read_several_at_once_and_stay_in_order(small_groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
