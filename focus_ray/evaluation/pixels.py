@@ -178,10 +178,6 @@ class PixelBins:
     num_images: int = 0
 
     @staticmethod
-    def empty() -> PixelBins:
-        return PixelBins(np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
-
-    @staticmethod
     def of_image(
         mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None = None, name: str = "an image"
     ) -> PixelBins:
@@ -199,20 +195,22 @@ class PixelBins:
         overlap = np.bincount(anomalous - np.uint32(low), weights=share, minlength=length)
         held = np.flatnonzero(counts + bad)
         keys = (held + low).astype(np.uint32)
-        return PixelBins(keys, counts[held], bad[held], overlap[held], pixels.num_regions, 1)
+        return PixelBins(keys, counts[held], bad[held], overlap[held].astype(np.float64), pixels.num_regions, 1)
 
     @staticmethod
     def total(parts: Iterable[PixelBins]) -> PixelBins:
         """The sum of all."""
         found = list(parts)
-        keys = np.unique(np.concatenate([part.keys for part in found])) if found else _NO_ROWS[0]
-        sums = [np.zeros(keys.size, column.dtype) for column in _NO_ROWS[1:]]
+        keys = np.unique(np.concatenate([_NO_ROWS[0], *(part.keys for part in found)]))
+        normal, anomalous = np.zeros(keys.size, np.int64), np.zeros(keys.size, np.int64)
+        overlap = np.zeros(keys.size, np.float64)
         for part in found:
             at = np.searchsorted(keys, part.keys)
-            for total, column in zip(sums, (part.normal, part.anomalous, part.overlap), strict=True):
-                total[at] += column
+            normal[at] += part.normal
+            anomalous[at] += part.anomalous
+            overlap[at] += part.overlap
         regions, images = sum(part.num_regions for part in found), sum(part.num_images for part in found)
-        return PixelBins(keys, sums[0], sums[1], sums[2], regions, images)
+        return PixelBins(keys, normal, anomalous, overlap, regions, images)
 
     def __add__(self, other: PixelBins) -> PixelBins:
         return PixelBins.total([self, other])

@@ -81,6 +81,11 @@ def evaluation_caveats(
             "Masks were compared at a reduced size, where a reduced pixel is defective if any that it stands for is: "
             "defects are up to a pixel wider there."
         )
+    if result.get("bounds"):
+        told.append(
+            f"There are too many pixels to sort them all: they were counted in bins, which moves no pixel metric by more than "
+            f"{max(result['bounds'].values()):.1g}."
+        )
     return [*told, *(f"{_in_words(where)} is missing: {reason}" for where, reason in result.get("reasons", {}).items())]
 
 
