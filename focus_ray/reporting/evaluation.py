@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from markupsafe import Markup
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.evaluation.evaluate import Labelled
 from focus_ray.evaluation.metrics import Measured
-from focus_ray.evaluation.report import mean_metrics
+from focus_ray.evaluation.report import evaluation_table, mean_metrics
 from focus_ray.kinds import METRICS
 from focus_ray.reporting import plots
 from focus_ray.reporting.caveats import Share, called_bad, evaluation_caveats
@@ -92,6 +93,18 @@ def section_from_dict(tree: Mapping[str, Any]) -> Section:
 def without_pictures(section: Section) -> Section:
     """Its figures and caveats alone: small."""
     return replace(section, plots=[], gallery=[])
+
+
+def summary_of(result: Mapping[str, Any]) -> str:
+    """A line of a category's first figures."""
+    shown = [(METRICS[key].title, result.get(key)) for key in ("image_auroc", "pixel_auroc", "aupro_0.3", "recall")]
+    return ", ".join(f"{title} {value:.4f}" for title, value in shown if value is not None) or "no metric can be had"
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, bytes]:
+    """report.md and report.json of what is known so far."""
+    content = {"categories": results, "mean": mean_metrics(results)}
+    return evaluation_table(results), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def evaluation_page(

@@ -16,7 +16,7 @@ from small_set import NUM_TEST, NUM_TRAIN, draw_parts, ingest_parts, make_bundle
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.batch import UNFINISHED, BatchScorer, inspect_dataset
+from focus_ray.cluster.batch import UNFINISHED, findings, inspect_dataset
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.errors import DataError
@@ -121,11 +121,10 @@ def test_a_category_that_the_set_lacks_is_named_before_anything_starts(data: str
 
 
 def test_a_batch_of_damaged_images_alone_is_told_row_by_row(bundle: str) -> None:
-    names = ("id", "label", "defect_type", "site")
-    batch = {name: np.array(["x", "y"], dtype=object) for name in names}
-    found = BatchScorer(bundle)({**batch, "image": np.array([b"", b"no"], dtype=object)})
-    assert all(len(column) == 2 for column in found.values())
-    assert all(found["error"])
+    records = [{"id": "x", "label": 0, "defect_type": "good", "site": "a", "image": image} for image in (b"", b"no")]
+    found = findings(Inspector.load(bundle, "cpu"), records)
+    assert found.num_rows == 2
+    assert all(found["error"].to_pylist())
 
 
 ON_S3 = """
