@@ -98,8 +98,8 @@ class Pool(Generic[W]):
         config = ClusterConfig()
         count = concurrent_runs(config, private, log=log, limit=num_workers)
         asked = resources_per_worker(config, uses_gpu(config))
-        # a lost actor is started anew; its work is given out again here, to whoever is free
-        self._class = ray.remote(num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0), max_restarts=-1)(_Worker)
+        # not restarted by Ray, which refuses calls meanwhile (2.60): a lost worker is replaced here, its work given out again
+        self._class = ray.remote(num_cpus=asked["CPU"], num_gpus=asked.get("GPU", 0))(_Worker)
         self.workers = [self._class.remote() for _ in range(count)]
         self.log = log
 
@@ -143,7 +143,8 @@ class Pool(Generic[W]):
                 given.losses += 1
                 if work is None and given.losses >= MAX_LOSSES:
                     raise TrainingError(f"workers do not start: {_first_line(error)}") from error
-                busy[worker.ready.remote()] = _Given(worker, losses=0 if work is not None else given.losses)
+                new = self._replace(worker)
+                busy[new.ready.remote()] = _Given(new, losses=0 if work is not None else given.losses)
                 if work is not None and given.losses < MAX_LOSSES:
                     self.log(f"a worker was lost, its work is given to another: {_first_line(error)}")
                     again.append(given)
@@ -153,6 +154,15 @@ class Pool(Generic[W]):
             idle.append(worker)
             if work is not None:
                 done(work, result)
+
+    def _replace(self, worker: Any) -> Any:
+        """A new worker in the place of one that was lost, or cannot be reached."""
+        import ray
+
+        ray.kill(worker)
+        self.workers.remove(worker)
+        self.workers.append(self._class.remote())
+        return self.workers[-1]
 
     def close(self) -> None:
         """Ends the actors."""
