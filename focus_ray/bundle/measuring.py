@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.read import TEST_COLUMNS, read_index, read_rows
+from focus_ray.data.read import TEST_COLUMNS, index_version, read_index, read_rows
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError
 from focus_ray.evaluation.evaluate import EXACT_PIXELS, MAX_SIDE_PX, Gathered, Labelled, Part, evaluation_size, joined
@@ -28,6 +28,7 @@ from focus_ray.evaluation.pixels import PixelBins
 from focus_ray.storage import exists, join, read_bytes, remove_file, remove_folder, write_bytes
 
 PART_IMAGES = 512  # in a part, about
+READ_AHEAD = 32  # encoded images that wait to be decoded
 IMAGES, CATEGORIES = "images", "categories"  # folders of a report: image by image; what is known of each category
 IMAGE_SCHEMA = pa.schema(
     [
@@ -49,7 +50,7 @@ Rows = NDArray[np.int64]
 class Job:
     """A category to be measured; small, for it goes with every part.
 
-    version: of the bundle.  commit: of the data set, its run.  num_images: to be scored.  exact: whether maps are kept,
+    version: of the bundle.  commit: of the images, their version.  num_images: to be scored.  exact: whether maps are kept,
     so that all parts are measured in one place.  output: the report's folder.
     """
 
@@ -115,7 +116,6 @@ def plan_evaluation(
     """
     manifest = read_manifest(bundle)
     uri = data or str(manifest["config"]["data"]["uri"])
-    commit = open_store(uri).need_commit(category)["run_id"]
     index = read_index(uri, category, split="test")
     if not index.num_rows:
         raise DataError("there is no test image to evaluate: ingest a set that has some")
@@ -129,25 +129,25 @@ def plan_evaluation(
         bundle=bundle,
         version=str(manifest["sha256"]),
         data=uri,
-        commit=commit,
+        commit=index_version(index),
         num_images=len(rows),
         exact=int(np.dot(areas, counts)) <= exact_pixels,
         max_side_px=max_side_px,
         part_images=part_images,
         output=output,
     )
-    return Plan(job, cut_rows(uri, category, rows, part_images))
+    return Plan(job, cut_rows(uri, category, rows, part_images, index_version(index)))
 
 
-def cut_rows(uri: str, category: str, rows: Rows, size: int) -> dict[int, Rows]:
+def cut_rows(uri: str, category: str, rows: Rows, size: int, version: str | None = None) -> dict[int, Rows]:
     """Parts of about `size` rows each, which lie together, so that of a file each row group is read once.
 
     Args:
-        rows: of the category, ascending.
+        rows: of the category, ascending.  version: of the category, that they are of; None for the current one.
 
     Returns: number of a part's first row among `rows` -> its rows.  Raises: DataError: no such category.
     """
-    files = open_store(uri).need_commit(category)["files"]
+    files = open_store(uri).need_commit(category, version)["files"]
     ends = np.cumsum([count for entry in files for count in entry["row_group_rows"]])
     groups = np.searchsorted(rows, ends)
     wanted = np.arange(size, len(rows), size)
@@ -162,7 +162,7 @@ def measure_whole(inspector: Inspector, plan: Plan, tell: Callable[[], None] = l
     gathered = Gathered(sys.maxsize)
     for first, rows in plan.parts.items():
         _score(inspector, plan.job, first, rows, gathered, tell)
-    ids = TestIds(plan.job.data, plan.job.category)
+    ids = TestIds(plan.job)
     return gathered.labelled(float(inspector.bundle.calibration.image_threshold), ids)
 
 
@@ -171,7 +171,7 @@ def measure_part(
 ) -> Part:
     """One part of a job whose pixels go into bins. tell: called an image.
 
-    Raises: DataError: an image cannot be decoded; the bundle or the data set is not what was planned with.
+    Raises: DataError: an image cannot be decoded; the bundle was replaced, or the images' version is gone.
     """
     gathered = Gathered(0)
     _score(inspector, job, first, rows, gathered, tell)
@@ -214,14 +214,15 @@ class TestIds(Sequence[str]):
 
     __test__ = False  # no test, for pytest
 
-    def __init__(self, data: str, category: str) -> None:
-        self._data, self._category = data, category
+    def __init__(self, job: Job) -> None:
+        self._job = job
         self._ids: pa.ChunkedArray | None = None
 
     @property
     def packed(self) -> pa.ChunkedArray:
         if self._ids is None:
-            self._ids = read_index(self._data, self._category, split="test")["id"]
+            job = self._job
+            self._ids = read_index(job.data, job.category, split="test", version=job.commit)["id"]
         return self._ids
 
     def __len__(self) -> int:
@@ -339,7 +340,7 @@ def write_record(job: Job, **facts: Any) -> None:
 
 def join_parts(job: Job, total: Part, threshold: float) -> Labelled:
     """A job's parts, added, as one set. threshold: of the image score."""
-    return joined([total], threshold, TestIds(job.data, job.category))
+    return joined([total], threshold, TestIds(job))
 
 
 def begin_anew(job: Job) -> None:

@@ -15,11 +15,11 @@ from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.measuring import PART_IMAGES, Rows, cut_rows
 from focus_ray.cluster.connect import connect
-from focus_ray.cluster.scorers import Failed, Pool, absolute_place
 from focus_ray.cluster.preflight import probe_nodes
-from focus_ray.data.read import list_categories, read_index, read_rows
+from focus_ray.cluster.scorers import Failed, Scorers, absolute_place
+from focus_ray.data.ahead import ahead
+from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.data.schema import Row
-from focus_ray.data.store import open_store
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.progress import Progress
 from focus_ray.storage import join, list_names, read_bytes, remove_file, remove_folder, write_bytes
@@ -45,7 +45,7 @@ _GIVEN = ("id", "label", "defect_type", "site")
 
 @dataclass(frozen=True)
 class BatchJob:
-    """A category to be inspected. version: of the bundle.  commit: of the data set, its run.  place: of its results."""
+    """A category to be inspected. version: of the bundle.  commit: of the images, their version.  place: of its results."""
 
     category: str
     bundle: str
@@ -135,16 +135,15 @@ def _alone(inspector: Inspector, image: bytes) -> dict[str, Any]:
 def inspect_piece(piece: BatchPiece, inspector: Inspector) -> Counts:
     """Inspects a part and writes its file, whole; done again, it writes the same file again.
 
-    Raises: DataError: the bundle or the data set is not what was planned with.
+    Raises: DataError: the bundle was replaced, or the images' version is gone.
     """
     job = piece.job
     if inspector.bundle.version != job.version:
         raise DataError(f"{job.bundle}: replaced since the inspection began: inspect again")
-    if open_store(job.data).need_commit(job.category)["run_id"] != job.commit:
-        raise DataError(f"{job.data}: {job.category!r} was ingested again since the inspection began: inspect again")
     tables = []
     waiting: list[Row] = []
-    for record in read_rows(job.data, job.category, piece.rows, columns=(*_GIVEN, "image")):
+    records = read_rows(job.data, job.category, piece.rows, columns=(*_GIVEN, "image"), version=job.commit)
+    for record in ahead(records, job.batch_size):
         waiting.append(record)
         if len(waiting) == job.batch_size:
             tables.append(findings(inspector, waiting))
@@ -193,13 +192,14 @@ class Batch:
     def _plan(self, category: str) -> Iterator[BatchPiece]:
         bundle = self.bundles[category]
         place = join(self.output, f"category={category}")
-        commit = open_store(self.uri).need_commit(category)["run_id"]
         version = str(read_manifest(bundle)["sha256"])
+        index = read_index(self.uri, category, split=self.split)
+        commit = index_version(index)
         job = BatchJob(
             category, bundle, version, self.uri, commit, self.split, place, self.part_images, self.batch_size
         )
-        rows = read_index(self.uri, category, split=self.split)["row"].to_numpy()
-        parts = cut_rows(self.uri, category, rows, self.part_images)
+        rows = index["row"].to_numpy()
+        parts = cut_rows(self.uri, category, rows, self.part_images, commit)
         self.counts[category] = Counts()
         self._progress.total += len(rows)
         todo = self._left_over(job, parts)
@@ -294,7 +294,7 @@ def inspect_dataset(
     private = connect()
     probe_nodes([], [output])
     batch = Batch(bundles, uri, output, split, batch_size, part_images, log)
-    pool: Pool[BatchPiece] = Pool(num_actors, private, log)
+    pool: Scorers[BatchPiece] = Scorers(num_actors, private, log)
     try:
         pool.run(inspect_piece, batch.more, batch.done)
     finally:

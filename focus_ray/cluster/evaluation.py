@@ -27,8 +27,8 @@ from focus_ray.bundle.measuring import (
     write_record,
 )
 from focus_ray.cluster.connect import connect, runs_here
-from focus_ray.cluster.scorers import Bundles, Failed, Pool, absolute_place
 from focus_ray.cluster.preflight import probe_nodes
+from focus_ray.cluster.scorers import Bundles, Failed, Scorers, absolute_place
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import FocusRayError
 from focus_ray.progress import Progress
@@ -282,7 +282,7 @@ def evaluate_bundles(
     else:
         private = connect()
         probe_nodes([join(uri, "manifest.json") for uri in bundles.values()], [settings.output])
-        pool: Pool[Piece] = Pool(num_workers, private, log)
+        pool: Scorers[Piece] = Scorers(num_workers, private, log)
         try:
             pool.run(run_piece, evaluation.more, _counting(evaluation))
         finally:

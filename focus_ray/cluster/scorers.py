@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.cluster.connect import resources_per_worker, uses_gpu
+from focus_ray.cluster.failures import reason_of, worth_another
 from focus_ray.cluster.preflight import concurrent_runs
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import FocusRayError, TrainingError
@@ -32,9 +33,10 @@ W = TypeVar("W", bound=Work)
 
 @dataclass(frozen=True)
 class Failed:
-    """In place of a result. reason: for people."""
+    """In place of a result. reason: for people.  again: whether another attempt may end otherwise."""
 
     reason: str
+    again: bool = False
 
 
 class Bundles:
@@ -67,12 +69,12 @@ class _Worker:
         try:
             return function(work, self.bundles.get(work.bundle))
         except FocusRayError as error:
-            return Failed(str(error))
+            return Failed(str(error), worth_another(error))
 
 
 @dataclass
 class _Given(Generic[W]):
-    """What a worker is at. work: None where it is only asked whether it lives.  losses: of workers, over this work."""
+    """What a worker is at. work: None where it is only asked whether it lives.  losses: of workers or storage, over this work."""
 
     worker: Any = None
     work: W | None = None
@@ -83,7 +85,7 @@ class _Given(Generic[W]):
         return None if work is None else _Given(work=work)
 
 
-class Pool(Generic[W]):
+class Scorers(Generic[W]):
     """Actors on the cluster that this process has joined."""
 
     def __init__(self, num_workers: int | None, private: bool, log: Callable[[str], None]) -> None:
@@ -111,7 +113,8 @@ class Pool(Generic[W]):
         Args:
             function: of a piece of work and its bundle's inspector; runs on a worker, must give the same when it runs again.
             more: the next piece; None where there is none now: asked again after each result.
-            done: takes a result, or `Failed`. Work whose worker was lost is done by another, `MAX_LOSSES` times.
+            done: takes a result, or `Failed`. Work whose worker was lost, or whose storage was away, is done anew, `MAX_LOSSES`
+                times in all.
         """
         import ray
 
@@ -138,7 +141,7 @@ class Pool(Generic[W]):
             try:
                 result = ray.get(answered[0])
             except ray.exceptions.RayTaskError as error:  # a bug: of this piece, not of all
-                result = Failed(f"{type(error.cause).__name__}: {error.cause}")
+                result = Failed(reason_of(error))
             except ray.exceptions.RayError as error:
                 given.losses += 1
                 if work is None and given.losses >= MAX_LOSSES:
@@ -152,7 +155,11 @@ class Pool(Generic[W]):
                     done(work, Failed(f"{MAX_LOSSES} workers were lost over it, the last: {_first_line(error)}"))
                 continue
             idle.append(worker)
-            if work is not None:
+            if isinstance(result, Failed) and result.again and given.losses < MAX_LOSSES - 1:
+                given.losses += 1
+                self.log(f"once more: {result.reason}")
+                again.append(given)
+            elif work is not None:
                 done(work, result)
 
     def _replace(self, worker: Any) -> Any:

@@ -22,7 +22,7 @@ from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, 
 from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.messages import Messages
 from focus_ray.cluster.ownership import SignOfLife, check_resumable, write_fingerprints
-from focus_ray.cluster.scorers import fit_in_pool
+from focus_ray.cluster.pool import fit_in_pool
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
 from focus_ray.config import Config, config_to_yaml, parse_config

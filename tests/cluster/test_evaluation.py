@@ -17,7 +17,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.measuring import Part, Sum, cut_rows, plan_evaluation
 from focus_ray.cluster import evaluation as module
 from focus_ray.cluster.evaluation import Evaluation, Report, Settings, evaluate_bundles, run_piece
-from focus_ray.cluster.scorers import Pool
+from focus_ray.cluster.scorers import Scorers
 from focus_ray.data.read import iter_test_records, read_index
 from focus_ray.evaluation.pixels import PixelBins
 
@@ -191,7 +191,7 @@ def test_a_worker_that_is_killed_changes_nothing_and_work_that_always_kills_ends
 
     said: list[str] = []
     run = Evaluation(bundles, Settings(output, None, SIDE, 0, 3, False), said.append)
-    pool: Pool[Any] = Pool(2, True, said.append)
+    pool: Scorers[Any] = Scorers(2, True, said.append)
     try:
         pool.run(deadly, run.more, run.done)
     finally:
