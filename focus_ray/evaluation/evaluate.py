@@ -15,7 +15,7 @@ from focus_ray.evaluation.pixels import PixelBins
 from focus_ray.kinds import METRICS
 
 MAX_SIDE_PX = 512  # maps and masks are compared at the mask's own size up to this
-EXACT_PIXELS = 128_000_000  # of a category's maps, up to which they are kept: 5 bytes each, 13 while metrics are taken
+EXACT_PIXELS = 128_000_000  # of a category's maps, up to which they are kept: 5 bytes each, 15 while metrics are taken
 _MERGE_AT = 32  # images' bins, added at once: that takes as long as adding one
 
 
