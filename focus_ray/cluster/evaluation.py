@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from focus_ray.bundle.bundle import MANIFEST
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.measuring import (
     CATEGORIES,
@@ -42,7 +43,7 @@ from focus_ray.reporting.evaluation import (
     summary_of,
     without_pictures,
 )
-from focus_ray.storage import join, probe, read_bytes, write_bytes
+from focus_ray.storage import join, probe, read_bytes, remove_file, write_bytes
 
 WHOLE_PAGE = 20  # categories with all their pictures on one page; of more, each has a page of its own
 _SAVE_S = 30.0  # of parts, between two times that what is known is saved
@@ -101,6 +102,7 @@ class Evaluation:
         self.bundles, self.settings, self.log = bundles, settings, log
         self.results: dict[str, dict[str, Any]] = {}
         self.jobs: dict[str, Job] = {}
+        self.to_score = 0  # images of categories that were begun, without those that were known
         self.progress: Progress | None = None
         self._sums: dict[str, Sum] = {}
         self._waiting: dict[str, set[int]] = {}  # category -> parts that are not in its sum
@@ -147,6 +149,7 @@ class Evaluation:
             known = load_sum(job)
         if known is None:
             begin_anew(job)
+        self.to_score += job.num_images - (known.num_images if known else 0)
         self.log(f"{category}: evaluating {job.bundle} on {job.num_images} images")
         if job.exact:
             self.progress = Progress(f"{category}: scoring", job.num_images, self.log)
@@ -188,7 +191,13 @@ class Evaluation:
             elif time.monotonic() - self._saved_at[category] >= _SAVE_S:
                 self._save(category)
         else:
+            remove_file(piece.job.state)  # the record says it all
             self._finish(category, outcome)
+
+    def save(self) -> None:
+        """Saves what is known of categories that are not done."""
+        for category in self._sums:
+            self._save(category)
 
     def _save(self, category: str) -> None:
         if category in self._sums and self._sums[category].scores:
@@ -276,19 +285,27 @@ def evaluate_bundles(
         absolute_place(output), data and absolute_place(data), max_side_px, exact_pixels, part_images, resume
     )
     evaluation = Evaluation(bundles, settings, log)
+    try:
+        _run(evaluation, num_workers)
+    finally:  # interrupted, or the storage went away: what is known stays
+        evaluation.save()
+    table = evaluation.write_tables()
+    return Report(evaluation.ordered(), table, evaluation.write_pages())
+
+
+def _run(evaluation: Evaluation, num_workers: int | None) -> None:
     if runs_here(ClusterConfig(num_workers=num_workers or 1)):
-        probe(settings.output)
+        probe(evaluation.settings.output)
         _run_here(evaluation)
     else:
         private = connect()
-        probe_nodes([join(uri, "manifest.json") for uri in bundles.values()], [settings.output])
-        pool: Scorers[Piece] = Scorers(num_workers, private, log)
+        one = next(iter(evaluation.bundles.values()))  # they lie together
+        probe_nodes([join(one, MANIFEST)], [evaluation.settings.output])
+        pool: Scorers[Piece] = Scorers(num_workers, private, evaluation.log)
         try:
             pool.run(run_piece, evaluation.more, _counting(evaluation))
         finally:
             pool.close()
-    table = evaluation.write_tables()
-    return Report(evaluation.ordered(), table, evaluation.write_pages())
 
 
 def _run_here(evaluation: Evaluation) -> None:
@@ -307,7 +324,7 @@ def _counting(evaluation: Evaluation) -> Callable[[Piece, Any], None]:
     progress = Progress("scoring", 0, evaluation.log)
 
     def done(piece: Piece, outcome: Any) -> None:
-        progress.total = sum(job.num_images for job in evaluation.jobs.values())
+        progress.total = evaluation.to_score
         progress.add(sum(len(rows) for rows in piece.parts.values()))
         evaluation.done(piece, outcome)
 

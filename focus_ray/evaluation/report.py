@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,4 +126,12 @@ def _rule(columns: int) -> str:
 def _number(value: float | None, bound: float | None = None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if bound is None else f"{value:.4f} ±{bound:.1g}"
+    return f"{value:.4f}" if bound is None else f"{value:.4f} {within(bound)}"
+
+
+def within(bound: float) -> str:
+    """'±2e-05': a bound to one digit, rounded up."""
+    if bound <= 0:
+        return "±0"
+    unit = 10.0 ** math.floor(math.log10(bound))
+    return f"±{math.ceil(bound / unit - 1e-9) * unit:.1g}"

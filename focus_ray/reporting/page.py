@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from focus_ray.evaluation.report import within
+
 _TEMPLATES = Path(__file__).parent / "templates"
 _JPEG_QUALITY = 82
 
@@ -43,18 +45,13 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_figure, short=_short, percent=_percent, within=_within)
+    environment.filters.update(figure=_figure, short=_short, percent=_percent, within=within)
     return environment
 
 
 def _figure(value: float | None) -> str:
     """A metric, as the Markdown tables show it."""
     return "-" if value is None else f"{value:.4f}"
-
-
-def _within(bound: float) -> str:
-    """By how much a figure may differ from the exact one, behind it."""
-    return f" ±{bound:.1g}"
 
 
 def _short(value: Any) -> str:

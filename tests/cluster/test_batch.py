@@ -162,13 +162,16 @@ ON_S3 = """
 import json, sys
 import ray
 from focus_ray.cluster.batch import inspect_dataset
+from focus_ray.cluster.evaluation import evaluate_bundles
 from focus_ray.config import parse_config
 from focus_ray.cluster.training import train
 if __name__ == "__main__":
     config, output = parse_config(json.loads(sys.argv[1])), sys.argv[2]
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error")
     bundles = train(config)
-    print(json.dumps(inspect_dataset(bundles, config.data.uri, output, split="test")))
+    counts = inspect_dataset(bundles, config.data.uri, output, split="test")
+    report = evaluate_bundles(bundles, f"{output}-report", max_side_px=64, exact_pixels=0, part_images=3)
+    print(json.dumps([counts, report.results]))
 """
 
 
@@ -189,7 +192,7 @@ def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp
     arguments = [sys.executable, "-c", ON_S3, json.dumps(config.model_dump(mode="json")), f"{root}/results"]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=250)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    counts = json.loads(ended.stdout.strip().splitlines()[-1])
+    counts, measured = json.loads(ended.stdout.strip().splitlines()[-1])
     assert (counts["gear"]["num_images"], counts["gear"]["num_errors"]) == (NUM_TEST, 0)
     bundle = read_bundle(f"{root}/runs/small/bundles/gear")
     assert len(bundle.manifest["metrics"]["history"]) == 1
@@ -197,3 +200,6 @@ def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp
     filesystem, path = open_filesystem(f"{root}/results/category=gear")
     rows = pq.read_table(path, filesystem=filesystem, partitioning=None).to_pylist()
     assert {row["bundle"] for row in rows} == {bundle.version}
+    assert measured["gear"]["pixel_auroc"] is not None
+    assert len(list_names(f"{root}/results-report/images/category=gear")) == 3
+    assert {"images", "categories", "report.html"} <= set(list_names(f"{root}/results-report"))

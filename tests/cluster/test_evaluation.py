@@ -91,8 +91,7 @@ def begun(bundles: dict[str, str], output: Path, num_pieces: int) -> None:
         piece = run.more()
         assert piece is not None
         run.done(piece, run_piece(piece, Inspector.load(piece.bundle, "cpu")))
-    for category in list(run._sums):
-        run._save(category)
+    run.save()
 
 
 def test_an_evaluation_that_died_is_gone_on_with(bundles: dict[str, str], tmp_path: Path) -> None:

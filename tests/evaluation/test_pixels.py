@@ -12,6 +12,7 @@ from focus_ray.errors import DataError
 from focus_ray.evaluation.evaluate import Gathered, figures, joined
 from focus_ray.evaluation.metrics import Measured
 from focus_ray.evaluation.pixels import PixelBins, bin_of
+from focus_ray.evaluation.report import within
 from focus_ray.kinds import METRICS
 
 METRIC_KEYS_OF_PIXELS = ("pixel_auroc", "pixel_average_precision", "aupro_0.3", "aupro_0.05")
@@ -33,8 +34,8 @@ def bins_of(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray) -> PixelBin
 def measured(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray, exact_pixels: int) -> Measured:
     """Of images whose label is whether their mask has a pixel; two defect types."""
     gathered = Gathered(exact_pixels)
-    for number, (mask, scores, within) in enumerate(zip(masks, maps, inside, strict=True)):
-        gathered.add(int(mask.any()), f"kind {number % 2}", float(scores.max()), scores, mask, within)
+    for number, (mask, scores, counts) in enumerate(zip(masks, maps, inside, strict=True)):
+        gathered.add(int(mask.any()), f"kind {number % 2}", float(scores.max()), scores, mask, counts)
     return gathered.labelled(1.0, [str(number) for number in range(len(masks))]).measured
 
 
@@ -146,3 +147,10 @@ def test_bins_refuse_what_the_exact_metrics_refuse() -> None:
         PixelBins.of_image(np.zeros((3, 3), bool), scores * np.inf)
     with pytest.raises(DataError, match="no normal pixel in any mask"):
         PixelBins.of_image(np.ones((3, 3), bool), scores).curve()
+
+
+@given(st.floats(1e-12, 1.0))
+def test_a_bound_is_told_rounded_up_to_one_digit(bound: float) -> None:
+    told = float(within(bound).removeprefix("±"))
+    assert bound * (1 - 1e-6) <= told <= 2.001 * bound
+    assert within(0.0) == "±0"
