@@ -25,7 +25,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.max_side_px,
         arguments.exact_megapixels,
         version=arguments.version_of,
-        num_workers=arguments.actors,
+        num_workers=arguments.workers,
         resume=arguments.resume,
     )
 
@@ -217,7 +217,7 @@ def _inspect_batch(arguments: argparse.Namespace) -> int:
         arguments.data,
         arguments.output,
         split=arguments.split,
-        num_actors=arguments.actors,
+        num_actors=arguments.workers,
         log=say,
     )
     print(json.dumps(counts, indent=1, ensure_ascii=False))

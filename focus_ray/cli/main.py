@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a category's maps, up to which all are kept; of more, pixels are counted in bins (default: 128)",
     )
     evaluate.add_argument(
-        "--actors",
+        "--workers",
         type=int,
         metavar="N",
         help="models that score side by side on Ray (default: one in this process; on a cluster, as many as fit)",
@@ -126,7 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_argument("data", help="Parquet data set: a path or s3:// URI")
     batch.add_argument("output", help="where the results go: a path or s3:// URI")
     batch.add_argument("--split", choices=("train", "test"), help="only these images")
-    batch.add_argument("--actors", type=int, default=1, help="models that score side by side (default: 1)")
+    batch.add_argument(
+        "--workers", "--actors", type=int, default=1, metavar="N", help="models that score side by side (default: 1)"
+    )
     _add_version(batch)
     batch.set_defaults(run=_inspect_batch)
 
