@@ -6,6 +6,7 @@ Command line, evaluation, batch inspection and serving all go through it, so tha
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,9 +25,8 @@ from focus_ray.data.schema import Row
 from focus_ray.data.split import short_hash
 from focus_ray.density.base import sample_positions
 from focus_ray.errors import ConfigError, DataError, ScoreError
-from focus_ray.evaluation.evaluate import MAX_SIDE_PX, Labelled, evaluation_size, figures
+from focus_ray.evaluation.evaluate import EXACT_PIXELS, MAX_SIDE_PX, Gathered, Labelled, evaluation_size, figures
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
-from focus_ray.evaluation.metrics import Measured
 from focus_ray.fitting.scoring import to_images
 from focus_ray.model.batch_norm import fuse_batch_norms, prepare_for_inference
 from focus_ray.precision import compute_dtype
@@ -137,61 +137,66 @@ class Inspector:
             regions=regions,
         )
 
-    def evaluate(self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX) -> dict[str, Any]:
+    def evaluate(
+        self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX, exact_pixels: int = EXACT_PIXELS
+    ) -> dict[str, Any]:
         """Metrics over labelled images; labels are compared with, never used to choose anything. Arguments as of `measure`.
 
         Returns: see `figures`.  Raises: DataError: no record, or an image cannot be decoded.
         """
-        return self.figures(self.measure(records, max_side_px))
+        return self.figures(self.measure(records, max_side_px, exact_pixels))
 
     def figures(self, labelled: Labelled) -> dict[str, Any]:
         """What `evaluate` returns, of images that `measure` scored."""
         found = figures(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
         return {**found, "reduced": labelled.reduced}
 
-    def measure(self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX) -> Labelled:
-        """Scores labelled images, and keeps maps and masks at the size at which they are compared.
+    def measure(
+        self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX, exact_pixels: int = EXACT_PIXELS
+    ) -> Labelled:
+        """Scores labelled images, and keeps maps and masks at the size at which they are compared, while they fit.
 
         Args:
             records: mappings with image and mask bytes (mask None: unknown, or normal), label, defect_type, width, height,
                 and id where it is known.
             max_side_px: maps and masks are compared at the image's size, at most this long a side.
+            exact_pixels: of all maps; where there are more, they are counted in bins, and memory grows no further with them.
 
         Raises: DataError: no record, or an image cannot be decoded.
         """
-        kept: list[Row] = []
+        gathered, ids = Gathered(exact_pixels), []
+        for record, _ in self.gather(records, gathered, max_side_px):
+            ids.append(str(record.get("id", "")))
+        return gathered.labelled(float(self.bundle.calibration.image_threshold), tuple(ids))
+
+    def gather(
+        self, records: Iterable[Row], into: Gathered, max_side_px: int = MAX_SIDE_PX
+    ) -> Iterator[tuple[Row, float]]:
+        """Scores labelled images one after the other, and adds each to what was gathered. Records as of `measure`.
+
+        Yields: each record without image and mask, and its score.  Raises: DataError: an image cannot be decoded.
+        """
+        waiting: deque[Row] = deque()
 
         def image_bytes() -> Iterator[bytes]:
             for record in records:
-                kept.append({key: value for key, value in record.items() if key != "image"})
+                waiting.append({key: value for key, value in record.items() if key != "image"})
                 yield record["image"]
 
-        scores: list[float] = []
-        maps: list[NDArray[np.float32]] = []
-        masks: list[NDArray[np.bool_] | None] = []
-        inside: list[NDArray[np.bool_] | None] = []
-        for batch_scores, batch_maps in self.score_batches(image_bytes()):
-            for score, anomaly_map in zip(batch_scores, batch_maps, strict=True):
-                record = kept[len(scores)]
-                height, width = evaluation_size(record["height"], record["width"], max_side_px)
-                scores.append(float(score))
-                maps.append(resize_map(self.frame.crop(anomaly_map, record["width"], record["height"]), height, width))
-                inside.append(self.frame.region_at(height, width))
-                if record["mask"] is not None:
-                    masks.append(decode_mask(record["mask"], height, width))
-                else:
-                    masks.append(None if record["label"] else np.zeros((height, width), dtype=bool))
-                record["mask"] = None
-        if not scores:
-            raise DataError("there is no test image to evaluate: ingest a set that has some")
-        labels = np.array([int(record["label"]) for record in kept], dtype=np.int64)
-        threshold = float(self.bundle.calibration.image_threshold)
-        return Labelled(
-            Measured(labels, np.asarray(scores, dtype=np.float64), masks, maps, threshold, inside),
-            types=tuple(str(record["defect_type"]) for record in kept),
-            ids=tuple(str(record.get("id", "")) for record in kept),
-            reduced=any(max(record["height"], record["width"]) > max_side_px for record in kept),
-        )
+        for scores, maps in self.score_batches(image_bytes()):
+            for score, anomaly_map in zip(scores.tolist(), maps, strict=True):
+                record = waiting.popleft()
+                encoded = record.pop("mask")
+                own_height, own_width, label = record["height"], record["width"], int(record["label"])
+                height, width = evaluation_size(own_height, own_width, max_side_px)
+                mask = None if label else np.zeros((height, width), dtype=bool)
+                if encoded is not None:
+                    mask = decode_mask(encoded, height, width)
+                own_map = resize_map(self.frame.crop(anomaly_map, own_width, own_height), height, width)
+                into.reduced |= max(own_height, own_width) > max_side_px
+                inside = self.frame.region_at(height, width)
+                into.add(label, str(record["defect_type"]), score, own_map, mask, inside)
+                yield record, score
 
     @torch.inference_mode()
     def aligned(self, image: bytes) -> NDArray[np.uint8] | None:

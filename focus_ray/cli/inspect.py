@@ -18,55 +18,52 @@ from focus_ray.progress import track
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     require(arguments.bundles, arguments.data)
-    return evaluate_run(arguments.bundles, arguments.data, arguments.output, arguments.max_side_px)
+    return evaluate_run(
+        arguments.bundles,
+        arguments.data,
+        arguments.output,
+        arguments.max_side_px,
+        arguments.exact_megapixels,
+        version=arguments.version_of,
+        num_workers=arguments.workers,
+        resume=arguments.resume,
+    )
 
 
-def evaluate_run(place: str, data: str | None = None, output: str | None = None, max_side_px: int = 512) -> int:
+def evaluate_run(
+    place: str,
+    data: str | None = None,
+    output: str | None = None,
+    max_side_px: int = 512,
+    exact_megapixels: float = 128,
+    *,
+    version: str = "latest",
+    num_workers: int | None = None,
+    resume: bool = False,
+) -> int:
     """Measures all bundles of a place, tells the figures and writes the reports. Returns: the exit status."""
     say(f"evaluate: {place}")
-    from focus_ray.bundle.bundle import find_bundles
-    from focus_ray.bundle.inspector import Inspector
-    from focus_ray.data.read import iter_test_records
-    from focus_ray.errors import FocusRayError
-    from focus_ray.evaluation.report import evaluation_table, mean_metrics
-    from focus_ray.reporting.evaluation import Section, describe, evaluation_page
-    from focus_ray.storage import join, write_bytes
+    from focus_ray.bundle.published import bundles_at
+    from focus_ray.cluster.evaluation import evaluate_bundles
+    from focus_ray.storage import join
 
-    results: dict[str, dict[str, Any]] = {}
-    sections: dict[str, Section] = {}
-    bundles = find_bundles(place)
     output = output or join(place, "report")
-    table = ""
-    for category, uri in bundles.items():
-        say(f"{category}: evaluating {uri}")
-        try:
-            inspector = Inspector.load(uri)
-            source = data or inspector.bundle.config.data.uri
-            records = track(iter_test_records(source, category), f"{category}: scoring", 0, say)
-            labelled = inspector.measure(records, max_side_px)
-            result = {
-                **inspector.figures(labelled),
-                "bundle": uri,
-                "version": inspector.bundle.version,
-                "data": source,
-            }
-            sections[category] = describe(inspector, labelled, result, source)
-            results[category] = result
-        except FocusRayError as error:  # of this category: the others are measured all the same
-            say(f"{category}: {error}")
-            results[category] = {"error": str(error), "bundle": uri}
-        table = evaluation_table(results)
-        content = {"categories": results, "mean": mean_metrics(results)}
-        write_bytes(join(output, "report.json"), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-        write_bytes(join(output, "report.md"), table.encode())
-    write_bytes(join(output, "report.html"), evaluation_page(results, sections))
-    print(table)
-    told = {category: section.caveats for category, section in sections.items()}
-    for caveat, of in _grouped(told).items():
-        say(f"note: {caveat} ({', '.join(of)})" if len(results) > 1 else f"note: {caveat}")
-    say(f"report: {join(output, 'report.html')}, report.md and report.json beside it")
-    failed = [category for category, result in results.items() if "error" in result]
-    if len(failed) == len(results):
+    report = evaluate_bundles(
+        bundles_at(place, version, say),
+        output,
+        data=data,
+        max_side_px=max_side_px,
+        exact_pixels=int(exact_megapixels * 1e6),
+        num_workers=num_workers,
+        resume=resume,
+        log=say,
+    )
+    print(report.table)
+    for caveat, of in _grouped(report.caveats).items():
+        say(f"note: {caveat} ({', '.join(of)})" if len(report.results) > 1 else f"note: {caveat}")
+    say(f"report: {join(output, 'report.html')}, report.md and report.json beside it, images/ image by image")
+    failed = [category for category, result in report.results.items() if "error" in result]
+    if len(failed) == len(report.results):
         return EXIT_ERROR
     return EXIT_PARTLY if failed else 0
 
@@ -212,15 +209,15 @@ def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
 def _inspect_batch(arguments: argparse.Namespace) -> int:
     require(arguments.bundles, arguments.data)
     say(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
-    from focus_ray.bundle.bundle import find_bundles
+    from focus_ray.bundle.published import bundles_at
     from focus_ray.cluster.batch import inspect_dataset
 
     counts = inspect_dataset(
-        find_bundles(arguments.bundles),
+        bundles_at(arguments.bundles, arguments.version_of, say),
         arguments.data,
         arguments.output,
         split=arguments.split,
-        num_actors=arguments.actors,
+        num_actors=arguments.workers,
         log=say,
     )
     print(json.dumps(counts, indent=1, ensure_ascii=False))

@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.set_defaults(run=_sweep)
 
     evaluate = commands.add_parser("evaluate", help="measure bundles on the labelled test images")
-    evaluate.add_argument("bundles", help="a bundle, or a run's folder")
+    evaluate.add_argument("bundles", help="a bundle, a run's folder, or a registry or a team's folder of one")
     evaluate.add_argument("--data", help="Parquet data set (default: the one they were trained from)")
     evaluate.add_argument(
         "--output", help="folder for report.html, .md and .json (default: report/ beside the bundles)"
@@ -85,6 +85,21 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--max-side-px", type=int, default=512, help="maps are compared at the masks' size up to this"
     )
+    evaluate.add_argument(
+        "--exact-megapixels",
+        type=float,
+        default=128,
+        metavar="N",
+        help="of a category's maps, up to which all are kept; of more, pixels are counted in bins (default: 128)",
+    )
+    evaluate.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="models that score side by side on Ray (default: one in this process; on a cluster, as many as fit)",
+    )
+    evaluate.add_argument("--resume", action="store_true", help="go on with the evaluation that --output holds")
+    _add_version(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
     inspect = commands.add_parser("inspect", help="score images: JSON lines on stdout, overlays as PNG")
@@ -106,12 +121,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(run=_inspect)
 
-    batch = commands.add_parser("inspect-batch", help="score a Parquet data set with Ray Data into Parquet")
-    batch.add_argument("bundles", help="a bundle, or a run's folder")
+    batch = commands.add_parser("inspect-batch", help="score a Parquet data set on Ray into Parquet")
+    batch.add_argument("bundles", help="a bundle, a run's folder, or a registry or a team's folder of one")
     batch.add_argument("data", help="Parquet data set: a path or s3:// URI")
     batch.add_argument("output", help="where the results go: a path or s3:// URI")
     batch.add_argument("--split", choices=("train", "test"), help="only these images")
-    batch.add_argument("--actors", type=int, default=1, help="models that score side by side (default: 1)")
+    batch.add_argument(
+        "--workers", "--actors", type=int, default=1, metavar="N", help="models that score side by side (default: 1)"
+    )
+    _add_version(batch)
     batch.set_defaults(run=_inspect_batch)
 
     metric = commands.add_parser("metric", help="join the metrics of trained categories to one for new categories")
@@ -142,6 +160,16 @@ def build_parser() -> argparse.ArgumentParser:
     samples.add_argument("--seed", type=int, default=0)
     samples.set_defaults(run=_samples)
     return parser
+
+
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--version",
+        dest="version_of",
+        default="latest",
+        metavar="NAME",
+        help="of a registry's models: a version or an alias (default: latest)",
+    )
 
 
 def command_names() -> list[str]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from focus_ray.errors import DataError
-from focus_ray.evaluation.metrics import Measured, Metric
+from focus_ray.evaluation.metrics import Measured, Metric, NotKept
+from focus_ray.evaluation.pixels import PixelBins
 from focus_ray.kinds import METRICS
 
 MAX_SIDE_PX = 512  # maps and masks are compared at the mask's own size up to this
+EXACT_PIXELS = 128_000_000  # of a category's maps, up to which they are kept: 5 bytes each, 15 while metrics are taken
+_MERGE_AT = 32  # images' bins, added at once: that takes as long as adding one
 
 
 class Labelled(NamedTuple):
@@ -23,8 +27,126 @@ class Labelled(NamedTuple):
 
     measured: Measured
     types: tuple[str, ...]
-    ids: tuple[str, ...]
+    ids: Sequence[str]
     reduced: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a category's labelled images, scored, with their pixels in bins: parts of one category join to `Labelled`.
+
+    labels: (N,) int8.  scores: (N,).  types: N.  bins: by defect type, "" for good images.  reduced: as of `Labelled`.
+    """
+
+    labels: NDArray[np.int8]
+    scores: NDArray[np.float64]
+    types: tuple[str, ...]
+    bins: Mapping[str, PixelBins]
+    reduced: bool
+
+
+class Gathered:
+    """Labelled images as they are scored: their maps and masks while these fit, in bins from there on."""
+
+    def __init__(self, exact_pixels: int) -> None:
+        """exact_pixels: of all maps together, that may be kept."""
+        self.labels: list[int] = []
+        self.scores: list[float] = []
+        self.types: list[str] = []
+        self.reduced = False
+        self._room = exact_pixels
+        self._kept: list[tuple[NDArray[np.float32], NDArray[np.bool_] | None, NDArray[np.bool_] | None]] = []
+        self._bins: dict[str, PixelBins] | None = None
+        self._to_add: list[tuple[str, PixelBins]] = []
+
+    @property
+    def binned(self) -> bool:
+        return self._bins is not None
+
+    def add(
+        self,
+        label: int,
+        kind: str,
+        score: float,
+        anomaly_map: NDArray[np.float32],
+        mask: NDArray[np.bool_] | None,
+        inside: NDArray[np.bool_] | None,
+    ) -> None:
+        """One image. kind: its defect type.  mask: None where it is not known.  Arguments as of `Measured`.
+
+        Raises: DataError: sizes differ, or the map is not finite, where it is put into bins.
+        """
+        self.labels.append(int(label))
+        self.scores.append(float(score))
+        self.types.append(kind)
+        self._room -= anomaly_map.size
+        if self._room >= 0:
+            self._kept.append((anomaly_map, mask, inside))
+            return
+        if self._bins is None:
+            self._bins = {}
+            for number, kept in enumerate(self._kept):
+                self._put(number, *kept)
+            self._kept.clear()
+        self._put(len(self.labels) - 1, anomaly_map, mask, inside)
+
+    def _put(
+        self,
+        number: int,
+        anomaly_map: NDArray[np.float32],
+        mask: NDArray[np.bool_] | None,
+        inside: NDArray[np.bool_] | None,
+    ) -> None:
+        if mask is None:
+            return
+        group = self.types[number] if self.labels[number] else ""
+        self._to_add.append((group, PixelBins.of_image(mask, anomaly_map, inside, f"image {number}")))
+        if len(self._to_add) >= _MERGE_AT:
+            self._merge()
+
+    def _merge(self) -> dict[str, PixelBins]:
+        assert self._bins is not None
+        for group in {group for group, _ in self._to_add}:
+            new = [bins for one, bins in self._to_add if one == group]
+            self._bins[group] = PixelBins.total([*([self._bins[group]] if group in self._bins else []), *new])
+        self._to_add.clear()
+        return self._bins
+
+    def part(self) -> Part:
+        """Of images that are all in bins."""
+        bins = self._merge() if self.binned else {}
+        labels, scores = np.asarray(self.labels, dtype=np.int8), np.asarray(self.scores, dtype=np.float64)
+        return Part(labels, scores, tuple(self.types), bins, self.reduced)
+
+    def labelled(self, threshold: float, ids: Sequence[str]) -> Labelled:
+        """All images. threshold: of the image score.  Raises: DataError: there are none."""
+        _check_any(len(self.labels))
+        if self.binned:
+            return joined([self.part()], threshold, ids)
+        labels, scores = np.asarray(self.labels, dtype=np.int64), np.asarray(self.scores, dtype=np.float64)
+        maps, masks, inside = (list(column) for column in zip(*self._kept, strict=True))
+        return Labelled(Measured(labels, scores, masks, maps, threshold, inside), tuple(self.types), ids, self.reduced)
+
+
+def joined(parts: Sequence[Part], threshold: float, ids: Sequence[str]) -> Labelled:
+    """Parts of one category, in order, as one set. ids: of all their images.  Raises: DataError: no image."""
+    _check_any(sum(len(part.labels) for part in parts))
+    groups = {group for part in parts for group in part.bins}
+    measured = Measured(
+        labels=np.concatenate([part.labels for part in parts]).astype(np.int64),
+        scores=np.concatenate([part.scores for part in parts]),
+        masks=NotKept(),
+        maps=NotKept(),
+        threshold=threshold,
+        bins={group: PixelBins.total([p.bins[group] for p in parts if group in p.bins]) for group in sorted(groups)},
+    )
+    types = tuple(kind for part in parts for kind in part.types)
+    return Labelled(measured, types, ids, any(part.reduced for part in parts))
+
+
+def _check_any(num_images: int) -> None:
+    if not num_images:
+        raise DataError("there is no test image to evaluate: ingest a set that has some")
 
 
 def summarise(
@@ -50,22 +172,24 @@ def figures(measured: Measured, types: Sequence[str], target_fpr: float) -> dict
     """All metrics of one category; a metric that the set cannot give (one class only, no mask) is None.
 
     So is one that fails on what the set holds, masks that cover whole images for instance: 'reasons' then says why, by the
-    metric's name, after its defect's where it is of one defect.
+    metric's name, after its defect's where it is of one defect. Where pixels were counted in bins, 'binned' is True and
+    'bounds' holds, by metric, by how much its exact value may differ.
     """
     reasons: dict[str, str] = {}
-    masks, labels = measured.masks, measured.labels
+    labels = measured.labels
     result: dict[str, Any] = {
-        "num_normal": int((measured.labels == 0).sum()),
-        "num_anomalous": int((measured.labels == 1).sum()),
-        "num_masks": sum(mask is not None for mask, label in zip(masks, measured.labels, strict=True) if label),
+        "num_normal": int((labels == 0).sum()),
+        "num_anomalous": int((labels == 1).sum()),
+        "num_masks": measured.num_masks,
         "threshold": measured.threshold,
         "target_fpr": float(target_fpr),
+        "binned": measured.bins is not None,
         **{key: _value(METRICS[key], measured, reasons, key) for key in METRICS},
+        "bounds": _bounds(measured, list(METRICS)),
     }
-    kinds = np.array([kind if label else "" for kind, label in zip(types, labels, strict=True)])
+    kinds = np.array([kind if label else "" for kind, label in zip(types, labels.tolist(), strict=True)], dtype=object)
     result["defect_types"] = {
-        str(kind): _of_one_type(measured, kinds == kind, str(kind), reasons)
-        for kind in sorted(set(kinds[measured.labels == 1]))
+        str(kind): _of_one_type(measured, kinds == kind, str(kind), reasons) for kind in sorted(set(kinds[labels == 1]))
     }
     return {**result, "reasons": reasons}
 
@@ -78,12 +202,28 @@ def _value(metric: Metric, measured: Measured, reasons: dict[str, str], where: s
         return None
 
 
+def _bounds(measured: Measured, keys: Sequence[str]) -> dict[str, float]:
+    """Of the metrics that are of binned pixels; a metric that cannot be had has none."""
+    found: dict[str, float] = {}
+    for key in keys:
+        bound = METRICS[key].bound
+        value = None if bound is None or measured.bins is None else _value(Metric(key, bound), measured, {}, key)
+        if value is not None:
+            found[key] = value
+    return found
+
+
 def _of_one_type(measured: Measured, chosen: NDArray[np.bool_], kind: str, reasons: dict[str, str]) -> dict[str, Any]:
-    parts = {"alone": measured.only(chosen), "with_normals": measured.only(chosen | (measured.labels == 0))}
+    parts = {
+        "alone": measured.only(chosen, [kind]),
+        "with_normals": measured.only(chosen | (measured.labels == 0), [kind, ""]),
+    }
     told = {key: METRICS[key] for key in METRICS if METRICS[key].per_defect}
+    alone = [key for key, metric in told.items() if metric.per_defect == "alone"]
     return {
         "num_images": int(chosen.sum()),
         **{key: _value(metric, parts[metric.per_defect], reasons, f"{kind}: {key}") for key, metric in told.items()},
+        "bounds": _bounds(parts["alone"], alone),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     metrics = {key: METRICS[key] for key in METRICS}
     lines = [_row(["category", "good", "bad", *(metric.title for metric in metrics.values())]), _rule(3 + len(metrics))]
     for category, result in results.items():
-        values = [_number(result.get(key)) for key in metrics]
+        values = [_number(result.get(key), result.get("bounds", {}).get(key)) for key in metrics]
         counts = ["-" if "error" in result else str(result[key]) for key in ("num_normal", "num_anomalous")]
         lines.append(_row([category, *counts, *values]))
     if len(results) > 1:
@@ -35,7 +36,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines += ["", _row(["category", "defect type", "images", *told.values()]), _rule(3 + len(told))]
     for category, result in results.items():
         for kind, part in result.get("defect_types", {}).items():
-            values = [_number(part.get(key)) for key in told]
+            values = [_number(part.get(key), part.get("bounds", {}).get(key)) for key in told]
             lines.append(_row([category, kind, str(part["num_images"]), *values]))
     reasons = [
         f"- {category}: not measured: {result['error']}" for category, result in results.items() if "error" in result
@@ -44,6 +45,12 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         reasons += [f"- {category}: {where}: {reason}" for where, reason in result.get("reasons", {}).items()]
     if reasons:
         lines += ["", *reasons]
+    binned = [category for category, result in results.items() if result.get("binned")]
+    if binned:
+        lines += [
+            "",
+            f"Pixels counted in bins ({', '.join(binned)}): the exact figure lies within the ± that stands beside it.",
+        ]
     reduced = [category for category, result in results.items() if result.get("reduced")]
     if reduced:
         lines += [
@@ -116,5 +123,15 @@ def _rule(columns: int) -> str:
     return "|" + "---|" * columns
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _number(value: float | None, bound: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if bound is None else f"{value:.4f} {within(bound)}"
+
+
+def within(bound: float) -> str:
+    """'±2e-05': a bound to one digit, rounded up."""
+    if bound <= 0:
+        return "±0"
+    unit = 10.0 ** math.floor(math.log10(bound))
+    return f"±{math.ceil(bound / unit - 1e-9) * unit:.1g}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from focus_ray.evaluation.calibration import is_above
 from focus_ray.evaluation.metrics import Measured
+from focus_ray.evaluation.report import within
 from focus_ray.kinds import METRICS
 
 FEW_IMAGES = 20  # of a kind: below, one image moves a rate by 5 % or more
@@ -80,6 +81,11 @@ def evaluation_caveats(
         told.append(
             "Masks were compared at a reduced size, where a reduced pixel is defective if any that it stands for is: "
             "defects are up to a pixel wider there."
+        )
+    if result.get("bounds"):
+        told.append(
+            f"There are too many pixels to sort them all: they were counted in bins, which moves no pixel metric by more than "
+            f"{within(max(result['bounds'].values())).removeprefix('±')}."
         )
     return [*told, *(f"{_in_words(where)} is missing: {reason}" for where, reason in result.get("reasons", {}).items())]
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.evaluation.evaluate import Labelled
 from focus_ray.evaluation.metrics import Measured
-from focus_ray.evaluation.report import mean_metrics
+from focus_ray.evaluation.report import evaluation_table, mean_metrics
 from focus_ray.kinds import METRICS
 from focus_ray.reporting import plots
 from focus_ray.reporting.caveats import Share, called_bad, evaluation_caveats
@@ -69,8 +71,51 @@ def describe(inspector: Inspector, labelled: Labelled, result: Mapping[str, Any]
     )
 
 
-def evaluation_page(results: Mapping[str, Mapping[str, Any]], sections: Mapping[str, Section]) -> bytes:
-    """The page. results: category -> metrics, or an 'error' alone.  sections: of those that could be measured."""
+def section_to_dict(section: Section) -> dict[str, Any]:
+    """JSON types."""
+    return asdict(section)
+
+
+def section_from_dict(tree: Mapping[str, Any]) -> Section:
+    """What `section_to_dict` gave."""
+    gallery = [{**part, "cards": [Card(**card) for card in part["cards"]]} for part in tree["gallery"]]
+    return Section(
+        **{
+            **tree,
+            "good": Share(**tree["good"]),
+            "bad": Share(**tree["bad"]),
+            "plots": [plots.Plot(**{**plot, "svg": Markup(plot["svg"])}) for plot in tree["plots"]],
+            "gallery": [Pictures(**part) for part in gallery],
+        }
+    )
+
+
+def without_pictures(section: Section) -> Section:
+    """Its figures and caveats alone: small."""
+    return replace(section, plots=[], gallery=[])
+
+
+def summary_of(result: Mapping[str, Any]) -> str:
+    """A line of a category's first figures."""
+    shown = [(METRICS[key].title, result.get(key)) for key in ("image_auroc", "pixel_auroc", "aupro_0.3", "recall")]
+    return ", ".join(f"{title} {value:.4f}" for title, value in shown if value is not None) or "no metric can be had"
+
+
+def results_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, bytes]:
+    """report.md and report.json of what is known so far."""
+    content = {"categories": results, "mean": mean_metrics(results)}
+    return evaluation_table(results), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def evaluation_page(
+    results: Mapping[str, Mapping[str, Any]], sections: Mapping[str, Section], pages: Mapping[str, str] | None = None
+) -> bytes:
+    """The page.
+
+    Args:
+        results: category -> metrics, or an 'error' alone.  sections: of those that could be measured.
+        pages: category -> its own page, beside this one, where plots and pictures are.
+    """
     errors = {category: result["error"] for category, result in results.items() if "error" in result}
     caveats = {
         category: [f"Not measured: {errors[category]}"] if category in errors else sections[category].caveats
@@ -86,6 +131,7 @@ def evaluation_page(results: Mapping[str, Mapping[str, Any]], sections: Mapping[
         sections=sections,
         errors=errors,
         caveats=caveats,
+        pages=pages or {},
         metrics={key: METRICS[key].title for key in METRICS},
         per_defect={key: METRICS[key].title for key in METRICS if METRICS[key].per_defect},
         means=mean_metrics(results),

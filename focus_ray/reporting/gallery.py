@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -73,12 +75,13 @@ def make_cards(inspector: Inspector, data: str, labelled: Labelled) -> dict[Kind
 
 def _draw_all(inspector: Inspector, data: str, labelled: Labelled, numbers: Sequence[int]) -> dict[int, Card]:
     category = inspector.bundle.category
+    names = [labelled.ids[number] for number in numbers]
     index = read_index(data, category, split="test")
-    row_of = dict(zip(index["id"].to_pylist(), index["row"].to_pylist(), strict=True))
-    gone = [labelled.ids[number] for number in numbers if labelled.ids[number] not in row_of]
-    if gone:
-        raise DataError(f"{data}: category {category!r} has no image {gone[0]!r} any more: evaluate it again")
-    number_at = {row_of[labelled.ids[number]]: number for number in numbers}
+    places = pc.index_in(pa.array(names, pa.string()), value_set=index["id"])
+    if places.null_count:
+        gone = names[places.is_null().to_pylist().index(True)]
+        raise DataError(f"{data}: category {category!r} has no image {gone!r} any more: evaluate it again")
+    number_at = dict(zip(index["row"].take(places).to_pylist(), numbers, strict=True))
     rows = sorted(number_at)
     cards = {}
     for row, record in zip(rows, read_rows(data, category, rows, columns=("id", "image", "mask")), strict=True):

@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from focus_ray.evaluation.report import within
+
 _TEMPLATES = Path(__file__).parent / "templates"
 _JPEG_QUALITY = 82
 
@@ -43,7 +45,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_figure, short=_short, percent=_percent)
+    environment.filters.update(figure=_figure, short=_short, percent=_percent, within=within)
     return environment
 
 

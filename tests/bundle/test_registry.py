@@ -17,6 +17,7 @@ from s3_server import S3Server
 from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import MANIFEST, read_bundle, read_manifest
+from focus_ray.bundle.published import bundles_at
 from focus_ray.bundle.registry import CLAIM_LASTS, Registry, check_name
 from focus_ray.cli.main import main
 from focus_ray.errors import BundleError, DataError, RegistryError
@@ -41,6 +42,34 @@ def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
 
 def names(registry: Registry) -> list[str]:
     return [version.name for version in registry.versions("press", "gear")]
+
+
+def test_the_bundles_of_a_registry_are_those_that_a_name_stands_for(
+    registry: Registry, bundle: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "board"
+    board = make_bundle(
+        small_config(ingest_parts(folder), folder, model={"image_alignment": {"group": "none"}}), "board"
+    )
+    registry.publish(bundle, "press", "gear", aliases=["production"])
+    registry.publish(bundle, "press", "gear")
+    registry.publish(board, "press", "board")
+    wanted = {name: join(registry.root, "press", name, v) for name, v in (("gear", "v0002"), ("board", "v0001"))}
+    assert bundles_at(f"{registry.root}/press") == wanted
+    assert bundles_at(registry.root) == wanted
+    said: list[str] = []
+    assert bundles_at(f"{registry.root}/press", "production", said.append) == {
+        "gear": join(registry.root, "press/gear/v0001")
+    }
+    assert said[0].startswith("press/board: left out: ")
+    registry.publish(bundle, "weld", "gear")
+    with pytest.raises(DataError, match=r"several teams have a category 'gear': give one team's folder, .*/weld"):
+        bundles_at(registry.root)
+
+
+def test_a_place_without_bundles_or_versions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no bundle here: .*, or a registry that `focus-ray registry publish` made"):
+        bundles_at(str(tmp_path))
 
 
 # Publishing
@@ -111,6 +140,7 @@ def test_a_version_counts_only_once_it_is_whole(registry: Registry, bundle: str)
 
 PUBLISH = """
 import sys
+from focus_ray.bundle.published import bundles_at
 from focus_ray.bundle.registry import Registry
 registry, bundle, count, alias = Registry(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
 print("ready", flush=True)

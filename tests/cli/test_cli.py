@@ -153,6 +153,23 @@ def test_evaluate_takes_one_bundle_other_data_and_another_folder(
     assert "no data set here" in capsys.readouterr().err
 
 
+def test_evaluate_beyond_its_budget_of_pixels_says_so_and_bounds_its_figures(
+    bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(tmp_path / "out")
+    assert main(["evaluate", bundle, "--output", place, "--exact-megapixels", "0.01"]) == 0
+    captured = capsys.readouterr()
+    assert "gear: too many pixels to keep: pixel metrics come of counts in bins" in captured.err
+    assert "note: There are too many pixels to sort them all" in captured.err
+    assert "±" in captured.out
+    assert "the exact figure lies within the ± that stands beside it" in captured.out
+    assert len(list((tmp_path / "out/images/category=gear").iterdir())) == 1
+    assert main(["evaluate", bundle, "--output", place, "--exact-megapixels", "0.01", "--resume"]) == 0
+    captured_again = capsys.readouterr()
+    assert "gear: measured already" in captured_again.err
+    assert captured_again.out == captured.out
+
+
 def test_evaluate_measures_the_other_defects_and_categories_where_one_cannot_be(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from small_set import NUM_TEST, NUM_TRAIN, draw_parts, ingest_parts, make_bundle
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.batch import UNFINISHED, BatchScorer, inspect_dataset
+from focus_ray.cluster.batch import UNFINISHED, Batch, findings, inspect_dataset, inspect_piece
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.errors import DataError
@@ -110,9 +110,40 @@ def test_what_a_failed_write_left_is_begun_anew(
     (place / "half.parquet").write_bytes(b"PAR1")
     said: list[str] = []
     assert inspect_dataset({"gear": bundle}, data, str(tmp_path), log=said.append)["gear"] == results[1]
-    assert "left unfinished by an earlier run: begun anew" in said[0]
+    assert any("left unfinished by an earlier run: begun anew" in line for line in said)
     assert not (place / UNFINISHED).exists()
     assert pq.read_table(place, partitioning=None).num_rows == results[1]["num_images"]
+
+
+@pytest.mark.ray
+def test_a_run_that_died_is_gone_on_with_and_its_parts_stay(
+    results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str, tmp_path: Path
+) -> None:
+    batch = Batch({"gear": bundle}, data, str(tmp_path), None, 32, 8, print)
+    pieces = list(iter(batch.more, None))
+    assert [len(piece.rows) for piece in pieces] == [8] * 4
+    inspector = Inspector.load(bundle, "cpu")
+    counts = [inspect_piece(piece, inspector) for piece in pieces[1:3]]  # and then it dies
+    place = tmp_path / "category=gear"
+    before = {path.name: path.stat().st_mtime_ns for path in place.glob("*.parquet")}
+    said: list[str] = []
+    found = inspect_dataset({"gear": bundle}, data, str(tmp_path), log=said.append, part_images=8)["gear"]
+    assert any("going on, 2 of 4 parts are there" in line for line in said)
+    assert found == results[1]
+    assert sum(count.num_images for count in counts) == 16
+    assert {name: (place / name).stat().st_mtime_ns for name in before} == before
+    rows = pq.read_table(place, partitioning=None)
+    assert sorted(rows["id"].to_pylist()) == sorted(row["id"] for row in results[2])
+    assert list_names(place)[0].startswith("part-")
+
+
+@pytest.mark.ray
+def test_categories_that_fail_are_named_and_the_others_are_whole(
+    ray_cluster: None, data: str, bundle: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"^1 of 2 categories failed; board: .*gone: no manifest\.json there"):
+        inspect_dataset({"board": str(tmp_path / "gone"), "gear": bundle}, data, str(tmp_path / "out"), split="test")
+    assert pq.read_table(tmp_path / "out/category=gear", partitioning=None).num_rows == NUM_TEST
 
 
 def test_a_category_that_the_set_lacks_is_named_before_anything_starts(data: str, bundle: str, tmp_path: Path) -> None:
@@ -121,24 +152,26 @@ def test_a_category_that_the_set_lacks_is_named_before_anything_starts(data: str
 
 
 def test_a_batch_of_damaged_images_alone_is_told_row_by_row(bundle: str) -> None:
-    names = ("id", "label", "defect_type", "site")
-    batch = {name: np.array(["x", "y"], dtype=object) for name in names}
-    found = BatchScorer(bundle)({**batch, "image": np.array([b"", b"no"], dtype=object)})
-    assert all(len(column) == 2 for column in found.values())
-    assert all(found["error"])
+    records = [{"id": "x", "label": 0, "defect_type": "good", "site": "a", "image": image} for image in (b"", b"no")]
+    found = findings(Inspector.load(bundle, "cpu"), records)
+    assert found.num_rows == 2
+    assert all(found["error"].to_pylist())
 
 
 ON_S3 = """
 import json, sys
 import ray
 from focus_ray.cluster.batch import inspect_dataset
+from focus_ray.cluster.evaluation import evaluate_bundles
 from focus_ray.config import parse_config
 from focus_ray.cluster.training import train
 if __name__ == "__main__":
     config, output = parse_config(json.loads(sys.argv[1])), sys.argv[2]
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error")
     bundles = train(config)
-    print(json.dumps(inspect_dataset(bundles, config.data.uri, output, split="test")))
+    counts = inspect_dataset(bundles, config.data.uri, output, split="test")
+    report = evaluate_bundles(bundles, f"{output}-report", max_side_px=64, exact_pixels=0, part_images=3)
+    print(json.dumps([counts, report.results]))
 """
 
 
@@ -159,7 +192,7 @@ def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp
     arguments = [sys.executable, "-c", ON_S3, json.dumps(config.model_dump(mode="json")), f"{root}/results"]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=250)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    counts = json.loads(ended.stdout.strip().splitlines()[-1])
+    counts, measured = json.loads(ended.stdout.strip().splitlines()[-1])
     assert (counts["gear"]["num_images"], counts["gear"]["num_errors"]) == (NUM_TEST, 0)
     bundle = read_bundle(f"{root}/runs/small/bundles/gear")
     assert len(bundle.manifest["metrics"]["history"]) == 1
@@ -167,3 +200,6 @@ def test_data_checkpoints_bundle_and_results_can_all_lie_on_s3(s3: S3Server, tmp
     filesystem, path = open_filesystem(f"{root}/results/category=gear")
     rows = pq.read_table(path, filesystem=filesystem, partitioning=None).to_pylist()
     assert {row["bundle"] for row in rows} == {bundle.version}
+    assert measured["gear"]["pixel_auroc"] is not None
+    assert len(list_names(f"{root}/results-report/images/category=gear")) == 3
+    assert {"images", "categories", "report.html"} <= set(list_names(f"{root}/results-report"))

@@ -1,0 +1,203 @@
+"""Evaluation part by part: here and on a pool of workers the figures are the inspector's; what dies is gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from small_set import CATEGORIES, NUM_TEST, ingest_parts, make_bundle, small_config
+
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.measuring import Part, Sum, cut_rows, plan_evaluation
+from focus_ray.cluster import evaluation as module
+from focus_ray.cluster.evaluation import Evaluation, Report, Settings, evaluate_bundles, run_piece
+from focus_ray.cluster.scorers import Scorers
+from focus_ray.data.read import iter_test_records, read_index
+from focus_ray.evaluation.pixels import PixelBins
+
+PLAIN = {"image_alignment": {"group": "none"}}
+SIDE = 64
+ALL = 10**9
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return ingest_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="module")
+def bundles(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    config = small_config(data, tmp_path_factory.mktemp("runs"), model=PLAIN)
+    return {category: make_bundle(config, category) for category in CATEGORIES}
+
+
+def evaluated(bundles: dict[str, str], output: Path, exact_pixels: int = 0, **options: Any) -> Report:
+    return evaluate_bundles(bundles, str(output), max_side_px=SIDE, exact_pixels=exact_pixels, part_images=3, **options)
+
+
+def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Figures alike, but for the order in which floats were added, and for batches that were cut otherwise."""
+    for key, value in wanted.items():
+        if isinstance(value, dict):
+            assert_same(found[key], value)
+        elif isinstance(value, float):
+            assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+        else:
+            assert found[key] == value, key
+
+
+@pytest.mark.parametrize("exact_pixels", [0, ALL])
+def test_parts_give_the_figures_of_the_whole(
+    bundles: dict[str, str], data: str, tmp_path: Path, exact_pixels: int
+) -> None:
+    report = evaluated(bundles, tmp_path, exact_pixels)
+    for category, bundle in bundles.items():
+        records = iter_test_records(data, category)
+        wanted = Inspector.load(bundle, "cpu").evaluate(records, SIDE, exact_pixels=exact_pixels)
+        assert report.results[category]["binned"] is (exact_pixels == 0)
+        assert bool(report.results[category]["bounds"]) is (exact_pixels == 0)
+        assert_same(report.results[category], wanted)
+    text = (tmp_path / "report.md").read_text()
+    assert ("Pixels counted in bins (board, gear)" in text) is (exact_pixels == 0)
+    assert json.loads((tmp_path / "report.json").read_text())["categories"] == report.results
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 8
+    assert ("counted in bins, which moves no pixel metric by more than" in page) is (exact_pixels == 0)
+
+
+def test_every_image_has_its_row(bundles: dict[str, str], data: str, tmp_path: Path) -> None:
+    evaluated({"gear": bundles["gear"]}, tmp_path)
+    table = pq.read_table(tmp_path / "images/category=gear", partitioning=None)
+    assert table["id"].to_pylist() == read_index(data, "gear", split="test")["id"].to_pylist()
+    inspector = Inspector.load(bundles["gear"], "cpu")
+    for row, record in zip(table.to_pylist(), iter_test_records(data, "gear"), strict=True):
+        (alone,) = inspector.inspect([record["image"]])
+        assert row["score"] == pytest.approx(alone.score, rel=1e-4)
+        assert row["p_value"] == pytest.approx(alone.p_value, rel=1e-2)
+        assert (row["anomalous"], row["label"]) == (alone.anomalous, record["label"])
+        assert row["bundle"] == inspector.bundle.version
+
+
+def begun(bundles: dict[str, str], output: Path, num_pieces: int) -> None:
+    """An evaluation that dies after some pieces, and a save."""
+    run = Evaluation(bundles, Settings(str(output), None, SIDE, 0, 3, False), print)
+    for _ in range(num_pieces):
+        piece = run.more()
+        assert piece is not None
+        run.done(piece, run_piece(piece, Inspector.load(piece.bundle, "cpu")))
+    run.save()
+
+
+def test_an_evaluation_that_died_is_gone_on_with(bundles: dict[str, str], tmp_path: Path) -> None:
+    begun(bundles, tmp_path / "died", 6)  # three parts and the figures of board, two of three parts of gear
+    files = sorted((tmp_path / "died/images").glob("*/*.parquet"))
+    before = [path.stat().st_mtime_ns for path in files]
+    assert len(files) == 5
+    said: list[str] = []
+    report = evaluated(bundles, tmp_path / "died", resume=True, log=said.append)
+    assert "board: measured already" in said
+    assert "gear: going on after 6 images" in said
+    assert [path.stat().st_mtime_ns for path in files] == before
+    assert_same(report.results, evaluated(bundles, tmp_path / "whole").results)
+    assert (tmp_path / "died/report.html").read_bytes().count(b"<svg") == 8
+
+
+def test_other_settings_and_no_resume_begin_anew(bundles: dict[str, str], tmp_path: Path) -> None:
+    begun(bundles, tmp_path, 6)
+    for options in ({"resume": True, "exact_pixels": ALL}, {}):
+        said: list[str] = []
+        evaluated(bundles, tmp_path, log=said.append, **options)  # type: ignore[arg-type]
+        assert not [line for line in said if "already" in line or "going on" in line]
+
+
+def test_a_part_counts_once() -> None:
+    mask = np.eye(4, dtype=bool)
+    bins = {"": PixelBins.of_image(mask, np.ones((4, 4), np.float32))}
+    part = Part(np.zeros(1, np.int8), np.ones(1), ("good",), bins, False)
+    total = Sum(job=None)  # type: ignore[arg-type]
+    for _ in range(3):
+        total.add(0, part)
+    assert total.num_images == 1
+    assert total.total().bins[""].normal.sum() == 12
+
+
+def test_parts_are_cut_where_files_are_and_hold_every_row_once(data: str) -> None:
+    rows = read_index(data, "gear", split="test")["row"].to_numpy()
+    for size in (1, 3, NUM_TEST, 100):
+        parts = cut_rows(data, "gear", rows, size)
+        assert np.concatenate(list(parts.values())).tolist() == rows.tolist()
+        assert list(parts) == np.cumsum([0, *map(len, parts.values())])[:-1].tolist()
+    assert [len(part) for part in cut_rows(data, "gear", rows, 3).values()] == [3, 3, 2]
+
+
+def test_maps_that_exceed_the_budget_by_a_pixel_are_binned(bundles: dict[str, str], tmp_path: Path) -> None:
+    pixels = NUM_TEST * SIDE * SIDE
+    plans = [plan_evaluation("gear", bundles["gear"], str(tmp_path), exact_pixels=n) for n in (pixels, pixels - 1)]
+    assert [plan.job.exact for plan in plans] == [True, False]
+
+
+def test_of_many_categories_each_has_its_own_page(
+    bundles: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WHOLE_PAGE", 1)
+    evaluated(bundles, tmp_path, ALL)
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" not in page
+    for category in bundles:
+        assert f'href="categories/{category}.html"' in page
+        assert (tmp_path / f"categories/{category}.html").read_text().count("<svg") == 4
+
+
+@pytest.mark.ray
+def test_workers_give_the_figures_of_one_process(ray_cluster: None, bundles: dict[str, str], tmp_path: Path) -> None:
+    said: list[str] = []
+    for exact_pixels in (0, ALL):
+        found = evaluated(bundles, tmp_path / "ray", exact_pixels, num_workers=2, log=said.append)
+        local = Evaluation(bundles, Settings(str(tmp_path / "here"), None, SIDE, exact_pixels, 3, False), print)
+        module._run_here(local)
+        assert_same(found.results, local.ordered())
+        assert list(found.results) == list(bundles)
+    assert any("side by side: 2 as set" in line for line in said)
+    assert sum("(2 of 2)" in line for line in said) == 2
+    for category in bundles:
+        tables = [pq.read_table(tmp_path / place / f"images/category={category}") for place in ("ray", "here")]
+        assert tables[0]["id"].equals(tables[1]["id"])
+
+
+@pytest.mark.ray
+def test_a_worker_that_is_killed_changes_nothing_and_work_that_always_kills_ends(
+    ray_cluster: None, bundles: dict[str, str], tmp_path: Path
+) -> None:
+    marks, output = str(tmp_path / "marks"), str(tmp_path / "out")
+
+    os.mkdir(marks)
+
+    def deadly(piece: Any, inspector: Inspector) -> Any:
+        """Kills its worker: once after a part of gear is written, and at every part of board."""
+        done = run_piece(piece, inspector)
+        mark = os.path.join(marks, "gear-died")
+        if piece.job.category == "board" or (3 in piece.parts and not os.path.exists(mark)):
+            if piece.job.category == "gear":
+                open(mark, "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    said: list[str] = []
+    run = Evaluation(bundles, Settings(output, None, SIDE, 0, 3, False), said.append)
+    pool: Scorers[Any] = Scorers(2, True, said.append)
+    try:
+        pool.run(deadly, run.more, run.done)
+    finally:
+        pool.close()
+    assert any("a worker was lost, its work is given to another" in line for line in said)
+    assert os.listdir(marks) == ["gear-died"]
+    assert "3 workers were lost over it" in run.results["board"]["error"]
+    assert run.results["gear"]["num_normal"] + run.results["gear"]["num_anomalous"] == NUM_TEST
+    records = iter_test_records(run.jobs["gear"].data, "gear")
+    assert_same(run.results["gear"], Inspector.load(bundles["gear"], "cpu").evaluate(records, SIDE, exact_pixels=0))
