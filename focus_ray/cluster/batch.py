@@ -15,8 +15,9 @@ from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.measuring import PART_IMAGES, Rows, cut_rows
 from focus_ray.cluster.connect import connect
+from focus_ray.cluster.pool import Failed
 from focus_ray.cluster.preflight import probe_nodes
-from focus_ray.cluster.scorers import Failed, Scorers, absolute_place
+from focus_ray.cluster.scorers import Scorers, absolute_place
 from focus_ray.data.ahead import ahead
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.data.schema import Row

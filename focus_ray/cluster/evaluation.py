@@ -28,8 +28,9 @@ from focus_ray.bundle.measuring import (
     write_record,
 )
 from focus_ray.cluster.connect import connect, runs_here
+from focus_ray.cluster.pool import Failed
 from focus_ray.cluster.preflight import probe_nodes
-from focus_ray.cluster.scorers import Bundles, Failed, Scorers, absolute_place
+from focus_ray.cluster.scorers import Bundles, Scorers, absolute_place
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import FocusRayError
 from focus_ray.progress import Progress

@@ -22,7 +22,7 @@ from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, 
 from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.messages import Messages
 from focus_ray.cluster.ownership import SignOfLife, check_resumable, write_fingerprints
-from focus_ray.cluster.pool import fit_in_pool
+from focus_ray.cluster.pool import Failed, Pool
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
 from focus_ray.config import Config, config_to_yaml, parse_config
@@ -184,8 +184,7 @@ def _run_all(
     messages = Messages()
     jobs = [CategoryJob(config, split, use_gpu, root, messages) for split in splits]
     if in_pool(config):
-        log(f"{len(jobs)} categories, {min(limit, len(jobs))} at a time")
-        return fit_in_pool(_fit_alone, jobs, config.cluster, use_gpu, limit, messages, log)
+        return _run_pool(jobs, min(limit, len(jobs)), log)
     return _run_trainers(config, {job.category: job for job in jobs}, limit, log)
 
 
@@ -194,11 +193,38 @@ def in_pool(config: Config) -> bool:
     return config.train.epochs == 0 and config.cluster.num_workers == 1
 
 
-def _fit_alone(job: CategoryJob) -> None:
-    """What a worker of the pool runs."""
-    set_reproducible()
+def _run_pool(jobs: Sequence[CategoryJob], num_workers: int, log: Callable[[str], None]) -> dict[str, str]:
+    """By workers that take one category after the other. Returns: the reasons of those that failed."""
+    first = jobs[0]
+    log(f"{len(jobs)} categories, {num_workers} at a time")
+    waiting = iter(jobs)
+    failed: dict[str, str] = {}
+
+    def done(job: CategoryJob, outcome: float | Failed) -> None:
+        if isinstance(outcome, Failed):
+            failed[job.category] = outcome.reason
+            log(f"{job.category}: FAILED: {outcome.reason}")
+        else:
+            log(f"{job.category}: done in {outcome:.0f} s, {bundle_place(job.root, job.category)}")
+
+    def listen() -> None:
+        first.messages.show(log)
+
+    pool: Pool[CategoryJob] = Pool(set_reproducible, first.config.cluster, first.use_gpu, num_workers, log, listen)
+    try:
+        pool.run(_fit_alone, lambda: next(waiting, None), done)
+    finally:
+        pool.close()
+    listen()
+    return failed
+
+
+def _fit_alone(job: CategoryJob, held: None) -> float:
+    """What a worker of the pool runs. Returns: its seconds."""
+    start = time.monotonic()
     device = torch.device("cuda" if job.use_gpu else "cpu")
     make_bundle(job.config, job.split, job.root, device, num_threads=decoders(job.config), log=job.tell)
+    return time.monotonic() - start
 
 
 def decoders(config: Config) -> int:

@@ -15,8 +15,7 @@ from ray import cloudpickle
 from small_set import draw_parts, ingest_parts, small_config
 
 from focus_ray.bundle.bundle import find_bundles, read_manifest
-from focus_ray.cluster.messages import Messages
-from focus_ray.cluster.pool import fit_in_pool
+from focus_ray.cluster.pool import Failed, Pool
 from focus_ray.cluster.training import in_pool, train
 from focus_ray.config import Config
 from focus_ray.data.ingest import ingest
@@ -32,10 +31,19 @@ class Job:
     place: Path
 
 
-def run(fit: Callable[[Job], None], names: Sequence[str], place: Path, num_actors: int = 2) -> dict[str, str]:
-    config = small_config("unused", place).cluster
-    jobs = [Job(name, place) for name in names]
-    return fit_in_pool(fit, jobs, config, False, num_actors, Messages(), lambda text: None)
+def run(
+    act: Callable[[Job, int], Any], names: Sequence[str], place: Path, start: Callable[[], Any] = os.getpid
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What came of each job, and the reasons of those that failed."""
+    jobs = iter([Job(name, place) for name in names])
+    found: dict[str, Any] = {}
+    pool: Pool[Job] = Pool(start, small_config("unused", place).cluster, False, 2, lambda text: None)
+    try:
+        pool.run(act, lambda: next(jobs, None), lambda job, result: found.update({job.category: result}))
+    finally:
+        pool.close()
+    failed = {name: result.reason for name, result in found.items() if isinstance(result, Failed)}
+    return {name: result for name, result in found.items() if name not in failed}, failed
 
 
 def attempts_of(place: Path) -> list[str]:
@@ -50,17 +58,19 @@ def note(job: Job) -> int:
     return number
 
 
-def fit_or_die(job: Job) -> None:
+def fit_or_die(job: Job, held: int) -> bool:
+    assert held == os.getpid()  # what `start` made in this very process
     if note(job) == 0 and job.category == "b":
         os.kill(os.getpid(), signal.SIGKILL)
+    return True
 
 
 def test_a_lost_actors_category_is_fitted_again_and_the_others_once(ray_cluster: None, tmp_path: Path) -> None:
-    assert run(fit_or_die, list("abcde"), tmp_path) == {}
+    assert run(fit_or_die, list("abcde"), tmp_path) == (dict.fromkeys("abcde", True), {})
     assert attempts_of(tmp_path) == ["a", "b", "b", "c", "d", "e"]
 
 
-def fit_or_fail(job: Job) -> None:
+def fit_or_fail(job: Job, held: int) -> None:
     number = note(job)
     if job.category == "b":
         raise DataError("no such image")
@@ -73,26 +83,19 @@ def fit_or_fail(job: Job) -> None:
 def test_what_will_fail_again_is_not_tried_again_and_a_storage_that_comes_back_is(
     ray_cluster: None, tmp_path: Path
 ) -> None:
-    failed = run(fit_or_fail, list("abcd"), tmp_path)
-    assert failed == {"b": "DataError: no such image", "d": "RuntimeError: always"}
+    _, failed = run(fit_or_fail, list("abcd"), tmp_path)
     retries = small_config("unused", tmp_path).cluster.max_failures
+    assert failed == {"b": "DataError: no such image", "d": f"RuntimeError: always ({retries + 1} times)"}
     assert attempts_of(tmp_path) == ["a", "b", "c", "c", "c", *["d"] * (retries + 1)]
 
 
-class NoFunction:
-    """Sent to actors, it fails there."""
-
-    def __reduce__(self) -> Any:
-        return _refuse, ()
-
-
-def _refuse() -> None:
+def refuse() -> None:
     raise ValueError("not here")
 
 
-def test_actors_that_do_not_start_end_it(ray_cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"no process starts to fit in: .*not here"):
-        run(NoFunction(), ["a"], tmp_path, num_actors=1)  # type: ignore[arg-type]
+def test_workers_that_do_not_start_end_it(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"workers do not start: .*not here"):
+        run(fit_or_fail, ["a"], tmp_path, start=refuse)
 
 
 def test_categories_fitted_in_a_pool_are_those_fitted_in_this_process(ray_cluster: None, tmp_path: Path) -> None:
