@@ -1,4 +1,5 @@
-"""New thresholds for a bundle, without training: from new good images, or set by a person. The tensors stay as they are."""
+"""New thresholds for a bundle, without training: from new good images, from those of one site that it is made of, or set by a
+person. The tensors stay as they are."""
 
 from __future__ import annotations
 
@@ -14,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from focus_ray import __version__
-from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest
+from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest, read_statistics
 from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.update import rows_in_common
+from focus_ray.density.base import leaves_out
 from focus_ray.errors import BundleError, DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.trade_off import TradeOff, trade_off
+from focus_ray.fitting.left_out import leave_one_out_pass
 from focus_ray.storage import join, read_bytes, write_bytes
 
 
@@ -74,6 +78,49 @@ def calibrate_bundle(
         curve = trade_off(np.array([one.score for one in new]), np.array([one.score for one in inspector.inspect(bad)]))
     note = {"how": "good images", "num_good": len(new), "num_bad": len(bad), "images_sha256": _fingerprint(good)}
     return Recalibrated(rewrite(uri, output, calibration, note), calibration, len(found) - len(new), curve)
+
+
+def calibrate_for_site(
+    uri: str | Path,
+    output: str | Path,
+    site: str | Path,
+    *,
+    target_fpr: float | None = None,
+    target_pixel_fpr: float | None = None,
+    device: str = "auto",
+) -> Recalibrated:
+    """Writes a copy of a bundle whose thresholds come from the images of one of the sites that it was joined of, each left out.
+
+    No image is needed: both bundles hold the same embeddings of them.
+
+    Args:
+        output, target_fpr, target_pixel_fpr: as of `calibrate_bundle`.  site: the bundle of the site's own images.
+
+    Raises: BundleError: no such bundle, or one keeps no statistics.  DataError: none of the site's images is in the bundle, or
+        its density keeps no embeddings or cannot leave one out; a share out of range.
+    """
+    bundle = Inspector.load(uri, device).bundle
+    statistics = read_statistics(uri)
+    if statistics.bank is None or not leaves_out(bundle.config.density, bundle.config.model.shared_grid):
+        raise DataError(
+            f"{uri}: a density of kind {bundle.config.density.kind} keeps no images to leave out: give good images of the site"
+        )
+    rows = rows_in_common(site, statistics)
+    if not rows:
+        raise DataError(
+            f"{uri}: holds none of the images of {site}: join it first (`focus-ray update {uri} NEW --join {site}`), or give "
+            "good images of the site"
+        )
+    old = bundle.calibration
+    targets = {
+        "target_fpr": old.target_fpr if target_fpr is None else target_fpr,
+        "target_pixel_fpr": old.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
+    }
+    asked = bundle.config.calibration.model_copy(update=targets)
+    config = bundle.config.model_copy(update={"calibration": asked})
+    calibration = leave_one_out_pass(bundle.detector, statistics, config, chosen=rows).finish()
+    note = {"how": "images of a site, each left out", "site": read_manifest(site)["sha256"], "num_good": len(rows)}
+    return Recalibrated(rewrite(uri, output, calibration, note), calibration, 0, None)
 
 
 def set_thresholds(
