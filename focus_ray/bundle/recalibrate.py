@@ -69,7 +69,7 @@ def calibrate_bundle(
     if not new:
         raise DataError(
             f"{uri}: all {len(found)} good images are among those that the model was trained on, and score near zero: "
-            "give images that it has not seen"
+            "give images that it has not seen, or of a model joined of several sites the site's own bundle (--site)"
         )
     builder.add([one.score for one in new], [inspector.frame.inside(one.anomaly_map) for one in new])
     calibration = builder.finish()
