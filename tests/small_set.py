@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def make_bundle(
     category: str = "gear",
     place: Path | str | None = None,
     fingerprint: str = "",
-    known: Iterable[int] = (),
+    known: Sequence[int] = (),
 ) -> str:
     """Trains one category in this process and writes its bundle, where `train` would unless told. Returns: its place."""
     result = fit_alone(config, category)

@@ -23,18 +23,21 @@ from focus_ray.errors import BundleError, DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.trade_off import TradeOff, trade_off
 from focus_ray.fitting.left_out import leave_one_out_pass
+from focus_ray.fitting.metric import NEIGHBOURS
 from focus_ray.storage import join, read_bytes, write_bytes
 
 
 @dataclass(frozen=True)
 class Recalibrated:
     """manifest: of the new bundle.  calibration: its.  num_known: good images left out, being what the density was made of.
-    curve: where bad images were given; None otherwise."""
+    curve: where bad images were given; None otherwise.  taught: whether the metric was learnt from the very images that
+    calibrate, so few that it lowers their scores."""
 
     manifest: dict[str, Any]
     calibration: Calibration
     num_known: int
     curve: TradeOff | None
+    taught: bool = False
 
 
 def calibrate_bundle(
@@ -119,8 +122,11 @@ def calibrate_for_site(
     asked = bundle.config.calibration.model_copy(update=targets)
     config = bundle.config.model_copy(update={"calibration": asked})
     calibration = leave_one_out_pass(bundle.detector, statistics, config, chosen=rows).finish()
-    note = {"how": "images of a site, each left out", "site": read_manifest(site)["sha256"], "num_good": len(rows)}
-    return Recalibrated(rewrite(uri, output, calibration, note), calibration, 0, None)
+    made = read_manifest(site)
+    note = {"how": "images of a site, each left out", "site": made["sha256"], "num_good": len(rows)}
+    own_metric = config.density.reduction == "discriminant" and config.density.metric is None
+    taught = own_metric and "network_of" not in made["data"] and len(rows) <= NEIGHBOURS
+    return Recalibrated(rewrite(uri, output, calibration, note), calibration, 0, None, taught)
 
 
 def set_thresholds(

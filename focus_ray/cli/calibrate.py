@@ -82,6 +82,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             device=arguments.device,
         )
         manifest, calibration = done.manifest, done.calibration
+        if done.taught:
+            say(
+                "note: the metric was learnt from these few images, so their scores are a little low, and more good parts may be "
+                "called bad than asked for: new good images (--good) tell better"
+            )
     else:
         done = calibrate_bundle(
             arguments.bundle,

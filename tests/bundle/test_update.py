@@ -10,13 +10,13 @@ import torch
 from small_set import NUM_TRAIN, ingest_parts, make_bundle, small_config
 from torch import Tensor
 
-from focus_ray.bundle.bundle import read_bundle, read_manifest, read_statistics, short_hash, write_bundle
+from focus_ray.bundle.bundle import read_bundle, read_manifest, read_statistics, write_bundle
 from focus_ray.bundle.recalibrate import calibrate_for_site
 from focus_ray.bundle.update import update_bundle
 from focus_ray.cli.main import main
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import decoded_rows, read_index
-from focus_ray.data.split import plan_category
+from focus_ray.data.split import plan_category, short_hash
 from focus_ray.density.base import Statistics
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.fit import build_detector
@@ -67,7 +67,7 @@ def make(data: str, place: Path, kind: str, seed: int = 0, method: str = "split"
         calibration={"method": method},
     )
     plan = plan_category(config, "gear")
-    return make_bundle(config, place=place, fingerprint=plan.fingerprint, known=map(short_hash, plan.fit_hashes))
+    return make_bundle(config, place=place, fingerprint=plan.fingerprint, known=plan.fit_hashes.tolist())
 
 
 def normal_rows(uri: str) -> list[int]:
@@ -277,7 +277,7 @@ def test_an_image_that_two_sites_put_in_by_themselves_counts_once(
         calibration=bundle.calibration,
         data=bundle.manifest["data"],
         metrics={},
-        known=bundle.known,
+        known=sorted(bundle.known),
     )
     manifest = update_bundle(tmp_path / "one", tmp_path / "both", join=tmp_path / "two")
     assert manifest["data"]["updates"][-1]["left_out"] == NUM_MORE
@@ -367,6 +367,22 @@ def test_one_site_of_a_joined_bundle_sets_its_thresholds_and_nothing_else(
     assert first.image_threshold != second.image_threshold
     wide = calibrate_for_site(joined, tmp_path / "wide", sites["nearest"][0], target_fpr=0.4)
     assert (wide.calibration.target_fpr, wide.calibration.image_scores) == (0.4, first.image_scores)
+
+
+def test_few_images_that_taught_the_metric_are_told(
+    data: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, site, joined = (
+        make(data, tmp_path / "start", "nearest", reduction="discriminant"),
+        tmp_path / "b",
+        tmp_path / "j",
+    )
+    update_bundle(start, site, only=more)
+    update_bundle(start, joined, join=site)
+    assert calibrate_for_site(joined, tmp_path / "new", start).taught
+    assert not calibrate_for_site(joined, tmp_path / "new", site).taught
+    assert main(["calibrate", str(joined), str(tmp_path / "new"), "--site", start]) == 0
+    assert "the metric was learnt from these few images" in capsys.readouterr().err
 
 
 def test_a_site_that_was_not_joined_sets_no_thresholds(
