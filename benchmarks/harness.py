@@ -121,9 +121,14 @@ def print_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> s
 def keep_json(benchmark: str, arguments: argparse.Namespace, samples: Any) -> None:
     """As `print_json`, with paths by their last part; kept in results/, in place of a former run's."""
     named = {
-        key: Path(value).name if isinstance(value, (str, Path)) and "/" in str(value) else value
+        key: [_name(one) for one in value] if isinstance(value, list) else _name(value)
         for key, value in vars(arguments).items()
     }
     line = print_json(benchmark, argparse.Namespace(**named), samples)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{benchmark}.json").write_text(line + "\n")
+
+
+def _name(value: Any) -> Any:
+    """A path's last part; anything else as it is."""
+    return Path(value).name if isinstance(value, (str, Path)) and "/" in str(value) else value

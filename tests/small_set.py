@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,13 @@ def fit_alone(config: Config, category: str = "gear") -> FitResult:
     return fit(config, shard, len(plan.fit_rows), torch.device("cpu"))
 
 
-def make_bundle(config: Config, category: str = "gear", place: Path | str | None = None, fingerprint: str = "") -> str:
+def make_bundle(
+    config: Config,
+    category: str = "gear",
+    place: Path | str | None = None,
+    fingerprint: str = "",
+    known: Sequence[int] = (),
+) -> str:
     """Trains one category in this process and writes its bundle, where `train` would unless told. Returns: its place."""
     result = fit_alone(config, category)
     place = join(config.storage, config.name, "bundles", category) if place is None else str(place)
@@ -87,6 +94,7 @@ def make_bundle(config: Config, category: str = "gear", place: Path | str | None
             "num_holdout": 0,
         },
         metrics={"history": result.notes.history},
+        known=known,
     )
     return place
 

@@ -104,7 +104,8 @@ def write_bundle(
 
     Args:
         frame: what images are brought to; None: as the config says.
-        known: `short_hash` of the images that the density was made of, so that they are told when they are inspected.
+        known: `short_hash` of the images that the density was made of, so that they are told when they are inspected, and
+            counted once when bundles are joined.
         detector: as `build_detector` makes it of the statistics.
         data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
         metrics: figures worth keeping: losses, collapse figures, timings.

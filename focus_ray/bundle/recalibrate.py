@@ -1,4 +1,5 @@
-"""New thresholds for a bundle, without training: from new good images, or set by a person. The tensors stay as they are."""
+"""New thresholds for a bundle, without training: from new good images, from those of one site that it is made of, or set by a
+person. The tensors stay as they are."""
 
 from __future__ import annotations
 
@@ -14,23 +15,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from focus_ray import __version__
-from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest
+from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest, read_statistics
 from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.update import rows_in_common
+from focus_ray.density.base import leaves_out
 from focus_ray.errors import BundleError, DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.trade_off import TradeOff, trade_off
+from focus_ray.fitting.left_out import leave_one_out_pass
+from focus_ray.fitting.metric import NEIGHBOURS
 from focus_ray.storage import join, read_bytes, write_bytes
 
 
 @dataclass(frozen=True)
 class Recalibrated:
     """manifest: of the new bundle.  calibration: its.  num_known: good images left out, being what the density was made of.
-    curve: where bad images were given; None otherwise."""
+    curve: where bad images were given; None otherwise.  taught: whether the metric was learnt from the very images that
+    calibrate, so few that it lowers their scores."""
 
     manifest: dict[str, Any]
     calibration: Calibration
     num_known: int
     curve: TradeOff | None
+    taught: bool = False
 
 
 def calibrate_bundle(
@@ -65,7 +72,7 @@ def calibrate_bundle(
     if not new:
         raise DataError(
             f"{uri}: all {len(found)} good images are among those that the model was trained on, and score near zero: "
-            "give images that it has not seen"
+            "give images that it has not seen, or of a model joined of several sites the site's own bundle (--site)"
         )
     builder.add([one.score for one in new], [inspector.frame.inside(one.anomaly_map) for one in new])
     calibration = builder.finish()
@@ -74,6 +81,52 @@ def calibrate_bundle(
         curve = trade_off(np.array([one.score for one in new]), np.array([one.score for one in inspector.inspect(bad)]))
     note = {"how": "good images", "num_good": len(new), "num_bad": len(bad), "images_sha256": _fingerprint(good)}
     return Recalibrated(rewrite(uri, output, calibration, note), calibration, len(found) - len(new), curve)
+
+
+def calibrate_for_site(
+    uri: str | Path,
+    output: str | Path,
+    site: str | Path,
+    *,
+    target_fpr: float | None = None,
+    target_pixel_fpr: float | None = None,
+    device: str = "auto",
+) -> Recalibrated:
+    """Writes a copy of a bundle whose thresholds come from the images of one of the sites that it was joined of, each left out.
+
+    No image is needed: both bundles hold the same embeddings of them.
+
+    Args:
+        output, target_fpr, target_pixel_fpr: as of `calibrate_bundle`.  site: the bundle of the site's own images.
+
+    Raises: BundleError: no such bundle, or one keeps no statistics.  DataError: none of the site's images is in the bundle, or
+        its density keeps no embeddings or cannot leave one out; a share out of range.
+    """
+    bundle = Inspector.load(uri, device).bundle
+    statistics = read_statistics(uri)
+    if statistics.bank is None or not leaves_out(bundle.config.density, bundle.config.model.shared_grid):
+        raise DataError(
+            f"{uri}: a density of kind {bundle.config.density.kind} keeps no images to leave out: give good images of the site"
+        )
+    rows = rows_in_common(site, statistics)
+    if not rows:
+        raise DataError(
+            f"{uri}: holds none of the images of {site}: join it first (`focus-ray update {uri} NEW --join {site}`), or give "
+            "good images of the site"
+        )
+    old = bundle.calibration
+    targets = {
+        "target_fpr": old.target_fpr if target_fpr is None else target_fpr,
+        "target_pixel_fpr": old.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
+    }
+    asked = bundle.config.calibration.model_copy(update=targets)
+    config = bundle.config.model_copy(update={"calibration": asked})
+    calibration = leave_one_out_pass(bundle.detector, statistics, config, chosen=rows).finish()
+    made = read_manifest(site)
+    note = {"how": "images of a site, each left out", "site": made["sha256"], "num_good": len(rows)}
+    own_metric = config.density.reduction == "discriminant" and config.density.metric is None
+    taught = own_metric and "network_of" not in made["data"] and len(rows) <= NEIGHBOURS
+    return Recalibrated(rewrite(uri, output, calibration, note), calibration, 0, None, taught)
 
 
 def set_thresholds(

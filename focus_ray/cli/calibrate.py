@@ -13,11 +13,17 @@ def add_calibrate(commands: Any) -> None:
         "calibrate",
         help="new thresholds for a bundle from new good images, without training",
         description="Writes a copy of a bundle whose thresholds come from good images that it has not seen. Images of "
-        "defects, where there are some, set nothing: they show what each threshold would cost.",
+        "defects, where there are some, set nothing: they show what each threshold would cost. Of a bundle that was joined of "
+        "several sites' with `update`, one site's own images can set them, without the images.",
     )
     calibrate.add_argument("bundle")
     calibrate.add_argument("output", help="where the changed bundle goes; may be the bundle itself")
     calibrate.add_argument("--good", nargs="+", metavar="FOLDER", help="images of good parts, or folders of them")
+    calibrate.add_argument(
+        "--site",
+        metavar="BUNDLE",
+        help="in place of --good: a site's own bundle that was joined into this one; its images set them, each left out in turn",
+    )
     calibrate.add_argument("--bad", nargs="+", metavar="FOLDER", default=[], help="images of defective parts")
     calibrate.add_argument(
         "--target-fpr", type=float, help="share of good parts that may be called bad (default: the bundle's)"
@@ -40,17 +46,21 @@ def add_calibrate(commands: Any) -> None:
 def _calibrate(arguments: argparse.Namespace) -> int:
     from focus_ray.errors import DataError
 
-    require(arguments.bundle, *(arguments.good or []), *arguments.bad)
+    require(arguments.bundle, *(arguments.good or []), *arguments.bad, arguments.site)
     by_hand = arguments.image_threshold is not None or arguments.pixel_threshold is not None
-    if by_hand == bool(arguments.good):
-        raise DataError("give either --good with images of good parts, or --image-threshold and --pixel-threshold")
+    if by_hand + bool(arguments.good) + (arguments.site is not None) != 1:
+        raise DataError(
+            "give one of --good with images of good parts, --site with a site's own bundle, or --image-threshold and "
+            "--pixel-threshold"
+        )
+    if arguments.site is not None and arguments.bad:
+        raise DataError("--bad shows what thresholds cost beside good images that were scored: give --good, not --site")
     if arguments.trade_off and not arguments.bad:
         raise DataError("--trade-off needs --bad: a curve of false alarms against misses needs images of defects")
     good, bad = image_paths(arguments.good or []), image_paths(arguments.bad)
-    say(
-        f"calibrate: {arguments.bundle}" + (f" with {len(good)} good and {len(bad)} bad images" if good else " by hand")
-    )
-    from focus_ray.bundle.recalibrate import calibrate_bundle, set_thresholds
+    how = f"with {len(good)} good and {len(bad)} bad images" if good else f"for the site of {arguments.site}"
+    say(f"calibrate: {arguments.bundle} {'by hand' if by_hand else how}")
+    from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site, set_thresholds
     from focus_ray.evaluation.calibration import Calibration
     from focus_ray.storage import write_bytes
 
@@ -62,6 +72,21 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             pixel_threshold=arguments.pixel_threshold,
         )
         calibration = Calibration.from_dict(manifest["calibration"])
+    elif arguments.site is not None:
+        done = calibrate_for_site(
+            arguments.bundle,
+            arguments.output,
+            arguments.site,
+            target_fpr=arguments.target_fpr,
+            target_pixel_fpr=arguments.target_pixel_fpr,
+            device=arguments.device,
+        )
+        manifest, calibration = done.manifest, done.calibration
+        if done.taught:
+            say(
+                "note: the metric was learnt from these few images, so their scores are a little low, and more good parts may be "
+                "called bad than asked for: new good images (--good) tell better"
+            )
     else:
         done = calibrate_bundle(
             arguments.bundle,

@@ -137,14 +137,25 @@ def build_parser() -> argparse.ArgumentParser:
     metric.add_argument("--output", required=True, metavar="FILE", help="for density.metric: a path or s3:// URI")
     metric.set_defaults(run=_metric)
 
-    update = commands.add_parser("update", help="take images into or out of a bundle's density, or join another site's")
+    update = commands.add_parser("update", help="take images into or out of a bundle's density, or join other sites'")
     update.add_argument("bundle")
     update.add_argument("output", help="where the changed bundle goes; may be the bundle itself")
     update.add_argument("--add", metavar="DATA", help="ingested set whose normal training images are taken in")
     update.add_argument(
         "--remove", metavar="DATA", help="ingested set whose normal training images are taken out again"
     )
-    update.add_argument("--join", metavar="BUNDLE", help="bundle of the same network whose statistics are added")
+    update.add_argument(
+        "--join",
+        nargs="+",
+        metavar="BUNDLE",
+        default=[],
+        help="bundles of the same network whose statistics are added; an image that several hold counts once",
+    )
+    update.add_argument(
+        "--only",
+        metavar="DATA",
+        help="ingested set whose normal training images take the place of all others: a site's own bundle, to be joined",
+    )
     update.add_argument("--calibrate", metavar="DATA", help="ingested set of normal images for the new thresholds")
     update.set_defaults(run=_update)
 

@@ -98,15 +98,15 @@ def _metric(arguments: argparse.Namespace) -> int:
 
 
 def _update(arguments: argparse.Namespace) -> int:
-    require(arguments.bundle, arguments.add, arguments.remove, arguments.join, arguments.calibrate)
+    require(arguments.bundle, arguments.add, arguments.remove, *arguments.join, arguments.only, arguments.calibrate)
     from focus_ray.errors import DataError
 
-    changes = {key: getattr(arguments, key) for key in ("add", "remove", "join")}
+    changes = {key: getattr(arguments, key) for key in ("add", "remove", "join", "only")}
     if not any(changes.values()):
-        raise DataError("nothing to change: give --add, --remove or --join")
+        raise DataError("nothing to change: give --add, --remove, --join or --only")
     say(f"update: {arguments.bundle} -> {arguments.output}")
     from focus_ray.bundle.update import update_bundle
 
-    manifest = update_bundle(arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate)
-    print(f"{arguments.output}\t{manifest['moments']['count']} images\t{manifest['sha256']}")
+    manifest = update_bundle(arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate, log=say)
+    print(f"{arguments.output}\t{manifest['data']['num_fit']} images\t{manifest['sha256']}")
     return 0

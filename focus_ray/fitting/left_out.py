@@ -8,7 +8,7 @@ each is scored under a metric that was learnt without its fold of the images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ def leave_one_out_pass(
     config: Config,
     metric: Metric | None = None,
     log: Callable[[str], None] = lambda message: None,
+    chosen: Sequence[int] | None = None,
 ) -> CalibrationBuilder:
     """Scores images that the detector's density was made of as if they were new, shared out over the workers; the same on all.
 
@@ -45,15 +46,19 @@ def leave_one_out_pass(
         statistics: of which the detector was built; of their images those in the bank are scored, which is there for it also
             where the density needs none.
         metric: what was learnt of the same images, if it was.
+        chosen: numbers of the images of the bank that are scored; None: all. Not with a metric that has folds.
     """
     calibration = config.calibration
     builder = CalibrationBuilder("leave_one_out", calibration.target_fpr, calibration.target_pixel_fpr)
     assert statistics.bank is not None
     if metric is not None and metric.folds is not None and len(statistics.bank) == _count(metric):
+        assert chosen is None
         scored = _by_folds(detector, statistics, metric)
     else:
-        scored = _left_out_of_bank(detector, leaving_out(config.density, statistics, detector.density), statistics)
-    for found, shown in track(scored, "calibration", len(_mine(len(statistics.bank))), log):
+        apart = leaving_out(config.density, statistics, detector.density)
+        scored = _left_out_of_bank(detector, apart, statistics, chosen)
+    count = len(statistics.bank if chosen is None else chosen)
+    for found, shown in track(scored, "calibration", len(_mine(count)), log):
         builder.add(found.score.cpu().numpy(), pixels_that_count(found, shown))
     return joined_by_all(builder)
 
@@ -62,8 +67,10 @@ def _count(metric: Metric) -> int:
     return 0 if metric.embeddings is None else len(metric.embeddings)
 
 
-def _left_out_of_bank(detector: Detector, density: LeavesOut, statistics: Statistics) -> Iterator[LeftOut]:
-    """Of this worker's part of the bank."""
+def _left_out_of_bank(
+    detector: Detector, density: LeavesOut, statistics: Statistics, chosen: Sequence[int] | None = None
+) -> Iterator[LeftOut]:
+    """Of this worker's part of the bank, or of the chosen images."""
     bank = statistics.bank
     assert bank is not None
     device = detector.density.device
@@ -73,7 +80,8 @@ def _left_out_of_bank(detector: Detector, density: LeavesOut, statistics: Statis
     if known is None:
         known = left_out_distances(density, statistics, bank, detector.seen, profiled, device)
     places = {int(number): place for place, number in enumerate(profiled)}
-    for part in _mine(len(bank)).split(_AT_ONCE):  # together: the bank is read once for all of them
+    numbers = torch.arange(len(bank)) if chosen is None else torch.tensor(chosen, dtype=torch.long)
+    for part in numbers[_mine(len(numbers))].split(_AT_ONCE):  # together: the bank is read once for all of them
         new = torch.tensor([int(own) for own in part if int(own) not in places], dtype=torch.long)
         found = left_out_distances(density, statistics, bank, detector.seen, new, device)
         distances = {int(own): found[place : place + 1] for place, own in enumerate(new)}

@@ -142,7 +142,7 @@ def test_the_command_says_what_changed_and_refuses_what_it_cannot_do(
     assert "image threshold" in told.err
     assert Path(curve).read_text().startswith("threshold,")
     assert main(["calibrate", new, new]) == 1
-    assert "give either --good" in capsys.readouterr().err
+    assert "give one of --good" in capsys.readouterr().err
     assert main(["calibrate", new, new, "--good", good, "--trade-off", curve]) == 1
     assert "--trade-off needs --bad" in capsys.readouterr().err
     assert main(["calibrate", new, new, "--good", str(tmp_path / "gone")]) == 1
