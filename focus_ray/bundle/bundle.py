@@ -43,18 +43,20 @@ from focus_ray.storage import Stamp, exists, join, list_names, read_bytes, remov
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # what bundles of a former format had no choice of, and how they were made; what is left out here was as the defaults are
 _FP32 = {"precision": "fp32"}
+_WHOLE = {"per_place": None}
 _FORMER: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "model": {"padding": "zeros", **_FP32},
         "scoring": {"image_score": "maximum"},
-        "density": {"coreset": 0, **_FP32},
+        "density": {"coreset": 0, **_WHOLE, **_FP32},
     },
-    2: {"model": _FP32, "density": {"coreset": 0, **_FP32}},
-    3: {"model": _FP32, "density": _FP32},  # without tiling, padding and regions
-    4: {"model": _FP32, "density": _FP32},
+    2: {"model": _FP32, "density": {"coreset": 0, **_WHOLE, **_FP32}},
+    3: {"model": _FP32, "density": {**_WHOLE, **_FP32}},  # without tiling, padding and regions
+    4: {"model": _FP32, "density": {**_WHOLE, **_FP32}},
+    5: {"density": _WHOLE},
     FORMAT_VERSION: {},
 }
 MANIFEST = "manifest.json"
@@ -133,7 +135,9 @@ def write_bundle(
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
-        if config.density.keeps_coreset and statistics.bank is not None:
+        if "bank.images" in density and statistics.bank is not None:
+            parts["moments"]["bank"] = statistics.bank
+        elif config.density.keeps_coreset and statistics.bank is not None:
             parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
         if statistics.scatter is not None:
             parts["moments"]["metric_scatter"] = statistics.scatter
@@ -318,12 +322,12 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     moments.count = shape["count"]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
     density = _read_part(uri, manifest, "density")
-    bank = density.get("bank")
     grid = parse_config(_as_it_was_made(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
-    if bank is not None:
-        bank = unfold_bank(bank, grid, moments.height, moments.width)
-    if bank is not None and "coreset_bank" in tensors:
-        bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
+    bank = tensors.get("bank")  # there where the density keeps a part of it
+    if bank is None and "bank" in density:
+        bank = unfold_bank(density["bank"], grid, moments.height, moments.width)
+        if "coreset_bank" in tensors:
+            bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
     return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid)
 
