@@ -31,6 +31,7 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.regions import frame_of, frame_with
 from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
+from focus_ray.density.nearest import rest_of, with_rest
 from focus_ray.density.tiles import unfold_bank
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration
@@ -135,9 +136,11 @@ def write_bundle(
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
-        if "bank.images" in density and statistics.bank is not None:
-            parts["moments"]["bank"] = statistics.bank
-        elif config.density.keeps_coreset and statistics.bank is not None:
+        tiles = statistics.of_tiles
+        if "bank.images" in density and tiles.bank is not None:
+            whole = tiles.bank[:, :, : moments.channels]
+            parts["moments"]["bank.rest"] = rest_of(whole, density["bank.images"])
+        if config.density.keeps_coreset and statistics.bank is not None:
             parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
         if statistics.scatter is not None:
             parts["moments"]["metric_scatter"] = statistics.scatter
@@ -323,11 +326,13 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
     density = _read_part(uri, manifest, "density")
     grid = parse_config(_as_it_was_made(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
-    bank = tensors.get("bank")  # there where the density keeps a part of it
-    if bank is None and "bank" in density:
-        bank = unfold_bank(density["bank"], grid, moments.height, moments.width)
-        if "coreset_bank" in tensors:
-            bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
+    bank = density.get("bank")
+    if bank is not None and "bank.rest" in tensors:
+        bank = with_rest(bank, density["bank.images"], tensors["bank.rest"])
+    if bank is not None:
+        bank = unfold_bank(bank, grid, moments.height, moments.width)
+    if bank is not None and "coreset_bank" in tensors:
+        bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
     return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid)
 

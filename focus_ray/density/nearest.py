@@ -242,6 +242,25 @@ def thinned(bank: Tensor, most: int | None, device: torch.device | str) -> tuple
     return bank[torch.arange(places)[:, None], images.to(bank.device)], images.int()
 
 
+def rest_of(bank: Tensor, images: Tensor) -> Tensor:
+    """What is left of a whole bank (N, L, C) without the images (M, L) that places keep: (L * (N - M), C)."""
+    return bank[_left(len(bank), images)]
+
+
+def with_rest(kept: Tensor, images: Tensor, rest: Tensor) -> Tensor:
+    """The whole bank (N, L, C), from what its places keep (M, L, C), of images (M, L), and `rest_of` it."""
+    most, places, channels = kept.shape
+    bank = kept.new_empty(most + len(rest) // places, places, channels)
+    bank[images.long(), torch.arange(places)] = kept
+    bank[_left(len(bank), images)] = rest
+    return bank
+
+
+def _left(count: int, images: Tensor) -> Tensor:
+    """(N, L) bool, false where a place keeps the image."""
+    return torch.ones(count, images.shape[1], dtype=torch.bool).scatter_(0, images.long(), False)
+
+
 def whitening_of(covariance: Tensor, ridge: float) -> Tensor:
     """(C, C) -> W (C, C) with W^T W = (covariance + ridge I)^-1, lower triangular."""
     identity = torch.eye(len(covariance), device=covariance.device, dtype=covariance.dtype)

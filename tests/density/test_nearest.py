@@ -13,7 +13,7 @@ from focus_ray.config import DensityConfig
 from focus_ray.density.base import Statistics, build_density, density_tensors, load_density, ridge_of, sample_positions
 from focus_ray.density.gaussian import Gaussian
 from focus_ray.density.moments import Moments, mean_variance
-from focus_ray.density.nearest import NearestMemory, build_memory, keep, thinned, whiten
+from focus_ray.density.nearest import NearestMemory, build_memory, keep, rest_of, thinned, whiten, with_rest
 
 HEIGHT, WIDTH, CHANNELS = 5, 4, 6
 
@@ -164,6 +164,15 @@ def test_a_part_through_its_tensors_is_the_same_part(reduction: str) -> None:
     torch.testing.assert_close(loaded.score(queries), built.score(queries), rtol=1e-5, atol=1e-5)
     apart = [one.score(queries, own) for one in (loaded, built)]  # type: ignore[call-arg]
     torch.testing.assert_close(*apart, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_and_the_rest_make_the_whole() -> None:
+    bank = keep(embeddings(20))
+    kept, images = thinned(bank.transpose(0, 1), 4, "cpu")
+    assert images is not None
+    rest = rest_of(bank, images.t())
+    assert len(rest) == 16 * HEIGHT * WIDTH
+    assert torch.equal(with_rest(kept.transpose(0, 1), images.t(), rest), bank)
 
 
 def test_images_that_do_not_fit_their_bank_are_refused() -> None:
