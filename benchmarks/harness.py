@@ -24,11 +24,11 @@ from focus_ray.fitting.fit import FitResult, fit
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def add_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """several: whether --data takes more than one."""
+def add_arguments(parser: argparse.ArgumentParser, several: bool = False, required: bool = True) -> None:
+    """several: whether --data takes more than one.  required: whether it must be given."""
     parser.add_argument(
         "--data",
-        required=True,
+        required=required,
         nargs="+" if several else None,
         help="folder of images in a shape that ingest knows, or a Parquet set",
     )

@@ -370,6 +370,12 @@ class DensityConfig(Section):
     max_images: int = Field(
         default=512, ge=2, description="nearest: keeps the embeddings of so many images at most, evenly chosen."
     )
+    per_place: int | None = Field(
+        default=128,
+        ge=2,
+        description="nearest: of those, a place keeps so many at most, chosen greedily so that every other is near one [ours]; "
+        "times the tiles where they share places. null: all.",
+    )
     precision: Precision = Field(
         default="auto",
         description="nearest: what the memory of places is held and searched in; as model.precision. bf16 takes half the memory.",

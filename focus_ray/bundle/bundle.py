@@ -31,6 +31,7 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.regions import frame_of, frame_with
 from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
+from focus_ray.density.nearest import rest_of, with_rest
 from focus_ray.density.tiles import unfold_bank
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration
@@ -43,18 +44,20 @@ from focus_ray.storage import Stamp, exists, join, list_names, read_bytes, remov
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 # what bundles of a former format had no choice of, and how they were made; what is left out here was as the defaults are
 _FP32 = {"precision": "fp32"}
+_WHOLE = {"per_place": None}
 _FORMER: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "model": {"padding": "zeros", **_FP32},
         "scoring": {"image_score": "maximum"},
-        "density": {"coreset": 0, **_FP32},
+        "density": {"coreset": 0, **_WHOLE, **_FP32},
     },
-    2: {"model": _FP32, "density": {"coreset": 0, **_FP32}},
-    3: {"model": _FP32, "density": _FP32},  # without tiling, padding and regions
-    4: {"model": _FP32, "density": _FP32},
+    2: {"model": _FP32, "density": {"coreset": 0, **_WHOLE, **_FP32}},
+    3: {"model": _FP32, "density": {**_WHOLE, **_FP32}},  # without tiling, padding and regions
+    4: {"model": _FP32, "density": {**_WHOLE, **_FP32}},
+    5: {"density": _WHOLE},
     FORMAT_VERSION: {},
 }
 MANIFEST = "manifest.json"
@@ -134,6 +137,10 @@ def write_bundle(
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
+        tiles = statistics.of_tiles
+        if "bank.images" in density and tiles.bank is not None:
+            whole = tiles.bank[:, :, : moments.channels]
+            parts["moments"]["bank.rest"] = rest_of(whole, density["bank.images"])
         if config.density.keeps_coreset and statistics.bank is not None:
             parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
         if statistics.scatter is not None:
@@ -319,8 +326,10 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     moments.count = shape["count"]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
     density = _read_part(uri, manifest, "density")
-    bank = density.get("bank")
     grid = parse_config(_as_it_was_made(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
+    bank = density.get("bank")
+    if bank is not None and "bank.rest" in tensors:
+        bank = with_rest(bank, density["bank.images"], tensors["bank.rest"])
     if bank is not None:
         bank = unfold_bank(bank, grid, moments.height, moments.width)
     if bank is not None and "coreset_bank" in tensors:

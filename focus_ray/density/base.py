@@ -57,7 +57,8 @@ class DensityKind(Protocol):
         """Raises: ValueError: fewer than two images."""
 
     def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-        """What a bundle stores, for `load`; the bank, where it is kept, under the name 'bank', cut to the channels of places.
+        """What a bundle stores, for `load`; the bank, where it is kept, under the name 'bank', cut to the channels of places, or
+        the part of it that is enough, with the images that it was taken from under 'bank.images'.
 
         Args:
             density: as `build` made it of the same statistics.
@@ -141,6 +142,9 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
     kind = DENSITIES[config.kind]
     if kind.keeps_bank and statistics.bank is None:
         raise ValueError(f"density.kind={config.kind} needs the bank of normal embeddings")
+    tiles = statistics.grid[0] * statistics.grid[1]
+    if tiles > 1 and config.per_place is not None:  # a place of the one tile stands for as many of the image
+        config = config.model_copy(update={"per_place": config.per_place * tiles})
     density = kind.build(config, statistics.of_tiles)
     return density if statistics.grid == (1, 1) else SharedByTiles(density, statistics.grid)
 

@@ -83,3 +83,19 @@ def greedy_coreset(points: Tensor, count: int) -> Tensor:
         torch.minimum(distance, torch.addmv(norms, points, last, alpha=-2) + last.square().sum(), out=distance)
         chosen[number] = distance.argmax()
     return chosen
+
+
+def greedy_coresets(points: Tensor, count: int) -> Tensor:
+    """`greedy_coreset` of S sets at once: points (S, P, D) -> numbers (S, count), count <= P, no point of a set twice."""
+    norms = points.square().sum(dim=2)
+    distance = torch.full_like(norms, torch.inf)
+    chosen = torch.zeros(len(points), count, dtype=torch.long, device=points.device)
+    chosen[:, 0] = (points - points.mean(dim=1, keepdim=True)).square().sum(dim=2).argmax(dim=1)
+    sets = torch.arange(len(points), device=points.device)
+    for number in range(1, count):
+        last = points[sets, chosen[:, number - 1], :, None]
+        squares = norms - 2 * torch.bmm(points, last)[..., 0] + last.square().sum(dim=1)
+        torch.minimum(distance, squares, out=distance)
+        distance[sets, chosen[:, number - 1]] = -torch.inf  # also where all points are alike
+        chosen[:, number] = distance.argmax(dim=1)
+    return chosen

@@ -5,6 +5,10 @@ between them. Keeping the normal embeddings of each location and scoring by the 
 embeddings are whitened by one covariance pooled over locations, so that directions in which normal parts vary count less.
 Patches are compared around their own place, which alignment makes possible. Where a part lies anywhere, or has no places at
 all, a coreset without places knows more (`coreset`): by default both are asked, and their distances averaged.
+
+Of many images each place keeps some embeddings, chosen so that every other is near one of them. An image that is left out takes
+along what places keep of it. A choice without it would be much the same where nothing of it is kept; where something is, it would
+have one embedding more, in the gap: so the image scores a little higher than a new one like it, and thresholds err on that side.
 """
 
 from __future__ import annotations
@@ -16,21 +20,23 @@ from torch import Tensor
 
 from focus_ray.config import DensityConfig
 from focus_ray.density.base import Density, LeavesOut, Statistics, ridge_of, sample_positions
-from focus_ray.density.coreset import Coreset, choose_coreset
+from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coresets
 from focus_ray.density.moments import Moments, check_count, locations_first, pooled_covariance
 from focus_ray.precision import compute_dtype
 
 _CHUNK_BYTES = 64 * 2**20  # of distances held at once
 _TYPICAL_IMAGES = 16
 _PLACES_AT_ONCE = 64
+_SEARCH_CHANNELS = 32  # of the random projection in which a place's embeddings are chosen
 
 
 class NearestMemory:
     """The fitted density.
 
     Attributes:
-        bank: (L, N, C), whitened embeddings of N normal images at each of L = height * width places; less `centre` where there is
-            one.
+        bank: (L, M, C), whitened embeddings of normal images, M at each of L = height * width places; less `centre` where there
+            is one.
+        images: (L, M) int32, the number of the normal image that each was taken from; None: M images, in order at every place.
         centre: (L, 1, C) float32, the bank's mean at each place, of a memory in bfloat16: what is left is as small as distances
             are, and so is its rounding. None in float32.
         whitening: (C, C), W with W^T W = inverse pooled covariance; Euclidean distance after it is Mahalanobis before.
@@ -45,12 +51,15 @@ class NearestMemory:
         width: int,
         window: int = 1,
         dtype: torch.dtype = torch.float32,
+        images: Tensor | None = None,
     ) -> None:
         """bank: not centred, any float type and device.  dtype: what it is to be held and searched in, float32 or bfloat16."""
         if bank.ndim != 3 or bank.shape[0] != height * width or whitening.shape != (bank.shape[2], bank.shape[2]):
             raise ValueError(
                 f"bank {tuple(bank.shape)} and whitening {tuple(whitening.shape)} do not fit a map of {height} x {width}"
             )
+        if images is not None and images.shape != bank.shape[:2]:
+            raise ValueError(f"bank {tuple(bank.shape)} and its images {tuple(images.shape)} do not fit")
         if window < 1 or window % 2 == 0:
             raise ValueError(f"window={window} must be odd and positive")
         places, count, channels = bank.shape
@@ -65,6 +74,7 @@ class NearestMemory:
         self.centre = torch.cat(centres) if centres else None
         self.bank = bank = held.transpose(1, 2)
         self.whitening, self.height, self.width, self.window = whitening, height, width, window
+        self.images = None if images is None else images.to(whitening.device, torch.int32)
         self.plain = _is_identity(whitening)
         norms = torch.linalg.vector_norm(bank, dim=2, dtype=torch.float32)
         self.half_norms = (norms.square() / 2).to(dtype)  # (L, N)
@@ -77,8 +87,8 @@ class NearestMemory:
         """(B, C, H, W) -> distances (B, H, W) to the nearest normal embedding around the place, >= 0.
 
         Args:
-            own: (B,), the number in the bank of each image, which is left out for it: what a new image like it would get;
-                or (B, K), several numbers.
+            own: (B,), the number of each image among those that the memory was made of, which is left out for it: what a new
+                image like it would get; or (B, K), several numbers.
         """
         batch, channels, height, width = embedding.shape
         if (height, width) != (self.height, self.width):
@@ -104,8 +114,9 @@ class NearestMemory:
                 near = (near - self.centre[part]).to(self.bank.dtype)
             agreement = torch.baddbmm(self.half_norms[part, None], near, self.bank[part].transpose(1, 2), beta=-1)
             if own is not None:
-                apart = agreement.view(len(agreement), -1, batch, agreement.shape[2])
-                apart[:, :, torch.arange(batch)[:, None], own.view(batch, -1).to(self.device)] = -torch.inf
+                self._leave_out(
+                    agreement.view(len(agreement), -1, batch, agreement.shape[2]), own.view(batch, -1), part
+                )
             best = agreement.amax(dim=2)
             if self.centre is not None:  # each place has a centre of its own, from which q counts too
                 best = best.to(queries.dtype) - near.to(queries.dtype).square().sum(dim=2) / 2
@@ -116,6 +127,14 @@ class NearestMemory:
                     _keep_larger(closest, best[:, :, down, right], rows.start + down - reach, right - reach)
         squares = 0 if self.centre is not None else queries.square().sum(dim=2).view(height, width, batch)
         return (squares - 2 * closest).clamp_min_(0).sqrt_().permute(2, 0, 1)
+
+    def _leave_out(self, agreement: Tensor, own: Tensor, part: slice) -> None:
+        """agreement (P, w * w, B, M) of the places `part` becomes -inf where what the bank has is of an image in own (B, K)."""
+        if self.images is None:
+            agreement[:, :, torch.arange(len(own))[:, None], own.to(self.device)] = -torch.inf
+            return
+        mine = self.images[part, None, None] == own.to(self.images)[None, :, :, None]  # (P, B, K, M)
+        agreement.masked_fill_(mine.any(dim=2)[:, None], -torch.inf)
 
 
 class JointMemory:
@@ -175,13 +194,19 @@ def _keep_larger(target: Tensor, values: Tensor, top: int, left: int) -> None:
 
 @torch.no_grad()
 def build_memory(
-    bank: Tensor, moments: Moments, ridge: float | None, window: int = 1, dtype: torch.dtype = torch.float32
+    bank: Tensor,
+    moments: Moments,
+    ridge: float | None,
+    window: int = 1,
+    dtype: torch.dtype = torch.float32,
+    per_place: int | None = None,
 ) -> NearestMemory:
     """A memory from raw embeddings and the moments of the same images; window and dtype as of `NearestMemory`.
 
     Args:
         bank: (N, L, C), as `gather` keeps them, any float type.
         ridge: added to the pooled covariance's diagonal; None: embeddings are compared as they are.
+        per_place: embeddings that a place keeps, at most; None: all.
 
     Raises: ValueError: no image, or fewer than two in the moments.
     """
@@ -192,7 +217,48 @@ def build_memory(
         whitening = torch.eye(bank.shape[2], device=moments.mean.device)
     else:
         whitening = whitening_of(pooled_covariance(moments), ridge)
-    return NearestMemory(_compared(bank, whitening), whitening, moments.height, moments.width, window, dtype)
+    kept, images = thinned(_compared(bank, whitening), per_place, whitening.device)
+    return NearestMemory(kept, whitening, moments.height, moments.width, window, dtype, images)
+
+
+@torch.no_grad()
+def thinned(bank: Tensor, most: int | None, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    """What each place of a whole bank (L, N, C), any float type, whitened, keeps: (L, M, C), and of which images, as
+    `NearestMemory` takes them. The same at every call.
+
+    Args: most: embeddings a place; None: all.  device: on which they are chosen.
+    """
+    places, count, channels = bank.shape
+    if most is None or count <= most:
+        return bank, None
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(channels, _SEARCH_CHANNELS, generator=generator).to(device)
+    images = torch.cat(
+        [
+            greedy_coresets(part.to(device, torch.float32) @ projection, most).sort(dim=1).values.cpu()
+            for part in bank.split(_PLACES_AT_ONCE)
+        ]
+    )
+    return bank[torch.arange(places)[:, None], images.to(bank.device)], images.int()
+
+
+def rest_of(bank: Tensor, images: Tensor) -> Tensor:
+    """What is left of a whole bank (N, L, C) without the images (M, L) that places keep: (L * (N - M), C)."""
+    return bank[_left(len(bank), images)]
+
+
+def with_rest(kept: Tensor, images: Tensor, rest: Tensor) -> Tensor:
+    """The whole bank (N, L, C), from what its places keep (M, L, C), of images (M, L), and `rest_of` it."""
+    most, places, channels = kept.shape
+    bank = kept.new_empty(most + len(rest) // places, places, channels)
+    bank[images.long(), torch.arange(places)] = kept
+    bank[_left(len(bank), images)] = rest
+    return bank
+
+
+def _left(count: int, images: Tensor) -> Tensor:
+    """(N, L) bool, false where a place keeps the image."""
+    return torch.ones(count, images.shape[1], dtype=torch.bool).scatter_(0, images.long(), False)
 
 
 def whitening_of(covariance: Tensor, ridge: float) -> Tensor:
@@ -236,7 +302,8 @@ class _NearestKind:
         assert statistics.bank is not None
         bank, others = statistics.bank.split(_split(statistics), dim=2)
         dtype = compute_dtype(config.precision, statistics.moments.mean.device)
-        places = build_memory(bank, statistics.moments, _ridge(config, statistics), config.window, dtype)
+        ridge = _ridge(config, statistics)
+        places = build_memory(bank, statistics.moments, ridge, config.window, dtype, config.per_place)
         if not config.keeps_coreset:
             return places
         coreset = choose_coreset(others, config.coreset, places.device, dtype)
@@ -250,12 +317,16 @@ class _NearestKind:
         assert statistics.bank is not None
         assert isinstance(density, (NearestMemory, JointMemory))
         bank = statistics.bank[:, :, : _split(statistics)[0]]
+        places = density if isinstance(density, NearestMemory) else density.places
+        found = {"bank": bank, "whitening": places.whitening}
+        if places.images is not None:
+            images = places.images.t().cpu()
+            found = {**found, "bank": bank[images, torch.arange(bank.shape[1])], "bank.images": images}
         if isinstance(density, NearestMemory):
-            return {"bank": bank, "whitening": density.whitening}
+            return found
         coreset = density.coreset
         return {
-            "bank": bank,
-            "whitening": density.places.whitening,
+            **found,
             "coreset.patches": coreset.whole,
             "coreset.images": coreset.images.int(),
             "typical": density.typical,
@@ -266,11 +337,13 @@ class _NearestKind:
     ) -> NearestMemory | JointMemory:
         whitening = tensors["whitening"].to(device)
         dtype = compute_dtype(config.precision, device)
-        places = NearestMemory(_compared(tensors["bank"], whitening), whitening, height, width, config.window, dtype)
+        images = tensors["bank.images"].t() if "bank.images" in tensors else None
+        bank = _compared(tensors["bank"], whitening)
+        places = NearestMemory(bank, whitening, height, width, config.window, dtype, images)
         if not config.keeps_coreset:
             return places
-        patches, images = (tensors[f"coreset.{name}"].to(device) for name in ("patches", "images"))
-        coreset = Coreset(patches.float(), images.long(), dtype)
+        patches, origins = (tensors[f"coreset.{name}"].to(device) for name in ("patches", "images"))
+        coreset = Coreset(patches.float(), origins.long(), dtype)
         return JointMemory(places, coreset, tensors["typical"].to(device))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.density.base import LeavesOut, Statistics, leaving_out, sample_positions
-from focus_ray.density.nearest import JointMemory, NearestMemory, keep, typical_distances, whiten
+from focus_ray.density.nearest import JointMemory, NearestMemory, keep, thinned, typical_distances, whiten
 from focus_ray.density.tiles import SharedByTiles, fold_bank
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.fitting.distributed import own_part
@@ -125,14 +125,9 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Ite
                 for part in metric.embeddings.split(8)
             ]
         )
-        memory = NearestMemory(
-            whiten(of_tiles(rows), places.whitening),
-            places.whitening,
-            places.height,
-            places.width,
-            places.window,
-            places.bank.dtype,
-        )
+        whitening = places.whitening
+        kept, images = thinned(whiten(of_tiles(rows), whitening), places.bank.shape[1], device)
+        memory = NearestMemory(kept, whitening, places.height, places.width, places.window, places.bank.dtype, images)
         distances = left_out_distances(of_images(memory), statistics, rows, detector.seen, everyone, device)
         if isinstance(density, JointMemory):
             assert beyond is not None

@@ -81,7 +81,7 @@ def inert_keys(config: Config) -> dict[str, str]:
             why = "density.reduction is discriminant: what it learns is the metric, and nothing is whitened"
             found.update(dict.fromkeys(("density.shrinkage", "density.shrinkage_unit"), why))
     if density.kind == "gaussian":
-        of_nearest = ("density.max_images", "density.coreset", "density.coreset_channels")
+        of_nearest = ("density.max_images", "density.per_place", "density.coreset", "density.coreset_channels")
         found.update(dict.fromkeys(of_nearest, "density.kind is gaussian"))
         if density.reduction != "discriminant":
             found["density.window"] = "density.kind is gaussian"

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from focus_ray.bundle.bundle import MANIFEST, read_bundle, read_manifest, read_statistics, write_bundle
+from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_bundle, read_manifest, read_statistics, write_bundle
 from focus_ray.config import Config, parse_config
 from focus_ray.data.shards import MemoryShard
 from focus_ray.errors import BundleError
@@ -121,6 +121,20 @@ def test_statistics_that_are_read_and_joined_are_those_of_all_images(kind: str, 
     assert (joined.bank is None) == (fresh.bank is None) == (kind == "gaussian")
     if joined.bank is not None:
         torch.testing.assert_close(joined.bank, fresh.bank, rtol=0, atol=2e-3)
+
+
+def test_a_bundle_holds_for_scoring_what_places_keep_and_for_updates_all(tmp_path: Path) -> None:
+    part = config_of("nearest", per_place=4, reduction="discriminant", coreset_channels=16)
+    result = trained(part)
+    files = write(tmp_path, part, result)["files"]
+    assert len(load_file(tmp_path / files["density"]["name"])["bank"]) == 4
+    assert result.statistics.bank is not None
+    bank = read_statistics(tmp_path).bank
+    assert bank is not None
+    assert torch.equal(bank, result.statistics.bank)
+    (tmp_path / files["moments"]["name"]).unlink()  # scoring needs none of it
+    read, queries = read_bundle(tmp_path).detector, images(3, 7)
+    torch.testing.assert_close(read(queries).score, result.detector(queries).score, rtol=1e-5, atol=1e-6)
 
 
 def test_a_bundle_without_moments_scores_but_cannot_be_updated(tmp_path: Path, gaussian: FitResult) -> None:
@@ -236,7 +250,7 @@ def test_another_format_version_is_refused(bundle: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
     with pytest.raises(
         BundleError,
-        match=r"bundle format 99, this focus_ray .* reads 1, 2, 3, 4 and 5: install the version that wrote it",
+        match=r"bundle format 99, this focus_ray .* reads 1, 2, 3, 4, 5 and 6: install the version that wrote it",
     ):
         read_bundle(bundle)
 
@@ -254,6 +268,16 @@ def test_a_bundle_of_the_former_format_scores_as_it_did(bundle: Path) -> None:
     read = read_bundle(bundle)
     assert (read.config.model.padding, read.config.scoring.image_score) == ("zeros", "maximum")
     assert read.detector.profile is None
+
+
+def test_places_of_a_bundle_of_format_5_keep_all_images(tmp_path: Path) -> None:
+    config = config_of("nearest", per_place=None)
+    write(tmp_path, config, trained(config))
+    path = tmp_path / MANIFEST
+    former = {**json.loads(path.read_text()), "format_version": 5}
+    del former["config"]["density"]["per_place"], former["sha256"]
+    path.write_text(json.dumps({**former, "sha256": manifest_hash(former)}))
+    assert read_bundle(tmp_path).config == config
 
 
 def test_a_missing_file_is_named(bundle: Path) -> None:

@@ -24,7 +24,7 @@ from focus_ray.fitting.passes import statistics_pass
 from focus_ray.samples.write import write_samples
 
 NUM_MORE = 6
-KINDS = ("gaussian", "nearest")
+KINDS = {"gaussian": {"kind": "gaussian"}, "nearest": {"kind": "nearest"}, "part": {"kind": "nearest", "per_place": 5}}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def make(data: str, place: Path, kind: str, seed: int = 0, method: str = "split"
     config = small_config(
         data,
         "unused",
-        density={"kind": kind, **density},
+        density={**KINDS[kind], **density},
         model={"image_alignment": {"group": "none"}},
         train={"seed": seed},
         calibration={"method": method},

@@ -9,7 +9,7 @@ from torch import Tensor
 from focus_ray.config import DensityConfig
 from focus_ray.density import coreset as module
 from focus_ray.density.base import Statistics, build_density, density_tensors, load_density
-from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coreset
+from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coreset, greedy_coresets
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import JointMemory, NearestMemory, keep
 
@@ -51,6 +51,15 @@ def test_the_order_of_the_points_does_not_matter() -> None:
 
 def test_no_more_points_than_there_are_and_each_once() -> None:
     assert sorted(greedy_coreset(points(5), 9).tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_many_sets_at_once_are_chosen_as_each_alone() -> None:
+    sets = points(4 * 30).view(4, 30, 3)
+    assert greedy_coresets(sets, 12).tolist() == [greedy_coreset(one, 12).tolist() for one in sets]
+
+
+def test_of_points_that_are_all_alike_none_is_chosen_twice() -> None:
+    assert all(len(set(one)) == 5 for one in greedy_coresets(torch.ones(3, 7, 2), 5).tolist())
 
 
 def test_a_coreset_covers_better_than_as_many_random_patches() -> None:

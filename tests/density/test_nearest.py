@@ -13,7 +13,7 @@ from focus_ray.config import DensityConfig
 from focus_ray.density.base import Statistics, build_density, density_tensors, load_density, ridge_of, sample_positions
 from focus_ray.density.gaussian import Gaussian
 from focus_ray.density.moments import Moments, mean_variance
-from focus_ray.density.nearest import NearestMemory, build_memory, keep, whiten
+from focus_ray.density.nearest import NearestMemory, build_memory, keep, rest_of, thinned, whiten, with_rest
 
 HEIGHT, WIDTH, CHANNELS = 5, 4, 6
 
@@ -78,6 +78,106 @@ def test_scores_do_not_depend_on_how_the_rows_are_cut(window: int, monkeypatch: 
     whole = memory.score(queries)
     monkeypatch.setattr("focus_ray.density.nearest._CHUNK_BYTES", 1)  # one row at a time
     torch.testing.assert_close(memory.score(queries), whole, atol=1e-5, rtol=1e-5)
+
+
+# A memory that keeps a part of what there is
+
+
+def slow_thinned_scores(queries: Tensor, bank: Tensor, images: Tensor, window: int, own: list[int]) -> np.ndarray:
+    """The definition: the nearest, around the place, of what each place keeps of other images than the query's own."""
+    reach, found = window // 2, np.full((len(queries), HEIGHT, WIDTH), np.inf)
+    for (image, row, column), _ in np.ndenumerate(found):
+        for i in range(max(0, row - reach), min(HEIGHT, row + reach + 1)):
+            for j in range(max(0, column - reach), min(WIDTH, column + reach + 1)):
+                for other in images[i * WIDTH + j].tolist():
+                    if other != own[image]:
+                        gap = queries[image, :, row, column] - bank[other, i * WIDTH + j].float()
+                        found[image, row, column] = min(found[image, row, column], float(gap.norm()))
+    return found
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_memory_of_a_part_scores_as_the_definition_has_it_and_never_against_the_image_itself(window: int) -> None:
+    normal = embeddings(20).half().float()
+    config = DensityConfig(reduction="discriminant", per_place=4, window=window, coreset=0, precision="fp32")  # type: ignore[arg-type]
+    statistics = statistics_of(normal)
+    memory = build_density(config, statistics)
+    assert isinstance(memory, NearestMemory)
+    assert statistics.bank is not None
+    assert memory.images is not None
+    assert memory.bank.shape == (HEIGHT * WIDTH, 4, CHANNELS)
+    for own in (list(range(20)), [-1] * 20):  # each image left out, and none
+        expected = slow_thinned_scores(normal, statistics.bank, memory.images, window, own)
+        found = memory.score(normal, torch.tensor(own)).numpy()
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-2)
+    np.testing.assert_allclose(memory.score(normal).numpy(), found, atol=1e-6)
+
+
+def test_several_numbers_of_an_image_are_all_left_out() -> None:
+    normal = embeddings(20)
+    config = DensityConfig(reduction="discriminant", per_place=6, coreset=0, precision="fp32")
+    memory = build_density(config, statistics_of(normal))
+    assert isinstance(memory, NearestMemory)
+    assert memory.images is not None
+    gone = torch.tensor([3, 7])
+    kept = [[not np.isin(one, gone) for one in place] for place in memory.images.tolist()]
+    far = torch.where(torch.tensor(kept)[:, :, None], memory.bank, torch.full((), 1e4))
+    rest = NearestMemory(far, memory.whitening, HEIGHT, WIDTH, memory.window)
+    found = memory.score(normal[:2], gone.expand(2, 2))
+    torch.testing.assert_close(found, rest.score(normal[:2]), rtol=1e-4, atol=1e-3)
+
+
+def test_what_a_place_keeps_is_near_everything_else() -> None:
+    bank = whiten(keep(embeddings(60)), torch.eye(CHANNELS))
+    kept, images = thinned(bank, 20, "cpu")
+    assert images is not None
+    torch.testing.assert_close(kept, bank[torch.arange(len(bank))[:, None], images])
+    even = bank[:, ::3]
+    assert torch.cdist(bank, kept).amin(dim=2).amax() < torch.cdist(bank, even).amin(dim=2).amax()
+
+
+def test_places_where_all_images_are_alike_keep_two_of_them() -> None:
+    """Or an image that is left out would leave nothing to be compared with."""
+    density = build_density(
+        DensityConfig(reduction="discriminant", per_place=2, window=1, coreset=0),
+        statistics_of(torch.ones(5, CHANNELS, HEIGHT, WIDTH)),
+    )
+    assert density.score(torch.ones(5, CHANNELS, HEIGHT, WIDTH), torch.arange(5)).max() < 0.01  # type: ignore[call-arg]
+
+
+def test_no_more_images_than_a_place_may_keep_are_all_kept() -> None:
+    memory = build_density(DensityConfig(per_place=9, coreset=0), statistics_of(embeddings(9)))
+    assert isinstance(memory, NearestMemory)
+    assert memory.images is None
+    assert memory.bank.shape[1] == 9
+
+
+@pytest.mark.parametrize("reduction", ["discriminant", "semi_orthogonal"])
+def test_a_part_through_its_tensors_is_the_same_part(reduction: str) -> None:
+    config = DensityConfig(reduction=reduction, per_place=4, coreset=0, precision="fp32")  # type: ignore[arg-type]
+    statistics = statistics_of(embeddings(20))
+    built = build_density(config, statistics)
+    tensors = density_tensors(config, statistics, built)
+    assert tensors["bank"].shape == (4, HEIGHT * WIDTH, CHANNELS)
+    loaded = load_density(config, tensors, HEIGHT, WIDTH, "cpu")
+    queries, own = embeddings(20), torch.arange(20)
+    torch.testing.assert_close(loaded.score(queries), built.score(queries), rtol=1e-5, atol=1e-5)
+    apart = [one.score(queries, own) for one in (loaded, built)]  # type: ignore[call-arg]
+    torch.testing.assert_close(*apart, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_and_the_rest_make_the_whole() -> None:
+    bank = keep(embeddings(20))
+    kept, images = thinned(bank.transpose(0, 1), 4, "cpu")
+    assert images is not None
+    rest = rest_of(bank, images.t())
+    assert len(rest) == 16 * HEIGHT * WIDTH
+    assert torch.equal(with_rest(kept.transpose(0, 1), images.t(), rest), bank)
+
+
+def test_images_that_do_not_fit_their_bank_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"bank \(4, 2, 3\) and its images \(4, 3\) do not fit"):
+        NearestMemory(torch.zeros(4, 2, 3), torch.eye(3), 2, 2, images=torch.zeros(4, 3))
 
 
 def test_a_batch_scores_as_its_images_do_one_by_one() -> None:

@@ -65,14 +65,20 @@ def test_new_good_images_are_called_defective_as_often_as_was_asked(method: str,
     assert rate >= 0.25 * TARGET, rate
 
 
-@pytest.mark.parametrize("count", [12])
-def test_few_images_that_a_metric_and_a_profile_are_learnt_of_set_an_honest_threshold(count: int) -> None:
+@pytest.mark.parametrize(("count", "per_place"), [(12, 128), (40, 10)])
+def test_images_that_a_metric_and_a_profile_are_learnt_of_set_an_honest_threshold(count: int, per_place: int) -> None:
     config = parse_config(
         {
             "data": {"uri": "unused"},
             "model": MODEL,
             # residuals of far more patches than channels, as on real images: of 64 channels here
-            "density": {"layers": ["layer1"], "num_channels": 8, "coreset": 32, "coreset_channels": 8},
+            "density": {
+                "layers": ["layer1"],
+                "num_channels": 8,
+                "per_place": per_place,
+                "coreset": 32,
+                "coreset_channels": 8,
+            },
             "calibration": {"target_fpr": TARGET},
         }
     )

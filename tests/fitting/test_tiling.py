@@ -196,6 +196,17 @@ def test_a_shared_density_leaves_out_all_tiles_of_an_image_of_its_bank() -> None
     assert float(left_out.mean()) > 2 * float(whole.score(values[2:3]).mean())
 
 
+def test_a_place_that_tiles_share_keeps_as_much_as_those_it_stands_for() -> None:
+    values = torch.randn(9, 5, 8, 12, generator=torch.Generator().manual_seed(0))
+    moments = Moments(4, 4, 5)
+    moments.update(split_places(values, 2, 3))
+    config = DensityConfig(coreset=0, reduction="discriminant", precision="fp32", per_place=2)
+    density = build_density(config, Statistics(moments, keep(values), grid=(2, 3)))
+    assert isinstance(density, SharedByTiles)
+    assert density.one.bank.shape == (16, 2 * 6, 5)
+    assert density.score(values, torch.arange(9)).isfinite().all()
+
+
 def test_statistics_of_shared_places_count_images(bundles: dict[str, str]) -> None:
     for kind in DENSITIES:
         statistics = read_statistics(bundles[kind])
