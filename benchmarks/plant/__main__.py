@@ -81,7 +81,11 @@ def walk(arguments: argparse.Namespace, images: int, categories: int, work: Path
         ("ingest again", made["images"], ["ingest", raw, f"{root}/data", "--workers", workers]),
         ("train", images, ["train", *settings_of(arguments, root, categories)]),
         ("evaluate", made["images"] - images, ["evaluate", run, "--workers", workers]),
-        ("inspect-batch", made["images"], ["inspect-batch", run, f"{root}/data", f"{root}/found", "--workers", workers]),
+        (
+            "inspect-batch",
+            made["images"],
+            ["inspect-batch", run, f"{root}/data", f"{root}/found", "--workers", workers],
+        ),
     ]
     records = []
     for step, count, command in steps:

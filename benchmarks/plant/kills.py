@@ -5,61 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.plant.made import put_plant
+from benchmarks.plant.nodes import Nodes
 from benchmarks.plant.server import BUCKET
 from benchmarks.plant.watch import ROOT
 from focus_ray.bundle.bundle import find_bundles, read_manifest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index
 
-NUM_CATEGORIES, EACH = 12, 60
-_LIVES_S = (4.0, 12.0)  # of a worker node, drawn anew for each
-
-
-class Nodes:
-    """A head without CPUs for work, and worker nodes of one CPU, each of which dies when its time has come and is replaced."""
-
-    def __init__(self, num_nodes: int, seed: int | None) -> None:
-        """seed: of the times; None lets all live."""
-        from ray.cluster_utils import Cluster
-
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.random = None if seed is None else random.Random(seed)
-        self.deaths = 0
-        self._end = threading.Event()
-        self._lock = threading.Lock()  # the cluster's bookkeeping is not for several threads
-        self._threads = [threading.Thread(target=self._live, daemon=True) for _ in range(num_nodes)]
-
-    def __enter__(self) -> Nodes:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join()
-        self.cluster.shutdown()
-
-    def _live(self) -> None:
-        while not self._end.is_set():
-            with self._lock:
-                node = self.cluster.add_node(num_cpus=1, wait=False)
-            if self.random is None:
-                self._end.wait()
-                return
-            if self._end.wait(5.0 + self.random.uniform(*_LIVES_S)):  # the first seconds it starts
-                return
-            with self._lock:
-                self.cluster.remove_node(node, allow_graceful=False)
-                self.deaths += 1
+NUM_CATEGORIES, EACH = 12, 250
 
 
 def command(arguments: list[str], log: Path, address: str, accept: tuple[int, ...] = (0,)) -> float:
@@ -110,7 +69,7 @@ def once(arguments: argparse.Namespace, work: Path, number: int) -> dict[str, An
         "cluster.max_failures=50",
     ]
     with Nodes(3, number or None) as nodes:
-        address = nodes.cluster.address
+        address = nodes.address
         raw = f"s3://{BUCKET}/kills/raw"
         ingest = ["ingest", raw, f"{root}/data", "--workers", "3"]
         ingest_s = command(ingest, work / f"kills-{number}-ingest.log", address, accept=(0, 3))

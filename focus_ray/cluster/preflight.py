@@ -151,7 +151,7 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
         waiting = {}
         for node in nodes:
             place_on = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            waiting[node["NodeManagerAddress"], node["NodeID"][:8]] = task.options(scheduling_strategy=place_on).remote(
+            waiting[node["NodeManagerAddress"], node["NodeID"]] = task.options(scheduling_strategy=place_on).remote(
                 files, list(writes)
             )
         for (address, node_id), reference in waiting.items():
@@ -159,10 +159,12 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
                 reason = ray.get(reference, timeout=_PROBE_TIMEOUT_S)
             except ray.exceptions.GetTimeoutError:
                 reason = f"no answer from its storage within {_PROBE_TIMEOUT_S:.0f} s"
-            except ray.exceptions.RayError as error:  # the node has gone: the run will do without it
+            except ray.exceptions.TaskUnschedulableError:  # the node has gone: the run will do without it
+                reason = None
+            except ray.exceptions.RayError as error:
                 reason = None if "died" in str(error).lower() else str(error)
             if reason:
-                raise DataError(f"node {address} ({node_id}): {reason}")
+                raise DataError(f"node {address} ({node_id[:8]}): {reason}")
     finally:
         for file in tokens:
             remove_file(file)
