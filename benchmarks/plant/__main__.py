@@ -22,7 +22,7 @@ from benchmarks.plant.kills import kills
 from benchmarks.plant.light import light
 from benchmarks.plant.made import put_plant
 from benchmarks.plant.server import BUCKET, Server
-from benchmarks.plant.watch import cost_of
+from benchmarks.plant.watch import cost_of, settings_of
 
 COLUMNS = (
     "step",
@@ -34,20 +34,6 @@ COLUMNS = (
     "driver MB",
     "worker MB",
 )
-
-
-def settings_of(arguments: argparse.Namespace, root: str, categories: int) -> list[str]:
-    """A small model: what is asked here is what the system costs, not how well it sees."""
-    return [
-        "default",
-        "name=plant",
-        f"data.uri={root}/data",
-        f"storage={root}/runs",
-        f"model.weights={arguments.weights}",
-        f"model.image_size_px={arguments.size}",
-        "cluster.local=false",
-        "cluster.use_gpu=false",
-    ]
 
 
 def row_of(step: str, images: int, cost: dict[str, Any]) -> list[Any]:
@@ -79,7 +65,7 @@ def walk(arguments: argparse.Namespace, images: int, categories: int, work: Path
     steps: list[tuple[str, int, list[str]]] = [
         ("ingest", made["images"], ["ingest", raw, f"{root}/data", "--workers", workers]),
         ("ingest again", made["images"], ["ingest", raw, f"{root}/data", "--workers", workers]),
-        ("train", images, ["train", *settings_of(arguments, root, categories)]),
+        ("train", images, ["train", *settings_of(arguments, root)]),
         ("evaluate", made["images"] - images, ["evaluate", run, "--workers", workers]),
         (
             "inspect-batch",

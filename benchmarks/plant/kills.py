@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.plant.made import put_plant
 from benchmarks.plant.nodes import Nodes
 from benchmarks.plant.server import BUCKET
-from benchmarks.plant.watch import ROOT
+from benchmarks.plant.watch import ROOT, settings_of
 from focus_ray.bundle.bundle import find_bundles, read_manifest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index
 
@@ -56,18 +56,7 @@ def outcome(root: str) -> dict[str, Any]:
 def once(arguments: argparse.Namespace, work: Path, number: int) -> dict[str, Any]:
     """One run of the whole way, undisturbed where it is number 0."""
     root = f"s3://{BUCKET}/kills-{number}"
-    train = [
-        "train",
-        "default",
-        "name=plant",
-        f"data.uri={root}/data",
-        f"storage={root}/runs",
-        f"model.weights={arguments.weights}",
-        f"model.image_size_px={arguments.size}",
-        "cluster.local=false",
-        "cluster.use_gpu=false",
-        "cluster.max_failures=50",
-    ]
+    train = ["train", *settings_of(arguments, root), "cluster.max_failures=50"]
     with Nodes(3, number or None) as nodes:
         address = nodes.address
         raw = f"s3://{BUCKET}/kills/raw"

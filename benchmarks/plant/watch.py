@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -15,6 +16,21 @@ from benchmarks.plant.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 _LOOK_S = 0.5
+
+
+def settings_of(arguments: argparse.Namespace, root: str) -> list[str]:
+    """The default but for alignment, on small images: what is asked here is what the system costs, not how well it sees."""
+    return [
+        "default",
+        "name=plant",
+        f"data.uri={root}/data",
+        f"storage={root}/runs",
+        f"model.weights={arguments.weights}",
+        f"model.image_size_px={arguments.size}",
+        "model.image_alignment.group=none",
+        "cluster.local=false",
+        "cluster.use_gpu=false",
+    ]
 
 
 def resident_mb(pid: int) -> float:

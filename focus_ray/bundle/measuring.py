@@ -182,11 +182,7 @@ def _score(inspector: Inspector, job: Job, first: int, rows: Rows, into: Gathere
     """Adds a part to what was gathered, and writes its images' results."""
     if inspector.bundle.version != job.version:
         raise DataError(f"{job.bundle}: replaced since the evaluation began: evaluate it again")
-    if open_store(job.data).need_commit(job.category)["run_id"] != job.commit:
-        raise DataError(
-            f"{job.data}: {job.category!r} was ingested again since the evaluation began: evaluate it again"
-        )
-    records = read_rows(job.data, job.category, rows, columns=TEST_COLUMNS)
+    records = read_rows(job.data, job.category, rows, columns=TEST_COLUMNS, version=job.commit)
     found = []
     for record, score in inspector.gather(records, into, job.max_side_px):
         found.append((record, score))

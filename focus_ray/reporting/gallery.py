@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_image, decode_mask
-from focus_ray.data.read import read_index, read_rows
+from focus_ray.data.read import index_version, read_index, read_rows
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import is_above
 from focus_ray.evaluation.evaluate import Labelled
@@ -84,7 +84,8 @@ def _draw_all(inspector: Inspector, data: str, labelled: Labelled, numbers: Sequ
     number_at = dict(zip(index["row"].take(places).to_pylist(), numbers, strict=True))
     rows = sorted(number_at)
     cards = {}
-    for row, record in zip(rows, read_rows(data, category, rows, columns=("id", "image", "mask")), strict=True):
+    records = read_rows(data, category, rows, columns=("id", "image", "mask"), version=index_version(index))
+    for row, record in zip(rows, records, strict=True):
         number = number_at[row]
         (inspection,) = inspector.inspect([record["image"]])
         cards[number] = Card(

@@ -338,15 +338,17 @@ def _read_example(version: Version, number: int) -> bytes:
     from PIL import Image
 
     from focus_ray.data.images import decode_image
-    from focus_ray.data.read import read_index, read_rows
+    from focus_ray.data.read import index_version, read_index, read_rows
 
     uri = str(read_manifest(version.uri)["data"]["uri"])
-    index = read_index(uri, version.category, split="train").to_pylist()
-    rows = [row["row"] for row in index if row["label"] == 0]
+    index = read_index(uri, version.category, split="train")
+    labels = zip(index["row"].to_pylist(), index["label"].to_pylist(), strict=True)
+    rows = [row for row, label in labels if label == 0]
     count = min(MAX_EXAMPLES, len(rows))
     if not 0 <= number < count:
         raise RegistryError(f"example {number} of {count}")
-    (record,) = read_rows(uri, version.category, [rows[number * len(rows) // count]], columns=("image",))
+    chosen = [rows[number * len(rows) // count]]
+    (record,) = read_rows(uri, version.category, chosen, columns=("image",), version=index_version(index))
     image = Image.fromarray(decode_image(record["image"], None))
     image.thumbnail((_EXAMPLE_SIDE_PX, _EXAMPLE_SIDE_PX))
     target = io.BytesIO()
