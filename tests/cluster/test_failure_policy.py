@@ -15,7 +15,8 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api import data_parallel_trainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from focus_ray.cluster.failure_policy import CertainFailurePolicy, causes, install
+from focus_ray.cluster.failure_policy import CertainFailurePolicy, install
+from focus_ray.cluster.failures import causes
 from focus_ray.errors import ConfigError, DataError, StorageError, TrainingError, WeightsError
 
 
