@@ -76,7 +76,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 
 def _remove(arguments: argparse.Namespace) -> int:
-    from focus_ray.data.change import remove_rows
+    from focus_ray.data.ingestion.change import remove_rows
 
     ids = _lines(arguments.ids) if arguments.ids is not None else arguments.id or ()
     hashes = arguments.content_hash or ()
@@ -98,7 +98,7 @@ def _lines(name: str) -> list[str]:
 
 
 def _compact(arguments: argparse.Namespace) -> int:
-    from focus_ray.data.change import compact
+    from focus_ray.data.ingestion.change import compact
 
     for report in compact(arguments.data, arguments.category):
         print(report)

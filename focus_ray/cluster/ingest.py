@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from focus_ray.cluster.connect import connect
 from focus_ray.cluster.preflight import probe_nodes
 from focus_ray.data.ingest import ingest
-from focus_ray.data.report import IngestReport
+from focus_ray.data.ingestion.report import IngestReport
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.storage import is_s3
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from focus_ray.data.check import Checked, check, make_row, read_files
-from focus_ray.data.chunks import Mapper, map_here
 from focus_ray.data.commits import Commit
 from focus_ray.data.importers.base import ImportPlan, ImportSettings
 from focus_ray.data.importers.choose import make_plans
-from focus_ray.data.known import all_files, read_facts, source_fingerprint, source_table
-from focus_ray.data.pieces import Pieces, ingest_pieces
-from focus_ray.data.report import CategoryReport, IngestReport, Outcome, count_rows, plausibility
+from focus_ray.data.ingestion.check import Checked, check, make_row, read_files
+from focus_ray.data.ingestion.chunks import Mapper, map_here
+from focus_ray.data.ingestion.known import all_files, read_facts, source_fingerprint, source_table
+from focus_ray.data.ingestion.pieces import Pieces, ingest_pieces
+from focus_ray.data.ingestion.report import CategoryReport, IngestReport, Outcome, count_rows, plausibility
+from focus_ray.data.ingestion.unique import make_ids, without_duplicates
 from focus_ray.data.schema import Reject, Row
 from focus_ray.data.source import open_source
 from focus_ray.data.store import Draft, Store, open_store
-from focus_ray.data.unique import make_ids, without_duplicates
 from focus_ray.errors import DataError
 from focus_ray.kinds import IMPORTERS
 from focus_ray.storage import is_s3

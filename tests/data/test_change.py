@@ -11,8 +11,8 @@ from made_sources import make_mvtec, pixels, save
 
 from focus_ray.cli.main import main
 from focus_ray.data import store
-from focus_ray.data.change import compact, remove_rows
 from focus_ray.data.ingest import ingest
+from focus_ray.data.ingestion.change import compact, remove_rows
 from focus_ray.data.read import data_fingerprint, data_version, index_version, read_index, read_rows
 from focus_ray.data.schema import SCHEMA
 from focus_ray.data.store import open_store

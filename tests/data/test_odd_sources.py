@@ -13,8 +13,8 @@ from PIL import Image
 from focus_ray.data.images import decode_mask, encode_png, resize_mask
 from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name, is_unclear_name
 from focus_ray.data.ingest import ingest
+from focus_ray.data.ingestion.report import IngestReport
 from focus_ray.data.read import read_index
-from focus_ray.data.report import IngestReport
 from focus_ray.errors import DataError
 
 SIZE = (24, 32)

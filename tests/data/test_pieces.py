@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from made_sources import make_folder, make_mvtec, pixels, save, spot
 
 from focus_ray.data import chunks, store
-from focus_ray.data.chunks import map_here
 from focus_ray.data.commits import named
 from focus_ray.data.ingest import ingest
+from focus_ray.data.ingestion.chunks import map_here
+from focus_ray.data.ingestion.report import IngestReport
 from focus_ray.data.read import data_fingerprint, data_version, read_index, read_rows
-from focus_ray.data.report import IngestReport
 from focus_ray.data.schema import SCHEMA
 from focus_ray.data.store import Store, open_store
 from focus_ray.errors import DataError

@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 
 from focus_ray.data import store as stores
-from focus_ray.data.check import Checked, Facts, check, facts_of, make_row, read_files
 from focus_ray.data.commits import PartEntry
 from focus_ray.data.importers.base import ImportSettings, Sample
+from focus_ray.data.ingestion.check import Checked, Facts, check, facts_of, make_row, read_files
+from focus_ray.data.ingestion.unique import ids_there, make_ids, other_id
 from focus_ray.data.schema import INDEX_COLUMNS, INDEX_SCHEMA, Reject, Row
 from focus_ray.data.source import SourcePath
 from focus_ray.data.store import Store, open_part, open_store
-from focus_ray.data.unique import ids_there, make_ids, other_id
 
 T = TypeVar("T")
 R = TypeVar("R")

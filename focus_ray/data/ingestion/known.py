@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from focus_ray.data.check import Checked, Facts
 from focus_ray.data.importers.base import ImportPlan, ImportSettings
+from focus_ray.data.ingestion.check import Checked, Facts
 from focus_ray.data.schema import SCHEMA_VERSION, SOURCE_COLUMNS
 from focus_ray.data.source import SourcePath
 

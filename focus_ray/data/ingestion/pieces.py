@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from focus_ray.data.check import Checked, Facts
-from focus_ray.data.chunks import (
+from focus_ray.data.commits import Commit, PartEntry
+from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample
+from focus_ray.data.ingestion.check import Checked, Facts
+from focus_ray.data.ingestion.chunks import (
     Chunk,
     Mapper,
     Written,
@@ -29,15 +31,21 @@ from focus_ray.data.chunks import (
     settle_parts,
     write_chunk,
 )
-from focus_ray.data.commits import Commit, PartEntry
-from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample
-from focus_ray.data.known import Known, Stamp, all_files, joined_sources, read_facts, source_fingerprint, source_table
+from focus_ray.data.ingestion.known import (
+    Known,
+    Stamp,
+    all_files,
+    joined_sources,
+    read_facts,
+    source_fingerprint,
+    source_table,
+)
+from focus_ray.data.ingestion.report import CategoryReport, Outcome, count_rows, plausibility
+from focus_ray.data.ingestion.unique import against, free_ids, make_ids, without_duplicates
 from focus_ray.data.read import index_of
-from focus_ray.data.report import CategoryReport, Outcome, count_rows, plausibility
 from focus_ray.data.schema import Reject
 from focus_ray.data.source import SourcePath, stamp_of
 from focus_ray.data.store import Draft, Store
-from focus_ray.data.unique import against, free_ids, make_ids, without_duplicates
 
 _LOOKERS, _FINISHERS = 16, 4  # categories looked up, and finished, at once
 

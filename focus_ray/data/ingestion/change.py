@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from focus_ray.data import store as stores
-from focus_ray.data.chunks import map_here, part_rows, settle_parts
 from focus_ray.data.commits import Commit, PartEntry, stale
+from focus_ray.data.ingestion.chunks import map_here, part_rows, settle_parts
 from focus_ray.data.read import index_of, list_categories
 from focus_ray.data.store import Draft, Store, open_store
 from focus_ray.errors import DataError

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from focus_ray.data.check import Checked
 from focus_ray.data.importers.base import ImportSettings
+from focus_ray.data.ingestion.check import Checked
 from focus_ray.data.schema import Reject
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from focus_ray.data.check import Checked
 from focus_ray.data.importers.base import ImportSettings, Sample
+from focus_ray.data.ingestion.check import Checked
 from focus_ray.data.schema import Reject, RejectReason
 
 

@@ -1,0 +1,1 @@
+"""From files of a source to versions of categories: looked at, checked, written in pieces, settled, changed later."""
