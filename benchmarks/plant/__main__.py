@@ -3,6 +3,7 @@
     python -m benchmarks.plant grow --images 10000 100000 --categories 50     # is the cost of an image the same?
     python -m benchmarks.plant categories --categories 300                    # what does a category cost to begin with?
     python -m benchmarks.plant light --images 10000 1000000               # what a driver holds of a million images
+    python -m benchmarks.plant teams --categories 64                       # two teams that sweep at once
     python -m benchmarks.plant kills --times 3                                # does a plant of dying machines give the same?
 
 Each command runs as a user would run it, against SeaweedFS on this machine; requests and bytes are the server's own counts,
@@ -22,6 +23,7 @@ from benchmarks.plant.kills import kills
 from benchmarks.plant.light import light
 from benchmarks.plant.made import put_plant
 from benchmarks.plant.server import BUCKET, Server
+from benchmarks.plant.teams import teams
 from benchmarks.plant.watch import cost_of, settings_of
 
 COLUMNS = (
@@ -101,7 +103,7 @@ def categories(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("grow", "categories", "light", "kills"))
+    parser.add_argument("what", choices=("grow", "categories", "light", "kills", "teams"))
     parser.add_argument("--images", type=int, nargs="+", default=[10_000, 100_000], help="training images in all")
     parser.add_argument("--categories", type=int, default=50)
     parser.add_argument("--each", type=int, default=32, help="training images of a category, for `categories`")
@@ -114,7 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shutil.rmtree(arguments.work, ignore_errors=True)
     arguments.work.mkdir(parents=True)
-    act = {"grow": grow, "categories": categories, "light": light, "kills": kills}[arguments.what]
+    act = {"grow": grow, "categories": categories, "light": light, "kills": kills, "teams": teams}[arguments.what]
     with Server(arguments.work.absolute()):
         found = act(arguments, arguments.work)
     keep_json(f"plant_{arguments.what}", arguments, found)
