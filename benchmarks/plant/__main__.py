@@ -26,6 +26,7 @@ from benchmarks.plant.server import BUCKET, Server
 from benchmarks.plant.teams import teams
 from benchmarks.plant.watch import cost_of, settings_of
 
+STEPS = ("ingest", "ingest again", "train", "evaluate", "inspect-batch")
 COLUMNS = (
     "step",
     "images",
@@ -77,7 +78,8 @@ def walk(arguments: argparse.Namespace, images: int, categories: int, work: Path
     ]
     records = []
     for step, count, command in steps:
-        records.append(run_step(step, count, command, work))
+        if step in arguments.steps:
+            records.append(run_step(step, count, command, work))
     added = put_plant(f"{images}-{categories}/more", categories, 1, arguments.size, first=10**6, tests=False)
     command = ["ingest", f"{root}/more", f"{root}/data", "--append", "--workers", workers]
     records.append(run_step("append", added["images"], command, work))
@@ -108,6 +110,7 @@ def main() -> None:
     parser.add_argument("--categories", type=int, default=50)
     parser.add_argument("--each", type=int, default=32, help="training images of a category, for `categories`")
     parser.add_argument("--times", type=int, default=3, help="runs with deaths, for `kills`")
+    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS, help="besides appending")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--weights", default="random")

@@ -97,12 +97,12 @@ def full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> Ch
     return found
 
 
-@torch.no_grad()
 def images_to_look_at(num_images: int, num_tiles: int) -> set[int]:
     """Numbers of the images that a metric is learnt from, each in so many tiles."""
     return sample_positions(num_images, max(FEWEST, NEIGHBOURS // num_tiles))
 
 
+@torch.no_grad()
 def metric_pass(
     net: FocusNet,
     reduction: ChannelReduction,

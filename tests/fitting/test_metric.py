@@ -132,6 +132,7 @@ def test_it_tells_the_defects_it_learns_from_better_than_a_plain_projection(data
     batches = list(build_shard(config, "gear", plan, 0, 1).fit_batches())
     plain, count = reduction.projection.clone(), len(plan.fit_rows)
     learnt = metric_pass(net, reduction, batches, CPU, count, range(count), seed=0).projection
+    assert not learnt.requires_grad  # a graph of all that was looked at would be kept with it
     full = full_reduction(reduction, net.backbone.spec.channels)
     images = torch.cat(batches)
     made, _, _ = synthetic_validation_set(images.numpy(), 99, 1)
