@@ -15,6 +15,7 @@ from benchmarks.plant.made import name_of, put_plant
 from benchmarks.plant.nodes import Nodes
 from benchmarks.plant.server import BUCKET
 from benchmarks.plant.watch import ROOT, cost_of
+from focus_ray.storage import list_names
 from focus_ray.sweep.records import read_records
 
 EACH = 12  # training images of a category: twelve are enough to sweep on
@@ -56,10 +57,11 @@ def teams(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         for team, process in running.items():
             if process.wait():
                 raise SystemExit(f"the sweep of {team} ended with {process.returncode}: {work}/teams-{team}.log")
-            records = read_records(f"{root}/sweeps/{team}")
-            if any(record.status != "finished" for record in records):
-                raise SystemExit(f"{team}: {[(record.number, record.status, record.reason) for record in records]}")
+            (place,) = (name for name in list_names(f"{root}/sweeps") if name.startswith(f"{team}-"))
+            records = read_records(f"{root}/sweeps/{place}")
             judged = sorted({category for record in records for category in record.categories})
+            if [record.status for record in records] != ["finished", "finished"] or len(judged) != count:
+                raise SystemExit(f"{team}: {[(record.number, record.status, record.reason) for record in records]}")
             found[team] = {
                 "seconds": round(time.perf_counter() - start, 1),
                 "trials": len(records),
