@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_sources import make_folder, make_mvtec, pixels, save, spot
 
-from focus_ray.data import chunks, store
+from focus_ray.data import store
 from focus_ray.data.commits import named
 from focus_ray.data.ingest import ingest
+from focus_ray.data.ingestion import chunks
 from focus_ray.data.ingestion.chunks import map_here
 from focus_ray.data.ingestion.report import IngestReport
 from focus_ray.data.read import data_fingerprint, data_version, read_index, read_rows
