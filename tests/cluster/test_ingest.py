@@ -19,9 +19,10 @@ from s3_server import S3Server
 from focus_ray.cli.main import main
 from focus_ray.cluster import ingest as cluster_ingest
 from focus_ray.cluster.ingest import ClusterMapper, ingest_on_cluster
-from focus_ray.data import chunks, store
+from focus_ray.data import store
 from focus_ray.data.commits import named
 from focus_ray.data.ingest import ingest
+from focus_ray.data.ingestion import chunks
 from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import SCHEMA
 from focus_ray.data.store import open_store
