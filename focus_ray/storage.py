@@ -347,6 +347,11 @@ def join(root: str | Path, *names: str) -> str:
     return "/".join([str(root).rstrip("/"), *names])
 
 
+def absolute_place(place: str) -> str:
+    """A local path made absolute, for workers run in other folders; a URI as it is."""
+    return place if "://" in place else str(Path(place).expanduser().absolute())
+
+
 def read_bytes(uri: str | Path) -> bytes:
     """A file's bytes. Raises: FileNotFoundError: there is none.  DataError: it cannot be read."""
     filesystem, path = open_filesystem(uri)

@@ -17,13 +17,13 @@ from focus_ray.bundle.measuring import PART_IMAGES, Rows, cut_rows
 from focus_ray.cluster.connect import connect
 from focus_ray.cluster.pool import Failed
 from focus_ray.cluster.preflight import probe_nodes
-from focus_ray.cluster.scorers import Scorers, absolute_place
+from focus_ray.cluster.scorers import Scorers
 from focus_ray.data.ahead import ahead
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.progress import Progress
-from focus_ray.storage import join, list_names, read_bytes, remove_file, remove_folder, write_bytes
+from focus_ray.storage import absolute_place, join, list_names, read_bytes, remove_file, remove_folder, write_bytes
 
 UNFINISHED = "_unfinished"  # in a folder of results until all of them are there; readers of Parquet pass it over
 RESULT_SCHEMA = pa.schema(

@@ -30,7 +30,7 @@ from focus_ray.bundle.measuring import (
 from focus_ray.cluster.connect import connect, runs_here
 from focus_ray.cluster.pool import Failed
 from focus_ray.cluster.preflight import probe_nodes
-from focus_ray.cluster.scorers import Bundles, Scorers, absolute_place
+from focus_ray.cluster.scorers import Bundles, Scorers
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import FocusRayError
 from focus_ray.progress import Progress
@@ -44,7 +44,7 @@ from focus_ray.reporting.evaluation import (
     summary_of,
     without_pictures,
 )
-from focus_ray.storage import join, probe, read_bytes, remove_file, write_bytes
+from focus_ray.storage import absolute_place, join, probe, read_bytes, remove_file, write_bytes
 
 WHOLE_PAGE = 20  # categories with all their pictures on one page; of more, each has a page of its own
 _SAVE_S = 30.0  # of parts, between two times that what is known is saved

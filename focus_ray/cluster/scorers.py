@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from focus_ray.bundle.inspector import Inspector
@@ -71,8 +70,3 @@ class Scorers(Generic[W]):
     def close(self) -> None:
         """Ends the workers."""
         self._pool.close()
-
-
-def absolute_place(place: str) -> str:
-    """A local path made absolute, for workers run in other folders; a URI as it is."""
-    return place if "://" in place else str(Path(place).expanduser().absolute())

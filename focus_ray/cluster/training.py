@@ -37,6 +37,7 @@ from focus_ray.fitting.state import Figures, TrainState
 from focus_ray.names import unique_name
 from focus_ray.reporting.training import write_training_report
 from focus_ray.storage import (
+    absolute_place,
     create_bytes,
     exists,
     is_s3,
@@ -54,8 +55,6 @@ RUN_CONFIG = "config.yaml"
 _FREE = ("cluster.", "data.memory_budget_mb", "data.categories", "train.checkpoint_every_epochs")
 _LISTEN_S = 1.0  # between two looks at what workers tell
 SHARED_METRIC = "metric.safetensors"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -381,20 +380,16 @@ def _last_state(checkpoint: Any, device: torch.device) -> TrainState | None:
 
 def absolute(config: Config) -> Config:
     """Local paths made absolute: workers run in other folders."""
-
-    def resolve(place: str) -> str:
-        return place if "://" in place else str(Path(place).expanduser().absolute())
-
     weights, metric = config.model.weights, config.density.metric
-    regions = {name: resolve(one) if isinstance(one, str) else one for name, one in config.data.regions.items()}
+    regions = {name: absolute_place(one) if isinstance(one, str) else one for name, one in config.data.regions.items()}
     if weights not in ("default", "random"):
-        weights = resolve(weights)
+        weights = absolute_place(weights)
     return config.model_copy(
         update={
-            "storage": resolve(config.storage),
-            "data": config.data.model_copy(update={"uri": resolve(config.data.uri), "regions": regions}),
+            "storage": absolute_place(config.storage),
+            "data": config.data.model_copy(update={"uri": absolute_place(config.data.uri), "regions": regions}),
             "model": config.model.model_copy(update={"weights": weights}),
-            "density": config.density.model_copy(update={"metric": metric and resolve(metric)}),
+            "density": config.density.model_copy(update={"metric": metric and absolute_place(metric)}),
         }
     )
 
