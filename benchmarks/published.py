@@ -61,8 +61,8 @@ def main(name: str, description: str, published: Mapping[str, Mapping[str, tuple
         rows.append(row)
     print_table(header, rows)
     print(
-        "\nPublished figures are from the papers named in docs/METHOD.md, at their own image sizes and settings; a published "
-        "mean is over all categories of the data set, ours over those that were run."
+        "\nPublished figures are from the papers named in docs/learn/method.md, at their own image sizes and settings; a "
+        "published mean is over all categories of the data set, ours over those that were run."
     )
     print_json(name, arguments, results)
 

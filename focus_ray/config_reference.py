@@ -1,6 +1,6 @@
-"""The reference of all settings, from the models' own fields: docs/CONFIG.md, and what `focus-ray config explain` says.
+"""The reference of all settings, from the models' own fields, and what `focus-ray config explain` says.
 
-`python -m focus_ray.config_reference docs/CONFIG.md` writes the page anew. No torch, no Ray.
+`python -m focus_ray.config_reference docs/reference/configuration.md` writes the page anew. No torch, no Ray.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from focus_ray.names import NAME, NAME_WORDS
 from focus_ray.serving.settings import Settings
 from focus_ray.sweep.settings import SweepConfig
 
-COMMAND = "python -m focus_ray.config_reference docs/CONFIG.md"
+COMMAND = "python -m focus_ray.config_reference docs/reference/configuration.md"
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ ROOTS = (
     Root(
         "a sweep",
         SweepConfig,
-        "What `focus-ray sweep CONFIG key=value ...` takes ([SWEEP.md](SWEEP.md)). Settings of the run that trials start from "
-        "stand below `base`, as in `base.train.epochs=5`.",
+        "What `focus-ray sweep CONFIG key=value ...` takes ([sweeps](../use/sweeps.md)). Settings of the run that trials start "
+        "from stand below `base`, as in `base.train.epochs=5`.",
     ),
-    Root("the service", Settings, "What `focus-ray serve PLACE key=value ...` takes ([SERVE.md](SERVE.md))."),
+    Root("the service", Settings, "What `focus-ray serve PLACE key=value ...` takes ([serving](../use/serving.md))."),
 )
 
 
@@ -205,7 +205,7 @@ def _yaml(value: Any) -> str:
 
 
 def markdown() -> str:
-    """All of docs/CONFIG.md."""
+    """All of docs/reference/configuration.md."""
     lines = [
         "# Configuration",
         "",
@@ -249,7 +249,7 @@ def explain(key: str) -> str:
     found = [text for root in ROOTS for text in _explained(root, wanted)]
     if not found:
         near = _nearest(wanted)
-        hint = f"did you mean {', '.join(near)}?" if near else "docs/CONFIG.md has all there are"
+        hint = f"did you mean {', '.join(near)}?" if near else "docs/reference/configuration.md has all there are"
         raise ConfigError(f"{key}: no such key; {hint}")
     return "\n\n".join(found)
 

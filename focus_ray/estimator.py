@@ -61,7 +61,7 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
         return np.where([one.anomalous for one in self.model_.inspect_all(X)], -1, 1).astype(np.int64)
 
     def p_values(self, X: Sequence[Image] | NDArray[Any]) -> NDArray[np.float64]:
-        """(N,), in (0, 1]: small where an image is unlike the good ones, see docs/CALIBRATION.md."""
+        """(N,), in (0, 1]: small where an image is unlike the good ones, see docs/learn/verdicts.md."""
         check_is_fitted(self)
         return np.array([one.p_value for one in self.model_.inspect_all(X)], dtype=np.float64)
 

@@ -22,8 +22,8 @@ RUN, SWEEP, SERVICE = SETTINGS.values()
 
 
 def test_the_page_is_up_to_date() -> None:
-    page = (REPOSITORY / "docs/CONFIG.md").read_text(encoding="utf-8")
-    assert page == markdown(), f"docs/CONFIG.md is out of date with the models: run `{COMMAND}`"
+    page = (REPOSITORY / "docs/reference/configuration.md").read_text(encoding="utf-8")
+    assert page == markdown(), f"docs/reference/configuration.md is out of date with the models: run `{COMMAND}`"
 
 
 @pytest.mark.parametrize("title", SETTINGS)
@@ -117,7 +117,7 @@ def test_a_section_lists_the_keys_in_it_and_in_its_sections() -> None:
         ("train.epoch", r"^train\.epoch: no such key; did you mean train\.epochs"),
         ("epochs", r"did you mean train\.epochs"),
         ("trian", "did you mean train"),
-        ("zzzzzz", r"zzzzzz: no such key; docs/CONFIG\.md has all there are"),
+        ("zzzzzz", r"zzzzzz: no such key; docs/reference/configuration\.md has all there are"),
     ],
 )
 def test_a_misspelt_key_is_refused_with_the_nearest(key: str, message: str) -> None:

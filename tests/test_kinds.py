@@ -74,7 +74,7 @@ def test_a_new_kind_of_each_table_goes_from_config_to_report(
 
 
 def test_the_docs_tell_every_metric_of_the_table() -> None:
-    told = (REPOSITORY / "docs/EVALUATION.md").read_text()
+    told = (REPOSITORY / "docs/learn/evaluation.md").read_text()
     for key in METRICS:
         assert f"| `{key}` | {METRICS[key].title} |" in told
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.plant.cost [--images 1000] [--decode-per-s 60] ...
 
-A model, not a measurement: docs/SCALE.md says where each figure comes from.
+A model, not a measurement: docs/operate/scale.md says where each figure comes from.
 """
 
 from __future__ import annotations

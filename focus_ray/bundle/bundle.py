@@ -68,7 +68,7 @@ _NOT_FOR_SCORING = ("projector.", "predictor.")  # f and g are dropped [kin]
 class Bundle(NamedTuple):
     """What a bundle holds once it is read.
 
-    manifest: see docs/BUNDLE.md.  detector: on the device asked for.  calibration: thresholds and p-values.
+    manifest: see docs/reference/bundle.md.  detector: on the device asked for.  calibration: thresholds and p-values.
     frame: what images are brought to, the region of interest included.
     known: `short_hash` of the images that the density was made of; empty where that was not kept.
     """

@@ -3,7 +3,7 @@
 One category is one folder, ``<root>/category=<name>/``, with part files, an index of their light columns, and
 ``_commit.json``, which names the files that count. It is replaced as a whole, so a reader sees the old data or the new
 and never a mixture; a run that dies leaves the old. Every commit is kept beside, ``_commits/<run_id>.json``: a version that
-was replaced stays readable, with its files, for a day. docs/DATA.md has the schema, the folder shapes and what becomes of odd
+was replaced stays readable, with its files, for a day. docs/use/data.md has the schema, the folder shapes and what becomes of odd
 files.
 """
 

@@ -1,7 +1,7 @@
 """Thresholds and p-values from normal images: what a score means, and how often a good part is called bad.
 
 Everything here comes from normal images that the density has not seen, or whose own part of it was left out, never from test
-images. docs/CALIBRATION.md says what is guaranteed with how many images and what is not.
+images. docs/learn/verdicts.md says what is guaranteed with how many images and what is not.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Region:
 class Inspection:
     """What is known of one image.
 
-    score: higher is more anomalous.  p_value: conformal, see docs/CALIBRATION.md.  anomalous: the verdict.
+    score: higher is more anomalous.  p_value: conformal, see docs/learn/verdicts.md.  anomalous: the verdict.
     threshold: of the score.  pixel_threshold: of the map.  anomaly_map: (H, W), the image at the size at which it was scored,
     which for model.resize=stretch need not have its shape.  regions: in pixels of the original, width x height.
     trained_on: whether it is one of the images that the density was made of, so that its score says nothing of new parts.

@@ -1,7 +1,7 @@
 """A validation score from normal images alone: held-out normals against themselves with synthetic defects.
 
 It ranks configurations of one category (alignment groups, epochs, densities); it is not a detection rate, and no test
-image or label enters it. docs/SELECTION.md says how well it ranks on real defects.
+image or label enters it. docs/learn/selection.md says how well it ranks on real defects.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ measure. Maps stay in plain distances, which localise better.
 
 A defect may be a point or spread over the part. So the score looks at the mean of the highest values over several shares of
 the map, from its maximum to a fifth of it, each as a multiple of what good images show, and takes the mean: 1 is a typical good
-image. Of an image in tiles the map is that of all tiles: the highest of each tile's shares ranked worse (docs/LARGE_IMAGES.md).
+image. Of an image in tiles the map is that of all tiles: the highest of each tile's shares ranked worse
+(docs/use/large-images.md).
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def write_samples(
 
     Args:
         seed: 0 or more.  size_px: height and width, at least 64.
-        num_train: a fifth of 100, where it is held out, still suffices for a target of 0.05 (docs/CALIBRATION.md).
+        num_train: a fifth of 100, where it is held out, still suffices for a target of 0.05 (docs/learn/verdicts.md).
 
     Raises: DataError: seed, size_px or a count is too small, or the folder of a category exists and is not empty.
     """

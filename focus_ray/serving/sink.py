@@ -2,8 +2,8 @@
 
     <uri>/team=<team>/date=2026-01-31/part-<id>.parquet
 
-A flush writes one file a team, with what waits of all its categories. Columns: those of docs/SERVE.md. A file that cannot be
-written waits, within the same bound, for the next flush; for what comes beyond the bound there is no room: it is dropped and
+A flush writes one file a team, with what waits of all its categories. Columns: those of docs/use/serving.md. A file that cannot
+be written waits, within the same bound, for the next flush; for what comes beyond the bound there is no room: it is dropped and
 counted. A request never waits for the sink, nor fails.
 """
 

@@ -182,7 +182,7 @@ def _environment(names: Iterable[str]) -> Iterator[tuple[str, str]]:
         if _SECRET.search(name):
             raise SubmissionError(
                 f"--env {name}: a secret is not sent with a job, whose environment can be read by all who can list jobs: "
-                "give the cluster's nodes a role, or a secret of their own (docs/JOBS.md)"
+                "give the cluster's nodes a role, or a secret of their own (docs/use/jobs.md)"
             )
         if not given and name not in os.environ:
             raise SubmissionError(f"--env {name}: not set here: set it, or give {name}=value")

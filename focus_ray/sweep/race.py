@@ -1,6 +1,6 @@
 """When a trial has lost: a race over categories by a moderated paired test, and successive halving over epochs. No Ray.
 
-A trial is judged category by category, in one order for all. docs/SWEEP.md says what each rule assumes.
+A trial is judged category by category, in one order for all. docs/use/sweeps.md says what each rule assumes.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class SchedulerConfig(Section):
 
 
 class RaceConfig(Section):
-    """Ends a trial once the first categories show that it loses; docs/SWEEP.md has the rule [ours, after irace]."""
+    """Ends a trial once the first categories show that it loses; docs/use/sweeps.md has the rule [ours, after irace]."""
 
     enabled: bool = Field(default=False, description="Only for scope=all_categories.")
     order: tuple[str, ...] | None = Field(default=None, description="Categories as they are judged; null: as trained.")
@@ -209,9 +209,8 @@ class SweepConfig(Section):
     )
     objective: Objective = Field(
         default="validation",
-        description="validation: the label-free score of docs/SELECTION.md. aupro, or a metric of docs/EVALUATION.md that is "
-        "better the higher it is: these look at the labelled test "
-        "images; what they choose is no longer a fair test of those images.",
+        description="validation: the label-free score of docs/learn/selection.md. aupro, or a metric of docs/learn/evaluation.md "
+        "that is better the higher it is: these look at the labelled test images; what they choose is no longer a fair test of those images.",
     )
     searcher: Literal["grid", "random", "optuna"] = Field(
         default="random", description="optuna: its tree-structured Parzen estimator (TPE)."

@@ -19,7 +19,7 @@ from focus_ray.sweep import records
 from focus_ray.sweep.records import DECIMALS, Record
 from focus_ray.sweep.settings import SweepConfig
 
-NOISE = 0.01  # of a score, docs/SELECTION.md: smaller differences mean nothing
+NOISE = 0.01  # of a score, docs/learn/selection.md: smaller differences mean nothing
 FEW_IMAGES = 20  # of good or of bad ones: below it a single image moves an AUROC by a hundredth and more
 TRIALS_PER_PARAMETER = 10  # below it the shares of parameter importance are a hint
 _SEED = "train.seed"

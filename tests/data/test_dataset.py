@@ -339,7 +339,7 @@ def test_a_destination_of_another_scheme_is_refused(tmp_path: Path) -> None:
         ingest(make_mvtec(tmp_path / "bolt"), "ftp://host/data", progress=False)
 
 
-# What becomes of odd files: the table in docs/DATA.md
+# What becomes of odd files: the table in docs/use/data.md
 
 
 def encode(image: Image.Image, format: str, **options: Any) -> bytes:

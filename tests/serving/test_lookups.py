@@ -630,7 +630,7 @@ def test_a_flush_writes_one_file_with_the_rows_of_all_categories(tmp_path: Path,
     assert Counter(row["category"] for row in rows) == {category(of): 4 for of in range(num_categories)}
     assert all(row["category"] == category(int(row["id"][7:12]) % num_categories) for row in rows)
     assert counts == {"kept": len(rows), "written": len(rows)}
-    table = pq.read_table(tmp_path, filters=[("category", "=", category(1))])  # as docs/SERVE.md says
+    table = pq.read_table(tmp_path, filters=[("category", "=", category(1))])  # as docs/use/serving.md says
     assert table.num_rows == 4
     assert set(table["team"].to_pylist()) == {TEAM}
 

@@ -1,7 +1,7 @@
 """What people call the folder of their good parts: every other folder of test images is a kind of defect.
 
 A name is compared without case, separators and accents, alone, with a plural's ending, or beside a word for the thing itself
-("good parts", "Gutteile", "OK_Bilder"). docs/DATA.md lists what counts.
+("good parts", "Gutteile", "OK_Bilder"). docs/use/data.md lists what counts.
 """
 
 from __future__ import annotations

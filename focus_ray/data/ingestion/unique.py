@@ -17,7 +17,7 @@ from focus_ray.data.schema import Reject, RejectReason
 def without_duplicates(
     checked: Sequence[Checked], category: str, settings: ImportSettings
 ) -> tuple[list[Checked], list[Reject]]:
-    """Drops what would leak from test into train, count twice or contradict itself; docs/DATA.md has the table."""
+    """Drops what would leak from test into train, count twice or contradict itself; docs/use/data.md has the table."""
     alike: dict[str, list[Checked]] = defaultdict(list)
     for item in sorted(checked, key=lambda item: settings.relative(item.sample.path)):
         alike[item.content_hash].append(item)
@@ -105,7 +105,7 @@ class Against:
 
 
 def against(items: Sequence[Checked], index: pa.Table, category: str, settings: ImportSettings) -> Against:
-    """Holds new images against a category's index; docs/DATA.md has the table."""
+    """Holds new images against a category's index; docs/use/data.md has the table."""
     rows = rows_alike(index, [item.content_hash for item in items])
     found = Against([], 0, [], {})
     num_there = 0
