@@ -210,7 +210,8 @@ class SweepConfig(Section):
     objective: Objective = Field(
         default="validation",
         description="validation: the label-free score of docs/learn/selection.md. aupro, or a metric of docs/learn/evaluation.md "
-        "that is better the higher it is: these look at the labelled test images; what they choose is no longer a fair test of those images.",
+        "that is better the higher it is: these look at the labelled test images; what they choose "
+        "is no longer a fair test of those images.",
     )
     searcher: Literal["grid", "random", "optuna"] = Field(
         default="random", description="optuna: its tree-structured Parzen estimator (TPE)."
