@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, environment, print_table
+from benchmarks.harness import RESULTS, keep_json, print_table
 from focus_ray.data.importers.base import image_files, match_masks, subfolders
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--metrics", action=argparse.BooleanOptionalAction, default=True, help="also beside ADEval's")
     parser.add_argument("--work", type=Path, default=Path("scratch/peers"), help="for environments and links")
+    parser.set_defaults(device="cpu")
     arguments = parser.parse_args()
     work = arguments.work.absolute()
     asked = {
@@ -212,18 +213,9 @@ def main() -> None:
         print(
             f"\npixel AUROC and AUPRO of the same maps: {ours:.3f} s, ADEval {theirs:.3f} s, {ours / theirs:.2f} of it"
         )
-    line = {
-        "benchmark": "peer",
-        **environment("cpu"),
-        "data": arguments.data.name,
-        "samples": samples,
-        "metrics": metrics,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "peer.json").write_text(json.dumps(line) + "\n")
-    chart(samples, RESULTS / "peer.svg")
     print()
-    print(json.dumps(line))
+    keep_json("peer", arguments, {"peers": samples, "metrics": metrics})
+    chart(samples, RESULTS / "peer.svg")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from focus_ray.bundle.bundle import MANIFEST, find_bundles, read_manifest
+from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.make import bundle_place, train_here
-from focus_ray.bundle.recalibrate import copy_bundle
 from focus_ray.config import Config, parse_config, read_mapping
 from focus_ray.data.images import ImageError, encode_png, read_image
-from focus_ray.data.importers.base import IMAGE_SUFFIXES, image_files
+from focus_ray.data.importers.base import IMAGE_SUFFIXES, image_files, images_below
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.schema import Row
@@ -73,7 +72,7 @@ class Model:
     def inspect_all(self, images: str | Path | Sequence[Image] | NDArray[Any]) -> list[Inspection]:
         """One `Inspection` an image of a list, an array (N, H, W, 3) or a folder, in order. Raises: as `inspect`."""
         if isinstance(images, (str, Path)):
-            return self.inspector.inspect(_files_of(Path(images).expanduser()))
+            return self.inspector.inspect(images_below(Path(images).expanduser()))
         return self.inspector.inspect([_encoded(image) for image in images])
 
     def evaluate(
@@ -111,7 +110,7 @@ class Model:
 
         Args: place: a folder's path, or an s3:// URI; a bundle that is there is replaced.
         """
-        copy_bundle(self._place, place)
+        copy_bundle(self._place, read_manifest(self._place), place)
         return str(place)
 
     def to_files(self) -> dict[str, bytes]:
@@ -285,13 +284,6 @@ def _encoded(image: Any) -> bytes:
             "or the bytes of an image file"
         )
     return encode_png(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
-
-
-def _files_of(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not found:
-        raise DataError(f"{folder}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
-    return found
 
 
 def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:

@@ -338,8 +338,28 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid)
 
 
+def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -> int:
+    """Copies the files that a manifest of a bundle lists, each verified, and the manifest last; it may say other things than
+    the bundle's own. Where both places are one, only the manifest is written.
+
+    Returns: bytes.  Raises: BundleError: a file is missing or damaged.  DataError: the place cannot be written.
+    """
+    num_bytes = 0
+    for entry in manifest["files"].values() if str(output) != str(uri) else ():
+        content = _read_file(uri, entry)
+        write_bytes(join(output, str(entry["name"])), content)
+        num_bytes += len(content)
+    text = json.dumps(manifest, indent=1).encode()
+    write_bytes(join(output, MANIFEST), text)
+    return num_bytes + len(text)
+
+
 def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
-    entry = manifest["files"][part]
+    return load_tensors(_read_file(uri, manifest["files"][part]))
+
+
+def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
+    """A file that a manifest lists, verified."""
     name = str(entry["name"])
     if "/" in name or "\\" in name or not name.endswith(".safetensors"):
         raise BundleError(f"{uri}: the manifest names {name!r}, not a file of this bundle")
@@ -355,7 +375,7 @@ def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str
             f"{uri}/{name}: its SHA-256 is {digest[:16]}..., the manifest says {entry['sha256'][:16]}...: "
             "the file was changed or cut short; fetch the bundle again"
         )
-    return load_tensors(content)
+    return content
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ person. The tensors stay as they are."""
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -15,16 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from focus_ray import __version__
-from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest, read_statistics
+from focus_ray.bundle.bundle import copy_bundle, manifest_hash, read_manifest, read_statistics
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import rows_in_common
 from focus_ray.density.base import leaves_out
-from focus_ray.errors import BundleError, DataError
+from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.trade_off import TradeOff, trade_off
 from focus_ray.fitting.left_out import leave_one_out_pass
 from focus_ray.fitting.metric import NEIGHBOURS
-from focus_ray.storage import join, read_bytes, write_bytes
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,6 @@ def rewrite(uri: str | Path, output: str | Path, calibration: Calibration, note:
     Raises: BundleError: a file of the bundle is missing or damaged.
     """
     former = read_manifest(uri)
-    _copy_tensors(uri, former, output)
     changes = list(former["data"].get("calibrations", []))
     changes.append(
         {
@@ -172,30 +169,8 @@ def rewrite(uri: str | Path, output: str | Path, calibration: Calibration, note:
         "data": {**former["data"], "calibrations": changes},
     }
     manifest["sha256"] = manifest_hash(manifest)
-    write_bytes(join(output, MANIFEST), json.dumps(manifest, indent=1).encode())
+    copy_bundle(uri, manifest, output)
     return manifest
-
-
-def copy_bundle(uri: str | Path, output: str | Path) -> dict[str, Any]:
-    """A bundle as it is, in another place; one that is there is replaced. Returns: its manifest. Raises: as `rewrite`."""
-    manifest = read_manifest(uri)
-    _copy_tensors(uri, manifest, output)
-    write_bytes(join(output, MANIFEST), json.dumps(manifest, indent=1).encode())
-    return manifest
-
-
-def _copy_tensors(uri: str | Path, manifest: dict[str, Any], output: str | Path) -> None:
-    """The files that a manifest lists, verified; nothing where both places are one."""
-    if str(output) == str(uri):
-        return
-    for entry in manifest["files"].values():
-        try:
-            content = read_bytes(join(uri, str(entry["name"])))
-        except FileNotFoundError:
-            raise BundleError(f"{uri}: {entry['name']} is missing: copy the whole folder again") from None
-        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise BundleError(f"{uri}/{entry['name']}: not what the manifest lists: fetch the bundle again")
-        write_bytes(join(output, str(entry["name"])), content)
 
 
 def _fingerprint(paths: Sequence[Path]) -> str:

@@ -19,7 +19,6 @@ Who reads often lists a team's `_changes`, one request a thousand categories, an
 from __future__ import annotations
 
 import getpass
-import hashlib
 import json
 import re
 import socket
@@ -32,9 +31,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from focus_ray.bundle.bundle import MANIFEST, read_manifest
+from focus_ray.bundle.bundle import copy_bundle, read_manifest
 from focus_ray.bundle.recalibrate import set_thresholds
-from focus_ray.errors import DataError, RegistryError
+from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.names import NAME_WORDS, is_name
 from focus_ray.storage import create_bytes, join, list_names, read_bytes, remove_file, remove_folder, write_bytes
 
@@ -153,7 +152,10 @@ class Registry:
         name = self._claim(place)
         claimed = datetime.now(timezone.utc)
         target = join(place, name)
-        num_bytes = _copy_bundle(bundle, manifest, target)
+        try:
+            num_bytes = copy_bundle(bundle, manifest, target)
+        except BundleError as error:
+            raise RegistryError(f"not published: {error}") from error
         now = datetime.now(timezone.utc)
         if now - claimed > CLAIM_LASTS:
             remove_folder(target)
@@ -379,24 +381,6 @@ def _check_alias(alias: str) -> None:
     check_name(alias, "alias")
     if re.fullmatch(r"v[0-9]+", alias):
         raise RegistryError(f"alias {alias!r}: v and digits name a version: give another name")
-
-
-def _copy_bundle(source: str | Path, manifest: dict[str, Any], target: str) -> int:
-    """Copies what the manifest lists, and the manifest last. Returns: bytes. Raises: RegistryError: a file differs."""
-    num_bytes = 0
-    for entry in manifest["files"].values():
-        name = check_name(str(entry["name"]), f"{source}: file")
-        try:
-            content = read_bytes(join(source, name))
-        except FileNotFoundError:
-            raise RegistryError(f"{source}: {name} is missing, so the bundle is not published") from None
-        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-            raise RegistryError(f"{source}/{name}: not what the manifest lists (its SHA-256 differs): not published")
-        write_bytes(join(target, name), content)
-        num_bytes += len(content)
-    text = json.dumps(manifest, indent=1).encode()
-    write_bytes(join(target, MANIFEST), text)
-    return num_bytes + len(text)
 
 
 def _split_mark(name: str) -> tuple[str, str]:

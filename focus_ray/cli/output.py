@@ -27,16 +27,13 @@ def require(*places: str | None) -> None:
 
 def image_paths(names: Sequence[str]) -> list[Path]:
     """Image files, and those of folders and of all below them, in order. Raises: DataError: one is not there, or holds none."""
-    from focus_ray.data.importers.base import IMAGE_SUFFIXES
+    from focus_ray.data.importers.base import images_below
 
     paths: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.is_dir())
-            if not found:
-                raise DataError(f"{path}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
-            paths += found
+            paths += images_below(path)
         elif path.is_file():
             paths.append(path)
         else:

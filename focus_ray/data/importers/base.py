@@ -265,3 +265,11 @@ def category_name(name: str, where: SourcePath) -> str:
     if not is_name(name):
         raise DataError(f"{where}: {name!r} cannot name a category: expected {NAME_WORDS}; rename it")
     return name
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Image files of a folder on this machine and of all below it, in order. Raises: DataError: there is none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
+    if not found:
+        raise DataError(f"{folder}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
+    return found
