@@ -26,9 +26,14 @@ _MODULES = {"Model": "api", "fit": "api", "load": "api", "AnomalyDetector": "est
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch comes when it is asked for."""
+    """What needs torch comes when it is asked for. Raises: MissingPackageError: it comes with an extra that is not installed."""
     if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(f"focus_ray.{_MODULES[name]}"), name)
+        from focus_ray.extras import explained
+
+        try:
+            return getattr(import_module(f"focus_ray.{_MODULES[name]}"), name)
+        except ModuleNotFoundError as error:
+            raise explained(error) or error from None
     raise AttributeError(f"module 'focus_ray' has no attribute {name!r}")

@@ -31,6 +31,7 @@ from focus_ray.data.schema import Row
 from focus_ray.data.split import split_category
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation.inspection import Inspection
+from focus_ray.extras import require_extra
 from focus_ray.fitting.fit import check_ingredients
 from focus_ray.names import is_name
 from focus_ray.standard import find_config
@@ -141,8 +142,9 @@ def fit(
             with `__` for the dots (`model__weights="resnet18.pth"`); `focus-ray config explain` tells of them.
 
     Raises: DataError: no usable image, or fewer than 4.  ConfigError: a setting is not known or does not fit.
-        WeightsError: the backbone's weights cannot be had.
+        WeightsError: the backbone's weights cannot be had.  MissingPackageError: the extra `train` is not installed.
     """
+    require_extra("train", "focus_ray.fit")
     scratch = tempfile.TemporaryDirectory(prefix="focus-ray-")
     root = Path(scratch.name)
     tree = _settings(settings)

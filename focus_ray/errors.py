@@ -11,6 +11,10 @@ class ConfigError(FocusRayError, ValueError):
     """A configuration value that cannot be used."""
 
 
+class MissingPackageError(FocusRayError, ImportError):
+    """A package that is needed for what was asked, and comes with an extra that is not installed."""
+
+
 class DataError(FocusRayError, ValueError):
     """An image, mask or data set that cannot be used."""
 

@@ -28,6 +28,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from focus_ray.errors import DataError, StorageError
+from focus_ray.extras import require_extra
 from focus_ray.s3_settings import S3Settings, s3_settings
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ def open_filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
     Returns: for S3 the path is ``bucket/prefix``; local paths are absolute. Nothing is created or contacted, but for
         the bucket's region where neither a region nor an endpoint is set.
 
-    Raises: DataError: another scheme, an S3 URI without a bucket or with a query.
+    Raises: DataError: another scheme, an S3 URI without a bucket or with a query.  MissingPackageError: S3 without boto3.
     """
     text = str(uri)
     scheme = text.partition("://")[0] if "://" in text else ""
@@ -71,6 +72,7 @@ def open_filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
             )
         if "//" in path:
             raise DataError(f"{text}: two slashes in a row: a folder's name is empty; leave one out")
+        require_extra("s3", text)
         return _open_s3(path.partition("/")[0]), path
     if scheme == "file":
         parsed = urllib.parse.urlparse(text)

@@ -22,6 +22,20 @@ from focus_ray.cli.sweep import _sweep
 from focus_ray.cli.train import _metric, _train, _update
 from focus_ray.cluster.messages import VERBOSE
 from focus_ray.errors import FocusRayError
+from focus_ray.extras import explained, require_extra
+
+# command -> the extra without which none of its work can be done; others tell what they lack when they come to it
+NEEDS = {
+    "fit": "train",
+    "train": "train",
+    "evaluate": "train",
+    "calibrate": "train",
+    "sweep": "ray",
+    "inspect-batch": "ray",
+    "serve": "ray",
+    "submit": "ray",
+    "jobs": "ray",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,9 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.verbose:
         os.environ[VERBOSE] = "1"
     try:
+        if arguments.command in NEEDS:
+            require_extra(NEEDS[arguments.command], f"focus-ray {arguments.command}")
         return int(arguments.run(arguments))
     except FocusRayError as error:
         print(f"focus-ray: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except ModuleNotFoundError as error:
+        told = explained(error)
+        if told is None:
+            raise
+        print(f"focus-ray: {told}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("focus-ray: interrupted", file=sys.stderr)

@@ -14,7 +14,8 @@ from focus_ray.doctor.finding import Asked, Result, failed, ok, warning
 
 DISTRIBUTION = "focus-ray"
 SHOWN = ("torch", "torchvision", "numpy", "pyarrow", "pydantic")
-WITHOUT_RAY = "inspect, evaluate and update do without it, train, sweep, serve, inspect-batch and submit do not"
+EXTRAS = ("s3", "train", "ray")  # what commands need; others make something faster, or bring weights
+WITHOUT_RAY = "training in one process does without it; clusters, sweeps, jobs and the service do not"
 
 
 def python(asked: Asked) -> Result:
@@ -22,27 +23,46 @@ def python(asked: Asked) -> Result:
 
 
 def packages(asked: Asked) -> Result:
-    """Every package that focus_ray requires, but Ray, which has a check of its own."""
-    wrong = [problem for need in required() if need.name != "ray" for problem in problems(need)]
+    """Every package that focus_ray requires, and those of its extras; Ray has a check of its own.
+
+    An extra that is not installed is told, and fails where a configuration to train by is given and needs it.
+    """
     shown = ", ".join(f"{name} {version_of(name) or 'missing'}" for name in SHOWN)
+    if not required():
+        return _not_installed(shown)
+    found = {extra: dict(_wrong(extra)) for extra in ("", *EXTRAS)}
+    left_out = [extra for extra in EXTRAS if any(version_of(need.name) is None for need in found[extra])]
+    told = [f"the extra {extra} is not installed ({', '.join(found[extra].values())})" for extra in left_out]
+    wrong = {need: reason for extra, one in found.items() if extra not in left_out for need, reason in one.items()}
+    if asked.given and "train" in left_out:
+        wrong.update(found["train"])
     if wrong:
-        wanted = " ".join(f"'{need}'" for need, _ in wrong)
-        return failed(f"{shown}; {', '.join(reason for _, reason in wrong)}", f"pip install {wanted}")
-    return ok(f"{shown}; all that focus_ray requires is here") if required() else _not_installed(shown)
+        wanted = " ".join(f"'{need}'" for need in wrong)
+        return failed(f"{shown}; {', '.join(wrong.values())}", f"pip install {wanted}")
+    return ok("; ".join([shown, *(told or ["all that focus_ray requires is here"])]))
+
+
+def _wrong(extra: str) -> Iterator[tuple[Requirement, str]]:
+    """(requirement, reason) of what an extra requires, but Ray, that is not installed as it should be; "": without an extra."""
+    return (problem for need in required(extra=extra) if need.name != "ray" for problem in problems(need))
 
 
 def _not_installed(shown: str) -> Result:
     return warning(f"{shown}; what focus_ray requires is not known, since it is not installed", "pip install -e .")
 
 
-def required(name: str = DISTRIBUTION) -> list[Requirement]:
-    """What a package requires here, extras left out; empty where it is not installed."""
+def required(name: str = DISTRIBUTION, extra: str = "") -> list[Requirement]:
+    """What a package requires here, or what one of its extras adds to that; empty where it is not installed."""
     try:
         listed = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
         return []
     needs = map(Requirement, listed)
-    return [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return [need for need in needs if _applies(need, extra) and not (extra and _applies(need, ""))]
+
+
+def _applies(need: Requirement, extra: str) -> bool:
+    return need.marker is None or need.marker.evaluate({"extra": extra})
 
 
 def version_of(name: str) -> str | None:
@@ -80,9 +100,8 @@ def torch_pair(asked: Asked) -> Result:
 
 def ray(asked: Asked) -> Result:
     if importlib.util.find_spec("ray") is None:
-        needed = next((str(need) for need in required() if need.name == "ray"), "ray[data,serve,train,tune]")
-        return warning(f"not installed; {WITHOUT_RAY}", f"pip install '{needed}'")
-    wrong = [problem for need in required() if need.name == "ray" for problem in problems(need)]
+        return warning(f"not installed; {WITHOUT_RAY}", "pip install 'focus-ray[ray]'")
+    wrong = [problem for need in required(extra="ray") if need.name == "ray" for problem in problems(need)]
     if wrong:
         return failed(wrong[0][1], f"pip install '{wrong[0][0]}'")
     from focus_ray.cluster.ray_private import check_private_parts

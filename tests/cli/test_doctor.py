@@ -135,8 +135,8 @@ def test_a_machine_without_ray_is_examined_and_warned(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", WITHOUT_RAY, *words], capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (line,) = (line for line in ended.stdout.splitlines() if " Ray: " in line)
-    assert line.startswith("warning  Ray: not installed; inspect, evaluate and update do without it")
-    assert "pip install 'ray[" in line
+    assert line.startswith("warning  Ray: not installed; training in one process does without it")
+    assert "pip install 'focus-ray[ray]'" in line
 
 
 # Software
@@ -144,17 +144,37 @@ def test_a_machine_without_ray_is_examined_and_warned(tmp_path: Path) -> None:
 
 def test_a_package_that_is_missing_or_too_old_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = [Requirement("numpy>=9999"), Requirement("no-such-package>=1"), Requirement("pydantic>=2")]
-    monkeypatch.setattr(software, "required", lambda name="": needs)
+    monkeypatch.setattr(software, "required", lambda name="", extra="": [] if extra else needs)
     found = find(software.packages)
     assert found.status == "FAILED"
     assert f"numpy is {metadata.version('numpy')}, not >=9999, no-such-package is missing" in found.message
     assert found.advice == "pip install 'numpy>=9999' 'no-such-package>=1'"
 
 
+def test_an_extra_that_is_not_installed_is_told_and_fails_where_it_is_needed(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = {"": [Requirement("numpy>=1")], "train": [Requirement("no-such-package>=1")]}
+    monkeypatch.setattr(software, "required", lambda name="", extra="": needs.get(extra, []))
+    found = find(software.packages, given=False)
+    assert found.status == "ok"
+    assert "the extra train is not installed (no-such-package is missing)" in found.message
+    assert find(software.packages, config).advice == "pip install 'no-such-package>=1'"
+
+
+def test_what_an_extra_requires_is_what_it_adds() -> None:
+    names = {extra: {need.name for need in software.required(extra=extra)} for extra in ("", "s3", "train", "ray")}
+    assert {"torch", "numpy"} <= names[""]
+    assert names["s3"] == {"boto3"}
+    assert names["s3"] < names["train"] < names["ray"]
+    assert names[""].isdisjoint(names["ray"])
+    assert "ray" in names["ray"]
+
+
 def test_a_focus_ray_that_is_not_installed_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(software, "DISTRIBUTION", "no-such-package")
     assert software.required("no-such-package") == []
-    monkeypatch.setattr(software, "required", lambda name="": [])
+    monkeypatch.setattr(software, "required", lambda name="", extra="": [])
     assert find(software.packages).status == "warning"
 
 
@@ -168,7 +188,7 @@ def test_a_torch_that_torchvision_was_not_built_for_is_told(monkeypatch: pytest.
 
 
 def test_a_ray_that_is_too_old_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(software, "required", lambda name="": [Requirement("ray[data]>=9999")])
+    monkeypatch.setattr(software, "required", lambda name="", extra="": [Requirement("ray[data]>=9999")])
     found = find(software.ray)
     assert (found.status, found.advice) == ("FAILED", "pip install 'ray[data]>=9999'")
 

