@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 QUICKSTART := quickstart
 CATEGORY ?= bottle
+REPOSITORY ?=
+PYTHONS ?=
 
-.PHONY: quickstart test test-cluster lint bench lock clean
+.PHONY: quickstart test test-cluster lint bench release lock clean
 .DELETE_ON_ERROR:
 
 # a small made-up image set, ingested, trained with two workers, evaluated and inspected; nothing is downloaded
@@ -41,6 +43,10 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
+
+# builds, checks and tries a release into dist/; uploads nothing
+release: $(READY)
+	$(BIN)/python release/release.py --repository "$(REPOSITORY)" $(if $(PYTHONS),--python $(PYTHONS))
 
 lock:
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --upgrade -q -o requirements.lock

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from focus_ray import __version__
 from focus_ray.cli.calibrate import add_calibrate
+from focus_ray.cli.completion import add_completion, answer_shell
 from focus_ray.cli.config import add_config
 from focus_ray.cli.data import _samples, add_data
 from focus_ray.cli.doctor import add_doctor
@@ -41,10 +42,12 @@ NEEDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns: its exit status: 0, 1 for an error that is told on stderr, 3 where ingest rejected."""
     words = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    answer_shell(parser)
     if not words:
-        build_parser().print_help()
+        parser.print_help()
         return 0
-    arguments = build_parser().parse_args(words)
+    arguments = parser.parse_args(words)
     if arguments.verbose:
         os.environ[VERBOSE] = "1"
     try:
@@ -186,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_jobs(commands)
     add_config(commands)
     add_doctor(commands)
+    add_completion(commands)
     add_serving(commands)
 
     samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")
