@@ -1,0 +1,57 @@
+# The image of every Ray node, job and service: docs/operate/containers.md.
+#   docker build --build-arg VARIANT=cpu  --tag focus-ray:0.1.0-cpu  .
+#   docker build --build-arg VARIANT=cuda --tag focus-ray:0.1.0-cuda .
+
+# For a build that cannot change: --build-arg PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm@sha256:...
+ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS build
+ARG VARIANT=cpu
+ARG PYPI_INDEX=https://pypi.org/simple
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /source
+COPY container/build-requirements.txt container/build-requirements.txt
+RUN pip install --no-cache-dir --index-url "${PYPI_INDEX}" --requirement container/build-requirements.txt \
+    && python -m venv --without-pip /opt/focus-ray
+# the libraries before the sources: a change of the sources downloads nothing again
+COPY container/install.sh container/install.sh
+COPY pyproject.toml requirements.lock ./
+RUN container/install.sh /opt/focus-ray dependencies --no-cache
+COPY README.md LICENSE ./
+COPY configs configs
+COPY focus_ray focus_ray
+RUN container/install.sh /opt/focus-ray package /wheel
+
+FROM ${PYTHON_IMAGE}
+# KubeRay's probes are `bash -c "wget ... | grep success"`. Which wget is the base image's to say, with its digest:
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 1000 --gid 0 --create-home --home-dir /home/focus --shell /bin/bash focus \
+    && mkdir /home/focus/secrets \
+    && chown --recursive 1000:0 /home/focus \
+    && chmod --recursive g=u /home/focus
+COPY --from=build /opt/focus-ray /opt/focus-ray
+ARG VARIANT=cpu
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="focus_ray" \
+      org.opencontainers.image.description="Industrial anomaly detection from normal images only, trained, searched and served on Ray" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}-${VARIANT}" \
+      org.opencontainers.image.revision="${REVISION}"
+# HOME and USER for whatever user id the container gets; its group is 0, to which the home folder belongs.
+# Bytecode was compiled above, and cannot be written at run time.
+ENV PATH=/opt/focus-ray/bin:$PATH \
+    HOME=/home/focus \
+    USER=focus \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    RAY_USAGE_STATS_ENABLED=0
+# a number: Kubernetes cannot tell whether a name is root's
+USER 1000:0
+WORKDIR /home/focus
+# no entry point: `ray start`, `focus-ray serve` and `python` are all said in full. No health check either: what is healthy
+# depends on what runs, so compose.yaml and KubeRay say it.
+CMD ["focus-ray", "--help"]

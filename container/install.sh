@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What the image holds, into a virtual environment: the Dockerfile's steps, and those of tests/container/test_install.py.
+#
+#   container/install.sh VENV dependencies [uv pip install's options]   the libraries, at the versions of requirements.lock
+#   container/install.sh VENV package FOLDER                            the package: its wheel in FOLDER, and in VENV
+#
+# VARIANT is cpu (torch from TORCH_INDEX, which has builds without CUDA) or cuda (torch as the package index has it).
+# PYPI_INDEX and TORCH_INDEX name mirrors, where the public indexes cannot be reached.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1 step=$2
+shift 2
+variant=${VARIANT:-cpu}
+pypi=${PYPI_INDEX:-https://pypi.org/simple}
+extras=(--extra offline --extra onnx)
+export UV_LINK_MODE=copy PYC_INVALIDATION_MODE=unchecked-hash  # a file's time says nothing in an image
+export UV_SYSTEM_CERTS=1  # a plant's own authority, where the base image has it
+
+install() {
+    uv pip install --python "$venv/bin/python" --constraint requirements.lock "$@"
+}
+
+dependencies() {
+    case $variant in
+    cuda) ;;
+    # first and alone, so that the index of torch answers for nothing else; what follows finds the two there, at the locked versions
+    cpu) install --no-deps --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" torch torchvision "$@" ;;
+    *)
+        echo "VARIANT=$variant: expected cpu or cuda" >&2
+        exit 1
+        ;;
+    esac
+    install --index-url "$pypi" --compile-bytecode --requirements pyproject.toml "${extras[@]}" "$@"
+    if [ "$variant" = cpu ] && uv pip freeze --python "$venv/bin/python" | grep -E '^(nvidia|cuda)-'; then
+        echo "VARIANT=cpu, but the CUDA libraries above came along: TORCH_INDEX has no build of torch without them" >&2
+        exit 1
+    fi
+}
+
+package() {
+    uv build --quiet --wheel --no-build-isolation --python "$(command -v python)" --out-dir "$1"
+    uv pip install --python "$venv/bin/python" --no-deps --no-index --compile-bytecode "$1"/focus_ray-*.whl
+    uv pip check --python "$venv/bin/python"
+}
+
+"$step" "$@"
