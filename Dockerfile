@@ -5,7 +5,7 @@
 # For a build that cannot change: --build-arg PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm@sha256:...
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
-FROM ${PYTHON_IMAGE} AS build
+FROM ${PYTHON_IMAGE} AS libraries
 ARG VARIANT=cpu
 ARG PYPI_INDEX=https://pypi.org/simple
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -13,14 +13,15 @@ WORKDIR /source
 COPY container/build-requirements.txt container/build-requirements.txt
 RUN pip install --no-cache-dir --index-url "${PYPI_INDEX}" --requirement container/build-requirements.txt \
     && python -m venv --without-pip /opt/focus-ray
-# the libraries before the sources: a change of the sources downloads nothing again
 COPY container/install.sh container/install.sh
 COPY pyproject.toml requirements.lock ./
 RUN container/install.sh /opt/focus-ray dependencies --no-cache
+
+FROM libraries AS wheel
 COPY README.md LICENSE ./
 COPY configs configs
 COPY focus_ray focus_ray
-RUN container/install.sh /opt/focus-ray package /wheel
+RUN container/install.sh /opt/focus-ray wheel /wheel
 
 FROM ${PYTHON_IMAGE}
 # KubeRay's probes are `bash -c "wget ... | grep success"`. Which wget is the base image's to say, with its digest:
@@ -32,7 +33,11 @@ RUN apt-get update \
     && mkdir /home/focus/secrets \
     && chown --recursive 1000:0 /home/focus \
     && chmod --recursive g=u /home/focus
-COPY --from=build /opt/focus-ray /opt/focus-ray
+# gigabytes that stay as they are when the sources change, then the wheel
+COPY --from=libraries /opt/focus-ray /opt/focus-ray
+RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
+    --mount=type=bind,from=wheel,source=/source/container,target=/source/container \
+    /source/container/install.sh /opt/focus-ray package /wheel
 ARG VARIANT=cpu
 ARG VERSION=0.1.0
 ARG REVISION=unknown

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# What the image holds, into a virtual environment: the Dockerfile's steps, and those of tests/container/test_install.py.
+# What the image holds, into a virtual environment: the Dockerfile's steps, and those of tests/container/test_image_install.py.
 #
 #   container/install.sh VENV dependencies [uv pip install's options]   the libraries, at the versions of requirements.lock
-#   container/install.sh VENV package FOLDER                            the package: its wheel in FOLDER, and in VENV
+#   container/install.sh VENV wheel FOLDER                              the package as a wheel, into FOLDER
+#   container/install.sh VENV package FOLDER                            the wheel of FOLDER
 #
 # VARIANT is cpu (torch from TORCH_INDEX, which has builds without CUDA) or cuda (torch as the package index has it).
 # PYPI_INDEX and TORCH_INDEX name mirrors, where the public indexes cannot be reached.
@@ -13,7 +14,7 @@ shift 2
 variant=${VARIANT:-cpu}
 pypi=${PYPI_INDEX:-https://pypi.org/simple}
 extras=(--extra offline --extra onnx)
-export UV_LINK_MODE=copy PYC_INVALIDATION_MODE=unchecked-hash  # a file's time says nothing in an image
+export UV_LINK_MODE=copy PYC_INVALIDATION_MODE=UNCHECKED_HASH  # a file's time says nothing in an image
 export UV_SYSTEM_CERTS=1  # a plant's own authority, where the base image has it
 
 install() {
@@ -37,10 +38,13 @@ dependencies() {
     fi
 }
 
+wheel() {
+    python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir "$1" .
+}
+
 package() {
-    uv build --quiet --wheel --no-build-isolation --python "$(command -v python)" --out-dir "$1"
-    uv pip install --python "$venv/bin/python" --no-deps --no-index --compile-bytecode "$1"/focus_ray-*.whl
-    uv pip check --python "$venv/bin/python"
+    python -m pip --python "$venv/bin/python" install --quiet --no-cache-dir --no-index --no-deps "$1"/focus_ray-*.whl
+    python -m pip --python "$venv/bin/python" check
 }
 
 "$step" "$@"

