@@ -24,17 +24,20 @@ COPY focus_ray focus_ray
 RUN container/install.sh /opt/focus-ray wheel /wheel
 
 FROM ${PYTHON_IMAGE}
-# KubeRay's probes are `bash -c "wget ... | grep success"`. Which wget is the base image's to say, with its digest:
+# gigabytes that stay as they are when the sources change; the wheel comes last
+COPY --from=libraries /opt/focus-ray /opt/focus-ray
+# KubeRay's probes are `bash -c "wget ... | grep success"`; `ray up` wants openssh-client and rsync too
+ARG SYSTEM_PACKAGES=wget
+# the packages' versions are not pinned: they are those of the day, with Debian's mends
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends wget \
+    && echo "${SYSTEM_PACKAGES}" | xargs apt-get install --yes --no-install-recommends \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --gid 0 --create-home --home-dir /home/focus --shell /bin/bash focus \
     && mkdir /home/focus/secrets \
     && chown --recursive 1000:0 /home/focus \
-    && chmod --recursive g=u /home/focus
-# gigabytes that stay as they are when the sources change, then the wheel
-COPY --from=libraries /opt/focus-ray /opt/focus-ray
+    && chmod --recursive g=u /home/focus \
+    && echo 'PATH=/opt/focus-ray/bin:$PATH' > /etc/profile.d/focus-ray.sh
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     --mount=type=bind,from=wheel,source=/source/container,target=/source/container \
     /source/container/install.sh /opt/focus-ray package /wheel

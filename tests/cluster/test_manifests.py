@@ -245,3 +245,25 @@ def test_ray_up_fits_rays_schema() -> None:
     assert sum(node.get("max_workers", 0) for node in config["available_node_types"].values()) <= config["max_workers"]
     with pytest.raises(Exception, match="max_worker"):
         validate_config(prepare_config({**config, "max_worker": 3}))
+
+
+def test_ray_up_runs_the_image_and_installs_nothing() -> None:
+    config = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
+    assert "setup_commands" not in config
+    images = [config["docker"]["image"]]
+    images += [node["docker"]["worker_image"] for node in config["available_node_types"].values() if "docker" in node]
+    assert [image.rpartition("-")[2] for image in images] == ["cpu", "cuda"]
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_nodes_with_gpus_and_only_they_run_the_cuda_variant_as_the_images_user(kind: str) -> None:
+    spec = ray_cluster_specs()[kind]
+    templates = [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    if kind == "RayJob":
+        templates.append(of_kind("RayJob")[0]["spec"]["submitterPodTemplate"])
+    for template in templates:
+        for container in template["spec"]["containers"]:
+            wanted = "cuda" if "nvidia.com/gpu" in container["resources"]["limits"] else "cpu"
+            assert container["image"].endswith(f"-{wanted}")
+            security = container["securityContext"]
+            assert (security["runAsNonRoot"], security["runAsUser"], security["runAsGroup"]) == (True, 1000, 0)

@@ -279,7 +279,7 @@ def test_the_image_has_every_extra_that_its_roles_need() -> None:
 
 def test_the_manifests_run_the_images_user_and_versions() -> None:
     text = "".join(path.read_text() for path in sorted((CONFIGS / "cluster").glob("*.yaml")))
-    images = set(re.findall(r"\S*/focus-ray:\S+", text))
+    images = set(re.findall(r"[\w.]+/focus-ray:[\w.-]+", text))
     assert images == {f"registry.example/focus-ray:{__version__}-{variant}" for variant in ("cpu", "cuda")}
     assert set(re.findall(r"rayVersion: (\S+)", text)) == {locked()["ray"]}
     assert set(re.findall(r"runAsUser: (\d+)", text)) == {str(user()[0])}
