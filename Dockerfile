@@ -29,15 +29,15 @@ COPY --from=libraries /opt/focus-ray /opt/focus-ray
 # KubeRay's probes are `bash -c "wget ... | grep success"`; `ray up` wants openssh-client and rsync too
 ARG SYSTEM_PACKAGES=wget
 # the packages' versions are not pinned: they are those of the day, with Debian's mends
-# hadolint ignore=DL3008
+# hadolint ignore=DL3008,SC2086
 RUN apt-get update \
-    && echo "${SYSTEM_PACKAGES}" | xargs apt-get install --yes --no-install-recommends \
+    && apt-get install --yes --no-install-recommends ${SYSTEM_PACKAGES} \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --gid 0 --create-home --home-dir /home/focus --shell /bin/bash focus \
     && mkdir /home/focus/secrets \
     && chown --recursive 1000:0 /home/focus \
     && chmod --recursive g=u /home/focus \
-    && echo 'PATH=/opt/focus-ray/bin:$PATH' > /etc/profile.d/focus-ray.sh
+    && echo "PATH=/opt/focus-ray/bin:\$PATH" > /etc/profile.d/focus-ray.sh
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     --mount=type=bind,from=wheel,source=/source/container,target=/source/container \
     /source/container/install.sh /opt/focus-ray package /wheel
