@@ -34,7 +34,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ${SYSTEM_PACKAGES} \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --gid 0 --create-home --home-dir /home/focus --shell /bin/bash focus \
-    && mkdir /home/focus/secrets \
+    && mkdir /home/focus/secrets /home/focus/work \
     && chown --recursive 1000:0 /home/focus \
     && chmod --recursive g=u /home/focus \
     && echo "PATH=/opt/focus-ray/bin:\$PATH" > /etc/profile.d/focus-ray.sh
@@ -59,7 +59,8 @@ ENV PATH=/opt/focus-ray/bin:$PATH \
     RAY_USAGE_STATS_ENABLED=0
 # a number: Kubernetes cannot tell whether a name is root's
 USER 1000:0
-WORKDIR /home/focus
+# empty: `focus-ray submit` sends the folder that it is called in
+WORKDIR /home/focus/work
 # no entry point: `ray start`, `focus-ray serve` and `python` are all said in full. No health check either: what is healthy
 # depends on what runs, so compose.yaml and KubeRay say it.
 CMD ["focus-ray", "--help"]

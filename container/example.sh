@@ -17,4 +17,4 @@ else
         echo
     done
 fi
-echo "http://127.0.0.1:8000 has the service's page; its token: docker compose exec service cat secrets/press.token"
+echo "http://127.0.0.1:8000 has the service's page; its token: docker compose exec service cat /home/focus/secrets/press.token"
