@@ -88,7 +88,11 @@ def test_a_compose_file_fits_the_specification(name: str) -> None:
     text = (REPOSITORY / name).read_text()
     compose_spec.PyCompose.from_yaml(resolved(text)).validate()
     if name == "compose.yaml":
-        for right, wrong in (("restart: ", "restrat: "), ("service_healthy", "healthy"), ("interval: 5s", "interval: 5q")):
+        for right, wrong in (
+            ("restart: ", "restrat: "),
+            ("service_healthy", "healthy"),
+            ("interval: 5s", "interval: 5q"),
+        ):
             with pytest.raises(Exception, match=r"restrat|healthy|q"):
                 compose_spec.PyCompose.from_yaml(resolved(text.replace(right, wrong)))
 
@@ -203,16 +207,27 @@ def test_prometheus_asks_every_ray_and_reads_the_alerts() -> None:
         for target in group["targets"]
         if target.endswith(":8080")
     }
-    asked |= {n for job in config["scrape_configs"] for sd in job.get("dns_sd_configs", []) for n in sd["names"] if sd["port"] == 8080}
+    asked |= {
+        n
+        for job in config["scrape_configs"]
+        for sd in job.get("dns_sd_configs", [])
+        for n in sd["names"]
+        if sd["port"] == 8080
+    }
     assert asked == {"ray-head", "ray-worker", "service"}
     there = {parts[1]: parts[0] for parts in mounts(services()["prometheus"])}
     assert [there[name] for name in config["rule_files"]] == ["./serve/alerts.yaml"]
-    assert f"--config.file={next(p for p, s in there.items() if s.endswith('prometheus.yml'))}" in services()["prometheus"]["command"]
+    assert (
+        f"--config.file={next(p for p, s in there.items() if s.endswith('prometheus.yml'))}"
+        in services()["prometheus"]["command"]
+    )
 
 
 def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     there = {parts[1]: REPOSITORY / parts[0] for parts in mounts(services()["grafana"]) if parts[0].startswith("./")}
-    (source,) = yaml.safe_load(there["/etc/grafana/provisioning/datasources/prometheus.yaml"].read_text())["datasources"]
+    (source,) = yaml.safe_load(there["/etc/grafana/provisioning/datasources/prometheus.yaml"].read_text())[
+        "datasources"
+    ]
     assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
     (provider,) = yaml.safe_load(there["/etc/grafana/provisioning/dashboards/focus-ray.yaml"].read_text())["providers"]
     home = services()["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
@@ -263,7 +278,9 @@ def test_the_build_gets_what_the_dockerfile_copies_and_nothing_else() -> None:
     ignored = (REPOSITORY / ".dockerignore").read_text().splitlines()
     kept = {line.removeprefix("!") for line in ignored if line.startswith("!")}
     assert "*" in ignored
-    copied = [line.split()[1:-1] for line in DOCKERFILE.splitlines() if line.startswith("COPY ") and "--from" not in line]
+    copied = [
+        line.split()[1:-1] for line in DOCKERFILE.splitlines() if line.startswith("COPY ") and "--from" not in line
+    ]
     assert {name.partition("/")[0] for names in copied for name in names} == kept
     assert all((REPOSITORY / name).exists() for name in kept)
 

@@ -33,7 +33,9 @@ def write_wheel(index: Path, name: str, version: str, needs: tuple[str, ...] = (
     (index / name).mkdir(parents=True)
     with zipfile.ZipFile(index / name / f"{stem}-py3-none-any.whl", "w") as wheel:
         metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        metadata += [f"Requires-Dist: {need}" for need in needs] + [f"Provides-Extra: {e}" for e in RAYS if name == "ray"]
+        metadata += [f"Requires-Dist: {need}" for need in needs] + [
+            f"Provides-Extra: {e}" for e in RAYS if name == "ray"
+        ]
         wheel.writestr(f"{stem}.dist-info/METADATA", "\n".join(metadata))
         wheel.writestr(
             f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -137,7 +139,9 @@ def test_what_the_image_installs_runs_for_a_user_without_a_home() -> None:
         subprocess.run([str(builder / "bin" / "python"), "-m", "venv", "--without-pip", str(venv)], check=True)
         path = f"{builder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         for step in (["dependencies"], ["wheel", str(wheel)], ["package", str(wheel)]):
-            subprocess.run([str(INSTALL), str(venv), *step], check=True, env={**os.environ, "VARIANT": "cuda", "PATH": path})
+            subprocess.run(
+                [str(INSTALL), str(venv), *step], check=True, env={**os.environ, "VARIANT": "cuda", "PATH": path}
+            )
         scratch.mkdir()
         os.chown(scratch, 1000, 0)
 
