@@ -10,7 +10,7 @@ else
     focus-ray submit --address http://ray-head:8265 --team press --working-dir job train quickstart data.uri=s3://plant/parts storage=s3://plant/runs name=example
     focus-ray registry publish s3://plant/registry s3://plant/runs/example --team press --alias production
     until wget -q -O /dev/null http://service:8000/readyz; do sleep 1; done
-    for image in parts/gear/test/good/000.png parts/gear/test/*/000.png; do
+    for image in parts/gear/test/*/000.png; do
         echo "$image"
         wget -q -O - --header "Authorization: Bearer $(cat /home/focus/secrets/press.token)" --header "Content-Type: image/png" \
             --post-file "$image" http://service:8000/v1/press/gear/inspect
