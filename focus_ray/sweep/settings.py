@@ -46,6 +46,7 @@ _REFUSED = {  # what a space may not hold, and why
     "data": "all trials must learn from and be judged on the same images",
     "calibration": "it does not change the score",
     "cluster": "it does not change the score",
+    "trackers": "they do not change the score",
     "selection.fraction": "all trials must be judged on the same images",
     "selection.max_images": "all trials must be judged on the same images",
 }
