@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from focus_ray.config import TrackerConfig
+from focus_ray.errors import ConfigError
 from focus_ray.kinds import TRACKERS
 from focus_ray.names import Log
 from focus_ray.tracking.base import Picture, Subject, Tracked, Tracker
@@ -29,13 +30,20 @@ class Recorder:
 
         Raises: ConfigError: a package is missing, or a place cannot be written or reached.
         """
+        self._trackers: dict[str, Tracker] = {}
         for kind, asked in settings.items():
             place = TRACKERS[kind].check(asked, storage)
+            try:
+                self._trackers[kind] = TRACKERS[kind].open(asked, storage)
+            except Exception as error:  # of any type: trackers are many packages
+                raise ConfigError(
+                    f"trackers.{kind}: {place} cannot be used ({reason_of(error)}): mend that, set trackers.{kind}.uri to "
+                    f"another place, or leave trackers.{kind} out"
+                ) from error
             log(f"{kind}: recording to {place}")
         self.log = log
         self.num_images = max((asked.num_images for asked in settings.values()), default=0)
-        self._settings, self._storage = settings, storage
-        self._trackers: dict[str, Tracker] = {}
+        self._settings = settings
         self._lost: set[str] = set()
         self._begun: dict[tuple[str, str], Tracked] = {}
         self._queue: queue.SimpleQueue[tuple[Subject, str, tuple[Any, ...]] | None] = queue.SimpleQueue()
@@ -116,8 +124,6 @@ class Recorder:
     def _hand(self, kind: str, subject: Subject, what: str, given: tuple[Any, ...]) -> None:
         if kind in self._lost:
             return
-        if kind not in self._trackers:
-            self._trackers[kind] = TRACKERS[kind].open(self._settings[kind], self._storage)
         tracker, at = self._trackers[kind], (kind, subject.key)
         if what == "whole":
             if not tracker.has(subject):
@@ -141,10 +147,8 @@ class Recorder:
         except Exception as error:  # of any type: trackers are many packages, and none may end a training
             if kind not in self._lost:
                 self._lost.add(kind)
-                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
                 self.log(
-                    f"WARNING: {kind} has failed and records nothing more of this run, which goes on: "
-                    f"{type(error).__name__}: {reason[:300]}"
+                    f"WARNING: {kind} has failed and records nothing more of this run, which goes on: {reason_of(error)}"
                 )
             for at in [at for at in self._begun if at[0] == kind]:
                 del self._begun[at]
@@ -157,3 +161,9 @@ def _tell_whole(
         tracked.curve(step, values)
     tracked.figures(figures)
     tracked.end(failed)
+
+
+def reason_of(error: Exception) -> str:
+    """An error's type and first line."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__}: {line[:300]}"

@@ -103,14 +103,14 @@ def category_subject(
     claim: bytes, config: Config, category: str, fingerprint: str | None, group: Subject | None
 ) -> Subject:
     """claim: what no other run has."""
-    tags = {**_tags(config), "category": category, "data": config.data.uri}
+    tags = {"kind": "category", **_tags(config), "category": category, "data": config.data.uri}
     if fingerprint:
         tags["data_fingerprint"] = fingerprint
     return Subject(key_of(claim, category), f"{config.name}/{category}", group, _settings(config), tags)
 
 
 def group_subject(claim: bytes, config: Config) -> Subject:
-    return Subject(key_of(claim), config.name, None, _settings(config), _tags(config))
+    return Subject(key_of(claim), config.name, None, _settings(config), {"kind": "run", **_tags(config)})
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _tags(config: Config) -> dict[str, str]:
-    tags = {"kind": "train", "run": config.name, "storage": config.storage, "focus_ray": __version__}
+    tags = {"run": config.name, "storage": config.storage, "focus_ray": __version__}
     return {**tags, "team": config.cluster.team} if config.cluster.team else tags
 
 

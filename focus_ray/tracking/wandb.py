@@ -43,7 +43,7 @@ class _Tracked:
         self.run.log({STEP: 0, "heat_maps": images})
 
     def end(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed), quiet=True)
+        self.run.finish(exit_code=int(failed))
 
 
 class _Wandb:
