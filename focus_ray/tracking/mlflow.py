@@ -23,10 +23,11 @@ from focus_ray.tracking.base import Picture, Subject, Value, local_folder, need
 _KEY = "focus_ray.key"
 _MOST = 100  # parameters, or tags, that a request may hold
 _TIMEOUT_S = 10  # of a request; MLflow's own defaults wait for minutes
-_HASTE = {
+_SETTINGS = {  # of MLflow's own variables, where they are not set
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_TIMEOUT_S),
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # which is for results
 }
 
 
@@ -136,7 +137,7 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
 
 class MLflow:
     def check(self, settings: TrackerConfig, storage: str) -> str:
-        for key, value in _HASTE.items():
+        for key, value in _SETTINGS.items():
             os.environ.setdefault(key, value)
         need("mlflow", "mlflow")
         uri, _ = _place(settings, storage)

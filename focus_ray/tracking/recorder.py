@@ -96,9 +96,10 @@ class Recorder:
         self._queue.put(None)
         self._thread.join(patience_s)
         if self._thread.is_alive():
-            waiting = ", ".join(kind for kind in self._settings if kind not in self._lost)
+            late = [kind for kind in self._settings if kind not in self._lost]
+            self._lost.update(late)
             self.log(
-                f"WARNING: {waiting}: not everything was taken within {patience_s:.0f} s; the results are not touched by it"
+                f"WARNING: {', '.join(late)}: not everything was taken within {patience_s:.0f} s; the results are not touched by it"
             )
         self._thread = None
 

@@ -14,6 +14,7 @@ from focus_ray.errors import ConfigError
 from focus_ray.tracking.base import Picture, Subject, local_folder, need
 
 STEP = "step"  # what curves are drawn over
+_TIMEOUT_S = 30  # for a server's first answer
 
 
 class _Tracked:
@@ -68,7 +69,12 @@ class _Wandb:
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(
-                console="off", silent=True, disable_git=True, save_code=False, x_disable_stats=True
+                init_timeout=_TIMEOUT_S,
+                console="off",
+                silent=True,
+                disable_git=True,
+                save_code=False,
+                x_disable_stats=True,
             ),
         )
         return _Tracked(run, subject)
