@@ -99,7 +99,7 @@ class Recorder:
             late = [kind for kind in self._settings if kind not in self._lost]
             self._lost.update(late)
             self.log(
-                f"WARNING: {', '.join(late)}: not everything was taken within {patience_s:.0f} s; the results are not touched by it"
+                f"WARNING: {', '.join(late)}: not everything was taken within {patience_s:.0f} s; the results do not hang on it"
             )
         self._thread = None
 
