@@ -49,11 +49,11 @@ def data(asked: Asked) -> Result | None:
     return ok(f"{settings.uri}: {len(told)} categories: {'; '.join(text for _, text in told)}")
 
 
-def trackers(asked: Asked) -> Result | None:
+def trackers(asked: Asked) -> Result:
     """Every tracker that is asked for. Raises: ConfigError: one's package is missing, or its place is not to be had."""
     settings, uri = asked.config.trackers, asked.config.storage
     if not settings:
-        return None
+        return ok("none is asked for")
     return ok("; ".join(f"{kind}: {TRACKERS[kind].check(one, uri)}" for kind, one in settings.items()))
 
 
