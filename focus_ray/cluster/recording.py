@@ -22,8 +22,8 @@ def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequ
         output: of the evaluation, beside which trackers keep their files where the bundles are in no run's folder.
         overrides: trackers.KIND.KEY=value.
 
-    Raises: ConfigError: one is of another section, or does not fit; or a tracker that one asks for cannot be used. One that only
-        the training asked for is told of, and done without.
+    Raises: ConfigError, MissingPackageError: one is of another section, or does not fit, or a tracker that one asks for cannot be
+        used. One that only the training asked for is told of, and done without.
     """
     wrong = [word for word in overrides if word.partition("=")[0].strip().partition(".")[0] != "trackers"]
     if wrong:
@@ -38,12 +38,13 @@ def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequ
             continue
     else:
         return Recorder({}, output, log)
-    config = parse_config(override_tree(dict(tree), list(overrides)), "trackers")
+    asked = override_tree({"data": {"uri": "-"}, "trackers": dict(tree.get("trackers", {}))}, list(overrides))
+    trackers = parse_config(asked, "trackers").trackers
     root = bundle.rstrip("/").rpartition("/bundles/")[0]
     storage = root.rpartition("/")[0] or output
     try:
-        return Recorder(config.trackers, storage, log)
-    except ConfigError as error:
+        return Recorder(trackers, storage, log)
+    except FocusRayError as error:
         if overrides:
             raise
         log(f"WARNING: not recorded as the training was: {error}")

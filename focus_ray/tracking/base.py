@@ -5,7 +5,6 @@ A new tracker is a file with a `TrackerKind`, and its line in `focus_ray.kinds.T
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,20 +74,13 @@ class TrackerKind(Protocol):
     """What `focus_ray.kinds.TRACKERS` names. storage: of the runs, below which a tracker keeps its files unless told."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
-        """Returns: its place. Raises: ConfigError: its package is missing, or the place cannot be written or reached."""
+        """Returns: its place. Imports nothing heavy.
+
+        Raises: MissingPackageError: its extra is not installed.  ConfigError: the place cannot be written or reached.
+        """
 
     def open(self, settings: TrackerConfig, storage: str) -> Tracker:
         """Of settings that were checked."""
-
-
-def need(package: str, extra: str) -> Any:
-    """The package. Raises: ConfigError: it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"trackers.{extra}: {error}: pip install 'focus-ray[{extra}]', or leave trackers.{extra} out"
-        ) from error
 
 
 def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 
 from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError
-from focus_ray.tracking.base import Picture, Subject, Value, local_folder, need
+from focus_ray.extras import require_extra
+from focus_ray.tracking.base import Picture, Subject, Value, local_folder
 
 _KEY = "focus_ray.key"
 _MOST = 100  # parameters, or tags, that a request may hold
@@ -139,7 +140,7 @@ class MLflow:
     def check(self, settings: TrackerConfig, storage: str) -> str:
         for key, value in _SETTINGS.items():
             os.environ.setdefault(key, value)
-        need("mlflow", "mlflow")
+        require_extra("mlflow", "trackers.mlflow")
         uri, _ = _place(settings, storage)
         if uri.startswith(("http://", "https://")):
             _reach(uri)
@@ -157,8 +158,6 @@ def _place(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
     if "://" in uri:
         return uri, None
     folder = local_folder("mlflow", settings.model_copy(update={"uri": uri or None}), storage)
-    need("sqlalchemy", "mlflow")
-    need("alembic", "mlflow")
     path = Path(folder).absolute()
     return f"sqlite:///{path}/mlflow.db", (path / "artifacts").as_uri()
 

@@ -28,7 +28,7 @@ class Recorder:
         """
         Args: storage: of the runs, where a tracker keeps its files unless told.
 
-        Raises: ConfigError: a package is missing, or a place cannot be written or reached.
+        Raises: MissingPackageError: a tracker's extra is not installed.  ConfigError: a place cannot be written or reached.
         """
         self._trackers: dict[str, Tracker] = {}
         for kind, asked in settings.items():

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.config import TrackerConfig
-from focus_ray.tracking.base import Picture, Subject, local_folder, need
+from focus_ray.extras import require_extra
+from focus_ray.tracking.base import Picture, Subject, local_folder
 
 _KEY = "subject.key"  # file beside the events: whose they are
 _FLUSH_S = 10
@@ -89,7 +90,7 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 class TensorBoard:
     def check(self, settings: TrackerConfig, storage: str) -> str:
-        need("tensorboardX", "tensorboard")
+        require_extra("tensorboard", "trackers.tensorboard")
         return local_folder("tensorboard", settings, storage)
 
     def open(self, settings: TrackerConfig, storage: str) -> _TensorBoard:

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError
-from focus_ray.tracking.base import Picture, Subject, local_folder, need
+from focus_ray.extras import require_extra
+from focus_ray.tracking.base import Picture, Subject, local_folder
 
 STEP = "step"  # what curves are drawn over
 _TIMEOUT_S = 30  # for a server's first answer
@@ -98,7 +99,7 @@ def _mode(settings: TrackerConfig) -> str:
 
 class Wandb:
     def check(self, settings: TrackerConfig, storage: str) -> str:
-        need("wandb", "wandb")
+        require_extra("wandb", "trackers.wandb")
         mode = _mode(settings)
         return f"{local_folder('wandb', settings, storage)} ({mode})"
 

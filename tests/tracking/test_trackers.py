@@ -21,7 +21,7 @@ from focus_ray.cli.main import main
 from focus_ray.cluster.evaluation import evaluate_bundles
 from focus_ray.cluster.training import train
 from focus_ray.config import Config, TrackerConfig, parse_config
-from focus_ray.errors import ConfigError, TrainingError
+from focus_ray.errors import ConfigError, MissingPackageError, TrainingError
 from focus_ray.kinds import METRICS, TRACKERS
 from focus_ray.storage import remove_file
 from focus_ray.sweep.driver import resume, sweep
@@ -342,7 +342,9 @@ def test_a_missing_package_is_told_before_anything_is_made(
     kind: str, package: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ConfigError, match=rf"trackers.{kind}: .*: pip install 'focus-ray\[{kind}\]'"):
+    with pytest.raises(
+        MissingPackageError, match=rf"trackers.{kind} needs {package}, .*: pip install 'focus-ray\[{kind}\]'"
+    ):
         train(config_of(data, tmp_path / "runs", {kind: {}}))
     assert not (tmp_path / "runs").exists()
 
@@ -445,7 +447,7 @@ def test_an_evaluation_goes_on_without_what_only_its_training_asked_for(
     report = evaluate_bundles(one, str(tmp_path), max_side_px=64, exact_pixels=10**9, log=lines.append)
     assert report.results["gear"]["image_auroc"] == run.results["gear"]["image_auroc"]
     (warning,) = [line for line in lines if "WARNING" in line]
-    assert "not recorded as the training was: trackers.mlflow" in warning
+    assert "not recorded as the training was: trackers.mlflow needs mlflow" in warning
 
 
 # On Ray
