@@ -150,6 +150,8 @@ def fit(
     tree = _settings(settings)
     tree.setdefault("data", {})
     config = _parse(tree, str(root / "data"))
+    if config.trackers:
+        raise ConfigError("trackers: fit records nothing; `focus-ray fit` and `focus-ray train` do: leave it out")
     check_ingredients(config)
     data, category = _ingested(images, root)
     config = _parse(tree, data)

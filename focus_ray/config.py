@@ -16,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from focus_ray.errors import ConfigError
-from focus_ray.kinds import BACKBONES, DENSITIES
+from focus_ray.kinds import BACKBONES, DENSITIES, TRACKERS
 from focus_ray.names import NAME
 
 Group = Literal[
@@ -33,6 +33,7 @@ Layer = Literal["layer1", "layer2", "layer3"]
 Precision = Literal["auto", "fp32", "bf16"]
 BackboneName = Annotated[str, AfterValidator(BACKBONES.check)]
 DensityName = Annotated[str, AfterValidator(DENSITIES.check)]
+TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
 Polygon = tuple[tuple[float, float], ...]
 
 
@@ -542,6 +543,40 @@ class ClusterConfig(Section):
         return self
 
 
+class TrackerConfig(Section):
+    """An experiment tracker that is told settings, figures and heat maps (docs/use/trackers.md)."""
+
+    uri: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A local folder, or for mlflow a tracking server, as http://host:5000, or a database's URI. null: what "
+        "MLFLOW_TRACKING_URI says, for mlflow; else trackers/KEY below storage. Never with a password: trackers take theirs from "
+        "environment variables of their own.",
+    )
+    project: str = Field(
+        default="focus-ray", min_length=1, max_length=128, description="MLflow's experiment, W&B's project."
+    )
+    mode: Literal["auto", "online", "offline"] = Field(
+        default="auto",
+        description="wandb: offline writes files, which `wandb sync` uploads. auto: what WANDB_MODE says; else online where "
+        "WANDB_API_KEY is set, and offline where it is not.",
+    )
+    num_images: int = Field(
+        default=6, ge=0, le=12, description="Heat maps of test images that an evaluation hands over, a category."
+    )
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and "@" in value.partition("://")[2].partition("/")[0]:
+            shown = f"{value.partition('://')[0]}://...@{value.rpartition('@')[2]}"
+            raise ValueError(
+                f"{shown} holds a user or password, which would be written into every bundle: leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI in uri's place"
+            )
+        return value
+
+
 class Config(Section):
     """Everything that decides what a run makes."""
 
@@ -559,6 +594,18 @@ class Config(Section):
     selection: SelectionConfig = SelectionConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     cluster: ClusterConfig = ClusterConfig()
+    trackers: dict[TrackerName, TrackerConfig] = Field(
+        default={},
+        description="Experiment trackers, each with its settings: trackers.mlflow={} takes its defaults, trackers={} is none.",
+    )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _by_defaults(cls, value: Any) -> Any:
+        """A name with nothing after it takes the defaults."""
+        if not isinstance(value, dict):
+            return value
+        return {name: {} if settings is None else settings for name, settings in value.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -15,6 +15,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     "train": ("jinja2", "matplotlib", "sklearn"),
     "ray": ("aiohttp", "fastapi", "multipart", "optuna", "ray", "starlette"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "mlflow": ("alembic", "mlflow", "sqlalchemy"),
+    "tensorboard": ("tensorboardX",),
+    "wandb": ("wandb",),
 }
 
 

@@ -1,4 +1,4 @@
-"""The kinds there are of densities, backbones, importers and metrics: a new one is a file of its own and a line here."""
+"""The kinds there are of densities, backbones, importers, metrics and trackers: a new one is a file and a line here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from focus_ray.density.base import DensityKind
     from focus_ray.evaluation.metrics import Metric
     from focus_ray.model.backbones.base import BackboneSpec
+    from focus_ray.tracking.base import TrackerKind
 
 T = TypeVar("T")
 
@@ -88,5 +89,14 @@ METRICS: Kinds[Metric] = Kinds(
         "aupro_0.05": "focus_ray.evaluation.metrics:AUPRO_005",
         "false_positive_rate": "focus_ray.evaluation.metrics:FALSE_POSITIVE_RATE",
         "recall": "focus_ray.evaluation.metrics:RECALL",
+    },
+)
+
+TRACKERS: Kinds[TrackerKind] = Kinds(
+    "tracker",
+    {
+        "mlflow": "focus_ray.tracking.mlflow:MLFLOW",
+        "tensorboard": "focus_ray.tracking.tensorboard:TENSORBOARD",
+        "wandb": "focus_ray.tracking.wandb:WANDB",
     },
 )

@@ -9,7 +9,7 @@ import sys
 import pytest
 from places import REPOSITORY
 
-from focus_ray.config import parse_config
+from focus_ray.config import TrackerConfig, parse_config
 from focus_ray.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import BACKBONES
@@ -32,7 +32,8 @@ def test_every_setting_has_a_description(title: str) -> None:
 
 
 def test_every_key_of_a_run_is_there_and_no_other() -> None:
-    assert set(RUN) == set(leaf_keys())
+    assert {key for key in RUN if ".KEY." not in key} == set(leaf_keys())
+    assert {key for key in RUN if ".KEY." in key} == {f"trackers.KEY.{key}" for key in TrackerConfig.model_fields}
 
 
 def test_defaults_are_those_that_a_run_gets() -> None:

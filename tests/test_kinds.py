@@ -14,10 +14,16 @@ from focus_ray.cli.main import main
 from focus_ray.config import parse_config
 from focus_ray.data.ingest import ingest
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.kinds import BACKBONES, DENSITIES, IMPORTERS, METRICS, Kinds
+from focus_ray.kinds import BACKBONES, DENSITIES, IMPORTERS, METRICS, TRACKERS, Kinds
 from focus_ray.sweep.settings import SweepConfig
 
-TABLES: dict[str, Kinds] = {"density": DENSITIES, "backbone": BACKBONES, "format": IMPORTERS, "metric": METRICS}
+TABLES: dict[str, Kinds] = {
+    "density": DENSITIES,
+    "backbone": BACKBONES,
+    "format": IMPORTERS,
+    "metric": METRICS,
+    "tracker": TRACKERS,
+}
 
 
 @pytest.fixture

@@ -40,15 +40,17 @@ ROOMS: dict[str, set[str]] = {
     "client": {"errors"},
     "samples": {"errors"},
     "config": {"errors", "names", "kinds"},
+    "tracking": GROUND,
     "data": GROUND,
     "model": GROUND,
     "density": GROUND,
     "evaluation": GROUND | {"data"},
     "fitting": GROUND | {"data", "model", "density", "evaluation"},
-    "bundle": GROUND | {"data", "model", "density", "evaluation", "fitting"},
+    "bundle": GROUND | {"data", "model", "density", "evaluation", "fitting", "tracking"},
     "reporting": GROUND | {"data", "evaluation", "bundle"},
-    "cluster": GROUND | {"data", "fitting", "bundle", "reporting"},
-    "sweep": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle", "reporting", "cluster"},
+    "cluster": GROUND | {"data", "evaluation", "fitting", "bundle", "reporting", "tracking"},
+    "sweep": GROUND
+    | {"data", "model", "density", "evaluation", "fitting", "bundle", "reporting", "cluster", "tracking"},
     "submission": GROUND | {"cluster", "sweep"},
     "serving": GROUND | {"data", "evaluation", "fitting", "bundle", "cluster"},
     "api": GROUND | {"standard", "data", "evaluation", "fitting", "bundle"},
@@ -75,6 +77,9 @@ MAY_IMPORT = {
     }
     | {"sweep.shared", "sweep.trial", "sweep.worker", "serving.models", "serving.scorer", "doctor.machine"},
     "boto3": {"s3_settings", "storage"},
+    "mlflow": {"tracking.mlflow"},
+    "tensorboardX": {"tracking.tensorboard"},
+    "wandb": {"tracking.wandb"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

@@ -18,6 +18,7 @@ from focus_ray.data.split import Split
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.state import Figures, OnEpoch, TrainState
 from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
+from focus_ray.tracking.runs import TrainingRecord
 
 STATE_FILE = "state.pt"
 _DECODERS = 8  # threads, at most, of a training in this process
@@ -112,10 +113,13 @@ def train_here(
     root: str,
     log: Callable[[str], None],
     raise_at_once: bool = False,
+    told: TrainingRecord | None = None,
 ) -> dict[str, str]:
     """Trains categories one after the other in this process, as one worker on a cluster would, to the last digit.
 
-    Args: raise_at_once: let a category's error through, in place of going on with the others.
+    Args:
+        raise_at_once: let a category's error through, in place of going on with the others.
+        told: of epochs and of how each category ends.
 
     Returns: category -> reason, of those that failed.
     """
@@ -126,21 +130,34 @@ def train_here(
         category, start = split.category, time.monotonic()
         log(f"{category}: training in this process, category {number} of {len(splits)}")
         try:
-            _train_one(config, split, root, device, lambda text, name=category: log(f"{name}: {text}"))  # type: ignore[misc]
+            _train_one(config, split, root, device, lambda text, name=category: log(f"{name}: {text}"), told)  # type: ignore[misc]
         except Exception as error:  # one category's failure must not end the others; it is reported at the end
             if raise_at_once:
                 raise
             failed[category] = f"{type(error).__name__}: {error}"
             log(f"{category}: FAILED: {failed[category]}")
+            if told is not None:
+                told.failed(category, failed[category])
         else:
             log(f"{category}: done in {time.monotonic() - start:.0f} s, {bundle_place(root, category)}")
+            if told is not None:
+                told.trained(category, bundle_place(root, category))
     return failed
 
 
-def _train_one(config: Config, split: Split, root: str, device: torch.device, log: Callable[[str], None]) -> None:
+def _train_one(
+    config: Config,
+    split: Split,
+    root: str,
+    device: torch.device,
+    log: Callable[[str], None],
+    told: TrainingRecord | None,
+) -> None:
     place = join(root, "train", split.category)
 
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
+        if told is not None:
+            told.epoch(split.category, figures)
         if (epoch + 1) % config.train.checkpoint_every_epochs and epoch + 1 != config.train.epochs:
             return
         content = io.BytesIO()

@@ -27,6 +27,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         version=arguments.version_of,
         num_workers=arguments.workers,
         resume=arguments.resume,
+        trackers=arguments.override,
     )
 
 
@@ -40,6 +41,7 @@ def evaluate_run(
     version: str = "latest",
     num_workers: int | None = None,
     resume: bool = False,
+    trackers: Sequence[str] = (),
 ) -> int:
     """Measures all bundles of a place, tells the figures and writes the reports. Returns: the exit status."""
     say(f"evaluate: {place}")
@@ -56,6 +58,7 @@ def evaluate_run(
         exact_pixels=int(exact_megapixels * 1e6),
         num_workers=num_workers,
         resume=resume,
+        trackers=trackers,
         log=say,
     )
     print(report.table)

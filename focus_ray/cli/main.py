@@ -103,6 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure bundles on the labelled test images")
     evaluate.add_argument("bundles", help="a bundle, a run's folder, or a registry or a team's folder of one")
+    evaluate.add_argument(
+        "override",
+        nargs="*",
+        help="trackers.KIND.KEY=value (default: recorded as the training was); trackers={} for nowhere",
+    )
     evaluate.add_argument("--data", help="Parquet data set (default: the one they were trained from)")
     evaluate.add_argument(
         "--output", help="folder for report.html, .md and .json (default: report/ beside the bundles)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from focus_ray.bundle.measuring import (
 from focus_ray.cluster.connect import connect, runs_here
 from focus_ray.cluster.pool import Failed
 from focus_ray.cluster.preflight import probe_nodes
+from focus_ray.cluster.recording import evaluation_recorder, record_results
 from focus_ray.cluster.scorers import Bundles, Scorers
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import FocusRayError
@@ -232,7 +233,7 @@ class Evaluation:
         measured = [category for category, result in results.items() if "error" not in result]
         pages = {}
         for category in measured:
-            section = self._section(category)
+            section = self.section(category)
             if len(results) > WHOLE_PAGE:
                 pages[category] = f"{CATEGORIES}/{category}.html"
                 page = evaluation_page({category: results[category]}, {category: section})
@@ -242,7 +243,8 @@ class Evaluation:
         write_bytes(join(self.settings.output, "report.html"), evaluation_page(results, sections, pages))
         return {category: section.caveats for category, section in sections.items()}
 
-    def _section(self, category: str) -> Section:
+    def section(self, category: str) -> Section:
+        """A measured category's part of the page, with its pictures."""
         return section_from_dict(json.loads(read_bytes(self.jobs[category].record))["section"])
 
 
@@ -265,6 +267,7 @@ def evaluate_bundles(
     part_images: int = PART_IMAGES,
     num_workers: int | None = None,
     resume: bool = False,
+    trackers: Sequence[str] = (),
     log: Callable[[str], None] = lambda message: None,
 ) -> Report:
     """Measures bundles on their labelled test images, and writes report.html, .md and .json, and results image by image.
@@ -277,21 +280,24 @@ def evaluate_bundles(
         exact_pixels: of a category's maps, up to which all are kept; of more, pixels are counted in bins.
         part_images: scored together, about.  num_workers: None for one here, or as many as the cluster has room for.
         resume: go on with the evaluation in `output`: what is of the same bundles, images and settings stays.
+        trackers: trackers.KIND.KEY=value, where it is not to be recorded as the training was.
 
-    Raises: DataError, TrainingError: the output cannot be written, or the cluster has no room for a worker. What is wrong
-        with one category stands in its result.
+    Raises: DataError, TrainingError: the output cannot be written, or the cluster has no room for a worker. ConfigError: a
+        tracker that is asked for cannot be used. What is wrong with one category stands in its result.
     """
     bundles = {category: absolute_place(uri) for category, uri in bundles.items()}
     settings = Settings(
         absolute_place(output), data and absolute_place(data), max_side_px, exact_pixels, part_images, resume
     )
+    recorder = evaluation_recorder(bundles, settings.output, trackers, log)
     evaluation = Evaluation(bundles, settings, log)
     try:
         _run(evaluation, num_workers)
     finally:  # interrupted, or the storage went away: what is known stays
         evaluation.save()
-    table = evaluation.write_tables()
-    return Report(evaluation.ordered(), table, evaluation.write_pages())
+    report = Report(evaluation.ordered(), evaluation.write_tables(), evaluation.write_pages())
+    record_results(recorder, bundles, report.results, evaluation.section, log)
+    return report
 
 
 def _run(evaluation: Evaluation, num_workers: int | None) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from focus_ray.bundle.make import STATE_FILE, bundle_place, make_bundle, set_rep
 from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, uses_gpu
 from focus_ray.cluster.failures import reason_of
-from focus_ray.cluster.messages import Messages
+from focus_ray.cluster.messages import Messages, epoch_callback
 from focus_ray.cluster.ownership import SignOfLife, check_resumable, write_fingerprints
 from focus_ray.cluster.pool import Failed, Pool
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
@@ -49,10 +50,13 @@ from focus_ray.storage import (
     retrying,
     write_bytes,
 )
+from focus_ray.tracking.base import leaves
+from focus_ray.tracking.recorder import Recorder
+from focus_ray.tracking.runs import CLAIM, TrainingRecord
 
 RUN_CONFIG = "config.yaml"
 # settings that change how a run goes, not what comes of a category
-_FREE = ("cluster.", "data.memory_budget_mb", "data.categories", "train.checkpoint_every_epochs")
+_FREE = ("cluster.", "trackers", "data.memory_budget_mb", "data.categories", "train.checkpoint_every_epochs")
 _LISTEN_S = 1.0  # between two looks at what workers tell
 SHARED_METRIC = "metric.safetensors"
 
@@ -122,6 +126,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     for category in sorted(set(categories) - set(todo)):
         log(f"{category}: already there, {bundles[category]}")
     if todo:
+        recorder = Recorder(config.trackers, config.storage, log)
         here = runs_here(config.cluster)
         limit = 1
         if here:
@@ -130,13 +135,16 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
             limit = _join_cluster(config, root, {c: splits[c] for c in todo}, log)
         _claim(root, resume, fingerprints)
         write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
+        told = TrainingRecord(recorder, config, root, fingerprints, several=len(categories) > 1)
         alive = SignOfLife(root)
         state = "failed"
         try:
             mine = [splits[c] for c in todo]
-            failed = train_here(config, mine, root, log) if here else _run_all(config, root, mine, limit, log)
+            run = train_here if here else functools.partial(_run_all, limit=limit)
+            failed = run(config, mine, root, log, told=told)
             state = "failed" if failed else "finished"
         finally:
+            told.close(failed=state == "failed")
             alive.close(state)
         if failed:
             raise TrainingError(
@@ -176,15 +184,20 @@ def learns_metric(config: Config) -> bool:
 
 
 def _run_all(
-    config: Config, root: str, splits: Sequence[Split], limit: int, log: Callable[[str], None]
+    config: Config,
+    splits: Sequence[Split],
+    root: str,
+    log: Callable[[str], None],
+    told: TrainingRecord,
+    limit: int,
 ) -> dict[str, str]:
     """Trains the categories, `limit` at a time. Returns: the reasons of those that failed."""
     use_gpu = uses_gpu(config.cluster)
     messages = Messages()
     jobs = [CategoryJob(config, split, use_gpu, root, messages) for split in splits]
     if in_pool(config):
-        return _run_pool(jobs, min(limit, len(jobs)), log)
-    return _run_trainers(config, {job.category: job for job in jobs}, limit, log)
+        return _run_pool(jobs, min(limit, len(jobs)), log, told)
+    return _run_trainers(config, {job.category: job for job in jobs}, limit, log, told)
 
 
 def in_pool(config: Config) -> bool:
@@ -192,7 +205,9 @@ def in_pool(config: Config) -> bool:
     return config.train.epochs == 0 and config.cluster.num_workers == 1
 
 
-def _run_pool(jobs: Sequence[CategoryJob], num_workers: int, log: Callable[[str], None]) -> dict[str, str]:
+def _run_pool(
+    jobs: Sequence[CategoryJob], num_workers: int, log: Callable[[str], None], told: TrainingRecord
+) -> dict[str, str]:
     """By workers that take one category after the other. Returns: the reasons of those that failed."""
     first = jobs[0]
     log(f"{len(jobs)} categories, {num_workers} at a time")
@@ -203,8 +218,11 @@ def _run_pool(jobs: Sequence[CategoryJob], num_workers: int, log: Callable[[str]
         if isinstance(outcome, Failed):
             failed[job.category] = outcome.reason
             log(f"{job.category}: FAILED: {outcome.reason}")
+            told.failed(job.category, outcome.reason)
         else:
-            log(f"{job.category}: done in {outcome:.0f} s, {bundle_place(job.root, job.category)}")
+            place = bundle_place(job.root, job.category)
+            log(f"{job.category}: done in {outcome:.0f} s, {place}")
+            told.trained(job.category, place)
 
     def listen() -> None:
         first.messages.show(log)
@@ -232,7 +250,7 @@ def decoders(config: Config) -> int:
 
 
 def _run_trainers(
-    config: Config, jobs: Mapping[str, CategoryJob], limit: int, log: Callable[[str], None]
+    config: Config, jobs: Mapping[str, CategoryJob], limit: int, log: Callable[[str], None], told: TrainingRecord
 ) -> dict[str, str]:
     """By a trainer of Ray Train each. Returns: the reasons of those that failed."""
     import ray
@@ -251,31 +269,36 @@ def _run_trainers(
             log(f"{category}: training with {config.cluster.num_workers} worker(s)")
             running[task.remote(jobs[category])] = (category, time.monotonic())
         done, _ = ray.wait(list(running), num_returns=1, timeout=_LISTEN_S)
-        messages.show(log)
+        messages.show(log, told.epoch)
         if not done:
             continue
         category, since = running.pop(done[0])
+        place = bundle_place(jobs[category].root, category)
         try:
             ray.get(done[0])
-            place = bundle_place(jobs[category].root, category)
-            log(f"{category}: done in {time.monotonic() - since:.0f} s, {place}")
         except Exception as error:  # one category's failure must not end the others; it is reported at the end
             failed[category] = reason_of(error)
             log(f"{category}: FAILED: {failed[category]}")
+            told.failed(category, failed[category])
+        else:
+            log(f"{category}: done in {time.monotonic() - since:.0f} s, {place}")
+            told.trained(category, place)
     messages.show(log)
     return failed
 
 
 def _run_category(job: CategoryJob) -> None:
     """Trains one category; runs as a Ray task, so that several trainers can wait side by side."""
-    make_trainer(_worker, job, join(job.root, "train"), job.category).fit()
+    callbacks = [epoch_callback(job.messages, job.category)] if job.config.trackers else []
+    make_trainer(_worker, job, join(job.root, "train"), job.category, callbacks).fit()
 
 
-def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str) -> Any:
+def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str, callbacks: Sequence[Any] = ()) -> Any:
     """A TorchTrainer of one category as its configuration asks.
 
     Args:
         worker: what every worker runs, given the job.  place: where the trainer keeps checkpoints, below `name`.
+        callbacks: of Ray Train.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -307,6 +330,7 @@ def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str) -> A
                 max_failures=config.cluster.max_failures, controller_failure_limit=config.cluster.max_failures
             ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=list(callbacks) or None,
         ),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
@@ -390,6 +414,10 @@ def absolute(config: Config) -> Config:
             "data": config.data.model_copy(update={"uri": absolute_place(config.data.uri), "regions": regions}),
             "model": config.model.model_copy(update={"weights": weights}),
             "density": config.density.model_copy(update={"metric": metric and absolute_place(metric)}),
+            "trackers": {
+                kind: one.model_copy(update={"uri": one.uri and absolute_place(one.uri)})
+                for kind, one in config.trackers.items()
+            },
         }
     )
 
@@ -397,7 +425,7 @@ def absolute(config: Config) -> Config:
 def _claim(root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
     """Makes the folder this run's. Raises: TrainingError: another run of the name, started at the same time, was first."""
     mine = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
-    if create_bytes(join(root, "claim.json"), mine):
+    if create_bytes(join(root, CLAIM), mine):
         write_fingerprints(root, fingerprints)
     elif not resume:
         raise TrainingError(
@@ -434,18 +462,10 @@ def _begun(root: str) -> set[str]:
 
 def differing_keys(former: Config, config: Config) -> list[str]:
     """Settings that change a result and are not the same, each with both values."""
-    was, now = (dict(_leaves(one.model_dump(mode="json"))) for one in (former, config))
+    was, now = (dict(leaves(one.model_dump(mode="json"))) for one in (former, config))
     return [
         f"{key} was {was.get(key)}, is {now.get(key)}"
         for key in sorted({*was, *now})
         if was.get(key) != now.get(key)
         and (not key.startswith(_FREE) or (key == "cluster.num_workers" and config.train.epochs > 0))
     ]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

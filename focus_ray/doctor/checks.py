@@ -28,6 +28,7 @@ CHECKS: dict[str, Check] = {
     "storage": places.storage,
     "data set": places.data,
     "weights": places.weights,
+    "trackers": places.trackers,
 }
 
 

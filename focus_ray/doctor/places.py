@@ -14,6 +14,7 @@ from focus_ray.data.regions import frame_of
 from focus_ray.data.store import Store, open_store
 from focus_ray.doctor.finding import Asked, Result, failed, ok
 from focus_ray.doctor.machine import there
+from focus_ray.kinds import TRACKERS
 from focus_ray.storage import is_s3, open_filesystem, probe
 
 TIMEOUT_S = 5.0
@@ -46,6 +47,14 @@ def data(asked: Asked) -> Result | None:
     if damaged:
         return failed(f"{settings.uri}: {'; '.join(damaged)}", "ingest these categories again")
     return ok(f"{settings.uri}: {len(told)} categories: {'; '.join(text for _, text in told)}")
+
+
+def trackers(asked: Asked) -> Result:
+    """Every tracker that is asked for. Raises: ConfigError: one's package is missing, or its place is not to be had."""
+    settings, uri = asked.config.trackers, asked.config.storage
+    if not settings:
+        return ok("none is asked for")
+    return ok("; ".join(f"{kind}: {TRACKERS[kind].check(one, uri)}" for kind, one in settings.items()))
 
 
 def _category(store: Store, category: str, frame: Frame) -> tuple[bool, str]:

@@ -35,7 +35,7 @@ from focus_ray.data.split import Split
 from focus_ray.errors import ConfigError, DataError, SweepError
 from focus_ray.fitting.fit import check_ingredients
 from focus_ray.names import unique_name
-from focus_ray.storage import join, remove_folder
+from focus_ray.storage import join, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.race import Judge
@@ -46,8 +46,10 @@ from focus_ray.sweep.shared import (
     judging_split,
 )
 from focus_ray.sweep.sharing import SharedWork
-from focus_ray.sweep.tune import Log, make_searcher, make_stopper, placement_groups, run_tune
+from focus_ray.sweep.tune import Log, make_searcher, make_stopper, placement_groups, run_tune, trial_callback
 from focus_ray.sweep.worker import STOPPED, StageJob, steps_of
+from focus_ray.tracking.recorder import Recorder
+from focus_ray.tracking.trials import SweepRecord
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def _carry_out(
     """claim: makes the folder this sweep's, once the cluster is known to be able to run it."""
     from focus_ray.sweep.report import write_report
 
+    recorder = Recorder(base.trackers, base.storage, log)
     private = connect()
     import ray
 
@@ -157,7 +160,15 @@ def _carry_out(
         )
         probe_nodes([join(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
         claim()
-        state = _run(_Driver(config, base, root, splits, streams, log), limit)
+        told = SweepRecord(
+            recorder,
+            read_bytes(join(root, records.SWEEP)),
+            str(config.name),
+            base.storage,
+            base.cluster.team,
+            config.model_dump(mode="json", exclude_none=True),
+        )
+        state = _run(_Driver(config, base, root, splits, streams, log, told), limit)
     finally:
         if private:
             ray.shutdown()
@@ -186,6 +197,7 @@ def _run(driver: _Driver, limit: int) -> str:
     finally:
         try:
             driver.close()
+            driver.tell_trackers(state)
         finally:
             alive.close(state)
     return state
@@ -202,9 +214,11 @@ class _Driver:
         splits: dict[str, Split],
         streams: bool,
         log: Log,
+        told: SweepRecord,
     ) -> None:
         import ray
 
+        self.told = told
         self.config, self.base, self.root, self.splits, self.log = config, base, root, splits, log
         self.streams = streams
         self.stopping = threading.Event()
@@ -261,6 +275,16 @@ class _Driver:
         for name in placement_groups() - self.groups_before:
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
         remove_folder(join(self.root, "scratch"))
+
+    def tell_trackers(self, state: str) -> None:
+        """The end, and trials whose end no callback was called of."""
+        if not self.told.recorder:
+            return
+        found = records.read_records(self.root)
+        for record in found:
+            self.told.trial(record.name, dataclasses.asdict(record))
+        best = {stage or "": dataclasses.asdict(record) for stage, record in records.best_of(found).items()}
+        self.told.close(best, failed=state == "failed")
 
     # ---- trials
     def run_stage(self, stage: str | None, limit: int) -> None:
@@ -322,6 +346,7 @@ class _Driver:
             asked=None if own_workers else resources_per_worker(self.base.cluster, self.use_gpu),
             labels=self.base.cluster.labels,
             max_failures=self.base.cluster.max_failures,
+            callbacks=[trial_callback(self.told)] if self.told.recorder else [],
         )
         if self.stopping.is_set():
             return

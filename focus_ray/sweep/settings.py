@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, model_validator
@@ -46,6 +46,7 @@ _REFUSED = {  # what a space may not hold, and why
     "data": "all trials must learn from and be judged on the same images",
     "calibration": "it does not change the score",
     "cluster": "it does not change the score",
+    "trackers": "they do not change the score",
     "selection.fraction": "all trials must be judged on the same images",
     "selection.max_images": "all trials must be judged on the same images",
 }
@@ -337,6 +338,8 @@ def leaf_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str
             yield from leaf_keys(field.annotation, f"{prefix}{name}.")
             continue
         yield f"{prefix}{name}"
+        if get_origin(field.annotation) is dict:  # its keys are names
+            continue
         for part in get_args(field.annotation):
             if isinstance(part, type) and issubclass(part, BaseModel):
                 yield from leaf_keys(part, f"{prefix}{name}.")

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.settings import Point
 from focus_ray.sweep.worker import StageJob, run_trial
+from focus_ray.tracking.trials import SweepRecord
 
 _CLEANUP_S = 2  # a trial that is stopped may go on so long before its process is ended
 
@@ -108,6 +109,25 @@ def make_searcher(proposer: Proposer, missing: int, log: Log) -> Any:
     return PointSearcher(proposer, missing, log)
 
 
+def trial_callback(told: SweepRecord) -> Any:
+    """A callback of Tune that tells trackers of a trial as soon as it ends."""
+    from ray import tune
+
+    class TrialCallback(tune.Callback):
+        def __init__(self, told: SweepRecord | None) -> None:
+            self.told = told
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            record = json.loads(result.get("told", "{}")).get("record")
+            if self.told is not None and record is not None:
+                self.told.trial(records.Record(**record).name, record)
+
+        def __getstate__(self) -> dict[str, Any]:  # as the stopper's
+            return {"told": None}
+
+    return TrialCallback(told)
+
+
 def run_tune(
     job: StageJob,
     searcher: Any,
@@ -120,6 +140,7 @@ def run_tune(
     asked: Mapping[str, float] | None,
     labels: Mapping[str, str],
     max_failures: int,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """Runs trials until the searcher has no more or the stopper ends them.
 
@@ -127,6 +148,7 @@ def run_tune(
         limit: so many side by side.  name, folder: of Tune's own files.
         asked: of Ray, for a trial; None: its work is done by workers that ask for themselves.
         labels: of the nodes that trials run on.  max_failures: of a trial, by lost processes.
+        callbacks: of Tune.
 
     Returns: Tune's grid of results.
     """
@@ -162,6 +184,7 @@ def run_tune(
             stop=stopper,
             failure_config=tune.FailureConfig(max_failures=max_failures),
             verbose=0,
+            callbacks=list(callbacks),
         ),
     )
     return tuner.fit()

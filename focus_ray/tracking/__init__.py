@@ -1,0 +1,1 @@
+"""What runs tell to experiment trackers: said once, handed to each."""
