@@ -47,6 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": GROUND | {"data"},
     "fitting": GROUND | {"data", "model", "density", "evaluation"},
     "bundle": GROUND | {"data", "model", "density", "evaluation", "fitting", "tracking"},
+    "export": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle"},
     "reporting": GROUND | {"data", "evaluation", "bundle"},
     "cluster": GROUND | {"data", "evaluation", "fitting", "bundle", "reporting", "tracking"},
     "sweep": GROUND
@@ -59,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
     "doctor": GROUND | {"data", "model", "cluster", "sweep"},
     "cli": GROUND
     | {"data", "samples", "evaluation", "bundle", "reporting", "cluster", "sweep", "submission", "serving"}
-    | {"api", "config_reference", "doctor"},
+    | {"api", "config_reference", "doctor", "export"},
 }
 # library -> the rooms and modules that may import it
 MAY_IMPORT = {
@@ -72,6 +73,7 @@ MAY_IMPORT = {
         "density",
         "fitting",
         "bundle",
+        "export",
         "cluster.training",
         "evaluation.inspection",
     }

@@ -30,6 +30,7 @@ from focus_ray.model.alignment.theta import (
     identity_theta,
     invert_theta,
     make_theta,
+    shrink,
     turn,
     valid_mask,
     warp,
@@ -122,9 +123,7 @@ class CongealingAligner(nn.Module):
             raise ValueError(f"images are {tuple(images.shape)}, expected square ones")
         grey = images.float().mean(1, keepdim=True)
         if grey.shape[-1] != self.FINE_PX:
-            grey = F.interpolate(
-                grey, size=(self.FINE_PX, self.FINE_PX), mode="bilinear", antialias=True, align_corners=False
-            )
+            grey = shrink(grey, self.FINE_PX)
         grey = grey[:, 0]
         grey = grey - grey.mean((1, 2), keepdim=True)
         return grey / grey.std((1, 2), keepdim=True).clamp_min(self.MIN_STD)
@@ -232,10 +231,10 @@ class CongealingAligner(nn.Module):
         """(B, d), as `_basis` orders them -> (B, 2, 3), a small transform of the group."""
         widths = {"r": 1, "s": 1, "a": 2, "t": 2}
         parts = dict(zip(self.uses, delta.split([widths[use] for use in self.uses], dim=1), strict=True))
-        zero = delta.new_zeros(len(delta))
+        zero = delta.new_zeros(delta.shape[0])
         angle = parts["r"][:, 0] if "r" in parts else zero
         scale = parts["s"][:, 0].exp() if "s" in parts else zero + 1
-        shift = parts["t"] if "t" in parts else delta.new_zeros(len(delta), 2)
+        shift = parts["t"] if "t" in parts else delta.new_zeros(delta.shape[0], 2)
         theta = make_theta(angle, scale, shift)
         if "a" in parts:
             along, across = parts["a"].unbind(dim=1)
@@ -281,9 +280,9 @@ class CongealingAligner(nn.Module):
         outer2 = (gain_bias[:, :, None] * gain_bias[:, None, :]).flatten(1)
         ridge2 = self.MIN_STD * torch.eye(2, device=level.device)
         images = level[:, None]
-        best, best_cost = theta, torch.full((len(level),), math.inf, device=level.device)
+        best, best_cost = theta, torch.full((level.shape[0],), math.inf, device=level.device)
         for step in range(num_steps + 1):
-            grid = F.affine_grid(theta, [len(level), 1, size, size], align_corners=False)
+            grid = F.affine_grid(theta, [level.shape[0], 1, size, size], align_corners=False)
             moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)[:, 0].flatten(1)
             inside = ((1 - grid.abs().amax(-1)).flatten(1) * (size / 2) + 0.5).clamp(0, 1) * weight  # soft edge
             # gain and bias of the template for this image, then the robust residual
@@ -312,7 +311,7 @@ class CongealingAligner(nn.Module):
             trace = normal.diagonal(dim1=1, dim2=2)
             normal = normal + torch.diag_embed(self.DAMPING * trace + self.EPSILON)
             right = _each(w * residual, basis)
-            solution = torch.linalg.solve(normal, right)
+            solution = _solve(normal, right)
             delta = solution[:, :-2] / fit[:, :1].clamp_min(self.MIN_GAIN)
             delta = delta * (self.MAX_STEP / delta.abs().amax(1, keepdim=True).clamp_min(self.MAX_STEP))
             theta = self._bound(compose_theta(theta, invert_theta(self._increment(delta))))
@@ -479,7 +478,19 @@ def _each(rows: Tensor, matrix: Tensor) -> Tensor:
     """rows (B, P) @ matrix (P, D), each row by itself: to the last digit, none hangs on its place among the others."""
     width = matrix.shape[1]
     whole = F.pad(matrix, (0, -width % 16))  # products of odd widths do hang on it
-    return torch.bmm(rows[:, None], whole.expand(len(rows), *whole.shape))[:, 0, :width]
+    return torch.bmm(rows[:, None], whole.expand(rows.shape[0], *whole.shape))[:, 0, :width]
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """(B, n, n) x = (B, n), positive definite; in an exported graph, whose runtimes have no solver, by Gauss and Jordan."""
+    if not torch.compiler.is_exporting():
+        return torch.linalg.solve(matrix, right)
+    rows = torch.cat([matrix, right[..., None]], dim=2)
+    for number in range(matrix.shape[1]):
+        pivot = rows[:, number : number + 1] / rows[:, number : number + 1, number : number + 1]
+        here = torch.arange(matrix.shape[1])[:, None] == number
+        rows = torch.where(here, pivot, rows - rows[:, :, number : number + 1] * pivot)
+    return rows[:, :, -1]
 
 
 def _solve2(matrix: Tensor, right: Tensor) -> Tensor:
