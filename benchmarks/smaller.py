@@ -157,7 +157,7 @@ def sizes_of(num_images: int, per_place: int | None, precision: str) -> dict[str
     config = parse_config(tree)
     net = build_net(config.model)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
-    side = config.model.image_size_px // config.density.map_stride_px
+    side = config.model.image_size_px // config.model.place_px(config.density)
     channels = reduction.num_channels
     moments = Moments(side, side, channels)
     generator = torch.Generator().manual_seed(0)

@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from focus_ray.errors import ConfigError
-from focus_ray.kinds import BACKBONES, DENSITIES, TRACKERS
+from focus_ray.kinds import BACKBONES, DENSITIES, GEOMETRIES, TRACKERS, Geometry
 from focus_ray.names import NAME
 
 Group = Literal[
@@ -180,7 +189,10 @@ class TilingConfig(Section):
 class ModelConfig(Section):
     """The network: alignment, backbone, projector (the paper's encoder f) and predictor (g)."""
 
-    backbone: BackboneName = Field(default="resnet18", description="ImageNet CNN; its layers 1 to 3 are used [paper].")
+    backbone: BackboneName = Field(
+        default="resnet18",
+        description="What computes features: an ImageNet CNN [paper] or a vision transformer, of which three layers are used.",
+    )
     weights: str = Field(
         default="default",
         min_length=1,
@@ -191,7 +203,10 @@ class ModelConfig(Section):
         default=None, pattern=r"^[0-9a-f]{8,64}$", description="Refuse a weights file whose SHA-256 starts otherwise."
     )
     image_size_px: int = Field(
-        default=224, ge=32, le=2048, description="Side of the network's input, a square [kin: 224]."
+        default=224,
+        ge=32,
+        le=2048,
+        description="Side of the network's input, a square [kin: 224]: a multiple of 16, of 14 for DINOv2.",
     )
     resize: Literal["stretch", "pad"] = Field(
         default="stretch",
@@ -227,6 +242,10 @@ class ModelConfig(Section):
         """Rows and columns of tiles."""
         return self.tiling.grid if self.tiling is not None else (1, 1)
 
+    def place_px(self, density: DensityConfig) -> int:
+        """Side of what a place of the density's map stands for, in the network's input."""
+        return self.geometry.strides[density.map_layer]
+
     @property
     def shared_grid(self) -> tuple[int, int]:
         """Rows and columns of the tiles that share one density's places."""
@@ -243,11 +262,22 @@ class ModelConfig(Section):
         step = self.image_size_px - self.overlap_px
         return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
 
+    @property
+    def geometry(self) -> Geometry:
+        """Of the backbone."""
+        return GEOMETRIES.get(self.backbone, Geometry())
+
     @field_validator("image_size_px")
     @classmethod
-    def _divisible(cls, value: int) -> int:
-        if value % 16:
-            raise ValueError(f"image_size_px={value} must be a multiple of 16, the stride of layer 3")
+    def _divisible(cls, value: int, known: ValidationInfo) -> int:
+        backbone = known.data.get("backbone", "")  # not there where it was refused
+        step = GEOMETRIES.get(backbone, Geometry()).strides[2]
+        if value % step:
+            below = value - value % step
+            raise ValueError(
+                f"image_size_px={value} must be a multiple of {step}, the stride of layer 3 of {backbone}: the nearest are "
+                f"{below} and {below + step}"
+            )
         return value
 
     @model_validator(mode="after")
@@ -266,10 +296,21 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _large_enough(self) -> ModelConfig:
-        if self.padding == "reflect" and self.backbone == "efficientnet_lite0" and self.image_size_px < 48:
-            raise ValueError(  # its 5x5 kernels reach over a last map of 2 x 2 places
-                f"padding=reflect with efficientnet_lite0 needs an image_size_px of at least 48, got {self.image_size_px}: "
+        smallest = self.geometry.smallest_reflected_px
+        if self.padding == "reflect" and self.image_size_px < smallest:
+            raise ValueError(
+                f"padding=reflect with {self.backbone} needs an image_size_px of at least {smallest}, got {self.image_size_px}: "
                 "raise it, or set padding=zeros"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _aligns_maps(self) -> ModelConfig:
+        moving = [key for key in get_args(Layer) if getattr(self.feature_alignment, key) != "none"]
+        if moving and not self.geometry.hands_on_maps:
+            raise ValueError(
+                f"{self.backbone} hands tokens from layer to layer, which cannot be aligned as maps: set "
+                f"{', '.join(f'model.feature_alignment.{key}=none' for key in moving)}, or take another backbone"
             )
         return self
 
@@ -334,7 +375,7 @@ class DensityConfig(Section):
     map_stride_px: Literal[4, 8] = Field(
         default=8,
         description="Input pixels a location stands for. 4: layers are brought to layer 1's places by nearest neighbour "
-        "[kin, PaDiM]. 8: to layer 2's, layer 1 by averaging, layer 3 bilinearly [ours].",
+        "[kin, PaDiM]. 8: to layer 2's, layer 1 by averaging, layer 3 bilinearly [ours]. DINOv2: its patches of 14 pixels either way.",
     )
     smooth_layers: tuple[Layer, ...] = Field(
         default=("layer2", "layer3"), description="Layers averaged over 3x3 of their own places first [kin, PatchCore]."
@@ -397,6 +438,11 @@ class DensityConfig(Section):
     keep_moments: bool = Field(
         default=True, description="Keep the moments in the bundle, so that images can be added or taken out later."
     )
+
+    @property
+    def map_layer(self) -> int:
+        """Index of the layer at whose places the map is."""
+        return 0 if self.map_stride_px == 4 else 1
 
     @property
     def keeps_coreset(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
 
 if TYPE_CHECKING:
     from focus_ray.data.importers.base import Importer
@@ -60,10 +60,47 @@ BACKBONES: Kinds[BackboneSpec] = Kinds(
     "backbone",
     {
         "resnet18": "focus_ray.model.backbones.resnet:RESNET18",
+        "resnet34": "focus_ray.model.backbones.resnet:RESNET34",
+        "resnet50": "focus_ray.model.backbones.resnet:RESNET50",
         "wide_resnet50_2": "focus_ray.model.backbones.resnet:WIDE_RESNET50_2",
+        "convnext_tiny": "focus_ray.model.backbones.convnext:CONVNEXT_TINY",
         "efficientnet_lite0": "focus_ray.model.backbones.efficientnet_lite:LITE0",
+        "efficientnet_lite1": "focus_ray.model.backbones.efficientnet_lite:LITE1",
+        "efficientnet_lite2": "focus_ray.model.backbones.efficientnet_lite:LITE2",
+        "dinov2_vits14": "focus_ray.model.backbones.dinov2:VITS14",
+        "dinov2_vitb14": "focus_ray.model.backbones.dinov2:VITB14",
+        "dinov2_vits14_reg": "focus_ray.model.backbones.dinov2:VITS14_REG",
+        "dinov2_vitb14_reg": "focus_ray.model.backbones.dinov2:VITB14_REG",
     },
 )
+
+
+class Geometry(NamedTuple):
+    """What a configuration knows of a backbone, since it is checked without torch.
+
+    strides: of layers 1, 2, 3: input pixels that a place of their maps stands for. The input's side is a multiple of the last.
+    smallest_reflected_px: the smallest input that padding=reflect goes with: over its last map kernels reach no further than it is.
+    hands_on_maps: whether the layers take maps, which can be aligned between them; not tokens.
+    """
+
+    strides: tuple[int, int, int] = (4, 8, 16)
+    smallest_reflected_px: int = 32
+    hands_on_maps: bool = True
+
+
+_PATCHES = Geometry((14, 14, 14), hands_on_maps=False)
+
+# of backbones that do not have the usual one
+GEOMETRIES = {
+    "convnext_tiny": Geometry(smallest_reflected_px=64),  # kernels of 7x7 over 4 x 4 places
+    "efficientnet_lite0": Geometry(smallest_reflected_px=48),  # of 5x5 over 3 x 3
+    "efficientnet_lite1": Geometry(smallest_reflected_px=48),
+    "efficientnet_lite2": Geometry(smallest_reflected_px=48),
+    "dinov2_vits14": _PATCHES,
+    "dinov2_vitb14": _PATCHES,
+    "dinov2_vits14_reg": _PATCHES,
+    "dinov2_vitb14_reg": _PATCHES,
+}
 
 # in the order in which a folder is held against them
 IMPORTERS: Kinds[Importer] = Kinds(

@@ -78,7 +78,18 @@ def make_bundle(
     known: Sequence[int] = (),
 ) -> str:
     """Trains one category in this process and writes its bundle, where `train` would unless told. Returns: its place."""
-    result = fit_alone(config, category)
+    return keep_bundle(fit_alone(config, category), config, category, place, fingerprint, known)
+
+
+def keep_bundle(
+    result: FitResult,
+    config: Config,
+    category: str = "gear",
+    place: Path | str | None = None,
+    fingerprint: str = "",
+    known: Sequence[int] = (),
+) -> str:
+    """`make_bundle` of what was fitted before."""
     place = join(config.storage, config.name, "bundles", category) if place is None else str(place)
     write_bundle(
         place,

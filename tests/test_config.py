@@ -77,7 +77,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model.image_size_px", 100, "image_size_px=100 must be a multiple of 16, the stride of layer 3"),
+        ("model.image_size_px", 100, "image_size_px=100 must be a multiple of 16, the stride of layer 3 of .*: the nearest are 96 and 112"),
         ("model.image_size_px", 16, r"greater than or equal to 32 \(got 16\)"),
         ("density.layers", ["layer2", "layer1"], r"in order and named once.*got \['layer2', 'layer1'\]"),
         ("density.layers", ["layer1", "layer1"], "in order and named once"),

@@ -39,7 +39,7 @@ def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
         return None
     height, width = config.model.frame_px
     found = _read_mask(region, height, width) if isinstance(region, str) else draw_polygons(region, height, width)
-    if not _has_a_place(found, config.density.map_stride_px):
+    if not _has_a_place(found, config.model.place_px(config.density)):
         what = f"the white of the mask {region}" if isinstance(region, str) else "what its polygons enclose"
         raise DataError(
             f"data.regions.{category}: {what} is {found.sum()} of the {height} x {width} pixels that images are brought to, too "

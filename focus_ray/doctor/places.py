@@ -101,8 +101,7 @@ def weights(asked: Asked) -> Result:
 
 def _download(model: ModelConfig) -> tuple[str | None, Path | None]:
     """Where weights would be downloaded from and to; None, None where they are at hand or not to be had so."""
-    from focus_ray.model.backbones.resnet import hub_weights
-    from focus_ray.model.backbones.weights import downloaded_file, hub_file
+    from focus_ray.model.backbones.weights import downloaded_file, hub_file, hub_weights
 
     if model.weights.startswith(("http://", "https://")):
         return model.weights, downloaded_file(model.weights)

@@ -195,7 +195,7 @@ def _embedded(
 ) -> tuple[Tensor, Tensor | None]:
     """(B, C, H, W) float16 with all channels, and theta; the same of each image with any number of workers."""
     if not len(images):
-        side = net.config.image_size_px // full.config.map_stride_px
+        side = net.config.image_size_px // net.config.place_px(full.config)
         channels = full.num_channels + full.num_coreset_channels
         return torch.empty(0, channels, side, side, device=device, dtype=torch.float16), None
     parts = [embed_tiles(net, full, to_images(part, device), alike=True) for part in images.split(_GROUP)]

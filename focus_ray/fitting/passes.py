@@ -73,7 +73,7 @@ def statistics_pass(
                 shown = places_shown(shown, theta, tiles, embedding.shape[2:]).flatten(1)
             yield Embedded(embedding, theta, shown)
 
-    size = net.config.image_size_px // reduction.config.map_stride_px
+    size = net.config.image_size_px // net.config.place_px(reduction.config)
     shared = net.config.shared_grid
     places = (size, size) if shared == tiles[:2] else (tiles.rows * size, tiles.columns * size)
     return embedding_statistics(embedded(), reduction, places, device, keep_positions, offset, shared)

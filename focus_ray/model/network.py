@@ -14,7 +14,7 @@ from focus_ray.config import ModelConfig
 from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.alignment.theta import Bounds, compose_theta, valid_mask, warp
 from focus_ray.model.alignment.transformer import LocalisedAligner, SpatialTransformer
-from focus_ray.model.backbones.base import STRIDES, Backbone, build_backbone, set_padding
+from focus_ray.model.backbones.base import Backbone, build_backbone, set_padding
 from focus_ray.model.batch_norm import use_global_batch_norm
 
 LAYERS = ("layer1", "layer2", "layer3")
@@ -23,7 +23,7 @@ LAYERS = ("layer1", "layer2", "layer3")
 class Aligned(NamedTuple):
     """What a forward pass gives.
 
-    levels: features of layers 1 to 3, (B, C, H/4, W/4) to (B, C, H/16, W/16), each in its own aligned frame.
+    levels: features of layers 1 to 3, (B, C, H/stride, W/stride), mostly H/4 to H/16, each in its own aligned frame.
     thetas: what brought each level there from the level before, (B, 2, 3) each; None where nothing moves.
     image: (B, 3, H, W) after image alignment.  theta_image: (B, 2, 3), None without image alignment.
     """
@@ -59,7 +59,7 @@ class FocusNet(nn.Module):
         self.feature_aligners = nn.ModuleDict(
             {
                 layer: SpatialTransformer(channels, config.image_size_px // stride, group, bounds)
-                for layer, channels, stride in zip(LAYERS, spec.channels, STRIDES, strict=True)
+                for layer, channels, stride in zip(LAYERS, spec.channels, config.geometry.strides, strict=True)
                 if (group := getattr(features, layer)) != "none"
             }
         )
@@ -102,7 +102,8 @@ class FocusNet(nn.Module):
         dtype = next(self.backbone.parameters()).dtype  # `prepared_for_inference`
         for layer in LAYERS:
             x = getattr(self.backbone, layer)(x if dtype == torch.float32 else x.to(dtype))
-            level = x if dtype == torch.float32 else x.float()
+            level = self.backbone.spec.to_map(x)
+            level = level if dtype == torch.float32 else level.float()
             theta = self.feature_aligners[layer](level) if layer in self.feature_aligners else None
             if theta is not None:
                 level = x = warp(level, theta)
@@ -111,7 +112,7 @@ class FocusNet(nn.Module):
         return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])
 
     def project(self, aligned: Aligned) -> tuple[Tensor, Tensor]:
-        """f and g on the last level -> projected f(x) and predicted g(f(x)), both (B, C, H/16, W/16)."""
+        """f and g on the last level -> projected f(x) and predicted g(f(x)), both (B, C, H/stride, W/stride)."""
         assert self.projector is not None, "this network was read for scoring: f and g are dropped"
         assert self.predictor is not None
         projected = self.projector(aligned.levels[2])

@@ -60,7 +60,7 @@ class ChannelReduction(nn.Module):
 
     def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Three levels (B, C_i, H_i, W_i) in one frame -> (B, num_channels + num_coreset_channels, H/stride, W/stride)."""
-        height, width = levels[0 if self.config.map_stride_px == 4 else 1].shape[2:]
+        height, width = levels[self.config.map_layer].shape[2:]
         size = int(height), int(width)
         parts = [self._for_places(levels, size)]
         if self.num_coreset_channels:

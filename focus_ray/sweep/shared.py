@@ -28,7 +28,6 @@ from focus_ray.fitting.fit import Run
 from focus_ray.fitting.scoring import slices, to_images
 from focus_ray.kinds import BACKBONES
 from focus_ray.model.alignment.congealing import AlignmentReport
-from focus_ray.model.backbones.base import STRIDES
 from focus_ray.model.network import LAYERS, common_frame
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.seeds import derived_seed
@@ -123,7 +122,7 @@ def num_bytes_of_features(config: Config, split: Split, objective: Objective) ->
     """What `embed_images` will give."""
     size = config.model.image_size_px
     channels = BACKBONES[config.model.backbone].channels
-    each = sum(count * (size // stride) ** 2 for count, stride in zip(channels, STRIDES, strict=True)) * 4
+    each = sum(count * (size // stride) ** 2 for count, stride in zip(channels, config.model.geometry.strides, strict=True)) * 4
     return (split.num_fit + num_judged(config, split, objective)) * each
 
 

@@ -236,7 +236,7 @@ def _reduced(
                 yield reduction(parts)
 
         kept = positions_to_keep(density, len(features.fit[0]))
-        size = config.model.image_size_px // density.map_stride_px
+        size = config.model.image_size_px // config.model.place_px(density)
         batch_size = config.train.batch_size_per_worker
         thetas = (
             None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)

