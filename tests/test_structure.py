@@ -47,6 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "fitting": GROUND | {"data", "model", "density", "evaluation"},
     "bundle": GROUND | {"data", "model", "density", "evaluation", "fitting"},
     "reporting": GROUND | {"data", "evaluation", "bundle"},
+    "watching": GROUND | {"data", "evaluation", "bundle"},
     "cluster": GROUND | {"data", "fitting", "bundle", "reporting"},
     "sweep": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle", "reporting", "cluster"},
     "submission": GROUND | {"cluster", "sweep"},
@@ -57,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "doctor": GROUND | {"data", "model", "cluster", "sweep"},
     "cli": GROUND
     | {"data", "samples", "evaluation", "bundle", "reporting", "cluster", "sweep", "submission", "serving"}
-    | {"api", "config_reference", "doctor"},
+    | {"watching", "api", "config_reference", "doctor"},
 }
 # library -> the rooms and modules that may import it
 MAY_IMPORT = {
