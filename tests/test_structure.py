@@ -49,6 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "bundle": GROUND | {"data", "model", "density", "evaluation", "fitting", "tracking"},
     "export": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle"},
     "reporting": GROUND | {"data", "evaluation", "bundle"},
+    "watching": GROUND | {"data", "evaluation", "bundle"},
     "cluster": GROUND | {"data", "evaluation", "fitting", "bundle", "reporting", "tracking"},
     "sweep": GROUND
     | {"data", "model", "density", "evaluation", "fitting", "bundle", "reporting", "cluster", "tracking"},
@@ -60,7 +61,7 @@ ROOMS: dict[str, set[str]] = {
     "doctor": GROUND | {"data", "model", "cluster", "sweep"},
     "cli": GROUND
     | {"data", "samples", "evaluation", "bundle", "reporting", "cluster", "sweep", "submission", "serving"}
-    | {"api", "config_reference", "doctor", "export"},
+    | {"watching", "api", "config_reference", "doctor", "export"},
 }
 # library -> the rooms and modules that may import it
 MAY_IMPORT = {

@@ -112,6 +112,15 @@ class Inspector:
                 found.append(replace(one, trained_on=True) if trained_on else one)
         return found
 
+    def inspect_each(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
+        """As `inspect`; where an image cannot be used, the reason stands in place of its inspection."""
+        try:
+            return list(self.inspect(images))
+        except DataError as error:
+            if len(images) == 1:
+                return [error]
+            return [found for image in images for found in self.inspect_each([image])]
+
     def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
         """Verdict, p-value and regions of a scored image of `width` x `height` pixels, whose map is the frame's.
 

@@ -97,6 +97,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     say(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a misspelt path need not wait for
     from focus_ray.evaluation.strip import overlay_with_strip
+    from focus_ray.evaluation.table import table_row
     from focus_ray.storage import write_bytes
 
     examples = image_paths(arguments.examples) if arguments.examples else []
@@ -112,12 +113,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
     starts = range(0, len(paths), inspector.batch_size)
     for start in track(starts, "inspecting", len(paths), say, count=lambda first: inspector.batch_size):
         for path, data, found_or_error in _inspect_files(inspector, paths[start : start + inspector.batch_size]):
-            rows.append(_csv_row(readable_name(path), category, found_or_error))
             if isinstance(found_or_error, str):
-                print(json.dumps({"image": readable_name(path), "error": found_or_error}, ensure_ascii=False))
+                error_line = {"image": readable_name(path), "error": found_or_error}
+                rows.append(table_row({**error_line, "category": category}))
+                print(json.dumps(error_line, ensure_ascii=False))
                 status = EXIT_ERROR
                 continue
             line = {"image": readable_name(path), "category": category, **found_or_error.to_dict()}
+            rows.append(table_row(line))
             counts[found_or_error.verdict] += 1
             counts["trained on"] += found_or_error.trained_on
             if arguments.overlays:
@@ -141,30 +144,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return status
 
 
-CSV_COLUMNS = (
-    *("image", "category", "verdict", "score", "threshold", "p_value", "num_regions"),
-    *("largest_x", "largest_y", "largest_width", "largest_height", "error"),
-)
-
-
-def _csv_row(image: str, category: str, found_or_error: Any) -> dict[str, Any]:
-    """What is told of an image; its largest region is that of the most pixels, in pixels of the image."""
-    row: dict[str, Any] = {"image": image, "category": category}
-    if isinstance(found_or_error, str):
-        return {**row, "error": found_or_error}
-    found = found_or_error
-    row = {**row, "verdict": found.verdict, "num_regions": len(found.regions)}
-    row.update({key: getattr(found, key) for key in ("score", "threshold", "p_value")})
-    if found.regions:
-        largest = max(found.regions, key=lambda region: region.area)
-        row.update({f"largest_{key}": getattr(largest, key) for key in ("x", "y", "width", "height")})
-    return row
-
-
 def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
     """A line of column names, and one an image; what is not known of one is empty."""
+    from focus_ray.evaluation.table import COLUMNS
+
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(buffer, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue().encode()
@@ -181,17 +166,9 @@ def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, by
         except OSError as error:
             results.append((path, b"", f"cannot read the file: {error.strerror or error}"))
     readable = [number for number, (_, _, reason) in enumerate(results) if reason is None]
-    try:
-        found: list[Any] = inspector.inspect([results[number][1] for number in readable])
-    except DataError:
-        found = []
-        for number in readable:
-            try:
-                found += inspector.inspect([results[number][1]])
-            except DataError as error:
-                found.append(str(error))
+    found = inspector.inspect_each([results[number][1] for number in readable])
     for number, finding in zip(readable, found, strict=True):
-        results[number] = (*results[number][:2], finding)
+        results[number] = (*results[number][:2], str(finding) if isinstance(finding, DataError) else finding)
     return results
 
 

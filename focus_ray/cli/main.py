@@ -22,6 +22,7 @@ from focus_ray.cli.registry import add_registry
 from focus_ray.cli.serve import add_serving
 from focus_ray.cli.sweep import _sweep
 from focus_ray.cli.train import _metric, _train, _update
+from focus_ray.cli.watch import add_watch
 from focus_ray.cluster.messages import VERBOSE
 from focus_ray.errors import FocusRayError
 from focus_ray.extras import explained, require_extra
@@ -151,6 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="image files of good parts, or folders of them, by which another engine is scaled and checked",
     )
     inspect.set_defaults(run=_inspect)
+
+    add_watch(commands)
 
     batch = commands.add_parser("inspect-batch", help="score a Parquet data set on Ray into Parquet")
     batch.add_argument("bundles", help="a bundle, a run's folder, or a registry or a team's folder of one")

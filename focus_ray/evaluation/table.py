@@ -1,0 +1,26 @@
+"""Verdicts as a table: a row of a JSON line, the same from `inspect --csv` and from `watch --csv`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+COLUMNS = (
+    *("image", "category", "verdict", "score", "threshold", "p_value", "num_regions"),
+    *("largest_x", "largest_y", "largest_width", "largest_height", "error"),
+)
+
+
+def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    """COLUMNS of a line: an image's name and category, and its error or all that `Inspection.to_dict` gives.
+
+    The largest region is that of the most pixels, in pixels of the image. What is not known has no entry.
+    """
+    row = {key: line[key] for key in ("image", "category", "score", "threshold", "p_value", "error") if key in line}
+    if "error" in line:
+        return row
+    row |= {"verdict": "anomalous" if line["anomalous"] else "normal", "num_regions": len(line["regions"])}
+    if line["regions"]:
+        largest = max(line["regions"], key=lambda region: region["area"])
+        row |= {f"largest_{key}": largest[key] for key in ("x", "y", "width", "height")}
+    return row

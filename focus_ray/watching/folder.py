@@ -1,0 +1,94 @@
+"""What lies in a watched folder, and which of it has come to rest. The folder is listed: shares tell no one of new files."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from focus_ray.data.importers.base import IMAGE_SUFFIXES
+
+
+class File(NamedTuple):
+    """image: its path below the folder, with slashes.  num_bytes, mtime_ns: as the listing shows them."""
+
+    image: str
+    num_bytes: int
+    mtime_ns: int
+
+
+def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> list[File]:
+    """Image files of a folder and all below it, unordered.
+
+    Hidden files and folders, links to folders, and names that end otherwise than an image's (`.tmp`, `.part`) are passed over.
+
+    Args:
+        leave_out: a folder that is not looked into: where the verdicts go.
+        log: told of a folder within that cannot be listed.
+
+    Raises: OSError: the folder itself cannot be listed.
+    """
+    return list(_below(folder, "", os.path.realpath(leave_out), log))
+
+
+def _below(folder: Path, prefix: str, leave_out: str, log: Callable[[str], None]) -> Iterator[File]:
+    inner = []
+    with os.scandir(folder / prefix) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    inner.append(f"{prefix}{entry.name}/")
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
+                    status = entry.stat()
+                    yield File(prefix + entry.name, status.st_size, status.st_mtime_ns)
+            except FileNotFoundError:  # went while it was looked at
+                continue
+            except OSError as error:
+                log(f"{folder / prefix / entry.name}: cannot be looked up: {error.strerror}")
+    for name in inner:
+        if name.split("/")[-2] == os.path.basename(leave_out) and os.path.realpath(folder / name) == leave_out:
+            continue
+        try:
+            yield from _below(folder, name, leave_out, log)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            log(f"{folder / name}: cannot be listed: {error.strerror}")
+
+
+@dataclass
+class Awaited:
+    """A file without a line. since: when it was first seen as it is.  not_before: when to try it again, s of the same clock."""
+
+    file: File
+    since: float
+    not_before: float = -math.inf
+
+
+@dataclass
+class Waiting:
+    """The files that have no line yet. settle_s: for which size and time of change have to stay the same."""
+
+    settle_s: float
+    files: dict[str, Awaited] = field(default_factory=dict)
+
+    def look(self, found: Iterable[File], now: float) -> None:
+        """Takes what is there now; a file that has changed begins to rest again, one that is gone is forgotten."""
+        before = self.files
+        self.files = {}
+        for file in found:
+            known = before.get(file.image)
+            self.files[file.image] = known if known and known.file == file else Awaited(file, now)
+
+    def ready(self, now: float) -> list[Awaited]:
+        """Those at rest, in the order in which they were last written."""
+        ready = [one for one in self.files.values() if now >= max(one.since + self.settle_s, one.not_before)]
+        return sorted(ready, key=lambda one: (one.file.mtime_ns, one.file.image))
+
+    def done(self, image: str) -> None:
+        del self.files[image]
