@@ -1,6 +1,7 @@
 """What the site adds to docs/: pages of files at the repository's top, and links between them that hold on both.
 
-A page of docs/ links to ../../benchmarks/RESULTS.md, which a reader of the repository can follow; on the site it is a page of its own.
+A page of docs/ links to ../../benchmarks/RESULTS.md, which a reader of the repository can follow; on the site it is a page
+of its own.
 """
 
 from __future__ import annotations

@@ -15,16 +15,17 @@ from focus_ray.cli.main import build_parser
 COMMAND = "python -m focus_ray.cli.reference docs/reference/cli.md"
 _HEAD = f"""# Commands
 
-This page lists every command of `focus-ray` with its arguments. It is written by `{COMMAND}` from the commands themselves, and a test
-fails where it is out of date. `focus-ray COMMAND --help` says the same in the terminal.
+This page lists every command of `focus-ray` with its arguments. It is written by
+`{COMMAND}` from the commands themselves, and a test fails where it is out of date.
+`focus-ray COMMAND --help` says the same in the terminal.
 
 ```bash
 focus-ray --version
 focus-ray config list
 ```
 
-Where a command takes `key=value`, any [setting](configuration.md) may be given; a misspelt key is refused with the nearest one. Wherever a
-path is taken, an `s3://bucket/prefix` may stand too, unless the text says otherwise.
+Where a command takes `key=value`, any [setting](configuration.md) may be given; a misspelt key is refused with the
+nearest one. Wherever a path is taken, an `s3://bucket/prefix` may stand too, unless the text says otherwise.
 
 ## Exit statuses
 
@@ -76,7 +77,8 @@ def _command(name: str, told: str, parser: argparse.ArgumentParser, heading: str
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+    start = text if text.startswith("focus-ray") else text[:1].upper() + text[1:]
+    return start + ("" if text.endswith(".") else ".")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from focus_ray.cli.output import say
 
-
 _WORDS = {
     "bundles": "a bundle, or a run's folder",
     "team": "the team that owns the category",

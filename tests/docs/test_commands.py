@@ -1,7 +1,7 @@
 """Every command and code block of the documents holds: it runs in a small plant, or is checked as far as it can be without one.
 
-A command that is not run is in NOT_RUN with its reason; its command line is parsed all the same by the real parser, its settings by the real
-models, and the repository's files that it names are looked for.
+A command that is not run is in NOT_RUN with its reason; its command line is parsed all the same by the real parser, its settings
+by the real models, and the repository's files that it names are looked for.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A small plant in which the documents' commands run: made-up parts under the names that the pages use, tiny models of them.
 
-The pages speak of S3 and of photographs; MAP says what stands for each here. Commands run in the folder itself, so that relative paths
-need no map.
+The pages speak of S3 and of photographs; MAP says what stands for each here. Commands run in the folder itself, so that relative
+paths need no map.
 """
 
 from __future__ import annotations
