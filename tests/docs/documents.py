@@ -43,7 +43,9 @@ def commands_of(block: Block) -> list[str]:
         words = shlex.split(line, comments=True)
         if not words or words[0] in ("for", "done"):
             continue
-        found.append(re.sub(r"\s+#\s.*$", "", line).strip().removesuffix("&").strip())
+        line = re.sub(r"\s+#\s.*$", "", line)  # comment
+        line = re.sub(r'^eval "\$\((.*)\)"$', r"\1", line)  # what it runs
+        found.append(re.sub(r"\s+>\s+\S+$|&$", "", line).strip())
     return found
 
 
