@@ -8,7 +8,7 @@ CATEGORY ?= bottle
 REPOSITORY ?=
 PYTHONS ?=
 
-.PHONY: quickstart test test-cluster lint bench release lock clean
+.PHONY: quickstart test test-cluster lint docs bench release lock clean
 .DELETE_ON_ERROR:
 
 # a small made-up image set, ingested, trained with two workers, evaluated and inspected; nothing is downloaded
@@ -26,6 +26,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy focus_ray
+
+# the documentation's site, in site/; a warning is an error. The quick tests build it too
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # beside the peers and the limits, the price of Ray, growth, into benchmarks/results/; then tests that are too slow for every change
 bench: $(READY)
@@ -52,4 +56,4 @@ lock:
 	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --upgrade -q -o requirements.lock
 
 clean:
-	rm -rf $(VENV) $(QUICKSTART)
+	rm -rf $(VENV) $(QUICKSTART) site

@@ -141,8 +141,11 @@ def fit(
         settings: of the configuration, by their key's last part where it is one setting's (`image_size_px=224`), or in full
             with `__` for the dots (`model__weights="resnet18.pth"`); `focus-ray config explain` tells of them.
 
-    Raises: DataError: no usable image, or fewer than 4.  ConfigError: a setting is not known or does not fit.
-        WeightsError: the backbone's weights cannot be had.  MissingPackageError: the extra `train` is not installed.
+    Raises:
+        DataError: no usable image, or fewer than 4.
+        ConfigError: a setting is not known or does not fit.
+        WeightsError: the backbone's weights cannot be had.
+        MissingPackageError: the extra `train` is not installed.
     """
     require_extra("train", "focus_ray.fit")
     scratch = tempfile.TemporaryDirectory(prefix="focus-ray-")

@@ -67,25 +67,33 @@ M = TypeVar("M", bound=BaseModel)
 class DataConfig(Section):
     """Where the images are and which of them are held out."""
 
-    uri: str = Field(description="Root of an ingested Parquet data set: a local path or an s3:// URI.")
+    uri: str = Field(
+        description="Where the images are: the root of a data set that `focus-ray ingest` made, a local path or an s3:// "
+        "URI."
+    )
     categories: tuple[str, ...] | None = Field(
-        default=None, min_length=1, description="Categories to train, one model each; null takes all."
+        default=None,
+        min_length=1,
+        description="The categories to train; each gets a model of its own. null takes all that the data set has.",
     )
     holdout_fraction: float = Field(
         default=0.2,
         ge=0.0,
         lt=1.0,
-        description="Share of the normal training images kept out of training and density, for calibration [ours].",
+        description="Share of the normal training images that is held out to calibrate, so that it neither trains nor enters "
+        "the density [ours]. It counts for calibration.method=split.",
     )
     memory_budget_mb: float = Field(
         default=4096.0,
         ge=0.0,
-        description="Decoded images are kept in a worker's memory up to this many MiB and streamed beyond it.",
+        description="A worker keeps its decoded images in memory up to this many MiB. If they are more, it streams them anew "
+        "in each pass.",
     )
     regions: dict[str, str | tuple[Polygon, ...]] = Field(
         default={},
-        description="Category -> what of its images is inspected; nothing is scored elsewhere. Polygons, each a list of [x, y] "
-        "as shares of the image's width and height, or a mask image, white where inspected: a path or URI.",
+        description="Which part of the images is inspected, by category; nothing is scored outside. A region is a polygon or "
+        "a list of polygons, each a list of [x, y] as shares of the image's width and height, or the path or URI "
+        "of a mask image that is white where parts are inspected.",
     )
 
     @field_validator("regions", mode="before")
@@ -129,60 +137,76 @@ class DataConfig(Section):
 class ImageAlignmentConfig(Section):
     """ICA: a spatial transformer on the image, before the backbone [paper]."""
 
-    group: Group = Field(default="rotation_translation", description="Transforms that the aligner may use.")
+    group: Group = Field(
+        default="rotation_translation",
+        description="Which movements the aligner may undo, for instance turns and shifts; none leaves images as they are.",
+    )
     method: Literal["congealing", "localisation"] = Field(
         default="congealing",
-        description="congealing: theta is searched against a learnt mean image [ours]. localisation: a net reads theta "
-        "off the image and is trained by the pairwise loss [paper]; it does not find large rotations.",
+        description="How the movement of an image is found. congealing: it is searched against a mean image that is learnt "
+        "from the training images [ours]. localisation: a network reads it off the image and is trained by the "
+        "pairwise loss [paper]; it does not find large rotations.",
     )
     min_drop: float = Field(
         default=0.25,
         ge=0.0,
         le=1.0,
-        description="congealing: align only if that lowers the pairwise L2 of held-out normal images by this share.",
+        description="congealing: alignment is used only if it lowers the pairwise L2 distance of held-out normal images by "
+        "at least this share.",
     )
-    max_images: int = Field(default=512, ge=4, description="congealing: learns its mean image from so many at most.")
+    max_images: int = Field(
+        default=512, ge=4, description="congealing: the mean image is learnt from at most this many images."
+    )
     max_translation: float = Field(
-        default=0.4, gt=0.0, le=1.0, description="Largest shift, in half image widths (bounded group [ours])."
+        default=0.4,
+        gt=0.0,
+        le=1.0,
+        description="Largest shift that is undone, in half image widths (bounded group [ours]).",
     )
     max_scale: float = Field(
-        default=1.15, gt=1.0, le=2.0, description="Largest zoom in or out; bounds the known zoom-in optimum [ours]."
+        default=1.15,
+        gt=1.0,
+        le=2.0,
+        description="Largest zoom in or out that is undone; it bounds the known zoom-in optimum [ours].",
     )
     padding: Literal["border", "reflection"] = Field(
-        default="reflection", description="What an aligned image shows outside its frame; never scored [ours]."
+        default="reflection",
+        description="What an aligned image shows where it has moved out of its frame; this is never scored [ours].",
     )
 
 
 class FeatureAlignmentConfig(Section):
     """FCA: a spatial transformer after each of layers 1 to 3, trained by the fine loss alone [paper]."""
 
-    layer1: Group = Field(default="none", description="Transforms after layer 1.")
-    layer2: Group = Field(default="none", description="Transforms after layer 2.")
-    layer3: Group = Field(default="none", description="Transforms after layer 3.")
+    layer1: Group = Field(default="none", description="Which movements the aligner after layer 1 may undo.")
+    layer2: Group = Field(default="none", description="Which movements the aligner after layer 2 may undo.")
+    layer3: Group = Field(default="none", description="Which movements the aligner after layer 3 may undo.")
     max_translation: float = Field(
-        default=0.15, gt=0.0, le=1.0, description="Largest shift, in half map widths [ours]."
+        default=0.15, gt=0.0, le=1.0, description="Largest shift that is undone, in half map widths [ours]."
     )
-    max_scale: float = Field(default=1.15, gt=1.0, le=2.0, description="Largest zoom in or out [ours].")
-    max_rotation_deg: float = Field(default=15.0, gt=0.0, le=180.0, description="Largest turn, degrees [ours].")
+    max_scale: float = Field(default=1.15, gt=1.0, le=2.0, description="Largest zoom in or out that is undone [ours].")
+    max_rotation_deg: float = Field(
+        default=15.0, gt=0.0, le=180.0, description="Largest turn that is undone, in degrees [ours]."
+    )
 
 
 class TilingConfig(Section):
     """Tiles, each as large as the network's input, in which a large photograph is scored [ours]."""
 
     grid: tuple[Annotated[int, Field(ge=1, le=32)], Annotated[int, Field(ge=1, le=32)]] = Field(
-        description="[rows, columns] of tiles. The photograph is brought to the size that they cover, whatever its own: so a "
-        "tile shows the same part of every image."
+        description="[rows, columns] of tiles. Every photograph is brought to the size that the tiles cover, whatever its "
+        "own, so that a tile shows the same part of every image."
     )
     overlap: float = Field(
         default=0.125,
         ge=0.0,
         le=0.5,
-        description="Share of a tile's side that it has in common with the next: there the maps of both are blended.",
+        description="Share of a tile's side that it has in common with its neighbour; there the maps of both are blended.",
     )
     density: Literal["per_tile", "shared"] = Field(
         default="per_tile",
-        description="per_tile: each tile has places of its own, for parts that lie alike in all images. shared: all tiles are "
-        "compared with the places of any, for textures; takes less memory.",
+        description="per_tile: each tile has places of its own, for parts that lie alike in all images. shared: every tile "
+        "is compared with the places of all tiles, for textures; this takes less memory.",
     )
 
 
@@ -191,50 +215,69 @@ class ModelConfig(Section):
 
     backbone: BackboneName = Field(
         default="resnet18",
-        description="What computes features: an ImageNet CNN [paper] or a vision transformer, of which three layers are used.",
+        description="The network, trained on ImageNet or in the way of DINOv2, that turns images into features; its layers 1 "
+        "to 3 are used [paper].",
     )
     weights: str = Field(
         default="default",
         min_length=1,
-        description="'default' (the backbone's ImageNet weights by name), 'random', a file path or a URI "
-        "(file://, s3://, https://).",
+        description="Where the backbone's weights come from: 'default' (its ImageNet weights by name, downloaded or from a "
+        "package), 'random', or a file's path or URI (file://, s3://, https://).",
     )
     weights_sha256: str | None = Field(
-        default=None, pattern=r"^[0-9a-f]{8,64}$", description="Refuse a weights file whose SHA-256 starts otherwise."
+        default=None,
+        pattern=r"^[0-9a-f]{8,64}$",
+        description="The beginning of the SHA-256 that the weights file must have; another file is refused. null takes any.",
     )
     image_size_px: int = Field(
         default=224,
         ge=32,
         le=2048,
-        description="Side of the network's input, a square [kin: 224]: a multiple of 16, of 14 for DINOv2.",
+        description="Side of the square that images are brought to before the network sees them [kin: 224]: a multiple of 16, or "
+        "of 14 for DINOv2. Larger finds smaller defects, and takes more time and memory.",
     )
     resize: Literal["stretch", "pad"] = Field(
         default="stretch",
-        description="stretch: images are stretched to the network's input. pad: they keep their shape, and mirrored filler, "
-        "which is not scored, takes the rest [ours].",
+        description="How an image becomes a square. stretch: it is stretched. pad: it keeps its shape, and the rest is "
+        "filled with its mirror image, which is not scored [ours].",
     )
     tiling: TilingConfig | None = Field(
-        default=None, description="Scores large photographs in tiles of image_size_px each; null: as one."
+        default=None,
+        description="Scores large photographs in tiles, each of image_size_px; null scores a photograph as one.",
     )
     batch_norm: Literal["frozen", "train"] = Field(
-        default="frozen", description="Whether the backbone's batch norms keep their ImageNet statistics [ours]."
+        default="frozen",
+        description="Whether the backbone's batch norms keep their ImageNet statistics (frozen) or learn new ones (train) "
+        "[ours].",
     )
     padding: Literal["zeros", "reflect"] = Field(
         default="reflect",
-        description="What the backbone's convolutions see beyond the border. zeros: as it was trained; the places at the border "
-        "then vary most among good images. reflect: the image itself [ours].",
+        description="What the backbone's convolutions see beyond the border of the image. zeros: as it was trained; places "
+        "at the border then vary most among good images. reflect: the image's own mirror image [ours].",
     )
     precision: Precision = Field(
         default="auto",
-        description="What the backbone computes in once it is trained. auto: bf16 on a GPU or CPU that multiplies it at once "
-        "(AVX512-BF16, AMX), fp32 elsewhere. fp32: the same on every machine, to the last digits.",
+        description="The number format that the backbone computes in once it is trained. auto: bf16 on a GPU or CPU that "
+        "multiplies it by instructions of its own (AVX512-BF16, AMX), fp32 elsewhere. fp32: the same results on "
+        "every machine, to the last digits.",
     )
     image_alignment: ImageAlignmentConfig = ImageAlignmentConfig()
     feature_alignment: FeatureAlignmentConfig = FeatureAlignmentConfig()
-    projector_width: int = Field(default=256, ge=8, le=4096, description="Channels of f's 1x1 convolutions [kin: 256].")
-    predictor: bool = Field(default=True, description="Whether g stands after f [paper]; off is an ablation.")
+    projector_width: int = Field(
+        default=256,
+        ge=8,
+        le=4096,
+        description="Channels of the projector f, three 1x1 convolutions that only training uses [kin: 256].",
+    )
+    predictor: bool = Field(
+        default=True,
+        description="Whether the predictor g stands after the projector f [paper]; without it is an ablation.",
+    )
     predictor_width: int = Field(
-        default=256, ge=4, le=4096, description="Hidden channels of g [kin: 256 in RegAD, a quarter in SimSiam]."
+        default=256,
+        ge=4,
+        le=4096,
+        description="Hidden channels of the predictor g [kin: 256 in RegAD, a quarter in SimSiam].",
     )
 
     @property
@@ -318,44 +361,73 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     """Optimisation. SGD with momentum and a cosine schedule [kin]; the paper's values are not known."""
 
-    epochs: int = Field(default=0, ge=0, le=10_000, description="Passes over the training images; 0 trains nothing.")
-    batch_size_per_worker: int = Field(default=32, ge=2, le=4096, description="Images a worker takes a step [kin: 32].")
-    learning_rate: float = Field(default=1e-4, gt=0.0, le=10.0, description="Backbone [kin: 1e-4].")
+    epochs: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="Passes over the training images in which the network learns by gradient. 0 trains nothing: the backbone "
+        "stays as it is.",
+    )
+    batch_size_per_worker: int = Field(
+        default=32,
+        ge=2,
+        le=4096,
+        description="Images that a worker takes at a time, in training steps and in passes [kin: 32].",
+    )
+    learning_rate: float = Field(
+        default=1e-4, gt=0.0, le=10.0, description="Learning rate of the backbone [kin: 1e-4]."
+    )
     learning_rate_head: float = Field(
         default=0.05,
         gt=0.0,
         le=10.0,
-        description="Projector and predictor: they start at random and are dropped after training, so they learn at "
-        "SimSiam's rate [kin: 0.05] while the backbone is only tuned [ours].",
+        description="Learning rate of the projector and predictor. They start at random and are dropped after training, so "
+        "they learn at SimSiam's rate [kin: 0.05] while the backbone is only tuned [ours].",
     )
-    learning_rate_image_alignment: float = Field(default=1e-2, gt=0.0, le=10.0, description="ICA [kin: 0.01].")
+    learning_rate_image_alignment: float = Field(
+        default=1e-2,
+        gt=0.0,
+        le=10.0,
+        description="Learning rate of the image aligner, for image_alignment.method=localisation [kin: 0.01].",
+    )
     learning_rate_feature_alignment: float = Field(
         default=0.05,
         gt=0.0,
         le=10.0,
-        description="FCA: its aligners start at zero and do not move at the backbone's rate [ours].",
+        description="Learning rate of the feature aligners. They start at zero and do not move at the backbone's rate "
+        "[ours].",
     )
-    momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="Of SGD [kin: 0.9].")
-    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="Of SGD, on every parameter.")
-    warmup_epochs: float = Field(default=0.0, ge=0.0, description="Linear warm-up before the cosine schedule [ours].")
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="Momentum of SGD [kin: 0.9].")
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="Weight decay of SGD, on every parameter.")
+    warmup_epochs: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="Epochs in which the learning rates rise linearly, before they fall by a cosine schedule [ours].",
+    )
     lambda_ica: float = Field(default=1.0, ge=0.0, description="Weight of the image alignment loss.")
     lambda_fine: float = Field(default=1.0, ge=0.0, description="Weight of the fine loss.")
-    stop_gradient: bool = Field(default=True, description="Stop-gradient on the shuffled branch [paper].")
-    symmetric: bool = Field(default=False, description="Average the fine loss over both directions of a pair.")
+    stop_gradient: bool = Field(
+        default=True, description="Whether no gradient flows through the shuffled branch of the fine loss [paper]."
+    )
+    symmetric: bool = Field(
+        default=False, description="Whether the fine loss is averaged over both directions of a pair."
+    )
     precision: Precision = Field(
-        default="auto", description="auto: bf16 autocast on a GPU that has it, fp32 elsewhere."
+        default="auto",
+        description="The number format of training. auto: bf16 autocast on a GPU that has it, fp32 elsewhere.",
     )
     gradient_clip_norm: float | None = Field(
         default=None, gt=0.0, description="Gradients of a larger norm are scaled down to it; null leaves them."
     )
     checkpoint_every_epochs: int = Field(
-        default=1, ge=1, description="Epochs between two checkpoints, from which a lost run goes on."
+        default=1, ge=1, description="Epochs between two checkpoints, from which a training that was lost goes on."
     )
     seed: int = Field(
         default=0,
         ge=0,
         lt=2**31,
-        description="Of whatever is drawn: held-out images, weights, order, channels, defects.",
+        description="Seed of whatever is drawn: held-out images, weights, order, channels, synthetic defects. The same seed "
+        "gives the same model.",
     )
 
 
@@ -364,79 +436,96 @@ class DensityConfig(Section):
 
     kind: DensityName = Field(
         default="nearest",
-        description="gaussian: one a location [kin, PaDiM]. nearest: distance to the nearest normal embedding of the "
-        "location, whitened by the pooled covariance [ours].",
+        description="What is remembered of normal images. nearest: their embeddings; a place's distance is that to the "
+        "nearest normal embedding around it, whitened by the pooled covariance where no metric is learnt [ours]. "
+        "gaussian: a mean and a covariance for each place [kin, PaDiM].",
     )
     layers: tuple[Layer, ...] = Field(
         default=("layer1", "layer2", "layer3"),
         min_length=1,
-        description="Layers whose embeddings are joined, in order [paper].",
+        description="Layers of the backbone whose features are joined to an embedding, in order [paper].",
     )
     map_stride_px: Literal[4, 8] = Field(
         default=8,
-        description="Input pixels a location stands for. 4: layers are brought to layer 1's places by nearest neighbour "
-        "[kin, PaDiM]. 8: to layer 2's, layer 1 by averaging, layer 3 bilinearly [ours]. DINOv2: its patches of 14 pixels either way.",
+        description="Pixels of the input, along a side, that a place of the map stands for. 4: all layers are brought to "
+        "layer 1's places by nearest neighbour [kin, PaDiM]. 8: to layer 2's, layer 1 by averaging, layer 3 "
+        "bilinearly [ours]. DINOv2: a patch of 14 pixels either way.",
     )
     smooth_layers: tuple[Layer, ...] = Field(
-        default=("layer2", "layer3"), description="Layers averaged over 3x3 of their own places first [kin, PatchCore]."
+        default=("layer2", "layer3"),
+        description="Layers whose features are first averaged over 3x3 places [kin, PatchCore].",
     )
     reduction: Literal["random", "semi_orthogonal", "none", "discriminant"] = Field(
         default="discriminant",
-        description="How channels are reduced [kin: 100 random channels in PaDiM]. discriminant: to the directions in which "
-        "synthetic defects differ from their nearest normal neighbours and normal images do not, learnt in closed form "
-        "[ours]; nearest then compares in it as it is.",
+        description="How an embedding's channels are reduced to num_channels [kin: 100 random channels in PaDiM]. "
+        "discriminant: to the directions in which synthetic defects differ from their nearest normal neighbours "
+        "and normal images do not, learnt in closed form [ours]; nearest then compares in it as it is. "
+        "semi_orthogonal: by a random projection. random: to randomly chosen channels. none: not at all.",
     )
-    num_channels: int = Field(default=100, ge=1, le=4096, description="Channels kept by the reduction [kin: 100].")
+    num_channels: int = Field(
+        default=100, ge=1, le=4096, description="Channels that are left after the reduction [kin: 100]."
+    )
     metric: str | None = Field(
         default=None,
-        description="discriminant: a path or URI of a metric learnt over other categories, as `focus-ray metric` writes it, "
-        "in place of one of the category's own [ours].",
+        description="discriminant: path or URI of a metric that was learnt over other categories, as `focus-ray metric` "
+        "writes it, in place of one of the category's own [ours].",
     )
     shrinkage: float = Field(
-        default=2.0, gt=0.0, le=1000.0, description="Ridge on the covariance's diagonal, in shrinkage_unit."
+        default=2.0,
+        gt=0.0,
+        le=1000.0,
+        description="Ridge that is added to the covariance's diagonal, in shrinkage_unit.",
     )
     shrinkage_unit: Literal["mean_variance", "absolute"] = Field(
         default="mean_variance",
-        description="mean_variance: multiples of the embeddings' mean variance within locations, so that it suits any "
-        "backbone [ours]. absolute: as it is [kin: 0.01].",
+        description="The unit of shrinkage. mean_variance: multiples of the embeddings' mean variance within places, so that "
+        "it suits any backbone [ours]. absolute: as it is [kin: 0.01].",
     )
     pooling: float = Field(
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="gaussian: weight of the covariance pooled over locations against a location's own [ours].",
+        description="gaussian: weight of the covariance pooled over all places against a place's own; 0 is its own alone "
+        "[ours].",
     )
     window: Literal[1, 3, 5] = Field(
-        default=3, description="nearest: compares with the normal embeddings of window x window places around [ours]."
+        default=3,
+        description="nearest: a place is compared with the normal embeddings of window x window places around it [ours].",
     )
     max_images: int = Field(
-        default=512, ge=2, description="nearest: keeps the embeddings of so many images at most, evenly chosen."
+        default=512,
+        ge=2,
+        description="nearest: embeddings of at most this many images are kept, evenly chosen. A Gaussian takes all.",
     )
     per_place: int | None = Field(
         default=128,
         ge=2,
-        description="nearest: of those, a place keeps so many at most, chosen greedily so that every other is near one [ours]; "
-        "times the tiles where they share places. null: all.",
+        description="nearest: of these, a place keeps at most this many, chosen greedily so that every embedding that is "
+        "left out is near one that is kept [ours]; times the number of tiles where they share places. null keeps "
+        "all.",
     )
     precision: Precision = Field(
         default="auto",
-        description="nearest: what the memory of places is held and searched in; as model.precision. bf16 takes half the memory.",
+        description="nearest: the number format in which the memory of places is held and searched, as model.precision. bf16 "
+        "takes half the memory.",
     )
     coreset: int = Field(
         default=1024,
         ge=0,
         le=65536,
-        description="nearest: patches of a memory without places, chosen greedily from all images, whose distance is averaged "
-        "with that of the places' own memory [kin, PatchCore]. 0: none.",
+        description="nearest: size of a second memory that knows no places: patches chosen greedily from all images. Its "
+        "distance is averaged with that of the memory of places [kin, PatchCore]. 0 does without.",
     )
     coreset_channels: int = Field(
         default=128,
         ge=1,
         le=4096,
-        description="Channels of layers 2 and 3 for the coreset, at most: a random projection.",
+        description="Channels of layers 2 and 3 that the coreset compares, at most: a random projection.",
     )
     keep_moments: bool = Field(
-        default=True, description="Keep the moments in the bundle, so that images can be added or taken out later."
+        default=True,
+        description="Whether the bundle keeps what `focus-ray update` needs to add images or take them out later; it is the "
+        "largest of its files.",
     )
 
     @property
@@ -462,12 +551,16 @@ class ScoringConfig(Section):
     """From distances to a map and a score."""
 
     smoothing_sigma_px: float = Field(
-        default=4.0, ge=0.0, le=64.0, description="Gaussian smoothing of the map, at the network's input size [kin: 4]."
+        default=4.0,
+        ge=0.0,
+        le=64.0,
+        description="How much the map is smoothed: the Gaussian's standard deviation, at the network's input size [kin: 4].",
     )
     image_score: Literal["maximum", "profile"] = Field(
         default="profile",
-        description="maximum: of the map [kin]. profile: how far the map's highest values lie above those of good images, "
-        "each place counted by what is usual there [ours]; where a density keeps no embeddings, the maximum.",
+        description="How an image's score is made of its map. maximum: the highest value [kin]. profile: how far the highest "
+        "values lie above those of good images, each place counted by what is usual there, so that 1 is a "
+        "typical good image [ours]; where a density keeps no embeddings, the maximum.",
     )
 
 
@@ -478,18 +571,24 @@ class SelectionConfig(Section):
     """
 
     enabled: bool = Field(
-        default=False, description="Costs a share of the training images and a density pass a candidate."
+        default=False,
+        description="Whether alignment and epoch are chosen so. It costs a share of the training images, and a density pass "
+        "for each candidate.",
     )
     fraction: float = Field(
         default=0.1,
         gt=0.0,
         lt=1.0,
-        description="Share of the normal training images to judge on; they join the density when all is chosen.",
+        description="Share of the normal training images that candidates are judged on; they join the density when all is "
+        "chosen.",
     )
-    max_images: int = Field(default=64, ge=2, description="Judges on so many at most.")
-    every_epochs: int = Field(default=1, ge=1, description="Epochs between two validations.")
+    max_images: int = Field(default=64, ge=2, description="Candidates are judged on at most this many images.")
+    every_epochs: int = Field(default=1, ge=1, description="Epochs between two judgements.")
     margin: float = Field(
-        default=0.01, ge=0.0, le=1.0, description="What a later epoch's score must gain on the kept one's."
+        default=0.01,
+        ge=0.0,
+        le=1.0,
+        description="How much a later epoch's score must gain on that of the epoch kept so far.",
     )
 
 
@@ -498,27 +597,37 @@ class CalibrationConfig(Section):
 
     method: Literal["auto", "split", "cross", "leave_one_out"] = Field(
         default="auto",
-        description="split: a held-out share (data.holdout_fraction). leave_one_out: every training image, scored with its own "
-        "embedding left out of the density. cross: every training image, scored without its fold. auto: split where it holds "
-        "out enough images for a steady threshold, 5 / target_fpr, or where train.epochs is above 0; else leave_one_out.",
+        description="Which good images set the thresholds. split: a held-out share (data.holdout_fraction). leave_one_out: "
+        "every training image, scored with its own embedding left out of the density. cross: every training "
+        "image, scored without its fold. auto: split where it holds out enough images for a steady threshold, 5 "
+        "/ target_fpr, or where train.epochs is above 0; else leave_one_out.",
     )
-    num_folds: int = Field(default=5, ge=2, le=100, description="Folds of the cross method.")
+    num_folds: int = Field(default=5, ge=2, le=100, description="cross: into how many folds the images are divided.")
     max_images: int = Field(
         default=4096,
         ge=1,
-        description="Calibrates with so many images at most: split holds no more out, cross scores no more, evenly chosen. 4096 "
-        "bring the rate of a threshold for 0.05 between 0.044 and 0.056 in 9 of 10 cases; a worker keeps up to 10 % of each "
-        "one's map.",
+        description="At most this many images calibrate: split holds no more out, cross scores no more, evenly chosen. 4096 "
+        "bring the rate of a threshold for 0.05 between 0.044 and 0.056 in 9 of 10 cases; a worker keeps up to "
+        "10 % of each one's map.",
     )
-    target_fpr: float = Field(default=0.05, gt=0.0, lt=1.0, description="Share of good images that may be called bad.")
-    target_pixel_fpr: float = Field(default=0.001, gt=0.0, lt=1.0, description="Share of good pixels called bad.")
+    target_fpr: float = Field(
+        default=0.05,
+        gt=0.0,
+        lt=1.0,
+        description="Share of good images that may be called bad. Lower lets more defects through.",
+    )
+    target_pixel_fpr: float = Field(
+        default=0.001, gt=0.0, lt=1.0, description="Share of the pixels of good images that may be marked."
+    )
 
 
 class ClusterConfig(Section):
     """What a run asks of Ray, and for whom."""
 
     team: str | None = Field(
-        default=None, pattern=NAME, description="Whose run it is: part of its namespace and of a name made up for it."
+        default=None,
+        pattern=NAME,
+        description="Whose run it is; it becomes part of the run's namespace and of a name that is made up for it.",
     )
     priority: str | None = Field(
         default=None,
@@ -526,51 +635,65 @@ class ClusterConfig(Section):
         description="Kueue's priority class of the job, noted with it (configs/cluster); Ray itself has no priorities.",
     )
     namespace: str | None = Field(
-        default=None, pattern=NAME, description="Ray namespace; null: one of the team's, or one of the run's own."
+        default=None,
+        pattern=NAME,
+        description="Ray namespace of the run's actors; null takes the team's, or one of the run's own.",
     )
     labels: dict[str, str] = Field(
-        default={}, description="Workers run on nodes with these labels: value, !value, in(a,b) or !in(a,b)."
+        default={},
+        description="Labels of the nodes that workers may run on, each a value, !value, in(a,b) or !in(a,b).",
     )
     local: bool | Literal["auto"] = Field(
         default="auto",
-        description="Train in the command's own process, without Ray, one category after the other. auto: with one worker, and "
-        "no RAY_ADDRESS, labels or max_concurrent_categories.",
+        description="Whether categories are trained in the command's own process, one after the other, without Ray. auto: "
+        "yes with one worker, and no RAY_ADDRESS, labels or max_concurrent_categories.",
     )
     num_workers: int = Field(
         default=1,
         ge=1,
         le=4096,
-        description="Workers that train one category together, with DDP where there are several.",
+        description="Workers that train one category together. With several, gradients are averaged over them (DDP).",
     )
     min_workers: int | None = Field(
         default=None,
         ge=1,
-        description="With fewer than num_workers, and as few as that, a training begins or goes on where machines are short, "
-        "and takes more when they come, from its last checkpoint on; null: it waits for all. Results then hang on when "
-        "machines came and went.",
+        description="Lets a training begin or go on with as few workers as this where machines are short, and take more when "
+        "they come, from its last checkpoint on. Results then depend on when machines came and went. null waits "
+        "for all num_workers.",
     )
     use_gpu: bool | Literal["auto"] = Field(
-        default="auto", description="auto: a GPU a worker when the cluster has any."
+        default="auto",
+        description="Whether workers use GPUs. auto: yes where the cluster has any, one for each worker.",
     )
-    cpus_per_worker: float = Field(default=1.0, gt=0.0, description="CPUs that Ray keeps for a worker.")
+    cpus_per_worker: float = Field(
+        default=1.0, gt=0.0, description="CPUs that Ray keeps for a worker; as many threads decode images."
+    )
     gpus_per_worker: float = Field(
         default=1.0,
         gt=0.0,
         le=1.0,
-        description="GPUs that Ray keeps for a worker that uses them; below 1, single workers of several categories share one.",
+        description="GPUs that Ray keeps for a worker that uses them. Below 1, workers of several categories share a GPU.",
     )
     memory_gib_per_worker: float | None = Field(
-        default=None, gt=0.0, description="Memory that Ray keeps for a worker; null keeps none."
+        default=None, gt=0.0, description="Memory that Ray keeps for a worker, in GiB; null keeps none."
     )
     max_cpus: float | None = Field(
         default=None,
         ge=0.0,
-        description="CPUs the cluster can grow to; null: what its autoscaler tells, or what is there.",
+        description="CPUs that the cluster can grow to. null: what its autoscaler tells, or what is there.",
     )
-    max_gpus: float | None = Field(default=None, ge=0.0, description="GPUs the cluster can grow to; null as max_cpus.")
-    max_failures: int = Field(default=3, ge=0, description="Restarts from the last checkpoint after a lost worker.")
+    max_gpus: float | None = Field(
+        default=None, ge=0.0, description="GPUs that the cluster can grow to; null as in max_cpus."
+    )
+    max_failures: int = Field(
+        default=3,
+        ge=0,
+        description="How often a category is tried again after a worker was lost, from its last checkpoint where it has one.",
+    )
     max_concurrent_categories: int | None = Field(
-        default=None, ge=1, description="Categories trained side by side; null fits them to the cluster."
+        default=None,
+        ge=1,
+        description="Categories that are trained side by side; null takes as many as the cluster has room for.",
     )
 
     @property
@@ -629,9 +752,13 @@ class Config(Section):
     name: str = Field(
         default="focus-ray",
         pattern=NAME,
-        description="Names the run's folder; 'auto' makes one up that no other run has: team, date and a random part.",
+        description="Name of the run's folder; 'auto' makes one up that no other run has, from team, date and a random part.",
     )
-    storage: str = Field(default="runs", min_length=1, description="Root of run folders: a local path or s3:// URI.")
+    storage: str = Field(
+        default="runs",
+        min_length=1,
+        description="Folder in which runs are made, each below its name: a local path or an s3:// URI.",
+    )
     data: DataConfig
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()

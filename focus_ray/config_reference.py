@@ -207,10 +207,18 @@ def _yaml(value: Any) -> str:
 def markdown() -> str:
     """All of docs/reference/configuration.md."""
     lines = [
-        "# Configuration",
+        "# Settings",
         "",
-        f"Written by `{COMMAND}` from the fields' own descriptions; a test fails where it is out of date.",
-        "`focus-ray config explain KEY` says the same of one key, `focus-ray config show CONFIG` writes every default out.",
+        "This page lists every setting of trainings, sweeps and the service: what it may be, its default, and what it does.",
+        "`focus-ray config explain KEY` says the same of one key in the terminal, and `focus-ray config show CONFIG` writes a",
+        "configuration with every default. In a YAML file a dotted key is a section: `train.epochs` is `epochs` below `train`.",
+        "",
+        "```bash",
+        "focus-ray config explain calibration.target_fpr",
+        "focus-ray config show default data.uri=data model.image_size_px=512",
+        "```",
+        "",
+        f"A test fails where this page is out of date; `{COMMAND}` writes it from the fields' own descriptions.",
         "",
         f"A name is {NAME_WORDS}. A limit told with *from*, *to* or *up to* is itself allowed, one with *above* or *below* is "
         "not. [paper] is arXiv 2110.04538, [kin] its published relatives, [ours] a choice of this project.",

@@ -16,7 +16,7 @@ def add_calibrate(commands: Any) -> None:
         "defects, where there are some, set nothing: they show what each threshold would cost. Of a bundle that was joined of "
         "several sites' with `update`, one site's own images can set them, without the images.",
     )
-    calibrate.add_argument("bundle")
+    calibrate.add_argument("bundle", help="the bundle whose thresholds are set anew")
     calibrate.add_argument("output", help="where the changed bundle goes; may be the bundle itself")
     calibrate.add_argument("--good", nargs="+", metavar="FOLDER", help="images of good parts, or folders of them")
     calibrate.add_argument(

@@ -34,7 +34,7 @@ def add_data(commands: Any) -> None:
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     remove = actions.add_parser("remove", help="take images out of a category")
     remove.add_argument("data", help="root of the Parquet data set: a path or s3:// URI")
-    remove.add_argument("--category", required=True)
+    remove.add_argument("--category", required=True, help="the category whose images go")
     which = remove.add_mutually_exclusive_group(required=True)
     which.add_argument("--id", action="append", metavar="ID", help="the image of this id (may be repeated)")
     which.add_argument("--ids", metavar="FILE", help="the images of a text file's ids, one a line")

@@ -30,7 +30,12 @@ def add_jobs(commands: Any) -> None:
     submit.add_argument("--python", default="python", help="interpreter on the cluster (default: python)")
     submit.add_argument("--no-follow", action="store_true", help="return at once; print the job's id only")
     submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
-    submit.add_argument("words", nargs=argparse.REMAINDER, metavar="COMMAND ...")
+    submit.add_argument(
+        "words",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND ...",
+        help="what the job runs, with its own arguments; all options of submit stand before it",
+    )
     submit.set_defaults(run=_submit, known=commands.choices)  # complete by the time a command runs
 
     jobs = commands.add_parser("jobs", help="list, follow and stop the jobs of a Ray cluster")

@@ -172,7 +172,7 @@ def build_parser() -> argparse.ArgumentParser:
     metric.set_defaults(run=_metric)
 
     update = commands.add_parser("update", help="take images into or out of a bundle's density, or join other sites'")
-    update.add_argument("bundle")
+    update.add_argument("bundle", help="the bundle that is changed")
     update.add_argument("output", help="where the changed bundle goes; may be the bundle itself")
     update.add_argument("--add", metavar="DATA", help="ingested set whose normal training images are taken in")
     update.add_argument(
@@ -203,8 +203,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_serving(commands)
 
     samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")
-    samples.add_argument("folder")
-    samples.add_argument("--seed", type=int, default=0)
+    samples.add_argument("folder", help="a new folder")
+    samples.add_argument("--seed", type=int, default=0, help="another number draws other parts (default: 0)")
     samples.set_defaults(run=_samples)
     return parser
 

@@ -8,6 +8,14 @@ from typing import Any
 
 from focus_ray.cli.output import say
 
+_WORDS = {
+    "bundles": "a bundle, or a run's folder",
+    "team": "the team that owns the category",
+    "category": "the category",
+    "version": "a version such as v0007, or an alias",
+    "alias": "the alias that moves, such as production",
+}
+
 
 def add_registry(commands: Any) -> None:
     registry = commands.add_parser("registry", help="publish bundles, move aliases, list, delete old versions")
@@ -17,20 +25,20 @@ def add_registry(commands: Any) -> None:
         parser: argparse.ArgumentParser = actions.add_parser(name, help=help)
         parser.add_argument("registry", help="root of the registry: a path or s3:// URI")
         for positional in names:
-            parser.add_argument(positional)
+            parser.add_argument(positional, help=_WORDS[positional])
         parser.set_defaults(run=_registry)
         return parser
 
     publish = action("publish", "copy a bundle, or every bundle of a run, in under the next version", "bundles")
-    publish.add_argument("--team", required=True)
+    publish.add_argument("--team", required=True, help="the team whose models they become")
     publish.add_argument("--category", help="refuse bundles of any other")
     publish.add_argument("--alias", action="append", default=[], help="point this alias at it too (may be repeated)")
     promote = action("promote", "point an alias at a version", "team", "category", "version", "alias")
     promote.epilog = "VERSION may be an alias: promote ROOT press bolt candidate production"
     action("rollback", "point an alias at what it named before", "team", "category", "alias")
     listing = action("list", "versions with their aliases, one a line")
-    listing.add_argument("team", nargs="?")
-    listing.add_argument("category", nargs="?")
+    listing.add_argument("team", nargs="?", help="only this team's")
+    listing.add_argument("category", nargs="?", help="only this category's")
     collect = action("gc", "delete old versions that no alias names", "team", "category")
     collect.add_argument("--keep", type=int, default=5, help="newest versions that stay in any case (default: 5)")
     collect.add_argument("--min-age-hours", type=float, default=1.0, help="younger ones stay too (default: 1)")

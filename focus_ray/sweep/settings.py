@@ -104,10 +104,14 @@ class Domain(Section):
     choice: tuple[Any, ...] | None = Field(
         default=None, min_length=1, description="One of these values; a bare list means the same."
     )
-    uniform: tuple[float, float] | None = Field(default=None, description="[low, high], all alike.")
-    loguniform: tuple[float, float] | None = Field(default=None, description="[low, high], all magnitudes alike.")
-    randint: tuple[int, int] | None = Field(default=None, description="[low, high], all integers alike.")
-    lograndint: tuple[int, int] | None = Field(default=None, description="[low, high], integers, all magnitudes alike.")
+    uniform: tuple[float, float] | None = Field(default=None, description="[low, high]: any number between, all alike.")
+    loguniform: tuple[float, float] | None = Field(
+        default=None, description="[low, high]: any number between, all orders of magnitude alike."
+    )
+    randint: tuple[int, int] | None = Field(default=None, description="[low, high]: any integer between, all alike.")
+    lograndint: tuple[int, int] | None = Field(
+        default=None, description="[low, high]: any integer between, all orders of magnitude alike."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -173,24 +177,36 @@ class SchedulerConfig(Section):
         description="asha: asynchronous successive halving (arXiv 1810.05934) over (category, epoch): at rungs, only the "
         "best of every reduction_factor trials seen there go on.",
     )
-    grace_epochs: int = Field(default=1, ge=1, description="Epochs, over all categories, before the first rung.")
+    grace_epochs: int = Field(
+        default=1, ge=1, description="Epochs, over all categories, that every trial gets before the first rung."
+    )
     reduction_factor: int = Field(
-        default=3, ge=2, le=100, description="At a rung, one of so many trials goes on; rungs lie so far apart too."
+        default=3,
+        ge=2,
+        le=100,
+        description="At a rung one of this many trials goes on; each rung lies this many times further than the one before.",
     )
 
 
 class RaceConfig(Section):
     """Ends a trial once the first categories show that it loses; docs/use/sweeps.md has the rule [ours, after irace]."""
 
-    enabled: bool = Field(default=False, description="Only for scope=all_categories.")
-    order: tuple[str, ...] | None = Field(default=None, description="Categories as they are judged; null: as trained.")
-    grace_categories: int = Field(default=1, ge=1, description="Categories before a trial may be ended.")
-    alpha: float = Field(default=0.05, gt=0.0, lt=0.5, description="Risk of ending one that is as good as the best.")
+    enabled: bool = Field(default=False, description="Whether trials race; only for scope=all_categories.")
+    order: tuple[str, ...] | None = Field(
+        default=None, description="Order in which trials go through the categories; null as they are trained."
+    )
+    grace_categories: int = Field(
+        default=1, ge=1, description="Categories that every trial gets before it may be ended."
+    )
+    alpha: float = Field(
+        default=0.05, gt=0.0, lt=0.5, description="Risk, at each look, of ending a trial that is as good as the best."
+    )
     prior_sd: float = Field(
         default=0.03,
         gt=0.0,
         le=1.0,
-        description="How far the gap between two settings is expected to differ between categories, a priori.",
+        description="How far the gap between two settings is expected, before anything is seen, to differ between "
+        "categories.",
     )
 
 
@@ -200,13 +216,21 @@ class SweepConfig(Section):
     name: str | None = Field(
         default=None,
         pattern=NAME,
-        description="Names the sweep's folder; null makes one up, with base.cluster.team and base.name in it.",
+        description="Name of the sweep's folder; null makes one up from base.cluster.team, base.name, date and a random "
+        "part.",
     )
-    base_file: str | None = Field(default=None, description="YAML of the configuration that all trials start from.")
-    base: dict[str, Any] = Field(default={}, description="The same, inline; joined over base_file's.")
-    space: dict[str, Domain] = Field(min_length=1, description="Dotted key of the configuration -> its domain.")
+    base_file: str | None = Field(
+        default=None, description="YAML file of the configuration that all trials start from, beside this one."
+    )
+    base: dict[str, Any] = Field(
+        default={}, description="The same configuration inline; what stands here goes over base_file's."
+    )
+    space: dict[str, Domain] = Field(
+        min_length=1, description="What is tried: a dotted key of the configuration, and its list of values or range."
+    )
     scope: Literal["all_categories", "per_category"] = Field(
-        default="all_categories", description="One setting for all categories, or the best one of each."
+        default="all_categories",
+        description="all_categories looks for one setting for all categories, per_category for the best one of each.",
     )
     objective: Objective = Field(
         default="validation",
@@ -215,20 +239,39 @@ class SweepConfig(Section):
         "is no longer a fair test of those images.",
     )
     searcher: Literal["grid", "random", "optuna"] = Field(
-        default="random", description="optuna: its tree-structured Parzen estimator (TPE)."
+        default="random",
+        description="Who proposes settings. grid: all combinations. random: drawn. optuna: its tree-structured Parzen "
+        "estimator (TPE).",
     )
-    num_trials: int | None = Field(default=None, ge=1, le=_MAX_GRID, description="A category, if scope=per_category.")
-    seed: int = Field(default=0, ge=0, lt=2**31, description="Of the searcher: the same proposes the same points.")
+    num_trials: int | None = Field(
+        default=None,
+        ge=1,
+        le=_MAX_GRID,
+        description="How many settings are tried, for each category with scope=per_category; a grid needs none.",
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="Seed of the searcher: the same seed proposes the same settings."
+    )
     scheduler: SchedulerConfig = SchedulerConfig()
     race: RaceConfig = RaceConfig()
     share_work: bool = Field(
-        default=True, description="Decoded images, and features that no trial changes, are made once for all trials."
+        default=True,
+        description="Whether decoded images, and features that no trial changes, are made once for all trials.",
     )
     shared_budget_mb: float | None = Field(
-        default=None, ge=0.0, description="Of Ray's object stores, for that; null: half of them."
+        default=None,
+        ge=0.0,
+        description="MiB of Ray's object stores that shared work may fill; null takes half of them.",
     )
-    cluster_share: float = Field(default=1.0, gt=0.0, le=1.0, description="Share of the cluster that trials may fill.")
-    max_concurrent_trials: int | None = Field(default=None, ge=1, description="null fits them to the share.")
+    cluster_share: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Share of the cluster that trials may fill; for teams that sweep at once.",
+    )
+    max_concurrent_trials: int | None = Field(
+        default=None, ge=1, description="Trials side by side; null takes as many as fit the share."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:

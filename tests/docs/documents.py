@@ -1,0 +1,53 @@
+"""What stands in the documents: code blocks by kind, and the commands of shell blocks."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from places import REPOSITORY
+
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+KINDS = ("bash", "python", "yaml", "json", "text")
+_FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. page: its path in the repository.  kind: the word after the fence."""
+
+    page: str
+    kind: str
+    text: str
+
+
+def blocks(*kinds: str) -> list[Block]:
+    """Of these kinds, or all, in the order of pages."""
+    return [block for page in PAGES for block in blocks_of(page) if not kinds or block.kind in kinds]
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    name = page.relative_to(REPOSITORY).as_posix()
+    for kind, text in _FENCE.findall(page.read_text(encoding="utf-8")):
+        yield Block(name, kind, text)
+
+
+def commands_of(block: Block) -> list[str]:
+    """The commands of a shell block, one a line: continued lines joined, comments and loops' own words gone."""
+    joined = re.sub(r"\\\n\s*", " ", block.text)
+    found = []
+    for line in joined.splitlines():
+        words = shlex.split(line, comments=True)
+        if not words or words[0] in ("for", "done"):
+            continue
+        line = re.sub(r"\s+#\s.*$", "", line)  # comment
+        line = re.sub(r'^eval "\$\((.*)\)"$', r"\1", line)  # what it runs
+        found.append(re.sub(r"\s+>\s+\S+$|&$", "", line).strip())
+    return found
+
+
+def words_of(command: str) -> list[str]:
+    return shlex.split(command, comments=True)

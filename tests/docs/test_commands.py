@@ -1,0 +1,352 @@
+"""Every command and code block of the documents holds: it runs in a small plant, or is checked as far as it can be without one.
+
+A command that is not run is in NOT_RUN with its reason; its command line is parsed all the same by the real parser, its settings
+by the real models, and the repository's files that it names are looked for.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+import workspace
+import yaml
+from documents import KINDS, Block, blocks, commands_of, words_of
+from places import REPOSITORY
+
+from focus_ray.cli.main import build_parser
+from focus_ray.cli.main import main as focus_ray
+from focus_ray.config import load_config, parse_config, read_tree
+from focus_ray.serving.settings import parse_settings
+from focus_ray.standard import find_config, standard_folder
+from focus_ray.sweep.settings import load_sweep
+
+# start of a focus-ray command -> why it is not run here, and what runs it
+NOT_RUN = {
+    "samples": "draws for a quarter of a minute; tests/samples draws smaller ones",
+    "serve": "serves until it is interrupted; tests/serving asks the service",
+    "submit": "needs a cluster; tests/submission sends jobs",
+    "jobs": "needs a cluster; tests/submission follows jobs",
+    "sweep": "starts Ray; tests/sweep",
+    "inspect-batch": "starts Ray; tests/cluster/test_batch.py",
+    "inspect quickstart/": "of a model of the quickstart, which `make quickstart` makes",
+    "ingest quickstart/": "of images of the quickstart, which `make quickstart` draws",
+    "train quickstart": "starts Ray with two workers; `make quickstart` runs it",
+    "evaluate quickstart/": "of a model of the quickstart",
+    "train s3://plant/sweeps/": "of a sweep that is not run",
+    "train fyd": "trains by gradient for minutes; tests/test_config.py loads it, tests/fitting trains so",
+    "fit photographs/ model-offline/": "a backbone that takes many times as long; `make quickstart` trains it",
+}
+NOT_RUN_WORDS = {  # a word of a focus-ray command -> the same
+    "cluster.num_workers=4": "starts Ray with four workers; tests/cluster/test_training.py",
+    "--workers": "starts Ray; tests/cluster",
+    "selection.enabled=true": "trains by gradient; tests/evaluation/test_selection.py",
+    "--engine": "compiles a network; tests/bundle/test_engine.py",
+}
+# program -> why its commands are not run
+PROGRAMS = {
+    "make": "each target takes minutes; the Makefile has the target",
+    "python": "benchmarks and entry scripts take minutes or a cluster; the module is there, and knows the options",
+    "pip": "installs; pyproject.toml has the extra",
+    "kubectl": "needs Kubernetes; tests/cluster/test_manifests.py checks the files",
+    "serve": "needs a cluster; tests/cluster/test_manifests.py checks the file",
+    "ray": "needs a cluster; what it runs is checked",
+    "export": "sets variables for the commands after it",
+}
+CODES_RUN_ELSEWHERE = {"CONTRIBUTING.md": "tests/test_kinds.py runs them"}
+STATUSES = {"doctor": (0, 1)}  # 1: it has found something on this machine
+SHELL = blocks("bash")
+COMMANDS = [(block.page, command) for block in SHELL for command in commands_of(block)]
+IDS = [f"{page}: {command[:60]}" for page, command in COMMANDS]
+
+
+def reason_not_to_run(command: str) -> str | None:
+    words = words_of(command)
+    if words[0] != "focus-ray":
+        return PROGRAMS.get(words[0])
+    rest = " ".join(words[1:])
+    starts = (
+        why for start, why in NOT_RUN.items() if f"{rest} ".startswith(start if start.endswith("/") else f"{start} ")
+    )
+    named = (why for word, why in NOT_RUN_WORDS.items() if word in words)
+    return next(iter([*starts, *named]), None)
+
+
+def test_every_block_says_what_it_is() -> None:
+    assert [(block.page, block.kind, block.text[:40]) for block in blocks() if block.kind not in KINDS] == []
+
+
+def test_every_program_is_one_that_is_checked() -> None:
+    programs = {words_of(command)[0] for _, command in COMMANDS}
+    assert programs <= {"focus-ray", "curl", *PROGRAMS}
+
+
+def test_no_reason_is_left_over() -> None:
+    told = [" ".join(words_of(command)[1:]) for _, command in COMMANDS if words_of(command)[0] == "focus-ray"]
+    assert [start for start in NOT_RUN if not any(f"{words} ".startswith(start) for words in told)] == []
+    assert [word for word in NOT_RUN_WORDS if not any(word in words.split() for words in told)] == []
+    assert set(PROGRAMS) <= {words_of(command)[0] for _, command in COMMANDS}
+
+
+# What is not run
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=IDS)
+def test_a_command_is_one_that_its_program_takes(page: str, command: str) -> None:
+    check(words_of(command))
+
+
+def check(words: list[str]) -> None:
+    """Holds a command against the program that it is for. Raises: AssertionError, or the program's own error."""
+    program, rest = words[0], words[1:]
+    if program == "focus-ray":
+        check_focus_ray(rest)
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+        assert [word for word in rest if "=" not in word and word not in targets] == []
+    elif program == "python":
+        check_python(rest)
+    elif program == "pip":
+        extras = re.findall(r"^([a-z]+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+        asked = [extra for word in rest for extra in "".join(re.findall(r"\[(.*)\]", word)).split(",") if extra]
+        assert [extra for extra in asked if extra not in extras] == []
+    elif program == "ray":
+        check(rest[rest.index("--") + 1 :])
+    else:
+        files = [word for word in rest if re.fullmatch(r"[\w/.-]+/[\w.-]+\.ya?ml", word)]
+        assert [name for name in files if not (REPOSITORY / name).is_file()] == []
+
+
+def check_python(rest: list[str]) -> None:
+    if rest[0] == "-m":
+        module = REPOSITORY / (rest[1].replace(".", "/"))
+        source = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
+        texts = [path.read_text() for path in (REPOSITORY / rest[1].partition(".")[0]).rglob("*.py")]
+    else:
+        source = REPOSITORY / rest[0]
+        texts = [source.read_text()]
+    assert source.is_file(), source
+    options = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    shared = (REPOSITORY / "focus_ray/cli/main.py").read_text()
+    assert [option for option in options if not any(f'"{option}"' in text for text in [*texts, shared])] == []
+
+
+def check_focus_ray(words: list[str]) -> None:
+    """Parses a command line and validates its settings, as the command itself does before it begins."""
+    parser = build_parser()
+    parser.exit = lambda status=0, message=None: None  # type: ignore[method-assign, assignment]
+    parser.error = _refuse  # type: ignore[method-assign]
+    if words == ["--version"]:
+        return
+    arguments = parser.parse_args(words)
+    if arguments.command == "submit":
+        inner = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
+        check_focus_ray(inner)
+    elif arguments.command in ("train", "doctor") and not (arguments.config or "").startswith("s3://"):
+        config = find_config(arguments.config) if arguments.config else standard_folder() / "default.yaml"
+        load_config(config, arguments.override)
+    elif arguments.command == "fit":
+        load_config(find_config("default"), [*arguments.override, "data.uri=data"])
+    elif arguments.command == "sweep" and arguments.what not in ("status", "resume", "report"):
+        load_sweep(find_config(arguments.what), arguments.rest)
+    elif arguments.command == "serve":
+        tree = read_tree(standard_folder() / "default.yaml", arguments.override)
+        given = {key: value for key, value in tree.items() if key not in ("name", "data", "model")}
+        parse_settings({"registry": "registry", "open_to_all": "tokens" not in given, **given})
+    elif arguments.command == "config" and arguments.action == "explain":
+        assert focus_ray(words) == 0
+
+
+def _refuse(message: str) -> None:
+    raise AssertionError(message)
+
+
+def test_a_wrong_command_is_refused() -> None:
+    for wrong in ("focus-ray trian default", "focus-ray train default data.uri=x model.wights=y", "make quickstrat"):
+        with pytest.raises((AssertionError, ValueError, SystemExit)):
+            check(words_of(wrong))
+    with pytest.raises(AssertionError):
+        check(words_of("kubectl apply -f configs/cluster/nothing.yaml"))
+
+
+# What is run
+
+
+@pytest.fixture(scope="session")
+def plant(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workspace.make(tmp_path_factory.mktemp("plant"))
+
+
+@pytest.fixture
+def copied(plant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A plant of one's own, which is the working folder."""
+    folder = tmp_path / "plant"
+    shutil.copytree(plant, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run_words(command: str) -> list[str]:
+    """Words of a focus-ray command in the plant: places mapped, patterns of files resolved, tiny where it trains."""
+    words = [workspace.place(word) for word in words_of(command)[1:]]
+    words = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
+    if words[0] == "sweep":
+        return [*words, *(f"base.{setting}" for setting in (*workspace.TINY, "model.weights=resnet18.pth"))]
+    if words[0] in ("train", "fit"):
+        words += workspace.TINY
+        given = {word.partition("=")[0] for word in words}
+        words += [] if "model.weights" in given else ["model.weights=resnet18.pth"]
+    return words
+
+
+def run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = run_words(command)
+    if words == ["--version"]:
+        with pytest.raises(SystemExit, match="0"):
+            focus_ray(words)
+        return
+    status = focus_ray(words)
+    told = capsys.readouterr()
+    assert status in STATUSES.get(words[0], (0,)), f"{command}\nran as {words}\n{told.err[-2000:]}"
+
+
+RUN_ON = sorted(
+    {page for page, command in COMMANDS if command.startswith("focus-ray") and not reason_not_to_run(command)}
+)
+
+
+@pytest.mark.parametrize("page", RUN_ON)
+def test_the_commands_of_a_page_run_in_its_order(page: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for own, command in COMMANDS:
+        if own == page and command.startswith("focus-ray") and not reason_not_to_run(command):
+            run(command, capsys)
+
+
+ON_RAY = sorted({command for _, command in COMMANDS if (reason_not_to_run(command) or "").startswith("starts Ray")})
+NEEDS_A_SWEEP = (
+    "sweep status",
+    "sweep resume",
+    "sweep report",
+    "train quickstart",
+)  # of a folder that no test has made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "command", [command for command in ON_RAY if not any(words in command for words in NEEDS_A_SWEEP)]
+)
+def test_a_command_runs_on_ray(command: str, copied: Path) -> None:
+    words = [word.replace("name=line3", "name=line4") for word in run_words(command)]  # line3 is there already
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(  # a process of its own, which starts a cluster of its own where it stands
+        [sys.executable, "-m", "focus_ray.cli", *words],
+        cwd=copied,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\nran as {words}\n{done.stderr[-3000:]}"
+
+
+@pytest.fixture(scope="module")
+def service(plant: Path) -> Iterator[str]:
+    """The address of a real service over the plant's registry."""
+    from focus_ray.serving.api import create_api
+    from focus_ray.serving.scorer import Scorer
+    from focus_ray.serving.service import Service
+
+    settings = parse_settings({"registry": str(plant / "plant/registry"), "tokens": str(plant / "tokens.yaml")})
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()  # so that a request that comes early waits
+        api = create_api(Service(settings, Scorer(settings.pool, "cpu")))
+        server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+CURL = sorted({command for _, command in COMMANDS if command.startswith("curl")})
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
+@pytest.mark.parametrize("command", CURL)
+def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
+    line = command.replace("http://127.0.0.1:8000", service)
+    done = subprocess.run(
+        ["bash", "-c", f"{line} --silent --show-error --fail-with-body"],
+        cwd=plant,
+        env={"TOKEN": (plant / "token.txt").read_text(), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stderr, done.stdout)
+    if "--output" in command:
+        assert (plant / command.partition("--output ")[2].split()[0]).read_bytes().startswith(b"\x89PNG")
+    else:
+        assert json.loads(done.stdout)["results"]
+
+
+# Code
+
+CODE = [block for block in blocks("python") if block.page not in CODES_RUN_ELSEWHERE]
+
+
+def small(text: str, service: str) -> str:
+    """A block with the service's real address, and of 64 px in place of 256."""
+    text = text.replace("http://127.0.0.1:8000", service).replace("image_size_px=256", "image_size_px=64")
+    added = 'fit("photographs/", weights="resnet18.pth")', 'fit("bottle/", weights="resnet18.pth")'
+    for call in added:
+        text = text.replace(call, f"{call[:-1]}, image_size_px=64, coreset=32)")
+    return text
+
+
+@pytest.mark.parametrize("page", sorted({block.page for block in CODE}))
+def test_the_code_of_a_page_runs(page: str, copied: Path, service: str) -> None:
+    namespace: dict[str, Any] = {
+        "token": (copied / "token.txt").read_text(),
+        "image_bytes": (copied / "part.png").read_bytes(),
+        "images": sorted((copied / "photographs/good").iterdir()),
+    }
+    for block in CODE:
+        if block.page == page:
+            exec(compile(small(block.text, service), page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=lambda block: f"{block.page}: {block.text[:30]!r}")
+def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
+    tree = yaml.safe_load(block.text)
+    if "space" in tree:
+        for path in standard_folder().glob("*.yaml"):
+            shutil.copy(path, tmp_path)
+        (tmp_path / "own.yaml").write_text(block.text)
+        load_sweep(tmp_path / "own.yaml")
+    elif {"registry", "bundles"} & set(tree):
+        parse_settings(tree, block.page)
+    else:
+        parse_config(tree, block.page)
+
+
+@pytest.mark.parametrize("block", blocks("json"), ids=lambda block: block.page)
+def test_a_json_block_is_json(block: Block) -> None:
+    assert json.loads(block.text)

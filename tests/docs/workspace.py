@@ -1,0 +1,121 @@
+"""A small plant in which the documents' commands run: made-up parts under the names that the pages use, tiny models of them.
+
+The pages speak of S3 and of photographs; MAP says what stands for each here. Commands run in the folder itself, so that relative
+paths need no map.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.models import resnet18
+
+from focus_ray.bundle.registry import Registry
+from focus_ray.cli.main import main as focus_ray
+from focus_ray.samples.write import write_samples
+from focus_ray.serving.tokens import create_token
+
+# words of a page -> what they stand for in the workspace; the longest that begins a word counts
+MAP = {
+    "s3://plant/": "plant/",
+    "s3://raw/parts": "mvtec",
+    "/data/mvtec": "mvtec",
+    "runs/line3": "plant/runs/line3",
+    "BUNDLE": "plant/runs/line3/bundles/bolt",
+    "OLD": "plant/runs/line3/bundles/bolt",
+    "NEW_BUNDLE": "new_bundle",
+    "SOURCE": "mvtec",
+    "DATA": "plant/newparts",
+    "FILE": "ids.txt",
+}
+# after the settings of every command that trains: the standard network, of a size that a test has time for
+TINY = (
+    "model.image_size_px=64",
+    "model.image_alignment.group=none",
+    "model.image_alignment.method=congealing",
+    "density.num_channels=16",
+    "density.coreset=32",
+    "model.precision=fp32",
+    "density.precision=fp32",
+    "cluster.use_gpu=false",
+)
+
+
+def place(word: str) -> str:
+    """A word of a command as the workspace has it; also behind the = of a setting."""
+    key, equals, value = word.partition("=")
+    if equals and not key.startswith("-"):
+        return f"{key}={place(value)}"
+    for start in sorted(MAP, key=len, reverse=True):
+        plain = start.isupper() or not start.endswith("/")
+        if word == start or (word.startswith(start) and (not plain or word[len(start)] == "/")):
+            return MAP[start] + word[len(start) :]
+    return word
+
+
+def make(folder: Path) -> Path:
+    """Draws, ingests, trains and publishes. Returns: the folder."""
+    parts = folder / "mvtec"
+    write_samples(parts, size_px=64, num_train=20, num_test_good=4, num_bad_per_type=1)
+    (parts / "board").rename(parts / "bolt")
+    (parts / "gear").rename(parts / "screw")
+    good, bad = sorted((parts / "bolt/train/good").iterdir()), sorted((parts / "bolt/test").glob("[!g]*/*.png"))
+    for name in ("photographs", "bottle", "bolt", "labelled"):
+        _copy(good[:12], folder / name / "good")
+        _copy(bad[:2], folder / name / "bad")
+    for name, share in (("more/bolt", good[:6]), ("lyon-photographs/bolt", good[6:12]), ("porto/bolt", good[12:])):
+        _brighter(share, folder / name / "good")
+    _copy(good[12:], folder / "more/bolt/good")
+    _copy(good[12:16], folder / "good")
+    _copy(bad, folder / "defects")
+    _copy(bad[:2], folder / "new")
+    for name, source in (
+        ("new", bad[0]),
+        ("good", good[13]),
+        ("bad", bad[1]),
+        ("part", bad[0]),
+        ("a", bad[0]),
+        ("b", good[14]),
+    ):
+        shutil.copy(source, folder / f"{name}.png")
+    torch.manual_seed(0)
+    torch.save(resnet18().state_dict(), folder / "resnet18.pth")
+    _run("ingest", parts, folder / "data")
+    shutil.copytree(folder / "data", folder / "plant/parts")
+    shutil.copytree(folder / "data", folder / "plant/today")
+    _run("ingest", folder / "more/bolt", folder / "plant/newparts")
+    _run("ingest", folder / "porto/bolt", folder / "porto-data")
+    settings = [f"data.uri={folder / 'data'}", f"storage={folder / 'plant/runs'}", "name=line3"]
+    _run("train", "default", *settings, f"model.weights={folder / 'resnet18.pth'}", *TINY)
+    bolt = folder / "plant/runs/line3/bundles/bolt"
+    _run("update", bolt, folder / "B", "--only", folder / "plant/newparts")
+    _run("update", bolt, folder / "C", "--only", folder / "porto-data")
+    registry = Registry(folder / "plant/registry")
+    for _ in range(2):
+        registry.publish(str(bolt), "press", aliases=["production", "candidate"])
+    token, _ = create_token(str(folder / "tokens.yaml"), "press", ["inspect", "read"])
+    (folder / "token.txt").write_text(token)
+    (folder / "ids.txt").write_text("bolt/train/good/000\n")
+    (folder / "service.yaml").write_text("registry: plant/registry\ntokens: tokens.yaml\n")
+    return folder
+
+
+def _copy(paths: list[Path], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        shutil.copy(path, folder / f"{path.parent.name}_{path.name}")
+
+
+def _brighter(paths: list[Path], folder: Path) -> None:
+    """The same parts in a little more light: images that no other folder has."""
+    folder.mkdir(parents=True)
+    for path in paths:
+        Image.open(path).convert("RGB").point(lambda value: min(255, value + 3)).save(folder / f"bright_{path.name}")
+
+
+def _run(*words: object) -> None:
+    status = focus_ray([str(word) for word in words])
+    assert status == 0, f"focus-ray {words}: exit status {status}"
