@@ -13,7 +13,7 @@ venv=$1 step=$2
 shift 2
 variant=${VARIANT:-cpu}
 pypi=${PYPI_INDEX:-https://pypi.org/simple}
-extras=(--extra offline --extra onnx)
+extras=(--extra ray --extra offline --extra onnx)
 export UV_LINK_MODE=copy PYC_INVALIDATION_MODE=UNCHECKED_HASH  # a file's time says nothing in an image
 export UV_SYSTEM_CERTS=1  # a plant's own authority, where the base image has it
 
