@@ -19,6 +19,7 @@ RUN container/install.sh /opt/focus-ray dependencies --no-cache
 
 FROM libraries AS wheel
 COPY README.md LICENSE ./
+COPY release release
 COPY configs configs
 COPY focus_ray focus_ray
 RUN container/install.sh /opt/focus-ray wheel /wheel

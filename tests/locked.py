@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -28,3 +29,17 @@ def program(name: str) -> str:
     if found is None:
         pytest.skip(f"no {name} here: install it")
     return found
+
+
+def copy_as_the_build_does(folder: Path) -> Path:
+    """What the Dockerfile copies from the checkout, and nothing else, into a new folder."""
+    for line in re.findall(r"^COPY (?!--from)(.+)$", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE):
+        *sources, target = line.split()
+        for source in sources:
+            place = folder / (f"{target}/{source}" if target == "./" else target)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if (REPOSITORY / source).is_dir():
+                shutil.copytree(REPOSITORY / source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(REPOSITORY / source, place)
+    return folder

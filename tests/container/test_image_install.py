@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from locked import locked, program
+from locked import copy_as_the_build_does, locked, program
 from places import REPOSITORY
 
 INSTALL = REPOSITORY / "container" / "install.sh"
@@ -78,8 +78,9 @@ def install(venv: Path, variant: str, pypi: str, torch: str) -> subprocess.Compl
     subprocess.run([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, str(venv)], check=True)
     settings = {"VARIANT": variant, "PYPI_INDEX": pypi, "TORCH_INDEX": torch}
     path = f"{Path(uv).parent}{os.pathsep}{os.environ['PATH']}"
+    source = copy_as_the_build_does(venv.parent / "source")
     return subprocess.run(
-        [str(INSTALL), str(venv), "dependencies", "--no-cache"],
+        [str(source / "container" / "install.sh"), str(venv), "dependencies", "--no-cache"],
         env={**os.environ, **settings, "PATH": path},
         capture_output=True,
         text=True,
@@ -123,6 +124,18 @@ def test_a_misspelt_variant_is_refused(tmp_path: Path, indexes: str) -> None:
     done = install(tmp_path / "venv", "gpu", f"{indexes}/pypi", f"{indexes}/torch")
     assert done.returncode == 1
     assert "VARIANT=gpu: expected cpu or cuda" in done.stderr
+
+
+def test_what_the_build_copies_is_enough_for_the_wheel(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    source = copy_as_the_build_does(tmp_path / "source")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel"], cwd=source, check=True, capture_output=True
+    )
+    (wheel,) = source.glob("dist/focus_ray-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"focus_ray/cli/main.py", "focus_ray/configs/default.yaml"} <= set(names)
+    assert not [name for name in names if name.startswith(("release", "container"))]
 
 
 @pytest.mark.slow
