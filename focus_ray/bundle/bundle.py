@@ -244,12 +244,14 @@ def runs_in(place: str) -> list[str]:
     return [name for name in list_names(place) if list_names(join(place, name, "bundles"))]
 
 
-def read_bundle(uri: str | Path, device: torch.device | str = "cpu") -> Bundle:
+def read_bundle(uri: str | Path, device: torch.device | str = "cpu", precision: str | None = None) -> Bundle:
     """Reads and verifies a bundle. Needs no weights, no Ray and no network besides the bundle's own place.
+
+    Args: precision: auto, fp32 or bf16, in place of model.precision and density.precision; None: as the bundle says.
 
     Raises: BundleError: missing, damaged, changed, or of another format version.
     """
-    return _whole(uri, lambda manifest: _read_bundle(uri, manifest, device))
+    return _whole(uri, lambda manifest: _read_bundle(uri, manifest, device, precision))
 
 
 def _whole(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
@@ -265,9 +267,14 @@ def _whole(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
             manifest = now
 
 
-def _read_bundle(uri: str | Path, manifest: dict[str, Any], device: torch.device | str) -> Bundle:
+def _read_bundle(
+    uri: str | Path, manifest: dict[str, Any], device: torch.device | str, precision: str | None = None
+) -> Bundle:
     try:
-        config = parse_config(_as_it_was_made(manifest), source=f"{uri}/{MANIFEST}")
+        tree = _as_it_was_made(manifest)
+        if precision is not None:
+            tree = {**tree, **{part: {**tree[part], "precision": precision} for part in ("model", "density")}}
+        config = parse_config(tree, source=f"{uri}/{MANIFEST}")
         calibration = Calibration.from_dict(manifest["calibration"])
         category = str(manifest["category"])
     except (ConfigError, DataError, KeyError) as error:

@@ -73,8 +73,10 @@ class Frame:
     def place(self, image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
         """A decoded image, grey or RGB, whose file has `width` x `height` pixels -> uint8 of `shape`."""
         box = self.box(width, height)
-        if image.size != (box.width, box.height):
-            image = image.resize((box.width, box.height), Image.Resampling.BILINEAR)
+        # one side after the other: which comes first moves some pixels by a grey level, and Pillow 13 chooses for itself
+        for size in ((box.width, image.height), (box.width, box.height)):
+            if image.size != size:
+                image = image.resize(size, Image.Resampling.BILINEAR)
         pixels = np.array(image.convert("RGB"), dtype=np.uint8)  # last: grey is resized as one channel
         if pixels.shape[:2] != (self.height, self.width):
             below, right = self.height - box.top - box.height, self.width - box.left - box.width

@@ -99,10 +99,10 @@ class FocusNet(nn.Module):
         x = (image - self.pixel_mean) / self.pixel_std
         levels: list[Tensor] = []
         thetas: list[Tensor | None] = []
-        half = next(self.backbone.parameters()).dtype == torch.bfloat16  # `prepared_for_inference`
+        dtype = next(self.backbone.parameters()).dtype  # `prepared_for_inference`
         for layer in LAYERS:
-            x = getattr(self.backbone, layer)(x.bfloat16() if half else x)
-            level = x.float() if half else x
+            x = getattr(self.backbone, layer)(x if dtype == torch.float32 else x.to(dtype))
+            level = x if dtype == torch.float32 else x.float()
             theta = self.feature_aligners[layer](level) if layer in self.feature_aligners else None
             if theta is not None:
                 level = x = warp(level, theta)

@@ -30,6 +30,7 @@ from focus_ray.model.alignment.theta import (
     identity_theta,
     invert_theta,
     make_theta,
+    shrink,
     turn,
     valid_mask,
     warp,
@@ -122,9 +123,7 @@ class CongealingAligner(nn.Module):
             raise ValueError(f"images are {tuple(images.shape)}, expected square ones")
         grey = images.float().mean(1, keepdim=True)
         if grey.shape[-1] != self.FINE_PX:
-            grey = F.interpolate(
-                grey, size=(self.FINE_PX, self.FINE_PX), mode="bilinear", antialias=True, align_corners=False
-            )
+            grey = shrink(grey, self.FINE_PX)
         grey = grey[:, 0]
         grey = grey - grey.mean((1, 2), keepdim=True)
         return grey / grey.std((1, 2), keepdim=True).clamp_min(self.MIN_STD)
@@ -312,7 +311,7 @@ class CongealingAligner(nn.Module):
             trace = normal.diagonal(dim1=1, dim2=2)
             normal = normal + torch.diag_embed(self.DAMPING * trace + self.EPSILON)
             right = _each(w * residual, basis)
-            solution = torch.linalg.solve(normal, right)
+            solution = _solve(normal, right)
             delta = solution[:, :-2] / fit[:, :1].clamp_min(self.MIN_GAIN)
             delta = delta * (self.MAX_STEP / delta.abs().amax(1, keepdim=True).clamp_min(self.MAX_STEP))
             theta = self._bound(compose_theta(theta, invert_theta(self._increment(delta))))
@@ -480,6 +479,19 @@ def _each(rows: Tensor, matrix: Tensor) -> Tensor:
     width = matrix.shape[1]
     whole = F.pad(matrix, (0, -width % 16))  # products of odd widths do hang on it
     return torch.bmm(rows[:, None], whole.expand(len(rows), *whole.shape))[:, 0, :width]
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """(B, n, n) x = (B, n), positive definite; in an exported graph, whose runtimes have no solver, by Gauss and Jordan."""
+    if not torch.compiler.is_exporting():
+        return torch.linalg.solve(matrix, right)
+    rows = torch.cat([matrix, right[..., None]], dim=2)
+    for number in range(matrix.shape[1]):
+        pivot = rows[:, number : number + 1] / rows[:, number : number + 1, number : number + 1]
+        others = torch.cat([rows[:, :number], torch.zeros_like(pivot), rows[:, number + 1 :]], dim=1)
+        rows = rows - others[:, :, number : number + 1] * pivot
+        rows = torch.cat([rows[:, :number], pivot, rows[:, number + 1 :]], dim=1)
+    return rows[:, :, -1]
 
 
 def _solve2(matrix: Tensor, right: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ to coordinates of the frame before, so that `warp(images, theta)` is the aligned
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -110,7 +112,7 @@ def invert_theta(theta: Tensor) -> Tensor:
     """
     a, b, c, d = theta[:, 0, 0], theta[:, 0, 1], theta[:, 1, 0], theta[:, 1, 1]
     determinant = a * d - b * c
-    if bool((determinant.abs() < 1e-8).any()):
+    if not torch.compiler.is_exporting() and bool((determinant.abs() < 1e-8).any()):
         raise ValueError("a transform is singular and has no inverse: bound the transform group")
     linear = torch.stack([torch.stack([d, -b], 1), torch.stack([-c, a], 1)], 1) / determinant[:, None, None]
     with full_precision(theta):
@@ -118,9 +120,25 @@ def invert_theta(theta: Tensor) -> Tensor:
     return torch.cat([linear, shift], dim=2)
 
 
-def full_precision(like: Tensor) -> torch.autocast:
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
     """No autocast: in bf16 a coordinate of a 256 px frame is off by up to half a pixel."""
-    return torch.autocast(like.device.type, enabled=False)
+    return nullcontext() if torch.compiler.is_exporting() else torch.autocast(like.device.type, enabled=False)
+
+
+def shrink(images: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, size, size), bilinear and antialiased; in an exported graph as products, which every runtime has."""
+    if not torch.compiler.is_exporting():
+        return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    down, across = (_shrinking(int(length), size).to(images.device) for length in images.shape[2:])
+    return down @ images @ across.t()
+
+
+def _shrinking(length: int, size: int) -> Tensor:
+    """(size, length), the weights of `shrink` along one side."""
+    step = length / size
+    centres = (np.arange(size)[:, None] + 0.5) * step
+    weights = np.maximum(0, 1 - np.abs(np.arange(length) + 0.5 - centres) / max(step, 1.0))
+    return torch.from_numpy((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
 
 
 def warp(images: Tensor, theta: Tensor, padding: str = "border", size: tuple[int, int] | None = None) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focus_ray.model.alignment.theta import Bounds, full_precision, num_parameters, theta_from_parameters
+from focus_ray.model.alignment.theta import Bounds, full_precision, num_parameters, shrink, theta_from_parameters
 
 
 class SpatialTransformer(nn.Module):
@@ -52,5 +51,4 @@ class LocalisedAligner(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), 0..1 -> theta (B, 2, 3)."""
-        small = F.interpolate(images, size=(self.SIZE_PX, self.SIZE_PX), mode="bilinear", antialias=True)
-        return self.transformer(small - 0.5)  # type: ignore[no-any-return]
+        return self.transformer(shrink(images, self.SIZE_PX) - 0.5)  # type: ignore[no-any-return]
