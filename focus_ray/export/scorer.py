@@ -60,7 +60,7 @@ class Scorer(nn.Module):
         self.density = as_module(detector.density, half)
         self.spread, self.profile, self.seen = detector.spread, detector.profile, detector.seen
         self.verdict = Verdict(bundle.calibration)
-        self.eval()
+        self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         pixels, shown, box = self.to_frame(images)

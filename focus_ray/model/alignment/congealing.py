@@ -231,10 +231,10 @@ class CongealingAligner(nn.Module):
         """(B, d), as `_basis` orders them -> (B, 2, 3), a small transform of the group."""
         widths = {"r": 1, "s": 1, "a": 2, "t": 2}
         parts = dict(zip(self.uses, delta.split([widths[use] for use in self.uses], dim=1), strict=True))
-        zero = delta.new_zeros(len(delta))
+        zero = delta.new_zeros(delta.shape[0])
         angle = parts["r"][:, 0] if "r" in parts else zero
         scale = parts["s"][:, 0].exp() if "s" in parts else zero + 1
-        shift = parts["t"] if "t" in parts else delta.new_zeros(len(delta), 2)
+        shift = parts["t"] if "t" in parts else delta.new_zeros(delta.shape[0], 2)
         theta = make_theta(angle, scale, shift)
         if "a" in parts:
             along, across = parts["a"].unbind(dim=1)
@@ -280,9 +280,9 @@ class CongealingAligner(nn.Module):
         outer2 = (gain_bias[:, :, None] * gain_bias[:, None, :]).flatten(1)
         ridge2 = self.MIN_STD * torch.eye(2, device=level.device)
         images = level[:, None]
-        best, best_cost = theta, torch.full((len(level),), math.inf, device=level.device)
+        best, best_cost = theta, torch.full((level.shape[0],), math.inf, device=level.device)
         for step in range(num_steps + 1):
-            grid = F.affine_grid(theta, [len(level), 1, size, size], align_corners=False)
+            grid = F.affine_grid(theta, [level.shape[0], 1, size, size], align_corners=False)
             moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)[:, 0].flatten(1)
             inside = ((1 - grid.abs().amax(-1)).flatten(1) * (size / 2) + 0.5).clamp(0, 1) * weight  # soft edge
             # gain and bias of the template for this image, then the robust residual
@@ -478,7 +478,7 @@ def _each(rows: Tensor, matrix: Tensor) -> Tensor:
     """rows (B, P) @ matrix (P, D), each row by itself: to the last digit, none hangs on its place among the others."""
     width = matrix.shape[1]
     whole = F.pad(matrix, (0, -width % 16))  # products of odd widths do hang on it
-    return torch.bmm(rows[:, None], whole.expand(len(rows), *whole.shape))[:, 0, :width]
+    return torch.bmm(rows[:, None], whole.expand(rows.shape[0], *whole.shape))[:, 0, :width]
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

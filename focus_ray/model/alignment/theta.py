@@ -178,5 +178,5 @@ def wrap_angle(angle: Tensor) -> Tensor:
 def turn(angle: Tensor, shift: Tensor | None = None) -> Tensor:
     """(..., ) radians and (..., 2) shifts in half widths -> (..., 2, 3)."""
     flat = angle.reshape(-1)
-    moves = flat.new_zeros(len(flat), 2) if shift is None else shift.reshape(-1, 2)
+    moves = flat.new_zeros(flat.shape[0], 2) if shift is None else shift.reshape(-1, 2)
     return make_theta(flat, torch.ones_like(flat), moves).reshape(*angle.shape, 2, 3)
