@@ -49,3 +49,7 @@ class SubmissionError(FocusRayError, RuntimeError):
 
 class SweepError(FocusRayError, RuntimeError):
     """A sweep that cannot be started, taken up again or carried through."""
+
+
+class ExportError(FocusRayError, RuntimeError):
+    """A bundle that cannot be exported as asked, or whose export does not score as it does."""

@@ -97,7 +97,7 @@ def compile_features(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
 
 def _export(net: FocusNet, path: Path, example: Tensor) -> None:
     batch = torch.export.Dim("batch")
-    with _quietly(), torch.no_grad():
+    with quietly(), torch.no_grad():
         program = torch.onnx.export(
             _Features(net).eval(),
             (example,),
@@ -125,7 +125,7 @@ def _quantised(path: Path, examples: NDArray[np.float32]) -> Path:
             return None if image is None else {"images": image[None]}
 
     prepared, quantised = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
-    with _quietly():
+    with quietly():
         quant_pre_process(str(path), str(prepared))
         quantize_static(
             str(prepared),
@@ -141,7 +141,7 @@ def _quantised(path: Path, examples: NDArray[np.float32]) -> Path:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without what exporters tell of their own affairs."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

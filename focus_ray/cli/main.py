@@ -13,6 +13,7 @@ from focus_ray.cli.completion import add_completion, answer_shell
 from focus_ray.cli.config import add_config
 from focus_ray.cli.data import _samples, add_data
 from focus_ray.cli.doctor import add_doctor
+from focus_ray.cli.export import add_export
 from focus_ray.cli.fit import add_fit
 from focus_ray.cli.inspect import _evaluate, _inspect, _inspect_batch
 from focus_ray.cli.jobs import add_jobs
@@ -185,6 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     update.set_defaults(run=_update)
 
     add_calibrate(commands)
+    add_export(commands)
     add_registry(commands)
     add_jobs(commands)
     add_config(commands)

@@ -488,9 +488,8 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     rows = torch.cat([matrix, right[..., None]], dim=2)
     for number in range(matrix.shape[1]):
         pivot = rows[:, number : number + 1] / rows[:, number : number + 1, number : number + 1]
-        others = torch.cat([rows[:, :number], torch.zeros_like(pivot), rows[:, number + 1 :]], dim=1)
-        rows = rows - others[:, :, number : number + 1] * pivot
-        rows = torch.cat([rows[:, :number], pivot, rows[:, number + 1 :]], dim=1)
+        here = torch.arange(matrix.shape[1])[:, None] == number
+        rows = torch.where(here, pivot, rows - rows[:, :, number : number + 1] * pivot)
     return rows[:, :, -1]
 
 

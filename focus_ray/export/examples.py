@@ -1,0 +1,108 @@
+"""The images by which an export is checked: of a data set, of folders good/ and bad/, or files that nothing is known of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from focus_ray.bundle.bundle import Bundle
+from focus_ray.data.importers.base import IMAGE_SUFFIXES
+from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name
+from focus_ray.data.read import index_version, list_categories, read_index, read_rows
+from focus_ray.density.base import sample_positions
+from focus_ray.errors import DataError, ExportError
+from focus_ray.storage import is_s3
+
+MOST_SCALING = 32  # images that int8 is scaled by
+
+
+class Example(NamedTuple):
+    """image: an encoded file.  label: 0 good, 1 bad, None: not told."""
+
+    name: str
+    image: bytes
+    label: int | None
+
+
+class Examples(NamedTuple):
+    """checking: in no order.  scaling: encoded images of good parts."""
+
+    checking: list[Example]
+    scaling: list[bytes]
+
+
+def gather_examples(bundle: Bundle, places: Sequence[str], most: int) -> Examples:
+    """Of the places given, or of the data set that the bundle was trained from.
+
+    Args: most: images that check, evenly chosen among the good and among the bad ones.
+
+    Raises: ExportError: no place is given and that data set cannot be read.  DataError: a place cannot be read.
+    """
+    if not places:
+        uri = str(bundle.manifest["data"].get("uri", ""))
+        try:
+            found = _of_data_set(uri, bundle.category, most)
+        except DataError as error:
+            raise ExportError(
+                f"the data set that {bundle.category!r} was trained from cannot be read ({error}), and an export is checked by "
+                "images: give --examples, a folder with good/ and bad/, image files or a data set"
+            ) from error
+        return found
+    parts = [_of_place(place, bundle.category, most) for place in places]
+    return Examples([one for part in parts for one in part.checking], [one for part in parts for one in part.scaling])
+
+
+def _of_place(place: str, category: str, most: int) -> Examples:
+    if is_s3(place) or any(Path(place).glob("category=*")):
+        return _of_data_set(place, category, most)
+    path = Path(place).expanduser()
+    if path.is_file():
+        return _of_files([path], None, most)
+    if not path.is_dir():
+        raise DataError(f"{place}: no such file or folder: --examples takes image files, folders or a data set")
+    kinds = [(is_good_name, 0), (is_bad_name, 1)]
+    named = [(item, label) for item in sorted(path.iterdir()) for is_kind, label in kinds if item.is_dir() and is_kind(item.name)]
+    if not named:
+        return _of_files(_images_below(path), None, most)
+    files: dict[int, list[Path]] = {0: [], 1: []}
+    for folder, label in named:
+        files[label] += _images_below(folder)
+    good, bad = (_of_files(files[label], label, most // 2) for label in (0, 1))
+    return Examples(good.checking + bad.checking, good.scaling)
+
+
+def _images_below(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    if not found:
+        raise DataError(f"{folder}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _of_files(paths: Sequence[Path], label: int | None, most: int) -> Examples:
+    def read(limit: int) -> list[Example]:
+        chosen = [paths[number] for number in sorted(sample_positions(len(paths), limit))]
+        return [Example(str(path), path.read_bytes(), label) for path in chosen]
+
+    return Examples(read(most), [] if label else [one.image for one in read(MOST_SCALING)])
+
+
+def _of_data_set(uri: str, category: str, most: int) -> Examples:
+    """Its test images check, and its good training images scale."""
+    if category not in list_categories(uri):
+        raise DataError(f"{uri}: has no category {category!r}; it has {', '.join(list_categories(uri))}")
+    index = read_index(uri, category)
+    version, rows = index_version(index), index.select(["row", "split", "label"]).to_pylist()
+
+    def numbers(split: str, label: int, limit: int) -> list[int]:
+        found = [one["row"] for one in rows if one["split"] == split and one["label"] == label]
+        return [found[number] for number in sorted(sample_positions(len(found), limit))]
+
+    def read(chosen: list[int]) -> list[dict[str, Any]]:
+        return list(read_rows(uri, category, sorted(chosen), ("id", "image", "label"), version))
+
+    checking = read(numbers("test", 0, most // 2) + numbers("test", 1, most // 2))
+    return Examples(
+        [Example(str(one["id"]), one["image"], int(one["label"])) for one in checking],
+        [one["image"] for one in read(numbers("train", 0, MOST_SCALING))],
+    )

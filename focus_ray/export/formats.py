@@ -1,0 +1,211 @@
+"""The formats of an export: how a scorer is written in each, and how each is run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from focus_ray.bundle.engine import quietly
+from focus_ray.errors import ConfigError, ExportError
+from focus_ray.export.scorer import BOX, OUTPUTS, Scorer, longest_side
+
+MODEL = {"onnx": "model.onnx", "torch": "model.pt2", "openvino": "model.xml"}
+PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "torch": ("fp32", "fp16"), "openvino": ("fp32", "fp16", "int8")}
+# of OpenVINO, which would take bfloat16 by itself where a CPU has it
+OPENVINO_SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
+INPUT = "images"
+
+_NEEDS = {
+    "torch": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "onnxruntime", "openvino"),
+}
+_MOST_IMAGES = 1024  # of a batch
+_QUANTISED = ("Conv", "Add", "MaxPool", "Pad", "Relu")
+
+Run = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
+"""uint8 images (B, H, W, 3) -> an export's outputs, by name."""
+
+
+def check_format(to: str, precision: str) -> None:
+    """Raises: ConfigError: no such format, not in this precision, or a package is missing."""
+    if to not in MODEL:
+        raise ConfigError(f"--to {to}: expected one of {', '.join(MODEL)}")
+    if precision not in PRECISIONS[to]:
+        hint = ": for int8, give --to onnx or openvino" if precision == "int8" else ""
+        raise ConfigError(f"--to {to} --precision {precision}: expected one of {', '.join(PRECISIONS[to])}{hint}")
+    for package in _NEEDS[to]:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(
+                f"--to {to} needs the package {error.name or package}: pip install 'focus-ray[{to}]'"
+            ) from None
+
+
+def write_model(scorer: Scorer, to: str, precision: str, folder: Path, scaling: Sequence[NDArray[np.uint8]]) -> None:
+    """Writes the model's files.
+
+    Args: scaling: images of good parts (H, W, 3), by which int8 is scaled.
+
+    Raises: ExportError: the scorer cannot be traced, or the format does not have what it does.
+    """
+    program = trace(scorer)
+    if to == "torch":
+        with quietly():
+            torch.export.save(program, folder / MODEL[to])
+        return
+    outputs = (*OUTPUTS, BOX) if scorer.to_frame.pads else OUTPUTS
+    path = folder / MODEL["onnx"]
+    backbone = write_onnx(program, path, outputs)
+    if precision == "int8":
+        quantise(path, scaling, backbone)
+    if to == "openvino":
+        write_openvino(path, folder / MODEL[to])
+        path.unlink()
+
+
+def open_model(folder: Path, to: str, num_threads: int = 1) -> Run:
+    """An export as its users run it, on the CPU."""
+    return {"onnx": _open_onnx, "torch": _open_torch, "openvino": _open_openvino}[to](folder / MODEL[to], num_threads)
+
+
+def trace(scorer: Scorer) -> torch.export.ExportedProgram:
+    frame, dim = scorer.to_frame, torch.export.Dim
+    longest = longest_side(frame.height, frame.width)
+    sizes = {
+        0: dim("batch", min=1, max=_MOST_IMAGES),
+        1: dim("height", min=2, max=longest),
+        2: dim("width", min=2, max=longest),
+    }
+    example = torch.zeros(2, frame.height + 7, frame.width + 5, 3, dtype=torch.uint8)
+    with quietly(), torch.no_grad(), _told("it cannot be traced"):
+        return torch.export.export(scorer, (example,), dynamic_shapes=(sizes,))
+
+
+def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Sequence[str]) -> list[str]:
+    """Returns: the names of the backbone's nodes, of the kinds that int8 takes."""
+    import onnx_ir
+    from onnx_ir.passes import common
+    from onnxscript.optimizer import fold_constants_ir
+
+    with quietly(), torch.no_grad(), _told("ONNX does not have all that it does"):
+        # its own optimiser takes minutes over the alignment's thousands of nodes
+        made = torch.onnx.export(
+            program, (), dynamo=True, input_names=[INPUT], output_names=list(outputs), optimize=False, verbose=False
+        )
+        assert made is not None
+        model = made.model
+        common.InlinePass()(model)
+        fold_constants_ir(model)
+        for one in (
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedFunctionsPass(),
+            common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+            common.DeduplicateInitializersPass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+            common.NameFixPass(),
+        ):
+            one(model)
+        model.graph.inputs[0].shape = onnx_ir.Shape(["batch", "height", "width", 3])
+        for output in model.graph.outputs:
+            if output.name != BOX and output.shape is not None:
+                output.shape = onnx_ir.Shape(["batch", *list(output.shape)[1:]])
+        made.save(str(path))
+    scopes = {node.name: node.metadata_props.get("pkg.torch.onnx.name_scopes", "") for node in model.graph}
+    return [
+        str(node.name)
+        for node in model.graph
+        if node.op_type in _QUANTISED and "'net.backbone'" in scopes[node.name]
+    ]
+
+
+def quantise(path: Path, images: Sequence[NDArray[np.uint8]], nodes: list[str]) -> None:
+    """The backbone in int8: weights a channel each, activations by their range over the images [onnxruntime's QDQ]."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rest = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(self.rest, None)
+            return None if image is None else {INPUT: image[None]}
+
+    quantised = path.with_name("int8.onnx")
+    with quietly(), _told("its backbone cannot be brought to int8"):
+        quantize_static(
+            str(path),
+            str(quantised),
+            Images(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            activation_type=QuantType.QUInt8,
+            op_types_to_quantize=list(_QUANTISED),
+            nodes_to_quantize=nodes,
+        )
+    quantised.replace(path)
+
+
+def write_openvino(source: Path, path: Path) -> None:
+    import openvino
+
+    with quietly(), _told("OpenVINO does not have all that it does"):
+        openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
+
+
+def _open_onnx(path: Path, num_threads: int) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = num_threads, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda images: dict(zip(names, session.run(None, {INPUT: images}), strict=True))
+
+
+def _open_openvino(path: Path, num_threads: int) -> Run:
+    import openvino
+
+    settings: Mapping[str, Any] = {**OPENVINO_SETTINGS, "INFERENCE_NUM_THREADS": num_threads}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
+
+    def run(images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        found = compiled(images)
+        return {output.get_any_name(): np.array(found[output]) for output in compiled.outputs}
+
+    return run
+
+
+def _open_torch(path: Path, num_threads: int) -> Run:
+    with quietly():
+        module = torch.export.load(path).module()
+
+    def run(images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        with torch.inference_mode():
+            found = module(torch.from_numpy(np.ascontiguousarray(images)))
+        return {name: value.numpy() for name, value in zip((*OUTPUTS, BOX), found, strict=False)}
+
+    return run
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """What a converter raises, of whatever type, as an `ExportError`."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise ExportError(
+            f"the model cannot be exported: {what} ({type(error).__name__}: {lines[0][:300]}). A density, backbone or aligner "
+            "of your own must be plain tensor arithmetic without branches on values; else run the bundle with focus_ray"
+        ) from error
