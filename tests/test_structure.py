@@ -46,6 +46,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": GROUND | {"data"},
     "fitting": GROUND | {"data", "model", "density", "evaluation"},
     "bundle": GROUND | {"data", "model", "density", "evaluation", "fitting"},
+    "export": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle"},
     "reporting": GROUND | {"data", "evaluation", "bundle"},
     "cluster": GROUND | {"data", "fitting", "bundle", "reporting"},
     "sweep": GROUND | {"data", "model", "density", "evaluation", "fitting", "bundle", "reporting", "cluster"},
@@ -57,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "doctor": GROUND | {"data", "model", "cluster", "sweep"},
     "cli": GROUND
     | {"data", "samples", "evaluation", "bundle", "reporting", "cluster", "sweep", "submission", "serving"}
-    | {"api", "config_reference", "doctor"},
+    | {"api", "config_reference", "doctor", "export"},
 }
 # library -> the rooms and modules that may import it
 MAY_IMPORT = {
@@ -70,6 +71,7 @@ MAY_IMPORT = {
         "density",
         "fitting",
         "bundle",
+        "export",
         "cluster.training",
         "evaluation.inspection",
     }

@@ -35,7 +35,7 @@ class Tolerance(NamedTuple):
 TOLERANCE = {
     "fp32": Tolerance(1e-3, 1e-3, None),
     "fp16": Tolerance(0.02, 0.02, 0.002),
-    "int8": Tolerance(0.25, None, 0.01),
+    "int8": Tolerance(0.1, None, 0.01),
 }
 
 
@@ -172,4 +172,3 @@ def check(run: Run, expected: Expected) -> Check:
         ms_torch=expected.ms,
         ms_export=1e3 * float(np.median(times)),
     )
-

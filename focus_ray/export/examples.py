@@ -62,7 +62,12 @@ def _of_place(place: str, category: str, most: int) -> Examples:
     if not path.is_dir():
         raise DataError(f"{place}: no such file or folder: --examples takes image files, folders or a data set")
     kinds = [(is_good_name, 0), (is_bad_name, 1)]
-    named = [(item, label) for item in sorted(path.iterdir()) for is_kind, label in kinds if item.is_dir() and is_kind(item.name)]
+    named = [
+        (item, label)
+        for item in sorted(path.iterdir())
+        for is_kind, label in kinds
+        if item.is_dir() and is_kind(item.name)
+    ]
     if not named:
         return _of_files(_images_below(path), None, most)
     files: dict[int, list[Path]] = {0: [], 1: []}

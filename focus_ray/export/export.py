@@ -184,13 +184,21 @@ def _described(
 def _outputs(bundle: Bundle) -> dict[str, Any]:
     size = ["batch", bundle.frame.height, bundle.frame.width]
     outputs: dict[str, Any] = {
-        "score": {"type": "float32", "shape": ["batch"], "meaning": "higher is more anomalous; held against thresholds.image"},
+        "score": {
+            "type": "float32",
+            "shape": ["batch"],
+            "meaning": "higher is more anomalous; held against thresholds.image",
+        },
         "p_value": {
             "type": "float32",
             "shape": ["batch"],
             "meaning": "share of good parts that score as high; at most thresholds.level if and only if anomalous",
         },
-        "anomalous": {"type": "bool", "shape": ["batch"], "meaning": "the verdict; true too where a score is no number"},
+        "anomalous": {
+            "type": "bool",
+            "shape": ["batch"],
+            "meaning": "the verdict; true too where a score is no number",
+        },
         "anomaly_map": {
             "type": "float32",
             "shape": size,

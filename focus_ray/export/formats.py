@@ -87,7 +87,10 @@ def trace(scorer: Scorer) -> torch.export.ExportedProgram:
     }
     example = torch.zeros(2, frame.height + 7, frame.width + 5, 3, dtype=torch.uint8)
     with quietly(), torch.no_grad(), _told("it cannot be traced"):
-        return torch.export.export(scorer, (example,), dynamic_shapes=(sizes,))
+        program = torch.export.export(scorer, (example,), dynamic_shapes=(sizes,))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # which names this machine's files
+    return program
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Sequence[str]) -> list[str]:
@@ -119,13 +122,15 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
         for output in model.graph.outputs:
             if output.name != BOX and output.shape is not None:
                 output.shape = onnx_ir.Shape(["batch", *list(output.shape)[1:]])
+        backbone = [
+            str(node.name)
+            for node in model.graph
+            if node.op_type in _QUANTISED
+            and "'net.backbone." in node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+        ]
+        common.ClearMetadataAndDocStringPass()(model)  # which name this machine's files
         made.save(str(path))
-    scopes = {node.name: node.metadata_props.get("pkg.torch.onnx.name_scopes", "") for node in model.graph}
-    return [
-        str(node.name)
-        for node in model.graph
-        if node.op_type in _QUANTISED and "'net.backbone'" in scopes[node.name]
-    ]
+    return backbone
 
 
 def quantise(path: Path, images: Sequence[NDArray[np.uint8]], nodes: list[str]) -> None:

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from focus_ray.data.framing import SHOWN, Frame
 
 _BITS = 22  # of Pillow's weights
-_STEPS = (6, 6, 5, 5)  # bits of a weight that are worked out at a time, so that a step stays below 2^31: see `longest_side`
+_STEPS = (
+    6,
+    6,
+    5,
+    5,
+)  # bits of a weight that are worked out at a time, so that a step stays below 2^31: see `longest_side`
 
 
 class Weights(NamedTuple):

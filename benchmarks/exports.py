@@ -1,0 +1,121 @@
+"""Exports of bundles beside PyTorch in float32: differences, verdicts, image AUROC, sizes and times, in every format and precision.
+
+python -m benchmarks.exports --bundles runs/bottle/bundles/bottle runs/screw/bundles/screw    # that `train` made
+python -m benchmarks.exports --data ROOT [ROOT ...] --weights resnet18.pth                    # trained first, as the default is
+
+Each format's model is run as its users run it, one image at a time, over test images of the bundle's data set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.harness import add_arguments, keep_json, open_data, print_table
+from focus_ray.bundle.bundle import read_bundle
+from focus_ray.data.images import decode_image
+from focus_ray.export.check import TOLERANCE, check, expected_of
+from focus_ray.export.examples import gather_examples
+from focus_ray.export.formats import MODEL, open_model, quantise, trace, write_onnx, write_openvino
+from focus_ray.export.scorer import OUTPUTS, Scorer
+
+HEADER = (
+    *("category", "to", "precision", "score", "score, median", "map", "verdicts", "AUROC", "of the export"),
+    *("MB", "ms torch", "ms export"),
+)
+
+
+def trained(arguments: argparse.Namespace) -> list[str]:
+    """Bundles of all categories of --data, by the default configuration."""
+    from focus_ray.cli.main import main as command
+
+    found = []
+    for number, root in enumerate(arguments.data):
+        one = argparse.Namespace(**{**vars(arguments), "data": root, "work": f"{arguments.work}/exports-{number}"})
+        uri, categories = open_data(one)
+        for category in categories:
+            name = f"exports-{number}-{category}"
+            words = [f"data.uri={uri}", f"data.categories=[{category}]", f"model.weights={arguments.weights}"]
+            if command(["train", "default", *words, f"storage={arguments.work}", f"name={name}"]):
+                raise SystemExit(f"{category}: could not be trained")
+            found.append(f"{arguments.work}/{name}/bundles/{category}")
+    return found
+
+
+def written(uri: str, folder: Path, scaling: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[str, str, Path]]:
+    """Each format and precision, and the folder that holds it; as `write_model` writes them, but traced once a precision."""
+    for half, precision in ((False, "fp32"), (True, "fp16")):
+        program = trace(Scorer(read_bundle(uri, precision="fp32"), half))
+        places = {to: folder / f"{to}-{precision}" for to in MODEL}
+        for place in places.values():
+            place.mkdir()
+        torch.export.save(program, places["torch"] / MODEL["torch"])
+        backbone = write_onnx(program, places["onnx"] / MODEL["onnx"], OUTPUTS)
+        write_openvino(places["onnx"] / MODEL["onnx"], places["openvino"] / MODEL["openvino"])
+        for to, place in places.items():
+            yield to, precision, place
+        if precision == "fp32":
+            quantise(places["onnx"] / MODEL["onnx"], scaling, backbone)
+            write_openvino(places["onnx"] / MODEL["onnx"], places["openvino"] / MODEL["openvino"])
+            for to in ("onnx", "openvino"):
+                yield to, "int8", places[to]
+
+
+def measure(uri: str, most: int) -> list[dict[str, Any]]:
+    bundle = read_bundle(uri, precision="fp32")
+    examples = gather_examples(bundle, (), most)
+    expected = expected_of(bundle, examples.checking)
+    scaling = [decode_image(image, None) for image in examples.scaling]
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for to, precision, place in written(uri, Path(folder), scaling):
+            num_bytes = sum(path.stat().st_size for path in place.iterdir())
+            one = check(open_model(place, to, torch.get_num_threads()), expected)
+            found.append(
+                {
+                    "category": bundle.category,
+                    "to": to,
+                    "precision": precision,
+                    "num_bytes": num_bytes,
+                    "image_px": sorted({pixels.shape[:2] for pixels in expected.pixels})[:3],
+                    "refused": one.failures(TOLERANCE[precision]),
+                    **one.to_dict(),
+                }
+            )
+            print(found[-1], flush=True)
+    return found
+
+
+def row(one: dict[str, Any]) -> list[Any]:
+    return [
+        *(one[key] for key in ("category", "to", "precision")),
+        *(f"{one[key]:.1g}" for key in ("score_difference", "score_difference_median", "map_difference")),
+        f"{one['verdict_changes']} of {one['num_images']}",
+        *(one[key] for key in ("auroc_torch", "auroc_export")),
+        f"{one['num_bytes'] / 1e6:.0f}",
+        *(f"{one[key]:.0f}" for key in ("ms_torch", "ms_export")),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, several=True, required=False)
+    parser.add_argument("--bundles", nargs="+", help="in place of --data: bundles whose data sets can be read")
+    parser.add_argument("--images", type=int, default=200, help="test images a category, at most, good and bad alike")
+    arguments = parser.parse_args()
+    if not (arguments.bundles or arguments.data):
+        parser.error("give --bundles or --data")
+    samples = [one for uri in arguments.bundles or trained(arguments) for one in measure(uri, arguments.images)]
+    print_table(HEADER, [row(one) for one in samples])
+    keep_json("exports", arguments, samples)
+
+
+if __name__ == "__main__":
+    main()

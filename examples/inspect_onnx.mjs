@@ -1,0 +1,36 @@
+// Inspects images with an export of `focus-ray export --to onnx`, on Node.js.
+//
+// ONNXRUNTIME_NODE_INSTALL=skip npm install onnxruntime-node sharp    (skip: the CPU's library comes with the package)
+// node inspect_onnx.mjs bottle-onnx-fp32 IMAGE [IMAGE ...]
+
+import { readFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { join } from "node:path";
+
+// packages are looked for where the command runs, or where NODE_PATH says
+const require = createRequire(join(process.cwd(), "package.json"));
+const ort = require("onnxruntime-node");
+const sharp = require("sharp");
+
+const [folder, ...paths] = process.argv.slice(2);
+const about = JSON.parse(readFileSync(join(folder, "model.json"), "utf8"));
+const session = await ort.InferenceSession.create(join(folder, about.model));
+for (const path of paths) {
+  // turned as EXIF says, transparency over black, RGB of 8 bits; of any size: the model resizes
+  const image = sharp(path).rotate().flatten({ background: "black" }).toColourspace("srgb");
+  const { data, info } = await image.raw({ depth: "uchar" }).toBuffer({ resolveWithObject: true });
+  const images = new ort.Tensor("uint8", new Uint8Array(data), [1, info.height, info.width, 3]);
+  const found = await session.run({ images });
+  const map = found.anomaly_map.data;
+  const above = map.reduce((count, value) => count + (value > about.thresholds.pixel), 0);
+  console.log(
+    JSON.stringify({
+      image: path,
+      verdict: found.anomalous.data[0] ? "anomalous" : "normal",
+      score: found.score.data[0],
+      p_value: found.p_value.data[0],
+      threshold: about.thresholds.image,
+      area_above_threshold: above / map.length,
+    }),
+  );
+}

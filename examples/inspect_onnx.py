@@ -1,0 +1,32 @@
+"""Inspects images with an export of `focus-ray export --to onnx`, without focus_ray and without torch.
+
+pip install numpy onnxruntime pillow
+python inspect_onnx.py bottle-onnx-fp32 IMAGE [IMAGE ...]
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+folder = Path(sys.argv[1])
+about = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+session = onnxruntime.InferenceSession(folder / about["model"], providers=["CPUExecutionProvider"])
+for path in sys.argv[2:]:
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # transparency is composed over black
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+    pixels = np.asarray(image.convert("RGB"))[None]  # (1, height, width, 3), uint8, of any size: the model resizes
+    score, p_value, anomalous, anomaly_map, *_ = session.run(None, {"images": pixels})
+    line = {
+        "image": path,
+        "verdict": "anomalous" if anomalous[0] else "normal",
+        "score": float(score[0]),
+        "p_value": float(p_value[0]),
+        "threshold": about["thresholds"]["image"],
+        "area_above_threshold": float((anomaly_map[0] > about["thresholds"]["pixel"]).mean()),  # share of the frame
+    }
+    print(json.dumps(line))
