@@ -1,4 +1,4 @@
-"""Exports of bundles beside PyTorch in float32: differences, verdicts, image AUROC, sizes and times, in every format and precision.
+"""Exports of bundles beside PyTorch in float32, in every format and precision: differences, verdicts, AUROC, sizes and times.
 
 python -m benchmarks.exports --bundles runs/bottle/bundles/bottle runs/screw/bundles/screw    # that `train` made
 python -m benchmarks.exports --data ROOT [ROOT ...] --weights resnet18.pth                    # trained first, as the default is
@@ -112,9 +112,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.bundles or arguments.data):
         parser.error("give --bundles or --data")
-    samples = [one for uri in arguments.bundles or trained(arguments) for one in measure(uri, arguments.images)]
+    samples: list[dict[str, Any]] = []
+    for uri in arguments.bundles or trained(arguments):
+        samples += measure(uri, arguments.images)
+        keep_json("exports", arguments, samples)  # after each: they take minutes
     print_table(HEADER, [row(one) for one in samples])
-    keep_json("exports", arguments, samples)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,11 @@ FEWEST = 4  # examples that the model was not trained on
 
 
 class Tolerance(NamedTuple):
-    """The largest difference of a score, as a share of the spread of the scores over the examples, of a map's pixel, as a share of
-    the spread of theirs, and the image AUROC that may be lost where it is measured. None: not looked at."""
+    """What an export may cost; None: not looked at.
+
+    score: largest difference, as a share of the spread of the examples' scores.  anomaly_map: the same of pixels.
+    auroc: image AUROC lost, where it is measured.
+    """
 
     score: float
     anomaly_map: float | None
@@ -95,7 +98,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Expected:
-    """What PyTorch makes of the examples in float32. scores, p_values, verdicts: (N,).  maps: (N, H, W).  ms: an image, median."""
+    """What PyTorch makes of the examples in float32. scores, p_values, verdicts: (N,).  maps: (N, H, W).  ms: an image."""
 
     pixels: list[NDArray[np.uint8]]
     labels: list[int | None]

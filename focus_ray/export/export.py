@@ -145,15 +145,15 @@ def _described(
             "type": "uint8",
             "shape": ["batch", "height", "width", 3],
             "colours": "RGB, 0 to 255; grey repeated three times, transparency composed over black, EXIF orientation applied",
-            "sizes": f"any from 2 to {longest_side(frame.height, frame.width)} pixels a side, one size a batch: the model resizes",
+            "sizes": f"2 to {longest_side(frame.height, frame.width)} pixels a side, one size a batch: the model resizes",
         },
         "frame": {
             "height": frame.height,
             "width": frame.width,
             "resize": frame.resize,
             "region_of_interest": frame.region is not None,
-            "how": "done by the model: Pillow's bilinear filter, one side after the other, the width first; pad: scaled to fit, in "
-            "the middle, mirrored outwards",
+            "how": "done by the model, as Pillow's bilinear filter does it, the width first; pad: scaled to fit, in the middle, "
+            "mirrored outwards",
         },
         "outputs": _outputs(bundle),
         "thresholds": {

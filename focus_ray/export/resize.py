@@ -1,7 +1,8 @@
 """How an image comes to the frame, in tensors: to the last digit what `data.framing` does with Pillow.
 
-Pillow resizes one side after the other. A pixel is the sum of some of the side's pixels, weighted by a triangle whose weights are
-whole numbers of 22 bits, and is rounded to 8 bits after each side. All of that fits 32-bit integers, so no runtime rounds otherwise.
+Pillow resizes one side after the other. A pixel is the sum of some of the side's pixels, weighted by a triangle whose weights
+are whole numbers of 22 bits, and is rounded to 8 bits after each side. All of that fits 32-bit integers, so no runtime rounds
+otherwise.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _weights_of(length: int, out: Tensor, numbers: Tensor, out_px: int, most: in
     """Of the pixels `numbers` (n,) of a side that is resized from `length` to `out` pixels.
 
     Args:
-        out: int32 scalar.  out_px: a number that it is at least.  most: pixels of the side in one of the new; None: as `out_px` says.
+        out: int32 scalar.  out_px: a number that it is at least.  most: pixels of the side in one of the new; None: by `out_px`.
     """
     taps = 2 * ((length - 1) // out_px + 1 if most is None else most) + 1
     longer = out.clamp_min(length)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,18 +24,10 @@ OUTPUTS = ("score", "p_value", "anomalous", "anomaly_map")
 BOX = "box"  # one more, of images that keep their shape
 
 
-class Outputs(NamedTuple):
-    """score, p_value (B,) float; anomalous (B,) bool; anomaly_map (B, height, width) float, of the frame; box: see `ToFrame`."""
-
-    score: Tensor
-    p_value: Tensor
-    anomalous: Tensor
-    anomaly_map: Tensor
-    box: Tensor | None = None
-
-
 class Scorer(nn.Module):
-    """uint8 images (B, H, W, 3), RGB, of any one size -> `Outputs`, those that there are, as a tuple.
+    """uint8 images (B, H, W, 3), RGB, of any one size -> what `OUTPUTS` names.
+
+    score, p_value: (B,) float.  anomalous: (B,) bool.  anomaly_map: (B, height, width) float, of the frame.  box: of `ToFrame`.
 
     Takes a bundle that was read with precision fp32, and is its only user from then on: its network is prepared for inference.
     """
@@ -74,16 +65,15 @@ class Scorer(nn.Module):
             distance = distance * places_shown(every, total, self.tiles, distance.shape[1:])
         distance = scored_only(distance, total, self.seen)
         anomaly_map = self.spread(distance)
-        if self.profile is None:
-            score = anomaly_map.flatten(1).amax(dim=1)
-        else:
-            score = self.profile.score(distance, self.spread)
+        highest = anomaly_map.flatten(1).amax
+        score = highest(dim=1) if self.profile is None else self.profile.score(distance, self.spread)
         if total is not None:
             anomaly_map = warp(anomaly_map[:, None], invert_theta(total), "zeros")[:, 0]
         if shown is not None:
             anomaly_map = anomaly_map * shown
-        outputs = Outputs(score, *self.verdict(score), anomaly_map, box)
-        return tuple(outputs) if box is not None else tuple(outputs)[:-1]
+        p_value, anomalous = self.verdict(score)
+        outputs = (score, p_value, anomalous, anomaly_map)
+        return outputs if box is None else (*outputs, box)
 
     def _theta(self, pixels: Tensor) -> Tensor | None:
         if not self.aligns:

@@ -254,7 +254,7 @@ def test_what_is_no_export_is_not_replaced(bundle: str, tmp_path: Path) -> None:
 
 
 def test_too_few_examples_are_told(bundle: str, photographs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="3 of 3 examples are not among the images .* and 4 are needed"):
+    with pytest.raises(ExportError, match=r"3 of 3 examples are not among the images .* and 4 are needed"):
         export_bundle(bundle, "torch", tmp_path / "new", examples=[str(path) for path in photographs[:3]])
     assert list(tmp_path.iterdir()) == []
 
