@@ -14,7 +14,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "s3": ("boto3", "botocore"),
     "train": ("jinja2", "matplotlib", "sklearn"),
     "ray": ("aiohttp", "fastapi", "multipart", "optuna", "ray", "starlette"),
-    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
+    "openvino": ("openvino",),
 }
 
 

@@ -21,6 +21,7 @@ from focus_ray.export.check import TOLERANCE, Check, check, expected_of
 from focus_ray.export.examples import gather_examples
 from focus_ray.export.formats import INPUT, MODEL, OPENVINO_SETTINGS, check_format, open_model, write_model
 from focus_ray.export.scorer import BOX, Scorer, longest_side
+from focus_ray.extras import require_extra
 
 FORMAT, FORMAT_VERSION = "focus_ray export", 1
 SIDECAR = "model.json"
@@ -53,7 +54,7 @@ def export_bundle(
         examples: as `gather_examples` takes them, by which it is checked.
         accept_cost: take fp16 or int8 whatever it costs; fp32 is never taken that scores otherwise.
 
-    Raises: ConfigError: no such format or precision, or a package is missing.  BundleError: as `read_bundle`.
+    Raises: ConfigError: no such format or precision.  MissingPackageError: an extra is needed.  BundleError: as `read_bundle`.
         ExportError: it cannot be exported, or costs more than `TOLERANCE`; nothing is written then, and a former export stays.
         DataError: the output is no place for it, or examples cannot be read.
     """
@@ -62,6 +63,8 @@ def export_bundle(
     target = Path(output or f"{bundle.category}-{to}-{precision}").expanduser()
     _check_target(target)
     gathered = gather_examples(bundle, examples, most_examples)
+    if len({one.label for one in gathered.checking} - {None}) == 2:
+        require_extra("train", "the image AUROC of good and bad examples")
     log(f"export: scoring {len(gathered.checking)} examples with PyTorch in float32")
     expected = expected_of(bundle, gathered.checking)
     if precision == "int8" and not gathered.scaling:

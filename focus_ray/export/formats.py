@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from focus_ray.bundle.engine import quietly
 from focus_ray.errors import ConfigError, ExportError
 from focus_ray.export.scorer import BOX, OUTPUTS, Scorer, longest_side
+from focus_ray.extras import require_extra
 
 MODEL = {"onnx": "model.onnx", "torch": "model.pt2", "openvino": "model.xml"}
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "torch": ("fp32", "fp16"), "openvino": ("fp32", "fp16", "int8")}
@@ -22,11 +22,7 @@ PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "torch": ("fp32", "fp16"), "open
 OPENVINO_SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 INPUT = "images"
 
-_NEEDS = {
-    "torch": (),
-    "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("onnx", "onnxscript", "onnxruntime", "openvino"),
-}
+_NEEDS = {"torch": (), "onnx": ("onnx",), "openvino": ("onnx", "openvino")}
 _MOST_IMAGES = 1024  # of a batch
 _QUANTISED = ("Conv", "Add", "MaxPool", "Pad", "Relu")
 
@@ -35,19 +31,14 @@ Run = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 
 
 def check_format(to: str, precision: str) -> None:
-    """Raises: ConfigError: no such format, not in this precision, or a package is missing."""
+    """Raises: ConfigError: no such format, or not in this precision.  MissingPackageError: an extra is not installed."""
     if to not in MODEL:
         raise ConfigError(f"--to {to}: expected one of {', '.join(MODEL)}")
     if precision not in PRECISIONS[to]:
         hint = ": for int8, give --to onnx or openvino" if precision == "int8" else ""
         raise ConfigError(f"--to {to} --precision {precision}: expected one of {', '.join(PRECISIONS[to])}{hint}")
-    for package in _NEEDS[to]:
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ConfigError(
-                f"--to {to} needs the package {error.name or package}: pip install 'focus-ray[{to}]'"
-            ) from None
+    for extra in _NEEDS[to]:
+        require_extra(extra, f"focus-ray export --to {to}")
 
 
 def write_model(scorer: Scorer, to: str, precision: str, folder: Path, scaling: Sequence[NDArray[np.uint8]]) -> None:

@@ -21,7 +21,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import main
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import encode_png
-from focus_ray.errors import ConfigError, DataError, ExportError
+from focus_ray.errors import ConfigError, DataError, ExportError, MissingPackageError
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.export.export import export_bundle
 from focus_ray.export.formats import Run, check_format, open_model
@@ -220,7 +220,9 @@ def test_what_cannot_be_asked_for_is_told(to: str, precision: str, message: str)
 
 def test_a_missing_package_is_told_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(ConfigError, match=r"needs the package openvino: pip install 'focus-ray\[openvino\]'"):
+    with pytest.raises(
+        MissingPackageError, match=r"needs openvino, not installed here: pip install 'focus-ray\[openvino\]'"
+    ):
         check_format("openvino", "fp32")
 
 
