@@ -1,4 +1,4 @@
-"""What each backbone costs: parameters, arithmetic, an image's time, a fit's, and its bundle. Costs do not hang on weights: random ones.
+"""What each backbone costs: parameters, arithmetic, time of an image and of a fit, its bundle. Random weights cost the same.
 
     python -m benchmarks.backbones [--backbones resnet18 dinov2_vits14] [--train-images 12]
 
