@@ -1,9 +1,9 @@
-"""What each backbone costs: parameters, arithmetic, an image's time, a fit's and its bundle. Weights are random: costs do not hang on them.
+"""What each backbone costs: parameters, arithmetic, time of an image and of a fit, its bundle. Random weights cost the same.
 
     python -m benchmarks.backbones [--backbones resnet18 dinov2_vits14] [--train-images 12]
 
-Times are of the CPU on one thread, not of the clock, so that a busy machine changes them little: the median of several passes of four
-images through layers 1 to 3, prepared as for inspection. Multiplications with their additions are counted by torch, one image.
+Times are of the CPU on one thread, not of the clock, so that a busy machine changes them less: the median of several passes of
+four images through layers 1 to 3, prepared as for inspection. Multiplications, each with its addition, are counted by torch.
 The fit is the default configuration's over made-up parts (`focus-ray samples`) of the input's size.
 """
 
@@ -78,11 +78,13 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
 
 
 def measure_fit(name: str, num_images: int, folder: Path) -> dict[str, Any]:
-    """Seconds of the CPU for a fit, its bundle's bytes, and those without the backbone's."""
+    """Seconds of the CPU for a fit, and its bundle's bytes."""
     size = size_for(name)
     uri = folder / f"data-{size}"
     if not uri.is_dir():
-        write_samples(folder / f"images-{size}", size_px=size, num_train=num_images, num_test_good=1, num_bad_per_type=1)
+        write_samples(
+            folder / f"images-{size}", size_px=size, num_train=num_images, num_test_good=1, num_bad_per_type=1
+        )
         ingest(folder / f"images-{size}", uri, categories=["gear"], progress=False)
     config = parse_config(merged(base_tree_of(str(uri), "random", size, name), {"train": {"batch_size_per_worker": 8}}))
     start = time.process_time()

@@ -79,7 +79,7 @@ class Geometry(NamedTuple):
     """What a configuration knows of a backbone, since it is checked without torch.
 
     strides: of layers 1, 2, 3: input pixels that a place of their maps stands for. The input's side is a multiple of the last.
-    smallest_reflected_px: the smallest input that padding=reflect goes with: over its last map kernels reach no further than it is.
+    smallest_reflected_px: the smallest input with padding=reflect: no kernel mirrors more of its last map than that has.
     hands_on_maps: whether the layers take maps, which can be aligned between them; not tokens.
     """
 

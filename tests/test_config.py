@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from places import CONFIGS
 from pydantic import ValidationError
 
-from focus_ray.config import Config, config_to_yaml, load_config, parse_config
+from focus_ray.config import Config, DensityConfig, config_to_yaml, load_config, parse_config
 from focus_ray.errors import ConfigError
+from focus_ray.kinds import BACKBONES
 
 CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("sweep*.yaml")))  # test_search loads those
 
@@ -77,7 +78,11 @@ def test_a_configuration_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model.image_size_px", 100, "image_size_px=100 must be a multiple of 16, the stride of layer 3 of .*: the nearest are 96 and 112"),
+        (
+            "model.image_size_px",
+            100,
+            "image_size_px=100 must be a multiple of 16, the stride of layer 3 of .*: the nearest are 96 and 112",
+        ),
         ("model.image_size_px", 16, r"greater than or equal to 32 \(got 16\)"),
         ("density.layers", ["layer2", "layer1"], r"in order and named once.*got \['layer2', 'layer1'\]"),
         ("density.layers", ["layer1", "layer1"], "in order and named once"),
@@ -104,6 +109,45 @@ def test_a_value_that_does_not_fit_is_named_with_what_came_and_what_was_expected
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(tree_with(key, value))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "settings", "message"),
+    [
+        (
+            "dinov2_vits14",
+            {"image_size_px": 256},
+            "256 must be a multiple of 14, .*dinov2_vits14: the nearest are 252 and 266",
+        ),
+        ("resnet50", {"image_size_px": 252}, "252 must be a multiple of 16, .*resnet50: the nearest are 240 and 256"),
+        (
+            "convnext_tiny",
+            {"image_size_px": 48},
+            "reflect with convnext_tiny needs an image_size_px of at least 64, got 48",
+        ),
+        ("efficientnet_lite2", {"image_size_px": 32}, "reflect with efficientnet_lite2 needs .* at least 48, got 32"),
+        (
+            "dinov2_vitb14",
+            {"feature_alignment": {"layer1": "rotation", "layer3": "affine"}},
+            r"dinov2_vitb14 hands tokens .*set model\.feature_alignment\.layer1=none, model\.feature_alignment\.layer3=none, or",
+        ),
+    ],
+)
+def test_a_setting_that_a_backbone_cannot_have_is_refused(
+    backbone: str, settings: dict[str, Any], message: str
+) -> None:
+    tree = {"data": {"uri": "x"}, "model": {"backbone": backbone, **settings}}
+    with pytest.raises(ConfigError, match=message):
+        parse_config(tree)
+
+
+def test_the_default_size_suits_every_backbone_and_the_map_has_its_places() -> None:
+    for name in BACKBONES:
+        model = parse_config({"data": {"uri": "x"}, "model": {"backbone": name}}).model
+        places = {stride: model.place_px(DensityConfig(map_stride_px=stride)) for stride in (4, 8)}
+        assert places == ({4: 14, 8: 14} if name.startswith("dinov2") else {4: 4, 8: 8})
+    small = {"backbone": "convnext_tiny", "image_size_px": 48, "padding": "zeros"}
+    assert parse_config({"data": {"uri": "x"}, "model": small}).model.image_size_px == 48
 
 
 def test_cross_calibration_needs_no_held_out_images() -> None:

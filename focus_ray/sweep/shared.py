@@ -122,7 +122,12 @@ def num_bytes_of_features(config: Config, split: Split, objective: Objective) ->
     """What `embed_images` will give."""
     size = config.model.image_size_px
     channels = BACKBONES[config.model.backbone].channels
-    each = sum(count * (size // stride) ** 2 for count, stride in zip(channels, config.model.geometry.strides, strict=True)) * 4
+    each = (
+        sum(
+            count * (size // stride) ** 2 for count, stride in zip(channels, config.model.geometry.strides, strict=True)
+        )
+        * 4
+    )
     return (split.num_fit + num_judged(config, split, objective)) * each
 
 

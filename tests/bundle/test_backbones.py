@@ -1,4 +1,4 @@
-"""Backbones of every family the whole way: fitted, written, read again, inspected with; in bfloat16; trained; shared; compiled."""
+"""Backbones of every family the whole way: fitted, written, read again, inspected with; trained, shared, in tiles, compiled."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_it_is_trained_by_both_losses_where_there_are_no_batch_norms_to_freeze(
     torch.manual_seed(0)
     untrained = fit_alone(config_of(name, data, tmp_path)).detector.net.backbone.state_dict()
     trained = found.detector.net.backbone.state_dict()
-    unchanged = [key for key, value in trained.items() if torch.equal(value, untrained[key])]
-    assert len(unchanged) <= 1  # a last bias does nothing: the projector's batch norm takes it out again
+    changed = {key.partition(".")[0] for key, value in trained.items() if not torch.equal(value, untrained[key])}
+    assert changed == {"layer1", "layer2", "layer3"}
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_tiles_and_regions_go_with_places_of_14_pixels(data: str, tmp_path: Path
     height, width = config.model.frame_px
     assert maps.shape == (len(records), height, width)
     assert maps[:, :, : width // 4].max() > 0
-    assert maps[:, :, width // 2 :].max() == 0
+    assert maps[:, :, width // 2 + 1 :].max() == 0
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_the_smallest_input_that_reflection_goes_with_is_the_geometrys(name: str
         set_padding(backbone, "reflect")
         backbone(torch.empty(1, 3, size, size))
         if geometry.smallest_reflected_px > 32:
-            with pytest.raises(RuntimeError, match="[Pp]adding size"):
+            with pytest.raises(RuntimeError, match=r"[Pp]adding size"):
                 backbone(torch.empty(1, 3, size - step, size - step))
 
 

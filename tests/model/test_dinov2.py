@@ -185,7 +185,9 @@ def hugging_face_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     named = {"cls_token": "cls_token", "mask_token": "mask_token", "register_tokens": "register_tokens"}
     named = {key: f"embeddings.{name}" for key, name in named.items()}
     named |= {"pos_embed": "embeddings.position_embeddings"}
-    named |= {f"patch_embed.proj.{leaf}": f"embeddings.patch_embeddings.projection.{leaf}" for leaf in ("weight", "bias")}
+    named |= {
+        f"patch_embed.proj.{leaf}": f"embeddings.patch_embeddings.projection.{leaf}" for leaf in ("weight", "bias")
+    }
     named |= {f"norm.{leaf}": f"layernorm.{leaf}" for leaf in ("weight", "bias")}
     result = {}
     for key, value in state.items():
