@@ -134,7 +134,8 @@ def test_a_line_that_is_none_of_the_watchers_is_told_and_left(tmp_path: Path) ->
 
 
 def test_a_second_process_is_refused_and_told_which_is_the_first(tmp_path: Path) -> None:
-    code = "import sys\nfrom focus_ray.watching.journal import Journal\nheld = Journal(sys.argv[1])\nprint(1, flush=True)\ninput()"
+    code = "import sys\nfrom focus_ray.watching.journal import Journal\nheld = Journal(sys.argv[1])\nprint(1, flush=True)\n"
+    code += "input()"
     first = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
