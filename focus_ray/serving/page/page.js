@@ -170,12 +170,13 @@ async function readMap(map) {
   return { values, width: picture.width, height: picture.height, high: map.high };
 }
 
-function choose(number) {
+// scroll: not for the camera's pictures, whose sign has to stay in sight
+function choose(number, scroll = true) {
   const item = state.items[number];
   if (!item) return;
   state.chosen = number;
   state.items.forEach((one, n) => one.button.setAttribute("aria-current", String(n === number)));
-  item.button.scrollIntoView({ block: "nearest" });
+  if (scroll) item.button.scrollIntoView({ block: "nearest" });
   if (!item.result) { $("detail").hidden = true; return; }
   $("detail").hidden = false;
   const result = item.result;
@@ -392,7 +393,7 @@ async function picture() {
   const video = $("video"), canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
   canvas.getContext("2d").drawImage(video, 0, 0);
   const blob = await canvas.convertToBlob({ type: "image/png" });
-  return new File([blob], `camera-${new Date().toISOString().slice(11, 19).replaceAll(":", "-")}.png`, { type: "image/png" });
+  return new File([blob], `camera-${new Date().toISOString().slice(11, 23).replace(/[:.]/g, "-")}.png`, { type: "image/png" });
 }
 
 async function capture() {
@@ -401,14 +402,16 @@ async function capture() {
   list(item);
   await inspect(item);
   showSign(item);
-  if (state.items.includes(item)) choose(state.items.indexOf(item));
+  if (state.items.includes(item)) choose(state.items.indexOf(item), false);
 }
 
 function showSign(item) {
   const sign = $("sign"), word = document.createElement("b");
   word.textContent = item.error ? "?" : { normal: "OK", anomalous: "NG" }[item.result.verdict];
   const detail = item.error || `score ${item.result.score.toFixed(2)}, threshold ${item.result.threshold.toFixed(2)}`;
-  sign.replaceChildren(word, `${detail}, ${new Date().toLocaleTimeString()}`);
+  const when = document.createElement("small");
+  when.textContent = new Date().toLocaleTimeString();
+  sign.replaceChildren(word, detail, when);
   sign.className = "sign " + (item.error ? "" : item.result.verdict);
   sign.hidden = !state.stream;
 }
@@ -421,14 +424,15 @@ async function again() {
   state.watching = true;
   try {
     while ($("again").checked && state.stream) {
-      const started = performance.now();
+      const started = performance.now(), card = state.card;
       const item = itemOf(await picture());
       await inspect(item);
+      if (state.card !== card) { URL.revokeObjectURL(item.url); continue; } // another category was chosen meanwhile
       showSign(item);
       if (item.result && item.result.verdict === "anomalous") {
         item.watched = true;
         list(item);
-        choose(state.items.length - 1);
+        choose(state.items.length - 1, false);
         const watched = state.items.filter((one) => one.watched);
         if (watched.length > KEPT) unlist(watched[0]);
       } else URL.revokeObjectURL(item.url);
