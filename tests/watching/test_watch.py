@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -119,6 +120,19 @@ def test_what_is_there_and_what_arrives_has_a_line_and_a_row_that_inspect_would_
     ]
 
 
+def test_names_of_any_bytes_and_length_are_written(root: Path, pictures: list[bytes], folder: Path) -> None:
+    for number, name in enumerate((os.fsdecode(b"\xff,\n.png"), "\u00e9" * 120 + ".png")):
+        (folder / name).write_bytes(pictures[number])
+    with watching(root / "bundle", folder, overlays="all") as running:
+        lines = running.until(2)
+    assert {line["image"] for line in lines} == {"\\xff,\n.png", "\u00e9" * 120 + ".png"}
+    assert all((running.out / line["overlay"]).is_file() for line in lines)
+    assert [row["image"] for row in rows_in(running.out)] == [line["image"] for line in lines]
+    with watching(root / "bundle", folder) as running:
+        time.sleep(0.4)
+        assert running.lines == lines
+
+
 def test_a_file_that_is_still_written_waits(root: Path, pictures: list[bytes], folder: Path) -> None:
     with watching(root / "bundle", folder) as running, (folder / "slow.png").open("wb") as stream:
         for start in range(0, len(pictures[0]), 1 + len(pictures[0]) // 8):
@@ -165,7 +179,8 @@ def test_a_file_that_is_no_image_gets_one_line_once_it_is_given_up_and_another_w
         lines = running.until(3)
         assert time.monotonic() - started >= QUICK["give_up_s"]
         assert {line["image"] for line in lines[1:]} == {"cut.png", "empty.png"}
-        assert all("error" in line and "verdict" not in line for line in lines[1:])
+        assert all("verdict" not in line for line in lines[1:])
+        assert "the image is empty (0 bytes): copy it again from its source" in {line["error"] for line in lines[1:]}
         time.sleep(0.8)
         assert len(running.lines) == 3
         (folder / "cut.png").write_bytes(pictures[0])
@@ -302,11 +317,15 @@ def test_what_cannot_be_watched_is_told(
 
 FORKS = """
 import json, os, resource, signal, sys, time
+from pathlib import Path
 import focus_ray.bundle.inspector, focus_ray.watching.model, focus_ray.watching.watch  # once: each watcher is a fork
 from focus_ray.cli.main import main
 
 words, runs = json.loads(sys.argv[1])
+out = Path(words[words.index("--output") + 1])
+written = lambda: sum(path.stat().st_size for path in out.glob("*.jsonl"))
 for delay, limit in runs:
+    before = written()
     child = os.fork()
     if not child:
         if limit:
@@ -315,14 +334,19 @@ for delay, limit in runs:
     if delay is None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    ended = 0
+    while written() == before and not ended:
+        ended = os.waitpid(child, os.WNOHANG)[0]
+        time.sleep(0.005)
+    if not ended:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 """
 
 
 def run_forks(words: list[str], *runs: tuple[float | None, int]) -> subprocess.CompletedProcess[str]:
-    """Watchers one after the other. runs: seconds until each is killed, None to let it end; bytes a file may have, 0 for any."""
+    """Watchers one after the other. runs: seconds from the first line to the kill, None: none; bytes a file may have, 0: any."""
     return subprocess.run(
         [sys.executable, "-c", FORKS, json.dumps([words, runs])], capture_output=True, text=True, timeout=600
     )
@@ -346,14 +370,16 @@ def assert_each_once(out: Path, expected: Counter[str]) -> None:
 def test_killed_at_any_moment_or_out_of_room_and_started_again_each_image_has_one_line_one_row_and_one_picture(
     root: Path, pictures: list[bytes], folder: Path, tmp_path: Path, num_kills: int
 ) -> None:
-    expected = fill(folder, pictures, 8 + 6 * num_kills)
+    expected = fill(folder, pictures, 20 + 10 * num_kills)
     words = ["watch", str(root / "bundle"), str(folder), "--output", str(tmp_path / "out"), "--csv", "--overlays"]
     words += ["--settle-s", "0.01", "--poll-s", "0.01", "--batch", "2", "--once", "--device", "cpu"]
-    delays = [random.uniform(0.2, 1.0) for _ in range(num_kills)]
+    delays = [random.uniform(0, 0.2) for _ in range(num_kills)]
     # at first a full disk, as a limit of bytes a file, reached in a picture or in a line
     ended = run_forks(words, (None, random.randint(2000, 90_000)), *((delay, 0) for delay in delays), (None, 0))
-    assert ended.stdout.endswith("0\n"), (delays, ended.stderr)
+    assert ended.stdout.splitlines()[-1] == "0", (delays, ended.stderr)
     assert_each_once(tmp_path / "out", expected)
+    begun_with = [int(found) for found in re.findall(r"where (\d+) images have a line", ended.stderr)]
+    assert len({count for count in begun_with if 0 < count < len(expected)}) > 1, "it was killed in the middle"
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_line_ends_it_with_1_and_nothing_is_lost(
