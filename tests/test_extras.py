@@ -120,6 +120,7 @@ def test_bundles_are_read_inspected_with_and_published_without_any_extra(bundle:
     words = (
         f"samples {tmp_path}/made",
         f"inspect {bundle} {tmp_path}/made/board/test --overlays {tmp_path}/heat --csv {tmp_path}/verdicts.csv",
+        f"watch {bundle} {tmp_path}/made/board/test --output {tmp_path}/watched --csv --overlays --once --settle-s 0.05",
         f"ingest {tmp_path}/made {tmp_path}/data",
         f"registry publish {tmp_path}/registry {bundle} --team press",
         "config explain density.window",

@@ -118,7 +118,7 @@ class Inspector:
             return list(self.inspect(images))
         except DataError as error:
             if len(images) == 1:
-                return [error]
+                return [_own_reason(error)]
             return [found for image in images for found in self.inspect_each([image])]
 
     def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
@@ -254,6 +254,13 @@ class Inspector:
             return read_batch(images, self.frame, self.num_threads, hashed)
         except DataError as error:
             raise DataError(f"of images {start} to {start + len(images) - 1}: {error}") from error
+
+
+def _own_reason(error: DataError) -> DataError:
+    """What is said of an image itself, without its place among others."""
+    while isinstance(error.__cause__, DataError):
+        error = error.__cause__
+    return error
 
 
 def _encoded(image: object, number: int) -> bytes:

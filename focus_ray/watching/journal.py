@@ -135,7 +135,7 @@ class _Appended:
         """header: what a new file begins with."""
         self.close()
         self._stream = io.FileIO(path, "a")
-        if not self._stream.tell():
+        if header and not self._stream.tell():
             self.add(header)
 
     def add(self, text: str) -> None:

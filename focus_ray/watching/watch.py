@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
+from focus_ray.bundle.bundle import Bundle
 from focus_ray.data.images import decode_image, encode_png
 from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
@@ -27,6 +28,18 @@ from focus_ray.watching.seen import content_key, stamp_key
 SIGNAL_TIMEOUT_S = 10.0
 OVERLAYS = "overlays"
 _TOLD_AGAIN_S = 60.0
+_STEM_BYTES = 200  # a file's name may have 255
+
+
+class _Image(NamedTuple):
+    """An image that was read. name: as it can be written.  stamp, content: its keys."""
+
+    awaited: Awaited
+    name: str
+    encoded: bytes
+    sha256: str
+    stamp: int
+    content: int
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,7 @@ class Watch:
                 raise DataError(f"{self.folder}: cannot be listed: {error.strerror or error}") from error
             self._away = True
             self._tell(f"{self.folder}: cannot be listed: {error.strerror or error}; waiting for it")
+            self.waiting.look([], time.monotonic())
             return
         if self._away:
             self._away = False
@@ -131,71 +145,72 @@ class Watch:
 
     def _inspect(self, batch: Sequence[Awaited]) -> None:
         """Reads, inspects, writes and signals."""
-        read = [(one, content) for one in batch if (content := self._read(one)) is not None]
-        new = []
-        for one, content in read:
-            digest = hashlib.sha256(content).hexdigest()
-            keys = stamp_key(*one.file), content_key(one.file.image, digest)
-            if keys[1] in self.journal.seen:  # touched, or shown with another time: not another image
-                self.journal.seen.add(keys[0])
-                self.waiting.done(one.file.image)
-            else:
-                new.append((one, content, digest, keys))
+        images = [image for one in batch if (image := self._read(one)) is not None]
         inspector = self.model.inspector
         started = time.perf_counter()
-        found = inspector.inspect_each([content for _, content, _, _ in new]) if new else []
-        each_ms = 1000 * (time.perf_counter() - started) / max(1, len(new))
-        lines, done = [], []
-        for (one, content, digest, keys), finding in zip(new, found, strict=True):
-            if isinstance(finding, DataError) and self._may_yet_come(one):
+        found = inspector.inspect_each([image.encoded for image in images]) if images else []
+        each_ms = round(1000 * (time.perf_counter() - started) / max(1, len(images)), 1)
+        done, lines = [], []
+        for image, finding in zip(images, found, strict=True):
+            if isinstance(finding, DataError) and self._may_yet_come(image.awaited):
                 continue
-            image = readable(one.file.image)
-            line: dict[str, Any] = {
-                "key": key_text(*keys),
-                "image": image,
-                "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
-                "category": inspector.bundle.category,
-            }
-            if isinstance(finding, DataError):
-                line["error"] = str(finding)
-                self._log(f"{image}: {finding}")
-            else:
-                line |= {"verdict": finding.verdict, **finding.to_dict()}
-                overlays = self.settings.overlays
-                if overlays == "all" or (overlays == "anomalous" and finding.anomalous):
-                    line["overlay"] = self._draw(image, keys[1], content, finding)
-            line |= {"bundle": inspector.bundle.version, "sha256": digest, "milliseconds": round(each_ms, 1)}
-            lines.append(line)
-            done.append((one, keys))
+            done.append(image)
+            lines.append(self._line(image, finding, inspector.bundle, each_ms))
         if not lines:
             return
         texts = self.journal.write(lines)
-        for one, keys in done:
-            self.journal.seen.add(*keys)
-            self.waiting.done(one.file.image)
+        for image in done:
+            self.journal.seen.add(image.stamp, image.content)
+            self.waiting.done(image.awaited.file.image)
         for line, text in zip(lines, texts, strict=True):
             self.counts[line.get("verdict", "error")] += 1
             self.show(text)
             if line.get("anomalous"):
                 self._signal(line["image"], text)
 
-    def _read(self, one: Awaited) -> bytes | None:
-        """The bytes of a file that did not change while it was read; else it stays with those that wait, or is gone."""
-        path = self.folder / one.file.image
+    def _line(
+        self, image: _Image, finding: Inspection | DataError, bundle: Bundle, milliseconds: float
+    ) -> dict[str, Any]:
+        """What is said of an image; its overlay is written."""
+        line: dict[str, Any] = {
+            "key": key_text(image.stamp, image.content),
+            "image": image.name,
+            "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
+            "category": bundle.category,
+        }
+        if isinstance(finding, DataError):
+            line["error"] = str(finding)
+            self._log(f"{image.name}: {finding}")
+        else:
+            line |= {"verdict": finding.verdict, **finding.to_dict()}
+            if self.settings.overlays == "all" or (self.settings.overlays == "anomalous" and finding.anomalous):
+                line["overlay"] = self._draw(image, finding)
+        return {**line, "bundle": bundle.version, "sha256": image.sha256, "milliseconds": milliseconds}
+
+    def _read(self, one: Awaited) -> _Image | None:
+        """An image that is new and did not change while it was read; None of another, which waits, is done, or is gone."""
+        name = readable(one.file.image)
         try:
-            with path.open("rb") as stream:
-                content = stream.read()
+            with (self.folder / one.file.image).open("rb") as stream:
+                encoded = stream.read()
                 status = os.fstat(stream.fileno())
         except FileNotFoundError:
-            self._tell(f"{readable(one.file.image)}: gone before it was inspected")
+            self._tell(f"{name}: gone before it was inspected")
             self.waiting.done(one.file.image)
             return None
         except OSError as error:
             one.not_before = math.inf if self.settings.once else time.monotonic() + self.settings.give_up_s
-            self._tell(f"{readable(one.file.image)}: cannot be read: {error.strerror or error}")
+            self._tell(f"{name}: cannot be read: {error.strerror or error}")
             return None
-        same = (status.st_size, status.st_mtime_ns) == one.file[1:] and len(content) == status.st_size
-        return content if same else None
+        if (status.st_size, status.st_mtime_ns) != one.file[1:] or len(encoded) != status.st_size:
+            return None
+        sha256 = hashlib.sha256(encoded).hexdigest()
+        stamp, content = stamp_key(*one.file), content_key(one.file.image, sha256)
+        if content in self.journal.seen:  # touched, or shown with another time: not another image
+            self.journal.seen.add(stamp)
+            self.waiting.done(one.file.image)
+            return None
+        return _Image(one, name, encoded, sha256, stamp, content)
 
     def _may_yet_come(self, one: Awaited) -> bool:
         """Whether a file that is no image may still be on its way: its writer may pause for longer than it has to rest."""
@@ -205,11 +220,13 @@ class Watch:
         one.not_before = given_up
         return True
 
-    def _draw(self, image: str, content: int, encoded: bytes, finding: Inspection) -> str:
+    def _draw(self, image: _Image, finding: Inspection) -> str:
         """Writes the overlay. Returns: its path below the output, which no other image has, nor another content of this one."""
-        path = PurePosixPath(image)
-        name = str(PurePosixPath(OVERLAYS) / path.parent / f"{path.stem}-{content:016x}.png")
-        self.journal.write_picture(name, encode_png(overlay_with_strip(decode_image(encoded, None), finding)))
+        path = PurePosixPath(image.name)
+        stem = path.stem.encode()[:_STEM_BYTES].decode(errors="ignore")
+        name = str(PurePosixPath(OVERLAYS) / path.parent / f"{stem}-{image.content:016x}.png")
+        picture = overlay_with_strip(decode_image(image.encoded, None), finding)
+        self.journal.write_picture(name, encode_png(picture))
         return name
 
     def _signal(self, image: str, text: str) -> None:
@@ -221,6 +238,7 @@ class Watch:
                 self.settings.on_anomalous,
                 input=f"{text}\n".encode(),
                 timeout=SIGNAL_TIMEOUT_S,
+                stdout=2,  # standard output is for verdicts
                 start_new_session=True,  # an interrupt of the watcher is none of its
                 check=False,
             )

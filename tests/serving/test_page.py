@@ -1,19 +1,28 @@
-"""The page in a real browser: from the token to a finding, by mouse and by keyboard, at a desk and on a phone."""
+"""The page in a real browser: from the token to a finding, by mouse and by keyboard, at a desk and on a phone, by its camera.
+
+With FOCUS_RAY_SCREENSHOTS=FOLDER pictures of the page are left there, to be looked at.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
+from numpy.typing import NDArray
+from PIL import Image
 from serving_set import Plant, make_plant
 from waiting import wait_for
 
@@ -52,7 +61,11 @@ def url(plant: Plant) -> Iterator[str]:
             thread.join()
 
 
-def start_browser(profile: Path, width: int, height: int) -> Any:
+FAKE_CAMERA = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
+
+
+def start_browser(profile: Path, width: int, height: int, camera: Sequence[str] = FAKE_CAMERA, **prefs: Any) -> Any:
+    """camera: flags of chromium.  prefs: its preferences, with __ for a dot."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -60,14 +73,25 @@ def start_browser(profile: Path, width: int, height: int) -> Any:
     flags = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update"
     for flag in (*flags.split(), "disable-sync", f"user-data-dir={profile}", f"window-size={width},{height}"):
         options.add_argument(f"--{flag}")
-    options.add_argument("--use-fake-ui-for-media-stream")
-    options.add_argument("--use-fake-device-for-media-stream")
+    for flag in camera:
+        options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    options.add_experimental_option("prefs", {"download.default_directory": str(profile / "downloads")})
+    told = {name.replace("__", "."): value for name, value in prefs.items()}
+    options.add_experimental_option("prefs", {"download.default_directory": str(profile / "downloads"), **told})
     if width < 500:
         metrics = {"width": width, "height": height, "pixelRatio": 2.0, "touch": True}
         options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
+
+
+def take_screenshot(browser: Any, name: str) -> None:
+    """Of the whole page, where a folder for it is given."""
+    folder = os.environ.get("FOCUS_RAY_SCREENSHOTS")
+    if folder:
+        width, height = browser.execute_script("return [window.innerWidth, document.documentElement.scrollHeight]")
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
 
 
 def until(claim: Any, what: str) -> None:
@@ -132,18 +156,156 @@ def test_from_the_token_to_a_finding(
         find("#capture").click()
         until(lambda: "score" in all_of("#list li")[-1].text, "its picture is inspected")
         find("#camera-off").click()
-        folder = os.environ.get("FOCUS_RAY_SCREENSHOTS")
-        if folder:
-            browser.execute_script("document.querySelector('#list li button').click(); window.scrollTo(0, 0)")
-            full = browser.execute_script("return document.documentElement.scrollHeight")
-            clip = {"x": 0, "y": 0, "width": width, "height": full, "scale": 1}
-            shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-            import base64
-
-            (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+        browser.execute_script("document.querySelector('#list li button').click(); window.scrollTo(0, 0)")
+        take_screenshot(browser, name)
         broken = [
             line for line in browser.get_log("browser") if "401" not in line["message"] and "422" not in line["message"]
         ]
         assert broken == []  # no error of a script, nothing that the content policy refused
     finally:
         browser.quit()
+
+
+# the camera, as a file that chromium plays in a loop
+
+DESK, PHONE = (1280, 1000), (390, 844)
+
+
+def good_part(plant: Plant) -> NDArray[np.uint8]:
+    """(480, 480, 3)"""
+    picture = Image.open(io.BytesIO(plant.images[0])).convert("RGB")
+    return np.asarray(picture.resize((480, 480), Image.Resampling.BICUBIC))
+
+
+def bad_part(plant: Plant) -> NDArray[np.uint8]:
+    """The same, a quarter of it covered by stripes."""
+    picture = good_part(plant).copy()
+    picture[120:360, 120:360] = np.where(np.arange(240)[:, None, None] // 30 % 2, 255, 0)
+    return picture
+
+
+def write_film(path: Path, frames: Sequence[NDArray[np.uint8]], a_second: int) -> Path:
+    """Frames (H, W, 3) of RGB as uncompressed video: Y4M, 4:2:0, BT.601 in its narrow range."""
+    height, width = frames[0].shape[:2]
+    with path.open("wb") as stream:
+        stream.write(f"YUV4MPEG2 W{width} H{height} F{a_second}:1 Ip A1:1 C420\n".encode())
+        for frame in frames:
+            red, green, blue = np.moveaxis(frame / 255, 2, 0)
+            luma = 0.299 * red + 0.587 * green + 0.114 * blue
+            planes = [16 + 219 * luma]
+            for colour, most in ((blue, 1.772), (red, 1.402)):
+                small = ((colour - luma) / most).reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
+                planes.append(128 + 224 * small)
+            stream.write(b"FRAME\n" + b"".join(plane.round().astype(np.uint8).tobytes() for plane in planes))
+    return path
+
+
+@contextmanager
+def page_of_gears(
+    url: str,
+    plant: Plant,
+    folder: Path,
+    size: tuple[int, int] = DESK,
+    camera: Sequence[str] = FAKE_CAMERA,
+    **prefs: Any,
+) -> Iterator[Any]:
+    """A browser in which the service is opened, and gear chosen."""
+    from selenium.webdriver.common.keys import Keys
+
+    browser = start_browser(folder / "profile", *size, camera, **prefs)
+    try:
+        browser.get(url)
+        token = browser.find_element("id", "token")
+        until(token.is_displayed, "the page asks for a token")
+        token.send_keys(plant.press, Keys.ENTER)
+        until(lambda: "2 categories" in browser.find_element("id", "status").text, "the token opens")
+        browser.find_element("id", "category").send_keys("gear")
+        until(lambda: "latest" in browser.find_element("id", "version").text, "gear is shown")
+        time.sleep(0.3)  # its card
+        yield browser
+    finally:
+        browser.quit()
+
+
+def open_camera(browser: Any) -> None:
+    browser.find_element("id", "camera").click()
+    until(lambda: browser.execute_script("return document.getElementById('video').videoWidth") > 0, "the camera sees")
+
+
+@pytest.mark.parametrize(("part", "word"), [(good_part, "OK"), (bad_part, "NG")])
+@pytest.mark.parametrize(("name", "size"), [("desk", DESK), ("phone", PHONE)])
+def test_a_picture_of_a_good_part_is_ok_and_of_a_bad_one_is_not(
+    url: str, plant: Plant, tmp_path: Path, part: Any, word: str, name: str, size: tuple[int, int]
+) -> None:
+    film = write_film(tmp_path / "part.y4m", [part(plant)] * 4, 4)
+    camera = (*FAKE_CAMERA, f"--use-file-for-fake-video-capture={film}")
+    with page_of_gears(url, plant, tmp_path, size, camera) as browser:
+        open_camera(browser)
+        browser.find_element("id", "capture").click()
+        sign = browser.find_element("id", "sign")
+        until(sign.is_displayed, "there is a verdict")
+        assert sign.find_element("css selector", "b").text == word
+        assert ("anomalous" in browser.find_element("id", "verdict").text) == (word == "NG")
+        assert "480 x 480" in browser.find_element("id", "facts").text
+        assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
+        take_screenshot(browser, f"camera-{name}-{word}")
+
+
+def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous_ones(
+    url: str, plant: Plant, tmp_path: Path
+) -> None:
+    film = write_film(tmp_path / "parts.y4m", [good_part(plant)] * 6 + [bad_part(plant)] * 6, 2)
+    camera = (*FAKE_CAMERA, f"--use-file-for-fake-video-capture={film}")
+    with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
+        open_camera(browser)
+        browser.execute_script("document.getElementById('again-s').value = 0.5")
+        browser.find_element("id", "again").click()
+        word = lambda: browser.execute_script("return document.querySelector('#sign b')?.textContent")  # noqa: E731
+        for expected in ("OK", "NG", "OK", "NG"):
+            until(lambda expected=expected: word() == expected, f"the sign says {expected}")
+        take_screenshot(browser, "camera-again")
+        browser.find_element("id", "again").click()
+        time.sleep(1.5)
+        listed = browser.find_elements("css selector", "#list .anomalous")
+        assert listed
+        assert browser.find_elements("css selector", "#list .normal") == []
+        time.sleep(1.0)
+        assert len(browser.find_elements("css selector", "#list li")) == len(listed), "it has ended"
+        browser.find_element("id", "camera-off").click()
+        assert not browser.find_element("id", "sign").is_displayed()
+
+
+def test_of_several_cameras_one_is_chosen(url: str, plant: Plant, tmp_path: Path) -> None:
+    camera = (FAKE_CAMERA[0], "--use-fake-device-for-media-stream=device-count=2")
+    with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
+        open_camera(browser)
+        names = [option.text for option in browser.find_elements("css selector", "#camera-choice option")]
+        assert len(set(names)) == 2
+        in_use = "return document.getElementById('video').srcObject.getVideoTracks()[0].label"
+        other = next(name for name in names if name != browser.execute_script(in_use))
+        browser.find_element("xpath", f"//option[text()='{other}']").click()
+        until(lambda: browser.execute_script(in_use) == other, "the other one is in use")
+        assert browser.find_element("id", "camera-choice").get_attribute("value")
+        take_screenshot(browser, "camera-choice")
+
+
+@pytest.mark.parametrize(
+    ("camera", "prefs", "told"),
+    [
+        (
+            FAKE_CAMERA[1:],
+            {"profile__default_content_setting_values__media_stream_camera": 2},
+            "may not use the camera: allow",
+        ),
+        (FAKE_CAMERA[:1], {}, "There is no camera here: plug one in"),
+    ],
+)
+def test_a_camera_that_does_not_open_says_what_to_do(
+    url: str, plant: Plant, tmp_path: Path, camera: Sequence[str], prefs: dict[str, Any], told: str
+) -> None:
+    with page_of_gears(url, plant, tmp_path, PHONE, camera, **prefs) as browser:
+        browser.find_element("id", "camera").click()
+        until(lambda: told in browser.find_element("id", "status").text, f"{told!r} is said")
+        assert browser.find_element("id", "camera").is_displayed()
+        assert not browser.find_element("id", "capture").is_displayed()
+        take_screenshot(browser, f"camera-{told.split()[1]}")

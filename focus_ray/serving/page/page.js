@@ -1,9 +1,10 @@
 // The page of the inspection service. Talks to /v1 of its own origin only; the token stays in this tab's memory.
 "use strict";
 const $ = (id) => document.getElementById(id);
-const state = { token: "", team: "", card: null, items: [], chosen: -1, stream: null };
+const state = { token: "", team: "", card: null, items: [], chosen: -1, stream: null, watching: false };
 const HEAT = [[8, 6, 60], [96, 20, 120], [196, 50, 70], [250, 150, 30], [255, 250, 190]];
 const EXAMPLES = 6;
+const KEPT = 50; // of the anomalous pictures that the camera took by itself
 
 function say(text, failed = false) {
   $("status").textContent = text;
@@ -91,45 +92,65 @@ function clear() {
 async function add(files) {
   if (!state.card) { say("Open with a token and choose a category first.", true); return; }
   for (const file of files) {
-    const item = { name: file.name || "image", file, url: URL.createObjectURL(file), result: null, error: null };
-    state.items.push(item);
-    const number = state.items.length - 1;
-    const button = document.createElement("button");
-    button.type = "button";
-    const picture = document.createElement("img");
-    picture.src = item.url;
-    picture.alt = "";
-    const text = document.createElement("span");
-    const name = document.createElement("span");
-    name.className = "name";
-    name.textContent = item.name;
-    item.label = document.createElement("span");
-    item.label.textContent = "waiting";
-    text.append(name, item.label);
-    button.append(picture, text);
-    button.addEventListener("click", () => choose(number));
-    item.button = button;
-    const entry = document.createElement("li");
-    entry.append(button);
-    $("list").append(entry);
-    say(`Inspecting ${item.name} ...`);
-    try {
-      const body = { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } };
-      item.answer = await (await ask(`${place()}/inspect${query({ include: "map" })}`, body)).json();
-      item.result = item.answer.results[0];
-      item.label.textContent = `${item.result.verdict}, score ${item.result.score.toFixed(2)}`;
-      item.label.className = item.result.verdict;
-      item.bitmap = await decode(item);
-      item.map = await readMap(item.result.map);
-      say(`${item.name}: ${item.result.verdict}.`);
-    } catch (error) {
-      item.error = error.message;
-      item.label.textContent = error.message;
-      item.label.className = "failed";
-      say(`${item.name}: ${error.message}`, true);
-    }
-    if (state.items[number] === item) choose(number);
+    const item = itemOf(file);
+    list(item);
+    await inspect(item);
+    if (state.items.includes(item)) choose(state.items.indexOf(item));
   }
+}
+
+const itemOf = (file) => ({ name: file.name || "image", file, url: URL.createObjectURL(file), result: null, error: null });
+
+function list(item) {
+  state.items.push(item);
+  item.button = document.createElement("button");
+  item.button.type = "button";
+  const picture = document.createElement("img");
+  picture.src = item.url;
+  picture.alt = "";
+  const text = document.createElement("span");
+  const name = document.createElement("span");
+  name.className = "name";
+  name.textContent = item.name;
+  item.label = document.createElement("span");
+  text.append(name, item.label);
+  item.button.append(picture, text);
+  item.button.addEventListener("click", () => choose(state.items.indexOf(item)));
+  const entry = document.createElement("li");
+  entry.append(item.button);
+  $("list").append(entry);
+  label(item);
+}
+
+function label(item) {
+  const { result, error } = item;
+  item.label.textContent = error || (result ? `${result.verdict}, score ${result.score.toFixed(2)}` : "waiting");
+  item.label.className = error ? "failed" : result ? result.verdict : "";
+}
+
+function unlist(item) {
+  const chosen = state.items[state.chosen];
+  state.items.splice(state.items.indexOf(item), 1);
+  state.chosen = state.items.indexOf(chosen);
+  item.button.parentElement.remove();
+  URL.revokeObjectURL(item.url);
+}
+
+async function inspect(item) {
+  say(`Inspecting ${item.name} ...`);
+  try {
+    const body = { method: "POST", body: item.file, headers: { "Content-Type": "application/octet-stream" } };
+    item.answer = await (await ask(`${place()}/inspect${query({ include: "map" })}`, body)).json();
+    const result = item.answer.results[0];
+    item.bitmap = await decode(item);
+    item.map = await readMap(result.map);
+    item.result = result;
+    say(`${item.name}: ${item.result.verdict}.`);
+  } catch (error) {
+    item.error = error.message;
+    say(`${item.name}: ${error.message}`, true);
+  }
+  if (item.label) label(item);
 }
 
 // The browser's own decoder, turned as the file says; TIFF and the like have none: then the map alone is shown.
@@ -149,12 +170,13 @@ async function readMap(map) {
   return { values, width: picture.width, height: picture.height, high: map.high };
 }
 
-function choose(number) {
+// scroll: not for the camera's pictures, whose sign has to stay in sight
+function choose(number, scroll = true) {
   const item = state.items[number];
   if (!item) return;
   state.chosen = number;
   state.items.forEach((one, n) => one.button.setAttribute("aria-current", String(n === number)));
-  item.button.scrollIntoView({ block: "nearest" });
+  if (scroll) item.button.scrollIntoView({ block: "nearest" });
   if (!item.result) { $("detail").hidden = true; return; }
   $("detail").hidden = false;
   const result = item.result;
@@ -325,24 +347,101 @@ function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
+const CAMERA_REFUSED = {
+  NotAllowedError: "This page may not use the camera: allow it at the camera sign beside the address, and in the system's settings, then press \"use the camera\" again.",
+  NotFoundError: "There is no camera here: plug one in, then press \"use the camera\" again.",
+  NotReadableError: "The camera cannot be read: another program may use it; close that, then press \"use the camera\" again.",
+};
+
 async function cameraOn() {
-  state.stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+  const devices = navigator.mediaDevices;
+  if (!devices) throw new Error("The browser gives a camera only to pages on https:// or on localhost: open this one so.");
+  const chosen = $("camera-choice").value;
+  stopStream();
+  try {
+    const video = { width: { ideal: 1920 }, ...(chosen ? { deviceId: { exact: chosen } } : { facingMode: "environment" }) };
+    state.stream = await devices.getUserMedia({ video });
+  } catch (error) {
+    cameraOff();
+    throw new Error(CAMERA_REFUSED[error.name] || `The camera does not open: ${error.message || error.name}`);
+  }
+  const [track] = state.stream.getVideoTracks();
+  track.addEventListener("ended", () => { cameraOff(); say("The camera is gone: plug it in, then press \"use the camera\" again.", true); });
+  const cameras = (await devices.enumerateDevices()).filter((device) => device.kind === "videoinput");
+  fill($("camera-choice"), cameras.map((one) => one.deviceId), cameras.map((one, n) => one.label || `camera ${n + 1}`));
+  $("camera-choice").value = track.getSettings().deviceId;
+  $("camera-choice-row").hidden = cameras.length < 2;
   $("video").srcObject = state.stream;
   $("video").hidden = $("camera-row").hidden = false;
+  $("camera").hidden = true;
   await $("video").play();
 }
 
-function cameraOff() {
+function stopStream() {
   if (state.stream) state.stream.getTracks().forEach((track) => track.stop());
   state.stream = null;
-  $("video").hidden = $("camera-row").hidden = true;
 }
 
-async function capture() {
+function cameraOff() {
+  stopStream();
+  $("again").checked = false;
+  $("video").hidden = $("camera-row").hidden = $("sign").hidden = $("again-note").hidden = true;
+  $("camera").hidden = false;
+}
+
+async function picture() {
   const video = $("video"), canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
   canvas.getContext("2d").drawImage(video, 0, 0);
   const blob = await canvas.convertToBlob({ type: "image/png" });
-  await add([new File([blob], `camera-${new Date().toISOString().slice(11, 19)}.png`, { type: "image/png" })]);
+  return new File([blob], `camera-${new Date().toISOString().slice(11, 23).replace(/[:.]/g, "-")}.png`, { type: "image/png" });
+}
+
+async function capture() {
+  if (!state.card) { say("Open with a token and choose a category first.", true); return; }
+  const item = itemOf(await picture());
+  list(item);
+  await inspect(item);
+  showSign(item);
+  if (state.items.includes(item)) choose(state.items.indexOf(item), false);
+}
+
+function showSign(item) {
+  const sign = $("sign"), word = document.createElement("b");
+  word.textContent = item.error ? "?" : { normal: "OK", anomalous: "NG" }[item.result.verdict];
+  const detail = item.error || `score ${item.result.score.toFixed(2)}, threshold ${item.result.threshold.toFixed(2)}`;
+  const when = document.createElement("small");
+  when.textContent = new Date().toLocaleTimeString();
+  sign.replaceChildren(word, detail, when);
+  sign.className = "sign " + (item.error ? "" : item.result.verdict);
+  sign.hidden = !state.stream;
+}
+
+// A picture every so many seconds while the box is ticked; a lasting trouble shows as such and does not end it.
+async function again() {
+  $("again-note").hidden = !$("again").checked;
+  if (!$("again").checked || state.watching) return;
+  if (!state.card) { $("again").checked = false; say("Open with a token and choose a category first.", true); return; }
+  state.watching = true;
+  try {
+    while ($("again").checked && state.stream) {
+      const started = performance.now(), card = state.card;
+      const item = itemOf(await picture());
+      await inspect(item);
+      if (state.card !== card) { URL.revokeObjectURL(item.url); continue; } // another category was chosen meanwhile
+      showSign(item);
+      if (item.result && item.result.verdict === "anomalous") {
+        item.watched = true;
+        list(item);
+        choose(state.items.length - 1, false);
+        const watched = state.items.filter((one) => one.watched);
+        if (watched.length > KEPT) unlist(watched[0]);
+      } else URL.revokeObjectURL(item.url);
+      const pause = 1000 * Math.max(0.5, Number($("again-s").value) || 2) - (performance.now() - started);
+      await new Promise((done) => setTimeout(done, Math.max(0, pause)));
+    }
+  } finally {
+    state.watching = false;
+  }
 }
 
 const safely = (action) => async (event) => {
@@ -361,7 +460,9 @@ $("drop").addEventListener("drop", safely(async (event) => {
   await add([...event.dataTransfer.files]);
 }));
 $("camera").addEventListener("click", safely(cameraOn));
+$("camera-choice").addEventListener("change", safely(cameraOn));
 $("camera-off").addEventListener("click", cameraOff);
+$("again").addEventListener("change", safely(again));
 $("capture").addEventListener("click", safely(capture));
 for (const id of ["threshold", "show-map", "show-regions"]) $(id).addEventListener("input", draw);
 $("image-threshold").addEventListener("input", showImageThreshold);

@@ -1,0 +1,428 @@
+"""A watched folder: what arrives, changes, breaks and goes, and a watcher that is killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_set import ingest_parts, make_bundle, small_config
+from test_journal import lines_in, rows_in
+from waiting import wait_for
+
+from focus_ray.bundle.bundle import copy_bundle, read_manifest
+from focus_ray.bundle.inspector import Inspector
+from focus_ray.bundle.recalibrate import set_thresholds
+from focus_ray.bundle.registry import Registry
+from focus_ray.cli.main import main
+from focus_ray.errors import DataError
+from focus_ray.watching.journal import Journal
+from focus_ray.watching.model import WatchedModel
+from focus_ray.watching.seen import stamp_key
+from focus_ray.watching.watch import Watch, WatchSettings
+
+load = cache(lambda uri: Inspector.load(uri, "cpu"))
+QUICK = {"poll_s": 0.02, "settle_s": 0.1, "give_up_s": 0.6}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of gears, `strict` that calls every image anomalous, and the images."""
+    root = tmp_path_factory.mktemp("parts")
+    config = small_config(ingest_parts(root), root / "runs", model={"image_alignment": {"group": "none"}})
+    make_bundle(config, place=root / "bundle")
+    set_thresholds(str(root / "bundle"), str(root / "strict"), image_threshold=0.001, by="test")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(root: Path) -> list[bytes]:
+    places = (root / "images/gear/test/good", root / "images/gear/train/good")
+    return [path.read_bytes() for place in places for path in sorted(place.iterdir())]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    return tmp_path / "in"
+
+
+class Running:
+    """A watch in a thread, and what it says."""
+
+    def __init__(self, bundle: Path | str, folder: Path, version: str = "latest", **settings: Any) -> None:
+        self.told: list[str] = []
+        self.out = folder.parent / "out"
+        self.journal = Journal(self.out, table=True, log=self.told.append)
+        model = WatchedModel(str(bundle), load, self.told.append, version=version, look_every_s=0.05)
+        made = WatchSettings(**{**QUICK, **settings})
+        self.watch = Watch(folder, model, self.journal, made, self.told.append)
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch.run, args=[self.stop])
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return lines_in(self.out)
+
+    def until(self, num_lines: int) -> list[dict[str, Any]]:
+        wait_for(lambda: len(self.lines) >= num_lines, 30, f"{num_lines} lines; told: {self.told}", 0.02)
+        return self.lines
+
+
+@contextmanager
+def watching(*arguments: Any, **settings: Any) -> Iterator[Running]:
+    running = Running(*arguments, **settings)
+    running.thread.start()
+    try:
+        yield running
+        assert running.thread.is_alive(), running.told
+    finally:
+        running.stop.set()
+        running.thread.join()
+        running.journal.close()
+
+
+def test_what_is_there_and_what_arrives_has_a_line_and_a_row_that_inspect_would_give(
+    root: Path, pictures: list[bytes], folder: Path
+) -> None:
+    (folder / "there.png").write_bytes(pictures[0])
+    with watching(root / "bundle", folder, overlays="all") as running:
+        running.until(1)
+        (folder / "2026/shift b").mkdir(parents=True)
+        (folder / "moved.tmp").write_bytes(pictures[1])
+        (folder / "moved.tmp").rename(folder / "2026/shift b/part 1.png")
+        lines = running.until(2)
+    assert [line["image"] for line in lines] == ["there.png", "2026/shift b/part 1.png"]
+    for line, finding in zip(lines, load(str(root / "bundle")).inspect(pictures[:2]), strict=True):
+        assert line["score"] == pytest.approx(finding.score, rel=1e-5)
+        assert {key: line[key] for key in finding.to_dict()} == {**finding.to_dict(), "score": line["score"]}
+        assert (line["verdict"], line["category"]) == (finding.verdict, "gear")
+        assert line["bundle"] == read_manifest(root / "bundle")["sha256"]
+        assert (running.out / line["overlay"]).is_file()
+    assert [(row["image"], row["time"], row["sha256"]) for row in rows_in(running.out)] == [
+        (line["image"], line["time"], line["sha256"]) for line in lines
+    ]
+
+
+def test_names_of_any_bytes_and_length_are_written(root: Path, pictures: list[bytes], folder: Path) -> None:
+    for number, name in enumerate((os.fsdecode(b"\xff,\n.png"), "\u00e9" * 120 + ".png")):
+        (folder / name).write_bytes(pictures[number])
+    with watching(root / "bundle", folder, overlays="all") as running:
+        lines = running.until(2)
+    assert {line["image"] for line in lines} == {"\\xff,\n.png", "\u00e9" * 120 + ".png"}
+    assert all((running.out / line["overlay"]).is_file() for line in lines)
+    assert [row["image"] for row in rows_in(running.out)] == [line["image"] for line in lines]
+    with watching(root / "bundle", folder) as running:
+        time.sleep(0.4)
+        assert running.lines == lines
+
+
+def test_a_file_that_is_still_written_waits(root: Path, pictures: list[bytes], folder: Path) -> None:
+    with watching(root / "bundle", folder) as running, (folder / "slow.png").open("wb") as stream:
+        for start in range(0, len(pictures[0]), 1 + len(pictures[0]) // 8):
+            stream.write(pictures[0][start : start + 1 + len(pictures[0]) // 8])
+            stream.flush()
+            time.sleep(0.15)  # longer than it has to rest: the piece is no image, and more comes before it is given up
+        (line,) = running.until(1)
+        time.sleep(0.3)
+        assert running.lines == [line]
+    assert "verdict" in line
+
+
+def test_other_bytes_under_a_name_are_another_image_and_a_touch_is_none(
+    root: Path, pictures: list[bytes], folder: Path
+) -> None:
+    path = folder / "latest.png"
+    path.write_bytes(pictures[0])
+    with watching(root / "bundle", folder, overlays="all") as running:
+        running.until(1)
+        os.utime(path, (5, 5))
+        touched = stamp_key("latest.png", len(pictures[0]), 5_000_000_000)
+        wait_for(lambda: touched in running.journal.seen, 10, "the touched file is looked at")
+        path.write_bytes(pictures[1])
+        first, second = running.until(2)
+        path.rename(folder / "kept.png")
+        renamed = running.until(3)[2]
+    assert first["image"] == second["image"] == "latest.png"
+    assert first["sha256"] != second["sha256"] == renamed["sha256"]
+    assert len({line["overlay"] for line in (first, second, renamed)}) == 3
+    with watching(root / "bundle", folder) as running:
+        time.sleep(0.5)
+        assert len(running.lines) == 3
+
+
+def test_a_file_that_is_no_image_gets_one_line_once_it_is_given_up_and_another_when_it_changes(
+    root: Path, pictures: list[bytes], folder: Path
+) -> None:
+    (folder / "cut.png").write_bytes(pictures[0][:200])
+    (folder / "empty.png").touch()
+    (folder / "good.png").write_bytes(pictures[1])
+    started = time.monotonic()
+    with watching(root / "bundle", folder) as running:
+        assert running.until(1)[0]["image"] == "good.png"
+        lines = running.until(3)
+        assert time.monotonic() - started >= QUICK["give_up_s"]
+        assert {line["image"] for line in lines[1:]} == {"cut.png", "empty.png"}
+        assert all("verdict" not in line for line in lines[1:])
+        assert "the image is empty (0 bytes): copy it again from its source" in {line["error"] for line in lines[1:]}
+        time.sleep(0.8)
+        assert len(running.lines) == 3
+        (folder / "cut.png").write_bytes(pictures[0])
+        assert running.until(4)[3]["verdict"]
+    assert [row["error"] != "" for row in rows_in(running.out)] == [False, True, True, False]
+
+
+def test_a_file_that_cannot_be_read_is_told_and_taken_once_it_can(
+    root: Path, pictures: list[bytes], folder: Path
+) -> None:
+    (folder / "locked.png").symlink_to("/proc/self/mem")  # whose first byte is an input/output error, for root too
+    with watching(root / "bundle", folder) as running:
+        wait_for(lambda: "locked.png: cannot be read: Input/output error" in running.told, 10, "it is told")
+        (folder / "good.png").write_bytes(pictures[0])
+        running.until(1)
+        (folder / "locked.png").unlink()
+        (folder / "locked.png").write_bytes(pictures[1])
+        assert running.until(2)[1]["image"] == "locked.png"
+
+
+def test_a_folder_that_is_away_for_a_while_is_told_and_nothing_of_it_is_inspected_twice(
+    root: Path, pictures: list[bytes], folder: Path
+) -> None:
+    (folder / "a.png").write_bytes(pictures[0])
+    with watching(root / "bundle", folder) as running:
+        running.until(1)
+        folder.rename(folder.with_name("away"))
+        wait_for(lambda: any("waiting for it" in line for line in running.told), 10, "it is missed")
+        (folder.with_name("away") / "b.png").write_bytes(pictures[1])
+        folder.with_name("away").rename(folder)
+        assert [line["image"] for line in running.until(2)] == ["a.png", "b.png"]
+    assert f"{folder}: there again" in running.told
+
+
+def test_a_bundle_that_is_replaced_is_taken_and_one_that_is_damaged_is_not(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
+) -> None:
+    load.cache_clear()
+    place = tmp_path / "bundle"
+    shutil.copytree(root / "bundle", place)
+
+    def fresh(uri: str) -> Inspector:
+        return Inspector.load(uri, "cpu")
+
+    with watching(place, folder) as running:
+        running.watch.model.load = fresh
+        (folder / "a.png").write_bytes(pictures[0])
+        running.until(1)
+        manifest = (place / "manifest.json").read_text()
+        (place / "manifest.json").write_text(manifest[:-9])
+        wait_for(lambda: any("the model stays" in line for line in running.told), 10, "the damage is told")
+        (folder / "b.png").write_bytes(pictures[1])
+        running.until(2)
+        copy_bundle(str(root / "strict"), read_manifest(root / "strict"), str(place))
+        wait_for(lambda: sum("watch: model of" in line for line in running.told) == 2, 10, "it is taken")
+        (folder / "c.png").write_bytes(pictures[2])
+        lines = running.until(3)
+    versions = [read_manifest(root / name)["sha256"] for name in ("bundle", "bundle", "strict")]
+    assert [line["bundle"] for line in lines] == versions
+    assert lines[2]["verdict"] == "anomalous"
+
+
+def test_an_alias_that_is_moved_is_followed(root: Path, pictures: list[bytes], folder: Path, tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    first = registry.publish(root / "bundle", "press", aliases=["production"])
+    second = registry.publish(root / "strict", "press")
+    with watching(registry.root, folder, version="production") as running:
+        (folder / "a.png").write_bytes(pictures[0])
+        running.until(1)
+        registry.promote("press", "gear", second.name, "production")
+        wait_for(lambda: sum("watch: model of" in line for line in running.told) == 2, 10, "it is taken")
+        (folder / "b.png").write_bytes(pictures[1])
+        assert [line["bundle"] for line in running.until(2)] == [first.sha256, second.sha256]
+
+
+def test_an_anomalous_image_runs_the_command_with_its_line_and_a_command_that_fails_is_told(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
+) -> None:
+    signals = tmp_path / "signals"
+    command = ("sh", "-c", f"cat >> {signals}; exit 7")
+    (folder / "a.png").write_bytes(pictures[0])
+    with watching(root / "strict", folder, on_anomalous=command, report_s=0.0, overlays="anomalous") as running:
+        (line,) = running.until(1)
+        failed = "a.png: the command of --on-anomalous ended with 7"
+        wait_for(lambda: failed in running.told, 10, "it is told")
+        wait_for(lambda: any("images a minute" in text for text in running.told), 10, "a rate is told")
+    assert json.loads(signals.read_text()) == line
+    assert "overlay" in line
+    assert "1 inspected, 1 anomalous (100.0%); 0 wait" in next(text for text in running.told if "a minute" in text)
+
+
+def test_once_ends_with_3_where_a_file_was_no_image_with_0_where_all_were_done_and_begins_no_image_twice(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["watch", str(root / "bundle"), str(folder), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    words += ["--once", "--print", "--settle-s", "0.05", "--poll-s", "0.02"]
+    (folder / "a.png").write_bytes(pictures[0])
+    (folder / "b.png").write_bytes(b"no image")
+    assert main(words) == 3
+    captured = capsys.readouterr()
+    assert [json.loads(text) for text in captured.out.splitlines()] == lines_in(tmp_path / "out")
+    assert captured.err.endswith("watch: ended: 1 inspected, 0 anomalous (0.0%), 1 no image\n")
+    (folder / "c.png").write_bytes(pictures[1])
+    assert main(words) == 0
+    assert [line["image"] for line in lines_in(tmp_path / "out")] == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--poll-s", "-1"], "--poll-s -1.0: expected seconds, 0 or more"),
+        (["--batch", "0"], "--batch 0: expected 1 or more"),
+        (["--output", "{folder}"], "the watched folder itself: pictures in it would be inspected; give another"),
+        (["--category", "bolt"], "no model of 'bolt', only of board, gear"),
+        ([], "models of board, gear: choose one with --category"),
+    ],
+)
+def test_what_cannot_be_watched_is_told(
+    root: Path, folder: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("board", "gear"):
+        manifest = {**read_manifest(root / "bundle"), "category": name}
+        shutil.copytree(root / "bundle", tmp_path / "run" / name)
+        from focus_ray.bundle.bundle import manifest_hash
+
+        manifest["sha256"] = manifest_hash(manifest)
+        (tmp_path / "run" / name / "manifest.json").write_text(json.dumps(manifest))
+    words = [word.format(folder=folder) for word in more]
+    assert main(["watch", str(tmp_path / "run"), str(folder), "--output", str(tmp_path / "out"), *words]) == 1
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# processes of their own
+
+FORKS = """
+import json, os, resource, signal, sys, time
+from pathlib import Path
+import focus_ray.bundle.inspector, focus_ray.watching.model, focus_ray.watching.watch  # once: each watcher is a fork
+from focus_ray.cli.main import main
+
+words, runs = json.loads(sys.argv[1])
+out = Path(words[words.index("--output") + 1])
+written = lambda: sum(path.stat().st_size for path in out.glob("*.jsonl"))
+for delay, limit in runs:
+    before = written()
+    child = os.fork()
+    if not child:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        os._exit(main(words))
+    if delay is None:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    ended = 0
+    while written() == before and not ended:
+        ended = os.waitpid(child, os.WNOHANG)[0]
+        time.sleep(0.005)
+    if not ended:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+"""
+
+
+def run_forks(words: list[str], *runs: tuple[float | None, int]) -> subprocess.CompletedProcess[str]:
+    """Watchers one after the other. runs: seconds from the first line to the kill, None: none; bytes a file may have, 0: any."""
+    return subprocess.run(
+        [sys.executable, "-c", FORKS, json.dumps([words, runs])], capture_output=True, text=True, timeout=600
+    )
+
+
+def fill(folder: Path, pictures: list[bytes], count: int) -> Counter[str]:
+    for number in range(count):
+        (folder / f"{number:03}.png").write_bytes(pictures[number % len(pictures)])
+    return Counter(f"{number:03}.png" for number in range(count))
+
+
+def assert_each_once(out: Path, expected: Counter[str]) -> None:
+    lines = lines_in(out)
+    assert Counter(line["image"] for line in lines) == expected
+    assert [row["image"] for row in rows_in(out)] == [line["image"] for line in lines]
+    drawn = {str(path.relative_to(out)) for path in (out / "overlays").rglob("*")}
+    assert drawn == {line["overlay"] for line in lines}
+
+
+@pytest.mark.parametrize("num_kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_or_out_of_room_and_started_again_each_image_has_one_line_one_row_and_one_picture(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path, num_kills: int
+) -> None:
+    expected = fill(folder, pictures, 20 + 10 * num_kills)
+    words = ["watch", str(root / "bundle"), str(folder), "--output", str(tmp_path / "out"), "--csv", "--overlays"]
+    words += ["--settle-s", "0.01", "--poll-s", "0.01", "--batch", "2", "--once", "--device", "cpu"]
+    delays = [random.uniform(0, 0.2) for _ in range(num_kills)]
+    # at first a full disk, as a limit of bytes a file, reached in a picture or in a line
+    ended = run_forks(words, (None, random.randint(2000, 90_000)), *((delay, 0) for delay in delays), (None, 0))
+    assert ended.stdout.splitlines()[-1] == "0", (delays, ended.stderr)
+    assert_each_once(tmp_path / "out", expected)
+    begun_with = [int(found) for found in re.findall(r"where (\d+) images have a line", ended.stderr)]
+    assert len({count for count in begun_with if 0 < count < len(expected)}) > 1, "it was killed in the middle"
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line_ends_it_with_1_and_nothing_is_lost(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
+) -> None:
+    expected = fill(folder, pictures, 8)
+    words = ["watch", str(root / "bundle"), str(folder), "--output", str(tmp_path / "out"), "--csv", "--once"]
+    words += ["--settle-s", "0.01", "--batch", "2", "--device", "cpu"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told = io.StringIO()
+    with redirect_stderr(told):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, before[1]))
+        try:
+            assert main(words) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert "File too large; what has no line yet is inspected at the next start" in told.getvalue()
+        assert main(words) == 0
+    assert "its last line was cut off" in told.getvalue()
+    assert Counter(line["image"] for line in lines_in(tmp_path / "out")) == expected
+    assert [row["image"] for row in rows_in(tmp_path / "out")] == [line["image"] for line in lines_in(tmp_path / "out")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_ends_it_with_0_and_a_summary(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    (folder / "a.png").write_bytes(pictures[0])
+    words = ["watch", str(root / "bundle"), str(folder), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-m", "focus_ray.cli", *words], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: lines_in(tmp_path / "out"), 60, "the first line")
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0, told
+    assert "watch: ended: 1 inspected, " in told.splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_listed_ends_a_watch_that_is_to_look_once(root: Path, folder: Path) -> None:
+    folder.rmdir()
+    running = Running(root / "bundle", folder, once=True)
+    with pytest.raises(DataError, match="in: cannot be listed: No such file or directory"):
+        running.watch.run(running.stop)
+    running.journal.close()
