@@ -30,7 +30,7 @@ def add_completion(commands: Any) -> None:
         description='For bash: eval "$(focus-ray completion bash)" in ~/.bashrc; zsh alike in ~/.zshrc, after compinit. '
         "For fish: focus-ray completion fish > ~/.config/fish/completions/focus-ray.fish",
     )
-    completion.add_argument("shell", choices=SHELLS)
+    completion.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
     completion.set_defaults(run=_completion)
 
 

@@ -16,7 +16,7 @@ def add_export(commands: Any) -> None:
         "model.json, which describes it. It is checked against PyTorch in float32 on real images, and refused where it scores "
         "otherwise.",
     )
-    export.add_argument("bundle")
+    export.add_argument("bundle", help="the bundle that is exported")
     export.add_argument("--to", required=True, help="onnx, torch or openvino")
     export.add_argument("--precision", default="fp32", help="fp32, fp16 or int8 (default: fp32)")
     export.add_argument("--output", metavar="DIR", help="default: <category>-<to>-<precision>, here")

@@ -38,6 +38,7 @@ NOT_RUN = {
     "samples": "draws for a quarter of a minute; tests/samples draws smaller ones",
     "serve": "serves until it is interrupted; tests/serving asks the service",
     "submit": "needs a cluster; tests/submission sends jobs",
+    "export": "compiles a network; tests/export",
     "jobs": "needs a cluster; tests/submission follows jobs",
     "sweep": "starts Ray; tests/sweep",
     "inspect-batch": "starts Ray; tests/cluster/test_batch.py",
@@ -51,6 +52,8 @@ NOT_RUN = {
 }
 NOT_RUN_WORDS = {  # a word of a focus-ray command -> the same
     "cluster.num_workers=4": "starts Ray with four workers; tests/cluster/test_training.py",
+    "trackers.tensorboard={}": "trains by gradient, and needs a tracker's package; tests/tracking",
+    "trackers.mlflow.uri=http://tracking.plant:5000": "needs a server; tests/tracking",
     "--workers": "starts Ray; tests/cluster",
     "selection.enabled=true": "trains by gradient; tests/evaluation/test_selection.py",
     "--engine": "compiles a network; tests/bundle/test_engine.py",
@@ -60,12 +63,23 @@ PROGRAMS = {
     "make": "each target takes minutes; the Makefile has the target",
     "python": "benchmarks and entry scripts take minutes or a cluster; the module is there, and knows the options",
     "pip": "installs; pyproject.toml has the extra",
+    "docker": "needs Docker; tests/container checks its files",
+    "container/env.sh": "writes a .env beside it; tests/container",
+    "VARIANT=cuda": "needs Docker and a GPU; tests/container checks its files",
+    "TOKEN=$(docker": "needs Docker; tests/container checks its files",
+    "trivy": "needs a scanner",
+    "sed": "changes the manifests, which are there",
+    "node": "needs Node.js; tests/export",
+    "tensorboard": "serves until it is interrupted; tests/tracking reads what it shows",
     "kubectl": "needs Kubernetes; tests/cluster/test_manifests.py checks the files",
     "serve": "needs a cluster; tests/cluster/test_manifests.py checks the file",
     "ray": "needs a cluster; what it runs is checked",
     "export": "sets variables for the commands after it",
 }
-CODES_RUN_ELSEWHERE = {"CONTRIBUTING.md": "tests/test_kinds.py runs them"}
+CODES_RUN_ELSEWHERE = {
+    "CONTRIBUTING.md": "tests/test_kinds.py runs them",
+    "docs/use/export.md": "of an export; tests/export loads one so",
+}
 STATUSES = {"doctor": (0, 1)}  # 1: it has found something on this machine
 SHELL = blocks("bash")
 COMMANDS = [(block.page, command) for block in SHELL for command in commands_of(block)]
@@ -291,7 +305,7 @@ CURL = sorted({command for _, command in COMMANDS if command.startswith("curl")}
 @pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
 @pytest.mark.parametrize("command", CURL)
 def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
-    line = command.replace("http://127.0.0.1:8000", service)
+    line = command.replace("http://127.0.0.1:8000", service).replace("/press/gear/", "/press/bolt/")
     done = subprocess.run(
         ["bash", "-c", f"{line} --silent --show-error --fail-with-body"],
         cwd=plant,
