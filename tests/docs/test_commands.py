@@ -37,6 +37,7 @@ from focus_ray.sweep.settings import load_sweep
 NOT_RUN = {
     "samples": "draws for a quarter of a minute; tests/samples draws smaller ones",
     "serve": "serves until it is interrupted; tests/serving asks the service",
+    "watch": "watches until it is interrupted; tests/watching",
     "submit": "needs a cluster; tests/submission sends jobs",
     "export": "compiles a network; tests/export",
     "jobs": "needs a cluster; tests/submission follows jobs",
