@@ -21,10 +21,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import base_tree_of, fit_category, keep_json, merged, print_table
+from benchmarks.harness import base_tree_of, keep_json, merged, print_table
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.config import ModelConfig, parse_config
 from focus_ray.data.ingest import ingest
+from focus_ray.data.shards import build_shard
+from focus_ray.data.split import plan_category
+from focus_ray.fitting.fit import fit
 from focus_ray.kinds import BACKBONES, GEOMETRIES, Geometry
 from focus_ray.model.backbones.base import bare_backbone, build_backbone
 from focus_ray.model.batch_norm import prepared_for_inference
@@ -87,8 +90,10 @@ def measure_fit(name: str, num_images: int, folder: Path) -> dict[str, Any]:
         )
         ingest(folder / f"images-{size}", uri, categories=["gear"], progress=False)
     config = parse_config(merged(base_tree_of(str(uri), "random", size, name), {"train": {"batch_size_per_worker": 8}}))
+    plan = plan_category(config, "gear")
+    shard = build_shard(config, "gear", plan, rank=0, num_workers=1)
     start = time.process_time()
-    found, _ = fit_category(config, "gear", "cpu")
+    found = fit(config, shard, len(plan.fit_rows), torch.device("cpu"))
     seconds = time.process_time() - start
     place = folder / name
     write_bundle(

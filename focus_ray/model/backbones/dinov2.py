@@ -36,10 +36,11 @@ class _Embedding(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         patches: Tensor = self.proj(images)
-        at_class, at_patches = self.positions(patches.shape[2], patches.shape[3])
-        tokens = [(self.cls_token + at_class).expand(len(images), -1, -1)]
+        count, _, height, width = patches.shape  # len(images) would be a constant of an exported network
+        at_class, at_patches = self.positions(height, width)
+        tokens = [(self.cls_token + at_class).expand(count, -1, -1)]
         if self.register_tokens is not None:  # they have no position
-            tokens.append(self.register_tokens.expand(len(images), -1, -1))
+            tokens.append(self.register_tokens.expand(count, -1, -1))
         return torch.cat([*tokens, patches.flatten(2).transpose(1, 2) + at_patches], dim=1)
 
     def positions(self, height: int, width: int) -> tuple[Tensor, Tensor]:
