@@ -375,7 +375,7 @@ def test_killed_at_any_moment_or_out_of_room_and_started_again_each_image_has_on
     words += ["--settle-s", "0.01", "--poll-s", "0.01", "--batch", "2", "--once", "--device", "cpu"]
     delays = [random.uniform(0, 0.2) for _ in range(num_kills)]
     # at first a full disk, as a limit of bytes a file, reached in a picture or in a line
-    ended = run_forks(words, (None, random.randint(2000, 90_000)), *((delay, 0) for delay in delays), (None, 0))
+    ended = run_forks(words, (None, random.randint(2000, 12_000)), *((delay, 0) for delay in delays), (None, 0))
     assert ended.stdout.splitlines()[-1] == "0", (delays, ended.stderr)
     assert_each_once(tmp_path / "out", expected)
     begun_with = [int(found) for found in re.findall(r"where (\d+) images have a line", ended.stderr)]
