@@ -366,7 +366,7 @@ def assert_each_once(out: Path, expected: Counter[str]) -> None:
     assert drawn == {line["overlay"] for line in lines}
 
 
-@pytest.mark.parametrize("num_kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [4, pytest.param(15, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_or_out_of_room_and_started_again_each_image_has_one_line_one_row_and_one_picture(
     root: Path, pictures: list[bytes], folder: Path, tmp_path: Path, num_kills: int
 ) -> None:
