@@ -423,6 +423,26 @@ def test_parameters_show_no_password_of_a_uri() -> None:
     assert found == {"model.weights": "https://host/w.pth", "a": "[1, 2]"}
 
 
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://me:se@cret@host/w.pth", "https://host/w.pth"),
+        ("https://host/w.pth?X-Amz-Credential=secret&X-Amz-Signature=secret", "https://host/w.pth"),
+        ("s3://plant/w@2.pth", "s3://plant/w@2.pth"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("what?/w@2.pth", "what?/w@2.pth"),
+    ],
+)
+def test_parameters_show_nothing_of_a_uri_that_opens_it(uri: str, shown: str) -> None:
+    assert parameters_of({"weights": uri, "bundles": [uri]}) == {"weights": shown, "bundles": json.dumps([shown])}
+
+
+def test_the_password_of_mlflows_own_variable_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:9/runs")
+    assert TRACKERS["mlflow"].check(TrackerConfig(), "runs") == "postgresql://127.0.0.1:9/runs"
+
+
 # An evaluation of what was trained without
 
 
