@@ -318,6 +318,18 @@ def test_a_category_that_fails_is_recorded_as_failed(fragile: Fragile, data: str
     assert fragile.told[-2:] == [("small/gear", "tag"), ("small/gear", "failed")]
 
 
+def test_a_bundle_that_cannot_be_read_costs_its_figures_and_no_training(fragile: Fragile, tmp_path: Path) -> None:
+    (tmp_path / "claim.json").write_text("{}")
+    lines: list[str] = []
+    recorder = Recorder({"fragile": TrackerConfig()}, str(tmp_path), lines.append)
+    told = TrainingRecord(recorder, config_of("parts", tmp_path, {"fragile": {}}), str(tmp_path), {}, several=False)
+    told.epoch("gear", {"epoch": 0, "loss": 1.0})
+    told.trained("gear", str(tmp_path / "gone"))
+    told.close(failed=False)
+    assert fragile.told == [("small/gear", what) for what in ("curve 1", "end")]
+    assert [line for line in lines if line.startswith("WARNING: gear: not everything was recorded: FileNotFoundError")]
+
+
 def test_a_store_that_is_gone_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
