@@ -255,6 +255,13 @@ def test_what_is_no_export_is_not_replaced(bundle: str, tmp_path: Path) -> None:
         export_bundle(bundle, "onnx", tmp_path)
 
 
+def test_an_export_goes_to_no_uri(bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="s3://plant/gear: an export goes to a folder of this machine"):
+        export_bundle(bundle, "torch", "s3://plant/gear")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_few_examples_are_told(bundle: str, photographs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"3 of 3 examples are not among the images .* and 4 are needed"):
         export_bundle(bundle, "torch", tmp_path / "new", examples=[str(path) for path in photographs[:3]])
