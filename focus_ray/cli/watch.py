@@ -94,9 +94,7 @@ def _watch(arguments: argparse.Namespace) -> int:
         return _run(arguments, examples, command, stop)
 
 
-def _run(
-    arguments: argparse.Namespace, examples: list[Path], command: tuple[str, ...], stop: threading.Event
-) -> int:
+def _run(arguments: argparse.Namespace, examples: list[Path], command: tuple[str, ...], stop: threading.Event) -> int:
     from focus_ray.watching.journal import Journal
 
     with Journal(arguments.output, arguments.csv, say) as journal:

@@ -95,7 +95,9 @@ def _refused(precision: str, failures: Sequence[str], bundle: Bundle) -> str:
 def _target(output: str | Path) -> Path:
     """Raises: DataError: it is no place of this machine, or something other than an export is there."""
     if "://" in str(output):
-        raise DataError(f"--output {output}: an export goes to a folder of this machine: give one, and copy it from there")
+        raise DataError(
+            f"--output {output}: an export goes to a folder of this machine: give one, and copy it from there"
+        )
     target = Path(output).expanduser()
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target

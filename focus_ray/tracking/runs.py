@@ -68,7 +68,7 @@ class TrainingRecord:
             self.recorder.curve(self._subject(category), step, epoch_figures(figures))
 
     def trained(self, category: str, bundle: str) -> None:
-        """The end of a category; epochs that nobody told of are told now. A bundle that cannot be read just now costs figures alone."""
+        """The end of a category; epochs that nobody told of are told now. One that cannot be read costs its figures alone."""
         if not self.recorder:
             return
         subject = self._subject(category)

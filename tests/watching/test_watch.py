@@ -295,7 +295,10 @@ def test_once_ends_with_3_where_a_file_was_no_image_with_0_where_all_were_done_a
         (["--batch", "0"], "--batch 0: expected 1 or more"),
         (["--output", "{folder}"], "the watched folder itself: pictures in it would be inspected; give another"),
         (["--output", "s3://plant/verdicts"], "--output s3://plant/verdicts: expected a folder of this machine"),
-        (["--on-anomalous", "/bin/eject 'lane 2"], "--on-anomalous /bin/eject 'lane 2: no command: No closing quotation"),
+        (
+            ["--on-anomalous", "/bin/eject 'lane 2"],
+            "--on-anomalous /bin/eject 'lane 2: no command: No closing quotation",
+        ),
         (["--category", "bolt"], "no model of 'bolt', only of board, gear"),
         ([], "models of board, gear: choose one with --category"),
     ],
