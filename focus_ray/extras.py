@@ -29,9 +29,15 @@ def require_extra(extra: str, what: str) -> None:
 
     Raises: MissingPackageError: one is not installed.
     """
-    absent = [name for name in MODULES[extra] if find_spec(name) is None]
+    absent = [name for name in MODULES[extra] if not _is_installed(name)]
     if absent:
         raise MissingPackageError(f"{what} needs {', '.join(absent)}, not installed here: {_advice(extra)}")
+
+
+def _is_installed(module: str) -> bool:
+    """A mere folder of that name, such as `wandb/` with runs in the working directory, is no package."""
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def explained(error: ModuleNotFoundError) -> MissingPackageError | None:

@@ -87,6 +87,14 @@ def test_an_extra_that_is_whole_is_silent_and_one_that_is_not_says_what_to_insta
         require_extra("train", "focus-ray train")
 
 
+def test_a_folder_of_a_packages_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_such_module").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(MODULES, "wandb", ("no_such_module",))
+    with pytest.raises(MissingPackageError, match="needs no_such_module, not installed here"):
+        require_extra("wandb", "trackers.wandb")
+
+
 def test_an_import_that_no_extra_explains_is_left_as_it_is() -> None:
     assert explained(ModuleNotFoundError("", name="no_such_module")) is None
     assert "pip install 'focus-ray[ray]'" in str(explained(ModuleNotFoundError("", name="ray.train")))

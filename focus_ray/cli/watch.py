@@ -79,16 +79,22 @@ def _watch(arguments: argparse.Namespace) -> int:
         raise DataError(f"--batch {arguments.batch}: expected 1 or more")
     if not Path(arguments.folder).is_dir():
         raise DataError(f"{arguments.folder}: not a folder")
+    if "://" in arguments.output:
+        raise DataError(f"--output {arguments.output}: expected a folder of this machine")
     if os.path.realpath(arguments.output) == os.path.realpath(arguments.folder):
         raise DataError(
             f"--output {arguments.output}: the watched folder itself: pictures in it would be inspected; give another"
         )
     examples = image_paths(arguments.examples) if arguments.examples else []
+    try:
+        command = tuple(shlex.split(arguments.on_anomalous or ""))
+    except ValueError as error:
+        raise DataError(f"--on-anomalous {arguments.on_anomalous}: no command: {error}") from error
     with _stopped_by_signals() as stop:
-        return _run(arguments, examples, stop)
+        return _run(arguments, examples, command, stop)
 
 
-def _run(arguments: argparse.Namespace, examples: list[Path], stop: threading.Event) -> int:
+def _run(arguments: argparse.Namespace, examples: list[Path], command: tuple[str, ...], stop: threading.Event) -> int:
     from focus_ray.watching.journal import Journal
 
     with Journal(arguments.output, arguments.csv, say) as journal:
@@ -110,7 +116,7 @@ def _run(arguments: argparse.Namespace, examples: list[Path], stop: threading.Ev
             arguments.give_up_s,
             arguments.batch,
             overlays=arguments.overlays,
-            on_anomalous=tuple(shlex.split(arguments.on_anomalous or "")),
+            on_anomalous=command,
             once=arguments.once,
         )
         watch = Watch(

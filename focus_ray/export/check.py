@@ -16,11 +16,14 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import content_hash, decode_image
 from focus_ray.data.split import short_hash
 from focus_ray.errors import ExportError
+from focus_ray.evaluation.calibration import Calibration
 from focus_ray.evaluation.metrics import image_auroc
 from focus_ray.export.examples import Example
 from focus_ray.export.formats import Run
 
 FEWEST = 4  # examples that the model was not trained on
+_ROUNDING = 1e-6  # relative, of a score in float32
+_P_ROUNDING = 1e-3  # relative, of a p-value in float32
 
 
 class Tolerance(NamedTuple):
@@ -50,8 +53,9 @@ class Check:
     score_spread: highest less lowest score.  map_spread: the same of all pixels of all maps.
     score_difference, score_difference_median: share of the spread.  map_difference: the largest of a pixel, share of its spread.
     p_value_difference: the largest.  verdict_changes: images that are called otherwise.
+    verdict_errors: images whose verdict or p-value is not what the calibration says of the export's own score.
     auroc_torch, auroc_export: image AUROC; None without good and bad examples.
-    ms_torch, ms_export: an image at a time, median, one thread; of this machine. From decoded pixels of any size.
+    ms_torch, ms_export: an image at a time, median, with torch's threads; of this machine. From decoded pixels of any size.
     """
 
     num_images: int
@@ -64,6 +68,7 @@ class Check:
     map_difference: float
     p_value_difference: float
     verdict_changes: int
+    verdict_errors: int
     auroc_torch: float | None
     auroc_export: float | None
     ms_torch: float
@@ -89,6 +94,8 @@ class Check:
             found.append(
                 f"maps differ by up to {self.map_difference:.2g} of their spread, more than {tolerance.anomaly_map:g}"
             )
+        if self.verdict_errors:
+            found.append(f"{self.verdict_errors} verdicts or p-values are not those of their scores")
         if tolerance.auroc is not None and self.auroc_lost is not None and not self.auroc_lost <= tolerance.auroc:
             found.append(
                 f"image AUROC falls from {self.auroc_torch:.4f} to {self.auroc_export:.4f}, more than {tolerance.auroc:g}"
@@ -107,6 +114,7 @@ class Expected:
     verdicts: NDArray[np.bool_]
     maps: NDArray[np.float32]
     ms: float
+    calibration: Calibration
 
 
 def expected_of(bundle: Bundle, examples: Sequence[Example]) -> Expected:
@@ -137,6 +145,7 @@ def expected_of(bundle: Bundle, examples: Sequence[Example]) -> Expected:
         bundle.calibration.is_anomalous(scores),
         np.stack([anomaly_map[0] for _, anomaly_map in placed]),
         1e3 * float(np.median(times)),
+        bundle.calibration,
     )
 
 
@@ -170,8 +179,25 @@ def check(run: Run, expected: Expected) -> Check:
         map_difference=float(np.max(maps)) / map_spread,
         p_value_difference=float(np.abs(p_values - expected.p_values).max()),
         verdict_changes=int((verdicts != expected.verdicts).sum()),
+        verdict_errors=_verdict_errors(expected.calibration, scores, p_values, verdicts),
         auroc_torch=image_auroc(labels[told], expected.scores[told]) if both else None,
         auroc_export=image_auroc(labels[told], scores[told]) if both else None,
         ms_torch=expected.ms,
         ms_export=1e3 * float(np.median(times)),
     )
+
+
+def _verdict_errors(
+    calibration: Calibration,
+    scores: NDArray[np.float64],
+    p_values: NDArray[np.float64],
+    verdicts: NDArray[np.bool_],
+) -> int:
+    """Images whose verdict or p-value is not what the calibration says of their score, to rounding; one without is anomalous."""
+    known = np.isfinite(scores)
+    lower, higher = (scores[known] * (1 + change) for change in (-_ROUNDING, _ROUNDING))
+    p_value, verdict = p_values[known], verdicts[known]
+    right = (verdict >= calibration.is_anomalous(lower)) & (verdict <= calibration.is_anomalous(higher))
+    right &= p_value >= calibration.conformal_p_value(higher) * (1 - _P_ROUNDING)
+    right &= p_value <= calibration.conformal_p_value(lower) * (1 + _P_ROUNDING)
+    return int((~right).sum() + (~verdicts[~known]).sum())

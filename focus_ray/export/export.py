@@ -60,8 +60,7 @@ def export_bundle(
     """
     check_format(to, precision)
     bundle = read_bundle(uri, "cpu", precision="fp32")
-    target = Path(output or f"{bundle.category}-{to}-{precision}").expanduser()
-    _check_target(target)
+    target = _target(output or f"{bundle.category}-{to}-{precision}")
     gathered = gather_examples(bundle, examples, most_examples)
     if len({one.label for one in gathered.checking} - {None}) == 2:
         require_extra("train", "the image AUROC of good and bad examples")
@@ -93,16 +92,22 @@ def _refused(precision: str, failures: Sequence[str], bundle: Bundle) -> str:
     return f"{what}{'; '.join(failures)}: {hint}"
 
 
-def _check_target(target: Path) -> None:
-    """Raises: DataError: something other than an export is there."""
+def _target(output: str | Path) -> Path:
+    """Raises: DataError: it is no place of this machine, or something other than an export is there."""
+    if "://" in str(output):
+        raise DataError(
+            f"--output {output}: an export goes to a folder of this machine: give one, and copy it from there"
+        )
+    target = Path(output).expanduser()
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
+        return target
     try:
         known = json.loads((target / SIDECAR).read_text(encoding="utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         known = False
     if not known:
         raise DataError(f"{target}: there, and no export of focus_ray: give --output a new or an empty folder")
+    return target
 
 
 @contextmanager

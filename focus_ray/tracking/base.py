@@ -111,13 +111,18 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def parameters_of(tree: Mapping[str, Any]) -> dict[str, Value]:
-    """Dotted key -> value, lists as JSON; what nothing is set for is left out, and no URI shows a user or password."""
+    """Dotted key -> value, lists as JSON; what nothing is set for is left out, URIs `without_secrets`."""
     found: dict[str, Value] = {}
     for key, value in leaves(tree):
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)):
             text = value if isinstance(value, str) else json.dumps(value)
-            value = re.sub(r"(?<=://)[^/@\s]+@", "", text)[:LONGEST]
+            value = without_secrets(text)[:LONGEST]
         found[key] = value
     return found
+
+
+def without_secrets(text: str) -> str:
+    """URIs in a text without user, password and query: whoever has a signed one can read what it names."""
+    return re.sub(r"(://)(?:[^/\s\"]*@)?([^\s\"?]*)(?:\?[^\s\"]*)?", r"\1\2", text)

@@ -19,7 +19,7 @@ from typing import Any
 from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError
 from focus_ray.extras import require_extra
-from focus_ray.tracking.base import Picture, Subject, Value, local_folder
+from focus_ray.tracking.base import Picture, Subject, Value, local_folder, without_secrets
 
 _KEY = "focus_ray.key"
 _MOST = 100  # parameters, or tags, that a request may hold
@@ -144,7 +144,7 @@ class MLflow:
         uri, _ = _place(settings, storage)
         if uri.startswith(("http://", "https://")):
             _reach(uri)
-        return uri
+        return without_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
 
     def open(self, settings: TrackerConfig, storage: str) -> _MLflow:
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells every table that it makes

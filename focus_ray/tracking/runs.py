@@ -20,10 +20,11 @@ from PIL import Image
 
 from focus_ray import __version__
 from focus_ray.config import Config
+from focus_ray.errors import FocusRayError
 from focus_ray.kinds import METRICS
 from focus_ray.storage import exists, join, read_bytes
 from focus_ray.tracking.base import Picture, Subject, parameters_of
-from focus_ray.tracking.recorder import Recorder
+from focus_ray.tracking.recorder import Recorder, reason_of
 
 CLAIM = "claim.json"  # in a run's folder; holds what no other run's does
 _JPEG_QUALITY = 90
@@ -67,11 +68,16 @@ class TrainingRecord:
             self.recorder.curve(self._subject(category), step, epoch_figures(figures))
 
     def trained(self, category: str, bundle: str) -> None:
-        """The end of a category; epochs that nobody told of are told now."""
+        """The end of a category; epochs that nobody told of are told now. One that cannot be read costs its figures alone."""
         if not self.recorder:
             return
-        manifest = json.loads(read_bytes(join(bundle, "manifest.json")))
         subject = self._subject(category)
+        try:
+            manifest = json.loads(read_bytes(join(bundle, "manifest.json")))
+        except (FocusRayError, OSError) as error:
+            self.recorder.log(f"WARNING: {category}: not everything was recorded: {reason_of(error)}")
+            self.recorder.end(subject)
+            return
         for figures in manifest["metrics"].get("history", []):
             self.epoch(category, figures)
         for step, figures in validation_curve(manifest):

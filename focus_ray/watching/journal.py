@@ -106,11 +106,12 @@ class Journal:
             raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def _mend_tables(self, days: Sequence[Path]) -> None:
-        """Makes the table again of each day that has none, and of the one written last, where one row may lack."""
+        """Makes the table again of each day that has none, or an older one, and of the one written last, where a row may lack."""
         newest = max((day.stat().st_mtime_ns for day in days), default=0)
         for day in days:
             table = day.with_suffix(".csv")
-            if table.exists() and day.stat().st_mtime_ns < newest:
+            written = day.stat().st_mtime_ns
+            if table.exists() and written < newest and written <= table.stat().st_mtime_ns:
                 continue
             made = self.folder / f".{table.name}.new"
             with made.open("w", encoding="utf-8", newline="") as stream:

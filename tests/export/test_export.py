@@ -249,10 +249,42 @@ def test_an_export_that_scores_otherwise_is_refused_and_a_former_one_stays(
     assert [path.name for path in target.parent.iterdir()] == ["gear"]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda found: {"anomalous": ~found["anomalous"]},
+        lambda found: {"p_value": found["p_value"] * 1.01},
+        lambda found: {"p_value": found["p_value"] * float("nan")},
+    ],
+)
+def test_an_export_whose_verdicts_are_not_those_of_its_scores_is_refused(
+    wrong: Any, bundle: str, onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written(scorer: object, to: str, precision: str, folder: Path, scaling: object) -> None:
+        shutil.copy(onnx / "model.onnx", folder)
+
+    def otherwise(folder: Path, to: str, num_threads: int) -> Run:
+        run = open_model(folder, to, num_threads)
+        return lambda images: {**(found := run(images)), **wrong(found)}
+
+    monkeypatch.setattr("focus_ray.export.export.write_model", written)
+    monkeypatch.setattr("focus_ray.export.export.open_model", otherwise)
+    with pytest.raises(ExportError, match=r"\d+ verdicts or p-values are not those of their scores: run the bundle"):
+        export_bundle(bundle, "onnx", tmp_path / "gear")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_no_export_is_not_replaced(bundle: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="there, and no export of focus_ray: give --output a new or an empty folder"):
         export_bundle(bundle, "onnx", tmp_path)
+
+
+def test_an_export_goes_to_no_uri(bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="s3://plant/gear: an export goes to a folder of this machine"):
+        export_bundle(bundle, "torch", "s3://plant/gear")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_few_examples_are_told(bundle: str, photographs: list[Path], tmp_path: Path) -> None:

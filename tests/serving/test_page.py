@@ -289,6 +289,32 @@ def test_of_several_cameras_one_is_chosen(url: str, plant: Plant, tmp_path: Path
         take_screenshot(browser, "camera-choice")
 
 
+def test_pictures_go_on_with_a_camera_that_is_chosen_meanwhile_and_opens_slowly(
+    url: str, plant: Plant, tmp_path: Path
+) -> None:
+    camera = (FAKE_CAMERA[0], "--use-fake-device-for-media-stream=device-count=2")
+    with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
+        open_camera(browser)
+        browser.execute_script(
+            "const devices = navigator.mediaDevices, open = devices.getUserMedia.bind(devices);"
+            "devices.getUserMedia = (asked) => new Promise((done) => setTimeout(done, 1500)).then(() => open(asked));"
+            "document.getElementById('again-s').value = 0.5"
+        )
+        browser.find_element("id", "again").click()
+        word = lambda: browser.execute_script("return document.querySelector('#sign b')?.textContent")  # noqa: E731
+        until(lambda: bool(word()), "there is a verdict")
+        in_use = "return document.getElementById('video').srcObject.getVideoTracks()[0].label"
+        before = browser.execute_script(in_use)
+        other = browser.execute_script(
+            "const choice = document.getElementById('camera-choice');"
+            "choice.value = [...choice.options].find((one) => !one.selected).value;"
+            "choice.dispatchEvent(new Event('change')); return choice.selectedOptions[0].text"
+        )
+        until(lambda: browser.execute_script(in_use) == other != before, "the other one is in use")
+        browser.execute_script("document.getElementById('sign').replaceChildren()")
+        until(lambda: bool(word()), "pictures are taken with it")
+
+
 @pytest.mark.parametrize(
     ("camera", "prefs", "told"),
     [

@@ -318,6 +318,18 @@ def test_a_category_that_fails_is_recorded_as_failed(fragile: Fragile, data: str
     assert fragile.told[-2:] == [("small/gear", "tag"), ("small/gear", "failed")]
 
 
+def test_a_bundle_that_cannot_be_read_costs_its_figures_and_no_training(fragile: Fragile, tmp_path: Path) -> None:
+    (tmp_path / "claim.json").write_text("{}")
+    lines: list[str] = []
+    recorder = Recorder({"fragile": TrackerConfig()}, str(tmp_path), lines.append)
+    told = TrainingRecord(recorder, config_of("parts", tmp_path, {"fragile": {}}), str(tmp_path), {}, several=False)
+    told.epoch("gear", {"epoch": 0, "loss": 1.0})
+    told.trained("gear", str(tmp_path / "gone"))
+    told.close(failed=False)
+    assert fragile.told == [("small/gear", what) for what in ("curve 1", "end")]
+    assert [line for line in lines if line.startswith("WARNING: gear: not everything was recorded: FileNotFoundError")]
+
+
 def test_a_store_that_is_gone_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -421,6 +433,26 @@ def test_a_tracker_that_is_not_known_is_refused() -> None:
 def test_parameters_show_no_password_of_a_uri() -> None:
     found = parameters_of({"model": {"weights": "https://me:secret@host/w.pth", "tiling": None}, "a": [1, 2]})
     assert found == {"model.weights": "https://host/w.pth", "a": "[1, 2]"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://me:se@cret@host/w.pth", "https://host/w.pth"),
+        ("https://host/w.pth?X-Amz-Credential=secret&X-Amz-Signature=secret", "https://host/w.pth"),
+        ("s3://plant/w@2.pth", "s3://plant/w@2.pth"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("what?/w@2.pth", "what?/w@2.pth"),
+    ],
+)
+def test_parameters_show_nothing_of_a_uri_that_opens_it(uri: str, shown: str) -> None:
+    assert parameters_of({"weights": uri, "bundles": [uri]}) == {"weights": shown, "bundles": json.dumps([shown])}
+
+
+def test_the_password_of_mlflows_own_variable_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@127.0.0.1:9/runs")
+    assert TRACKERS["mlflow"].check(TrackerConfig(), "runs") == "postgresql://127.0.0.1:9/runs"
 
 
 # An evaluation of what was trained without

@@ -123,6 +123,19 @@ def test_a_table_that_lacks_rows_or_is_not_there_is_made_again(tmp_path: Path, c
     assert table.read_bytes() == whole
 
 
+def test_a_table_that_was_not_asked_for_on_the_rest_of_its_day_is_made_again(tmp_path: Path) -> None:
+    former, newest = tmp_path / "verdicts-2026-01-30.jsonl", tmp_path / "verdicts-2026-01-31.jsonl"
+    former.write_text(json.dumps(line(0)) + "\n")
+    Journal(tmp_path, table=True).close()
+    with former.open("a") as stream:
+        stream.write(json.dumps(line(1)) + "\n")
+    newest.write_text(json.dumps(line(2)) + "\n")
+    for age, path in enumerate((newest, former, former.with_suffix(".csv"))):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    Journal(tmp_path, table=True).close()
+    assert [row["image"] for row in rows_in(tmp_path)] == [line(number)["image"] for number in range(3)]
+
+
 def test_a_line_that_is_none_of_the_watchers_is_told_and_left(tmp_path: Path) -> None:
     (tmp_path / "verdicts-2026-01-31.jsonl").write_text("by hand\n" + json.dumps(line(1)) + "\n")
     told: list[str] = []

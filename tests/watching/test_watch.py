@@ -294,13 +294,25 @@ def test_once_ends_with_3_where_a_file_was_no_image_with_0_where_all_were_done_a
         (["--poll-s", "-1"], "--poll-s -1.0: expected seconds, 0 or more"),
         (["--batch", "0"], "--batch 0: expected 1 or more"),
         (["--output", "{folder}"], "the watched folder itself: pictures in it would be inspected; give another"),
+        (["--output", "s3://plant/verdicts"], "--output s3://plant/verdicts: expected a folder of this machine"),
+        (
+            ["--on-anomalous", "/bin/eject 'lane 2"],
+            "--on-anomalous /bin/eject 'lane 2: no command: No closing quotation",
+        ),
         (["--category", "bolt"], "no model of 'bolt', only of board, gear"),
         ([], "models of board, gear: choose one with --category"),
     ],
 )
 def test_what_cannot_be_watched_is_told(
-    root: Path, folder: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    root: Path,
+    folder: Path,
+    tmp_path: Path,
+    more: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("board", "gear"):
         manifest = {**read_manifest(root / "bundle"), "category": name}
         shutil.copytree(root / "bundle", tmp_path / "run" / name)
@@ -311,6 +323,7 @@ def test_what_cannot_be_watched_is_told(
     words = [word.format(folder=folder) for word in more]
     assert main(["watch", str(tmp_path / "run"), str(folder), "--output", str(tmp_path / "out"), *words]) == 1
     assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "s3:").exists()
 
 
 # processes of their own

@@ -375,6 +375,7 @@ async function cameraOn() {
   $("video").hidden = $("camera-row").hidden = false;
   $("camera").hidden = true;
   await $("video").play();
+  await again(); // of another camera, where pictures were being taken
 }
 
 function stopStream() {
@@ -423,7 +424,7 @@ async function again() {
   if (!state.card) { $("again").checked = false; say("Open with a token and choose a category first.", true); return; }
   state.watching = true;
   try {
-    while ($("again").checked && state.stream) {
+    while ($("again").checked && state.stream && $("video").videoWidth) {
       const started = performance.now(), card = state.card;
       const item = itemOf(await picture());
       await inspect(item);
@@ -439,6 +440,10 @@ async function again() {
       const pause = 1000 * Math.max(0.5, Number($("again-s").value) || 2) - (performance.now() - started);
       await new Promise((done) => setTimeout(done, Math.max(0, pause)));
     }
+  } catch (error) {
+    $("again").checked = false;
+    $("sign").hidden = $("again-note").hidden = true;
+    throw error;
   } finally {
     state.watching = false;
   }
