@@ -29,7 +29,7 @@ lint: $(READY)
 
 # the documentation's site, in site/; a warning is an error. The quick tests build it too
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # beside the peers and the limits, the price of Ray, growth, into benchmarks/results/; then tests that are too slow for every change
 bench: $(READY)

@@ -271,7 +271,7 @@ def _read_bundle(
     uri: str | Path, manifest: dict[str, Any], device: torch.device | str, precision: str | None = None
 ) -> Bundle:
     try:
-        tree = _as_it_was_made(manifest)
+        tree = config_as_made(manifest)
         if precision is not None:
             tree = {**tree, **{part: {**tree[part], "precision": precision} for part in ("model", "density")}}
         config = parse_config(tree, source=f"{uri}/{MANIFEST}")
@@ -307,8 +307,8 @@ def _read_bundle(
     return Bundle(manifest, config, detector, calibration, frame, known)
 
 
-def _as_it_was_made(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The configuration, with what its format did not name yet."""
+def config_as_made(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a manifest, with what its format did not name yet."""
     config = dict(manifest["config"])
     for section, values in _FORMER[manifest["format_version"]].items():
         config[section] = {**values, **config[section]}
@@ -333,7 +333,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     moments.count = shape["count"]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
     density = _read_part(uri, manifest, "density")
-    grid = parse_config(_as_it_was_made(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
+    grid = parse_config(config_as_made(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
     bank = density.get("bank")
     if bank is not None and "bank.rest" in tensors:
         bank = with_rest(bank, density["bank.images"], tensors["bank.rest"])

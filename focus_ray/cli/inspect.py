@@ -110,9 +110,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         say(f"note: {caveat}")
     rows: list[dict[str, Any]] = []
     counts: Counter[str] = Counter()
-    starts = range(0, len(paths), inspector.batch_size)
-    for start in track(starts, "inspecting", len(paths), say, count=lambda first: inspector.batch_size):
-        for path, data, found_or_error in _inspect_files(inspector, paths[start : start + inspector.batch_size]):
+    size = inspector.batch_size
+    batches = [paths[start : start + size] for start in range(0, len(paths), size)]
+    for batch in track(batches, "inspecting", len(paths), say, count=len):
+        for path, data, found_or_error in _inspect_files(inspector, batch):
             if isinstance(found_or_error, str):
                 error_line = {"image": readable_name(path), "error": found_or_error}
                 rows.append(table_row({**error_line, "category": category}))

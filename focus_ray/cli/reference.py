@@ -34,7 +34,7 @@ nearest one. Wherever a path is taken, an `s3://bucket/prefix` may stand too, un
 | 0 | All was done. |
 | 1 | There was an error; standard error tells it. |
 | 2 | The command line could not be read. |
-| 3 | A part could not be done, and is listed: `ingest` rejected files, `evaluate` could not measure a category. |
+| 3 | A part could not be done: `ingest` rejected files, `evaluate` failed for a category, `watch --once` met no image. |
 | 130 | The command was interrupted, a job or sweep was stopped, or is no longer followed. |
 
 `focus-ray submit` and `focus-ray jobs follow` return the status of the job that they follow.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -90,6 +91,10 @@ def _watch(arguments: argparse.Namespace) -> int:
         command = tuple(shlex.split(arguments.on_anomalous or ""))
     except ValueError as error:
         raise DataError(f"--on-anomalous {arguments.on_anomalous}: no command: {error}") from error
+    if command and shutil.which(command[0]) is None:
+        raise DataError(
+            f"--on-anomalous {arguments.on_anomalous}: {command[0]} is no program on the PATH, nor a file that runs"
+        )
     with _stopped_by_signals() as stop:
         return _run(arguments, examples, command, stop)
 

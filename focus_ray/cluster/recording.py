@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from focus_ray.bundle.bundle import read_manifest
+from focus_ray.bundle.bundle import config_as_made, read_manifest
 from focus_ray.config import override_tree, parse_config
 from focus_ray.errors import BundleError, ConfigError, FocusRayError
 from focus_ray.evaluation.report import mean_metrics
@@ -71,7 +71,7 @@ def record_results(
 
 def _measured(bundle: str, result: Mapping[str, Any], cards: Any) -> Measured:
     manifest = read_manifest(bundle)
-    return Measured(bundle, manifest, parse_config(manifest["config"], bundle), result, cards)
+    return Measured(bundle, manifest, parse_config(config_as_made(manifest), bundle), result, cards)
 
 
 def _cards(section: Section) -> list[list[Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
-from focus_ray.data.importers.base import IMAGE_SUFFIXES
+from focus_ray.data.importers.base import images_below
 from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.density.base import sample_positions
@@ -37,7 +37,8 @@ def gather_examples(bundle: Bundle, places: Sequence[str], most: int) -> Example
 
     Args: most: images that check, evenly chosen among the good and among the bad ones.
 
-    Raises: ExportError: no place is given and that data set cannot be read.  DataError: a place cannot be read.
+    Raises: ExportError: no place is given and that data set cannot be read, or has no test images.
+        DataError: a place cannot be read.
     """
     if not places:
         uri = str(bundle.manifest["data"].get("uri", ""))
@@ -48,6 +49,11 @@ def gather_examples(bundle: Bundle, places: Sequence[str], most: int) -> Example
                 f"the data set that {bundle.category!r} was trained from cannot be read ({error}), and an export is checked by "
                 "images: give --examples, a folder with good/ and bad/, image files or a data set"
             ) from error
+        if not found.checking:
+            raise ExportError(
+                f"{uri}: has no test images of {bundle.category!r}, and an export is checked by images that the model was not "
+                "trained on: give --examples, a folder with good/ and bad/, image files or a data set"
+            )
         return found
     parts = [_of_place(place, bundle.category, most) for place in places]
     return Examples([one for part in parts for one in part.checking], [one for part in parts for one in part.scaling])
@@ -69,27 +75,27 @@ def _of_place(place: str, category: str, most: int) -> Examples:
         if item.is_dir() and is_kind(item.name)
     ]
     if not named:
-        return _of_files(_images_below(path), None, most)
+        return _of_files(images_below(path), None, most)
     files: dict[int, list[Path]] = {0: [], 1: []}
     for folder, label in named:
-        files[label] += _images_below(folder)
+        files[label] += images_below(folder)
     good, bad = (_of_files(files[label], label, most // 2) for label in (0, 1))
     return Examples(good.checking + bad.checking, good.scaling)
-
-
-def _images_below(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not found:
-        raise DataError(f"{folder}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
-    return found
 
 
 def _of_files(paths: Sequence[Path], label: int | None, most: int) -> Examples:
     def read(limit: int) -> list[Example]:
         chosen = [paths[number] for number in sorted(sample_positions(len(paths), limit))]
-        return [Example(str(path), path.read_bytes(), label) for path in chosen]
+        return [Example(str(path), _read(path), label) for path in chosen]
 
     return Examples(read(most), [] if label else [one.image for one in read(MOST_SCALING)])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _of_data_set(uri: str, category: str, most: int) -> Examples:

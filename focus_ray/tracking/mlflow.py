@@ -63,7 +63,9 @@ class _Tracked:
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        self.client.log_batch(self.run_id, metrics=[Metric(key, value, now_ms, step) for key, value in figures.items()])
+        items = iter(figures.items())
+        while some := list(islice(items, _MOST)):
+            self.client.log_batch(self.run_id, metrics=[Metric(key, value, now_ms, step) for key, value in some])
 
     def _steps(self, name: str) -> set[int]:
         """Where a curve has values already: MLflow would keep a second one beside the first."""

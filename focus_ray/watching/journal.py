@@ -205,9 +205,13 @@ def _keys_of(days: Sequence[Path], log: Callable[[str], None]) -> array[int]:
 
 def _read_lines(day: Path) -> Iterator[dict[str, Any]]:
     with day.open("rb") as stream:
-        for line in stream:
-            if _KEY.match(line):
+        for number, line in enumerate(stream, 1):
+            if not _KEY.match(line):
+                continue
+            try:
                 yield json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{day}, line {number}: no JSON ({error}): mend or delete the line") from error
 
 
 def _table_text(lines: Sequence[Mapping[str, Any]], header: bool = False) -> str:

@@ -57,7 +57,11 @@ class WatchedModel:
                     self.inspector = inspector
                     self._tell()
             self._trouble = ""
-        except (FocusRayError, OSError) as error:
+        except (
+            FocusRayError,
+            OSError,
+            RuntimeError,
+        ) as error:  # torch's, where a second model has no room beside the first
             if self._trouble != str(error):
                 self.log(f"watch: the model stays at {self.inspector.bundle.version[:16]}: {error}")
             self._trouble = str(error)

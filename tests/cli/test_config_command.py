@@ -153,7 +153,7 @@ def test_a_wheel_holds_the_standard_configurations(tmp_path: Path) -> None:
 def _wheel(folder: Path) -> Path:
     """Builds the wheel from a copy of what it is made of. Skips: nothing here builds one."""
     source = folder / "source"
-    for name in ("focus_ray", "configs"):
+    for name in ("focus_ray", "configs", "release"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source / name)

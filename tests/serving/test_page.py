@@ -46,7 +46,14 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
 
 @pytest.fixture(scope="module")
 def url(plant: Plant) -> Iterator[str]:
-    settings = parse_settings({"registry": plant.registry, "tokens": plant.tokens, "examples": True})
+    with served({"registry": plant.registry, "tokens": plant.tokens, "examples": True}) as place:
+        yield place
+
+
+@contextmanager
+def served(tree: dict[str, Any]) -> Iterator[str]:
+    """The address of a service with these settings."""
+    settings = parse_settings(tree)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
@@ -96,6 +103,21 @@ def take_screenshot(browser: Any, name: str) -> None:
 
 def until(claim: Any, what: str) -> None:
     wait_for(claim, 30.0, what, 0.05)
+
+
+def test_a_service_that_is_open_to_all_opens_without_a_token(plant: Plant, tmp_path: Path) -> None:
+    (tmp_path / "part.png").write_bytes(plant.images[0])
+    with served({"registry": plant.registry, "open_to_all": True}) as place:
+        browser = start_browser(tmp_path / "profile", 1280, 1000)
+        try:
+            browser.get(place)
+            until(lambda: browser.find_elements("css selector", "#category option"), "the categories are there")
+            assert not browser.find_element("css selector", "#token-row").is_displayed()
+            until(lambda: "latest" in browser.find_element("css selector", "#version").text, "the version is shown")
+            browser.find_element("css selector", "#files").send_keys(str(tmp_path / "part.png"))
+            until(lambda: "score" in browser.find_element("css selector", "#list").text, "the image is inspected")
+        finally:
+            browser.quit()
 
 
 @pytest.mark.parametrize(("name", "width", "height"), [("desk", 1280, 1000), ("phone", 390, 844)])

@@ -100,7 +100,7 @@ def test_values_are_what_the_configuration_makes_of_them() -> None:
 def test_every_key_of_the_configuration_is_known() -> None:
     keys = set(leaf_keys())
     assert {"density.shrinkage", "model.image_alignment.group", "train.lambda_ica", "name"} <= keys
-    assert not keys & set(Config.model_fields) - {"name", "storage"}
+    assert not keys & set(Config.model_fields) - {"name", "storage", "trackers"}
 
 
 # Files
