@@ -10,7 +10,7 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from focus_ray.errors import ConfigError
+from focus_ray.extras import require_extra
 from focus_ray.model.network import FocusNet
 
 TORCH = "torch"
@@ -27,6 +28,7 @@ ENGINES = (TORCH, "onnxruntime", "onnxruntime-int8")
 TOLERANCE = {"onnxruntime": 0.01, "onnxruntime-int8": 0.05}  # of a score, at the median of the examples
 FEWEST_EXAMPLES = 4
 MOST_EXAMPLES = 32
+QUANTISED = ("Conv", "Add", "MaxPool", "Pad", "Relu")  # kinds of nodes that int8 takes
 
 Levels = tuple[Tensor, Tensor, Tensor]
 Compiled = Callable[[Tensor], Levels]
@@ -44,7 +46,8 @@ class _Features(nn.Module):
 
 
 def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_examples: int) -> None:
-    """Raises: ConfigError: no such engine, not on this device or for this network, too few examples, a package is missing."""
+    """Raises: ConfigError: no such engine, not on this device or for this network, too few examples.
+    MissingPackageError: the extra `onnx` is not installed."""
     if engine not in ENGINES:
         raise ConfigError(f"engine={engine!r}: expected one of {', '.join(ENGINES)}")
     if engine == TORCH:
@@ -62,11 +65,7 @@ def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_exa
             f"engine={engine} is checked, and for int8 scaled, by images of good parts of the category, at least "
             f"{FEWEST_EXAMPLES}, got {num_examples}: give examples, paths or bytes of image files"
         )
-    try:
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(f"engine={engine} needs the package {error.name}: pip install 'focus-ray[onnx]'") from None
+    require_extra("onnx", f"engine={engine}")
 
 
 def compile_features(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
@@ -112,32 +111,43 @@ def _export(net: FocusNet, path: Path, example: Tensor) -> None:
 
 
 def _quantised(path: Path, examples: NDArray[np.float32]) -> Path:
-    """Weights a channel each, activations by their range over the examples [onnxruntime's QDQ]."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    """The network of a file in int8, in another file."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Examples(CalibrationDataReader):  # type: ignore[misc]
+    prepared, quantised = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
+    with quietly():
+        quant_pre_process(str(path), str(prepared))
+    quantise(prepared, quantised, examples)
+    return quantised
+
+
+def quantise(source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: Sequence[str] | None = None) -> None:
+    """Writes a model in int8: weights a channel each, activations by their range over the images [onnxruntime's QDQ].
+
+    Args: images: each as the model's input "images" takes it, without the batch.  nodes: names of those it is done to; None: all.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.rest = iter(examples)
+            self.rest = iter(images)
 
         def get_next(self) -> dict[str, Any] | None:
             image = next(self.rest, None)
             return None if image is None else {"images": image[None]}
 
-    prepared, quantised = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
     with quietly():
-        quant_pre_process(str(path), str(prepared))
         quantize_static(
-            str(prepared),
-            str(quantised),
-            Examples(),
+            str(source),
+            str(target),
+            Images(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QUInt8,
-            op_types_to_quantize=["Conv", "Add", "MaxPool", "Pad", "Relu"],
+            op_types_to_quantize=list(QUANTISED),
+            nodes_to_quantize=nodes,
         )
-    return quantised
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focus_ray.bundle.engine import quietly
+from focus_ray.bundle.engine import QUANTISED, quantise, quietly
 from focus_ray.errors import ConfigError, ExportError
 from focus_ray.export.scorer import BOX, OUTPUTS, Scorer, longest_side
 from focus_ray.extras import require_extra
@@ -24,7 +24,6 @@ INPUT = "images"
 
 _NEEDS = {"torch": (), "onnx": ("onnx",), "openvino": ("onnx", "openvino")}
 _MOST_IMAGES = 1024  # of a batch
-_QUANTISED = ("Conv", "Add", "MaxPool", "Pad", "Relu")
 
 Run = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
 """uint8 images (B, H, W, 3) -> an export's outputs, by name."""
@@ -57,7 +56,10 @@ def write_model(scorer: Scorer, to: str, precision: str, folder: Path, scaling: 
     path = folder / MODEL["onnx"]
     backbone = write_onnx(program, path, outputs)
     if precision == "int8":
-        quantise(path, scaling, backbone)
+        quantised = path.with_name("int8.onnx")
+        with _told("its backbone cannot be brought to int8"):
+            quantise(path, quantised, scaling, backbone)
+        quantised.replace(path)
     if to == "openvino":
         write_openvino(path, folder / MODEL[to])
         path.unlink()
@@ -116,40 +118,12 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
         backbone = [
             str(node.name)
             for node in model.graph
-            if node.op_type in _QUANTISED
+            if node.op_type in QUANTISED
             and "'net.backbone." in node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         ]
         common.ClearMetadataAndDocStringPass()(model)  # which name this machine's files
         made.save(str(path))
     return backbone
-
-
-def quantise(path: Path, images: Sequence[NDArray[np.uint8]], nodes: list[str]) -> None:
-    """The backbone in int8: weights a channel each, activations by their range over the images [onnxruntime's QDQ]."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Images(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.rest = iter(images)
-
-        def get_next(self) -> dict[str, Any] | None:
-            image = next(self.rest, None)
-            return None if image is None else {INPUT: image[None]}
-
-    quantised = path.with_name("int8.onnx")
-    with quietly(), _told("its backbone cannot be brought to int8"):
-        quantize_static(
-            str(path),
-            str(quantised),
-            Images(),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            activation_type=QuantType.QUInt8,
-            op_types_to_quantize=list(_QUANTISED),
-            nodes_to_quantize=nodes,
-        )
-    quantised.replace(path)
 
 
 def write_openvino(source: Path, path: Path) -> None:

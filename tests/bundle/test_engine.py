@@ -17,7 +17,7 @@ from focus_ray.cli.main import main
 from focus_ray.data.images import content_hash, decode_image, encode_png
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.split import short_hash
-from focus_ray.errors import ConfigError
+from focus_ray.errors import ConfigError, MissingPackageError
 from focus_ray.samples.write import draw_sample
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -81,7 +81,8 @@ def test_images_that_the_model_was_trained_on_check_nothing(bundle: str, example
 
 def test_a_missing_package_is_named(bundle: str, examples: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ConfigError, match=r"needs the package onnxscript: pip install 'focus-ray\[onnx\]'"):
+    message = r"engine=onnxruntime needs onnxscript, not installed here: pip install 'focus-ray\[onnx\]'"
+    with pytest.raises(MissingPackageError, match=message):
         Inspector.load(bundle, "cpu", engine="onnxruntime", examples=examples)
 
 
