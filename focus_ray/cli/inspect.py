@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import itertools
 import json
 from collections import Counter
@@ -97,7 +95,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     say(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a misspelt path need not wait for
     from focus_ray.evaluation.strip import overlay_with_strip
-    from focus_ray.evaluation.table import table_row
+    from focus_ray.evaluation.table import table_row, table_text
     from focus_ray.storage import write_bytes
 
     examples = image_paths(arguments.examples) if arguments.examples else []
@@ -130,7 +128,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
                 line["overlay"] = readable_name(target)
             print(json.dumps(line, ensure_ascii=False))
     if arguments.csv:
-        write_bytes(arguments.csv, _csv(rows))
+        write_bytes(arguments.csv, table_text(rows).encode())
     if counts["trained on"]:
         say(
             f"WARNING: {counts['trained on']} of {len(paths)} images are among those that the model was trained on: their scores "
@@ -143,17 +141,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
         + (f"; written: {', '.join(written)}" if written else "")
     )
     return status
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    """A line of column names, and one an image; what is not known of one is empty."""
-    from focus_ray.evaluation.table import COLUMNS
-
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue().encode()
 
 
 def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, bytes, Any]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 COLUMNS = (
@@ -24,3 +26,13 @@ def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
         largest = max(line["regions"], key=lambda region: region["area"])
         row |= {f"largest_{key}": largest[key] for key in ("x", "y", "width", "height")}
     return row
+
+
+def table_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS, header: bool = True) -> str:
+    """Rows as CSV, below a line of column names where a header is asked for; what a row does not have is empty."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()

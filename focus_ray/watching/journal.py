@@ -7,7 +7,6 @@ Tables follow the lines, and are made again of them where a crash came between.
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import io
 import json
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from focus_ray.errors import DataError
-from focus_ray.evaluation.table import COLUMNS, table_row
+from focus_ray.evaluation.table import COLUMNS, table_row, table_text
 from focus_ray.storage import write_bytes
 from focus_ray.watching.seen import Seen
 
@@ -215,11 +214,6 @@ def _read_lines(day: Path) -> Iterator[dict[str, Any]]:
 
 
 def _table_text(lines: Sequence[Mapping[str, Any]], header: bool = False) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, TABLE_COLUMNS, restval="", lineterminator="\n")
-    if header:
-        writer.writeheader()
-    for line in lines:
-        more = {key: line[key] for key in ("time", "bundle", "sha256", "milliseconds") if key in line}
-        writer.writerow({**table_row(line), **more})
-    return buffer.getvalue()
+    more = ("time", "bundle", "sha256", "milliseconds")
+    rows = [{**table_row(line), **{key: line[key] for key in more if key in line}} for line in lines]
+    return table_text(rows, TABLE_COLUMNS, header)
