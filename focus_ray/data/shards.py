@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from focus_ray.config import Config
@@ -48,6 +48,18 @@ class Shard(Protocol):
     def num_holdout(self) -> int:
         """Held-out images of the share."""
 
+    def fit_groups(self) -> NDArray[np.int64]:
+        """(N,) group number of each image of `fit_batches()`, in its order. Images of the same part have equal numbers.
+
+        Numbers agree over all workers, and with `holdout_groups`. The images of a group may be spread over workers.
+        """
+
+    def holdout_groups(self) -> NDArray[np.int64]:
+        """(M,) group number of each image of `holdout_batches`, in its order."""
+
+    def fit_order(self) -> NDArray[np.int64]:
+        """(N,) rank of each image of `fit_batches()` in natural order of file names, among all workers' images."""
+
 
 class MemoryShard:
     """A share that is held decoded in memory.
@@ -55,6 +67,8 @@ class MemoryShard:
     Args:
         images: (N, H, W, C) uint8, for training and density.  folds: (N,) their fold numbers, for cross calibration.
         holdout: (M, H, W, C) uint8, for calibration.  validation: (V, H, W, C) uint8, for label-free selection.
+        groups, holdout_groups: (N,) and (M,) group numbers. By default each image is its own group: 0 to N-1, then N to N+M-1.
+        order: (N,) rank of each image in natural order of file names. By default the position.
     """
 
     def __init__(
@@ -64,11 +78,21 @@ class MemoryShard:
         folds: Tensor | None = None,
         batch_size: int = 32,
         validation: Tensor | None = None,
+        *,
+        groups: ArrayLike | None = None,
+        holdout_groups: ArrayLike | None = None,
+        order: ArrayLike | None = None,
     ) -> None:
         self.images, self.batch_size = images, batch_size
         self.holdout = images[:0] if holdout is None else holdout
         self.validation = images[:0] if validation is None else validation
         self.folds = folds
+        num_fit, num_holdout = len(images), len(self.holdout)
+        self._groups = _numbers("groups", groups, np.arange(num_fit))
+        # after the last number of the fit images, so that no held-out image joins one of their groups
+        first = int(self._groups.max()) + 1 if num_fit else 0
+        self._holdout_groups = _numbers("holdout_groups", holdout_groups, np.arange(first, first + num_holdout))
+        self._order = _numbers("order", order, np.arange(num_fit))
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
         return epoch_batches(self.images, batch_size, steps, generator)
@@ -94,6 +118,23 @@ class MemoryShard:
 
     def num_holdout(self) -> int:
         return len(self.holdout)
+
+    def fit_groups(self) -> NDArray[np.int64]:
+        return self._groups
+
+    def holdout_groups(self) -> NDArray[np.int64]:
+        return self._holdout_groups
+
+    def fit_order(self) -> NDArray[np.int64]:
+        return self._order
+
+
+def _numbers(name: str, values: ArrayLike | None, default: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns one int64 for each image. Raises: ValueError: the counts differ."""
+    numbers = np.asarray(default if values is None else values, dtype=np.int64)
+    if numbers.shape != default.shape:
+        raise ValueError(f"{name} has shape {numbers.shape}: expected one number for each of {len(default)} images")
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -195,6 +236,15 @@ class StreamShard:
     def num_holdout(self) -> int:
         return len(self.share.holdout_rows)
 
+    def fit_groups(self) -> NDArray[np.int64]:
+        return self.share.fit_groups
+
+    def holdout_groups(self) -> NDArray[np.int64]:
+        return self.share.holdout_groups
+
+    def fit_order(self) -> NDArray[np.int64]:
+        return self.share.fit_order
+
     def _read(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
         uri, version = self.config.data.uri, self.share.version
         for images in decoded_rows(uri, self.category, rows, self.frame, self.batch_size, self.num_threads, version):
@@ -241,4 +291,7 @@ def build_shard(
         torch.from_numpy(share.folds),
         config.train.batch_size_per_worker,
         load(share.validation_rows),
+        groups=share.fit_groups,
+        holdout_groups=share.holdout_groups,
+        order=share.fit_order,
     )

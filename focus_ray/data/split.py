@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -66,9 +66,18 @@ class Split:
 class Plan:
     """The rows that a rule gives, or a worker's share of them.
 
-    fit_rows, validation_rows, holdout_rows: int64, ascending row numbers in the version of the data.
-    folds: of the fit rows, for cross calibration.  fingerprint, version: of the whole category's data.
-    fit_hashes: of the fit and validation rows, `short_hash`, int64, sorted.
+    Two rows have equal group numbers if and only if they are in the same named group; a row without a group has a number of its
+    own. Numbers count from 0 in the order of first appearance among all normal training rows.
+
+    Attributes:
+        fit_rows, validation_rows, holdout_rows: int64, ascending row numbers in the version of the data.
+        folds: fold number of each fit row, for cross calibration. All rows of a group have the same fold.
+        fingerprint, version: of the whole category's data.
+        fit_hashes: `short_hash` of the fit and validation rows, int64, sorted.
+        fit_groups, validation_groups, holdout_groups: group number of each row of that list, int64. None numbers the rows of
+            the three lists one after the other, so that each row is its own group.
+        fit_order, holdout_order: rank of each row among all normal training rows in natural order of their ids (img_2 before
+            img_10), int64. None takes the place in the lists.
     """
 
     fit_rows: NDArray[np.int64]
@@ -78,14 +87,57 @@ class Plan:
     fingerprint: str
     version: str | None = None
     fit_hashes: NDArray[np.int64] = field(default_factory=lambda: NO_ROWS)
+    fit_groups: NDArray[np.int64] = None  # type: ignore[assignment]  # filled below
+    validation_groups: NDArray[np.int64] = None  # type: ignore[assignment]
+    holdout_groups: NDArray[np.int64] = None  # type: ignore[assignment]
+    fit_order: NDArray[np.int64] = None  # type: ignore[assignment]
+    holdout_order: NDArray[np.int64] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        num_fit, num_validation, num_holdout = len(self.fit_rows), len(self.validation_rows), len(self.holdout_rows)
+        own = np.arange(num_fit + num_validation + num_holdout, dtype=np.int64)
+        fit, validation, holdout = np.split(own, [num_fit, num_fit + num_validation])
+        defaults = {
+            "fit_groups": fit,
+            "validation_groups": validation,
+            "holdout_groups": holdout,
+            "fit_order": fit,
+            "holdout_order": holdout,
+        }
+        for name, values in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, values)
+            length = len(getattr(self, name))
+            assert length == len(values), f"{name} has {length} entries for {len(values)} rows: use Plan.take_fit"
 
     @property
     def num_images(self) -> int:
         """All rows, whatever for."""
         return len(self.fit_rows) + len(self.validation_rows) + len(self.holdout_rows)
 
+    def take_fit(self, places: NDArray[np.int64] | Sequence[int]) -> Plan:
+        """Returns the plan with only some of its fit rows.
+
+        Args: places: ascending positions in `fit_rows`.
+        """
+        chosen = np.asarray(places, dtype=np.int64)
+        return replace(
+            self,
+            fit_rows=self.fit_rows[chosen],
+            folds=self.folds[chosen],
+            fit_groups=self.fit_groups[chosen],
+            fit_order=self.fit_order[chosen],
+        )
+
+    def without_holdout(self) -> Plan:
+        """Returns the plan without its holdout rows."""
+        return replace(self, holdout_rows=NO_ROWS, holdout_groups=NO_ROWS, holdout_order=NO_ROWS)
+
     def share(self, rank: int, num_workers: int) -> Plan:
-        """One worker's contiguous part of each list; every row is in exactly one worker's."""
+        """Returns one worker's contiguous part of each list; every row is in exactly one worker's part.
+
+        The rows of a group may be spread over several workers.
+        """
 
         def part(values: NDArray[np.int64]) -> NDArray[np.int64]:
             return values[len(values) * rank // num_workers : len(values) * (rank + 1) // num_workers]
@@ -97,6 +149,11 @@ class Plan:
             part(self.holdout_rows),
             self.fingerprint,
             self.version,
+            fit_groups=part(self.fit_groups),
+            validation_groups=part(self.validation_groups),
+            holdout_groups=part(self.holdout_groups),
+            fit_order=part(self.fit_order),
+            holdout_order=part(self.holdout_order),
         )
 
 

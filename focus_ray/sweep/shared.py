@@ -49,11 +49,16 @@ class Judged:
 
 @dataclass(frozen=True)
 class CategoryImages:
-    """The decoded images of a category: fit and validation (N, S, S, 3) uint8, and those that trials are judged on."""
+    """The decoded images of a category: fit and validation (N, S, S, 3) uint8, and those that trials are judged on.
+
+    fit_groups, fit_order: (N,) group number and natural order of each fit image, as of `Plan`; None: each is its own group.
+    """
 
     fit: NDArray[np.uint8]
     validation: NDArray[np.uint8]
     judged: Judged
+    fit_groups: NDArray[np.int64] | None = None
+    fit_order: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,13 @@ def load_images(config: Config, category: str, plan: Plan, objective: Objective,
         judged = _at_size(judged, size_px)
     else:
         judged = _test_images(config.data.uri, category, size_px)
-    return CategoryImages(decode(plan.fit_rows, size_px), decode(plan.validation_rows, size_px), judged)
+    return CategoryImages(
+        decode(plan.fit_rows, size_px),
+        decode(plan.validation_rows, size_px),
+        judged,
+        plan.fit_groups,
+        plan.fit_order,
+    )
 
 
 def num_bytes_of_images(config: Config, split: Split, objective: Objective, size_px: int) -> int:
@@ -226,13 +237,21 @@ def shard_of_images(config: Config, images: CategoryImages, rank: int = 0) -> Me
     """A worker's share of the images."""
     world = world_size()
 
+    def bounds(count: int) -> slice:
+        return slice(count * rank // world, count * (rank + 1) // world)
+
     def share(array: NDArray[np.uint8]) -> Tensor:
         with warnings.catch_warnings():  # a store's memory is read-only, and batches are only read
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(array[len(array) * rank // world : len(array) * (rank + 1) // world])
+            return torch.from_numpy(array[bounds(len(array))])
 
+    own = np.arange(len(images.fit))
+    groups = own if images.fit_groups is None else images.fit_groups
+    order = own if images.fit_order is None else images.fit_order
     return MemoryShard(
         share(images.fit),
         batch_size=config.train.batch_size_per_worker,
         validation=share(images.validation),
+        groups=groups[bounds(len(own))],
+        order=order[bounds(len(own))],
     )

@@ -190,12 +190,12 @@ def own_share(settings: Config, category: str, plan: Plan, rank: int, num_worker
 
     A single worker reads its images with the others, and its shard is None; one of several reads its own part alone.
     """
-    rest = dataclasses.replace(plan, fit_rows=NO_ROWS, folds=NO_ROWS)
+    rest = plan.take_fit(NO_ROWS)
     if settings.train.epochs and not fits_memory(settings, plan):
         return StreamShard(settings, category, plan.share(rank, num_workers), worker_stream), rest
     if num_workers == 1:
         return None, plan
-    return build_shard(settings, category, dataclasses.replace(plan, holdout_rows=NO_ROWS), rank, num_workers), rest
+    return build_shard(settings, category, plan.without_holdout(), rank, num_workers), rest
 
 
 def _shared(reference: Any) -> Any:
