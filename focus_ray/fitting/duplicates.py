@@ -1,0 +1,170 @@
+"""Finds images that show the same part, or follow each other in a slowly changing sequence, without any labels [ours].
+
+Images are compared by their descriptors: features of the pretrained network, averaged over a coarse grid. Two photographs of
+one part are then clearly closer to each other than to photographs of any other part. Three sources of relations are joined:
+
+1. Groups that the user named.
+2. Near-duplicates: for each image, the nearest images are separated from the others by a gap in the sorted distances.
+3. Sequences: in the order of file names, neighbours are closer than images far apart. Then a block of neighbours is related.
+
+The constants were chosen on bursts that were simulated from bottle, circuit_board and cookie, and checked on seven other
+categories (benchmarks/RESULTS.md).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focus_ray.density.relations import Relations
+
+GRID = 8  # cells of a descriptor along each side; a shift by a few pixels hardly changes the average over a cell
+GAP = 0.8  # an image's nearest images are its duplicates if the next image is at least 1 / GAP times as far away
+# Duplicates are ignored if fewer images than this share have any. Chance pairs stay below 0.2 in all categories at hand, and
+# the false alarm rate rises by no more than 1 / (1 - share), since only the scores of these images are too low.
+MIN_DUPLICATE_SHARE = 0.4
+MAX_GROUP_SHARE = 0.34  # of all images in one group: larger clusters are variants of a product, not photographs of a part
+MIN_IMAGES = 4  # fewer images have no meaningful sorted distances
+MIN_SEQUENCE_IMAGES = 16
+SEQUENCE_DISTANCE = 0.8  # neighbours in a sequence are closer than this share of the mean distance
+PLATEAU = 0.9  # images so far apart in order that their distance reaches this share of the mean are unrelated
+MAX_BLOCK_SHARE = 0.125  # of all images in a block, on each side: three quarters of the images at least are never left out
+PERMUTATIONS = 199
+SEQUENCE_LEVEL = 0.005  # of the permutation test: the smallest p-value that 199 permutations can give
+
+
+def describe(embedding: Tensor) -> Tensor:
+    """Descriptors of images from their embeddings (N, C, H, W), any float type -> (N, GRID * GRID, C) float32."""
+    return F.adaptive_avg_pool2d(embedding.float(), GRID).flatten(2).transpose(1, 2).contiguous()
+
+
+def describe_bank(bank: Tensor, height: int, width: int) -> Tensor:
+    """Descriptors of the images of a bank (N, height * width, C), any float type -> (N, GRID * GRID, C) float32."""
+    parts = [describe(rows.transpose(1, 2).unflatten(2, (height, width))) for rows in bank.split(16)]
+    return torch.cat(parts) if parts else torch.empty(0, GRID * GRID, bank.shape[2])
+
+
+def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
+    """Mean distance over cells between two sets of descriptors (N, P, C) and (M, P, C) -> (N, M)."""
+    total = torch.zeros(len(first), len(second), device=first.device)
+    for cell in range(first.shape[1]):  # one cell at a time bounds the memory at N * M
+        total += torch.cdist(first[:, cell], second[:, cell])
+    return total / first.shape[1]
+
+
+def find_relations(descriptors: Tensor, named_groups: Tensor, order: Tensor) -> Relations | None:
+    """Relations between N images.
+
+    Args:
+        descriptors: (N, P, C).
+        named_groups: (N,) int64, group numbers that the user named; an image without a name has a number of its own.
+        order: (N,) int64, rank of each image in the order of file names.
+
+    Returns: None if no two images are related, or if all images would be: then nothing can be left out.
+    """
+    return find_relations_D(descriptor_distances(descriptors, descriptors).cpu(), named_groups.cpu(), order.cpu())
+
+
+def find_relations_D(distances: Tensor, named_groups: Tensor, order: Tensor) -> Relations | None:
+    relations = Relations.from_groups(_merge(named_groups, find_duplicates(distances)))
+    relations = relate_sequence(distances, relations, order)
+    if relations.is_trivial or bool(relations.related.all(dim=1).any()):
+        return None
+    return relations
+
+
+def find_duplicates(distances: Tensor) -> Tensor:
+    """Groups of near-duplicates from distances (N, N) between images -> group numbers (N,)."""
+    num_images = len(distances)
+    alone = torch.arange(num_images)
+    if num_images < MIN_IMAGES:
+        return alone
+    others = distances.clone().fill_diagonal_(torch.inf)
+    nearest, numbers = others.sort(dim=1)
+    most = max(1, int(MAX_GROUP_SHARE * num_images))
+    # ratio of the k-th to the (k + 1)-th distance: the smallest one is the widest gap, after k duplicates
+    ratios = nearest[:, :most] / nearest[:, 1 : most + 1].clamp_min(1e-12)
+    gap, place = ratios.min(dim=1)
+    before_gap = torch.arange(most) <= place[:, None]
+    linked = torch.zeros(num_images, num_images, dtype=torch.bool)
+    linked.scatter_(1, numbers[:, :most], before_gap & (gap <= GAP)[:, None])
+    groups = connected_components(linked & linked.t())
+    sizes = torch.bincount(groups, minlength=num_images)[groups]
+    if float((sizes > 1).float().mean()) < MIN_DUPLICATE_SHARE or int(sizes.max()) > MAX_GROUP_SHARE * num_images + 1:
+        return alone
+    return groups
+
+
+def connected_components(linked: Tensor) -> Tensor:
+    """Component numbers (N,) of a symmetric graph (N, N) bool: the smallest number of an image in the component."""
+    groups = torch.arange(len(linked))
+    while True:
+        # each image takes the smallest number among its own and its neighbours', until nothing changes
+        smallest = torch.where(linked, groups[None, :], len(linked)).amin(dim=1) if len(linked) else groups
+        merged = torch.minimum(groups, smallest)
+        if bool((merged == groups).all()):
+            return groups
+        groups = merged
+
+
+def _merge(first: Tensor, second: Tensor) -> Tensor:
+    """Joins two groupings (N,) of the same images: images in one group of either are in one group."""
+    return connected_components((first[:, None] == first) | (second[:, None] == second))
+
+
+def relate_sequence(distances: Tensor, relations: Relations, order: Tensor) -> Relations:
+    """Relates neighbours in the order of file names if their distances show a sequence.
+
+    Images that are related already, such as the photographs of one part, are not counted: otherwise every burst would look
+    like a sequence. A permutation test guards against chance.
+
+    Args:
+        distances: (N, N).  order: (N,) rank of each image.
+
+    Returns: the relations, with each image related to a block of neighbours on both sides; or the same relations.
+    """
+    num_images = len(order)
+    if num_images < MIN_SEQUENCE_IMAGES:
+        return relations
+    places = order.argsort()
+    ordered = distances[places][:, places]
+    unrelated = ~relations.related[places][:, places]
+    mean = float(ordered[unrelated].mean()) if bool(unrelated.any()) else 0.0
+    if mean <= 0:
+        return relations
+
+    def lag_mean(lag: int) -> float:
+        values = ordered.diagonal(lag)[unrelated.diagonal(lag)]
+        return float(values.mean()) / mean if len(values) else math.nan
+
+    most = max(1, int(MAX_BLOCK_SHARE * num_images))
+    lags = [lag_mean(lag) for lag in range(1, most + 1)]
+    near = next((value for value in lags if not math.isnan(value)), math.nan)
+    if not near < SEQUENCE_DISTANCE or not _is_significant(ordered, unrelated):
+        return relations
+    reach = next((lag for lag, value in enumerate(lags) if value >= PLATEAU), most)
+    ranks = torch.empty_like(places)
+    ranks[places] = torch.arange(num_images)
+    block = (ranks[:, None] - ranks[None, :]).abs() <= reach
+    groups = _merge(relations.groups, ranks // (2 * reach + 1))
+    if len(groups.unique()) < 2:
+        groups = ranks // (2 * reach + 1)
+    return Relations(relations.related | block, groups)
+
+
+def _is_significant(ordered: Tensor, unrelated: Tensor) -> bool:
+    """Whether neighbours (N, N) are closer than after random permutations of the order."""
+    lag = next((lag for lag in range(1, len(ordered)) if bool(unrelated.diagonal(lag).any())), None)
+    if lag is None:
+        return False
+    observed = ordered.diagonal(lag)[unrelated.diagonal(lag)].mean()
+    generator = torch.Generator().manual_seed(0)
+    lower = 0
+    for _ in range(PERMUTATIONS):
+        shuffled = torch.randperm(len(ordered), generator=generator)
+        values = ordered[shuffled, shuffled.roll(lag)][unrelated[shuffled, shuffled.roll(lag)]]
+        lower += int(len(values) > 0 and values.mean() <= observed)
+    return (1 + lower) / (1 + PERMUTATIONS) <= SEQUENCE_LEVEL
