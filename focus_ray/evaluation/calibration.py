@@ -7,14 +7,15 @@ images. docs/learn/verdicts.md says what is guaranteed with how many images and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincinv
+from scipy.special import betainc
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation.tail import Tail, fit_tail
@@ -25,8 +26,12 @@ TIE = (
     1e-5  # relative: the last digits of a score hang on how images were batched; closer than this, two scores are equal
 )
 
+PRECISION_SHIFT = 0.01  # relative: bfloat16 in place of float32 moves scores of real images by less
+
 # scores above the threshold, at least, for it to be counted where no guarantee is lost by a model of the tail, which is steadier
 _STEADY = 5
+# fields that calibrations of former bundles lack
+_FORMER_DEFAULTS = {"tail": None, "by_hand": False, "num_groups": None, "precision": None, "converted_from": None}
 _ROUNDING = 1e-12  # relative; sums of pixel shares such as 1/50176 that should equal the budget count as equal
 
 
@@ -62,6 +67,10 @@ class Calibration:
             threshold. None: they are counted; three images or fewer leave the highest score as the threshold, whose rate is
             `smallest_fpr`.
         by_hand: whether a person set a threshold; target_fpr is then what the good images say of it.
+        num_groups: independent groups (parts, or bursts) that the n images show; None: every image is a group of its own. All
+            statements about uncertainty count groups, because photographs of one part say little more than one photograph.
+        precision: number format that the scores were computed in (`precision.describe_precision`); None: unknown.
+        converted_from: the recorded precision, where `at_precision` moved thresholds to another one; else None.
     """
 
     method: Method
@@ -74,6 +83,9 @@ class Calibration:
     pixel_guaranteed: bool
     tail: Tail | None = None
     by_hand: bool = False
+    num_groups: int | None = None
+    precision: str | None = None
+    converted_from: str | None = None
 
     def __post_init__(self) -> None:
         _check_method(self.method)
@@ -81,6 +93,8 @@ class Calibration:
         _check_share(self.target_pixel_fpr, "target_pixel_fpr")
         if not self.image_scores:
             raise DataError("image_scores is empty; calibration needs at least one held-out normal image")
+        if self.num_groups is not None and not 1 <= self.num_groups <= self.num_images:
+            raise DataError(f"num_groups={self.num_groups}; expected 1 to {self.num_images}, the number of images")
         numbers = np.array([*self.image_scores, self.image_threshold, self.pixel_threshold], dtype=np.float64)
         if not np.isfinite(numbers).all():
             raise DataError("a calibration score or threshold is NaN or infinite; expected finite numbers")
@@ -92,6 +106,11 @@ class Calibration:
         """n, the normal images that were scored."""
         return len(self.image_scores)
 
+    @property
+    def num_independent(self) -> int:
+        """Independent observations: the groups, or the images where each is a group of its own."""
+        return self.num_images if self.num_groups is None else self.num_groups
+
     @cached_property
     def _scores(self) -> NDArray[np.float64]:
         """Not to be made at every p-value."""
@@ -99,8 +118,8 @@ class Calibration:
 
     @property
     def smallest_fpr(self) -> float:
-        """1/(n + 1): the smallest share that n images can show."""
-        return 1.0 / (self.num_images + 1)
+        """1/(n + 1): the smallest share that n independent images can show."""
+        return 1.0 / (self.num_independent + 1)
 
     @property
     def effective_fpr(self) -> float:
@@ -111,22 +130,41 @@ class Calibration:
     def pixel_fpr_bound(self) -> float:
         """Upper bound on the expected share of a good image's pixels called bad ("split", exchangeable images).
 
-        target_pixel_fpr if guaranteed; else (n t + 1)/(n + 1), which the plain quantile at t satisfies.
+        target_pixel_fpr if guaranteed; else (n t + 1)/(n + 1) for n groups, which the plain quantile at t satisfies.
         """
         if self.pixel_guaranteed:
             return self.target_pixel_fpr
-        return (self.num_images * self.target_pixel_fpr + 1.0) / (self.num_images + 1)
+        return (self.num_independent * self.target_pixel_fpr + 1.0) / (self.num_independent + 1)
+
+    def probability_above(self, rate: float) -> float:
+        """Returns the probability that the long-run false alarm rate of this one threshold exceeds `rate`.
+
+        The probability is over the draw of the n independent images. A counted threshold is an order statistic, so its rate
+        follows Beta(m, n + 1 - m) with m = floor(target_fpr (n + 1)), at least 1. With a tail, the rate follows the posterior
+        of the tail's scale (`Tail.probability_above`); that holds as far as real tails are exponential.
+        """
+        if not 0.0 < rate < 1.0:
+            return float(rate <= 0.0)
+        if self.tail is not None and self.image_threshold >= self.tail.start:
+            return self.tail.probability_above(rate, self.image_threshold, self.num_independent)
+        return _counted_probability_above(rate, self.num_independent, self.target_fpr)
+
+    @property
+    def probability_above_twice_target(self) -> float:
+        """Probability that the long-run false alarm rate of this one threshold is above 2 target_fpr."""
+        return self.probability_above(2 * self.target_fpr)
 
     def fpr_interval(self, mass: float = 0.9) -> tuple[float, float]:
-        """Where the long-run false alarm rate of this one threshold lies, with probability `mass` over the draw of the n images.
+        """Returns the central interval that holds the long-run false alarm rate with probability `mass`.
 
-        A threshold at an order statistic has a rate that follows Beta(m, n + 1 - m), m = floor(target_fpr (n + 1)); with
-        a tail m is 1, the highest score's.
+        The law of the rate is that of `probability_above`.
         """
-        return _fpr_interval(self.num_images, self.target_fpr, mass)
+        return _interval(self.probability_above, mass)
 
     def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
         """(1 + #{normal scores >= score, ties by `TIE` counted}) / (n + 1): small where the image is unlike the normal ones.
+
+        The n scores of g groups count g/n each, and n + 1 becomes g + 1.
 
         Under exchangeability P(p <= a) <= a for a new normal image and any a (Vovk et al., Algorithmic Learning in a
         Random World, 2005); with a tail, what that says of scores above its start. `p <= effective_fpr` if and only if
@@ -141,7 +179,8 @@ class Calibration:
         """
         values = certain_part(_without_nan(scores))
         below = np.searchsorted(self._scores, values, side="left")
-        counted = np.asarray((1.0 + self.num_images - below) / (self.num_images + 1))
+        n, groups = self.num_images, self.num_independent
+        counted = np.asarray((1.0 + (n - below) * groups / n) / (groups + 1))
         if self.tail is not None:
             counted = np.where(values > self.tail.start, self.tail.share_above(values), counted)
         # at the threshold itself a model says the target to rounding: the verdict decides on which side that is
@@ -174,26 +213,57 @@ class Calibration:
         if self.tail is not None and image > self.tail.start:
             share = float(self.tail.share_above(image))
         else:
-            share = (1 + sum(score > image for score in self.image_scores)) / (self.num_images + 1)
+            num_above, groups = sum(score > image for score in self.image_scores), self.num_independent
+            share = (1 + num_above * groups / self.num_images) / (groups + 1)
         share = min(max(share, 1e-9), 1 - 1e-9)
         return replace(changed, image_threshold=float(image), target_fpr=share, image_guaranteed=False)
 
+    def at_precision(self, precision: str) -> Calibration:
+        """Returns thresholds that are safe for scores of another precision; the calibration itself if the precision is the same.
+
+        Another number format moves each score by up to `PRECISION_SHIFT`. Scores, thresholds and tail rise by that share, so
+        that no good image is called bad because of the number format. Where the precision is unknown, nothing changes.
+        """
+        if self.precision is None or self.precision == precision:
+            return self
+        factor = 1 + PRECISION_SHIFT
+        tail = self.tail and self.tail._replace(start=self.tail.start * factor, scale=self.tail.scale * factor)
+        return replace(
+            self,
+            image_scores=tuple(score * factor for score in self.image_scores),
+            image_threshold=self.image_threshold * factor,
+            pixel_threshold=self.pixel_threshold * factor,
+            tail=tail,
+            precision=precision,
+            converted_from=self.converted_from or self.precision,
+        )
+
     def caveats(self) -> list[str]:
-        """What a reader of the thresholds has to be told, in plain sentences; empty where there is nothing to add."""
-        n, told = self.num_images, []
+        """Returns what a reader of the thresholds must know, in plain sentences; empty if there is nothing to add."""
+        n, sentences = self.num_independent, []
+        grouped = n < self.num_images
+        images = f"{self.num_images} photographs of about {n} part{'s' if n > 1 else ''}"
+        good_images = images if grouped else f"{n} good image{'s' if n > 1 else ''}"
+        training_images = images if grouped else f"{n} training images"
+        unit = "parts" if grouped else "good images"
+        if self.converted_from is not None:
+            sentences.append(
+                f"The thresholds come from scores in {self.converted_from} and are used in {self.precision}, which moves scores by "
+                f"up to {PRECISION_SHIFT:.1%}: the thresholds are raised by this share. Calibrate on this machine to avoid it."
+            )
         if self.by_hand:
-            told.append(
-                f"A threshold was set by hand; by the {n} good images, about {self.target_fpr:.2g} of good parts lie above it."
+            sentences.append(
+                f"A threshold was set by hand; by the {good_images}, about {self.target_fpr:.2g} of good parts lie above it."
             )
         if self.method == "leave_one_out":
-            told.append(
-                f"All {n} training images set the threshold, each scored with itself left out"
+            sentences.append(
+                f"All {training_images} set the threshold, each scored with {'its part' if grouped else 'itself'} left out"
                 + (", by a model of the highest scores" if self.tail is not None else "")
                 + "; the rate is then close to the target in trials, which is no guarantee."
             )
         elif self.method == "cross":
-            told.append(
-                f"All {n} training images set the threshold, each scored without its fold (cross); this approximates the "
+            sentences.append(
+                f"All {training_images} set the threshold, each scored without its fold (cross); this approximates the "
                 "false alarm rate and carries no guarantee."
             )
         needed = _images_needed(self.target_fpr)
@@ -203,24 +273,27 @@ class Calibration:
                 if self.tail is not None
                 else f"the threshold is their highest score, good for a rate of {self.smallest_fpr:.2g}"
             )
-            told.append(
-                f"{n} good image{'s are' if n > 1 else ' is'} too few to show a false alarm rate of {self.target_fpr:g}: {how}; "
-                f"{needed} good images would do."
+            sentences.append(
+                f"{good_images} {'are' if self.num_images > 1 else 'is'} too few to show a false alarm rate of "
+                f"{self.target_fpr:g}: {how}; {needed} {unit} would do."
             )
         low, high = self.fpr_interval()
         steady = math.ceil(_STEADY / self.target_fpr)
         if high > 2 * self.target_fpr and n < steady and not self.by_hand:
-            lower, higher = _fpr_interval(steady, self.target_fpr, 0.9)
-            told.append(
-                f"With {n} good images the false alarm rate of this one threshold lies between {low:.1%} and {high:.1%} in 9 "
-                f"of 10 cases; {steady} would bring it between {lower:.1%} and {higher:.1%}."
+            risk = self.probability_above_twice_target
+            lower, higher = _interval(lambda rate: _counted_probability_above(rate, steady, self.target_fpr), 0.9)
+            sentences.append(
+                f"With {good_images} the false alarm rate of this one threshold lies between {low:.1%} and {high:.1%} in 9 "
+                f"of 10 cases. With probability {risk:.2f} the false alarm rate is above {100 * 2 * self.target_fpr:g} %. "
+                f"{steady} {unit} would bring it between {lower:.1%} and {higher:.1%}."
             )
-        if not self.pixel_guaranteed and n < _images_needed(self.target_pixel_fpr):
-            told.append(
-                f"Outlined areas are a guide: {n} good images cannot show a pixel rate of {self.target_pixel_fpr:g} "
-                f"({_images_needed(self.target_pixel_fpr)} would do)."
+        pixel_needed = _images_needed(self.target_pixel_fpr)
+        if not self.pixel_guaranteed and n < pixel_needed:
+            sentences.append(
+                f"Outlined areas are a guide: {good_images} cannot show a pixel rate of {self.target_pixel_fpr:g} "
+                f"({pixel_needed} {unit} would do)."
             )
-        return told
+        return sentences
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives back an equal calibration."""
@@ -234,7 +307,7 @@ class Calibration:
     def from_dict(tree: Mapping[str, Any]) -> Calibration:
         """Raises: DataError: a key is unknown or missing, or a value does not fit."""
         known = {field.name for field in fields(Calibration)}
-        tree = {"tail": None, "by_hand": False, **tree}  # which calibrations of former bundles had no choice of
+        tree = {**_FORMER_DEFAULTS, **tree}
         if set(tree) != known:
             raise DataError(
                 f"calibration: unknown keys {sorted(set(tree) - known)}, missing keys {sorted(known - set(tree))}; "
@@ -252,6 +325,9 @@ class Calibration:
                 pixel_guaranteed=_bool(tree, "pixel_guaranteed"),
                 tail=None if tree["tail"] is None else Tail(**tree["tail"]),
                 by_hand=_bool(tree, "by_hand"),
+                num_groups=None if tree["num_groups"] is None else int(tree["num_groups"]),
+                precision=None if tree["precision"] is None else str(tree["precision"]),
+                converted_from=None if tree["converted_from"] is None else str(tree["converted_from"]),
             )
         except TypeError as error:
             raise DataError(f"calibration: a value has the wrong type: {error}") from error
@@ -289,16 +365,21 @@ class CalibrationBuilder:
         self._scores: list[float] = []
         self._tops: list[NDArray[Any]] = []
         self._num_pixels: list[int] = []
+        self._groups: list[int | None] = []
 
     @property
     def num_images(self) -> int:
         return len(self._scores)
 
-    def add(self, scores: ArrayLike, maps: NDArray[Any] | Sequence[NDArray[Any]]) -> None:
+    def add(
+        self, scores: ArrayLike, maps: NDArray[Any] | Sequence[NDArray[Any]], groups: NDArray[np.int64] | None = None
+    ) -> None:
         """Adds a batch of normal images.
 
         Args:
             scores: (B,) image scores.  maps: (B, H, W) anomaly maps, or B arrays of (H, W) that may differ in size.
+            groups: (B,) group numbers; images of one number show one part, also across batches and merged builders. None:
+                every image of the batch is a group of its own.
 
         Raises: DataError: counts differ, a map is empty, or a value is NaN or infinite. Nothing is added then.
         """
@@ -313,7 +394,10 @@ class CalibrationBuilder:
                 raise DataError(f"calibration map {index} has shape {image.shape}; expected a non-empty (H, W)")
             if not np.isfinite(image).all():
                 raise DataError(f"calibration map {index} has NaN or infinite values; expected finite scores")
+        if groups is not None and groups.shape != values.shape:
+            raise DataError(f"groups {groups.shape} for scores {values.shape}; expected one group number per score")
         self._scores.extend(values.tolist())
+        self._groups.extend([None] * len(images) if groups is None else groups.tolist())
         for image in images:
             if not np.issubdtype(image.dtype, np.floating):
                 image = image.astype(np.float64)
@@ -333,6 +417,7 @@ class CalibrationBuilder:
         merged._scores = self._scores + other._scores
         merged._tops = self._tops + other._tops
         merged._num_pixels = self._num_pixels + other._num_pixels
+        merged._groups = self._groups + other._groups
         return merged
 
     def finish(self) -> Calibration:
@@ -343,24 +428,30 @@ class CalibrationBuilder:
                 "calibration.method=leave_one_out"
             )
         image_scores = np.sort(np.array(self._scores))
-        image_threshold, image_attained = _image_threshold(image_scores, self.target_fpr)
+        sizes = Counter(group for group in self._groups if group is not None)
+        num_groups = len(sizes) + self._groups.count(None)
+        image_threshold, image_attained = _image_threshold(image_scores, num_groups, self.target_fpr)
         counted = image_attained and (
-            self.method == "split" or _num_extreme(image_scores.size, self.target_fpr) >= _STEADY
+            self.method == "split" or _num_extreme(num_groups, num_groups, self.target_fpr) >= _STEADY
         )
-        tail = None if counted else fit_tail(image_scores)
+        tail = None if counted else fit_tail(image_scores, num_groups)
         if tail is not None:
             image_threshold = tail.score_at(self.target_fpr)
+        # the bound is over groups drawn alike; each counts once only where all are of one size
+        equal_groups = len(set(sizes.values()) | ({1} if None in self._groups else set())) == 1
+        all_independent = num_groups == self.num_images
         pixel_threshold, pixel_attained = self._pixel_threshold()
         return Calibration(
             method=self.method,
             image_scores=tuple(image_scores.tolist()),
             target_fpr=self.target_fpr,
             image_threshold=image_threshold,
-            image_guaranteed=image_attained and self.method == "split",
+            image_guaranteed=image_attained and self.method == "split" and equal_groups,
             target_pixel_fpr=self.target_pixel_fpr,
             pixel_threshold=pixel_threshold,
-            pixel_guaranteed=pixel_attained and self.method == "split",
+            pixel_guaranteed=pixel_attained and self.method == "split" and all_independent,
             tail=tail,
+            num_groups=None if all_independent else num_groups,
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -394,23 +485,30 @@ class CalibrationBuilder:
         return float(values[min(affordable, values.size - 1)]), attained
 
 
-def _image_threshold(scores: NDArray[np.float64], target_fpr: float) -> tuple[float, bool]:
-    """The ceil((1 - a)(n + 1))-th smallest score, so that score > threshold iff p <= a; the highest if there is none.
+def _image_threshold(scores: NDArray[np.float64], num_groups: int, target_fpr: float) -> tuple[float, bool]:
+    """Returns the ceil((1 - a)(n + 1))-th smallest score, so that score > threshold iff p <= a; the highest if there is none.
 
-    The rank is found by comparing m/(n + 1) with a as floats, exactly as a p-value is, so rounding cannot part the two.
+    The rank is found by comparing the p-value of the next higher score with a as floats, so rounding cannot part the two.
     """
-    num_extreme = _num_extreme(scores.size, target_fpr)
+    num_extreme = _num_extreme(scores.size, num_groups, target_fpr)
     if num_extreme == 0:
         return float(scores[-1]), False
     return float(scores[scores.size - num_extreme]), True
 
 
-def _num_extreme(n: int, target_fpr: float) -> int:
-    """m: the largest count with m/(n + 1) <= target_fpr."""
-    m = int(target_fpr * (n + 1))
-    while (m + 1) / (n + 1) <= target_fpr:
+def _num_extreme(num_images: int, num_groups: int, target_fpr: float) -> int:
+    """Returns m, the largest count of scores with (1 + (m - 1) g/n)/(g + 1) <= target_fpr; 0 if there is none.
+
+    n scores of g groups count g/n each. With g = n the condition is m/(n + 1) <= target_fpr.
+    """
+
+    def p_value(m: int) -> float:
+        return (1 + (m - 1) * num_groups / num_images) / (num_groups + 1)
+
+    m = max(0, 1 + int((target_fpr * (num_groups + 1) - 1) * num_images / num_groups))
+    while m < num_images and p_value(m + 1) <= target_fpr:
         m += 1
-    while m and m / (n + 1) > target_fpr:
+    while m and p_value(m) > target_fpr:
         m -= 1
     return m
 
@@ -422,10 +520,22 @@ def _images_needed(target: float) -> int:
     return n
 
 
-def _fpr_interval(n: int, target_fpr: float, mass: float) -> tuple[float, float]:
-    m = max(1, _num_extreme(n, target_fpr))
-    low, high = betaincinv(m, n + 1 - m, [(1 - mass) / 2, (1 + mass) / 2])
-    return float(low), float(high)
+def _counted_probability_above(rate: float, n: int, target_fpr: float) -> float:
+    """P(Beta(m, n + 1 - m) > rate): the rate of a threshold at the m-th highest of n scores."""
+    m = max(1, _num_extreme(n, n, target_fpr))
+    return float(1 - betainc(m, n + 1 - m, rate))
+
+
+def _interval(probability_above: Callable[[float], float], mass: float) -> tuple[float, float]:
+    """Returns the central interval that holds a rate in [0, 1] with probability `mass`."""
+    bounds = []
+    for share in ((1 + mass) / 2, (1 - mass) / 2):
+        low, high = 0.0, 1.0
+        while high - low > 1e-7:
+            middle = (low + high) / 2
+            low, high = (middle, high) if probability_above(middle) > share else (low, middle)
+        bounds.append(low)
+    return bounds[0], bounds[1]
 
 
 def _without_nan(scores: ArrayLike) -> NDArray[np.float64]:

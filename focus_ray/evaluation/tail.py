@@ -1,22 +1,30 @@
-"""A model of the highest scores of few normal images: what lies beyond the highest of them [ours].
+"""A model of the highest scores of few normal images: how rare are scores above the highest ones [ours].
 
-Of n scores the k highest, from `start` on, are taken for exponential above it (a generalised Pareto tail of shape 0). Their
-scale is not known but from k - 1 excesses. With the scale's prior 1/scale, the predictive distribution of one more score is
-again a generalised Pareto (Lomax) tail, of shape 1/(k - 1): the fewer scores, the heavier. Where tails are exponential its
-rates are exact for any k, the draw of the n images counted in.
+The model takes the upper half of n scores as exponential above its lowest score, `start` (a generalised Pareto tail of shape
+0). The scale is uncertain: it is estimated from k - 1 excesses over the start. A prior over categories adds to them: the ratio
+scale/start follows an inverse-gamma law, as if `PRIOR_DEGREES` more excesses with the sum `PRIOR_SUM` x start had been seen.
+Ratios are comparable between categories and between kinds of score, because they have no unit.
+
+The predictive distribution of one more score is then a Lomax tail (a generalised Pareto tail of positive shape): the fewer
+scores, the heavier the tail.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv, gammainc
 
-FEWEST = 4  # scores, below which nothing is said of a tail
-_SHARE = 0.5  # of the scores that make the tail
-_SMALLEST_SCALE = 1e-3  # of the start: scores that hardly differ say nothing of how the next will
+MIN_SCORES = 4  # fewer scores say nothing about a tail
+PRIOR_DEGREES = 0.0
+PRIOR_SUM = 0.0
+_TAIL_SHARE = 0.5  # of the scores make the tail
+_MIN_RELATIVE_SCALE = 1e-3  # scores that hardly differ say nothing about the next score
+_NUM_NODES = 400  # of the integral over the share above the start; the error is below 0.001
 
 
 class Tail(NamedTuple):
@@ -28,22 +36,55 @@ class Tail(NamedTuple):
     shape: float
 
     def share_above(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """For scores of any shape; `share` below the start."""
+        """Returns the share of normal images above scores of any shape; `share` below the start."""
         excess = np.maximum(np.asarray(scores, dtype=np.float64) - self.start, 0.0)
         return np.asarray(self.share * (1 + self.shape * excess / self.scale) ** (-1 / self.shape))
 
     def score_at(self, share: float) -> float:
-        """The score that a share of normal images exceeds, at most `self.share`; undoes `share_above`."""
+        """Returns the score that a share of normal images exceeds, at most `self.share`; the inverse of `share_above`."""
         return self.start + self.scale / self.shape * ((share / self.share) ** -self.shape - 1)
 
+    def probability_above(self, rate: float, threshold: float, num_groups: int) -> float:
+        """Returns the probability that the long-run rate of scores above a threshold exceeds `rate`.
 
-def fit_tail(scores: NDArray[np.float64]) -> Tail | None:
-    """scores: (n,), ascending. Returns: None of fewer than `FEWEST`."""
-    n = scores.size
-    if n < FEWEST:
+        The long-run rate is U exp(-(threshold - start) / theta). U, the true share above the start, follows
+        Beta(k, n + 1 - k), because the start is an order statistic. theta, the true scale, has an inverse-gamma posterior:
+        1/theta follows Gamma(1/shape) with the rate scale/shape.
+
+        Args:
+            threshold: at or above the start.  num_groups: n, the independent observations behind the tail.
+        """
+        true_shares = _true_shares(round(self.share * (num_groups + 1)), num_groups)
+        relative_excess = (threshold - self.start) * self.shape / self.scale
+        if relative_excess <= 0:
+            return float(np.mean(true_shares > rate))
+        # U exp(-relative_excess G) > rate, G ~ Gamma(1/shape, 1)
+        limits = np.maximum(np.log(true_shares / rate), 0.0) / relative_excess
+        return float(np.mean(gammainc(1 / self.shape, limits)))
+
+
+@lru_cache(maxsize=64)  # an interval asks for the same ones at every step
+def _true_shares(k: int, num_groups: int) -> NDArray[np.float64]:
+    """Returns equally likely values of the share above the k-th highest of n scores."""
+    middles = (np.arange(_NUM_NODES) + 0.5) / _NUM_NODES
+    return np.asarray(betaincinv(k, num_groups + 1 - k, middles))
+
+
+def fit_tail(scores: NDArray[np.float64], num_groups: int | None = None) -> Tail | None:
+    """Fits the tail of normal scores, or returns None for fewer than `MIN_SCORES` independent scores.
+
+    Args:
+        scores: (N,), ascending.
+        num_groups: independent groups among the N images; None: N. Scores of one group count together as one observation:
+            the sample keeps all scores, and the degrees of freedom come from the groups (design effect N / num_groups).
+    """
+    groups = scores.size if num_groups is None else num_groups
+    if groups < MIN_SCORES:
         return None
-    k = max(FEWEST - 1, math.ceil(_SHARE * n))
-    start = float(scores[n - k])
-    excesses = scores[n - k + 1 :] - start
-    scale = max(float(excesses.mean()), _SMALLEST_SCALE * abs(start), 1e-12)
-    return Tail(start, k / (n + 1), scale, 1 / (k - 1))
+    k = max(MIN_SCORES - 1, math.ceil(_TAIL_SHARE * groups))
+    images_per_group = scores.size / groups
+    start = float(scores[scores.size - round(k * images_per_group)])
+    excess_sum = float(np.maximum(scores - start, 0.0).sum()) / images_per_group
+    degrees = k - 1 + PRIOR_DEGREES
+    scale = (excess_sum + PRIOR_SUM * abs(start)) / degrees
+    return Tail(start, k / (groups + 1), max(scale, _MIN_RELATIVE_SCALE * abs(start), 1e-12), 1 / degrees)

@@ -18,9 +18,11 @@ from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.metrics import false_positive_rate
 
 
-def calibrate(scores, maps=None, method="split", target_fpr=0.05, target_pixel_fpr=0.001, **settings) -> Calibration:
+def calibrate(
+    scores, maps=None, method="split", target_fpr=0.05, target_pixel_fpr=0.001, groups=None, **settings
+) -> Calibration:
     builder = CalibrationBuilder(method, target_fpr, target_pixel_fpr, **settings)
-    builder.add(scores, np.zeros((len(scores), 2, 2)) if maps is None else maps)
+    builder.add(scores, np.zeros((len(scores), 2, 2)) if maps is None else maps, groups)
     return builder.finish()
 
 
@@ -214,9 +216,102 @@ def test_the_cross_method_claims_no_guarantee():
     assert ["cross" in line for line in calibration.caveats()] == [True]
 
 
-def test_calibrations_of_former_bundles_have_no_tail():
-    tree = calibrate([1.0, 2.0]).to_dict()
-    assert Calibration.from_dict({key: value for key, value in tree.items() if key != "tail"}).tail is None
+def test_calibrations_of_former_bundles_lack_the_newer_fields():
+    calibration = calibrate([1.0, 2.0])
+    newer = ("tail", "by_hand", "num_groups", "precision", "converted_from")
+    former = {key: value for key, value in calibration.to_dict().items() if key not in newer}
+    assert Calibration.from_dict(former) == calibration
+
+
+def test_a_former_calibration_keeps_its_threshold_and_p_values():
+    """A calibration of twelve scores, written before the tail had a prior."""
+    scores = [0.91, 0.95, 0.97, 0.99, 1.0, 1.02, 1.03, 1.05, 1.08, 1.12, 1.2, 1.31]
+    former = {
+        "method": "leave_one_out", "image_scores": scores, "target_fpr": 0.05,
+        "image_threshold": 1.371431254225292, "image_guaranteed": False, "target_pixel_fpr": 0.001,
+        "pixel_threshold": 2.0, "pixel_guaranteed": False,
+        "tail": {"start": 1.03, "share": 6 / 13, "scale": 0.122, "shape": 0.2}, "by_hand": False,
+    }  # fmt: skip
+    calibration = Calibration.from_dict(former)
+    assert calibration.image_threshold == former["image_threshold"]
+    expected = [13 / 13, 9 / 13, 6 / 13 * (1 + 0.2 * 0.17 / 0.122) ** -5, 6 / 13 * (1 + 0.2 * 0.97 / 0.122) ** -5]
+    np.testing.assert_allclose(calibration.conformal_p_value([0.5, 1.0, 1.2, 2.0]), expected, rtol=1e-3)
+    assert calibration.is_anomalous([1.37, 1.38]).tolist() == [False, True]
+
+
+@given(
+    st.lists(st.integers(0, 10**6).map(float), min_size=1, max_size=60),
+    st.integers(2, 4),
+    st.sampled_from(["split", "leave_one_out"]),
+    st.sampled_from([0.02, 0.05, 0.1, 0.3]),
+)
+def test_photographs_of_the_same_parts_give_the_threshold_and_the_uncertainty_of_the_parts(
+    scores, times, method, target
+):
+    once = calibrate(scores, method=method, target_fpr=target)
+    groups = np.repeat(np.arange(len(scores)), times)
+    repeated = calibrate(np.repeat(scores, times), method=method, target_fpr=target, groups=groups)
+    assert (once.num_groups, repeated.num_groups) == (None, len(scores))
+    assert repeated.image_threshold == pytest.approx(once.image_threshold, rel=1e-12)
+    assert repeated.image_guaranteed == once.image_guaranteed
+    assert repeated.smallest_fpr == once.smallest_fpr
+    assert repeated.fpr_interval() == pytest.approx(once.fpr_interval(), abs=1e-6)
+    assert repeated.probability_above_twice_target == pytest.approx(once.probability_above_twice_target, abs=1e-9)
+    middle = float(np.median(scores))
+    assert repeated.conformal_p_value(middle) == pytest.approx(float(once.conformal_p_value(middle)), rel=1e-9)
+
+
+@given(SCORES, st.lists(st.integers(0, 5), min_size=80, max_size=80), TARGETS, st.integers(-31, 31))
+def test_with_groups_too_an_image_is_anomalous_exactly_when_its_p_value_is_small(scores, numbers, target, score):
+    calibration = calibrate(scores, target_fpr=target, groups=np.array(numbers[: len(scores)]))
+    p_value = calibration.conformal_p_value(score)
+    assert bool(calibration.is_anomalous(score)) == bool(p_value <= calibration.effective_fpr)
+
+
+def test_groups_are_counted_over_batches_and_merged_builders():
+    builders = []
+    for numbers in ([0, 0, 1], [1, 2]):
+        builders.append(CalibrationBuilder("split", 0.3, 0.3))
+        builders[-1].add(np.ones(len(numbers)), np.zeros((len(numbers), 2, 2)), np.array(numbers))
+    assert builders[0].finish().num_groups == 2
+    assert builders[0].merge(builders[1]).finish().num_groups == 3
+    with pytest.raises(DataError, match=r"groups \(2,\) for scores \(1,\)"):
+        builders[0].add([1.0], np.zeros((1, 2, 2)), np.array([1, 2]))
+
+
+def test_groups_of_different_sizes_carry_no_guarantee():
+    scores, pairs = np.arange(40.0), np.repeat(np.arange(20), 2)
+    assert calibrate(scores, groups=pairs).image_guaranteed
+    assert not calibrate(scores[1:], groups=pairs[1:]).image_guaranteed
+    assert not calibrate(scores, groups=pairs, target_pixel_fpr=0.1).pixel_guaranteed
+
+
+def test_caveats_count_parts_where_photographs_show_parts_several_times():
+    calibration = calibrate(np.arange(40.0), method="leave_one_out", groups=np.repeat(np.arange(20), 2))
+    first, uncertainty, *_ = calibration.caveats()
+    assert first.startswith(
+        "All 40 photographs of about 20 parts set the threshold, each scored with its part left out"
+    )
+    assert uncertainty.startswith("With 40 photographs of about 20 parts the false alarm rate of this one threshold")
+    assert "100 parts would bring it between" in uncertainty
+
+
+def test_the_caveat_states_the_probability_of_twice_the_target():
+    calibration = calibrate(np.random.default_rng(0).gamma(9.0, size=20), method="leave_one_out")
+    risk = calibration.probability_above_twice_target
+    sentence = f"With probability {risk:.2f} the false alarm rate is above 10 %."
+    assert any(sentence in caveat for caveat in calibration.caveats())
+
+
+@pytest.mark.parametrize(("n", "method"), [(40, "split"), (110, "leave_one_out"), (3, "leave_one_out")])
+def test_the_probability_of_a_high_rate_of_a_counted_threshold_is_its_frequency(n, method):
+    rng = np.random.default_rng(0)
+    rates = np.array([np.exp(-calibrate(rng.exponential(size=n), method=method).image_threshold) for _ in range(4000)])
+    calibration = calibrate(np.arange(1.0, n + 1), method=method)
+    assert calibration.tail is None
+    assert np.mean(rates > 0.1) == pytest.approx(calibration.probability_above_twice_target, abs=0.025)
+    low, high = calibration.fpr_interval()
+    assert np.mean((rates >= low) & (rates <= high)) == pytest.approx(0.9, abs=0.02)
 
 
 def test_a_calibration_survives_json_and_pickle():
