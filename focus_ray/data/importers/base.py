@@ -35,6 +35,8 @@ class Sample:
     defect_type: str
     masks: tuple[SourcePath, ...] = ()
     drawn: bool = False  # the split is not the source's own but drawn
+    below: str = ""  # subfolders between the folder of the images and the file, as in "part1/view2"
+    group: str = ""  # the part or burst that the image shows; empty: the image is its own group
 
 
 @dataclass
