@@ -92,6 +92,7 @@ def make_chunks(
 
     Args: stamps: of their files.  index: of the rows that are there.
     """
+    settings = replace(settings, grouping=None)  # the samples have their groups; a rule's table stays in this process
     named = sorted(zip(make_ids(samples, category), samples, strict=True), key=lambda pair: pair[0])
     taken = ids_there(index, [name for name, _ in named]) if index is not None else set()
     pieces: list[list[tuple[str, Sample]]] = []
