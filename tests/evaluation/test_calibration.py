@@ -156,24 +156,14 @@ def test_three_images_give_their_highest_score_and_say_so():
 
 
 def test_too_few_images_give_a_threshold_of_a_model_and_say_so():
-    calibration = calibrate(np.arange(10.0), target_fpr=0.05)
+    calibration = calibrate(np.arange(10.0, 20.0), target_fpr=0.05)
     assert calibration.tail is not None
-    assert calibration.image_threshold > 9.0
+    assert calibration.image_threshold > 19.0
     assert calibration.effective_fpr == 0.05
     assert not calibration.image_guaranteed
     assert any("10 good images are too few" in line and "model of the tail" in line for line in calibration.caveats())
     again = Calibration.from_dict(json.loads(json.dumps(calibration.to_dict())))
     assert again == calibration
-
-
-@pytest.mark.parametrize(("n", "target"), [(4, 0.05), (8, 0.05), (15, 0.05), (40, 0.01)])
-def test_over_many_draws_the_rate_of_a_modelled_threshold_is_the_target_where_tails_are_exponential(n, target):
-    rng = np.random.default_rng(0)
-    rates = []
-    for _ in range(4000):
-        threshold = calibrate(rng.exponential(size=n), target_fpr=target).image_threshold
-        rates.append(math.exp(-threshold))
-    assert np.mean(rates) == pytest.approx(target, abs=4 * np.std(rates) / math.sqrt(len(rates)))
 
 
 def test_modelled_p_values_fall_with_the_score_and_meet_the_counted_ones():
@@ -414,7 +404,9 @@ def test_a_change_of_precision_turns_no_good_image_into_a_bad_one(n):
     shifted = scores * (1 + PRECISION_SHIFT)
     assert not (used.is_anomalous(shifted) & ~recorded.is_anomalous(scores)).any()
     assert (used.conformal_p_value(shifted) >= recorded.conformal_p_value(scores) * (1 - 1e-9)).all()
-    assert used.caveats()[0].startswith("The thresholds come from bfloat16 scores, but this machine computes in float32")
+    assert used.caveats()[0].startswith(
+        "The thresholds come from bfloat16 scores, but this machine computes in float32"
+    )
     assert recorded.caveats() == used.caveats()[1:]
 
 
