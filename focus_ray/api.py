@@ -25,6 +25,7 @@ from focus_ray.bundle.make import bundle_place, train_here
 from focus_ray.config import Config, parse_config, read_mapping
 from focus_ray.data.images import ImageError, encode_png, read_image
 from focus_ray.data.importers.base import IMAGE_SUFFIXES, image_files, images_below
+from focus_ray.data.importers.groups import GroupRule, TableRule
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.schema import Row
@@ -130,19 +131,28 @@ class Model:
 
 
 def fit(
-    images: str | Path | NDArray[Any] | Sequence[Image], *, log: Callable[[str], None] | None = None, **settings: Any
+    images: str | Path | NDArray[Any] | Sequence[Image],
+    *,
+    groups: Sequence[str | int | None] | None = None,
+    group_by: str | None = None,
+    log: Callable[[str], None] | None = None,
+    **settings: Any,
 ) -> Model:
     """A model of good images, fitted in this process by the standard configuration.
 
     Args:
         images: a folder of good images, or one in a shape that ingest knows, whose good training images count; an ingested data
             set of one category; or images: a list, or an array (N, H, W, 3), uint8.
+        groups: name of the part that each image of a list or array shows; images of one part never judge each other. None or ""
+            is an image that is its own part.
+        group_by: the same for a folder, by a rule as of `focus-ray ingest --group-by`: name:REGEX, folder:LEVEL,
+            table:FILE:COLUMN or time:SECONDS.
         log: told of each step, in a line.
         settings: of the configuration, by their key's last part where it is one setting's (`image_size_px=224`), or in full
             with `__` for the dots (`model__weights="resnet18.pth"`); `focus-ray config explain` tells of them.
 
     Raises:
-        DataError: no usable image, or fewer than 4.
+        DataError: no usable image, or fewer than 4 images or parts; groups that do not fit the images.
         ConfigError: a setting is not known or does not fit.
         WeightsError: the backbone's weights cannot be had.
         MissingPackageError: the extra `train` is not installed.
@@ -156,7 +166,7 @@ def fit(
     if config.trackers:
         raise ConfigError("trackers: fit records nothing; `focus-ray fit` and `focus-ray train` do: leave it out")
     check_ingredients(config)
-    data, category = _ingested(images, root)
+    data, category = _ingested(images, root, groups, group_by)
     config = _parse(tree, data)
     split = split_category(config, category)
     train_here(config, [split], str(root), log or (lambda message: None), raise_at_once=True)
@@ -214,19 +224,29 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _keys(field.annotation, f"{prefix}{name}.")
 
 
-def _ingested(images: Any, root: Path) -> tuple[str, str]:
+def _ingested(
+    images: Any, root: Path, groups: Sequence[str | int | None] | None = None, group_by: str | None = None
+) -> tuple[str, str]:
     """The Parquet set of these images below `root`, or the one given, and its category. Raises: DataError."""
+    if groups is not None and isinstance(images, (str, Path)):
+        raise DataError(f"{images}: groups belong to a list or array of images: give group_by for a folder")
+    if group_by is not None and not isinstance(images, (str, Path)):
+        raise DataError(f"group_by={group_by!r} belongs to a folder: give groups for a list or array of images")
     source = Path(images).expanduser() if isinstance(images, (str, Path)) and "://" not in str(images) else None
     if isinstance(images, (str, Path)) and (source is None or any(source.glob("category=*"))):
         uri = str(images)
+        if group_by is not None:
+            raise DataError(f"group_by={group_by!r}: {uri} is ingested already: give --group-by to `focus-ray ingest`")
         return uri, _only(list_categories(uri), uri)
+    rule: str | GroupRule | None = group_by
     if source is None:
         source = _written(images, root / _NAME)
+        rule = _rule_of_groups(groups, source)
     elif not source.is_dir():
         raise DataError(f"{source}: no such folder: give a folder of good images")
     else:
         source = as_good(source, root)
-    report = ingest(source, root / "data", progress=False)
+    report = ingest(source, root / "data", progress=False, group_by=rule)
     name = _only([category.name for category in report.categories], str(source))
     return str(root / "data"), name
 
@@ -268,6 +288,21 @@ def _written(images: Any, folder: Path) -> Path:
         else:
             (folder / "good" / f"{name}.png").write_bytes(_encoded(image))
     return folder
+
+
+def _rule_of_groups(groups: Sequence[str | int | None] | None, folder: Path) -> GroupRule | None:
+    """Returns the rule that gives each image of `_written` its group. Raises: DataError: another number of groups than images."""
+    if groups is None:
+        return None
+    files = image_files(folder / "good")
+    if len(groups) != len(files):
+        raise DataError(f"{len(files)} images, but {len(groups)} groups: give one group an image")
+    names: dict[str, str] = {}
+    for file, group in zip(files, groups, strict=True):
+        if group is not None and (isinstance(group, bool) or not isinstance(group, (str, int, np.integer))):
+            raise DataError(f"group {group!r} of image {len(names)}: expected a name, a number or None")
+        names[file.name] = "" if group is None else str(group)
+    return TableRule("groups", names, folder) if any(names.values()) else None
 
 
 def _is_one(image: NDArray[Any]) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_set import make_bundle, small_config
 
+from focus_ray.bundle.bundle import read_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import DensityConfig
 from focus_ray.data.ingest import ingest
@@ -17,6 +18,7 @@ from focus_ray.density.base import Statistics, build_density, density_tensors, l
 from focus_ray.density.coreset import Coreset
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import NearestMemory, keep
+from focus_ray.evaluation.calibration import PRECISION_SHIFT, Calibration
 from focus_ray.precision import compute_dtype
 from focus_ray.samples.write import write_samples
 
@@ -77,6 +79,41 @@ def test_a_bundle_in_bfloat16_judges_as_one_in_float32(tmp_path: Path) -> None:
         scores[precision] = inspector.measure(iter_test_records(uri, "gear")).measured.scores
     np.testing.assert_allclose(scores["bf16"], scores["fp32"], rtol=0.05)
     assert np.corrcoef(scores["bf16"], scores["fp32"])[0, 1] > 0.99
+
+
+@pytest.mark.parametrize(("category", "precision"), [("real/circuit_board", "fp32"), ("mvtec/bottle", "bf16")])
+def test_on_real_images_another_precision_moves_scores_by_less_than_thresholds_allow_for(
+    category: str, precision: str, shared: Path, resnet18_weights: Path, tmp_path: Path
+) -> None:
+    """A bundle used at another precision than its own calls no good image bad that was good at its own."""
+    if not (shared / "data" / category).is_dir():
+        pytest.skip(f"there are no images at {shared / 'data' / category}")
+    uri, name = str(tmp_path / "data"), category.rpartition("/")[2]
+    for part, count in (("train", 10), ("test", 12)):
+        target = tmp_path / name / part / "good"
+        target.mkdir(parents=True)
+        for path in sorted((shared / "data" / category / part / "good").iterdir())[:count]:
+            (target / path.name).symlink_to(path)
+    ingest(tmp_path / name, uri, progress=False)
+    config = small_config(
+        uri,
+        tmp_path,
+        data={"categories": [name]},
+        model={"weights": str(resnet18_weights), "image_size_px": 128, "precision": precision},
+        density={"precision": precision, "reduction": "discriminant"},
+        scoring={"image_score": "profile"},
+        calibration={"method": "leave_one_out"},
+    )
+    place = make_bundle(config, name)
+    own, other = (read_bundle(place, precision=one) for one in (precision, {"fp32": "bf16", "bf16": "fp32"}[precision]))
+    assert own.calibration == Calibration.from_dict(read_manifest(place)["calibration"])
+    assert own.calibration.precision == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    assert other.calibration.converted_from == own.calibration.precision
+    assert other.calibration.image_threshold == own.calibration.image_threshold * (1 + PRECISION_SHIFT)
+    scores = [Inspector(bundle).measure(iter_test_records(uri, name)).measured.scores for bundle in (own, other)]
+    assert 1e-5 < np.abs(scores[1] / scores[0] - 1).max() < PRECISION_SHIFT
+    verdicts = [bundle.calibration.is_anomalous(each) for bundle, each in zip((own, other), scores, strict=True)]
+    assert not (verdicts[1] & ~verdicts[0]).any()
 
 
 def test_a_coreset_in_bfloat16_gives_nearly_the_same_distances() -> None:

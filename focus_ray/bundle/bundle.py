@@ -13,6 +13,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,7 @@ from focus_ray.fitting.scoring import Detector
 from focus_ray.model.backbones.base import bare_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
+from focus_ray.precision import describe_precision
 from focus_ray.storage import Stamp, exists, join, list_names, read_bytes, remove_file, stamp, stamps, write_bytes
 
 T = TypeVar("T")
@@ -68,7 +70,8 @@ _NOT_FOR_SCORING = ("projector.", "predictor.")  # f and g are dropped [kin]
 class Bundle(NamedTuple):
     """What a bundle holds once it is read.
 
-    manifest: see docs/reference/bundle.md.  detector: on the device asked for.  calibration: thresholds and p-values.
+    manifest: see docs/reference/bundle.md.  detector: on the device asked for.
+    calibration: thresholds and p-values, moved to the precision that the detector computes in (`Calibration.at_precision`).
     frame: what images are brought to, the region of interest included.
     known: `short_hash` of the images that the density was made of; empty where that was not kept.
     """
@@ -118,6 +121,8 @@ def write_bundle(
     Raises: DataError: the place cannot be written.
     """
     moments = statistics.moments
+    if calibration.precision is None:
+        calibration = replace(calibration, precision=describe_precision(config, detector.density.device))
     network = {
         name: value for name, value in detector.net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)
     }
@@ -275,7 +280,7 @@ def _read_bundle(
         if precision is not None:
             tree = {**tree, **{part: {**tree[part], "precision": precision} for part in ("model", "density")}}
         config = parse_config(tree, source=f"{uri}/{MANIFEST}")
-        calibration = Calibration.from_dict(manifest["calibration"])
+        calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
         category = str(manifest["category"])
     except (ConfigError, DataError, KeyError) as error:
         raise BundleError(f"{uri}: its manifest does not fit this version of focus_ray: {error}") from error

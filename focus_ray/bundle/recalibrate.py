@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.trade_off import TradeOff, trade_off
 from focus_ray.fitting.left_out import leave_one_out_pass
 from focus_ray.fitting.metric import NEIGHBOURS
+from focus_ray.precision import describe_precision
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def calibrate_bundle(
             "give images that it has not seen, or of a model joined of several sites the site's own bundle (--site)"
         )
     builder.add([one.score for one in new], [inspector.frame.inside(one.anomaly_map) for one in new])
-    calibration = builder.finish()
+    calibration = replace(builder.finish(), precision=describe_precision(inspector.bundle.config, inspector.device))
     curve = None
     if bad:
         curve = trade_off(np.array([one.score for one in new]), np.array([one.score for one in inspector.inspect(bad)]))
@@ -119,7 +120,8 @@ def calibrate_for_site(
     }
     asked = bundle.config.calibration.model_copy(update=targets)
     config = bundle.config.model_copy(update={"calibration": asked})
-    calibration = leave_one_out_pass(bundle.detector, statistics, config, chosen=rows).finish()
+    builder = leave_one_out_pass(bundle.detector, statistics, config, chosen=rows)
+    calibration = replace(builder.finish(), precision=describe_precision(config, bundle.detector.density.device))
     made = read_manifest(site)
     note = {"how": "images of a site, each left out", "site": made["sha256"], "num_good": len(rows)}
     own_metric = config.density.reduction == "discriminant" and config.density.metric is None

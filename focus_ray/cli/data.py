@@ -18,6 +18,7 @@ def add_data(commands: Any) -> None:
     ingest.add_argument("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
     ingest.add_argument("--category", action="append", help="take only this category (may be repeated)")
     ingest.add_argument("--site", default="default", help="where the images were taken (default: default)")
+    add_group_by(ingest)
     ingest.add_argument(
         "--append", action="store_true", help="add the images that a category does not have yet, and keep those it has"
     )
@@ -47,6 +48,17 @@ def add_data(commands: Any) -> None:
     compact.set_defaults(run=_compact)
 
 
+def add_group_by(parser: argparse.ArgumentParser) -> None:
+    """Adds --group-by to a command that ingests."""
+    parser.add_argument(
+        "--group-by",
+        metavar="RULE",
+        help="which photographs show the same part, so that none of them judges another: name:REGEX (on the file name; the first "
+        "group in parentheses, or the whole match), folder:LEVEL (1: the subfolder of good/ that holds the file), "
+        "table:FILE:COLUMN (CSV or JSON) or time:SECONDS (EXIF time; a burst) (default: each photograph is a part)",
+    )
+
+
 def _workers(text: str) -> int | str:
     if text == "auto":
         return text
@@ -62,6 +74,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
         "categories": arguments.category,
         "site": arguments.site,
         "append": arguments.append,
+        "group_by": arguments.group_by,
     }
     if arguments.workers is None:
         from focus_ray.data.ingest import ingest

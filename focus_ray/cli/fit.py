@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from focus_ray.cli.data import add_group_by
 from focus_ray.cli.output import require, say
 
 
@@ -21,6 +22,7 @@ def add_fit(commands: Any) -> None:
     fit.add_argument("source", help="folder of photographs of good parts; or good/ bad/ masks/, MVTec AD, BTAD, VisA")
     fit.add_argument("output", help="folder that is made: bundles/, report.html, report/ and data/")
     fit.add_argument("override", nargs="*", help="key=value for any setting, for instance model.weights=resnet18.pth")
+    add_group_by(fit)
     fit.set_defaults(run=_fit)
 
 
@@ -47,7 +49,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     from focus_ray.data.ingest import ingest
 
     with tempfile.TemporaryDirectory() as scratch:
-        ingested = ingest(as_good(Path(arguments.source), Path(scratch)), data)
+        ingested = ingest(as_good(Path(arguments.source), Path(scratch)), data, group_by=arguments.group_by)
     say(str(ingested))
     bundles = train(config, log=say)
     tested = any(category.num_test_normal + category.num_test_anomalous for category in ingested.categories)

@@ -12,7 +12,7 @@ from focus_ray.config import Config
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import READ_ROWS
 from focus_ray.data.regions import frame_of
-from focus_ray.data.schema import SPLITS
+from focus_ray.data.schema import SCHEMA, SPLITS
 from focus_ray.data.split import Split
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError
@@ -33,7 +33,10 @@ def ray_dataset(
     Turns DataSourceV2 off in this process's DataContext: with Ray 2.60 it starts 32 footer actors an epoch and reads
     small image sets about three times slower. On S3 each node uses its own credentials.
 
-    Args: split: train or test; None takes both.  columns: of ``SCHEMA``; None takes all.  version: None takes the current one.
+    Args:
+        split: train or test; None takes both.
+        columns: of ``SCHEMA``; None takes all. `group` is null in rows of part files that lack this column.
+        version: None takes the current one.
 
     Raises: DataError: as ``read_index``.
     """
@@ -46,7 +49,8 @@ def ray_dataset(
     commit = store.need_commit(category, version)
     ray.data.DataContext.get_current().use_datasource_v2 = False
     paths = [f"{store.folder(category)}/{entry['name']}" for entry in commit["files"]]
-    dataset = ray.data.read_parquet(paths, filesystem=store.filesystem, partitioning=None)
+    # the schema adds the column `group` to part files that lack it
+    dataset = ray.data.read_parquet(paths, filesystem=store.filesystem, partitioning=None, schema=SCHEMA)
     if split is not None:
         dataset = dataset.filter(expr=col("split") == split)
     return dataset.select_columns(list(columns)) if columns is not None else dataset
@@ -57,13 +61,17 @@ def stream_training_images(config: Config, split: Split) -> Any:
     frame = frame_of(config, split.category)
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
-        rows = zip(batch["label"], batch["content_hash"], batch["image"], strict=True)
-        images = [bytes(image) for label, found, image in rows if not label and split.part_of(found) == "fit"]
+        rows = zip(batch["label"], batch["content_hash"], batch["group"], batch["image"], strict=True)
+        images = [
+            bytes(image)
+            for label, content_hash, group, image in rows
+            if not label and split.part_of(content_hash, group or "") == "fit"
+        ]
         if not images:
             return {"image": np.empty((0, *frame.shape), dtype=np.uint8)}
         return {"image": decode_batch(images, frame)}
 
-    columns = ("label", "content_hash", "image")
+    columns = ("label", "content_hash", "group", "image")
     dataset = ray_dataset(config.data.uri, split.category, split="train", columns=columns, version=split.version)
     return dataset.map_batches(decode, batch_size=READ_ROWS)
 

@@ -20,6 +20,8 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +42,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 Reason = Literal["empty", "not_an_image", "unsupported", "truncated", "too_large"]
 
 _ORIENTATION_TAG = 0x0112
+_DATE_TIME, _EXIF_IFD = 0x0132, 0x8769
+_DATE_TIME_ORIGINAL, _SUBSEC_TIME, _SUBSEC_TIME_ORIGINAL = 0x9003, 0x9290, 0x9291
+_PNG_EXIF = {"exif", "Raw profile type exif"}
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -385,6 +390,34 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except (*_DECODE_ERRORS, AttributeError):
         return 1
+
+
+def read_capture_time(data: bytes | Path) -> datetime | None:
+    """Returns the EXIF time at which a photograph was taken: DateTimeOriginal, else DateTime; None if there is none.
+
+    Fractions of a second are added where the file has them. Only the header is read. Time zones are ignored.
+
+    Args: data: an encoded file, or its path.
+    """
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
+            if image.format == "PNG" and not _PNG_EXIF & image.info.keys():
+                return None  # getexif would decode the whole image to look for a block behind the pixels
+            exif = image.getexif()
+            details = exif.get_ifd(_EXIF_IFD)
+        for value, fraction in (
+            (details.get(_DATE_TIME_ORIGINAL), details.get(_SUBSEC_TIME_ORIGINAL)),
+            (exif.get(_DATE_TIME), details.get(_SUBSEC_TIME)),
+        ):
+            digits = str(fraction or "").strip("\0 ")
+            try:
+                time = datetime.strptime(str(value or "").strip("\0 ")[:19], "%Y:%m:%d %H:%M:%S")
+            except ValueError:  # absent, or the zeros of a camera whose clock was never set
+                continue
+            return time + timedelta(seconds=float(f"0.{digits}") if digits.isdecimal() else 0.0)
+    except (*_DECODE_ERRORS, AttributeError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        pass  # the check of the image says what is wrong
+    return None
 
 
 def _highest_channel(image: Image.Image) -> npt.NDArray[Any]:

@@ -13,11 +13,20 @@ from tqdm import tqdm
 from focus_ray.data.commits import Commit
 from focus_ray.data.importers.base import ImportPlan, ImportSettings
 from focus_ray.data.importers.choose import make_plans
+from focus_ray.data.importers.groups import GroupRule, parse_group_rule
 from focus_ray.data.ingestion.check import Checked, check, make_row, read_files
 from focus_ray.data.ingestion.chunks import Mapper, map_here
 from focus_ray.data.ingestion.known import all_files, read_facts, source_fingerprint, source_table
-from focus_ray.data.ingestion.pieces import Pieces, ingest_pieces
-from focus_ray.data.ingestion.report import CategoryReport, IngestReport, Outcome, count_rows, plausibility
+from focus_ray.data.ingestion.pieces import Pieces, ingest_pieces, unchanged_outcome
+from focus_ray.data.ingestion.report import (
+    CategoryReport,
+    IngestReport,
+    Outcome,
+    count_groups,
+    count_rows,
+    plausibility,
+    shared_groups_note,
+)
 from focus_ray.data.ingestion.unique import make_ids, without_duplicates
 from focus_ray.data.schema import Reject, Row
 from focus_ray.data.source import open_source
@@ -41,6 +50,7 @@ def ingest(
     num_threads: int | None = None,
     append: bool = False,
     run: Mapper | None = None,
+    group_by: str | GroupRule | None = None,
 ) -> IngestReport:
     """Reads, checks and publishes folders of images as Parquet, category by category.
 
@@ -59,9 +69,12 @@ def ingest(
             without its split table).  seed: chooses them.
         num_threads: threads that decode; None takes one a CPU, at most 8, and 16 from S3.
         append: add what a category does not have yet, instead of replacing it.
+        group_by: names the part or burst that each image shows: name:REGEX, folder:LEVEL, table:FILE:COLUMN or time:SECONDS;
+            docs/use/data.md explains them. None: each image is its own group.
         run: where pieces are read and written, as `cluster.ingest.on_cluster` gives it; None takes this process.
 
-    Raises: DataError: no category, nothing usable in one (the others are published first), or a failing storage.
+    Raises: DataError: no category, nothing usable in one (the others are published first), a failing storage, or a group rule
+        that is malformed or fits no image.
     """
     if format != "auto" and format not in IMPORTERS.places:
         raise DataError(f"format={format!r}: expected auto, {', '.join(IMPORTERS)}")
@@ -70,7 +83,8 @@ def ingest(
     if not site or site != site.strip() or not site.isprintable():
         raise DataError(f"site={site!r}: expected a name without spaces around it or control characters")
     root = open_source(source)
-    settings = ImportSettings(root, test_share, seed)
+    rule = parse_group_rule(group_by, root) if isinstance(group_by, str) else group_by
+    settings = ImportSettings(root, test_share, seed, rule)
     chosen, plans, notes = make_plans(root, format, categories, settings)
 
     store = open_store(destination)
@@ -112,9 +126,7 @@ def _ingest_category(
         fingerprint = source_fingerprint(plan, settings, site, facts)
         former = store.commit(plan.category)
         if former and former["source_fingerprint"] == fingerprint and store.is_whole(plan.category, former):
-            counts = former["counts"]
-            report = CategoryReport(plan.category, "unchanged", **counts, folders=tuple(plan.folders))
-            return report, store.rejects(plan.category), plausibility(plan.category, counts, [], settings)
+            return unchanged_outcome(plan, store, former, settings)
 
         store.check_writable()
         checked: list[Checked] = []
@@ -145,7 +157,12 @@ def _ingest_category(
 
         store.publish(plan.category, draft, parts)
     notes += plausibility(plan.category, counts, kept, settings)
-    return CategoryReport(plan.category, "written", **counts, folders=tuple(plan.folders)), rejects, notes
+    groups = count_groups(index)
+    notes += shared_groups_note(plan.category, groups)
+    report = CategoryReport(
+        plan.category, "written", **counts, folders=tuple(plan.folders), num_train_groups=groups.num_train
+    )
+    return report, rejects, notes
 
 
 def _read_row(name: str, item: Checked, category: str, site: str) -> Row:

@@ -18,7 +18,7 @@ from focus_ray.data.commits import Commit, PartEntry
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS, Row
-from focus_ray.data.store import Store, open_part, open_store
+from focus_ray.data.store import Store, open_part, open_store, read_columns
 from focus_ray.errors import DataError
 
 
@@ -84,7 +84,7 @@ def _index_of_parts(store: Store, category: str, commit: Commit) -> pa.Table:
 
     def read(entry: PartEntry) -> pa.Table:
         with open_part(store, category, entry) as part:
-            return part.read(columns=list(INDEX_COLUMNS))
+            return read_columns(part, INDEX_COLUMNS)
 
     with ThreadPoolExecutor(PART_READERS) as pool:
         return pa.concat_tables(list(pool.map(read, commit["files"])))
@@ -140,23 +140,24 @@ def _iterate_rows(
                 inside = numbers[cuts[group] : cuts[group + 1]] - bounds[group]
                 if not inside.size:
                     continue
-                table = part.read_row_group(group, columns=columns)
+                table = read_columns(part, columns, group)
                 for number in inside.tolist():
                     yield {name: table.column(name)[number].as_py() for name in columns}
 
 
 def data_fingerprint(uri: str | Path, category: str) -> str:
-    """SHA-256 hex over the sorted (content hash, label, split) of a category: what a model was made from.
+    """SHA-256 hex over the sorted (content hash, label, split, group) of a category: what a model was made from.
 
-    File names, order, encoding and masks do not enter.
+    File names, order, encoding and masks do not enter, and neither does an empty group.
     """
     return index_fingerprint(read_index(uri, category))
 
 
 def index_fingerprint(table: pa.Table) -> str:
     """``data_fingerprint`` of what ``read_index`` gave for both splits."""
-    lines = zip(*(table[name].to_pylist() for name in ("content_hash", "label", "split")), strict=True)
-    return hashlib.sha256("\n".join(sorted(f"{h} {label} {split}" for h, label, split in lines)).encode()).hexdigest()
+    rows = zip(*(table[name].to_pylist() for name in ("content_hash", "label", "split", "group")), strict=True)
+    lines = [f"{h} {label} {split}" + (f" {group}" if group else "") for h, label, split, group in rows]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 READ_ROWS = 32  # decoded at a time: bounds the memory of large originals

@@ -21,12 +21,23 @@ SCHEMA = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
         pa.field("site", pa.string(), nullable=False),
         pa.field("content_hash", pa.string(), nullable=False),  # SHA-256 of size and decoded RGB pixels
+        # the part or burst that the image shows; empty: the image is its own group. Sets from before this column lack it.
+        pa.field("group", pa.string(), nullable=False),
     ],
     metadata={"focus_ray.schema_version": str(SCHEMA_VERSION)},
 )
 SPLITS = ("train", "test")
-INDEX_COLUMNS = ("id", "split", "label", "defect_type", "width", "height", "site", "content_hash")
+INDEX_COLUMNS = ("id", "split", "label", "defect_type", "width", "height", "site", "content_hash", "group")
 INDEX_SCHEMA = pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS], metadata=SCHEMA.metadata)
+
+
+def with_groups(table: pa.Table) -> pa.Table:
+    """Returns the table with a `group` column, empty in each row if the table comes from before this column."""
+    if "group" in table.column_names:
+        return table
+    return table.append_column(SCHEMA.field("group"), pa.array([""] * table.num_rows, pa.string()))
+
+
 # of every file that was read for a category, images and masks: what tells that it is the same, and an image's pixels
 SOURCE_COLUMNS = pa.schema(
     [

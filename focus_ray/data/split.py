@@ -1,12 +1,14 @@
 """Which rows of a category train, validate and calibrate: a rule of a few numbers, applied where rows are read.
 
-Every normal training image has a key, a hash of the seed and its content. Those of the lowest keys calibrate, the next ones
-validate, the others train; so a category's split is two cut-offs, whatever the number of its images.
+Every normal training image has a key: a hash of the seed and its content, or of the seed and its group if it has one. Images
+with the lowest keys calibrate, the next ones validate, the others train. So a category's split is two cut-offs, whatever the
+number of its images, and all images of a group are in one part.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -31,7 +33,7 @@ class Split:
 
     Attributes:
         fingerprint, version: of the whole category's data; the version's rows stay readable beside later ones.
-        num_fit, num_validation, num_holdout: images of each part.
+        num_fit, num_validation, num_holdout: images of each part, not groups.
         validation_from, fit_from: keys, hex. Below the first an image calibrates, below the second it validates, and else it
             trains.
     """
@@ -51,9 +53,12 @@ class Split:
         """Of all parts."""
         return self.num_fit + self.num_validation + self.num_holdout
 
-    def part_of(self, content_hash: str) -> Literal["fit", "validation", "holdout"]:
-        """What a normal training image is for."""
-        key = key_of(self.seed, content_hash)
+    def part_of(self, content_hash: str, group: str = "") -> Literal["fit", "validation", "holdout"]:
+        """Returns the part that a normal training image belongs to.
+
+        Args: group: of the image's row; empty if the image is its own group.
+        """
+        key = key_of(self.seed, content_hash, group)
         return "holdout" if key < self.validation_from else "validation" if key < self.fit_from else "fit"
 
     def plan(self, config: Config) -> Plan:
@@ -159,12 +164,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class _NormalImages:
-    """Normal training images: row numbers, content hashes and keys, in row order, and places in the order of keys."""
+    """Normal training images of a category, in row order.
+
+    rows: (N,) row numbers.  hashes: content hashes.  groups: (N,) group numbers in the order of first appearance.  ids: (N,)
+    group_keys: (G,) key of each group.  sizes: (G,) images of each group.  group_places: (G,) rank of each group by its key.
+    """
 
     rows: NDArray[np.int64]
     hashes: Sequence[str]
-    keys: Sequence[str]
-    order: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    ids: pa.ChunkedArray
+    group_keys: Sequence[str]
+    sizes: NDArray[np.int64]
+    group_places: NDArray[np.int64]
 
 
 def split_category(config: Config, category: str) -> Split:
@@ -181,9 +193,10 @@ def plan_category(config: Config, category: str) -> Plan:
     return _rows_of(split, images, config.calibration.num_folds)
 
 
-def key_of(seed: int, content_hash: str) -> str:
-    """SHA-256 hex of seed and content: what orders the images of a category, as if drawn at random."""
-    return hashlib.sha256(f"{seed}:{content_hash}".encode()).hexdigest()
+def key_of(seed: int, content_hash: str, group: str = "") -> str:
+    """Returns the SHA-256 hex of seed and group, or of seed and content if there is no group: a random order of groups."""
+    text = f"{seed}:group:{group}" if group else f"{seed}:{content_hash}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def short_hash(content_hash: str) -> int:
@@ -192,33 +205,72 @@ def short_hash(content_hash: str) -> int:
 
 
 def _normal_images(table: pa.Table, seed: int) -> _NormalImages:
-    """Of a whole index."""
+    """Returns the normal training images of a whole index."""
     index = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.equal(table["label"], 0)))
-    hashes = index["content_hash"].to_pylist()
-    keys = [key_of(seed, one) for one in hashes]
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
-    return _NormalImages(index["row"].to_numpy(), hashes, keys, order)
+    hashes, names = index["content_hash"].to_pylist(), index["group"].to_pylist()
+    numbers: dict[str, int] = {}
+    groups, keys = [], []
+    for content_hash, name in zip(hashes, names, strict=True):
+        if name not in numbers:
+            keys.append(key_of(seed, content_hash, name))
+            if name:
+                numbers[name] = len(keys) - 1
+        groups.append(numbers.get(name, len(keys) - 1))
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    places = np.empty(len(keys), dtype=np.int64)
+    places[order] = np.arange(len(keys))
+    sizes = np.bincount(np.array(groups, dtype=np.int64), minlength=len(keys))
+    return _NormalImages(
+        index["row"].to_numpy(),
+        hashes,
+        np.array(groups, dtype=np.int64),
+        index["id"],
+        keys,
+        sizes.astype(np.int64),
+        places,
+    )
+
+
+def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Returns the rank of each id in natural order: numbers compare by value, so img_2 comes before img_10."""
+
+    def with_length(match: re.Match[str]) -> str:
+        digits = match.group().lstrip("0")
+        return f"{len(digits):03}{digits}"  # of two numbers the one with more digits is larger
+
+    keys = [(re.sub("[0-9]+", with_length, name), name) for name in ids.to_pylist()]
+    ranks = np.empty(len(keys), dtype=np.int64)
+    ranks[sorted(range(len(keys)), key=keys.__getitem__)] = np.arange(len(keys))
+    return ranks
 
 
 def _split(config: Config, category: str) -> tuple[Split, _NormalImages]:
     table = read_index(config.data.uri, category)
     images = _normal_images(table, config.train.seed)
-    count = len(images.rows)
-    if count < 4:
-        raise DataError(f"category {category!r} of {config.data.uri} has {count} normal training images; 4 at least")
-    num_holdout = min(count - 2, num_held_out(config, count))
-    num_validation = 0
+    count, num_groups = len(images.rows), len(images.group_keys)
+    parts = " parts" if num_groups < count else ""
+    shown = f"{count} normal training images" + (f" of {num_groups}{parts}" if parts else "")
+    if num_groups < 4:
+        raise DataError(f"category {category!r} of {config.data.uri} has {shown}; 4{parts} at least")
+    in_order = np.argsort(images.group_places)
+    sizes = images.sizes[in_order]
+    # the counts from here on are of groups: twenty photographs of two parts are worth two
+    holdout = min(num_groups - 2, num_held_out(config, num_groups))
+    holdout = _at_most(sizes, holdout, config.calibration.max_images, 1)
+    validation = 0
     if config.selection.enabled:
-        wanted = min(config.selection.max_images, round(config.selection.fraction * count))
-        num_validation = max(2, wanted)
-        if count - num_holdout - num_validation < 2:
+        wanted = min(config.selection.max_images, round(config.selection.fraction * num_groups))
+        validation = _at_most(sizes[holdout:], max(2, wanted), config.selection.max_images, 2)
+        if num_groups - holdout - validation < 2:
             raise DataError(
-                f"category {category!r} has {count} normal training images, of which {num_holdout} calibrate and "
-                f"{num_validation} validate: too few are left; set selection.enabled=false or add images"
+                f"category {category!r} has {shown}, of which {holdout}{parts} calibrate and {validation}{parts} "
+                "validate: too few are left; set selection.enabled=false or add images"
             )
-    cuts = [images.keys[images.order[place]] for place in (num_holdout, num_holdout + num_validation)]
+    cuts = [images.group_keys[in_order[place]] for place in (holdout, holdout + validation)]
     # two files of one content have one key, and stand on one side of a cut
-    below = [sum(key < cut for key in images.keys) for cut in cuts]
+    below = [
+        sum(int(size) for key, size in zip(images.group_keys, images.sizes, strict=True) if key < cut) for cut in cuts
+    ]
     return (
         Split(
             category,
@@ -235,24 +287,40 @@ def _split(config: Config, category: str) -> tuple[Split, _NormalImages]:
     )
 
 
+def _at_most(sizes: NDArray[np.int64], num_groups: int, max_images: int, fewest: int) -> int:
+    """Returns how many of the first `num_groups` groups hold at most `max_images` images, but not below `fewest` groups."""
+    fitting = int(np.searchsorted(np.cumsum(sizes[:num_groups]), max_images, side="right"))
+    return max(fitting, min(fewest, num_groups))
+
+
 def _rows_of(split: Split, images: _NormalImages, num_folds: int) -> Plan:
-    place = np.empty(len(images.rows), dtype=np.int64)
-    place[images.order] = np.arange(len(images.rows))
-    first, kept = split.num_holdout, split.num_holdout + split.num_validation
-    hashes = [short_hash(one) for one, number in zip(images.hashes, place, strict=True) if number >= first]
+    places = images.group_places[images.groups]
+    first, kept = (sum(key < cut for key in images.group_keys) for cut in (split.validation_from, split.fit_from))
+    fit, holdout = places >= kept, places < first
+    validation = ~(fit | holdout)
+    natural = _natural_ranks(images.ids)
+    hashes = [short_hash(one) for one, held in zip(images.hashes, holdout, strict=True) if not held]
     return Plan(
-        fit_rows=images.rows[place >= kept],
-        folds=place[place >= kept] % num_folds,
-        validation_rows=images.rows[(place >= first) & (place < kept)],
-        holdout_rows=images.rows[place < first],
+        fit_rows=images.rows[fit],
+        folds=places[fit] % num_folds,
+        validation_rows=images.rows[validation],
+        holdout_rows=images.rows[holdout],
         fingerprint=split.fingerprint,
         version=split.version,
         fit_hashes=np.sort(np.array(hashes, dtype=np.int64)),
+        fit_groups=images.groups[fit],
+        validation_groups=images.groups[validation],
+        holdout_groups=images.groups[holdout],
+        fit_order=natural[fit],
+        holdout_order=natural[holdout],
     )
 
 
 def num_held_out(config: Config, num_images: int) -> int:
-    """How many of a category's normal images calibrate and do nothing else."""
+    """Returns how many of a category's normal images calibrate and do nothing else.
+
+    Args: num_images: of the category; the number of groups where images have groups, and the result then counts groups too.
+    """
     calibration, fraction = config.calibration, config.data.holdout_fraction
     held = min(max(1, round(fraction * num_images)), calibration.max_images)
     if calibration.method == "split":

@@ -37,7 +37,16 @@ from focus_ray.data.commits import (
     parse_commit,
     stale,
 )
-from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, INDEX_SCHEMA, SCHEMA, SCHEMA_VERSION, Reject, Row
+from focus_ray.data.schema import (
+    COMMIT_NAME,
+    INDEX_COLUMNS,
+    INDEX_SCHEMA,
+    SCHEMA,
+    SCHEMA_VERSION,
+    Reject,
+    Row,
+    with_groups,
+)
 from focus_ray.errors import DataError, StorageError
 from focus_ray.storage import (
     create_bytes,
@@ -180,7 +189,7 @@ class Store:
                 f"{self.uri}: index {self.folder(category)}/{entry['name']} is missing or damaged. If the category was "
                 "ingested again meanwhile, start over; otherwise ingest it again"
             )
-        return pq.read_table(pa.BufferReader(data))
+        return with_groups(pq.read_table(pa.BufferReader(data)))
 
     def sources(self, category: str, commit: Commit) -> pa.Table | None:
         """`SOURCE_COLUMNS` of the files that were read; None where they are not known."""
@@ -434,6 +443,17 @@ def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:
 def open_store(uri: str | Path) -> Store:
     filesystem, path = open_filesystem(uri)
     return Store(str(uri), filesystem, path)
+
+
+def read_columns(part: pq.ParquetFile, columns: Sequence[str], group: int | None = None) -> pa.Table:
+    """Returns columns of a part file, or of one of its row groups. A column that the file lacks is filled by `with_groups`."""
+    there = [name for name in columns if name in part.schema_arrow.names]
+    if there == list(columns):
+        return part.read(columns=there) if group is None else part.read_row_group(group, columns=there)
+    if not there:  # a table without columns has no rows to be filled
+        there = ["label"]
+    table = part.read(columns=there) if group is None else part.read_row_group(group, columns=there)
+    return with_groups(table).select(columns)
 
 
 @contextmanager

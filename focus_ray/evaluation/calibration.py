@@ -196,7 +196,7 @@ class Calibration:
         return is_above(_without_nan(scores), self.image_threshold)
 
     def with_thresholds(self, image: float | None, pixel: float | None) -> Calibration:
-        """These scores with thresholds that a person chose; None keeps one.
+        """These scores with thresholds that a person chose; None keeps one. They hold as given at any precision.
 
         Raises: DataError: neither is given, or one is not a finite number above 0.
         """
@@ -205,7 +205,7 @@ class Calibration:
             raise DataError("no threshold to set: give an image threshold, a pixel threshold, or both")
         if not all(math.isfinite(value) and value > 0 for value in given):
             raise DataError(f"thresholds {given}; expected finite numbers above 0")
-        changed = replace(self, by_hand=True)
+        changed = replace(self, by_hand=True, precision=None)
         if pixel is not None:
             changed = replace(changed, pixel_threshold=float(pixel), pixel_guaranteed=False)
         if image is None:
@@ -248,8 +248,9 @@ class Calibration:
         unit = "parts" if grouped else "good images"
         if self.converted_from is not None:
             sentences.append(
-                f"The thresholds come from scores in {self.converted_from} and are used in {self.precision}, which moves scores by "
-                f"up to {PRECISION_SHIFT:.1%}: the thresholds are raised by this share. Calibrate on this machine to avoid it."
+                f"The thresholds come from {self.converted_from} scores, but this machine computes in {self.precision}. Scores "
+                f"may differ by {PRECISION_SHIFT:.1%}, so the thresholds are raised by this share. Calibrate on this machine to "
+                "avoid it."
             )
         if self.by_hand:
             sentences.append(

@@ -2,11 +2,12 @@
 
 The model takes the upper half of n scores as exponential above its lowest score, `start` (a generalised Pareto tail of shape
 0). The scale is uncertain: it is estimated from k - 1 excesses over the start. A prior over categories adds to them: the ratio
-scale/start follows an inverse-gamma law, as if `PRIOR_DEGREES` more excesses with the sum `PRIOR_SUM` x start had been seen.
-Ratios are comparable between categories and between kinds of score, because they have no unit.
+scale/start follows an inverse-gamma law, as if the tail had more excesses than the images show (`TailPrior`). Ratios have no
+unit, so they are comparable between categories and between kinds of score.
 
 The predictive distribution of one more score is then a Lomax tail (a generalised Pareto tail of positive shape): the fewer
-scores, the heavier the tail.
+scores, the heavier the tail. Its rates are exact, on average over draws and categories, where tails are exponential and the
+prior is the true one.
 """
 
 from __future__ import annotations
@@ -20,11 +21,22 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv, gammainc
 
 MIN_SCORES = 4  # fewer scores say nothing about a tail
-PRIOR_DEGREES = 0.0
-PRIOR_SUM = 0.0
 _TAIL_SHARE = 0.5  # of the scores make the tail
 _MIN_RELATIVE_SCALE = 1e-3  # scores that hardly differ say nothing about the next score
 _NUM_NODES = 400  # of the integral over the share above the start; the error is below 0.001
+
+
+class TailPrior(NamedTuple):
+    """Inverse-gamma prior of the ratio scale/start: `degrees` excesses more, with the sum `total` x start."""
+
+    degrees: float
+    total: float
+
+
+NO_PRIOR = TailPrior(0.0, 0.0)
+# half the weight of the maximum of the marginal likelihood on ten categories (`benchmarks.tails`): with all of it, the rate of
+# a category with an unusually long tail rises
+SHIPPED_PRIOR = TailPrior(5.0, 0.6)
 
 
 class Tail(NamedTuple):
@@ -70,7 +82,9 @@ def _true_shares(k: int, num_groups: int) -> NDArray[np.float64]:
     return np.asarray(betaincinv(k, num_groups + 1 - k, middles))
 
 
-def fit_tail(scores: NDArray[np.float64], num_groups: int | None = None) -> Tail | None:
+def fit_tail(
+    scores: NDArray[np.float64], num_groups: int | None = None, prior: TailPrior = SHIPPED_PRIOR
+) -> Tail | None:
     """Fits the tail of normal scores, or returns None for fewer than `MIN_SCORES` independent scores.
 
     Args:
@@ -85,6 +99,6 @@ def fit_tail(scores: NDArray[np.float64], num_groups: int | None = None) -> Tail
     images_per_group = scores.size / groups
     start = float(scores[scores.size - round(k * images_per_group)])
     excess_sum = float(np.maximum(scores - start, 0.0).sum()) / images_per_group
-    degrees = k - 1 + PRIOR_DEGREES
-    scale = (excess_sum + PRIOR_SUM * abs(start)) / degrees
+    degrees = k - 1 + prior.degrees
+    scale = (excess_sum + prior.total * abs(start)) / degrees
     return Tail(start, k / (groups + 1), max(scale, _MIN_RELATIVE_SCALE * abs(start), 1e-12), 1 / degrees)

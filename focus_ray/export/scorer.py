@@ -94,6 +94,8 @@ class Verdict(nn.Module):
         self.known: Tensor
         self.register_buffer("known", torch.tensor(calibration.image_scores, dtype=torch.float32))
         self.threshold, self.tail = calibration.image_threshold, calibration.tail
+        self.num_independent = calibration.num_independent
+        self.weight = calibration.num_independent / calibration.num_images
         # as float32, so that p <= the level, however it is compared, if and only if the image is anomalous
         level = np.float32(calibration.effective_fpr)
         if float(level) > calibration.effective_fpr:
@@ -103,7 +105,7 @@ class Verdict(nn.Module):
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         certain = scores - TIE * scores.abs()
         at_least = (self.known >= certain[:, None]).sum(dim=1).to(torch.float32)
-        p_value = (1 + at_least) / (1 + len(self.known))
+        p_value = (1 + at_least * self.weight) / (1 + self.num_independent)
         if self.tail is not None:
             excess = (certain - self.tail.start).clamp_min(0)
             beyond = self.tail.share * torch.pow(1 + self.tail.shape * excess / self.tail.scale, -1 / self.tail.shape)

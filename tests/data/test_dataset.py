@@ -86,6 +86,7 @@ def test_mvtec_rows_carry_the_schema(tmp_path: Path) -> None:
         "width": 16,
         "height": 12,
         "site": "plant-7",
+        "group": "",
     }
     assert (report.format, report.exit_status, report.num_rows) == ("mvtec", 0, 6)
 

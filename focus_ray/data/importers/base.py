@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from focus_ray.data.importers.groups import GroupRule, Place
 from focus_ray.data.importers.vocabulary import is_good_name, is_unclear_name
 from focus_ray.data.schema import Reject
 from focus_ray.data.source import SourcePath
@@ -35,6 +37,8 @@ class Sample:
     defect_type: str
     masks: tuple[SourcePath, ...] = ()
     drawn: bool = False  # the split is not the source's own but drawn
+    below: str = ""  # subfolders between the folder of the images and the file, as in "part1/view2"
+    group: str = ""  # the part or burst that the image shows; empty: the image is its own group
 
 
 @dataclass
@@ -56,11 +60,25 @@ class ImportPlan:
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """test_share: of the normal images that becomes test data where the source has no split.  seed: chooses them."""
+    """How the source is read.
+
+    test_share: share of the normal images that becomes test data where the source has no split.  seed: chooses them.
+    grouping: names the groups of images; None leaves each image its own group.
+    """
 
     source: SourcePath
     test_share: float
     seed: int
+    grouping: GroupRule | None = None
+
+    @property
+    def takes_subfolders(self) -> bool:
+        """Whether images in subfolders of good/ and the like are taken."""
+        return self.grouping is not None and self.grouping.takes_subfolders
+
+    def name_groups(self, places: Sequence[Place]) -> list[str]:
+        """Returns the group name of each image of one category and split; empty for an image that is its own group."""
+        return [""] * len(places) if self.grouping is None else self.grouping.name_groups(places)
 
     def relative(self, path: SourcePath) -> str:
         """For people and reports: bytes that are no UTF-8 are shown as \\xff."""
@@ -104,16 +122,27 @@ class FolderImporter:
         return [self.plan_one(folder, category_name(name, folder), settings)]
 
 
-def held_for_test(names: Sequence[str], settings: ImportSettings) -> set[str]:
-    """The seeded share of normal images that becomes test data: each name's place depends on that name and the seed."""
+def held_for_test(names: Sequence[str], settings: ImportSettings, groups: Sequence[str] | None = None) -> list[bool]:
+    """Returns whether each normal image becomes test data: a seeded share of the groups, with all of their images.
 
-    def draw(name: str) -> str:
-        return hashlib.sha256(f"{settings.seed}:{name}".encode("utf-8", "surrogateescape")).hexdigest()
+    The place of a group in the draw depends on its name and the seed alone. An image without a group is drawn by its own name.
 
-    count = round(settings.test_share * len(names))
-    if settings.test_share > 0 and len(names) > 1:
-        count = min(max(count, 1), len(names) - 1)
-    return set(sorted(set(names), key=draw)[:count])
+    Args: groups: group name of each image; None or an empty name: the image is its own group.
+    """
+
+    def draw(unit: tuple[str, str]) -> str:
+        group, name = unit
+        text = f"{settings.seed}:group:{group}" if group else f"{settings.seed}:{name}"
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+    groups = groups or [""] * len(names)
+    units = [(group, "" if group else name) for name, group in zip(names, groups, strict=True)]
+    num_units = len({group for group in groups if group}) + sum(not group for group in groups)
+    count = round(settings.test_share * num_units)
+    if settings.test_share > 0 and num_units > 1:
+        count = min(max(count, 1), num_units - 1)
+    held = set(sorted(set(units), key=draw)[:count])
+    return [unit in held for unit in units]
 
 
 def add_folder(
@@ -126,27 +155,44 @@ def add_folder(
     truth: SourcePath | None,
     settings: ImportSettings,
 ) -> None:
-    """Adds a folder's images to the plan, with their masks from `truth`; what it cannot place is rejected or noted."""
-    stems: set[str] = set()
-    visible, passed_over = _listed_files(folder)
-    for path in visible:
-        if is_lost(path):
-            plan.rejects.append(Reject(settings.relative(path), plan.category, "unreadable", lost_words(path)))
-        elif not path.is_file():
-            detail = "no regular file: a pipe, a device or a socket is not read"
-            plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
-        elif not is_utf8(path.name):
-            detail = "its name is not valid UTF-8: rename it"
-            plan.rejects.append(Reject(settings.relative(path), plan.category, "file_name", detail))
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            stems.add(path.stem)
-            masks = match_masks(truth, path.stem) if truth else []
-            plan.samples.append(Sample(path, origin, split, label, defect if label else "good", tuple(masks)))
-        else:
-            detail = f"suffix {path.suffix!r}: expected one of {', '.join(IMAGE_SUFFIXES)}"
-            plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
-    for nested in subfolders(folder):
-        plan.notes.append(f"{settings.relative(nested)}: skipped, images are expected directly in {folder.name}/")
+    """Adds a folder's images to the plan, with their masks from `truth`; what it cannot place is rejected or noted.
+
+    Images in subfolders are taken if `settings.takes_subfolders`; their masks are in the same subfolders of `truth`.
+    """
+    num_images = 0
+    passed_over: Counter[str] = Counter()
+    for below, level in folder_levels(folder, settings):
+        if not is_utf8(below):
+            detail = "its name is not valid UTF-8: rename the folder"
+            plan.rejects.append(Reject(settings.relative(level), plan.category, "file_name", detail))
+            continue
+        masks_folder = truth / below if truth and below else truth
+        stems: set[str] = set()
+        visible, companions = _listed_files(level)
+        passed_over.update(companions)
+        for path in visible:
+            if is_lost(path):
+                plan.rejects.append(Reject(settings.relative(path), plan.category, "unreadable", lost_words(path)))
+            elif not path.is_file():
+                detail = "no regular file: a pipe, a device or a socket is not read"
+                plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
+            elif not is_utf8(path.name):
+                detail = "its name is not valid UTF-8: rename it"
+                plan.rejects.append(Reject(settings.relative(path), plan.category, "file_name", detail))
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                stems.add(path.stem)
+                masks = tuple(match_masks(masks_folder, path.stem)) if masks_folder else ()
+                name = defect if label else "good"
+                plan.samples.append(Sample(path, origin, split, label, name, masks, below=below))
+            else:
+                detail = f"suffix {path.suffix!r}: expected one of {', '.join(IMAGE_SUFFIXES)}"
+                plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
+        num_images += len(stems)
+        if masks_folder:
+            reject_lone_masks(plan, masks_folder, stems, settings, subfolder_names(level, settings))
+    if not settings.takes_subfolders:
+        for nested in subfolders(folder):
+            plan.notes.append(f"{settings.relative(nested)}: skipped, images are expected directly in {folder.name}/")
     if passed_over:
         shown = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
         plan.notes.append(f"{settings.relative(folder)}: passed over {shown}")
@@ -156,13 +202,26 @@ def add_folder(
             if label
             else f"normal, for {'the test' if split == 'test' else 'training'}"
         )
-        plan.folders.append(f"{settings.relative(folder)}: {len(stems)} images, {meaning}")
+        plan.folders.append(f"{settings.relative(folder)}: {num_images} images, {meaning}")
         if label and is_unclear_name(defect):
             plan.notes.append(
                 f"{settings.relative(folder)}: taken for a defect named {defect!r}; if its parts are good, rename it to good"
             )
-    if truth:
-        reject_lone_masks(plan, truth, stems, settings)
+
+
+def folder_levels(folder: SourcePath, settings: ImportSettings) -> Iterator[tuple[str, SourcePath]]:
+    """Yields a folder of images and, if the settings take subfolders, all folders below it, each with its path below it."""
+    pending = [("", folder)]
+    while pending:
+        below, level = pending.pop(0)
+        yield below, level
+        if settings.takes_subfolders:
+            pending += [(f"{below}/{item.name}" if below else item.name, item) for item in subfolders(level)]
+
+
+def subfolder_names(folder: SourcePath, settings: ImportSettings) -> set[str]:
+    """Returns the names of the subfolders whose images are taken."""
+    return {item.name for item in subfolders(folder)} if settings.takes_subfolders else set()
 
 
 def match_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
@@ -178,10 +237,16 @@ def match_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
     return sorted(set(found)) + image_files(truth / stem)
 
 
-def reject_lone_masks(plan: ImportPlan, truth: SourcePath, stems: set[str], settings: ImportSettings) -> None:
+def reject_lone_masks(
+    plan: ImportPlan, truth: SourcePath, stems: set[str], settings: ImportSettings, parts: Collection[str] = ()
+) -> None:
+    """Rejects masks that belong to no image.
+
+    Args: parts: names of subfolders of `truth` that are checked for themselves.
+    """
     lone = [path for path in image_files(truth) if not {path.stem, path.stem.removesuffix("_mask")} & stems]
     for nested in subfolders(truth):
-        if nested.name not in stems:
+        if nested.name not in stems and nested.name not in parts:
             lone += image_files(nested)
     for path in lone:
         detail = "no image has this mask's name: rename one or remove the mask"

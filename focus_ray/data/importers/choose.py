@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from focus_ray.data.importers.base import ImportPlan, ImportSettings, image_files, subfolders
+from focus_ray.data.schema import SPLITS
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 from focus_ray.kinds import IMPORTERS
@@ -58,4 +60,33 @@ def make_plans(
         if unknown:
             raise DataError(f"{source}: no category {', '.join(unknown)}; there are: {', '.join(sorted(available))}")
         plans = [plan for plan in plans if plan.category in categories]
+    assign_groups(plans, settings)
     return chosen, plans, notes
+
+
+def assign_groups(plans: Sequence[ImportPlan], settings: ImportSettings) -> None:
+    """Gives each sample the group that the settings' rule names, and notes how many images have none.
+
+    Raises: DataError: no image of any category gets a group, or as the rule.
+    """
+    rule = settings.grouping
+    samples = [sample for plan in plans for sample in plan.samples]
+    if rule is None or not samples:
+        return
+    rule.check_sources(sample.path for sample in samples)
+    for plan in plans:
+        groups = [""] * len(plan.samples)
+        for split in SPLITS:
+            numbers = [number for number, sample in enumerate(plan.samples) if sample.split == split]
+            names = rule.name_groups([(plan.samples[number].path, plan.samples[number].below) for number in numbers])
+            for number, name in zip(numbers, names, strict=True):
+                groups[number] = name
+        plan.samples = [replace(sample, group=group) for sample, group in zip(plan.samples, groups, strict=True)]
+        alone = [sample for sample in plan.samples if not sample.group]
+        if alone:
+            plan.notes.append(
+                f"{plan.category}: {len(alone)} of {len(plan.samples)} images get no group from {rule.text!r}, and each counts "
+                f"as a part of its own (the first: {settings.relative(alone[0].path)})"
+            )
+    if not any(sample.group for plan in plans for sample in plan.samples):
+        raise DataError(f"group_by={rule.text!r} names the group of none of {len(samples)} images: {rule.hint}")

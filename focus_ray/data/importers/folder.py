@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 from focus_ray.data.importers.base import (
     FolderImporter,
@@ -10,6 +11,7 @@ from focus_ray.data.importers.base import (
     ImportSettings,
     Sample,
     add_folder,
+    folder_levels,
     good_folders,
     held_for_test,
     image_files,
@@ -17,6 +19,7 @@ from focus_ray.data.importers.base import (
     refuse_folders,
     reject_lone_masks,
     skipped_folders,
+    subfolder_names,
     subfolders,
 )
 from focus_ray.data.importers.vocabulary import is_bad_name
@@ -42,15 +45,19 @@ def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> Im
         for path in image_files(bad):
             owners[path.stem].append(bad.name)
 
-    held = held_for_test([item.path.name for item in normal.samples], settings) if bad_folders else set()
-    if held:
-        plan.folders.append(f"of the good images {len(held)} are kept for the test, the others are for training")
-    for sample in normal.samples:
+    held = [False] * len(normal.samples)
+    if bad_folders:
+        groups = settings.name_groups([(item.path, item.below) for item in normal.samples])
+        names = [f"{item.below}/{item.path.name}" if item.below else item.path.name for item in normal.samples]
+        held = held_for_test(names, settings, groups)
+    if any(held):
+        plan.folders.append(f"of the good images {sum(held)} are kept for the test, the others are for training")
+    for sample, is_held in zip(normal.samples, held, strict=True):
         stem = sample.path.stem
-        masks = match_masks(masks_root / sample.folder, stem)
-        masks = masks or ([] if stem in owners else match_masks(masks_root, stem))
-        split = "test" if sample.path.name in held else "train"
-        plan.samples.append(Sample(sample.path, sample.folder, split, 0, "good", tuple(masks), drawn=True))
+        masks = match_masks(_masks_of(masks_root, sample), stem)
+        masks = masks or ([] if stem in owners or sample.below else match_masks(masks_root, stem))
+        split = "test" if is_held else "train"
+        plan.samples.append(replace(sample, split=split, masks=tuple(masks), drawn=True))
     for bad in bad_folders:
         anomalous = ImportPlan(category)
         defect = bad.name[len("bad") :].lstrip("_-. ") if bad.name.lower().startswith("bad") else bad.name
@@ -59,8 +66,8 @@ def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> Im
         plan.take_over(anomalous)
         for sample in anomalous.samples:
             stem = sample.path.stem
-            masks = match_masks(masks_root / bad.name, stem)
-            if not masks:
+            masks = match_masks(_masks_of(masks_root, sample), stem)
+            if not masks and not sample.below:
                 masks = match_masks(masks_root, stem)
                 if masks and len(owners[stem]) > 1:
                     detail = (
@@ -69,14 +76,23 @@ def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> Im
                     )
                     plan.rejects.append(Reject(settings.relative(sample.path), category, "mask_ambiguous", detail))
                     continue
-            plan.samples.append(Sample(sample.path, bad.name, "test", 1, defect, tuple(masks)))
+            plan.samples.append(replace(sample, masks=tuple(masks)))
 
     image_folders = [*good, *bad_folders]
     stems = {folder.name: {path.stem for path in image_files(folder)} for folder in image_folders}
     reject_lone_masks(plan, masks_root, set().union(stems, *stems.values()), settings)
-    for name, own in stems.items():
-        reject_lone_masks(plan, masks_root / name, own, settings)
+    for folder in image_folders:
+        for below, level in folder_levels(folder, settings):
+            place = masks_root / folder.name / below if below else masks_root / folder.name
+            own = {path.stem for path in image_files(level)}
+            reject_lone_masks(plan, place, own, settings, subfolder_names(level, settings))
     return plan
+
+
+def _masks_of(masks_root: SourcePath, sample: Sample) -> SourcePath:
+    """Returns the folder of an image's masks: masks/<folder of the image>/<its subfolders>."""
+    place = masks_root / sample.folder
+    return place / sample.below if sample.below else place
 
 
 def _is_folder(folder: SourcePath) -> bool:

@@ -54,7 +54,15 @@ def plan_visa(
         if not label and not split:
             unsplit[category].append(image_text)
         parsed.append((category, split, label, label_text, image_text, (row.get("mask") or "").strip()))
-    held = {category: held_for_test(names, settings) for category, names in unsplit.items()}
+    held: dict[str, set[str]] = {}
+    for category, names in unsplit.items():
+        groups = (
+            settings.name_groups([(_table_path(name, root, table), "") for name in names])
+            if settings.grouping
+            else None
+        )
+        chosen = held_for_test(names, settings, groups)
+        held[category] = {name for name, is_held in zip(names, chosen, strict=True) if is_held}
     for category, split, label, label_text, image_text, mask_text in parsed:
         if categories is not None and category not in categories:
             plans.setdefault(category, ImportPlan(category))

@@ -123,4 +123,5 @@ def make_row(name: str, item: Checked, data: bytes, category: str, site: str) ->
         "height": item.height,
         "site": site,
         "content_hash": item.content_hash,
+        "group": item.sample.group,
     }

@@ -20,7 +20,7 @@ from focus_ray.data.commits import PartEntry
 from focus_ray.data.importers.base import ImportSettings, Sample
 from focus_ray.data.ingestion.check import Checked, Facts, check, facts_of, make_row, read_files
 from focus_ray.data.ingestion.unique import ids_there, make_ids, other_id
-from focus_ray.data.schema import INDEX_COLUMNS, INDEX_SCHEMA, Reject, Row
+from focus_ray.data.schema import INDEX_COLUMNS, INDEX_SCHEMA, Reject, Row, with_groups
 from focus_ray.data.source import SourcePath
 from focus_ray.data.store import Store, open_part, open_store
 
@@ -92,6 +92,7 @@ def make_chunks(
 
     Args: stamps: of their files.  index: of the rows that are there.
     """
+    settings = replace(settings, grouping=None)  # the samples have their groups; a rule's table stays in this process
     named = sorted(zip(make_ids(samples, category), samples, strict=True), key=lambda pair: pair[0])
     taken = ids_there(index, [name for name, _ in named]) if index is not None else set()
     pieces: list[list[tuple[str, Sample]]] = []
@@ -178,7 +179,7 @@ def part_rows(store: Store, category: str, entries: Sequence[PartEntry]) -> Iter
     for entry in entries:
         with open_part(store, category, entry) as part:
             for group in range(part.num_row_groups):
-                yield from part.read_row_group(group).to_pylist()
+                yield from with_groups(part.read_row_group(group)).to_pylist()
 
 
 def settle_parts(
@@ -227,5 +228,6 @@ def index_of_items(ids: Sequence[str], items: Sequence[Checked], site: str) -> p
         "height": [item.height for item in items],
         "site": [site] * len(items),
         "content_hash": [item.content_hash for item in items],
+        "group": [item.sample.group for item in items],
     }
     return pa.table({name: columns[name] for name in INDEX_COLUMNS}, schema=INDEX_SCHEMA)

@@ -22,7 +22,7 @@ Stamp = tuple[int, str]
 
 
 def source_fingerprint(plan: ImportPlan, settings: ImportSettings, site: str, facts: Mapping[SourcePath, Facts]) -> str:
-    """Over every file's name, size and bytes, what the importer made of it, and the settings."""
+    """SHA-256 hex over every file's name, size and bytes, its meaning for the importer, its group, and the settings."""
     samples = sorted(plan.samples, key=lambda item: settings.relative(item.path))
     described = [
         [
@@ -32,7 +32,10 @@ def source_fingerprint(plan: ImportPlan, settings: ImportSettings, site: str, fa
         for item in samples
     ]
     planned = sorted([item.path, item.reason, item.detail] for item in plan.rejects)
-    text = json.dumps([SCHEMA_VERSION, plan.category, site, described, planned])
+    facts_of_source = [SCHEMA_VERSION, plan.category, site, described, planned]
+    if settings.grouping is not None:  # without a rule, the fingerprint of programs before it
+        facts_of_source += [settings.grouping.text, [item.group for item in samples]]
+    text = json.dumps(facts_of_source)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,15 @@ from focus_ray.data.ingestion.known import (
     source_fingerprint,
     source_table,
 )
-from focus_ray.data.ingestion.report import CategoryReport, Outcome, count_rows, plausibility
+from focus_ray.data.ingestion.report import (
+    CategoryReport,
+    GroupCounts,
+    Outcome,
+    count_groups,
+    count_rows,
+    plausibility,
+    shared_groups_note,
+)
 from focus_ray.data.ingestion.unique import against, free_ids, make_ids, without_duplicates
 from focus_ray.data.read import index_of
 from focus_ray.data.schema import Reject
@@ -85,6 +93,7 @@ class _Category:
     stamps: dict[SourcePath, Stamp]
     facts: dict[SourcePath, Facts]
     num_there: int = 0
+    num_regrouped: int = 0
     base: _Base | None = None
     chunks: list[Chunk] = field(default_factory=list)
     results: list[Written | None] = field(default_factory=list)
@@ -129,13 +138,14 @@ def _look(plan: ImportPlan, how: Pieces) -> _Category:
         item.facts = _known_facts(known, paths, item.stamps, how)
         if item.base:
             index = item.base.index
-            samples = _not_there(item, known, index)
+            _join_groups(plan, index)
+            samples = _not_there(item, known, index, how.settings)
         elif (
             len(item.facts) == len(paths)
             and former["source_fingerprint"] == source_fingerprint(plan, how.settings, how.site, item.facts)
             and store.is_whole(category, former)
         ):
-            item.done = _unchanged(plan, store, former, how.settings)
+            item.done = unchanged_outcome(plan, store, former, how.settings)
             return item
     item.chunks = make_chunks(category, samples, item.stamps, store.uri, how.site, how.settings, how.num_threads, index)
     item.results = [None] * len(item.chunks)
@@ -152,25 +162,56 @@ def _known_facts(
         return {path: facts for path, (facts, _) in zip(again, pool.map(read_facts, again), strict=True)}
 
 
-def _not_there(item: _Category, known: Known, index: pa.Table) -> list[Sample]:
+def _join_groups(plan: ImportPlan, index: pa.Table) -> None:
+    """Moves normal images with a drawn split to the split of the rows of their group, so that no group is divided."""
+    columns = (index[name].to_pylist() for name in ("group", "label", "split"))
+    splits: dict[str, str] = {}
+    for group, label, split in zip(*columns, strict=True):
+        if group and not label and splits.get(group) != "train":
+            splits[group] = split
+    plan.samples = [
+        replace(sample, split=splits.get(sample.group, sample.split)) if sample.drawn and not sample.label else sample
+        for sample in plan.samples
+    ]
+
+
+def _not_there(item: _Category, known: Known, index: pa.Table, settings: ImportSettings) -> list[Sample]:
     """The samples but for those whose pixels, as is known without a look at them, are there with their label and split."""
     columns = (index[name].to_pylist() for name in ("content_hash", "label", "split"))
-    rows = set(zip(*columns, strict=True))
+    rows = dict(zip(zip(*columns, strict=True), index["group"].to_pylist(), strict=True))
     left = []
     for sample in item.plan.samples:
         content = known.content_hash(sample.path, item.facts.get(sample.path, (-1, "")))
         splits = ("train", "test") if sample.drawn else (sample.split,)
-        if content is not None and any((content, sample.label, split) in rows for split in splits):
+        there = [rows[key] for split in splits if (key := (content, sample.label, split)) in rows]
+        if there:
             item.num_there += 1
+            item.num_regrouped += settings.grouping is not None and sample.group not in there
         else:
             left.append(sample)
     return left
 
 
-def _unchanged(plan: ImportPlan, store: Store, former: Commit, settings: ImportSettings, num_there: int = 0) -> Outcome:
-    counts = former["counts"]
-    report = CategoryReport(plan.category, "unchanged", **counts, folders=tuple(plan.folders), num_there=num_there)
-    return report, store.rejects(plan.category), plausibility(plan.category, counts, [], settings)
+def unchanged_outcome(
+    plan: ImportPlan, store: Store, former: Commit, settings: ImportSettings, num_there: int = 0
+) -> Outcome:
+    """Returns the outcome of a category of which nothing is written."""
+    category, counts = plan.category, former["counts"]
+    notes = plausibility(category, counts, [], settings)
+    num_groups = None
+    if settings.grouping is not None:  # else the index is not read: there are no groups
+        groups = count_groups(index_of(store, category, former))
+        num_groups = groups.num_train
+        notes += shared_groups_note(category, groups)
+    report = CategoryReport(
+        category,
+        "unchanged",
+        **counts,
+        folders=tuple(plan.folders),
+        num_there=num_there,
+        num_train_groups=num_groups,
+    )
+    return report, store.rejects(category), notes
 
 
 def _finish(item: _Category, how: Pieces) -> Outcome:
@@ -200,8 +241,9 @@ class _Made:
         self.kept: list[Checked] = []
         self.rejects: list[Reject] = []
         self.counts: dict[str, int] = {}
-        self.num_there = 0
+        self.num_there = self.num_regrouped = 0
         self.former: Commit | None = None
+        self.groups = GroupCounts(None, ())
 
     def draft(self, former: Commit | None) -> Draft | None:
         """The next version after `former`; None where nothing is new."""
@@ -211,12 +253,13 @@ class _Made:
         displaced: dict[str, list[int]] = {}
         fresh = self.items
         rejects = [*self.plan.rejects, *self.rejected]
-        self.num_there = self.item.num_there
+        self.num_there, self.num_regrouped = self.item.num_there, self.item.num_regrouped
         if base is not None:
             held = against(self.items, base.index, category, settings)
             fresh, displaced = held.fresh, held.displaced
             rejects += held.rejects
             self.num_there += held.num_there
+            self.num_regrouped += held.num_regrouped
         self.kept, duplicates = without_duplicates(fresh, category, settings)
         self.rejects = sorted([*rejects, *duplicates], key=lambda item: (item.path, item.reason))
         if not self.kept:
@@ -238,6 +281,7 @@ class _Made:
         if base is None:
             facts = {**self.item.facts, **self.facts}
             print_of = source_fingerprint(self.plan, settings, self.how.site, facts)
+            self.groups = count_groups(light)
             return Draft(files, light, sources, print_of, self.counts, self.rejects, made)
         kept_hashes = {item.content_hash for item in self.kept}
         gone = np.zeros(base.index.num_rows, dtype=bool)
@@ -246,9 +290,11 @@ class _Made:
         self.counts = {name: count + base.commit["counts"][name] for name, count in self.counts.items()}
         self.counts["num_train"] -= int(gone.sum())
         print_of = _after(base.commit["source_fingerprint"], "append", light["content_hash"].to_pylist())
+        index = pa.concat_tables([base.index.filter(pa.array(~gone)), light])
+        self.groups = count_groups(index)
         return Draft(
             [*before, *files],
-            pa.concat_tables([base.index.filter(pa.array(~gone)), light]),
+            index,
             joined_sources(base.sources, self._new_sources(sources)),
             print_of,
             self.counts,
@@ -280,12 +326,18 @@ class _Made:
         category, settings = self.plan.category, self.how.settings
         notes = [f"{settings.relative(item.sample.path)}: {item.note}" for item in self.kept if item.note]
         appended = self.how.append and self.former is not None
+        if self.num_regrouped:
+            notes.append(
+                f"{category}: {self.num_regrouped} images are there already with another group, which they keep: to change it, "
+                "ingest all images again without --append"
+            )
         if not changed:
             if not appended or self.former is None or not self.num_there:
                 return None, self.rejects, notes
-            report, _, told = _unchanged(self.plan, self.how.store, self.former, settings, self.num_there)
-            return report, self.rejects, told
+            outcome = unchanged_outcome(self.plan, self.how.store, self.former, settings, self.num_there)
+            return outcome[0], self.rejects, [*notes, *outcome[2]]
         notes += plausibility(category, self.counts, self.kept, settings)
+        notes += shared_groups_note(category, self.groups)
         report = CategoryReport(
             category,
             "appended" if appended else "written",
@@ -293,6 +345,7 @@ class _Made:
             folders=tuple(self.plan.folders),
             num_added=len(self.kept) if appended else 0,
             num_there=self.num_there,
+            num_train_groups=self.groups.num_train,
         )
         return report, self.rejects, notes
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import pyarrow as pa
+
 from focus_ray.data.importers.base import ImportSettings
 from focus_ray.data.ingestion.check import Checked
 from focus_ray.data.schema import Reject
@@ -17,7 +19,8 @@ class CategoryReport:
     """What one category holds after an ingestion; counts are rows, ``num_masks`` anomalous rows with a mask.
 
     folders: what each folder of the source was taken for.  num_added: of an append, images that it brought.  num_there: images of
-    the source that were there before it.
+    the source that were there before it.  num_train_groups: groups of the training images, counting each image without a group;
+    None if no image has a group.
     """
 
     name: str
@@ -29,6 +32,7 @@ class CategoryReport:
     folders: tuple[str, ...] = ()
     num_added: int = 0
     num_there: int = 0
+    num_train_groups: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -64,6 +68,8 @@ class IngestReport:
             )
             if item.num_added or item.num_there:
                 lines.append(f"  {item.num_added} images are new, {item.num_there} were there already")
+            if item.num_train_groups is not None:
+                lines.append(f"{item.name}: {item.num_train} training images of {item.num_train_groups} parts")
             lines += [f"  {folder}" for folder in item.folders]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"rejected ({item.reason}): {item.path}: {item.detail}" for item in self.rejects]
@@ -85,6 +91,43 @@ def count_rows(kept: Sequence[Checked]) -> dict[str, int]:
         "num_test_anomalous": sum(item.sample.label for item in kept),
         "num_masks": sum(item.mask is not None for item in kept),
     }
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """Groups of a category.
+
+    num_train: groups of the training images, counting each image without a group; None if no image of the category has one.
+    shared: names of the groups with both training images and good test images, sorted.
+    """
+
+    num_train: int | None
+    shared: tuple[str, ...]
+
+
+def count_groups(index: pa.Table) -> GroupCounts:
+    """Counts the groups in an index of a category."""
+    named: dict[str, set[str]] = {"train": set(), "good test": set(), "bad test": set()}
+    num_alone = 0
+    for split, label, group in zip(*(index[name].to_pylist() for name in ("split", "label", "group")), strict=True):
+        if group:
+            named["train" if split == "train" else "bad test" if label else "good test"].add(group)
+        elif split == "train":
+            num_alone += 1
+    if not any(named.values()):
+        return GroupCounts(None, ())
+    return GroupCounts(len(named["train"]) + num_alone, tuple(sorted(named["train"] & named["good test"])))
+
+
+def shared_groups_note(category: str, groups: GroupCounts) -> list[str]:
+    """Returns a note if parts are photographed in both training images and good test images."""
+    if not groups.shared:
+        return []
+    count = len(groups.shared)
+    return [
+        f"{category}: {count} {'part is' if count == 1 else 'parts are'} in both the training images and the good test images "
+        f"(the first: {groups.shared[0]!r}): false alarms on known parts say little about new parts"
+    ]
 
 
 def plausibility(category: str, counts: dict[str, int], kept: Sequence[Checked], settings: ImportSettings) -> list[str]:

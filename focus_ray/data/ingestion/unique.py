@@ -50,11 +50,11 @@ def without_duplicates(
 
 
 def make_ids(samples: Sequence[Sample], category: str) -> list[str]:
-    """category/folder/defect/stem; the whole file name where stems clash, a number where names do."""
+    """category/folder/defect/subfolders/stem; the whole file name where stems clash, more of the path where names do."""
 
     def parts(sample: Sample) -> list[str]:
         defect = [] if sample.folder == sample.defect_type else [sample.defect_type]
-        return [category, sample.folder, *defect]
+        return [category, sample.folder, *defect, *([sample.below] if sample.below else [])]
 
     stems = ["/".join([*parts(sample), sample.path.stem]) for sample in samples]
     names = ["/".join([*parts(sample), sample.path.name]) for sample in samples]
@@ -94,7 +94,8 @@ def free_ids(ids: Sequence[str], items: Sequence[Checked], index: pa.Table) -> l
 class Against:
     """What became of images that were held against those that are there.
 
-    fresh: not there yet.  num_there: the same pixels, label and split are there.  displaced: content hash -> number of a row of
+    fresh: not there yet.  num_there: the same pixels, label and split are there.  num_regrouped: of these, images to which the
+    source now gives another group.  displaced: content hash -> number of a row of
     the training data that a fresh test image takes out.
     """
 
@@ -102,13 +103,14 @@ class Against:
     num_there: int
     rejects: list[Reject]
     displaced: dict[str, list[int]]
+    num_regrouped: int = 0
 
 
 def against(items: Sequence[Checked], index: pa.Table, category: str, settings: ImportSettings) -> Against:
     """Holds new images against a category's index; docs/use/data.md has the table."""
     rows = rows_alike(index, [item.content_hash for item in items])
     found = Against([], 0, [], {})
-    num_there = 0
+    num_there = num_regrouped = 0
     for item in items:
         there = rows.get(item.content_hash, [])
         sample = item.sample
@@ -120,6 +122,7 @@ def against(items: Sequence[Checked], index: pa.Table, category: str, settings: 
             found.rejects.append(Reject(path, category, "contradictory_label", detail))
         elif any(row.split == sample.split for row in there) or (there and sample.drawn):
             num_there += 1
+            num_regrouped += settings.grouping is not None and all(row.group != sample.group for row in there)
         elif there and sample.split == "train":
             detail = f"the same pixels are test data in the row {there[0].id}, which is kept"
             found.rejects.append(Reject(path, category, "duplicate_across_splits", detail))
@@ -127,7 +130,7 @@ def against(items: Sequence[Checked], index: pa.Table, category: str, settings: 
             found.fresh.append(item)
             if there:
                 found.displaced[item.content_hash] = [row.number for row in there]
-    return Against(found.fresh, num_there, found.rejects, found.displaced)
+    return Against(found.fresh, num_there, found.rejects, found.displaced, num_regrouped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +141,15 @@ class There:
     id: str
     label: int
     split: str
+    group: str
 
 
 def rows_alike(index: pa.Table, hashes: Collection[str]) -> dict[str, list[There]]:
     """Content hash -> the rows of an index that have it, of those hashes alone."""
     hit = pc.is_in(index["content_hash"], value_set=pa.array(sorted(set(hashes)), pa.string()))
     numbers = pc.indices_nonzero(hit)
-    part = index.take(numbers).select(["content_hash", "id", "label", "split"])
+    part = index.take(numbers).select(["content_hash", "id", "label", "split", "group"])
     found: dict[str, list[There]] = defaultdict(list)
     for number, row in zip(numbers.to_pylist(), part.to_pylist(), strict=True):
-        found[row["content_hash"]].append(There(number, row["id"], row["label"], row["split"]))
+        found[row["content_hash"]].append(There(number, row["id"], row["label"], row["split"], row["group"]))
     return found
