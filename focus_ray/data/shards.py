@@ -30,20 +30,23 @@ class Shard(Protocol):
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterable[Tensor]:
         """Exactly `steps` shuffled batches of exactly `batch_size` images."""
 
-    def fit_batches(self, fold: int | None = None, places: Sequence[int] | None = None) -> Iterable[Tensor]:
-        """Every image of the share once, or those of one fold of the cross calibration.
+    def fit_batches(self, places: Sequence[int] | None = None) -> Iterable[Tensor]:
+        """Every image of the share once.
 
         Args: places: of these, ascending; the others are not read.
         """
 
-    def fold_size(self, fold: int) -> int:
-        """Images of the share in one fold of the cross calibration."""
+    def fit_folds(self) -> NDArray[np.int64]:
+        """(N,) fold of each image of `fit_batches()` in the cross calibration. Raises: ValueError: folds are not known."""
 
     def validation_batches(self) -> Iterable[Tensor]:
         """Every image of the share that selection judges on, once."""
 
-    def holdout_batches(self) -> Iterable[Tensor]:
-        """Every held-out image of the share once."""
+    def holdout_batches(self, places: Sequence[int] | None = None) -> Iterable[Tensor]:
+        """Every held-out image of the share once.
+
+        Args: places: of these, ascending; the others are not read.
+        """
 
     def num_holdout(self) -> int:
         """Held-out images of the share."""
@@ -60,6 +63,12 @@ class Shard(Protocol):
     def fit_order(self) -> NDArray[np.int64]:
         """(N,) rank of each image of `fit_batches()` in natural order of file names, among all workers' images."""
 
+    def holdout_order(self) -> NDArray[np.int64]:
+        """(M,) rank of each image of `holdout_batches()`, as of `fit_order`."""
+
+    def join_validation(self) -> Shard:
+        """The share whose validation images are training images too, once nothing is left to be selected."""
+
 
 class MemoryShard:
     """A share that is held decoded in memory.
@@ -67,8 +76,8 @@ class MemoryShard:
     Args:
         images: (N, H, W, C) uint8, for training and density.  folds: (N,) their fold numbers, for cross calibration.
         holdout: (M, H, W, C) uint8, for calibration.  validation: (V, H, W, C) uint8, for label-free selection.
-        groups, holdout_groups: (N,) and (M,) group numbers. By default each image is its own group: 0 to N-1, then N to N+M-1.
-        order: (N,) rank of each image in natural order of file names. By default the position.
+        groups, validation_groups, holdout_groups: (N,), (V,) and (M,) group numbers. By default each image is its own group.
+        order, validation_order, holdout_order: ranks in natural order of file names. By default the position.
     """
 
     def __init__(
@@ -80,41 +89,46 @@ class MemoryShard:
         validation: Tensor | None = None,
         *,
         groups: ArrayLike | None = None,
+        validation_groups: ArrayLike | None = None,
         holdout_groups: ArrayLike | None = None,
         order: ArrayLike | None = None,
+        validation_order: ArrayLike | None = None,
+        holdout_order: ArrayLike | None = None,
     ) -> None:
         self.images, self.batch_size = images, batch_size
         self.holdout = images[:0] if holdout is None else holdout
         self.validation = images[:0] if validation is None else validation
         self.folds = folds
-        num_fit, num_holdout = len(images), len(self.holdout)
+        num_fit, num_validation, num_holdout = len(images), len(self.validation), len(self.holdout)
         self._groups = _numbers("groups", groups, np.arange(num_fit))
-        # after the last number of the fit images, so that no held-out image joins one of their groups
+        # after the last number of the fit images, so that no other image joins one of their groups
         first = int(self._groups.max()) + 1 if num_fit else 0
-        self._holdout_groups = _numbers("holdout_groups", holdout_groups, np.arange(first, first + num_holdout))
+        own = np.arange(first, first + num_validation + num_holdout)
+        self._validation_groups = _numbers("validation_groups", validation_groups, own[:num_validation])
+        self._holdout_groups = _numbers("holdout_groups", holdout_groups, own[num_validation:])
         self._order = _numbers("order", order, np.arange(num_fit))
+        last = np.arange(num_fit, num_fit + num_validation + num_holdout)
+        self._validation_order = _numbers("validation_order", validation_order, last[:num_validation])
+        self._holdout_order = _numbers("holdout_order", holdout_order, last[num_validation:])
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
         return epoch_batches(self.images, batch_size, steps, generator)
 
-    def fit_batches(self, fold: int | None = None, places: Sequence[int] | None = None) -> Iterator[Tensor]:
-        images = self.images
-        if fold is not None:
-            if self.folds is None:
-                raise ValueError("cross calibration needs the images' fold numbers")
-            images = images[self.folds == fold]
-        if places is not None:
-            images = images[torch.tensor(places, dtype=torch.long)]
+    def fit_batches(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
+        images = self.images if places is None else self.images[torch.tensor(places, dtype=torch.long)]
         yield from (batch for batch in images.split(self.batch_size) if len(batch))
 
-    def fold_size(self, fold: int) -> int:
-        return 0 if self.folds is None else int((self.folds == fold).sum())
+    def fit_folds(self) -> NDArray[np.int64]:
+        if self.folds is None:
+            raise ValueError("cross calibration needs the images' fold numbers")
+        return self.folds.numpy()
 
     def validation_batches(self) -> Iterator[Tensor]:
         yield from (batch for batch in self.validation.split(self.batch_size) if len(batch))
 
-    def holdout_batches(self) -> Iterator[Tensor]:
-        yield from (batch for batch in self.holdout.split(self.batch_size) if len(batch))
+    def holdout_batches(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
+        images = self.holdout if places is None else self.holdout[torch.tensor(places, dtype=torch.long)]
+        yield from (batch for batch in images.split(self.batch_size) if len(batch))
 
     def num_holdout(self) -> int:
         return len(self.holdout)
@@ -127,6 +141,25 @@ class MemoryShard:
 
     def fit_order(self) -> NDArray[np.int64]:
         return self._order
+
+    def holdout_order(self) -> NDArray[np.int64]:
+        return self._holdout_order
+
+    def join_validation(self) -> MemoryShard:
+        folds = None
+        if self.folds is not None:
+            num_folds = int(self.folds.max()) + 1 if len(self.folds) else 1
+            folds = torch.cat([self.folds, torch.from_numpy(self._validation_groups % num_folds)])
+        return MemoryShard(
+            torch.cat([self.images, self.validation]),
+            self.holdout,
+            folds,
+            self.batch_size,
+            groups=np.concatenate([self._groups, self._validation_groups]),
+            holdout_groups=self._holdout_groups,
+            order=np.concatenate([self._order, self._validation_order]),
+            holdout_order=self._holdout_order,
+        )
 
 
 def _numbers(name: str, values: ArrayLike | None, default: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -220,18 +253,19 @@ class StreamShard:
                 f"the stream of {self.category!r} gave {given} of {steps} batches: was the data changed?"
             )
 
-    def fit_batches(self, fold: int | None = None, places: Sequence[int] | None = None) -> Iterator[Tensor]:
-        rows = self.share.fit_rows if fold is None else self.share.fit_rows[self.share.folds == fold]
+    def fit_batches(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
+        rows = self.share.fit_rows
         return self._read(rows if places is None else rows[np.asarray(places, dtype=np.int64)])
 
-    def fold_size(self, fold: int) -> int:
-        return int((self.share.folds == fold).sum())
+    def fit_folds(self) -> NDArray[np.int64]:
+        return self.share.folds
 
     def validation_batches(self) -> Iterator[Tensor]:
         return self._read(self.share.validation_rows)
 
-    def holdout_batches(self) -> Iterator[Tensor]:
-        return self._read(self.share.holdout_rows)
+    def holdout_batches(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
+        rows = self.share.holdout_rows
+        return self._read(rows if places is None else rows[np.asarray(places, dtype=np.int64)])
 
     def num_holdout(self) -> int:
         return len(self.share.holdout_rows)
@@ -244,6 +278,12 @@ class StreamShard:
 
     def fit_order(self) -> NDArray[np.int64]:
         return self.share.fit_order
+
+    def holdout_order(self) -> NDArray[np.int64]:
+        return self.share.holdout_order
+
+    def join_validation(self) -> StreamShard:
+        return StreamShard(self.config, self.category, self.share.with_validation(), self.stream, self.num_threads)
 
     def _read(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
         uri, version = self.config.data.uri, self.share.version
@@ -292,6 +332,9 @@ def build_shard(
         config.train.batch_size_per_worker,
         load(share.validation_rows),
         groups=share.fit_groups,
+        validation_groups=share.validation_groups,
         holdout_groups=share.holdout_groups,
         order=share.fit_order,
+        validation_order=share.validation_order,
+        holdout_order=share.holdout_order,
     )

@@ -81,8 +81,8 @@ class Plan:
         fit_hashes: `short_hash` of the fit and validation rows, int64, sorted.
         fit_groups, validation_groups, holdout_groups: group number of each row of that list, int64. None numbers the rows of
             the three lists one after the other, so that each row is its own group.
-        fit_order, holdout_order: rank of each row among all normal training rows in natural order of their ids (img_2 before
-            img_10), int64. None takes the place in the lists.
+        fit_order, validation_order, holdout_order: rank of each row among all normal training rows in natural order of their
+            ids (img_2 before img_10), int64. None takes the place in the lists.
     """
 
     fit_rows: NDArray[np.int64]
@@ -96,6 +96,7 @@ class Plan:
     validation_groups: NDArray[np.int64] = None  # type: ignore[assignment]
     holdout_groups: NDArray[np.int64] = None  # type: ignore[assignment]
     fit_order: NDArray[np.int64] = None  # type: ignore[assignment]
+    validation_order: NDArray[np.int64] = None  # type: ignore[assignment]
     holdout_order: NDArray[np.int64] = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
@@ -107,6 +108,7 @@ class Plan:
             "validation_groups": validation,
             "holdout_groups": holdout,
             "fit_order": fit,
+            "validation_order": validation,
             "holdout_order": holdout,
         }
         for name, values in defaults.items():
@@ -134,6 +136,23 @@ class Plan:
             fit_order=self.fit_order[chosen],
         )
 
+    def with_validation(self) -> Plan:
+        """Returns the plan whose validation rows are fit rows too, in the order of rows, and no validation rows are left."""
+        rows = np.concatenate([self.fit_rows, self.validation_rows])
+        in_order = np.argsort(rows, kind="stable")
+        num_folds = int(self.folds.max(initial=0)) + 1
+        folds = np.concatenate([self.folds, self.validation_groups % num_folds])
+        return replace(
+            self,
+            fit_rows=rows[in_order],
+            folds=folds[in_order],
+            fit_groups=np.concatenate([self.fit_groups, self.validation_groups])[in_order],
+            fit_order=np.concatenate([self.fit_order, self.validation_order])[in_order],
+            validation_rows=NO_ROWS,
+            validation_groups=NO_ROWS,
+            validation_order=NO_ROWS,
+        )
+
     def without_holdout(self) -> Plan:
         """Returns the plan without its holdout rows."""
         return replace(self, holdout_rows=NO_ROWS, holdout_groups=NO_ROWS, holdout_order=NO_ROWS)
@@ -158,6 +177,7 @@ class Plan:
             validation_groups=part(self.validation_groups),
             holdout_groups=part(self.holdout_groups),
             fit_order=part(self.fit_order),
+            validation_order=part(self.validation_order),
             holdout_order=part(self.holdout_order),
         )
 
@@ -312,6 +332,7 @@ def _rows_of(split: Split, images: _NormalImages, num_folds: int) -> Plan:
         validation_groups=images.groups[validation],
         holdout_groups=images.groups[holdout],
         fit_order=natural[fit],
+        validation_order=natural[validation],
         holdout_order=natural[holdout],
     )
 

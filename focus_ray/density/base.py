@@ -11,6 +11,7 @@ from torch import Tensor
 
 from focus_ray.config import DensityConfig
 from focus_ray.density.moments import Moments, mean_variance
+from focus_ray.density.relations import Relations, join_relations
 from focus_ray.density.tiles import SharedByTiles, fold_bank
 from focus_ray.kinds import DENSITIES
 
@@ -38,7 +39,8 @@ class LeavesOut(Protocol):
         """(B, C, H, W) -> distances (B, H, W), each image's own embeddings left out for it.
 
         Args:
-            own: (B,), the images' numbers in the bank; of no meaning to a density without one.
+            own: (B,), the images' numbers in the bank, or (B, K), the numbers of all images that are left out for each; of no
+                meaning to a density without a bank.
         """
 
 
@@ -81,6 +83,9 @@ class Statistics:
     shown: (N, L) bool, places of the images of the bank that are scored; None: all.
     scatter: (2, C, C), of normal and of defective residuals, of which the metric was learnt (`fitting.metric`); None: it was not.
     grid: rows and columns of tiles that share the places of the moments, which count each; the bank has those of all tiles.
+    relations: which images of the bank show the same part; None: no two of them.
+    descriptors: (N, P, K) float16, the images of the bank as near-duplicates are searched among them (`fitting.duplicates`).
+    same_part_distance: the largest distance of descriptors at which two photographs may show the same part; None: not measured.
     """
 
     moments: Moments
@@ -89,6 +94,9 @@ class Statistics:
     scatter: Tensor | None = None
     shown: Tensor | None = None
     grid: tuple[int, int] = (1, 1)
+    relations: Relations | None = None
+    descriptors: Tensor | None = None
+    same_part_distance: float | None = None
 
     @property
     def num_images(self) -> int:
@@ -101,7 +109,12 @@ class Statistics:
             return self
         moments = self.moments
         bank = None if self.bank is None else fold_bank(self.bank, self.grid, moments.height, moments.width)
-        return Statistics(moments, bank)
+        relations = None if self.relations is None else self.relations.repeat(self.grid[0] * self.grid[1])
+        return Statistics(moments, bank, relations=relations)
+
+    def left_out_with(self, own: Tensor) -> Tensor:
+        """Numbers of the bank's images to leave out for each of some images, by their numbers (B,) -> (B,) or (B, K)."""
+        return own if self.relations is None else self.relations.relatives(own)
 
     def join(self, other: Statistics) -> Statistics:
         """Adds another site's, in place. Raises: ValueError: shapes or kinds differ."""
@@ -109,11 +122,16 @@ class Statistics:
             raise ValueError("statistics of a Gaussian and of a memory cannot be joined")
         self.moments.merge(other.moments)
         if self.bank is not None and other.bank is not None:
+            self.relations = join_relations(self.relations, len(self.bank), other.relations, len(other.bank))
             self.bank = torch.cat([self.bank, other.bank])
         if self.thetas is not None and other.thetas is not None:
             self.thetas = torch.cat([self.thetas, other.thetas])
         if self.shown is not None and other.shown is not None:
             self.shown = torch.cat([self.shown, other.shown])
+        if self.descriptors is not None and other.descriptors is not None:
+            self.descriptors = torch.cat([self.descriptors, other.descriptors])
+        else:
+            self.descriptors = None
         return self
 
     def keep_at_most(self, num_images: int) -> None:
@@ -129,6 +147,10 @@ class Statistics:
             self.thetas = self.thetas[chosen]
         if self.shown is not None:
             self.shown = self.shown[chosen]
+        if self.relations is not None:
+            self.relations = self.relations.subset(chosen)
+        if self.descriptors is not None:
+            self.descriptors = self.descriptors[chosen]
 
 
 def ridge_of(config: DensityConfig, moments: Moments) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-POOL = 32768  # patches, at most, among which the coreset is chosen
+POOL = 32768  # candidate patches at most, among which the coreset is chosen: its cost grows with their number
 _SEARCH_CHANNELS = 64  # of the random projection in which it is chosen [kin: Johnson-Lindenstrauss]
 _CHUNK_BYTES = 64 * 2**20  # of distances held at once
 
@@ -63,11 +63,26 @@ def choose_coreset(
     """The coreset of normal embeddings (N, L, K), any float type: at most so many patches. The same at every call."""
     num_images, places, channels = bank.shape
     generator = torch.Generator().manual_seed(0)
-    pool = torch.randperm(num_images * places, generator=generator)[:POOL]
+    pool = choose_candidates(num_images, places, generator)
     patches = bank.reshape(-1, channels)[pool].to(device, torch.float32)
     projection = torch.randn(channels, _SEARCH_CHANNELS, generator=generator).to(device)
     chosen = greedy_coreset(patches @ projection, num_patches).cpu()
     return Coreset(patches[chosen.to(device)], (pool[chosen] // places).to(device), dtype)
+
+
+def choose_candidates(num_images: int, places: int, generator: torch.Generator) -> Tensor:
+    """Numbers of at most POOL patches of a bank (N, L, K), number = image * L + place, spread over all images and places.
+
+    The places are put into random order. The images then take consecutive stretches of this order, so that every image gives
+    as many candidates, and every place too, up to one. A rare appearance in one image is then not missed by chance.
+    """
+    total = num_images * places
+    if total <= POOL:
+        return torch.randperm(total, generator=generator)
+    shuffled = torch.randperm(places, generator=generator)
+    candidates = torch.arange(POOL)
+    images = candidates * num_images // POOL  # about POOL / N consecutive candidates for each image
+    return images * places + shuffled[candidates % places]
 
 
 def greedy_coreset(points: Tensor, count: int) -> Tensor:

@@ -107,24 +107,82 @@ class LeftOutGaussian:
     Taking an image x out of n moves the mean m by (x - m) / (n - 1) and takes n / (n - 1) v v^T, v = x - m, from the
     scatter. With A the covariance of the whole scatter over n - 2, the left-out covariance is A - c v v^T, and the
     Sherman-Morrison formula gives its Mahalanobis distance from v^T A^-1 v alone. Exact but for the ridge and the pooled
-    covariance, which stay those of all images.
+    covariance, which stay those of all images. Several images are taken out together by the Woodbury formula.
     """
 
-    def __init__(self, moments: Moments, ridge: float, pooling: float) -> None:
-        """Raises: ValueError: fewer than three images."""
+    def __init__(self, moments: Moments, ridge: float, pooling: float, bank: Tensor | None = None) -> None:
+        """
+        Args: bank: (N, L, C), embeddings of images among those fitted; needed where several images are left out together.
+
+        Raises: ValueError: fewer than three images.
+        """
         if moments.count < 3:
             raise ValueError(f"leaving one image out needs at least 3, got {moments.count}: add training images")
-        n = moments.count
         self.height, self.width = moments.height, moments.width
-        mean, factor = fit_gaussian(moments, ridge, pooling, divisor=n - 2)
-        self.gaussian = Gaussian(mean, factor, moments.height, moments.width)
-        self.moved = n / (n - 1)
-        self.taken = (1 - pooling) * n / ((n - 1) * (n - 2))
+        self.moments, self.ridge, self.pooling, self.bank = moments, ridge, pooling, bank
+        self.gaussian, self.num_left_out = self._fit(1), 1
+
+    def _fit(self, num_left_out: int) -> Gaussian:
+        """The Gaussian of all images whose covariance is scaled as if so many images were left out."""
+        divisor = self.moments.count - num_left_out - 1
+        if divisor < 1:
+            raise ValueError(
+                f"leaving out {num_left_out} images that show one part needs at least {num_left_out + 2} images, got "
+                f"{self.moments.count}: add training images of other parts"
+            )
+        mean, factor = fit_gaussian(self.moments, self.ridge, self.pooling, divisor=divisor)
+        return Gaussian(mean, factor, self.height, self.width)
 
     def score(self, embedding: Tensor, own: Tensor) -> Tensor:
-        """(B, C, H, W) of images among those fitted -> (B, H, W)."""
+        """(B, C, H, W) of images among those fitted -> (B, H, W). own: as of `LeavesOut.score`."""
+        sets = [numbers.unique() for numbers in own.view(len(own), -1)]
+        if all(len(numbers) == 1 for numbers in sets):
+            return self._score_alone(embedding)
+        distances = torch.empty(len(own), self.height, self.width, device=embedding.device)
+        for size in sorted({len(numbers) for numbers in sets}):  # one fit for all sets of a size
+            if size != self.num_left_out:
+                self.gaussian, self.num_left_out = self._fit(size), size
+            for image, numbers in enumerate(sets):
+                if len(numbers) == size == 1:
+                    distances[image] = self._score_alone(embedding[image : image + 1])[0]
+                elif len(numbers) == size:
+                    distances[image] = self._score_without(embedding[image : image + 1], numbers)
+        return distances
+
+    def _score_alone(self, embedding: Tensor) -> Tensor:
+        """Each image (B, C, H, W) left out by itself -> (B, H, W)."""
+        if self.num_left_out != 1:
+            self.gaussian, self.num_left_out = self._fit(1), 1
+        n = self.moments.count
         square = self.gaussian.score(embedding).square()
-        return self.moved * (square / (1 - self.taken * square).clamp_min(1e-6)).sqrt()
+        taken = (1 - self.pooling) * n / ((n - 1) * (n - 2))
+        return n / (n - 1) * (square / (1 - taken * square).clamp_min(1e-6)).sqrt()
+
+    def _score_without(self, embedding: Tensor, numbers: Tensor) -> Tensor:
+        """One image (1, C, H, W) with k images of the bank left out, their numbers (k,) -> (H, W).
+
+        With v_j = x_j - m for the k images, m of all n images, and V = (v_1 ... v_k): the mean of the others is
+        m - V 1 / (n - k), their scatter is S - V M V^T with M = I + 1 1^T / (n - k), whose inverse is I - 1 1^T / n. The
+        squared distance of y = v + V 1 / (n - k) to A - c V M V^T, c = (1 - pooling) / (n - k - 1), is by Woodbury
+        y^T A^-1 y + (y^T A^-1 V) ((c M)^-1 - V^T A^-1 V)^-1 (V^T A^-1 y).
+        """
+        assert self.bank is not None, "several images can be left out only of a density whose bank is kept"
+        n, k = self.moments.count, len(numbers)
+        factor, mean = self.gaussian.precision_factor, self.gaussian.mean
+        rows = self.bank[numbers].to(mean).transpose(0, 1)[:, :, : mean.shape[1]]  # (L, k, C)
+        centred = rows - mean[:, None]
+        query = (
+            locations_first(embedding.to(mean)) - mean[:, None] + centred.sum(dim=1, keepdim=True) / (n - k)
+        )  # (L, 1, C)
+        whitened = torch.bmm(centred, factor.transpose(1, 2)).double()
+        whitened_query = torch.bmm(query, factor.transpose(1, 2)).double()
+        gram = whitened @ whitened.transpose(1, 2)  # V^T A^-1 V, (L, k, k)
+        cross = whitened @ whitened_query.transpose(1, 2)  # V^T A^-1 y, (L, k, 1)
+        scale = (1 - self.pooling) / (n - k - 1)
+        inverse = (torch.eye(k, dtype=gram.dtype, device=gram.device) - 1 / n) / max(scale, 1e-12)
+        added = (cross * torch.linalg.solve(inverse - gram, cross)).sum(dim=(1, 2))
+        square = whitened_query.square().sum(dim=(1, 2)) + added
+        return square.clamp_min(0).sqrt().float().view(self.height, self.width)
 
 
 class _GaussianKind:
@@ -136,7 +194,8 @@ class _GaussianKind:
         return Gaussian(mean, factor, moments.height, moments.width)
 
     def leaving_out(self, config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
-        return LeftOutGaussian(statistics.moments, ridge_of(config, statistics.moments), config.pooling)
+        ridge = ridge_of(config, statistics.moments)
+        return LeftOutGaussian(statistics.moments, ridge, config.pooling, statistics.bank)
 
     def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
         moments = statistics.moments

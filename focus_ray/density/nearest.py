@@ -22,6 +22,7 @@ from focus_ray.config import DensityConfig
 from focus_ray.density.base import Density, LeavesOut, Statistics, ridge_of, sample_positions
 from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coresets
 from focus_ray.density.moments import Moments, check_count, locations_first, pooled_covariance
+from focus_ray.density.relations import Relations
 from focus_ray.precision import compute_dtype
 
 _CHUNK_BYTES = 64 * 2**20  # of distances held at once
@@ -133,8 +134,11 @@ class NearestMemory:
         if self.images is None:
             agreement[:, :, torch.arange(len(own))[:, None], own.to(self.device)] = -torch.inf
             return
-        mine = self.images[part, None, None] == own.to(self.images)[None, :, :, None]  # (P, B, K, M)
-        agreement.masked_fill_(mine.any(dim=2)[:, None], -torch.inf)
+        num_images = 1 + max(int(self.images.max()), int(own.max()))
+        left_out = torch.zeros(len(own), num_images, dtype=torch.bool, device=self.device)
+        left_out.scatter_(1, own.to(self.device), True)
+        of_entries = left_out[:, self.images[part].long()].transpose(0, 1)  # (P, B, M)
+        agreement.masked_fill_(of_entries[:, None], -torch.inf)
 
 
 class JointMemory:
@@ -161,8 +165,15 @@ class JointMemory:
         ) / 2
 
 
-def typical_distances(places: NearestMemory, coreset: Coreset, bank: Tensor) -> Tensor:
-    """Mean distances (2,) of some images of the bank (N, L, C + K), their own embeddings left out; 1 where there is one image."""
+def typical_distances(
+    places: NearestMemory, coreset: Coreset, bank: Tensor, relations: Relations | None = None
+) -> Tensor:
+    """Mean distances (2,) of some images of the bank (N, L, C + K), each scored without itself and the images related to it.
+
+    Args: relations: between the images of the bank; None: no two are related.
+
+    Returns: 1 for both if there is only one image.
+    """
     if len(bank) < 2:
         return torch.ones(2, device=places.device)
     own = torch.tensor(sorted(sample_positions(len(bank), _TYPICAL_IMAGES)))
@@ -171,7 +182,8 @@ def typical_distances(places: NearestMemory, coreset: Coreset, bank: Tensor) -> 
         rows = bank[numbers].to(places.device, torch.float32).transpose(1, 2)
         rows = rows.unflatten(2, (places.height, places.width))
         few = places.bank.shape[2]
-        both = places.score(rows[:, :few], numbers), coreset.score(rows[:, few:], numbers)
+        left_out = numbers if relations is None else relations.relatives(numbers)
+        both = places.score(rows[:, :few], left_out), coreset.score(rows[:, few:], left_out)
         found += torch.stack([one.mean() for one in both]) * len(numbers)
     return (found / len(own)).clamp_min_(1e-12)
 
@@ -307,7 +319,8 @@ class _NearestKind:
         if not config.keeps_coreset:
             return places
         coreset = choose_coreset(others, config.coreset, places.device, dtype)
-        return JointMemory(places, coreset, typical_distances(places, coreset, statistics.bank))
+        typical = typical_distances(places, coreset, statistics.bank, statistics.relations)
+        return JointMemory(places, coreset, typical)
 
     def leaving_out(self, config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
         assert isinstance(density, (NearestMemory, JointMemory))

@@ -63,7 +63,9 @@ class Relations(NamedTuple):
         return Relations(related, self.groups.repeat_interleave(count))
 
 
-def join_relations(first: Relations | None, num_first: int, second: Relations | None, num_second: int) -> Relations | None:
+def join_relations(
+    first: Relations | None, num_first: int, second: Relations | None, num_second: int
+) -> Relations | None:
     """The relations of two banks put one after the other; no image of the first is related to one of the second.
 
     Args: first, second: None where no two images of that bank are related.

@@ -105,13 +105,13 @@ class SharedByTiles:
         """(B, C, H, W) -> distances (B, H, W).
 
         Args:
-            own: (B,), the number of each image in the bank: all of its tiles are left out for it.
+            own: (B,), the number of each image in the bank, or (B, K), several numbers: all tiles of these images are left out.
         """
         tiles = split_places(embedding, *self.grid)
         if own is None:
             found = self.one.score(tiles)
         else:
             count = self.grid[0] * self.grid[1]
-            mine = own[:, None] * count + torch.arange(count, device=own.device)  # (B, count)
-            found = self.one.score(tiles, mine.repeat_interleave(count, dim=0))
+            tiles_of = own.view(len(own), -1, 1) * count + torch.arange(count, device=own.device)  # (B, K, count)
+            found = self.one.score(tiles, tiles_of.flatten(1).repeat_interleave(count, dim=0))
         return join_places(found[:, None], *self.grid)[:, 0]

@@ -4,36 +4,61 @@ Images are compared by their descriptors: features of the pretrained network, av
 one part are then clearly closer to each other than to photographs of any other part. Three sources of relations are joined:
 
 1. Groups that the user named.
-2. Near-duplicates: for each image, the nearest images are separated from the others by a gap in the sorted distances.
+2. Near-duplicates: images as close to each other as two photographs of one part (`measure_same_part_distance`), and separated
+   from all other images by a gap in the sorted distances.
 3. Sequences: in the order of file names, neighbours are closer than images far apart. Then a block of neighbours is related.
 
-The constants were chosen on bursts that were simulated from bottle, circuit_board and cookie, and checked on seven other
+The constants were chosen on bursts that were simulated from bottle, circuit_board, cookie and screw, and checked on six other
 categories (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from focus_ray.density.relations import Relations
+from focus_ray.fitting.scoring import embed, to_images
+from focus_ray.model.network import FocusNet
+from focus_ray.model.reduction import ChannelReduction
 
 GRID = 8  # cells of a descriptor along each side; a shift by a few pixels hardly changes the average over a cell
 GAP = 0.8  # an image's nearest images are its duplicates if the next image is at least 1 / GAP times as far away
 # Duplicates are ignored if fewer images than this share have any. Chance pairs stay below 0.2 in all categories at hand, and
 # the false alarm rate rises by no more than 1 / (1 - share), since only the scores of these images are too low.
 MIN_DUPLICATE_SHARE = 0.4
-MAX_GROUP_SHARE = 0.34  # of all images in one group: larger clusters are variants of a product, not photographs of a part
+MAX_GROUP_SHARE = 0.34  # of all images in one group; a larger cluster is a variant of a product rather than one part
+# Two simulated photographs of one part differ by these shifts (in pixels of the model's input, down and right) and by noise.
+SHIFTS_PX = ((1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (1, -1), (2, 1), (1, 2))
+NOISE = 2.0  # grey levels of 255, standard deviation
+TOLERANCE = 1.3  # real photographs may lie this much farther apart than the median of the simulated ones
 MIN_IMAGES = 4  # fewer images have no meaningful sorted distances
 MIN_SEQUENCE_IMAGES = 16
 SEQUENCE_DISTANCE = 0.8  # neighbours in a sequence are closer than this share of the mean distance
 PLATEAU = 0.9  # images so far apart in order that their distance reaches this share of the mean are unrelated
-MAX_BLOCK_SHARE = 0.125  # of all images in a block, on each side: three quarters of the images at least are never left out
+MAX_BLOCK_SHARE = (
+    0.125  # of all images in a block, on each side: three quarters of the images at least are never left out
+)
 PERMUTATIONS = 199
 SEQUENCE_LEVEL = 0.005  # of the permutation test: the smallest p-value that 199 permutations can give
+
+
+class ImageOrigins(NamedTuple):
+    """What is known about N images besides their pixels.
+
+    Attributes:
+        groups: (N,) int64, group numbers that the user named; an image without a name has a number of its own.
+        order: (N,) int64, rank of each image in the order of file names.
+        same_part_distance: as `measure_same_part_distance` returns it; None: near-duplicates are not looked for.
+    """
+
+    groups: Tensor
+    order: Tensor
+    same_part_distance: float | None = None
 
 
 def describe(embedding: Tensor) -> Tensor:
@@ -55,29 +80,70 @@ def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
     return total / first.shape[1]
 
 
-def find_relations(descriptors: Tensor, named_groups: Tensor, order: Tensor) -> Relations | None:
-    """Relations between N images.
+def descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tensor:
+    """The channels (N, K, H, W) of an embedding (N, C + K, H, W) that descriptors are made of.
 
-    Args:
-        descriptors: (N, P, C).
-        named_groups: (N,) int64, group numbers that the user named; an image without a name has a number of its own.
-        order: (N,) int64, rank of each image in the order of file names.
-
-    Returns: None if no two images are related, or if all images would be: then nothing can be left out.
+    These are the channels of the coreset, which do not depend on a learnt metric; all channels where there is no coreset.
     """
-    return find_relations_D(descriptor_distances(descriptors, descriptors).cpu(), named_groups.cpu(), order.cpu())
+    return embedding[:, reduction.num_channels :] if reduction.num_coreset_channels else embedding
 
 
-def find_relations_D(distances: Tensor, named_groups: Tensor, order: Tensor) -> Relations | None:
-    relations = Relations.from_groups(_merge(named_groups, find_duplicates(distances)))
-    relations = relate_sequence(distances, relations, order)
+@torch.inference_mode()
+def measure_same_part_distance(
+    net: FocusNet, reduction: ChannelReduction, images: Tensor, device: torch.device | str
+) -> float | None:
+    """The largest distance of descriptors at which two images may be photographs of one part.
+
+    Each image is photographed a second time in simulation: shifted by up to two pixels, with noise.
+
+    Args: images: (N, H, W, C) uint8, a few images of the category.
+
+    Returns: None without images.
+    """
+    if not len(images):
+        return None
+    distances = []
+    generator = torch.Generator().manual_seed(0)
+    for number, image in enumerate(images[..., :3].float()):
+        shifted = _shift(image, *SHIFTS_PX[number % len(SHIFTS_PX)])
+        pair = torch.stack([image, shifted]) + NOISE * torch.randn(2, *image.shape, generator=generator)
+        batch = to_images(pair.clamp(0, 255).round().to(torch.uint8), device)
+        descriptors = describe(descriptor_channels(embed(net, reduction, batch, alike=True)[0], reduction))
+        distances.append(float(descriptor_distances(descriptors[:1], descriptors[1:])))
+    return TOLERANCE * float(torch.tensor(distances).median())
+
+
+def _shift(image: Tensor, down: int, right: int) -> Tensor:
+    """An image (H, W, C) shifted by up to two pixels; its border is repeated."""
+    height, width = image.shape[:2]
+    padded = F.pad(image.permute(2, 0, 1)[None], (2, 2, 2, 2), mode="replicate")[0].permute(1, 2, 0)
+    return padded[2 - down : 2 - down + height, 2 - right : 2 - right + width]
+
+
+def find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | None:
+    """Relations between N images, from their descriptors (N, P, C) and origins.
+
+    Returns: None if no two images are related, or if an image would be related to all others: nothing could be left out.
+    """
+    distances = descriptor_distances(descriptors, descriptors).cpu()
+    groups = origins.groups.cpu()
+    if origins.same_part_distance is not None:
+        groups = _merge(groups, find_duplicates(distances, origins.same_part_distance))
+    relations = relate_sequence(distances, Relations.from_groups(groups), origins.order.cpu())
     if relations.is_trivial or bool(relations.related.all(dim=1).any()):
         return None
     return relations
 
 
-def find_duplicates(distances: Tensor) -> Tensor:
-    """Groups of near-duplicates from distances (N, N) between images -> group numbers (N,)."""
+def find_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:
+    """Groups of near-duplicates.
+
+    Args:
+        distances: (N, N) between images.
+        same_part_distance: images that are farther apart are not duplicates.
+
+    Returns: group numbers (N,).
+    """
     num_images = len(distances)
     alone = torch.arange(num_images)
     if num_images < MIN_IMAGES:
@@ -90,7 +156,8 @@ def find_duplicates(distances: Tensor) -> Tensor:
     gap, place = ratios.min(dim=1)
     before_gap = torch.arange(most) <= place[:, None]
     linked = torch.zeros(num_images, num_images, dtype=torch.bool)
-    linked.scatter_(1, numbers[:, :most], before_gap & (gap <= GAP)[:, None])
+    close = nearest[:, :most] <= same_part_distance
+    linked.scatter_(1, numbers[:, :most], before_gap & (gap <= GAP)[:, None] & close)
     groups = connected_components(linked & linked.t())
     sizes = torch.bincount(groups, minlength=num_images)[groups]
     if float((sizes > 1).float().mean()) < MIN_DUPLICATE_SHARE or int(sizes.max()) > MAX_GROUP_SHARE * num_images + 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,11 +29,22 @@ from focus_ray.density.base import (
     sample_positions,
 )
 from focus_ray.density.moments import Moments
+from focus_ray.density.relations import Relations, fold_numbers
 from focus_ray.density.tiles import Tiles
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder, Method
 from focus_ray.evaluation.selection import validation_images
-from focus_ray.fitting.distributed import decided_by_first, gather_objects, world_size
+from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, world_size
+from focus_ray.fitting.duplicates import (
+    GRID,
+    SHIFTS_PX,
+    ImageOrigins,
+    describe,
+    describe_bank,
+    descriptor_channels,
+    find_relations,
+    measure_same_part_distance,
+)
 from focus_ray.fitting.left_out import leave_one_out_pass
 from focus_ray.fitting.metric import Metric, images_to_look_at, metric_pass
 from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
@@ -44,7 +55,7 @@ from focus_ray.fitting.passes import (
     validation_pass,
 )
 from focus_ray.fitting.profile import fit_profile
-from focus_ray.fitting.scoring import Detector
+from focus_ray.fitting.scoring import Detector, embed, to_images
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
 from focus_ray.kinds import DENSITIES
@@ -57,6 +68,11 @@ from focus_ray.progress import track
 from focus_ray.seeds import derived_seed
 
 _CALIBRATED = 128  # images, at most, that a density without a memory leaves out, each in turn
+_MAX_COMPARED = (
+    4096  # images among which the cross calibration looks for photographs of one part: all pairs are compared
+)
+# Fewer held-out images than this share show parts that training images do not show: then training images calibrate instead.
+_MIN_UNRELATED_SHARE = 0.5
 
 
 @dataclass
@@ -150,16 +166,26 @@ class Run:
         torch.manual_seed(config.train.seed)
         net = build_net(config.model) if net is None else net
         net = net.to(device).to(memory_format=torch.channels_last)
-        self.config, self.net, self.shard, self.num_images = config, net, shard, num_images
+        self.config, self.net, self.shard = config, net, shard
         self.device, self.rank, self.log = device, rank, log
-        self.offset = num_images * rank // world_size()
-        self.num_own = num_images * (rank + 1) // world_size() - self.offset
+        self._count_own(num_images)
         self.reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
         self.notes = Notes()
         self.seconds: dict[str, float] = {}
         self.best: Best | None = None
         self.metric: Metric | None = None  # once it is learnt
         self.validation = self._validation_set()
+        self.method = self.calibration_method()
+        self._references: Tensor | None = (
+            None  # a few training images, from which the distance of photographs is measured
+        )
+        self._own_parts: NDArray[np.int64] = shard.fit_groups()
+
+    def _count_own(self, num_images: int) -> None:
+        """Sets the number of training images of all workers, and where this worker's images lie among them."""
+        self.num_images = num_images
+        self.offset = num_images * self.rank // world_size()
+        self.num_own = num_images * (self.rank + 1) // world_size() - self.offset
 
     def watched(self, what: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """The batches, with a line now and then of how many images are done."""
@@ -332,7 +358,8 @@ class Run:
     def learn_metric(self) -> None:
         """Of the network as it is, where the reduction is one that learns."""
         if self.config.density.reduction == "discriminant":
-            places = self._own(images_to_look_at(self.num_images, Tiles.of(self.config.model).num_tiles))
+            chosen = images_to_look_at(self.num_images, Tiles.of(self.config.model).num_tiles)
+            places = self._own(chosen)
             self.metric = metric_pass(
                 self.net,
                 self.reduction,
@@ -342,7 +369,8 @@ class Run:
                 [self.offset + place for place in places],
                 self.config.train.seed,
                 read_shared_metric(self.config),
-                in_folds=self.calibration_method() == "leave_one_out",
+                in_folds=self.method == "leave_one_out",
+                origins=self._origins(sorted(chosen), self.reduction),
                 log=self.log,
             )
             self.reduction.projection.copy_(self.metric.projection)
@@ -363,12 +391,114 @@ class Run:
         found = statistics_pass(self.net, self.reduction, batches, self.device, kept, self.offset, known)
         if self.metric is not None:
             self.metric = self.metric._replace(known=None)  # their memory is needed
+        if found.bank is not None and kept is not None:
+            self._relate(found, self._origins(sorted(kept), self.reduction))
         return found
 
-    def _validation_statistics(self) -> Statistics:
-        """Of the images that selection held out: they join the density once nothing is left to be selected."""
-        kept = range(self.config.density.max_images) if DENSITIES[self.config.density.kind].keeps_bank else None
-        return statistics_pass(self.net, self.reduction, self.shard.validation_batches(), self.device, kept)
+    # ---- images that show the same part
+    def _origins(self, positions: Sequence[int], reduction: ChannelReduction) -> ImageOrigins:
+        """Of training images, by their positions among those of all workers."""
+        groups, order = (
+            torch.from_numpy(np.concatenate(gather_objects(numbers)))[list(positions)]
+            for numbers in (self.shard.fit_groups(), self.shard.fit_order())
+        )
+        return ImageOrigins(groups, order, self._same_part_distance(reduction))
+
+    def _same_part_distance(self, reduction: ChannelReduction) -> float | None:
+        """As `measure_same_part_distance`, of a few training images; the same on every worker."""
+        if self._references is None:
+            places = self._own(sample_positions(self.num_images, len(SHIFTS_PX)))
+            images = list(self.shard.fit_batches(places=places))
+            size = self.config.model.frame_px
+            own = (
+                torch.cat([batch[..., :3] for batch in images])
+                if images
+                else torch.empty(0, *size, 3, dtype=torch.uint8)
+            )
+            self._references = gather_rows(own, self.device)
+        references = self._references
+        return decided_by_first(lambda: measure_same_part_distance(self.net, reduction, references, self.device))
+
+    def _relate(self, statistics: Statistics, origins: ImageOrigins) -> None:
+        """Finds images of the bank that show the same part."""
+        bank, moments, grid = statistics.bank, statistics.moments, statistics.grid
+        assert bank is not None
+        first = self.reduction.num_channels if self.reduction.num_coreset_channels else 0
+        descriptors = describe_bank(bank[:, :, first:], moments.height * grid[0], moments.width * grid[1])
+        statistics.descriptors = descriptors.half()
+        statistics.same_part_distance = origins.same_part_distance
+        statistics.relations = decided_by_first(lambda: find_relations(descriptors, origins))
+
+    def _describe(self, batches: Iterable[Tensor]) -> Tensor:
+        """Descriptors (n, P, K) of images of all workers."""
+        parts = [
+            describe(
+                descriptor_channels(
+                    embed(self.net, self.reduction, to_images(batch, self.device), True)[0], self.reduction
+                )
+            )
+            for batch in batches
+        ]
+        num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
+        own = torch.cat(parts).cpu() if parts else torch.empty(0, GRID * GRID, num_channels)
+        return gather_rows(own, self.device)
+
+    @torch.inference_mode()
+    def _unrelated_holdout(self, statistics: Statistics) -> list[int] | None:
+        """Places, in this worker's share, of held-out images that show other parts than the images of the bank.
+
+        Returns: None if too few do: then held-out images cannot say how a new part scores.
+        """
+        counts = gather_objects(self.shard.num_holdout())
+        own = range(self.shard.num_holdout())
+        if statistics.bank is None or statistics.descriptors is None:
+            return list(own)
+        held = self._describe(self.shard.holdout_batches())
+        kept = sorted(
+            positions_to_keep(self.config.density, self.num_images) or sample_positions(self.num_images, _CALIBRATED)
+        )
+        known = self._origins(kept, self.reduction)
+        groups, order = (
+            torch.from_numpy(np.concatenate(gather_objects(numbers)))
+            for numbers in (self.shard.holdout_groups(), self.shard.holdout_order())
+        )
+        origins = ImageOrigins(
+            torch.cat([known.groups, groups]), torch.cat([known.order, order]), known.same_part_distance
+        )
+        descriptors = torch.cat([statistics.descriptors.float(), held])
+        relations = decided_by_first(lambda: find_relations(descriptors, origins))
+        if relations is None:
+            return list(own)
+        unrelated = ~relations.related[len(known.groups) :, : len(known.groups)].any(dim=1)
+        dropped = int((~unrelated).sum())
+        if dropped:
+            self._warn(
+                f"{dropped} of {len(unrelated)} held-out photographs show parts that training photographs show too: they do not "
+                "set the threshold"
+            )
+        if float(unrelated.float().mean()) < _MIN_UNRELATED_SHARE:
+            return None
+        first = sum(counts[: self.rank])
+        return [place for place in own if bool(unrelated[first + place])]
+
+    def _note_relations(self, relations: Relations) -> None:
+        """Tells how many parts the photographs show."""
+        count, num_parts = len(relations.groups), relations.num_groups
+        self.notes.parts = {"num_images": count, "num_parts": num_parts}
+        self.log(f"{count} photographs show about {num_parts} parts: photographs of one part are left out together")
+
+    def _warn(self, message: str) -> None:
+        self.notes.warnings.append(message)
+        self.log(f"WARNING: {message}")
+
+    def _join_validation(self) -> None:
+        """Makes training images of those that selection held out, once nothing is left to be selected."""
+        if self.validation is None:
+            return
+        self.shard = self.shard.join_validation()
+        counts = gather_objects(len(self.shard.fit_groups()))
+        self.num_images, self.num_own = sum(counts), counts[self.rank]
+        self.offset = sum(counts[: self.rank])
 
     def calibration_method(self) -> Method:
         """The configured one; auto: by images that were held out, or else by leaving each out of the density."""
@@ -386,30 +516,41 @@ class Run:
 
     def _finish(self) -> FitResult:
         folds: list[Statistics] = []
-        method = self.calibration_method()
+        fold_places: list[list[int]] = []
+        held_out: list[int] | None = None
+        self._join_validation()
         with self.timed("statistics"):
-            if method == "cross":
+            if self.method == "split":
+                statistics = self.training_statistics(for_calibration=True)
+                held_out = self._unrelated_holdout(statistics)
+                if held_out is None:
+                    leave_out = leaves_out(self.config.density, self.config.model.shared_grid)
+                    self.method = "leave_one_out" if leave_out else "cross"
+                    self._warn("training photographs set the threshold instead, each scored with its part left out")
+            if self.method == "cross":
                 self.learn_metric()
-                folds = [self._fold_statistics(fold) for fold in range(self.config.calibration.num_folds)]
+                fold_places = self._folds_by_part()
+                folds = [self._fold_statistics(places) for places in fold_places]
                 statistics = _join_all(folds)
-            else:
-                statistics = self.training_statistics(for_calibration=method == "leave_one_out")
-            if self.validation is not None:
-                statistics.join(self._validation_statistics())
+            elif self.method == "leave_one_out":
+                statistics = self.training_statistics(for_calibration=True)
             statistics.keep_at_most(self.config.density.max_images)
             statistics.scatter = None if self.metric is None else self.metric.scatters
+        if statistics.relations is not None:
+            self._note_relations(statistics.relations)
         with self.timed("calibration"):
             sample = statistics
             if not DENSITIES[self.config.density.kind].keeps_bank:
-                statistics = dataclasses.replace(statistics, bank=None, thetas=None, shown=None)
+                statistics = dataclasses.replace(statistics, bank=None, thetas=None, shown=None, relations=None)
             detector = build_detector(self.config, self.net, self.reduction, statistics)
-            if method == "cross":
-                builder = self._cross_calibrate(folds)
-            elif method == "leave_one_out":
+            if self.method == "cross":
+                builder = self._cross_calibrate(folds, fold_places)
+            elif self.method == "leave_one_out":
                 builder = leave_one_out_pass(detector, sample, self.config, self.metric, self.log)
             else:
-                held = self.watched("calibration", self.shard.holdout_batches())
-                builder = calibration_pass(detector, held, self.config.calibration, method, self.device)
+                held = self.watched("calibration", self.shard.holdout_batches(held_out))
+                groups = self.shard.holdout_groups()[held_out]
+                builder = calibration_pass(detector, held, self.config.calibration, self.method, self.device, groups)
         return FitResult(
             detector,
             statistics,
@@ -418,31 +559,50 @@ class Run:
             self.seconds,
         )
 
-    def _fold_statistics(self, fold: int) -> Statistics:
+    def _folds_by_part(self) -> list[list[int]]:
+        """Places, in this worker's share, of the images of each fold of the cross calibration.
+
+        Photographs that show the same part, as far as they are found, come into one fold.
+        """
+        num_folds = self.config.calibration.num_folds
+        folds, self._own_parts = self.shard.fit_folds(), self.shard.fit_groups()
+        if self.num_images <= _MAX_COMPARED:
+            origins = self._origins(range(self.num_images), self.reduction)
+            descriptors = self._describe(self.shard.fit_batches())
+            relations = decided_by_first(lambda: find_relations(descriptors, origins))
+            if relations is not None:
+                self._note_relations(relations)
+                own = slice(self.offset, self.offset + self.num_own)
+                folds = fold_numbers(relations.groups, num_folds).numpy()[own]
+                self._own_parts = relations.groups.numpy()[own]
+        return [np.flatnonzero(folds == fold).tolist() for fold in range(num_folds)]
+
+    def _fold_statistics(self, places: list[int]) -> Statistics:
         """Of the images of one fold; keeps no more embeddings than a memory made of the other folds alone would take."""
         config = self.config.density
-        sizes = gather_objects(self.shard.fold_size(fold))
+        sizes = gather_objects(len(places))
         limit = -(-config.max_images // (self.config.calibration.num_folds - 1))
         kept = sample_positions(sum(sizes), limit) if DENSITIES[config.kind].keeps_bank else None
-        batches = self.shard.fit_batches(fold)
+        batches = self.shard.fit_batches(places)
         return statistics_pass(self.net, self.reduction, batches, self.device, kept, sum(sizes[: self.rank]))
 
-    def _cross_calibrate(self, folds: list[Statistics]) -> CalibrationBuilder:
+    def _cross_calibrate(self, folds: list[Statistics], places: list[list[int]]) -> CalibrationBuilder:
         """Training images are scored by the density of the other folds: a memory no larger than the one that ships."""
         limit = -(-self.config.calibration.max_images // len(folds))  # of a fold
         joined: CalibrationBuilder | None = None
+        groups = self._own_parts
         for fold, part in enumerate(folds):
             if not part.moments.count:
                 continue
             rest = _join_all([other for number, other in enumerate(folds) if number != fold])
             rest.keep_at_most(self.config.density.max_images)
             detector = build_detector(self.config, self.net, self.reduction, rest)
-            sizes = gather_objects(self.shard.fold_size(fold))
+            sizes = gather_objects(len(places[fold]))
             first = sum(sizes[: self.rank])
-            own = range(first, first + sizes[self.rank])
-            places = [number - first for number in sorted(sample_positions(sum(sizes), limit)) if number in own]
-            scored = self.shard.fit_batches(fold, places)
-            builder = calibration_pass(detector, scored, self.config.calibration, "cross", self.device)
+            chosen = sample_positions(sum(sizes), limit)
+            own = [place for number, place in enumerate(places[fold]) if first + number in chosen]
+            scored = self.shard.fit_batches(own)
+            builder = calibration_pass(detector, scored, self.config.calibration, "cross", self.device, groups[own])
             joined = builder if joined is None else joined.merge(builder)
         assert joined is not None
         return joined

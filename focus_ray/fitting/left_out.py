@@ -1,9 +1,11 @@
-"""Calibration by the images that a density was made of, each scored as if it were new [ours].
+"""Calibration by the images that a density was made of, each scored as if the part that it shows were new [ours].
 
 Leaving an image's own embeddings out of a memory is exact: it is the memory of the others. Two more things have seen the image,
 the profile of good images and a learnt metric, and would let it score lower than a new one does: with 20 images and a target of
 0.05 the realised false alarm rate was 0.2. So its own distances are left out of the profile too; and where there are few images,
 each is scored under a metric that was learnt without its fold of the images.
+
+Images that show the same part (`Statistics.relations`) are left out together, of the memory, of the profile and of the metric.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from focus_ray.fitting.profile import IMAGES, left_out_distances, profile_of
 from focus_ray.fitting.scoring import Detector, Scored, pixels_shown
 from focus_ray.progress import track
 
-LeftOut = tuple[Scored, Tensor | None]
-"""Scored images, and (B, H, W) bool, the pixels that count; None: all."""
+LeftOut = tuple[Tensor, Scored, Tensor | None]
+"""Numbers (B,) of images in the bank, their scores, and (B, H, W) bool, the pixels that count; None: all."""
 
 _AT_ONCE = 8
 
@@ -58,8 +60,9 @@ def leave_one_out_pass(
         apart = leaving_out(config.density, statistics, detector.density)
         scored = _left_out_of_bank(detector, apart, statistics, chosen)
     count = len(statistics.bank if chosen is None else chosen)
-    for found, shown in track(scored, "calibration", len(_mine(count)), log):
-        builder.add(found.score.cpu().numpy(), pixels_that_count(found, shown))
+    for own, found, shown in track(scored, "calibration", len(_mine(count)), log):
+        groups = None if statistics.relations is None else statistics.relations.groups[own].numpy()
+        builder.add(found.score.cpu().numpy(), pixels_that_count(found, shown), groups)
     return joined_by_all(builder)
 
 
@@ -87,11 +90,9 @@ def _left_out_of_bank(
         distances = {int(own): found[place : place + 1] for place, own in enumerate(new)}
         for own in part.split(1):
             place = places.get(int(own))
-            if place is None:
-                yield _under_profile_of(known, detector, distances[int(own)], statistics, own)
-            else:
-                others = torch.cat([known[:place], known[place + 1 :]])
-                yield _under_profile_of(others, detector, known[place : place + 1], statistics, own)
+            distance = distances[int(own)] if place is None else known[place : place + 1]
+            others = known[_unrelated(statistics, own, profiled)]
+            yield _under_profile_of(others, detector, distance, statistics, own)
 
 
 def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Iterator[LeftOut]:
@@ -100,6 +101,7 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Ite
     assert bank is not None
     assert metric.folds is not None
     assert metric.embeddings is not None
+    assert metric.fold_of is not None
     if isinstance(density, SharedByTiles):
         density = density.one
     assert isinstance(density, (NearestMemory, JointMemory))
@@ -132,13 +134,19 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Ite
         if isinstance(density, JointMemory):
             assert beyond is not None
             both = of_tiles(torch.cat([rows, bank[:, :, num_channels:]], dim=2))
-            typical = typical_distances(memory, density.coreset, both)
+            typical = typical_distances(memory, density.coreset, both, statistics.of_tiles.relations)
             distances = (distances / typical[0] + beyond / typical[1]) / 2
         for own in _mine(len(bank)).split(1):
             number = int(own)
-            if number % FOLDS == fold:
-                others = torch.cat([distances[:number], distances[number + 1 :]])
+            if int(metric.fold_of[number]) == fold:
+                others = distances[_unrelated(statistics, own, everyone)]
                 yield _under_profile_of(others, detector, distances[number : number + 1], statistics, own)
+
+
+def _unrelated(statistics: Statistics, own: Tensor, numbers: Tensor) -> Tensor:
+    """Positions in `numbers` (n,), of images of the bank, without the image own (1,) and the images related to it."""
+    left_out = statistics.left_out_with(own).view(-1)
+    return (~torch.isin(numbers, left_out)).nonzero()[:, 0]
 
 
 class _CoresetOf:
@@ -163,7 +171,7 @@ def _under_profile_of(
     profile = None
     if detector.profile is not None and len(others):
         profile = profile_of(others, detector.spread, statistics.shown)
-    return detector.score_distance(distance, theta, profile, shown), shown
+    return own, detector.score_distance(distance, theta, profile, shown), shown
 
 
 def _mine(count: int) -> Tensor:

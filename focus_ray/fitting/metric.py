@@ -29,9 +29,11 @@ from torch import Tensor
 from focus_ray.config import DensityConfig
 from focus_ray.density.base import sample_positions
 from focus_ray.density.nearest import whitening_of
+from focus_ray.density.relations import Relations, fold_numbers
 from focus_ray.density.tiles import Tiles
 from focus_ray.evaluation.defects import overlaid, synthetic_validation_set
 from focus_ray.fitting.distributed import gather_rows, own_part, world_size
+from focus_ray.fitting.duplicates import ImageOrigins, describe, find_relations
 from focus_ray.fitting.scoring import embed_tiles, places_shown, to_images
 from focus_ray.model.alignment.theta import warp
 from focus_ray.model.network import FocusNet
@@ -57,7 +59,8 @@ class Metric(NamedTuple):
 
     projection: (k, C) float32, for `ChannelReduction.projection`; learnt rows beyond those worth keeping are 0.
     scatters: (2, C, C) a patch, float32, of normal and of defective residuals; the latter 0 where directions are shared.
-    folds: (FOLDS, k, C), the projection as it is without the images whose number leaves that remainder by FOLDS; or None.
+    folds: (FOLDS, k, C), the projection as it is without the images of each fold; or None.
+    fold_of: (N,) int64, the fold of each image: images that show one part are in one fold; beside folds.
     embeddings: (N, C, H, W) float16 on the CPU, of all images with the places of their tiles side by side, beside folds; or None.
     known: of this worker's images among those looked at, so that their statistics take no further pass.
     """
@@ -67,6 +70,7 @@ class Metric(NamedTuple):
     folds: Tensor | None = None
     embeddings: Tensor | None = None
     known: Known | None = None
+    fold_of: Tensor | None = None
 
 
 class Known(NamedTuple):
@@ -113,6 +117,7 @@ def metric_pass(
     seed: int,
     shared: Tensor | None = None,
     in_folds: bool = False,
+    origins: ImageOrigins | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> Metric:
     """Learns the projection of a `discriminant` reduction; the same on every worker.
@@ -124,6 +129,8 @@ def metric_pass(
         shared: (2, C, C), scatters learnt over other categories, from which the directions are taken instead.
         in_folds: find, beside it, the metrics without a fold of the images each; done where every image is looked at, and
             none is shared.
+        origins: of the images that are looked at, of all workers, in order; None: every image shows a part of its own.
+            Neighbours are searched among images of other parts.
 
     Raises: ValueError: fewer than two images.
     """
@@ -145,7 +152,13 @@ def metric_pass(
     scored = gather_rows(_places(own[..., 3], theta, bank.shape[2], device).byte().cpu(), device) > 0
     if len(images) < 2:
         raise ValueError(f"a metric needs at least 2 normal images, got {len(images)}: add training images")
-    scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles)
+    relations = None
+    if origins is not None:
+        # a distance that was measured on the coreset's channels says nothing of all channels
+        origins = origins if beyond.shape[1] else origins._replace(same_part_distance=None)
+        compared = tiles.join(gather_rows(beyond if beyond.shape[1] else places, device))
+        relations = find_relations(describe(compared), origins)
+    scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles, relations)
     queries = _queries(len(images), tiles.num_tiles, all_of_them=len(images) == num_images)
     part = own_part(len(queries))
     per_image = max(3, min(8, -(-DEFECTS // len(queries))))
@@ -168,7 +181,8 @@ def metric_pass(
     looked_at = len(queries) if tiles.num_tiles == 1 else len(images) // tiles.num_tiles
     if not in_folds or shared is not None or looked_at < num_images or num_images < 2 * FOLDS:
         return Metric(projection, scatters, known=known)
-    return Metric(projection, scatters, scatter.projections_of_folds(reduction.num_channels), tiles.join(bank), known)
+    folds = scatter.projections_of_folds(reduction.num_channels)
+    return Metric(projection, scatters, folds, tiles.join(bank), known, scatter.fold_of)
 
 
 def _with_defects(
@@ -240,10 +254,20 @@ class ResidualScatter:
         bank: (N, C, H, W), all channels of normal images, among which neighbours are searched; any float type.
         config: its window says how far around a place.  seed: of the projection in which the search is done.
         per_image: tiles of an image, which come after one another and stand for images here.
+        relations: between the images, not the tiles; None: no two are related.
+
+    Attributes:
+        fold_of: (images,) int64, the fold of each image; images that show one part are in one fold.
     """
 
-    def __init__(self, bank: Tensor, config: DensityConfig, seed: int, per_image: int = 1) -> None:
+    def __init__(
+        self, bank: Tensor, config: DensityConfig, seed: int, per_image: int = 1, relations: Relations | None = None
+    ) -> None:
         self.bank, self.window, self.per_image = bank, config.window, per_image
+        num_images = len(bank) // per_image
+        groups = torch.arange(num_images) if relations is None else relations.groups
+        self.fold_of = fold_numbers(groups, FOLDS)
+        self.relations = None if relations is None else relations.repeat(per_image)
         channels = bank.shape[1]
         generator = torch.Generator().manual_seed(derived_seed(seed, "metric's search"))
         few = min(config.num_channels, channels)
@@ -271,7 +295,7 @@ class ResidualScatter:
 
     def _add(self, kind: int, residuals: Tensor, own: Tensor, counted: Tensor | None) -> None:
         for number, image in enumerate(residuals):
-            fold = int(own[number]) // self.per_image % FOLDS
+            fold = int(self.fold_of[int(own[number]) // self.per_image])
             rows = (image.flatten(0, 1) if counted is None else image[counted[number]]).double()
             self.sums[fold, kind] += rows.t() @ rows
             self.counts[fold, kind] += len(rows)
@@ -310,7 +334,11 @@ class ResidualScatter:
         distance = torch.baddbmm(
             self.norms[:, None], around.reshape(height * width, -1, query.shape[3]), self.rows, alpha=-2
         )
-        distance.view(height * width, window**2, batch, -1)[:, :, torch.arange(batch), own.to(query.device)] = torch.inf
+        left_out = own if self.relations is None else self.relations.relatives(own)
+        image_numbers = torch.arange(batch)[:, None].expand(batch, left_out.view(batch, -1).shape[1])
+        distance.view(height * width, window**2, batch, -1)[
+            :, :, image_numbers, left_out.view(batch, -1).to(query.device)
+        ] = torch.inf
         value, image = (found.view(height, width, window, window, batch) for found in distance.min(dim=2))
         best = query.new_full((height, width, batch), torch.inf)
         nearest = torch.zeros(height, width, batch, dtype=torch.long, device=query.device)

@@ -151,13 +151,24 @@ def aligner_pass(net: FocusNet, batches: Iterable[Tensor], device: torch.device,
 
 @torch.inference_mode()
 def calibration_pass(
-    detector: Detector, batches: Iterable[Tensor], config: CalibrationConfig, method: Method, device: torch.device
+    detector: Detector,
+    batches: Iterable[Tensor],
+    config: CalibrationConfig,
+    method: Method,
+    device: torch.device,
+    groups: NDArray[np.int64] | None = None,
 ) -> CalibrationBuilder:
-    """Scores normal images that the detector's density has not seen; the workers' results are joined."""
+    """Scores normal images that the detector's density has not seen; the workers' results are joined.
+
+    Args: groups: (N,) group numbers of the images of all batches; None: every image shows a part of its own.
+    """
     builder = CalibrationBuilder(method, config.target_fpr, config.target_pixel_fpr)
+    done = 0
     for batch in batches:
         scored = detector(batch)
-        builder.add(scored.score.cpu().numpy(), pixels_that_count(scored, shown_in(batch, "cpu")))
+        of_batch = None if groups is None else groups[done : done + len(batch)]
+        builder.add(scored.score.cpu().numpy(), pixels_that_count(scored, shown_in(batch, "cpu")), of_batch)
+        done += len(batch)
     return joined_by_all(builder)
 
 

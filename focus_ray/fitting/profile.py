@@ -79,7 +79,7 @@ def left_out_distances(
     chosen: Tensor,
     device: torch.device | str,
 ) -> Tensor:
-    """(n, H, W) of the chosen images (n,) of the bank, each scored as if it were new; 0 where nothing is scored.
+    """(n, H, W) of the chosen images (n,) of the bank, each scored as if its part were new; 0 where nothing is scored.
 
     Args: bank: (N, L, C), what the density keeps of the images of the statistics.
     """
@@ -87,7 +87,8 @@ def left_out_distances(
     thetas, shown = statistics.thetas, statistics.shown
     for own in chosen.split(_AT_ONCE) if len(chosen) else ():
         rows = bank[own].to(device, torch.float32)  # (B, L, C)
-        distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), own)
+        left_out = statistics.left_out_with(own)
+        distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), left_out)
         if shown is not None:
             distance = distance * shown[own].to(device).view_as(distance)
         distances.append(scored_only(distance, None if thetas is None else thetas[own].to(device), seen))

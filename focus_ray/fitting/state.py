@@ -29,12 +29,14 @@ class Notes:
 
     alignment: None without a congealing aligner.  history: an epoch's figures each.
     selection: what was validated, with its figures.  warnings: as logged.
+    parts: num_images and num_parts, where several photographs show the same part; None: every image shows a part of its own.
     """
 
     alignment: AlignmentReport | None = None
     history: list[Figures] = field(default_factory=list)
     selection: list[dict[str, float | str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    parts: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
