@@ -44,3 +44,29 @@ def photograph(
         noisy = shifted + noise * torch.randn(shifted.shape, generator=generator)
         photographs[number] = noisy.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
     return photographs
+
+
+def crop_steps(images: Tensor, side_px: int, step_px: int) -> Tensor:
+    """Crops each image along its middle, from left to right, as a strip is photographed step by step.
+
+    Args:
+        images: (N, H, W, C).
+        side_px: side of a crop, H and W at most.
+        step_px: distance between a crop and the next; they overlap where this is less than side_px.
+
+    Returns:
+        (N * count, side_px, side_px, C) with count = (W - side_px) // step_px + 1. The crops of one image follow each other.
+    """
+    top = (images.shape[1] - side_px) // 2
+    starts = range(0, images.shape[2] - side_px + 1, step_px)
+    crops = [images[:, top : top + side_px, left : left + side_px] for left in starts]
+    return torch.stack(crops, dim=1).flatten(0, 1)
+
+
+def crop_anywhere(images: Tensor, side_px: int, seed: int) -> Tensor:
+    """Crops each image once, at a random place along its middle: (N, H, W, C) -> (N, side_px, side_px, C)."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, "crop"))
+    top = (images.shape[1] - side_px) // 2
+    lefts = torch.randint(0, images.shape[2] - side_px + 1, (len(images),), generator=generator).tolist()
+    crops = [image[top : top + side_px, left : left + side_px] for image, left in zip(images, lefts, strict=True)]
+    return torch.stack(crops)

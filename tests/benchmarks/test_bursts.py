@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.bursts import photograph
+from benchmarks.bursts import crop_anywhere, crop_steps, photograph
 
 IMAGES = torch.randint(20, 200, (3, 16, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
@@ -43,3 +43,17 @@ def test_settings_without_meaning_are_refused() -> None:
         photograph(IMAGES, 0, seed=0)
     with pytest.raises(ValueError, match="noise=-1"):
         photograph(IMAGES, 1, seed=0, noise=-1)
+
+
+def test_steps_of_a_strip_overlap_and_cover_its_whole_width() -> None:
+    crops = crop_steps(IMAGES, side_px=8, step_px=4)
+    assert crops.shape == (15, 8, 8, 3)  # 5 of each image
+    assert torch.equal(crops[5], IMAGES[1, 4:12, :8])
+    assert torch.equal(crops[9], IMAGES[1, 4:12, 16:])
+    assert torch.equal(crops[5, :, 4:], crops[6, :, :4])
+
+
+def test_a_random_crop_is_a_part_of_its_own_image() -> None:
+    crops = crop_anywhere(IMAGES, side_px=8, seed=0)
+    for crop, image in zip(crops, IMAGES, strict=True):
+        assert any(torch.equal(crop, image[4:12, left : left + 8]) for left in range(17))
