@@ -10,9 +10,9 @@ change which images train is refused. `--methods all` adds PaDiM and PatchCore w
 the padding, with a larger coreset, with the image score against the profile of good images.
 
 The output is Markdown: a table of the categories as in README, then means over data sets with their standard errors, then
-costs. Intervals of 95 % are from a bootstrap over the test images, stratified by label and paired between methods. They are
-of the image AUROC alone: pixel AUROC and AUPRO would need the maps of all test images. `--output` keeps labels and scores of
-all test images; the JSON line at the end has all other figures.
+paired differences by category, then costs. Intervals of 95 % are from a bootstrap over the test images, stratified by label
+and paired between methods. `--output` keeps labels, scores and bootstrap draws of the test images; the JSON line at the end
+has all other figures.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.harness import (
     add_arguments,
     base_tree,
@@ -39,6 +42,7 @@ from benchmarks.harness import (
 )
 from benchmarks.intervals import (
     bootstrap_auroc,
+    bootstrap_pixels,
     group_sets,
     mean_over_sets,
     percentile_interval,
@@ -53,6 +57,7 @@ from focus_ray.data.split import Plan, plan_category
 from focus_ray.density.base import sample_positions
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
+TEST_IMAGES = ("labels", "scores", "pixel_draws")  # of a sample, too long for the JSON line at the end
 OURS, REFERENCES = "default", ("PaDiM", "PatchCore 1 %")
 PADIM: dict[str, dict[str, Any]] = {"PaDiM": {}, "PaDiM, reflection": {"model": {"padding": "reflect"}}}
 PATCHCORE: dict[str, dict[str, Any]] = {
@@ -132,13 +137,16 @@ def measure(
     start = time.perf_counter()
     labelled = inspector.measure(iter_test_records(config.data.uri, category))
     figures = inspector.figures(labelled)
-    labels, scores = labelled.measured.labels.tolist(), labelled.measured.scores.tolist()
+    ms = 1e3 * (time.perf_counter() - start) / len(labelled.ids)
+    measured = labelled.measured
+    labels, binned = measured.labels.tolist(), measured.bins is not None
     return {
         **figures,
         "labels": labels,
-        "scores": scores,
+        "scores": measured.scores.tolist(),
+        "pixel_draws": {} if binned else bootstrap_pixels(labels, measured.masks, measured.maps),
         "fit_s": fit_s,
-        "ms": 1e3 * (time.perf_counter() - start) / len(labels),
+        "ms": ms,
         "aligned": result.notes.alignment is not None and result.notes.alignment.enabled,
         "training_images": digest,
     }
@@ -174,9 +182,11 @@ def average(group: Sequence[Sample], key: str) -> float | None:
     return statistics.mean(values) if values else None
 
 
-def auroc_draws(group: Sequence[Sample]) -> Any:
-    """Bootstrap draws (num_draws,) of the image AUROC, averaged over the seeds."""
-    return bootstrap_auroc(group[0]["labels"], [sample["scores"] for sample in group])
+def bootstrap_draws(group: Sequence[Sample], key: str) -> NDArray[np.float64]:
+    """Bootstrap draws (num_draws,) of a figure, averaged over the seeds."""
+    if key == "image_auroc":
+        return bootstrap_auroc(group[0]["labels"], [sample["scores"] for sample in group])
+    return np.mean([sample["pixel_draws"][key] for sample in group], axis=0)
 
 
 def show_figures(group: Sequence[Sample], interval: bool = False, digits: int = 3) -> str:
@@ -186,7 +196,7 @@ def show_figures(group: Sequence[Sample], interval: bool = False, digits: int = 
     if interval:
         spread = statistics.stdev(sample["image_auroc"] for sample in group) if len(group) > 1 else None
         image += "" if spread is None else f" +- {spread:.3f}"
-        image += f" {show_interval(percentile_interval(auroc_draws(group)))}"
+        image += f" {show_interval(percentile_interval(bootstrap_draws(group, 'image_auroc')))}"
     return f"{image} / {pixel} / {aupro}"
 
 
@@ -196,15 +206,21 @@ def show_verdicts(group: Sequence[Sample]) -> str:
     return "-" if rate is None or recall is None else f"{rate:.2f} / {recall:.2f}"
 
 
-def show_gap(of_method: Mapping[str, Sequence[Sample]], ours: str) -> str:
-    """Text of the difference in image AUROC to the best other method of this category, with its paired interval."""
-    others = {method: average(group, "image_auroc") for method, group in of_method.items() if method != ours}
-    if ours not in of_method or not others:
+def show_gap(own: Sequence[Sample], other: Sequence[Sample], key: str) -> str:
+    """Text of what `own` has more than `other` in a figure, with the paired interval; '-' where one has none."""
+    values = average(own, key), average(other, key)
+    if values[0] is None or values[1] is None:
         return "-"
-    best = max(others, key=lambda method: others[method] or 0.0)
-    draws = auroc_draws(of_method[ours]) - auroc_draws(of_method[best])
-    gap = (average(of_method[ours], "image_auroc") or 0.0) - (others[best] or 0.0)
-    return f"{gap:+.4f} {show_interval(percentile_interval(draws), '+')}"
+    has_draws = key == "image_auroc" or all(key in sample["pixel_draws"] for sample in (*own, *other))
+    draws = bootstrap_draws(own, key) - bootstrap_draws(other, key) if has_draws else None
+    interval = "" if draws is None else f" {show_interval(percentile_interval(draws), '+')}"
+    return f"{values[0] - values[1]:+.4f}{interval}"
+
+
+def best_reference(of_method: Mapping[str, Sequence[Sample]], ours: str) -> Sequence[Sample]:
+    """Samples of the method other than ours with the highest image AUROC; none without another method."""
+    others = [group for method, group in of_method.items() if method != ours]
+    return max(others, key=lambda group: average(group, "image_auroc") or 0.0, default=())
 
 
 def category_table(groups: Groups, methods: Sequence[str], ours: str) -> tuple[list[str], list[list[Any]]]:
@@ -216,7 +232,8 @@ def category_table(groups: Groups, methods: Sequence[str], ours: str) -> tuple[l
         cells = [show_figures(of_method.get(method, ())) for method in references]
         own = of_method.get(ours, ())
         own_cell = show_figures(own, interval=True) if own else "-"
-        rows.append([category, *cells, own_cell, show_verdicts(own), show_gap(of_method, ours)])
+        gap = show_gap(own, best_reference(of_method, ours), "image_auroc")
+        rows.append([category, *cells, own_cell, show_verdicts(own), gap])
     one_each = {
         method: [mean_sample([of_method[method] for of_method in groups.values() if method in of_method])]
         for method in (*references, ours)
@@ -256,6 +273,18 @@ def set_table(
     return header, rows
 
 
+def difference_table(groups: Groups, ours: str) -> tuple[list[str], list[list[Any]]]:
+    """Header and rows: what ours has more than each other method, by category, with paired intervals."""
+    header = ["category", "method", "image AUROC [95 %]", "pixel AUROC [95 %]", "AUPRO 0.3 [95 %]"]
+    rows = [
+        [category, method, *(show_gap(of_method.get(ours, ()), group, key) for key in FIGURES)]
+        for category, of_method in groups.items()
+        for method, group in of_method.items()
+        if method != ours
+    ]
+    return header, rows
+
+
 def cost_table(groups: Groups) -> tuple[list[str], list[list[Any]]]:
     """Header and rows: spread over seeds and costs of each category and method."""
     header = ["category", "method", "sd over seeds", "fit, s", "ms per image"]
@@ -281,6 +310,8 @@ def print_tables(
         "AUPRO figures)\n"
     )
     print_table(*set_table(groups, methods, ours, sets))
+    print(f"\nWhat {ours} has more than the method, by category\n")
+    print_table(*difference_table(groups, ours))
     print("\nCosts\n")
     print_table(*cost_table(groups))
 
@@ -385,7 +416,7 @@ def main() -> None:
         "benchmark": "generalise",
         **environment(arguments.device),
         "arguments": vars(arguments),
-        "samples": [{k: v for k, v in sample.items() if k not in ("labels", "scores")} for sample in samples],
+        "samples": [{k: v for k, v in sample.items() if k not in TEST_IMAGES} for sample in samples],
     }
     print(json.dumps(line))
 

@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from focus_ray.evaluation.pixels import PixelBins
+
 NUM_DRAWS = 2000
+NUM_PIXEL_DRAWS = 500  # these are stored with every sample
+NUM_THRESHOLDS = 1000  # of the curves of pixels
 
 
 class Interval(NamedTuple):
@@ -63,11 +67,74 @@ def bootstrap_auroc(
     for good_G, bad_B in zip(good_RG, bad_RB, strict=True):
         wins_BG += (bad_B[:, None] > good_G) + 0.5 * (bad_B[:, None] == good_G)
     wins_BG /= len(scores_RN)
-    rng = np.random.default_rng(seed)
-    times_good = rng.multinomial(num_good, np.full(num_good, 1 / num_good), size=num_draws)
-    times_bad = rng.multinomial(num_bad, np.full(num_bad, 1 / num_bad), size=num_draws)
-    found: NDArray[np.float64] = ((times_bad @ wins_BG) * times_good).sum(axis=1) / (num_good * num_bad)
+    times_DN = resample_images(labels_N, num_draws, seed)
+    wins_DG = times_DN[:, labels_N == 1] @ wins_BG
+    found: NDArray[np.float64] = (wins_DG * times_DN[:, labels_N == 0]).sum(axis=1) / (num_good * num_bad)
     return found
+
+
+def resample_images(labels_N: NDArray[Any], num_draws: int, seed: int) -> NDArray[np.int64]:
+    """How often each image is in a draw, (num_draws, N); the number of images of each label stays."""
+    rng = np.random.default_rng(seed)
+    times_DN = np.zeros((num_draws, len(labels_N)), dtype=np.int64)
+    for label in (0, 1):
+        (places,) = np.nonzero(labels_N == label)
+        if len(places):
+            times_DN[:, places] = rng.multinomial(len(places), np.full(len(places), 1 / len(places)), size=num_draws)
+    return times_DN
+
+
+def bootstrap_pixels(
+    labels: Sequence[int],
+    masks: Sequence[NDArray[np.bool_] | None],
+    maps: Sequence[NDArray[np.float32]],
+    num_draws: int = NUM_PIXEL_DRAWS,
+    fpr_limit: float = 0.3,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """Pixel AUROC and AUPRO of resampled test images, paired between methods as `bootstrap_auroc`.
+
+    Whole images are resampled, because the pixels of an image depend on each other. The curves have NUM_THRESHOLDS steps,
+    which changes a figure by less than 0.001.
+
+    Args:
+        labels: N of 0 or 1.
+        masks: N of (H, W), all False for a good image; None where a mask is missing: such an image is left out.
+        maps: N anomaly maps, each of the size of its mask.
+
+    Returns:
+        'pixel_auroc' and 'aupro_<limit>' -> num_draws figures; nothing if no mask has an anomalous pixel.
+    """
+    places = [number for number, mask in enumerate(masks) if mask is not None]
+    bins = [PixelBins.of_image(np.asarray(masks[number]), maps[number]) for number in places]
+    total = PixelBins.total(bins)
+    if not total.anomalous.any() or not total.normal.any():
+        return {}
+    # as many thresholds at quantiles of the normal as of the anomalous pixels, so that both axes have fine steps
+    shares = np.linspace(0, 1, NUM_THRESHOLDS // 2)
+    curves = [np.cumsum(counts) / counts.sum() for counts in (total.normal, total.anomalous)]
+    edges = np.unique(np.concatenate([total.keys[np.searchsorted(curve, shares - 1e-9)] for curve in curves]))
+    normal_NK, anomalous_NK, overlap_NK = (np.zeros((len(bins), len(edges) + 1)) for _ in range(3))
+    for number, part in enumerate(bins):
+        column = np.searchsorted(edges, part.keys)
+        np.add.at(normal_NK[number], column, part.normal)
+        np.add.at(anomalous_NK[number], column, part.anomalous)
+        np.add.at(overlap_NK[number], column, part.overlap)
+    times_DN = resample_images(np.asarray(labels)[places], num_draws, seed).astype(np.float64)
+    fpr, tpr, pro = (_share_above(times_DN @ counts_NK) for counts_NK in (normal_NK, anomalous_NK, overlap_NK))
+    found: dict[str, list[float]] = {"pixel_auroc": [], f"aupro_{fpr_limit:g}": []}
+    for x, y, overlap in zip(fpr, tpr, pro, strict=True):
+        found["pixel_auroc"].append(float(np.trapezoid(y, x)))
+        inside = np.append(x[x < fpr_limit], fpr_limit)
+        area = np.trapezoid(np.interp(inside, x, overlap), inside)
+        found[f"aupro_{fpr_limit:g}"].append(float(area) / fpr_limit)
+    return found
+
+
+def _share_above(counts_DK: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(D, K) counts in rising bins -> (D, K + 1), shares at or above each threshold, from the highest threshold, 0 to 1."""
+    above = np.cumsum(counts_DK[:, ::-1], axis=1)
+    return np.pad(above / above[:, -1:], ((0, 0), (1, 0)))
 
 
 def percentile_interval(draws: NDArray[np.float64], level: float = 0.95) -> Interval:

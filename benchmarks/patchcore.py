@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table, run
+from benchmarks.intervals import bootstrap_pixels
 from focus_ray.config import parse_config
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import iter_test_records
@@ -102,7 +103,8 @@ def patchcore(
         image_score: as scoring.image_score. The profile is taken from images that are left out of the coreset.
 
     Returns:
-        The figures of `summarise`, labels and scores of the test images, seconds of the fit and milliseconds an image.
+        The figures of `summarise`, labels, scores and pixel draws of the test images, seconds of the fit and milliseconds per
+        test image.
     """
     config = parse_config(tree)
     plan = plan or plan_category(config, category)
@@ -138,7 +140,8 @@ def patchcore(
         masks.append(mask if has_mask or not record["label"] else None)
     figures = summarise(labels, types, scores, maps, masks, 0.0, 0.05)
     ms = 1e3 * (time.perf_counter() - start) / len(labels)
-    return {**figures, "labels": labels, "scores": scores, "fit_s": fit_s, "features_s": features_s, "ms": ms}
+    images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixels(labels, masks, maps)}
+    return {**figures, **images, "fit_s": fit_s, "features_s": features_s, "ms": ms}
 
 
 def main() -> None:
@@ -163,6 +166,7 @@ def main() -> None:
                 other["fit_s"],
             ]
         )
+        other = {key: value for key, value in other.items() if key not in ("labels", "scores", "pixel_draws")}
         samples.append({"category": category, "ours": ours, "seconds": seconds, "patchcore": other})
     print()
     print_table(("category", "method", "image AUROC", "pixel AUROC", "AUPRO 0.3", "fit, s (with features)"), rows)

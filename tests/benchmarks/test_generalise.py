@@ -13,6 +13,7 @@ from benchmarks.generalise import (
     PATCHCORE,
     category_table,
     check_settings,
+    difference_table,
     group_samples,
     measure,
     plan_training,
@@ -20,6 +21,7 @@ from benchmarks.generalise import (
     set_table,
 )
 from benchmarks.harness import base_tree, merged
+from benchmarks.intervals import NUM_PIXEL_DRAWS
 from benchmarks.patchcore import greedy_coreset, left_out_distances
 
 
@@ -35,7 +37,14 @@ def make_tree(uri: str, holdout_fraction: float = 0.0, **sections: dict[str, Any
 
 def make_sample(category: str, method: str, auroc: float, **changes: Any) -> dict[str, Any]:
     figures = {"image_auroc": auroc, "pixel_auroc": None, "aupro_0.3": None, "false_positive_rate": 0.1, "recall": 0.8}
-    images = {"labels": [0, 0, 1, 1], "scores": [1.0, 3.0, 2.0, 4.0], "training_images": "a", "fit_s": 1.0, "ms": 1.0}
+    images = {
+        "labels": [0, 0, 1, 1],
+        "scores": [1.0, 3.0, 2.0, 4.0],
+        "training_images": "a",
+        "pixel_draws": {},
+        "fit_s": 1.0,
+        "ms": 1.0,
+    }
     return {"category": category, "method": method, "seed": 0, "shots": None, **figures, **images, **changes}
 
 
@@ -54,8 +63,12 @@ def test_every_method_trains_on_the_same_images_and_returns_the_scores_of_the_te
         sample = measure(method, tree, "gear", "cpu", 6, [*light, "density.reduction=random"])
         assert len(sample["labels"]) == len(sample["scores"]) == sample["num_normal"] + sample["num_anomalous"]
         samples.append({"category": "gear", "method": method, "seed": 0, "shots": 6, **sample})
+        assert {len(draws) for draws in sample["pixel_draws"].values()} == {NUM_PIXEL_DRAWS}
     groups = group_samples(samples, METHODS, 6)
     assert list(groups["gear"]) == list(METHODS)
+    _, rows = difference_table(groups, "default")
+    assert [row[1] for row in rows] == [method for method in METHODS if method != "default"]
+    assert all("[" in cell for row in rows for cell in row[2:])
     scores = {tuple(sample["scores"]) for sample in samples}
     assert len(scores) == len(METHODS), "two methods are the same"
 

@@ -9,12 +9,15 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.intervals import (
     bootstrap_auroc,
+    bootstrap_pixels,
     group_sets,
     mean_over_sets,
     percentile_interval,
+    resample_images,
     show_interval,
     show_mean,
 )
+from focus_ray.evaluation.metrics import aupro, pixel_auroc
 
 
 def simulate_scores(
@@ -43,12 +46,8 @@ def test_bootstrap_has_the_mean_and_the_spread_of_delongs_formula() -> None:
 def test_a_draw_is_the_auroc_of_resampled_images_with_ties() -> None:
     labels = np.array([0, 0, 0, 1, 1])
     scores = np.array([1.0, 2.0, 2.0, 2.0, 3.0])
-    rng = np.random.default_rng(5)
-    times_good = rng.multinomial(3, [1 / 3] * 3, size=20)
-    times_bad = rng.multinomial(2, [1 / 2] * 2, size=20)
     expected = [
-        roc_auc_score(np.repeat(labels, [*good, *bad]), np.repeat(scores, [*good, *bad]))
-        for good, bad in zip(times_good, times_bad, strict=True)
+        roc_auc_score(np.repeat(labels, times), np.repeat(scores, times)) for times in resample_images(labels, 20, 5)
     ]
     assert bootstrap_auroc(labels, scores, num_draws=20, seed=5) == pytest.approx(expected)
 
@@ -84,6 +83,26 @@ def test_repetitions_on_the_same_images_are_averaged() -> None:
     second = first + rng.normal(size=50)
     both = bootstrap_auroc(labels, np.stack([first, second]), 100)
     assert both == pytest.approx((bootstrap_auroc(labels, first, 100) + bootstrap_auroc(labels, second, 100)) / 2)
+
+
+def test_a_pixel_draw_is_the_figure_of_resampled_images() -> None:
+    rng = np.random.default_rng(4)
+    labels = np.repeat([0, 1], [4, 5])
+    masks = np.zeros((9, 32, 32), dtype=bool)
+    masks[4:, 8:14, 8:20], masks[6:, 20:24, 2:5] = True, True
+    maps = (rng.random((9, 32, 32)) + 0.6 * masks).astype(np.float32)
+    draws = bootstrap_pixels(labels.tolist(), list(masks), list(maps), num_draws=10, seed=3)
+    for number, times in enumerate(resample_images(labels, 10, 3)):
+        chosen = np.repeat(np.arange(9), times)
+        assert draws["pixel_auroc"][number] == pytest.approx(pixel_auroc(masks[chosen], maps[chosen]), abs=1e-3)
+        assert draws["aupro_0.3"][number] == pytest.approx(aupro(masks[chosen], maps[chosen]), abs=1e-3)
+
+
+def test_images_without_a_mask_are_left_out_of_pixel_draws() -> None:
+    maps = [np.random.default_rng(0).random((8, 8)).astype(np.float32)] * 3
+    good, bad = np.zeros((8, 8), dtype=bool), np.eye(8, dtype=bool)
+    assert bootstrap_pixels([0, 1, 1], [good, bad, None], maps, 5) == bootstrap_pixels([0, 1], [good, bad], maps[:2], 5)
+    assert bootstrap_pixels([0, 1], [good, None], maps[:2]) == {}
 
 
 def test_perfect_ranking_leaves_no_width() -> None:
