@@ -51,6 +51,7 @@ from benchmarks.intervals import (
 )
 from benchmarks.patchcore import patchcore
 from benchmarks.spine import padim_tree
+from focus_ray.bundle.bundle import git_commit
 from focus_ray.config import override_tree, parse_config
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.split import Plan, plan_category
@@ -396,7 +397,7 @@ def main() -> None:
                         continue
                     figures = measure(method, tree, category, arguments.device, shots, arguments.set)
                     key = {"category": category, "method": method, "seed": seed, "shots": shots}
-                    sample = {**key, "settings": settings[method], **figures}
+                    sample = {**key, "commit": git_commit(), "settings": settings[method], **figures}
                     samples.append(sample)
                     if arguments.output:
                         with Path(arguments.output).open("a") as sink:
