@@ -375,7 +375,6 @@ def main() -> None:
         one = argparse.Namespace(**{**vars(arguments), "data": root, "work": f"{arguments.work}/generalise-{number}"})
         uri, categories = open_data(one)
         categories_of += [(uri, category) for category in categories]
-    group_sets([category for _, category in categories_of], arguments.same_set)
     shared = {
         "holdout_fraction": arguments.holdout_fraction,
         "image_size_px": arguments.image_size_px,
@@ -384,7 +383,11 @@ def main() -> None:
     }
     settings = {method: {**shared, **({"set": arguments.set} if method == ours else {})} for method in methods}
     samples = read_samples(arguments.output)
-    check_settings(samples, settings)
+    try:
+        group_sets([category for _, category in categories_of], arguments.same_set)
+        check_settings(samples, settings)
+    except ValueError as error:
+        parser.error(str(error))
     done = {(s["category"], s["method"], s["seed"], s["shots"]) for s in samples}
     for seed in arguments.seeds:  # the outermost loop: a run that is cut short has seen every category
         for shots in (None, *arguments.shots):
@@ -408,7 +411,9 @@ def main() -> None:
     print(
         f"\n{arguments.backbone}, {arguments.image_size_px} px, stretched; the same training images for all methods, "
         + (f"{held:g} of the good ones held out" if held else "no good one held out")
-        + f"; seeds {' '.join(map(str, arguments.seeds))}. Image AUROC / pixel AUROC / AUPRO up to a false positive rate of 0.3."
+        + f"; seeds {' '.join(map(str, arguments.seeds))}. Image AUROC / pixel AUROC / AUPRO up to a false positive rate of 0.3. "
+        "'To the better': against the best other method of the category, by image AUROC. An interval without width "
+        "means that no two test images are ranked wrongly: the bootstrap cannot show an uncertainty there."
     )
     for shots in (None, *arguments.shots):
         print_tables(samples, methods, ours, shots, arguments.same_set)
