@@ -91,6 +91,13 @@ def run(tree: Mapping[str, Any], category: str, device: str) -> tuple[FitResult,
     return result, inspector, inspector.evaluate(iter_test_records(config.data.uri, category))
 
 
+def read_samples(path: str | None) -> list[dict[str, Any]]:
+    """The samples that an earlier run wrote to a JSON Lines file; none without a file."""
+    if path is None or not Path(path).is_file():
+        return []
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
 def environment(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {

@@ -5,30 +5,36 @@
 PatchCore as its paper describes it (arXiv 2106.08265): layers 2 and 3, averaged over 3x3, on layer 2's places; a greedy
 k-centre coreset of 1 % of all patches, chosen in a random projection to 128 dimensions; distance to the nearest patch kept;
 bilinear, smoothing of 4 px, maximum. It is a reference to measure against, not part of the product. Both are given every
-normal training image but those held out for calibration.
+normal training image but those held out for calibration. `benchmarks.generalise` also measures it with a larger coreset, with
+reflection in the backbone's padding and with the image score of the product, to show what each of these is worth alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table, run
+from benchmarks.intervals import bootstrap_pixels
 from focus_ray.config import parse_config
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.shards import MemoryShard, build_shard
 from focus_ray.data.split import Plan, plan_category
+from focus_ray.density.base import sample_positions
 from focus_ray.evaluation.evaluate import evaluation_size, summarise
 from focus_ray.evaluation.inspection import resize_map
+from focus_ray.fitting.profile import IMAGES, profile_of
 from focus_ray.fitting.scoring import to_images
-from focus_ray.fitting.spread import upsample_and_smooth
-from focus_ray.model.backbones.base import Backbone, build_backbone
+from focus_ray.fitting.spread import Spread, upsample_and_smooth
+from focus_ray.model.backbones.base import Backbone, build_backbone, set_padding
 
 
 def patches(backbone: Backbone, images: Tensor) -> Tensor:
@@ -43,7 +49,7 @@ def patches(backbone: Backbone, images: Tensor) -> Tensor:
 
 
 def greedy_coreset(bank: Tensor, share: float, seed: int) -> Tensor:
-    """Rows of (N, C) chosen one by one, each the farthest from those before it."""
+    """Row numbers of the coreset of a bank (N, C), chosen one after the other, each the farthest from those before it."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     projection = torch.randn(bank.shape[1], 128, generator=generator).to(bank.device)
     points = bank @ projection
@@ -54,41 +60,88 @@ def greedy_coreset(bank: Tensor, share: float, seed: int) -> Tensor:
         last = chosen[-1]
         distance = torch.minimum(distance, norms - 2 * (points @ points[last]) + norms[last])
         chosen.append(int(distance.argmax()))
-    return bank[torch.tensor(chosen, device=bank.device)]
+    return torch.tensor(chosen, device=bank.device)
+
+
+def nearest_distance(embedding: Tensor, coreset: Tensor) -> Tensor:
+    """Distance of each patch (L, C) to its nearest patch of the coreset (M, C), as a square map (sqrt(L), sqrt(L))."""
+    side = math.isqrt(len(embedding))
+    return torch.cdist(embedding, coreset).amin(dim=1).view(side, side)
+
+
+def left_out_distances(embeddings: Tensor, rows: Tensor) -> Tensor:
+    """Distance maps (n, H, W) of good images, each without its own patches in the coreset; n is IMAGES at most.
+
+    Args:
+        embeddings: (N, L, C) of all training images, N >= 2.
+        rows: (M,), the coreset as row numbers of embeddings.flatten(0, 1).
+    """
+    coreset, owner = embeddings.flatten(0, 1)[rows], rows // embeddings.shape[1]
+    chosen = sorted(sample_positions(len(embeddings), IMAGES))
+    return torch.stack([nearest_distance(embeddings[number], coreset[owner != number]) for number in chosen])
 
 
 @torch.inference_mode()
-def patchcore(tree: dict[str, Any], category: str, device: str, seed: int, plan: Plan | None = None) -> dict[str, Any]:
+def patchcore(
+    tree: dict[str, Any],
+    category: str,
+    device: str,
+    seed: int,
+    plan: Plan | None = None,
+    *,
+    share: float = 0.01,
+    padding: str = "zeros",
+    image_score: str = "maximum",
+) -> dict[str, Any]:
+    """Fits and evaluates PatchCore on one category.
+
+    Args:
+        tree: a configuration; its data, backbone, image size and smoothing are used.
+        plan: its fit rows are the training images; None takes the plan of the configuration.
+        share: of all patches, that the coreset keeps.
+        padding: of the backbone's convolutions, as model.padding. The 3x3 average always counts zeros, as published.
+        image_score: as scoring.image_score. The profile is taken from images that are left out of the coreset.
+
+    Returns:
+        The figures of `summarise`, labels, scores and pixel draws of the test images, seconds of the fit and milliseconds per
+        test image.
+    """
     config = parse_config(tree)
     plan = plan or plan_category(config, category)
     shard = build_shard(config, category, plan, 0, 1)
     assert isinstance(shard, MemoryShard)
     backbone = build_backbone(config.model.backbone, config.model.weights).eval().to(device)
+    set_padding(backbone, padding)
     backbone = backbone.to(memory_format=torch.channels_last)
-    start = time.perf_counter()
-    bank = torch.cat([patches(backbone, to_images(batch, device)).flatten(0, 1) for batch in shard.fit_batches()])
-    features_s = time.perf_counter() - start
-    coreset = greedy_coreset(bank, 0.01, seed)
-    fit_s = time.perf_counter() - start
     size = config.model.image_size_px
-    spread = upsample_and_smooth(size // 8, size, config.scoring.smoothing_sigma_px).to(device)
+    start = time.perf_counter()
+    embeddings = torch.cat([patches(backbone, to_images(batch, device)) for batch in shard.fit_batches()])
+    features_s = time.perf_counter() - start
+    rows = greedy_coreset(embeddings.flatten(0, 1), share, seed)
+    coreset = embeddings.flatten(0, 1)[rows]
+    side = upsample_and_smooth(size // 8, size, config.scoring.smoothing_sigma_px).to(device)
+    spread = Spread(side, side)
+    profile = profile_of(left_out_distances(embeddings, rows), spread) if image_score == "profile" else None
+    fit_s = time.perf_counter() - start
+    del embeddings
     labels, types, scores, maps, masks = [], [], [], [], []
     start = time.perf_counter()
     for record in iter_test_records(config.data.uri, category):
         image = torch.from_numpy(decode_image(record["image"], size))[None]
-        nearest = torch.cdist(patches(backbone, to_images(image, device))[0], coreset).amin(dim=1)
-        anomaly_map = (spread @ nearest.view(size // 8, size // 8) @ spread.t()).cpu().numpy()
+        distance = nearest_distance(patches(backbone, to_images(image, device))[0], coreset)[None]
+        anomaly_map = spread(distance)[0].cpu().numpy()
         height, width = evaluation_size(record["height"], record["width"], 512)
-        labels.append(record["label"])
+        labels.append(int(record["label"]))
         types.append(record["defect_type"])
-        scores.append(float(anomaly_map.max()))
+        scores.append(float(anomaly_map.max()) if profile is None else float(profile.score(distance, spread)))
         maps.append(resize_map(anomaly_map, height, width))
-        known = record["mask"] is not None
-        empty = decode_mask(record["mask"], height, width) if known else maps[-1] < -1
-        masks.append(empty if known or not record["label"] else None)
+        has_mask = record["mask"] is not None
+        mask = decode_mask(record["mask"], height, width) if has_mask else np.zeros((height, width), dtype=bool)
+        masks.append(mask if has_mask or not record["label"] else None)
     figures = summarise(labels, types, scores, maps, masks, 0.0, 0.05)
     ms = 1e3 * (time.perf_counter() - start) / len(labels)
-    return {**figures, "fit_s": fit_s, "features_s": features_s, "ms": ms}
+    images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixels(labels, masks, maps)}
+    return {**figures, **images, "fit_s": fit_s, "features_s": features_s, "ms": ms}
 
 
 def main() -> None:
@@ -113,6 +166,7 @@ def main() -> None:
                 other["fit_s"],
             ]
         )
+        other = {key: value for key, value in other.items() if key not in ("labels", "scores", "pixel_draws")}
         samples.append({"category": category, "ours": ours, "seconds": seconds, "patchcore": other})
     print()
     print_table(("category", "method", "image AUROC", "pixel AUROC", "AUPRO 0.3", "fit, s (with features)"), rows)

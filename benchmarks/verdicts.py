@@ -4,14 +4,20 @@
 
 Each draw takes so many good images of a category at random, of its training and its test images alike, so that those left, which
 the rate is measured on, are exchangeable with them. Methods are values of calibration.method.
+
+Two further experiments have training images that resemble each other more than new parts do:
+
+    --photographs-per-part 1 2 4   photographs each drawn part several times, with small shifts and noise; test images once
+    --sequence                     overlapping crops of the drawn images, as a strip that is photographed step by step
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
+from benchmarks.bursts import crop_anywhere, crop_steps, photograph
+from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, read_samples
 from focus_ray.config import parse_config
 from focus_ray.data.read import decoded_rows, read_index
 from focus_ray.data.shards import MemoryShard
@@ -29,6 +36,10 @@ from focus_ray.seeds import derived_seed
 
 MOST_BAD, MOST_GOOD = 40, 60  # test images of a draw
 HELD_OUT = 0.2  # for `split`
+PLAIN, SEQUENCE = "images as they are", "sequence of crops"
+STEP_PX = 8  # of a sequence
+
+View = int | str  # photographs of each part, or PLAIN or SEQUENCE
 
 
 def load(uri: str, category: str, label: int, size_px: int) -> Tensor:
@@ -42,17 +53,73 @@ def scores(detector: Detector, images: Tensor) -> np.ndarray[Any, Any]:
     return np.concatenate([detector(part).score.cpu().numpy() for part in images.split(16)])
 
 
-def draw(tree: dict[str, Any], method: str, num_images: int, good: Tensor, bad: Tensor, seed: int) -> dict[str, Any]:
-    """One fit on `num_images` good images drawn at random, and its verdicts on others."""
-    config = parse_config(merged(tree, {"train": {"seed": seed}, "calibration": {"method": method}}))
-    order = torch.randperm(len(good), generator=torch.Generator().manual_seed(derived_seed(seed, "draw", num_images)))
-    taken, others = good[order[:num_images]], good[order[num_images:]][:MOST_GOOD]
-    num_held = max(1, round(HELD_OUT * num_images)) if method == "split" else 0
-    folds = torch.arange(num_images - num_held) % config.calibration.num_folds
-    shard = MemoryShard(taken[num_held:], taken[:num_held], folds)
-    found = fit(config, shard, num_images - num_held, torch.device("cpu"))
+def crop_side(size_px: int) -> int:
+    """Side of the crops of a sequence: three quarters of the image, as a multiple of 16 px that the network takes."""
+    return size_px * 3 // 4 // 16 * 16
+
+
+def show_view(view: View) -> str:
+    """Text of a view for tables and JSON."""
+    return f"{view} per part" if isinstance(view, int) else view
+
+
+def view_images(images: Tensor, view: View, seed: int, perturbation: Mapping[str, Any], training: bool) -> Tensor:
+    """What the camera makes of parts (N, H, W, C): the views of a part follow each other. A test image has one view."""
+    side_px = crop_side(images.shape[2])
+    if isinstance(view, int):
+        return photograph(images, view if training else 1, seed, **perturbation)
+    if view == SEQUENCE:
+        return crop_steps(images, side_px, STEP_PX) if training else crop_anywhere(images, side_px, seed)
+    return images
+
+
+def draw(
+    tree: dict[str, Any],
+    method: str,
+    num_parts: int,
+    good: Tensor,
+    bad: Tensor,
+    seed: int,
+    view: View = PLAIN,
+    perturbation: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fits one model on `num_parts` good images drawn at random, and judges others.
+
+    Args:
+        good, bad: (N, H, W, 3) uint8, all good and all defective images.
+        view: how the drawn parts and the test images are photographed.
+        perturbation: arguments of `photograph`.
+
+    Returns:
+        Realised false positive rate and recall, and the scores that they come from.
+    """
+    order = torch.randperm(len(good), generator=torch.Generator().manual_seed(derived_seed(seed, "draw", num_parts)))
+    perturbation = perturbation or {}
+    parts, new_parts = good[order[:num_parts]], good[order[num_parts:]][:MOST_GOOD]
+    defects = bad[:: max(1, len(bad) // MOST_BAD)]
+    training = view_images(parts, view, derived_seed(seed, "training"), perturbation, training=True)
+    tests = [
+        view_images(images, view, derived_seed(seed, "test", label), perturbation, training=False)
+        for label, images in enumerate((new_parts, defects))
+    ]
+    config = parse_config(
+        merged(
+            tree,
+            {
+                "train": {"seed": seed},
+                "calibration": {"method": method},
+                "model": {"image_size_px": training.shape[2]},
+            },
+        )
+    )
+    # all views of a part are held out together
+    num_held = max(1, round(HELD_OUT * num_parts)) * (len(training) // num_parts) if method == "split" else 0
+    num_fit = len(training) - num_held
+    folds = torch.arange(num_fit) % config.calibration.num_folds
+    shard = MemoryShard(training[num_held:], training[:num_held], folds)
+    found = fit(config, shard, num_fit, torch.device("cpu"))
     calibration = found.calibration
-    on_good, on_bad = scores(found.detector, others), scores(found.detector, bad[:: max(1, len(bad) // MOST_BAD)])
+    on_good, on_bad = (scores(found.detector, images) for images in tests)
     return {
         "fpr": float(calibration.is_anomalous(on_good).mean()),
         "recall": float(calibration.is_anomalous(on_bad).mean()),
@@ -65,32 +132,28 @@ def draw(tree: dict[str, Any], method: str, num_images: int, good: Tensor, bad: 
 
 
 def table(samples: Sequence[dict[str, Any]]) -> list[list[Any]]:
-    """Rows of images and method: means over categories of rate and recall, and the highest rate of a category."""
+    """Rows of images, view and method: means over categories of rate and recall, and the highest rate of a category."""
     rows: list[list[Any]] = []
-    for num_images in sorted({sample["images"] for sample in samples}):
-        for method in dict.fromkeys(sample["method"] for sample in samples):
-            mine = [s for s in samples if (s["images"], s["method"]) == (num_images, method)]
-            if not mine:
-                continue
-            by_category = {
-                name: [s for s in mine if s["category"] == name] for name in dict.fromkeys(s["category"] for s in mine)
-            }
-            rates = {name: statistics.mean(s["fpr"] for s in group) for name, group in by_category.items()}
-            recalls = [statistics.mean(s["recall"] for s in group) for group in by_category.values()]
-            worst = max(rates, key=lambda name: rates[name])
-            above = statistics.mean(sample["fpr"] > 0.15 for sample in mine)
-            rows.append(
-                [
-                    num_images,
-                    method,
-                    len(by_category),
-                    len(mine),
-                    statistics.mean(rates.values()),
-                    f"{rates[worst]:.2f} ({worst})",
-                    above,
-                    statistics.mean(recalls),
-                ]
-            )
+    keys = dict.fromkeys((s["images"], s["view"], s["method"]) for s in samples)
+    for key in sorted(keys, key=lambda key: key[0]):
+        group = [s for s in samples if (s["images"], s["view"], s["method"]) == key]
+        by_category = {
+            name: [s for s in group if s["category"] == name] for name in dict.fromkeys(s["category"] for s in group)
+        }
+        rates = {name: statistics.mean(s["fpr"] for s in draws) for name, draws in by_category.items()}
+        recalls = [statistics.mean(s["recall"] for s in draws) for draws in by_category.values()]
+        worst = max(rates, key=lambda name: rates[name])
+        rows.append(
+            [
+                *key,
+                len(by_category),
+                len(group),
+                statistics.mean(rates.values()),
+                f"{rates[worst]:.2f} ({worst})",
+                statistics.mean(sample["fpr"] > 0.15 for sample in group),
+                statistics.mean(recalls),
+            ]
+        )
     return rows
 
 
@@ -104,11 +167,32 @@ def main() -> None:
     parser.add_argument(
         "--output", help="JSON Lines: a line a draw, as it ends; draws that are there are not run again"
     )
+    parser.add_argument(
+        "--photographs-per-part",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="COUNT",
+        help="photograph each of the --images parts this often, in place of taking images as they are",
+    )
+    parser.add_argument("--shift-px", type=int, default=1, help="largest shift of a photograph in x and in y, pixels")
+    parser.add_argument("--noise", type=float, default=2.0, help="standard deviation of its noise, grey levels")
+    parser.add_argument("--brightness", type=float, default=0.0, help="largest relative change of its brightness")
+    parser.add_argument(
+        "--sequence",
+        action="store_true",
+        help=f"train on crops of three quarters of the side, {STEP_PX} px apart, all of each of the --images images",
+    )
     arguments = parser.parse_args()
-    samples: list[dict[str, Any]] = []
-    if arguments.output and Path(arguments.output).is_file():
-        samples = [json.loads(line) for line in Path(arguments.output).read_text().splitlines()]
-    done = {(s["category"], s["method"], s["images"], s["seed"]) for s in samples}
+    perturbation = {name: getattr(arguments, name) for name in ("shift_px", "noise", "brightness")}
+    views: list[View] = [*arguments.photographs_per_part, *([SEQUENCE] if arguments.sequence else [])] or [PLAIN]
+    samples = [{"view": PLAIN, **sample} for sample in read_samples(arguments.output)]
+    others = [s["perturbation"] for s in samples if s.get("perturbation", perturbation) != perturbation]
+    if others:
+        parser.error(
+            f"--output has photographs made with {others[0]}, not with {perturbation}: choose another --output"
+        )
+    done = {(s["category"], s["method"], s["images"], s["view"], s["seed"]) for s in samples}
     sets = []
     for number, root in enumerate(arguments.data):
         one = argparse.Namespace(**{**vars(arguments), "data": root, "work": f"{arguments.work}/verdicts-{number}"})
@@ -117,29 +201,32 @@ def main() -> None:
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     for seed in range(arguments.draws):  # outermost: a run that is cut short has seen every category
         for uri, category in sets:
-            for num_images in arguments.images:
-                for method in arguments.methods:
-                    if (category, method, num_images, seed) in done:
-                        continue
-                    if category not in kept:
-                        size = arguments.image_size_px
-                        kept[category] = load(uri, category, 0, size), load(uri, category, 1, size)
-                    good, bad = kept[category]
-                    if num_images > len(good) - 12:
-                        continue
-                    found = draw(base_tree(arguments, uri), method, num_images, good, bad, seed)
-                    sample = {"category": category, "method": method, "images": num_images, "seed": seed, **found}
-                    samples.append(sample)
-                    if arguments.output:
-                        with Path(arguments.output).open("a") as sink:
-                            sink.write(json.dumps(sample) + "\n")
-                    print(
-                        f"{category} / {method} / {num_images} / {seed}: fpr {found['fpr']:.3f}, recall {found['recall']:.3f}",
-                        flush=True,
-                    )
+            for num_images, view, method in itertools.product(arguments.images, views, arguments.methods):
+                shown = show_view(view)
+                if (category, method, num_images, shown, seed) in done:
+                    continue
+                if category not in kept:
+                    size = arguments.image_size_px
+                    kept[category] = load(uri, category, 0, size), load(uri, category, 1, size)
+                good, bad = kept[category]
+                if num_images > len(good) - 12:
+                    continue
+                found = draw(base_tree(arguments, uri), method, num_images, good, bad, seed, view, perturbation)
+                key = {"category": category, "method": method, "images": num_images, "view": shown, "seed": seed}
+                sample = {**key, **({"perturbation": perturbation} if isinstance(view, int) else {}), **found}
+                samples.append(sample)
+                if arguments.output:
+                    with Path(arguments.output).open("a") as sink:
+                        sink.write(json.dumps(sample) + "\n")
+                print(
+                    f"{category} / {method} / {num_images} / {shown} / {seed}: "
+                    f"fpr {found['fpr']:.3f}, recall {found['recall']:.3f}",
+                    flush=True,
+                )
     print()
     header = (
         "good images",
+        "photographs",
         "method",
         "categories",
         "draws",
