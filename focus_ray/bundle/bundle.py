@@ -31,6 +31,7 @@ from focus_ray.config import Config, parse_config
 from focus_ray.data.framing import Frame
 from focus_ray.data.regions import frame_of, frame_with
 from focus_ray.density.base import Statistics, density_tensors, load_density
+from focus_ray.density.relations import Relations
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
 from focus_ray.density.nearest import rest_of, with_rest
 from focus_ray.density.tiles import unfold_bank
@@ -132,6 +133,7 @@ def write_bundle(
         density["thetas"] = statistics.thetas
     if statistics.shown is not None:
         density["shown"] = statistics.shown
+    density.update(_origin_tensors(statistics))
     region = (frame or frame_of(config, category)).region
     if region is not None:
         density["region"] = torch.from_numpy(region)
@@ -347,7 +349,37 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     if bank is not None and "coreset_bank" in tensors:
         bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
-    return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid)
+    return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid, *_read_origins(density))
+
+
+def _origin_tensors(statistics: Statistics) -> dict[str, Tensor]:
+    """What a bundle keeps to tell which images show the same part: relations, descriptors and their distance."""
+    tensors = {}
+    if statistics.relations is not None:
+        tensors["relations.related"] = statistics.relations.related.to(torch.uint8)
+        tensors["relations.groups"] = statistics.relations.groups
+    if statistics.descriptors is not None and statistics.same_part_distance is not None:
+        tensors["descriptors"] = statistics.descriptors
+        tensors["same_part_distance"] = torch.tensor([statistics.same_part_distance])
+    return tensors
+
+
+def _read_origins(density: dict[str, Tensor]) -> tuple[Relations | None, Tensor | None, float | None]:
+    """Inverse of `_origin_tensors`; each is None where the bundle does not keep it."""
+    relations = None
+    if "relations.related" in density:
+        relations = Relations(density["relations.related"].bool(), density["relations.groups"])
+    distance = float(density["same_part_distance"]) if "same_part_distance" in density else None
+    return relations, density.get("descriptors"), distance
+
+
+def read_descriptors(uri: str | Path) -> tuple[Tensor, float] | None:
+    """Descriptors (N, P, K) of images that a bundle was made of, and the largest distance of two photographs of one part.
+
+    Returns: None where the bundle keeps none.  Raises: BundleError: as `read_manifest`.
+    """
+    _, descriptors, distance = _read_origins(_whole(uri, lambda manifest: _read_part(uri, manifest, "density")))
+    return None if descriptors is None or distance is None else (descriptors, distance)
 
 
 def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -> int:

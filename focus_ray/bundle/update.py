@@ -18,13 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.bundle.bundle import Bundle, read_bundle, read_statistics, write_bundle
+from focus_ray.bundle.bundle import Bundle, read_bundle, read_descriptors, read_statistics, write_bundle
 from focus_ray.data.read import data_fingerprint, decoded_rows, index_version, read_index
 from focus_ray.data.split import plan_category, short_hash
 from focus_ray.density.base import Statistics, leaves_out
 from focus_ray.density.moments import Moments
+from focus_ray.density.relations import Relations
 from focus_ray.density.tiles import split_places
 from focus_ray.errors import BundleError, DataError
+from focus_ray.fitting.duplicates import describe_statistics, relate_duplicates
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.left_out import leave_one_out_pass
 from focus_ray.fitting.passes import calibration_pass, statistics_pass
@@ -41,11 +43,15 @@ _SHARED = {
 
 
 class _Normals(NamedTuple):
-    """Normal training images of a data set: where, which version of it, and by row number their `short_hash`."""
+    """Normal training images of a data set: where, and which version of it.
+
+    known: row number -> `short_hash`.  groups: row number -> name of the group, empty if the image is its own group.
+    """
 
     uri: str
     version: str
     known: dict[int, int]
+    groups: dict[int, str]
 
     def among(self, hashes: frozenset[int], there: bool) -> _Normals:
         """Those that are among the hashes, or those that are not."""
@@ -103,6 +109,8 @@ def update_bundle(
     provenance = dict(bundle.manifest["data"])
     if only is not None:
         growing = _only(bundle, only)
+        if (kept := read_descriptors(uri)) is not None:
+            growing.statistics.same_part_distance = kept[1]
         config = bundle.config.model_copy(update={"data": bundle.config.data.model_copy(update={"uri": only})})
         provenance = {
             "uri": only,
@@ -126,6 +134,7 @@ def update_bundle(
         provenance["updates"] = growing.changes
     statistics = growing.statistics
     statistics.keep_at_most(config.density.max_images)
+    relate_duplicates(statistics)
     detector = build_detector(config, bundle.detector.net, bundle.detector.reduction, _on(statistics, device))
     anew = bool(joined) or only is not None
     num_held = 0
@@ -302,9 +311,10 @@ def _normal_images(uri: str, category: str) -> _Normals:
     index = read_index(uri, category, split="train")
     columns = (index[name].to_pylist() for name in ("row", "label", "content_hash"))
     found = {row: short_hash(content) for row, label, content in zip(*columns, strict=True) if label == 0}
+    groups = dict(zip(index["row"].to_pylist(), index["group"].to_pylist(), strict=True))
     if not found:
         raise DataError(f"{uri}: category {category!r} has no normal training image")
-    return _Normals(uri, index_version(index), found)
+    return _Normals(uri, index_version(index), found, groups)
 
 
 def _images(bundle: Bundle, images: _Normals) -> Iterator[Tensor]:
@@ -317,7 +327,19 @@ def _statistics_of(bundle: Bundle, images: _Normals) -> Statistics:
     keep = range(len(images.known)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
     net, reduction, device = bundle.detector.net, bundle.detector.reduction, bundle.detector.density.device
     with prepared_for_inference(net, compute_dtype(bundle.config.model.precision, device)):
-        return _on(statistics_pass(net, reduction, _images(bundle, images), device, keep), "cpu")
+        found = _on(statistics_pass(net, reduction, _images(bundle, images), device, keep), "cpu")
+    if found.bank is not None:
+        found.descriptors = describe_statistics(found, reduction)
+        found.relations = _named_relations([images.groups[row] for row in images.known])
+    return found
+
+
+def _named_relations(names: Sequence[str]) -> Relations | None:
+    """Relations between images by the names of their groups."""
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(name or f"/{place}", len(numbers)) for place, name in enumerate(names)]
+    relations = Relations.from_groups(torch.tensor(groups, dtype=torch.long))
+    return None if relations.is_trivial else relations
 
 
 def _on(statistics: Statistics, device: torch.device | str) -> Statistics:

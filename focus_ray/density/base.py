@@ -132,6 +132,8 @@ class Statistics:
             self.descriptors = torch.cat([self.descriptors, other.descriptors])
         else:
             self.descriptors = None
+        if self.same_part_distance is None:
+            self.same_part_distance = other.same_part_distance
         return self
 
     def keep_at_most(self, num_images: int) -> None:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from focus_ray.density.base import Statistics
 from focus_ray.density.relations import Relations
 from focus_ray.fitting.scoring import embed, to_images
 from focus_ray.model.network import FocusNet
@@ -72,6 +73,14 @@ def describe_bank(bank: Tensor, height: int, width: int) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, GRID * GRID, bank.shape[2])
 
 
+def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> Tensor:
+    """Descriptors (N, P, K) float16 of the images of a bank."""
+    bank, moments, grid = statistics.bank, statistics.moments, statistics.grid
+    assert bank is not None
+    first = reduction.num_channels if reduction.num_coreset_channels else 0
+    return describe_bank(bank[:, :, first:], moments.height * grid[0], moments.width * grid[1]).half()
+
+
 def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
     """Mean distance over cells between two sets of descriptors (N, P, C) and (M, P, C) -> (N, M)."""
     total = torch.zeros(len(first), len(second), device=first.device)
@@ -88,7 +97,7 @@ def descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tenso
     return embedding[:, reduction.num_channels :] if reduction.num_coreset_channels else embedding
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_same_part_distance(
     net: FocusNet, reduction: ChannelReduction, images: Tensor, device: torch.device | str
 ) -> float | None:
@@ -120,6 +129,7 @@ def _shift(image: Tensor, down: int, right: int) -> Tensor:
     return padded[2 - down : 2 - down + height, 2 - right : 2 - right + width]
 
 
+@torch.no_grad()
 def find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | None:
     """Relations between N images, from their descriptors (N, P, C) and origins.
 
@@ -133,6 +143,18 @@ def find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | No
     if relations.is_trivial or bool(relations.related.all(dim=1).any()):
         return None
     return relations
+
+
+def relate_duplicates(statistics: Statistics) -> None:
+    """Relates near-duplicates among the images of a bank that was put together from several sets, beside its relations."""
+    if statistics.descriptors is None or statistics.same_part_distance is None or statistics.bank is None:
+        return
+    descriptors = statistics.descriptors.float()
+    distances = descriptor_distances(descriptors, descriptors)
+    former = statistics.relations or Relations.from_groups(torch.arange(len(descriptors)))
+    groups = _merge(former.groups, find_duplicates(distances, statistics.same_part_distance))
+    relations = Relations(former.related | (groups[:, None] == groups), groups)
+    statistics.relations = None if relations.is_trivial or bool(relations.related.all(dim=1).any()) else relations
 
 
 def find_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:

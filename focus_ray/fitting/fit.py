@@ -40,7 +40,7 @@ from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
     describe,
-    describe_bank,
+    describe_statistics,
     descriptor_channels,
     find_relations,
     measure_same_part_distance,
@@ -421,11 +421,8 @@ class Run:
 
     def _relate(self, statistics: Statistics, origins: ImageOrigins) -> None:
         """Finds images of the bank that show the same part."""
-        bank, moments, grid = statistics.bank, statistics.moments, statistics.grid
-        assert bank is not None
-        first = self.reduction.num_channels if self.reduction.num_coreset_channels else 0
-        descriptors = describe_bank(bank[:, :, first:], moments.height * grid[0], moments.width * grid[1])
-        statistics.descriptors = descriptors.half()
+        statistics.descriptors = describe_statistics(statistics, self.reduction)
+        descriptors = statistics.descriptors.float()
         statistics.same_part_distance = origins.same_part_distance
         statistics.relations = decided_by_first(lambda: find_relations(descriptors, origins))
 
