@@ -8,7 +8,7 @@ import pytest
 from made_sources import pixels, save
 from small_set import draw_parts
 
-from focus_ray.cli.main import main
+from focus_ray.cli.main import build_parser, main, parse_words
 from focus_ray.data.read import read_index
 
 QUICK = [
@@ -28,6 +28,20 @@ def test_ingest_takes_a_rule_and_tells_the_parts(tmp_path: Path, capsys: pytest.
     assert "bolt: 10 training images of 5 parts" in capsys.readouterr().out
     assert main([*command, "part"]) == 1
     assert "'part'" in capsys.readouterr().err
+
+
+def test_settings_may_follow_an_option() -> None:
+    words = ["fit", "photographs", "model", "a=1", "--group-by", "time:2", "b=2", "c=3"]
+    arguments = parse_words(build_parser(), words)
+    assert (arguments.override, arguments.group_by) == (["a=1", "b=2", "c=3"], "time:2")
+
+
+@pytest.mark.parametrize(
+    "words", [["fit", "a", "b", "--group"], ["fit", "a", "b", "--gruop-by=x", "k=1"], ["ingest", "a", "b", "c"]]
+)
+def test_unknown_options_and_superfluous_words_are_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_words(build_parser(), words)
 
 
 def test_fit_takes_a_rule_for_a_plain_folder_of_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
