@@ -19,6 +19,7 @@ from small_set import draw_parts, ingest_parts
 import focus_ray
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.cli.main import main
+from focus_ray.data.read import read_index
 from focus_ray.errors import ConfigError, DataError
 
 QUICK: dict[str, Any] = {
@@ -194,3 +195,35 @@ def test_the_package_imports_at_once_and_without_torch() -> None:
     code = f"import sys, focus_ray as f; print({show})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert out == ["False", "fit", "True", "False"]
+
+
+def groups_of_the_ingested(model: focus_ray.Model) -> list[str]:
+    data = str(model.inspector.bundle.config.data.uri)
+    return read_index(data, model.category)["group"].to_pylist()
+
+
+def test_a_list_of_images_takes_a_group_for_each(parts: Path) -> None:
+    images = list(pixels_of(parts / "train/good")[:8])
+    model = focus_ray.fit(images, groups=["a", "a", 2, np.int64(2), "b", None, "", "c"], **QUICK)
+    assert groups_of_the_ingested(model) == ["a", "a", "2", "2", "b", "", "", "c"]
+
+
+def test_a_folder_takes_a_rule_for_its_groups(parts: Path) -> None:
+    model = focus_ray.fit(parts / "train/good", group_by=r"name:(\d)\.png$", **QUICK)
+    names = sorted(path.name for path in (parts / "train/good").iterdir())
+    assert groups_of_the_ingested(model) == [name[-5] for name in names]
+
+
+def test_groups_that_do_not_fit_the_images_are_refused(parts: Path, tmp_path: Path) -> None:
+    images = list(pixels_of(parts / "train/good")[:4])
+    with pytest.raises(DataError, match="4 images, but 3 groups"):
+        focus_ray.fit(images, groups=["a", "b", "c"], **QUICK)
+    with pytest.raises(DataError, match=r"1\.5"):
+        focus_ray.fit(images, groups=["a", "b", "c", 1.5], **QUICK)  # type: ignore[list-item]
+    with pytest.raises(DataError, match="group_by"):
+        focus_ray.fit(parts, groups=["a"], **QUICK)
+    with pytest.raises(DataError, match="name:x"):
+        focus_ray.fit(images, group_by="name:x", **QUICK)
+    ingest_parts(tmp_path)
+    with pytest.raises(DataError, match="name:x"):
+        focus_ray.fit(tmp_path / "data", group_by="name:x", **QUICK)

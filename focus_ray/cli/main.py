@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         parser.print_help()
         return 0
-    arguments = parser.parse_args(words)
+    arguments = parse_words(parser, words)
     if arguments.verbose:
         os.environ[VERBOSE] = "1"
     try:
@@ -68,6 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("focus-ray: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parses a command line. Settings (key=value) may also follow options, where argparse (3.11) takes none."""
+    arguments, left = parser.parse_known_args(words)
+    if left and hasattr(arguments, "override") and not any(word.startswith("-") for word in left):
+        arguments.override = [*arguments.override, *left]
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -627,7 +627,7 @@ def forget_the_index(root: Path, category: str) -> None:
 def small_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set of 40 rows in row groups of 7 and files of 2 row groups."""
     monkeypatch.setattr(store, "MAX_ROW_GROUP_ROWS", 7)
-    monkeypatch.setattr(store, "FILE_BYTES", 10 * SIZE[0] * SIZE[1] * 3)
+    monkeypatch.setattr(store, "FILE_BYTES", 12 * SIZE[0] * SIZE[1] * 3)
     take(make_mvtec(tmp_path / "bolt", num_train=37), tmp_path / "out")
     return tmp_path / "out"
 

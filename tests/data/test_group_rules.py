@@ -13,7 +13,6 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from s3_server import S3Server
 
-from focus_ray.cli.main import main
 from focus_ray.data.images import read_capture_time
 from focus_ray.data.importers.groups import parse_group_rule
 from focus_ray.data.ingest import ingest
@@ -464,15 +463,3 @@ def test_a_source_on_s3_gives_the_groups_that_it_gives_on_a_disk(s3: S3Server, t
         assert str(remote) == str(local)
         assert groups_of(remote_out) == groups_of(out)
         assert any(groups_of(out).values())
-
-
-# The command
-
-
-def test_the_command_takes_a_rule_and_tells_the_parts(
-    source: Path, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["ingest", str(source), str(out), "--group-by", r"name:^(p\d+)_"]) == 0
-    assert "bolt: 10 training images of 5 parts" in capsys.readouterr().out
-    assert main(["ingest", str(source), str(out), "--group-by", "part"]) == 1
-    assert "'part'" in capsys.readouterr().err

@@ -26,7 +26,7 @@ import yaml
 from documents import KINDS, Block, blocks, commands_of, words_of
 from places import REPOSITORY
 
-from focus_ray.cli.main import build_parser
+from focus_ray.cli.main import build_parser, parse_words
 from focus_ray.cli.main import main as focus_ray
 from focus_ray.config import load_config, parse_config, read_tree
 from focus_ray.serving.settings import parse_settings
@@ -165,7 +165,7 @@ def check_focus_ray(words: list[str]) -> None:
     parser.error = _refuse  # type: ignore[method-assign]
     if words == ["--version"]:
         return
-    arguments = parser.parse_args(words)
+    arguments = parse_words(parser, words)
     if arguments.command == "submit":
         inner = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
         check_focus_ray(inner)
@@ -330,7 +330,8 @@ CODE = [block for block in blocks("python") if block.page not in CODES_RUN_ELSEW
 def small(text: str, service: str) -> str:
     """A block with the service's real address, and of 64 px in place of 256."""
     text = text.replace("http://127.0.0.1:8000", service).replace("image_size_px=256", "image_size_px=64")
-    added = 'fit("photographs/", weights="resnet18.pth")', 'fit("bottle/", weights="resnet18.pth")'
+    added = [f'fit({what}, weights="resnet18.pth")' for what in ('"photographs/"', '"bottle/"', "paths, groups=parts")]
+    added.append('fit("views/", group_by="name:^(part[0-9]+)_", weights="resnet18.pth")')
     for call in added:
         text = text.replace(call, f"{call[:-1]}, image_size_px=64, coreset=32)")
     return text

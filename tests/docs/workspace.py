@@ -71,6 +71,7 @@ def make(folder: Path) -> Path:
         _brighter(share, folder / name / "good")
     _copy(good[12:], folder / "more/bolt/good")
     _copy(good[12:16], folder / "good")
+    _views(good[:12], folder)
     _copy(bad, folder / "defects")
     _copy(bad[:2], folder / "new")
     for name, source in (
@@ -115,6 +116,21 @@ def _copy(paths: list[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in paths:
         shutil.copy(path, folder / f"{path.parent.name}_{path.name}")
+
+
+def _views(paths: list[Path], folder: Path) -> None:
+    """Six parts photographed twice: views/good/part0_left.jpg, with EXIF times; the same in boxes/good/part0/; parts.csv."""
+    lines = ["file,serial"]
+    for number, path in enumerate(paths):
+        part, view = number // 2, ("left", "right")[number % 2]
+        exif = Image.Exif()
+        exif[0x0132] = f"2024:05:01 12:{part:02}:0{number % 2}"
+        places = folder / f"views/good/part{part}_{view}.jpg", folder / f"boxes/good/part{part}/{view}.jpg"
+        for place in places:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(path).convert("RGB").save(place, quality=95, exif=exif)
+        lines.append(f"{places[0].name},S{part}")
+    (folder / "parts.csv").write_text("\n".join(lines) + "\n")
 
 
 def _brighter(paths: list[Path], folder: Path) -> None:

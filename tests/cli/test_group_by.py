@@ -1,0 +1,60 @@
+"""--group-by of `ingest` and `fit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_sources import pixels, save
+from small_set import draw_parts
+
+from focus_ray.cli.main import build_parser, main, parse_words
+from focus_ray.data.read import read_index
+
+QUICK = [
+    "model.weights=random",
+    "model.image_size_px=64",
+    "model.image_alignment.group=none",
+    "density.num_channels=16",
+    "density.coreset=64",
+]
+
+
+def test_ingest_takes_a_rule_and_tells_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(10):
+        save(tmp_path / f"bolt/good/p{number // 2}_v{number}.png", pixels(number))
+    command = ["ingest", str(tmp_path / "bolt"), str(tmp_path / "out"), "--group-by"]
+    assert main([*command, r"name:^(p\d+)_"]) == 0
+    assert "bolt: 10 training images of 5 parts" in capsys.readouterr().out
+    assert main([*command, "part"]) == 1
+    assert "'part'" in capsys.readouterr().err
+
+
+def test_settings_may_follow_an_option() -> None:
+    words = ["fit", "photographs", "model", "a=1", "--group-by", "time:2", "b=2", "c=3"]
+    arguments = parse_words(build_parser(), words)
+    assert (arguments.override, arguments.group_by) == (["a=1", "b=2", "c=3"], "time:2")
+
+
+@pytest.mark.parametrize(
+    "words", [["fit", "a", "b", "--group"], ["fit", "a", "b", "--gruop-by=x", "k=1"], ["ingest", "a", "b", "c"]]
+)
+def test_unknown_options_and_superfluous_words_are_refused(words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_words(build_parser(), words)
+
+
+def test_fit_takes_a_rule_for_a_plain_folder_of_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = draw_parts(tmp_path / "images") / "gear/train/good"
+    model = tmp_path / "model"
+    assert main(["fit", str(good), str(model), *QUICK, "--group-by", r"name:(\d)\.png$"]) == 0
+    assert "24 training images of 10 parts" in capsys.readouterr().err
+    index = read_index(model / "data", "good")
+    assert index["group"].to_pylist() == [name[-1] for name in index["id"].to_pylist()]
+
+
+def test_fit_refuses_a_rule_that_fits_no_photograph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(4):
+        save(tmp_path / f"photographs/{number}.png", pixels(number))
+    assert main(["fit", str(tmp_path / "photographs"), str(tmp_path / "model"), *QUICK, "--group-by", "time:3"]) == 1
+    assert "'time:3'" in capsys.readouterr().err
