@@ -26,7 +26,8 @@ TIE = (
     1e-5  # relative: the last digits of a score hang on how images were batched; closer than this, two scores are equal
 )
 
-PRECISION_SHIFT = 0.01  # relative: bfloat16 in place of float32 moves scores of real images by less
+# relative: bfloat16 in place of float32 moved image scores of real images by 0.6 % at most, maxima of their maps by 1.4 %
+PRECISION_SHIFT = 0.015
 
 # scores above the threshold, at least, for it to be counted where no guarantee is lost by a model of the tail, which is steadier
 _STEADY = 5
