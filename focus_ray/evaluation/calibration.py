@@ -61,8 +61,8 @@ class Calibration:
         target_pixel_fpr: share of a good image's pixels that may be called bad, on average over images.
         pixel_threshold: on the scale of the anomaly maps.
         pixel_guaranteed: whether that share is <= target_pixel_fpr in expectation over held-out and future images.
-            "split" alone, with n >= 1/target_pixel_fpr - 1 images that are each a group of its own; with fewer the threshold is the plain quantile, and what holds
-            for "split" is `pixel_fpr_bound`.
+            "split" alone, with n >= 1/target_pixel_fpr - 1 images that are each a group of its own; with fewer the threshold
+            is the plain quantile, and what holds for "split" is `pixel_fpr_bound`.
         tail: a model of the highest scores, from which threshold and small p-values come where n < 1/target_fpr - 1 images
             cannot show the target themselves, and, but for "split", where they leave fewer than 5 scores above the
             threshold. None: they are counted; three images or fewer leave the highest score as the threshold, whose rate is
