@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from focus_ray.errors import DataError
-from focus_ray.evaluation.calibration import TIE, certain_part
+from focus_ray.evaluation.calibration import certain_part
 
 Direction = Literal["higher", "lower"]
 
@@ -88,8 +88,8 @@ def compare_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> Shif
     """Tests whether new good images score as the calibration images, at the level `ALPHA`.
 
     Two tests with a Bonferroni correction: the rank sum (Mann and Whitney), and for higher scores the number of new scores above
-    the highest tenth of the calibration scores, which finds a share of changed images. Scores closer than `TIE` count as equal,
-    and for neither direction.
+    the highest tenth of the calibration scores, which finds a share of changed images. Scores closer than `calibration.TIE`
+    are equal, and count for neither direction.
 
     Args:
         calibration_scores: (n,), any order.
@@ -117,9 +117,9 @@ def compare_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> Shif
 def compare_stream(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> Shift | None:
     """Tests whether the images of a stream score as the calibration images, where up to `DEFECT_SHARE` of them are defects.
 
-    Without the highest `DEFECT_SHARE` of the stream's scores, those that remain rank no higher than as many good images do, however
-    high the defects score. So the test for higher scores leaves these out, and takes the others as the whole. Defects only hide
-    lower scores, so that test takes all.
+    Without the highest `DEFECT_SHARE` of the stream's scores, the others rank no higher than as many good images do, however high
+    the defects score. So the test for higher scores takes the others as the whole stream. Defects only hide lower scores, so the
+    test for lower scores takes all.
 
     Args: as of `compare_scores`, in any order and without labels.
 
@@ -206,9 +206,9 @@ def _shift(
     num_new: int, num_calibrating: int, p_higher: float, p_lower: float, matters: dict[Direction, bool]
 ) -> Shift:
     """matters: whether a direction is shown, by a difference that matters; of both, that of the smaller p-value is told."""
-    p_values: dict[Direction, float] = {"higher": p_higher, "lower": p_lower}
-    shown = [direction for direction, is_shown in matters.items() if is_shown]
-    return Shift(num_new, num_calibrating, p_higher, p_lower, min(shown, key=lambda one: p_values[one], default=None))
+    p_values = {"higher": p_higher, "lower": p_lower}
+    shown = sorted((one for one in matters if matters[one]), key=lambda one: p_values[one])
+    return Shift(num_new, num_calibrating, p_higher, p_lower, shown[0] if shown else None)
 
 
 def _sentence(shift: Shift, images: str, even: str, remedy: str) -> str | None:

@@ -168,7 +168,8 @@ def test_a_window_tells_a_shift_once_and_again_after_scores_were_as_usual() -> N
     assert len(told(1.3, 1000)) == 1
     assert told(1.0, 2 * WINDOW) == []
     assert len(told(1.3, 1000)) == 1
-    assert window.shift is not None and window.shift.num_new == WINDOW
+    assert window.shift is not None
+    assert window.shift.num_new == WINDOW
 
 
 def test_a_window_is_tested_every_so_many_images() -> None:
