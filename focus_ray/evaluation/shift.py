@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,13 +132,10 @@ def compare_stream(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> S
     if recent.size < MIN_STREAM:
         return None
     without_defects = np.sort(recent)[: recent.size - math.ceil(DEFECT_SHARE * recent.size)]
-    rank_higher, superiority = _rank_sum(without_defects, calibration)
-    rank_lower, inferiority = _rank_sum(-recent, -calibration)
-    p_higher, p_lower = min(1.0, 2.0 * rank_higher), min(1.0, 2.0 * rank_lower)
-    matters: dict[Direction, bool] = {
-        "higher": p_higher <= STREAM_ALPHA and superiority >= _MIN_SUPERIORITY,
-        "lower": p_lower <= STREAM_ALPHA and inferiority >= _MIN_SUPERIORITY,
-    }
+    p_higher = min(1.0, 2.0 * _rank_sum(without_defects, calibration)[0])
+    p_lower = min(1.0, 2.0 * _rank_sum(-recent, -calibration)[0])
+    # a difference that so few images show at this level is one that matters
+    matters: dict[Direction, bool] = {"higher": p_higher <= STREAM_ALPHA, "lower": p_lower <= STREAM_ALPHA}
     return _shift(recent.size, calibration.size, p_higher, p_lower, matters)
 
 
@@ -169,35 +166,34 @@ class RecentScores:
         shift: of the last test; None before the first.
     """
 
-    def __init__(self, calibration_scores: ArrayLike) -> None:
-        """Raises: DataError: there is no calibration score, or one is NaN or infinite."""
-        self._calibration = _checked(calibration_scores)
-        _check_any(self._calibration)
+    def __init__(self) -> None:
+        self.shift: Shift | None = None
         self._scores: deque[float] = deque(maxlen=WINDOW)
         self._untested = 0
         self._was_told = False
-        self.shift: Shift | None = None
 
-    def add(self, scores: Iterable[float]) -> bool:
+    def add(self, scores: Sequence[float]) -> bool:
         """Takes the scores of new images, oldest first. Returns: whether a test is due."""
-        values = list(scores)
-        self._scores.extend(values)
-        self._untested += len(values)
+        self._scores.extend(scores)
+        self._untested += len(scores)
         return self._untested >= TEST_EVERY and len(self._scores) >= MIN_STREAM
 
-    def test(self) -> Shift | None:
-        """Compares the latest scores. Returns: `shift`."""
+    def take(self) -> list[float]:
+        """The latest scores, for a test; the next is due `TEST_EVERY` images later."""
         self._untested = 0
-        self.shift = compare_stream(self._calibration, list(self._scores))
-        return self.shift
+        return list(self._scores)
 
-    def notice(self) -> str | None:
-        """The sentence of a shift that was not told yet; once a shift, until scores are as usual again."""
-        if self.shift is None:
+    def tell(self, shift: Shift | None) -> str | None:
+        """Keeps the result of a test.
+
+        Returns: the sentence of a shift that was not told yet: once a shift, until scores are as usual again.
+        """
+        self.shift = shift
+        if shift is None:
             return None
-        if self.shift.p_value > ALPHA:
+        if shift.p_value > ALPHA:
             self._was_told = False
-        sentence = None if self._was_told else describe_stream_shift(self.shift)
+        sentence = None if self._was_told else describe_stream_shift(shift)
         self._was_told |= sentence is not None
         return sentence
 

@@ -154,14 +154,13 @@ def test_sentences_name_counts_direction_and_commands_that_exist() -> None:
 
 def test_a_window_tells_a_shift_once_and_again_after_scores_were_as_usual() -> None:
     random = np.random.default_rng(7)
-    window = RecentScores(random.normal(1, 0.1, 60))
+    calibration, window = random.normal(1, 0.1, 60), RecentScores()
 
     def told(level: float, count: int) -> list[str]:
         sentences = []
         for _ in range(count):
             if window.add([float(random.normal(level, 0.1))]):
-                window.test()
-                sentences.append(window.notice())
+                sentences.append(window.tell(compare_stream(calibration, window.take())))
         return [sentence for sentence in sentences if sentence]
 
     assert told(1.0, 400) == []
@@ -173,9 +172,9 @@ def test_a_window_tells_a_shift_once_and_again_after_scores_were_as_usual() -> N
 
 
 def test_a_window_is_tested_every_so_many_images() -> None:
-    window = RecentScores([1.0, 2.0, 3.0])
+    window = RecentScores()
     due = [window.add([1.5]) for _ in range(MIN_STREAM)]
     assert due == [False] * (MIN_STREAM - 1) + [True]
-    window.test()
+    assert window.take() == [1.5] * MIN_STREAM
     assert [window.add([1.5]) for _ in range(TEST_EVERY)] == [False] * (TEST_EVERY - 1) + [True]
     assert STREAM_ALPHA < ALPHA
