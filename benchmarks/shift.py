@@ -2,9 +2,9 @@
 
     python -m benchmarks.shift [--verdicts DRAWS.jsonl] [--draws 500] [--streams 50]
 
-Labelled sets: n calibration scores and m new good scores, drawn alike (wrong notices), then with the new scores times a factor.
-Streams: 10,000 images, tested as the service and `watch` do, with and without defects among them. With --verdicts, the scores that
-`benchmarks.verdicts --output` wrote: real categories, whose good images were drawn at random, so that those left are exchangeable.
+Labelled sets: n calibration scores and m new good scores, drawn alike (wrong notices), or with the new scores times a factor.
+Streams: 10,000 images, tested as the service and `watch` do, with and without defects among them. With --verdicts: scores that
+`benchmarks.verdicts --output` wrote, of real categories. Their good images were drawn at random, so the others are exchangeable.
 """
 
 from __future__ import annotations
