@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import certain_part
@@ -44,6 +45,8 @@ _TAIL_SHARE = 0.1  # of the calibration scores: above them lie the scores that c
 _EXACT_PAIRS = (
     2000  # pairs of scores up to which the distribution of the rank sum is counted; the normal one is close beyond
 )
+
+_SMALLEST_TOLD = 1e-4  # p-value: smaller ones mean the same to a reader
 
 _REMEDY = (
     "Light, position or batch may have changed. Recalibrate with `focus-ray calibrate BUNDLE NEW --good FOLDER`, or add such "
@@ -215,23 +218,28 @@ def _sentence(shift: Shift, images: str, even: str, remedy: str) -> str | None:
         if shift.direction == "higher"
         else "the threshold may be too high for them, and defects may be missed"
     )
+    probability = f"p = {shift.p_value:.2g}" if shift.p_value >= _SMALLEST_TOLD else f"p < {_SMALLEST_TOLD:.4f}"
     return (
         f"The {images} score {shift.direction} than the {shift.num_calibrating} images that set the threshold{even} "
-        f"(p = {shift.p_value:.2g}): {cost}. {remedy}"
+        f"({probability}): {cost}. {remedy}"
     )
 
 
 def _rank_sum(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tuple[float, float]:
     """One-sided p-value of the rank sum for new > calibration, and the share of pairs in which that holds, ties not counted."""
-    from scipy.stats import mannwhitneyu  # a second of imports, which commands that compare nothing can do without
-
     # a tie counts against the alternative: the p-value is exact or too high, never too low
-    values = np.nextafter(
-        certain_part(new), -np.inf
-    )  # so that two zeros are no tie for scipy, which would count it half
-    method = "exact" if new.size * calibration.size <= _EXACT_PAIRS else "asymptotic"
-    found = mannwhitneyu(values, calibration, alternative="greater", method=method)
-    return float(found.pvalue), float(found.statistic) / (new.size * calibration.size)
+    values = certain_part(new)
+    pairs = new.size * calibration.size
+    greater = int(np.searchsorted(np.sort(calibration), values, side="left").sum())
+    if pairs <= _EXACT_PAIRS:
+        from scipy.stats import mannwhitneyu  # a second of imports, which commands that compare nothing can do without
+
+        below_ties = np.nextafter(values, -np.inf)  # scipy would count a tie of two zeros half
+        p_value = float(mannwhitneyu(below_ties, calibration, alternative="greater", method="exact").pvalue)
+    else:
+        deviation = math.sqrt(pairs * (new.size + calibration.size + 1) / 12)
+        p_value = float(ndtr(-(greater - 0.5 - pairs / 2) / deviation))
+    return p_value, greater / pairs
 
 
 def _tail_count(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tuple[float, float]:
