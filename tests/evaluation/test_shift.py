@@ -54,6 +54,9 @@ def test_the_rank_sum_is_scipy_s_and_the_tail_count_is_hypergeometric() -> None:
     calibration, lower = random.normal(size=12), random.normal(size=9) - 0.5
     expected = 2 * mannwhitneyu(lower, calibration, alternative="less", method="exact").pvalue
     assert compare_scores(calibration, lower).p_lower == pytest.approx(min(1.0, expected))
+    many = random.normal(size=300)
+    expected = 2 * mannwhitneyu(many, calibration, alternative="less", method="asymptotic").pvalue
+    assert compare_scores(calibration, many).p_lower == pytest.approx(min(1.0, expected))
     # 12 of 30 new scores lie above all of 60, the others below all: of the highest 17 scores at least 12 are new
     calibration = np.arange(60.0)
     new = np.concatenate([np.full(12, 100.0), np.full(18, -1.0)])
@@ -141,7 +144,7 @@ def test_sentences_name_counts_direction_and_commands_that_exist() -> None:
     lower = compare_stream(calibration, np.linspace(0, 0.5, 60))
     sentences = [describe_test_shift(higher), describe_stream_shift(lower), describe_new_calibration(higher)]
     assert sentences[0].startswith(
-        "The 20 good test images score higher than the 20 images that set the threshold (p = "
+        "The 20 good test images score higher than the 20 images that set the threshold (p < 0.0001): "
     )
     assert sentences[1].startswith("The last 60 images score lower than the 20 images")
     for describe in (describe_test_shift, describe_stream_shift, describe_new_calibration):
