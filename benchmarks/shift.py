@@ -1,6 +1,6 @@
 """How often a distribution shift is told wrongly, and how large a shift is found.
 
-    python -m benchmarks.shift [--verdicts DRAWS.jsonl] [--draws 500] [--streams 100]
+    python -m benchmarks.shift [--verdicts DRAWS.jsonl] [--draws 1000] [--streams 100]
 
 Labelled sets: n calibration scores and m new good scores, drawn alike (wrong notices), or with the new scores times a factor.
 Streams: 10,000 images, tested as the service and `watch` do, with and without defects among them. With --verdicts: scores that
@@ -124,7 +124,7 @@ def measure_real_draws(samples: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--verdicts", help="JSON Lines of benchmarks.verdicts; only draws of the method `auto` count")
-    parser.add_argument("--draws", type=int, default=500, help="for each cell of the first two tables (default: 500)")
+    parser.add_argument("--draws", type=int, default=1000, help="for each cell of the tables of sets (default: 1000)")
     parser.add_argument("--streams", type=int, default=100, help="for each row of the last table (default: 100)")
     parser.set_defaults(device="cpu")
     arguments = parser.parse_args()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,9 +164,3 @@ def test_the_gauge_has_a_value_for_each_direction(plant: Plant) -> None:
     measures._shift.set = lambda value, tags: told.append((tags["direction"], value))  # type: ignore[method-assign]
     measures.shift(version, Shift(300, 60, 0.2, 1.0, None))
     assert told == [("higher", 0.2), ("lower", 1.0)]
-
-
-def test_the_page_shows_the_card_s_caveats() -> None:
-    page = Path(stream_shift.__file__).parent / "page"
-    assert 'id="caveats"' in (page / "index.html").read_text()
-    assert "state.card.caveats" in (page / "page.js").read_text()
