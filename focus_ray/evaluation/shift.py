@@ -154,7 +154,7 @@ def describe_stream_shift(shift: Shift) -> str | None:
 
 
 def describe_new_calibration(shift: Shift) -> str | None:
-    """A sentence about good images that set new thresholds, compared with the former ones; None where there is nothing to tell."""
+    """A sentence about good images that set new thresholds, compared with the former; None where there is nothing to tell."""
     remedy = (
         "Light, position or batch may have changed. The new thresholds fit these images; if defects are missed, add such images "
         "with `focus-ray update BUNDLE NEW --add DATA`."
