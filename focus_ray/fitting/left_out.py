@@ -10,14 +10,25 @@ Images that show the same part (`Statistics.relations`) are left out together, o
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from focus_ray.config import Config
+from focus_ray.config import Config, DensityConfig
 from focus_ray.density.base import LeavesOut, Statistics, leaving_out, sample_positions
-from focus_ray.density.nearest import JointMemory, NearestMemory, keep, thinned, typical_distances, whiten
+from focus_ray.density.checked import CheckedMemory, left_out_gaussian, measure_scale
+from focus_ray.density.moments import Moments
+from focus_ray.density.nearest import (
+    JointMemory,
+    NearestMemory,
+    keep,
+    memory_of,
+    thinned,
+    typical_distances,
+    whiten,
+)
 from focus_ray.density.tiles import SharedByTiles, fold_bank
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.fitting.distributed import own_part
@@ -55,7 +66,7 @@ def leave_one_out_pass(
     assert statistics.bank is not None
     if metric is not None and metric.folds is not None and len(statistics.bank) == _count(metric):
         assert chosen is None
-        scored = _by_folds(detector, statistics, metric)
+        scored = _by_folds(detector, statistics, metric, config.density)
     else:
         apart = leaving_out(config.density, statistics, detector.density)
         scored = _left_out_of_bank(detector, apart, statistics, chosen)
@@ -95,7 +106,7 @@ def _left_out_of_bank(
             yield _under_profile_of(others, detector, distance, statistics, own)
 
 
-def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Iterator[LeftOut]:
+def _by_folds(detector: Detector, statistics: Statistics, metric: Metric, config: DensityConfig) -> Iterator[LeftOut]:
     """Of this worker's part of the images, under metrics that have not seen them."""
     bank, density, grid = statistics.bank, detector.density, statistics.grid
     assert bank is not None
@@ -104,7 +115,8 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Ite
     assert metric.fold_of is not None
     if isinstance(density, SharedByTiles):
         density = density.one
-    assert isinstance(density, (NearestMemory, JointMemory))
+    is_checked = isinstance(density, CheckedMemory)
+    density = memory_of(density)
     device, everyone = density.device, torch.arange(len(bank))
     places = density.places if isinstance(density, JointMemory) else density
     num_channels = places.bank.shape[2]
@@ -136,11 +148,27 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric) -> Ite
             both = of_tiles(torch.cat([rows, bank[:, :, num_channels:]], dim=2))
             typical = typical_distances(memory, density.coreset, both, statistics.of_tiles.relations)
             distances = (distances / typical[0] + beyond / typical[1]) / 2
+        if is_checked:
+            of_fold = _with_embeddings(statistics, rows)
+            gaussian = left_out_gaussian(of_fold)
+            varied = left_out_distances(gaussian, of_fold, rows, detector.seen, everyone, device)
+            distances = torch.minimum(distances, varied * measure_scale(config, of_fold, gaussian))
         for own in _mine(len(bank)).split(1):
             number = int(own)
             if int(metric.fold_of[number]) == fold:
                 others = distances[_unrelated(statistics, own, everyone)]
                 yield _under_profile_of(others, detector, distances[number : number + 1], statistics, own)
+
+
+def _with_embeddings(statistics: Statistics, bank: Tensor) -> Statistics:
+    """Statistics of the same images with other embeddings (N, L, C)."""
+    moments = Moments(
+        statistics.moments.height, statistics.moments.width, bank.shape[2], statistics.moments.mean.device
+    )
+    for rows in bank.split(_AT_ONCE):
+        embedding = rows.to(moments.mean).transpose(1, 2).unflatten(2, (moments.height, moments.width))
+        moments.update(embedding)
+    return dataclasses.replace(statistics, moments=moments, bank=bank)
 
 
 def _unrelated(statistics: Statistics, own: Tensor, numbers: Tensor) -> Tensor:
