@@ -18,7 +18,6 @@ has all other figures.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import statistics
@@ -85,7 +84,7 @@ def plan_training(tree: Mapping[str, Any], category: str, shots: int | None) -> 
     if shots is None or shots >= len(plan.fit_rows):
         return plan
     chosen = sorted(sample_positions(len(plan.fit_rows), shots))
-    return dataclasses.replace(plan, fit_rows=plan.fit_rows[chosen], folds=plan.folds[chosen])
+    return plan.take_fit(chosen)
 
 
 def training_digest(plan: Plan) -> str:

@@ -23,7 +23,7 @@ from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles, read_ma
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.make import bundle_place, train_here
 from focus_ray.config import Config, parse_config, read_mapping
-from focus_ray.data.images import ImageError, encode_png, read_image
+from focus_ray.data.images import ImageError, content_hash, encode_png, read_image
 from focus_ray.data.importers.base import IMAGE_SUFFIXES, image_files, images_below
 from focus_ray.data.importers.groups import GroupRule, TableRule
 from focus_ray.data.ingest import ingest
@@ -334,7 +334,7 @@ def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
             raise DataError(f"label {label!r} of image {number}: expected 0 for a good part, 1 for a bad one")
         data = _encoded(image)
         try:
-            info, _ = read_image(data)
+            info, pixels = read_image(data)
         except ImageError as error:
             raise DataError(f"image {number}: {error}") from error
         yield {
@@ -345,4 +345,5 @@ def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
             "defect_type": "bad" if label else "good",
             "width": info.width,
             "height": info.height,
+            "content_hash": content_hash(pixels),
         }

@@ -38,6 +38,7 @@ def write_light(root: Path, count: int) -> int:
         "height": np.full(count, 1024, np.int32),
         "site": ["a"] * count,
         "content_hash": [hashlib.sha256(str(number).encode()).hexdigest() for number in numbers],
+        "group": [""] * count,
     }
     table = pa.table({name: columns[name] for name in INDEX_COLUMNS}).cast(
         pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS])

@@ -31,9 +31,9 @@ from focus_ray.config import Config, parse_config
 from focus_ray.data.framing import Frame
 from focus_ray.data.regions import frame_of, frame_with
 from focus_ray.density.base import Statistics, density_tensors, load_density
-from focus_ray.density.relations import Relations
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
 from focus_ray.density.nearest import rest_of, with_rest
+from focus_ray.density.relations import Relations
 from focus_ray.density.tiles import unfold_bank
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration

@@ -27,6 +27,7 @@ from focus_ray.density.base import sample_positions
 from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.evaluation.evaluate import EXACT_PIXELS, MAX_SIDE_PX, Gathered, Labelled, evaluation_size, figures
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
+from focus_ray.evaluation.shift import compare_scores, describe_test_shift
 from focus_ray.fitting.scoring import to_images
 from focus_ray.model.batch_norm import fuse_batch_norms, prepare_for_inference
 from focus_ray.precision import compute_dtype
@@ -151,14 +152,23 @@ class Inspector:
     ) -> dict[str, Any]:
         """Metrics over labelled images; labels are compared with, never used to choose anything. Arguments as of `measure`.
 
-        Returns: see `figures`.  Raises: DataError: no record, or an image cannot be decoded.
+        Returns: see `evaluation.figures`; besides "reduced", whether maps were compared at a reduced size, and "shift", whether
+            good images score as those that set the threshold: counts, p-value, direction and notice (a sentence, or None); None
+            for fewer than 5 good images that the model was not trained on.
+
+        Raises: DataError: no record, or an image cannot be decoded.
         """
         return self.figures(self.measure(records, max_side_px, exact_pixels))
 
     def figures(self, labelled: Labelled) -> dict[str, Any]:
         """What `evaluate` returns, of images that `measure` scored."""
         found = figures(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
-        return {**found, "reduced": labelled.reduced}
+        try:
+            shift = compare_scores(self.bundle.calibration.image_scores, labelled.new_good_scores)
+        except DataError as error:
+            shift, found["reasons"]["shift"] = None, str(error)
+        told = None if shift is None else {**shift.to_dict(), "notice": describe_test_shift(shift)}
+        return {**found, "reduced": labelled.reduced, "shift": told}
 
     def measure(
         self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX, exact_pixels: int = EXACT_PIXELS
@@ -167,7 +177,7 @@ class Inspector:
 
         Args:
             records: mappings with image and mask bytes (mask None: unknown, or normal), label, defect_type, width, height,
-                and id where it is known.
+                and id and content_hash where they are known.
             max_side_px: maps and masks are compared at the image's size, at most this long a side.
             exact_pixels: of all maps; where there are more, they are counted in bins, and memory grows no further with them.
 
@@ -183,9 +193,12 @@ class Inspector:
     ) -> Iterator[tuple[Row, float]]:
         """Scores labelled images one after the other, and adds each to what was gathered. Records as of `measure`.
 
-        Yields: each record without image and mask, and its score.  Raises: DataError: an image cannot be decoded.
+        Yields: each record, with `trained_on` in place of image, mask and content hash, and its score.
+
+        Raises: DataError: an image cannot be decoded.
         """
         waiting: deque[Row] = deque()
+        known = self.bundle.known
 
         def image_bytes() -> Iterator[bytes]:
             for record in records:
@@ -204,7 +217,10 @@ class Inspector:
                 own_map = resize_map(self.frame.crop(anomaly_map, own_width, own_height), height, width)
                 into.reduced |= max(own_height, own_width) > max_side_px
                 inside = self.frame.region_at(height, width)
-                into.add(label, str(record["defect_type"]), score, own_map, mask, inside)
+                content = record.pop("content_hash", None)
+                record["trained_on"] = bool(content) and short_hash(content) in known
+                kind = str(record["defect_type"])
+                into.add(label, kind, score, own_map, mask, inside, record["trained_on"])
                 yield record, score
 
     @torch.inference_mode()

@@ -38,6 +38,7 @@ IMAGE_SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("p_value", pa.float64()),
         ("anomalous", pa.bool_()),
+        ("trained_on", pa.bool_()),
         ("threshold", pa.float64()),
         ("bundle", pa.string()),
     ]
@@ -191,7 +192,7 @@ def _score(inspector: Inspector, job: Job, first: int, rows: Rows, into: Gathere
     scores = np.array([score for _, score in found], dtype=np.float64)
     table = pa.table(
         {
-            **{name: [record[name] for record, _ in found] for name in ("id", "label", "defect_type")},
+            **{name: [record[name] for record, _ in found] for name in ("id", "label", "defect_type", "trained_on")},
             "score": scores,
             "p_value": calibration.conformal_p_value(scores),
             "anomalous": calibration.is_anomalous(scores),
@@ -266,6 +267,7 @@ class Sum:
             types=tuple(kind for part in parts for kind in part.types),
             bins=self.bins,
             reduced=any(part.reduced for part in parts),
+            trained_on=np.concatenate([part.trained_on for part in parts]),
         )
 
     def save(self) -> None:
@@ -309,7 +311,8 @@ def load_sum(job: Job) -> Sum | None:
             part = pq.read_table(pa.BufferReader(read_bytes(job.part_file(int(first), count))))
             labels, scores = part["label"].to_numpy(), part["score"].to_numpy()
             types = tuple(map(sys.intern, part["defect_type"].to_pylist()))
-            found.scores[int(first)] = Part(labels, scores, types, {}, facts["reduced"])
+            trained_on = part["trained_on"].to_numpy(zero_copy_only=False)
+            found.scores[int(first)] = Part(labels, scores, types, {}, facts["reduced"], trained_on)
     except (pa.ArrowException, KeyError, ValueError, FileNotFoundError) as error:
         raise DataError(
             f"{job.state}: damaged, or the images' results are gone ({error}): begin without --resume"

@@ -20,6 +20,7 @@ from focus_ray.bundle.update import rows_in_common
 from focus_ray.density.base import leaves_out
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
+from focus_ray.evaluation.shift import Shift, compare_scores
 from focus_ray.evaluation.trade_off import TradeOff, trade_off
 from focus_ray.fitting.left_out import leave_one_out_pass
 from focus_ray.fitting.metric import NEIGHBOURS
@@ -30,13 +31,15 @@ from focus_ray.precision import describe_precision
 class Recalibrated:
     """manifest: of the new bundle.  calibration: its.  num_known: good images left out, being what the density was made of.
     curve: where bad images were given; None otherwise.  taught: whether the metric was learnt from the very images that
-    calibrate, so few that it lowers their scores."""
+    calibrate, so few that it lowers their scores.  shift: of the good images' scores from the former calibration scores; None
+    for too few good images, or where none were given."""
 
     manifest: dict[str, Any]
     calibration: Calibration
     num_known: int
     curve: TradeOff | None
     taught: bool = False
+    shift: Shift | None = None
 
 
 def calibrate_bundle(
@@ -73,13 +76,15 @@ def calibrate_bundle(
             f"{uri}: all {len(found)} good images are among those that the model was trained on, and score near zero: "
             "give images that it has not seen, or of a model joined of several sites the site's own bundle (--site)"
         )
+    shift = compare_scores(old.image_scores, [one.score for one in new])
     builder.add([one.score for one in new], [inspector.frame.inside(one.anomaly_map) for one in new])
     calibration = replace(builder.finish(), precision=describe_precision(inspector.bundle.config, inspector.device))
     curve = None
     if bad:
         curve = trade_off(np.array([one.score for one in new]), np.array([one.score for one in inspector.inspect(bad)]))
     note = {"how": "good images", "num_good": len(new), "num_bad": len(bad), "images_sha256": _fingerprint(good)}
-    return Recalibrated(rewrite(uri, output, calibration, note), calibration, len(found) - len(new), curve)
+    manifest = rewrite(uri, output, calibration, note)
+    return Recalibrated(manifest, calibration, len(found) - len(new), curve, shift=shift)
 
 
 def calibrate_for_site(

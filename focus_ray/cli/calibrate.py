@@ -62,6 +62,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     say(f"calibrate: {arguments.bundle} {'by hand' if by_hand else how}")
     from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site, set_thresholds
     from focus_ray.evaluation.calibration import Calibration
+    from focus_ray.evaluation.shift import describe_new_calibration
     from focus_ray.storage import write_bytes
 
     if by_hand:
@@ -100,6 +101,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         manifest, calibration = done.manifest, done.calibration
         if done.num_known:
             say(f"{done.num_known} of the good images are among those that the model was trained on: left out")
+        if done.shift is not None and (notice := describe_new_calibration(done.shift)):
+            say(f"note: {notice}")
         if done.curve is not None:
             _tell_trade_off(done.curve, calibration.image_threshold, arguments)
             if arguments.trade_off:

@@ -187,7 +187,7 @@ def decoded_rows(
     return ahead(batches())
 
 
-TEST_COLUMNS = ("id", "image", "mask", "label", "defect_type", "width", "height")
+TEST_COLUMNS = ("id", "image", "mask", "label", "defect_type", "width", "height", "content_hash")
 
 
 def iter_test_records(uri: str, category: str) -> Iterable[Row]:

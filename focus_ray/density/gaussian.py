@@ -101,9 +101,7 @@ def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Te
     return squares.sqrt_().t().reshape(batch, height, width)
 
 
-MAX_FITS = (
-    4  # kept by a `LeftOutGaussian`, for as many sizes of groups: each takes 41 MB at 32 x 32 places and 100 channels
-)
+MAX_FITS = 4  # of a `LeftOutGaussian`, by the size of the group left out: 41 MB each at 1024 places and 100 channels
 
 
 class LeftOutGaussian:

@@ -23,19 +23,27 @@ class Labelled(NamedTuple):
     """Labelled images of one category, scored, in the order of their records.
 
     types: N defect types.  ids: N; '' where a record has none.  reduced: whether maps are smaller than their images.
+    trained_on: (N,) bool, whether the model was trained on the image, so that its score says nothing of new parts.
     """
 
     measured: Measured
     types: tuple[str, ...]
     ids: Sequence[str]
     reduced: bool
+    trained_on: NDArray[np.bool_]
+
+    @property
+    def new_good_scores(self) -> NDArray[np.float64]:
+        """Scores of good images that the model was not trained on."""
+        return self.measured.scores[(self.measured.labels == 0) & ~self.trained_on]
 
 
 @dataclass(frozen=True)
 class Part:
     """Some of a category's labelled images, scored, with their pixels in bins: parts of one category join to `Labelled`.
 
-    labels: (N,) int8.  scores: (N,).  types: N.  bins: by defect type, "" for good images.  reduced: as of `Labelled`.
+    labels: (N,) int8.  scores: (N,).  types: N.  bins: by defect type, "" for good images.
+    reduced, trained_on: as of `Labelled`.
     """
 
     labels: NDArray[np.int8]
@@ -43,6 +51,7 @@ class Part:
     types: tuple[str, ...]
     bins: Mapping[str, PixelBins]
     reduced: bool
+    trained_on: NDArray[np.bool_]
 
 
 class Gathered:
@@ -53,6 +62,7 @@ class Gathered:
         self.labels: list[int] = []
         self.scores: list[float] = []
         self.types: list[str] = []
+        self.trained_on: list[bool] = []
         self.reduced = False
         self._room = exact_pixels
         self._kept: list[tuple[NDArray[np.float32], NDArray[np.bool_] | None, NDArray[np.bool_] | None]] = []
@@ -71,14 +81,16 @@ class Gathered:
         anomaly_map: NDArray[np.float32],
         mask: NDArray[np.bool_] | None,
         inside: NDArray[np.bool_] | None,
+        trained_on: bool = False,
     ) -> None:
-        """One image. kind: its defect type.  mask: None where it is not known.  Arguments as of `Measured`.
+        """One image. kind: its defect type.  mask: None where it is not known.  Arguments as of `Measured` and `Labelled`.
 
         Raises: DataError: sizes differ, or the map is not finite, where it is put into bins.
         """
         self.labels.append(int(label))
         self.scores.append(float(score))
         self.types.append(kind)
+        self.trained_on.append(trained_on)
         self._room -= anomaly_map.size
         if self._room >= 0:
             self._kept.append((anomaly_map, mask, inside))
@@ -116,7 +128,8 @@ class Gathered:
         """Of images that are all in bins."""
         bins = self._merge() if self.binned else {}
         labels, scores = np.asarray(self.labels, dtype=np.int8), np.asarray(self.scores, dtype=np.float64)
-        return Part(labels, scores, tuple(self.types), bins, self.reduced)
+        trained_on = np.asarray(self.trained_on, dtype=bool)
+        return Part(labels, scores, tuple(self.types), bins, self.reduced, trained_on)
 
     def labelled(self, threshold: float, ids: Sequence[str]) -> Labelled:
         """All images. threshold: of the image score.  Raises: DataError: there are none."""
@@ -125,7 +138,8 @@ class Gathered:
             return joined([self.part()], threshold, ids)
         labels, scores = np.asarray(self.labels, dtype=np.int64), np.asarray(self.scores, dtype=np.float64)
         maps, masks, inside = (list(column) for column in zip(*self._kept, strict=True))
-        return Labelled(Measured(labels, scores, masks, maps, threshold, inside), tuple(self.types), ids, self.reduced)
+        measured = Measured(labels, scores, masks, maps, threshold, inside)
+        return Labelled(measured, tuple(self.types), ids, self.reduced, np.asarray(self.trained_on, dtype=bool))
 
 
 def joined(parts: Sequence[Part], threshold: float, ids: Sequence[str]) -> Labelled:
@@ -141,7 +155,8 @@ def joined(parts: Sequence[Part], threshold: float, ids: Sequence[str]) -> Label
         bins={group: PixelBins.total([p.bins[group] for p in parts if group in p.bins]) for group in sorted(groups)},
     )
     types = tuple(kind for part in parts for kind in part.types)
-    return Labelled(measured, types, ids, any(part.reduced for part in parts))
+    trained_on = np.concatenate([part.trained_on for part in parts])
+    return Labelled(measured, types, ids, any(part.reduced for part in parts), trained_on)
 
 
 def _check_any(num_images: int) -> None:

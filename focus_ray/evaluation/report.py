@@ -21,7 +21,8 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Category -> metrics (as `Inspector.evaluate` gives) -> a Markdown table with a mean row, and one of defect types.
 
     A metric that a category's test set cannot give is shown as '-' and left out of the mean; where something stood in its way,
-    and where a category could not be measured at all (its result is an 'error' alone), the reason follows below the tables.
+    and where a category could not be measured at all (its result is an 'error' alone), the reason follows below the tables. So
+    does a notice of a distribution shift.
     """
     metrics = {key: METRICS[key] for key in METRICS}
     lines = [_row(["category", "good", "bad", *(metric.title for metric in metrics.values())]), _rule(3 + len(metrics))]
@@ -43,6 +44,9 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     for category, result in results.items():
         reasons += [f"- {category}: {where}: {reason}" for where, reason in result.get("reasons", {}).items()]
+    for category, result in results.items():
+        if notice := (result.get("shift") or {}).get("notice"):
+            reasons.append(f"- {category}: {notice}")
     if reasons:
         lines += ["", *reasons]
     binned = [category for category, result in results.items() if result.get("binned")]

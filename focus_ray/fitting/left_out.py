@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from focus_ray.config import Config, DensityConfig
-from focus_ray.density.base import LeavesOut, Statistics, leaving_out, sample_positions
+from focus_ray.density.base import LeavesOut, Statistics, build_density, leaving_out, sample_positions
 from focus_ray.density.checked import CheckedMemory, left_out_gaussian, measure_scale
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import (
@@ -29,7 +29,7 @@ from focus_ray.density.nearest import (
     typical_distances,
     whiten,
 )
-from focus_ray.density.tiles import SharedByTiles, fold_bank
+from focus_ray.density.tiles import SharedByTiles, fold_bank, split_places
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.fitting.distributed import own_part
 from focus_ray.fitting.metric import FOLDS, Metric
@@ -108,15 +108,57 @@ def _left_out_of_bank(
 
 def _by_folds(detector: Detector, statistics: Statistics, metric: Metric, config: DensityConfig) -> Iterator[LeftOut]:
     """Of this worker's part of the images, under metrics that have not seen them."""
-    bank, density, grid = statistics.bank, detector.density, statistics.grid
+    bank = statistics.bank
     assert bank is not None
+    assert metric.fold_of is not None
+    density = detector.density.one if isinstance(detector.density, SharedByTiles) else detector.density
+    everyone = torch.arange(len(bank))
+    if isinstance(density, CheckedMemory):
+        distances_of_folds = _checked_distances_by_folds(detector, density, statistics, metric, config)
+    elif isinstance(density, (NearestMemory, JointMemory)):
+        distances_of_folds = _memory_distances_by_folds(detector, density, statistics, metric)
+    else:
+        distances_of_folds = _rebuilt_distances_by_folds(detector, statistics, metric, config)
+    for fold, distances in enumerate(distances_of_folds):
+        for own in _mine(len(bank)).split(1):
+            number = int(own)
+            if int(metric.fold_of[number]) == fold:
+                others = distances[_unrelated(statistics, own, everyone)]
+                yield _under_profile_of(others, detector, distances[number : number + 1], statistics, own)
+
+
+def _projected(metric: Metric, fold: int, device: torch.device) -> Iterator[Tensor]:
+    """Embeddings (B, k, H, W) of all images in order, under the metric that was learnt without one fold."""
     assert metric.folds is not None
     assert metric.embeddings is not None
-    assert metric.fold_of is not None
-    if isinstance(density, SharedByTiles):
-        density = density.one
-    is_checked = isinstance(density, CheckedMemory)
-    density = memory_of(density)
+    for part in metric.embeddings.split(_AT_ONCE):
+        yield torch.einsum("kc,nchw->nkhw", metric.folds[fold], part.to(device, torch.float32))
+
+
+def _rebuilt_distances_by_folds(
+    detector: Detector, statistics: Statistics, metric: Metric, config: DensityConfig
+) -> Iterator[Tensor]:
+    """Left-out distances (N, H, W) of all images, by a density of any kind that is built anew for each fold's metric."""
+    device, bank, whole = detector.density.device, statistics.bank, statistics.moments
+    assert bank is not None
+    for fold in range(FOLDS):
+        moments = Moments(whole.height, whole.width, whole.channels, device)
+        rows = []
+        for embedding in _projected(metric, fold, device):
+            moments.update(split_places(embedding, *statistics.grid))
+            rows.append(keep(embedding))
+        of_fold = dataclasses.replace(statistics, moments=moments, bank=torch.cat(rows))
+        density = leaving_out(config, of_fold, build_density(config, of_fold))
+        everyone = torch.arange(len(bank))
+        yield left_out_distances(density, statistics, torch.cat(rows), detector.seen, everyone, device)
+
+
+def _memory_distances_by_folds(
+    detector: Detector, density: NearestMemory | JointMemory, statistics: Statistics, metric: Metric
+) -> Iterator[Tensor]:
+    """As `_rebuilt_distances_by_folds`, of a memory: its coreset knows no metric, and is not chosen anew for each fold."""
+    bank, grid = statistics.bank, statistics.grid
+    assert bank is not None
     device, everyone = density.device, torch.arange(len(bank))
     places = density.places if isinstance(density, JointMemory) else density
     num_channels = places.bank.shape[2]
@@ -127,48 +169,42 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric, config
     def of_tiles(rows: Tensor) -> Tensor:
         return fold_bank(rows, grid, places.height, places.width)
 
-    beyond: Tensor | None = None  # distances to the coreset, which knows no metric
+    coreset_distances: Tensor | None = None
     if isinstance(density, JointMemory):
         others = bank[:, :, num_channels:]
-        beyond = left_out_distances(of_images(_CoresetOf(density)), statistics, others, detector.seen, everyone, device)
+        coreset = of_images(_CoresetOf(density))
+        coreset_distances = left_out_distances(coreset, statistics, others, detector.seen, everyone, device)
     for fold in range(FOLDS):
-        projection = metric.folds[fold]
-        rows = torch.cat(
-            [
-                keep(torch.einsum("kc,nchw->nkhw", projection, part.to(device, torch.float32)))
-                for part in metric.embeddings.split(8)
-            ]
-        )
+        rows = torch.cat([keep(embedding) for embedding in _projected(metric, fold, device)])
         whitening = places.whitening
         kept, images = thinned(whiten(of_tiles(rows), whitening), places.bank.shape[1], device)
         memory = NearestMemory(kept, whitening, places.height, places.width, places.window, places.bank.dtype, images)
         distances = left_out_distances(of_images(memory), statistics, rows, detector.seen, everyone, device)
         if isinstance(density, JointMemory):
-            assert beyond is not None
+            assert coreset_distances is not None
             both = of_tiles(torch.cat([rows, bank[:, :, num_channels:]], dim=2))
             typical = typical_distances(memory, density.coreset, both, statistics.of_tiles.relations)
-            distances = (distances / typical[0] + beyond / typical[1]) / 2
-        if is_checked:
-            of_fold = _with_embeddings(statistics, rows)
-            gaussian = left_out_gaussian(of_fold)
-            varied = left_out_distances(gaussian, of_fold, rows, detector.seen, everyone, device)
-            distances = torch.minimum(distances, varied * measure_scale(config, of_fold, gaussian))
-        for own in _mine(len(bank)).split(1):
-            number = int(own)
-            if int(metric.fold_of[number]) == fold:
-                others = distances[_unrelated(statistics, own, everyone)]
-                yield _under_profile_of(others, detector, distances[number : number + 1], statistics, own)
+            distances = (distances / typical[0] + coreset_distances / typical[1]) / 2
+        yield distances
 
 
-def _with_embeddings(statistics: Statistics, bank: Tensor) -> Statistics:
-    """Statistics of the same images with other embeddings (N, L, C)."""
-    moments = Moments(
-        statistics.moments.height, statistics.moments.width, bank.shape[2], statistics.moments.mean.device
-    )
-    for rows in bank.split(_AT_ONCE):
-        embedding = rows.to(moments.mean).transpose(1, 2).unflatten(2, (moments.height, moments.width))
-        moments.update(embedding)
-    return dataclasses.replace(statistics, moments=moments, bank=bank)
+def _checked_distances_by_folds(
+    detector: Detector, density: CheckedMemory, statistics: Statistics, metric: Metric, config: DensityConfig
+) -> Iterator[Tensor]:
+    """As `_rebuilt_distances_by_folds`, of a checked memory: its Gaussians are fitted anew for each fold."""
+    device, whole = density.device, statistics.moments
+    memory_distances = _memory_distances_by_folds(detector, memory_of(density), statistics, metric)
+    for fold, distances in enumerate(memory_distances):
+        moments = Moments(whole.height, whole.width, whole.channels, device)
+        rows = []
+        for embedding in _projected(metric, fold, device):
+            moments.update(embedding)
+            rows.append(keep(embedding))
+        of_fold = dataclasses.replace(statistics, moments=moments, bank=torch.cat(rows))
+        gaussian = left_out_gaussian(of_fold)
+        everyone = torch.arange(len(distances))
+        varied = left_out_distances(gaussian, of_fold, torch.cat(rows), detector.seen, everyone, device)
+        yield torch.minimum(distances, varied * measure_scale(config, of_fold, gaussian))
 
 
 def _unrelated(statistics: Statistics, own: Tensor, numbers: Tensor) -> Tensor:

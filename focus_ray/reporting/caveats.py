@@ -70,8 +70,11 @@ def evaluation_caveats(
     if good.total and good.bounds[0] > target:
         told.append(
             f"{100 * good.share:.0f} % of the good test images are called bad, more than chance makes of the target of "
-            f"{100 * target:.3g} %: they differ from the images that the threshold comes from. Calibrate with images like them."
+            f"{100 * target:.3g} %. Calibrate with more images like them."
         )
+    shift = result.get("shift")
+    if shift and shift["notice"]:
+        told.append(shift["notice"])
     without = int(result["num_anomalous"]) - int(result["num_masks"])
     if without:
         told.append(

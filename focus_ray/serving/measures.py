@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.evaluation.inspection import Inspection
+from focus_ray.evaluation.shift import Shift
 
 
 class Measures:
@@ -31,6 +32,9 @@ class Measures:
 
     def results(self, version: Version, results: Sequence[Inspection | ImageError], role: str) -> None:
         """What was found, or could not be read. role: answer, canary or shadow."""
+
+    def shift(self, version: Version, shift: Shift) -> None:
+        """The latest scores of a version were compared with the scores that set its threshold."""
 
     def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None: ...
 

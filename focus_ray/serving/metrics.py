@@ -9,6 +9,7 @@ from ray.util.metrics import Counter, Gauge, Histogram
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.evaluation.inspection import Inspection
+from focus_ray.evaluation.shift import Shift
 from focus_ray.serving.measures import Measures
 
 _SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]
@@ -45,6 +46,11 @@ class RayMeasures(Measures):
         self._images = Counter("focus_ray_images", "Images inspected.", (*_OF, "verdict"))
         self._p_value = Histogram("focus_ray_p_value", "p-values of images.", _P_VALUES, _OF)
         self._score = Histogram("focus_ray_score_to_threshold", "Score over threshold.", _RATIOS, _OF)
+        self._shift = Gauge(
+            "focus_ray_shift_p_value",
+            "Chance that the latest images of a version score so much higher, or lower, than those that set its threshold.",
+            ("team", "category", "version", "direction"),
+        )
         self._shadow = Counter(
             "focus_ray_shadow_images", "Images scored in shadow.", ("team", "category", "version", "differs")
         )
@@ -87,6 +93,11 @@ class RayMeasures(Measures):
             self._images.inc(1, {**of, "verdict": result.verdict})
             self._p_value.observe(result.p_value, of)
             self._score.observe(result.score_to_threshold, of)
+
+    def shift(self, version: Version, shift: Shift) -> None:
+        of = {"team": version.team, "category": version.category, "version": version.name}
+        self._shift.set(shift.p_higher, {**of, "direction": "higher"})
+        self._shift.set(shift.p_lower, {**of, "direction": "lower"})
 
     def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None:
         of = {"team": version.team, "category": version.category, "version": version.name}

@@ -15,6 +15,7 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.errors import BundleError, DataError, RegistryError, ScoreError
 from focus_ray.evaluation.calibration import Calibration
+from focus_ray.evaluation.shift import describe_stream_shift
 from focus_ray.serving.limits import Gate
 from focus_ray.serving.logs import log
 from focus_ray.serving.measures import Measures
@@ -24,6 +25,7 @@ from focus_ray.serving.scorer import Answer
 from focus_ray.serving.settings import Route, Settings
 from focus_ray.serving.sink import ImageSink
 from focus_ray.serving.source import Directory, Source, open_source
+from focus_ray.serving.stream_shift import StreamShifts
 from focus_ray.serving.tokens import SCOPES, Caller, Scope, TokenStore
 
 T = TypeVar("T")
@@ -64,6 +66,7 @@ class Service:
         if settings.tokens is not None:
             self.tokens = TokenStore(settings.tokens, settings.refresh_s, lambda text: log(text, level=logging.ERROR))
         self.sink = ImageSink(settings.sink, self.measures, log) if settings.sink else None
+        self.shifts = StreamShifts(self.directory.manifest, self.measures, log)
         self._routes = {(route.team, route.category): route for route in settings.routes}
         self._shadows: set[asyncio.Task[None]] = set()
         self._ready_since = float("-inf")
@@ -79,6 +82,7 @@ class Service:
             self._flusher.cancel()
         if self._shadows:
             await asyncio.wait(self._shadows, timeout=10)
+        await self.shifts.close()
         if self.sink is not None:
             await asyncio.to_thread(self.sink.close)
 
@@ -149,6 +153,8 @@ class Service:
         manifest = await self._ask(self.directory.manifest(version), version.team, version.category)
         calibration = Calibration.from_dict(manifest["calibration"])
         config = manifest["config"]
+        shift = self.shifts.of(version)
+        notice = None if shift is None else describe_stream_shift(shift)
         return {
             "team": version.team,
             "category": version.category,
@@ -159,7 +165,8 @@ class Service:
             "num_bytes": version.num_bytes,
             "num_images": manifest["moments"]["count"],
             "calibration": calibration.to_dict(),
-            "caveats": calibration.caveats(),
+            "caveats": [*calibration.caveats(), *([notice] if notice else [])],
+            "shift": None if shift is None else shift.to_dict(),
             "model": {key: value for key, value in config["model"].items() if not key.startswith("weights")},
             "train": config["train"],
             "density": config["density"],
@@ -249,6 +256,7 @@ class Service:
             raise self._no_model() from None
         self.measures.stages(answer.timings_ms)
         self.measures.results(version, answer.results, role)
+        self.shifts.add(version, answer.results)
         if self.sink is not None:
             self.sink.offer(version, request_id, images, answer.results, role)
         if route is not None and route.shadow and ref is None:

@@ -19,6 +19,7 @@ from focus_ray.bundle.bundle import Bundle
 from focus_ray.data.images import decode_image, encode_png
 from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
+from focus_ray.evaluation.shift import RecentScores, compare_stream
 from focus_ray.evaluation.strip import overlay_with_strip
 from focus_ray.watching.folder import Awaited, Waiting, list_images
 from focus_ray.watching.journal import Journal, key_text
@@ -84,6 +85,7 @@ class Watch:
         self.counts: Counter[str] = Counter()
         self.waiting = Waiting(settings.settle_s)
         self._log, self._told = log, dict[str, float]()
+        self._recent, self._recent_version = RecentScores(), ""
         self._away = False
         self._only: set[str] | None = None
         self._reported, self._before = time.monotonic(), Counter[str]()
@@ -167,6 +169,18 @@ class Watch:
             self.show(text)
             if line.get("anomalous"):
                 self._signal(line["image"], text)
+        scores = [float(line["score"]) for line in lines if "score" in line and not line.get("trained_on")]
+        self._tell_shift(inspector.bundle, scores)
+
+    def _tell_shift(self, bundle: Bundle, scores: Sequence[float]) -> None:
+        """Adds scores to the latest of this model, and tells once if they differ from those that set the threshold."""
+        if bundle.version != self._recent_version:
+            self._recent, self._recent_version = RecentScores(), bundle.version
+        if not self._recent.add(scores):
+            return
+        notice = self._recent.tell(compare_stream(bundle.calibration.image_scores, self._recent.take()))
+        if notice is not None:
+            self._log(f"watch: {notice}")
 
     def _line(
         self, image: _Image, finding: Inspection | DataError, bundle: Bundle, milliseconds: float

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from small_set import draw_parts, ingest_parts, small_config
 
 from focus_ray.bundle.bundle import read_bundle, read_manifest
@@ -56,6 +57,24 @@ def test_new_good_images_set_the_threshold_that_their_scores_give(work: Path, tm
     assert change["image_threshold"] == before["calibration"]["image_threshold"]
     assert read_manifest(bundle_of(work)) == before
     assert read_bundle(tmp_path / "new").calibration == done.calibration
+
+
+def test_good_images_unlike_those_that_set_the_former_thresholds_are_told(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dark").mkdir()
+    for path in good_images(work):
+        Image.fromarray(np.asarray(Image.open(path)) // 2).save(tmp_path / "dark" / path.name)
+    usual, dark = work / "new/gear/train/good", tmp_path / "dark"
+    num_former = read_bundle(bundle_of(work)).calibration.num_images
+    notice = f"The 24 good images score higher than the {num_former} images that set the threshold"
+    for folder, is_told in ((usual, False), (dark, True)):
+        assert main(["calibrate", bundle_of(work), str(tmp_path / "new"), "--good", str(folder)]) == 0
+        assert (notice in capsys.readouterr().err) is is_told
+    # against the new thresholds the same images are no longer a shift, and the usual ones score lower
+    done = calibrate_bundle(tmp_path / "new", tmp_path / "newer", sorted(usual.iterdir()))
+    assert done.shift is not None
+    assert done.shift.direction == "lower"
 
 
 def test_images_that_the_model_was_trained_on_are_told_and_set_nothing(work: Path, tmp_path: Path) -> None:

@@ -12,15 +12,19 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from small_set import CATEGORIES, NUM_TEST, ingest_parts, make_bundle, small_config
+from PIL import Image
+from small_set import CATEGORIES, NUM_TEST, NUM_TRAIN, ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.measuring import Part, Sum, cut_rows, plan_evaluation
 from focus_ray.cluster import evaluation as module
 from focus_ray.cluster.evaluation import Evaluation, Report, Settings, evaluate_bundles, run_piece
 from focus_ray.cluster.scorers import Scorers
+from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, read_index
+from focus_ray.data.split import short_hash
 from focus_ray.evaluation.pixels import PixelBins
+from focus_ray.samples.write import write_samples
 
 PLAIN = {"image_alignment": {"group": "none"}}
 SIDE = 64
@@ -120,7 +124,7 @@ def test_other_settings_and_no_resume_begin_anew(bundles: dict[str, str], tmp_pa
 def test_a_part_counts_once() -> None:
     mask = np.eye(4, dtype=bool)
     bins = {"": PixelBins.of_image(mask, np.ones((4, 4), np.float32))}
-    part = Part(np.zeros(1, np.int8), np.ones(1), ("good",), bins, False)
+    part = Part(np.zeros(1, np.int8), np.ones(1), ("good",), bins, False, np.zeros(1, bool))
     total = Sum(job=None)  # type: ignore[arg-type]
     for _ in range(3):
         total.add(0, part)
@@ -202,3 +206,50 @@ def test_a_worker_that_is_killed_changes_nothing_and_work_that_always_kills_ends
     assert run.results["gear"]["num_normal"] + run.results["gear"]["num_anomalous"] == NUM_TEST
     records = iter_test_records(run.jobs["gear"].data, "gear")
     assert_same(run.results["gear"], Inspector.load(bundles["gear"], "cpu").evaluate(records, SIDE, exact_pixels=0))
+
+
+@pytest.fixture(scope="module")
+def usual_and_dark(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two data sets of one category with the same training images; the good test images of `dark` have half the light."""
+    sets = {}
+    for name in ("usual", "dark"):
+        folder = tmp_path_factory.mktemp(name)
+        write_samples(folder / "images", size_px=64, num_train=NUM_TRAIN, num_test_good=14, num_bad_per_type=1)
+        for path in (folder / "images/gear/test/good").iterdir() if name == "dark" else ():
+            Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
+        ingest(folder / "images", folder / "data", categories=["gear"], progress=False)
+        sets[name] = str(folder / "data")
+    return sets
+
+
+@pytest.mark.parametrize("exact_pixels", [0, ALL])
+def test_changed_light_is_told_in_figures_tables_and_page_and_usual_light_is_not(
+    usual_and_dark: dict[str, str], tmp_path: Path, exact_pixels: int
+) -> None:
+    usual, dark = usual_and_dark["usual"], usual_and_dark["dark"]
+    config = small_config(usual, tmp_path, model=PLAIN, calibration={"method": "leave_one_out"})
+    bundle = make_bundle(config)
+    sentence = "The 14 good test images score higher than the 24 images that set the threshold"
+    for data, direction in ((usual, None), (dark, "higher")):
+        output = tmp_path / Path(data).parent.name
+        report = evaluated({"gear": bundle}, output, exact_pixels, data=data)
+        shift = report.results["gear"]["shift"]
+        assert (shift["num_new"], shift["num_calibrating"], shift["direction"]) == (14, 24, direction)
+        assert (shift["notice"] is None) is (direction is None)
+        texts = [*(output / name for name in ("report.md", "report.html"))]
+        for text in [*(path.read_text() for path in texts), " ".join(report.caveats["gear"])]:
+            assert (sentence in text) is (direction is not None)
+        assert json.loads((output / "report.json").read_text())["categories"]["gear"]["shift"] == shift
+
+
+def test_test_images_that_the_model_was_trained_on_tell_nothing_of_a_shift(
+    usual_and_dark: dict[str, str], tmp_path: Path
+) -> None:
+    data = usual_and_dark["usual"]
+    tests = read_index(data, "gear", split="test").to_pylist()
+    known = [short_hash(row["content_hash"]) for row in tests if row["label"] == 0][:10]
+    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=known)
+    report = evaluated({"gear": bundle}, tmp_path / "report")
+    assert report.results["gear"]["shift"] is None  # of 14 good images 4 are new
+    rows = pq.read_table(tmp_path / "report/images/category=gear", partitioning=None)
+    assert sum(rows["trained_on"].to_pylist()) == 10

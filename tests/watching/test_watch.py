@@ -21,7 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_set import ingest_parts, make_bundle, small_config
 from test_journal import lines_in, rows_in
 from waiting import wait_for
@@ -32,6 +34,7 @@ from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
 from focus_ray.errors import DataError
+from focus_ray.samples.write import write_samples
 from focus_ray.watching.journal import Journal
 from focus_ray.watching.model import WatchedModel
 from focus_ray.watching.seen import stamp_key
@@ -254,6 +257,25 @@ def test_an_alias_that_is_moved_is_followed(root: Path, pictures: list[bytes], f
         wait_for(lambda: sum("watch: model of" in line for line in running.told) == 2, 10, "it is taken")
         (folder / "b.png").write_bytes(pictures[1])
         assert [line["bundle"] for line in running.until(2)] == [first.sha256, second.sha256]
+
+
+@pytest.mark.parametrize("light", ["usual", "half"])
+def test_a_shift_is_told_once_and_usual_images_with_a_few_defects_are_not(
+    root: Path, folder: Path, tmp_path: Path, light: str
+) -> None:
+    write_samples(tmp_path / "new", seed=7, size_px=64, num_train=76, num_test_good=1, num_bad_per_type=1)
+    good = sorted((tmp_path / "new/gear/train/good").iterdir())
+    bad = sorted(path for path in (tmp_path / "new/gear/test").rglob("*.png") if path.parent.name != "good")
+    for number, path in enumerate((*bad[:3], *good)):
+        pixels = np.asarray(Image.open(path))
+        Image.fromarray(pixels // 2 if light == "half" else pixels).save(folder / f"{number}.png")
+    with watching(root / "bundle", folder) as running:
+        running.until(79)  # two tests
+        wait_for(lambda: running.watch.counts.total() == 79, 10, "all lines are counted")
+    told = [line for line in running.told if re.search("score (higher|lower)", line)]
+    assert len(told) == (light == "half")
+    for line in told:
+        assert re.match(r"watch: The last \d+ images score higher than the \d+ images that set the threshold", line)
 
 
 def test_an_anomalous_image_runs_the_command_with_its_line_and_a_command_that_fails_is_told(

@@ -77,7 +77,11 @@ async function chooseCategory() {
 async function chooseVersion() {
   clear();
   state.card = await (await ask(place() + query())).json();
-  $("caveats").textContent = state.card.caveats.join(" ");
+  showCaveats(state.card);
+}
+
+function showCaveats(card) {
+  $("caveats").textContent = card.caveats.join(" ");
 }
 
 function clear() {
@@ -97,6 +101,7 @@ async function add(files) {
     await inspect(item);
     if (state.items.includes(item)) choose(state.items.indexOf(item));
   }
+  showCaveats(await (await ask(place() + query())).json()); // these images may have shown a shift of the scores
 }
 
 const itemOf = (file) => ({ name: file.name || "image", file, url: URL.createObjectURL(file), result: null, error: null });

@@ -1,0 +1,124 @@
+"""Photographs of one part and sequences are found without labels; different parts are not joined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from focus_ray.fitting.duplicates import (
+    ImageOrigins,
+    connected_components,
+    describe,
+    descriptor_distances,
+    find_duplicates,
+    find_relations,
+)
+
+
+def make_parts(num_parts: int, photographs: int, noise: float, seed: int = 0) -> torch.Tensor:
+    """Descriptors (num_parts * photographs, 4, 8): random parts, each photographed several times with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = torch.randn(num_parts, 4, 8, generator=generator).repeat_interleave(photographs, dim=0)
+    return parts + noise * torch.randn(parts.shape, generator=generator)
+
+
+def make_origins(count: int, same_part_distance: float | None = 1.0) -> ImageOrigins:
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(5))
+    return ImageOrigins(torch.arange(count), shuffled, same_part_distance)
+
+
+@pytest.mark.parametrize("photographs", [2, 3, 4, 10])
+def test_photographs_of_one_part_are_related_and_those_of_others_are_not(photographs: int) -> None:
+    descriptors = make_parts(10, photographs, noise=0.05)
+    relations = find_relations(descriptors, make_origins(len(descriptors)))
+    parts = torch.arange(10).repeat_interleave(photographs)
+    assert relations is not None
+    assert torch.equal(relations.related, parts[:, None] == parts)
+    assert relations.num_groups == 10
+
+
+def test_different_parts_are_not_related() -> None:
+    for seed in range(20):
+        descriptors = make_parts(30, 1, noise=0.0, seed=seed)
+        assert find_relations(descriptors, make_origins(30, same_part_distance=100.0)) is None
+
+
+def test_images_that_are_farther_apart_than_two_photographs_are_not_related() -> None:
+    descriptors = make_parts(10, 2, noise=0.05)
+    assert find_relations(descriptors, make_origins(20, same_part_distance=1e-3)) is None
+    assert find_relations(descriptors, make_origins(20, same_part_distance=None)) is None
+
+
+def test_a_few_duplicates_among_many_images_change_nothing() -> None:
+    descriptors = torch.cat([make_parts(2, 2, noise=0.05), make_parts(30, 1, noise=0.0, seed=1)])
+    assert find_relations(descriptors, make_origins(34)) is None
+
+
+def test_named_groups_are_related_whatever_the_images_look_like() -> None:
+    descriptors = make_parts(12, 1, noise=0.0)
+    named = torch.arange(12)
+    named[7] = 2
+    relations = find_relations(descriptors, make_origins(12)._replace(groups=named))
+    assert relations is not None
+    assert relations.related.nonzero().tolist() == sorted([[n, n] for n in range(12)] + [[2, 7], [7, 2]])
+
+
+def test_photographs_of_one_single_part_leave_nothing_to_compare_with() -> None:
+    descriptors = make_parts(12, 1, noise=0.0)
+    assert find_relations(descriptors, make_origins(12)._replace(groups=torch.zeros(12, dtype=torch.long))) is None
+
+
+def make_walk(count: int, step: float) -> torch.Tensor:
+    """Descriptors (count, 4, 8) of a slowly changing part: each is near the one before it."""
+    generator = torch.Generator().manual_seed(3)
+    angles = torch.arange(count)[:, None, None] * step
+    axes = torch.randn(2, 4, 8, generator=generator)
+    noise = 0.3 * torch.randn(count, 4, 8, generator=generator)
+    return angles.sin() * axes[0] + angles.cos() * axes[1] + noise
+
+
+def test_neighbours_in_a_sequence_are_related() -> None:
+    descriptors = make_walk(64, step=0.1)
+    relations = find_relations(descriptors, ImageOrigins(torch.arange(64), torch.arange(64), None))
+    assert relations is not None
+    assert bool(relations.related[10, 11])
+    assert bool(relations.related[10, 9])
+    assert not bool(relations.related[10, 40])
+    assert int(relations.related.sum(dim=1).max()) <= 1 + 2 * 8  # an eighth of the images on each side
+
+
+def test_the_same_images_in_random_order_are_no_sequence() -> None:
+    assert find_relations(make_walk(64, step=0.1), make_origins(64, None)) is None
+
+
+def test_bursts_in_file_order_are_no_sequence() -> None:
+    descriptors = make_parts(10, 4, noise=0.05)
+    relations = find_relations(descriptors, ImageOrigins(torch.arange(40), torch.arange(40), 1.0))
+    assert relations is not None
+    assert int(relations.related.sum()) == 10 * 4 * 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=15))
+def test_components_are_what_union_find_gives(edges: list[tuple[int, int]]) -> None:
+    linked = torch.zeros(10, 10, dtype=torch.bool)
+    parent = list(range(10))
+    for first, second in edges:
+        linked[first, second] = linked[second, first] = True
+        a, b = parent[first], parent[second]
+        parent = [min(a, b) if value in (a, b) else value for value in parent]
+    assert connected_components(linked).tolist() == parent
+
+
+def test_distances_are_means_over_cells() -> None:
+    embedding = torch.randn(3, 5, 16, 16, generator=torch.Generator().manual_seed(0))
+    descriptors = describe(embedding)
+    distances = descriptor_distances(descriptors, descriptors)
+    assert descriptors.shape == (3, 64, 5)
+    expected = (descriptors[0] - descriptors[1]).norm(dim=1).mean()
+    torch.testing.assert_close(distances[0, 1], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_fewer_than_four_images_have_no_duplicates() -> None:
+    assert find_duplicates(torch.zeros(3, 3), 1.0).tolist() == [0, 1, 2]
