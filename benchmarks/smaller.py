@@ -40,7 +40,7 @@ from focus_ray.data.read import iter_test_records
 from focus_ray.density.base import Statistics, sample_positions
 from focus_ray.density.coreset import greedy_coreset
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import JointMemory, NearestMemory, thinned, typical_distances
+from focus_ray.density.nearest import JointMemory, NearestMemory, memory_of, thinned, typical_distances
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.profile import fit_profile
@@ -127,10 +127,10 @@ def ways_of(shares: Sequence[int]) -> dict[str, tuple[Way, int | None]]:
 @torch.inference_mode()
 def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[int]) -> dict[str, dict[str, Any]]:
     """Name of a way -> figures of one fit of the category."""
-    config = parse_config(merged(tree, {"density": {"per_place": None}}))
+    config = parse_config(merged(tree, {"density": {"per_place": None, "gaussian_share": 0.0}}))
     result, inspector = fit_category(config, category, device)
     detector, found = result.detector, result.statistics
-    joint = detector.density
+    joint = memory_of(detector.density)
     assert isinstance(joint, JointMemory)
     assert found.bank is not None
     places, bank = joint.places, found.bank[:, :, : found.moments.channels].transpose(0, 1)

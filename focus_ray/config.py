@@ -522,6 +522,15 @@ class DensityConfig(Section):
         le=4096,
         description="Channels of layers 2 and 3 that the coreset compares, at most: a random projection.",
     )
+    gaussian_share: float = Field(
+        default=0.9,
+        ge=0.0,
+        le=1.0,
+        description="nearest, with a coreset: the distance of a patch is at most this share of its distance to a Gaussian of "
+        "its place, both as multiples of what good images show. Places where good parts change, as a printed number "
+        "does, then count less [ours]. 0 does without; so do fewer than 16 images, tiles that share places, and maps of "
+        "more than about 3300 places.",
+    )
     keep_moments: bool = Field(
         default=True,
         description="Whether the bundle keeps what `focus-ray update` needs to add images or take them out later; it is the "

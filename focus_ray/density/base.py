@@ -169,6 +169,8 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
     tiles = statistics.grid[0] * statistics.grid[1]
     if tiles > 1 and config.per_place is not None:  # a place of the one tile stands for as many of the image
         config = config.model_copy(update={"per_place": config.per_place * tiles})
+    if tiles > 1:  # a texture has no places of its own whose variation a Gaussian could know
+        config = config.model_copy(update={"gaussian_share": 0.0})
     density = kind.build(config, statistics.of_tiles)
     return density if statistics.grid == (1, 1) else SharedByTiles(density, statistics.grid)
 

@@ -101,6 +101,9 @@ def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Te
     return squares.sqrt_().t().reshape(batch, height, width)
 
 
+MAX_FITS = 4  # of a `LeftOutGaussian`, by the size of the group left out: 41 MB each at 1024 places and 100 channels
+
+
 class LeftOutGaussian:
     """Distances of images to the Gaussian of all the others, from one fit [ours].
 
@@ -120,10 +123,18 @@ class LeftOutGaussian:
             raise ValueError(f"leaving one image out needs at least 3, got {moments.count}: add training images")
         self.height, self.width = moments.height, moments.width
         self.moments, self.ridge, self.pooling, self.bank = moments, ridge, pooling, bank
+        self.fits: dict[int, Gaussian] = {}
         self.gaussian, self.num_left_out = self._fit(1), 1
 
     def _fit(self, num_left_out: int) -> Gaussian:
         """The Gaussian of all images whose covariance is scaled as if so many images were left out."""
+        if num_left_out not in self.fits:
+            if len(self.fits) >= MAX_FITS:
+                self.fits.pop(next(iter(self.fits)))
+            self.fits[num_left_out] = self._fit_anew(num_left_out)
+        return self.fits[num_left_out]
+
+    def _fit_anew(self, num_left_out: int) -> Gaussian:
         divisor = self.moments.count - num_left_out - 1
         if divisor < 1:
             raise ValueError(

@@ -20,6 +20,15 @@ from torch import Tensor
 
 from focus_ray.config import DensityConfig
 from focus_ray.density.base import Density, LeavesOut, Statistics, ridge_of, sample_positions
+from focus_ray.density.checked import (
+    CheckedMemory,
+    LeftOutCheckedMemory,
+    check_memory,
+    checked_tensors,
+    is_checkable,
+    left_out_gaussian,
+    load_checked,
+)
 from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coresets
 from focus_ray.density.moments import Moments, check_count, locations_first, pooled_covariance
 from focus_ray.density.relations import Relations
@@ -307,10 +316,17 @@ def _ridge(config: DensityConfig, statistics: Statistics) -> float | None:
     return None if config.reduction == "discriminant" else ridge_of(config, statistics.moments)
 
 
+def memory_of(density: Density) -> NearestMemory | JointMemory:
+    """The memory of a density of kind nearest, without the Gaussians that it may be checked against."""
+    memory = density.memory if isinstance(density, CheckedMemory) else density
+    assert isinstance(memory, (NearestMemory, JointMemory))
+    return memory
+
+
 class _NearestKind:
     keeps_bank = True
 
-    def build(self, config: DensityConfig, statistics: Statistics) -> NearestMemory | JointMemory:
+    def build(self, config: DensityConfig, statistics: Statistics) -> Density:
         assert statistics.bank is not None
         bank, others = statistics.bank.split(_split(statistics), dim=2)
         dtype = compute_dtype(config.precision, statistics.moments.mean.device)
@@ -320,34 +336,39 @@ class _NearestKind:
             return places
         coreset = choose_coreset(others, config.coreset, places.device, dtype)
         typical = typical_distances(places, coreset, statistics.bank, statistics.relations)
-        return JointMemory(places, coreset, typical)
+        memory = JointMemory(places, coreset, typical)
+        return check_memory(config, statistics, memory) if is_checkable(config, statistics) else memory
 
     def leaving_out(self, config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
-        assert isinstance(density, (NearestMemory, JointMemory))
-        return density
+        memory = memory_of(density)
+        if isinstance(density, CheckedMemory):
+            return LeftOutCheckedMemory(memory, left_out_gaussian(statistics), density.scale)
+        return memory
 
     def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
         assert statistics.bank is not None
-        assert isinstance(density, (NearestMemory, JointMemory))
+        memory = memory_of(density)
         bank = statistics.bank[:, :, : _split(statistics)[0]]
-        places = density if isinstance(density, NearestMemory) else density.places
+        places = memory if isinstance(memory, NearestMemory) else memory.places
         found = {"bank": bank, "whitening": places.whitening}
+        if isinstance(density, CheckedMemory):
+            found.update(checked_tensors(density))
         if places.images is not None:
             images = places.images.t().cpu()
             found = {**found, "bank": bank[images, torch.arange(bank.shape[1])], "bank.images": images}
-        if isinstance(density, NearestMemory):
+        if isinstance(memory, NearestMemory):
             return found
-        coreset = density.coreset
+        coreset = memory.coreset
         return {
             **found,
             "coreset.patches": coreset.whole,
             "coreset.images": coreset.images.int(),
-            "typical": density.typical,
+            "typical": memory.typical,
         }
 
     def load(
         self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
-    ) -> NearestMemory | JointMemory:
+    ) -> Density:
         whitening = tensors["whitening"].to(device)
         dtype = compute_dtype(config.precision, device)
         images = tensors["bank.images"].t() if "bank.images" in tensors else None
@@ -357,7 +378,7 @@ class _NearestKind:
             return places
         patches, origins = (tensors[f"coreset.{name}"].to(device) for name in ("patches", "images"))
         coreset = Coreset(patches.float(), origins.long(), dtype)
-        return JointMemory(places, coreset, tensors["typical"].to(device))
+        return load_checked(JointMemory(places, coreset, tensors["typical"].to(device)), tensors)
 
 
 NEAREST = _NearestKind()

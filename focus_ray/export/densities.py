@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focus_ray.density.base import Density
+from focus_ray.density.checked import CheckedMemory
 from focus_ray.density.coreset import Coreset
 from focus_ray.density.gaussian import Gaussian, mahalanobis
 from focus_ray.density.moments import locations_first
@@ -25,6 +26,8 @@ def as_module(density: Density, half: bool) -> nn.Module:
     """
     if isinstance(density, SharedByTiles):
         return _Shared(as_module(cast(Density, density.one), half), density.grid)
+    if isinstance(density, CheckedMemory):
+        return _Checked(as_module(density.memory, half), density, half)
     if isinstance(density, JointMemory):
         return _Joint(_Nearest(density.places, half), _Coreset(density.coreset, half), density)
     if isinstance(density, NearestMemory):
@@ -113,6 +116,19 @@ class _Joint(nn.Module):
         here = self.places(embedding[:, : self.few]) / self.typical[0]
         anywhere = self.coreset(embedding[:, self.few :]) / self.typical[1]
         return cast(Tensor, here + anywhere) / 2
+
+
+class _Checked(nn.Module):
+    def __init__(self, memory: nn.Module, density: CheckedMemory, half: bool) -> None:
+        super().__init__()
+        self.memory, self.gaussian = memory, _Gaussian(density.gaussian, half)
+        self.num_channels = density.gaussian.mean.shape[1]
+        self.scale: Tensor
+        self.register_buffer("scale", density.scale)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        distance = self.gaussian(embedding[:, : self.num_channels]) * self.scale
+        return torch.minimum(self.memory(embedding), distance)
 
 
 class _Shared(nn.Module):

@@ -18,8 +18,17 @@ from torch import Tensor
 
 from focus_ray.config import Config, DensityConfig
 from focus_ray.density.base import LeavesOut, Statistics, build_density, leaving_out, sample_positions
+from focus_ray.density.checked import CheckedMemory, left_out_gaussian, measure_scale
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import JointMemory, NearestMemory, keep, thinned, typical_distances, whiten
+from focus_ray.density.nearest import (
+    JointMemory,
+    NearestMemory,
+    keep,
+    memory_of,
+    thinned,
+    typical_distances,
+    whiten,
+)
 from focus_ray.density.tiles import SharedByTiles, fold_bank, split_places
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.fitting.distributed import own_part
@@ -104,7 +113,9 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric, config
     assert metric.fold_of is not None
     density = detector.density.one if isinstance(detector.density, SharedByTiles) else detector.density
     everyone = torch.arange(len(bank))
-    if isinstance(density, (NearestMemory, JointMemory)):
+    if isinstance(density, CheckedMemory):
+        distances_of_folds = _checked_distances_by_folds(detector, density, statistics, metric, config)
+    elif isinstance(density, (NearestMemory, JointMemory)):
         distances_of_folds = _memory_distances_by_folds(detector, density, statistics, metric)
     else:
         distances_of_folds = _rebuilt_distances_by_folds(detector, statistics, metric, config)
@@ -175,6 +186,25 @@ def _memory_distances_by_folds(
             typical = typical_distances(memory, density.coreset, both, statistics.of_tiles.relations)
             distances = (distances / typical[0] + coreset_distances / typical[1]) / 2
         yield distances
+
+
+def _checked_distances_by_folds(
+    detector: Detector, density: CheckedMemory, statistics: Statistics, metric: Metric, config: DensityConfig
+) -> Iterator[Tensor]:
+    """As `_rebuilt_distances_by_folds`, of a checked memory: its Gaussians are fitted anew for each fold."""
+    device, whole = density.device, statistics.moments
+    memory_distances = _memory_distances_by_folds(detector, memory_of(density), statistics, metric)
+    for fold, distances in enumerate(memory_distances):
+        moments = Moments(whole.height, whole.width, whole.channels, device)
+        rows = []
+        for embedding in _projected(metric, fold, device):
+            moments.update(embedding)
+            rows.append(keep(embedding))
+        of_fold = dataclasses.replace(statistics, moments=moments, bank=torch.cat(rows))
+        gaussian = left_out_gaussian(of_fold)
+        everyone = torch.arange(len(distances))
+        varied = left_out_distances(gaussian, of_fold, torch.cat(rows), detector.seen, everyone, device)
+        yield torch.minimum(distances, varied * measure_scale(config, of_fold, gaussian))
 
 
 def _unrelated(statistics: Statistics, own: Tensor, numbers: Tensor) -> Tensor:
