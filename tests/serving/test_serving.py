@@ -275,6 +275,7 @@ def test_token_files_that_cannot_be_are_refused_without_showing_them(tmp_path: P
         read_tokens(file)
     for content, match in (
         ("a: [", "not valid YAML$"),
+        ("tokens: []\ntokens: []", "not valid YAML$"),
         ("secret", "expected a mapping with the key 'tokens'"),
         ("tokens: [{id: x}]", "tokens.0.id"),
     ):
