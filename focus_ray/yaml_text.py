@@ -19,7 +19,7 @@ def load_yaml(text: str | bytes) -> Any:
     Raises: yaml.YAMLError: invalid YAML; a key that a mapping holds twice; a number such as 010; a date such as 2024-13-01.
     """
     try:
-        return yaml.load(text, _StrictLoader)  # noqa: S506  a subclass of SafeLoader
+        return yaml.load(text, _StrictLoader)
     except (ValueError, RecursionError) as error:  # yaml 6.0 lets both through
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
@@ -35,7 +35,7 @@ class _StrictLoader(yaml.SafeLoader):
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
                 raise yaml.YAMLError(
-                    f"the key {key.value!r} appears twice, in line {lines[name]} and in line {line}: the first value would be lost; "
+                    f"the key {key.value!r} appears twice, in line {lines[name]} and in line {line}; the first would be lost: "
                     "join the two, or remove one"
                 )
             lines[name] = line
