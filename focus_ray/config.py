@@ -822,7 +822,7 @@ def override_tree(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """A YAML file's top mapping. Raises: ConfigError: it cannot be read, or is no mapping."""
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
