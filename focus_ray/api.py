@@ -96,7 +96,7 @@ class Model:
             return self.inspector.evaluate(_records(given, labels))
         if images is None:
             data = str(self.inspector.bundle.config.data.uri)
-            if not Path(data).exists() and "://" not in data:
+            if not Path(data).expanduser().exists() and "://" not in data:
                 raise DataError(
                     "the images that this model was fitted on are not here any more: give a folder, or images and labels"
                 )
@@ -104,7 +104,7 @@ class Model:
         if not isinstance(images, (str, Path)):
             raise DataError("evaluate needs labels beside images: 0 for a good part, 1 for a bad one")
         with tempfile.TemporaryDirectory() as folder:
-            data, category = _ingested(Path(images), Path(folder))
+            data, category = _ingested(Path(images).expanduser(), Path(folder))
             return self.inspector.evaluate(iter_test_records(data, category))
 
     def save(self, place: str | Path) -> str:

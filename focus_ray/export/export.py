@@ -126,6 +126,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
             target.rename(former)
         folder.rename(target)
         shutil.rmtree(former, ignore_errors=True)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}{place}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -284,6 +285,20 @@ def test_an_export_goes_to_no_uri(bundle: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="s3://plant/gear: an export goes to a folder of this machine"):
         export_bundle(bundle, "torch", "s3://plant/gear")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch", "openvino"])
+def test_a_full_disk_is_told_as_such_and_leaves_nothing(bundle: str, tmp_path: Path, to: str) -> None:
+    if to == "openvino":
+        pytest.importorskip("openvino")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as a full disk
+    try:
+        with pytest.raises(DataError, match=f"{to}: cannot be written: "):
+            export_bundle(bundle, to, tmp_path / to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 
