@@ -21,6 +21,12 @@ for (const path of paths) {
   const { data, info } = await image.raw({ depth: "uchar" }).toBuffer({ resolveWithObject: true });
   const images = new ort.Tensor("uint8", new Uint8Array(data), [1, info.height, info.width, 3]);
   const found = await session.run({ images });
+  if (!Number.isFinite(found.score.data[0])) {
+    process.exitCode = 1; // too thin an image for the frame, say
+    const error = "no place of the anomaly map shows this image, so there is no verdict: give one less thin";
+    console.log(JSON.stringify({ image: path, error }));
+    continue;
+  }
   const map = found.anomaly_map.data;
   const above = map.reduce((count, value) => count + (value > about.thresholds.pixel), 0);
   console.log(

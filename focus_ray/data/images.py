@@ -214,16 +214,18 @@ def encode_png(array: npt.NDArray[Any]) -> bytes:
     return sink.getvalue()
 
 
-def decode_batch(images: Sequence[bytes], size: int | Frame, num_threads: int = 1) -> npt.NDArray[np.uint8]:
+def decode_batch(
+    images: Sequence[bytes], size: int | Frame, num_threads: int = 1, names: Sequence[str] | None = None
+) -> npt.NDArray[np.uint8]:
     """``decode_image`` over a batch; Pillow lets go of the interpreter lock, so threads help.
 
-    Args: num_threads: threads used, at most one an image.
+    Args: num_threads: threads used, at most one an image.  names: of the images, for errors; None: their positions.
 
     Returns: (B, H, W, 3 or 4), uint8, in the order given.
 
-    Raises: ImageError: naming the position of the first image that cannot be decoded.
+    Raises: ImageError: naming the first image that cannot be decoded.
     """
-    return read_batch(images, size, num_threads)[1]
+    return read_batch(images, size, num_threads, names=names)[1]
 
 
 def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
@@ -234,7 +236,11 @@ def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def read_batch(
-    images: Sequence[bytes], size: int | Frame, num_threads: int = 1, hashed: bool = False
+    images: Sequence[bytes],
+    size: int | Frame,
+    num_threads: int = 1,
+    hashed: bool = False,
+    names: Sequence[str] | None = None,
 ) -> tuple[list[ImageInfo], npt.NDArray[np.uint8]]:
     """``decode_batch`` and what is known of each image, its own size above all; the same errors.
 
@@ -252,7 +258,8 @@ def read_batch(
             info, batch[position] = _decode(images[position], frame, hashed)
             return info
         except ImageError as error:
-            raise ImageError(error.reason, f"image {position} of {len(images)}: {error}") from error
+            name = f"image {position} of {len(images)}" if names is None else names[position]
+            raise ImageError(error.reason, f"{name}: {error}") from error
 
     if num_threads == 1 or len(images) < 2:
         infos = [decode_into(position) for position in range(len(images))]
@@ -484,6 +491,6 @@ def _unidentified(data: bytes) -> ImageError:
 def _undecodable(error: BaseException, image: Image.Image) -> ImageError:
     if isinstance(error, ImageError):
         return error
-    if isinstance(error, DataError):  # of the frame: its region is not in this image
+    if isinstance(error, DataError):  # of the frame: nothing of this image can be scored
         return ImageError("unsupported", str(error))
     return ImageError("unsupported", f"{image.format} of mode {image.mode} cannot be converted to RGB ({error})")

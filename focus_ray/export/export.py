@@ -195,7 +195,8 @@ def _outputs(bundle: Bundle) -> dict[str, Any]:
         "score": {
             "type": "float32",
             "shape": ["batch"],
-            "meaning": "higher is more anomalous; held against thresholds.image",
+            "meaning": "higher is more anomalous; held against thresholds.image; NaN where no place of the map shows the "
+            "image, which is too thin: then there is no verdict",
         },
         "p_value": {
             "type": "float32",
