@@ -105,7 +105,7 @@ def odd_photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         tifffile.imwrite(folder / f"{kind}-white-is-zero8.tif", 255 - grey, photometric="miniswhite")
         colour.quantize(32).save(folder / f"{kind}-palette.png")
         colour.convert("1").save(folder / f"{kind}-bits.png")
-        colour.convert("CMYK").save(folder / f"{kind}-cmyk.jpg", quality=95)
+        colour.convert("CMYK").save(folder / f"{kind}-cmyk.tif")
         colour.save(folder / f"{kind}-key.png", transparency=colour.getpixel((0, 0)))
         turned = Image.Exif()
         turned[0x0112] = 6
@@ -243,17 +243,21 @@ def test_the_python_examples_give_no_verdict_on_an_image_that_is_too_thin(
     compare(lines[1:], uri, photographs)
 
 
-def test_the_node_example_says_what_inspect_says(onnx: Path, bundle: str, photographs: list[Path]) -> None:
+def test_the_node_example_says_what_inspect_says(
+    onnx: Path, bundle: str, photographs: list[Path], odd_photographs: list[Path]
+) -> None:
     """Runs where NODE_PATH names a node_modules with onnxruntime-node and sharp, as the example's first lines say."""
     node = shutil.which("node")
     needed = "require('onnxruntime-node'); require('sharp')"
     if node is None or subprocess.run([node, "-e", needed], capture_output=True).returncode:
         pytest.skip("no node, or NODE_PATH names no folder with onnxruntime-node and sharp")
+    # sharp converts CMYK by a colour profile, and focus_ray does not
+    images = [*photographs, *(path for path in odd_photographs if "cmyk" not in path.name)]
     done = subprocess.run(
-        [node, EXAMPLES / "inspect_onnx.mjs", onnx, *photographs], capture_output=True, text=True, timeout=60
+        [node, EXAMPLES / "inspect_onnx.mjs", onnx, *images], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    compare([json.loads(line) for line in done.stdout.splitlines()], bundle, photographs)
+    compare([json.loads(line) for line in done.stdout.splitlines()], bundle, images)
 
 
 @pytest.mark.slow
