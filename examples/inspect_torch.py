@@ -4,6 +4,7 @@ pip install numpy pillow torch
 python inspect_torch.py bottle-torch-fp32 IMAGE [IMAGE ...]
 """
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 
 def read_pixels(path: str) -> np.ndarray:
     """The image as focus_ray decodes it: uint8 (height, width, 3), RGB. Raises: ValueError: a kind that is not read."""
-    image = Image.open(path)
+    image = Image.open(io.BytesIO(Path(path).read_bytes()))  # by name, Pillow 12 does not turn every TIFF
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     if tags.get(284, 1) != 1 or 338 in tags or set(tags.get(339, (1,))) != {1}:
         raise ValueError("a TIFF with separate planes, extra samples, signed or float values: save it as PNG")

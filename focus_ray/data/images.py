@@ -214,6 +214,27 @@ def encode_png(array: npt.NDArray[Any]) -> bytes:
     return sink.getvalue()
 
 
+def encode_opened(image: Image.Image) -> bytes:
+    """A lossless PNG of an image that Pillow has opened or made, with the pixels that `decode_image` gives for its file.
+
+    Palette, transparency, bit depth, colour space and EXIF orientation count as at the top of this file.
+
+    Raises: ImageError: its pixels are damaged, or of a kind that is not read; a TIFF of a kind that Pillow misreads.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    deep = _is_deep(image) and (tags.get(262) == 0 or max(tags.get(258, (16,))) == 12)
+    turned = tags.get(274, 1) != 1  # opened by name and stored raw, it is not turned (Pillow 12)
+    if deep or turned or 338 in tags or tags.get(284, 1) != 1 or set(tags.get(339, (1,))) != {1}:
+        raise ImageError("unsupported", "Pillow misreads this kind of TIFF: give the path or the bytes of the file")
+    try:
+        image.load()
+        plain = _to_grey_or_rgb(image)
+    except _DECODE_ERRORS as error:
+        raise _undecodable(error, image) from error
+    orientation = _orientation(image)
+    return encode_png(np.asarray(plain.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else plain))
+
+
 def decode_batch(
     images: Sequence[bytes], size: int | Frame, num_threads: int = 1, names: Sequence[str] | None = None
 ) -> npt.NDArray[np.uint8]:

@@ -110,6 +110,7 @@ def odd_photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         turned = Image.Exif()
         turned[0x0112] = 6
         colour.save(folder / f"{kind}-turned.png", exif=turned)
+        colour.convert("L").save(folder / f"{kind}-turned.tif", exif=turned)
         clear = colour.convert("LA")
         clear.putalpha(Image.linear_gradient("L").resize(clear.size))
         clear.save(folder / f"{kind}-clear.png")
