@@ -376,6 +376,22 @@ def test_too_few_examples_are_told(bundle: str, photographs: list[Path], tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("spoil", ["corrupt", "thin"])
+def test_an_example_that_cannot_be_used_is_named(
+    spoil: str, data: str, photographs: list[Path], tmp_path: Path
+) -> None:
+    uri = make_bundle(small_config(data, tmp_path, density=GAUSSIAN, model={**STILL, "resize": "pad"}))
+    for path in photographs:
+        shutil.copy(path, tmp_path)
+    if spoil == "corrupt":
+        (tmp_path / "3.png").write_bytes(photographs[3].read_bytes()[:300])
+    else:
+        Image.new("RGB", (512, 8)).save(tmp_path / "3.png")
+    places = [str(tmp_path / path.name) for path in photographs]
+    with pytest.raises(DataError, match=rf"^{tmp_path}/3\.png: .*({'truncated' if spoil == 'corrupt' else '512 x 8'})"):
+        export_bundle(uri, "torch", tmp_path / "new", examples=places)
+
+
 def test_a_data_set_that_is_gone_is_told(data: str, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
