@@ -26,7 +26,7 @@ from focus_ray.data.images import encode_png
 from focus_ray.errors import ConfigError, DataError, ExportError, MissingPackageError
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.export.export import export_bundle
-from focus_ray.export.formats import Run, check_format, open_model
+from focus_ray.export.formats import Run, check_format, open_model, write_onnx, write_openvino
 from focus_ray.export.resize import ToFrame
 from focus_ray.export.scorer import Scorer, Verdict
 from focus_ray.samples.write import draw_sample
@@ -135,6 +135,38 @@ def test_images_come_to_the_frame_as_pillow_brings_them(resize: Any, with_region
             np.testing.assert_array_equal(shown.numpy(), expected[..., 3] > 0)
         if box is not None:
             assert tuple(box.tolist()) == tuple(frame.box(width, height))
+
+
+class Pixels(torch.nn.Module):
+    """`ToFrame` without what else it gives."""
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__()
+        self.to_frame = ToFrame(frame)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self.to_frame(images)[0]
+        return pixels
+
+
+@pytest.mark.parametrize("resize", ["stretch", "pad"])
+def test_openvino_brings_images_to_the_frame_as_pillow_does(resize: Any, tmp_path: Path) -> None:
+    """It sums and divides whole numbers as float32, which moved pixels by two grey levels."""
+    pytest.importorskip("openvino")
+    frame, dim = Frame(112, 128, resize), torch.export.Dim
+    sizes = {1: dim("height", min=2, max=9000), 2: dim("width", min=2, max=9000)}
+    example = torch.zeros(1, 120, 135, 3, dtype=torch.uint8)
+    program = torch.export.export(Pixels(frame), (example,), dynamic_shapes=(sizes,))
+    write_onnx(program, tmp_path / "frame.onnx", ["pixels"])
+    write_openvino(tmp_path / "frame.onnx", tmp_path / "model.xml")
+    to_frame = open_model(tmp_path, "openvino")
+    rng = np.random.default_rng(0)
+    for height, width in ((64, 64), (97, 201), (500, 500), (1024, 768), (2000, 3000), (8000, 501)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        (found,) = to_frame(pixels[None]).values()
+        expected = frame.place(Image.fromarray(pixels), width, height)
+        found = (found[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+        np.testing.assert_array_equal(found, expected[..., :3])
 
 
 @pytest.mark.parametrize("target", [0.05, 0.3])
