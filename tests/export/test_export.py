@@ -149,19 +149,20 @@ class Pixels(torch.nn.Module):
         return pixels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resize", ["stretch", "pad"])
 def test_openvino_brings_images_to_the_frame_as_pillow_does(resize: Any, tmp_path: Path) -> None:
     """It sums and divides whole numbers as float32, which moved pixels by two grey levels."""
     pytest.importorskip("openvino")
     frame, dim = Frame(112, 128, resize), torch.export.Dim
-    sizes = {1: dim("height", min=2, max=9000), 2: dim("width", min=2, max=9000)}
+    sizes = {1: dim("height", min=2, max=4000), 2: dim("width", min=2, max=4000)}
     example = torch.zeros(1, 120, 135, 3, dtype=torch.uint8)
     program = torch.export.export(Pixels(frame), (example,), dynamic_shapes=(sizes,))
     write_onnx(program, tmp_path / "frame.onnx", ["pixels"])
     write_openvino(tmp_path / "frame.onnx", tmp_path / "model.xml")
     to_frame = open_model(tmp_path, "openvino")
     rng = np.random.default_rng(0)
-    for height, width in ((64, 64), (97, 201), (500, 500), (1024, 768), (2000, 3000), (8000, 501)):
+    for height, width in ((64, 64), (97, 201), (300, 500)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         (found,) = to_frame(pixels[None]).values()
         expected = frame.place(Image.fromarray(pixels), width, height)
