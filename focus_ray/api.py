@@ -24,9 +24,10 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.make import bundle_place, train_here
 from focus_ray.config import Config, parse_config, read_mapping
 from focus_ray.data.images import ImageError, content_hash, encode_png, read_image
-from focus_ray.data.importers.base import IMAGE_SUFFIXES, image_files, images_below
+from focus_ray.data.importers.base import image_files, subfolders
 from focus_ray.data.importers.groups import GroupRule, TableRule
 from focus_ray.data.ingest import ingest
+from focus_ray.data.listing import IMAGE_SUFFIXES, images_below
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.schema import Row
 from focus_ray.data.split import split_category
@@ -262,7 +263,7 @@ def _only(categories: Sequence[str], place: str) -> str:
 
 def as_good(source: Path, root: Path) -> Path:
     """A folder of nothing but images, as one below `root` whose good/ they are, by links, or copies; any other as it is."""
-    if not image_files(source) or any(item.is_dir() for item in source.iterdir()):
+    if not image_files(source) or subfolders(source):
         return source
     name = source.resolve().name
     folder = root / (name if is_name(name) else _NAME) / "good"

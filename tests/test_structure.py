@@ -25,11 +25,13 @@ GROUND = {
     "storage",
     "standard",
     "config",
+    "drawings",
 }
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "extras": {"errors"},
     "names": set(),
+    "drawings": set(),
     "seeds": set(),
     "progress": set(),
     "precision": set(),

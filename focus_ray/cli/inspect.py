@@ -92,6 +92,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.csv and Path(arguments.csv).is_dir():
         raise DataError(f"{arguments.csv}: a folder: give a file for --csv")
     names = _overlay_names(paths)
+    if arguments.overlays:
+        _refuse_overwriting(Path(arguments.overlays), names)
     say(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a misspelt path need not wait for
     from focus_ray.evaluation.strip import overlay_with_strip
@@ -124,7 +126,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             counts["trained on"] += found_or_error.trained_on
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
-                target.write_bytes(encode_png(overlay_with_strip(decode_image(data, None), found_or_error)))
+                target.write_bytes(encode_png(overlay_with_strip(decode_image(data, None), found_or_error), drawn=True))
                 line["overlay"] = readable_name(target)
             print(json.dumps(line, ensure_ascii=False))
     if arguments.csv:
@@ -172,6 +174,19 @@ def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
         taken.add(name)
         names[path] = f"{name}.png"
     return names
+
+
+def _refuse_overwriting(folder: Path, names: Mapping[Path, str]) -> None:
+    """Raises: DataError: an overlay would replace a file that is not an overlay, such as the photograph itself."""
+    from focus_ray.drawings import is_drawing_file
+    from focus_ray.errors import DataError
+
+    for name in names.values():
+        target = folder / name
+        if target.exists() and target.stat().st_size and not is_drawing_file(target):
+            raise DataError(
+                f"--overlays {folder}: the overlay {name} would replace a file that is not an overlay: give another folder"
+            )
 
 
 def _inspect_batch(arguments: argparse.Namespace) -> int:

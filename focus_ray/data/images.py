@@ -9,6 +9,7 @@ Decisions, the same for training, batch inspection and serving:
   exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift them first.
 - 16-bit colour keeps its high byte (Pillow reads no more). 32-bit integer, signed and float images are refused.
 - What a TIFF's tags say of its pixels decides how it is read, or that it is refused (`tiff`): WhiteIsZero comes out as it looks.
+- Pictures that focus_ray drew itself are refused by their mark (`drawings`).
 - Of a file with several frames or pages the first is taken.
 """
 
@@ -27,9 +28,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from focus_ray.data import tiff
 from focus_ray.data.framing import Frame
+from focus_ray.drawings import MARK, is_drawing
 from focus_ray.errors import DataError
 
 # Largest image read, in pixels (about 9459 x 9459): where Pillow starts to warn of decompression bombs. A few hundred
@@ -194,8 +197,10 @@ def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
     return mask, different
 
 
-def encode_png(array: npt.NDArray[Any]) -> bytes:
+def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
     """A lossless PNG: (H, W, 3) or (H, W) uint8 as 8-bit, (H, W) bool as 1-bit.
+
+    Args: drawn: mark the file as a picture that focus_ray drew, which no command takes for a photograph.
 
     Raises: ValueError: another shape or dtype.
     """
@@ -210,7 +215,10 @@ def encode_png(array: npt.NDArray[Any]) -> bytes:
     else:
         image = Image.fromarray(np.ascontiguousarray(array))
     sink = io.BytesIO()
-    image.save(sink, format="PNG")
+    text = PngInfo()
+    if drawn:
+        text.add_text("Software", MARK)
+    image.save(sink, format="PNG", pnginfo=text)
     return sink.getvalue()
 
 
@@ -267,6 +275,10 @@ def _frame(size: int | Frame | None) -> Frame | None:
 
 
 def _decode(data: bytes, frame: Frame | None, hashed: bool = False) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+    if is_drawing(data):
+        raise ImageError(
+            "unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph itself"
+        )
     _verify_chunks(data)
     image, orientation, (width, height) = _load(data, None if frame is None else max(frame.height, frame.width))
     info = ImageInfo(width, height, image.mode, image.format or "?", _is_see_through(image))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from focus_ray.data.importers.base import IMAGE_SUFFIXES
+from focus_ray.data.listing import scan_images
 
 
 class File(NamedTuple):
@@ -23,7 +23,7 @@ class File(NamedTuple):
 def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> list[File]:
     """Image files of a folder and all below it, unordered.
 
-    Hidden files and folders, links to folders, and names that end otherwise than an image's (`.tmp`, `.part`) are passed over.
+    Passed over are hidden files and folders, links to folders, broken links, and names without the suffix of an image.
 
     Args:
         leave_out: a folder that is not looked into: where the verdicts go.
@@ -31,34 +31,21 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
 
     Raises: OSError: the folder itself cannot be listed.
     """
-    return list(_below(folder, "", os.path.realpath(leave_out), log))
 
+    def tell(path: Path, error: OSError) -> None:
+        log(f"{path}: cannot be listed: {error.strerror or error}")
 
-def _below(folder: Path, prefix: str, leave_out: str, log: Callable[[str], None]) -> Iterator[File]:
-    inner = []
-    with os.scandir(folder / prefix) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    inner.append(f"{prefix}{entry.name}/")
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
-                    status = entry.stat()
-                    yield File(prefix + entry.name, status.st_size, status.st_mtime_ns)
-            except FileNotFoundError:  # went while it was looked at
-                continue
-            except OSError as error:
-                log(f"{folder / prefix / entry.name}: cannot be looked up: {error.strerror}")
-    for name in inner:
-        if name.split("/")[-2] == os.path.basename(leave_out) and os.path.realpath(folder / name) == leave_out:
-            continue
+    files = []
+    for image, entry in scan_images(folder, tell, leave_out=os.path.realpath(leave_out)):
         try:
-            yield from _below(folder, name, leave_out, log)
-        except FileNotFoundError:
+            if entry.is_file():
+                status = entry.stat()
+                files.append(File(image, status.st_size, status.st_mtime_ns))
+        except FileNotFoundError:  # it was removed during the listing
             continue
         except OSError as error:
-            log(f"{folder / name}: cannot be listed: {error.strerror}")
+            log(f"{folder / image}: cannot be looked up: {error.strerror or error}")
+    return files
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
 from focus_ray.data.images import decode_image, encode_png
+from focus_ray.drawings import MARK_WITHIN_BYTES, is_drawing
 from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.evaluation.shift import RecentScores, compare_stream
@@ -206,7 +207,13 @@ class Watch:
         name = readable(one.file.image)
         try:
             with (self.folder / one.file.image).open("rb") as stream:
-                encoded = stream.read()
+                encoded = stream.read(MARK_WITHIN_BYTES)
+                if is_drawing(encoded):
+                    self._tell(f"{self.folder}: pictures that focus_ray drew are passed over")
+                    self.journal.seen.add(stamp_key(*one.file))
+                    self.waiting.done(one.file.image)
+                    return None
+                encoded += stream.read()
                 status = os.fstat(stream.fileno())
         except FileNotFoundError:
             self._tell(f"{name}: gone before it was inspected")
@@ -240,7 +247,7 @@ class Watch:
         stem = path.stem.encode()[:_STEM_BYTES].decode(errors="ignore")
         name = str(PurePosixPath(OVERLAYS) / path.parent / f"{stem}-{image.content:016x}.png")
         picture = overlay_with_strip(decode_image(image.encoded, None), finding)
-        self.journal.write_picture(name, encode_png(picture))
+        self.journal.write_picture(name, encode_png(picture, drawn=True))
         return name
 
     def _signal(self, image: str, text: str) -> None:
