@@ -75,6 +75,7 @@ class Bundle(NamedTuple):
     calibration: thresholds and p-values, moved to the precision that the detector computes in (`Calibration.at_precision`).
     frame: what images are brought to, the region of interest included.
     known: `short_hash` of the images that the density was made of; empty where that was not kept.
+    descriptors, same_part_distance: of the images of the density, as of `Statistics`; None where they were not kept.
     """
 
     manifest: dict[str, Any]
@@ -83,6 +84,8 @@ class Bundle(NamedTuple):
     calibration: Calibration
     frame: Frame
     known: frozenset[int] = frozenset()
+    descriptors: Tensor | None = None
+    same_part_distance: float | None = None
 
     @property
     def category(self) -> str:
@@ -311,7 +314,8 @@ def _read_bundle(
         profile = Profile(*(density[f"profile.{name}"].to(device) for name in Profile._fields))
     detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
     known = frozenset(density[_KNOWN].tolist()) if _KNOWN in density else frozenset()
-    return Bundle(manifest, config, detector, calibration, frame, known)
+    _, descriptors, distance = _read_origins(density)
+    return Bundle(manifest, config, detector, calibration, frame, known, descriptors, distance)
 
 
 def config_as_made(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -371,15 +375,6 @@ def _read_origins(density: dict[str, Tensor]) -> tuple[Relations | None, Tensor 
         relations = Relations(density["relations.related"].bool(), density["relations.groups"])
     distance = float(density["same_part_distance"]) if "same_part_distance" in density else None
     return relations, density.get("descriptors"), distance
-
-
-def read_descriptors(uri: str | Path) -> tuple[Tensor, float] | None:
-    """Descriptors (N, P, K) of images that a bundle was made of, and the largest distance of two photographs of one part.
-
-    Returns: None where the bundle keeps none.  Raises: BundleError: as `read_manifest`.
-    """
-    _, descriptors, distance = _read_origins(_whole(uri, lambda manifest: _read_part(uri, manifest, "density")))
-    return None if descriptors is None or distance is None else (descriptors, distance)
 
 
 def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -> int:

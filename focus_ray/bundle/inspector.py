@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.evaluation.evaluate import EXACT_PIXELS, MAX_SIDE_PX, Gathered, Labelled, evaluation_size, figures
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
 from focus_ray.evaluation.shift import compare_scores, describe_test_shift
+from focus_ray.fitting.duplicates import RepeatFinder, describe_repeats
 from focus_ray.fitting.scoring import to_images
 from focus_ray.model.batch_norm import fuse_batch_norms, prepare_for_inference
 from focus_ray.precision import compute_dtype
@@ -75,12 +77,13 @@ class Inspector:
 
         Raises: DataError: an image cannot be decoded; its place in the stream is named.
         """
-        for _, scores, maps in self._scored(images):
+        for _, scores, maps, _ in self._scored(images):
             yield scores, maps
 
     def _scored(
-        self, images: Iterable[bytes], hashed: bool = False
-    ) -> Iterator[tuple[list[ImageInfo], NDArray[np.float32], NDArray[np.float32]]]:
+        self, images: Iterable[bytes], hashed: bool = False, repeats: RepeatFinder | None = None
+    ) -> Iterator[tuple[list[ImageInfo], NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]]:
+        """Infos, scores (B,), maps (B, H, W) and whether images repeat training images (B,); False without a finder."""
         stream = iter(images)
         with ThreadPoolExecutor(max_workers=1) as ahead:
             done = 0
@@ -89,7 +92,12 @@ class Inspector:
                 infos, batch = decoded
                 done += len(batch)
                 pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done, hashed)
-                yield infos, *self.score(batch)
+                scored = self.bundle.detector(torch.from_numpy(batch), describe=repeats is not None)
+                repeated = np.zeros(len(batch), dtype=bool)
+                if repeats is not None:
+                    assert scored.descriptors is not None
+                    repeated = repeats.find(scored.descriptors).numpy()
+                yield infos, scored.score.float().cpu().numpy(), scored.anomaly_map.float().cpu().numpy(), repeated
 
     def score(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """uint8 (B, H, W, 3 or 4), as `images.decode_batch` gives for the frame -> scores (B,) and maps (B, H, W)."""
@@ -106,7 +114,7 @@ class Inspector:
         found: list[Inspection] = []
         known = self.bundle.known
         encoded = (_encoded(image, number) for number, image in enumerate(images))
-        for infos, scores, maps in self._scored(encoded, hashed=bool(known)):
+        for infos, scores, maps, _ in self._scored(encoded, hashed=bool(known)):
             for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
                 one = self.judge(float(score), anomaly_map, info.width, info.height)
                 trained_on = info.content_hash is not None and short_hash(info.content_hash) in known
@@ -168,7 +176,9 @@ class Inspector:
         except DataError as error:
             shift, found["reasons"]["shift"] = None, str(error)
         told = None if shift is None else {**shift.to_dict(), "notice": describe_test_shift(shift)}
-        return {**found, "reduced": labelled.reduced, "shift": told}
+        repeats = describe_repeats(labelled.num_repeats, len(labelled.types))
+        repeated = {"num_images": labelled.num_repeats, "notice": repeats}
+        return {**found, "reduced": labelled.reduced, "shift": told, "repeats": repeated}
 
     def measure(
         self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX, exact_pixels: int = EXACT_PIXELS
@@ -205,8 +215,8 @@ class Inspector:
                 waiting.append({key: value for key, value in record.items() if key != "image"})
                 yield record["image"]
 
-        for scores, maps in self.score_batches(image_bytes()):
-            for score, anomaly_map in zip(scores.tolist(), maps, strict=True):
+        for _, scores, maps, repeated in self._scored(image_bytes(), repeats=self._repeats):
+            for score, anomaly_map, repeat in zip(scores.tolist(), maps, repeated.tolist(), strict=True):
                 record = waiting.popleft()
                 encoded = record.pop("mask")
                 own_height, own_width, label = record["height"], record["width"], int(record["label"])
@@ -219,9 +229,18 @@ class Inspector:
                 inside = self.frame.region_at(height, width)
                 content = record.pop("content_hash", None)
                 record["trained_on"] = bool(content) and short_hash(content) in known
+                into.num_repeats += repeat and not record["trained_on"]
                 kind = str(record["defect_type"])
                 into.add(label, kind, score, own_map, mask, inside, record["trained_on"])
                 yield record, score
+
+    @cached_property
+    def _repeats(self) -> RepeatFinder | None:
+        """Finds images that repeat training images; None where the bundle keeps no descriptors."""
+        bundle = self.bundle
+        if bundle.descriptors is None or bundle.same_part_distance is None:
+            return None
+        return RepeatFinder(bundle.descriptors.to(bundle.detector.density.device).float(), bundle.same_part_distance)
 
     @torch.inference_mode()
     def aligned(self, image: bytes) -> NDArray[np.uint8] | None:

@@ -268,6 +268,7 @@ class Sum:
             bins=self.bins,
             reduced=any(part.reduced for part in parts),
             trained_on=np.concatenate([part.trained_on for part in parts]),
+            num_repeats=sum(part.num_repeats for part in parts),
         )
 
     def save(self) -> None:
@@ -281,6 +282,7 @@ class Sum:
             "parts": {str(first): len(part.labels) for first, part in self.scores.items()},
             "groups": [[group, bins.num_regions, bins.num_images] for group, bins in self.bins.items()],
             "reduced": any(part.reduced for part in self.scores.values()),
+            "repeats": {str(first): part.num_repeats for first, part in self.scores.items()},
         }
         table = pa.table({"group": groups, **arrays}).replace_schema_metadata({_FACTS: json.dumps(facts)})
         sink = pa.BufferOutputStream()
@@ -312,7 +314,9 @@ def load_sum(job: Job) -> Sum | None:
             labels, scores = part["label"].to_numpy(), part["score"].to_numpy()
             types = tuple(map(sys.intern, part["defect_type"].to_pylist()))
             trained_on = part["trained_on"].to_numpy(zero_copy_only=False)
-            found.scores[int(first)] = Part(labels, scores, types, {}, facts["reduced"], trained_on)
+            found.scores[int(first)] = Part(
+                labels, scores, types, {}, facts["reduced"], trained_on, facts.get("repeats", {}).get(first, 0)
+            )
     except (pa.ArrowException, KeyError, ValueError, FileNotFoundError) as error:
         raise DataError(
             f"{job.state}: damaged, or the images' results are gone ({error}): begin without --resume"

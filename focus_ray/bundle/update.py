@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.bundle.bundle import Bundle, read_bundle, read_descriptors, read_statistics, write_bundle
+from focus_ray.bundle.bundle import Bundle, read_bundle, read_statistics, write_bundle
 from focus_ray.data.read import data_fingerprint, decoded_rows, index_version, read_index
 from focus_ray.data.split import plan_category, short_hash
 from focus_ray.density.base import Statistics, leaves_out
@@ -109,8 +109,7 @@ def update_bundle(
     provenance = dict(bundle.manifest["data"])
     if only is not None:
         growing = _only(bundle, only)
-        if (kept := read_descriptors(uri)) is not None:
-            growing.statistics.same_part_distance = kept[1]
+        growing.statistics.same_part_distance = bundle.same_part_distance
         config = bundle.config.model_copy(update={"data": bundle.config.data.model_copy(update={"uri": only})})
         provenance = {
             "uri": only,

@@ -153,11 +153,12 @@ class LeftOutGaussian:
         for size in sorted({len(numbers) for numbers in sets}):  # one fit for all sets of a size
             if size != self.num_left_out:
                 self.gaussian, self.num_left_out = self._fit(size), size
-            for image, numbers in enumerate(sets):
-                if len(numbers) == size == 1:
-                    distances[image] = self._score_alone(embedding[image : image + 1])[0]
-                elif len(numbers) == size:
-                    distances[image] = self._score_without(embedding[image : image + 1], numbers)
+            for numbers in {tuple(numbers.tolist()) for numbers in sets if len(numbers) == size}:
+                images = [image for image, left_out in enumerate(sets) if tuple(left_out.tolist()) == numbers]
+                if size == 1:
+                    distances[images] = self._score_alone(embedding[images])
+                else:
+                    distances[images] = self._score_without(embedding[images], torch.tensor(numbers))
         return distances
 
     def _score_alone(self, embedding: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class LeftOutGaussian:
         return n / (n - 1) * (square / (1 - taken * square).clamp_min(1e-6)).sqrt()
 
     def _score_without(self, embedding: Tensor, numbers: Tensor) -> Tensor:
-        """One image (1, C, H, W) with k images of the bank left out, their numbers (k,) -> (H, W).
+        """Images (B, C, H, W) with the same k images of the bank left out for each, their numbers (k,) -> (B, H, W).
 
         With v_j = x_j - m for the k images, m of all n images, and V = (v_1 ... v_k): the mean of the others is
         m - V 1 / (n - k), their scatter is S - V M V^T with M = I + 1 1^T / (n - k), whose inverse is I - 1 1^T / n. The
@@ -184,16 +185,16 @@ class LeftOutGaussian:
         centred = rows - mean[:, None]
         query = (
             locations_first(embedding.to(mean)) - mean[:, None] + centred.sum(dim=1, keepdim=True) / (n - k)
-        )  # (L, 1, C)
+        )  # (L, B, C)
         whitened = torch.bmm(centred, factor.transpose(1, 2)).double()
         whitened_query = torch.bmm(query, factor.transpose(1, 2)).double()
         gram = whitened @ whitened.transpose(1, 2)  # V^T A^-1 V, (L, k, k)
-        cross = whitened @ whitened_query.transpose(1, 2)  # V^T A^-1 y, (L, k, 1)
+        cross = whitened @ whitened_query.transpose(1, 2)  # V^T A^-1 y, (L, k, B)
         scale = (1 - self.pooling) / (n - k - 1)
         inverse = (torch.eye(k, dtype=gram.dtype, device=gram.device) - 1 / n) / max(scale, 1e-12)
-        added = (cross * torch.linalg.solve(inverse - gram, cross)).sum(dim=(1, 2))
-        square = whitened_query.square().sum(dim=(1, 2)) + added
-        return square.clamp_min(0).sqrt().float().view(self.height, self.width)
+        added = (cross * torch.linalg.solve(inverse - gram, cross)).sum(dim=1)
+        square = whitened_query.square().sum(dim=2) + added  # (L, B)
+        return square.clamp_min(0).sqrt().float().t().reshape(-1, self.height, self.width)
 
 
 class _GaussianKind:

@@ -144,8 +144,8 @@ class NearestMemory:
             agreement[:, :, torch.arange(len(own))[:, None], own.to(self.device)] = -torch.inf
             return
         num_images = 1 + max(int(self.images.max()), int(own.max()))
-        left_out = torch.zeros(len(own), num_images, dtype=torch.bool, device=self.device)
-        left_out.scatter_(1, own.to(self.device), True)
+        left_out = torch.zeros(len(own), num_images + 1, dtype=torch.bool, device=self.device)
+        left_out.scatter_(1, own.where(own >= 0, num_images).to(self.device), True)  # a negative number is no image
         of_entries = left_out[:, self.images[part].long()].transpose(0, 1)  # (P, B, M)
         agreement.masked_fill_(of_entries[:, None], -torch.inf)
 

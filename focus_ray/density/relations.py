@@ -16,9 +16,9 @@ class Relations(NamedTuple):
     """Relations between the N images of a bank.
 
     Attributes:
-        related: (N, N) bool, symmetric, with a true diagonal. An image is left out together with all images related to it.
-        groups: (N,) int64, the number of the part that each image shows. The images of a group are related. Images of
-            neighbouring groups may be related too, in a sequence whose parts change gradually.
+        related: (N, N) bool with a true diagonal. Row n has the images that are left out together with image n.
+        groups: (N,) int64, the number of the part that each image shows; in a sequence that changes gradually, the number of a
+            block of neighbours that count as one observation. The images of a group are related to each other.
     """
 
     related: Tensor
@@ -31,6 +31,7 @@ class Relations(NamedTuple):
 
     @property
     def num_groups(self) -> int:
+        """Independent observations among the images."""
         return len(self.groups.unique())
 
     @property

@@ -24,6 +24,7 @@ class Labelled(NamedTuple):
 
     types: N defect types.  ids: N; '' where a record has none.  reduced: whether maps are smaller than their images.
     trained_on: (N,) bool, whether the model was trained on the image, so that its score says nothing of new parts.
+    num_repeats: images that are almost equal to a training image, but not among them: photographs of the same part.
     """
 
     measured: Measured
@@ -31,6 +32,7 @@ class Labelled(NamedTuple):
     ids: Sequence[str]
     reduced: bool
     trained_on: NDArray[np.bool_]
+    num_repeats: int = 0
 
     @property
     def new_good_scores(self) -> NDArray[np.float64]:
@@ -43,7 +45,7 @@ class Part:
     """Some of a category's labelled images, scored, with their pixels in bins: parts of one category join to `Labelled`.
 
     labels: (N,) int8.  scores: (N,).  types: N.  bins: by defect type, "" for good images.
-    reduced, trained_on: as of `Labelled`.
+    reduced, trained_on, num_repeats: as of `Labelled`.
     """
 
     labels: NDArray[np.int8]
@@ -52,6 +54,7 @@ class Part:
     bins: Mapping[str, PixelBins]
     reduced: bool
     trained_on: NDArray[np.bool_]
+    num_repeats: int = 0
 
 
 class Gathered:
@@ -64,6 +67,7 @@ class Gathered:
         self.types: list[str] = []
         self.trained_on: list[bool] = []
         self.reduced = False
+        self.num_repeats = 0
         self._room = exact_pixels
         self._kept: list[tuple[NDArray[np.float32], NDArray[np.bool_] | None, NDArray[np.bool_] | None]] = []
         self._bins: dict[str, PixelBins] | None = None
@@ -129,7 +133,7 @@ class Gathered:
         bins = self._merge() if self.binned else {}
         labels, scores = np.asarray(self.labels, dtype=np.int8), np.asarray(self.scores, dtype=np.float64)
         trained_on = np.asarray(self.trained_on, dtype=bool)
-        return Part(labels, scores, tuple(self.types), bins, self.reduced, trained_on)
+        return Part(labels, scores, tuple(self.types), bins, self.reduced, trained_on, self.num_repeats)
 
     def labelled(self, threshold: float, ids: Sequence[str]) -> Labelled:
         """All images. threshold: of the image score.  Raises: DataError: there are none."""
@@ -139,7 +143,8 @@ class Gathered:
         labels, scores = np.asarray(self.labels, dtype=np.int64), np.asarray(self.scores, dtype=np.float64)
         maps, masks, inside = (list(column) for column in zip(*self._kept, strict=True))
         measured = Measured(labels, scores, masks, maps, threshold, inside)
-        return Labelled(measured, tuple(self.types), ids, self.reduced, np.asarray(self.trained_on, dtype=bool))
+        trained_on = np.asarray(self.trained_on, dtype=bool)
+        return Labelled(measured, tuple(self.types), ids, self.reduced, trained_on, self.num_repeats)
 
 
 def joined(parts: Sequence[Part], threshold: float, ids: Sequence[str]) -> Labelled:
@@ -156,7 +161,8 @@ def joined(parts: Sequence[Part], threshold: float, ids: Sequence[str]) -> Label
     )
     types = tuple(kind for part in parts for kind in part.types)
     trained_on = np.concatenate([part.trained_on for part in parts])
-    return Labelled(measured, types, ids, any(part.reduced for part in parts), trained_on)
+    num_repeats = sum(part.num_repeats for part in parts)
+    return Labelled(measured, types, ids, any(part.reduced for part in parts), trained_on, num_repeats)
 
 
 def _check_any(num_images: int) -> None:

@@ -45,8 +45,9 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for category, result in results.items():
         reasons += [f"- {category}: {where}: {reason}" for where, reason in result.get("reasons", {}).items()]
     for category, result in results.items():
-        if notice := (result.get("shift") or {}).get("notice"):
-            reasons.append(f"- {category}: {notice}")
+        for finding in ("shift", "repeats"):
+            if notice := (result.get(finding) or {}).get("notice"):
+                reasons.append(f"- {category}: {notice}")
     if reasons:
         lines += ["", *reasons]
     binned = [category for category, result in results.items() if result.get("binned")]

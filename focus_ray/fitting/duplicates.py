@@ -23,11 +23,10 @@ from torch import Tensor
 
 from focus_ray.density.base import Statistics
 from focus_ray.density.relations import Relations
-from focus_ray.fitting.scoring import embed, to_images
+from focus_ray.fitting.scoring import GRID, describe_embedding, descriptor_channels, embed, to_images
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 
-GRID = 8  # cells of a descriptor along each side; a shift by a few pixels hardly changes the average over a cell
 GAP = 0.8  # an image's nearest images are its duplicates if the next image is at least 1 / GAP times as far away
 # Duplicates are ignored if fewer images than this share have any. Chance pairs stay below 0.2 in all categories at hand, and
 # the false alarm rate rises by no more than 1 / (1 - share), since only the scores of these images are too low.
@@ -62,14 +61,9 @@ class ImageOrigins(NamedTuple):
     same_part_distance: float | None = None
 
 
-def describe(embedding: Tensor) -> Tensor:
-    """Descriptors of images from their embeddings (N, C, H, W), any float type -> (N, GRID * GRID, C) float32."""
-    return F.adaptive_avg_pool2d(embedding.float(), GRID).flatten(2).transpose(1, 2).contiguous()
-
-
 def describe_bank(bank: Tensor, height: int, width: int) -> Tensor:
     """Descriptors of the images of a bank (N, height * width, C), any float type -> (N, GRID * GRID, C) float32."""
-    parts = [describe(rows.transpose(1, 2).unflatten(2, (height, width))) for rows in bank.split(16)]
+    parts = [describe_embedding(rows.transpose(1, 2).unflatten(2, (height, width))) for rows in bank.split(16)]
     return torch.cat(parts) if parts else torch.empty(0, GRID * GRID, bank.shape[2])
 
 
@@ -87,14 +81,6 @@ def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
     for cell in range(first.shape[1]):  # one cell at a time bounds the memory at N * M
         total += torch.cdist(first[:, cell], second[:, cell])
     return total / first.shape[1]
-
-
-def descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tensor:
-    """The channels (N, K, H, W) of an embedding (N, C + K, H, W) that descriptors are made of.
-
-    These are the channels of the coreset, which do not depend on a learnt metric; all channels where there is no coreset.
-    """
-    return embedding[:, reduction.num_channels :] if reduction.num_coreset_channels else embedding
 
 
 @torch.no_grad()
@@ -117,7 +103,7 @@ def measure_same_part_distance(
         shifted = _shift(image, *SHIFTS_PX[number % len(SHIFTS_PX)])
         pair = torch.stack([image, shifted]) + NOISE * torch.randn(2, *image.shape, generator=generator)
         batch = to_images(pair.clamp(0, 255).round().to(torch.uint8), device)
-        descriptors = describe(descriptor_channels(embed(net, reduction, batch, alike=True)[0], reduction))
+        descriptors = describe_embedding(descriptor_channels(embed(net, reduction, batch, alike=True)[0], reduction))
         distances.append(float(descriptor_distances(descriptors[:1], descriptors[1:])))
     return TOLERANCE * float(torch.tensor(distances).median())
 
@@ -235,13 +221,19 @@ def relate_sequence(distances: Tensor, relations: Relations, order: Tensor) -> R
     if not near < SEQUENCE_DISTANCE or not _is_significant(ordered, unrelated):
         return relations
     reach = next((lag for lag, value in enumerate(lags) if value >= PLATEAU), most)
+    # 1 - value is how alike images at a lag are: their sum says how many neighbours count as one observation
+    likeness = sum(1 - value for value in lags[:reach] if not math.isnan(value))
+    width = max(1, round(1 + 2 * likeness))
     ranks = torch.empty_like(places)
     ranks[places] = torch.arange(num_images)
-    block = (ranks[:, None] - ranks[None, :]).abs() <= reach
-    groups = _merge(relations.groups, ranks // (2 * reach + 1))
+    blocks = ranks // width
+    # blocked cross-validation: the images of a block leave out the block and its neighbours on both sides
+    first, last = blocks * width - reach, (blocks + 1) * width - 1 + reach
+    left_out = (ranks[None, :] >= first[:, None]) & (ranks[None, :] <= last[:, None])
+    groups = _merge(relations.groups, blocks)
     if len(groups.unique()) < 2:
-        groups = ranks // (2 * reach + 1)
-    return Relations(relations.related | block, groups)
+        groups = blocks
+    return Relations(relations.related | left_out, groups)
 
 
 def _is_significant(ordered: Tensor, unrelated: Tensor) -> bool:
@@ -257,3 +249,37 @@ def _is_significant(ordered: Tensor, unrelated: Tensor) -> bool:
         values = ordered[shuffled, shuffled.roll(lag)][unrelated[shuffled, shuffled.roll(lag)]]
         lower += int(len(values) > 0 and values.mean() <= observed)
     return (1 + lower) / (1 + PERMUTATIONS) <= SEQUENCE_LEVEL
+
+
+REPEAT_SHARE = 0.2  # of the test images that repeat training images, from which on they are reported
+
+
+class RepeatFinder:
+    """Finds images that are photographs of parts that training images show.
+
+    Args:
+        descriptors: (N, P, K) of the training images.
+        same_part_distance: as `measure_same_part_distance` returned it.
+    """
+
+    def __init__(self, descriptors: Tensor, same_part_distance: float) -> None:
+        self.descriptors = descriptors
+        # images of a category that hardly varies are all near each other: a repeat is nearer than other parts usually are
+        distances = descriptor_distances(descriptors, descriptors)
+        others = distances.masked_fill(distances <= same_part_distance, torch.inf).amin(dim=1)
+        usual = float(others[others.isfinite()].median()) if bool(others.isfinite().any()) else 0.0
+        self.limit = min(same_part_distance, GAP * usual)
+
+    def find(self, descriptors: Tensor) -> Tensor:
+        """Whether each of B images, by its descriptor (B, P, K), repeats a training image -> (B,) bool, on the CPU."""
+        return (descriptor_distances(descriptors, self.descriptors).amin(dim=1) <= self.limit).cpu()
+
+
+def describe_repeats(num_repeats: int, num_images: int) -> str | None:
+    """A sentence for people if many of the test images repeat training images, else None."""
+    if num_repeats < max(1.0, REPEAT_SHARE * num_images):
+        return None
+    return (
+        f"{num_repeats} of {num_images} test images are almost equal to training images, as photographs of the same part are. "
+        "The figures are better than new parts would give. Keep all photographs of a part on one side: ingest with --group-by."
+    )

@@ -36,12 +36,9 @@ from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder, Me
 from focus_ray.evaluation.selection import validation_images
 from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, world_size
 from focus_ray.fitting.duplicates import (
-    GRID,
     SHIFTS_PX,
     ImageOrigins,
-    describe,
     describe_statistics,
-    descriptor_channels,
     find_relations,
     measure_same_part_distance,
 )
@@ -55,7 +52,7 @@ from focus_ray.fitting.passes import (
     validation_pass,
 )
 from focus_ray.fitting.profile import fit_profile
-from focus_ray.fitting.scoring import Detector, embed, to_images
+from focus_ray.fitting.scoring import GRID, Detector, describe_embedding, descriptor_channels, embed, to_images
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
 from focus_ray.kinds import DENSITIES
@@ -429,7 +426,7 @@ class Run:
     def _describe(self, batches: Iterable[Tensor]) -> Tensor:
         """Descriptors (n, P, K) of images of all workers."""
         parts = [
-            describe(
+            describe_embedding(
                 descriptor_channels(
                     embed(self.net, self.reduction, to_images(batch, self.device), True)[0], self.reduction
                 )

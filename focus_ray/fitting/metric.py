@@ -33,8 +33,8 @@ from focus_ray.density.relations import Relations, fold_numbers
 from focus_ray.density.tiles import Tiles
 from focus_ray.evaluation.defects import overlaid, synthetic_validation_set
 from focus_ray.fitting.distributed import gather_rows, own_part, world_size
-from focus_ray.fitting.duplicates import ImageOrigins, describe, find_relations
-from focus_ray.fitting.scoring import embed_tiles, places_shown, to_images
+from focus_ray.fitting.duplicates import ImageOrigins, find_relations
+from focus_ray.fitting.scoring import describe_embedding, embed_tiles, places_shown, to_images
 from focus_ray.model.alignment.theta import warp
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
@@ -157,7 +157,7 @@ def metric_pass(
         # a distance that was measured on the coreset's channels says nothing of all channels
         origins = origins if beyond.shape[1] else origins._replace(same_part_distance=None)
         compared = tiles.join(gather_rows(beyond if beyond.shape[1] else places, device))
-        relations = find_relations(describe(compared), origins)
+        relations = find_relations(describe_embedding(compared), origins)
     scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles, relations)
     queries = _queries(len(images), tiles.num_tiles, all_of_them=len(images) == num_images)
     part = own_part(len(queries))

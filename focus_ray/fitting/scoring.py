@@ -29,10 +29,12 @@ class Scored(NamedTuple):
     """score (B,): the map's maximum [kin], or against the profile of good images.
 
     anomaly_map (B, H, W): in the frame of the images that were given.
+    descriptors (B, P, K): as `describe` gives them, where they were asked for.
     """
 
     score: Tensor
     anomaly_map: Tensor
+    descriptors: Tensor | None = None
 
 
 class Detector:
@@ -56,11 +58,14 @@ class Detector:
         self.spread = Spread.of(self.tiles, places, scoring.smoothing_sigma_px, density.device)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Scored:
+    def __call__(self, images: Tensor, describe: bool = False) -> Scored:
         """uint8 (B, H, W, 3 or 4) or float (B, 3, H, W) in 0..1, of the size that images are brought to -> `Scored`."""
         device = self.density.device
         embedding, theta = embed(self.net, self.reduction, to_images(images, device))
-        return self.score_embedding(embedding, theta, shown_in(images, device))
+        scored = self.score_embedding(embedding, theta, shown_in(images, device))
+        if not describe:
+            return scored
+        return scored._replace(descriptors=describe_embedding(descriptor_channels(embedding, self.reduction)))
 
     @torch.inference_mode()
     def judge(self, aligned: Aligned, shown: Tensor | None = None) -> Scored:
@@ -202,6 +207,22 @@ def embed_tiles(
         if theta is not None:
             thetas.append(theta[:count])
     return _joined(embeddings), _joined(thetas) if thetas else None
+
+
+GRID = 8  # cells of a descriptor along each side; a shift by a few pixels hardly changes the average over a cell
+
+
+def describe_embedding(embedding: Tensor) -> Tensor:
+    """Descriptors of images from their embeddings (N, C, H, W), any float type -> (N, GRID * GRID, C) float32."""
+    return F.adaptive_avg_pool2d(embedding.float(), GRID).flatten(2).transpose(1, 2).contiguous()
+
+
+def descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tensor:
+    """The channels (N, K, H, W) of an embedding (N, C + K, H, W) that descriptors are made of.
+
+    These are the channels of the coreset, which do not depend on a learnt metric; all channels where there is no coreset.
+    """
+    return embedding[:, reduction.num_channels :] if reduction.num_coreset_channels else embedding
 
 
 def slices(images: Tensor) -> tuple[Tensor, ...]:

@@ -72,9 +72,10 @@ def evaluation_caveats(
             f"{100 * good.share:.0f} % of the good test images are called bad, more than chance makes of the target of "
             f"{100 * target:.3g} %. Calibrate with more images like them."
         )
-    shift = result.get("shift")
-    if shift and shift["notice"]:
-        told.append(shift["notice"])
+    for finding in ("shift", "repeats"):
+        notice = (result.get(finding) or {}).get("notice")
+        if notice:
+            told.append(notice)
     without = int(result["num_anomalous"]) - int(result["num_masks"])
     if without:
         told.append(

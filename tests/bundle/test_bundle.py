@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -93,7 +94,9 @@ def test_a_bundle_that_is_read_scores_as_what_was_written(kind: str, tmp_path: P
     found = bundle.detector(queries)
     torch.testing.assert_close(found.score, expected.score, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=1e-5)
-    assert (bundle.config, bundle.calibration, bundle.category) == (config, result.calibration, "bolt")
+    assert bundle.calibration.precision is not None  # recorded as the bundle is written
+    as_written = dataclasses.replace(result.calibration, precision=bundle.calibration.precision)
+    assert (bundle.config, bundle.calibration, bundle.category) == (config, as_written, "bolt")
     assert bundle.version == manifest["sha256"]
     assert bundle.manifest == manifest == json.loads((tmp_path / MANIFEST).read_text())
 

@@ -181,7 +181,7 @@ def test_distances_are_scipys_mahalanobis(count: int) -> None:
 def test_a_left_out_distance_is_that_to_the_gaussian_of_the_others(pooling: float) -> None:
     values = embeddings(0, 12)
     moments = moments_of(values)
-    found = LeftOutGaussian(moments, 0.05, pooling).score(values, torch.empty(0))
+    found = LeftOutGaussian(moments, 0.05, pooling).score(values, torch.arange(len(values)))
     pooled = pooled_covariance(moments)
     for number in range(12):
         rest = moments_of(torch.cat([values[:number], values[number + 1 :]]))

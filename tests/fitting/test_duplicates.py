@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from focus_ray.fitting.duplicates import (
     ImageOrigins,
+    RepeatFinder,
     connected_components,
-    describe,
+    describe_repeats,
     descriptor_distances,
     find_duplicates,
     find_relations,
 )
+from focus_ray.fitting.scoring import describe_embedding
 
 
 def make_parts(num_parts: int, photographs: int, noise: float, seed: int = 0) -> torch.Tensor:
@@ -86,7 +88,10 @@ def test_neighbours_in_a_sequence_are_related() -> None:
     assert bool(relations.related[10, 11])
     assert bool(relations.related[10, 9])
     assert not bool(relations.related[10, 40])
-    assert int(relations.related.sum(dim=1).max()) <= 1 + 2 * 8  # an eighth of the images on each side
+    assert int(relations.related.sum(dim=1).max()) <= 64 // 2
+    assert 4 <= relations.num_groups < 64
+    same = relations.groups[:, None] == relations.groups
+    assert bool(relations.related[same].all())
 
 
 def test_the_same_images_in_random_order_are_no_sequence() -> None:
@@ -113,7 +118,7 @@ def test_components_are_what_union_find_gives(edges: list[tuple[int, int]]) -> N
 
 def test_distances_are_means_over_cells() -> None:
     embedding = torch.randn(3, 5, 16, 16, generator=torch.Generator().manual_seed(0))
-    descriptors = describe(embedding)
+    descriptors = describe_embedding(embedding)
     distances = descriptor_distances(descriptors, descriptors)
     assert descriptors.shape == (3, 64, 5)
     expected = (descriptors[0] - descriptors[1]).norm(dim=1).mean()
@@ -122,3 +127,17 @@ def test_distances_are_means_over_cells() -> None:
 
 def test_fewer_than_four_images_have_no_duplicates() -> None:
     assert find_duplicates(torch.zeros(3, 3), 1.0).tolist() == [0, 1, 2]
+
+
+def test_photographs_of_training_parts_are_found_among_test_images() -> None:
+    parts = make_parts(30, 1, noise=0.0)
+    finder = RepeatFinder(parts, same_part_distance=0.5)
+    again = parts[:5] + 0.05 * torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(9))
+    new = make_parts(5, 1, noise=0.0, seed=8)
+    assert finder.find(torch.cat([again, new])).tolist() == [True] * 5 + [False] * 5
+
+
+def test_a_few_repeats_are_not_reported_and_many_are() -> None:
+    assert describe_repeats(3, 20) is None
+    assert describe_repeats(0, 2) is None
+    assert "5 of 20" in str(describe_repeats(5, 20))
