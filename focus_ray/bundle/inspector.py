@@ -111,15 +111,21 @@ class Inspector:
         """
         if isinstance(images, (bytes, bytearray, str, Path)):
             raise DataError(f"inspect takes a list of images, got one {type(images).__name__}: put it into brackets")
-        found: list[Inspection] = []
+        return [found for found, _ in self._inspected(images, hashed=bool(self.bundle.known))]
+
+    def inspect_hashed(self, images: Sequence[bytes | str | Path]) -> list[tuple[Inspection, str]]:
+        """As `inspect`, each with the image's `content_hash`, which is the same for copies of one image."""
+        return [(found, str(content)) for found, content in self._inspected(images, hashed=True)]
+
+    def _inspected(self, images: Sequence[bytes | str | Path], hashed: bool) -> Iterator[tuple[Inspection, str | None]]:
+        """Yields the inspection and, if asked for, the content hash of each image, in order."""
         known = self.bundle.known
         encoded = (_encoded(image, number) for number, image in enumerate(images))
-        for infos, scores, maps, _ in self._scored(encoded, hashed=bool(known)):
+        for infos, scores, maps, _ in self._scored(encoded, hashed=hashed):
             for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
                 one = self.judge(float(score), anomaly_map, info.width, info.height)
                 trained_on = info.content_hash is not None and short_hash(info.content_hash) in known
-                found.append(replace(one, trained_on=True) if trained_on else one)
-        return found
+                yield (replace(one, trained_on=True) if trained_on else one), info.content_hash
 
     def inspect_each(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
         """As `inspect`; where an image cannot be used, the reason stands in place of its inspection."""

@@ -123,6 +123,18 @@ def test_what_is_there_and_what_arrives_has_a_line_and_a_row_that_inspect_would_
     ]
 
 
+def test_two_watchers_never_inspect_the_overlays_of_each_other(
+    root: Path, pictures: list[bytes], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.png").write_bytes(pictures[0])
+    words = ["--device", "cpu", "--once", "--settle-s", "0.05", "--poll-s", "0.02", "--overlays"]
+    for output in ("left", "right", "left", "right"):
+        assert main(["watch", str(root / "bundle"), str(folder), "--output", str(folder / output), *words]) == 0
+    assert "pictures that focus_ray drew are passed over" in capsys.readouterr().err
+    for output in ("left", "right"):
+        assert [line["image"] for line in lines_in(folder / output)] == ["a.png"]
+
+
 def test_names_of_any_bytes_and_length_are_written(root: Path, pictures: list[bytes], folder: Path) -> None:
     for number, name in enumerate((os.fsdecode(b"\xff,\n.png"), "\u00e9" * 120 + ".png")):
         (folder / name).write_bytes(pictures[number])
