@@ -13,11 +13,16 @@ from focus_ray.data.listing import scan_images
 
 
 class File(NamedTuple):
-    """image: its path below the folder, with slashes.  num_bytes, mtime_ns: as the listing shows them."""
+    """A file as a listing shows it. image: its path below the folder, with slashes.
+
+    ctime_ns and inode tell a file that was replaced by another of the same size and time of change, as `cp -p` does.
+    """
 
     image: str
     num_bytes: int
     mtime_ns: int
+    ctime_ns: int = 0
+    inode: int = 0
 
 
 def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> list[File]:
@@ -40,7 +45,7 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
         try:
             if entry.is_file():
                 status = entry.stat()
-                files.append(File(image, status.st_size, status.st_mtime_ns))
+                files.append(File(image, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
         except FileNotFoundError:  # it was removed during the listing
             continue
         except OSError as error:
@@ -59,7 +64,7 @@ class Awaited:
 
 @dataclass
 class Waiting:
-    """The files that have no line yet. settle_s: for which size and time of change have to stay the same."""
+    """The files that have no line yet. settle_s: for which size and times of change have to stay the same."""
 
     settle_s: float
     files: dict[str, Awaited] = field(default_factory=dict)
@@ -70,7 +75,11 @@ class Waiting:
         self.files = {}
         for file in found:
             known = before.get(file.image)
-            self.files[file.image] = known if known and known.file == file else Awaited(file, now)
+            if known and known.file[:-1] == file[:-1]:  # some network shares give a resting file another inode
+                known.file = file
+                self.files[file.image] = known
+            else:
+                self.files[file.image] = Awaited(file, now)
 
     def ready(self, now: float) -> list[Awaited]:
         """Those at rest, in the order in which they were last written."""

@@ -223,7 +223,7 @@ class Watch:
             one.not_before = math.inf if self.settings.once else time.monotonic() + self.settings.give_up_s
             self._tell(f"{name}: cannot be read: {error.strerror or error}")
             return None
-        if (status.st_size, status.st_mtime_ns) != one.file[1:] or len(encoded) != status.st_size:
+        if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) != one.file[1:4] or len(encoded) != status.st_size:
             return None
         sha256 = hashlib.sha256(encoded).hexdigest()
         stamp, content = stamp_key(*one.file), content_key(one.file.image, sha256)

@@ -168,7 +168,8 @@ def test_other_bytes_under_a_name_are_another_image_and_a_touch_is_none(
     with watching(root / "bundle", folder, overlays="all") as running:
         running.until(1)
         os.utime(path, (5, 5))
-        touched = stamp_key("latest.png", len(pictures[0]), 5_000_000_000)
+        status = path.stat()
+        touched = stamp_key("latest.png", status.st_size, 5_000_000_000, status.st_ctime_ns, status.st_ino)
         wait_for(lambda: touched in running.journal.seen, 10, "the touched file is looked at")
         path.write_bytes(pictures[1])
         first, second = running.until(2)
@@ -180,6 +181,50 @@ def test_other_bytes_under_a_name_are_another_image_and_a_touch_is_none(
     with watching(root / "bundle", folder) as running:
         time.sleep(0.5)
         assert len(running.lines) == 3
+
+
+@pytest.mark.parametrize("how", ["rewrite", "rename", "link", "link of the file"])
+def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_another_image(
+    root: Path, folder: Path, tmp_path: Path, how: str
+) -> None:
+    """As of cameras without a clock, `cp -p`, `rsync -t` and unpacked archives; also while the watcher is not running."""
+    contents = []
+    for number in range(3):
+        sink = io.BytesIO()
+        Image.fromarray(np.full((64, 64, 3), 40 * number, np.uint8)).save(sink, "BMP")
+        contents.append(sink.getvalue())
+    assert len({len(content) for content in contents}) == 1
+    path = folder / "latest.bmp"
+
+    def replace(number: int) -> None:
+        new = tmp_path / f"{number}.bmp"
+        new.write_bytes(contents[number])
+        os.utime(new, (5, 5))
+        if how == "rewrite" and path.exists():
+            path.write_bytes(contents[number])
+            os.utime(path, (5, 5))
+        elif how == "link of the file":
+            path.unlink(missing_ok=True)
+            path.symlink_to(new)
+        elif how == "link":
+            path.unlink(missing_ok=True)
+            os.link(new, path)
+        else:
+            new.rename(path)
+
+    for number in range(3):
+        (tmp_path / f"{number}.bmp").write_bytes(contents[number])
+    replace(0)
+    with watching(root / "bundle", folder) as running:
+        running.until(1)
+        replace(1)
+        running.until(2)
+    replace(2)
+    with watching(root / "bundle", folder) as running:
+        lines = running.until(3)
+        time.sleep(0.3)
+        assert len(running.lines) == 3
+    assert len({line["sha256"] for line in lines}) == 3
 
 
 def test_a_file_that_is_no_image_gets_one_line_once_it_is_given_up_and_another_when_it_changes(
