@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -170,11 +172,17 @@ def test_the_command_says_what_changed_and_refuses_what_it_cannot_do(
 
 
 def test_inspect_says_that_images_were_trained_on_and_what_its_threshold_is_worth(
-    work: Path, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_parts(work / "again")
-    assert main(["inspect", bundle_of(work), str(work / "again/gear/train/good")]) == 0
-    told = capsys.readouterr().err
+    table, new = tmp_path / "table.csv", good_images(work)[0]
+    assert main(["inspect", bundle_of(work), str(work / "again/gear/train/good"), str(new), "--csv", str(table)]) == 0
+    captured = capsys.readouterr()
+    told, lines = captured.err, [json.loads(line) for line in captured.out.splitlines()]
+    with table.open(newline="", encoding="utf-8") as stream:
+        rows = {row["image"]: row["trained_on"] for row in csv.DictReader(stream)}
+    assert rows == {line["image"]: "true" if line.get("trained_on") else "false" for line in lines}
+    assert (rows[str(new)], set(rows.values())) == ("false", {"true", "false"})
     assert "images are among those that the model was trained on" in told
     assert "good images are too few" in told
 

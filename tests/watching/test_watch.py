@@ -33,6 +33,8 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
+from focus_ray.data.images import content_hash, decode_image
+from focus_ray.data.split import short_hash
 from focus_ray.errors import DataError
 from focus_ray.samples.write import write_samples
 from focus_ray.watching.journal import Journal
@@ -121,6 +123,22 @@ def test_what_is_there_and_what_arrives_has_a_line_and_a_row_that_inspect_would_
     assert [(row["image"], row["time"], row["sha256"]) for row in rows_in(running.out)] == [
         (line["image"], line["time"], line["sha256"]) for line in lines
     ]
+
+
+def test_lines_and_rows_say_which_images_the_model_was_trained_on(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
+) -> None:
+    known = [short_hash(content_hash(decode_image(pictures[0], None)))]
+    config = small_config(str(root / "data"), tmp_path / "runs", model={"image_alignment": {"group": "none"}})
+    bundle = make_bundle(config, place=tmp_path / "bundle", known=known)
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(pictures[number])
+    (folder / "2.png").write_bytes(b"no image")
+    with watching(bundle, folder) as running:
+        lines = {line["image"]: line.get("trained_on", False) for line in running.until(3)}
+    assert lines == {"0.png": True, "1.png": False, "2.png": False}
+    rows = {row["image"]: row["trained_on"] for row in rows_in(running.out)}
+    assert rows == {"0.png": "true", "1.png": "false", "2.png": ""}
 
 
 def test_two_watchers_never_inspect_the_overlays_of_each_other(
