@@ -9,7 +9,7 @@ Decisions, the same for training, batch inspection and serving:
   exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift them first.
 - 16-bit colour keeps its high byte (Pillow reads no more). 32-bit integer, signed and float images are refused.
 - What a TIFF's tags say of its pixels decides how it is read, or that it is refused (`tiff`): WhiteIsZero comes out as it looks.
-- Pictures that focus_ray drew itself are refused by their mark (`drawings`).
+- Pictures that focus_ray drew itself are decoded like others; whoever expects photographs refuses them (`refuse_drawing`).
 - Of a file with several frames or pages the first is taken.
 """
 
@@ -222,6 +222,14 @@ def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
     return sink.getvalue()
 
 
+def refuse_drawing(data: bytes) -> None:
+    """Raises: ImageError: the file is a picture that focus_ray drew; those are never inspected, learnt or calibrated with."""
+    if is_drawing(data):
+        raise ImageError(
+            "unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph itself"
+        )
+
+
 def decode_batch(images: Sequence[bytes], size: int | Frame, num_threads: int = 1) -> npt.NDArray[np.uint8]:
     """``decode_image`` over a batch; Pillow lets go of the interpreter lock, so threads help.
 
@@ -257,6 +265,7 @@ def read_batch(
 
     def decode_into(position: int) -> ImageInfo:
         try:
+            refuse_drawing(images[position])
             info, batch[position] = _decode(images[position], frame, hashed)
             return info
         except ImageError as error:
@@ -275,10 +284,6 @@ def _frame(size: int | Frame | None) -> Frame | None:
 
 
 def _decode(data: bytes, frame: Frame | None, hashed: bool = False) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
-    if is_drawing(data):
-        raise ImageError(
-            "unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph itself"
-        )
     _verify_chunks(data)
     image, orientation, (width, height) = _load(data, None if frame is None else max(frame.height, frame.width))
     info = ImageInfo(width, height, image.mode, image.format or "?", _is_see_through(image))

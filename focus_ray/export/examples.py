@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
+from focus_ray.data.images import ImageError, refuse_drawing
 from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name
 from focus_ray.data.listing import images_below, is_hidden
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
@@ -93,9 +94,13 @@ def _of_files(paths: Sequence[Path], label: int | None, most: int) -> Examples:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
+        refuse_drawing(content)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ImageError as error:
+        raise DataError(f"{path}: {error}") from error
+    return content
 
 
 def _of_data_set(uri: str, category: str, most: int) -> Examples:

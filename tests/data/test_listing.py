@@ -13,7 +13,7 @@ from PIL import Image
 
 from focus_ray.api import as_good
 from focus_ray.cli.output import image_paths
-from focus_ray.data.images import ImageError, decode_image, decode_mask, encode_png
+from focus_ray.data.images import ImageError, decode_batch, decode_mask, encode_png
 from focus_ray.data.ingest import ingest
 from focus_ray.data.listing import images_below
 from focus_ray.data.read import list_categories, read_index
@@ -115,7 +115,7 @@ def test_own_pictures_are_recognised_wherever_they_lie(folder: Path, tmp_path: P
 
 def test_own_pictures_are_refused_as_photographs_and_taken_as_masks() -> None:
     with pytest.raises(ImageError, match="that focus_ray drew"):
-        decode_image(encode_png(picture(0), drawn=True), None)
+        decode_batch([encode_png(picture(0), drawn=True)], 8)
     mask = np.eye(8, dtype=bool)
     assert np.array_equal(decode_mask(encode_png(mask, drawn=True), 8, 8), mask)
 
