@@ -26,9 +26,10 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.make import bundle_place, train_here
 from focus_ray.config import Config, parse_config, read_mapping
 from focus_ray.data.images import ImageError, content_hash, encode_opened, encode_png, read_image
-from focus_ray.data.importers.base import IMAGE_SUFFIXES, image_files, images_below
+from focus_ray.data.importers.base import image_files, subfolders
 from focus_ray.data.importers.groups import GroupRule, TableRule
 from focus_ray.data.ingest import ingest
+from focus_ray.data.listing import IMAGE_SUFFIXES, images_below
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.schema import Row
 from focus_ray.data.split import split_category
@@ -98,14 +99,17 @@ class Model:
             images: a folder in a shape that ingest knows, of which the test images count; or a list of images, with
                 labels, 0 good or 1 bad; None: the test images that lay beside the good ones when this was fitted.
 
-        Raises: DataError: no labelled image, or the counts differ.
+        Images that the model was trained on are left out of all metrics; "trained_on" of the result counts them.
+
+        Raises: DataError: no labelled image that the model was not trained on, a label other than 0 and 1, or the counts differ.
         """
         if labels is not None:
-            assert images is not None
+            if images is None:
+                raise DataError("evaluate needs images beside labels: give the images that the labels belong to")
             given = [images] if isinstance(images, (str, Path)) else _as_list(images)
             if len(given) != len(labels):
                 raise DataError(f"{len(given)} images, but {len(labels)} labels: give one label an image")
-            return self.inspector.evaluate(_records(given, labels))
+            return self.inspector.evaluate(_records(given, _checked_labels(labels)))
         if images is None:
             data = str(self.inspector.bundle.config.data.uri)
             if not Path(data).expanduser().exists() and "://" not in data:
@@ -274,7 +278,7 @@ def _only(categories: Sequence[str], place: str) -> str:
 
 def as_good(source: Path, root: Path) -> Path:
     """A folder of nothing but images, as one below `root` whose good/ they are, by links, or copies; any other as it is."""
-    if not image_files(source) or any(item.is_dir() for item in source.iterdir()):
+    if not image_files(source) or subfolders(source):
         return source
     name = source.resolve().name
     folder = root / (name if is_name(name) else _NAME) / "good"
@@ -368,10 +372,22 @@ def _encoded(image: Any, name: str = "") -> bytes:
     return encode_png(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
+def _checked_labels(labels: Sequence[Any]) -> list[int]:
+    """Returns the labels as 0 and 1. Raises: DataError: a label equals neither, such as a score of 0.6."""
+    checked = []
+    for number, label in enumerate(labels):
+        try:
+            value = float(label)
+        except (TypeError, ValueError):
+            value = float("nan")
+        if value not in (0.0, 1.0):
+            raise DataError(f"label {label!r} of image {number}: expected 0 for a good part, 1 for a bad one")
+        checked.append(int(value))
+    return checked
+
+
 def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        if int(label) not in (0, 1):
-            raise DataError(f"label {label!r} of image {number}: expected 0 for a good part, 1 for a bad one")
         name = str(image) if isinstance(image, (str, Path)) else f"image {number}"
         data = _encoded(image, name)
         try:
@@ -382,7 +398,7 @@ def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
             "id": name,
             "image": data,
             "mask": None,
-            "label": int(label),
+            "label": label,
             "defect_type": "bad" if label else "good",
             "width": info.width,
             "height": info.height,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -359,3 +360,26 @@ def test_groups_that_do_not_fit_the_images_are_refused(parts: Path, tmp_path: Pa
     ingest_parts(tmp_path)
     with pytest.raises(DataError, match="name:x"):
         focus_ray.fit(tmp_path / "data", group_by="name:x", **QUICK)
+
+
+def test_training_images_are_left_out_of_an_evaluation(parts: Path) -> None:
+    model = focus_ray.fit(parts / "train/good", **QUICK)
+    trained_on = sorted((parts / "train/good").iterdir())
+    new = sorted((parts / "test").rglob("*.png"))
+    labels = [int(path.parent.name != "good") for path in new]
+    alone = model.evaluate(new, labels)
+    both = model.evaluate([*trained_on, *new], [0] * len(trained_on) + labels)
+    assert alone["trained_on"] == {"num_images": 0, "notice": None}
+    assert both["trained_on"]["num_images"] == len(trained_on)
+    assert {**both, "trained_on": None} == {**alone, "trained_on": None}
+    with pytest.raises(DataError, match="are among those that the model was trained on"):
+        model.evaluate(trained_on, [0] * len(trained_on))
+
+
+@pytest.mark.parametrize("label", [0.6, 0.9, 2, -1, float("nan"), "good", None])
+def test_a_label_that_is_neither_0_nor_1_is_refused_by_its_place(
+    parts: Path, model: focus_ray.Model, label: Any
+) -> None:
+    image = next((parts / "train/good").iterdir())
+    with pytest.raises(DataError, match=re.escape(f"label {label!r} of image 1: expected 0")):
+        model.evaluate([image, image], [True, label])

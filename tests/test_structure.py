@@ -26,11 +26,13 @@ GROUND = {
     "standard",
     "yaml_text",
     "config",
+    "drawings",
 }
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "extras": {"errors"},
     "names": set(),
+    "drawings": set(),
     "seeds": set(),
     "progress": set(),
     "precision": set(),

@@ -26,7 +26,15 @@ from focus_ray.data.schema import Row
 from focus_ray.data.split import short_hash
 from focus_ray.density.base import sample_positions
 from focus_ray.errors import ConfigError, DataError, ScoreError
-from focus_ray.evaluation.evaluate import EXACT_PIXELS, MAX_SIDE_PX, Gathered, Labelled, evaluation_size, figures
+from focus_ray.evaluation.evaluate import (
+    EXACT_PIXELS,
+    MAX_SIDE_PX,
+    Gathered,
+    Labelled,
+    describe_training_images,
+    evaluation_size,
+    figures,
+)
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
 from focus_ray.evaluation.shift import compare_scores, describe_test_shift
 from focus_ray.fitting.duplicates import RepeatFinder, describe_repeats
@@ -118,15 +126,21 @@ class Inspector:
         """
         if isinstance(images, (bytes, bytearray, str, Path)):
             raise DataError(f"inspect takes a list of images, got one {type(images).__name__}: put it into brackets")
-        found: list[Inspection] = []
+        return [found for found, _ in self._inspected(images, hashed=bool(self.bundle.known))]
+
+    def inspect_hashed(self, images: Sequence[bytes | str | Path]) -> list[tuple[Inspection, str]]:
+        """As `inspect`, each with the image's `content_hash`, which is the same for copies of one image."""
+        return [(found, str(content)) for found, content in self._inspected(images, hashed=True)]
+
+    def _inspected(self, images: Sequence[bytes | str | Path], hashed: bool) -> Iterator[tuple[Inspection, str | None]]:
+        """Yields the inspection and, if asked for, the content hash of each image, in order."""
         known = self.bundle.known
         named = ((_name(image, number), _encoded(image, number)) for number, image in enumerate(images))
-        for infos, scores, maps, _ in self._scored(named, hashed=bool(known)):
+        for infos, scores, maps, _ in self._scored(named, hashed=hashed):
             for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
                 one = self.judge(float(score), anomaly_map, info.width, info.height)
                 trained_on = info.content_hash is not None and short_hash(info.content_hash) in known
-                found.append(replace(one, trained_on=True) if trained_on else one)
-        return found
+                yield (replace(one, trained_on=True) if trained_on else one), info.content_hash
 
     def inspect_each(self, images: Sequence[bytes]) -> list[Inspection | DataError]:
         """As `inspect`; where an image cannot be used, the reason stands in place of its inspection."""
@@ -179,11 +193,13 @@ class Inspector:
     ) -> dict[str, Any]:
         """Metrics over labelled images; labels are compared with, never used to choose anything. Arguments as of `measure`.
 
-        Returns: see `evaluation.figures`; besides "reduced", whether maps were compared at a reduced size, and "shift", whether
-            good images score as those that set the threshold: counts, p-value, direction and notice (a sentence, or None); None
-            for fewer than 5 good images that the model was not trained on.
+        Images that the model was trained on are left out; "trained_on" holds their number and a notice (a sentence, or None).
 
-        Raises: DataError: no record, or an image cannot be decoded.
+        Returns: see `evaluation.figures`; besides "trained_on", "reduced", whether maps were compared at a reduced size, and
+            "shift", whether good images score as those that set the threshold: counts, p-value, direction and notice (a
+            sentence, or None); None for fewer than 5 good images that the model was not trained on.
+
+        Raises: DataError: no record that the model was not trained on, or an image cannot be decoded.
         """
         return self.figures(self.measure(records, max_side_px, exact_pixels))
 
@@ -191,18 +207,28 @@ class Inspector:
         """What `evaluate` returns, of images that `measure` scored."""
         found = figures(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
         try:
-            shift = compare_scores(self.bundle.calibration.image_scores, labelled.new_good_scores)
+            shift = compare_scores(self.bundle.calibration.image_scores, labelled.good_scores)
         except DataError as error:
             shift, found["reasons"]["shift"] = None, str(error)
         told = None if shift is None else {**shift.to_dict(), "notice": describe_test_shift(shift)}
         repeats = describe_repeats(labelled.num_repeats, len(labelled.types))
         repeated = {"num_images": labelled.num_repeats, "notice": repeats}
-        return {**found, "reduced": labelled.reduced, "shift": told, "repeats": repeated}
+        left_out = labelled.num_trained_on
+        notice = describe_training_images(left_out, left_out + len(labelled.types))
+        return {
+            "trained_on": {"num_images": left_out, "notice": notice},
+            **found,
+            "reduced": labelled.reduced,
+            "shift": told,
+            "repeats": repeated,
+        }
 
     def measure(
         self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX, exact_pixels: int = EXACT_PIXELS
     ) -> Labelled:
         """Scores labelled images, and keeps maps and masks at the size at which they are compared, while they fit.
+
+        Images that the model was trained on are left out and counted.
 
         Args:
             records: mappings with image and mask bytes (mask None: unknown, or normal), label, defect_type, width, height,

@@ -4,8 +4,8 @@ person. The tensors stay as they are."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from focus_ray.bundle.update import rows_in_common
 from focus_ray.density.base import leaves_out
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
+from focus_ray.evaluation.inspection import Inspection
 from focus_ray.evaluation.shift import Shift, compare_scores
 from focus_ray.evaluation.trade_off import TradeOff, trade_off
 from focus_ray.fitting.left_out import leave_one_out_pass
@@ -32,7 +33,8 @@ class Recalibrated:
     """manifest: of the new bundle.  calibration: its.  num_known: good images left out, being what the density was made of.
     curve: where bad images were given; None otherwise.  taught: whether the metric was learnt from the very images that
     calibrate, so few that it lowers their scores.  shift: of the good images' scores from the former calibration scores; None
-    for too few good images, or where none were given."""
+    for too few good images, or where none were given.  copies: the images left out because their pixels are those of another
+    image, which is the value."""
 
     manifest: dict[str, Any]
     calibration: Calibration
@@ -40,6 +42,7 @@ class Recalibrated:
     curve: TradeOff | None
     taught: bool = False
     shift: Shift | None = None
+    copies: Mapping[Path, Path] = field(default_factory=dict)
 
 
 def calibrate_bundle(
@@ -58,9 +61,11 @@ def calibrate_bundle(
         output: may be the bundle itself: it is replaced in one step.
         good: image files that the density has not seen; those that it has are left out, since they score near zero.
         bad: image files of defective parts: nothing is set by them, they show what a threshold costs.
+            Images with the same pixels count once, both among the good and among the bad ones.
         target_fpr, target_pixel_fpr: None keeps the bundle's.
 
-    Raises: DataError: no usable good image, or a file cannot be read; a share out of range.  BundleError: no such bundle.
+    Raises: DataError: no usable good image, or a file cannot be read; an image is both good and bad; a share out of range.
+        BundleError: no such bundle.
     """
     inspector = Inspector.load(uri, device)
     old = inspector.bundle.calibration
@@ -69,7 +74,10 @@ def calibrate_bundle(
         old.target_fpr if target_fpr is None else target_fpr,
         old.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
     )
-    found = inspector.inspect(good)
+    copies: dict[Path, Path] = {}
+    originals = {"good": _inspect_once(inspector, good, copies), "bad": _inspect_once(inspector, bad, copies)}
+    _refuse_contradictions(originals["good"], originals["bad"])
+    found, bad_found = ([one for _, one in originals[kind].values()] for kind in ("good", "bad"))
     new = [one for one in found if not one.trained_on]
     if not new:
         raise DataError(
@@ -81,10 +89,38 @@ def calibrate_bundle(
     calibration = replace(builder.finish(), precision=describe_precision(inspector.bundle.config, inspector.device))
     curve = None
     if bad:
-        curve = trade_off(np.array([one.score for one in new]), np.array([one.score for one in inspector.inspect(bad)]))
-    note = {"how": "good images", "num_good": len(new), "num_bad": len(bad), "images_sha256": _fingerprint(good)}
+        curve = trade_off(np.array([one.score for one in new]), np.array([one.score for one in bad_found]))
+    fingerprint = _fingerprint([path for path, _ in originals["good"].values()])
+    note = {"how": "good images", "num_good": len(new), "num_bad": len(bad_found), "images_sha256": fingerprint}
     manifest = rewrite(uri, output, calibration, note)
-    return Recalibrated(manifest, calibration, len(found) - len(new), curve, shift=shift)
+    return Recalibrated(manifest, calibration, len(found) - len(new), curve, shift=shift, copies=copies)
+
+
+def _inspect_once(
+    inspector: Inspector, paths: Sequence[Path], copies: dict[Path, Path]
+) -> dict[str, tuple[Path, Inspection]]:
+    """Inspects image files, and keeps the first of those with the same pixels; the others go to `copies`.
+
+    Returns: content hash -> the file that counts, and its inspection.
+    """
+    originals: dict[str, tuple[Path, Inspection]] = {}
+    distinct = list(dict.fromkeys(paths))
+    for path, (inspection, content) in zip(distinct, inspector.inspect_hashed(distinct), strict=True):
+        original, _ = originals.setdefault(content, (path, inspection))
+        if original != path:
+            copies[path] = original
+    return originals
+
+
+def _refuse_contradictions(
+    good: Mapping[str, tuple[Path, Inspection]], bad: Mapping[str, tuple[Path, Inspection]]
+) -> None:
+    """Raises: DataError: an image is among the good and among the bad ones; the files are named."""
+    pairs = [f"{good[content][0]} and {bad[content][0]}" for content in good if content in bad]
+    if pairs:
+        raise DataError(
+            f"{len(pairs)} images are given both as good and as bad ({'; '.join(pairs)}): remove the wrong one of each"
+        )
 
 
 def calibrate_for_site(

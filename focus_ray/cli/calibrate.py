@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.output import image_paths, require, say
+from focus_ray.cli.output import image_paths, readable_name, require, say
 
 
 def add_calibrate(commands: Any) -> None:
@@ -99,6 +101,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             device=arguments.device,
         )
         manifest, calibration = done.manifest, done.calibration
+        for line in _describe_copies(done.copies):
+            say(f"note: {line}")
         if done.num_known:
             say(f"{done.num_known} of the good images are among those that the model was trained on: left out")
         if done.shift is not None and (notice := describe_new_calibration(done.shift)):
@@ -117,6 +121,17 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     )
     print(f"{arguments.output}\t{calibration.image_threshold:.6g}\t{manifest['sha256']}")
     return 0
+
+
+def _describe_copies(copies: Mapping[Path, Path]) -> list[str]:
+    """Returns a line for each image of which there are copies, with the names of the copies."""
+    names: dict[Path, list[str]] = {}
+    for path, original in copies.items():
+        names.setdefault(original, []).append(readable_name(path))
+    return [
+        f"{readable_name(original)} counts once; left out as copies with the same pixels: {', '.join(paths)}"
+        for original, paths in names.items()
+    ]
 
 
 def _tell_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace) -> None:

@@ -29,14 +29,21 @@ def require(*places: str | None) -> None:
 
 
 def image_paths(names: Sequence[str]) -> list[Path]:
-    """Image files, and those of folders and of all below them, in order. Raises: DataError: one is not there, or holds none."""
-    from focus_ray.data.importers.base import images_below
+    """Returns image files, and the image files of folders and of all folders below them, in order.
+
+    Among several names a folder of the system, as `new/*` gives it, is passed over.
+
+    Raises: DataError: a file or folder does not exist, or a folder has no image.
+    """
+    from focus_ray.data.listing import images_below, is_system_folder
 
     paths: list[Path] = []
     for name in names:
         path = Path(name)
-        if path.is_dir():
-            paths += images_below(path)
+        if path.is_dir() and len(names) > 1 and is_system_folder(path.name):
+            say(f"note: {readable_name(path)}: a folder of the system, passed over")
+        elif path.is_dir():
+            paths += images_below(path, say)
         elif path.is_file():
             paths.append(path)
         else:

@@ -9,6 +9,7 @@ Decisions, the same for training, batch inspection and serving:
   exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift them first.
 - 16-bit colour keeps its high byte (Pillow reads no more). 32-bit integer, signed and float images are refused.
 - What a TIFF's tags say of its pixels decides how it is read, or that it is refused (`tiff`): WhiteIsZero comes out as it looks.
+- Pictures that focus_ray drew itself are decoded like others; whoever expects photographs refuses them (`refuse_drawing`).
 - Of an image with several frames or pages the first is taken. The pages of a mask's TIFF are combined, since some programs write
   one for each region; other masks with several frames are refused.
 """
@@ -28,9 +29,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from focus_ray.data import tiff
 from focus_ray.data.framing import Frame
+from focus_ray.drawings import MARK, is_drawing
 from focus_ray.errors import DataError
 
 # Largest image read, in pixels (about 9459 x 9459): where Pillow starts to warn of decompression bombs. A few hundred
@@ -228,8 +231,10 @@ def _probe_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
     return mask, different
 
 
-def encode_png(array: npt.NDArray[Any]) -> bytes:
+def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
     """A lossless PNG: (H, W, 3) or (H, W) uint8 as 8-bit, (H, W) bool as 1-bit.
+
+    Args: drawn: mark the file as a picture that focus_ray drew, which no command takes for a photograph.
 
     Raises: ValueError: another shape or dtype.
     """
@@ -244,7 +249,10 @@ def encode_png(array: npt.NDArray[Any]) -> bytes:
     else:
         image = Image.fromarray(np.ascontiguousarray(array))
     sink = io.BytesIO()
-    image.save(sink, format="PNG")
+    text = PngInfo()
+    if drawn:
+        text.add_text("Software", MARK)
+    image.save(sink, format="PNG", pnginfo=text)
     return sink.getvalue()
 
 
@@ -267,6 +275,14 @@ def encode_opened(image: Image.Image) -> bytes:
         raise _undecodable(error, image) from error
     orientation = _orientation(image)
     return encode_png(np.asarray(plain.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else plain))
+
+
+def refuse_drawing(data: bytes) -> None:
+    """Raises: ImageError: the file is a picture that focus_ray drew; those are never inspected, learnt or calibrated with."""
+    if is_drawing(data):
+        raise ImageError(
+            "unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph itself"
+        )
 
 
 def decode_batch(
@@ -310,6 +326,7 @@ def read_batch(
 
     def decode_into(position: int) -> ImageInfo:
         try:
+            refuse_drawing(images[position])
             info, batch[position] = _decode(images[position], frame, hashed)
             return info
         except ImageError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,10 @@ _MERGE_AT = 32  # images' bins, added at once: that takes as long as adding one
 
 
 class Labelled(NamedTuple):
-    """Labelled images of one category, scored, in the order of their records.
+    """Labelled images of one category that the model was not trained on, scored, in the order of their records.
 
     types: N defect types.  ids: N; '' where a record has none.  reduced: whether maps are smaller than their images.
-    trained_on: (N,) bool, whether the model was trained on the image, so that its score says nothing of new parts.
+    num_trained_on: images left out because the model was trained on them: their scores say nothing of new parts.
     num_repeats: images that are almost equal to a training image, but not among them: photographs of the same part.
     """
 
@@ -31,21 +31,22 @@ class Labelled(NamedTuple):
     types: tuple[str, ...]
     ids: Sequence[str]
     reduced: bool
-    trained_on: NDArray[np.bool_]
+    num_trained_on: int = 0
     num_repeats: int = 0
 
     @property
-    def new_good_scores(self) -> NDArray[np.float64]:
-        """Scores of good images that the model was not trained on."""
-        return self.measured.scores[(self.measured.labels == 0) & ~self.trained_on]
+    def good_scores(self) -> NDArray[np.float64]:
+        """Scores of good images."""
+        return self.measured.scores[self.measured.labels == 0]
 
 
 @dataclass(frozen=True)
 class Part:
     """Some of a category's labelled images, scored, with their pixels in bins: parts of one category join to `Labelled`.
 
-    labels: (N,) int8.  scores: (N,).  types: N.  bins: by defect type, "" for good images.
-    reduced, trained_on, num_repeats: as of `Labelled`.
+    labels: (N,) int8.  scores: (N,).  types: N.  reduced, num_repeats: as of `Labelled`.
+    trained_on: (N,) bool, whether the model was trained on the image.
+    bins: by defect type, "" for good images; without the images that the model was trained on.
     """
 
     labels: NDArray[np.int8]
@@ -113,7 +114,7 @@ class Gathered:
         mask: NDArray[np.bool_] | None,
         inside: NDArray[np.bool_] | None,
     ) -> None:
-        if mask is None:
+        if mask is None or self.trained_on[number]:
             return
         group = self.types[number] if self.labels[number] else ""
         self._to_add.append((group, PixelBins.of_image(mask, anomaly_map, inside, f"image {number}")))
@@ -136,38 +137,99 @@ class Gathered:
         return Part(labels, scores, tuple(self.types), bins, self.reduced, trained_on, self.num_repeats)
 
     def labelled(self, threshold: float, ids: Sequence[str]) -> Labelled:
-        """All images. threshold: of the image score.  Raises: DataError: there are none."""
-        _check_any(len(self.labels))
+        """All images that the model was not trained on.
+
+        Args: threshold: of the image score.  ids: of all images.
+
+        Raises: DataError: there is no such image.
+        """
+        new = _places_of_new(np.asarray(self.trained_on, dtype=bool))
         if self.binned:
             return joined([self.part()], threshold, ids)
         labels, scores = np.asarray(self.labels, dtype=np.int64), np.asarray(self.scores, dtype=np.float64)
         maps, masks, inside = (list(column) for column in zip(*self._kept, strict=True))
         measured = Measured(labels, scores, masks, maps, threshold, inside)
-        trained_on = np.asarray(self.trained_on, dtype=bool)
-        return Labelled(measured, tuple(self.types), ids, self.reduced, trained_on, self.num_repeats)
+        num_left_out = len(labels) - len(new)
+        if num_left_out:
+            measured = measured.only(~np.asarray(self.trained_on, dtype=bool), [])
+        types = tuple(self.types[place] for place in new)
+        return Labelled(
+            measured, types, _chosen_ids(ids, new, num_left_out), self.reduced, num_left_out, self.num_repeats
+        )
 
 
 def joined(parts: Sequence[Part], threshold: float, ids: Sequence[str]) -> Labelled:
-    """Parts of one category, in order, as one set. ids: of all their images.  Raises: DataError: no image."""
-    _check_any(sum(len(part.labels) for part in parts))
+    """Parts of one category, in order, as one set, without the images that the model was trained on.
+
+    Args: ids: of all their images.
+
+    Raises: DataError: there is no image that the model was not trained on.
+    """
+    trained_on = np.concatenate([part.trained_on for part in parts]) if parts else np.zeros(0, dtype=bool)
+    new = _places_of_new(trained_on)
     groups = {group for part in parts for group in part.bins}
     measured = Measured(
-        labels=np.concatenate([part.labels for part in parts]).astype(np.int64),
-        scores=np.concatenate([part.scores for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]).astype(np.int64)[new],
+        scores=np.concatenate([part.scores for part in parts])[new],
         masks=NotKept(),
         maps=NotKept(),
         threshold=threshold,
         bins={group: PixelBins.total([p.bins[group] for p in parts if group in p.bins]) for group in sorted(groups)},
     )
-    types = tuple(kind for part in parts for kind in part.types)
-    trained_on = np.concatenate([part.trained_on for part in parts])
+    all_types = [kind for part in parts for kind in part.types]
+    types = tuple(all_types[place] for place in new)
     num_repeats = sum(part.num_repeats for part in parts)
-    return Labelled(measured, types, ids, any(part.reduced for part in parts), trained_on, num_repeats)
+    is_reduced = any(part.reduced for part in parts)
+    num_left_out = len(trained_on) - len(new)
+    return Labelled(measured, types, _chosen_ids(ids, new, num_left_out), is_reduced, num_left_out, num_repeats)
 
 
-def _check_any(num_images: int) -> None:
-    if not num_images:
+class _ChosenIds(Sequence[str]):
+    """Some of the ids, which are read when one is first asked for."""
+
+    def __init__(self, ids: Sequence[str], places: NDArray[np.int64]) -> None:
+        self._ids, self._places = ids, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self._ids[chosen] for chosen in self._places[place].tolist()]
+        return self._ids[int(self._places[place])]
+
+
+def _chosen_ids(ids: Sequence[str], places: NDArray[np.int64], num_left_out: int) -> Sequence[str]:
+    return _ChosenIds(ids, places) if num_left_out else ids
+
+
+def _places_of_new(trained_on: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Places of the images that the model was not trained on. Raises: DataError: there is none."""
+    if not len(trained_on):
         raise DataError("there is no test image to evaluate: ingest a set that has some")
+    if trained_on.all():
+        raise DataError(
+            f"all {len(trained_on)} test images are among those that the model was trained on, and score near zero: evaluate "
+            "with images that it has not seen"
+        )
+    return np.flatnonzero(~trained_on)
+
+
+def describe_training_images(num_trained_on: int, num_images: int) -> str | None:
+    """A sentence for people if images were left out of an evaluation because the model was trained on them, else None.
+
+    Args: num_images: of all, those left out included.
+    """
+    if not num_trained_on:
+        return None
+    return (
+        f"{num_trained_on} of {num_images} test images are among those that the model was trained on. They are left out of all "
+        "figures, because their scores say nothing of new parts."
+    )
 
 
 def summarise(

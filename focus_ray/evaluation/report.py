@@ -22,10 +22,16 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     A metric that a category's test set cannot give is shown as '-' and left out of the mean; where something stood in its way,
     and where a category could not be measured at all (its result is an 'error' alone), the reason follows below the tables. So
-    does a notice of a distribution shift.
+    does a notice of a distribution shift. Images left out because the model was trained on them are told first.
     """
     metrics = {key: METRICS[key] for key in METRICS}
-    lines = [_row(["category", "good", "bad", *(metric.title for metric in metrics.values())]), _rule(3 + len(metrics))]
+    notices = [(category, (result.get("trained_on") or {}).get("notice")) for category, result in results.items()]
+    first = [f"- {category}: {notice}" for category, notice in notices if notice]
+    lines = [*first, ""] if first else []
+    lines += [
+        _row(["category", "good", "bad", *(metric.title for metric in metrics.values())]),
+        _rule(3 + len(metrics)),
+    ]
     for category, result in results.items():
         values = [_number(result.get(key), result.get("bounds", {}).get(key)) for key in metrics]
         counts = ["-" if "error" in result else str(result[key]) for key in ("num_normal", "num_anomalous")]

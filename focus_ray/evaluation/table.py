@@ -9,7 +9,7 @@ from typing import Any
 
 COLUMNS = (
     *("image", "category", "verdict", "score", "threshold", "p_value", "num_regions"),
-    *("largest_x", "largest_y", "largest_width", "largest_height", "error"),
+    *("largest_x", "largest_y", "largest_width", "largest_height", "trained_on", "error"),
 )
 
 
@@ -22,6 +22,7 @@ def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in line:
         return row
     row |= {"verdict": "anomalous" if line["anomalous"] else "normal", "num_regions": len(line["regions"])}
+    row["trained_on"] = "true" if line.get("trained_on") else "false"
     if line["regions"]:
         largest = max(line["regions"], key=lambda region: region["area"])
         row |= {f"largest_{key}": largest[key] for key in ("x", "y", "width", "height")}

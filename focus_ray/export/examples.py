@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
-from focus_ray.data.importers.base import images_below
+from focus_ray.data.images import ImageError, refuse_drawing
 from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name
+from focus_ray.data.listing import images_below, is_hidden
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.density.base import sample_positions
 from focus_ray.errors import DataError, ExportError
@@ -72,7 +73,7 @@ def _of_place(place: str, category: str, most: int) -> Examples:
         (item, label)
         for item in sorted(path.iterdir())
         for is_kind, label in kinds
-        if item.is_dir() and is_kind(item.name)
+        if item.is_dir() and not is_hidden(item.name) and is_kind(item.name)
     ]
     if not named:
         return _of_files(images_below(path), None, most)
@@ -93,9 +94,13 @@ def _of_files(paths: Sequence[Path], label: int | None, most: int) -> Examples:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
+        refuse_drawing(content)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ImageError as error:
+        raise DataError(f"{path}: {error}") from error
+    return content
 
 
 def _of_data_set(uri: str, category: str, most: int) -> Examples:

@@ -57,7 +57,8 @@ def evaluation_caveats(
         calibration: its calibration's own.  warnings: of its training.  result: as `Inspector.evaluate` gives.
         good, bad: how many of the good and of the bad test images are called bad.
     """
-    told = [*calibration, *warnings]
+    trained_on = (result.get("trained_on") or {}).get("notice")
+    told = [*([trained_on] if trained_on else []), *calibration, *warnings]
     for share, kind, what in ((good, "good", "false alarm rate"), (bad, "bad", "share of defects found")):
         if not share.total:
             told.append(f"There is no {kind} test image: nothing is known of the {what}.")

@@ -98,7 +98,10 @@ def without_pictures(section: Section) -> Section:
 def summary_of(result: Mapping[str, Any]) -> str:
     """A line of a category's first figures."""
     shown = [(METRICS[key].title, result.get(key)) for key in ("image_auroc", "pixel_auroc", "aupro_0.3", "recall")]
-    return ", ".join(f"{title} {value:.4f}" for title, value in shown if value is not None) or "no metric can be had"
+    num_left_out = (result.get("trained_on") or {}).get("num_images", 0)
+    before = f"without {num_left_out} images that the model was trained on: " if num_left_out else ""
+    figures = ", ".join(f"{title} {value:.4f}" for title, value in shown if value is not None)
+    return before + (figures or "no metric can be had")
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, bytes]:

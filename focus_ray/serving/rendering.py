@@ -23,17 +23,18 @@ def draw(output: Output, inspection: Inspection, data: bytes) -> bytes:
     height, width = evaluation_size(inspection.height, inspection.width, MAX_SIDE_PX)
     if output == "mask":
         return encode_png(
-            resize_map(inspection.anomaly_map, inspection.height, inspection.width) > inspection.pixel_threshold
+            resize_map(inspection.anomaly_map, inspection.height, inspection.width) > inspection.pixel_threshold,
+            drawn=True,
         )
     if output == "heatmap":
         return encode_png(
-            heat_map(resize_map(inspection.anomaly_map, height, width), 0.0, 2 * inspection.pixel_threshold)
+            heat_map(resize_map(inspection.anomaly_map, height, width), 0.0, 2 * inspection.pixel_threshold), drawn=True
         )
     from PIL import Image
 
     image = Image.fromarray(decode_image(data, None)).resize((width, height), Image.Resampling.BILINEAR)
     scale = width / inspection.width
-    return encode_png(overlay(np.asarray(image), inspection.scaled(scale)))
+    return encode_png(overlay(np.asarray(image), inspection.scaled(scale)), drawn=True)
 
 
 class MapValues(NamedTuple):
@@ -47,4 +48,6 @@ def map_values(inspection: Inspection) -> MapValues:
     """`high` is twice the pixel threshold, or the map's highest value where that is more."""
     anomaly_map = inspection.anomaly_map
     high = max(2 * inspection.pixel_threshold, float(anomaly_map.max()), 1e-12)
-    return MapValues(encode_png(np.clip(np.round(anomaly_map * (255 / high)), 0, 255).astype(np.uint8)), high)
+    return MapValues(
+        encode_png(np.clip(np.round(anomaly_map * (255 / high)), 0, 255).astype(np.uint8), drawn=True), high
+    )

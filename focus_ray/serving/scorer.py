@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
 from focus_ray.data.framing import Frame
-from focus_ray.data.images import ImageError, ImageInfo, read_image
+from focus_ray.data.images import ImageError, ImageInfo, read_image, refuse_drawing
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.fitting.scoring import score_together, share_a_pass
 from focus_ray.serving.batching import Batcher
@@ -167,6 +167,7 @@ def _decode(images: Sequence[bytes], frame: Frame) -> list[tuple[ImageInfo, NDAr
     found: list[tuple[ImageInfo, NDArray[np.uint8]] | ImageError] = []
     for image in images:
         try:
+            refuse_drawing(image)
             found.append(read_image(image, frame))
         except ImageError as error:
             found.append(error)

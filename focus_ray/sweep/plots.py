@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from focus_ray.drawings import MARK
 from focus_ray.sweep import records
 from focus_ray.sweep.records import Record
 from focus_ray.sweep.settings import SweepConfig
@@ -196,5 +197,5 @@ def _style(axes: Any) -> None:
 
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": MARK})
     return buffer.getvalue()

@@ -20,6 +20,7 @@ from PIL import Image
 
 from focus_ray import __version__
 from focus_ray.config import Config
+from focus_ray.drawings import MARK
 from focus_ray.errors import FocusRayError
 from focus_ray.kinds import METRICS
 from focus_ray.storage import exists, join, read_bytes
@@ -233,5 +234,5 @@ def _side_by_side(uris: Sequence[str]) -> bytes:
         np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")) for uri in uris
     ]
     sink = io.BytesIO()
-    Image.fromarray(np.concatenate(images, axis=1)).save(sink, "JPEG", quality=_JPEG_QUALITY)
+    Image.fromarray(np.concatenate(images, axis=1)).save(sink, "JPEG", quality=_JPEG_QUALITY, comment=MARK)
     return sink.getvalue()

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from focus_ray.data.importers.base import IMAGE_SUFFIXES
+from focus_ray.data.listing import scan_images
 
 
 class File(NamedTuple):
-    """image: its path below the folder, with slashes.  num_bytes, mtime_ns: as the listing shows them."""
+    """A file as a listing shows it. image: its path below the folder, with slashes.
+
+    ctime_ns and inode tell a file that was replaced by another of the same size and time of change, as `cp -p` does.
+    """
 
     image: str
     num_bytes: int
     mtime_ns: int
+    ctime_ns: int = 0
+    inode: int = 0
 
 
 def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> list[File]:
     """Image files of a folder and all below it, unordered.
 
-    Hidden files and folders, links to folders, and names that end otherwise than an image's (`.tmp`, `.part`) are passed over.
+    Passed over are hidden files and folders, links to folders, broken links, and names without the suffix of an image.
 
     Args:
         leave_out: a folder that is not looked into: where the verdicts go.
@@ -31,34 +36,21 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
 
     Raises: OSError: the folder itself cannot be listed.
     """
-    return list(_below(folder, "", os.path.realpath(leave_out), log))
 
+    def tell(path: Path, error: OSError) -> None:
+        log(f"{path}: cannot be listed: {error.strerror or error}")
 
-def _below(folder: Path, prefix: str, leave_out: str, log: Callable[[str], None]) -> Iterator[File]:
-    inner = []
-    with os.scandir(folder / prefix) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    inner.append(f"{prefix}{entry.name}/")
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
-                    status = entry.stat()
-                    yield File(prefix + entry.name, status.st_size, status.st_mtime_ns)
-            except FileNotFoundError:  # went while it was looked at
-                continue
-            except OSError as error:
-                log(f"{folder / prefix / entry.name}: cannot be looked up: {error.strerror}")
-    for name in inner:
-        if name.split("/")[-2] == os.path.basename(leave_out) and os.path.realpath(folder / name) == leave_out:
-            continue
+    files = []
+    for image, entry in scan_images(folder, tell, leave_out=os.path.realpath(leave_out)):
         try:
-            yield from _below(folder, name, leave_out, log)
-        except FileNotFoundError:
+            if entry.is_file():
+                status = entry.stat()
+                files.append(File(image, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+        except FileNotFoundError:  # it was removed during the listing
             continue
         except OSError as error:
-            log(f"{folder / name}: cannot be listed: {error.strerror}")
+            log(f"{folder / image}: cannot be looked up: {error.strerror or error}")
+    return files
 
 
 @dataclass
@@ -72,7 +64,7 @@ class Awaited:
 
 @dataclass
 class Waiting:
-    """The files that have no line yet. settle_s: for which size and time of change have to stay the same."""
+    """The files that have no line yet. settle_s: for which size and times of change have to stay the same."""
 
     settle_s: float
     files: dict[str, Awaited] = field(default_factory=dict)
@@ -83,7 +75,11 @@ class Waiting:
         self.files = {}
         for file in found:
             known = before.get(file.image)
-            self.files[file.image] = known if known and known.file == file else Awaited(file, now)
+            if known and known.file[:-1] == file[:-1]:  # some network shares give a resting file another inode
+                known.file = file
+                self.files[file.image] = known
+            else:
+                self.files[file.image] = Awaited(file, now)
 
     def ready(self, now: float) -> list[Awaited]:
         """Those at rest, in the order in which they were last written."""

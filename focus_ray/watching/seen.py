@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 _MERGED_AT = 65536  # new ones, of about 100 bytes each
 
 
-def stamp_key(image: str, num_bytes: int, mtime_ns: int) -> int:
-    """Of a file as a listing of its folder shows it."""
-    return _key(f"{num_bytes}/{mtime_ns}/{image}")
+def stamp_key(image: str, num_bytes: int, mtime_ns: int, ctime_ns: int = 0, inode: int = 0) -> int:
+    """Key of a file as a listing of its folder shows it: of all fields of `folder.File`."""
+    return _key(f"{num_bytes}/{mtime_ns}/{ctime_ns}/{inode}/{image}")
 
 
 def content_key(image: str, sha256: str) -> int:

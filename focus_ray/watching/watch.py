@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
 from focus_ray.data.images import decode_image, encode_png
+from focus_ray.drawings import MARK_WITHIN_BYTES, is_drawing
 from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.evaluation.shift import RecentScores, compare_stream
@@ -207,7 +208,13 @@ class Watch:
         name = readable(one.file.image)
         try:
             with (self.folder / one.file.image).open("rb") as stream:
-                encoded = stream.read()
+                encoded = stream.read(MARK_WITHIN_BYTES)
+                if is_drawing(encoded):
+                    self._tell(f"{self.folder}: pictures that focus_ray drew are passed over")
+                    self.journal.seen.add(stamp_key(*one.file))
+                    self.waiting.done(one.file.image)
+                    return None
+                encoded += stream.read()
                 status = os.fstat(stream.fileno())
         except FileNotFoundError:
             self._tell(f"{name}: gone before it was inspected")
@@ -217,7 +224,7 @@ class Watch:
             one.not_before = math.inf if self.settings.once else time.monotonic() + self.settings.give_up_s
             self._tell(f"{name}: cannot be read: {error.strerror or error}")
             return None
-        if (status.st_size, status.st_mtime_ns) != one.file[1:] or len(encoded) != status.st_size:
+        if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) != one.file[1:4] or len(encoded) != status.st_size:
             return None
         sha256 = hashlib.sha256(encoded).hexdigest()
         stamp, content = stamp_key(*one.file), content_key(one.file.image, sha256)
@@ -254,7 +261,7 @@ class Watch:
         stem = path.stem.encode()[:_STEM_BYTES].decode(errors="ignore")
         name = str(PurePosixPath(OVERLAYS) / path.parent / f"{stem}-{image.content:016x}.png")
         picture = overlay_with_strip(decode_image(image.encoded, None), finding)
-        self.journal.write_picture(name, encode_png(picture))
+        self.journal.write_picture(name, encode_png(picture, drawn=True))
         return name
 
     def _signal(self, image: str, text: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -169,10 +172,83 @@ def test_the_command_says_what_changed_and_refuses_what_it_cannot_do(
 
 
 def test_inspect_says_that_images_were_trained_on_and_what_its_threshold_is_worth(
-    work: Path, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_parts(work / "again")
-    assert main(["inspect", bundle_of(work), str(work / "again/gear/train/good")]) == 0
-    told = capsys.readouterr().err
+    table, new = tmp_path / "table.csv", good_images(work)[0]
+    assert main(["inspect", bundle_of(work), str(work / "again/gear/train/good"), str(new), "--csv", str(table)]) == 0
+    captured = capsys.readouterr()
+    told, lines = captured.err, [json.loads(line) for line in captured.out.splitlines()]
+    with table.open(newline="", encoding="utf-8") as stream:
+        rows = {row["image"]: row["trained_on"] for row in csv.DictReader(stream)}
+    assert rows == {line["image"]: "true" if line.get("trained_on") else "false" for line in lines}
+    assert (rows[str(new)], set(rows.values())) == ("false", {"true", "false"})
     assert "images are among those that the model was trained on" in told
     assert "good images are too few" in told
+
+
+def test_copies_of_an_image_count_once_and_are_named(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, alone = good_images(work), tmp_path / "alone"
+    first = Image.open(good[0])
+    first.save(tmp_path / "packed_otherwise.bmp")
+    (tmp_path / "copy.png").write_bytes(good[0].read_bytes())
+    copies = [str(tmp_path / "copy.png"), str(tmp_path / "packed_otherwise.bmp"), str(good[0])]
+    words = ["--good", *map(str, good)]
+    assert main(["calibrate", bundle_of(work), str(alone), *words]) == 0
+    assert "copies" not in capsys.readouterr().err
+    bad = [*map(str, bad_images(work)), str(bad_images(work)[0])]
+    assert main(["calibrate", bundle_of(work), str(tmp_path / "new"), *words, *copies, "--bad", *bad]) == 0
+    told = capsys.readouterr().err
+    assert f"{good[0]} counts once; left out as copies with the same pixels: {', '.join(copies[:2])}\n" in told
+    assert read_bundle(tmp_path / "new").calibration == read_bundle(alone).calibration
+    (change,) = read_manifest(tmp_path / "new")["data"]["calibrations"]
+    assert (change["num_good"], change["num_bad"]) == (len(good), len(bad_images(work)))
+
+
+def test_an_image_that_is_both_good_and_bad_is_refused_by_name(work: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.bmp"
+    Image.open(good_images(work)[3]).save(wrong)
+    with pytest.raises(DataError, match="both as good and as bad") as error:
+        calibrate_bundle(bundle_of(work), tmp_path / "new", good_images(work), [*bad_images(work), wrong])
+    assert f"{good_images(work)[3]} and {wrong}" in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_hidden_images_set_no_threshold(work: Path, tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    shutil.copytree(work / "new/gear/train/good", good)
+    for hidden in (".trash", "@eaDir"):
+        (good / hidden).mkdir()
+        for path in bad_images(work):
+            shutil.copy(path, good / hidden / f"{path.parent.name}-{path.name}")
+    assert main(["calibrate", bundle_of(work), str(tmp_path / "new"), "--good", str(good)]) == 0
+    assert read_bundle(tmp_path / "new").calibration.num_images == len(good_images(work))
+
+
+def test_inspect_takes_no_overlay_of_its_own_for_an_image(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, heat = tmp_path / "new", tmp_path / "new/heat"
+    new.mkdir()
+    for path in good_images(work)[:2]:
+        shutil.copy(path, new)
+    for _ in range(3):
+        assert main(["inspect", bundle_of(work), str(new), "--overlays", str(heat)]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == 2
+    heat.rename(tmp_path / "moved")
+    assert main(["calibrate", bundle_of(work), str(tmp_path / "made"), "--good", str(tmp_path / "moved")]) == 1
+    assert "2 pictures that focus_ray drew" in capsys.readouterr().err
+    overlay = next((tmp_path / "moved").iterdir())
+    assert main(["inspect", bundle_of(work), str(overlay)]) == 1
+    assert "that focus_ray drew, not a photograph" in capsys.readouterr().out
+
+
+def test_overlays_never_replace_the_images(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "a.png"
+    shutil.copy(good_images(work)[0], image)
+    before = image.read_bytes()
+    assert main(["inspect", bundle_of(work), str(image), "--overlays", str(tmp_path)]) == 1
+    assert "a.png would replace a file that is not an overlay" in capsys.readouterr().err
+    assert image.read_bytes() == before

@@ -242,14 +242,46 @@ def test_changed_light_is_told_in_figures_tables_and_page_and_usual_light_is_not
         assert json.loads((output / "report.json").read_text())["categories"]["gear"]["shift"] == shift
 
 
-def test_test_images_that_the_model_was_trained_on_tell_nothing_of_a_shift(
-    usual_and_dark: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize("exact_pixels", [0, ALL])
+def test_test_images_that_the_model_was_trained_on_are_left_out_of_all_figures_and_told_first(
+    usual_and_dark: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], exact_pixels: int
 ) -> None:
     data = usual_and_dark["usual"]
     tests = read_index(data, "gear", split="test").to_pylist()
-    known = [short_hash(row["content_hash"]) for row in tests if row["label"] == 0][:10]
+    good, bad = ([row for row in tests if row["label"] == label] for label in (0, 1))
+    trained_on = [*good[:10], bad[0]]
+    known = [short_hash(row["content_hash"]) for row in trained_on]
     bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=known)
-    report = evaluated({"gear": bundle}, tmp_path / "report")
-    assert report.results["gear"]["shift"] is None  # of 14 good images 4 are new
-    rows = pq.read_table(tmp_path / "report/images/category=gear", partitioning=None)
-    assert sum(rows["trained_on"].to_pylist()) == 10
+    report = evaluated({"gear": bundle}, tmp_path / "report", exact_pixels)
+    result = report.results["gear"]
+    ids = {row["id"] for row in trained_on}
+    inspector = Inspector.load(bundle, "cpu")
+    new = [dict(record) for record in iter_test_records(data, "gear") if record["id"] not in ids]
+    alone = inspector.evaluate(new, SIDE, exact_pixels=exact_pixels)
+    assert result["trained_on"]["num_images"] == 11
+    assert_same({**result, "trained_on": None}, {**alone, "trained_on": None})
+    assert result["shift"] is None  # of 14 good images 4 are new
+    sentence = f"11 of {len(tests)} test images are among those that the model was trained on."
+    assert report.caveats["gear"][0].startswith(sentence)
+    assert (tmp_path / "report/report.md").read_text().startswith(f"- gear: {sentence}")
+    assert sentence in (tmp_path / "report/report.html").read_text()
+    categories = json.loads((tmp_path / "report/report.json").read_text())["categories"]
+    assert next(iter(categories["gear"])) == "trained_on"
+    assert categories["gear"]["trained_on"]["notice"].startswith(sentence)
+    rows = pq.read_table(tmp_path / "report/images/category=gear", partitioning=None).to_pylist()
+    assert {row["id"] for row in rows if row["trained_on"]} == ids
+    again = evaluated({"gear": bundle}, tmp_path / "report", exact_pixels, resume=True)
+    assert_same(again.results["gear"], result)
+
+
+def test_an_evaluation_with_training_images_alone_is_an_error(usual_and_dark: dict[str, str], tmp_path: Path) -> None:
+    data = usual_and_dark["usual"]
+    tests = read_index(data, "gear", split="test").to_pylist()
+    known = [short_hash(row["content_hash"]) for row in tests]
+    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=known)
+    for exact_pixels in (0, ALL):
+        report = evaluated({"gear": bundle}, tmp_path / f"report{exact_pixels}", exact_pixels)
+        assert (
+            f"all {len(tests)} test images are among those that the model was trained on"
+            in report.results["gear"]["error"]
+        )

@@ -33,6 +33,8 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
+from focus_ray.data.images import content_hash, decode_image
+from focus_ray.data.split import short_hash
 from focus_ray.errors import DataError
 from focus_ray.samples.write import write_samples
 from focus_ray.watching.journal import Journal
@@ -156,6 +158,34 @@ def test_lines_are_printed_whatever_standard_output_can_show(
     assert json.loads(ended.stdout) == lines_in(tmp_path / "out")[0]
 
 
+def test_lines_and_rows_say_which_images_the_model_was_trained_on(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
+) -> None:
+    known = [short_hash(content_hash(decode_image(pictures[0], None)))]
+    config = small_config(str(root / "data"), tmp_path / "runs", model={"image_alignment": {"group": "none"}})
+    bundle = make_bundle(config, place=tmp_path / "bundle", known=known)
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(pictures[number])
+    (folder / "2.png").write_bytes(b"no image")
+    with watching(bundle, folder) as running:
+        lines = {line["image"]: line.get("trained_on", False) for line in running.until(3)}
+    assert lines == {"0.png": True, "1.png": False, "2.png": False}
+    rows = {row["image"]: row["trained_on"] for row in rows_in(running.out)}
+    assert rows == {"0.png": "true", "1.png": "false", "2.png": ""}
+
+
+def test_two_watchers_never_inspect_the_overlays_of_each_other(
+    root: Path, pictures: list[bytes], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.png").write_bytes(pictures[0])
+    words = ["--device", "cpu", "--once", "--settle-s", "0.05", "--poll-s", "0.02", "--overlays"]
+    for output in ("left", "right", "left", "right"):
+        assert main(["watch", str(root / "bundle"), str(folder), "--output", str(folder / output), *words]) == 0
+    assert "pictures that focus_ray drew are passed over" in capsys.readouterr().err
+    for output in ("left", "right"):
+        assert [line["image"] for line in lines_in(folder / output)] == ["a.png"]
+
+
 def test_names_of_any_bytes_and_length_are_written(root: Path, pictures: list[bytes], folder: Path) -> None:
     for number, name in enumerate((os.fsdecode(b"\xff,\n.png"), "\u00e9" * 120 + ".png")):
         (folder / name).write_bytes(pictures[number])
@@ -189,7 +219,8 @@ def test_other_bytes_under_a_name_are_another_image_and_a_touch_is_none(
     with watching(root / "bundle", folder, overlays="all") as running:
         running.until(1)
         os.utime(path, (5, 5))
-        touched = stamp_key("latest.png", len(pictures[0]), 5_000_000_000)
+        status = path.stat()
+        touched = stamp_key("latest.png", status.st_size, 5_000_000_000, status.st_ctime_ns, status.st_ino)
         wait_for(lambda: touched in running.journal.seen, 10, "the touched file is looked at")
         path.write_bytes(pictures[1])
         first, second = running.until(2)
@@ -201,6 +232,50 @@ def test_other_bytes_under_a_name_are_another_image_and_a_touch_is_none(
     with watching(root / "bundle", folder) as running:
         time.sleep(0.5)
         assert len(running.lines) == 3
+
+
+@pytest.mark.parametrize("how", ["rewrite", "rename", "link", "link of the file"])
+def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_another_image(
+    root: Path, folder: Path, tmp_path: Path, how: str
+) -> None:
+    """As of cameras without a clock, `cp -p`, `rsync -t` and unpacked archives; also while the watcher is not running."""
+    contents = []
+    for number in range(3):
+        sink = io.BytesIO()
+        Image.fromarray(np.full((64, 64, 3), 40 * number, np.uint8)).save(sink, "BMP")
+        contents.append(sink.getvalue())
+    assert len({len(content) for content in contents}) == 1
+    path = folder / "latest.bmp"
+
+    def replace(number: int) -> None:
+        new = tmp_path / f"{number}.bmp"
+        new.write_bytes(contents[number])
+        os.utime(new, (5, 5))
+        if how == "rewrite" and path.exists():
+            path.write_bytes(contents[number])
+            os.utime(path, (5, 5))
+        elif how == "link of the file":
+            path.unlink(missing_ok=True)
+            path.symlink_to(new)
+        elif how == "link":
+            path.unlink(missing_ok=True)
+            os.link(new, path)
+        else:
+            new.rename(path)
+
+    for number in range(3):
+        (tmp_path / f"{number}.bmp").write_bytes(contents[number])
+    replace(0)
+    with watching(root / "bundle", folder) as running:
+        running.until(1)
+        replace(1)
+        running.until(2)
+    replace(2)
+    with watching(root / "bundle", folder) as running:
+        lines = running.until(3)
+        time.sleep(0.3)
+        assert len(running.lines) == 3
+    assert len({line["sha256"] for line in lines}) == 3
 
 
 def test_a_file_that_is_no_image_gets_one_line_once_it_is_given_up_and_another_when_it_changes(

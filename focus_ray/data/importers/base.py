@@ -12,12 +12,13 @@ from typing import Protocol
 
 from focus_ray.data.importers.groups import GroupRule, Place
 from focus_ray.data.importers.vocabulary import is_good_name, is_unclear_name
+from focus_ray.data.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # importers share the suffixes
+from focus_ray.data.listing import is_hidden
 from focus_ray.data.schema import Reject
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 from focus_ray.names import NAME_WORDS, is_name, is_utf8
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")
 # Companions of the images that mean nothing here; any other suffix among them is rejected and said.
 IGNORED_SUFFIXES = (
     *(".txt", ".md", ".rst", ".pdf", ".html"),
@@ -276,7 +277,7 @@ def skipped_folders(root: SourcePath, used: set[str], settings: ImportSettings) 
 def subfolders(folder: SourcePath) -> list[SourcePath]:
     if not folder.is_dir():
         return []
-    return sorted(item for item in folder.iterdir() if item.is_dir() and not item.name.startswith((".", "__MACOSX")))
+    return sorted(item for item in folder.iterdir() if item.is_dir() and not is_hidden(item.name))
 
 
 def good_folders(folder: SourcePath) -> list[SourcePath]:
@@ -305,7 +306,7 @@ def _listed_files(folder: SourcePath) -> tuple[list[SourcePath], dict[str, int]]
     for item in sorted(folder.iterdir()):
         if item.is_dir():
             continue
-        if item.name.startswith("."):
+        if is_hidden(item.name):
             kind = "hidden"
         elif item.suffix.lower() in IGNORED_SUFFIXES or item.stem.lower() in IGNORED_STEMS:
             kind = item.suffix.lower() or item.name
@@ -330,11 +331,3 @@ def category_name(name: str, where: SourcePath) -> str:
     if not is_name(name):
         raise DataError(f"{where}: {name!r} cannot name a category: expected {NAME_WORDS}; rename it")
     return name
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Image files of a folder on this machine and of all below it, in order. Raises: DataError: there is none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir())
-    if not found:
-        raise DataError(f"{folder}: no image in this folder; image files end in {', '.join(IMAGE_SUFFIXES)}")
-    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from focus_ray.data.images import ImageError, content_hash, encode_png, probe_mask, read_image
+from focus_ray.data.images import ImageError, content_hash, encode_png, probe_mask, read_image, refuse_drawing
 from focus_ray.data.importers.base import ImportSettings, Sample, is_lost, lost_words
 from focus_ray.data.schema import Reject, RejectReason, Row
 
@@ -66,6 +66,7 @@ def check(
 
     try:
         data = _bytes_of(contents[0])
+        refuse_drawing(data)
         info, pixels = read_image(data)
     except ImageError as error:
         return reject(error.reason, str(error))

@@ -1,0 +1,23 @@
+"""The mark of pictures that focus_ray draws (heat maps, overlays, plots), so that no command takes one for a photograph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MARK = "focus_ray drawing"  # text "Software" of a PNG, comment of a JPEG
+MARK_WITHIN_BYTES = 4096  # from the start of the file: encoders write the mark before the pixels
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff")
+
+
+def is_drawing(data: bytes) -> bool:
+    """Whether the bytes of a file, or its first `MARK_WITHIN_BYTES`, carry the mark."""
+    return data.startswith(_SIGNATURES) and MARK.encode() in data[:MARK_WITHIN_BYTES]
+
+
+def is_drawing_file(path: Path) -> bool:
+    """Whether a local file carries the mark; False for a file that cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return is_drawing(stream.read(MARK_WITHIN_BYTES))
+    except OSError:
+        return False
