@@ -7,11 +7,12 @@ ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS libraries
 ARG VARIANT=cpu
-ARG PYPI_INDEX=https://pypi.org/simple
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# mirrors; empty: the indexes that pip and uv take by themselves
+ARG PYPI_INDEX=
+ARG TORCH_INDEX=
 WORKDIR /source
 COPY container/build-requirements.txt container/build-requirements.txt
-RUN pip install --no-cache-dir --index-url "${PYPI_INDEX}" --requirement container/build-requirements.txt \
+RUN pip install --no-cache-dir ${PYPI_INDEX:+--index-url "${PYPI_INDEX}"} --requirement container/build-requirements.txt \
     && python -m venv --without-pip /opt/focus-ray
 COPY container/install.sh container/install.sh
 COPY pyproject.toml requirements.lock ./

@@ -5,14 +5,16 @@
 #   container/install.sh VENV wheel FOLDER                              the package as a wheel, into FOLDER
 #   container/install.sh VENV package FOLDER                            the wheel of FOLDER
 #
-# VARIANT is cpu (torch from TORCH_INDEX, which has builds without CUDA) or cuda (torch as the package index has it).
-# PYPI_INDEX and TORCH_INDEX name mirrors, where the public indexes cannot be reached.
+# VARIANT is cpu (torch from PyTorch's index of builds without CUDA) or cuda (torch as the package index has it).
+# PYPI_INDEX and TORCH_INDEX name mirrors, where the public indexes cannot be reached; else uv knows both indexes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1 step=$2
 shift 2
 variant=${VARIANT:-cpu}
-pypi=${PYPI_INDEX:-https://pypi.org/simple}
+packages=() torch=(--torch-backend cpu)
+[ -z "${PYPI_INDEX:-}" ] || packages=(--index-url "$PYPI_INDEX")
+[ -z "${TORCH_INDEX:-}" ] || torch=(--index-url "$TORCH_INDEX")
 extras=(--extra ray --extra offline --extra onnx)
 export UV_LINK_MODE=copy PYC_INVALIDATION_MODE=UNCHECKED_HASH  # a file's time says nothing in an image
 export UV_SYSTEM_CERTS=1  # a plant's own authority, where the base image has it
@@ -25,13 +27,13 @@ dependencies() {
     case $variant in
     cuda) ;;
     # first and alone, so that the index of torch answers for nothing else; what follows finds the two there, at the locked versions
-    cpu) install --no-deps --index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" torch torchvision "$@" ;;
+    cpu) install --no-deps "${torch[@]}" torch torchvision "$@" ;;
     *)
         echo "VARIANT=$variant: expected cpu or cuda" >&2
         exit 1
         ;;
     esac
-    install --index-url "$pypi" --compile-bytecode --requirements pyproject.toml "${extras[@]}" "$@"
+    install "${packages[@]}" --compile-bytecode --requirements pyproject.toml "${extras[@]}" "$@"
     if [ "$variant" = cpu ] && uv pip freeze --python "$venv/bin/python" | grep -E '^(nvidia|cuda)-'; then
         echo "VARIANT=cpu, but the CUDA libraries above came along: TORCH_INDEX has no build of torch without them" >&2
         exit 1

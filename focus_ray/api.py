@@ -11,19 +11,21 @@ import difflib
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as Pillow
 from pydantic import BaseModel
 
 from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.make import bundle_place, train_here
 from focus_ray.config import Config, parse_config, read_mapping
-from focus_ray.data.images import ImageError, content_hash, encode_png, read_image
+from focus_ray.data.images import ImageError, content_hash, encode_opened, encode_png, read_image
 from focus_ray.data.importers.base import image_files, subfolders
 from focus_ray.data.importers.groups import GroupRule, TableRule
 from focus_ray.data.ingest import ingest
@@ -39,8 +41,8 @@ from focus_ray.names import is_name
 from focus_ray.standard import find_config
 from focus_ray.storage import join, read_bytes
 
-Image = str | Path | bytes | NDArray[Any]
-"""A path of an image file, its encoded bytes, or its pixels: uint8 (H, W) grey or (H, W, 3) RGB."""
+Image = str | Path | bytes | NDArray[Any] | Pillow.Image
+"""A path of an image file, its encoded bytes, a Pillow image, or pixels: uint8 (H, W) grey or (H, W, 3) RGB."""
 
 _NAME = "images"  # of the category that images in no folder of a category make
 
@@ -69,14 +71,24 @@ class Model:
         return self.inspector.bundle.calibration.caveats()
 
     def inspect(self, image: Image) -> Inspection:
-        """What is found in one image. Raises: DataError: it cannot be read, or is neither path, bytes nor pixels."""
-        return self.inspector.inspect([_encoded(image)])[0]
+        """What is found in one image. Raises: DataError: it cannot be read, or is none of the kinds of `Image`."""
+        return self.inspector.inspect([image if isinstance(image, (str, Path)) else _encoded(image)])[0]
 
     def inspect_all(self, images: str | Path | Sequence[Image] | NDArray[Any]) -> list[Inspection]:
-        """One `Inspection` an image of a list, an array (N, H, W, 3) or a folder, in order. Raises: as `inspect`."""
+        """One `Inspection` for each image, in order.
+
+        Args: images: a folder; a list; an array (N, H, W, 3), or (N, H, W) of grey images; or one image, (H, W, 3) or (H, W).
+
+        Raises: DataError: as `inspect`; the message names the image by its path or its place in the list.
+        """
         if isinstance(images, (str, Path)):
             return self.inspector.inspect(images_below(Path(images).expanduser()))
-        return self.inspector.inspect([_encoded(image) for image in images])
+        return self.inspector.inspect(
+            [
+                image if isinstance(image, (str, Path)) else _encoded(image, f"image {number}")
+                for number, image in enumerate(_as_list(images))
+            ]
+        )
 
     def evaluate(
         self, images: str | Path | Sequence[Image] | None = None, labels: Sequence[int] | None = None
@@ -94,13 +106,13 @@ class Model:
         if labels is not None:
             if images is None:
                 raise DataError("evaluate needs images beside labels: give the images that the labels belong to")
-            given = [images] if isinstance(images, (str, Path)) else list(images)
+            given = [images] if isinstance(images, (str, Path)) else _as_list(images)
             if len(given) != len(labels):
                 raise DataError(f"{len(given)} images, but {len(labels)} labels: give one label an image")
             return self.inspector.evaluate(_records(given, _checked_labels(labels)))
         if images is None:
             data = str(self.inspector.bundle.config.data.uri)
-            if not Path(data).exists() and "://" not in data:
+            if not Path(data).expanduser().exists() and "://" not in data:
                 raise DataError(
                     "the images that this model was fitted on are not here any more: give a folder, or images and labels"
                 )
@@ -108,7 +120,7 @@ class Model:
         if not isinstance(images, (str, Path)):
             raise DataError("evaluate needs labels beside images: 0 for a good part, 1 for a bad one")
         with tempfile.TemporaryDirectory() as folder:
-            data, category = _ingested(Path(images), Path(folder))
+            data, category = _ingested(Path(images).expanduser(), Path(folder))
             return self.inspector.evaluate(iter_test_records(data, category))
 
     def save(self, place: str | Path) -> str:
@@ -282,15 +294,14 @@ def as_good(source: Path, root: Path) -> Path:
 def _written(images: Any, folder: Path) -> Path:
     """Images, as files of folder/good/."""
     (folder / "good").mkdir(parents=True)
-    given = [images] if isinstance(images, np.ndarray) and _is_one(images) else list(images)
-    for number, image in enumerate(given):
+    for number, image in enumerate(_as_list(images)):
         name = f"{number:06}"
         if isinstance(image, (str, Path)):
             path = Path(image).expanduser()
             suffix = path.suffix if path.suffix.lower() in IMAGE_SUFFIXES else ".png"
             (folder / "good" / f"{name}{suffix}").write_bytes(_encoded(path))
         else:
-            (folder / "good" / f"{name}.png").write_bytes(_encoded(image))
+            (folder / "good" / f"{name}.png").write_bytes(_encoded(image, f"image {number}"))
     return folder
 
 
@@ -309,15 +320,44 @@ def _rule_of_groups(groups: Sequence[str | int | None] | None, folder: Path) -> 
     return TableRule("groups", names, folder) if any(names.values()) else None
 
 
+_MOST_CHANNELS = 4
+
+
+def _as_list(images: Any) -> list[Any]:
+    """The images of a list or of an array, NumPy's or another library's; one image is a list of one."""
+    if isinstance(images, (bytes, bytearray, Pillow.Image)):
+        return [images]
+    if hasattr(images, "__array__") and hasattr(images, "ndim"):
+        array = np.asarray(images)
+        if array.ndim == 2 or (array.ndim == 3 and array.shape[2] <= _MOST_CHANNELS):
+            return [array]
+        if array.ndim == 3 and array.shape[0] == 3:
+            warnings.warn(
+                f"an array of shape {array.shape} is taken as 3 grey images: if it is one RGB image with its channels first, "
+                "give images.transpose(1, 2, 0)",
+                stacklevel=3,
+            )
+        return list(array)
+    return list(images)
+
+
 def _is_one(image: NDArray[Any]) -> bool:
-    """Whether an array is one image: (H, W), or (H, W, 3)."""
-    return image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3))
+    """Whether an array is one image: (H, W), or (H, W, 3). A grey image 4 pixels wide at most is a row of pixels by mistake."""
+    if image.ndim == 2:
+        return image.shape[1] > _MOST_CHANNELS
+    return image.ndim == 3 and image.shape[2] in (1, 3)
 
 
-def _encoded(image: Any) -> bytes:
-    """Bytes of an image file. Raises: DataError: neither path, bytes nor pixels of uint8."""
+def _encoded(image: Any, name: str = "") -> bytes:
+    """Bytes of an image file. name: of the image, for errors. Raises: DataError: none of the kinds of `Image`."""
     if isinstance(image, (bytes, bytearray)):
         return bytes(image)
+    prefix = f"{name}: " if name else ""
+    if isinstance(image, Pillow.Image):
+        try:
+            return encode_opened(image)
+        except ImageError as error:
+            raise ImageError(error.reason, f"{prefix}{error}") from error
     if isinstance(image, (str, Path)):
         try:
             return Path(image).expanduser().read_bytes()
@@ -326,8 +366,8 @@ def _encoded(image: Any) -> bytes:
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or not _is_one(pixels):
         raise DataError(
-            f"an image has shape {pixels.shape} and type {pixels.dtype}: expected uint8 of shape (H, W) or (H, W, 3), or a path "
-            "or the bytes of an image file"
+            f"{prefix}an image has shape {pixels.shape} and type {pixels.dtype}: expected uint8 of shape (H, W) or (H, W, 3), a "
+            "Pillow image, or a path or the bytes of an image file"
         )
     return encode_png(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
@@ -348,13 +388,14 @@ def _checked_labels(labels: Sequence[Any]) -> list[int]:
 
 def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        data = _encoded(image)
+        name = str(image) if isinstance(image, (str, Path)) else f"image {number}"
+        data = _encoded(image, name)
         try:
             info, pixels = read_image(data)
         except ImageError as error:
-            raise DataError(f"image {number}: {error}") from error
+            raise DataError(f"{name}: {error}") from error
         yield {
-            "id": str(number),
+            "id": name,
             "image": data,
             "mask": None,
             "label": label,

@@ -27,6 +27,7 @@ from pydantic import (
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import BACKBONES, DENSITIES, GEOMETRIES, TRACKERS, Geometry
 from focus_ray.names import NAME
+from focus_ray.yaml_text import load_yaml
 
 Group = Literal[
     "none",
@@ -821,7 +822,7 @@ def override_tree(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
     """A YAML file's top mapping. Raises: ConfigError: it cannot be read, or is no mapping."""
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -832,7 +833,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 def mapping_of(text: str, source: str) -> dict[str, Any]:
     """YAML's top mapping. Raises: ConfigError: it is none, or no YAML."""
     try:
-        tree = yaml.safe_load(text)
+        tree = load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
     if tree is None:
@@ -867,7 +868,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r}: expected key=value, for instance train.epochs=10")
     try:
-        value = yaml.safe_load(raw) if raw else ""
+        value = load_yaml(raw) if raw else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     for part in parts[:-1]:
@@ -889,9 +890,25 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
         return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: missing; set it"
+    if item["type"] == "string_type" and not isinstance(item["input"], (dict, list)):
+        return f"{where}: {_quoting_hint(item['loc'], item['input'])}"
     message = item["msg"].removeprefix("Value error, ")
     shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
     return f"{where}: {message}{shown}"
+
+
+def _quoting_hint(loc: tuple[Any, ...], value: Any) -> str:
+    """How to write text that YAML reads as another type. value: what YAML reads."""
+    kinds = {type(None): "an empty value", bool: "true or false", int: "a number", float: "a number"}
+    kind = kinds.get(type(value), f"a {type(value).__name__}")
+    text = '"TEXT"' if value is None or isinstance(value, bool) else f'"{value}"'
+    key, entry = ".".join(str(part) for part in loc if isinstance(part, str)), text
+    if isinstance(loc[-1], int):
+        entry = f"[{text}]"
+    return (
+        f"expected text, and YAML reads {kind} (got {value!r}): put quotes around the text, as in {entry}; in a shell "
+        f"'{key}={entry}'"
+    )
 
 
 def _fields_beside(loc: tuple[Any, ...], model: Any) -> list[str]:

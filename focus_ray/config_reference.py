@@ -212,6 +212,8 @@ def markdown() -> str:
         "This page lists every setting of trainings, sweeps and the service: what it may be, its default, and what it does.",
         "`focus-ray config explain KEY` says the same of one key in the terminal, and `focus-ray config show CONFIG` writes a",
         "configuration with every default. In a YAML file a dotted key is a section: `train.epochs` is `epochs` below `train`.",
+        'Put text that looks like a number or like yes, no, true, false or null into quotes: `name: "007"` in a file,',
+        "`'name=\"007\"'` in a shell. A key that appears twice in a section is an error.",
         "",
         "```bash",
         "focus-ray config explain calibration.target_fpr",

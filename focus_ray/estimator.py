@@ -14,7 +14,7 @@ from focus_ray.api import Image, Model, fit
 
 
 class AnomalyDetector(OutlierMixin, BaseEstimator):
-    """Outlier detector of images; X is a list of images or an array (N, H, W, 3) or (N, H, W) of uint8.
+    """Outlier detector of images; X is a list of images, an array (N, H, W, 3) or (N, H, W) of uint8, or one image.
 
     Args:
         image_size_px: side that images are brought to.  weights: of the backbone, as model.weights.

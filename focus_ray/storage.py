@@ -11,6 +11,7 @@ in all, ten unless it is set, which outlasts a server that restarts.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -101,7 +102,9 @@ def write_file(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
 def _beside(target: Path, data: bytes) -> Iterator[Path]:
     """A file of the data in the target's folder, on disk, to be moved or linked to its place; gone afterwards."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".tmp-{uuid.uuid4().hex}-{target.name}"
+    temporary = (
+        target.parent / f".tmp-{uuid.uuid4().hex}"
+    )  # without the target's name, which may be as long as a name can be
     try:
         temporary.write_bytes(data)
         sync_file(fs.LocalFileSystem(), str(temporary))
@@ -197,6 +200,21 @@ def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Ite
         yield
     except OSError as error:
         raise StorageError(_explain(error, action, str(uri), path)) from error
+
+
+def find_os_error(error: BaseException | None) -> OSError | None:
+    """The `OSError` that an error is or was raised from; None without one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk, quota or limit of a file's size had no more room."""
+    cause = find_os_error(error)
+    return cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _RetryingS3(fs.S3FileSystem):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import tifffile
+import torch
+from PIL import Image, ImageCms
+from places import SHARED
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import estimator_checks
@@ -93,6 +97,134 @@ def test_images_are_inspected_by_path_bytes_and_pixels_alike(parts: Path, model:
     assert model.inspect_all(np.stack([pixels, pixels]))[1].score == pytest.approx(found[0].score, rel=1e-5)
     assert len(model.inspect_all(parts / "test/good")) == 4
     assert any("training images set the threshold" in line for line in model.caveats)
+
+
+@pytest.fixture(scope="module")
+def photograph(parts: Path) -> Image.Image:
+    """Oblong, so that a turned image shows."""
+    return Image.open(sorted((parts / "test/good").iterdir())[0]).convert("RGB").crop((0, 0, 64, 48))
+
+
+@pytest.mark.parametrize("shape", [(48, 64, 3), (48, 64), (48, 64, 1)])
+def test_one_array_is_one_image(shape: tuple[int, ...], model: focus_ray.Model, photograph: Image.Image) -> None:
+    colour = np.asarray(photograph)
+    pixels = colour if shape[2:] == (3,) else np.asarray(photograph.convert("L")).reshape(shape)
+    (found,) = model.inspect_all(pixels)
+    assert found.score == model.inspect(pixels).score
+    assert (found.width, found.height) == (64, 48)
+    (tensor,) = model.inspect_all(torch.from_numpy(pixels.copy()))  # type: ignore[arg-type]
+    assert tensor.score == found.score
+    assert model.evaluate(pixels, [0])["num_normal"] == 1
+    several = model.inspect_all(np.stack([pixels, pixels]))
+    assert [one.score for one in several] == pytest.approx([found.score] * 2, rel=1e-5)
+
+
+def test_the_estimator_gives_one_prediction_for_one_array(model: focus_ray.Model, photograph: Image.Image) -> None:
+    detector = focus_ray.AnomalyDetector()
+    detector.model_, detector.offset_ = model, -model.threshold
+    for one in (np.asarray(photograph), photograph):
+        assert detector.predict(one).shape == detector.score_samples(one).shape == detector.p_values(one).shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 4), (64, 64, 2), (2, 3, 64, 64), (2, 64, 64, 4), (2, 2, 64, 64, 3), (64, 3), (64,)]
+)
+def test_an_array_of_another_shape_is_refused(shape: tuple[int, ...], model: focus_ray.Model) -> None:
+    with pytest.raises(
+        DataError, match=r"^image 0: an image has shape .*: expected uint8 of shape \(H, W\) or \(H, W, 3\)"
+    ):
+        model.inspect_all(np.zeros(shape, np.uint8))
+    with pytest.raises(DataError, match="expected uint8 of shape"):
+        model.inspect_all(list(np.zeros((64, 48, 3), np.uint8)))  # rows of one image
+
+
+def test_an_array_that_may_be_one_image_with_its_channels_first_gives_a_warning(model: focus_ray.Model) -> None:
+    with pytest.warns(UserWarning, match="taken as 3 grey images: if it is one RGB image"):
+        assert len(model.inspect_all(np.zeros((3, 48, 64), np.uint8))) == 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "LA", "RGBA", "PA", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_pillow_image_scores_as_its_file_or_as_what_it_shows(
+    mode: str, turned: bool, model: focus_ray.Model, photograph: Image.Image, tmp_path: Path
+) -> None:
+    if mode in ("I;16", "I"):
+        deep = np.asarray(photograph.convert("L")).astype(np.uint16) * 257
+        image = Image.fromarray(deep if mode == "I;16" else deep.astype(np.int32))
+    elif mode == "LAB":
+        image = ImageCms.profileToProfile(  # Pillow converts RGB to LAB by profiles alone
+            photograph, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+        )
+    else:
+        image = photograph.quantize(16) if mode == "P" else photograph.convert(mode)
+    assert image.mode == mode
+    suffix = {"CMYK": "tif", "LAB": "tif"}.get(mode, "png")
+    shown = {"YCbCr": photograph.convert("YCbCr").convert("RGB"), "HSV": photograph.convert("HSV").convert("RGB")}
+    path = tmp_path / f"image.{suffix}"
+    if mode == "PA":
+        shown[mode] = image.convert("RGBA")
+    if mode == "I":
+        shown[mode] = Image.fromarray(deep)
+    (shown.get(mode, image)).save(path)
+    if turned:
+        image.getexif()[0x0112] = 6
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        shown.get(mode, image).save(path, exif=exif)
+    from_file = model.inspect(path)
+    found = model.inspect(image)
+    assert (found.width, found.height) == (from_file.width, from_file.height) == ((48, 64) if turned else (64, 48))
+    assert found.score == from_file.score
+    assert model.inspect_all([image])[0].score == found.score
+    opened = Image.open(path)
+    if turned and suffix == "tif":
+        with pytest.raises(DataError, match="Pillow misreads this kind of TIFF: give the path"):
+            model.inspect(opened)
+    else:
+        assert model.inspect(opened).score == from_file.score
+
+
+def test_a_pillow_image_of_which_the_values_have_no_set_range_is_refused(
+    model: focus_ray.Model, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="image 1: a floating-point image has no set range"):
+        model.inspect_all([np.zeros((64, 64), np.uint8), Image.new("F", (64, 64))])
+    deep = np.full((64, 64), 1000, np.uint16)
+    tifffile.imwrite(tmp_path / "inverted.tif", deep, photometric="miniswhite")
+    with pytest.raises(DataError, match="Pillow misreads this kind of TIFF: give the path"):
+        model.inspect(Image.open(tmp_path / "inverted.tif"))
+    damaged = tmp_path / "damaged.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:3000])
+    with pytest.raises(DataError, match="truncated"):
+        model.inspect(Image.open(damaged))
+
+
+@pytest.mark.skipif(not (SHARED / "cases/api").is_dir(), reason="../shared/cases is not there")
+def test_known_files_score_alike_as_files_and_as_pillow_images(model: focus_ray.Model) -> None:
+    files = sorted((SHARED / "cases/api").iterdir())
+    scores = [one.score for one in model.inspect_all(files)]
+    assert [model.inspect(Image.open(path)).score for path in files] == pytest.approx(scores, rel=1e-5)
+
+
+def test_a_corrupt_image_among_many_is_named(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+    good = sorted((parts / "train/good").iterdir())[:5]
+    folder = tmp_path / "new"
+    folder.mkdir()
+    for path in good:
+        shutil.copy(path, folder)
+    corrupt = folder / good[3].name
+    corrupt.write_bytes(corrupt.read_bytes()[:200])
+    files = sorted(folder.iterdir())
+    for images in (folder, files, [str(path) for path in files]):
+        with pytest.raises(DataError, match=rf"^{corrupt}: .*truncated"):
+            model.inspect_all(images)
+    with pytest.raises(DataError, match=rf"^{corrupt}: .*truncated"):
+        model.inspect(corrupt)
+    with pytest.raises(DataError, match=rf"^{corrupt}: .*truncated"):
+        model.evaluate(files, [0, 0, 0, 0, 1])
+    with pytest.raises(DataError, match=r"^image 3: .*truncated"):
+        model.inspect_all([path.read_bytes() for path in files])
 
 
 def test_a_saved_model_is_loaded_as_it_was(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:

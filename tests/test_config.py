@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from focus_ray.config import Config, DensityConfig, config_to_yaml, load_config, parse_config
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import BACKBONES
+from focus_ray.yaml_text import load_yaml
 
 CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("sweep*.yaml")))  # test_search loads those
 
@@ -239,6 +241,94 @@ def test_an_override_of_an_empty_section_fills_it(file: Path) -> None:
 def test_an_override_that_cannot_be_used_says_why(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(file, [override])
+
+
+# Text that YAML reads otherwise than its writer meant
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("data: {uri: a}\ntrain:\n  seed: 1\nmodel: {}\ntrain: {epochs: 2}\n", "train", (2, 5)),
+        ("data: {uri: a}\ntrain:\n  seed: 1\n  epochs: 3\n  seed: 2\n", "seed", (3, 5)),
+        ("data: {uri: a,\n uri: b}\n", "uri", (1, 2)),
+        ("data: {uri: a}\ntrain:\n'train': {seed: 1}\n", "train", (2, 3)),
+        ("data:\n  uri: a\n  regions:\n    - {x: 1,\n       x: 2}\n", "x", (4, 5)),
+    ],
+)
+def test_a_key_that_appears_twice_is_refused_with_its_lines(
+    tmp_path: Path, text: str, key: str, lines: tuple[int, int]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        ConfigError, match=rf"run\.yaml: .*'{key}' appears twice, in line {lines[0]} and in line {lines[1]}"
+    ):
+        load_config(path)
+
+
+def test_a_key_that_appears_twice_in_an_override_is_refused(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"override 'train=.*'seed' appears twice"):
+        load_config(file, ["train={seed: 1, seed: 2}"])
+
+
+def test_a_key_may_override_one_of_a_merged_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: &first {uri: a, holdout_fraction: 0.3}\nname: x\n")
+    assert load_config(path).data.uri == "a"
+    tree = load_yaml("a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\nd: *b\n")
+    assert (tree["b"], tree["c"], tree["d"]) == ({"x": 3, "y": 2}, {"x": 3, "y": 4}, {"x": 3, "y": 2})
+
+
+@pytest.mark.parametrize(
+    ("override", "quoted"),
+    [
+        ("train.seed=010", '"010"'),
+        ("train.seed=-017", '"-017"'),
+        ("train.seed=1:30", '"1:30"'),
+        ("name=007", '"007"'),
+        ("name=00", '"00"'),
+        ("name=12:30:45.5", '"12:30:45.5"'),
+        ("data.categories=[001]", '"001"'),
+        ("data.categories=[bolt, 0_1]", '"0_1"'),
+    ],
+)
+def test_a_number_that_versions_of_yaml_read_differently_is_refused(file: Path, override: str, quoted: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(quoted)):
+        load_config(file, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("name=123", """'name="123"'"""),
+        ("data.categories=[1]", """'data.categories=["1"]'"""),
+        ("data.categories=[bolt, 1.5]", """'data.categories=["1.5"]'"""),
+        ("storage=2024-01-31", """'storage="2024-01-31"'"""),
+        ("name=no", """'name="TEXT"'"""),
+        ("data.uri=null", """'data.uri="TEXT"'"""),
+        ("cluster.labels={zone: 3}", """'cluster.labels.zone="3"'"""),
+    ],
+)
+def test_text_that_yaml_reads_as_another_type_gets_a_message_that_shows_the_quotes(
+    file: Path, override: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(remedy)):
+        load_config(file, [override])
+
+
+def test_quoted_numbers_are_text_and_plain_numbers_are_numbers(file: Path) -> None:
+    config = load_config(
+        file, ['name="007"', "data.categories=['001', 08]", "train.seed=10", "train.learning_rate=0.010"]
+    )
+    assert (config.name, config.data.categories) == ("007", ("001", "08"))
+    assert (config.train.seed, config.train.learning_rate) == (10, 0.01)
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "0x_", "[" * 5000])
+def test_a_value_that_yaml_cannot_build_is_no_valid_yaml(file: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_config(file, [f"name={value}"])
 
 
 # Out and in

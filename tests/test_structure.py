@@ -24,6 +24,7 @@ GROUND = {
     "s3_settings",
     "storage",
     "standard",
+    "yaml_text",
     "config",
     "drawings",
 }
@@ -41,7 +42,8 @@ ROOMS: dict[str, set[str]] = {
     "standard": {"errors"},
     "client": {"errors"},
     "samples": {"errors"},
-    "config": {"errors", "names", "kinds"},
+    "yaml_text": set(),
+    "config": {"errors", "names", "kinds", "yaml_text"},
     "tracking": GROUND,
     "data": GROUND,
     "model": GROUND,

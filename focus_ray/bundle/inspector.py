@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from focus_ray.bundle.bundle import Bundle, read_bundle
 from focus_ray.bundle.engine import FEWEST_EXAMPLES, MOST_EXAMPLES, TOLERANCE, TORCH, check_engine, compile_features
-from focus_ray.data.images import ImageInfo, decode_batch, decode_mask, read_batch
+from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_mask, read_batch
 from focus_ray.data.schema import Row
 from focus_ray.data.split import short_hash
 from focus_ray.density.base import sample_positions
@@ -83,29 +83,36 @@ class Inspector:
     def score_batches(self, images: Iterable[bytes]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Scores (B,) and maps (B, H, W), of the frame, batch by batch; the next batch is decoded while one is scored.
 
-        Raises: DataError: an image cannot be decoded; its place in the stream is named.
+        Raises: DataError: an image cannot be decoded, or nothing of it can be inspected; its place in the stream is named.
         """
-        for _, scores, maps, _ in self._scored(images):
+        for _, scores, maps, _ in self._scored((_name(image, number), image) for number, image in enumerate(images)):
             yield scores, maps
 
     def _scored(
-        self, images: Iterable[bytes], hashed: bool = False, repeats: RepeatFinder | None = None
+        self, images: Iterable[tuple[str, bytes]], hashed: bool = False, repeats: RepeatFinder | None = None
     ) -> Iterator[tuple[list[ImageInfo], NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]]:
         """Infos, scores (B,), maps (B, H, W) and whether images repeat training images (B,); False without a finder."""
         stream = iter(images)
         with ThreadPoolExecutor(max_workers=1) as ahead:
-            done = 0
-            pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done, hashed)
-            while (decoded := pending.result()) is not None:
-                infos, batch = decoded
-                done += len(batch)
-                pending = ahead.submit(self._decode, list(islice(stream, self.batch_size)), done, hashed)
-                scored = self.bundle.detector(torch.from_numpy(batch), describe=repeats is not None)
-                repeated = np.zeros(len(batch), dtype=bool)
+            batch = list(islice(stream, self.batch_size))
+            pending = ahead.submit(self._decode, batch, hashed)
+            while batch:
+                infos, pixels = pending.result()
+                names = [name for name, _ in batch]
+                batch = list(islice(stream, self.batch_size))
+                pending = ahead.submit(self._decode, batch, hashed)
+                scored = self.bundle.detector(torch.from_numpy(pixels), describe=repeats is not None)
+                scores, maps = scored.score.float().cpu().numpy(), scored.anomaly_map.float().cpu().numpy()
+                for name, info, score, anomaly_map in zip(names, infos, scores, maps, strict=True):
+                    try:
+                        self._check_score(float(score), anomaly_map, info.width, info.height)
+                    except DataError as error:
+                        raise DataError(f"{name}: {error}") from error
+                repeated = np.zeros(len(pixels), dtype=bool)
                 if repeats is not None:
                     assert scored.descriptors is not None
                     repeated = repeats.find(scored.descriptors).numpy()
-                yield infos, scored.score.float().cpu().numpy(), scored.anomaly_map.float().cpu().numpy(), repeated
+                yield infos, scores, maps, repeated
 
     def score(self, batch: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """uint8 (B, H, W, 3 or 4), as `images.decode_batch` gives for the frame -> scores (B,) and maps (B, H, W)."""
@@ -128,8 +135,8 @@ class Inspector:
     def _inspected(self, images: Sequence[bytes | str | Path], hashed: bool) -> Iterator[tuple[Inspection, str | None]]:
         """Yields the inspection and, if asked for, the content hash of each image, in order."""
         known = self.bundle.known
-        encoded = (_encoded(image, number) for number, image in enumerate(images))
-        for infos, scores, maps, _ in self._scored(encoded, hashed=hashed):
+        named = ((_name(image, number), _encoded(image, number)) for number, image in enumerate(images))
+        for infos, scores, maps, _ in self._scored(named, hashed=hashed):
             for info, score, anomaly_map in zip(infos, scores, maps, strict=True):
                 one = self.judge(float(score), anomaly_map, info.width, info.height)
                 trained_on = info.content_hash is not None and short_hash(info.content_hash) in known
@@ -147,14 +154,11 @@ class Inspector:
     def judge(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> Inspection:
         """Verdict, p-value and regions of a scored image of `width` x `height` pixels, whose map is the frame's.
 
-        Raises: ScoreError: the score, or a value of the map, is not a finite number.
+        Raises: ScoreError: the score, or a value of the map, is not a finite number.  ImageError: no place of the map was
+            inspected.
         """
         calibration = self.bundle.calibration
-        if not (math.isfinite(score) and np.isfinite(anomaly_map).all()):
-            raise ScoreError(
-                f"the model of {self.bundle.category!r} (version {self.bundle.version[:16]}) gave no finite score for an image: "
-                "its tensors overflow or are damaged; train it again"
-            )
+        self._check_score(score, anomaly_map, width, height)
         anomaly_map = self.frame.crop(anomaly_map, width, height)
         regions = find_regions(anomaly_map, calibration.pixel_threshold, width, height)
         return Inspection(
@@ -167,6 +171,21 @@ class Inspector:
             width=width,
             height=height,
             regions=regions,
+        )
+
+    def _check_score(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> None:
+        if math.isfinite(score) and np.isfinite(anomaly_map).all():
+            return
+        if math.isnan(score) and not anomaly_map.any():  # `Scored` of an image of which no place is inspected
+            raise ImageError(
+                "unsupported",
+                f"once the image of {width} x {height} pixels is aligned, no place of the anomaly map shows a part of it to "
+                "inspect, so there is no verdict: give an image that shows the part as the training images do, or train with a "
+                "larger model.image_size_px or with model.image_alignment.group=none",
+            )
+        raise ScoreError(
+            f"the model of {self.bundle.category!r} (version {self.bundle.version[:16]}) gave no finite score for an image: "
+            "its tensors overflow or are damaged; train it again"
         )
 
     def evaluate(
@@ -236,12 +255,12 @@ class Inspector:
         waiting: deque[Row] = deque()
         known = self.bundle.known
 
-        def image_bytes() -> Iterator[bytes]:
-            for record in records:
+        def named_images() -> Iterator[tuple[str, bytes]]:
+            for number, record in enumerate(records):
                 waiting.append({key: value for key, value in record.items() if key != "image"})
-                yield record["image"]
+                yield str(record.get("id", f"image {number}")), record["image"]
 
-        for _, scores, maps, repeated in self._scored(image_bytes(), repeats=self._repeats):
+        for _, scores, maps, repeated in self._scored(named_images(), repeats=self._repeats):
             for score, anomaly_map, repeat in zip(scores.tolist(), maps, repeated.tolist(), strict=True):
                 record = waiting.popleft()
                 encoded = record.pop("mask")
@@ -283,7 +302,8 @@ class Inspector:
         detector, known = self.bundle.detector, self.bundle.known
         numbers = sorted(sample_positions(len(examples), MOST_EXAMPLES))
         chosen = [_encoded(examples[number], number) for number in numbers]
-        infos, pixels = read_batch(chosen, self.frame, self.num_threads, hashed=True)
+        names = [_name(examples[number], number) for number in numbers]
+        infos, pixels = read_batch(chosen, self.frame, self.num_threads, hashed=True, names=names)
         # images that the memory holds score near 0, of which a share is nothing to go by
         new = [info.content_hash is None or short_hash(info.content_hash) not in known for info in infos]
         if sum(new) < FEWEST_EXAMPLES:
@@ -306,15 +326,9 @@ class Inspector:
                 f"{TOLERANCE[engine]:.0%}: thresholds would not hold; give engine=torch"
             )
 
-    def _decode(
-        self, images: list[bytes], start: int, hashed: bool
-    ) -> tuple[list[ImageInfo], NDArray[np.uint8]] | None:
-        if not images:
-            return None
-        try:
-            return read_batch(images, self.frame, self.num_threads, hashed)
-        except DataError as error:
-            raise DataError(f"of images {start} to {start + len(images) - 1}: {error}") from error
+    def _decode(self, images: list[tuple[str, bytes]], hashed: bool) -> tuple[list[ImageInfo], NDArray[np.uint8]]:
+        names, encoded = [name for name, _ in images], [data for _, data in images]
+        return read_batch(encoded, self.frame, self.num_threads, hashed, names)
 
 
 def _own_reason(error: DataError) -> DataError:
@@ -322,6 +336,10 @@ def _own_reason(error: DataError) -> DataError:
     while isinstance(error.__cause__, DataError):
         error = error.__cause__
     return error
+
+
+def _name(image: object, number: int) -> str:
+    return str(image) if isinstance(image, (str, Path)) else f"image {number}"
 
 
 def _encoded(image: object, number: int) -> bytes:

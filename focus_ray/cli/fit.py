@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,9 @@ def _fit(arguments: argparse.Namespace) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DataError(f"{output}: not empty: give a new folder")
     data = str(output / "data")
-    words = [*arguments.override, f"data.uri={data}", f"storage={output.parent}", f"name={output.name}"]
+    places = {"data.uri": data, "storage": str(output.parent), "name": output.name}
+    # in quotes, because YAML reads a folder such as 007 as a number
+    words = [*arguments.override, *(f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in places.items())]
     config = load_config(find_config("default", "run"), words)
     say(f"fit: {arguments.source} -> {output}")
     from focus_ray.api import as_good

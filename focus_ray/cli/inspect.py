@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, image_paths, readable_name, require, say
+from focus_ray.errors import DataError
 from focus_ray.progress import track
+
+_NAME_BYTES = 200  # of an overlay, without number and .png; a file's name may have 255
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -81,9 +85,10 @@ def _grouped(told: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
 def _inspect(arguments: argparse.Namespace) -> int:
     require(arguments.bundle)
     from focus_ray.data.images import decode_image, encode_png
-    from focus_ray.errors import DataError
 
     paths = image_paths(arguments.images)
+    if arguments.overlays and "://" in arguments.overlays:
+        raise DataError(f"--overlays {arguments.overlays}: expected a folder of this machine")
     if arguments.overlays:
         try:
             Path(arguments.overlays).mkdir(parents=True, exist_ok=True)
@@ -93,7 +98,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         raise DataError(f"{arguments.csv}: a folder: give a file for --csv")
     names = _overlay_names(paths)
     if arguments.overlays:
-        _refuse_overwriting(Path(arguments.overlays), names)
+        _check_overlays(Path(arguments.overlays), names)
     say(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a misspelt path need not wait for
     from focus_ray.evaluation.strip import overlay_with_strip
@@ -109,6 +114,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for caveat in inspector.bundle.calibration.caveats():
         say(f"note: {caveat}")
     rows: list[dict[str, Any]] = []
+    missing_overlays: list[str] = []
     counts: Counter[str] = Counter()
     size = inspector.batch_size
     batches = [paths[start : start + size] for start in range(0, len(paths), size)]
@@ -126,8 +132,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
             counts["trained on"] += found_or_error.trained_on
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
-                target.write_bytes(encode_png(overlay_with_strip(decode_image(data, None), found_or_error), drawn=True))
-                line["overlay"] = readable_name(target)
+                try:
+                    picture = overlay_with_strip(decode_image(data, None), found_or_error)
+                    write_bytes(target, encode_png(picture, drawn=True))
+                    line["overlay"] = readable_name(target)
+                except DataError as error:  # the verdict is known, and the next overlay may find room
+                    line["overlay_error"] = readable_name(str(error))
+                    missing_overlays.append(line["overlay_error"])
+                    status = EXIT_ERROR
             print(json.dumps(line, ensure_ascii=False))
     if arguments.csv:
         write_bytes(arguments.csv, table_text(rows).encode())
@@ -136,19 +148,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
             f"WARNING: {counts['trained on']} of {len(paths)} images are among those that the model was trained on: their scores "
             "are near zero and say nothing of new parts"
         )
+    num_unreadable = len(paths) - counts["anomalous"] - counts["normal"]
     written = [f"{place}" for place in (arguments.overlays, arguments.csv) if place]
     say(
         f"{len(paths)} images: {counts['anomalous']} anomalous, {counts['normal']} normal"
-        + (f", {len(paths) - counts['anomalous'] - counts['normal']} could not be read" if status else "")
+        + (f", {num_unreadable} could not be read" if num_unreadable else "")
         + (f"; written: {', '.join(written)}" if written else "")
     )
+    if missing_overlays:
+        say(f"WARNING: {len(missing_overlays)} overlays are missing, the first: {missing_overlays[0]}")
     return status
 
 
 def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, bytes, Any]]:
     """Inspections in order; where a file cannot be used, its reason in place of the inspection."""
-    from focus_ray.errors import DataError
-
     results: list[tuple[Path, bytes, Any]] = []
     for path in paths:
         try:
@@ -162,31 +175,42 @@ def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, by
     return results
 
 
+def _check_overlays(folder: Path, names: Mapping[Path, str]) -> None:
+    """Raises: DataError: an overlay would replace an image that is inspected, or another file that is not an overlay."""
+    from focus_ray.drawings import is_drawing_file
+
+    images = {os.path.realpath(path): path for path in names}
+    for path, name in names.items():
+        if (image := images.get(os.path.realpath(folder / name))) is not None:
+            raise DataError(
+                f"--overlays {folder}: the overlay of {readable_name(path)} would replace the image {readable_name(image)}: "
+                "give another folder"
+            )
+        target = folder / name
+        if os.path.isfile(target) and os.path.getsize(target) and not is_drawing_file(target):
+            raise DataError(
+                f"--overlays {folder}: the overlay of {readable_name(path)} would replace {readable_name(target)}, which is not "
+                "an overlay: give another folder"
+            )
+
+
 def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """<stem>.png; where images share a stem, with their folders' names before it, and a number if that is not enough."""
+    """<stem>.png; where images share a stem, with their folders' names before it, and a number if that is not enough.
+
+    Names longer than a file's name can be are cut.
+    """
     alike = Counter(path.stem for path in set(paths))
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for path in dict.fromkeys(paths):
         name = path.stem if alike[path.stem] == 1 else "-".join([*path.parts[-3:-1], path.stem])
+        while len(os.fsencode(name)) > _NAME_BYTES:
+            name = name[:-1]
         numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
         name = next(candidate for candidate in numbered if candidate not in taken)
         taken.add(name)
         names[path] = f"{name}.png"
     return names
-
-
-def _refuse_overwriting(folder: Path, names: Mapping[Path, str]) -> None:
-    """Raises: DataError: an overlay would replace a file that is not an overlay, such as the photograph itself."""
-    from focus_ray.drawings import is_drawing_file
-    from focus_ray.errors import DataError
-
-    for name in names.values():
-        target = folder / name
-        if target.exists() and target.stat().st_size and not is_drawing_file(target):
-            raise DataError(
-                f"--overlays {folder}: the overlay {name} would replace a file that is not an overlay: give another folder"
-            )
 
 
 def _inspect_batch(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from focus_ray import __version__
 from focus_ray.cli.calibrate import add_calibrate
@@ -17,7 +18,7 @@ from focus_ray.cli.export import add_export
 from focus_ray.cli.fit import add_fit
 from focus_ray.cli.inspect import _evaluate, _inspect, _inspect_batch
 from focus_ray.cli.jobs import add_jobs
-from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED
+from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, accept_all_characters
 from focus_ray.cli.registry import add_registry
 from focus_ray.cli.serve import add_serving
 from focus_ray.cli.sweep import _sweep
@@ -43,6 +44,7 @@ NEEDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns: its exit status: 0, 1 for an error that is told on stderr, 3 where ingest rejected."""
+    accept_all_characters()
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     answer_shell(parser)
@@ -77,7 +79,17 @@ def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argpar
         arguments.override = [*arguments.override, *left]
     elif left:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
+    for name, value in vars(arguments).items():
+        if name != "words":  # of `submit`: the home folder of another machine
+            setattr(arguments, name, _expand_home(value))
     return arguments
+
+
+def _expand_home(value: Any) -> Any:
+    """Text that begins with ~ as a path of the home folder: a shell leaves --output=~/x as it is."""
+    if isinstance(value, list):
+        return [_expand_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def build_parser() -> argparse.ArgumentParser:

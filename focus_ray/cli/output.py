@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +16,7 @@ EXIT_INTERRUPTED = 130
 EXIT_PARTLY = 3  # some of it could not be done, and was told
 
 
-def readable_name(path: Path) -> str:
+def readable_name(path: Path | str) -> str:
     """As text that any terminal and file can hold: bytes that are no UTF-8 as \\xff."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
@@ -46,6 +49,20 @@ def image_paths(names: Sequence[str]) -> list[Path]:
         else:
             raise DataError(f"{path}: no such file or folder")
     return paths
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Characters as JSON writes them in ASCII, so that JSON lines stay JSON: \\u00e9."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+def accept_all_characters() -> None:
+    """Lets standard output of any encoding take any text: an encoding that lacks a character gets its escape."""
+    codecs.register_error("focus_ray_escape", _escape)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="focus_ray_escape")
 
 
 def say(message: str) -> None:

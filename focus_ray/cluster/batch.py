@@ -103,12 +103,12 @@ class Counts:
 def findings(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
     """Records with id, label, defect_type, site and image -> what is found, `RESULT_SCHEMA`.
 
-    A row whose image cannot be decoded gets its reason in `error`, and no score.
+    A row whose image cannot be inspected gets its reason in `error`, and no score.
     """
-    try:
-        found = [one.to_dict() for one in inspector.inspect([record["image"] for record in records])]
-    except DataError:
-        found = [_alone(inspector, record["image"]) for record in records]
+    found = [
+        {"error": str(one)} if isinstance(one, DataError) else one.to_dict()
+        for one in inspector.inspect_each([record["image"] for record in records])
+    ]
     threshold, version = float(inspector.bundle.calibration.image_threshold), inspector.bundle.version
     rows = [
         {
@@ -124,13 +124,6 @@ def findings(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
         for record, one in zip(records, found, strict=True)
     ]
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
-
-
-def _alone(inspector: Inspector, image: bytes) -> dict[str, Any]:
-    try:
-        return inspector.inspect([image])[0].to_dict()
-    except DataError as error:
-        return {"error": str(error)}
 
 
 def inspect_piece(piece: BatchPiece, inspector: Inspector) -> Counts:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from focus_ray.cluster.address import ADVICE, why_no_cluster
 from focus_ray.cluster.messages import is_verbose
 from focus_ray.cluster.ray_private import KINDS, autoscaler_limits, check_private_parts
 from focus_ray.config import ClusterConfig
@@ -48,8 +49,11 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     check_private_parts()
     if ray.is_initialized():
         return False
-    if os.environ.get("RAY_ADDRESS"):
-        _init(f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} does not answer", namespace=namespace)
+    if address := os.environ.get("RAY_ADDRESS"):
+        what = f"the Ray cluster at RAY_ADDRESS={address} does not answer"
+        if reason := why_no_cluster(address):
+            raise TrainingError(f"{what} ({reason}): {ADVICE}")
+        _init(what, namespace=namespace)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line twice

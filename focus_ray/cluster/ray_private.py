@@ -21,6 +21,7 @@ KINDS = ("CPU", "GPU", "memory")
 PARTS = {
     "what the autoscaler can bring": ("ray._private.state", "state.get_max_resources_from_cluster_config"),
     "which node this is": ("ray._private.worker", "_global_node"),
+    "which cluster runs on this machine": ("ray._private.services", "canonicalize_bootstrap_address"),
     "the session's folder": ("ray._private.node", "Node.get_session_dir_path"),
     "which failures are tried again": ("ray.train.v2.api.data_parallel_trainer", "create_failure_policy"),
     "which variables its actors are told": ("ray.train.v2._internal.constants", "ENV_VARS_TO_PROPAGATE"),
@@ -53,6 +54,16 @@ def autoscaler_limits() -> dict[str, float]:
 
     told = state.get_max_resources_from_cluster_config()
     return {kind: float(amount) for kind, amount in (told or {}).items() if kind in KINDS}
+
+
+def find_local_cluster() -> str | None:
+    """HOST:PORT of the cluster that RAY_ADDRESS=auto means, which need not live any more; None without one."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        return None
 
 
 def session_folder() -> Path:

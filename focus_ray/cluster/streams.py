@@ -61,17 +61,17 @@ def stream_training_images(config: Config, split: Split) -> Any:
     frame = frame_of(config, split.category)
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
-        rows = zip(batch["label"], batch["content_hash"], batch["group"], batch["image"], strict=True)
-        images = [
-            bytes(image)
-            for label, content_hash, group, image in rows
+        rows = zip(*(batch[column] for column in columns), strict=True)
+        images = {
+            name: bytes(image)
+            for name, label, content_hash, group, image in rows
             if not label and split.part_of(content_hash, group or "") == "fit"
-        ]
+        }
         if not images:
             return {"image": np.empty((0, *frame.shape), dtype=np.uint8)}
-        return {"image": decode_batch(images, frame)}
+        return {"image": decode_batch(list(images.values()), frame, names=list(images))}
 
-    columns = ("label", "content_hash", "group", "image")
+    columns = ("id", "label", "content_hash", "group", "image")
     dataset = ray_dataset(config.data.uri, split.category, split="train", columns=columns, version=split.version)
     return dataset.map_batches(decode, batch_size=READ_ROWS)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 
 from focus_ray.bundle.make import STATE_FILE, bundle_place, make_bundle, set_reproducible, train_here
 from focus_ray.bundle.metric import share_metric
@@ -26,7 +25,7 @@ from focus_ray.cluster.ownership import SignOfLife, check_resumable, write_finge
 from focus_ray.cluster.pool import Failed, Pool
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
-from focus_ray.config import Config, config_to_yaml, parse_config
+from focus_ray.config import Config, config_to_yaml, mapping_of, parse_config
 from focus_ray.data.read import list_categories
 from focus_ray.data.regions import check_regions
 from focus_ray.data.schema import COMMIT_NAME
@@ -444,7 +443,7 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
     begun = _begun(root)  # of other categories nothing has come yet
     check_resumable(root, fingerprints, TrainingError, binding=begun)
     former = read_bytes(place).decode()
-    changed = differing_keys(parse_config(yaml.safe_load(former), source=place), config)
+    changed = differing_keys(parse_config(mapping_of(former, place), source=place), config)
     if changed and begun:
         raise TrainingError(
             f"{root}: categories that are finished, or have checkpoints, were made with other settings: "

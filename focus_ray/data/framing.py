@@ -30,6 +30,25 @@ class Box(NamedTuple):
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
 
+class Places(NamedTuple):
+    """The squares of a frame that the places of an anomaly map stand for, of all tiles.
+
+    tops, lefts: (rows,) and (columns,) first pixel of each row and column of places.  side_px: of a square.
+    """
+
+    tops: NDArray[np.int64]
+    lefts: NDArray[np.int64]
+    side_px: int
+
+    def any_inside(self, shown: NDArray[np.bool_]) -> bool:
+        """Returns whether at least half of any square lies in the pixels (height, width): else no place is scored."""
+        sums = np.pad(shown, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+        bottoms, rights = self.tops + self.side_px, self.lefts + self.side_px
+        upper, lower = sums[self.tops], sums[bottoms]
+        counts = lower[:, rights] - lower[:, self.lefts] - upper[:, rights] + upper[:, self.lefts]
+        return bool((2 * counts >= self.side_px**2).any())
+
+
 class Frame:
     """The size that every image of a category is brought to, and how.
 
@@ -37,6 +56,7 @@ class Frame:
         height, width: pixels.
         resize: stretch to the frame, or pad: scaled to fit, in the middle, and mirrored outwards to fill it.
         region: (height, width) bool, what is scored of an image that is stretched to that size; None: all of it.
+        places: of the anomaly map. An image that covers none of them is refused; None: only one without a pixel to score is.
     """
 
     def __init__(
@@ -45,11 +65,12 @@ class Frame:
         width: int,
         resize: Literal["stretch", "pad"] = "stretch",
         region: NDArray[np.bool_] | None = None,
+        places: Places | None = None,
     ) -> None:
         if min(height, width) < 1:
             raise ValueError(f"size_px={min(height, width)} must be at least 1")
         assert region is None or region.shape == (height, width)
-        self.height, self.width, self.resize, self.region = height, width, resize, region
+        self.height, self.width, self.resize, self.region, self.places = height, width, resize, region, places
         self._shown: dict[Box, NDArray[np.uint8]] = {}
 
     @property
@@ -71,8 +92,11 @@ class Frame:
         return Box((self.height - tall) // 2, (self.width - wide) // 2, tall, wide)
 
     def place(self, image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-        """A decoded image, grey or RGB, whose file has `width` x `height` pixels -> uint8 of `shape`."""
-        box = self.box(width, height)
+        """A decoded image, grey or RGB, whose file has `width` x `height` pixels -> uint8 of `shape`.
+
+        Raises: DataError: nothing of the image can be scored.
+        """
+        box = self.check_size(width, height)
         # one side after the other: which comes first moves some pixels by a grey level, and Pillow 13 chooses for itself
         for size in ((box.width, image.height), (box.width, box.height)):
             if image.size != size:
@@ -85,16 +109,38 @@ class Frame:
             pixels = np.concatenate([pixels, self.shown(box)[..., None]], axis=2)
         return pixels
 
+    def check_size(self, width: int, height: int) -> Box:
+        """Returns where an image of `width` x `height` pixels lies.
+
+        Raises: DataError: nothing of the image can be scored; the message tells the remedy.
+        """
+        box = self.box(width, height)
+        if not self.marks or self._is_scored(self.shown(box) > 0):
+            return box
+        whole = np.zeros((self.height, self.width), np.bool_)
+        whole[box.inside] = True
+        place = "pixel" if self.places is None else f"place of the anomaly map ({self.places.side_px} px square)"
+        size = f"the image of {width} x {height} pixels becomes {box.width} x {box.height} px"
+        frame = f"in the frame of {self.width} x {self.height} px"
+        if self._is_scored(whole):
+            reason = f"its region of interest is too thin or too small there for any {place}"
+            remedy = "enlarge data.regions"
+        else:
+            reason = f"too thin for any {place}"
+            remedy = "cut the image into parts that are less thin"
+        if self.resize == "pad":
+            remedy += ", or train with a larger model.image_size_px or with model.resize=stretch"
+        raise DataError(f"{size} {frame}, {reason}, so nothing would be inspected: {remedy}")
+
+    def _is_scored(self, shown: NDArray[np.bool_]) -> bool:
+        return bool(shown.any()) if self.places is None else self.places.any_inside(shown)
+
     def shown(self, box: Box) -> NDArray[np.uint8]:
-        """(height, width), the fourth channel of an image that lies there. Raises: DataError: nothing of it is to be scored."""
+        """(height, width), the fourth channel of an image that lies there."""
         if box not in self._shown:
             found = np.zeros((self.height, self.width), np.uint8)
             region = self.region_at(box.height, box.width)
             found[box.inside] = SHOWN if region is None else region * np.uint8(SHOWN)
-            if not found.any():
-                raise DataError(
-                    f"the region of interest covers no pixel of an image of {box.width} x {box.height} pixels: enlarge it"
-                )
             self._shown[box] = found
         return self._shown[box]
 

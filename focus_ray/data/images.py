@@ -10,7 +10,8 @@ Decisions, the same for training, batch inspection and serving:
 - 16-bit colour keeps its high byte (Pillow reads no more). 32-bit integer, signed and float images are refused.
 - What a TIFF's tags say of its pixels decides how it is read, or that it is refused (`tiff`): WhiteIsZero comes out as it looks.
 - Pictures that focus_ray drew itself are decoded like others; whoever expects photographs refuses them (`refuse_drawing`).
-- Of a file with several frames or pages the first is taken.
+- Of an image with several frames or pages the first is taken. The pages of a mask's TIFF are combined, since some programs write
+  one for each region; other masks with several frames are refused.
 """
 
 from __future__ import annotations
@@ -183,7 +184,40 @@ def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
     """``read_mask``, and how many different values above 0 the file has: one in a mask, a few where they name kinds of defects,
     many in one that was saved as JPEG, blurred or scaled. Raises: ImageError."""
     _verify_chunks(data)
-    image, orientation, _ = _load(data, None)
+    pages = _mask_pages(data)
+    mask, different = _probe_page(data, pages[0])
+    for page in pages[1:]:
+        other, values = _probe_page(data, page)
+        if other.shape != mask.shape:
+            raise ImageError(
+                "unsupported",
+                f"the mask's page {page + 1} is {other.shape[1]} x {other.shape[0]} pixels, and page {pages[0] + 1} is "
+                f"{mask.shape[1]} x {mask.shape[0]}: export the mask as one page",
+            )
+        mask, different = mask | other, max(different, values)
+    return mask, different
+
+
+def _mask_pages(data: bytes) -> list[int]:
+    """Numbers of the pages that make up a mask, from 0. Raises: ImageError: a file with frames that are not combined."""
+    if _tiff_tags(data) is not None:
+        try:
+            return tiff.list_pages(data)
+        except tiff.TiffError as error:
+            raise ImageError("unsupported", str(error)) from error
+    image = _open(data)
+    try:
+        num_frames = int(getattr(image, "n_frames", 1))
+    except _DECODE_ERRORS as error:
+        raise ImageError("truncated", f"the mask's frames are damaged ({error}): copy it again") from error
+    if num_frames > 1:
+        raise ImageError("unsupported", f"a {image.format} mask of {num_frames} frames: export it as one frame")
+    return [0]
+
+
+def _probe_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
+    """`probe_mask` of one page."""
+    image, orientation, _ = _load(data, None, page)
     try:
         deep = _is_deep(image) or image.mode == "F"
         values = np.asarray(image) if deep else _highest_channel(_to_grey_or_rgb(image))
@@ -230,16 +264,39 @@ def refuse_drawing(data: bytes) -> None:
         )
 
 
-def decode_batch(images: Sequence[bytes], size: int | Frame, num_threads: int = 1) -> npt.NDArray[np.uint8]:
+def encode_opened(image: Image.Image) -> bytes:
+    """A lossless PNG of an image that Pillow has opened or made, with the pixels that `decode_image` gives for its file.
+
+    Palette, transparency, bit depth, colour space and EXIF orientation count as at the top of this file.
+
+    Raises: ImageError: its pixels are damaged, or of a kind that is not read; a TIFF of a kind that Pillow misreads.
+    """
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    deep = _is_deep(image) and (tags.get(262) == 0 or max(tags.get(258, (16,))) == 12)
+    turned = tags.get(274, 1) != 1  # opened by name and stored raw, it is not turned (Pillow 12)
+    if deep or turned or 338 in tags or tags.get(284, 1) != 1 or set(tags.get(339, (1,))) != {1}:
+        raise ImageError("unsupported", "Pillow misreads this kind of TIFF: give the path or the bytes of the file")
+    try:
+        image.load()
+        plain = _to_grey_or_rgb(image)
+    except _DECODE_ERRORS as error:
+        raise _undecodable(error, image) from error
+    orientation = _orientation(image)
+    return encode_png(np.asarray(plain.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else plain))
+
+
+def decode_batch(
+    images: Sequence[bytes], size: int | Frame, num_threads: int = 1, names: Sequence[str] | None = None
+) -> npt.NDArray[np.uint8]:
     """``decode_image`` over a batch; Pillow lets go of the interpreter lock, so threads help.
 
-    Args: num_threads: threads used, at most one an image.
+    Args: num_threads: threads used, at most one an image.  names: of the images, for errors; None: their positions.
 
     Returns: (B, H, W, 3 or 4), uint8, in the order given.
 
-    Raises: ImageError: naming the position of the first image that cannot be decoded.
+    Raises: ImageError: naming the first image that cannot be decoded.
     """
-    return read_batch(images, size, num_threads)[1]
+    return read_batch(images, size, num_threads, names=names)[1]
 
 
 def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
@@ -250,7 +307,11 @@ def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def read_batch(
-    images: Sequence[bytes], size: int | Frame, num_threads: int = 1, hashed: bool = False
+    images: Sequence[bytes],
+    size: int | Frame,
+    num_threads: int = 1,
+    hashed: bool = False,
+    names: Sequence[str] | None = None,
 ) -> tuple[list[ImageInfo], npt.NDArray[np.uint8]]:
     """``decode_batch`` and what is known of each image, its own size above all; the same errors.
 
@@ -269,7 +330,8 @@ def read_batch(
             info, batch[position] = _decode(images[position], frame, hashed)
             return info
         except ImageError as error:
-            raise ImageError(error.reason, f"image {position} of {len(images)}: {error}") from error
+            name = f"image {position} of {len(images)}" if names is None else names[position]
+            raise ImageError(error.reason, f"{name}: {error}") from error
 
     if num_threads == 1 or len(images) < 2:
         infos = [decode_into(position) for position in range(len(images))]
@@ -301,17 +363,18 @@ def _decode(data: bytes, frame: Frame | None, hashed: bool = False) -> tuple[Ima
         raise _undecodable(error, image) from error
 
 
-def _load(data: bytes, size_px: int | None) -> tuple[Image.Image, int, tuple[int, int]]:
+def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
     """Opens and loads the pixels.
 
     Returns: the image, not yet rotated, the EXIF orientation still to be applied, and the file's (width, height) after it.
     """
-    tags = _tiff_tags(data)
+    tags = _tiff_tags(data, page)
     if tags is not None and _reader_of(tags) == "tifffile":
-        return _load_tiff(data, tags)
+        return _load_tiff(data, tags, page)
     image = _open(data)
-    width, height = image.size  # before a JPEG is decoded smaller; a TIFF's is as it will be
     try:
+        image.seek(page)
+        width, height = image.size  # before a JPEG is decoded smaller; a TIFF's is as it will be
         if size_px is not None and image.format in ("JPEG", "MPO"):
             image.draft("", (2 * size_px, 2 * size_px))
         image.load()
@@ -326,12 +389,12 @@ def _load(data: bytes, size_px: int | None) -> tuple[Image.Image, int, tuple[int
     return image, orientation, size
 
 
-def _tiff_tags(data: bytes) -> tiff.Tags | None:
+def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
     """None for other files, and for one that is too damaged to have any. Raises: ImageError: its kind is not read."""
     if not data.startswith(tiff.SIGNS):
         return None
     try:
-        tags = tiff.read_tags(data)
+        tags = tiff.read_tags(data, page)
     except tiff.TiffError as error:
         raise ImageError("unsupported", str(error)) from error
     if tags is not None:
@@ -346,9 +409,9 @@ def _reader_of(tags: tiff.Tags) -> str:
         raise ImageError("unsupported", str(error)) from error
 
 
-def _load_tiff(data: bytes, tags: tiff.Tags) -> tuple[Image.Image, int, tuple[int, int]]:
+def _load_tiff(data: bytes, tags: tiff.Tags, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
     try:
-        pixels, see_through = tiff.read_pixels(data, tags)
+        pixels, see_through = tiff.read_pixels(data, tags, page)
     except tiff.TiffError as error:
         raise ImageError("unsupported", str(error)) from error
     image = Image.fromarray(pixels)
@@ -501,6 +564,6 @@ def _unidentified(data: bytes) -> ImageError:
 def _undecodable(error: BaseException, image: Image.Image) -> ImageError:
     if isinstance(error, ImageError):
         return error
-    if isinstance(error, DataError):  # of the frame: its region is not in this image
+    if isinstance(error, DataError):  # of the frame: nothing of this image can be scored
         return ImageError("unsupported", str(error))
     return ImageError("unsupported", f"{image.format} of mode {image.mode} cannot be converted to RGB ({error})")

@@ -178,11 +178,12 @@ def decoded_rows(
 
     Args: num_threads: that decode.  version: as of `read_rows`.
     """
-    records = read_rows(uri, category, rows, columns=("image",), version=version)
+    records = read_rows(uri, category, rows, columns=("id", "image"), version=version)
 
     def batches() -> Iterator[np.ndarray[Any, Any]]:
-        while batch := [record["image"] for record in itertools.islice(records, batch_size)]:
-            yield decode_batch(batch, size, num_threads)
+        while batch := list(itertools.islice(records, batch_size)):
+            images, names = ([record[column] for record in batch] for column in ("image", "id"))
+            yield decode_batch(images, size, num_threads, names)
 
     return ahead(batches())
 

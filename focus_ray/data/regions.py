@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from focus_ray.config import Config, Polygon
-from focus_ray.data.framing import Frame
+from focus_ray.data.framing import Frame, Places
 from focus_ray.data.images import ImageError, decode_image
 from focus_ray.errors import DataError
 from focus_ray.storage import read_bytes
@@ -24,7 +24,17 @@ def frame_of(config: Config, category: str) -> Frame:
 
 def frame_with(config: Config, region: NDArray[np.bool_] | None) -> Frame:
     """As `frame_of`, with a region that was read before."""
-    return Frame(*config.model.frame_px, config.model.resize, region)
+    return Frame(*config.model.frame_px, config.model.resize, region, places_of(config))
+
+
+def places_of(config: Config) -> Places:
+    """The squares of the frame that the anomaly map's places stand for."""
+    model, side_px = config.model, config.model.place_px(config.density)
+    of_tile = np.arange(0, model.image_size_px, side_px)
+    tops, lefts = (
+        (np.arange(count)[:, None] * (model.image_size_px - model.overlap_px) + of_tile).ravel() for count in model.grid
+    )
+    return Places(tops, lefts, side_px)
 
 
 def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
@@ -39,20 +49,13 @@ def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
         return None
     height, width = config.model.frame_px
     found = _read_mask(region, height, width) if isinstance(region, str) else draw_polygons(region, height, width)
-    if not _has_a_place(found, config.model.place_px(config.density)):
+    if not places_of(config).any_inside(found):
         what = f"the white of the mask {region}" if isinstance(region, str) else "what its polygons enclose"
         raise DataError(
             f"data.regions.{category}: {what} is {found.sum()} of the {height} x {width} pixels that images are brought to, too "
             "few for any place of the map, so nothing would be inspected: enlarge it"
         )
     return found
-
-
-def _has_a_place(region: NDArray[np.bool_], stride_px: int) -> bool:
-    """Whether at least half of any square of the stride's side lies in it."""
-    height, width = (size // stride_px for size in region.shape)
-    cut = region[: height * stride_px, : width * stride_px].reshape(height, stride_px, width, stride_px)
-    return bool((cut.mean(axis=(1, 3)) >= 0.5).any())
 
 
 def draw_polygons(polygons: Sequence[Polygon], height: int, width: int) -> NDArray[np.bool_]:

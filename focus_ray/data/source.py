@@ -168,7 +168,7 @@ def open_source(source: str | Path) -> SourcePath:
         tree = S3Tree(str(source))
         tree.list()
         return S3Path(tree)
-    root = Path(source)
+    root = Path(source).expanduser()
     if not root.is_dir():
         raise DataError(f"{source}: expected a local folder of images, or an s3:// prefix")
     return root

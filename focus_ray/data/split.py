@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from focus_ray.config import Config
 from focus_ray.data.read import index_fingerprint, index_version, read_index
+from focus_ray.data.regions import frame_of
 from focus_ray.errors import DataError
 
 # held-out images above the threshold, as many as that: its false alarm rate is then between 0.4 and 1.8 times the target (90 %)
 _STEADY = 5
+_NAMED = 20  # images that an error lists
 NO_ROWS = np.empty(0, dtype=np.int64)
 
 
@@ -202,7 +204,7 @@ class _NormalImages:
 def split_category(config: Config, category: str) -> Split:
     """The rule of a category; a function of the images and the seed alone.
 
-    Raises: DataError: no such category, or too few normal training images.
+    Raises: DataError: no such category, too few normal training images, or images of which nothing would be inspected.
     """
     return _split(config, category)[0]
 
@@ -267,6 +269,7 @@ def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
 def _split(config: Config, category: str) -> tuple[Split, _NormalImages]:
     table = read_index(config.data.uri, category)
     images = _normal_images(table, config.train.seed)
+    _check_sizes(config, category, table)
     count, num_groups = len(images.rows), len(images.group_keys)
     parts = " parts" if num_groups < count else ""
     shown = f"{count} normal training images" + (f" of {num_groups}{parts}" if parts else "")
@@ -305,6 +308,29 @@ def _split(config: Config, category: str) -> tuple[Split, _NormalImages]:
         ),
         images,
     )
+
+
+def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
+    """Raises: DataError: normal training images have sizes of which nothing would be inspected; names them."""
+    frame = frame_of(config, category)
+    if not frame.marks:
+        return
+    index = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.equal(table["label"], 0)))
+    sizes = list(zip(index["width"].to_pylist(), index["height"].to_pylist(), strict=True))
+    reasons = {}
+    for size in sorted(set(sizes)):
+        try:
+            frame.check_size(*size)
+        except DataError as error:
+            reasons[size] = str(error)
+    if reasons:
+        unusable = [(name, size) for name, size in zip(index["id"].to_pylist(), sizes, strict=True) if size in reasons]
+        names = ", ".join(name for name, _ in unusable[:_NAMED])
+        more = f" and {len(unusable) - _NAMED} more" if len(unusable) > _NAMED else ""
+        raise DataError(
+            f"{len(unusable)} of {len(sizes)} normal training images of category {category!r} cannot be trained on: "
+            f"{names}{more}. {unusable[0][0]}: {reasons[unusable[0][1]]}. Or remove these images from the data"
+        )
 
 
 def _at_most(sizes: NDArray[np.int64], num_groups: int, max_images: int, fewest: int) -> int:

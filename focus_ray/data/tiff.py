@@ -57,11 +57,47 @@ class Tags:
         )
 
 
-def read_tags(data: bytes) -> Tags | None:
-    """The tags of the first page; None where the file is so damaged that there are none."""
+def list_pages(data: bytes) -> list[int]:
+    """Numbers of the full pages of a file, from 0, without reduced copies of them.
+
+    Raises: TiffError: the pages are damaged, or the file holds images or samples that are not pages, which nothing here reads.
+    """
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        try:
+            pages = list(file.pages)
+            shapes = [series.shape for series in file.series]
+        except Exception as error:  # whatever a parser meets in damaged bytes
+            raise TiffError(f"the pages of the TIFF are damaged ({error}): copy the file again") from error
+        if not _is_chain_whole(data):
+            raise TiffError(f"the TIFF is cut off after page {len(pages)}: copy the file again")
+        values = sum(int(np.prod(page.shape)) for page in pages)
+        if sum(int(np.prod(shape)) for shape in shapes) > values or any(page.imagedepth > 1 for page in pages):
+            raise TiffError("a TIFF that holds a stack without a page for each image: save each image as a page")
+        if any(0 in map(int, page.extrasamples or ()) for page in pages):
+            raise TiffError("a TIFF with samples that are neither colours nor alpha: save each region as a page")
+        full = [number for number, page in enumerate(pages) if not page.is_reduced]
+    return full or [0]
+
+
+def _is_chain_whole(data: bytes) -> bool:
+    """Whether each page links to a place within the file, or ends the chain; tifffile stops at a broken link without an error."""
+    order: Literal["little", "big"] = "big" if data.startswith(b"MM") else "little"
+    place, seen = int.from_bytes(data[4:8], order), set()
+    while place:
+        count = int.from_bytes(data[place : place + 2], order)
+        link = place + 2 + 12 * count
+        if place in seen or not count or link + 4 > len(data):
+            return False
+        seen.add(place)
+        place = int.from_bytes(data[link : link + 4], order)
+    return True
+
+
+def read_tags(data: bytes, number: int = 0) -> Tags | None:
+    """The tags of a page; None where the file is so damaged that there are none."""
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            page = file.pages.first
+            page = file.pages[number]
             tag = page.tags.get(339)
             numbers = {1} if tag is None else {*np.atleast_1d(tag.value).tolist()}
             known: dict[int, Literal["unsigned", "signed", "float", "complex"]] = {
@@ -127,14 +163,14 @@ def reader_of(tags: Tags) -> Literal["Pillow", "Pillow, inverted", "tifffile"]:
     raise TiffError(f"this kind of TIFF is not read ({tags.words}): save it as 8-bit grey or RGB")
 
 
-def read_pixels(data: bytes, tags: Tags) -> tuple[npt.NDArray[np.uint8], bool]:
+def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.uint8], bool]:
     """(H, W) grey or (H, W, 3) RGB, not yet turned, alpha composed over black; and whether all of it is transparent.
 
     Raises: TiffError: it cannot be read.
     """
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
-            values = np.asarray(file.pages.first.asarray())
+            values = np.asarray(file.pages[page].asarray())
     except Exception as error:
         # without its larger companion, tifffile reads no LZW or JPEG
         raise TiffError(f"{tags.words}: cannot be read here ({error}): save it without compression") from error

@@ -5,16 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import socket
 import urllib.error
 import urllib.request
-from urllib.parse import urlsplit
 
+from focus_ray.cluster.address import TIMEOUT_S, current_cluster, place_of, ray_folder, unreachable
 from focus_ray.doctor.finding import Asked, Result, failed, ok, warning
-from focus_ray.doctor.machine import ray_folder
 from focus_ray.doctor.software import version_of
 
-TIMEOUT_S = 4.0
 UNSET = "or unset RAY_ADDRESS, and a private Ray starts on this machine"
 
 
@@ -83,33 +80,3 @@ def left_behind(asked: Asked) -> Result:
             "ray stop, or delete the file; otherwise RAY_ADDRESS=auto and `ray status` look for it",
         )
     return ok(f"a cluster runs at {found}; focus-ray joins it only with RAY_ADDRESS={found}")
-
-
-def current_cluster() -> str | None:
-    """The address in Ray's own note; None where there is none."""
-    try:
-        text = (ray_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-    return text or None
-
-
-def place_of(host_and_port: str) -> tuple[str, int] | None:
-    """Host and port of HOST:PORT; None where it is not of that form."""
-    try:
-        parts = urlsplit(f"//{host_and_port}")
-        return (parts.hostname, parts.port) if parts.hostname and parts.port else None
-    except ValueError:
-        return None
-
-
-def unreachable(host_and_port: str) -> str:
-    """Why no connection can be made, within TIMEOUT_S; empty where one can."""
-    place = place_of(host_and_port)
-    if place is None:
-        return "not of the form HOST:PORT"
-    try:
-        socket.create_connection(place, timeout=TIMEOUT_S).close()
-    except OSError as error:
-        return error.strerror or str(error) or type(error).__name__
-    return ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import sys
 import warnings
 from pathlib import Path
 
+from focus_ray.cluster.address import ray_folder
 from focus_ray.doctor.finding import Asked, Result, failed, ok, warning
 from focus_ray.storage import is_s3, open_filesystem
 
@@ -119,12 +119,6 @@ def ray_disk(asked: Asked) -> Result:
             "free space, or set RAY_TMPDIR to a folder with a short path on another disk",
         )
     return ok(text)
-
-
-def ray_folder() -> Path:
-    """Where Ray keeps sessions of this user: its own rule."""
-    top = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp"
-    return Path(top) / "ray"
 
 
 def shared_memory(asked: Asked) -> Result | None:

@@ -15,7 +15,7 @@ from focus_ray.bundle.bundle import Bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import content_hash, decode_image
 from focus_ray.data.split import short_hash
-from focus_ray.errors import ExportError
+from focus_ray.errors import DataError, ExportError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.evaluation.metrics import image_auroc
 from focus_ray.export.examples import Example
@@ -120,9 +120,9 @@ class Expected:
 def expected_of(bundle: Bundle, examples: Sequence[Example]) -> Expected:
     """Scores the examples that the model was not trained on. bundle: read with precision fp32.
 
-    Raises: ExportError: too few are left.  DataError: one cannot be decoded.
+    Raises: ExportError: too few are left.  DataError: one cannot be decoded or inspected; the message names it.
     """
-    decoded = [(one, decode_image(one.image, None)) for one in examples]
+    decoded = [(one, decode_example(one)) for one in examples]
     new = [(one, pixels) for one, pixels in decoded if short_hash(content_hash(pixels)) not in bundle.known]
     if len(new) < FEWEST:
         raise ExportError(
@@ -130,9 +130,12 @@ def expected_of(bundle: Bundle, examples: Sequence[Example]) -> Expected:
             "needed to check an export: give others of the category with --examples, best good and bad ones"
         )
     inspector, placed, times = Inspector(bundle, "cpu"), [], []
-    for _, pixels in new:
+    for one, pixels in new:
         start = time.perf_counter()
-        framed = bundle.frame.place(Image.fromarray(pixels), pixels.shape[1], pixels.shape[0])
+        try:
+            framed = bundle.frame.place(Image.fromarray(pixels), pixels.shape[1], pixels.shape[0])
+        except DataError as error:
+            raise DataError(f"{one.name}: {error}") from error
         scored = inspector.score(framed[None])
         times.append(time.perf_counter() - start)
         placed.append(scored)
@@ -147,6 +150,14 @@ def expected_of(bundle: Bundle, examples: Sequence[Example]) -> Expected:
         1e3 * float(np.median(times)),
         bundle.calibration,
     )
+
+
+def decode_example(example: Example) -> NDArray[np.uint8]:
+    """(H, W, 3). Raises: DataError: it cannot be decoded; the message names it."""
+    try:
+        return decode_image(example.image, None)
+    except DataError as error:
+        raise DataError(f"{example.name}: {error}") from error
 
 
 def check(run: Run, expected: Expected) -> Check:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
 from focus_ray.data.images import ImageError, refuse_drawing
@@ -27,10 +27,10 @@ class Example(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """checking: in no order.  scaling: encoded images of good parts."""
+    """checking: in no order.  scaling: images of good parts."""
 
     checking: list[Example]
-    scaling: list[bytes]
+    scaling: list[Example]
 
 
 def gather_examples(bundle: Bundle, places: Sequence[str], most: int) -> Examples:
@@ -89,7 +89,7 @@ def _of_files(paths: Sequence[Path], label: int | None, most: int) -> Examples:
         chosen = [paths[number] for number in sorted(sample_positions(len(paths), limit))]
         return [Example(str(path), _read(path), label) for path in chosen]
 
-    return Examples(read(most), [] if label else [one.image for one in read(MOST_SCALING)])
+    return Examples(read(most), [] if label else read(MOST_SCALING))
 
 
 def _read(path: Path) -> bytes:
@@ -114,11 +114,10 @@ def _of_data_set(uri: str, category: str, most: int) -> Examples:
         found = [one["row"] for one in rows if one["split"] == split and one["label"] == label]
         return [found[number] for number in sorted(sample_positions(len(found), limit))]
 
-    def read(chosen: list[int]) -> list[dict[str, Any]]:
-        return list(read_rows(uri, category, sorted(chosen), ("id", "image", "label"), version))
+    def read(chosen: list[int]) -> list[Example]:
+        records = read_rows(uri, category, sorted(chosen), ("id", "image", "label"), version)
+        return [Example(str(one["id"]), one["image"], int(one["label"])) for one in records]
 
-    checking = read(numbers("test", 0, most // 2) + numbers("test", 1, most // 2))
     return Examples(
-        [Example(str(one["id"]), one["image"], int(one["label"])) for one in checking],
-        [one["image"] for one in read(numbers("train", 0, MOST_SCALING))],
+        read(numbers("test", 0, most // 2) + numbers("test", 1, most // 2)), read(numbers("train", 0, MOST_SCALING))
     )

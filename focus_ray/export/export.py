@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from focus_ray.bundle.bundle import Bundle, library_versions, read_bundle
-from focus_ray.data.images import decode_image
 from focus_ray.errors import DataError, ExportError
-from focus_ray.export.check import TOLERANCE, Check, check, expected_of
+from focus_ray.export.check import TOLERANCE, Check, check, decode_example, expected_of
 from focus_ray.export.examples import gather_examples
 from focus_ray.export.formats import INPUT, MODEL, OPENVINO_SETTINGS, check_format, open_model, write_model
 from focus_ray.export.scorer import BOX, Scorer, longest_side
@@ -69,7 +68,7 @@ def export_bundle(
     if precision == "int8" and not gathered.scaling:
         raise ExportError("--precision int8 is scaled by images of good parts, and no example is one: give some")
     log(f"export: tracing {bundle.category!r} for {to} in {precision}")
-    scaling = [decode_image(image, None) for image in gathered.scaling] if precision == "int8" else []
+    scaling = [decode_example(one) for one in gathered.scaling] if precision == "int8" else []
     with _new_folder(target) as folder:
         scorer = Scorer(read_bundle(uri, "cpu", precision="fp32"), half=precision == "fp16")
         write_model(scorer, to, precision, folder, scaling)
@@ -126,6 +125,9 @@ def _new_folder(target: Path) -> Iterator[Path]:
             target.rename(former)
         folder.rename(target)
         shutil.rmtree(former, ignore_errors=True)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}{place}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -195,7 +197,8 @@ def _outputs(bundle: Bundle) -> dict[str, Any]:
         "score": {
             "type": "float32",
             "shape": ["batch"],
-            "meaning": "higher is more anomalous; held against thresholds.image",
+            "meaning": "higher is more anomalous; held against thresholds.image; NaN where no place of the map shows the "
+            "image, which is too thin: then there is no verdict",
         },
         "p_value": {
             "type": "float32",

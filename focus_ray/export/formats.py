@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from focus_ray.bundle.engine import QUANTISED, quantise, quietly
 from focus_ray.errors import ConfigError, ExportError
 from focus_ray.export.scorer import BOX, OUTPUTS, Scorer, longest_side
 from focus_ray.extras import require_extra
+from focus_ray.storage import find_os_error
 
 MODEL = {"onnx": "model.onnx", "torch": "model.pt2", "openvino": "model.xml"}
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "torch": ("fp32", "fp16"), "openvino": ("fp32", "fp16", "int8")}
@@ -49,8 +52,10 @@ def write_model(scorer: Scorer, to: str, precision: str, folder: Path, scaling: 
     """
     program = trace(scorer)
     if to == "torch":
+        content = io.BytesIO()  # torch's own writing does not say that a disk is full
         with quietly():
-            torch.export.save(program, folder / MODEL[to])
+            torch.export.save(program, content)
+        (folder / MODEL[to]).write_bytes(content.getbuffer())
         return
     outputs = (*OUTPUTS, BOX) if scorer.to_frame.pads else OUTPUTS
     path = folder / MODEL["onnx"]
@@ -130,7 +135,12 @@ def write_openvino(source: Path, path: Path) -> None:
     import openvino
 
     with quietly(), _told("OpenVINO does not have all that it does"):
-        openvino.save_model(openvino.convert_model(source), path, compress_to_fp16=False)
+        model = openvino.convert_model(source)
+    try:
+        with quietly():
+            openvino.save_model(model, path, compress_to_fp16=False)
+    except RuntimeError as error:  # of a full disk OpenVINO 2026 says "iostream error"
+        raise OSError(errno.EIO, f"OpenVINO cannot write it ({error}); see that the disk has room") from error
 
 
 def _open_onnx(path: Path, num_threads: int) -> Run:
@@ -170,10 +180,12 @@ def _open_torch(path: Path, num_threads: int) -> Run:
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
-    """What a converter raises, of whatever type, as an `ExportError`."""
+    """What a converter raises, of whatever type, as an `ExportError`; but an `OSError`, such as a full disk, as it is."""
     try:
         yield
     except Exception as error:
+        if (cause := find_os_error(error)) is not None:
+            raise cause from None
         lines = str(error).strip().splitlines() or [""]
         raise ExportError(
             f"the model cannot be exported: {what} ({type(error).__name__}: {lines[0][:300]}). A density, backbone or aligner "

@@ -2,7 +2,7 @@
 
 Pillow resizes one side after the other. A pixel is the sum of some of the side's pixels, weighted by a triangle whose weights
 are whole numbers of 22 bits, and is rounded to 8 bits after each side. All of that fits 32-bit integers, so no runtime rounds
-otherwise.
+otherwise. OpenVINO (2026.4) sums and divides 32-bit integers as float32, so sums and dividends stay below 2^24.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from focus_ray.data.framing import SHOWN, Frame
 
 _BITS = 22  # of Pillow's weights
+_LOW = 2**6  # weights are summed in two parts, weight // _LOW and weight % _LOW, each sum below 2^24
 _STEPS = (
     6,
     6,
@@ -83,8 +84,10 @@ def _resized(images: Tensor, side: int, by: Weights) -> Tensor:
     shape = list(images.shape)
     near = near.reshape(*shape[:side], count, taps, *shape[side + 1 :])
     weights = by.weights.reshape(count, taps, *[1] * (len(shape) - side - 1))
-    total = (near * weights).sum(dim=side + 1, dtype=torch.int32)
-    return (total + 2 ** (_BITS - 1)) // 2**_BITS
+    high = (near * (weights // _LOW)).sum(dim=side + 1, dtype=torch.int32)
+    low = (near * (weights % _LOW)).sum(dim=side + 1, dtype=torch.int32)
+    # (high * _LOW + low + 2^21) // 2^22, without numbers above 2^24
+    return (high + (low + 2 ** (_BITS - 1)) // _LOW) // (2**_BITS // _LOW)
 
 
 def _weights_of(length: int, out: Tensor, numbers: Tensor, out_px: int, most: int | None = None) -> Weights:
@@ -100,12 +103,16 @@ def _weights_of(length: int, out: Tensor, numbers: Tensor, out_px: int, most: in
     places = first[:, None] + torch.arange(taps, dtype=torch.int32)
     away = (2 * places + 1) * out - ((2 * numbers + 1) * length)[:, None]
     triangle = (2 * longer - away.abs()).clamp_min(0) * (places < length).to(torch.int32)
-    total = triangle.sum(dim=1, keepdim=True, dtype=torch.int32)
+    high, low = (part.sum(dim=1, keepdim=True, dtype=torch.int32) for part in (triangle // _LOW, triangle % _LOW))
+    total = high * _LOW + low
     weights, rest = torch.zeros_like(triangle), triangle
     for bits in _STEPS:
         rest = rest * 2**bits
-        weights = weights * 2**bits + rest // total
-        rest = rest % total
+        digit = rest // total
+        weights = weights * 2**bits + digit
+        rest = (
+            rest - digit * total
+        )  # a digit that a runtime rounded up leaves a negative rest, which the next digit takes back
     weights = weights + (2 * rest >= total).to(torch.int32)
     return Weights(places.clamp_max(length - 1), weights)
 

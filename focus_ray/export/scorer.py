@@ -14,7 +14,7 @@ from focus_ray.evaluation.calibration import TIE, Calibration
 from focus_ray.export.densities import as_module
 from focus_ray.export.resize import ToFrame
 from focus_ray.fitting.profile import scored_only
-from focus_ray.fitting.scoring import places_shown
+from focus_ray.fitting.scoring import places_shown, score_if_inspected
 from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.alignment.theta import invert_theta, warp
 from focus_ray.model.batch_norm import fuse_batch_norms
@@ -27,7 +27,8 @@ BOX = "box"  # one more, of images that keep their shape
 class Scorer(nn.Module):
     """uint8 images (B, H, W, 3), RGB, of any one size -> what `OUTPUTS` names.
 
-    score, p_value: (B,) float.  anomalous: (B,) bool.  anomaly_map: (B, height, width) float, of the frame.  box: of `ToFrame`.
+    score, p_value: (B,) float; nan if no place of the image is inspected.  anomalous: (B,) bool.
+    anomaly_map: (B, height, width) float, of the frame.  box: of `ToFrame`.
 
     Takes a bundle that was read with precision fp32, and is its only user from then on: its network is prepared for inference.
     """
@@ -60,9 +61,11 @@ class Scorer(nn.Module):
         levels, thetas = self.net.features(_cut(aligned, self.tiles))
         found, total = common_frame(Aligned(levels, thetas, aligned, theta))
         distance = self.density(self.tiles.join(self.reduction(found)))
+        inspected = torch.ones_like(distance)
         if shown is not None:
             every = shown.expand(images.shape[0], *shown.shape)
-            distance = distance * places_shown(every, total, self.tiles, distance.shape[1:])
+            inspected = places_shown(every, total, self.tiles, distance.shape[1:]).to(distance.dtype)
+            distance = distance * inspected
         distance = scored_only(distance, total, self.seen)
         anomaly_map = self.spread(distance)
         highest = anomaly_map.flatten(1).amax
@@ -71,6 +74,8 @@ class Scorer(nn.Module):
             anomaly_map = warp(anomaly_map[:, None], invert_theta(total), "zeros")[:, 0]
         if shown is not None:
             anomaly_map = anomaly_map * shown
+        if shown is not None or total is not None:
+            score = score_if_inspected(score, scored_only(inspected, total, self.seen))
         p_value, anomalous = self.verdict(score)
         outputs = (score, p_value, anomalous, anomaly_map)
         return outputs if box is None else (*outputs, box)

@@ -30,6 +30,8 @@ class Scored(NamedTuple):
 
     anomaly_map (B, H, W): in the frame of the images that were given.
     descriptors (B, P, K): as `describe` gives them, where they were asked for.
+
+    Of an image of which no place is inspected, the score is nan and the map 0.
     """
 
     score: Tensor
@@ -77,9 +79,11 @@ class Detector:
     def score_embedding(self, embedding: Tensor, theta: Tensor | None, shown: Tensor | None = None) -> Scored:
         """What `embed` gave, and `shown_in` -> `Scored`."""
         distance = self.density.score(embedding)
+        inspected = torch.ones_like(distance)
         if shown is not None:
-            distance = distance * places_shown(shown, theta, self.tiles, distance.shape[1:])
-        return self.score_distance(distance, theta, shown=shown)
+            inspected = places_shown(shown, theta, self.tiles, distance.shape[1:]).to(distance.dtype)
+        scored = self.score_distance(distance * inspected, theta, shown=shown)
+        return scored._replace(score=score_if_inspected(scored.score, scored_only(inspected, theta, self.seen)))
 
     @torch.inference_mode()
     def score_distance(
@@ -97,6 +101,11 @@ class Detector:
         if theta is not None:
             aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
         return Scored(score, aligned_map if shown is None else aligned_map * shown)
+
+
+def score_if_inspected(score: Tensor, inspected: Tensor) -> Tensor:
+    """Scores (B,), nan where none of the places (B, H, W), 0 or 1, is inspected: such an image must not count as normal."""
+    return torch.where(inspected.flatten(1).amax(dim=1) > 0, score, float("nan"))
 
 
 def share_a_pass(first: Detector, second: Detector) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import difflib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -48,6 +49,27 @@ async def caller_of(request: Request) -> Caller:
 
 
 Who = Annotated[Caller, Depends(caller_of)]
+
+
+async def check_query(request: Request, caller: Who) -> None:
+    """The dependency that refuses query parameters that a path does not take; a token is asked for first.
+
+    Raises: Problem: 422, a parameter is unknown or given twice.
+    """
+    known = sorted(field.alias for field in request.scope["route"].dependant.query_params)
+    names = [name for name, _ in request.query_params.multi_items()]
+    for name in dict.fromkeys(names):
+        if name not in known:
+            shown = repr(name[:100])
+            if not known:
+                raise Problem(422, "unknown-parameter", f"query parameter {shown}: this path takes none: leave it out")
+            close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise Problem(
+                422, "unknown-parameter", f"query parameter {shown}: unknown; {hint}this path takes {', '.join(known)}"
+            )
+        if names.count(name) > 1:
+            raise Problem(422, "repeated-parameter", f"query parameter {name!r} is given twice: give one value")
 
 
 class _Answer(BaseModel):
@@ -177,16 +199,17 @@ def create_api(service: Service) -> FastAPI:
 
     api.state.service = service
     security = [] if service.tokens is None else [Depends(HTTPBearer(auto_error=False))]
-    api.include_router(_reading(service), dependencies=security)
-    api.include_router(_inspecting(service), dependencies=security)
-    api.include_router(_administering(service), dependencies=security)
+    checks = [*security, Depends(check_query)]
+    api.include_router(_reading(service), dependencies=checks)
+    api.include_router(_inspecting(service), dependencies=checks)
+    api.include_router(_administering(service), dependencies=checks)
     return api
 
 
 def _reading(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1")
 
-    @router.get("", response_model=WhoAmI, responses=_problems(401, 503), summary="Whose token this is")
+    @router.get("", response_model=WhoAmI, responses=_problems(401, 422, 503), summary="Whose token this is")
     async def who_am_i(caller: Who) -> Response:
         return JSONResponse({"teams": await service.teams(caller), "scopes": list(caller.scopes)})
 

@@ -6,7 +6,9 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from email.message import Message
 
+from python_multipart.multipart import parse_options_header
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
@@ -14,6 +16,9 @@ from focus_ray.data.images import ImageError, read_header
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.problems import Problem, unavailable
 from focus_ray.serving.settings import MIB, Limits
+
+_MAX_FIELD_BYTES = 4096
+_PARAMETERS = ("version", "output", "include")  # of the URL of an inspection
 
 
 class Gate:
@@ -134,16 +139,35 @@ def check_images(images: list[bytes], limits: Limits) -> None:
             )
 
 
+class _FormParser(MultiPartParser):
+    """Starlette's parser, which takes only parts with `filename` as files; images without it are files here too."""
+
+    def on_headers_finished(self) -> None:
+        """Gives a part a `filename` if only `filename*` (RFC 5987) or its type shows that it is a file."""
+        part = self._current_part
+        disposition = part.content_disposition or b""
+        if b"filename" not in parse_options_header(disposition)[1]:
+            header = Message()
+            header["content-disposition"] = disposition.decode("latin-1")
+            types = [value.strip().lower() for field, value in part.item_headers if field == b"content-type"]
+            is_image = any(value.startswith((b"image/", b"application/octet-stream")) for value in types)
+            name = header.get_filename("" if is_image else None)  # also of `filename*` and `filename*0*`
+            if name is not None:
+                safe = "".join(letter if letter.isprintable() and letter not in '"\\' else "_" for letter in name)
+                part.content_disposition = disposition + b'; filename="' + safe.encode(errors="replace") + b'"'
+        super().on_headers_finished()
+
+
 async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tuple[str, bytes]]:
     async def whole() -> AsyncIterator[bytes]:
         yield body
 
-    parser = MultiPartParser(
+    parser = _FormParser(
         request.headers,
         whole(),  # type: ignore[arg-type]
         max_files=limits.max_images + 1,
         max_fields=8,
-        max_part_size=4096,
+        max_part_size=_MAX_FIELD_BYTES,
     )
     parser.spool_max_size = len(body) + 1  # in memory already: never to a file
     try:
@@ -151,12 +175,23 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tupl
     except MultiPartException as error:
         if "files" in error.message.lower():
             raise _too_many(limits) from None
+        if "exceeded maximum size" in error.message:
+            raise Problem(
+                400,
+                "bad-form",
+                f"a field of the form is larger than {_MAX_FIELD_BYTES} bytes and no file: give each image a file name, as "
+                'in Content-Disposition: form-data; name="images"; filename="a.png"',
+            ) from None
         raise Problem(400, "bad-form", f"the multipart form cannot be read: {error.message[:200]}") from None
     except (KeyError, ValueError, UnicodeError):  # what the parser lets through of odd headers
         raise Problem(400, "bad-form", "the multipart form cannot be read") from None
     images: list[tuple[str, bytes]] = []
-    for _, value in form.multi_items():
+    for name, value in form.multi_items():
         if isinstance(value, str):
+            if name in _PARAMETERS:
+                raise Problem(
+                    422, "parameter-in-form", f"{name!r} is a field of the form: put it into the URL, as ?{name}=..."
+                )
             continue
         images.append(((value.filename or "")[:200], await value.read()))
     if len(images) > limits.max_images:

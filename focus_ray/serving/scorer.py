@@ -194,8 +194,15 @@ def _judge(
             continue
         assert scores is not None
         info = one[0]
-        found = inspector.judge(float(scores.score[row]), scores.anomaly_map[row], info.width, info.height)
+        score, anomaly_map = float(scores.score[row]), scores.anomaly_map[row]
         row += 1
+        try:
+            found = inspector.judge(score, anomaly_map, info.width, info.height)
+        except ImageError as error:
+            results.append(error)
+            pictures.append(None)
+            maps.append(None)
+            continue
         results.append(found.without_map())
         pictures.append(None if output == "json" else draw(output, found, image))
         maps.append(map_values(found) if include_map else None)

@@ -23,6 +23,7 @@ from focus_ray.config import Section, parse_model
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.serving.settings import Name
 from focus_ray.storage import create_bytes, read_bytes, remove_file, write_bytes
+from focus_ray.yaml_text import load_yaml
 
 Scope = Literal["inspect", "read", "admin"]
 SCOPES: tuple[Scope, ...] = ("inspect", "read", "admin")
@@ -66,8 +67,8 @@ def read_tokens(uri: str) -> TokenFile:
 def parse_tokens(content: bytes, source: str) -> TokenFile:
     """Raises: ConfigError: not a token file; no part of it is shown, for it may be a secret in the wrong place."""
     try:
-        tree = yaml.safe_load(content) or {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = load_yaml(content) or {}
+    except yaml.YAMLError:
         raise ConfigError(f"{source}: not valid YAML") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected a mapping with the key 'tokens'")

@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import yaml
 
 from focus_ray.cluster.ownership import FINGERPRINTS, read_state, write_fingerprints
 from focus_ray.config import config_to_yaml
 from focus_ray.errors import SweepError
 from focus_ray.storage import create_bytes, exists, join, list_names, read_bytes, write_bytes
 from focus_ray.sweep.settings import Point, SweepConfig, parse_sweep
+from focus_ray.yaml_text import load_yaml
 
 SWEEP, TRIALS = "sweep.yaml", "trials"
 DONE = ("finished", "cut")  # what a resumed sweep does not try again
@@ -141,7 +141,7 @@ def read_sweep(root: str) -> SweepConfig:
         text = read_bytes(join(root, SWEEP))
     except FileNotFoundError:
         raise SweepError(f"{root}: no sweep here: give the folder that `focus-ray sweep` named") from None
-    tree = yaml.safe_load(text)
+    tree = load_yaml(text)
     tree["space"] = {
         key: {kind: value for kind, value in domain.items() if value is not None}
         for key, domain in tree["space"].items()

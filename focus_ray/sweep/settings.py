@@ -333,13 +333,13 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
     Raises: ConfigError: a file cannot be read, or a key, a value or a point of the space does not fit.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     tree = read_mapping(path)
     for override in overrides:
         apply_override(tree, override)
     base_file = tree.get("base_file")
     if isinstance(base_file, str):
-        above = read_mapping(path.parent / base_file)
+        above = read_mapping(path.parent / Path(base_file).expanduser())
         tree["base"] = _joined(above, tree.get("base") or {})
         tree["base_file"] = None
     return parse_sweep(tree, source=str(path))

@@ -45,7 +45,7 @@ class Journal:
 
         Raises: DataError: another process writes there, or the folder cannot be used.
         """
-        self.folder, self.table, self.log = Path(folder), table, log
+        self.folder, self.table, self.log = Path(folder).expanduser(), table, log
         self._day, self._lines, self._rows = "", _Appended(), _Appended()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +102,7 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(made, path)
         except OSError as error:
+            made.unlink(missing_ok=True)
             raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def _mend_tables(self, days: Sequence[Path]) -> None:

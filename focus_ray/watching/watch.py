@@ -22,6 +22,7 @@ from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.evaluation.shift import RecentScores, compare_stream
 from focus_ray.evaluation.strip import overlay_with_strip
+from focus_ray.storage import is_full
 from focus_ray.watching.folder import Awaited, Waiting, list_images
 from focus_ray.watching.journal import Journal, key_text
 from focus_ray.watching.model import WatchedModel
@@ -199,7 +200,7 @@ class Watch:
         else:
             line |= {"verdict": finding.verdict, **finding.to_dict()}
             if self.settings.overlays == "all" or (self.settings.overlays == "anomalous" and finding.anomalous):
-                line["overlay"] = self._draw(image, finding)
+                line |= self._overlay(image, finding)
         return {**line, "bundle": bundle.version, "sha256": image.sha256, "milliseconds": milliseconds}
 
     def _read(self, one: Awaited) -> _Image | None:
@@ -240,6 +241,19 @@ class Watch:
             return False
         one.not_before = given_up
         return True
+
+    def _overlay(self, image: _Image, finding: Inspection) -> dict[str, str]:
+        """Writes the overlay. Returns: an entry "overlay" with its path, or "overlay_error" with the reason without one.
+
+        Raises: DataError: the disk is full, so that the verdict would find no room either.
+        """
+        try:
+            return {"overlay": self._draw(image, finding)}
+        except DataError as error:
+            if is_full(error):
+                raise
+            self._log(f"{image.name}: no overlay: {error}")
+            return {"overlay_error": readable(str(error))}
 
     def _draw(self, image: _Image, finding: Inspection) -> str:
         """Writes the overlay. Returns: its path below the output, which no other image has, nor another content of this one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from small_set import draw_parts, make_bundle, small_config
 
 from focus_ray import __version__
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cli.main import main
+from focus_ray.cli.main import build_parser, main, parse_words
 from focus_ray.data.ingest import ingest
 from focus_ray.samples.write import draw_sample, write_samples
 
@@ -311,6 +312,136 @@ def test_inspect_of_no_image_exits_with_1(
     (tmp_path / "empty").mkdir()
     assert main(["inspect", bundle, str(tmp_path / place)]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_an_overlay_that_cannot_be_written_costs_no_verdict_and_no_table(
+    bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heat, table = tmp_path / "heat", tmp_path / "table.csv"
+    (heat / "a.png").mkdir(parents=True)
+    assert main(["inspect", bundle, str(pictures), "--overlays", str(heat), "--csv", str(table)]) == 1
+    captured = capsys.readouterr()
+    first, second = lines_of(captured.out)
+    assert "Is a directory" in str(first["overlay_error"])
+    assert "overlay" not in first
+    assert Path(str(second["overlay"])).is_file()
+    assert len(table.read_text().splitlines()) == 3
+    assert "1 overlays are missing, the first: " in captured.err
+    assert "could not be read" not in captured.err
+    assert sorted(path.name for path in heat.iterdir()) == ["a.png", "b.png"]
+
+
+def test_a_disk_that_is_full_in_an_overlay_leaves_no_piece_of_it(
+    bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        words = ["inspect", bundle, str(pictures), "--overlays", str(tmp_path / "heat")]
+        assert main([*words, "--csv", str(tmp_path / "table.csv")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lines = lines_of(capsys.readouterr().out)
+    assert ["File too large" in str(line["overlay_error"]) and "score" in line for line in lines] == [True, True]
+    assert list((tmp_path / "heat").iterdir()) == []
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("letter", ["n", "ü", "部"])
+def test_images_with_the_longest_names_get_overlays_of_their_own(
+    bundle: str, pictures: Path, tmp_path: Path, letter: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "long"
+    images.mkdir()
+    stem = letter * (249 // len(letter.encode()))
+    for end in "ab":
+        shutil.copy(pictures / "a.png", images / f"{stem}{end}.png")
+    assert main(["inspect", bundle, str(images), "--overlays", str(tmp_path / "heat")]) == 0
+    overlays = {str(line["overlay"]) for line in lines_of(capsys.readouterr().out)}
+    assert len(overlays) == 2
+    assert all(Path(overlay).is_file() for overlay in overlays)
+
+
+def test_overlays_do_not_replace_the_images_that_are_inspected(
+    bundle: str, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = (pictures / "a.png").read_bytes()
+    assert main(["inspect", bundle, str(pictures), "--overlays", str(pictures)]) == 1
+    assert "a.png would replace the image" in capsys.readouterr().err
+    assert (pictures / "a.png").read_bytes() == content
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_standard_output_of_any_encoding_takes_any_name_as_json(
+    bundle: str, pictures: Path, tmp_path: Path, encoding: str
+) -> None:
+    names = ["Gehäuse.png", "部品.png", "\U0001f600.png"]
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in names:
+        shutil.copy(pictures / "a.png", images / name)
+    table = tmp_path / "table.csv"
+    ended = subprocess.run(
+        [sys.executable, "-m", "focus_ray.cli", "inspect", bundle, str(images), "--csv", str(table)],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr.decode(errors="replace")
+    lines = [json.loads(line) for line in ended.stdout.decode(encoding).splitlines()]
+    assert sorted(Path(line["image"]).name for line in lines) == sorted(names)
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_ingest_tells_of_names_that_standard_output_cannot_show(images: Path, tmp_path: Path) -> None:
+    shutil.copytree(images, tmp_path / "Prüfung")
+    (tmp_path / "Prüfung/gear/train/good/größe.png").write_bytes(b"no image")
+    ended = subprocess.run(
+        [sys.executable, "-m", "focus_ray.cli", "ingest", str(tmp_path / "Prüfung"), str(tmp_path / "data")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert "gr\\u00f6\\u00dfe.png" in ended.stdout
+
+
+def test_paths_that_begin_with_a_tilde_lie_in_the_home_folder(
+    bundle: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures, tmp_path / "home/new")
+    shutil.copytree(bundle, tmp_path / "home/model")
+    assert main(["inspect", "~/model", "~/new", "--overlays=~/heat", "--csv=~/table.csv", "--examples", "~/new"]) == 0
+    assert main(["watch", "~/model", "~/new", "--output=~/verdicts", "--once", "--settle-s", "0"]) == 0
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == [
+        "heat",
+        "model",
+        "new",
+        "table.csv",
+        "verdicts",
+    ]
+    assert not (tmp_path / "~").exists()
+
+
+def test_every_path_of_a_command_line_may_begin_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/plant")
+    for line in (
+        "fit ~/new ~/model",
+        "calibrate ~/b ~/c --good ~/g --bad ~/x --trade-off=~/t",
+        "export ~/b --to onnx --output=~/e --examples ~/g",
+        "evaluate ~/b --output=~/r --data=~/d",
+        "update ~/b ~/c --add=~/d --join ~/e",
+        "data remove ~/d --category gear --ids=~/ids",
+        "metric ~/b --output=~/m",
+        "samples ~/s",
+    ):
+        arguments = vars(parse_words(build_parser(), line.split()))
+        assert "~" not in str({key: value for key, value in arguments.items() if key != "run"}), line
+    assert parse_words(build_parser(), ["submit", "inspect", "~/b"]).words == ["inspect", "~/b"]
 
 
 def test_overlays_that_are_to_go_into_a_file_exit_with_1(

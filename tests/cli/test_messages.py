@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import free_port
 from small_set import draw_parts, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
+from focus_ray.cluster import address
 from focus_ray.config import DataConfig, parse_config
 from focus_ray.data.images import encode_png
 from focus_ray.data.ingest import ingest
@@ -138,9 +140,48 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.Monke
         connect()
     assert "\n" not in str(caught.value)
     assert "Ray does not start on this machine: RuntimeError: The current node timed out" in str(caught.value)
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
-    with pytest.raises(TrainingError, match=r"the Ray cluster at RAY_ADDRESS=10\.0\.0\.9:6379 does not answer"):
-        connect()
+
+
+@pytest.mark.parametrize("prefix", ["", "ray://"])
+@pytest.mark.parametrize("command", ["train", "inspect-batch", "evaluate", "ingest", "sweep"])
+def test_a_ray_cluster_that_is_gone_is_told_at_once(
+    bundle: str,
+    command: str,
+    prefix: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parts = Path(bundle).parents[2]
+    words = {
+        "train": ["default", f"data.uri={parts}/data", f"storage={tmp_path}", "name=gone", "model.weights=random"],
+        "inspect-batch": [bundle, f"{parts}/data", f"{tmp_path}/scores"],
+        "evaluate": [bundle, "--output", f"{tmp_path}/report"],
+        "ingest": [f"{parts}/images", f"{tmp_path}/data", "--workers", "2"],
+        "sweep": [f"{tmp_path}/sweep.yaml"],
+    }[command]
+    base = {"data": {"uri": f"{parts}/data"}, "storage": str(tmp_path), "model": {"weights": "random"}}
+    sweep = {"base": base, "space": {"density.window": [1, 3]}, "searcher": "grid", "name": "gone"}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    place = f"{prefix}127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", place)
+    started = time.monotonic()
+    assert main([command, *words]) == 1
+    assert time.monotonic() - started < 30
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"RAY_ADDRESS={place} does not answer (Connection refused): see that the cluster runs" in message
+
+
+def test_a_server_that_never_answers_is_no_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address, "ANSWER_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        assert "does not answer as Ray does" in address.why_no_cluster(place)
+
+
+@pytest.mark.parametrize("text", ["junk", "http://127.0.0.1:8265", "127.0.0.1", "127.0.0.1:port"])
+def test_text_that_is_no_ray_address_is_told_with_the_forms(text: str) -> None:
+    assert "give HOST:6379" in address.why_no_cluster(text)
 
 
 def test_weights_that_are_not_there_are_told_before_ray_starts(

@@ -73,10 +73,10 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
-def install(venv: Path, variant: str, pypi: str, torch: str) -> subprocess.CompletedProcess[str]:
+def install(venv: Path, variant: str, pypi: str, torch: str, **more: str) -> subprocess.CompletedProcess[str]:
     uv = program("uv")
     subprocess.run([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, str(venv)], check=True)
-    settings = {"VARIANT": variant, "PYPI_INDEX": pypi, "TORCH_INDEX": torch}
+    settings = {"VARIANT": variant, "PYPI_INDEX": pypi, "TORCH_INDEX": torch, **more}
     path = f"{Path(uv).parent}{os.pathsep}{os.environ['PATH']}"
     source = copy_as_the_build_does(venv.parent / "source")
     return subprocess.run(
@@ -110,6 +110,18 @@ def test_the_cuda_variant_has_pypis_torch_and_its_libraries(tmp_path: Path, inde
     found, versions = installed(tmp_path / "venv"), locked()
     assert found.items() <= versions.items()
     assert (CUDA in found) == (CUDA in versions)
+
+
+def test_without_mirrors_the_indexes_are_those_of_pip_and_uv(tmp_path: Path, indexes: str) -> None:
+    done = install(tmp_path / "venv", "cuda", "", "", UV_DEFAULT_INDEX=f"{indexes}/pypi")
+    assert done.returncode == 0, done.stderr
+    assert installed(tmp_path / "venv").items() <= locked().items()
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "container/install.sh", "compose.yaml", "requirements.lock"])
+def test_the_build_names_no_index(name: str) -> None:
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    assert [word for word in ("pypi.org", "pytorch.org", "https://") if word in text] == []
 
 
 @pytest.mark.skipif(CUDA not in locked(), reason="the lock has CUDA libraries for Linux alone")

@@ -64,6 +64,7 @@ PROGRAMS = {
     "make": "each target takes minutes; the Makefile has the target",
     "python": "benchmarks and entry scripts take minutes or a cluster; the module is there, and knows the options",
     "pip": "installs; pyproject.toml has the extra",
+    "uv": "installs",
     "docker": "needs Docker; tests/container checks its files",
     "container/env.sh": "writes a .env beside it; tests/container",
     "VARIANT=cuda": "needs Docker and a GPU; tests/container checks its files",

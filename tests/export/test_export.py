@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
+from places import SHARED
 from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
@@ -24,7 +27,7 @@ from focus_ray.data.images import encode_png
 from focus_ray.errors import ConfigError, DataError, ExportError, MissingPackageError
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.export.export import export_bundle
-from focus_ray.export.formats import Run, check_format, open_model
+from focus_ray.export.formats import Run, check_format, open_model, write_onnx, write_openvino
 from focus_ray.export.resize import ToFrame
 from focus_ray.export.scorer import Scorer, Verdict
 from focus_ray.samples.write import draw_sample
@@ -88,6 +91,33 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return paths
 
 
+@pytest.fixture(scope="module")
+def odd_photographs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One good and one bad part, in kinds of files that Pillow converts to RGB wrongly, or that are rare."""
+    folder = tmp_path_factory.mktemp("odd")
+    for kind in ("good", "scratch"):
+        colour = Image.fromarray(draw_sample("gear", 7, kind, 0)[0])
+        grey = np.asarray(colour.convert("L"))
+        deep = grey.astype(np.uint16) * 257
+        Image.fromarray(deep).save(folder / f"{kind}-grey16.png")
+        Image.fromarray(deep).save(folder / f"{kind}-grey16.tif")
+        Image.fromarray(grey).save(folder / f"{kind}-grey8.png")
+        tifffile.imwrite(folder / f"{kind}-white-is-zero16.tif", 65535 - deep, photometric="miniswhite")
+        tifffile.imwrite(folder / f"{kind}-white-is-zero8.tif", 255 - grey, photometric="miniswhite")
+        colour.quantize(32).save(folder / f"{kind}-palette.png")
+        colour.convert("1").save(folder / f"{kind}-bits.png")
+        colour.convert("CMYK").save(folder / f"{kind}-cmyk.tif")
+        colour.save(folder / f"{kind}-key.png", transparency=colour.getpixel((0, 0)))
+        turned = Image.Exif()
+        turned[0x0112] = 6
+        colour.save(folder / f"{kind}-turned.png", exif=turned)
+        colour.convert("L").save(folder / f"{kind}-turned.tif", exif=turned)
+        clear = colour.convert("LA")
+        clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+        clear.save(folder / f"{kind}-clear.png")
+    return sorted(folder.iterdir())
+
+
 @pytest.mark.parametrize("resize", ["stretch", "pad"])
 @pytest.mark.parametrize("with_region", [False, True])
 def test_images_come_to_the_frame_as_pillow_brings_them(resize: Any, with_region: bool) -> None:
@@ -106,6 +136,39 @@ def test_images_come_to_the_frame_as_pillow_brings_them(resize: Any, with_region
             np.testing.assert_array_equal(shown.numpy(), expected[..., 3] > 0)
         if box is not None:
             assert tuple(box.tolist()) == tuple(frame.box(width, height))
+
+
+class Pixels(torch.nn.Module):
+    """`ToFrame` without what else it gives."""
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__()
+        self.to_frame = ToFrame(frame)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pixels: torch.Tensor = self.to_frame(images)[0]
+        return pixels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resize", ["stretch", "pad"])
+def test_openvino_brings_images_to_the_frame_as_pillow_does(resize: Any, tmp_path: Path) -> None:
+    """It sums and divides whole numbers as float32, which moved pixels by two grey levels."""
+    pytest.importorskip("openvino")
+    frame, dim = Frame(112, 128, resize), torch.export.Dim
+    sizes = {1: dim("height", min=2, max=4000), 2: dim("width", min=2, max=4000)}
+    example = torch.zeros(1, 120, 135, 3, dtype=torch.uint8)
+    program = torch.export.export(Pixels(frame), (example,), dynamic_shapes=(sizes,))
+    write_onnx(program, tmp_path / "frame.onnx", ["pixels"])
+    write_openvino(tmp_path / "frame.onnx", tmp_path / "model.xml")
+    to_frame = open_model(tmp_path, "openvino")
+    rng = np.random.default_rng(0)
+    for height, width in ((64, 64), (97, 201), (300, 500)):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        (found,) = to_frame(pixels[None]).values()
+        expected = frame.place(Image.fromarray(pixels), width, height)
+        found = (found[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
+        np.testing.assert_array_equal(found, expected[..., :3])
 
 
 @pytest.mark.parametrize("target", [0.05, 0.3])
@@ -168,23 +231,77 @@ def test_the_python_example_says_what_inspect_says(onnx: Path, bundle: str, phot
     compare(lines, bundle, photographs)
 
 
-def test_the_node_example_says_what_inspect_says(onnx: Path, bundle: str, photographs: list[Path]) -> None:
+def test_the_python_example_reads_every_kind_of_file_as_inspect_does(
+    onnx: Path, bundle: str, odd_photographs: list[Path]
+) -> None:
+    lines = run_example("inspect_onnx.py", onnx, odd_photographs, without=("torch", "focus_ray"))
+    compare(lines, bundle, odd_photographs)
+    scores = {Path(line["image"]).stem: line["score"] for line in lines}
+    for kind in ("good", "scratch"):
+        assert scores[f"{kind}-grey16"] == pytest.approx(scores[f"{kind}-grey8"], rel=1e-4)
+        assert scores[f"{kind}-white-is-zero16"] == pytest.approx(scores[f"{kind}-grey8"], rel=1e-4)
+
+
+@pytest.mark.skipif(not (SHARED / "cases").is_dir(), reason="../shared/cases is not there")
+def test_the_python_example_reads_known_files_as_inspect_does_or_refuses_them(onnx: Path, bundle: str) -> None:
+    files = sorted(path for path in (SHARED / "cases").rglob("*") if path.suffix in (".png", ".tif"))
+    lines = run_example("inspect_onnx.py", onnx, files, without=("torch", "focus_ray"), refused=True)
+    done = [(line, path) for line, path in zip(lines, files, strict=True) if "error" not in line]
+    compare([line for line, _ in done], bundle, [path for _, path in done])
+    assert {path.name for path in files} - {path.name for _, path in done} == {"05-rgb16-planar.tif"}
+
+
+def test_the_python_example_goes_on_after_an_image_that_it_refuses(
+    onnx: Path, bundle: str, photographs: list[Path], tmp_path: Path
+) -> None:
+    deep, real, damaged = tmp_path / "deep.tif", tmp_path / "float.tif", tmp_path / "damaged.png"
+    Image.fromarray(np.full((60, 60), 70_000, np.int32)).save(deep)
+    Image.fromarray(np.full((60, 60), 0.5, np.float32)).save(real)
+    damaged.write_bytes(photographs[0].read_bytes()[:500])
+    images = [deep, real, damaged, photographs[1]]
+    lines = run_example("inspect_onnx.py", onnx, images, without=("torch", "focus_ray"), refused=True)
+    assert ["error" in line for line in lines] == [True, True, True, False]
+    compare(lines[3:], bundle, [photographs[1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["inspect_onnx.py", "inspect_torch.py"])
+def test_the_python_examples_give_no_verdict_on_an_image_that_is_too_thin(
+    name: str, data: str, photographs: list[Path], tmp_path: Path
+) -> None:
+    uri = make_bundle(small_config(data, tmp_path, **CASES["padded"]))
+    folder = export_bundle(uri, name.removesuffix(".py").removeprefix("inspect_"), tmp_path / "export").folder
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 512, 3), dtype=np.uint8)).save(tmp_path / "thin.png")
+    images = [tmp_path / "thin.png", *photographs]
+    lines = run_example(name, folder, images, without=("focus_ray",), refused=True)
+    assert "no verdict" in lines[0]["error"]
+    compare(lines[1:], uri, photographs)
+
+
+def test_the_node_example_says_what_inspect_says(
+    onnx: Path, bundle: str, photographs: list[Path], odd_photographs: list[Path]
+) -> None:
     """Runs where NODE_PATH names a node_modules with onnxruntime-node and sharp, as the example's first lines say."""
     node = shutil.which("node")
     needed = "require('onnxruntime-node'); require('sharp')"
     if node is None or subprocess.run([node, "-e", needed], capture_output=True).returncode:
         pytest.skip("no node, or NODE_PATH names no folder with onnxruntime-node and sharp")
+    # sharp converts CMYK by a colour profile, and focus_ray does not
+    images = [*photographs, *(path for path in odd_photographs if "cmyk" not in path.name)]
     done = subprocess.run(
-        [node, EXAMPLES / "inspect_onnx.mjs", onnx, *photographs], capture_output=True, text=True, timeout=60
+        [node, EXAMPLES / "inspect_onnx.mjs", onnx, *images], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    compare([json.loads(line) for line in done.stdout.splitlines()], bundle, photographs)
+    compare([json.loads(line) for line in done.stdout.splitlines()], bundle, images)
 
 
 @pytest.mark.slow
-def test_the_torch_export_says_what_inspect_says(bundle: str, photographs: list[Path], tmp_path: Path) -> None:
+def test_the_torch_export_says_what_inspect_says(
+    bundle: str, photographs: list[Path], odd_photographs: list[Path], tmp_path: Path
+) -> None:
     folder = export_bundle(bundle, "torch", tmp_path / "torch").folder
-    compare(run_example("inspect_torch.py", folder, photographs, without=("focus_ray",)), bundle, photographs)
+    images = [*photographs, *odd_photographs]
+    compare(run_example("inspect_torch.py", folder, images, without=("focus_ray",)), bundle, images)
 
 
 @pytest.mark.slow
@@ -287,10 +404,40 @@ def test_an_export_goes_to_no_uri(bundle: str, tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("to", ["onnx", "torch", "openvino"])
+def test_a_full_disk_is_told_as_such_and_leaves_nothing(bundle: str, tmp_path: Path, to: str) -> None:
+    if to == "openvino":
+        pytest.importorskip("openvino")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as a full disk
+    try:
+        with pytest.raises(DataError, match=f"{to}: cannot be written: "):
+            export_bundle(bundle, to, tmp_path / to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_few_examples_are_told(bundle: str, photographs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"3 of 3 examples are not among the images .* and 4 are needed"):
         export_bundle(bundle, "torch", tmp_path / "new", examples=[str(path) for path in photographs[:3]])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("spoil", ["corrupt", "thin"])
+def test_an_example_that_cannot_be_used_is_named(
+    spoil: str, data: str, photographs: list[Path], tmp_path: Path
+) -> None:
+    uri = make_bundle(small_config(data, tmp_path, density=GAUSSIAN, model={**STILL, "resize": "pad"}))
+    for path in photographs:
+        shutil.copy(path, tmp_path)
+    if spoil == "corrupt":
+        (tmp_path / "3.png").write_bytes(photographs[3].read_bytes()[:300])
+    else:
+        Image.new("RGB", (512, 8)).save(tmp_path / "3.png")
+    places = [str(tmp_path / path.name) for path in photographs]
+    with pytest.raises(DataError, match=rf"^{tmp_path}/3\.png: .*({'truncated' if spoil == 'corrupt' else '512 x 8'})"):
+        export_bundle(uri, "torch", tmp_path / "new", examples=places)
 
 
 def test_a_data_set_that_is_gone_is_told(data: str, tmp_path: Path) -> None:
@@ -336,13 +483,16 @@ def test_the_command_takes_folders_of_good_and_bad_parts(
     assert "image AUROC: PyTorch" in told.err
 
 
-def run_example(name: str, folder: Path, images: list[Path], without: tuple[str, ...]) -> list[dict[str, Any]]:
+def run_example(
+    name: str, folder: Path, images: list[Path], without: tuple[str, ...], refused: bool = False
+) -> list[dict[str, Any]]:
+    """Returns the lines that an example prints. refused: whether it must end with status 1, having refused an image."""
     blocked = f"import runpy, sys; sys.modules.update(dict.fromkeys({without!r})); runpy.run_path(sys.argv.pop(1))"
     command = [sys.executable, "-c", blocked, str(EXAMPLES / name), str(folder), *map(str, images)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr.count("Traceback")) == (int(refused), 0), done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -165,9 +165,10 @@ def test_a_map_shows_a_defect_where_it_is_in_the_photograph(bundles: dict[str, s
     pixels[70:82, 100:112] = (255, 0, 255)
     clean, bad = inspector.inspect([encode_png(np.asarray(wide)), encode_png(pixels)])
     assert bad.anomaly_map.shape == (56, 80)
-    y, x = np.unravel_index(int((bad.anomaly_map - clean.anomaly_map).argmax()), (56, 80))
-    assert abs(y * 2 - 76) <= 16
-    assert abs(x * 2 - 106) <= 16
+    rise = bad.anomaly_map - clean.anomaly_map
+    near = rise[30:46, 45:61]  # the defect and 8 pixels around it, at half size
+    assert near.max() >= 0.9 * rise.max()
+    assert near.mean() > 3 * abs(rise.mean())
     assert bad.score > clean.score
 
 
@@ -276,7 +277,8 @@ def test_cross_calibration_selection_and_training_know_tiles(data: str, tmp_path
         }
         config = small_config(data, tmp_path, **sections)
         result = fit_alone(config)
-        assert result.calibration.num_images == len(plan_category(config, "gear").fit_rows)
+        plan = plan_category(config, "gear")  # images that validated calibrate too, once nothing is left to be selected
+        assert result.calibration.num_images == len(plan.fit_rows) + len(plan.validation_rows)
         assert len(result.notes.history) == 1
         assert len(result.notes.selection) == 2
 

@@ -128,6 +128,66 @@ def test_a_form_of_several_has_a_result_or_a_reason_for_each(http: TestClient, p
     assert results[0]["verdict"] in ("normal", "anomalous")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("POST", "/v1/press/gear/inspect?versoin=candidate", "did you mean 'version'?"),
+        ("POST", "/v1/press/gear/inspect?Version=candidate", "did you mean 'version'?"),
+        ("POST", "/v1/press/gear/inspect?outputs=mask&version=v0001", "did you mean 'output'?"),
+        ("POST", "/v1/press/gear/inspect?zzz=1", "this path takes include, output, version"),
+        ("POST", "/v1/press/gear/inspect?version=v0001&version=candidate", "'version' is given twice"),
+        ("POST", "/v1/press/gear/inspect?versoin=", "did you mean 'version'?"),
+        ("GET", "/v1/press/gear?ref=v0001", "this path takes version"),
+        ("GET", "/v1/press/gear/examples/0?versions=v0001", "did you mean 'version'?"),
+        ("GET", "/v1/press/gear/versions?limit=3", "this path takes none"),
+        ("GET", "/v1/press?page=2", "this path takes none"),
+        ("GET", "/v1?team=press", "this path takes none"),
+        ("PUT", "/v1/press/gear/aliases/candidate?version=v0001", "this path takes none"),
+    ],
+)
+def test_a_query_parameter_that_a_path_does_not_take_is_a_422(
+    http: TestClient, plant: Plant, method: str, path: str, words: str
+) -> None:
+    answer = http.request(method, path, content=plant.images[0], headers=plant.headers(plant.press))
+    assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
+    assert words in answer.json()["detail"]
+    assert http.request(method, path, content=plant.images[0]).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (["form-data; name=images; filename*=UTF-8''Geh%C3%A4use%20%22a%22.png"], "Gehäuse _a_.png"),
+        (["form-data; name=images; filename*=\"utf-8'de'a.png\""], "a.png"),
+        (["form-data; name=images; filename*0=part; filename*1=.png"], "part.png"),
+        (["form-data; name=images; filename*=nocharset''%ff.png"], "ÿ.png"),
+        (["form-data; name=images; filename*=UTF-8''x.png; filename=y.png"], "y.png"),
+        (["form-data; name=images", "Content-Type: image/png"], ""),
+    ],
+)
+def test_a_part_of_a_form_is_a_file_by_its_extended_name_or_type(
+    http: TestClient, plant: Plant, lines: list[str], name: str
+) -> None:
+    assert len(plant.images[0]) > 4096
+    head = "\r\n".join(["--b", f"Content-Disposition: {lines[0]}", *lines[1:]])
+    body = head.encode() + b"\r\n\r\n" + plant.images[0] + b"\r\n--b--\r\n"
+    headers = {**plant.headers(plant.press), "content-type": "multipart/form-data; boundary=b"}
+    answer = http.post("/v1/press/gear/inspect", content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert [result["name"] for result in answer.json()["results"]] == [name]
+
+
+def test_a_field_that_is_no_file_is_told_how_to_become_one(http: TestClient, plant: Plant) -> None:
+    headers = {"authorization": f"Bearer {plant.press}"}
+    files = {"images": ("a.png", plant.images[0])}
+    answer = http.post("/v1/press/gear/inspect", data={"images": "x" * 5000}, files={"y": b"y"}, headers=headers)
+    assert answer.status_code == 400
+    assert "give each image a file name" in answer.json()["detail"]
+    answer = http.post("/v1/press/gear/inspect", data={"version": "candidate"}, files=files, headers=headers)
+    assert answer.status_code == 422
+    assert "?version=" in answer.json()["detail"]
+
+
 def test_pictures_come_by_query_and_by_accept(http: TestClient, plant: Plant) -> None:
     found = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
     headers = plant.headers(plant.press)
@@ -275,6 +335,7 @@ def test_token_files_that_cannot_be_are_refused_without_showing_them(tmp_path: P
         read_tokens(file)
     for content, match in (
         ("a: [", "not valid YAML$"),
+        ("tokens: []\ntokens: []", "not valid YAML$"),
         ("secret", "expected a mapping with the key 'tokens'"),
         ("tokens: [{id: x}]", "tokens.0.id"),
     ):

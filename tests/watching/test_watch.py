@@ -153,6 +153,39 @@ def test_two_watchers_never_inspect_the_overlays_of_each_other(
         assert [line["image"] for line in lines_in(folder / output)] == ["a.png"]
 
 
+def test_an_overlay_that_cannot_be_written_costs_no_verdict(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out/overlays").mkdir(parents=True)
+    (tmp_path / "out/overlays/lamp").write_text("a file in the way of a folder")
+    for name in ("lamp/a.png", "gear/b.png"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_bytes(pictures[0])
+    with watching(root / "bundle", folder, overlays="all") as running:
+        lines = {line["image"]: line for line in running.until(2)}
+    assert "overlay" not in lines["lamp/a.png"]
+    assert "cannot be written" in lines["lamp/a.png"]["overlay_error"]
+    assert (running.out / lines["gear/b.png"]["overlay"]).is_file()
+    assert len(rows_in(running.out)) == 2
+    assert any(message.startswith("lamp/a.png: no overlay: ") for message in running.told)
+
+
+def test_lines_are_printed_whatever_standard_output_can_show(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
+) -> None:
+    (folder / "Gehäuse.png").write_bytes(pictures[0])
+    words = ["watch", str(root / "bundle"), str(folder), "--output", str(tmp_path / "out"), "--print", "--once"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "focus_ray.cli", *words, "--settle-s", "0"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == lines_in(tmp_path / "out")[0]
+
+
 def test_names_of_any_bytes_and_length_are_written(root: Path, pictures: list[bytes], folder: Path) -> None:
     for number, name in enumerate((os.fsdecode(b"\xff,\n.png"), "\u00e9" * 120 + ".png")):
         (folder / name).write_bytes(pictures[number])
