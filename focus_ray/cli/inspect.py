@@ -98,7 +98,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         raise DataError(f"{arguments.csv}: a folder: give a file for --csv")
     names = _overlay_names(paths)
     if arguments.overlays:
-        _refuse_overwriting(Path(arguments.overlays), names)
+        _check_overlays(Path(arguments.overlays), names)
     say(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a misspelt path need not wait for
     from focus_ray.evaluation.strip import overlay_with_strip
@@ -133,9 +133,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
                 try:
-                    write_bytes(
-                        target, encode_png(overlay_with_strip(decode_image(data, None), found_or_error), drawn=True)
-                    )
+                    picture = overlay_with_strip(decode_image(data, None), found_or_error)
+                    write_bytes(target, encode_png(picture, drawn=True))
                     line["overlay"] = readable_name(target)
                 except DataError as error:  # the verdict is known, and the next overlay may find room
                     line["overlay_error"] = readable_name(str(error))
@@ -176,6 +175,25 @@ def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, by
     return results
 
 
+def _check_overlays(folder: Path, names: Mapping[Path, str]) -> None:
+    """Raises: DataError: an overlay would replace an image that is inspected, or another file that is not an overlay."""
+    from focus_ray.drawings import is_drawing_file
+
+    images = {os.path.realpath(path): path for path in names}
+    for path, name in names.items():
+        if (image := images.get(os.path.realpath(folder / name))) is not None:
+            raise DataError(
+                f"--overlays {folder}: the overlay of {readable_name(path)} would replace the image {readable_name(image)}: "
+                "give another folder"
+            )
+        target = folder / name
+        if os.path.isfile(target) and os.path.getsize(target) and not is_drawing_file(target):
+            raise DataError(
+                f"--overlays {folder}: the overlay of {readable_name(path)} would replace {readable_name(target)}, which is not "
+                "an overlay: give another folder"
+            )
+
+
 def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
     """<stem>.png; where images share a stem, with their folders' names before it, and a number if that is not enough.
 
@@ -193,19 +211,6 @@ def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
         taken.add(name)
         names[path] = f"{name}.png"
     return names
-
-
-def _refuse_overwriting(folder: Path, names: Mapping[Path, str]) -> None:
-    """Raises: DataError: an overlay would replace a file that is not an overlay, such as the photograph itself."""
-    from focus_ray.drawings import is_drawing_file
-    from focus_ray.errors import DataError
-
-    for name in names.values():
-        target = folder / name
-        if target.exists() and target.stat().st_size and not is_drawing_file(target):
-            raise DataError(
-                f"--overlays {folder}: the overlay {name} would replace a file that is not an overlay: give another folder"
-            )
 
 
 def _inspect_batch(arguments: argparse.Namespace) -> int:

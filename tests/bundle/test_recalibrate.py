@@ -250,5 +250,10 @@ def test_overlays_never_replace_the_images(work: Path, tmp_path: Path, capsys: p
     shutil.copy(good_images(work)[0], image)
     before = image.read_bytes()
     assert main(["inspect", bundle_of(work), str(image), "--overlays", str(tmp_path)]) == 1
-    assert "a.png would replace a file that is not an overlay" in capsys.readouterr().err
+    assert f"the overlay of {image} would replace the image {image}" in capsys.readouterr().err
+    other = tmp_path / "other/a.png"
+    other.parent.mkdir()
+    shutil.copy(good_images(work)[1], other)
+    assert main(["inspect", bundle_of(work), str(other), "--overlays", str(tmp_path)]) == 1
+    assert f"would replace {image}, which is not an overlay" in capsys.readouterr().err
     assert image.read_bytes() == before

@@ -125,6 +125,34 @@ def test_what_is_there_and_what_arrives_has_a_line_and_a_row_that_inspect_would_
     ]
 
 
+def test_lines_and_rows_say_which_images_the_model_was_trained_on(
+    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
+) -> None:
+    known = [short_hash(content_hash(decode_image(pictures[0], None)))]
+    config = small_config(str(root / "data"), tmp_path / "runs", model={"image_alignment": {"group": "none"}})
+    bundle = make_bundle(config, place=tmp_path / "bundle", known=known)
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(pictures[number])
+    (folder / "2.png").write_bytes(b"no image")
+    with watching(bundle, folder) as running:
+        lines = {line["image"]: line.get("trained_on", False) for line in running.until(3)}
+    assert lines == {"0.png": True, "1.png": False, "2.png": False}
+    rows = {row["image"]: row["trained_on"] for row in rows_in(running.out)}
+    assert rows == {"0.png": "true", "1.png": "false", "2.png": ""}
+
+
+def test_two_watchers_never_inspect_the_overlays_of_each_other(
+    root: Path, pictures: list[bytes], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a.png").write_bytes(pictures[0])
+    words = ["--device", "cpu", "--once", "--settle-s", "0.05", "--poll-s", "0.02", "--overlays"]
+    for output in ("left", "right", "left", "right"):
+        assert main(["watch", str(root / "bundle"), str(folder), "--output", str(folder / output), *words]) == 0
+    assert "pictures that focus_ray drew are passed over" in capsys.readouterr().err
+    for output in ("left", "right"):
+        assert [line["image"] for line in lines_in(folder / output)] == ["a.png"]
+
+
 def test_an_overlay_that_cannot_be_written_costs_no_verdict(
     root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
 ) -> None:
@@ -156,34 +184,6 @@ def test_lines_are_printed_whatever_standard_output_can_show(
     )
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout) == lines_in(tmp_path / "out")[0]
-
-
-def test_lines_and_rows_say_which_images_the_model_was_trained_on(
-    root: Path, pictures: list[bytes], folder: Path, tmp_path: Path
-) -> None:
-    known = [short_hash(content_hash(decode_image(pictures[0], None)))]
-    config = small_config(str(root / "data"), tmp_path / "runs", model={"image_alignment": {"group": "none"}})
-    bundle = make_bundle(config, place=tmp_path / "bundle", known=known)
-    for number in range(2):
-        (folder / f"{number}.png").write_bytes(pictures[number])
-    (folder / "2.png").write_bytes(b"no image")
-    with watching(bundle, folder) as running:
-        lines = {line["image"]: line.get("trained_on", False) for line in running.until(3)}
-    assert lines == {"0.png": True, "1.png": False, "2.png": False}
-    rows = {row["image"]: row["trained_on"] for row in rows_in(running.out)}
-    assert rows == {"0.png": "true", "1.png": "false", "2.png": ""}
-
-
-def test_two_watchers_never_inspect_the_overlays_of_each_other(
-    root: Path, pictures: list[bytes], folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "a.png").write_bytes(pictures[0])
-    words = ["--device", "cpu", "--once", "--settle-s", "0.05", "--poll-s", "0.02", "--overlays"]
-    for output in ("left", "right", "left", "right"):
-        assert main(["watch", str(root / "bundle"), str(folder), "--output", str(folder / output), *words]) == 0
-    assert "pictures that focus_ray drew are passed over" in capsys.readouterr().err
-    for output in ("left", "right"):
-        assert [line["image"] for line in lines_in(folder / output)] == ["a.png"]
 
 
 def test_names_of_any_bytes_and_length_are_written(root: Path, pictures: list[bytes], folder: Path) -> None:
