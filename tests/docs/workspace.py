@@ -73,6 +73,7 @@ def make(folder: Path) -> Path:
     _copy(good[12:16], folder / "good")
     _views(good[:12], folder)
     _copy(bad, folder / "defects")
+    _copy(sorted((parts / "bolt/test/good").iterdir()), folder / "good-parts")
     _copy(bad[:2], folder / "new")
     for name, source in (
         ("new", bad[0]),

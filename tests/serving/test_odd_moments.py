@@ -135,7 +135,7 @@ def test_serving_a_folder_of_runs_names_a_run(plant: Plant, capsys: pytest.Captu
 def test_a_score_that_is_no_number_is_told_as_what_it_is(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     inspector = Inspector.load(plant.bundles["gear"], "cpu")
     with pytest.raises(ScoreError, match=r"the model of 'gear' \(version .*\) gave no finite score for an image"):
-        inspector.judge(float("nan"), np.zeros((4, 4), np.float32), 4, 4)
+        inspector.judge(float("nan"), np.full((4, 4), np.nan, np.float32), 4, 4)
     with pytest.raises(ScoreError):
         inspector.judge(1.0, np.full((4, 4), np.inf, np.float32), 4, 4)
 
