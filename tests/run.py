@@ -21,6 +21,7 @@ FIRST = (
     "density",
     "docs",
     "evaluation",
+    "fitting",
     "samples",
     "serving",
     "submission",
