@@ -164,7 +164,11 @@ def statuses(ended: subprocess.CompletedProcess[str]) -> list[str]:
     ("extras", "words", "message"),
     [
         (("train",), "train default data.uri=d", "train needs matplotlib, sklearn, not installed here"),
-        (("ray",), "sweep sweep base.data.uri=d", "sweep needs aiohttp, fastapi, multipart, optuna, ray, starlette,"),
+        (
+            ("ray",),
+            "sweep sweep base.data.uri=d",
+            "sweep needs aiohttp, fastapi, grpc, optuna, python_multipart, ray, starlette,",
+        ),
         (("ray",), "ingest {made} {out} --workers 2", "this needs ray, which is not installed here"),
         (
             ("s3",),
