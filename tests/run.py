@@ -21,7 +21,6 @@ FIRST = (
     "density",
     "docs",
     "evaluation",
-    "fitting",
     "samples",
     "serving",
     "submission",
