@@ -22,12 +22,13 @@ from focus_ray.config import parse_config
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
+    describe_images,
     descriptor_distances,
     find_duplicates,
     find_relations,
     measure_same_part_distance,
 )
-from focus_ray.fitting.scoring import describe_embedding, descriptor_channels, embed, to_images
+from focus_ray.fitting.scoring import to_images
 from focus_ray.model.batch_norm import prepared_for_inference
 from focus_ray.model.network import build_net
 from focus_ray.model.reduction import ChannelReduction
@@ -103,12 +104,7 @@ def measure(arguments: argparse.Namespace, uri: str, category: str) -> dict[str,
 
 
 def _describe(net: Any, reduction: ChannelReduction, images: Tensor) -> Tensor:
-    return torch.cat(
-        [
-            describe_embedding(descriptor_channels(embed(net, reduction, to_images(part, "cpu"), True)[0], reduction))
-            for part in images.split(16)
-        ]
-    )
+    return torch.cat([describe_images(net, reduction, to_images(part, "cpu")) for part in images.split(16)])
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def join_relations(
 ) -> Relations | None:
     """The relations of two banks put one after the other; no image of the first is related to one of the second.
 
-    Args: first, second: None where no two images of that bank are related.
+    Args: first, second: relations within each bank; None if its images are not related.
     """
     if first is None and second is None:
         return None

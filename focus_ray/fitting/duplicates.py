@@ -40,15 +40,15 @@ MIN_IMAGES = 4  # fewer images have no meaningful sorted distances
 MIN_SEQUENCE_IMAGES = 16
 SEQUENCE_DISTANCE = 0.8  # neighbours in a sequence are closer than this share of the mean distance
 PLATEAU = 0.9  # images so far apart in order that their distance reaches this share of the mean are unrelated
-MAX_BLOCK_SHARE = (
-    0.125  # of all images in a block, on each side: three quarters of the images at least are never left out
-)
+# A block leaves out at most this share of all images on each side. A block is at most as wide as both sides together, so at
+# least half of the images remain.
+MAX_BLOCK_SHARE = 0.125
 PERMUTATIONS = 199
 SEQUENCE_LEVEL = 0.005  # of the permutation test: the smallest p-value that 199 permutations can give
 
 
 class ImageOrigins(NamedTuple):
-    """What is known about N images besides their pixels.
+    """Names and order of N images, by which they may be related.
 
     Attributes:
         groups: (N,) int64, group numbers that the user named; an image without a name has a number of its own.
@@ -59,6 +59,12 @@ class ImageOrigins(NamedTuple):
     groups: Tensor
     order: Tensor
     same_part_distance: float | None = None
+
+
+def describe_images(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> Tensor:
+    """Descriptors (N, P, K) of images (N, 3, H, W) in 0..1, on the device of the network."""
+    embedding, _ = embed(net, reduction, images, alike=True)
+    return describe_embedding(descriptor_channels(embedding, reduction))
 
 
 def describe_bank(bank: Tensor, height: int, width: int) -> Tensor:
@@ -103,7 +109,7 @@ def measure_same_part_distance(
         shifted = _shift(image, *SHIFTS_PX[number % len(SHIFTS_PX)])
         pair = torch.stack([image, shifted]) + NOISE * torch.randn(2, *image.shape, generator=generator)
         batch = to_images(pair.clamp(0, 255).round().to(torch.uint8), device)
-        descriptors = describe_embedding(descriptor_channels(embed(net, reduction, batch, alike=True)[0], reduction))
+        descriptors = describe_images(net, reduction, batch)
         distances.append(float(descriptor_distances(descriptors[:1], descriptors[1:])))
     return TOLERANCE * float(torch.tensor(distances).median())
 
@@ -125,10 +131,12 @@ def find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | No
     groups = origins.groups.cpu()
     if origins.same_part_distance is not None:
         groups = _merge(groups, find_duplicates(distances, origins.same_part_distance))
-    relations = relate_sequence(distances, Relations.from_groups(groups), origins.order.cpu())
-    if relations.is_trivial or bool(relations.related.all(dim=1).any()):
-        return None
-    return relations
+    return _useful(relate_sequence(distances, Relations.from_groups(groups), origins.order.cpu()))
+
+
+def _useful(relations: Relations) -> Relations | None:
+    """The relations; None if no two images are related, or if an image is related to all others."""
+    return None if relations.is_trivial or bool(relations.related.all(dim=1).any()) else relations
 
 
 def relate_duplicates(statistics: Statistics) -> None:
@@ -139,8 +147,7 @@ def relate_duplicates(statistics: Statistics) -> None:
     distances = descriptor_distances(descriptors, descriptors)
     former = statistics.relations or Relations.from_groups(torch.arange(len(descriptors)))
     groups = _merge(former.groups, find_duplicates(distances, statistics.same_part_distance))
-    relations = Relations(former.related | (groups[:, None] == groups), groups)
-    statistics.relations = None if relations.is_trivial or bool(relations.related.all(dim=1).any()) else relations
+    statistics.relations = _useful(Relations(former.related | (groups[:, None] == groups), groups))
 
 
 def find_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:

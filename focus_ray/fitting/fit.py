@@ -38,6 +38,7 @@ from focus_ray.fitting.distributed import decided_by_first, gather_objects, gath
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
+    describe_images,
     describe_statistics,
     find_relations,
     measure_same_part_distance,
@@ -52,7 +53,7 @@ from focus_ray.fitting.passes import (
     validation_pass,
 )
 from focus_ray.fitting.profile import fit_profile
-from focus_ray.fitting.scoring import GRID, Detector, describe_embedding, descriptor_channels, embed, to_images
+from focus_ray.fitting.scoring import GRID, Detector, to_images
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
 from focus_ray.kinds import DENSITIES
@@ -173,9 +174,8 @@ class Run:
         self.metric: Metric | None = None  # once it is learnt
         self.validation = self._validation_set()
         self.method = self.calibration_method()
-        self._references: Tensor | None = (
-            None  # a few training images, from which the distance of photographs is measured
-        )
+        # a few training images, photographed twice in simulation to measure how near two photographs of one part are
+        self._references: Tensor | None = None
         self._own_parts: NDArray[np.int64] = shard.fit_groups()
 
     def _count_own(self, num_images: int) -> None:
@@ -394,7 +394,7 @@ class Run:
 
     # ---- images that show the same part
     def _origins(self, positions: Sequence[int], reduction: ChannelReduction) -> ImageOrigins:
-        """Of training images, by their positions among those of all workers."""
+        """The origins of training images, which are named by their positions among the images of all workers."""
         groups, order = (
             torch.from_numpy(np.concatenate(gather_objects(numbers)))[list(positions)]
             for numbers in (self.shard.fit_groups(), self.shard.fit_order())
@@ -425,14 +425,7 @@ class Run:
 
     def _describe(self, batches: Iterable[Tensor]) -> Tensor:
         """Descriptors (n, P, K) of images of all workers."""
-        parts = [
-            describe_embedding(
-                descriptor_channels(
-                    embed(self.net, self.reduction, to_images(batch, self.device), True)[0], self.reduction
-                )
-            )
-            for batch in batches
-        ]
+        parts = [describe_images(self.net, self.reduction, to_images(batch, self.device)) for batch in batches]
         num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
         own = torch.cat(parts).cpu() if parts else torch.empty(0, GRID * GRID, num_channels)
         return gather_rows(own, self.device)
@@ -444,36 +437,39 @@ class Run:
         Returns: None if too few do: then held-out images cannot say how a new part scores.
         """
         counts = gather_objects(self.shard.num_holdout())
-        own = range(self.shard.num_holdout())
+        own_places = range(self.shard.num_holdout())
         if statistics.bank is None or statistics.descriptors is None:
-            return list(own)
-        held = self._describe(self.shard.holdout_batches())
-        kept = sorted(
+            return list(own_places)
+        holdout_descriptors = self._describe(self.shard.holdout_batches())
+        bank_positions = sorted(
             positions_to_keep(self.config.density, self.num_images) or sample_positions(self.num_images, _CALIBRATED)
         )
-        known = self._origins(kept, self.reduction)
+        bank_origins = self._origins(bank_positions, self.reduction)
+        num_bank = len(bank_positions)
         groups, order = (
             torch.from_numpy(np.concatenate(gather_objects(numbers)))
             for numbers in (self.shard.holdout_groups(), self.shard.holdout_order())
         )
         origins = ImageOrigins(
-            torch.cat([known.groups, groups]), torch.cat([known.order, order]), known.same_part_distance
+            torch.cat([bank_origins.groups, groups]),
+            torch.cat([bank_origins.order, order]),
+            bank_origins.same_part_distance,
         )
-        descriptors = torch.cat([statistics.descriptors.float(), held])
+        descriptors = torch.cat([statistics.descriptors.float(), holdout_descriptors])
         relations = decided_by_first(lambda: find_relations(descriptors, origins))
         if relations is None:
-            return list(own)
-        unrelated = ~relations.related[len(known.groups) :, : len(known.groups)].any(dim=1)
-        dropped = int((~unrelated).sum())
-        if dropped:
+            return list(own_places)
+        unrelated = ~relations.related[num_bank:, :num_bank].any(dim=1)
+        num_related = int((~unrelated).sum())
+        if num_related:
             self._warn(
-                f"{dropped} of {len(unrelated)} held-out photographs show parts that training photographs show too: they do not "
-                "set the threshold"
+                f"{num_related} of {len(unrelated)} held-out photographs show parts that training photographs show too: they do "
+                "not set the threshold"
             )
         if float(unrelated.float().mean()) < _MIN_UNRELATED_SHARE:
             return None
         first = sum(counts[: self.rank])
-        return [place for place in own if bool(unrelated[first + place])]
+        return [place for place in own_places if bool(unrelated[first + place])]
 
     def _note_relations(self, relations: Relations) -> None:
         """Tells how many parts the photographs show."""
@@ -486,7 +482,7 @@ class Run:
         self.log(f"WARNING: {message}")
 
     def _join_validation(self) -> None:
-        """Makes training images of those that selection held out, once nothing is left to be selected."""
+        """Adds the images that selection held out to the training images. Call it once nothing is left to be selected."""
         if self.validation is None:
             return
         self.shard = self.shard.join_validation()
@@ -556,7 +552,7 @@ class Run:
     def _folds_by_part(self) -> list[list[int]]:
         """Places, in this worker's share, of the images of each fold of the cross calibration.
 
-        Photographs that show the same part, as far as they are found, come into one fold.
+        Photographs that are recognised to show the same part are in the same fold.
         """
         num_folds = self.config.calibration.num_folds
         folds, self._own_parts = self.shard.fit_folds(), self.shard.fit_groups()

@@ -31,7 +31,7 @@ class Scored(NamedTuple):
     anomaly_map (B, H, W): in the frame of the images that were given.
     descriptors (B, P, K): as `describe` gives them, where they were asked for.
 
-    Of an image of which no place is inspected, the score is nan and the map 0.
+    If no place of an image can be inspected, its score is nan and its map is 0.
     """
 
     score: Tensor
