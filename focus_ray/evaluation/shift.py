@@ -118,7 +118,7 @@ def compare_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> Shif
 
 
 def compare_stream(calibration_scores: ArrayLike, recent_scores: ArrayLike) -> Shift | None:
-    """Tests whether the images of a stream score as the calibration images, where up to `DEFECT_SHARE` of them are defects.
+    """Tests whether a stream's images score like the calibration images, though up to `DEFECT_SHARE` of the stream are defects.
 
     Without the highest `DEFECT_SHARE` of the stream's scores, the others rank no higher than as many good images do, however high
     the defects score. So the test for higher scores takes the others as the whole stream. Defects only hide lower scores, so the
@@ -154,7 +154,7 @@ def describe_stream_shift(shift: Shift) -> str | None:
 
 
 def describe_new_calibration(shift: Shift) -> str | None:
-    """A sentence about good images that set new thresholds, compared with the former; None where there is nothing to tell."""
+    """A sentence that compares the good images of new thresholds with those of the former ones; None if they score alike."""
     remedy = (
         "Light, position or batch may have changed. The new thresholds fit these images; if defects are missed, add such images "
         "with `focus-ray update BUNDLE NEW --add DATA`."
@@ -163,7 +163,7 @@ def describe_new_calibration(shift: Shift) -> str | None:
 
 
 class RecentScores:
-    """The latest `WINDOW` scores of one model's stream, and what the last test of them showed. Its memory is bounded.
+    """The latest `WINDOW` scores of one model's stream, and the result of the last test. Its memory is bounded.
 
     Attributes:
         shift: of the last test; None before the first.
@@ -204,10 +204,13 @@ class RecentScores:
 def _shift(
     num_new: int, num_calibrating: int, p_higher: float, p_lower: float, matters: dict[Direction, bool]
 ) -> Shift:
-    """matters: whether a direction is shown, by a difference that matters; of both, that of the smaller p-value is told."""
+    """Makes the result of a test. If both directions matter, it reports the direction with the smaller p-value.
+
+    Args: matters: whether the test shows a difference in this direction that is large enough to report.
+    """
     p_values = {"higher": p_higher, "lower": p_lower}
-    shown = sorted((one for one in matters if matters[one]), key=lambda one: p_values[one])
-    return Shift(num_new, num_calibrating, p_higher, p_lower, shown[0] if shown else None)
+    directions = sorted((name for name in matters if matters[name]), key=lambda name: p_values[name])
+    return Shift(num_new, num_calibrating, p_higher, p_lower, directions[0] if directions else None)
 
 
 def _sentence(shift: Shift, images: str, even: str, remedy: str) -> str | None:
@@ -243,11 +246,13 @@ def _rank_sum(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tup
 
 
 def _tail_count(new: NDArray[np.float64], calibration: NDArray[np.float64]) -> tuple[float, float]:
-    """One-sided p-value of the number of new scores above the r-th highest calibration score, r about a tenth of them.
+    """Tests how many of m new scores lie above the r-th highest of n calibration scores; r is about a tenth of n.
 
-    That k or more of m lie there means that of the highest k + r - 1 of all scores at least k are new: hypergeometric.
+    If k or more new scores lie there, at least k of the highest k + r - 1 of all scores are new. For scores drawn alike, that
+    number is hypergeometric.
 
-    Returns: and the share of new scores there over the share r/(n + 1) that calibration scores have.
+    Returns: the one-sided p-value, and the share of new scores above the limit divided by r/(n + 1), the share of calibration
+        scores there.
     """
     from scipy.stats import hypergeom
 

@@ -34,8 +34,8 @@ class TailPrior(NamedTuple):
 
 
 NO_PRIOR = TailPrior(0.0, 0.0)
-# half the weight of the maximum of the marginal likelihood on ten categories (`benchmarks.tails`): with all of it, the rate of
-# a category with an unusually long tail rises
+# About half the weight that the marginal likelihood of ten categories prefers (`benchmarks.tails`). The full weight would raise
+# the false alarm rate of a category with an unusually long tail.
 SHIPPED_PRIOR = TailPrior(5.0, 0.6)
 
 
