@@ -36,6 +36,7 @@ T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 60.0
 MAX_ATTEMPTS = 10  # of a request; the pauses between them double and come to about 25 s
+QUICK_ATTEMPTS, QUICK_TIMEOUT_S = 2, 10.0  # of callers that try again by themselves, or that only ask whether it works
 
 _BUSY = ("Failed to flush response stream", "INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "status 503")
 
@@ -52,11 +53,12 @@ def is_s3(uri: str | Path) -> bool:
     return str(uri).startswith("s3://")
 
 
-def open_filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
+def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSystem, str]:
     """The filesystem of a location and the path inside it, without a closing slash.
 
     Args:
         uri: a local path (a leading ``~`` is resolved), ``file:///path`` or ``s3://bucket/prefix``.
+        is_quick: requests to S3 fail after QUICK_ATTEMPTS and QUICK_TIMEOUT_S instead of minutes.
 
     Returns: for S3 the path is ``bucket/prefix``; local paths are absolute. Nothing is created or contacted, but for
         the bucket's region where neither a region nor an endpoint is set.
@@ -74,7 +76,7 @@ def open_filesystem(uri: str | Path) -> tuple[fs.FileSystem, str]:
         if "//" in path:
             raise DataError(f"{text}: two slashes in a row: a folder's name is empty; leave one out")
         require_extra("s3", text)
-        return _open_s3(path.partition("/")[0]), path
+        return _make_s3(_region(path.partition("/")[0]), s3_settings().endpoint, is_quick), path
     if scheme == "file":
         parsed = urllib.parse.urlparse(text)
         if parsed.netloc not in ("", "localhost"):
@@ -225,15 +227,15 @@ class _RetryingS3(fs.S3FileSystem):
         return _make_s3, (options["region"], options["endpoint_override"] or None)
 
 
-def _make_s3(region: str | None, endpoint: str | None, attempts: int | None = None) -> fs.S3FileSystem:
+def _make_s3(region: str | None, endpoint: str | None, is_quick: bool = False) -> fs.S3FileSystem:
     return _RetryingS3(
         region=region,
         endpoint_override=endpoint,
         **s3_settings().for_pyarrow(),
         connect_timeout=CONNECT_TIMEOUT_S,
-        request_timeout=REQUEST_TIMEOUT_S,
+        request_timeout=QUICK_TIMEOUT_S if is_quick else REQUEST_TIMEOUT_S,
         allow_delayed_open=True,  # a small file is one PUT, not the three requests of a multipart upload
-        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=attempts or max_attempts()),
+        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=QUICK_ATTEMPTS if is_quick else max_attempts()),
     )
 
 
@@ -254,10 +256,6 @@ def _region(bucket: str) -> str:
         with storage_errors("find the bucket's region (or set AWS_REGION)", f"s3://{bucket}", bucket):
             return str(fs.resolve_s3_region(bucket))
     return region
-
-
-def _open_s3(bucket: str) -> fs.S3FileSystem:
-    return _make_s3(_region(bucket), s3_settings().endpoint)
 
 
 @lru_cache(maxsize=4)
@@ -362,6 +360,26 @@ def _hint(text: str) -> str:
     return _FAILED
 
 
+def leads_out(place: str, root: str) -> bool:
+    """Whether a folder, or anything in it, is a link to a place outside `root`, or no file; False on S3, which has no links."""
+    if is_s3(place):
+        return False
+    limit, top = (os.path.realpath(open_filesystem(uri)[1]) for uri in (root, place))
+    if not is_below(top, limit):
+        return True
+    for folder, folders, files in os.walk(top):
+        for name in (*folders, *files):
+            real = os.path.realpath(f"{folder}/{name}")
+            if not is_below(real, limit) or not (os.path.isdir(real) or os.path.isfile(real)):
+                return True
+    return False
+
+
+def is_below(place: str, root: str) -> bool:
+    """Whether a normal path or URI is another one, or lies below it."""
+    return f"{place}/".startswith(f"{root.rstrip('/')}/")
+
+
 def join(root: str | Path, *names: str) -> str:
     """A location below another, for paths and URIs alike."""
     return "/".join([str(root).rstrip("/"), *names])
@@ -372,9 +390,14 @@ def absolute_place(place: str) -> str:
     return place if "://" in place else str(Path(place).expanduser().absolute())
 
 
-def read_bytes(uri: str | Path) -> bytes:
-    """A file's bytes. Raises: FileNotFoundError: there is none.  DataError: it cannot be read."""
-    filesystem, path = open_filesystem(uri)
+def read_bytes(uri: str | Path, is_quick: bool = False) -> bytes:
+    """A file's bytes.
+
+    Args: is_quick: as of `open_filesystem`.
+
+    Raises: FileNotFoundError: there is none.  DataError: it cannot be read.
+    """
+    filesystem, path = open_filesystem(uri, is_quick)
     with storage_errors("read", uri, path):
         data = read_file(filesystem, path)
     if data is None:
@@ -397,10 +420,7 @@ def probe(uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "d
 
     Raises: DataError: the first that is not allowed, with bucket, key and action.
     """
-    filesystem, path = open_filesystem(uri)
-    if is_s3(uri):
-        bucket = path.partition("/")[0]
-        filesystem = _make_s3(_region(bucket), s3_settings().endpoint, attempts=2)
+    filesystem, path = open_filesystem(uri, is_quick=True)
     content = uuid.uuid4().hex.encode()
     file = f"{path}/_probe-{content.decode()}"
     if "write" in actions:

@@ -35,7 +35,16 @@ from focus_ray.bundle.bundle import copy_bundle, read_manifest
 from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.names import NAME_WORDS, is_name
-from focus_ray.storage import create_bytes, join, list_names, read_bytes, remove_file, remove_folder, write_bytes
+from focus_ray.storage import (
+    create_bytes,
+    join,
+    leads_out,
+    list_names,
+    read_bytes,
+    remove_file,
+    remove_folder,
+    write_bytes,
+)
 
 LATEST = "latest"
 MAX_STEPS_BACK = 32  # an alias remembers so many former targets
@@ -270,7 +279,10 @@ class Registry:
         return sorted((name for name in found if _VERSION.fullmatch(name)), key=_number)
 
     def _find(self, team: str, category: str, name: str) -> Version | None:
+        """A published version; None where there is none, or where its name or a link in it leads out of the team's folder."""
         place = self._place(team, category)
+        if not _VERSION.fullmatch(name) or leads_out(join(place, name), join(self.root, team)):
+            return None
         try:
             record = _decode(join(place, "_published", f"{name}.json"))
         except FileNotFoundError:

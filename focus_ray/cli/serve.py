@@ -42,8 +42,10 @@ def _serve(arguments: argparse.Namespace) -> int:
     if arguments.place.endswith((".yaml", ".yml")):
         tree = read_tree(arguments.place, arguments.override)
     else:
-        tree = override_tree({"examples": True, "ingress_num_cpus": 0}, arguments.override)
-        tree[_kind_of(arguments.place)] = arguments.place
+        tree = override_tree({"ingress_num_cpus": 0}, arguments.override)
+        kind = _kind_of(arguments.place)
+        tree[kind] = arguments.place
+        tree.setdefault("examples", kind == "bundles")
     tree.setdefault("open_to_all", "tokens" not in tree)
     settings = parse_settings(tree, arguments.place)
     check_host(arguments.host, settings)

@@ -70,6 +70,9 @@ def parse_commit(data: bytes, uri: str, category: str, path: str) -> Commit:
                 if commit.setdefault(key, None) is not None:
                     commit[key]["name"], commit[key]["sha256"]
             commit.setdefault("dropped", [])
+            for name in named(cast(Commit, commit)):
+                if not isinstance(name, str) or name in ("", "..") or "/" in name or "\\" in name:
+                    raise ValueError(f"{name!r} is no file of the category's folder")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{uri}: {path}: not a commit file ({error}): remove it and ingest again") from error
     if version != SCHEMA_VERSION:

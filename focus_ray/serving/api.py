@@ -23,7 +23,8 @@ from focus_ray.data.images import ImageError
 from focus_ray.evaluation.inspection import Inspection, Region
 from focus_ray.names import NAME
 from focus_ray.serving.envelope import Envelope, problem_response
-from focus_ray.serving.limits import announced_bytes, check_images, read_body, split_images
+from focus_ray.serving.limits import announced_bytes, check_images, read_body, read_document, split_images
+from focus_ray.serving.origin import check_origin
 from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, Problem
 from focus_ray.serving.rendering import MapValues, Output
 from focus_ray.serving.service import Inspected, Service
@@ -42,8 +43,10 @@ Ref = Annotated[
 
 
 async def caller_of(request: Request) -> Caller:
-    """The dependency that authenticates. Raises: Problem: 401."""
-    caller: Caller = await request.app.state.service.authenticate(request.headers.get("authorization"))
+    """The dependency that authenticates. Raises: Problem: 401, 403 the page of another site, 421 another host name."""
+    service: Service = request.app.state.service
+    check_origin(request.headers, service.tokens is not None)
+    caller = service.authenticate(request.headers.get("authorization"))
     request.state.facts = {"token": caller.id, "team": caller.team}
     return caller
 
@@ -313,33 +316,37 @@ def _inspecting(service: Service) -> APIRouter:
 
 def _administering(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1")
-    problems = _problems(400, 401, 403, 404, 422, 503)
+    problems = _problems(400, 401, 403, 404, 408, 413, 415, 422, 503)
 
     def answer(version: Version, alias: str) -> Response:
         content = {"team": version.team, "category": version.category, "alias": alias, "version": version.name}
         return JSONResponse(content)
 
-    @router.put("/{team}/{category}/aliases/{alias}", response_model=AliasAnswer, responses=problems)
+    @router.put(
+        "/{team}/{category}/aliases/{alias}",
+        response_model=AliasAnswer,
+        responses=problems,
+        openapi_extra=_document(PromoteBody),
+    )
     async def promote(
-        caller: Who,
-        team: TeamPath,
-        category: CategoryPath,
-        alias: AliasPath,
-        body: PromoteBody,
+        request: Request, caller: Who, team: TeamPath, category: CategoryPath, alias: AliasPath
     ) -> Response:
         service.check(caller, team, category, "admin")
+        body = await read_document(request, PromoteBody)
         return answer(await service.promote(team, category, body.version, alias), alias)
 
     @router.post(
         "/{team}/{category}/versions/{version}/thresholds",
         response_model=VersionAnswer,
-        responses=_problems(400, 401, 403, 404, 409, 422, 503),
+        responses={**problems, **_problems(409)},
+        openapi_extra=_document(ThresholdsBody),
         summary="A new version of a model, under thresholds that a person chose",
     )
     async def set_thresholds(
-        caller: Who, team: TeamPath, category: CategoryPath, version: AliasPath, body: ThresholdsBody
+        request: Request, caller: Who, team: TeamPath, category: CategoryPath, version: AliasPath
     ) -> Response:
         service.check(caller, team, category, "admin")
+        body = await read_document(request, ThresholdsBody)
         made = await service.set_thresholds(team, category, version, body.image_threshold, body.pixel_threshold, caller)
         return JSONResponse(_tell(made))
 
@@ -461,6 +468,11 @@ def _tell(version: Version) -> dict[str, Any]:
         "published_at": version.published_at.isoformat(),
         "num_bytes": version.num_bytes,
     }
+
+
+def _document(model: type[BaseModel]) -> dict[str, Any]:
+    """The description of a JSON body that `read_document` reads."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import socket
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from focus_ray.errors import ConfigError
+from focus_ray.serving.origin import is_loopback
 from focus_ray.serving.settings import Settings
 
 APPLICATION = "focus-ray"
@@ -18,11 +18,7 @@ APPLICATION = "focus-ray"
 
 def check_host(host: str, settings: Settings) -> None:
     """Raises: ConfigError: other machines could ask, and no token is needed."""
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and settings.tokens is None:
+    if settings.tokens is None and not is_loopback(host):
         raise ConfigError(f"host {host!r} can be reached by others: set tokens=FILE, made by `focus-ray token create`")
 
 

@@ -96,6 +96,7 @@ class Scorer:
         self, version: Version, images: Sequence[bytes], output: Output = "json", include_map: bool = False
     ) -> Answer:
         """Scores the images of one request. Raises: BundleError: the version cannot be loaded."""
+        await self.models.get(version)  # before a place is taken: while the storage hangs, loaded models go on scoring
         async with self._places:
             return await self._inspect(version, images, output, include_map)
 

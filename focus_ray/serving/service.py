@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import random
-import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.errors import BundleError, DataError, RegistryError, ScoreError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.evaluation.shift import describe_stream_shift
+from focus_ray.serving.examples import Examples
 from focus_ray.serving.limits import Gate
 from focus_ray.serving.logs import log
 from focus_ray.serving.measures import Measures
@@ -24,14 +22,13 @@ from focus_ray.serving.rendering import Output
 from focus_ray.serving.scorer import Answer
 from focus_ray.serving.settings import Route, Settings
 from focus_ray.serving.sink import ImageSink
-from focus_ray.serving.source import Directory, Source, open_source
+from focus_ray.serving.source import Directory, Lookups, Source, open_source
 from focus_ray.serving.stream_shift import StreamShifts
-from focus_ray.serving.tokens import SCOPES, Caller, Scope, TokenStore
+from focus_ray.serving.tokens import Caller, Scope, TokenStore
 
 T = TypeVar("T")
 Role = Literal["answer", "canary"]
-MAX_EXAMPLES = 24
-_EXAMPLE_SIDE_PX = 512
+_READY_TIMEOUT_S = 2.0  # a load balancer's probe waits for few seconds
 _MAX_SHADOWS = 8  # under way at once; more are left out, for a shadow must not slow what answers
 
 
@@ -60,7 +57,9 @@ class Service:
         """Raises: ConfigError: no token file.  DataError: no bundle in the folder."""
         self.settings, self.scorers, self.measures = settings, scorers, measures or Measures()
         self.source = source or open_source(settings.registry, settings.bundles, settings.team, settings.refresh_s)
-        self.directory = Directory(self.source, settings.refresh_s, scorers.warm, log)
+        self.lookups = Lookups()
+        self.directory = Directory(self.source, settings.refresh_s, scorers.warm, log, self.lookups)
+        self.examples = Examples(settings.examples)
         self.gate = Gate(settings.limits, self.measures)
         self.tokens = None
         if settings.tokens is not None:
@@ -69,17 +68,22 @@ class Service:
         self.shifts = StreamShifts(self.directory.manifest, self.measures, log)
         self._routes = {(route.team, route.category): route for route in settings.routes}
         self._shadows: set[asyncio.Task[None]] = set()
-        self._ready_since = float("-inf")
-        self._flusher: asyncio.Task[None] | None = None
+        self._is_ready = False
+        self._readiness: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         if self.sink is not None:
-            self._flusher = asyncio.create_task(self._flush_regularly())
+            self._background.append(asyncio.create_task(self._flush_regularly()))
+        if self.tokens is not None:
+            self._background.append(asyncio.create_task(self.tokens.refresh_regularly()))
 
     async def close(self) -> None:
-        """Ends what runs behind the answers, and writes what the sink holds."""
-        if self._flusher is not None:
-            self._flusher.cancel()
+        """Ends what runs behind the answers, and writes what the sink holds. Waits for no look-up: one may hang."""
+        for task in (*self._background, *([self._readiness] if self._readiness else [])):
+            task.cancel()
+        self.directory.close()
+        self.lookups.close()
         if self._shadows:
             await asyncio.wait(self._shadows, timeout=10)
         await self.shifts.close()
@@ -87,12 +91,10 @@ class Service:
             await asyncio.to_thread(self.sink.close)
 
     # ---- who may ask
-    async def authenticate(self, authorization: str | None) -> Caller:
-        """Raises: Problem: 401."""
+    def authenticate(self, authorization: str | None) -> Caller:
+        """The caller; without tokens anyone, who may change nothing. Raises: Problem: 401."""
         if self.tokens is None:
-            return Caller(id="anonymous", team="*", scopes=SCOPES)
-        if self.tokens.is_due:
-            await asyncio.to_thread(self.tokens.refresh)
+            return Caller(id="anonymous", team="*", scopes=("inspect", "read"))
         caller = self.tokens.authenticate(authorization)
         if caller is None:
             raise unauthorised("send a token in force: Authorization: Bearer frs_...")
@@ -110,20 +112,33 @@ class Service:
 
     # ---- what is there
     async def ready(self) -> None:
-        """Whether there is anything to serve, looked up every `refresh_s` at most however often it is asked.
+        """Whether there is anything to serve. Once there was, a storage that fails takes no replica from the load balancer.
 
-        Raises: Problem: 503 there is not, or it cannot be read.
+        Until then it is looked up once at a time, and every `refresh_s` at most, however often it is asked.
+
+        Raises: Problem: 503 there is nothing, or it cannot be read, or not within _READY_TIMEOUT_S.
         """
-        if time.monotonic() - self._ready_since >= self.settings.refresh_s:
-            if not await self._ask(asyncio.to_thread(self._serves_something), "", ""):
-                log(
-                    "nothing to serve",
-                    level=logging.ERROR,
-                    registry=self.settings.registry,
-                    bundles=self.settings.bundles,
-                )
-                raise unavailable("there is no model to serve here: ask who runs the service", 5.0)
-            self._ready_since = time.monotonic()
+        if self._is_ready:
+            return
+        if self._readiness is None:
+            self._readiness = asyncio.create_task(self._look_for_models())
+        await asyncio.wait([self._readiness], timeout=_READY_TIMEOUT_S)
+        if not self._is_ready:
+            raise unavailable("there is no model to serve here, or it cannot be read: ask who runs the service", 5.0)
+
+    async def _look_for_models(self) -> None:
+        facts = {"registry": self.settings.registry, "bundles": self.settings.bundles}
+        try:
+            self._is_ready |= await self.lookups.call("", self._serves_something)
+            reason = "there is no model"
+        except Exception as error:  # whatever it is, the next probe looks again
+            reason = str(error)
+        if not self._is_ready:
+            log("nothing to serve", level=logging.ERROR, reason=reason, **facts)
+        asyncio.get_running_loop().call_later(self.settings.refresh_s, self._forget_readiness)
+
+    def _forget_readiness(self) -> None:
+        self._readiness = None
 
     def _serves_something(self) -> bool:
         return any(self.source.categories(team) for team in self.source.teams())
@@ -132,21 +147,23 @@ class Service:
         """The caller's team; all, where the service is open to all."""
         if caller.team != "*":
             return [caller.team]
-        return await self._ask(asyncio.to_thread(self.source.teams), "", "")
+        return await self._ask(self.lookups.call("", self.source.teams), "", "")
 
     async def categories(self, team: str) -> list[str]:
-        return await self._ask(asyncio.to_thread(self.source.categories, team), team, "")
+        return await self._ask(self.lookups.call(team, self.source.categories, team), team, "")
 
     async def versions(self, team: str, category: str) -> tuple[list[Version], dict[str, str]]:
-        found = await self._ask(asyncio.to_thread(self.source.versions, team, category), team, category)
+        found = await self._ask(self.lookups.call(team, self.source.versions, team, category), team, category)
         if not found:
             raise no_such_category(team, category)
-        return found, await self._ask(asyncio.to_thread(self.source.aliases, team, category), team, category)
+        return found, await self._ask(self.lookups.call(team, self.source.aliases, team, category), team, category)
 
     async def resolve(self, team: str, category: str, ref: str | None) -> Version:
         route = self._routes.get((team, category))
         wanted = ref or (route.ref if route else self.settings.default_ref)
-        return await self._ask(self.directory.resolve(team, category, wanted), team, category, ref)
+        version = await self._ask(self.directory.resolve(team, category, wanted), team, category, ref)
+        self._is_ready = True
+        return version
 
     async def card(self, version: Version) -> dict[str, Any]:
         """What a reader may know of a version: no place of storage is among it."""
@@ -176,14 +193,19 @@ class Service:
         }
 
     async def example(self, version: Version, number: int) -> bytes:
-        """A normal training image as JPEG, at most 512 px a side; evenly chosen among all."""
+        """A normal training image, as `Examples.read`."""
         if not self.settings.examples:
             raise not_found("this service shows no training images")
-        return await self._ask(asyncio.to_thread(_read_example, version, number), version.team, version.category)
+        team, category = version.team, version.category
+        manifest = await self._ask(self.directory.manifest(version), team, category)
+        data = manifest.get("data")
+        uri = data.get("uri") if isinstance(data, dict) else None
+        read = self._call_long(team, self.examples.read, team, category, uri, number)
+        return await self._ask(read, team, category)
 
     async def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
         version = await self._ask(
-            asyncio.to_thread(self.source.promote, team, category, ref, alias), team, category, ref
+            self._call_long(team, self.source.promote, team, category, ref, alias), team, category, ref
         )
         self.directory.forget(team, category)
         log("promoted", team=team, category=category, alias=alias, version=version.name)
@@ -191,7 +213,7 @@ class Service:
 
     async def roll_back(self, team: str, category: str, alias: str) -> Version:
         version = await self._ask(
-            asyncio.to_thread(self.source.roll_back, team, category, alias), team, category, alias
+            self._call_long(team, self.source.roll_back, team, category, alias), team, category, alias
         )
         self.directory.forget(team, category)
         log("rolled back", team=team, category=category, alias=alias, version=version.name)
@@ -211,7 +233,7 @@ class Service:
         version = await self.resolve(team, category, ref)
         try:
             made = await self._ask(
-                asyncio.to_thread(self.source.set_thresholds, version, image, pixel, f"token {caller.id}"),
+                self._call_long(team, self.source.set_thresholds, version, image, pixel, f"token {caller.id}"),
                 team,
                 category,
                 ref,
@@ -332,6 +354,10 @@ class Service:
             log("storage failed", level=logging.ERROR, team=team, category=category, error=error)
             raise self._no_model() from None
 
+    def _call_long(self, team: str, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
+        """A call that writes or reads more than a look-up does, and may take as long as an answer may."""
+        return self.lookups.call(team, function, *arguments, timeout_s=self.settings.limits.timeout_s)
+
     def _no_model(self) -> Problem:
         return unavailable("the model cannot be read at present: try again, or ask who runs the service", 5.0)
 
@@ -340,25 +366,3 @@ class Service:
         while True:
             await asyncio.sleep(self.sink.settings.flush_every_s)
             await asyncio.to_thread(self.sink.flush)
-
-
-def _read_example(version: Version, number: int) -> bytes:
-    from PIL import Image
-
-    from focus_ray.data.images import decode_image
-    from focus_ray.data.read import index_version, read_index, read_rows
-
-    uri = str(read_manifest(version.uri)["data"]["uri"])
-    index = read_index(uri, version.category, split="train")
-    labels = zip(index["row"].to_pylist(), index["label"].to_pylist(), strict=True)
-    rows = [row for row, label in labels if label == 0]
-    count = min(MAX_EXAMPLES, len(rows))
-    if not 0 <= number < count:
-        raise RegistryError(f"example {number} of {count}")
-    chosen = [rows[number * len(rows) // count]]
-    (record,) = read_rows(uri, version.category, chosen, columns=("image",), version=index_version(index))
-    image = Image.fromarray(decode_image(record["image"], None))
-    image.thumbnail((_EXAMPLE_SIDE_PX, _EXAMPLE_SIDE_PX))
-    target = io.BytesIO()
-    image.save(target, "JPEG", quality=90)
-    return target.getvalue()

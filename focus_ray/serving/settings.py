@@ -200,9 +200,10 @@ class Settings(Section):
     )
     open_to_all: bool = Field(default=False, description="Serves without tokens: on your own machine only.")
     page: bool = Field(default=True, description="Whether the page is shown at /.")
-    examples: bool = Field(
+    examples: bool | dict[Name, tuple[str, ...]] = Field(
         default=False,
-        description="Whether tokens with the scope read may see normal training images, where the data set can be reached.",
+        description="The data sets whose normal training images tokens with the scope read may see: for each team a list of "
+        "paths or s3:// URIs, each with all below it. true shows whatever data set a model names, and is for bundles only.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="What replicas score on. auto: a GPU where they have one."
@@ -238,6 +239,11 @@ class Settings(Section):
             )
         if self.tokens is not None and self.open_to_all:
             raise ValueError("tokens and open_to_all=true contradict each other: set one")
+        if self.examples is True and self.registry is not None:
+            raise ValueError(
+                "examples=true would show any data set that a model in the registry names, another team's too: name the "
+                "places that each team may show, as in examples: {press: [s3://plant/data/press]}"
+            )
         if self.together is True and (self.pins or self.ingress != _INGRESS):
             given = "pins" if self.pins else "ingress"
             raise ValueError(f"together=true leaves no replicas for {given}: take it out, or set together=false")

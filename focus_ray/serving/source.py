@@ -6,17 +6,23 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 from focus_ray.bundle.bundle import find_bundles, read_manifest, stamp_bundles
 from focus_ray.bundle.registry import LATEST, Registry, Version
-from focus_ray.errors import BundleError, RegistryError
+from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.storage import Stamp
 
 T = TypeVar("T")
 TRUST_S = 600.0  # older look-ups are made again whatever the marks say: an older focus_ray publishes without any
+LOOKUP_TIMEOUT_S = 10.0  # a request waits this long for the storage; the storage itself may try for minutes
+LOOKUPS_PER_TEAM, _LOOKUP_THREADS = 4, 32  # at once
+_REFRESH_THREADS = 4
 _SETTLED_S = 60.0  # a stamp tells a change once its file is older than what clocks differ by and S3's seconds hide
 
 
@@ -144,6 +150,45 @@ def version_key(version: Version) -> str:
     return f"{version.team}/{version.category}/{version.name}/{version.sha256[:16]}"
 
 
+class Lookups:
+    """Calls of the storage that requests wait for: on threads of their own, bounded in time and for each team."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
+        self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # of teams that wait
+
+    async def call(self, team: str, function: Callable[..., T], *arguments: Any, timeout_s: float | None = None) -> T:
+        """Calls a function that blocks. A call that hangs keeps its place, so that a team never has more threads.
+
+        Args: timeout_s: None takes LOOKUP_TIMEOUT_S.
+
+        Raises: DataError: no answer in time, the wait for a place included.
+        """
+        limit_s, loop = timeout_s or LOOKUP_TIMEOUT_S, asyncio.get_running_loop()
+        places = self._places.get(team)
+        if places is None:
+            places = self._places[team] = asyncio.Semaphore(LOOKUPS_PER_TEAM)
+
+        def leave(_: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop ended before the call
+                loop.call_soon_threadsafe(places.release)
+
+        async def ask() -> T:
+            await places.acquire()
+            future = self._threads.submit(function, *arguments)
+            future.add_done_callback(leave)
+            return await asyncio.wrap_future(future)
+
+        try:
+            return await asyncio.wait_for(ask(), limit_s)
+        except asyncio.TimeoutError:
+            raise DataError(f"the storage did not answer within {limit_s:g} s") from None
+
+    def close(self) -> None:
+        """Waits for no call: one may hang."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
 @dataclass
 class _Entry:
     """mark: its category's, from before it was looked up; None: there was none.  resolved: when it was looked up.
@@ -175,8 +220,12 @@ class Directory:
         refresh_s: float,
         warm: Callable[[Version], Awaitable[None]],
         log: Callable[..., None] = lambda message, **facts: None,
+        lookups: Lookups | None = None,
     ) -> None:
+        """lookups: for what requests wait for; refreshes have threads of their own."""
         self.source, self.refresh_s, self.warm, self.log = source, refresh_s, warm, log
+        self.lookups = lookups or Lookups()
+        self._threads = ThreadPoolExecutor(_REFRESH_THREADS, thread_name_prefix="refresh")
         self._entries: dict[tuple[str, str, str], _Entry] = {}
         self._manifests: dict[str, dict[str, Any]] = {}
         self._marks: dict[str, _Marks] = {}  # of teams that have something: others are never asked for
@@ -189,7 +238,7 @@ class Directory:
         if entry is None:
             known, now = self._marks.get(team), time.monotonic()
             mark, checked = (known.of.get(category), known.asked) if known else (None, float("-inf"))
-            version = await asyncio.to_thread(self.source.resolve, team, category, ref)
+            version = await self.lookups.call(team, self.source.resolve, team, category, ref)
             entry = self._entries[key] = _Entry(version, mark, now, checked)
         elif entry.task is None and time.monotonic() - entry.checked >= self.refresh_s:
             entry.task = asyncio.create_task(self._refresh(key, entry))
@@ -202,7 +251,7 @@ class Directory:
             marks = await self._marks_of(key[0])
             mark = marks.of.get(key[1])
             if mark is None or mark != entry.mark or now - entry.resolved >= TRUST_S:
-                version = await asyncio.to_thread(self.source.resolve, *key)
+                version = await self._call(self.source.resolve, *key)
                 if version_key(version) != version_key(entry.version):
                     await self.warm(version)
                     self.log("alias moved", former=entry.version.name, version=version.name, **facts)
@@ -229,7 +278,7 @@ class Directory:
         return await asyncio.shield(task)
 
     async def _ask_for_marks(self, team: str) -> _Marks:
-        marks = _Marks(time.monotonic(), await asyncio.to_thread(self.source.marks, team))
+        marks = _Marks(time.monotonic(), await self._call(self.source.marks, team))
         self._marks[team] = marks
         return marks
 
@@ -244,7 +293,7 @@ class Directory:
         key = version_key(version)
         found = self._manifests.get(key)
         if found is None:
-            found = await asyncio.to_thread(read_manifest, version.uri)
+            found = await self.lookups.call(version.team, read_manifest, version.uri)
             if found["sha256"] != version.sha256:
                 raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}")
             while len(self._manifests) >= 256:
@@ -252,6 +301,9 @@ class Directory:
             self._manifests[key] = found
         return found
 
-    async def ask(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Calls the source in a thread."""
-        return await asyncio.to_thread(function, *arguments)
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def close(self) -> None:
+        """Waits for no call: one may hang."""
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -6,12 +6,14 @@ for a password. Hashes are compared in constant time, with one that cannot match
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import Literal
@@ -158,22 +160,28 @@ class TokenStore:
         self.uri, self.refresh_s, self.log = uri, refresh_s, log
         self._content: bytes | None = None
         self._by_id = _index(read_tokens(uri))
-        self._read_at = time.monotonic()
 
-    @property
-    def is_due(self) -> bool:
-        return time.monotonic() - self._read_at >= self.refresh_s
+    async def refresh_regularly(self) -> None:
+        """Reads the file every `refresh_s`, on a thread of its own, until it is cancelled; no request waits for it."""
+        loop = asyncio.get_running_loop()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="tokens")
+        try:
+            while True:
+                started = loop.time()
+                await loop.run_in_executor(thread, self.refresh)
+                await asyncio.sleep(max(0.0, started + self.refresh_s - loop.time()))
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def refresh(self) -> None:
         """Reads the file again, blocking; call it in a thread."""
-        self._read_at = time.monotonic()
         try:
-            content = read_bytes(self.uri)
+            content = read_bytes(self.uri, is_quick=True)
             if content == self._content:
                 return
             self._by_id = _index(parse_tokens(content, self.uri))
             self._content = content
-        except (FileNotFoundError, DataError, ConfigError) as error:
+        except Exception as error:  # whatever it is, the next reading must come
             self.log(f"the tokens were not read again, the former ones stay in force: {error}")
 
     def authenticate(self, authorization: str | None) -> Caller | None:

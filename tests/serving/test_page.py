@@ -23,7 +23,7 @@ import pytest
 import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
-from serving_set import Plant, make_plant
+from serving_set import PRESS, Plant, make_plant
 from waiting import wait_for
 
 from focus_ray.serving.api import create_api
@@ -46,7 +46,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
 
 @pytest.fixture(scope="module")
 def url(plant: Plant) -> Iterator[str]:
-    with served({"registry": plant.registry, "tokens": plant.tokens, "examples": True}) as place:
+    with served({"registry": plant.registry, "tokens": plant.tokens, "examples": {PRESS: [plant.data]}}) as place:
         yield place
 
 

@@ -91,7 +91,9 @@ class Seen(Measures):
 def client_of(settings: Settings, measures: Measures | None = None) -> TestClient:
     seen = measures or Measures()
     return TestClient(
-        create_api(Service(settings, Scorer(settings.pool, "cpu", seen), seen)), raise_server_exceptions=False
+        create_api(Service(settings, Scorer(settings.pool, "cpu", seen), seen)),
+        base_url="http://127.0.0.1",  # the only host that a service without tokens answers as
+        raise_server_exceptions=False,
     )
 
 
@@ -238,7 +240,7 @@ def test_lists_show_what_the_team_has(http: TestClient, plant: Plant) -> None:
 
 def test_examples_are_shown_only_where_that_is_set(http: TestClient, plant: Plant) -> None:
     assert http.get("/v1/press/gear/examples/0", headers=plant.headers(plant.press)).status_code == 404
-    with client_of(settings_of(plant, examples=True)) as client:
+    with client_of(settings_of(plant, examples={PRESS: [plant.data]})) as client:
         shown = client.get("/v1/press/gear/examples/0", headers=plant.headers(plant.press))
         assert shown.headers["content-type"] == "image/jpeg"
         assert probe_image(shown.content).width == 64
@@ -254,7 +256,11 @@ def test_a_folder_of_bundles_is_served_without_a_registry(plant: Plant) -> None:
         headers = {"content-type": "application/octet-stream"}
         told = client.post("/v1/me/board/inspect", content=plant.images[0], headers=headers).json()
         assert told["version"] == read_bundle(plant.bundles["board"]).version[:16]
-        assert client.put("/v1/me/board/aliases/x", json={"version": "latest"}).status_code == 404
+    settings = parse_settings({"bundles": folder, "team": PRESS, "tokens": plant.tokens})
+    with client_of(settings) as client:
+        admin = {"authorization": f"Bearer {plant.press_admin}"}
+        refused = client.put("/v1/press/board/aliases/x", json={"version": "latest"}, headers=admin)
+        assert refused.status_code == 404
     with pytest.raises(RegistryError, match=r"there is no 'v9' of category 'board'"):
         FolderSource(folder, "me").resolve("me", "board", "v9")
     with pytest.raises(RegistryError, match="a folder of bundles has no aliases to move: serve a registry"):
@@ -649,11 +655,10 @@ def test_thresholds_that_an_admin_sets_are_the_next_version_and_no_alias_but_lat
         assert client.post(place, json={"image_threshold": 2}, headers=reader).status_code == 403
         gone = client.post("/v1/press/gear/versions/v0099/thresholds", json={"image_threshold": 2}, headers=admin)
         assert gone.status_code == 404
-    folder = parse_settings({"bundles": plant.bundles["gear"], "open_to_all": True})
+    folder = parse_settings({"bundles": plant.bundles["gear"], "team": PRESS, "tokens": plant.tokens})
     with client_of(folder) as client:
-        team = client.get("/v1").json()["teams"][0]
-        refused = client.post(f"/v1/{team}/gear/versions/latest/thresholds", json={"image_threshold": 2})
-        assert refused.status_code in (403, 409)
+        place = "/v1/press/gear/versions/latest/thresholds"
+        assert client.post(place, json={"image_threshold": 2}, headers=admin).status_code == 409
 
 
 def test_a_canary_answers_its_share_and_a_shadow_only_scores(plant: Plant, two_versions: Registry) -> None:
