@@ -19,6 +19,7 @@ extras=(--extra ray --extra offline --extra onnx)
 export UV_LINK_MODE=copy PYC_INVALIDATION_MODE=UNCHECKED_HASH  # a file's time says nothing in an image
 export UV_SYSTEM_CERTS=1  # a plant's own authority, where the base image has it
 
+# uv refuses what differs from the lock's hashes, which has every package that may come but torch's builds without CUDA
 install() {
     uv pip install --python "$venv/bin/python" --constraint requirements.lock "$@"
 }
