@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # certificate.sh FOLDER: a self-signed certificate of this machine for serve/nginx.conf. Leaves a certificate that is there.
 set -euo pipefail
 umask 077

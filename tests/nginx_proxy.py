@@ -9,6 +9,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,9 +88,7 @@ def write_certificate(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "tls.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     (folder / "tls.key").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
 
 
@@ -137,3 +136,17 @@ def running_proxy(folder: Path, service: str) -> Iterator[Proxy]:
         finally:
             process.terminate()
             process.wait(10)
+
+
+def read_until_closed(connection: socket.socket, limit_s: float) -> bytes:
+    """Everything that the other side sends until it closes. Raises: TimeoutError: it did not close within limit_s."""
+    deadline, data = time.monotonic() + limit_s, b""
+    while True:
+        connection.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            piece = connection.recv(65536)
+        except (ConnectionError, ssl.SSLError):
+            return data
+        if not piece:
+            return data
+        data += piece

@@ -208,7 +208,10 @@ def test_what_the_image_installs_runs_for_a_user_without_a_home() -> None:
         builder, venv, wheel, scratch = root / "builder", root / "venv", root / "wheel", root / "scratch"
         subprocess.run([sys.executable, "-m", "venv", str(builder)], check=True)
         requirements = REPOSITORY / "container" / "build-requirements.txt"
-        subprocess.run([str(builder / "bin" / "pip"), "install", "--quiet", "--require-hashes", "-r", str(requirements)], check=True)
+        subprocess.run(
+            [str(builder / "bin" / "pip"), "install", "--quiet", "--require-hashes", "-r", str(requirements)],
+            check=True,
+        )
         subprocess.run([str(builder / "bin" / "python"), "-m", "venv", "--without-pip", str(venv)], check=True)
         path = f"{builder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         for step in (["dependencies"], ["wheel", str(wheel)], ["package", str(wheel)]):
