@@ -12,7 +12,7 @@ ARG PYPI_INDEX=
 ARG TORCH_INDEX=
 WORKDIR /source
 COPY container/build-requirements.txt container/build-requirements.txt
-RUN pip install --no-cache-dir ${PYPI_INDEX:+--index-url "${PYPI_INDEX}"} --requirement container/build-requirements.txt \
+RUN pip install --no-cache-dir --require-hashes ${PYPI_INDEX:+--index-url "${PYPI_INDEX}"} --requirement container/build-requirements.txt \
     && python -m venv --without-pip /opt/focus-ray
 COPY container/install.sh container/install.sh
 COPY pyproject.toml requirements.lock ./
@@ -28,15 +28,15 @@ RUN container/install.sh /opt/focus-ray wheel /wheel
 FROM ${PYTHON_IMAGE}
 # gigabytes that stay as they are when the sources change; the wheel comes last
 COPY --from=libraries /opt/focus-ray /opt/focus-ray
-# KubeRay's probes are `bash -c "wget ... | grep success"`; `ray up` wants openssh-client and rsync too
-ARG SYSTEM_PACKAGES=wget
+# container/certificate.sh calls openssl; KubeRay's probes are `bash -c "wget ... | grep success"`; `ray up` wants openssh-client and rsync too
+ARG SYSTEM_PACKAGES="wget openssl"
 # the packages' versions are not pinned: they are those of the day, with Debian's mends
 # hadolint ignore=DL3008,SC2086
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ${SYSTEM_PACKAGES} \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --gid 0 --create-home --home-dir /home/focus --shell /bin/bash focus \
-    && mkdir /home/focus/secrets /home/focus/work \
+    && mkdir /home/focus/certificates /home/focus/secrets /home/focus/work \
     && chown --recursive 1000:0 /home/focus \
     && chmod --recursive g=u /home/focus \
     && echo "PATH=/opt/focus-ray/bin:\$PATH" > /etc/profile.d/focus-ray.sh

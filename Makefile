@@ -40,20 +40,23 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.scale --data $(DATA)/$(CATEGORY) --weights $(WEIGHTS)
 	$(BIN)/python -m pytest -m slow
 
-$(READY): requirements.lock pyproject.toml
+# every package is compared with the hashes of the two lock files, uv itself and what builds this package included
+$(READY): requirements.lock container/build-requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "focus_ray needs Python 3.10 or newer: make PYTHON=python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r container/build-requirements.txt
+	$(BIN)/uv pip install --quiet --compile-bytecode --require-hashes --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # builds, checks and tries a release into dist/; uploads nothing
 release: $(READY)
 	$(BIN)/python release/release.py --repository "$(REPOSITORY)" $(if $(PYTHONS),--python $(PYTHONS))
 
+LOCK := --universal --python-version 3.10 --generate-hashes --no-header --no-annotate --no-emit-index-url --upgrade --quiet
 lock:
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --no-header --no-annotate --no-emit-index-url --upgrade -q -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --extra dev $(LOCK) --output-file requirements.lock
+	$(BIN)/uv pip compile container/build-requirements.in --constraint requirements.lock $(LOCK) --output-file container/build-requirements.txt
 
 clean:
 	rm -rf $(VENV) $(QUICKSTART) site

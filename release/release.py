@@ -86,7 +86,8 @@ def build(output: Path, version: str, repository: str) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     for former in output.glob("focus_ray-*"):
         former.unlink()
-    run(UV, "build", "--out-dir", output, ROOT, environment={"FOCUS_RAY_REPOSITORY": repository})
+    pinned = ("--require-hashes", "--build-constraints", ROOT / "container/build-requirements.txt")
+    run(UV, "build", *pinned, "--out-dir", output, ROOT, environment={"FOCUS_RAY_REPOSITORY": repository})
     made = sorted(output.glob(f"focus_ray-{version}*"))
     if [path.suffix for path in made] != [".whl", ".gz"]:
         raise ReleaseError(

@@ -14,7 +14,8 @@ from places import REPOSITORY
 
 def locked() -> dict[str, str]:
     """Name -> version of what requirements.lock has for this Python."""
-    lines = (Requirement(line) for line in (REPOSITORY / "requirements.lock").read_text().splitlines())
+    text = (REPOSITORY / "requirements.lock").read_text()
+    lines = (Requirement(line.removesuffix(" \\")) for line in text.splitlines() if not line.startswith(" "))
     return {
         line.name: str(next(iter(line.specifier)).version)
         for line in lines

