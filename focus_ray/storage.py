@@ -533,6 +533,8 @@ def list_names(uri: str | Path) -> list[str]:
             found = filesystem.get_file_info(selector)
         except FileNotFoundError:  # pyarrow looks twice, and says so of a folder that is made in between
             found = filesystem.get_file_info(selector)
+        except NotADirectoryError:
+            return []
     return sorted(item.base_name for item in found)
 
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.evaluation.evaluate import Labelled
@@ -84,7 +83,7 @@ def section_from_dict(tree: Mapping[str, Any]) -> Section:
             **tree,
             "good": Share(**tree["good"]),
             "bad": Share(**tree["bad"]),
-            "plots": [plots.Plot(**{**plot, "svg": Markup(plot["svg"])}) for plot in tree["plots"]],
+            "plots": [plots.Plot(**plot) for plot in tree["plots"]],
             "gallery": [Pictures(**part) for part in gallery],
         }
     )

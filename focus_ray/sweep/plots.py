@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from focus_ray.drawings import MARK
+from focus_ray.reporting.plots import plain
 from focus_ray.sweep import records
 from focus_ray.sweep.records import Record
 from focus_ray.sweep.settings import SweepConfig
