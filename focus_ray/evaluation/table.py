@@ -7,11 +7,12 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from focus_ray.csv_cells import csv_cell
+
 COLUMNS = (
     *("image", "category", "verdict", "score", "threshold", "p_value", "num_regions"),
     *("largest_x", "largest_y", "largest_width", "largest_height", "trained_on", "error"),
 )
-
 
 def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
     """COLUMNS of a line: an image's name and category, and its error or all that `Inspection.to_dict` gives.
@@ -30,10 +31,13 @@ def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS, header: bool = True) -> str:
-    """Rows as CSV, below a line of column names where a header is asked for; what a row does not have is empty."""
+    """Rows as CSV, below a line of column names where a header is asked for; what a row does not have is empty.
+
+    Text that a spreadsheet would take for a formula is escaped (`csv_cells`).
+    """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     if header:
         writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     return buffer.getvalue()

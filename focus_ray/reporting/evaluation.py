@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -133,7 +134,7 @@ def evaluation_page(
         sections=sections,
         errors=errors,
         caveats=caveats,
-        pages=pages or {},
+        pages={category: quote(page, errors="replace") for category, page in (pages or {}).items()},
         metrics={key: METRICS[key].title for key in METRICS},
         per_defect={key: METRICS[key].title for key in METRICS if METRICS[key].per_defect},
         means=mean_metrics(results),

@@ -98,8 +98,11 @@ def by_epoch(title: str, caption: str, lines: Mapping[str, tuple[Sequence[float]
 
 
 def plain(text: str) -> str:
-    """Text of a record as matplotlib draws it letter by letter: between two dollars it would read a formula, and may fail."""
-    return text.replace("$", r"\$")
+    """Text of a record as matplotlib draws it letter by letter.
+
+    Between two dollars matplotlib reads a formula, and may fail; it fails at half of a surrogate pair too.
+    """
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text).replace("$", r"\$")
 
 
 def _bins(values: NDArray[np.float64], threshold: float) -> tuple[NDArray[np.float64], bool]:
