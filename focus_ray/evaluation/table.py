@@ -35,9 +35,17 @@ def table_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUM
 
     Text that a spreadsheet would take for a formula is escaped (`csv_cells`).
     """
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    buffer = _Lines(newline="")
+    # with these ends of lines the writer quotes a cell that holds a carriage return alone, which would begin a row too
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\r\n")
     if header:
         writer.writeheader()
     writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     return buffer.getvalue()
+
+
+class _Lines(io.StringIO):
+    """Takes rows, and ends each with a newline alone."""
+
+    def write(self, row: str) -> int:
+        return super().write(row.removesuffix("\r\n") + "\n")
