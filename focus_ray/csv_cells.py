@@ -8,7 +8,7 @@ from typing import Any
 # A cell begins with the text, or after a separator: in some countries spreadsheets split lines at semicolons. Full-width signs
 # count too: some spreadsheets take them for the plain ones.
 _BEGIN = r"(?:^|(?<=[;\t\r\n]))"
-_FORMULA = r"(?='*\s*[=+\-@\t\r\n＝＋－＠])"  # noqa: RUF001
+_FORMULA = r"(?='*\s*[=+\-@\t\r\n＝＋－＠])"
 _UNESCAPED, _ESCAPED = re.compile(_BEGIN + _FORMULA), re.compile(f"{_BEGIN}'{_FORMULA}")
 
 

@@ -61,14 +61,15 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     if binned:
         lines += [
             "",
-            f"Pixels counted in bins ({markdown_text(', '.join(binned))}): the exact figure lies within the ± that stands beside it.",
+            f"Pixels counted in bins ({markdown_text(', '.join(binned))}): the exact figure lies within the ± that stands beside "
+            "it.",
         ]
     reduced = [category for category, result in results.items() if result.get("reduced")]
     if reduced:
         lines += [
             "",
-            f"Compared at a reduced size ({markdown_text(', '.join(reduced))}): a reduced pixel is defective where any that it stands for is, "
-            "so defects are up to a pixel wider there.",
+            f"Compared at a reduced size ({markdown_text(', '.join(reduced))}): a reduced pixel is defective where any that it stands "
+            "for is, so defects are up to a pixel wider there.",
         ]
     return "\n".join(lines) + "\n"
 

@@ -14,6 +14,7 @@ COLUMNS = (
     *("largest_x", "largest_y", "largest_width", "largest_height", "trained_on", "error"),
 )
 
+
 def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
     """COLUMNS of a line: an image's name and category, and its error or all that `Inspection.to_dict` gives.
 

@@ -88,7 +88,9 @@ def by_epoch(title: str, caption: str, lines: Mapping[str, tuple[Sequence[float]
     looks = [(_GOOD, "-"), (_BAD, "--"), (_CALIBRATION, ":"), (_INK, "-.")]
     for number, (name, (epochs, values)) in enumerate(lines.items()):
         colour, dashes = looks[number % len(looks)]
-        axes.plot(epochs, values, color=colour, linestyle=dashes, marker="o", markersize=3, linewidth=1.6, label=plain(name))
+        axes.plot(
+            epochs, values, color=colour, linestyle=dashes, marker="o", markersize=3, linewidth=1.6, label=plain(name)
+        )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epochs trained")
     axes.set_title(plain(title), fontsize=10, color=_INK)

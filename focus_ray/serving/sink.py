@@ -169,9 +169,7 @@ class ImageSink:
             self._release(size)
             return None
         folder = join(self.settings.uri, f"team={team}", f"date={rows[-1]['time'].date().isoformat()}")
-        return _File(
-            join(folder, f"part-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes(), len(rows), size
-        )
+        return _File(join(folder, f"part-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes(), len(rows), size)
 
 
 def remove_old(uri: str, before: datetime, log: Any = lambda message, **facts: None) -> list[str]:

@@ -172,7 +172,9 @@ def test_a_plot_is_a_picture_that_stands_alone_in_the_colours_of_the_page() -> N
 
 
 def test_names_are_no_markup_in_the_markdown_tables() -> None:
-    table = evaluation_table({"a|b <img src=x onerror=alert(1)>\n# c": stored_result(), "d": {"error": "[x](http://y)"}})
+    table = evaluation_table(
+        {"a|b <img src=x onerror=alert(1)>\n# c": stored_result(), "d": {"error": "[x](http://y)"}}
+    )
     assert r"| a\|b \<img src=x onerror=alert(1)> # c |" in table
     assert not re.search(r"(?<!\\)<[a-z/]", table)
     assert r"\[x\](http://y)" in table

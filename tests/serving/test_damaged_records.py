@@ -248,7 +248,8 @@ def offer(sink: ImageSink, team: str = PRESS, width: int = 4) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["date=2026-13-45", "date=0000-00-00", "date=9999-12-31", "date=2026-01-01T00", "date=", "date=１２３４-01-01"]
+    "name",
+    ["date=2026-13-45", "date=0000-00-00", "date=9999-12-31", "date=2026-01-01T00", "date=", "date=１２３４-01-01"],
 )
 def test_a_folder_that_names_no_day_ends_neither_flushing_nor_cleaning(tmp_path: Path, name: str) -> None:
     for folder in (name, "date=2020-01-01"):
