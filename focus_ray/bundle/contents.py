@@ -161,7 +161,7 @@ def check_shapes(config: Config, moments: Mapping[str, int], network: Header, de
 
 
 def check_moments(moments: Mapping[str, int], header: Header, uri: str) -> None:
-    """Compares the shapes of stored moments with their sizes in the manifest. Raises: BundleError: naming the first difference."""
+    """Compares the shapes of stored moments with their sizes in the manifest. Raises: BundleError: they differ."""
     num_places, channels = moments["height"] * moments["width"], moments["channels"]
     expected = {"mean": (num_places, channels), "scatter": (num_places, channels * (channels + 1) // 2)}
     for name, shape in expected.items():

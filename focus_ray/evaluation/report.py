@@ -68,8 +68,8 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     if reduced:
         lines += [
             "",
-            f"Compared at a reduced size ({markdown_text(', '.join(reduced))}): a reduced pixel is defective where any that it stands "
-            "for is, so defects are up to a pixel wider there.",
+            f"Compared at a reduced size ({markdown_text(', '.join(reduced))}): a reduced pixel is defective where any that it "
+            "stands for is, so defects are up to a pixel wider there.",
         ]
     return "\n".join(lines) + "\n"
 
