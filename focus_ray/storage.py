@@ -125,12 +125,18 @@ def sync_file(filesystem: fs.FileSystem, path: str) -> None:
             os.close(descriptor)
 
 
-def read_file(filesystem: fs.FileSystem, path: str) -> bytes | None:
-    """A small file's bytes; None where there is none. Raises: OSError: run it inside ``storage_errors``."""
-    if filesystem.get_file_info(path).type != fs.FileType.File:
+def read_file(filesystem: fs.FileSystem, path: str, max_bytes: int | None = None) -> bytes | None:
+    """A small file's bytes; None where there is none.
+
+    Raises: OSError: run it inside ``storage_errors``.  DataError: the file has more than `max_bytes`; it is not read.
+    """
+    info = filesystem.get_file_info(path)
+    if info.type != fs.FileType.File:
         return None
+    if max_bytes is not None and info.size > max_bytes:
+        raise DataError(f"{path}: the file has {info.size} bytes, expected {max_bytes} at most: it is not read")
     with open_input(filesystem, path) as stream:
-        return bytes(stream.read())
+        return bytes(stream.read() if max_bytes is None else stream.read(max_bytes))
 
 
 def open_input(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
@@ -390,16 +396,17 @@ def absolute_place(place: str) -> str:
     return place if "://" in place else str(Path(place).expanduser().absolute())
 
 
-def read_bytes(uri: str | Path, is_quick: bool = False) -> bytes:
-    """A file's bytes.
+def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = None) -> bytes:
+    """Returns the bytes of a file.
 
-    Args: is_quick: as of `open_filesystem`.
+    Args:
+        is_quick: as of `open_filesystem`.
 
-    Raises: FileNotFoundError: there is none.  DataError: it cannot be read.
+    Raises: FileNotFoundError: there is no such file.  DataError: it cannot be read, or has more than `max_bytes`.
     """
     filesystem, path = open_filesystem(uri, is_quick)
     with storage_errors("read", uri, path):
-        data = read_file(filesystem, path)
+        data = read_file(filesystem, path, max_bytes)
     if data is None:
         raise FileNotFoundError(f"{uri}: no such file")
     return data
@@ -547,6 +554,8 @@ def list_names(uri: str | Path) -> list[str]:
             found = filesystem.get_file_info(selector)
         except FileNotFoundError:  # pyarrow looks twice, and says so of a folder that is made in between
             found = filesystem.get_file_info(selector)
+        except NotADirectoryError:
+            return []
     return sorted(item.base_name for item in found)
 
 

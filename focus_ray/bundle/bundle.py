@@ -22,11 +22,20 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from focus_ray import __version__
+from focus_ray.bundle.contents import (
+    MAX_MANIFEST_BYTES,
+    check_manifest,
+    check_memory,
+    check_moments,
+    check_shapes,
+    read_header,
+)
 from focus_ray.config import Config, parse_config
 from focus_ray.data.framing import Frame
 from focus_ray.data.regions import frame_of, frame_with
@@ -193,7 +202,7 @@ def write_bundle(
 def read_manifest(uri: str | Path) -> dict[str, Any]:
     """Raises: BundleError: none there, of another format version, or changed since it was written."""
     try:
-        text = read_bytes(join(uri, MANIFEST))
+        text = read_bytes(join(uri, MANIFEST), MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise BundleError(
             f"{uri}: no {MANIFEST} there, so this is no bundle: give the folder that `focus-ray train` names"
@@ -202,7 +211,7 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
         raise BundleError(str(error)) from error
     try:
         manifest = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(
             f"{uri}/{MANIFEST}: not valid JSON ({error}): the bundle is damaged; fetch it again"
         ) from None
@@ -215,6 +224,7 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
         )
     if manifest.get("sha256") != manifest_hash(manifest):
         raise BundleError(f"{uri}/{MANIFEST}: changed since it was written (its hash differs): fetch the bundle again")
+    check_manifest(manifest, str(uri))
     return manifest
 
 
@@ -254,14 +264,21 @@ def runs_in(place: str) -> list[str]:
     return [name for name in list_names(place) if list_names(join(place, name, "bundles"))]
 
 
-def read_bundle(uri: str | Path, device: torch.device | str = "cpu", precision: str | None = None) -> Bundle:
+def read_bundle(
+    uri: str | Path,
+    device: torch.device | str = "cpu",
+    precision: str | None = None,
+    max_bytes: int | None = None,
+) -> Bundle:
     """Reads and verifies a bundle. Needs no weights, no Ray and no network besides the bundle's own place.
 
-    Args: precision: auto, fp32 or bf16, in place of model.precision and density.precision; None: as the bundle says.
+    Args:
+        precision: auto, fp32 or bf16, in place of model.precision and density.precision; None: as the bundle says.
+        max_bytes: of memory that the model may take; a larger bundle is refused before it is read. None: no limit.
 
-    Raises: BundleError: missing, damaged, changed, or of another format version.
+    Raises: BundleError: missing, damaged, changed, too large, or of another format version.
     """
-    return _whole(uri, lambda manifest: _read_bundle(uri, manifest, device, precision))
+    return _whole(uri, lambda manifest: _read_bundle(uri, manifest, device, precision, max_bytes))
 
 
 def _whole(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
@@ -278,8 +295,13 @@ def _whole(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
 
 
 def _read_bundle(
-    uri: str | Path, manifest: dict[str, Any], device: torch.device | str, precision: str | None = None
+    uri: str | Path,
+    manifest: dict[str, Any],
+    device: torch.device | str,
+    precision: str | None = None,
+    max_bytes: int | None = None,
 ) -> Bundle:
+    place = str(uri)
     try:
         tree = config_as_made(manifest)
         if precision is not None:
@@ -287,16 +309,24 @@ def _read_bundle(
         config = parse_config(tree, source=f"{uri}/{MANIFEST}")
         calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
         category = str(manifest["category"])
-    except (ConfigError, DataError, KeyError) as error:
+        entries = {part: manifest["files"][part] for part in ("network", "density")}
+    except (ConfigError, DataError, KeyError, TypeError) as error:
         raise BundleError(f"{uri}: its manifest does not fit this version of focus_ray: {error}") from error
-    network = _read_part(uri, manifest, "network")
-    density = _read_part(uri, manifest, "density")
-    net = FocusNet(config.model, bare_backbone(config.model.backbone), head=False)
-    reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
-    prefix = "reduction."
-    reduction_state = {name.removeprefix(prefix): t for name, t in network.items() if name.startswith(prefix)}
-    net_state = {name: value for name, value in network.items() if not name.startswith(prefix)}
+    num_bytes = sum(entry["num_bytes"] for entry in entries.values())
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise BundleError(f"{uri}: its tensor files have {num_bytes} bytes, and the limit is {max_bytes}")
+    contents = {part: _read_file(uri, entry) for part, entry in entries.items()}
+    headers = {part: read_header(content, place) for part, content in contents.items()}
     try:
+        check_shapes(config, manifest["moments"], headers["network"], headers["density"], place)
+        if max_bytes is not None:
+            check_memory(config, headers["network"], headers["density"], max_bytes, place)
+        network, density = (load_tensors(contents.pop(part)) for part in ("network", "density"))
+        net = FocusNet(config.model, bare_backbone(config.model.backbone), head=False)
+        reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
+        prefix = "reduction."
+        reduction_state = {name.removeprefix(prefix): t for name, t in network.items() if name.startswith(prefix)}
+        net_state = {name: value for name, value in network.items() if not name.startswith(prefix)}
         reduction.load_state_dict(reduction_state)
         missing, unexpected = net.load_state_dict(net_state, strict=False, assign=True)
         if missing or unexpected:
@@ -306,15 +336,17 @@ def _read_bundle(
         fitted = load_density(config.density, density, shape["height"], shape["width"], device, grid)
         region = density["region"].numpy() if category in config.data.regions else None
         frame = frame_with(config, region)
-    except (RuntimeError, KeyError, ValueError) as error:
+        net = net.to(device).to(memory_format=torch.channels_last)
+        profile = None
+        if config.scoring.image_score == "profile" and "profile.weight" in density:
+            profile = Profile(*(density[f"profile.{name}"].to(device) for name in Profile._fields))
+        detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
+        known = frozenset(density[_KNOWN].tolist()) if _KNOWN in density else frozenset()
+        _, descriptors, distance = _read_origins(density)
+    except BundleError:
+        raise
+    except (RuntimeError, LookupError, ValueError, TypeError, SafetensorError) as error:
         raise BundleError(f"{uri}: its tensors do not fit its config: {error}") from error
-    net = net.to(device).to(memory_format=torch.channels_last)
-    profile = None
-    if config.scoring.image_score == "profile" and "profile.weight" in density:
-        profile = Profile(*(density[f"profile.{name}"].to(device) for name in Profile._fields))
-    detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
-    known = frozenset(density[_KNOWN].tolist()) if _KNOWN in density else frozenset()
-    _, descriptors, distance = _read_origins(density)
     return Bundle(manifest, config, detector, calibration, frame, known, descriptors, distance)
 
 
@@ -337,8 +369,11 @@ def read_statistics(uri: str | Path) -> Statistics:
 def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     if "moments" not in manifest["files"]:
         raise BundleError(f"{uri}: keeps no moments: train with density.keep_moments=true to update a bundle later")
-    tensors = _read_part(uri, manifest, "moments")
     shape = manifest["moments"]
+    content = _read_file(uri, manifest["files"]["moments"])
+    check_moments(shape, read_header(content, str(uri)), str(uri))
+    tensors = load_tensors(content)
+    del content
     moments = Moments(0, 0, 0)
     moments.height, moments.width, moments.channels = shape["height"], shape["width"], shape["channels"]
     moments.count = shape["count"]
@@ -394,16 +429,16 @@ def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -
 
 
 def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
-    return load_tensors(_read_file(uri, manifest["files"][part]))
+    content = _read_file(uri, manifest["files"][part])
+    read_header(content, str(uri))
+    return load_tensors(content)
 
 
 def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
-    """A file that a manifest lists, verified."""
-    name = str(entry["name"])
-    if "/" in name or "\\" in name or not name.endswith(".safetensors"):
-        raise BundleError(f"{uri}: the manifest names {name!r}, not a file of this bundle")
+    """A file that a checked manifest lists, verified. Its size is compared before a byte of it is read."""
+    name, num_bytes = str(entry["name"]), int(entry["num_bytes"])
     try:
-        content = read_bytes(join(uri, name))
+        content = read_bytes(join(uri, name), num_bytes)
     except FileNotFoundError:
         raise BundleError(f"{uri}: {name} is missing: copy the whole folder again") from None
     except DataError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
@@ -45,6 +47,15 @@ IMAGE_SCHEMA = pa.schema(
 )
 
 Rows = NDArray[np.int64]
+_LOG = logging.getLogger(__name__)
+
+
+class _Record(BaseModel):
+    """A category's figures, and its part of the page."""
+
+    identity: dict[str, Any]
+    result: dict[str, Any]
+    section: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -325,14 +336,18 @@ def load_sum(job: Job) -> Sum | None:
 
 
 def read_record(job: Job) -> dict[str, Any] | None:
-    """What an earlier run of the same job has found, as `write_record` was given it; None where it has not."""
+    """What an earlier run of the same job has found, as `write_record` was given it; None where it has not.
+
+    A damaged record is logged and counts as none: the category is then measured again.
+    """
     if not exists(job.record):
         return None
     try:
-        record = json.loads(read_bytes(job.record))
-    except ValueError as error:
-        raise DataError(f"{job.record}: not JSON ({error}): begin without --resume") from error
-    return dict(record) if record.get("identity") == job.identity() else None
+        record = _Record.model_validate_json(read_bytes(job.record))
+    except ValidationError as error:
+        _LOG.warning("%s: a damaged record, so %s is measured again: %s", job.record, job.category, error)
+        return None
+    return record.model_dump() if record.identity == job.identity() else None
 
 
 def write_record(job: Job, **facts: Any) -> None:

@@ -13,6 +13,9 @@ Every file is created and never written over, and claims and alias entries are c
 (a hard link on a disk, `If-None-Match: *` on S3). So of several publishers each gets a number of its own, of several that
 move one alias each sees the others' moves, and readers see a version whole or not at all. There is no lock to be left behind.
 
+A record may be damaged, by a disk, a person or an attacker. Lists leave it out and log its path, an alias stands for what it
+named before, and only who asks for that very version gets an error, which names the record.
+
 Who reads often lists a team's `_changes`, one request a thousand categories, and looks up only what has changed (`marks`).
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import logging
 import re
 import socket
 import tempfile
@@ -29,11 +33,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, Field, StrictInt, StrictStr, ValidationError
 
 from focus_ray.bundle.bundle import copy_bundle, read_manifest
 from focus_ray.bundle.recalibrate import set_thresholds
-from focus_ray.errors import BundleError, DataError, RegistryError
+from focus_ray.errors import BundleError, DataError, RegistryError, StorageError
 from focus_ray.names import NAME_WORDS, is_name
 from focus_ray.storage import (
     create_bytes,
@@ -50,10 +56,49 @@ LATEST = "latest"
 MAX_STEPS_BACK = 32  # an alias remembers so many former targets
 CLAIM_LASTS = timedelta(hours=12)  # a publisher that takes longer is refused; its leftovers go after twice as long
 _CHANGES, _TIME = "_changes", "%Y%m%dT%H%M%S"
-_VERSION = re.compile(r"v[0-9]{4,}")
-_ENTRY = re.compile(r"[0-9]{8}\.json")
+_MAX_RECORD_BYTES = 65536  # a record of this registry has 2 KiB at most
+_VERSION = re.compile(r"v[0-9]{4,18}")
+_ENTRY = re.compile(r"[0-9]{8,18}\.json")
 _BEGUN, _DONE = "begun-", "done-"  # a listing comes in this order: see `marks`
 _ATTEMPTS = 1000  # at a number that others take first; each failure means that someone else has come through
+
+_LOG = logging.getLogger(__name__)
+_VersionName = Annotated[StrictStr, Field(pattern=f"^{_VERSION.pattern}$")]
+
+
+class _Publication(BaseModel):
+    """A record of `_published`."""
+
+    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
+    published_at: AwareDatetime
+    num_bytes: Annotated[StrictInt, Field(ge=0, lt=2**63)]
+
+
+class _Target(BaseModel):
+    """A record of `_aliases`."""
+
+    version: _VersionName
+    before: list[_VersionName]
+
+
+class _Claim(BaseModel):
+    """A record of `_claims`."""
+
+    at: AwareDatetime
+
+
+_Record = TypeVar("_Record", bound=BaseModel)
+
+
+class _Head(NamedTuple):
+    """Where an alias stands. number: of its last record, 0 without one.  target: of the last record that can be read.
+
+    is_damaged: whether the last record cannot.
+    """
+
+    number: int
+    target: _Target | None
+    is_damaged: bool
 
 
 @dataclass(frozen=True)
@@ -94,27 +139,29 @@ class Registry:
         return [name for name in list_names(join(self.root, check_name(team, "team"))) if is_name(name)]
 
     def versions(self, team: str, category: str) -> list[Version]:
-        """Oldest first; empty where there is no such team or category."""
-        return [version for name in self._names(team, category) if (version := self._find(team, category, name))]
+        """Oldest first; empty where there is no such team or category. A damaged record is logged and left out."""
+        return [
+            version for name in self._names(team, category) if (version := self._find_readable(team, category, name))
+        ]
 
     def aliases(self, team: str, category: str) -> dict[str, str]:
         """Alias -> version name."""
         folder = join(self._place(team, category), "_aliases")
         heads = ((name, self._head(team, category, name)) for name in list_names(folder) if is_name(name))
-        return {name: str(entry["version"]) for name, (_, entry) in heads if entry}
+        return {name: head.target.version for name, head in heads if head.target}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
         """What a version name or an alias stands for.
 
-        Raises: RegistryError: nothing; it says what is there.
+        Raises: RegistryError: nothing; it says what is there. Or the version's record is damaged; its path is told.
         """
         check_name(ref, "version or alias")
         name = ref
         if not _VERSION.fullmatch(ref):
-            _, entry = self._head(team, category, ref)
-            if not entry:
+            target = self._head(team, category, ref).target
+            if target is None:
                 raise RegistryError(self._absent(team, category, ref))
-            name = str(entry["version"])
+            name = target.version
         version = self._find(team, category, name)
         if version is None:
             raise RegistryError(self._absent(team, category, ref))
@@ -193,15 +240,15 @@ class Registry:
         """
         _check_alias(alias)
         for _ in range(_ATTEMPTS):
-            number, entry = self._head(team, category, alias)
-            if not entry:
+            number, target, _ = self._head(team, category, alias)
+            if target is None:
                 raise RegistryError(self._absent(team, category, alias))
-            former = list(entry["before"])
-            while former and self._find(team, category, former[0]) is None:
+            former = list(target.before)
+            while former and self._find_readable(team, category, former[0]) is None:
                 former.pop(0)
             if not former:
                 raise RegistryError(
-                    f"team {team!r}, category {category!r}: alias {alias!r} names {entry['version']} and no version "
+                    f"team {team!r}, category {category!r}: alias {alias!r} names {target.version} and no version "
                     f"that it named before is left: promote one of "
                     f"{', '.join(self._names(team, category)) or 'none'}"
                 )
@@ -223,7 +270,8 @@ class Registry:
         """Deletes old versions, and what publishers that died have left.
 
         Kept are the `keep` newest, those published less than `min_age` ago (someone may be loading them), what an alias
-        names, and what it would roll back to.
+        names, and what it would roll back to. While the last record of an alias is damaged, nothing is deleted: nobody knows what
+        the alias names.
 
         Returns: the names of the versions that went.
         """
@@ -235,13 +283,13 @@ class Registry:
         removed = []
         with self._changing(team, category) if versions else nullcontext():
             for version in versions[: max(0, len(versions) - keep)]:
-                if now - version.published_at < min_age or version.name in self._named(team, category):
+                if now - version.published_at < min_age or self._is_named(team, category, version.name):
                     continue
                 marker = join(place, "_published", f"{version.name}.json")
-                record = read_bytes(marker)
+                record = read_bytes(marker, _MAX_RECORD_BYTES)
                 remove_file(marker)
                 # an alias may have been moved here meanwhile: its mover looks for the marker after it has moved the alias
-                if version.name in self._named(team, category):
+                if self._is_named(team, category, version.name):
                     write_bytes(marker, record)
                     continue
                 remove_folder(version.uri)
@@ -252,8 +300,8 @@ class Registry:
         for file in list_names(join(place, "_claims")):
             name = file.removesuffix(".json")
             if _VERSION.fullmatch(name) and name in folders - published:
-                claim = json.loads(read_bytes(join(place, "_claims", file)))
-                if now - datetime.fromisoformat(claim["at"]) > 2 * CLAIM_LASTS and list_names(join(place, name)):
+                claim = _read_or_log(join(place, "_claims", file), _Claim)
+                if claim and now - claim.at > 2 * CLAIM_LASTS and list_names(join(place, name)):
                     remove_folder(join(place, name))
                     log(f"{team}/{category}/{name}: deleted, never finished by its publisher")
         return removed
@@ -279,16 +327,26 @@ class Registry:
         return sorted((name for name in found if _VERSION.fullmatch(name)), key=_number)
 
     def _find(self, team: str, category: str, name: str) -> Version | None:
-        """A published version; None where there is none, or where its name or a link in it leads out of the team's folder."""
+        """Returns a published version, or None if there is none or if its name or a link in it leads out of the team's folder.
+
+        Raises: RegistryError: its record is damaged.
+        """
         place = self._place(team, category)
         if not _VERSION.fullmatch(name) or leads_out(join(place, name), join(self.root, team)):
             return None
         try:
-            record = _decode(join(place, "_published", f"{name}.json"))
+            record = _read_record(join(place, "_published", f"{name}.json"), _Publication)
         except FileNotFoundError:
             return None
-        published_at = datetime.fromisoformat(record["published_at"])
-        return Version(team, category, name, join(place, name), record["sha256"], published_at, record["num_bytes"])
+        return Version(team, category, name, join(place, name), record.sha256, record.published_at, record.num_bytes)
+
+    def _find_readable(self, team: str, category: str, name: str) -> Version | None:
+        """As `_find`; None too where the record is damaged, which is logged."""
+        try:
+            return self._find(team, category, name)
+        except RegistryError as error:
+            _LOG.warning("left out: %s", error)
+            return None
 
     def _claim(self, place: str) -> str:
         """Takes the next number for good. Returns: the version's name."""
@@ -303,20 +361,28 @@ class Registry:
                 return name
         raise RegistryError(f"{place}: other publishers kept taking the next number: publish again")
 
-    def _head(self, team: str, category: str, alias: str) -> tuple[int, dict[str, Any]]:
-        """The alias's last entry and its number; 0 and nothing where there is no such alias."""
+    def _head(self, team: str, category: str, alias: str) -> _Head:
+        """Reads the alias's last record, and while records are damaged the record before, `MAX_STEPS_BACK` at most."""
         folder = join(self._place(team, category), "_aliases", alias)
-        entries = [name for name in list_names(folder) if _ENTRY.fullmatch(name)]
-        return (int(entries[-1][:8]), _decode(join(folder, entries[-1]))) if entries else (0, {})
+        entries = sorted((name for name in list_names(folder) if _ENTRY.fullmatch(name)), key=_entry_number)
+        number = _entry_number(entries[-1]) if entries else 0
+        for steps, name in enumerate(reversed(entries[-MAX_STEPS_BACK:])):
+            target = _read_or_log(join(folder, name), _Target)
+            if target is not None:
+                return _Head(number, target, steps > 0)
+        return _Head(number, None, bool(entries))
 
     def _move(self, team: str, category: str, alias: str, name: str, only_forward: bool = False) -> None:
         """Points an alias at a published version. Raises: RegistryError: the version was deleted meanwhile."""
         for _ in range(_ATTEMPTS):
-            number, entry = self._head(team, category, alias)
-            current = entry.get("version")
-            if current == name or (only_forward and current is not None and _number(current) > _number(name)):
+            number, target, is_damaged = self._head(team, category, alias)
+            current = target.version if target else None
+            is_ahead = only_forward and current is not None and _number(current) > _number(name)
+            if (current == name and not is_damaged) or is_ahead:
                 return
-            former = [current, *entry["before"]] if current else []
+            former: list[str] = []
+            if target is not None:
+                former = target.before if current == name else [target.version, *target.before]
             if self._append(team, category, alias, number + 1, name, former, "promoted"):
                 break
         else:
@@ -370,15 +436,13 @@ class Registry:
                     with suppress(DataError):  # another has deleted it first, or this identity may not delete
                         remove_file(join(folder, name))
 
-    def _named(self, team: str, category: str) -> set[str]:
-        """Versions that an alias names or would roll back to."""
-        folder = join(self._place(team, category), "_aliases")
-        named: set[str] = set()
-        for alias in list_names(folder):
-            if is_name(alias):
-                _, entry = self._head(team, category, alias)
-                named.update([entry["version"], *entry["before"][:1]] if entry else [])
-        return named
+    def _is_named(self, team: str, category: str, version: str) -> bool:
+        """Whether an alias names a version or would roll back to it; true too while the last record of an alias is damaged."""
+        aliases = [name for name in list_names(join(self._place(team, category), "_aliases")) if is_name(name)]
+        for _, target, is_damaged in (self._head(team, category, alias) for alias in aliases):
+            if is_damaged or (target and version in [target.version, *target.before[:1]]):
+                return True
+        return False
 
     def _absent(self, team: str, category: str, ref: str) -> str:
         names, aliases = self._names(team, category), self.aliases(team, category)
@@ -418,9 +482,29 @@ def _encode(record: dict[str, Any]) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
 
-def _decode(uri: str) -> dict[str, Any]:
+def _entry_number(file: str) -> int:
+    return int(file.removesuffix(".json"))
+
+
+def _read_record(uri: str, kind: type[_Record]) -> _Record:
+    """Raises: FileNotFoundError: none there.  RegistryError: the record is damaged.  StorageError: the storage fails."""
     try:
-        record: dict[str, Any] = json.loads(read_bytes(uri))
-    except ValueError as error:
-        raise RegistryError(f"{uri}: not valid JSON ({error}): the registry is damaged here") from None
-    return record
+        return kind.model_validate_json(read_bytes(uri, _MAX_RECORD_BYTES))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole record"
+        reason = f"{place}: {first['msg']}"
+    except StorageError:
+        raise
+    except DataError as error:  # too large
+        reason = str(error)
+    raise RegistryError(f"{uri}: a damaged record of the registry ({reason}): write it anew or delete it")
+
+
+def _read_or_log(uri: str, kind: type[_Record]) -> _Record | None:
+    """As `_read_record`; None where the record is damaged or gone, which is logged."""
+    try:
+        return _read_record(uri, kind)
+    except (RegistryError, FileNotFoundError) as error:
+        _LOG.warning("left out: %s", error)
+        return None

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from focus_ray.cluster.ray_private import find_local_cluster
+from focus_ray.cluster.ray_private import find_local_cluster, is_token_refused
 
 TIMEOUT_S = 4.0
 ANSWER_TIMEOUT_S = 20.0  # a busy head node accepts connections at once, and answers later
+TOKEN_REFUSED = "it asks for another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token of the cluster"
 ADVICE = "see that the cluster runs, or unset RAY_ADDRESS, and a private Ray starts on this machine"
 
 
@@ -31,11 +32,14 @@ def why_no_cluster(address: str) -> str:
         place = address.removeprefix("ray://")
     if place_of(place) is None:
         return "not an address: give HOST:6379, ray://HOST:10001 or auto"
-    return unreachable(place) or _why_no_answer(place)
+    return unreachable(place) or _why_no_answer(place, is_token_known=address != "auto")
 
 
-def _why_no_answer(host_and_port: str) -> str:
-    """Why what takes connections there is no Ray: Ray's servers speak gRPC; empty if they do."""
+def _why_no_answer(host_and_port: str, is_token_known: bool) -> str:
+    """Why what takes connections there is no Ray that lets us in: Ray's servers speak gRPC; empty if they do.
+
+    Args: is_token_known: whether Ray would send the token of RAY_AUTH_TOKEN, and not look for one itself.
+    """
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
         return ""  # needs Ray's own certificates
     import grpc
@@ -46,6 +50,8 @@ def _why_no_answer(host_and_port: str) -> str:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_S)
         except grpc.FutureTimeoutError:
             return f"something takes connections there, and does not answer as Ray does within {ANSWER_TIMEOUT_S:g} s"
+        if is_token_known and is_token_refused(channel, ANSWER_TIMEOUT_S):
+            return TOKEN_REFUSED
     return ""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from focus_ray.cluster.address import ADVICE, why_no_cluster
 from focus_ray.cluster.messages import is_verbose
-from focus_ray.cluster.ray_private import KINDS, autoscaler_limits, check_private_parts
+from focus_ray.cluster.ray_private import KINDS, autoscaler_limits, check_private_parts, require_token
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import TrainingError
 
@@ -36,6 +36,9 @@ def runs_here(config: ClusterConfig) -> bool:
 def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     """Joins the cluster of RAY_ADDRESS or of the job that runs this, or starts a private one on this machine.
 
+    A private cluster asks for a token (`require_token`). To join one that does, the user sets RAY_AUTH_MODE=token and
+    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+
     Args:
         namespace: of named actors; None gives this process one of its own.
 
@@ -57,6 +60,7 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line twice
+    require_token()
     # a bare ray.init would join whatever cluster a killed driver left in /tmp/ray (seen with Ray 2.60)
     # without the dashboard Train cannot tell that a controller lives, warns every second, and may leak placement groups
     _init(

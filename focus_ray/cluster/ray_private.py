@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ PARTS = {
     "the session's folder": ("ray._private.node", "Node.get_session_dir_path"),
     "which failures are tried again": ("ray.train.v2.api.data_parallel_trainer", "create_failure_policy"),
     "which variables its actors are told": ("ray.train.v2._internal.constants", "ENV_VARS_TO_PROPAGATE"),
+    "whether a token is asked for": ("ray._raylet", "Config.initialize"),
+    "which token is sent": ("ray._raylet", "AuthenticationTokenLoader.get_token_for_http_header"),
     "a cluster's Python version": ("ray.job_submission", "JobSubmissionClient._do_request"),
 }
 
@@ -92,6 +95,43 @@ def cluster_metadata(client: Any) -> dict[str, Any]:
     answer = ask("GET", "/api/v0/cluster_metadata")
     answer.raise_for_status()
     return dict(answer.json()["data"])
+
+
+def require_token() -> None:
+    """Makes the cluster that this process starts next refuse requests without a token, of whatever machine.
+
+    Ports of a private cluster listen on all interfaces. A mode, a token or a token file that the user has set stays; without a
+    token a random one is made, which this process and its children alone know.
+    """
+    raylet: Any = importlib.import_module("ray._raylet")  # compiled: it has no types
+
+    if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    loader = raylet.AuthenticationTokenLoader.instance()
+    if not loader.has_token(ignore_auth_mode=True):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Ray reads both variables when it is imported
+    raylet.Config.initialize("")
+    loader.reset_cache()
+
+
+def is_token_refused(channel: Any, timeout_s: float) -> bool:
+    """Whether a server of Ray behind a gRPC channel refuses the token that this process would send, or the lack of one."""
+    import grpc
+
+    raylet: Any = importlib.import_module("ray._raylet")  # compiled: it has no types
+    from ray.exceptions import AuthenticationError
+
+    loader = raylet.AuthenticationTokenLoader.instance()
+    ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+    try:
+        headers = loader.get_token_for_http_header() if loader.has_token() else {}
+        ask(b"", timeout=timeout_s, metadata=tuple(headers.items()))
+    except AuthenticationError:  # mode token without any token
+        return True
+    except grpc.RpcError as error:
+        return bool(error.code() == grpc.StatusCode.UNAUTHENTICATED)
+    return False
 
 
 def remove_working_folders(experiment: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     metrics = {key: METRICS[key] for key in METRICS}
     notices = [(category, (result.get("trained_on") or {}).get("notice")) for category, result in results.items()]
-    first = [f"- {category}: {notice}" for category, notice in notices if notice]
+    first = [f"- {markdown_text(category)}: {markdown_text(notice)}" for category, notice in notices if notice]
     lines = [*first, ""] if first else []
     lines += [
         _row(["category", "good", "bad", *(metric.title for metric in metrics.values())]),
@@ -35,7 +36,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for category, result in results.items():
         values = [_number(result.get(key), result.get("bounds", {}).get(key)) for key in metrics]
         counts = ["-" if "error" in result else str(result[key]) for key in ("num_normal", "num_anomalous")]
-        lines.append(_row([category, *counts, *values]))
+        lines.append(_row([markdown_text(category), *counts, *values]))
     if len(results) > 1:
         means = mean_metrics(results)
         lines.append(_row(["**mean**", "", "", *(_number(means[key]) for key in metrics)]))
@@ -44,30 +45,31 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     for category, result in results.items():
         for kind, part in result.get("defect_types", {}).items():
             values = [_number(part.get(key), part.get("bounds", {}).get(key)) for key in told]
-            lines.append(_row([category, kind, str(part["num_images"]), *values]))
+            lines.append(_row([markdown_text(category), markdown_text(kind), str(part["num_images"]), *values]))
     reasons = [
-        f"- {category}: not measured: {result['error']}" for category, result in results.items() if "error" in result
+        f"{category}: not measured: {result['error']}" for category, result in results.items() if "error" in result
     ]
     for category, result in results.items():
-        reasons += [f"- {category}: {where}: {reason}" for where, reason in result.get("reasons", {}).items()]
+        reasons += [f"{category}: {where}: {reason}" for where, reason in result.get("reasons", {}).items()]
     for category, result in results.items():
         for finding in ("shift", "repeats"):
             if notice := (result.get(finding) or {}).get("notice"):
-                reasons.append(f"- {category}: {notice}")
+                reasons.append(f"{category}: {notice}")
     if reasons:
-        lines += ["", *reasons]
+        lines += ["", *(f"- {markdown_text(reason)}" for reason in reasons)]
     binned = [category for category, result in results.items() if result.get("binned")]
     if binned:
         lines += [
             "",
-            f"Pixels counted in bins ({', '.join(binned)}): the exact figure lies within the ± that stands beside it.",
+            f"Pixels counted in bins ({markdown_text(', '.join(binned))}): the exact figure lies within the ± that stands beside "
+            "it.",
         ]
     reduced = [category for category, result in results.items() if result.get("reduced")]
     if reduced:
         lines += [
             "",
-            f"Compared at a reduced size ({', '.join(reduced)}): a reduced pixel is defective where any that it stands for is, "
-            "so defects are up to a pixel wider there.",
+            f"Compared at a reduced size ({markdown_text(', '.join(reduced))}): a reduced pixel is defective where any that it "
+            "stands for is, so defects are up to a pixel wider there.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -124,6 +126,11 @@ def contact_sheet(
             scaled = Image.fromarray(picture).resize((cell_px, cell_px), Image.Resampling.BILINEAR)
             sheet.paste(scaled, (column * (cell_px + 4), top + bar))
     return sheet
+
+
+def markdown_text(text: object) -> str:
+    """Text of a record as one line of Markdown that shows it letter by letter: no markup, no further column."""
+    return re.sub(r"([\\|<`\[\]])", r"\\\1", " ".join(str(text).split()))
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -7,6 +7,8 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from focus_ray.csv_cells import csv_cell
+
 COLUMNS = (
     *("image", "category", "verdict", "score", "threshold", "p_value", "num_regions"),
     *("largest_x", "largest_y", "largest_width", "largest_height", "trained_on", "error"),
@@ -30,10 +32,21 @@ def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS, header: bool = True) -> str:
-    """Rows as CSV, below a line of column names where a header is asked for; what a row does not have is empty."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
+    """Rows as CSV, below a line of column names where a header is asked for; what a row does not have is empty.
+
+    Text that a spreadsheet would take for a formula is escaped (`csv_cells`).
+    """
+    buffer = _Lines(newline="")
+    # with these ends of lines the writer quotes a cell that holds a carriage return alone, which would begin a row too
+    writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\r\n")
     if header:
         writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     return buffer.getvalue()
+
+
+class _Lines(io.StringIO):
+    """Takes rows, and ends each with a newline alone."""
+
+    def write(self, row: str) -> int:
+        return super().write(row.removesuffix("\r\n") + "\n")

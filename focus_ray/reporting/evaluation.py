@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
-from markupsafe import Markup
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.evaluation.evaluate import Labelled
@@ -84,7 +84,7 @@ def section_from_dict(tree: Mapping[str, Any]) -> Section:
             **tree,
             "good": Share(**tree["good"]),
             "bad": Share(**tree["bad"]),
-            "plots": [plots.Plot(**{**plot, "svg": Markup(plot["svg"])}) for plot in tree["plots"]],
+            "plots": [plots.Plot(**plot) for plot in tree["plots"]],
             "gallery": [Pictures(**part) for part in gallery],
         }
     )
@@ -134,7 +134,7 @@ def evaluation_page(
         sections=sections,
         errors=errors,
         caveats=caveats,
-        pages=pages or {},
+        pages={category: quote(page, errors="replace") for category, page in (pages or {}).items()},
         metrics={key: METRICS[key].title for key in METRICS},
         per_defect={key: METRICS[key].title for key in METRICS if METRICS[key].per_defect},
         means=mean_metrics(results),

@@ -1,4 +1,4 @@
-"""Plots as inline SVG, transparent, whose colours are the page's own: one drawing for a light page, a dark one and paper."""
+"""Plots as SVG, transparent, in the page's colours (`page.svg_uri`): one drawing for a light page, a dark one and paper."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
 # drawn in colours that no plot has, which then become variables of the style sheet
@@ -29,11 +28,11 @@ _LOG_FROM = 8.0  # times the threshold: scores that reach further are told on a 
 
 @dataclass(frozen=True)
 class Plot:
-    """svg: to be put into a page as it is.  title: for those who cannot see it.  caption: below it."""
+    """svg: an element, for `page.svg_uri`.  title: for those who cannot see it.  caption: below it."""
 
     title: str
     caption: str
-    svg: Markup
+    svg: str
 
 
 def curve(
@@ -89,13 +88,23 @@ def by_epoch(title: str, caption: str, lines: Mapping[str, tuple[Sequence[float]
     looks = [(_GOOD, "-"), (_BAD, "--"), (_CALIBRATION, ":"), (_INK, "-.")]
     for number, (name, (epochs, values)) in enumerate(lines.items()):
         colour, dashes = looks[number % len(looks)]
-        axes.plot(epochs, values, color=colour, linestyle=dashes, marker="o", markersize=3, linewidth=1.6, label=name)
+        axes.plot(
+            epochs, values, color=colour, linestyle=dashes, marker="o", markersize=3, linewidth=1.6, label=plain(name)
+        )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epochs trained")
-    axes.set_title(title, fontsize=10, color=_INK)
+    axes.set_title(plain(title), fontsize=10, color=_INK)
     if len(lines) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=_INK)
     return Plot(title, caption, _svg(figure))
+
+
+def plain(text: str) -> str:
+    """Text of a record as matplotlib draws it letter by letter.
+
+    Between two dollars matplotlib reads a formula, and may fail; it fails at half of a surrogate pair too.
+    """
+    return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text).replace("$", r"\$")
 
 
 def _bins(values: NDArray[np.float64], threshold: float) -> tuple[NDArray[np.float64], bool]:
@@ -126,8 +135,8 @@ def _figure(height_in: float, num_rows: int) -> tuple[Any, list[Any]]:
     return figure, list(rows)
 
 
-def _svg(figure: Any) -> Markup:
-    """The drawing alone: no XML head, no namespaces (HTML has them), no size of its own.
+def _svg(figure: Any) -> str:
+    """The drawing alone: no XML head, no namespaces (`page.svg_uri` adds them), no size of its own.
 
     Ids are hashes of what they name: two plots that share one mean the same by it.
     """
@@ -145,4 +154,4 @@ def _svg(figure: Any) -> Markup:
     rest = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", rest)
     for drawn, variable in _VARIABLES.items():
         rest = rest.replace(drawn, variable)
-    return Markup(head + ">" + rest)
+    return head + ">" + rest

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 LOGGER = "focus_ray.serving"
+_LIBRARY = "focus_ray.bundle"  # what it logs of damaged records goes the same way
 
 
 class JsonLines(logging.Formatter):
@@ -28,13 +29,14 @@ class JsonLines(logging.Formatter):
 
 def set_up(level: int = logging.INFO) -> None:
     """Sends this service's events to stderr, once a process."""
-    logger = logging.getLogger(LOGGER)
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(JsonLines())
-        logger.addHandler(handler)
-        logger.propagate = False
-    logger.setLevel(level)
+    for name in (LOGGER, _LIBRARY):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            handler = logging.StreamHandler(sys.stderr)
+            handler.setFormatter(JsonLines())
+            logger.addHandler(handler)
+            logger.propagate = False
+        logger.setLevel(level)
 
 
 def log(event: str, *, level: int = logging.INFO, error: BaseException | str | None = None, **facts: Any) -> None:

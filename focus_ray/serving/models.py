@@ -92,7 +92,7 @@ class ModelCache:
     async def get(self, version: Version) -> Model:
         """The model, loaded and verified first where it is not here; requests for one version share one load.
 
-        Raises: BundleError: missing, damaged, or not what was published.
+        Raises: BundleError: missing, damaged, larger than the budget, or not what was published. The others stay.
         """
         key = version_key(version)
         model = self._models.get(key)
@@ -116,7 +116,7 @@ class ModelCache:
         return model
 
     def _read(self, version: Version) -> Model:
-        bundle = read_bundle(version.uri, self.device)
+        bundle = read_bundle(version.uri, self.device, max_bytes=self.budget_bytes)
         if bundle.version != version.sha256:
             raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}: publish it again")
         self._backbones.share(bundle.detector, compute_dtype(bundle.config.model.precision, self.device))

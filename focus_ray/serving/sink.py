@@ -4,7 +4,7 @@
 
 A flush writes one file a team, with what waits of all its categories. Columns: those of docs/use/serving.md. A file that cannot
 be written waits, within the same bound, for the next flush; for what comes beyond the bound there is no room: it is dropped and
-counted. A request never waits for the sink, nor fails.
+counted. A request never waits for the sink, nor fails. No error ends the writer: it logs the error and goes on.
 """
 
 from __future__ import annotations
@@ -105,8 +105,11 @@ class ImageSink:
             self._writer.submit(self._write)
 
     def flush(self) -> None:
-        """Writes what is there, and deletes what is past its time; waits for both."""
-        self._writer.submit(self._write).result()
+        """Writes what is there, and deletes what is past its time; waits for both. Raises nothing: errors are logged."""
+        try:
+            self._writer.submit(self._write).result()
+        except RuntimeError as error:  # after `close`
+            self.log("the sink was flushed after its end", error=str(error))
 
     def close(self) -> None:
         """Writes what is there; what cannot be written now is lost, and counted."""
@@ -116,45 +119,64 @@ class ImageSink:
             self.measures.sink("failed", sum(file.num_images for file in self._waiting))
 
     def _write(self) -> None:
+        for step in (self._write_files, self._clean):
+            try:
+                step()
+            except Exception as error:  # whatever it is, the next flush must come
+                self.log("a flush of the sink failed", error=f"{type(error).__name__}: {error}")
+
+    def _write_files(self) -> None:
         with self._lock:
             rows, self._rows, self._is_asked = self._rows, defaultdict(list), False
         files, self._waiting = self._waiting, []
-        new = [self._file(team, found) for team, found in rows.items() if found]
+        new = [file for team, waiting in rows.items() if waiting and (file := self._file(team, waiting))]
         for number, file in enumerate([*files, *new]):
             try:
                 # under the name of the first attempt: one whose answer alone was lost is written over and not doubled
                 write_bytes(file.uri, file.content)
-            except DataError as error:
+            except Exception as error:  # of any storage
                 if number >= len(files):
                     self.measures.sink("delayed", file.num_images)
                 self.log("the sink could not be written", error=str(error), num_images=file.num_images)
                 self._waiting.append(file)
                 continue
             self.measures.sink("written", file.num_images)
-            with self._lock:
-                self._num_bytes -= file.size
+            self._release(file.size)
+
+    def _clean(self) -> None:
         now = datetime.now(timezone.utc)
         if self._cleaned is None or now - self._cleaned > timedelta(hours=1):
             self._cleaned = now
             try:
-                remove_old(self.settings.uri, now - timedelta(days=self.settings.retention_days))
-            except DataError as error:
-                self.log("old images could not be deleted from the sink", error=str(error))
+                before = now - timedelta(days=self.settings.retention_days)
+            except OverflowError:  # kept for longer than dates go back
+                return
+            remove_old(self.settings.uri, before, self.log)
 
-    def _file(self, team: str, rows: Sequence[dict[str, Any]]) -> _File:
+    def _release(self, size: int) -> None:
+        with self._lock:
+            self._num_bytes -= size
+
+    def _file(self, team: str, rows: Sequence[dict[str, Any]]) -> _File | None:
+        """The file of a team's rows; None where they do not fit the schema: they are lost, and counted."""
+        size = sum(len(row["image"]) for row in rows)
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="none")
+        try:
+            pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="none")
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            self.log("images do not fit the sink's columns", error=str(error), num_images=len(rows), team=team)
+            self.measures.sink("failed", len(rows))
+            self._release(size)
+            return None
         folder = join(self.settings.uri, f"team={team}", f"date={rows[-1]['time'].date().isoformat()}")
-        return _File(
-            join(folder, f"part-{uuid.uuid4().hex}.parquet"),
-            sink.getvalue().to_pybytes(),
-            len(rows),
-            sum(len(row["image"]) for row in rows),
-        )
+        return _File(join(folder, f"part-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes(), len(rows), size)
 
 
-def remove_old(uri: str, before: datetime) -> list[str]:
-    """Deletes the days that end before a time. Returns: their folders. Raises: DataError: the place cannot be reached."""
+def remove_old(uri: str, before: datetime, log: Any = lambda message, **facts: None) -> list[str]:
+    """Deletes the days that end before a time. A folder that is no day stays; a day that cannot be deleted is logged.
+
+    Returns: the folders that went.  Raises: DataError: the place cannot be listed.
+    """
     removed = []
     for team in (join(uri, name) for name in list_names(uri) if name.startswith("team=")):
         days = [join(team, name) for name in list_names(team)]
@@ -164,8 +186,13 @@ def remove_old(uri: str, before: datetime) -> list[str]:
             match = _DATE.fullmatch(day.rpartition("/")[2])
             if match is None:
                 continue
-            ended = datetime.fromisoformat(match[1]).replace(tzinfo=timezone.utc) + timedelta(days=1)
-            if ended <= before:
-                remove_folder(day)
-                removed.append(day)
+            try:
+                ended = datetime.fromisoformat(match[1]).replace(tzinfo=timezone.utc) + timedelta(days=1)
+                if ended <= before:
+                    remove_folder(day)
+                    removed.append(day)
+            except (ValueError, OverflowError) as error:
+                log("a folder of the sink names no day, and stays", folder=day, error=str(error))
+            except DataError as error:
+                log("old images could not be deleted from the sink", folder=day, error=str(error))
     return removed

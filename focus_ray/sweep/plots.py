@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from focus_ray.drawings import MARK
+from focus_ray.reporting.plots import plain
 from focus_ray.sweep import records
 from focus_ray.sweep.records import Record
 from focus_ray.sweep.settings import SweepConfig
@@ -76,10 +77,10 @@ def parallel_coordinates(sweep: SweepConfig, found: Sequence[Record]) -> bytes |
         axes.axvline(at, color="#5f6b76", linewidth=1.0, zorder=1)
         for height, text in ticks:
             axes.text(
-                at + 0.05, height, text, fontsize=8, va="center", zorder=4,
+                at + 0.05, height, plain(text), fontsize=8, va="center", zorder=4,
                 bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
             )  # fmt: skip
-    axes.set_xticks(range(len(columns)), [column[0] for column in columns], fontsize=9)
+    axes.set_xticks(range(len(columns)), [plain(column[0]) for column in columns], fontsize=9)
     axes.set_yticks([])
     axes.set_xlim(-0.2, len(columns) - 1 + 0.55)
     axes.set_ylim(-0.08, 1.12)
@@ -119,7 +120,7 @@ def learning_curves(sweep: SweepConfig, found: Sequence[Record]) -> bytes | None
             )  # fmt: skip
         low, high = score_axis(seen)
         panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        panel.set_title(f"{category}\n{range_words(seen)}", fontsize=10)
+        panel.set_title(f"{plain(category)}\n{range_words(seen)}", fontsize=10)
         panel.set_xlabel("epochs")
         panel.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(records.objective_words(sweep), fontsize=9)

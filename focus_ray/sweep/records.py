@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from focus_ray.cluster.ownership import FINGERPRINTS, read_state, write_fingerprints
 from focus_ray.config import config_to_yaml
@@ -65,6 +66,9 @@ class Record:
         return {name: [(int(e), float(s)) for e, s in part["curve"]] for name, part in self.categories.items()}
 
 
+_RECORD = TypeAdapter(Record)
+
+
 def write_record(root: str, record: Record) -> None:
     text = json.dumps(dataclasses.asdict(record), allow_nan=False, indent=1)
     write_bytes(join(root, TRIALS, f"{record.name}.json"), (text + "\n").encode())
@@ -78,8 +82,8 @@ def read_records(root: str) -> list[Record]:
             continue
         place = join(root, TRIALS, name)
         try:
-            found.append(Record(**json.loads(read_bytes(place))))
-        except (ValueError, TypeError) as error:
+            found.append(_RECORD.validate_json(read_bytes(place)))
+        except ValidationError as error:
             raise SweepError(
                 f"{place}: not a trial's record ({error}): remove it to have the trial run again"
             ) from None

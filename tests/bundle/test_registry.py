@@ -378,8 +378,9 @@ def test_a_negative_number_to_keep_is_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_entry_is_named(three: Registry) -> None:
     (Path(three.root) / "press/gear/_published/v0002.json").write_text("{")
-    with pytest.raises(RegistryError, match=r"v0002\.json: not valid JSON .*the registry is damaged here"):
-        three.versions("press", "gear")
+    assert [version.name for version in three.versions("press", "gear")] == ["v0001", "v0003"]
+    with pytest.raises(RegistryError, match=r"v0002\.json: a damaged record of the registry .*Invalid JSON"):
+        three.resolve("press", "gear", "v0002")
 
 
 @pytest.mark.s3

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: what HTML needs of one, and scores of any range."""
+"""Plots as SVG: what `page.svg_uri` needs of one, and scores of any range."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from focus_ray.csv_cells import csv_text
 from focus_ray.data.images import read_capture_time
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
@@ -227,7 +228,9 @@ def _pairs_of_csv(content: str, file: str, column: str, refuse: Any) -> list[tup
     delimiter = max(",;\t", key=header.count)
     try:
         reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-        rows, columns = list(reader), list(reader.fieldnames or ())
+        # names may come from a table of `focus-ray inspect`
+        rows = [{key: csv_text(cell) if isinstance(cell, str) else cell for key, cell in row.items()} for row in reader]
+        columns = list(reader.fieldnames or ())
     except csv.Error as error:
         raise refuse(f"{file} is no CSV: {error}") from None
     return _pairs_of_rows(rows, columns, file, column, refuse)

