@@ -316,7 +316,7 @@ def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.
     is_multiplied = alpha is not None and tags.extras[alpha - colours] == 1
 
     def show(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        shown = block[:, :, :colours].astype(np.uint32)  # holds 65535 * 65535
+        shown: npt.NDArray[Any] = block[:, :, :colours].astype(np.uint32)  # holds 65535 * 65535
         if tags.photometric == 0:
             shown = full - shown
         if alpha is not None and not is_multiplied:

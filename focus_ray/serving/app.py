@@ -19,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from focus_ray.bundle.registry import Version
+from focus_ray.data.images import MAX_PIXELS
 from focus_ray.errors import FocusRayError
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import log, set_up
@@ -28,7 +29,7 @@ from focus_ray.serving.rendering import Output
 from focus_ray.serving.scorer import Answer, Scorer
 from focus_ray.serving.serve_private import check_serve_parts, forget_model
 from focus_ray.serving.service import Scorers, Service
-from focus_ray.serving.settings import Limits, Pool, Scaling, parse_settings
+from focus_ray.serving.settings import Limits, Pool, Scaling, Settings, parse_settings
 from focus_ray.serving.source import open_source, version_key
 
 COMMON = "scorer"  # the pool of all categories that have none of their own
@@ -65,11 +66,13 @@ class ScorerReplica:
                 await self._scorer.warm(version)
             self._first = []
 
-    async def inspect(self, version: Version, images: Sequence[bytes], output: Output, include_map: bool) -> Answer:
+    async def inspect(
+        self, version: Version, images: Sequence[bytes], output: Output, include_map: bool, max_pixels: int
+    ) -> Answer:
         started = time.perf_counter()
         await self._announce(version)
         announced_ms = 1e3 * (time.perf_counter() - started)
-        answer = await self._scorer.inspect(version, images, output, include_map)
+        answer = await self._scorer.inspect(version, images, output, include_map, max_pixels)
         answer.timings_ms["load"] = round(answer.timings_ms["load"] + announced_ms, 3)
         return answer
 
@@ -110,9 +113,14 @@ class RemoteScorers:
         self._common, self._pinned, self._limits, self._measures = common, pinned, limits, measures
 
     async def inspect(
-        self, version: Version, images: Sequence[bytes], output: Output = "json", include_map: bool = False
+        self,
+        version: Version,
+        images: Sequence[bytes],
+        output: Output = "json",
+        include_map: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> Answer:
-        answer: Answer = await self._call("inspect", version, list(images), output, include_map)
+        answer: Answer = await self._call("inspect", version, list(images), output, include_map, max_pixels)
         return answer
 
     async def warm(self, version: Version) -> None:
@@ -182,7 +190,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
             source.resolve(pin.team, category, refs.get((pin.team, category), settings.default_ref))
             for category in pin.categories
         ]
-        pinned[pin.name] = _pool(f"pinned-{pin.name}", pin.pool, settings.device, preload)
+        pinned[pin.name] = _pool(f"pinned-{pin.name}", pin.pool, settings, preload)
     limits, pool = settings.limits, settings.pool
     together = settings.is_together
     actor: dict[str, Any] = {"num_cpus": settings.ingress_num_cpus, "runtime_env": _ENVIRONMENT}
@@ -198,21 +206,24 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=max(limits.timeout_s, pool.graceful_shutdown_s if together else 0.0),
         health_check_period_s=5,
     )
-    common = None if together else _pool(COMMON, pool, settings.device)
+    common = None if together else _pool(COMMON, pool, settings)
     return ingress.bind(settings.model_dump(mode="json"), common, pinned)
 
 
-def _pool(name: str, pool: Pool, device: str, preload: Sequence[Version] = ()) -> serve.Application:
+def _pool(name: str, pool: Pool, settings: Settings, preload: Sequence[Version] = ()) -> serve.Application:
+    # all that the gates let in: where more requests wait than `pool.max_ongoing_requests`, `Scorer` lets teams take turns,
+    # whereas Serve's queue would let one team hold up the others
+    num_admitted = settings.ingress.max_replicas * settings.limits.max_in_flight
     return ScorerReplica.options(  # type: ignore[attr-defined]
         name=name,
         autoscaling_config=_autoscaling(pool.scaling),
-        max_ongoing_requests=pool.max_ongoing_requests,
+        max_ongoing_requests=pool.max_ongoing_requests + num_admitted,
         max_queued_requests=pool.max_queued_requests,
         ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "runtime_env": _ENVIRONMENT},
         graceful_shutdown_timeout_s=pool.graceful_shutdown_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
-    ).bind(pool.model_dump(mode="json"), device, list(preload))
+    ).bind(pool.model_dump(mode="json"), settings.device, list(preload))
 
 
 def _autoscaling(scaling: Scaling) -> dict[str, Any]:
