@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from fastapi import FastAPI
@@ -46,12 +48,20 @@ _ENVIRONMENT = {
 }
 
 
+def _set_up() -> None:
+    """Prepares the process of a replica: logs, and decoders that do not run Ray's worker script again, which imports Ray."""
+    set_up()
+    sys.modules["__main__"].__spec__ = ModuleSpec(
+        "__main__", None
+    )  # `multiprocessing` passes over a main module of that name
+
+
 @serve.deployment
 class ScorerReplica:
     """A replica of a pool."""
 
     def __init__(self, pool: dict[str, Any], device: str, preload: Sequence[Version] = ()) -> None:
-        set_up()
+        _set_up()
         self._measures = RayMeasures()
         self._scorer = Scorer(Pool.model_validate(pool), device, self._measures)
         self._scorer.models.on_drop = self._on_drop
@@ -160,7 +170,7 @@ class Ingress:
         self, settings: dict[str, Any], common: DeploymentHandle | None, pinned: dict[str, DeploymentHandle]
     ) -> None:
         """common: the pool of all categories that are not pinned; None: this replica is one of it."""
-        set_up()
+        _set_up()
         parsed = parse_settings(settings)
         measures = RayMeasures()
         scorers: Scorers

@@ -118,6 +118,15 @@ class Decoders:
         """Returns (height, width, 3) RGB of the whole image."""
         return await self._run(team, decode_picture, image, width, height)
 
+    def launch(self) -> None:
+        """Starts the processes, unless they run, and does not wait for them."""
+        for number, pool in enumerate(self._idle):
+            if (
+                not pool.active
+            ):  # `active` starts it; False: an idle process was killed from outside, which breaks its pool
+                self._idle[number] = _create_pool()
+                pool.stop()
+
     async def start(self) -> None:
         """Waits for one process to be ready."""
         await self._run("", _do_nothing)
@@ -135,10 +144,7 @@ class Decoders:
         self, place: AsyncExitStack, function: Callable[..., T], arguments: tuple[object, ...]
     ) -> T | ImageError:
         async with place:
-            for pool in self._idle:
-                if not pool.active:  # starts it, unless an idle process was killed from outside, which breaks its pool
-                    self._idle[self._idle.index(pool)] = _create_pool()
-                    pool.stop()
+            self.launch()
             pool = self._idle.pop(0)
             try:
                 return await asyncio.wrap_future(pool.schedule(function, arguments, timeout=DECODE_TIMEOUT_S))

@@ -116,6 +116,7 @@ class Scorer:
         self, version: Version, images: Sequence[bytes], output: Output, include_map: bool, max_pixels: int
     ) -> Answer:
         started = time.perf_counter()
+        self._decoders.launch()  # while the model is loaded
         inspector = (await self.models.get(version)).inspector
         loaded = time.perf_counter()
         loop = asyncio.get_running_loop()
