@@ -13,7 +13,7 @@ from focus_ray.errors import MissingPackageError
 MODULES: dict[str, tuple[str, ...]] = {
     "s3": ("boto3", "botocore"),
     "train": ("jinja2", "matplotlib", "sklearn"),
-    "ray": ("aiohttp", "fastapi", "grpc", "optuna", "python_multipart", "ray", "starlette"),
+    "ray": ("aiohttp", "fastapi", "grpc", "optuna", "pebble", "python_multipart", "ray", "starlette"),
     "onnx": ("onnx", "onnx_ir", "onnxruntime", "onnxscript"),
     "openvino": ("openvino",),
     "mlflow": ("alembic", "mlflow", "sqlalchemy"),

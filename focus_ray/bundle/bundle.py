@@ -202,7 +202,7 @@ def write_bundle(
 def read_manifest(uri: str | Path) -> dict[str, Any]:
     """Raises: BundleError: none there, of another format version, or changed since it was written."""
     try:
-        text = read_bytes(join(uri, MANIFEST), MAX_MANIFEST_BYTES)
+        text = read_bytes(join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise BundleError(
             f"{uri}: no {MANIFEST} there, so this is no bundle: give the folder that `focus-ray train` names"

@@ -286,7 +286,7 @@ class Registry:
                 if now - version.published_at < min_age or self._is_named(team, category, version.name):
                     continue
                 marker = join(place, "_published", f"{version.name}.json")
-                record = read_bytes(marker, _MAX_RECORD_BYTES)
+                record = read_bytes(marker, max_bytes=_MAX_RECORD_BYTES)
                 remove_file(marker)
                 # an alias may have been moved here meanwhile: its mover looks for the marker after it has moved the alias
                 if self._is_named(team, category, version.name):
@@ -489,7 +489,7 @@ def _entry_number(file: str) -> int:
 def _read_record(uri: str, kind: type[_Record]) -> _Record:
     """Raises: FileNotFoundError: none there.  RegistryError: the record is damaged.  StorageError: the storage fails."""
     try:
-        return kind.model_validate_json(read_bytes(uri, _MAX_RECORD_BYTES))
+        return kind.model_validate_json(read_bytes(uri, max_bytes=_MAX_RECORD_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole record"

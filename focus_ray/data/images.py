@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +44,15 @@ MAX_PIXELS = 89_478_485
 # Pillow's decoders that untrusted bytes may reach; the many others stay closed.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 
-Reason = Literal["empty", "not_an_image", "unsupported", "truncated", "too_large"]
+# Bounds of what a small file can cost. A scan goes over the whole image; Pillow reads segments and chunks in a Python loop.
+MAX_JPEG_SCANS = 100  # encoders write at most 12
+_MAX_JPEG_SEGMENTS = 10_000  # before the pixels; 64 KiB each
+_MAX_JPEG_FILL_BYTES = 2**16  # between the segments
+_MAX_PNG_CHUNKS = 2**15  # encoders put at least 8 KiB of pixels into each
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not a stuffed byte, a restart within a scan, or a fill byte
+
+# too_slow: the service gave up decoding; see `serving.decoders`
+Reason = Literal["empty", "not_an_image", "unsupported", "truncated", "too_large", "too_slow"]
 
 _ORIENTATION_TAG = 0x0112
 _DATE_TIME, _EXIF_IFD = 0x0132, 0x8769
@@ -204,7 +213,7 @@ def _mask_pages(data: bytes) -> list[int]:
         try:
             return tiff.list_pages(data)
         except tiff.TiffError as error:
-            raise ImageError("unsupported", str(error)) from error
+            raise ImageError(error.reason, str(error)) from error
     image = _open(data)
     try:
         num_frames = int(getattr(image, "n_frames", 1))
@@ -396,7 +405,7 @@ def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
     try:
         tags = tiff.read_tags(data, page)
     except tiff.TiffError as error:
-        raise ImageError("unsupported", str(error)) from error
+        raise ImageError(error.reason, str(error)) from error
     if tags is not None:
         _check_size(tags.width, tags.height)
     return tags
@@ -406,14 +415,14 @@ def _reader_of(tags: tiff.Tags) -> str:
     try:
         return tiff.reader_of(tags)
     except tiff.TiffError as error:
-        raise ImageError("unsupported", str(error)) from error
+        raise ImageError(error.reason, str(error)) from error
 
 
 def _load_tiff(data: bytes, tags: tiff.Tags, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
     try:
         pixels, see_through = tiff.read_pixels(data, tags, page)
     except tiff.TiffError as error:
-        raise ImageError("unsupported", str(error)) from error
+        raise ImageError(error.reason, str(error)) from error
     image = Image.fromarray(pixels)
     image.format = "TIFF"
     image.info["see_through"] = see_through
@@ -423,11 +432,14 @@ def _load_tiff(data: bytes, tags: tiff.Tags, page: int = 0) -> tuple[Image.Image
 
 def _at_full_range(image: Image.Image, tags: tiff.Tags) -> Image.Image:
     """Deep grey as it looks, and as 16 bits."""
-    values = np.asarray(image).astype(np.int64)
     full = 2**tags.bits - 1
-    if tags.photometric == 0:
-        values = full - values
-    found = Image.fromarray((values * 65535 // full).clip(0, 65535).astype(np.uint16))
+
+    def stretch(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        values = block.astype(np.int64)
+        return ((full - values if tags.photometric == 0 else values) * 65535 // full).clip(0, 65535)
+
+    values = np.asarray(image)
+    found = Image.fromarray(tiff.convert_rows(values, stretch, values.shape, np.uint16))
     found.format = image.format
     return found
 
@@ -443,6 +455,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     """Reads the header only; the decoder may still find the pixels damaged."""
     if not data:
         raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
+    _check_structure(data)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -451,8 +464,50 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         raise _unidentified(data) from error
     except _DECODE_ERRORS as error:
         raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
+    if image.format == "TIFF" and not data.startswith(
+        tiff.SIGNS
+    ):  # Pillow takes more signatures, whose tags nothing checks
+        raise _unidentified(data)
     _check_size(*image.size)
     return image
+
+
+def _check_structure(data: bytes) -> None:
+    """Raises: ImageError: more JPEG scans or segments, or more PNG chunks, than an image needs. Damaged files pass."""
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
+    elif data.startswith(b"\x89PNG"):
+        place = 8
+        for _ in range(_MAX_PNG_CHUNKS):
+            place += 12 + int.from_bytes(data[place : place + 4], "big")
+            if place >= len(data):
+                return
+        raise ImageError("too_large", f"a PNG of more than {_MAX_PNG_CHUNKS} chunks: save it again")
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Raises: ImageError: see `_check_structure`. Goes from marker to marker, so that bytes within a segment do not count."""
+    place, num_scans, num_segments, fill_bytes = 2, 0, 0, 0
+    while (marker := _JPEG_MARKER.search(data, place)) is not None and data[
+        marker.end() - 1
+    ] != 0xD9:  # the end of the image
+        if not num_scans:
+            fill_bytes += marker.start() - place
+        num_segments += 1
+        num_scans += data[marker.end() - 1] == 0xDA
+        if num_scans > MAX_JPEG_SCANS:
+            raise ImageError(
+                "too_large", f"a JPEG of more than {MAX_JPEG_SCANS} scans: save it without progressive scans"
+            )
+        if num_segments > _MAX_JPEG_SEGMENTS or fill_bytes > _MAX_JPEG_FILL_BYTES:
+            raise ImageError(
+                "too_large", "a JPEG with too many segments, or too many bytes between them: save it again"
+            )
+        place = marker.end()
+        if data[place - 1] not in (0x01, 0xD8):  # these two have no length
+            place += max(2, int.from_bytes(data[place : place + 2], "big"))
+    if not num_scans and len(data) - place > _MAX_JPEG_FILL_BYTES:
+        raise ImageError("truncated", "a JPEG without pixels in it: copy it again")
 
 
 def _check_size(width: int, height: int) -> None:
@@ -524,17 +579,21 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _deep_to_grey(image: Image.Image) -> Image.Image:
     # "I" is how Pillow hands over some 16-bit files, and all 32-bit ones.
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ImageError("unsupported", f"32-bit values from {low} to {high}: save the image as 8-bit or 16-bit")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    grey = tiff.convert_rows(
+        values, lambda block: (block.astype(np.int64) * 255 + 32767) // 65535, values.shape, np.uint8
+    )
+    return Image.fromarray(grey)
 
 
 def _verify_chunks(data: bytes) -> None:
     """Pillow's pixel loader forgives a PNG that stops after its last pixel or has a wrong checksum; this does not."""
     if not data.startswith(b"\x89PNG"):
         return
+    _check_structure(data)
     if b"IEND\xaeB`\x82" not in data:
         raise ImageError("truncated", "the PNG image is truncated (it has no whole end mark): copy it again")
     try:

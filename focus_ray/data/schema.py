@@ -57,6 +57,7 @@ RejectReason = Literal[
     "unsupported",
     "truncated",
     "too_large",
+    "too_slow",
     "unreadable",
     "file_name",
     "missing_file",

@@ -23,7 +23,7 @@ from focus_ray.data.images import ImageError
 from focus_ray.evaluation.inspection import Inspection, Region
 from focus_ray.names import NAME
 from focus_ray.serving.envelope import Envelope, problem_response
-from focus_ray.serving.limits import announced_bytes, check_images, read_body, read_document, split_images
+from focus_ray.serving.limits import announced_bytes, read_body, read_document, split_images
 from focus_ray.serving.origin import check_origin
 from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, Problem
 from focus_ray.serving.rendering import MapValues, Output
@@ -301,7 +301,6 @@ def _inspecting(service: Service) -> APIRouter:
         with service.gate.admit(team, announced_bytes(request, limits)):
             images = await split_images(request, await read_body(request, limits), limits)
             contents = [content for _, content in images]
-            check_images(contents, limits)
             if wanted != "json" and len(images) > 1:
                 raise Problem(422, "one-image-a-picture", f"{len(images)} images, and a picture shows one: send one")
             request_id = request.state.request_id

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,6 +21,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from focus_ray.bundle.registry import Version
+from focus_ray.data.images import MAX_PIXELS
 from focus_ray.errors import FocusRayError
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import log, set_up
@@ -28,7 +31,7 @@ from focus_ray.serving.rendering import Output
 from focus_ray.serving.scorer import Answer, Scorer
 from focus_ray.serving.serve_private import check_serve_parts, forget_model
 from focus_ray.serving.service import Scorers, Service
-from focus_ray.serving.settings import Limits, Pool, Scaling, parse_settings
+from focus_ray.serving.settings import Limits, Pool, Scaling, Settings, parse_settings
 from focus_ray.serving.source import open_source, version_key
 
 COMMON = "scorer"  # the pool of all categories that have none of their own
@@ -45,12 +48,20 @@ _ENVIRONMENT = {
 }
 
 
+def _set_up() -> None:
+    """Prepares the process of a replica: logs, and decoders that do not run Ray's worker script again, which imports Ray."""
+    set_up()
+    sys.modules["__main__"].__spec__ = ModuleSpec(
+        "__main__", None
+    )  # `multiprocessing` passes over a main module of that name
+
+
 @serve.deployment
 class ScorerReplica:
     """A replica of a pool."""
 
     def __init__(self, pool: dict[str, Any], device: str, preload: Sequence[Version] = ()) -> None:
-        set_up()
+        _set_up()
         self._measures = RayMeasures()
         self._scorer = Scorer(Pool.model_validate(pool), device, self._measures)
         self._scorer.models.on_drop = self._on_drop
@@ -65,11 +76,13 @@ class ScorerReplica:
                 await self._scorer.warm(version)
             self._first = []
 
-    async def inspect(self, version: Version, images: Sequence[bytes], output: Output, include_map: bool) -> Answer:
+    async def inspect(
+        self, version: Version, images: Sequence[bytes], output: Output, include_map: bool, max_pixels: int
+    ) -> Answer:
         started = time.perf_counter()
         await self._announce(version)
         announced_ms = 1e3 * (time.perf_counter() - started)
-        answer = await self._scorer.inspect(version, images, output, include_map)
+        answer = await self._scorer.inspect(version, images, output, include_map, max_pixels)
         answer.timings_ms["load"] = round(answer.timings_ms["load"] + announced_ms, 3)
         return answer
 
@@ -110,9 +123,14 @@ class RemoteScorers:
         self._common, self._pinned, self._limits, self._measures = common, pinned, limits, measures
 
     async def inspect(
-        self, version: Version, images: Sequence[bytes], output: Output = "json", include_map: bool = False
+        self,
+        version: Version,
+        images: Sequence[bytes],
+        output: Output = "json",
+        include_map: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> Answer:
-        answer: Answer = await self._call("inspect", version, list(images), output, include_map)
+        answer: Answer = await self._call("inspect", version, list(images), output, include_map, max_pixels)
         return answer
 
     async def warm(self, version: Version) -> None:
@@ -152,7 +170,7 @@ class Ingress:
         self, settings: dict[str, Any], common: DeploymentHandle | None, pinned: dict[str, DeploymentHandle]
     ) -> None:
         """common: the pool of all categories that are not pinned; None: this replica is one of it."""
-        set_up()
+        _set_up()
         parsed = parse_settings(settings)
         measures = RayMeasures()
         scorers: Scorers
@@ -182,7 +200,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
             source.resolve(pin.team, category, refs.get((pin.team, category), settings.default_ref))
             for category in pin.categories
         ]
-        pinned[pin.name] = _pool(f"pinned-{pin.name}", pin.pool, settings.device, preload)
+        pinned[pin.name] = _pool(f"pinned-{pin.name}", pin.pool, settings, preload)
     limits, pool = settings.limits, settings.pool
     together = settings.is_together
     actor: dict[str, Any] = {"num_cpus": settings.ingress_num_cpus, "runtime_env": _ENVIRONMENT}
@@ -198,21 +216,24 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=max(limits.timeout_s, pool.graceful_shutdown_s if together else 0.0),
         health_check_period_s=5,
     )
-    common = None if together else _pool(COMMON, pool, settings.device)
+    common = None if together else _pool(COMMON, pool, settings)
     return ingress.bind(settings.model_dump(mode="json"), common, pinned)
 
 
-def _pool(name: str, pool: Pool, device: str, preload: Sequence[Version] = ()) -> serve.Application:
+def _pool(name: str, pool: Pool, settings: Settings, preload: Sequence[Version] = ()) -> serve.Application:
+    # all that the gates let in: where more requests wait than `pool.max_ongoing_requests`, `Scorer` lets teams take turns,
+    # whereas Serve's queue would let one team hold up the others
+    num_admitted = settings.ingress.max_replicas * settings.limits.max_in_flight
     return ScorerReplica.options(  # type: ignore[attr-defined]
         name=name,
         autoscaling_config=_autoscaling(pool.scaling),
-        max_ongoing_requests=pool.max_ongoing_requests,
+        max_ongoing_requests=pool.max_ongoing_requests + num_admitted,
         max_queued_requests=pool.max_queued_requests,
         ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "runtime_env": _ENVIRONMENT},
         graceful_shutdown_timeout_s=pool.graceful_shutdown_s,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
-    ).bind(pool.model_dump(mode="json"), device, list(preload))
+    ).bind(pool.model_dump(mode="json"), settings.device, list(preload))
 
 
 def _autoscaling(scaling: Scaling) -> dict[str, Any]:

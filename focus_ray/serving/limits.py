@@ -1,4 +1,4 @@
-"""What is refused before it costs anything: too much at once, bodies too large or too slow, too many images or pixels."""
+"""What is refused before it costs anything: too much at once, bodies too large or too slow, too many images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from python_multipart.multipart import parse_options_header
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from focus_ray.data.images import ImageError, read_header
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.problems import Problem, unavailable
 from focus_ray.serving.settings import MIB, Limits
@@ -36,6 +35,11 @@ class Gate:
         self.limits, self.measures = limits, measures
         self.num_requests, self.num_bytes = 0, 0
         self._by_team: Counter[str] = Counter()
+        self._bytes_by_team: Counter[str] = Counter()
+        # another team always finds room for a body, where there is room for two
+        spare_mb = limits.max_in_flight_mb - limits.max_body_mb
+        self._max_bytes = MIB * limits.max_in_flight_mb
+        self._max_team_bytes = MIB * (spare_mb if spare_mb >= limits.max_body_mb else limits.max_in_flight_mb)
 
     @contextmanager
     def admit(self, team: str, num_bytes: int) -> Iterator[None]:
@@ -47,11 +51,19 @@ class Gate:
                 f"team {team!r} has {self._by_team[team]} requests under way, the most it may: wait for some",
                 self.limits.retry_after_s,
             )
+        if self._bytes_by_team[team] and num_bytes + self._bytes_by_team[team] > self._max_team_bytes < self._max_bytes:
+            raise Problem(
+                429,
+                "too-many-requests",
+                f"team {team!r} has as many MiB of requests under way as it may: wait for some",
+                self.limits.retry_after_s,
+            )
         if self.num_requests >= self.limits.max_in_flight:
             raise unavailable("the service has all the requests it can take: try again", self.limits.retry_after_s)
-        if self.num_bytes and self.num_bytes + num_bytes > self.limits.max_in_flight_mb * MIB:
+        if self.num_bytes and self.num_bytes + num_bytes > self._max_bytes:
             raise unavailable("the service has all the images it can hold: try again", self.limits.retry_after_s)
         self._by_team[team] += 1
+        self._bytes_by_team[team] += num_bytes
         self.num_requests += 1
         self.num_bytes += num_bytes
         self.measures.in_flight(self.num_requests, self.num_bytes)
@@ -61,8 +73,9 @@ class Gate:
             self.num_requests -= 1
             self.num_bytes -= num_bytes
             self._by_team[team] -= 1
+            self._bytes_by_team[team] -= num_bytes
             if not self._by_team[team]:
-                del self._by_team[team]
+                del self._by_team[team], self._bytes_by_team[team]
             self.measures.in_flight(self.num_requests, self.num_bytes)
 
 
@@ -137,29 +150,6 @@ async def split_images(request: Request, body: bytes, limits: Limits) -> list[tu
     if not images:
         raise Problem(422, "no-image", "there is no image in the request: send the bytes of one, or a form with files")
     return images
-
-
-def check_images(images: list[bytes], limits: Limits) -> None:
-    """Reads the images' headers, so that a bomb is refused before it is decoded.
-
-    An image that cannot be read at all passes: the scorer tells its reason.
-
-    Raises: Problem: 422, an image claims too many pixels.
-    """
-    for number, image in enumerate(images):
-        try:
-            info = read_header(image)
-        except ImageError as error:
-            if error.reason == "too_large":
-                raise Problem(422, "image-too-large", f"image {number}: {error}") from None
-            continue
-        if info.width * info.height > limits.max_pixels:
-            raise Problem(
-                422,
-                "image-too-large",
-                f"image {number}: {info.width} x {info.height} is {info.width * info.height} pixels; at most "
-                f"{limits.max_pixels} are taken: cut it into tiles",
-            )
 
 
 class _FormParser(MultiPartParser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from focus_ray.data.images import decode_image, encode_png
 from focus_ray.evaluation.evaluate import evaluation_size
@@ -15,12 +16,18 @@ Output = Literal["json", "heatmap", "overlay", "mask"]
 MAX_SIDE_PX = 1024  # of heat maps and overlays; a mask has the image's own size
 
 
-def draw(output: Output, inspection: Inspection, data: bytes) -> bytes:
+def picture_size(width: int, height: int) -> tuple[int, int]:
+    """Returns the (width, height) in pixels of the heat map and overlay of an image of `width` x `height` pixels."""
+    rows, columns = evaluation_size(height, width, MAX_SIDE_PX)
+    return columns, rows
+
+
+def draw(output: Output, inspection: Inspection, data: bytes | NDArray[np.uint8]) -> bytes:
     """A PNG. heatmap and overlay: at most `MAX_SIDE_PX` a side.  mask: white above the pixel threshold, full size.
 
-    Args: data: the encoded image, for the overlay.
+    Args: data: the image, for the overlay: encoded, or decoded (H, W, 3) RGB.
     """
-    height, width = evaluation_size(inspection.height, inspection.width, MAX_SIDE_PX)
+    width, height = picture_size(inspection.width, inspection.height)
     if output == "mask":
         return encode_png(
             resize_map(inspection.anomaly_map, inspection.height, inspection.width) > inspection.pixel_threshold,
@@ -32,7 +39,8 @@ def draw(output: Output, inspection: Inspection, data: bytes) -> bytes:
         )
     from PIL import Image
 
-    image = Image.fromarray(decode_image(data, None)).resize((width, height), Image.Resampling.BILINEAR)
+    pixels = decode_image(data, None) if isinstance(data, bytes) else data
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
     scale = width / inspection.width
     return encode_png(overlay(np.asarray(image), inspection.scaled(scale)), drawn=True)
 

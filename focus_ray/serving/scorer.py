@@ -1,6 +1,7 @@
 """What a replica does with images: decode, wait for the next pass, one pass over all categories of a backbone, judge.
 
-Knows nothing of Serve. Decoding and judging run in threads of their own, so the event loop and the pass go on meanwhile.
+Knows nothing of Serve. Decoding runs in processes and judging in threads of their own, so the event loop and the pass go on
+meanwhile. Teams take turns, so that the images of one do not hold up the others.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from numpy.typing import NDArray
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
-from focus_ray.data.framing import Frame
-from focus_ray.data.images import ImageError, ImageInfo, read_image, refuse_drawing
+from focus_ray.data.images import MAX_PIXELS, ImageError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.fitting.scoring import score_together, share_a_pass
 from focus_ray.serving.batching import Batcher
+from focus_ray.serving.decoders import Decoded, Decoders, Turns
+from focus_ray.serving.decoders import decode_images as _decode  # noqa: F401
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.models import ModelCache
-from focus_ray.serving.rendering import MapValues, Output, draw, map_values
+from focus_ray.serving.rendering import MapValues, Output, draw, map_values, picture_size
 from focus_ray.serving.settings import MIB, Pool
 
 Result = Inspection | ImageError
@@ -68,9 +70,11 @@ class Scorer:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pool, self.device, self.measures = pool, device, measures or Measures()
-        self._workers = ThreadPoolExecutor(pool.num_decoders, thread_name_prefix="decode")
-        # what waits beyond it waits encoded; apart, Serve itself sends no more
-        self._places = asyncio.Semaphore(pool.max_ongoing_requests)
+        self._decoders = Decoders(pool.num_decoders)
+        self._workers = ThreadPoolExecutor(pool.num_decoders, thread_name_prefix="judge")
+        self._judging = Turns(pool.num_decoders, max(1, pool.num_decoders - 1))
+        # requests with decoded images, which take memory; a team has half of them, and its others wait encoded
+        self._places = Turns(pool.max_ongoing_requests, max(1, pool.max_ongoing_requests // 2))
         passes = ThreadPoolExecutor(1, thread_name_prefix="pass")
         if device == "cpu":
             # every thread that computes in parallel has OpenMP threads of its own; with more of them than cores they go to
@@ -90,22 +94,52 @@ class Scorer:
         """Loads a version and lets it score once. Raises: BundleError: it cannot be loaded."""
         inspector = (await self.models.get(version)).inspector
         blank = np.zeros((1, *inspector.frame.shape), dtype=np.uint8)
+        await self._decoders.start()
         await self._batcher.submit(Part(inspector, blank), 1)
 
     async def inspect(
-        self, version: Version, images: Sequence[bytes], output: Output = "json", include_map: bool = False
+        self,
+        version: Version,
+        images: Sequence[bytes],
+        output: Output = "json",
+        include_map: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> Answer:
-        """Scores the images of one request. Raises: BundleError: the version cannot be loaded."""
-        await self.models.get(version)  # before a place is taken: while the storage hangs, loaded models go on scoring
-        async with self._places:
-            return await self._inspect(version, images, output, include_map)
+        """Returns the answer to the images of one request.
 
-    async def _inspect(self, version: Version, images: Sequence[bytes], output: Output, include_map: bool) -> Answer:
+        Args: max_pixels: an image that claims more is not decoded.
+
+        Raises: BundleError: the version cannot be loaded.
+        """
         started = time.perf_counter()
+        self._decoders.launch()  # while the model is loaded
+        await self.models.get(version)  # before a place is taken: while the storage hangs, loaded models go on scoring
+        async with self._places.hold(version.team):
+            return await self._inspect(version, images, output, include_map, max_pixels, started)
+
+    async def _inspect(
+        self,
+        version: Version,
+        images: Sequence[bytes],
+        output: Output,
+        include_map: bool,
+        max_pixels: int,
+        started: float,
+    ) -> Answer:
         inspector = (await self.models.get(version)).inspector
         loaded = time.perf_counter()
         loop = asyncio.get_running_loop()
-        decoded = await loop.run_in_executor(self._workers, _decode, images, inspector.frame)
+        decoded = await self._decoders.decode(version.team, images, inspector.frame, max_pixels)
+        pictures: list[bytes | NDArray[np.uint8]] = list(images)
+        if output == "overlay":
+            for number, one in enumerate(decoded):
+                if not isinstance(one, ImageError):
+                    size = picture_size(one[0].width, one[0].height)
+                    picture = await self._decoders.decode_picture(version.team, images[number], *size)
+                    if isinstance(picture, ImageError):
+                        decoded[number] = picture
+                    else:
+                        pictures[number] = picture
         ready = time.perf_counter()
         timings = {"load": loaded - started, "decode": ready - loaded, "wait": 0.0, "score": 0.0, "judge": 0.0}
         readable = [one for one in decoded if not isinstance(one, ImageError)]
@@ -115,11 +149,12 @@ class Scorer:
             scores = await self._batcher.submit(Part(inspector, pixels), len(pixels))
             timings.update(wait=scores.began - ready, score=scores.ended - scores.began)
         scored = time.perf_counter()
-        results, pictures, maps = await loop.run_in_executor(
-            self._workers, _judge, inspector, images, decoded, scores, output, include_map
-        )
+        async with self._judging.hold(version.team):
+            results, drawn, maps = await loop.run_in_executor(
+                self._workers, _judge, inspector, pictures, decoded, scores, output, include_map
+            )
         timings["judge"] = time.perf_counter() - scored
-        return Answer(results, pictures, maps, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()})
+        return Answer(results, drawn, maps, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()})
 
     def _pass(self, parts: Sequence[Part]) -> list[Scores]:
         """Scores what waited: parts of one model as one, models that share a backbone in one pass."""
@@ -164,21 +199,10 @@ def _take_threads(count: int) -> None:
     torch.get_num_threads()  # a thread takes the number that was set last when it first asks: this one asks now
 
 
-def _decode(images: Sequence[bytes], frame: Frame) -> list[tuple[ImageInfo, NDArray[np.uint8]] | ImageError]:
-    found: list[tuple[ImageInfo, NDArray[np.uint8]] | ImageError] = []
-    for image in images:
-        try:
-            refuse_drawing(image)
-            found.append(read_image(image, frame))
-        except ImageError as error:
-            found.append(error)
-    return found
-
-
 def _judge(
     inspector: Inspector,
-    images: Sequence[bytes],
-    decoded: Sequence[tuple[ImageInfo, NDArray[np.uint8]] | ImageError],
+    images: Sequence[bytes | NDArray[np.uint8]],
+    decoded: Sequence[Decoded | ImageError],
     scores: Scores | None,
     output: Output,
     include_map: bool,

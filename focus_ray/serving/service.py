@@ -36,7 +36,12 @@ class Scorers(Protocol):
     """What scores: a `Scorer`, or replicas of it."""
 
     async def inspect(
-        self, version: Version, images: Sequence[bytes], output: Output = ..., include_map: bool = ...
+        self,
+        version: Version,
+        images: Sequence[bytes],
+        output: Output = ...,
+        include_map: bool = ...,
+        max_pixels: int = ...,
     ) -> Answer: ...
 
     async def warm(self, version: Version) -> None: ...
@@ -257,9 +262,10 @@ class Service:
         """Scores with the version that the request, the canary's share or the route says."""
         route = self._routes.get((team, category))
         version, role = await self._choose(team, category, ref, route)
+        limits = self.settings.limits
         try:
             answer = await asyncio.wait_for(
-                self.scorers.inspect(version, images, output, include_map), self.settings.limits.timeout_s
+                self.scorers.inspect(version, images, output, include_map, limits.max_pixels), limits.timeout_s
             )
         except asyncio.TimeoutError:
             raise Problem(
@@ -308,7 +314,7 @@ class Service:
             other = await self.directory.resolve(route.team, route.category, route.shadow)
             if other == version:
                 return
-            asked = self.scorers.inspect(other, images, "json", False)
+            asked = self.scorers.inspect(other, images, "json", False, self.settings.limits.max_pixels)
             shadow = await asyncio.wait_for(asked, self.settings.limits.timeout_s)
         except Exception as error:  # whatever it is, the request has its answer
             log("shadow failed", level=logging.WARNING, error=str(error) or type(error).__name__, request_id=request_id)

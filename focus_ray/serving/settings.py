@@ -64,7 +64,12 @@ class Pool(Section):
     num_threads: int = Field(
         default=1, ge=1, le=256, description="Threads with which torch computes on a CPU; usually as many as num_cpus."
     )
-    num_decoders: int = Field(default=2, ge=1, le=64, description="Threads that decode images and draw results.")
+    num_decoders: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="Processes that decode images, and threads that draw results. One team uses all of them but one.",
+    )
     max_batch_images: int = Field(
         default=32,
         ge=1,
@@ -77,7 +82,9 @@ class Pool(Section):
         description="MiB of models that a replica keeps in memory; beyond it the least recently used goes first.",
     )
     max_ongoing_requests: int = Field(
-        default=64, ge=1, description="Requests that a replica takes on; others wait in the queue."
+        default=64,
+        ge=1,
+        description="Requests whose decoded images a replica holds, at most half of them of one team; others wait encoded.",
     )
     max_queued_requests: int = Field(
         default=512, ge=1, description="Requests that may wait for a replica; beyond it the answer is 503."

@@ -6,6 +6,7 @@ import contextlib
 import io
 import pickle
 import struct
+import time
 import zlib
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from focus_ray.data.images import (
+    MAX_JPEG_SCANS,
     MAX_PIXELS,
     ImageError,
     ImageInfo,
@@ -25,6 +27,7 @@ from focus_ray.data.images import (
     encode_png,
     probe_image,
     read_batch,
+    read_header,
     read_image,
     read_mask,
 )
@@ -307,3 +310,57 @@ def test_every_way_to_decode_refuses_a_png_that_ingest_refuses(damage: str) -> N
         with pytest.raises(ImageError, match="truncated") as caught:
             read(spoilt)
         assert caught.value.reason == "truncated"
+
+
+# ---- files that are small and costly
+
+
+def jpeg_of(num_scans: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated, as decoders allow."""
+    data = encode(Image.fromarray(pattern()), "JPEG", progressive=True)
+    start = data.rindex(b"\xff\xda")
+    return data[:start] + data[start:-2] * (num_scans - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+PNG = encode(Image.fromarray(pattern()))
+JPEG = encode(Image.fromarray(pattern()), "JPEG")
+COSTLY = {
+    "scans": jpeg_of(16_000),
+    "segments": JPEG[:2] + b"\xff\xfe\0\2" * 2_000_000 + JPEG[2:],
+    "fill bytes": JPEG[:2] + b"\xff" * 8_000_000 + JPEG[2:],
+    "bytes between segments": JPEG[:2] + bytes(8_000_000) + JPEG[2:],
+    "markers without length": JPEG[:2] + b"\xff\x01" * 4_000_000 + JPEG[2:],
+    "no pixels": b"\xff\xd8\xff\xe0\0\2" + bytes(8_000_000),
+    "chunks": PNG[:33] + chunk(b"quQk", b"") * 700_000 + PNG[33:],
+    "chunks behind the pixels": PNG[:-12] + chunk(b"quQk", b"") * 700_000 + PNG[-12:],
+    "a text that inflates": PNG[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**28))) + PNG[33:],
+    "a profile that inflates": PNG[:33] + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**28))) + PNG[33:],
+    "pixels that inflate": PNG[:33] + chunk(b"IDAT", zlib.compress(bytes(2**28))) + PNG[-12:],
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_small_file_takes_little_time(name: str) -> None:
+    started = time.process_time()
+    for read in (read_header, probe_image, read_mask):
+        with contextlib.suppress(ImageError):
+            read(COSTLY[name])
+    assert time.process_time() - started < 1.0
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_and_one_of_a_hundred_is_not() -> None:
+    assert decode_image(jpeg_of(MAX_JPEG_SCANS), None).shape == (40, 60, 3)
+    for read in (read_header, probe_image, read_mask):
+        with pytest.raises(ImageError, match="more than 100 scans") as caught:
+            read(jpeg_of(MAX_JPEG_SCANS + 1))
+        assert caught.value.reason == "too_large"
+
+
+def test_scans_of_a_preview_and_bytes_behind_a_jpeg_do_not_count() -> None:
+    preview = jpeg_of(MAX_JPEG_SCANS)[:60_000]
+    data = JPEG[:2] + b"\xff\xe2" + struct.pack(">H", len(preview) + 2) + preview + JPEG[2:]
+    assert np.array_equal(decode_image(data + jpeg_of(200), None), decode_image(JPEG, None))

@@ -1,0 +1,186 @@
+"""Decoding in processes: a decoder is killed for time or memory, teams take turns, and one team never stops the others."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from serving_set import Plant, make_plant
+
+from focus_ray.data.framing import Frame
+from focus_ray.data.images import ImageError, encode_png, read_image
+from focus_ray.serving import decoders as decoders_module
+from focus_ray.serving.api import create_api
+from focus_ray.serving.decoders import Decoders, Turns
+from focus_ray.serving.limits import Gate
+from focus_ray.serving.measures import Measures
+from focus_ray.serving.problems import Problem
+from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.service import Service
+from focus_ray.serving.settings import MIB, Limits, parse_settings
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
+    return make_plant(tmp_path_factory.mktemp("plant"))
+
+
+@pytest.fixture(scope="module")
+def decoders() -> Decoders:
+    return Decoders(2)
+
+
+def reason_of(result: Any) -> str:
+    assert isinstance(result, ImageError)
+    return result.reason
+
+
+def test_a_process_decodes_as_this_one_does(decoders: Decoders) -> None:
+    frame = Frame(32, 40, "pad")
+    images = [encode_png(PIXELS), b"no image", encode_png(PIXELS[:, ::-1])]
+    results = asyncio.run(decoders.decode("press", images, frame, 10_000))
+    for number in (0, 2):
+        info, pixels = read_image(images[number], frame)
+        assert results[number][0] == info  # type: ignore[index]
+        assert np.array_equal(results[number][1], pixels)  # type: ignore[index]
+    assert reason_of(results[1]) == "not_an_image"
+    (result,) = asyncio.run(decoders.decode("press", images[:1], frame, 64 * 48 - 1))
+    assert reason_of(result) == "too_large"
+
+
+def test_a_decoder_that_takes_too_long_is_killed_and_another_starts(
+    decoders: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders_module, "DECODE_TIMEOUT_S", 0.5)
+
+    async def run() -> list[Any]:
+        started = time.monotonic()
+        slow = asyncio.create_task(decoders._run("press", time.sleep, 60))
+        first = await decoders._run("mill", os.getpid)
+        assert time.monotonic() - started < 0.5  # the other decoder is free
+        return [await slow, first, await decoders._run("press", os.getpid)]
+
+    slow, first, _ = asyncio.run(run())
+    assert reason_of(slow) == "too_slow"
+    assert isinstance(first, int)
+
+
+def test_a_decoder_that_takes_too_much_memory_or_dies_tells_so_and_another_starts(decoders: Decoders) -> None:
+    async def run() -> list[Any]:
+        return [await decoders._run("press", *work) for work in ((bytearray, 2**31), (os.abort,), (abs, -1))]
+
+    large, aborted, next_result = asyncio.run(run())
+    assert [reason_of(large), reason_of(aborted), next_result] == ["too_large", "too_large", 1]
+
+
+def test_a_request_that_is_given_up_leaves_nothing_in_the_queue(decoders: Decoders) -> None:
+    async def run() -> None:
+        asked = [asyncio.create_task(decoders._run("press", time.sleep, 0.3)) for _ in range(20)]
+        await asyncio.sleep(0.1)
+        for task in asked:
+            task.cancel()
+        started = time.monotonic()
+        assert await decoders._run("press", abs, -1) == 1
+        assert time.monotonic() - started < 1.0
+
+    asyncio.run(run())
+
+
+def test_teams_take_turns_and_one_leaves_a_place_to_the_others() -> None:
+    turns, order, held, most = Turns(3, 2), [], Counter[str](), Counter[str]()
+
+    async def work(team: str) -> None:
+        async with turns.hold(team):
+            held[team] += 1
+            most[team] = max(most[team], held[team])
+            order.append(team)
+            await asyncio.sleep(0.001)
+            held[team] -= 1
+
+    async def run() -> None:
+        flood = [asyncio.create_task(work("flood")) for _ in range(100)]
+        await asyncio.sleep(0)
+        flood[50].cancel()
+        await asyncio.gather(*(asyncio.create_task(work(team)) for team in ["press", "mill"] * 5))
+        await asyncio.gather(*flood, return_exceptions=True)
+
+    asyncio.run(run())
+    assert most["flood"] == 2
+    assert Counter(order[:24])["press"] == Counter(order[:24])["mill"] == 5  # not behind the hundred
+    assert len(order) == 109
+
+
+def test_one_team_leaves_room_for_a_body_of_another() -> None:
+    gate = Gate(Limits(max_in_flight_mb=96, max_body_mb=32), Measures())
+    with gate.admit("flood", 32 * MIB), gate.admit("flood", 32 * MIB):
+        with pytest.raises(Problem) as caught, gate.admit("flood", MIB):
+            pass
+        assert caught.value.status == 429
+        with gate.admit("press", 32 * MIB):
+            pass
+
+
+def slow_jpeg() -> bytes:
+    """25 million pixels in 100 progressive scans: seconds of decoding in half a megabyte."""
+    sink = io.BytesIO()
+    Image.new("L", (5000, 5000)).save(sink, "JPEG", progressive=True)
+    data = sink.getvalue()
+    start = data.rindex(b"\xff\xda")
+    return data[:start] + data[start:-2] * (100 - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+@pytest.mark.cluster
+def test_bombs_of_one_team_do_not_slow_down_another(plant: Plant) -> None:
+    sink = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(sink, "JPEG", progressive=True)
+    many = sink.getvalue()
+    start = many.rindex(b"\xff\xda")
+    bombs = [slow_jpeg(), many[:start] + many[start:-2] * 16_000 + b"\xff\xd9"]
+    settings = parse_settings({"registry": plant.registry, "tokens": plant.tokens})
+    service = Service(settings, Scorer(settings.pool, "cpu"), Measures())
+    stop, statuses = threading.Event(), Counter[int]()
+    with TestClient(create_api(service)) as client:
+
+        def attack(number: int) -> None:
+            while not stop.is_set():
+                for bomb in bombs:
+                    answer = client.post("/v1/mill/gear/inspect", content=bomb, headers=plant.headers(plant.mill))
+                    statuses[answer.status_code] += 1
+
+        def p99(seconds: float) -> float:
+            latencies, end = [], time.monotonic() + seconds
+            while time.monotonic() < end:
+                began = time.perf_counter()
+                answer = client.post(
+                    "/v1/press/gear/inspect", content=plant.images[0], headers=plant.headers(plant.press)
+                )
+                assert answer.status_code == 200
+                latencies.append(time.perf_counter() - began)
+            return float(np.quantile(latencies, 0.99))
+
+        p99(1.0)  # warms up
+        idle = p99(5.0)
+        attackers = [threading.Thread(target=attack, args=(number,)) for number in range(2)]
+        for thread in attackers:
+            thread.start()
+        try:
+            loaded = p99(8.0)
+        finally:
+            stop.set()
+            for thread in attackers:
+                thread.join()
+    assert statuses[422]  # the other bomb may be decoded within the time
+    assert set(statuses) <= {200, 422}
+    print(f"p99 idle {1e3 * idle:.1f} ms, under attack {1e3 * loaded:.1f} ms, {statuses}")
+    assert loaded < 2 * idle
