@@ -438,7 +438,7 @@ def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
     """A file that a checked manifest lists, verified. Its size is compared before a byte of it is read."""
     name, num_bytes = str(entry["name"]), int(entry["num_bytes"])
     try:
-        content = read_bytes(join(uri, name), num_bytes)
+        content = read_bytes(join(uri, name), max_bytes=num_bytes)
     except FileNotFoundError:
         raise BundleError(f"{uri}: {name} is missing: copy the whole folder again") from None
     except DataError as error:
