@@ -110,7 +110,7 @@ def test_who_joins_without_the_token_of_a_cluster_is_told_what_to_set(
         text=True,
         timeout=60,
     )
-    assert ("set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN" in ended.stdout) == is_refused, ended.stdout + ended.stderr
+    assert ("set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in ended.stdout) == is_refused, ended.stdout + ended.stderr
 
 
 @pytest.mark.parametrize(
