@@ -219,8 +219,8 @@ def markdown() -> str:
         "config explain KEY` prints one setting. `focus-ray config show CONFIG` prints a configuration with every default.",
         "",
         "In a YAML file each dot of a key opens a section: `train.epochs` is `epochs` below `train`. Put text that looks like a "
-        'number, or like yes, no, true, false or null, into quotes: `name: "007"` in a file, `\'name="007"\'` in a shell. A key that '
-        "appears twice in a section is an error.",
+        'number, or like yes, no, true, false or null, into quotes: `name: "007"` in a file, `\'name="007"\'` in a shell. A key '
+        "that appears twice in a section is an error.",
         "",
         "```bash",
         "focus-ray config explain calibration.target_fpr",
