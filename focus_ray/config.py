@@ -107,9 +107,7 @@ class DataConfig(Section):
     def _drawable(cls, value: dict[str, str | tuple[Polygon, ...]]) -> dict[str, str | tuple[Polygon, ...]]:
         for name, region in value.items():
             if not region:
-                raise ValueError(
-                    f"{name}: it is empty: give polygons or the path of a mask, or leave the category out"
-                )
+                raise ValueError(f"{name}: it is empty: give polygons or the path of a mask, or leave the category out")
             for polygon in () if isinstance(region, str) else region:
                 if len(polygon) < 3:
                     raise ValueError(f"{name}: a polygon has {len(polygon)} points: give 3 at least")
