@@ -101,8 +101,8 @@ def parts_of(
                 Setting(prefix + name, _values(name, field), None if required else _yaml(default), description)
             )
     yield Part(key, field_description or _first_words(model), tuple(settings))
-    for below, inner_key, inner_value, description in inner:
-        yield from parts_of(below, inner_key, inner_value, description)
+    for below, inner_key, inner_value, inner_description in inner:
+        yield from parts_of(below, inner_key, inner_value, inner_description)
 
 
 def _first_words(model: type[BaseModel] | None) -> str:
