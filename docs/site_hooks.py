@@ -1,7 +1,6 @@
-"""What the site adds to docs/: pages of files at the repository's top, and links between them that hold on both.
+"""Adds files at the top of the repository to the site as pages, and adapts links between pages.
 
-A page of docs/ links to ../../benchmarks/RESULTS.md, which a reader of the repository can follow; on the site it is a page
-of its own.
+A page of docs/ links to ../../benchmarks/RESULTS.md, which works in the repository. On the site this file is its own page.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ _FENCE = re.compile(r"(^```.*?^```[^\S\n]*$)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: Any) -> Files:
+    """Adds the pages of PAGES."""
     root = posixpath.dirname(config.docs_dir)
     for source, page in PAGES.items():
         if files.get_file_from_path(page) is None:
@@ -31,16 +31,18 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links to files of the repository become links to their pages; what is no page of the site loses its link."""
-    own = page.file.src_uri
-    source = next((name for name, made in PAGES.items() if made == own and own != "index.md"), f"docs/{own}")
+    """Replaces links to files by links to their pages. A link to a file without a page becomes plain text."""
+    page_path = page.file.src_uri
+    source = next(
+        (name for name, target in PAGES.items() if target == page_path and page_path != "index.md"), f"docs/{page_path}"
+    )
 
-    def changed(found: re.Match[str]) -> str:
-        words, target, anchor = found[1], found[2], found[3] or ""
+    def replace_link(match: re.Match[str]) -> str:
+        words, target, anchor = match[1], match[2], match[3] or ""
         place = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         inside = PAGES.get(place) or (place.removeprefix("docs/") if place.startswith("docs/") else None)
         if inside is None:
             return words
-        return f"[{words}]({posixpath.relpath(inside, posixpath.dirname(own) or '.')}{anchor})"
+        return f"[{words}]({posixpath.relpath(inside, posixpath.dirname(page_path) or '.')}{anchor})"
 
-    return "".join(part if part.startswith("```") else _LINK.sub(changed, part) for part in _FENCE.split(markdown))
+    return "".join(part if part.startswith("```") else _LINK.sub(replace_link, part) for part in _FENCE.split(markdown))

@@ -1,9 +1,9 @@
-"""The configuration of a run: frozen models that refuse unknown keys; YAML in, resolved YAML or JSON out.
+"""The configuration of a run: frozen models that refuse unknown keys. Reads YAML, writes resolved YAML or JSON.
 
-Long, so that every setting of a run can be read in one place.
+The file is long because it has every setting of a run in one place.
 
-Paper constants and their kin are defaults here, each with its source: [paper] arXiv 2110.04538, [kin] its published
-relatives (RegAD, SimSiam, PaDiM), [ours] a choice of this project.
+Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
+choice of this project.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Polygon = tuple[tuple[float, float], ...]
 
 
 def _is_polygon(region: Any) -> bool:
-    """Whether it is one list of points, and not a list of such lists."""
+    """Whether a region is one polygon (a list of points), and not a list of polygons."""
     try:
         numbers = [number for point in region for number in point]
         return bool(numbers) and all(isinstance(number, (int, float)) for number in numbers)
@@ -57,7 +57,7 @@ def _is_polygon(region: Any) -> bool:
 
 
 class Section(BaseModel):
-    """Base of configurations: frozen, and no unknown keys."""
+    """Base class of all sections: frozen, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -66,41 +66,38 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class DataConfig(Section):
-    """Where the images are and which of them are held out."""
+    """Path of the images, categories, held-out share, and regions of interest."""
 
-    uri: str = Field(
-        description="Where the images are: the root of a data set that `focus-ray ingest` made, a local path or an s3:// "
-        "URI."
-    )
+    uri: str = Field(description="Root of a data set that `focus-ray ingest` made: a local path or an s3:// URI.")
     categories: tuple[str, ...] | None = Field(
         default=None,
         min_length=1,
-        description="The categories to train; each gets a model of its own. null takes all that the data set has.",
+        description="The categories to train; each gets its own model. null trains all categories of the data set.",
     )
     holdout_fraction: float = Field(
         default=0.2,
         ge=0.0,
         lt=1.0,
-        description="Share of the normal training images that is held out to calibrate, so that it neither trains nor enters "
-        "the density [ours]. It counts for calibration.method=split.",
+        description="Share of the normal training images that is held out for calibration. These images neither train "
+        "nor enter the density [ours]. Only calibration.method=split uses it.",
     )
     memory_budget_mb: float = Field(
         default=4096.0,
         ge=0.0,
-        description="A worker keeps its decoded images in memory up to this many MiB. If they are more, it streams them anew "
-        "in each pass.",
+        description="MiB of decoded images that a worker keeps in memory. If its images need more, it streams them "
+        "again in each pass.",
     )
     regions: dict[str, str | tuple[Polygon, ...]] = Field(
         default={},
-        description="Which part of the images is inspected, by category; nothing is scored outside. A region is a polygon or "
-        "a list of polygons, each a list of [x, y] as shares of the image's width and height, or the path or URI "
-        "of a mask image that is white where parts are inspected.",
+        description="Region of interest of each category; nothing is scored outside. A region is a polygon, a list of "
+        "polygons, or the path or URI of a mask image that is white in the inspected area. A polygon is a "
+        "list of points [x, y], given as shares of the image's width and height.",
     )
 
     @field_validator("regions", mode="before")
     @classmethod
     def _polygons(cls, value: Any) -> Any:
-        """One polygon may stand without a list around it."""
+        """Puts a single polygon into a list."""
         if not isinstance(value, dict):
             return value
         return {name: [region] if _is_polygon(region) else region for name, region in value.items()}
@@ -140,74 +137,77 @@ class ImageAlignmentConfig(Section):
 
     group: Group = Field(
         default="rotation_translation",
-        description="Which movements the aligner may undo, for instance turns and shifts; none leaves images as they are.",
+        description="Movements that the aligner may undo, for instance rotation and translation; none switches "
+        "alignment off.",
     )
     method: Literal["congealing", "localisation"] = Field(
         default="congealing",
-        description="How the movement of an image is found. congealing: it is searched against a mean image that is learnt "
-        "from the training images [ours]. localisation: a network reads it off the image and is trained by the "
+        description="How the movement of an image is found. congealing: by a search against a mean image, which is "
+        "learnt from the training images [ours]. localisation: by a network that is trained with the "
         "pairwise loss [paper]; it does not find large rotations.",
     )
     min_drop: float = Field(
         default=0.25,
         ge=0.0,
         le=1.0,
-        description="congealing: alignment is used only if it lowers the pairwise L2 distance of held-out normal images by "
-        "at least this share.",
+        description="congealing: alignment is used only if it lowers the pairwise L2 distance of held-out normal "
+        "images by at least this share.",
     )
-    max_images: int = Field(
-        default=512, ge=4, description="congealing: the mean image is learnt from at most this many images."
-    )
+    max_images: int = Field(default=512, ge=4, description="congealing: largest number of images for the mean image.")
     max_translation: float = Field(
         default=0.4,
         gt=0.0,
         le=1.0,
-        description="Largest shift that is undone, in half image widths (bounded group [ours]).",
+        description="Largest shift that alignment undoes, in half image widths (bounded group [ours]).",
     )
     max_scale: float = Field(
         default=1.15,
         gt=1.0,
         le=2.0,
-        description="Largest zoom in or out that is undone; it bounds the known zoom-in optimum [ours].",
+        description="Largest zoom, in or out, that alignment undoes. Without a bound, zooming in lowers the loss "
+        "[ours].",
     )
     padding: Literal["border", "reflection"] = Field(
         default="reflection",
-        description="What an aligned image shows where it has moved out of its frame; this is never scored [ours].",
+        description="Content of the area that an aligned image leaves empty; this area is never scored [ours].",
     )
 
 
 class FeatureAlignmentConfig(Section):
     """FCA: a spatial transformer after each of layers 1 to 3, trained by the fine loss alone [paper]."""
 
-    layer1: Group = Field(default="none", description="Which movements the aligner after layer 1 may undo.")
-    layer2: Group = Field(default="none", description="Which movements the aligner after layer 2 may undo.")
-    layer3: Group = Field(default="none", description="Which movements the aligner after layer 3 may undo.")
+    layer1: Group = Field(default="none", description="Movements that the aligner after layer 1 may undo.")
+    layer2: Group = Field(default="none", description="Movements that the aligner after layer 2 may undo.")
+    layer3: Group = Field(default="none", description="Movements that the aligner after layer 3 may undo.")
     max_translation: float = Field(
-        default=0.15, gt=0.0, le=1.0, description="Largest shift that is undone, in half map widths [ours]."
+        default=0.15, gt=0.0, le=1.0, description="Largest shift that alignment undoes, in half map widths [ours]."
     )
-    max_scale: float = Field(default=1.15, gt=1.0, le=2.0, description="Largest zoom in or out that is undone [ours].")
+    max_scale: float = Field(
+        default=1.15, gt=1.0, le=2.0, description="Largest zoom, in or out, that alignment undoes [ours]."
+    )
     max_rotation_deg: float = Field(
-        default=15.0, gt=0.0, le=180.0, description="Largest turn that is undone, in degrees [ours]."
+        default=15.0, gt=0.0, le=180.0, description="Largest rotation that alignment undoes, in degrees [ours]."
     )
 
 
 class TilingConfig(Section):
-    """Tiles, each as large as the network's input, in which a large photograph is scored [ours]."""
+    """Tiles of the size of the network's input, in which a large photograph is scored [ours]."""
 
     grid: tuple[Annotated[int, Field(ge=1, le=32)], Annotated[int, Field(ge=1, le=32)]] = Field(
-        description="[rows, columns] of tiles. Every photograph is brought to the size that the tiles cover, whatever its "
-        "own, so that a tile shows the same part of every image."
+        description="[rows, columns] of tiles. Every photograph is resized to the area of the tiles, so that a tile "
+        "shows the same feature of every part."
     )
     overlap: float = Field(
         default=0.125,
         ge=0.0,
         le=0.5,
-        description="Share of a tile's side that it has in common with its neighbour; there the maps of both are blended.",
+        description="Share of a tile's side that overlaps with the neighbouring tile. The maps of both tiles are "
+        "blended there.",
     )
     density: Literal["per_tile", "shared"] = Field(
         default="per_tile",
-        description="per_tile: each tile has places of its own, for parts that lie alike in all images. shared: every tile "
-        "is compared with the places of all tiles, for textures; this takes less memory.",
+        description="per_tile: each tile has its own places, for parts in the same position in all images. shared: "
+        "every tile is compared with the places of all tiles, for textures; this takes less memory.",
     )
 
 
@@ -216,51 +216,52 @@ class ModelConfig(Section):
 
     backbone: BackboneName = Field(
         default="resnet18",
-        description="The network, trained on ImageNet or in the way of DINOv2, that turns images into features; its layers 1 "
-        "to 3 are used [paper].",
+        description="The pretrained network that turns images into features (ImageNet or DINOv2). Its layers 1 to 3 "
+        "are used [paper].",
     )
     weights: str = Field(
         default="default",
         min_length=1,
-        description="Where the backbone's weights come from: 'default' (its ImageNet weights by name, downloaded or from a "
-        "package), 'random', or a file's path or URI (file://, s3://, https://).",
+        description="Source of the backbone's weights: 'default' (its ImageNet weights, downloaded or from a "
+        "package), 'random', or the path or URI of a file (file://, s3://, https://).",
     )
     weights_sha256: str | None = Field(
         default=None,
         pattern=r"^[0-9a-f]{8,64}$",
-        description="The beginning of the SHA-256 that the weights file must have; another file is refused. null takes any.",
+        description="The first digits of the SHA-256 of the weights file; another file is refused. null accepts any "
+        "file.",
     )
     image_size_px: int = Field(
         default=224,
         ge=32,
         le=2048,
-        description="Side of the square that images are brought to before the network sees them [kin: 224]: a multiple of 16, or "
-        "of 14 for DINOv2. Larger finds smaller defects, and takes more time and memory.",
+        description="Side of the square to which images are resized for the network [kin: 224]: a multiple of 16, or "
+        "of 14 for DINOv2. A larger side finds smaller defects, and takes more time and memory.",
     )
     resize: Literal["stretch", "pad"] = Field(
         default="stretch",
-        description="How an image becomes a square. stretch: it is stretched. pad: it keeps its shape, and the rest is "
-        "filled with its mirror image, which is not scored [ours].",
+        description="How an image becomes a square. stretch: it is stretched. pad: it keeps its shape, and its mirror "
+        "image fills the rest, which is not scored [ours].",
     )
     tiling: TilingConfig | None = Field(
         default=None,
-        description="Scores large photographs in tiles, each of image_size_px; null scores a photograph as one.",
+        description="Scores large photographs in tiles, each of image_size_px. null scores the photograph as a whole.",
     )
     batch_norm: Literal["frozen", "train"] = Field(
         default="frozen",
-        description="Whether the backbone's batch norms keep their ImageNet statistics (frozen) or learn new ones (train) "
-        "[ours].",
+        description="Whether the backbone's batch norms keep their ImageNet statistics (frozen) or learn new "
+        "statistics (train) [ours].",
     )
     padding: Literal["zeros", "reflect"] = Field(
         default="reflect",
-        description="What the backbone's convolutions see beyond the border of the image. zeros: as it was trained; places "
-        "at the border then vary most among good images. reflect: the image's own mirror image [ours].",
+        description="What the backbone's convolutions see beyond the border of the image. zeros: as in pretraining; "
+        "places at the border then vary most among good images. reflect: the mirror image [ours].",
     )
     precision: Precision = Field(
         default="auto",
-        description="The number format that the backbone computes in once it is trained. auto: bf16 on a GPU or CPU that "
-        "multiplies it by instructions of its own (AVX512-BF16, AMX), fp32 elsewhere. fp32: the same results on "
-        "every machine, to the last digits.",
+        description="The number format of the trained backbone. auto: bf16 on a GPU, or on a CPU with bfloat16 "
+        "instructions (AVX512-BF16, AMX); fp32 elsewhere. fp32: the same results on every machine, except "
+        "for the last digits.",
     )
     image_alignment: ImageAlignmentConfig = ImageAlignmentConfig()
     feature_alignment: FeatureAlignmentConfig = FeatureAlignmentConfig()
@@ -268,11 +269,11 @@ class ModelConfig(Section):
         default=256,
         ge=8,
         le=4096,
-        description="Channels of the projector f, three 1x1 convolutions that only training uses [kin: 256].",
+        description="Channels of the projector f: three 1x1 convolutions that only training uses [kin: 256].",
     )
     predictor: bool = Field(
         default=True,
-        description="Whether the predictor g stands after the projector f [paper]; without it is an ablation.",
+        description="Whether the predictor g follows the projector f [paper]. false is an ablation.",
     )
     predictor_width: int = Field(
         default=256,
@@ -283,11 +284,11 @@ class ModelConfig(Section):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of tiles."""
+        """Rows and columns of tiles; (1, 1) without tiling."""
         return self.tiling.grid if self.tiling is not None else (1, 1)
 
     def place_px(self, density: DensityConfig) -> int:
-        """Side of what a place of the density's map stands for, in the network's input."""
+        """Side of a place of the density's map, in pixels of the network's input."""
         return self.geometry.strides[density.map_layer]
 
     @property
@@ -297,24 +298,24 @@ class ModelConfig(Section):
 
     @property
     def overlap_px(self) -> int:
-        """What neighbouring tiles have in common."""
+        """Overlap of neighbouring tiles, in pixels."""
         return round(self.tiling.overlap * self.image_size_px) if self.tiling is not None else 0
 
     @property
     def frame_px(self) -> tuple[int, int]:
-        """Height and width that images are brought to: those of all tiles together."""
+        """Height and width to which images are resized: the area of all tiles."""
         step = self.image_size_px - self.overlap_px
         return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
 
     @property
     def geometry(self) -> Geometry:
-        """Of the backbone."""
+        """Strides and limits of the backbone."""
         return GEOMETRIES.get(self.backbone, Geometry())
 
     @field_validator("image_size_px")
     @classmethod
-    def _divisible(cls, value: int, known: ValidationInfo) -> int:
-        backbone = known.data.get("backbone", "")  # not there where it was refused
+    def _divisible(cls, value: int, info: ValidationInfo) -> int:
+        backbone = info.data.get("backbone", "")  # missing if the backbone was refused
         step = GEOMETRIES.get(backbone, Geometry()).strides[2]
         if value % step:
             below = value - value % step
@@ -360,20 +361,20 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimisation. SGD with momentum and a cosine schedule [kin]; the paper's values are not known."""
+    """Optimisation by SGD with momentum and a cosine schedule [kin]. The paper does not give its values."""
 
     epochs: int = Field(
         default=0,
         ge=0,
         le=10_000,
-        description="Passes over the training images in which the network learns by gradient. 0 trains nothing: the backbone "
-        "stays as it is.",
+        description="Passes over the training images in which the network learns by gradient. 0 trains nothing: the "
+        "backbone does not change.",
     )
     batch_size_per_worker: int = Field(
         default=32,
         ge=2,
         le=4096,
-        description="Images that a worker takes at a time, in training steps and in passes [kin: 32].",
+        description="Images in a batch of one worker, in training steps and in passes [kin: 32].",
     )
     learning_rate: float = Field(
         default=1e-4, gt=0.0, le=10.0, description="Learning rate of the backbone [kin: 1e-4]."
@@ -382,8 +383,9 @@ class TrainConfig(Section):
         default=0.05,
         gt=0.0,
         le=10.0,
-        description="Learning rate of the projector and predictor. They start at random and are dropped after training, so "
-        "they learn at SimSiam's rate [kin: 0.05] while the backbone is only tuned [ours].",
+        description="Learning rate of the projector and predictor. They start at random and are dropped after "
+        "training. So they learn at SimSiam's rate [kin: 0.05], while the backbone is only fine-tuned "
+        "[ours].",
     )
     learning_rate_image_alignment: float = Field(
         default=1e-2,
@@ -395,15 +397,15 @@ class TrainConfig(Section):
         default=0.05,
         gt=0.0,
         le=10.0,
-        description="Learning rate of the feature aligners. They start at zero and do not move at the backbone's rate "
-        "[ours].",
+        description="Learning rate of the feature aligners. They start at zero and would not move at the backbone's "
+        "rate [ours].",
     )
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0, description="Momentum of SGD [kin: 0.9].")
     weight_decay: float = Field(default=0.0, ge=0.0, le=1.0, description="Weight decay of SGD, on every parameter.")
     warmup_epochs: float = Field(
         default=0.0,
         ge=0.0,
-        description="Epochs in which the learning rates rise linearly, before they fall by a cosine schedule [ours].",
+        description="Epochs in which the learning rates rise linearly. Then they fall by a cosine schedule [ours].",
     )
     lambda_ica: float = Field(default=1.0, ge=0.0, description="Weight of the image alignment loss.")
     lambda_fine: float = Field(default=1.0, ge=0.0, description="Weight of the fine loss.")
@@ -418,28 +420,33 @@ class TrainConfig(Section):
         description="The number format of training. auto: bf16 autocast on a GPU that has it, fp32 elsewhere.",
     )
     gradient_clip_norm: float | None = Field(
-        default=None, gt=0.0, description="Gradients of a larger norm are scaled down to it; null leaves them."
+        default=None,
+        gt=0.0,
+        description="Gradients with a larger norm are scaled down to this norm. null does not scale.",
     )
     checkpoint_every_epochs: int = Field(
-        default=1, ge=1, description="Epochs between two checkpoints, from which a training that was lost goes on."
+        default=1,
+        ge=1,
+        description="Epochs between two checkpoints. An interrupted training continues from its last checkpoint.",
     )
     seed: int = Field(
         default=0,
         ge=0,
         lt=2**31,
-        description="Seed of whatever is drawn: held-out images, weights, order, channels, synthetic defects. The same seed "
-        "gives the same model.",
+        description="Seed of everything random: held-out images, weights, order, channels, synthetic defects. The "
+        "same seed gives the same model.",
     )
 
 
 class DensityConfig(Section):
-    """One density per location over the embeddings of normal images."""
+    """The density of normal embeddings, one for each place of the map."""
 
     kind: DensityName = Field(
         default="nearest",
-        description="What is remembered of normal images. nearest: their embeddings; a place's distance is that to the "
-        "nearest normal embedding around it, whitened by the pooled covariance where no metric is learnt [ours]. "
-        "gaussian: a mean and a covariance for each place [kin, PaDiM].",
+        description="What the model remembers of normal images. nearest: their embeddings; the distance at a place is "
+        "the distance to the nearest normal embedding around it, whitened by the pooled covariance if no "
+        "discriminant projection is learnt [ours]. gaussian: a mean and a covariance for each place [kin, "
+        "PaDiM].",
     )
     layers: tuple[Layer, ...] = Field(
         default=("layer1", "layer2", "layer3"),
@@ -448,9 +455,9 @@ class DensityConfig(Section):
     )
     map_stride_px: Literal[4, 8] = Field(
         default=8,
-        description="Pixels of the input, along a side, that a place of the map stands for. 4: all layers are brought to "
-        "layer 1's places by nearest neighbour [kin, PaDiM]. 8: to layer 2's, layer 1 by averaging, layer 3 "
-        "bilinearly [ours]. DINOv2: a patch of 14 pixels either way.",
+        description="Side of a place of the map, in pixels of the network's input. 4: all layers are brought to layer "
+        "1's places by nearest neighbour [kin, PaDiM]. 8: to layer 2's places, layer 1 by averaging, "
+        "layer 3 bilinearly [ours]. DINOv2: a patch of 14 pixels in both cases.",
     )
     smooth_layers: tuple[Layer, ...] = Field(
         default=("layer2", "layer3"),
@@ -458,18 +465,17 @@ class DensityConfig(Section):
     )
     reduction: Literal["random", "semi_orthogonal", "none", "discriminant"] = Field(
         default="discriminant",
-        description="How an embedding's channels are reduced to num_channels [kin: 100 random channels in PaDiM]. "
-        "discriminant: to the directions in which synthetic defects differ from their nearest normal neighbours "
-        "and normal images do not, learnt in closed form [ours]; nearest then compares in it as it is. "
-        "semi_orthogonal: by a random projection. random: to randomly chosen channels. none: not at all.",
+        description="How the channels of an embedding are reduced to num_channels [kin: 100 random channels in "
+        "PaDiM]. discriminant: by a projection, learnt in closed form, to directions in which synthetic "
+        "defects differ from normal images [ours]; nearest then compares without whitening. "
+        "semi_orthogonal: by a random projection. random: to randomly chosen channels. none: no "
+        "reduction.",
     )
-    num_channels: int = Field(
-        default=100, ge=1, le=4096, description="Channels that are left after the reduction [kin: 100]."
-    )
+    num_channels: int = Field(default=100, ge=1, le=4096, description="Channels after the reduction [kin: 100].")
     metric: str | None = Field(
         default=None,
-        description="discriminant: path or URI of a metric that was learnt over other categories, as `focus-ray metric` "
-        "writes it, in place of one of the category's own [ours].",
+        description="discriminant: path or URI of a discriminant projection that was learnt on other categories "
+        "(`focus-ray metric` writes it). null learns the category's own projection [ours].",
     )
     shrinkage: float = Field(
         default=2.0,
@@ -479,15 +485,15 @@ class DensityConfig(Section):
     )
     shrinkage_unit: Literal["mean_variance", "absolute"] = Field(
         default="mean_variance",
-        description="The unit of shrinkage. mean_variance: multiples of the embeddings' mean variance within places, so that "
-        "it suits any backbone [ours]. absolute: as it is [kin: 0.01].",
+        description="The unit of shrinkage. mean_variance: multiples of the embeddings' mean variance within places, "
+        "which suits any backbone [ours]. absolute: the value itself [kin: 0.01].",
     )
     pooling: float = Field(
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="gaussian: weight of the covariance pooled over all places against a place's own; 0 is its own alone "
-        "[ours].",
+        description="gaussian: weight of the covariance pooled over all places, relative to a place's own covariance. "
+        "0 uses only the place's own [ours].",
     )
     window: Literal[1, 3, 5] = Field(
         default=3,
@@ -496,51 +502,54 @@ class DensityConfig(Section):
     max_images: int = Field(
         default=512,
         ge=2,
-        description="nearest: embeddings of at most this many images are kept, evenly chosen. A Gaussian takes all.",
+        description="nearest: largest number of images whose embeddings are kept, chosen at even steps. gaussian uses "
+        "all images.",
     )
     per_place: int | None = Field(
         default=128,
         ge=2,
-        description="nearest: of these, a place keeps at most this many, chosen greedily so that every embedding that is "
-        "left out is near one that is kept [ours]; times the number of tiles where they share places. null keeps "
-        "all.",
+        description="nearest: largest number of embeddings that a place keeps (times the number of tiles if tiles "
+        "share places). A greedy selection keeps, for every dropped embedding, a similar one [ours]. null "
+        "keeps all.",
     )
     precision: Precision = Field(
         default="auto",
-        description="nearest: the number format in which the memory of places is held and searched, as model.precision. bf16 "
-        "takes half the memory.",
+        description="nearest: the number format of the place memory and its search, as in model.precision. bf16 takes "
+        "half the memory.",
     )
     coreset: int = Field(
         default=1024,
         ge=0,
         le=65536,
-        description="nearest: size of a second memory that knows no places: patches chosen greedily from all images. Its "
-        "distance is averaged with that of the memory of places [kin, PatchCore]. 0 does without.",
+        description="nearest: size of the coreset, a second memory without places: patches that are chosen greedily "
+        "from all images. Its distance and the distance of the place memory are averaged [kin, "
+        "PatchCore]. 0 switches it off.",
     )
     coreset_channels: int = Field(
         default=128,
         ge=1,
         le=4096,
-        description="Channels of layers 2 and 3 that the coreset compares, at most: a random projection.",
+        description="Largest number of channels that the coreset compares, a random projection of layers 2 and 3.",
     )
     gaussian_share: float = Field(
         default=0.9,
         ge=0.0,
         le=1.0,
-        description="nearest, with a coreset: the distance of a patch is at most this share of its distance to a Gaussian of "
-        "its place, both as multiples of what good images show. Places where good parts change, as a printed number "
-        "does, then count less [ours]. 0 does without; so do fewer than 16 images, tiles that share places, and maps of "
-        "more than about 3300 places.",
+        description="nearest, with a coreset: the distance of a patch is at most this share of its distance to a "
+        "Gaussian of its place, both as multiples of the distances of good images. So places where good "
+        "parts vary, for instance a printed number, count less [ours]. 0 switches it off. It is also off "
+        "with fewer than 16 images, with tiles that share places, and with maps of more than about 3300 "
+        "places.",
     )
     keep_moments: bool = Field(
         default=True,
-        description="Whether the bundle keeps what `focus-ray update` needs to add images or take them out later; it is the "
-        "largest of its files.",
+        description="Whether the bundle keeps the data with which `focus-ray update` adds or removes images later. "
+        "This is the largest file of the bundle.",
     )
 
     @property
     def map_layer(self) -> int:
-        """Index of the layer at whose places the map is."""
+        """Index of the layer whose grid is the grid of the map."""
         return 0 if self.map_stride_px == 4 else 1
 
     @property
@@ -558,73 +567,74 @@ class DensityConfig(Section):
 
 
 class ScoringConfig(Section):
-    """From distances to a map and a score."""
+    """How distances become a map and a score."""
 
     smoothing_sigma_px: float = Field(
         default=4.0,
         ge=0.0,
         le=64.0,
-        description="How much the map is smoothed: the Gaussian's standard deviation, at the network's input size [kin: 4].",
+        description="Standard deviation of the Gaussian that smooths the map, in pixels of the network's input [kin: "
+        "4].",
     )
     image_score: Literal["maximum", "profile"] = Field(
         default="profile",
-        description="How an image's score is made of its map. maximum: the highest value [kin]. profile: how far the highest "
-        "values lie above those of good images, each place counted by what is usual there, so that 1 is a "
-        "typical good image [ours]; where a density keeps no embeddings, the maximum.",
+        description="How the score of an image is made from its map. maximum: the highest value [kin]. profile: how "
+        "far the highest values lie above those of good images, with a weight for each place, so that 1 "
+        "is a typical good image [ours]; a density without embeddings uses the maximum.",
     )
 
 
 class SelectionConfig(Section):
-    """Choosing by normal images alone: whether to align, and which epoch's network to keep [ours].
+    """Choice of alignment and epoch from normal images alone [ours].
 
-    Candidates are scored on normal images held out for this, against the same images with synthetic defects.
+    Held-out normal images and copies with synthetic defects judge the candidates.
     """
 
     enabled: bool = Field(
         default=False,
-        description="Whether alignment and epoch are chosen so. It costs a share of the training images, and a density pass "
-        "for each candidate.",
+        description="Whether synthetic defects choose alignment and epoch. This costs a share of the training images, "
+        "and a density pass for each candidate.",
     )
     fraction: float = Field(
         default=0.1,
         gt=0.0,
         lt=1.0,
-        description="Share of the normal training images that candidates are judged on; they join the density when all is "
-        "chosen.",
+        description="Share of the normal training images that judge the candidates. They join the density after the "
+        "choice.",
     )
-    max_images: int = Field(default=64, ge=2, description="Candidates are judged on at most this many images.")
+    max_images: int = Field(default=64, ge=2, description="Largest number of images that judge the candidates.")
     every_epochs: int = Field(default=1, ge=1, description="Epochs between two judgements.")
     margin: float = Field(
         default=0.01,
         ge=0.0,
         le=1.0,
-        description="How much a later epoch's score must gain on that of the epoch kept so far.",
+        description="Smallest gain in score for which a later epoch replaces the best epoch so far.",
     )
 
 
 class CalibrationConfig(Section):
-    """Thresholds and p-values from normal images that the density has not seen, or is made not to see."""
+    """Thresholds and p-values, from good images that are held out of the density or scored by leave-one-out."""
 
     method: Literal["auto", "split", "cross", "leave_one_out"] = Field(
         default="auto",
-        description="Which good images set the thresholds. split: a held-out share (data.holdout_fraction). leave_one_out: "
-        "every training image, scored with its own embedding left out of the density. cross: every training "
-        "image, scored without its fold. auto: split where it holds out enough images for a steady threshold, 5 "
-        "/ target_fpr, or where train.epochs is above 0; else leave_one_out.",
+        description="Which good images set the thresholds. split: a held-out share (data.holdout_fraction). "
+        "leave_one_out: every training image, scored with its own embeddings left out of the density. "
+        "cross: every training image, scored without its fold. auto: split if it holds out enough images "
+        "for a steady threshold (5 / target_fpr), or if train.epochs is above 0; otherwise leave_one_out.",
     )
-    num_folds: int = Field(default=5, ge=2, le=100, description="cross: into how many folds the images are divided.")
+    num_folds: int = Field(default=5, ge=2, le=100, description="cross: number of folds.")
     max_images: int = Field(
         default=4096,
         ge=1,
-        description="At most this many images calibrate: split holds no more out, cross scores no more, evenly chosen. 4096 "
-        "bring the rate of a threshold for 0.05 between 0.044 and 0.056 in 9 of 10 cases; a worker keeps up to "
-        "10 % of each one's map.",
+        description="Largest number of calibration images: split holds out no more, cross scores no more, chosen at "
+        "even steps. With 4096 images, the rate of a threshold for 0.05 lies between 0.044 and 0.056 in 9 "
+        "of 10 cases. A worker keeps up to 10 % of the map of each image.",
     )
     target_fpr: float = Field(
         default=0.05,
         gt=0.0,
         lt=1.0,
-        description="Share of good images that may be called bad. Lower lets more defects through.",
+        description="Share of good images that may be called bad. A lower share lets more defects through.",
     )
     target_pixel_fpr: float = Field(
         default=0.001, gt=0.0, lt=1.0, description="Share of the pixels of good images that may be marked."
@@ -632,78 +642,82 @@ class CalibrationConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What a run asks of Ray, and for whom."""
+    """Workers and resources that a run requests from Ray, and the owner of the run."""
 
     team: str | None = Field(
         default=None,
         pattern=NAME,
-        description="Whose run it is; it becomes part of the run's namespace and of a name that is made up for it.",
+        description="Owner of the run. It becomes part of the run's namespace, and of the name with name=auto.",
     )
     priority: str | None = Field(
         default=None,
         pattern=NAME,
-        description="Kueue's priority class of the job, noted with it (configs/cluster); Ray itself has no priorities.",
+        description="Kueue's priority class of the job, recorded with the job (configs/cluster). Ray itself has no "
+        "priorities.",
     )
     namespace: str | None = Field(
         default=None,
         pattern=NAME,
-        description="Ray namespace of the run's actors; null takes the team's, or one of the run's own.",
+        description="Ray namespace of the run's actors. null uses the team's namespace, or one for this run.",
     )
     labels: dict[str, str] = Field(
         default={},
-        description="Labels of the nodes that workers may run on, each a value, !value, in(a,b) or !in(a,b).",
+        description="Labels of the nodes on which workers may run, each a value, !value, in(a,b) or !in(a,b).",
     )
     local: bool | Literal["auto"] = Field(
         default="auto",
-        description="Whether categories are trained in the command's own process, one after the other, without Ray. auto: "
-        "yes with one worker, and no RAY_ADDRESS, labels or max_concurrent_categories.",
+        description="Whether categories are trained in the command's own process, one after the other, without Ray. "
+        "auto: true with one worker and without RAY_ADDRESS, labels and max_concurrent_categories.",
     )
     num_workers: int = Field(
         default=1,
         ge=1,
         le=4096,
-        description="Workers that train one category together. With several, gradients are averaged over them (DDP).",
+        description="Workers that train one category together. With several workers, gradients are averaged (DDP).",
     )
     min_workers: int | None = Field(
         default=None,
         ge=1,
-        description="Lets a training begin or go on with as few workers as this where machines are short, and take more when "
-        "they come, from its last checkpoint on. Results then depend on when machines came and went. null waits "
-        "for all num_workers.",
+        description="Smallest number of workers with which a training starts or continues if machines are missing. It "
+        "adds workers when machines return, from its last checkpoint. Results then depend on the times at "
+        "which machines come and go. null waits for all num_workers.",
     )
     use_gpu: bool | Literal["auto"] = Field(
         default="auto",
-        description="Whether workers use GPUs. auto: yes where the cluster has any, one for each worker.",
+        description="Whether workers use GPUs. auto: true if the cluster has a GPU, one for each worker.",
     )
     cpus_per_worker: float = Field(
-        default=1.0, gt=0.0, description="CPUs that Ray keeps for a worker; as many threads decode images."
+        default=1.0,
+        gt=0.0,
+        description="CPUs that Ray reserves for a worker. The same number of threads decodes images.",
     )
     gpus_per_worker: float = Field(
         default=1.0,
         gt=0.0,
         le=1.0,
-        description="GPUs that Ray keeps for a worker that uses them. Below 1, workers of several categories share a GPU.",
+        description="GPUs that Ray reserves for a worker that uses GPUs. Below 1, workers of several categories share "
+        "a GPU.",
     )
     memory_gib_per_worker: float | None = Field(
-        default=None, gt=0.0, description="Memory that Ray keeps for a worker, in GiB; null keeps none."
+        default=None, gt=0.0, description="Memory that Ray reserves for a worker, in GiB. null reserves none."
     )
     max_cpus: float | None = Field(
         default=None,
         ge=0.0,
-        description="CPUs that the cluster can grow to. null: what its autoscaler tells, or what is there.",
+        description="CPUs to which the cluster can grow. null: the limit of its autoscaler, or its present CPUs.",
     )
     max_gpus: float | None = Field(
-        default=None, ge=0.0, description="GPUs that the cluster can grow to; null as in max_cpus."
+        default=None, ge=0.0, description="GPUs to which the cluster can grow. null as in max_cpus."
     )
     max_failures: int = Field(
         default=3,
         ge=0,
-        description="How often a category is tried again after a worker was lost, from its last checkpoint where it has one.",
+        description="Number of retries of a category after a lost worker, from its last checkpoint if it has one.",
     )
     max_concurrent_categories: int | None = Field(
         default=None,
         ge=1,
-        description="Categories that are trained side by side; null takes as many as the cluster has room for.",
+        description="Categories that are trained side by side. null trains as many as the cluster has room for.",
     )
 
     @property
@@ -723,25 +737,25 @@ class ClusterConfig(Section):
 
 
 class TrackerConfig(Section):
-    """An experiment tracker that is told settings, figures and heat maps (docs/use/trackers.md)."""
+    """An experiment tracker, which records settings, metrics and heat maps (docs/use/trackers.md)."""
 
     uri: str | None = Field(
         default=None,
         min_length=1,
-        description="A local folder, or for mlflow a tracking server, as http://host:5000, or a database's URI. null: what "
-        "MLFLOW_TRACKING_URI says, for mlflow; else trackers/KEY below storage. Never with a password: trackers take theirs from "
-        "environment variables of their own.",
+        description="A local folder, or for mlflow a tracking server, as http://host:5000, or the URI of a database. "
+        "null: for mlflow the value of MLFLOW_TRACKING_URI, otherwise trackers/KEY below storage. A "
+        "password is refused: trackers read it from their own environment variables.",
     )
     project: str = Field(
         default="focus-ray", min_length=1, max_length=128, description="MLflow's experiment, W&B's project."
     )
     mode: Literal["auto", "online", "offline"] = Field(
         default="auto",
-        description="wandb: offline writes files, which `wandb sync` uploads. auto: what WANDB_MODE says; else online where "
-        "WANDB_API_KEY is set, and offline where it is not.",
+        description="wandb: offline writes files, which `wandb sync` uploads. auto: the value of WANDB_MODE; without "
+        "it, online if WANDB_API_KEY is set, otherwise offline.",
     )
     num_images: int = Field(
-        default=6, ge=0, le=12, description="Heat maps of test images that an evaluation hands over, a category."
+        default=6, ge=0, le=12, description="Heat maps of test images that an evaluation records for each category."
     )
 
     @field_validator("uri")
@@ -757,17 +771,17 @@ class TrackerConfig(Section):
 
 
 class Config(Section):
-    """Everything that decides what a run makes."""
+    """All settings of a run."""
 
     name: str = Field(
         default="focus-ray",
         pattern=NAME,
-        description="Name of the run's folder; 'auto' makes one up that no other run has, from team, date and a random part.",
+        description="Name of the run's folder. 'auto' makes a unique name from team, date and a random part.",
     )
     storage: str = Field(
         default="runs",
         min_length=1,
-        description="Folder in which runs are made, each below its name: a local path or an s3:// URI.",
+        description="Folder of the runs, each in a folder of its name: a local path or an s3:// URI.",
     )
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -779,13 +793,14 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     trackers: dict[TrackerName, TrackerConfig] = Field(
         default={},
-        description="Experiment trackers, each with its settings: trackers.mlflow={} takes its defaults, trackers={} is none.",
+        description="Experiment trackers, each with its settings: trackers.mlflow={} uses the defaults, trackers={} "
+        "switches all off.",
     )
 
     @field_validator("trackers", mode="before")
     @classmethod
     def _by_defaults(cls, value: Any) -> Any:
-        """A name with nothing after it takes the defaults."""
+        """Gives a tracker without settings the defaults."""
         if not isinstance(value, dict):
             return value
         return {name: {} if settings is None else settings for name, settings in value.items()}
@@ -809,19 +824,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def read_tree(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """What `load_config` validates: the file's mapping with the overrides applied. Raises: ConfigError: as there."""
+    """Returns the mapping that `load_config` validates: the file with the overrides applied. Raises: ConfigError: see there."""
     return override_tree(read_mapping(path), overrides)
 
 
 def override_tree(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Applies ``key.sub=value`` overrides, in place. Raises: ConfigError: one is not of that form."""
+    """Applies ``key.sub=value`` overrides in place and returns the tree. Raises: ConfigError: an override has another form."""
     for override in overrides:
         apply_override(tree, override)
     return tree
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """A YAML file's top mapping. Raises: ConfigError: it cannot be read, or is no mapping."""
+    """Reads the top mapping of a YAML file. Raises: ConfigError: the file cannot be read, or has no mapping at the top."""
     path = Path(path).expanduser()
     try:
         text = path.read_text(encoding="utf-8")
@@ -831,7 +846,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def mapping_of(text: str, source: str) -> dict[str, Any]:
-    """YAML's top mapping. Raises: ConfigError: it is none, or no YAML."""
+    """Parses the top mapping of a YAML text. Raises: ConfigError: the text is not YAML, or has no mapping at the top."""
     try:
         tree = load_yaml(text)
     except yaml.YAMLError as error:
@@ -844,12 +859,12 @@ def mapping_of(text: str, source: str) -> dict[str, Any]:
 
 
 def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
-    """Validates a plain mapping. Raises: ConfigError: naming each key, its value and what was expected."""
+    """Validates a plain mapping. Raises: ConfigError: a value is wrong; the error names key, value and expected values."""
     return parse_model(Config, tree, source)
 
 
 def parse_model(model: type[M], tree: Any, source: str) -> M:
-    """`parse_config` for any model."""
+    """Validates a plain mapping against any model, as `parse_config` does for a run."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -857,12 +872,12 @@ def parse_model(model: type[M], tree: Any, source: str) -> M:
 
 
 def config_to_yaml(config: BaseModel) -> str:
-    """The resolved configuration, every default written out."""
+    """Returns the resolved configuration as YAML, with every default."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Sets one ``key.sub=value`` in a plain mapping. Raises: ConfigError: it is not of that shape."""
+    """Applies one ``key.sub=value`` to a plain mapping, in place. Raises: ConfigError: the override has another form."""
     key, separator, raw = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -873,7 +888,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     for part in parts[:-1]:
         if tree.get(part) is None:
-            tree[part] = {}  # a section that is empty in the file
+            tree[part] = {}  # an empty section of the file is null
         child = tree[part]
         if not isinstance(child, dict):
             raise ConfigError(f"override {override!r}: {part!r} holds a value, not a section")
@@ -882,11 +897,12 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(item: Any, model: type[BaseModel]) -> str:
+    """Returns an error of pydantic as one sentence with key, problem and remedy."""
     where = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] == "extra_forbidden":
-        known = _fields_beside(item["loc"], model)
-        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        field_names = _fields_beside(item["loc"], model)
+        close = difflib.get_close_matches(str(item["loc"][-1]), field_names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(field_names)}"
         return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: missing; set it"
@@ -898,7 +914,7 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
 
 
 def _quoting_hint(loc: tuple[Any, ...], value: Any) -> str:
-    """How to write text that YAML reads as another type. value: what YAML reads."""
+    """Says how to quote text that YAML reads as another type. value: the value that YAML read."""
     kinds = {type(None): "an empty value", bool: "true or false", int: "a number", float: "a number"}
     kind = kinds.get(type(value), f"a {type(value).__name__}")
     text = '"TEXT"' if value is None or isinstance(value, bool) else f'"{value}"'
@@ -912,6 +928,7 @@ def _quoting_hint(loc: tuple[Any, ...], value: Any) -> str:
 
 
 def _fields_beside(loc: tuple[Any, ...], model: Any) -> list[str]:
+    """Returns the valid keys of the section in which an unknown key was found."""
     for part in loc[:-1]:
         if isinstance(model, type) and issubclass(model, BaseModel):
             annotation: Any = model.model_fields[part].annotation if part in model.model_fields else None

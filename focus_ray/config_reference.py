@@ -1,6 +1,6 @@
-"""The reference of all settings, from the models' own fields, and what `focus-ray config explain` says.
+"""Writes the reference of all settings from the fields of the models, and the text of `focus-ray config explain`.
 
-`python -m focus_ray.config_reference docs/reference/configuration.md` writes the page anew. No torch, no Ray.
+`python -m focus_ray.config_reference docs/reference/configuration.md` writes the page. Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -30,33 +30,37 @@ COMMAND = "python -m focus_ray.config_reference docs/reference/configuration.md"
 
 @dataclass(frozen=True)
 class Root:
-    """A kind of configuration.  title: whose, for people.  told: what takes it, in Markdown."""
+    """A kind of configuration. title: for people.  usage: the command that takes it, in Markdown."""
 
     title: str
     model: type[BaseModel]
-    told: str
+    usage: str
 
 
 ROOTS = (
     Root(
         "a run",
         Config,
-        "What `focus-ray train CONFIG key=value ...` takes; `focus-ray config list` has the standard ones.",
+        "`focus-ray train CONFIG key=value ...` takes these settings; `focus-ray config list` lists the standard configurations.",
     ),
     Root(
         "a sweep",
         SweepConfig,
-        "What `focus-ray sweep CONFIG key=value ...` takes ([sweeps](../use/sweeps.md)). Settings of the run that trials start "
-        "from stand below `base`, as in `base.train.epochs=5`.",
+        "`focus-ray sweep CONFIG key=value ...` takes these settings ([sweeps](../use/sweeps.md)). Settings of the base "
+        "configuration come after `base.`, as in `base.train.epochs=5`.",
     ),
-    Root("the service", Settings, "What `focus-ray serve PLACE key=value ...` takes ([serving](../use/serving.md))."),
+    Root(
+        "the service",
+        Settings,
+        "`focus-ray serve PLACE key=value ...` takes these settings ([serving](../use/serving.md)).",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One key. key: dotted; `[]` stands for each item of a list, KEY for each key of a mapping.  default: YAML; None where
-    it must be set."""
+    """One setting. key: dotted; `[]` means each item of a list, KEY each key of a mapping.  default: YAML, or None if the
+    setting is required."""
 
     key: str
     values: str
@@ -66,7 +70,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Part:
-    """A section: its settings, not those of the sections in it. key: empty at the top of a configuration."""
+    """A section with its own settings, without inner sections. key: empty at the top of a configuration."""
 
     key: str
     description: str
@@ -74,47 +78,49 @@ class Part:
 
 
 def parts_of(
-    model: type[BaseModel], key: str = "", given: BaseModel | None = None, told_above: str | None = None
+    model: type[BaseModel], key: str = "", value: BaseModel | None = None, field_description: str | None = None
 ) -> Iterator[Part]:
-    """The sections of a model, itself first, in the order of their fields.
+    """Yields the section of a model, then its inner sections in the order of the fields.
 
     Args:
-        key: the dotted key of this one.  given: what it is where it is not set, if that is known.
-        told_above: what the field that holds it says of it.
+        key: dotted key of the section.  value: default of the section, if the field above has one.
+        field_description: description of the field above.
     """
     prefix = f"{key}." if key else ""
     settings, inner = [], []
     for name, field in model.model_fields.items():
-        default = getattr(given, name) if given is not None else field.get_default(call_default_factory=True)
+        default = getattr(value, name) if value is not None else field.get_default(call_default_factory=True)
         below, suffix = _model_in(field.annotation)
-        told = field.description or _first_words(below)
+        description = field.description or _first_words(below)
         if below is not None:
-            known = default if isinstance(default, BaseModel) else None
-            inner.append((below, f"{prefix}{name}{suffix}", known, field.description))
+            inner_value = default if isinstance(default, BaseModel) else None
+            inner.append((below, f"{prefix}{name}{suffix}", inner_value, field.description))
         if below is None or suffix or _takes_null(field.annotation):
             required = field.is_required()
-            settings.append(Setting(prefix + name, _values(name, field), None if required else _yaml(default), told))
-    yield Part(key, told_above or _first_words(model), tuple(settings))
-    for below, inner_key, known, description in inner:
-        yield from parts_of(below, inner_key, known, description)
+            settings.append(
+                Setting(prefix + name, _values(name, field), None if required else _yaml(default), description)
+            )
+    yield Part(key, field_description or _first_words(model), tuple(settings))
+    for below, inner_key, inner_value, inner_description in inner:
+        yield from parts_of(below, inner_key, inner_value, inner_description)
 
 
 def _first_words(model: type[BaseModel] | None) -> str:
-    """The first paragraph of a section's own description."""
-    own = "" if model is None else inspect.getdoc(model) or ""
-    return " ".join(own.split("\n\n")[0].split())
+    """Returns the first paragraph of a section's docstring."""
+    docstring = "" if model is None else inspect.getdoc(model) or ""
+    return " ".join(docstring.split("\n\n")[0].split())
 
 
 def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    """The section that a field holds, alone, in a list or in a mapping, and what its key then ends in."""
+    """Returns the section in a field's type and the suffix of its key: "" alone, "[]" in a list, ".KEY" in a mapping."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, ""
     origin: Any = get_origin(annotation)
     end = "[]" if origin is tuple else ".KEY" if origin is dict else ""
     for argument in get_args(annotation):
-        found, inner = _model_in(argument)
-        if found is not None:
-            return found, end + inner
+        section, inner = _model_in(argument)
+        if section is not None:
+            return section, end + inner
     return None, ""
 
 
@@ -122,14 +128,14 @@ def _takes_null(annotation: Any) -> bool:
     return type(None) in get_args(annotation)
 
 
-# what a setting may be, in words
+# the values of a setting, in words
 
 _PLAIN = {bool: "true, false", int: "integer", float: "number", str: "text", type(None): "null", Any: "anything"}
 _UNITS = {"px": "pixels", "s": "seconds", "mb": "MiB", "gib": "GiB", "deg": "degrees", "days": "days"}
 
 
 def unit_of(name: str) -> str | None:
-    """The unit that a field's name says, as in timeout_s and memory_gib_per_worker."""
+    """Returns the unit in a field's name, as in timeout_s and memory_gib_per_worker, or None."""
     words = name.split("_")[1:]
     return next((_UNITS[word] for word in words if word in _UNITS), None)
 
@@ -141,14 +147,14 @@ def _values(name: str, field: FieldInfo) -> str:
 
 
 def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """What a type and its constraints allow, in words; constraints count for whatever of a union is not null or a word."""
+    """Returns the values that a type and its constraints allow, in words. In a union, the constraints do not apply to null."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [item for extra in annotation.__metadata__ for item in getattr(extra, "metadata", [extra])]
         return _words(arguments[0], [*inner, *metadata])
     if origin in (Union, types.UnionType):
-        told = [_words(item, metadata if item is not type(None) else ()) for item in arguments]
-        return (", or " if "," in "".join(told) else " or ").join(told)
+        choices = [_words(item, metadata if item is not type(None) else ()) for item in arguments]
+        return (", or " if "," in "".join(choices) else " or ").join(choices)
     if origin is Literal:
         return ", ".join(_yaml(value) for value in arguments)
     limits = "".join(_limits(metadata))
@@ -160,7 +166,7 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"mapping of {' to '.join(_plural(_words(item)) for item in arguments)}{limits}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
-    kinds = next((known for known in map(_kinds_in, metadata) if known), None)
+    kinds = next((table for table in map(_kinds_in, metadata) if table), None)
     if kinds is not None:
         return ", ".join(kinds)
     if any(getattr(item, "pattern", None) == NAME for item in metadata):
@@ -173,26 +179,26 @@ def _plural(words: str) -> str:
 
 
 def _kinds_in(constraint: Any) -> Kinds[Any] | None:
-    """The table of kinds that a validator holds a name against."""
+    """Returns the table of kinds whose names a validator allows, or None."""
     owner = getattr(getattr(constraint, "func", None), "__self__", None)
     return owner if isinstance(owner, Kinds) else None
 
 
 def _limits(metadata: Sequence[Any]) -> Iterator[str]:
-    """What constraints add to a type, as in " from 0 to 1"."""
+    """Yields the limits of a type in words, as in " from 0 to 1"."""
 
-    def told(constraint: str) -> Any:
+    def limit_of(constraint: str) -> Any:
         return next((value for item in metadata if (value := getattr(item, constraint, None)) is not None), None)
 
-    limits = {name: value for name in ("ge", "gt", "le", "lt") if (value := told(name)) is not None}
+    limits = {name: value for name in ("ge", "gt", "le", "lt") if (value := limit_of(name)) is not None}
     words = {"ge": " from ", "gt": " above ", "le": " to ", "lt": " below "}
     if len(limits) == 2 and list(limits) != ["ge", "le"]:
         words.update(le=", up to ", lt=", below ")
     for name, value in limits.items():
         yield f"{words[name]}{int(value) if value == int(value) else value}"
-    if (length := told("min_length")) is not None:
+    if (length := limit_of("min_length")) is not None:
         yield ", not empty" if length == 1 else f", {length} at least"
-    if (pattern := told("pattern")) is not None:
+    if (pattern := limit_of("pattern")) is not None:
         yield f" of the form {pattern}"
 
 
@@ -205,28 +211,29 @@ def _yaml(value: Any) -> str:
 
 
 def markdown() -> str:
-    """All of docs/reference/configuration.md."""
+    """Returns the text of docs/reference/configuration.md."""
     lines = [
         "# Settings",
         "",
-        "This page lists every setting of trainings, sweeps and the service: what it may be, its default, and what it does.",
-        "`focus-ray config explain KEY` says the same of one key in the terminal, and `focus-ray config show CONFIG` writes a",
-        "configuration with every default. In a YAML file a dotted key is a section: `train.epochs` is `epochs` below `train`.",
-        'Put text that looks like a number or like yes, no, true, false or null into quotes: `name: "007"` in a file,',
-        "`'name=\"007\"'` in a shell. A key that appears twice in a section is an error.",
+        "This page lists every setting of trainings, sweeps and the service, with its values, default and meaning. `focus-ray "
+        "config explain KEY` prints one setting. `focus-ray config show CONFIG` prints a configuration with every default.",
+        "",
+        "In a YAML file each dot of a key opens a section: `train.epochs` is `epochs` below `train`. Put text that looks like a "
+        'number, or like yes, no, true, false or null, into quotes: `name: "007"` in a file, `\'name="007"\'` in a shell. A key '
+        "that appears twice in a section is an error.",
         "",
         "```bash",
         "focus-ray config explain calibration.target_fpr",
         "focus-ray config show default data.uri=data model.image_size_px=512",
         "```",
         "",
-        f"A test fails where this page is out of date; `{COMMAND}` writes it from the fields' own descriptions.",
+        f"`{COMMAND}` writes this page from the settings themselves, and a test fails if the page is out of date.",
         "",
-        f"A name is {NAME_WORDS}. A limit told with *from*, *to* or *up to* is itself allowed, one with *above* or *below* is "
-        "not. [paper] is arXiv 2110.04538, [kin] its published relatives, [ours] a choice of this project.",
+        f"A name is {NAME_WORDS}. A limit after *from*, *to* or *up to* is allowed; a limit after *above* or *below* is not. "
+        "[paper] is arXiv 2110.04538, [kin] its published relatives, [ours] a choice of this project.",
     ]
     for root in ROOTS:
-        lines += ["", f"## Of {root.title}", "", root.told]
+        lines += ["", f"## Of {root.title}", "", root.usage]
         for part in parts_of(root.model):
             if part.key:
                 lines += ["", f"### `{part.key}`", "", part.description]
@@ -246,22 +253,22 @@ def _row(setting: Setting) -> str:
 
 
 def explain(key: str) -> str:
-    """What there is to say of a key or of a section, of every configuration that has it.
+    """Explains a key or a section, for every configuration that has it. Returns plain text.
 
     Args:
-        key: dotted; `base.` before a key of a run, as sweeps write it, may stand or not.
+        key: dotted; a leading `base.`, as in a sweep, is ignored.
 
-    Raises: ConfigError: there is none; it names the nearest.
+    Raises: ConfigError: the key does not exist; the error names similar keys.
     """
-    wanted = key.strip().strip(".")
-    if wanted.startswith("base."):
-        wanted = wanted.removeprefix("base.")
-    found = [text for root in ROOTS for text in _explained(root, wanted)]
-    if not found:
-        near = _nearest(wanted)
+    full_key = key.strip().strip(".")
+    if full_key.startswith("base."):
+        full_key = full_key.removeprefix("base.")
+    explanations = [text for root in ROOTS for text in _explained(root, full_key)]
+    if not explanations:
+        near = _nearest(full_key)
         hint = f"did you mean {', '.join(near)}?" if near else "docs/reference/configuration.md has all there are"
         raise ConfigError(f"{key}: no such key; {hint}")
-    return "\n\n".join(found)
+    return "\n\n".join(explanations)
 
 
 def _explained(root: Root, key: str) -> Iterator[str]:
@@ -292,14 +299,15 @@ def _explain_part(root: Root, part: Part, settings: Sequence[Setting]) -> str:
     return "\n".join(lines)
 
 
-def _nearest(wanted: str) -> list[str]:
-    keys = dict.fromkeys(key for root in ROOTS for part in parts_of(root.model) for key in _keys(part))
-    last = wanted.rpartition(".")[2]
-    same_end = [key for key in keys if key.rpartition(".")[2] == last]
-    ends = dict.fromkeys(key.rpartition(".")[2] for key in keys)
+def _nearest(key: str) -> list[str]:
+    """Returns up to four similar keys."""
+    keys = dict.fromkeys(name for root in ROOTS for part in parts_of(root.model) for name in _keys(part))
+    last = key.rpartition(".")[2]
+    same_end = [name for name in keys if name.rpartition(".")[2] == last]
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in keys)
     close_ends = difflib.get_close_matches(last, ends, n=1)
-    close = [key for key in keys if key.rpartition(".")[2] in close_ends]
-    similar = difflib.get_close_matches(wanted, keys, n=3)
+    close = [name for name in keys if name.rpartition(".")[2] in close_ends]
+    similar = difflib.get_close_matches(key, keys, n=3)
     return list(dict.fromkeys([*same_end, *similar, *close]))[:4]
 
 

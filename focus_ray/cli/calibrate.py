@@ -1,4 +1,4 @@
-"""calibrate."""
+"""The command `calibrate`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ def add_calibrate(commands: Any) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         help="new thresholds for a bundle from new good images, without training",
-        description="Writes a copy of a bundle whose thresholds come from good images that it has not seen. Images of "
-        "defects, where there are some, set nothing: they show what each threshold would cost. Of a bundle that was joined of "
-        "several sites' with `update`, one site's own images can set them, without the images.",
+        description="Writes a copy of a bundle with thresholds from good images that the bundle has not seen. Images of "
+        "defects are optional. They set no threshold; they show the cost of each threshold. If `update` joined bundles "
+        "of several sites, the embeddings of one site can set the thresholds, without image files.",
     )
-    calibrate.add_argument("bundle", help="the bundle whose thresholds are set anew")
-    calibrate.add_argument("output", help="where the changed bundle goes; may be the bundle itself")
+    calibrate.add_argument("bundle", help="the bundle that needs new thresholds")
+    calibrate.add_argument("output", help="folder of the changed bundle; may be the bundle itself")
     calibrate.add_argument("--good", nargs="+", metavar="FOLDER", help="images of good parts, or folders of them")
     calibrate.add_argument(
         "--site",
         metavar="BUNDLE",
-        help="in place of --good: a site's own bundle that was joined into this one; its images set them, each left out in turn",
+        help="instead of --good: a site's own bundle that was joined into this bundle; its images set the thresholds, by "
+        "leave-one-out",
     )
     calibrate.add_argument("--bad", nargs="+", metavar="FOLDER", default=[], help="images of defective parts")
     calibrate.add_argument(
@@ -33,14 +34,18 @@ def add_calibrate(commands: Any) -> None:
     calibrate.add_argument(
         "--target-pixel-fpr", type=float, help="share of good pixels called bad (default: the bundle's)"
     )
-    calibrate.add_argument("--image-threshold", type=float, help="set it by hand, in place of --good")
-    calibrate.add_argument("--pixel-threshold", type=float, help="set it by hand, in place of --good")
-    calibrate.add_argument("--cost-false-alarm", type=float, default=1.0, help="of a good part called bad (default: 1)")
-    calibrate.add_argument("--cost-miss", type=float, default=10.0, help="of a defect let through (default: 10)")
+    calibrate.add_argument("--image-threshold", type=float, help="set this threshold by hand, instead of --good")
+    calibrate.add_argument("--pixel-threshold", type=float, help="set this threshold by hand, instead of --good")
+    calibrate.add_argument(
+        "--cost-false-alarm", type=float, default=1.0, help="cost of a good part called bad (default: 1)"
+    )
+    calibrate.add_argument("--cost-miss", type=float, default=10.0, help="cost of a missed defect (default: 10)")
     calibrate.add_argument(
         "--defect-rate", type=float, default=0.01, help="share of parts that are defective (default: 0.01)"
     )
-    calibrate.add_argument("--trade-off", metavar="FILE", help="with --bad: write the curve here, as CSV")
+    calibrate.add_argument(
+        "--trade-off", metavar="FILE", help="with --bad: write the curve of false alarms and misses to this CSV file"
+    )
     calibrate.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     calibrate.set_defaults(run=_calibrate)
 
@@ -56,7 +61,9 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             "--pixel-threshold"
         )
     if arguments.site is not None and arguments.bad:
-        raise DataError("--bad shows what thresholds cost beside good images that were scored: give --good, not --site")
+        raise DataError(
+            "--bad shows the cost of thresholds, which needs scores of good images: give --good, not --site"
+        )
     if arguments.trade_off and not arguments.bad:
         raise DataError("--trade-off needs --bad: a curve of false alarms against misses needs images of defects")
     good, bad = image_paths(arguments.good or []), image_paths(arguments.bad)
@@ -76,7 +83,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         )
         calibration = Calibration.from_dict(manifest["calibration"])
     elif arguments.site is not None:
-        done = calibrate_for_site(
+        outcome = calibrate_for_site(
             arguments.bundle,
             arguments.output,
             arguments.site,
@@ -84,14 +91,14 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             target_pixel_fpr=arguments.target_pixel_fpr,
             device=arguments.device,
         )
-        manifest, calibration = done.manifest, done.calibration
-        if done.taught:
+        manifest, calibration = outcome.manifest, outcome.calibration
+        if outcome.taught:
             say(
-                "note: the metric was learnt from these few images, so their scores are a little low, and more good parts may be "
-                "called bad than asked for: new good images (--good) tell better"
+                "note: the metric was learnt from these few images, so their scores are slightly low, and the false "
+                "alarm rate may be above the target: calibrate with new good images (--good)"
             )
     else:
-        done = calibrate_bundle(
+        outcome = calibrate_bundle(
             arguments.bundle,
             arguments.output,
             good,
@@ -100,31 +107,31 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             target_pixel_fpr=arguments.target_pixel_fpr,
             device=arguments.device,
         )
-        manifest, calibration = done.manifest, done.calibration
-        for line in _describe_copies(done.copies):
+        manifest, calibration = outcome.manifest, outcome.calibration
+        for line in _describe_copies(outcome.copies):
             say(f"note: {line}")
-        if done.num_known:
-            say(f"{done.num_known} of the good images are among those that the model was trained on: left out")
-        if done.shift is not None and (notice := describe_new_calibration(done.shift)):
+        if outcome.num_known:
+            say(f"{outcome.num_known} of the good images are among those that the model was trained on: left out")
+        if outcome.shift is not None and (notice := describe_new_calibration(outcome.shift)):
             say(f"note: {notice}")
-        if done.curve is not None:
-            _tell_trade_off(done.curve, calibration.image_threshold, arguments)
+        if outcome.curve is not None:
+            _print_trade_off(outcome.curve, calibration.image_threshold, arguments)
             if arguments.trade_off:
-                write_bytes(arguments.trade_off, done.curve.to_csv())
+                write_bytes(arguments.trade_off, outcome.curve.to_csv())
                 say(f"trade-off: {arguments.trade_off}")
     for caveat in calibration.caveats():
         say(f"note: {caveat}")
-    former = manifest["data"]["calibrations"][-1]
+    previous = manifest["data"]["calibrations"][-1]
     say(
-        f"image threshold {former['image_threshold']:.4g} -> {calibration.image_threshold:.4g}, "
-        f"pixel threshold {former['pixel_threshold']:.4g} -> {calibration.pixel_threshold:.4g}"
+        f"image threshold {previous['image_threshold']:.4g} -> {calibration.image_threshold:.4g}, "
+        f"pixel threshold {previous['pixel_threshold']:.4g} -> {calibration.pixel_threshold:.4g}"
     )
     print(f"{arguments.output}\t{calibration.image_threshold:.6g}\t{manifest['sha256']}")
     return 0
 
 
 def _describe_copies(copies: Mapping[Path, Path]) -> list[str]:
-    """Returns a line for each image of which there are copies, with the names of the copies."""
+    """Returns a line for each image that has copies, with the names of the copies. copies: path of a copy -> its original."""
     names: dict[Path, list[str]] = {}
     for path, original in copies.items():
         names.setdefault(original, []).append(readable_name(path))
@@ -134,29 +141,33 @@ def _describe_copies(copies: Mapping[Path, Path]) -> list[str]:
     ]
 
 
-def _tell_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace) -> None:
-    """A row a false alarm rate, the threshold that was set, and the cheapest; on stdout."""
+def _print_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace) -> None:
+    """Prints a table on stdout: a row for each false alarm rate, for the set threshold, and for the cheapest threshold."""
     cost = curve.cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)
     cheapest = float(curve.thresholds[int(cost.argmin())])
-    print(f"{'':24}{'threshold':>10} {'good called bad':>16} {'defects missed':>15} {'cost a part':>12}")
-    rows = [(f"at most {rate:.0%} false alarms", _lowest(curve, rate)) for rate in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)]
+    print(f"{'':24}{'threshold':>10} {'good called bad':>16} {'defects missed':>15} {'cost per part':>14}")
+    rows = [
+        (f"at most {rate:.0%} false alarms", _lowest_threshold(curve, rate))
+        for rate in (0.0, 0.01, 0.02, 0.05, 0.1, 0.2)
+    ]
     for name, value in [*rows, ("as set", threshold), ("cheapest", cheapest)]:
         alarms, misses = curve.at(value)
         price = float(
-            curve.cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)[_place(curve, value)]
+            curve.cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)[_index_of(curve, value)]
         )
-        print(f"{name:24}{value:10.4g} {alarms:16.1%} {misses:15.1%} {price:12.4g}")
+        print(f"{name:24}{value:10.4g} {alarms:16.1%} {misses:15.1%} {price:14.4g}")
     say(
         f"of {curve.num_good} good and {curve.num_bad} bad images; a false alarm costs {arguments.cost_false_alarm:g}, a miss "
         f"{arguments.cost_miss:g}, and {arguments.defect_rate:g} of parts are defective. A threshold picked from this table fits "
-        "these defects: set it with --image-threshold, and judge it on others."
+        "these defects: set it with --image-threshold, and test it on other images."
     )
 
 
-def _lowest(curve: Any, rate: float) -> float:
-    """The lowest threshold that calls no more than that share of the good images bad."""
+def _lowest_threshold(curve: Any, rate: float) -> float:
+    """Returns the lowest threshold whose false alarm rate is at most `rate`."""
     return float(curve.thresholds[int((curve.false_alarms <= rate + 1e-12).argmax())])
 
 
-def _place(curve: Any, threshold: float) -> int:
+def _index_of(curve: Any, threshold: float) -> int:
+    """Returns the index of the curve's point at a threshold."""
     return max(0, int(curve.thresholds.searchsorted(threshold, side="right")) - 1)

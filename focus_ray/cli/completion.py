@@ -1,4 +1,4 @@
-"""completion: what a shell needs to complete focus-ray's words; and what it is told while it does (argcomplete)."""
+"""The command `completion`, which prints the shell's script, and the answers to a shell that completes a word (argcomplete)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 SHELLS = ("bash", "zsh", "fish")
-_ASKING = "_ARGCOMPLETE"  # a shell that completes a word sets it
-_CONFIGS = {"train": "run", "sweep": "sweep"}  # command -> kind of the standard configurations that it takes
-_ROOTS = {"sweep": "a sweep", "serve": "the service"}  # command -> whose keys it takes; others take a run's
+_ASKING = "_ARGCOMPLETE"  # the variable that a shell sets when it completes a word
+_CONFIGS = {"train": "run", "sweep": "sweep"}  # command -> kind of its standard configurations
+_ROOTS = {
+    "sweep": "a sweep",
+    "serve": "the service",
+}  # command -> configuration of its keys; other commands take keys of a run
 _DESCRIBED = {
     "integer",
     "number",
@@ -20,22 +23,22 @@ _DESCRIBED = {
     "null",
     "anything",
     "section",
-}  # words of the reference that are no value
+}  # words of the reference that are types, not values
 
 
 def add_completion(commands: Any) -> None:
     completion = commands.add_parser(
         "completion",
-        help="print what a shell needs to complete focus-ray's words",
-        description='For bash: eval "$(focus-ray completion bash)" in ~/.bashrc; zsh alike in ~/.zshrc, after compinit. '
-        "For fish: focus-ray completion fish > ~/.config/fish/completions/focus-ray.fish",
+        help="print a script with which a shell completes the words of focus-ray",
+        description='For bash: eval "$(focus-ray completion bash)" in ~/.bashrc. For zsh: the same with zsh, in ~/.zshrc '
+        "after compinit. For fish: focus-ray completion fish > ~/.config/fish/completions/focus-ray.fish",
     )
     completion.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
     completion.set_defaults(run=_completion)
 
 
 def answer_shell(parser: argparse.ArgumentParser) -> None:
-    """Ends the process with the words that fit, where a shell asks for them; else nothing."""
+    """Prints the matching words and ends the process, if a shell asks for them. Otherwise does nothing."""
     if _ASKING not in os.environ:
         return
     import argcomplete
@@ -58,7 +61,7 @@ def _completion(arguments: argparse.Namespace) -> int:
 
 
 def _actions(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tuple[str, argparse.Action]]:
-    """Every argument, with the command, or its last word, that takes it."""
+    """Yields every argument with its command, or with the last word of the command."""
     for action in parser._actions:
         yield command, action
         if isinstance(action, argparse._SubParsersAction):
@@ -67,30 +70,30 @@ def _actions(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tup
 
 
 class _Configs:
-    """Names of standard configurations, and files."""
+    """Completes names of standard configurations, and files."""
 
     def __init__(self, kind: str | None) -> None:
         self.kind = kind
 
-    def __call__(self, prefix: str, **asked: Any) -> list[str]:
+    def __call__(self, prefix: str, **request: Any) -> list[str]:
         from argcomplete.completers import FilesCompleter
 
         from focus_ray.standard import standard_names
 
         names = standard_names(self.kind)  # type: ignore[arg-type]
-        return [*names, *FilesCompleter(("yaml", "yml"))(prefix, **asked)]
+        return [*names, *FilesCompleter(("yaml", "yml"))(prefix, **request)]
 
 
 class _Keys:
-    """Dotted keys of a configuration, up to their next dot, and values where a key takes one of a few."""
+    """Completes dotted keys of a configuration, and values of a key that takes one from a list."""
 
     def __init__(self, of: str | None) -> None:
-        self.of = of  # None: of all, to be asked about and not set
+        self.of = of  # title of a configuration; None: keys of all, without values
 
-    def __call__(self, prefix: str, **asked: Any) -> list[str]:
+    def __call__(self, prefix: str, **request: Any) -> list[str]:
         from focus_ray.config_reference import ROOTS, parts_of
 
-        known = {
+        values_by_key = {
             setting.key: setting.values
             for root in ROOTS
             if self.of in (None, root.title)
@@ -99,16 +102,18 @@ class _Keys:
         }
         if self.of == "a sweep":
             (run,) = (root for root in ROOTS if root.title == "a run")
-            known |= {f"base.{one.key}": one.values for part in parts_of(run.model) for one in part.settings}
+            values_by_key |= {
+                f"base.{setting.key}": setting.values for part in parts_of(run.model) for setting in part.settings
+            }
         if self.of is None:
-            return [name for name in known if name.startswith(prefix)]
+            return [name for name in values_by_key if name.startswith(prefix)]
         key, sign, _ = prefix.partition("=")
         if sign:
-            return [f"{key}={value}" for value in _listed(known.get(key, ""))]
-        return [f"{name}=" for name in known if name.startswith(prefix)]
+            return [f"{key}={value}" for value in _listed(values_by_key.get(key, ""))]
+        return [f"{name}=" for name in values_by_key if name.startswith(prefix)]
 
 
 def _listed(values: str) -> list[str]:
-    """The values that the reference lists of a key, as "cosine, constant, or null"; numbers and texts have none."""
+    """Returns the values in the reference's text, as in "cosine, constant, or null". Numbers and texts have none."""
     words = re.split(r", or |, | or ", values.partition(";")[0])
     return [word for word in words if re.fullmatch(r"[\w-]+", word) and word not in _DESCRIBED]

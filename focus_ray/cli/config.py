@@ -1,4 +1,4 @@
-"""config: show, explain, list."""
+"""The commands `config show`, `config explain` and `config list`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Any
 
 
 def add_config(commands: Any) -> None:
-    config = commands.add_parser("config", help="show a configuration whole, explain a key, list the standard ones")
+    config = commands.add_parser("config", help="show a configuration, explain a key, list the standard configurations")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="a configuration as YAML, every default written out")
+    show = actions.add_parser("show", help="print a configuration as YAML, with every default")
     show.add_argument("config", help="a YAML file, or a name of `focus-ray config list`")
     show.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
     show.set_defaults(run=_show)
-    explain = actions.add_parser("explain", help="what a key means, what it may be, its default; the keys of a section")
-    explain.add_argument("key", help="dotted, for instance train.epochs")
+    explain = actions.add_parser(
+        "explain", help="print the meaning, values and default of a key; or the keys of a section"
+    )
+    explain.add_argument("key", help="dotted key, for instance train.epochs")
     explain.set_defaults(run=_explain)
-    actions.add_parser("list", help="the standard configurations, one a line").set_defaults(run=_list)
+    actions.add_parser("list", help="list the standard configurations, one in each line").set_defaults(run=_list)
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -25,7 +27,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
     path = find_config(arguments.config)
     tree = read_mapping(path)
-    if "space" in tree:  # which a sweep must have, and a run cannot
+    if "space" in tree:  # required in a sweep, unknown in a run
         from focus_ray.sweep.settings import load_sweep
 
         print(config_to_yaml(load_sweep(path, arguments.override)), end="")

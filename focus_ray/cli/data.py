@@ -1,4 +1,4 @@
-"""ingest, data, samples."""
+"""The commands `ingest`, `data remove`, `data compact` and `samples`."""
 
 from __future__ import annotations
 
@@ -16,33 +16,40 @@ def add_data(commands: Any) -> None:
     )
     ingest.add_argument("destination", help="root of the Parquet data set: a path or s3:// URI")
     ingest.add_argument("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
-    ingest.add_argument("--category", action="append", help="take only this category (may be repeated)")
-    ingest.add_argument("--site", default="default", help="where the images were taken (default: default)")
+    ingest.add_argument("--category", action="append", help="ingest only this category (may be repeated)")
+    ingest.add_argument("--site", default="default", help="name of the site of the images (default: default)")
     add_group_by(ingest)
     ingest.add_argument(
-        "--append", action="store_true", help="add the images that a category does not have yet, and keep those it has"
+        "--append", action="store_true", help="add new images to a category, and keep its existing images"
     )
     ingest.add_argument(
         "--workers",
         metavar="N|auto",
         type=_workers,
-        help="read and check in so many tasks at a time on the Ray cluster of RAY_ADDRESS, or one on this machine; auto: one a "
-        "CPU (default: in this process)",
+        help="number of parallel tasks on the Ray cluster of RAY_ADDRESS, or on this machine; auto: one for each CPU "
+        "(default: no tasks, in this process)",
     )
     ingest.set_defaults(run=_ingest)
 
-    data = commands.add_parser("data", help="change a Parquet data set: take images out, join small files")
+    data = commands.add_parser("data", help="change a Parquet data set: remove images, join small files")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    remove = actions.add_parser("remove", help="take images out of a category")
+    remove = actions.add_parser("remove", help="remove images from a category")
     remove.add_argument("data", help="root of the Parquet data set: a path or s3:// URI")
-    remove.add_argument("--category", required=True, help="the category whose images go")
+    remove.add_argument("--category", required=True, help="the category of the images")
     which = remove.add_mutually_exclusive_group(required=True)
-    which.add_argument("--id", action="append", metavar="ID", help="the image of this id (may be repeated)")
-    which.add_argument("--ids", metavar="FILE", help="the images of a text file's ids, one a line")
-    which.add_argument("--content-hash", action="append", metavar="HASH", help="of these pixels (may be repeated)")
-    which.add_argument("--site", help="all images of a site")
+    which.add_argument("--id", action="append", metavar="ID", help="remove the image with this id (may be repeated)")
+    which.add_argument("--ids", metavar="FILE", help="remove the images with the ids in a text file, one in each line")
+    which.add_argument(
+        "--content-hash",
+        action="append",
+        metavar="HASH",
+        help="remove the images with this pixel hash (may be repeated)",
+    )
+    which.add_argument("--site", help="remove all images of this site")
     remove.set_defaults(run=_remove)
-    compact = actions.add_parser("compact", help="join small part files, remove what nobody can be reading any more")
+    compact = actions.add_parser(
+        "compact", help="join small part files, and delete files that no reader can use any more"
+    )
     compact.add_argument("data", help="root of the Parquet data set: a path or s3:// URI")
     compact.add_argument("--category", action="append", help="only this category (may be repeated)")
     compact.set_defaults(run=_compact)
@@ -53,13 +60,14 @@ def add_group_by(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--group-by",
         metavar="RULE",
-        help="which photographs show the same part, so that none of them judges another: name:REGEX (on the file name; the first "
-        "group in parentheses, or the whole match), folder:LEVEL (1: the subfolder of good/ that holds the file), "
-        "table:FILE:COLUMN (CSV or JSON) or time:SECONDS (EXIF time; a burst) (default: each photograph is a part)",
+        help="rule for photographs of the same part, which must not judge each other: name:REGEX (on the file name; the "
+        "first group in parentheses, or the whole match), folder:LEVEL (1: the subfolder of good/ that contains the "
+        "file), table:FILE:COLUMN (CSV or JSON) or time:SECONDS (EXIF time; a burst) (default: each photograph is its own part)",
     )
 
 
 def _workers(text: str) -> int | str:
+    """Parses --workers. Raises: ArgumentTypeError: neither a positive integer nor auto."""
     if text == "auto":
         return text
     if not text.isdigit() or not int(text):
@@ -98,6 +106,7 @@ def _remove(arguments: argparse.Namespace) -> int:
 
 
 def _lines(name: str) -> list[str]:
+    """Returns the ids in a text file, one in each line. Raises: DataError: the file cannot be read, or has no id."""
     from focus_ray.errors import DataError
 
     try:
@@ -106,7 +115,7 @@ def _lines(name: str) -> list[str]:
         raise DataError(f"{name}: cannot read the ids: {error}") from error
     ids = [line for line in lines if line]
     if not ids:
-        raise DataError(f"{name}: no id in it: expected one a line")
+        raise DataError(f"{name}: no id in the file: expected one in each line")
     return ids
 
 
@@ -124,7 +133,7 @@ def _samples(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder}: not empty: give a new folder")
-    say(f"samples: drawing parts into {folder}; a minute or two")
+    say(f"samples: drawing parts into {folder}; this takes a minute or two")
     from focus_ray.samples.write import write_samples
 
     write_samples(folder, seed=arguments.seed)

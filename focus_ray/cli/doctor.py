@@ -1,4 +1,4 @@
-"""doctor."""
+"""The command `doctor`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from focus_ray.cli.output import EXIT_ERROR, say
 
 
 def add_doctor(commands: Any) -> None:
-    doctor = commands.add_parser("doctor", help="check this machine, and what a configuration needs; say what to mend")
+    doctor = commands.add_parser(
+        "doctor", help="check this machine and the needs of a configuration, and say how to correct each problem"
+    )
     doctor.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
     doctor.add_argument("override", nargs="*", help="key=value, for instance data.uri=s3://plant/parts")
-    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
 
 

@@ -1,4 +1,4 @@
-"""fit."""
+"""The command `fit`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from focus_ray.cli.output import require, say
 def add_fit(commands: Any) -> None:
     fit = commands.add_parser(
         "fit",
-        help="from a folder of photographs to a model and its report, in one step on this machine",
-        description="Ingests the images, trains by the standard configuration in this process, and measures the model on the "
-        "labelled test images where there are some. OUTPUT is a run's folder, as `train` makes it, with the ingested images "
+        help="make a model and its report from a folder of photographs, in one step on this machine",
+        description="Ingests the images, trains with the standard configuration in this process, and measures the model on "
+        "the labelled test images, if there are any. OUTPUT is a run's folder, as `train` makes it, with the ingested images "
         "in data/.",
     )
     fit.add_argument("source", help="folder of photographs of good parts; or good/ bad/ masks/, MVTec AD, BTAD, VisA")
-    fit.add_argument("output", help="folder that is made: bundles/, report.html, report/ and data/")
+    fit.add_argument("output", help="new folder for bundles/, report.html, report/ and data/")
     fit.add_argument("override", nargs="*", help="key=value for any setting, for instance model.weights=resnet18.pth")
     add_group_by(fit)
     fit.set_defaults(run=_fit)
@@ -47,7 +47,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     say(f"fit: {arguments.source} -> {output}")
     from focus_ray.api import as_good
     from focus_ray.cli.inspect import evaluate_run
-    from focus_ray.cli.train import tell_thresholds
+    from focus_ray.cli.train import print_threshold_caveats
     from focus_ray.cluster.training import train
     from focus_ray.data.ingest import ingest
 
@@ -60,8 +60,8 @@ def _fit(arguments: argparse.Namespace) -> int:
     if tested:
         status = evaluate_run(str(output))
     else:
-        say("there are no labelled test images: how many defects it finds is not known")
-        tell_thresholds(bundles)
+        say("there are no labelled test images, so the share of defects that the model finds is not known")
+        print_threshold_caveats(bundles)
     place = next(iter(bundles.values()))
     print(f"{output / ('report/report.html' if tested else 'report.html')}")
     say(f"next: focus-ray inspect {place} IMAGES --overlays heat")

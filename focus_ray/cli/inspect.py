@@ -1,4 +1,4 @@
-"""evaluate, inspect, inspect-batch."""
+"""The commands `evaluate`, `inspect` and `inspect-batch`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, image_paths, readable_
 from focus_ray.errors import DataError
 from focus_ray.progress import track
 
-_NAME_BYTES = 200  # of an overlay, without number and .png; a file's name may have 255
+_NAME_BYTES = 200  # length of an overlay's name without number and .png; a file name may have 255 bytes
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def evaluate_run(
     resume: bool = False,
     trackers: Sequence[str] = (),
 ) -> int:
-    """Measures all bundles of a place, tells the figures and writes the reports. Returns: the exit status."""
+    """Measures all bundles of a place, prints the metrics and writes the reports. Returns the exit status."""
     say(f"evaluate: {place}")
     from focus_ray.bundle.published import bundles_at
     from focus_ray.cluster.evaluation import evaluate_bundles
@@ -64,22 +64,22 @@ def evaluate_run(
         log=say,
     )
     print(report.table)
-    for caveat, of in _grouped(report.caveats).items():
-        say(f"note: {caveat} ({', '.join(of)})" if len(report.results) > 1 else f"note: {caveat}")
-    say(f"report: {join(output, 'report.html')}, report.md and report.json beside it, images/ image by image")
+    for caveat, categories in _categories_by_sentence(report.caveats).items():
+        say(f"note: {caveat} ({', '.join(categories)})" if len(report.results) > 1 else f"note: {caveat}")
+    say(f"report: {join(output, 'report.html')}, report.md and report.json beside it; images/ has a row for each image")
     failed = [category for category, result in report.results.items() if "error" in result]
     if len(failed) == len(report.results):
         return EXIT_ERROR
     return EXIT_PARTLY if failed else 0
 
 
-def _grouped(told: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Sentence -> the categories that it is said of."""
-    found: dict[str, list[str]] = {}
-    for category, sentences in told.items():
+def _categories_by_sentence(caveats: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Inverts category -> sentences to sentence -> categories."""
+    categories: dict[str, list[str]] = {}
+    for category, sentences in caveats.items():
         for sentence in sentences:
-            found.setdefault(sentence, []).append(category)
-    return found
+            categories.setdefault(sentence, []).append(category)
+    return categories
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -100,7 +100,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.overlays:
         _check_overlays(Path(arguments.overlays), names)
     say(f"inspect: {len(paths)} images with {arguments.bundle}")
-    from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a misspelt path need not wait for
+    from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the paths first
     from focus_ray.evaluation.strip import overlay_with_strip
     from focus_ray.evaluation.table import table_row, table_text
     from focus_ray.storage import write_bytes
@@ -119,24 +119,24 @@ def _inspect(arguments: argparse.Namespace) -> int:
     size = inspector.batch_size
     batches = [paths[start : start + size] for start in range(0, len(paths), size)]
     for batch in track(batches, "inspecting", len(paths), say, count=len):
-        for path, data, found_or_error in _inspect_files(inspector, batch):
-            if isinstance(found_or_error, str):
-                error_line = {"image": readable_name(path), "error": found_or_error}
+        for path, data, inspection_or_error in _inspect_files(inspector, batch):
+            if isinstance(inspection_or_error, str):
+                error_line = {"image": readable_name(path), "error": inspection_or_error}
                 rows.append(table_row({**error_line, "category": category}))
                 print(json.dumps(error_line, ensure_ascii=False))
                 status = EXIT_ERROR
                 continue
-            line = {"image": readable_name(path), "category": category, **found_or_error.to_dict()}
+            line = {"image": readable_name(path), "category": category, **inspection_or_error.to_dict()}
             rows.append(table_row(line))
-            counts[found_or_error.verdict] += 1
-            counts["trained on"] += found_or_error.trained_on
+            counts[inspection_or_error.verdict] += 1
+            counts["trained on"] += inspection_or_error.trained_on
             if arguments.overlays:
                 target = Path(arguments.overlays) / names[path]
                 try:
-                    picture = overlay_with_strip(decode_image(data, None), found_or_error)
+                    picture = overlay_with_strip(decode_image(data, None), inspection_or_error)
                     write_bytes(target, encode_png(picture, drawn=True))
                     line["overlay"] = readable_name(target)
-                except DataError as error:  # the verdict is known, and the next overlay may find room
+                except DataError as error:  # keep the verdict, and try the next overlay
                     line["overlay_error"] = readable_name(str(error))
                     missing_overlays.append(line["overlay_error"])
                     status = EXIT_ERROR
@@ -146,7 +146,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if counts["trained on"]:
         say(
             f"WARNING: {counts['trained on']} of {len(paths)} images are among those that the model was trained on: their scores "
-            "are near zero and say nothing of new parts"
+            "are near zero and say nothing about new parts"
         )
     num_unreadable = len(paths) - counts["anomalous"] - counts["normal"]
     written = [f"{place}" for place in (arguments.overlays, arguments.csv) if place]
@@ -161,7 +161,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, bytes, Any]]:
-    """Inspections in order; where a file cannot be used, its reason in place of the inspection."""
+    """Returns path, bytes and inspection of each file, in order. If a file cannot be used, the reason replaces the inspection."""
     results: list[tuple[Path, bytes, Any]] = []
     for path in paths:
         try:
@@ -169,14 +169,14 @@ def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, by
         except OSError as error:
             results.append((path, b"", f"cannot read the file: {error.strerror or error}"))
     readable = [number for number, (_, _, reason) in enumerate(results) if reason is None]
-    found = inspector.inspect_each([results[number][1] for number in readable])
-    for number, finding in zip(readable, found, strict=True):
-        results[number] = (*results[number][:2], str(finding) if isinstance(finding, DataError) else finding)
+    inspections = inspector.inspect_each([results[number][1] for number in readable])
+    for number, inspection in zip(readable, inspections, strict=True):
+        results[number] = (*results[number][:2], str(inspection) if isinstance(inspection, DataError) else inspection)
     return results
 
 
 def _check_overlays(folder: Path, names: Mapping[Path, str]) -> None:
-    """Raises: DataError: an overlay would replace an image that is inspected, or another file that is not an overlay."""
+    """Raises DataError if an overlay would replace an inspected image, or another file that is not an overlay."""
     from focus_ray.drawings import is_drawing_file
 
     images = {os.path.realpath(path): path for path in names}
@@ -195,20 +195,21 @@ def _check_overlays(folder: Path, names: Mapping[Path, str]) -> None:
 
 
 def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """<stem>.png; where images share a stem, with their folders' names before it, and a number if that is not enough.
+    """Returns a unique file name for the overlay of each image.
 
-    Names longer than a file's name can be are cut.
+    The name is <stem>.png. If images share a stem, the names of their folders come before the stem; if the names are still equal,
+    a number follows. Names that are too long for a file system are cut.
     """
-    alike = Counter(path.stem for path in set(paths))
+    num_same_stem = Counter(path.stem for path in set(paths))
     names: dict[Path, str] = {}
-    taken: set[str] = set()
+    used_names: set[str] = set()
     for path in dict.fromkeys(paths):
-        name = path.stem if alike[path.stem] == 1 else "-".join([*path.parts[-3:-1], path.stem])
+        name = path.stem if num_same_stem[path.stem] == 1 else "-".join([*path.parts[-3:-1], path.stem])
         while len(os.fsencode(name)) > _NAME_BYTES:
             name = name[:-1]
         numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-        name = next(candidate for candidate in numbered if candidate not in taken)
-        taken.add(name)
+        name = next(candidate for candidate in numbered if candidate not in used_names)
+        used_names.add(name)
         names[path] = f"{name}.png"
     return names
 

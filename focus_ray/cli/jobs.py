@@ -1,4 +1,4 @@
-"""submit, jobs."""
+"""The commands `submit` and `jobs`."""
 
 from __future__ import annotations
 
@@ -16,40 +16,46 @@ def add_jobs(commands: Any) -> None:
         epilog="COMMAND is a focus-ray command (focus-ray submit train configs/run.yaml storage=s3://...) or a program.",
     )
     submit.add_argument("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
-    submit.add_argument("--team", help="whose job it is; train and sweep get it in their configuration too")
-    submit.add_argument("--category", help="noted with the job (train: that of the configuration)")
-    submit.add_argument("--working-dir", default=".", help="folder that is sent (default: this one)")
-    submit.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="leave these files out too")
-    submit.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="variable for the job")
-    submit.add_argument("--label", action="append", default=[], metavar="KEY=VALUE", help="node to run the driver on")
+    submit.add_argument("--team", help="owner of the job; also set in the configuration of train and sweep")
     submit.add_argument(
-        "--num-cpus", type=float, default=0.0, help="CPUs kept for the driver (default: 0, on the head)"
+        "--category", help="category to record with the job (default for train: the category of the configuration)"
     )
-    submit.add_argument("--num-gpus", type=float, default=0.0, help="GPUs kept for the driver (default: 0)")
-    submit.add_argument("--memory-gib", type=float, default=0.0, help="memory kept for the driver (default: 0)")
+    submit.add_argument("--working-dir", default=".", help="folder to send (default: the working folder)")
+    submit.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="also leave out these files")
+    submit.add_argument(
+        "--env", action="append", default=[], metavar="NAME[=VALUE]", help="environment variable for the job"
+    )
+    submit.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="label of the node for the driver"
+    )
+    submit.add_argument(
+        "--num-cpus", type=float, default=0.0, help="CPUs to reserve for the driver (default: 0, on the head node)"
+    )
+    submit.add_argument("--num-gpus", type=float, default=0.0, help="GPUs to reserve for the driver (default: 0)")
+    submit.add_argument("--memory-gib", type=float, default=0.0, help="memory to reserve for the driver (default: 0)")
     submit.add_argument("--python", default="python", help="interpreter on the cluster (default: python)")
-    submit.add_argument("--no-follow", action="store_true", help="return at once; print the job's id only")
-    submit.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    submit.add_argument("--no-follow", action="store_true", help="return immediately, and print only the id of the job")
+    submit.add_argument("--dry-run", action="store_true", help="list the files to send, and send nothing")
     submit.add_argument(
         "words",
         nargs=argparse.REMAINDER,
         metavar="COMMAND ...",
-        help="what the job runs, with its own arguments; all options of submit stand before it",
+        help="command of the job, with its arguments; write all options of submit before the command",
     )
-    submit.set_defaults(run=_submit, known=commands.choices)  # complete by the time a command runs
+    submit.set_defaults(run=_submit, known=commands.choices)  # filled before a command runs
 
     jobs = commands.add_parser("jobs", help="list, follow and stop the jobs of a Ray cluster")
     actions = jobs.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, help in (
-        ("list", "jobs, newest first"),
-        ("status", "one job, as JSON"),
-        ("follow", "its log until it ends; its exit status"),
-        ("stop", "end it"),
+        ("list", "list jobs, newest first"),
+        ("status", "print one job as JSON"),
+        ("follow", "print the log of a job until it ends, and return its exit status"),
+        ("stop", "stop a job"),
     ):
         action = actions.add_parser(name, help=help)
         action.add_argument("--address", help="http://HEAD:8265 (default: RAY_ADDRESS)")
         if name == "list":
-            action.add_argument("--team", help="only this team's")
+            action.add_argument("--team", help="only jobs of this team")
         else:
             action.add_argument("job", help="the id that `submit` printed")
         action.set_defaults(run=_jobs)

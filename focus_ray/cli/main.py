@@ -1,4 +1,4 @@
-"""The `focus-ray` command; every subcommand imports what it needs only when it runs."""
+"""The `focus-ray` command. Every subcommand imports heavy modules only when it runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from focus_ray.cluster.messages import VERBOSE
 from focus_ray.errors import FocusRayError
 from focus_ray.extras import explained, require_extra
 
-# command -> the extra without which none of its work can be done; others tell what they lack when they come to it
+# command -> extra without which the command can do nothing; other commands name a missing package when they need it
 NEEDS = {
     "fit": "train",
     "train": "train",
@@ -43,7 +43,7 @@ NEEDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns: its exit status: 0, 1 for an error that is told on stderr, 3 where ingest rejected."""
+    """Runs one command. Returns its exit status: 0, 1 after an error (printed on stderr), 3 after a partial failure."""
     accept_all_characters()
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser()
@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"focus-ray: {error}", file=sys.stderr)
         return EXIT_ERROR
     except ModuleNotFoundError as error:
-        told = explained(error)
-        if told is None:
+        message = explained(error)
+        if message is None:
             raise
-        print(f"focus-ray: {told}", file=sys.stderr)
+        print(f"focus-ray: {message}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("focus-ray: interrupted", file=sys.stderr)
@@ -73,20 +73,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Parses a command line. Settings (key=value) may also follow options, where argparse (3.11) takes none."""
-    arguments, left = parser.parse_known_args(words)
-    if left and hasattr(arguments, "override") and not any(word.startswith("-") for word in left):
-        arguments.override = [*arguments.override, *left]
-    elif left:
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    """Parses a command line. Settings (key=value) may also follow options, which argparse (3.11) does not allow."""
+    arguments, remaining_words = parser.parse_known_args(words)
+    if remaining_words and hasattr(arguments, "override") and not any(word.startswith("-") for word in remaining_words):
+        arguments.override = [*arguments.override, *remaining_words]
+    elif remaining_words:
+        parser.error(f"unrecognized arguments: {' '.join(remaining_words)}")
     for name, value in vars(arguments).items():
-        if name != "words":  # of `submit`: the home folder of another machine
+        if name != "words":  # words of `submit` are for another machine with another home folder
             setattr(arguments, name, _expand_home(value))
     return arguments
 
 
 def _expand_home(value: Any) -> Any:
-    """Text that begins with ~ as a path of the home folder: a shell leaves --output=~/x as it is."""
+    """Replaces a leading ~ by the home folder, because a shell does not do so in --output=~/x."""
     if isinstance(value, list):
         return [_expand_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
@@ -95,20 +95,23 @@ def _expand_home(value: Any) -> Any:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="focus-ray",
-        description="Learns from images of good parts; says of a new one whether it is defective, where, and how sure it is.",
+        description="Learns from images of good parts. For a new image it says whether the part is defective, where the "
+        "defect is, and how certain that is.",
     )
     parser.add_argument("--version", action="version", version=f"focus-ray {__version__}")
-    parser.add_argument("--verbose", action="store_true", help="show Ray's own lines and all that workers print")
+    parser.add_argument("--verbose", action="store_true", help="show Ray's own messages and all output of workers")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     add_data(commands)
 
-    train = commands.add_parser("train", help="train one model a category and write their bundles")
+    train = commands.add_parser("train", help="train one model for each category and write its bundle")
     train.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
     train.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
-    train.add_argument("--config", dest="named", metavar="CONFIG", help="the same; then all words are key=value")
-    train.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="show Ray's own lines too")
-    train.add_argument("--resume", action="store_true", help="go on with the run of this name")
+    train.add_argument(
+        "--config", dest="named", metavar="CONFIG", help="the configuration as an option; then all words are key=value"
+    )
+    train.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="also show Ray's own messages")
+    train.add_argument("--resume", action="store_true", help="continue the run of this name")
     train.set_defaults(run=_train)
 
     add_fit(commands)
@@ -116,103 +119,114 @@ def build_parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser(
         "sweep",
         help="search settings over categories with Ray Tune",
-        description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration that "
-        "trials start from. `status`, `resume` and `report` take the sweep's folder.",
+        description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration "
+        "from which trials start. `status`, `resume` and `report` take the folder of a sweep.",
     )
     sweep.add_argument(
         "what", metavar="CONFIG|status|resume|report", help="a YAML file, or a name of `focus-ray config list`"
     )
-    sweep.add_argument("rest", nargs="*", metavar="key=value|PLACE", help="num_trials=20, or the sweep's folder")
+    sweep.add_argument(
+        "rest", nargs="*", metavar="key=value|PLACE", help="a setting such as num_trials=20, or the folder of a sweep"
+    )
     sweep.set_defaults(run=_sweep)
 
     evaluate = commands.add_parser("evaluate", help="measure bundles on the labelled test images")
-    evaluate.add_argument("bundles", help="a bundle, a run's folder, or a registry or a team's folder of one")
+    evaluate.add_argument("bundles", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
     evaluate.add_argument(
         "override",
         nargs="*",
-        help="trackers.KIND.KEY=value (default: recorded as the training was); trackers={} for nowhere",
+        help="trackers.KIND.KEY=value (default: the trackers of the training); trackers={} records nothing",
     )
-    evaluate.add_argument("--data", help="Parquet data set (default: the one they were trained from)")
+    evaluate.add_argument("--data", help="Parquet data set (default: the data set of the training)")
     evaluate.add_argument(
         "--output", help="folder for report.html, .md and .json (default: report/ beside the bundles)"
     )
     evaluate.add_argument(
-        "--max-side-px", type=int, default=512, help="maps are compared at the masks' size up to this"
+        "--max-side-px",
+        type=int,
+        default=512,
+        help="largest side at which maps and masks are compared; larger masks are reduced (default: 512)",
     )
     evaluate.add_argument(
         "--exact-megapixels",
         type=float,
         default=128,
         metavar="N",
-        help="of a category's maps, up to which all are kept; of more, pixels are counted in bins (default: 128)",
+        help="size of a category's maps up to which pixel metrics are exact; above, pixels are counted in bins (default: 128)",
     )
     evaluate.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help="models that score side by side on Ray (default: one in this process; on a cluster, as many as fit)",
+        help="parallel workers on Ray (default: none, in this process; on a cluster, as many as fit)",
     )
-    evaluate.add_argument("--resume", action="store_true", help="go on with the evaluation that --output holds")
+    evaluate.add_argument("--resume", action="store_true", help="continue the evaluation in the folder --output")
     _add_version(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
-    inspect = commands.add_parser("inspect", help="score images: JSON lines on stdout, overlays as PNG")
+    inspect = commands.add_parser("inspect", help="score images; prints JSON lines, and can draw heat maps")
     inspect.add_argument("bundle", help="a bundle")
     inspect.add_argument("images", nargs="+", help="image files, or folders of them")
-    inspect.add_argument("--overlays", metavar="FOLDER", help="write a heat-map overlay of every image here")
-    inspect.add_argument("--csv", metavar="FILE", help="write a table here too: one row an image, once all are done")
+    inspect.add_argument("--overlays", metavar="FOLDER", help="folder for the heat map over each image")
+    inspect.add_argument(
+        "--csv", metavar="FILE", help="also write a table: one row for each image, after the last image"
+    )
     inspect.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     inspect.add_argument(
         "--engine",
         default="torch",
-        help="what computes the features: torch, or on a CPU onnxruntime or onnxruntime-int8 (default: torch)",
+        help="engine for the features: torch, or on a CPU onnxruntime or onnxruntime-int8 (default: torch)",
     )
     inspect.add_argument(
         "--examples",
         nargs="+",
         metavar="IMAGE",
-        help="image files of good parts, or folders of them, by which another engine is scaled and checked",
+        help="image files of good parts, or folders of them, for scaling and checking another engine",
     )
     inspect.set_defaults(run=_inspect)
 
     add_watch(commands)
 
     batch = commands.add_parser("inspect-batch", help="score a Parquet data set on Ray into Parquet")
-    batch.add_argument("bundles", help="a bundle, a run's folder, or a registry or a team's folder of one")
+    batch.add_argument("bundles", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
     batch.add_argument("data", help="Parquet data set: a path or s3:// URI")
-    batch.add_argument("output", help="where the results go: a path or s3:// URI")
+    batch.add_argument("output", help="folder of the results: a path or s3:// URI")
     batch.add_argument("--split", choices=("train", "test"), help="only these images")
-    batch.add_argument(
-        "--workers", "--actors", type=int, default=1, metavar="N", help="models that score side by side (default: 1)"
-    )
+    batch.add_argument("--workers", "--actors", type=int, default=1, metavar="N", help="parallel workers (default: 1)")
     _add_version(batch)
     batch.set_defaults(run=_inspect_batch)
 
-    metric = commands.add_parser("metric", help="join the metrics of trained categories to one for new categories")
+    metric = commands.add_parser(
+        "metric", help="join the discriminant projections of trained categories to one projection for new categories"
+    )
     metric.add_argument("bundles", nargs="+", help="bundles, runs' folders, or folders of bundles")
-    metric.add_argument("--output", required=True, metavar="FILE", help="for density.metric: a path or s3:// URI")
+    metric.add_argument(
+        "--output", required=True, metavar="FILE", help="file to write, for density.metric: a path or s3:// URI"
+    )
     metric.set_defaults(run=_metric)
 
-    update = commands.add_parser("update", help="take images into or out of a bundle's density, or join other sites'")
-    update.add_argument("bundle", help="the bundle that is changed")
-    update.add_argument("output", help="where the changed bundle goes; may be the bundle itself")
-    update.add_argument("--add", metavar="DATA", help="ingested set whose normal training images are taken in")
-    update.add_argument(
-        "--remove", metavar="DATA", help="ingested set whose normal training images are taken out again"
+    update = commands.add_parser(
+        "update", help="add images to a bundle, remove images, or join bundles of several sites"
     )
+    update.add_argument("bundle", help="the bundle to change")
+    update.add_argument("output", help="folder of the changed bundle; may be the bundle itself")
+    update.add_argument("--add", metavar="DATA", help="add the normal training images of this data set")
+    update.add_argument("--remove", metavar="DATA", help="remove the normal training images of this data set")
     update.add_argument(
         "--join",
         nargs="+",
         metavar="BUNDLE",
         default=[],
-        help="bundles of the same network whose statistics are added; an image that several hold counts once",
+        help="add the statistics of these bundles, which must have the same network; a shared image counts once",
     )
     update.add_argument(
         "--only",
         metavar="DATA",
-        help="ingested set whose normal training images take the place of all others: a site's own bundle, to be joined",
+        help="keep only the normal training images of this data set: a site's own bundle, for joining later",
     )
-    update.add_argument("--calibrate", metavar="DATA", help="ingested set of normal images for the new thresholds")
+    update.add_argument(
+        "--calibrate", metavar="DATA", help="set the thresholds from the normal images of this data set"
+    )
     update.set_defaults(run=_update)
 
     add_calibrate(commands)
@@ -224,9 +238,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_completion(commands)
     add_serving(commands)
 
-    samples = commands.add_parser("samples", help="draw a small image set of made-up parts, in MVTec's folder shape")
+    samples = commands.add_parser(
+        "samples", help="draw a small set of images of synthetic parts, in the folder layout of MVTec AD"
+    )
     samples.add_argument("folder", help="a new folder")
-    samples.add_argument("--seed", type=int, default=0, help="another number draws other parts (default: 0)")
+    samples.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
     samples.set_defaults(run=_samples)
     return parser
 
@@ -237,11 +253,11 @@ def _add_version(parser: argparse.ArgumentParser) -> None:
         dest="version_of",
         default="latest",
         metavar="NAME",
-        help="of a registry's models: a version or an alias (default: latest)",
+        help="version or alias of models in a registry (default: latest)",
     )
 
 
 def command_names() -> list[str]:
-    """Names of the subcommands."""
+    """Returns the names of the subcommands."""
     (subparsers,) = (item for item in build_parser()._actions if isinstance(item, argparse._SubParsersAction))
     return list(subparsers.choices)

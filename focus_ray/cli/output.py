@@ -1,4 +1,4 @@
-"""Exit statuses, and what is said on standard error."""
+"""Exit statuses, messages on standard error, and image paths, for all commands."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from focus_ray.errors import DataError
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
-EXIT_PARTLY = 3  # some of it could not be done, and was told
+EXIT_PARTLY = 3  # a part of the work failed, and a message says so
 
 
 def readable_name(path: Path | str) -> str:
-    """As text that any terminal and file can hold: bytes that are no UTF-8 as \\xff."""
+    """Returns a path as text for any terminal and file: bytes that are not UTF-8 become \\xff."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def require(*places: str | None) -> None:
-    """Looks for local places before anything heavy is imported. Raises: DataError: one is not there."""
+    """Checks that local paths exist, before heavy imports. Raises: DataError: a path does not exist."""
     for place in places:
         if place is not None and "://" not in place and not Path(place).expanduser().exists():
             raise DataError(f"{place}: no such file or folder")
@@ -31,7 +31,7 @@ def require(*places: str | None) -> None:
 def image_paths(names: Sequence[str]) -> list[Path]:
     """Returns image files, and the image files of folders and of all folders below them, in order.
 
-    Among several names a folder of the system, as `new/*` gives it, is passed over.
+    Among several names, system folders are skipped, because `new/*` includes them.
 
     Raises: DataError: a file or folder does not exist, or a folder has no image.
     """
@@ -52,18 +52,19 @@ def image_paths(names: Sequence[str]) -> list[Path]:
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """Characters as JSON writes them in ASCII, so that JSON lines stay JSON: \\u00e9."""
+    """Encodes characters as JSON does in ASCII (\\u00e9), so that JSON lines stay valid."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def accept_all_characters() -> None:
-    """Lets standard output of any encoding take any text: an encoding that lacks a character gets its escape."""
+    """Makes standard output accept any text: an encoding without a character writes its escape."""
     codecs.register_error("focus_ray_escape", _escape)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="focus_ray_escape")
 
 
 def say(message: str) -> None:
+    """Prints a message on standard error."""
     print(message, file=sys.stderr, flush=True)

@@ -1,7 +1,4 @@
-"""The reference of all commands, from the parser itself.
-
-`python -m focus_ray.cli.reference docs/reference/cli.md` writes the page anew.
-"""
+"""Writes the reference of all commands from the parser: `python -m focus_ray.cli.reference docs/reference/cli.md`."""
 
 from __future__ import annotations
 
@@ -15,54 +12,53 @@ from focus_ray.cli.main import build_parser
 COMMAND = "python -m focus_ray.cli.reference docs/reference/cli.md"
 _HEAD = f"""# Commands
 
-This page lists every command of `focus-ray` with its arguments. It is written by
-`{COMMAND}` from the commands themselves, and a test fails where it is out of date.
-`focus-ray COMMAND --help` says the same in the terminal.
+This page lists every command of `focus-ray` with its arguments. `focus-ray COMMAND --help` shows the same in the terminal.
+`{COMMAND}` writes this page from the commands, and a test fails if the page is out of date.
 
 ```bash
 focus-ray --version
 focus-ray config list
 ```
 
-Where a command takes `key=value`, any [setting](configuration.md) may be given; a misspelt key is refused with the
-nearest one. Wherever a path is taken, an `s3://bucket/prefix` may stand too, unless the text says otherwise.
+A command with `key=value` takes any [setting](configuration.md). A misspelt key is refused, with the nearest key. Every path
+may also be an `s3://bucket/prefix`, unless the text says otherwise.
 
 ## Exit statuses
 
 | status | meaning |
 |---|---|
 | 0 | All was done. |
-| 1 | There was an error; standard error tells it. |
-| 2 | The command line could not be read. |
-| 3 | A part could not be done: `ingest` rejected files, `evaluate` failed for a category, `watch --once` met no image. |
-| 130 | The command was interrupted, a job or sweep was stopped, or is no longer followed. |
+| 1 | There was an error, printed on standard error. |
+| 2 | The command line was wrong. |
+| 3 | A part failed: `ingest` rejected files, `evaluate` failed for a category, `watch --once` met a file that is not an image. |
+| 130 | The command was interrupted, a job or sweep was stopped, or following a job was stopped. |
 
 `focus-ray submit` and `focus-ray jobs follow` return the status of the job that they follow.
 """
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, tuple[str, argparse.ArgumentParser]]:
-    """Name -> one-line help and parser of each subcommand, in order."""
+    """Returns name -> (one-line help, parser) of each subcommand, in order."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            told = {choice.dest: choice.help or "" for choice in action._choices_actions}
-            return {name: (told[name], below) for name, below in action.choices.items()}
+            help_lines = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            return {name: (help_lines[name], below) for name, below in action.choices.items()}
     return {}
 
 
 def markdown() -> str:
-    """All of docs/reference/cli.md."""
+    """Returns the text of docs/reference/cli.md."""
     parser = build_parser()
     lines = [_HEAD, "## For every command", "", *_table(parser)]
-    for name, (told, below) in commands_of(parser).items():
-        lines += ["", *_command(f"focus-ray {name}", told, below, "##")]
+    for name, (help_line, below) in commands_of(parser).items():
+        lines += ["", *_command(f"focus-ray {name}", help_line, below, "##")]
     return "\n".join(lines) + "\n"
 
 
-def _command(name: str, told: str, parser: argparse.ArgumentParser, heading: str) -> Iterator[str]:
+def _command(name: str, help_line: str, parser: argparse.ArgumentParser, heading: str) -> Iterator[str]:
     yield f"{heading} `{name}`"
     yield ""
-    yield _sentence(told)
+    yield _sentence(help_line)
     if parser.description:
         yield f"\n{_sentence(parser.description)}"
     inner = commands_of(parser)
@@ -87,7 +83,7 @@ def _arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 
 def _usage(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """What must be given, then [options] where there are some."""
+    """Yields the required arguments, then [options] if the command has options."""
     options = [action for action in _arguments(parser) if action.option_strings]
     for action in _arguments(parser):
         if not action.option_strings:

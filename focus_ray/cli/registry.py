@@ -1,4 +1,4 @@
-"""registry."""
+"""The command `registry`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WORDS = {
     "team": "the team that owns the category",
     "category": "the category",
     "version": "a version such as v0007, or an alias",
-    "alias": "the alias that moves, such as production",
+    "alias": "the alias to move, such as production",
 }
 
 
@@ -29,19 +29,23 @@ def add_registry(commands: Any) -> None:
         parser.set_defaults(run=_registry)
         return parser
 
-    publish = action("publish", "copy a bundle, or every bundle of a run, in under the next version", "bundles")
-    publish.add_argument("--team", required=True, help="the team whose models they become")
-    publish.add_argument("--category", help="refuse bundles of any other")
-    publish.add_argument("--alias", action="append", default=[], help="point this alias at it too (may be repeated)")
+    publish = action(
+        "publish", "copy a bundle, or every bundle of a run, into the registry as the next version", "bundles"
+    )
+    publish.add_argument("--team", required=True, help="the team that owns the models")
+    publish.add_argument("--category", help="refuse bundles of other categories")
+    publish.add_argument(
+        "--alias", action="append", default=[], help="also point this alias at the version (may be repeated)"
+    )
     promote = action("promote", "point an alias at a version", "team", "category", "version", "alias")
     promote.epilog = "VERSION may be an alias: promote ROOT press bolt candidate production"
-    action("rollback", "point an alias at what it named before", "team", "category", "alias")
-    listing = action("list", "versions with their aliases, one a line")
-    listing.add_argument("team", nargs="?", help="only this team's")
-    listing.add_argument("category", nargs="?", help="only this category's")
+    action("rollback", "point an alias at its previous version", "team", "category", "alias")
+    listing = action("list", "list versions with their aliases, one in each line")
+    listing.add_argument("team", nargs="?", help="only versions of this team")
+    listing.add_argument("category", nargs="?", help="only versions of this category")
     collect = action("gc", "delete old versions that no alias names", "team", "category")
-    collect.add_argument("--keep", type=int, default=5, help="newest versions that stay in any case (default: 5)")
-    collect.add_argument("--min-age-hours", type=float, default=1.0, help="younger ones stay too (default: 1)")
+    collect.add_argument("--keep", type=int, default=5, help="number of newest versions to keep (default: 5)")
+    collect.add_argument("--min-age-hours", type=float, default=1.0, help="also keep younger versions (default: 1)")
 
 
 def _registry(arguments: argparse.Namespace) -> int:
@@ -60,12 +64,12 @@ def _registry(arguments: argparse.Namespace) -> int:
     if action == "publish":
         from focus_ray.bundle.bundle import find_bundles
 
-        found = find_bundles(arguments.bundles)
-        if arguments.category not in (None, *found):
+        bundles = find_bundles(arguments.bundles)
+        if arguments.category not in (None, *bundles):
             raise RegistryError(
-                f"{arguments.bundles}: no bundle of category {arguments.category!r}; there are {', '.join(found)}"
+                f"{arguments.bundles}: no bundle of category {arguments.category!r}; there are {', '.join(bundles)}"
             )
-        for category, bundle in found.items():
+        for category, bundle in bundles.items():
             if arguments.category in (None, category):
                 version = registry.publish(bundle, arguments.team, category, aliases=arguments.alias)
                 show(version, ["latest", *arguments.alias])

@@ -1,4 +1,4 @@
-"""serve, token."""
+"""The commands `serve` and `token`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from focus_ray.cli.output import require, say
 
 
 def add_serving(commands: Any) -> None:
-    serve = commands.add_parser("serve", help="answer HTTP requests with a run's bundles or a registry's models")
-    serve.add_argument("place", help="a bundle, a run's folder, a registry, or a YAML of settings (ends in .yaml)")
+    serve = commands.add_parser(
+        "serve", help="answer HTTP requests with the bundles of a run or the models of a registry"
+    )
+    serve.add_argument("place", help="a bundle, a run's folder, a registry, or a YAML file of settings (ends in .yaml)")
     serve.add_argument("override", nargs="*", help="key=value for any setting, for instance tokens=tokens.yaml")
     serve.add_argument("--host", default="127.0.0.1", help="address to bind (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000)")
+    serve.add_argument("--port", type=int, default=8000, help="port (default: 8000)")
     serve.set_defaults(run=_serve)
 
-    token = commands.add_parser("token", help="make, list and revoke the tokens that clients of the service send")
+    token = commands.add_parser("token", help="create, list and revoke the tokens that clients of the service send")
     actions = token.add_subparsers(dest="action", required=True, metavar="ACTION")
-    create = actions.add_parser("create", help="add a token to a file and print it, once")
-    create.add_argument("file", help="token file: a path or s3:// URI; made where there is none")
+    create = actions.add_parser("create", help="add a token to a file and print it; it cannot be printed again")
+    create.add_argument("file", help="token file: a path or s3:// URI; created if it does not exist")
     create.add_argument("--team", required=True, help="the team that the token belongs to")
-    create.add_argument("--scope", action="append", choices=("inspect", "read", "admin"), help="default: inspect, read")
-    create.add_argument("--days", type=float, help="it expires after so many (default: never)")
-    create.add_argument("--note", default="", help="whose it is, for people")
-    listing = actions.add_parser("list", help="tokens of a file, one a line, without their secrets")
+    create.add_argument(
+        "--scope",
+        action="append",
+        choices=("inspect", "read", "admin"),
+        help="a permission of the token; may be repeated (default: inspect and read)",
+    )
+    create.add_argument("--days", type=float, help="days until the token expires (default: never)")
+    create.add_argument("--note", default="", help="a note for people, for instance the owner")
+    listing = actions.add_parser("list", help="list the tokens of a file, one in each line, without their secrets")
     listing.add_argument("file", help="token file: a path or s3:// URI")
-    revoke = actions.add_parser("revoke", help="take a token out of a file")
+    revoke = actions.add_parser("revoke", help="remove a token from a file")
     revoke.add_argument("file", help="token file: a path or s3:// URI")
     revoke.add_argument("id", help="the token's id, as `list` shows it")
     token.set_defaults(run=_token)
@@ -34,7 +41,7 @@ def add_serving(commands: Any) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     require(arguments.place)
-    say(f"serve: {arguments.place} on http://{arguments.host}:{arguments.port}, as soon as it is up")
+    say(f"serve: {arguments.place} on http://{arguments.host}:{arguments.port}, as soon as it has started")
     from focus_ray.config import override_tree, read_tree
     from focus_ray.serving.launch import check_host, check_port, serve_until_interrupted
     from focus_ray.serving.settings import parse_settings
@@ -55,7 +62,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _kind_of(place: str) -> str:
-    """The setting that a place is for. Raises: DataError: there is neither a bundle nor a published version."""
+    """Returns "bundles" or "registry", the setting for a place. Raises: DataError: the place has neither bundles nor versions."""
     from focus_ray.bundle.bundle import find_bundles, runs_in
     from focus_ray.bundle.registry import Registry
     from focus_ray.errors import DataError

@@ -1,4 +1,4 @@
-"""sweep."""
+"""The command `sweep`."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def _sweep_place(action: str, place: str) -> int:
         from focus_ray.sweep.driver import resume
 
         return _sweep_end(resume(place, log=say))
-    config, found = records.read_sweep(place), records.read_records(place)
+    config, trials = records.read_sweep(place), records.read_records(place)
     if action == "report":
         from focus_ray.sweep.report import write_report
 
-        for name in write_report(place, config, found):
+        for name in write_report(place, config, trials):
             say(f"report: {place}/{name}")
     else:
-        print(json.dumps(records.progress(place, config, found), indent=1, ensure_ascii=False))
-    print(records.summary_table(config, found))
-    print(summary.text(config, found))
+        print(json.dumps(records.progress(place, config, trials), indent=1, ensure_ascii=False))
+    print(records.summary_table(config, trials))
+    print(summary.text(config, trials))
     if action == "report":
-        print("\n".join(summary.commands(place, found)))
+        print("\n".join(summary.commands(place, trials)))
     return 0
 
 
 def _sweep_end(outcome: Any) -> int:
-    """Table, words and, as the last lines, what to do next."""
+    """Prints table, summary and, as the last lines, the next commands. Returns the exit status."""
     from focus_ray.sweep import records, summary
 
     config = records.read_sweep(outcome.root)

@@ -1,4 +1,4 @@
-"""train, update."""
+"""The commands `train`, `metric` and `update`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from focus_ray.errors import ConfigError
 if TYPE_CHECKING:
     from focus_ray.config import Config
 
-_SHOWN_CATEGORIES = 3  # of a training of more, the report has the caveats
+_SHOWN_CATEGORIES = 3  # with more categories, only the report shows the caveats
 
 
 def read_config(place: str, overrides: list[str]) -> Config:
-    """`load_config` of a file, a standard configuration by its name, or an object in a storage.
+    """Reads a configuration from a file, by the name of a standard configuration, or from a URI, and applies overrides.
 
-    Raises: ConfigError.
+    Raises: ConfigError: the configuration cannot be read, or is not valid.
     """
     from focus_ray.config import load_config, mapping_of, override_tree, parse_config
     from focus_ray.standard import find_config
@@ -36,35 +36,37 @@ def read_config(place: str, overrides: list[str]) -> Config:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    given, overrides = _given(arguments)
-    config = read_config(given, overrides)
+    name_or_path, overrides = _split_arguments(arguments)
+    config = read_config(name_or_path, overrides)
     say(f"train: {config.data.uri} -> {config.storage}/{config.name}")
-    from focus_ray.cluster.training import train  # seconds of imports, which a misspelt key need not wait for
+    from focus_ray.cluster.training import train  # takes seconds to import, so check the keys first
 
     names: list[str] = []
 
-    def tell(message: str) -> None:
+    def log(message: str) -> None:
         names.extend([message.partition(": ")[2]] if message.startswith("name: ") else [])
         say(message)
 
     try:
-        bundles = train(config, resume=arguments.resume, log=tell)
+        bundles = train(config, resume=arguments.resume, log=log)
     except KeyboardInterrupt:
         name = names[0] if names else config.name
         words = " ".join([*(word for word in overrides if not word.startswith("name=")), f"name={name}"])
-        say(f"focus-ray: interrupted; `focus-ray train {given} {words} --resume` goes on from the last checkpoints")
+        say(
+            f"focus-ray: interrupted; `focus-ray train {name_or_path} {words} --resume` goes on from the last checkpoints"
+        )
         return EXIT_INTERRUPTED
     for category, bundle in bundles.items():
         print(f"{category}\t{bundle}")
-    tell_thresholds(bundles)
+    print_threshold_caveats(bundles)
     for place in list(bundles.values())[:1]:
         say(f"next: focus-ray evaluate {place.rpartition('/bundles/')[0] or place}   # on labelled test images")
         say(f"      focus-ray inspect {place} IMAGES --overlays heat")
     return 0
 
 
-def tell_thresholds(bundles: Mapping[str, str]) -> None:
-    """What to know of the thresholds of a few categories."""
+def print_threshold_caveats(bundles: Mapping[str, str]) -> None:
+    """Prints the caveats of the thresholds, if there are only a few categories."""
     from focus_ray.bundle.bundle import read_manifest
     from focus_ray.evaluation.calibration import Calibration
 
@@ -74,8 +76,8 @@ def tell_thresholds(bundles: Mapping[str, str]) -> None:
                 say(f"note: {category}: {caveat}")
 
 
-def _given(arguments: argparse.Namespace) -> tuple[str, list[str]]:
-    """The configuration, given first or by --config, and the overrides. Raises: ConfigError: none is given."""
+def _split_arguments(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """Returns the configuration, from the first word or --config, and the overrides. Raises: ConfigError: it is missing."""
     if arguments.named is not None:
         return arguments.named, [*([] if arguments.config is None else [arguments.config]), *arguments.override]
     if arguments.config is None or ("=" in arguments.config and not Path(arguments.config).exists()):

@@ -1,4 +1,4 @@
-"""watch."""
+"""The command `watch`."""
 
 from __future__ import annotations
 
@@ -21,53 +21,68 @@ from focus_ray.errors import DataError
 def add_watch(commands: Any) -> None:
     watch = commands.add_parser(
         "watch",
-        help="inspect what arrives in a folder, until it is stopped",
-        description="Inspects every image that is in a folder or arrives there, once, and writes a line an image to "
-        "OUTPUT/verdicts-YYYY-MM-DD.jsonl. Ctrl-C ends it; started again, it goes on where it was.",
+        help="inspect images as they arrive in a folder, until you stop the command",
+        description="Inspects every image in a folder, and every image that arrives there, once. Writes one line for each "
+        "image to OUTPUT/verdicts-YYYY-MM-DD.jsonl. Ctrl-C ends the command; after a restart it continues with the next "
+        "image.",
     )
-    watch.add_argument("bundle", help="a bundle, a run's folder, or a registry or a team's folder of one")
-    watch.add_argument("folder", help="where images arrive; folders within count too")
-    watch.add_argument("--output", default="verdicts", metavar="FOLDER", help="for the verdicts (default: verdicts)")
-    watch.add_argument("--csv", action="store_true", help="write a table a day too")
+    watch.add_argument("bundle", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
+    watch.add_argument("folder", help="folder in which images arrive, including its subfolders")
+    watch.add_argument(
+        "--output", default="verdicts", metavar="FOLDER", help="folder of the verdicts (default: verdicts)"
+    )
+    watch.add_argument("--csv", action="store_true", help="also write a table for each day")
     watch.add_argument(
         "--overlays",
         nargs="?",
         const="all",
         choices=("all", "anomalous"),
-        help="write heat maps too, of all images or of anomalous ones (default: all)",
+        help="also write heat maps, of all images or of anomalous images (default: all)",
     )
-    watch.add_argument("--print", dest="show", action="store_true", help="write the lines to standard output too")
+    watch.add_argument("--print", dest="show", action="store_true", help="also print the lines on standard output")
     watch.add_argument(
-        "--once", action="store_true", help="inspect what is there and end; exits with 3 if a file was no image"
-    )
-    watch.add_argument(
-        "--on-anomalous", metavar="COMMAND", help="run for each anomalous image, with its line on standard input"
-    )
-    watch.add_argument(
-        "--poll-s", type=float, default=0.5, metavar="S", help="between looks at the folder (default: 0.5)"
+        "--once",
+        action="store_true",
+        help="inspect the existing images and end; exit status 3 if a file is not an image",
     )
     watch.add_argument(
-        "--settle-s", type=float, default=1.0, metavar="S", help="a file has to rest before it is read (default: 1)"
+        "--on-anomalous",
+        metavar="COMMAND",
+        help="command to run for each anomalous image, with its line on standard input",
+    )
+    watch.add_argument(
+        "--poll-s",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="seconds between two listings of the folder (default: 0.5)",
+    )
+    watch.add_argument(
+        "--settle-s",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="seconds without a change after which a file is read (default: 1)",
     )
     watch.add_argument(
         "--give-up-s",
         type=float,
         default=30.0,
         metavar="S",
-        help="until a file at rest that is no image is one (default: 30)",
+        help="seconds without a change after which an unreadable image gets an error line (default: 30)",
     )
     watch.add_argument("--batch", type=int, default=8, metavar="N", help="images inspected at once (default: 8)")
-    watch.add_argument("--category", metavar="NAME", help="which, where the place has models of several")
+    watch.add_argument("--category", metavar="NAME", help="category, if the place has models of several categories")
     watch.add_argument(
         "--version",
         dest="version_of",
         default="latest",
         metavar="NAME",
-        help="of a registry's models: a version or an alias (default: latest)",
+        help="version or alias of models in a registry (default: latest)",
     )
     watch.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    watch.add_argument("--engine", default="torch", help="as of inspect (default: torch)")
-    watch.add_argument("--examples", nargs="+", metavar="IMAGE", help="as of inspect")
+    watch.add_argument("--engine", default="torch", help="as in inspect (default: torch)")
+    watch.add_argument("--examples", nargs="+", metavar="IMAGE", help="as in inspect")
     watch.set_defaults(run=_watch)
 
 
@@ -104,7 +119,7 @@ def _run(arguments: argparse.Namespace, examples: list[Path], command: tuple[str
 
     with Journal(arguments.output, arguments.csv, say) as journal:
         say(f"watch: {arguments.folder} -> {arguments.output}, where {journal.num_known} images have a line")
-        from focus_ray.bundle.inspector import Inspector  # seconds of imports, which a folder in use need not wait for
+        from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the folder first
         from focus_ray.watching.model import WatchedModel
         from focus_ray.watching.watch import Watch, WatchSettings, told
 
@@ -128,21 +143,21 @@ def _run(arguments: argparse.Namespace, examples: list[Path], command: tuple[str
             Path(arguments.folder), model, journal, settings, say, _Shown() if arguments.show else lambda line: None
         )
         watch.run(stop)
-        left = f", {watch.num_left} left for the next start" if watch.num_left else ""
-        say(f"watch: ended: {told(watch.counts)}{left}")
+        num_left_text = f", {watch.num_left} left for the next start" if watch.num_left else ""
+        say(f"watch: ended: {told(watch.counts)}{num_left_text}")
     return EXIT_PARTLY if arguments.once and (watch.counts["error"] or watch.num_left) else 0
 
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, as a wish to end; a second one ends at once."""
+    """Yields an event that SIGINT or SIGTERM sets. A second signal ends the process at once."""
     stop = threading.Event()
 
-    def ask(number: int, _: object) -> None:
+    def request_stop(number: int, _: object) -> None:
         signal.signal(number, before[signal.Signals(number)])
         stop.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -151,7 +166,7 @@ def _stopped_by_signals() -> Iterator[threading.Event]:
 
 
 class _Shown:
-    """Lines on standard output, while there is a reader: its end is none of the watch."""
+    """Prints lines on standard output while a reader exists. The watch continues after the reader ends."""
 
     def __init__(self) -> None:
         self.open = True
@@ -163,5 +178,7 @@ class _Shown:
             print(line, flush=True)
         except BrokenPipeError:
             self.open = False
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at the end
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # otherwise Python reports a broken pipe at exit
             say("watch: nobody reads standard output any more; the verdicts are written on")
