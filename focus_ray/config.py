@@ -25,8 +25,8 @@ from pydantic import (
 )
 
 from focus_ray.errors import ConfigError
-from focus_ray.kinds import BACKBONES, DENSITIES, GEOMETRIES, TRACKERS, Geometry
-from focus_ray.names import NAME
+from focus_ray.kinds import BACKBONES, DENSITIES, GEOMETRIES, TRACKERS, BackboneGeometry
+from focus_ray.names import NAME_PATTERN
 from focus_ray.yaml_text import load_yaml
 
 Group = Literal[
@@ -307,15 +307,15 @@ class ModelConfig(Section):
         return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
 
     @property
-    def geometry(self) -> Geometry:
+    def geometry(self) -> BackboneGeometry:
         """Of the backbone."""
-        return GEOMETRIES.get(self.backbone, Geometry())
+        return GEOMETRIES.get(self.backbone, BackboneGeometry())
 
     @field_validator("image_size_px")
     @classmethod
     def _divisible(cls, value: int, known: ValidationInfo) -> int:
         backbone = known.data.get("backbone", "")  # not there where it was refused
-        step = GEOMETRIES.get(backbone, Geometry()).strides[2]
+        step = GEOMETRIES.get(backbone, BackboneGeometry()).strides[2]
         if value % step:
             below = value - value % step
             raise ValueError(
@@ -340,7 +340,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _large_enough(self) -> ModelConfig:
-        smallest = self.geometry.smallest_reflected_px
+        smallest = self.geometry.min_reflected_px
         if self.padding == "reflect" and self.image_size_px < smallest:
             raise ValueError(
                 f"padding=reflect with {self.backbone} needs an image_size_px of at least {smallest}, got {self.image_size_px}: "
@@ -351,7 +351,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _aligns_maps(self) -> ModelConfig:
         moving = [key for key in get_args(Layer) if getattr(self.feature_alignment, key) != "none"]
-        if moving and not self.geometry.hands_on_maps:
+        if moving and not self.geometry.passes_feature_maps:
             raise ValueError(
                 f"{self.backbone} hands tokens from layer to layer, which cannot be aligned as maps: set "
                 f"{', '.join(f'model.feature_alignment.{key}=none' for key in moving)}, or take another backbone"
@@ -636,17 +636,17 @@ class ClusterConfig(Section):
 
     team: str | None = Field(
         default=None,
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Whose run it is; it becomes part of the run's namespace and of a name that is made up for it.",
     )
     priority: str | None = Field(
         default=None,
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Kueue's priority class of the job, noted with it (configs/cluster); Ray itself has no priorities.",
     )
     namespace: str | None = Field(
         default=None,
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Ray namespace of the run's actors; null takes the team's, or one of the run's own.",
     )
     labels: dict[str, str] = Field(
@@ -761,7 +761,7 @@ class Config(Section):
 
     name: str = Field(
         default="focus-ray",
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Name of the run's folder; 'auto' makes one up that no other run has, from team, date and a random part.",
     )
     storage: str = Field(

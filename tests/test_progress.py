@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from focus_ray.progress import duration, track, words
+from focus_ray.progress import format_duration, format_progress, track
 
 
 def told(num_items: int, seconds_each: float, total: int) -> list[str]:
@@ -33,6 +33,6 @@ def test_nothing_is_lost_or_reordered() -> None:
 
 
 def test_amounts_are_told_in_words() -> None:
-    assert words(120, 320, 4.0, "images") == "120 of 320 images, 30/s, 7 s left"
-    assert words(5, 0, 10.0, "rows") == "5 rows, 0.5/s"
-    assert [duration(s) for s in (45, 200, 9000)] == ["45 s", "3 min", "2.5 h"]
+    assert format_progress(120, 320, 4.0, "images") == "120 of 320 images, 30/s, 7 s left"
+    assert format_progress(5, 0, 10.0, "rows") == "5 rows, 0.5/s"
+    assert [format_duration(s) for s in (45, 200, 9000)] == ["45 s", "3 min", "2.5 h"]

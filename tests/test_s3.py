@@ -17,13 +17,13 @@ from pyarrow import fs
 from s3_faults import faulty
 from s3_server import IDENTITIES, S3Server
 
-from focus_ray.data.commits import named
+from focus_ray.data.commits import referenced_files
 from focus_ray.data.images import encode_png
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
 from focus_ray.data.schema import SCHEMA
 from focus_ray.errors import DataError
-from focus_ray.storage import create_bytes, list_names, open_filesystem, probe, storage_errors
+from focus_ray.storage import check_access, create_bytes, list_names, open_filesystem, storage_errors
 
 pytestmark = pytest.mark.s3
 
@@ -73,8 +73,12 @@ def test_ingesting_again_leaves_an_unchanged_category_and_replaces_a_changed_one
         commit = json.loads(stream.read())
     dropped = {entry["name"] for entry in commit["dropped"]}
     kept = [info.base_name for info in files if "/_commits/" in info.path or "/_claims/" in info.path]
-    assert (len(named(commit)), len(dropped), len(kept)) == (3, 3, 3)  # part, index, sources; two versions and a claim
-    assert {info.base_name for info in files} == {"_commit.json", *named(commit), *dropped, *kept}
+    assert (len(referenced_files(commit)), len(dropped), len(kept)) == (
+        3,
+        3,
+        3,
+    )  # part, index, sources; two versions and a claim
+    assert {info.base_name for info in files} == {"_commit.json", *referenced_files(commit), *dropped, *kept}
 
 
 def test_an_identity_that_may_only_read_reads_and_is_told_that_it_may_not_write(
@@ -153,7 +157,7 @@ def test_s3_uris_without_a_bucket_or_with_a_query_are_refused(uri: str) -> None:
 
 def test_a_probe_leaves_nothing_and_needs_no_folder(s3: S3Server) -> None:
     uri = s3.new_uri()
-    probe(uri)
+    check_access(uri)
     filesystem, path = open_filesystem(uri)
     found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     assert [info.path for info in found if info.is_file] == []
@@ -162,21 +166,21 @@ def test_a_probe_leaves_nothing_and_needs_no_folder(s3: S3Server) -> None:
 def test_a_probe_names_bucket_key_and_what_is_not_allowed(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = s3.new_uri()
     use(monkeypatch, s3, "reader")
-    probe(uri, ["list"])
+    check_access(uri, ["list"])
     with pytest.raises(
         DataError, match=r"S3 bucket 'focus-ray-tests', key '\w+/_probe-\w+' at .*: cannot write: access"
     ):
-        probe(uri)
+        check_access(uri)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
     with pytest.raises(DataError, match=r"cannot list: the credentials are wrong or expired"):
-        probe(uri, ["list"])
+        check_access(uri, ["list"])
 
 
 def test_a_probe_of_a_server_that_is_not_there_takes_seconds(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     start = time.monotonic()
     with pytest.raises(DataError, match=r"at http://127.0.0.1:1: cannot write: no connection"):
-        probe(s3.new_uri())
+        check_access(s3.new_uri())
     assert time.monotonic() - start < 15
 
 

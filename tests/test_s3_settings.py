@@ -11,7 +11,7 @@ import pytest
 
 from focus_ray import storage
 from focus_ray.errors import DataError, StorageError
-from focus_ray.s3_settings import ADDRESSING, s3_settings
+from focus_ray.s3_settings import ADDRESSING_VARIABLE, load_s3_settings
 from focus_ray.storage import exists, open_filesystem
 
 
@@ -43,16 +43,16 @@ def test_a_profiles_endpoint_is_both_clients(bare: Path, monkeypatch: pytest.Mon
     )
     (bare / "credentials").write_text("[plant]\naws_access_key_id = a\naws_secret_access_key = b\n")
     monkeypatch.setenv("AWS_PROFILE", "plant")
-    settings = s3_settings()
+    settings = load_s3_settings()
     assert (settings.endpoint, settings.region, settings.keys) == ("http://minio:9000", "eu-1", None)
     filesystem, _ = open_filesystem("s3://plant/parts")
     assert "minio:9000" in str(filesystem.__reduce__())
     assert client_endpoint() == "http://minio:9000"
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://other:1")
-    assert s3_settings().endpoint == client_endpoint() == "http://other:1"
+    assert load_s3_settings().endpoint == client_endpoint() == "http://other:1"
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     monkeypatch.setenv("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "true")
-    assert s3_settings().endpoint is None
+    assert load_s3_settings().endpoint is None
 
 
 def test_credentials_that_only_boto3_finds_are_handed_to_pyarrow_and_not_pickled(
@@ -63,7 +63,7 @@ def test_credentials_that_only_boto3_finds_are_handed_to_pyarrow_and_not_pickled
     (bare / "give.sh").chmod(0o700)
     (bare / "config").write_text(f"[profile plant]\nregion = eu-1\ncredential_process = {bare / 'give.sh'}\n")
     monkeypatch.setenv("AWS_PROFILE", "plant")
-    settings = s3_settings()
+    settings = load_s3_settings()
     assert settings.keys == ("visible", "topsecret", "passing")
     assert settings.for_pyarrow()["session_token"] == "passing"
     assert "topsecret" not in repr(settings)
@@ -76,28 +76,28 @@ def test_certificates_and_proxies_are_both_clients(bare: Path, monkeypatch: pyte
     certificates.write_text("")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://minio.plant:9000")
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates))
-    assert s3_settings().ca_file == str(certificates)
-    assert s3_settings().for_pyarrow()["tls_ca_file_path"] == str(certificates)
+    assert load_s3_settings().ca_file == str(certificates)
+    assert load_s3_settings().for_pyarrow()["tls_ca_file_path"] == str(certificates)
     monkeypatch.setenv("AWS_CA_BUNDLE", str(bare / "nowhere.pem"))
     with pytest.raises(DataError, match=r"AWS_CA_BUNDLE=.*nowhere\.pem: no such file: give a PEM file"):
-        s3_settings()
+        load_s3_settings()
     monkeypatch.delenv("AWS_CA_BUNDLE")
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
-    assert s3_settings().for_pyarrow()["proxy_options"] == "http://proxy:3128"
+    assert load_s3_settings().for_pyarrow()["proxy_options"] == "http://proxy:3128"
     monkeypatch.setenv("NO_PROXY", ".plant")
-    assert s3_settings().proxy is None
+    assert load_s3_settings().proxy is None
 
 
 def test_the_bucket_may_stand_in_the_hosts_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
     monkeypatch.setenv("AWS_REGION", "eu-1")
-    assert not s3_settings().virtual
-    monkeypatch.setenv(ADDRESSING, "virtual")
-    assert s3_settings().for_pyarrow()["force_virtual_addressing"] is True
+    assert not load_s3_settings().virtual
+    monkeypatch.setenv(ADDRESSING_VARIABLE, "virtual")
+    assert load_s3_settings().for_pyarrow()["force_virtual_addressing"] is True
     assert storage._client("plant").meta.config.s3["addressing_style"] == "virtual"
-    monkeypatch.setenv(ADDRESSING, "diagonal")
+    monkeypatch.setenv(ADDRESSING_VARIABLE, "diagonal")
     with pytest.raises(DataError, match=r"FOCUS_RAY_S3_ADDRESSING='diagonal': expected one of auto, path, virtual"):
-        s3_settings()
+        load_s3_settings()
 
 
 @pytest.mark.parametrize("uri", ["s3://plant//parts", "s3://plant/a//b"])

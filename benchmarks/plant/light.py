@@ -44,7 +44,7 @@ def write_light(root: Path, count: int) -> int:
         pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS])
     )
     store = open_store(root)
-    folder = Path(store.folder("part"))
+    folder = Path(store.category_folder("part"))
     folder.mkdir(parents=True)
     digest = store._write_index(str(folder / "_index-made.parquet"), table)
     commit = {

@@ -26,7 +26,7 @@ from focus_ray.cli.train import _metric, _train, _update
 from focus_ray.cli.watch import add_watch
 from focus_ray.cluster.messages import VERBOSE
 from focus_ray.errors import FocusRayError
-from focus_ray.extras import explained, require_extra
+from focus_ray.extras import explain_missing_module, require_extra
 
 # command -> the extra without which none of its work can be done; others tell what they lack when they come to it
 NEEDS = {
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"focus-ray: {error}", file=sys.stderr)
         return EXIT_ERROR
     except ModuleNotFoundError as error:
-        told = explained(error)
+        told = explain_missing_module(error)
         if told is None:
             raise
         print(f"focus-ray: {told}", file=sys.stderr)

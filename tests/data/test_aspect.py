@@ -20,7 +20,7 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_image, encode_png, read_batch
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records
-from focus_ray.data.regions import frame_of
+from focus_ray.data.regions import load_frame
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.evaluation.report import overlay
 from focus_ray.fitting.fit import FitResult
@@ -79,7 +79,7 @@ def padded(data: str, folder: Path, **model: Any) -> Any:
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
 def test_an_image_keeps_its_shape_and_touches_two_sides(width: int, height: int) -> None:
-    box = Frame(64, 96, "pad").box(width, height)
+    box = Frame(64, 96, "pad").image_box(width, height)
     assert box.height == 64 or box.width == 96
     assert abs(box.width - box.height * width / height) <= 1 + width / height
     assert abs(box.top - (64 - box.top - box.height)) <= 1
@@ -177,7 +177,7 @@ def test_padding_goes_with_alignment_tiles_metric_profile_and_selection(data: st
         result: FitResult = fit_alone(config, "belt")
         assert result.statistics.shown is not None
         assert 0 < float(result.statistics.shown.float().mean()) < 1
-        frame = frame_of(config, "belt")
+        frame = load_frame(config, "belt")
         image = decode_image(encode_png(photograph(np.random.default_rng(4))[0]), frame)
         anomaly_map = result.detector(torch.from_numpy(image)[None]).anomaly_map[0]
         assert (anomaly_map[torch.from_numpy(image[..., 3] == 0)] == 0).all()

@@ -31,7 +31,7 @@ def out(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         patch.setattr(store, "MAX_ROW_GROUP_ROWS", 4)
         patch.setattr(store, "FILE_BYTES", 1)
         ingest(source, tmp_path / "out", progress=False)
-    assert len(open_store(tmp_path / "out").need_commit("bolt")["files"]) == 5
+    assert len(open_store(tmp_path / "out").require_commit("bolt")["files"]) == 5
     return tmp_path / "out"
 
 
@@ -41,7 +41,7 @@ def rows_of(root: Path, **options: Any) -> list[dict[str, Any]]:
 
 
 def names_of(root: Path) -> list[str]:
-    return [entry["name"] for entry in open_store(root).need_commit("bolt")["files"]]
+    return [entry["name"] for entry in open_store(root).require_commit("bolt")["files"]]
 
 
 def test_rows_are_taken_out_and_only_their_part_is_written_again(out: Path, source: Path) -> None:
@@ -52,7 +52,7 @@ def test_rows_are_taken_out_and_only_their_part_is_written_again(out: Path, sour
     assert (report.num_removed, report.num_left, report.num_rewritten, report.num_parts) == (2, 18, 1, 5)
     assert [name for name in names_of(out) if name in parts] == parts[1:]
     assert rows_of(out) == [row for row in before if row["id"] not in gone]
-    counts = open_store(out).need_commit("bolt")["counts"]
+    counts = open_store(out).require_commit("bolt")["counts"]
     assert counts == {"num_train": 17, "num_test_normal": 0, "num_test_anomalous": 1, "num_masks": 1}
     assert rows_of(out, version=index_version(index)) == before
 
@@ -64,7 +64,7 @@ def test_what_was_taken_out_comes_back_with_an_append_or_an_ingestion(out: Path,
         assert data_fingerprint(out, "bolt") != fingerprint
         ingest(source, out, progress=False, append=add)
         assert data_fingerprint(out, "bolt") == fingerprint
-        assert open_store(out).need_commit("bolt")["counts"]["num_masks"] == 2
+        assert open_store(out).require_commit("bolt")["counts"]["num_masks"] == 2
 
 
 def test_rows_go_by_their_pixels_and_by_their_site(out: Path, source: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_compaction_joins_small_parts_and_changes_no_row(out: Path, source: Path
 
 
 def test_full_parts_stay_as_they_are(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = [entry["num_bytes"] for entry in open_store(out).need_commit("bolt")["files"]]
+    sizes = [entry["num_bytes"] for entry in open_store(out).require_commit("bolt")["files"]]
     monkeypatch.setattr(store, "FILE_BYTES", min(sizes))
     parts = names_of(out)
     (report,) = compact(out)

@@ -17,8 +17,8 @@ from focus_ray.data.ingest import ingest
 from focus_ray.data.ingestion.change import compact, remove_rows
 from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
-from focus_ray.data.split import key_of, plan_category, split_category
-from focus_ray.data.store import Draft, open_store
+from focus_ray.data.split import plan_category, split_category, split_key
+from focus_ray.data.store import CommitDraft, open_store
 from focus_ray.errors import DataError
 
 
@@ -92,7 +92,7 @@ def test_a_set_without_the_column_is_compacted(old: Path, source: Path) -> None:
     before = rows_of(old)
     assert compact(old)[0].num_after == 1
     assert rows_of(old) == before
-    (entry,) = open_store(old).need_commit("bolt")["files"]
+    (entry,) = open_store(old).require_commit("bolt")["files"]
     assert "group" in pq.ParquetFile(old / "category=bolt" / entry["name"]).schema_arrow.names
 
 
@@ -133,7 +133,7 @@ def write_set(root: Path, groups: list[str], names: list[str] | None = None) -> 
     ]
     files, index = store.write_parts("bolt", rows)
     counts = {"num_train": len(rows), "num_test_normal": 0, "num_test_anomalous": 0, "num_masks": 0}
-    store.publish("bolt", lambda former: Draft(files, index, None, "made", counts))
+    store.publish("bolt", lambda former: CommitDraft(files, index, None, "made", counts))
     return str(root)
 
 
@@ -217,8 +217,8 @@ def test_other_groups_give_another_fingerprint_and_empty_ones_none(tmp_path: Pat
 
 
 def test_the_key_of_a_group_is_not_that_of_any_image() -> None:
-    assert key_of(0, "a" * 64, "part") == hashlib.sha256(b"0:group:part").hexdigest()
-    assert key_of(0, "a" * 64, "part") == key_of(0, "b" * 64, "part") != key_of(1, "a" * 64, "part")
+    assert split_key(0, "a" * 64, "part") == hashlib.sha256(b"0:group:part").hexdigest()
+    assert split_key(0, "a" * 64, "part") == split_key(0, "b" * 64, "part") != split_key(1, "a" * 64, "part")
 
 
 def test_groups_survive_a_removal_and_a_compaction(tmp_path: Path) -> None:

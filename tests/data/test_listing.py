@@ -15,7 +15,7 @@ from focus_ray.api import as_good
 from focus_ray.cli.output import image_paths
 from focus_ray.data.images import ImageError, decode_batch, decode_mask, encode_png
 from focus_ray.data.ingest import ingest
-from focus_ray.data.listing import images_below
+from focus_ray.data.listing import find_image_files
 from focus_ray.data.read import list_categories, read_index
 from focus_ray.drawings import is_drawing_file
 from focus_ray.errors import DataError
@@ -53,7 +53,7 @@ def by_watch(folder: Path) -> list[Path]:
     return sorted(folder / file.image for file in list_images(folder, folder / "out", pytest.fail))
 
 
-@pytest.mark.parametrize("listing", [images_below, by_watch, lambda folder: image_paths([str(folder)])])
+@pytest.mark.parametrize("listing", [find_image_files, by_watch, lambda folder: image_paths([str(folder)])])
 def test_hidden_files_and_folders_of_the_system_are_in_no_listing(
     folder: Path, listing: Callable[[Path], list[Path]]
 ) -> None:
@@ -76,7 +76,7 @@ def test_a_folder_of_images_with_hidden_folders_counts_as_images_alone(folder: P
 
 def test_a_listing_says_what_it_passed_over(folder: Path) -> None:
     messages: list[str] = []
-    images_below(folder, messages.append)
+    find_image_files(folder, messages.append)
     assert messages == [f"note: {folder}: passed over: {len(HIDDEN)} hidden files or folders"]
 
 
@@ -90,17 +90,17 @@ def test_a_folder_with_hidden_images_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".trash").mkdir()
     (tmp_path / ".trash/a.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no image in this folder.*1 hidden"):
-        images_below(tmp_path)
+        find_image_files(tmp_path)
 
 
 def test_a_hidden_folder_that_is_named_itself_is_read(folder: Path) -> None:
-    assert [path.name for path in images_below(folder / ".trash")] == ["a.png"]
+    assert [path.name for path in find_image_files(folder / ".trash")] == ["a.png"]
 
 
 def test_broken_links_are_listed_and_pipes_are_not(folder: Path) -> None:
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     os.mkfifo(folder / "pipe.png")
-    assert {path.name for path in images_below(folder)} == {"a.png", "b.JPG", "c.tiff", "gone.png"}
+    assert {path.name for path in find_image_files(folder)} == {"a.png", "b.JPG", "c.tiff", "gone.png"}
 
 
 def test_own_pictures_are_recognised_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_own_pictures_are_recognised_wherever_they_lie(folder: Path, tmp_path: P
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(drawing)
     messages: list[str] = []
-    assert images_below(folder, messages.append) == sorted(folder / name for name in VISIBLE)
+    assert find_image_files(folder, messages.append) == sorted(folder / name for name in VISIBLE)
     assert "3 pictures that focus_ray drew" in messages[0]
 
 

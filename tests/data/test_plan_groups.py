@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from focus_ray.data.shards import MemoryShard
-from focus_ray.data.split import NO_ROWS, Plan
+from focus_ray.data.split import NO_ROWS, SplitPlan
 
 
 def rows(count: int, start: int = 0) -> np.ndarray:
     return np.arange(start, start + count, dtype=np.int64)
 
 
-def make_plan() -> Plan:
-    return Plan(
+def make_plan() -> SplitPlan:
+    return SplitPlan(
         rows(7),
         rows(7) % 5,
         rows(3, 7),
@@ -32,7 +32,7 @@ def make_plan() -> Plan:
 
 
 def test_without_groups_each_row_of_a_plan_has_a_number_of_its_own() -> None:
-    plan = Plan(rows(4), NO_ROWS, rows(2, 4), rows(3, 6), "")
+    plan = SplitPlan(rows(4), NO_ROWS, rows(2, 4), rows(3, 6), "")
     numbers = [*plan.fit_groups, *plan.validation_groups, *plan.holdout_groups]
     assert sorted(numbers) == list(range(9))
     assert plan.fit_order.tolist() == [0, 1, 2, 3]

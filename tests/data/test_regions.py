@@ -19,7 +19,7 @@ from focus_ray.config import Config, parse_config
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import ImageError, decode_batch, decode_image, decode_mask, encode_png
 from focus_ray.data.read import iter_test_records
-from focus_ray.data.regions import check_regions, draw_polygons, frame_of, read_region
+from focus_ray.data.regions import check_regions, draw_polygons, load_frame, read_region
 from focus_ray.data.shards import build_shard
 from focus_ray.data.split import plan_category
 from focus_ray.errors import ConfigError, DataError
@@ -121,10 +121,10 @@ def test_a_region_without_a_place_is_refused(data: str, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"data\.regions\.gear: the white of the mask .*black\.png is 0 of the 64 x 64 pixels"
     ):
-        frame_of(config_with(data, tmp_path, black), "gear")
+        load_frame(config_with(data, tmp_path, black), "gear")
     tiny = [[0.5, 0.5], [0.51, 0.5], [0.5, 0.51]]
     with pytest.raises(DataError, match=r"what its polygons enclose is \d of the 64 x 64 pixels .*: enlarge it"):
-        frame_of(config_with(data, tmp_path, tiny), "gear")
+        load_frame(config_with(data, tmp_path, tiny), "gear")
 
 
 def test_a_mask_that_cannot_be_read_is_refused(data: str, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_the_region_moves_with_the_image_where_images_are_aligned(data: str, tmp
     assert result.statistics.shown is not None
     assert not (result.statistics.shown == result.statistics.shown[0]).all()  # parts are turned each by its own angle
     records = iter_test_records(data, "gear")
-    batch = decode_batch([record["image"] for record in records], frame_of(config, "gear"))
+    batch = decode_batch([record["image"] for record in records], load_frame(config, "gear"))
     maps = result.detector(torch.from_numpy(batch)).anomaly_map
     assert (maps[:, :, 32:] == 0).all()
     assert float((maps[:, 8:56, 8:24] > 0).float().mean()) > 0.9
@@ -273,9 +273,9 @@ def test_an_image_of_a_shape_that_leaves_nothing_of_the_region_is_refused() -> N
 def test_thresholds_from_new_images_count_pixels_of_the_region_alone(inspector: Inspector) -> None:
     anomaly_map = np.zeros((64, 64), np.float32)
     anomaly_map[:, :32] = 1.0
-    assert inspector.frame.inside(anomaly_map).shape == (1, 64 * 32)
-    assert inspector.frame.inside(anomaly_map).min() == 1.0
-    assert Frame(64, 64).inside(anomaly_map) is anomaly_map
+    assert inspector.frame.scored_values(anomaly_map).shape == (1, 64 * 32)
+    assert inspector.frame.scored_values(anomaly_map).min() == 1.0
+    assert Frame(64, 64).scored_values(anomaly_map) is anomaly_map
 
 
 @pytest.mark.parametrize("key", ["model.tiling.grid", "model.resize"])

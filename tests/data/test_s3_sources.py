@@ -21,7 +21,7 @@ from focus_ray.data.schema import SCHEMA
 from focus_ray.data.source import S3Path, S3Tree, open_source
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError
-from focus_ray.storage import Listed, write_bytes
+from focus_ray.storage import ListedObject, write_bytes
 
 pytestmark = pytest.mark.s3
 
@@ -90,7 +90,7 @@ def test_a_source_on_s3_gives_what_it_gives_on_a_disk(s3: S3Server, tmp_path: Pa
             list(read_rows(place, category, index["row"].to_numpy(), SCHEMA.names)) for place in (tmp_path / "out", out)
         ]
         assert sorted(rows[1], key=lambda row: row["id"]) == rows[0]
-        commits = [open_store(place).need_commit(category) for place in (tmp_path / "out", out)]
+        commits = [open_store(place).require_commit(category) for place in (tmp_path / "out", out)]
         assert commits[0]["source_fingerprint"] == commits[1]["source_fingerprint"]
 
 
@@ -131,7 +131,7 @@ def test_an_append_costs_as_much_for_many_parts_as_for_few(
         source, out = f"s3://focus-ray-tests/append-{number}", f"s3://focus-ray-tests/appended-{number}"
         monkeypatch.setattr(store, "FILE_BYTES", file_bytes)
         ingest(tmp_path / "bolt", out, progress=False)
-        num_parts.append(len(open_store(out).need_commit("bolt")["files"]))
+        num_parts.append(len(open_store(out).require_commit("bolt")["files"]))
         more = make_mvtec(tmp_path / f"more{number}/bolt", num_train=1, seed=700)
         for name in ("test", "ground_truth"):
             for path in sorted((more / name).rglob("*.png")):
@@ -166,7 +166,7 @@ def test_errors_and_reports_name_the_uri(s3: S3Server, tmp_path: Path, capsys: p
 
 def test_an_object_whose_folder_has_no_name_is_refused() -> None:
     with pytest.raises(DataError, match=r"s3://b/parts/train//x.png: a folder's name is empty: rename the object"):
-        S3Tree("s3://b/parts").take([Listed("train//x.png", 1, "e")])
+        S3Tree("s3://b/parts").take([ListedObject("train//x.png", 1, "e")])
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.b.PNG", ".hidden", ".a.png", "a.", "a", "a..png", "größe 1.tif"])

@@ -16,7 +16,7 @@ from focus_ray.cluster.batch import findings
 from focus_ray.config import Config
 from focus_ray.data.images import ImageError, decode_image, encode_png
 from focus_ray.data.ingest import ingest
-from focus_ray.data.regions import frame_of
+from focus_ray.data.regions import load_frame
 from focus_ray.data.split import split_category
 from focus_ray.density.tiles import Tiles
 from focus_ray.errors import DataError
@@ -55,12 +55,12 @@ def test_the_frame_refuses_exactly_the_sizes_of_which_the_detector_inspects_no_p
 ) -> None:
     regions = {} if region is None else {"regions": {"gear": region}}
     config = small_config(data, tmp_path, data=regions, model={"resize": "pad", "tiling": tiling, **STILL})
-    frame, tiles = frame_of(config, "gear"), Tiles.of(config.model)
+    frame, tiles = load_frame(config, "gear"), Tiles.of(config.model)
     side = config.model.image_size_px // config.model.place_px(config.density)
     refused = 0
     for longer in (8, 16, 24, 32, 48, 64, 128):
         for width, height in ((longer * 8, 8), (8, longer * 8), (longer * 8, 17)):
-            shown = torch.from_numpy(frame.shown(frame.box(width, height)))[None] > 0
+            shown = torch.from_numpy(frame.scored_channel(frame.image_box(width, height)))[None] > 0
             inspected = places_shown(shown, None, tiles, (side * tiles.rows, side * tiles.columns)).any()
             if inspected:
                 frame.check_size(width, height)
@@ -75,8 +75,8 @@ def test_the_frame_refuses_exactly_the_sizes_of_which_the_detector_inspects_no_p
 
 def test_the_error_tells_whether_the_image_or_its_region_is_too_thin(data: str, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"too thin for any place .*: cut the image .* or with model\.resize=stretch"):
-        decode_image(encode_png(strip(512, 8)), frame_of(padded(data, tmp_path), "gear"))
-    banded = frame_of(
+        decode_image(encode_png(strip(512, 8)), load_frame(padded(data, tmp_path), "gear"))
+    banded = load_frame(
         small_config(data, tmp_path, data={"regions": {"gear": BAND}}, model={"resize": "pad", **STILL}), "gear"
     )
     with pytest.raises(ImageError, match=r"its region of interest is too thin .*: enlarge data\.regions, or train"):

@@ -12,9 +12,9 @@ import pytest
 from made_sources import make_mvtec, pixels, save
 
 from focus_ray.data import store
-from focus_ray.data.commits import named
+from focus_ray.data.commits import referenced_files
 from focus_ray.data.ingest import ingest
-from focus_ray.data.read import data_version, decoded_rows, index_version, iter_test_records, read_index, read_rows
+from focus_ray.data.read import data_version, decode_rows, index_version, iter_test_records, read_index, read_rows
 from focus_ray.errors import DataError
 
 
@@ -66,8 +66,8 @@ def test_the_index_tells_its_version_and_rows_are_read_of_it(source: Path, tmp_p
     assert ids(read_rows(out, "bolt", rows, ["id"], version=first)) == index["id"].to_pylist()
     assert read_index(out, "bolt", "train", version=first).equals(index)
     assert ids(read_rows(out, "bolt", rows, ["id"])) != index["id"].to_pylist()
-    (images,) = decoded_rows(str(out), "bolt", [int(rows[0])], 8, version=first)
-    (others,) = decoded_rows(str(out), "bolt", [int(rows[0])], 8)
+    (images,) = decode_rows(str(out), "bolt", [int(rows[0])], 8, version=first)
+    (others,) = decode_rows(str(out), "bolt", [int(rows[0])], 8)
     assert not np.array_equal(images, others)
 
 
@@ -108,8 +108,8 @@ def test_a_replaced_version_goes_with_its_files_a_day_after_it_was_replaced(sour
     assert [read_index(out, "bolt", version=name).num_rows for name in (second, third, fourth)] == [13, 14, 15]
     names = {"_commit.json"}
     for version in (second, third, fourth):
-        commit = store.open_store(out).need_commit("bolt", version)
-        names |= named(commit)
+        commit = store.open_store(out).require_commit("bolt", version)
+        names |= referenced_files(commit)
     assert {path.name for path in (out / "category=bolt").iterdir() if path.is_file()} == names
 
 

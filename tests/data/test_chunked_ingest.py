@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from made_sources import make_folder, make_mvtec, pixels, save, spot
 
 from focus_ray.data import store
-from focus_ray.data.commits import named
+from focus_ray.data.commits import referenced_files
 from focus_ray.data.ingest import ingest
 from focus_ray.data.ingestion import chunks
-from focus_ray.data.ingestion.chunks import map_here
+from focus_ray.data.ingestion.chunks import map_in_process
 from focus_ray.data.ingestion.report import IngestReport
 from focus_ray.data.read import data_fingerprint, data_version, read_index, read_rows
 from focus_ray.data.schema import SCHEMA
@@ -99,15 +99,15 @@ def test_in_pieces_rows_ids_and_rejects_are_those_of_one_go(files: list[File], f
         whole, pieces = Path(folder) / "whole", Path(folder) / "pieces"
         expected = take(root, whole)
         patch.setattr(store, "FILE_BYTES", file_bytes)
-        assert take(root, pieces, run=map_here) == expected
+        assert take(root, pieces, run=map_in_process) == expected
         assert sorted(rows_of(pieces), key=lambda row: row["id"]) == rows_of(whole)
-        commits = [open_store(place).need_commit("bolt") for place in (whole, pieces)]
+        commits = [open_store(place).require_commit("bolt") for place in (whole, pieces)]
         assert commits[0]["source_fingerprint"] == commits[1]["source_fingerprint"]
         assert take(root, pieces).categories[0].status == "unchanged"
-        assert take(root, whole, run=map_here).categories[0].status == "unchanged"
+        assert take(root, whole, run=map_in_process).categories[0].status == "unchanged"
         index = read_index(pieces, "bolt")
         assert [row["id"] for row in rows_of(pieces)] == index["id"].to_pylist()
-        assert store.open_store(pieces).is_whole("bolt", commits[1])
+        assert store.open_store(pieces).is_complete("bolt", commits[1])
 
 
 def test_pieces_that_hold_nothing_to_settle_are_taken_as_they_were_written(
@@ -118,15 +118,15 @@ def test_pieces_that_hold_nothing_to_settle_are_taken_as_they_were_written(
     rewritten: list[str] = []
     original = chunks.rewrite_part
 
-    def noting(job: chunks.Rewrite) -> Any:
+    def noting(job: chunks.PartRewrite) -> Any:
         rewritten.append(job.entry["name"])
         return original(job)
 
     monkeypatch.setattr(chunks, "rewrite_part", noting)
-    take(root, tmp_path / "out", run=map_here)
+    take(root, tmp_path / "out", run=map_in_process)
     assert len(rewritten) == 1
     assert ids_of(tmp_path / "out") == sorted(ids_of(tmp_path / "out"))
-    assert len(open_store(tmp_path / "out").need_commit("bolt")["files"]) > 4
+    assert len(open_store(tmp_path / "out").require_commit("bolt")["files"]) > 4
 
 
 # append
@@ -164,10 +164,10 @@ def test_an_append_rewrites_no_part_and_decodes_only_what_is_new(
 ) -> None:
     root, out = make_mvtec(tmp_path / "bolt", num_train=9), tmp_path / "out"
     take(root, out)
-    before = open_store(out).need_commit("bolt")
+    before = open_store(out).require_commit("bolt")
     save(root / "train/good/new.png", pixels(999))
     (report,) = append(root, out).categories
-    after = open_store(out).need_commit("bolt")
+    after = open_store(out).require_commit("bolt")
     assert (report.status, report.num_added, report.num_there, report.num_rows) == ("appended", 1, 12, 13)
     assert decoded == ["new.png"]
     assert after["files"][: len(before["files"])] == before["files"]
@@ -206,11 +206,11 @@ def test_files_of_one_name_from_two_sites_keep_apart(tmp_path: Path) -> None:
 def test_a_test_image_takes_its_copy_out_of_the_training_data(tmp_path: Path, small_parts: None) -> None:
     root, out = make_mvtec(tmp_path / "bolt", num_train=9), tmp_path / "out"
     take(root, out)
-    before = open_store(out).need_commit("bolt")
+    before = open_store(out).require_commit("bolt")
     other = make_mvtec(tmp_path / "more/bolt", num_train=1)
     shutil.copy(root / "train/good/004.png", other / "test/good/004.png")
     (report,) = append(other, out).categories
-    after = open_store(out).need_commit("bolt")
+    after = open_store(out).require_commit("bolt")
     assert (report.num_added, report.num_train, report.num_test_normal, report.num_rows) == (1, 8, 2, 12)
     assert "train/good/004" not in ids_of(out)
     assert "test/good/004" in ids_of(out)
@@ -234,7 +234,7 @@ def test_what_contradicts_or_leaks_into_what_is_there_is_rejected(tmp_path: Path
     assert "test data in the row bolt/test/good/000, which is kept" in told["train/good/leak.png"][1]
     assert rows_of(out)[: len(before)] == before
     assert report.exit_status == 3
-    assert {item.path for item in open_store(out).rejects("bolt")} == set(told)
+    assert {item.path for item in open_store(out).read_rejects("bolt")} == set(told)
 
 
 def test_a_split_that_was_drawn_stays_as_the_folder_grows(tmp_path: Path) -> None:
@@ -326,8 +326,8 @@ def test_appends_at_the_same_moment_are_all_there(
     together(monkeypatch, 3)
     assert at_once([lambda source=source: append(source, out) for source in sources]) == []
     assert len(rows_of(out)) == len(set(ids_of(out))) == 24
-    commit = open_store(out).need_commit("bolt")
-    kept = named(commit) | {item["name"] for item in commit["dropped"]}
+    commit = open_store(out).require_commit("bolt")
+    kept = referenced_files(commit) | {item["name"] for item in commit["dropped"]}
     assert {path.name for path in (out / "category=bolt").iterdir() if path.is_file()} == {"_commit.json", *kept}
     versions = [path.stem for path in (out / "category=bolt/_commits").iterdir()]
     assert sorted(len(rows_of(out, version=name)) for name in versions) == [6, 12, 18, 24]
@@ -392,11 +392,11 @@ def test_a_run_that_dies_among_the_pieces_leaves_the_old_data_and_is_done_again(
         take(root, out, run=dies)
     assert rows_of(out) == old
     folder = out / "category=bolt"
-    left = {path.name for path in folder.glob("part-*")} - named(open_store(out).need_commit("bolt"))
+    left = {path.name for path in folder.glob("part-*")} - referenced_files(open_store(out).require_commit("bolt"))
     assert len(left) == 3
     for path in folder.iterdir():
         os.utime(path, (1, 1))
-    assert take(root, out, run=map_here).categories[0].status == "written"
+    assert take(root, out, run=map_in_process).categories[0].status == "written"
     assert len(rows_of(out)) == len(set(ids_of(out))) == 13
     assert left.isdisjoint(path.name for path in folder.iterdir())
 
@@ -419,11 +419,11 @@ def test_a_source_that_is_seen_by_stamp_is_not_read_again(
     tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, out = make_mvtec(tmp_path / "bolt"), tmp_path / "out"
-    take(root, out, run=map_here)
+    take(root, out, run=map_in_process)
     assert len(decoded) == 6
     monkeypatch.setattr(Path, "read_bytes", None)
-    assert take(root, out, run=map_here).categories[0].status == "unchanged"
+    assert take(root, out, run=map_in_process).categories[0].status == "unchanged"
     monkeypatch.undo()
     save(root / "test/crack/001.png", pixels(77))
-    assert take(root, out, run=map_here).categories[0].status == "written"
+    assert take(root, out, run=map_in_process).categories[0].status == "written"
     assert np.array_equal([row["id"] for row in rows_of(out)], read_index(out, "bolt")["id"].to_pylist())

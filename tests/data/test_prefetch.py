@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from focus_ray.data.ahead import ahead
+from focus_ray.data.prefetch import prefetch
 
 
 def threads_ahead() -> int:
@@ -19,7 +19,7 @@ def threads_ahead() -> int:
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 4))
 def test_items_come_as_they_are_in_order(items: list[int], depth: int) -> None:
-    assert list(ahead(iter(items), depth)) == items
+    assert list(prefetch(iter(items), depth)) == items
 
 
 def test_an_error_comes_where_its_item_would() -> None:
@@ -27,7 +27,7 @@ def test_an_error_comes_where_its_item_would() -> None:
         yield 1
         raise OSError("the disk is gone")
 
-    found = ahead(items())
+    found = prefetch(items())
     assert next(found) == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(found)
@@ -42,7 +42,7 @@ def test_items_are_made_while_the_reader_works_and_no_more_than_fit() -> None:
             made.append(number)
             yield number
 
-    found = ahead(items(), depth=2)
+    found = prefetch(items(), depth=2)
     assert next(found) == 0
     until = time.monotonic() + 10
     while len(made) < 4 and time.monotonic() < until:
@@ -53,7 +53,7 @@ def test_items_are_made_while_the_reader_works_and_no_more_than_fit() -> None:
 
 def test_a_reader_that_goes_away_ends_the_thread() -> None:
     before = threads_ahead()
-    found = ahead(iter(range(100)))
+    found = prefetch(iter(range(100)))
     next(found)
     assert threads_ahead() == before + 1
     found.close()
