@@ -51,7 +51,7 @@ class Judged:
 class CategoryImages:
     """The decoded images of a category: fit and validation (N, S, S, 3) uint8, and those that trials are judged on.
 
-    fit_groups, fit_order: (N,) group number and natural order of each fit image, as of `Plan`; None: each is its own group.
+    fit_groups, fit_order: (N,) group number and natural order of each fit image, as of `SplitPlan`; None: each is its own group.
     """
 
     fit: NDArray[np.uint8]

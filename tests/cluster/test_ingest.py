@@ -145,7 +145,7 @@ def test_from_s3_to_s3_each_object_is_read_once_by_some_worker(s3: S3Server, sou
             text=True,
             timeout=200,
         )
-        asked = [path for method, path, _, _ in proxy.made if "/parts/" in path and method == "GET"]
+        asked = [path for method, path, _, _ in proxy.requests if "/parts/" in path and method == "GET"]
     assert (ended.returncode, ended.stdout) == (expected.exit_status, f"{expected}\n"), ended.stderr[-2000:]
     assert len(asked) == len(set(asked)) == len(objects)
     for category in ("bolt", "nut"):
