@@ -28,7 +28,7 @@ from focus_ray.data.ingest import ingest
 from focus_ray.data.shards import build_shard
 from focus_ray.data.split import plan_category
 from focus_ray.fitting.fit import fit
-from focus_ray.kinds import BACKBONES, GEOMETRIES, Geometry
+from focus_ray.kinds import BACKBONES, GEOMETRIES, BackboneGeometry
 from focus_ray.model.backbones.base import bare_backbone, build_backbone
 from focus_ray.model.batch_norm import prepared_for_inference
 from focus_ray.model.network import FocusNet
@@ -39,7 +39,7 @@ _AT_ONCE = 4
 
 def size_for(backbone: str) -> int:
     """The multiple of its stride that is nearest to 256 px."""
-    stride = GEOMETRIES.get(backbone, Geometry()).strides[2]
+    stride = GEOMETRIES.get(backbone, BackboneGeometry()).strides[2]
     return round(256 / stride) * stride
 
 

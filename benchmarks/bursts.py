@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.seeds import derived_seed
+from focus_ray.seeds import derive_seed
 
 
 def photograph(
@@ -32,7 +32,7 @@ def photograph(
             f"count={count}, shift_px={shift_px}, noise={noise}, brightness={brightness}: count must be at least 1 and the "
             "other three must not be negative"
         )
-    generator = torch.Generator().manual_seed(derived_seed(seed, "photograph"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "photograph"))
     photographs = images.new_empty(len(images) * count, *images.shape[1:])
     height, width = images.shape[1:3]
     for number in range(len(photographs)):
@@ -65,7 +65,7 @@ def crop_steps(images: Tensor, side_px: int, step_px: int) -> Tensor:
 
 def crop_anywhere(images: Tensor, side_px: int, seed: int) -> Tensor:
     """Crops each image once, at a random place along its middle: (N, H, W, C) -> (N, side_px, side_px, C)."""
-    generator = torch.Generator().manual_seed(derived_seed(seed, "crop"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "crop"))
     top = (images.shape[1] - side_px) // 2
     lefts = torch.randint(0, images.shape[2] - side_px + 1, (len(images),), generator=generator).tolist()
     crops = [image[top : top + side_px, left : left + side_px] for image, left in zip(images, lefts, strict=True)]

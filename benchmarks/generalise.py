@@ -53,7 +53,7 @@ from benchmarks.spine import padim_tree
 from focus_ray.bundle.bundle import git_commit
 from focus_ray.config import override_tree, parse_config
 from focus_ray.data.read import iter_test_records
-from focus_ray.data.split import Plan, plan_category
+from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.density.base import sample_positions
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
@@ -78,7 +78,7 @@ def protocol_tree(holdout_fraction: float) -> dict[str, Any]:
     return {"data": {"holdout_fraction": holdout_fraction}, "calibration": {"method": method}}
 
 
-def plan_training(tree: Mapping[str, Any], category: str, shots: int | None) -> Plan:
+def plan_training(tree: Mapping[str, Any], category: str, shots: int | None) -> SplitPlan:
     """The training images of a category. shots: take only this many of them, evenly chosen; None takes all."""
     plan = plan_category(parse_config(dict(tree)), category)
     if shots is None or shots >= len(plan.fit_rows):
@@ -87,7 +87,7 @@ def plan_training(tree: Mapping[str, Any], category: str, shots: int | None) -> 
     return plan.take_fit(chosen)
 
 
-def training_digest(plan: Plan) -> str:
+def training_digest(plan: SplitPlan) -> str:
     """The same for two plans if the same images train, be it that some of them first validate."""
     rows = sorted([*plan.fit_rows.tolist(), *plan.validation_rows.tolist()])
     return hashlib.sha256(json.dumps([plan.fingerprint, rows]).encode()).hexdigest()[:16]

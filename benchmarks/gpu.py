@@ -27,7 +27,7 @@ from benchmarks.limits import interleaved
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import Config, parse_config
 from focus_ray.data.images import decode_batch
-from focus_ray.data.importers.base import image_files
+from focus_ray.data.importers.base import list_image_files
 from focus_ray.data.shards import MemoryShard
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.scoring import to_images
@@ -44,7 +44,7 @@ def training_images(arguments: argparse.Namespace) -> Tensor:
     if arguments.data is None:
         drawn = [draw_sample(arguments.part, 0, "train", number, size)[0] for number in range(arguments.images)]
         return torch.from_numpy(np.stack(drawn))
-    files = image_files(Path(arguments.data))[: arguments.images]
+    files = list_image_files(Path(arguments.data))[: arguments.images]
     if not files:
         raise SystemExit(f"{arguments.data}: no image in this folder")
     return torch.from_numpy(decode_batch([file.read_bytes() for file in files], size, 2))

@@ -16,9 +16,9 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import Config, parse_config
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, list_categories
-from focus_ray.data.regions import frame_of
+from focus_ray.data.regions import load_frame
 from focus_ray.data.shards import build_shard
-from focus_ray.data.split import Plan, plan_category
+from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.fitting.fit import FitResult, fit
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -68,7 +68,9 @@ def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def fit_category(config: Config, category: str, device: str, plan: Plan | None = None) -> tuple[FitResult, Inspector]:
+def fit_category(
+    config: Config, category: str, device: str, plan: SplitPlan | None = None
+) -> tuple[FitResult, Inspector]:
     """Trains one category in this process and gives an inspector of it."""
     plan = plan or plan_category(config, category)
     shard = build_shard(config, category, plan, rank=0, num_workers=1)
@@ -78,7 +80,7 @@ def fit_category(config: Config, category: str, device: str, plan: Plan | None =
 
 def inspector_of(config: Config, category: str, found: FitResult, device: str) -> Inspector:
     """What was fitted, as it would be read from its bundle."""
-    frame = frame_of(config, category)
+    frame = load_frame(config, category)
     return Inspector(
         Bundle({"category": category, "sha256": ""}, config, found.detector, found.calibration, frame), device
     )

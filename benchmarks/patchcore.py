@@ -27,7 +27,7 @@ from focus_ray.config import parse_config
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.shards import MemoryShard, build_shard
-from focus_ray.data.split import Plan, plan_category
+from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.density.base import sample_positions
 from focus_ray.evaluation.evaluate import evaluation_size, summarise
 from focus_ray.evaluation.inspection import resize_map
@@ -87,7 +87,7 @@ def patchcore(
     category: str,
     device: str,
     seed: int,
-    plan: Plan | None = None,
+    plan: SplitPlan | None = None,
     *,
     share: float = 0.01,
     padding: str = "zeros",

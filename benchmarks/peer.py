@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, keep_json, print_table
-from focus_ray.data.importers.base import image_files, match_masks, subfolders
+from focus_ray.data.importers.base import find_masks, list_image_files, list_subfolders
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = {
@@ -51,21 +51,21 @@ COLUMNS = {
 
 def images_of(folder: Path, work: Path) -> dict[str, Any]:
     """An MVTec-shaped category as lists of files, and as the flat folders that anomalib reads."""
-    train = [str(path) for path in image_files(folder / "train" / "good")]
-    good = [str(path) for path in image_files(folder / "test" / "good")]
+    train = [str(path) for path in list_image_files(folder / "train" / "good")]
+    good = [str(path) for path in list_image_files(folder / "test" / "good")]
     bad: list[str] = []
     masks: dict[str, str] = {}
     flat = {name: work / name for name in ("good", "bad", "masks")}
     for place in flat.values():
         place.mkdir(parents=True, exist_ok=True)
-    for kind in subfolders(folder / "test"):
-        for path in image_files(kind):
+    for kind in list_subfolders(folder / "test"):
+        for path in list_image_files(kind):
             if kind.name == "good":
                 _link(path, flat["good"] / path.name)
                 continue
             bad.append(str(path))
             _link(path, flat["bad"] / f"{kind.name}_{path.name}")
-            found = match_masks(folder / "ground_truth" / kind.name, path.stem)
+            found = find_masks(folder / "ground_truth" / kind.name, path.stem)
             if found:
                 masks[str(path)] = str(found[0])
                 _link(found[0], flat["masks"] / f"{kind.name}_{path.stem}{found[0].suffix}")

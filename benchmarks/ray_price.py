@@ -37,8 +37,8 @@ from focus_ray.bundle.bundle import read_manifest
 from focus_ray.config import Config, config_to_yaml, parse_config
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
-from focus_ray.data.regions import frame_of
-from focus_ray.data.shards import Steps, build_shard, local_stream
+from focus_ray.data.regions import load_frame
+from focus_ray.data.shards import BatchSchedule, build_shard, local_stream
 from focus_ray.data.split import plan_category
 
 FYD = Path(__file__).resolve().parents[1] / "configs" / "fyd.yaml"
@@ -84,7 +84,7 @@ def trained(config: Config, category: str, threads: int) -> dict[str, float]:
     wall_s = time.perf_counter() - start
     manifest = read_manifest(Path(config.storage) / config.name / "bundles" / category)
     history, stages = manifest["metrics"]["history"], manifest["metrics"]["seconds"]
-    batch_size = Steps.agree(manifest["data"]["num_fit"], 1, config.train.batch_size_per_worker).batch_size
+    batch_size = BatchSchedule.agree(manifest["data"]["num_fit"], 1, config.train.batch_size_per_worker).batch_size
     epochs_s = [epoch["seconds"] for epoch in history]
     return {
         "images_per_s": statistics.median(e["steps"] * batch_size / e["seconds"] for e in history[1:]),
@@ -161,7 +161,7 @@ def ways(config: Config, category: str, rows: Sequence[int], where: str) -> dict
     kept = build_shard(config, category, plan, 0, 1)
     unkept = config.model_copy(update={"data": config.data.model_copy(update={"memory_budget_mb": 0.0})})
     streamed = build_shard(unkept, category, plan, 0, 1, local_stream(unkept, category, plan))
-    steps = Steps.agree(len(plan.fit_rows), 1, train.batch_size_per_worker)
+    steps = BatchSchedule.agree(len(plan.fit_rows), 1, train.batch_size_per_worker)
 
     def epoch(shard: Any) -> int:
         return went_through(shard.train_batches(steps.batch_size, steps.steps, torch.Generator().manual_seed(0)))
@@ -182,7 +182,7 @@ def measure_data(arguments: argparse.Namespace, uri: str, category: str) -> dict
     """Way -> images a second, medians of rounds that take turns; the first round, which warms up, is left out."""
     tree = merged(base_tree(arguments, uri), {"train": {"batch_size_per_worker": arguments.batch_size}})
     config = parse_config(tree)
-    frame, size = frame_of(config, category), arguments.batch_size
+    frame, size = load_frame(config, category), arguments.batch_size
     rows = read_index(uri, category, "train")["row"].to_numpy().tolist()
     encoded = [record["image"] for record in read_rows(uri, category, rows, ("image",))]
     parts = [encoded[start : start + size] for start in range(0, len(encoded), size)]

@@ -31,7 +31,7 @@ from focus_ray.bundle.bundle import write_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import Config, parse_config
 from focus_ray.data.images import decode_image
-from focus_ray.data.importers.base import image_files
+from focus_ray.data.importers.base import list_image_files
 from focus_ray.data.shards import MemoryShard
 from focus_ray.data.split import num_held_out
 from focus_ray.fitting.fit import fit
@@ -226,7 +226,7 @@ def main() -> None:
             for number in range(DRAWN):
                 save(draw_sample("gear", 0, "train", number)[0], Path(folder) / f"{number:03}.png")
         good = Path(folder) if arguments.data is None else arguments.data.absolute() / "train" / "good"
-        asked = measurements(arguments, [str(path) for path in image_files(good)])
+        asked = measurements(arguments, [str(path) for path in list_image_files(good)])
         runs: list[list[dict[str, Any]]] = [[] for _ in asked]
         for repeat in range(arguments.repeats):
             for one, found in zip(asked, runs, strict=True):

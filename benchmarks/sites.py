@@ -39,7 +39,7 @@ from focus_ray.data.split import split_category
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.evaluation.metrics import Measured
 from focus_ray.kinds import METRICS
-from focus_ray.seeds import derived_seed
+from focus_ray.seeds import derive_seed
 
 Pixels = NDArray[np.uint8]
 MOST_FIT, MOST_GOOD, MOST_BAD = 180, 60, 60  # good images that fit and that are kept, at most, and defects
@@ -71,14 +71,14 @@ CAMERAS: tuple[Callable[[NDArray[np.float64], np.random.Generator], NDArray[np.f
 def photograph(record: Row, camera: int, size_px: int, seed: int) -> bytes:
     """An image of `size_px` a side as a site's camera gives it, the same every time."""
     pixels: NDArray[np.float64] = decode_batch([record["image"]], size_px)[0].astype(np.float64)
-    noise = np.random.default_rng(derived_seed(seed, "camera", camera, zlib.crc32(str(record["id"]).encode())))
+    noise = np.random.default_rng(derive_seed(seed, "camera", camera, zlib.crc32(str(record["id"]).encode())))
     made: Pixels = CAMERAS[camera](pixels, noise).round().clip(0, 255).astype(np.uint8)
     return encode_png(made)
 
 
 def dealt(count: int, num_sites: int, seed: int) -> tuple[list[int], list[list[int]]]:
     """Numbers of the good images that are kept, the same for any number of sites, and of those of each site."""
-    order = np.random.default_rng(derived_seed(seed, "sites")).permutation(count).tolist()
+    order = np.random.default_rng(derive_seed(seed, "sites")).permutation(count).tolist()
     num_kept = min(MOST_GOOD, round(KEPT * count))
     rest = order[num_kept:][:MOST_FIT]
     return order[:num_kept], [sorted(rest[site::num_sites]) for site in range(num_sites)]

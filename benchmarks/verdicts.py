@@ -28,11 +28,11 @@ from torch import Tensor
 from benchmarks.bursts import crop_anywhere, crop_steps, photograph
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, read_samples
 from focus_ray.config import parse_config
-from focus_ray.data.read import decoded_rows, read_index
+from focus_ray.data.read import decode_rows, read_index
 from focus_ray.data.shards import MemoryShard
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.scoring import Detector
-from focus_ray.seeds import derived_seed
+from focus_ray.seeds import derive_seed
 
 MOST_BAD, MOST_GOOD = 40, 60  # test images of a draw
 HELD_OUT = 0.2  # for `split`
@@ -46,7 +46,7 @@ def load(uri: str, category: str, label: int, size_px: int) -> Tensor:
     """All images (N, S, S, 3) of one label, training and test."""
     index = read_index(uri, category)
     rows = [row for row, one in zip(index["row"].to_pylist(), index["label"].to_pylist(), strict=True) if one == label]
-    return torch.from_numpy(np.concatenate(list(decoded_rows(uri, category, rows, size_px))))
+    return torch.from_numpy(np.concatenate(list(decode_rows(uri, category, rows, size_px))))
 
 
 def scores(detector: Detector, images: Tensor) -> np.ndarray[Any, Any]:
@@ -93,13 +93,13 @@ def draw(
     Returns:
         Realised false positive rate and recall, and the scores that they come from.
     """
-    order = torch.randperm(len(good), generator=torch.Generator().manual_seed(derived_seed(seed, "draw", num_parts)))
+    order = torch.randperm(len(good), generator=torch.Generator().manual_seed(derive_seed(seed, "draw", num_parts)))
     perturbation = perturbation or {}
     parts, new_parts = good[order[:num_parts]], good[order[num_parts:]][:MOST_GOOD]
     defects = bad[:: max(1, len(bad) // MOST_BAD)]
-    training = view_images(parts, view, derived_seed(seed, "training"), perturbation, training=True)
+    training = view_images(parts, view, derive_seed(seed, "training"), perturbation, training=True)
     tests = [
-        view_images(images, view, derived_seed(seed, "test", label), perturbation, training=False)
+        view_images(images, view, derive_seed(seed, "test", label), perturbation, training=False)
         for label, images in enumerate((new_parts, defects))
     ]
     config = parse_config(

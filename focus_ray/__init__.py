@@ -30,10 +30,10 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         from importlib import import_module
 
-        from focus_ray.extras import explained
+        from focus_ray.extras import explain_missing_module
 
         try:
             return getattr(import_module(f"focus_ray.{_MODULES[name]}"), name)
         except ModuleNotFoundError as error:
-            raise explained(error) or error from None
+            raise explain_missing_module(error) or error from None
     raise AttributeError(f"module 'focus_ray' has no attribute {name!r}")

@@ -26,10 +26,10 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.make import bundle_place, train_here
 from focus_ray.config import Config, parse_config, read_mapping
 from focus_ray.data.images import ImageError, content_hash, encode_opened, encode_png, read_image
-from focus_ray.data.importers.base import image_files, subfolders
+from focus_ray.data.importers.base import list_image_files, list_subfolders
 from focus_ray.data.importers.groups import GroupRule, TableRule
 from focus_ray.data.ingest import ingest
-from focus_ray.data.listing import IMAGE_SUFFIXES, images_below
+from focus_ray.data.listing import IMAGE_SUFFIXES, find_image_files
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.schema import Row
 from focus_ray.data.split import split_category
@@ -82,7 +82,7 @@ class Model:
         Raises: DataError: as `inspect`; the message names the image by its path or its place in the list.
         """
         if isinstance(images, (str, Path)):
-            return self.inspector.inspect(images_below(Path(images).expanduser()))
+            return self.inspector.inspect(find_image_files(Path(images).expanduser()))
         return self.inspector.inspect(
             [
                 image if isinstance(image, (str, Path)) else _encoded(image, f"image {number}")
@@ -278,12 +278,12 @@ def _only(categories: Sequence[str], place: str) -> str:
 
 def as_good(source: Path, root: Path) -> Path:
     """A folder of nothing but images, as one below `root` whose good/ they are, by links, or copies; any other as it is."""
-    if not image_files(source) or subfolders(source):
+    if not list_image_files(source) or list_subfolders(source):
         return source
     name = source.resolve().name
     folder = root / (name if is_name(name) else _NAME) / "good"
     folder.mkdir(parents=True)
-    for path in (Path(str(item)) for item in image_files(source)):
+    for path in (Path(str(item)) for item in list_image_files(source)):
         try:
             os.symlink(path.resolve(), folder / path.name)
         except OSError:
@@ -309,7 +309,7 @@ def _rule_of_groups(groups: Sequence[str | int | None] | None, folder: Path) -> 
     """Returns the rule that gives each image of `_written` its group. Raises: DataError: another number of groups than images."""
     if groups is None:
         return None
-    files = image_files(folder / "good")
+    files = list_image_files(folder / "good")
     if len(groups) != len(files):
         raise DataError(f"{len(files)} images, but {len(groups)} groups: give one group an image")
     names: dict[str, str] = {}

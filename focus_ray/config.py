@@ -25,8 +25,8 @@ from pydantic import (
 )
 
 from focus_ray.errors import ConfigError
-from focus_ray.kinds import BACKBONES, DENSITIES, GEOMETRIES, TRACKERS, Geometry
-from focus_ray.names import NAME
+from focus_ray.kinds import BACKBONES, DENSITIES, GEOMETRIES, TRACKERS, BackboneGeometry
+from focus_ray.names import NAME_PATTERN
 from focus_ray.yaml_text import load_yaml
 
 Group = Literal[
@@ -308,15 +308,15 @@ class ModelConfig(Section):
         return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
 
     @property
-    def geometry(self) -> Geometry:
+    def geometry(self) -> BackboneGeometry:
         """Strides and limits of the backbone."""
-        return GEOMETRIES.get(self.backbone, Geometry())
+        return GEOMETRIES.get(self.backbone, BackboneGeometry())
 
     @field_validator("image_size_px")
     @classmethod
     def _divisible(cls, value: int, info: ValidationInfo) -> int:
         backbone = info.data.get("backbone", "")  # missing if the backbone was refused
-        step = GEOMETRIES.get(backbone, Geometry()).strides[2]
+        step = GEOMETRIES.get(backbone, BackboneGeometry()).strides[2]
         if value % step:
             below = value - value % step
             raise ValueError(
@@ -341,7 +341,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _large_enough(self) -> ModelConfig:
-        smallest = self.geometry.smallest_reflected_px
+        smallest = self.geometry.min_reflected_px
         if self.padding == "reflect" and self.image_size_px < smallest:
             raise ValueError(
                 f"padding=reflect with {self.backbone} needs an image_size_px of at least {smallest}, got {self.image_size_px}: "
@@ -352,7 +352,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _aligns_maps(self) -> ModelConfig:
         moving = [key for key in get_args(Layer) if getattr(self.feature_alignment, key) != "none"]
-        if moving and not self.geometry.hands_on_maps:
+        if moving and not self.geometry.passes_feature_maps:
             raise ValueError(
                 f"{self.backbone} hands tokens from layer to layer, which cannot be aligned as maps: set "
                 f"{', '.join(f'model.feature_alignment.{key}=none' for key in moving)}, or take another backbone"
@@ -646,18 +646,18 @@ class ClusterConfig(Section):
 
     team: str | None = Field(
         default=None,
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Owner of the run. It becomes part of the run's namespace, and of the name with name=auto.",
     )
     priority: str | None = Field(
         default=None,
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Kueue's priority class of the job, recorded with the job (configs/cluster). Ray itself has no "
         "priorities.",
     )
     namespace: str | None = Field(
         default=None,
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Ray namespace of the run's actors. null uses the team's namespace, or one for this run.",
     )
     labels: dict[str, str] = Field(
@@ -775,7 +775,7 @@ class Config(Section):
 
     name: str = Field(
         default="focus-ray",
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Name of the run's folder. 'auto' makes a unique name from team, date and a random part.",
     )
     storage: str = Field(

@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from focus_ray.config import Config
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import Kinds
-from focus_ray.names import NAME, NAME_WORDS
+from focus_ray.names import NAME_PATTERN, NAME_WORDS
 from focus_ray.serving.settings import Settings
 from focus_ray.sweep.settings import SweepConfig
 
@@ -169,7 +169,7 @@ def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     kinds = next((table for table in map(_kinds_in, metadata) if table), None)
     if kinds is not None:
         return ", ".join(kinds)
-    if any(getattr(item, "pattern", None) == NAME for item in metadata):
+    if any(getattr(item, "pattern", None) == NAME_PATTERN for item in metadata):
         return "name"
     return _PLAIN[annotation] + limits
 

@@ -1,55 +1,55 @@
-"""The errors that a user can cause and mend; everything else is a bug of ours."""
+"""Errors that a user can cause and correct. Every other exception is a bug of focus_ray."""
 
 from __future__ import annotations
 
 
 class FocusRayError(Exception):
-    """Base of the errors whose message says what came, what was expected and what to do."""
+    """Base class of all errors of focus_ray. The message states the value, the expected value and the remedy."""
 
 
 class ConfigError(FocusRayError, ValueError):
-    """A configuration value that cannot be used."""
+    """A configuration has an unusable value."""
 
 
 class MissingPackageError(FocusRayError, ImportError):
-    """A package that is needed for what was asked, and comes with an extra that is not installed."""
+    """A command needs a package of an extra that is not installed."""
 
 
 class DataError(FocusRayError, ValueError):
-    """An image, mask or data set that cannot be used."""
+    """An image, a mask or a data set cannot be used."""
 
 
 class StorageError(DataError):
-    """A storage that cannot be reached or refuses; another time it may not."""
+    """A storage cannot be reached or refuses a request. A later attempt may succeed."""
 
 
 class WeightsError(FocusRayError, RuntimeError):
-    """Pretrained weights that cannot be found, read or trusted."""
+    """Pretrained weights are missing, unreadable or have the wrong checksum."""
 
 
 class BundleError(FocusRayError, RuntimeError):
-    """A trained artifact that is missing, incomplete, changed or of another format version."""
+    """A bundle is missing, incomplete, changed or of another format version."""
 
 
 class ScoreError(DataError):
-    """A score that is not a finite number: the model, not the image, is to blame."""
+    """A score is not a finite number. The cause is the model, not the image."""
 
 
 class TrainingError(FocusRayError, RuntimeError):
-    """A training run that could not be carried through."""
+    """A training run failed."""
 
 
 class RegistryError(FocusRayError, RuntimeError):
-    """A team, category, version or alias of the registry that is not there, or cannot be as asked."""
+    """A team, category, version or alias does not exist in the registry, or the requested change is not possible."""
 
 
 class SubmissionError(FocusRayError, RuntimeError):
-    """A job that cannot be sent to a cluster, followed or stopped."""
+    """A job cannot be submitted to a cluster, followed or stopped."""
 
 
 class SweepError(FocusRayError, RuntimeError):
-    """A sweep that cannot be started, taken up again or carried through."""
+    """A sweep cannot be started, resumed or finished."""
 
 
 class ExportError(FocusRayError, RuntimeError):
-    """A bundle that cannot be exported as asked, or whose export does not score as it does."""
+    """A bundle cannot be exported with these options, or the exported model gives other scores than the bundle."""

@@ -1,6 +1,7 @@
-"""Which packages come with which extra of focus_ray, and one clear error where one is not installed.
+"""The packages of each extra of focus_ray, and one clear error if a package is not installed.
 
-Without an extra focus_ray reads bundles and inspects with them; `train` adds what learns and measures, `ray` all the rest.
+Without an extra, focus_ray reads bundles and inspects images with them. The extra `train` adds training and evaluation, `ray`
+adds clusters, sweeps and the service.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from importlib.util import find_spec
 
 from focus_ray.errors import MissingPackageError
 
-# extra -> the modules that its packages are imported as
-MODULES: dict[str, tuple[str, ...]] = {
+# extra -> import names of its packages
+EXTRA_MODULES: dict[str, tuple[str, ...]] = {
     "s3": ("boto3", "botocore"),
     "train": ("jinja2", "matplotlib", "sklearn"),
     "ray": ("aiohttp", "fastapi", "grpc", "optuna", "pebble", "python_multipart", "ray", "starlette"),
@@ -22,32 +23,34 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def require_extra(extra: str, what: str) -> None:
-    """Looks for an extra's packages, without importing them.
+def require_extra(extra: str, feature: str) -> None:
+    """Checks that the packages of an extra are installed, without importing them.
 
-    Args: what: needs them, as in "focus-ray train".
+    Args:
+        extra: a key of `EXTRA_MODULES`.
+        feature: what needs the packages, for the error message, as in "focus-ray train".
 
-    Raises: MissingPackageError: one is not installed.
+    Raises: MissingPackageError: a package is not installed.
     """
-    absent = [name for name in MODULES[extra] if not _is_installed(name)]
+    absent = [name for name in EXTRA_MODULES[extra] if not _is_installed(name)]
     if absent:
-        raise MissingPackageError(f"{what} needs {', '.join(absent)}, not installed here: {_advice(extra)}")
+        raise MissingPackageError(f"{feature} needs {', '.join(absent)}, not installed here: {_install_command(extra)}")
 
 
 def _is_installed(module: str) -> bool:
-    """A mere folder of that name, such as `wandb/` with runs in the working directory, is no package."""
+    """Returns whether a module can be imported. A plain folder of that name, such as `wandb/` with runs, does not count."""
     spec = find_spec(module)
     return spec is not None and spec.origin is not None
 
 
-def explained(error: ModuleNotFoundError) -> MissingPackageError | None:
-    """What to say of an import that failed; None where no extra has the module."""
+def explain_missing_module(error: ModuleNotFoundError) -> MissingPackageError | None:
+    """Returns the error with the missing extra for a failed import, or None if the module belongs to no extra."""
     name = (error.name or "").partition(".")[0]
-    for extra, modules in MODULES.items():
+    for extra, modules in EXTRA_MODULES.items():
         if name in modules:
-            return MissingPackageError(f"this needs {name}, which is not installed here: {_advice(extra)}")
+            return MissingPackageError(f"this needs {name}, which is not installed here: {_install_command(extra)}")
     return None
 
 
-def _advice(extra: str) -> str:
+def _install_command(extra: str) -> str:
     return f"pip install 'focus-ray[{extra}]'"

@@ -1,4 +1,4 @@
-"""The kinds there are of densities, backbones, importers, metrics and trackers: a new one is a file and a line here."""
+"""Tables of the available densities, backbones, importers, metrics and trackers. A new one needs one file and one line here."""
 
 from __future__ import annotations
 
@@ -18,33 +18,38 @@ T = TypeVar("T")
 
 
 class Kinds(Generic[T]):
-    """The kinds there are of something (densities, backbones, importers), by name; each is imported when first asked for.
+    """A table of the kinds of one component (density, backbone, importer ...), by name. A kind is imported when it is looked up.
 
-    A new kind is a file that defines it, and its line in the table. Knows no module itself, so that a configuration can be
-    checked without torch.
+    The table itself imports nothing, so that a configuration can be checked without torch.
     """
 
-    def __init__(self, what: str, places: dict[str, str]) -> None:
+    def __init__(self, component: str, import_paths: dict[str, str]) -> None:
         """
         Args:
-            what: for messages, as in "density".  places: name -> "module:attribute".
+            component: name of the component for error messages, as in "density".
+            import_paths: name of the kind -> "module:attribute".
         """
-        self.what, self.places = what, places
+        self.component, self.import_paths = component, import_paths
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.import_paths)
 
     def check(self, name: str) -> str:
-        """Returns: the name. Raises: ValueError: there is no such kind; it names those there are."""
-        if name not in self.places:
-            close = difflib.get_close_matches(name, self.places, n=1)
+        """Returns the name unchanged.
+
+        Raises: ValueError: there is no kind of this name. The message lists the available names.
+        """
+        if name not in self.import_paths:
+            close = difflib.get_close_matches(name, self.import_paths, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(f"{self.what} {name!r} is not known: {hint}choose one of {', '.join(self.places)}")
+            raise ValueError(
+                f"{self.component} {name!r} is not known: {hint}choose one of {', '.join(self.import_paths)}"
+            )
         return name
 
     def __getitem__(self, name: str) -> T:
-        """Raises: ValueError: as `check`."""
-        module, _, attribute = self.places[self.check(name)].partition(":")
+        """Imports and returns the kind of this name. Raises: ValueError: there is no kind of this name."""
+        module, _, attribute = self.import_paths[self.check(name)].partition(":")
         return cast(T, getattr(importlib.import_module(module), attribute))
 
 
@@ -75,34 +80,38 @@ BACKBONES: Kinds[BackboneSpec] = Kinds(
 )
 
 
-class Geometry(NamedTuple):
-    """What a configuration knows of a backbone, since it is checked without torch.
+class BackboneGeometry(NamedTuple):
+    """The properties of a backbone that a configuration needs. They are listed here because it is checked without torch.
 
-    strides: of layers 1, 2, 3: input pixels that a place of their maps stands for. The input's side is a multiple of the last.
-    smallest_reflected_px: the smallest input with padding=reflect: no kernel mirrors more of its last map than that has.
-    hands_on_maps: whether the layers take maps, which can be aligned between them; not tokens.
+    Attributes:
+        strides: input pixels per cell of the feature maps of layers 1, 2 and 3. The side of the input is a multiple of the last
+            stride.
+        min_reflected_px: smallest side of the input with padding=reflect. In a smaller input a kernel would have to mirror more
+            cells than the last feature map has.
+        passes_feature_maps: whether the layers exchange feature maps, which can be aligned between layers. Transformers
+            exchange tokens.
     """
 
     strides: tuple[int, int, int] = (4, 8, 16)
-    smallest_reflected_px: int = 32
-    hands_on_maps: bool = True
+    min_reflected_px: int = 32
+    passes_feature_maps: bool = True
 
 
-_PATCHES = Geometry((14, 14, 14), hands_on_maps=False)
+_PATCHES = BackboneGeometry((14, 14, 14), passes_feature_maps=False)
 
-# of backbones that do not have the usual one
+# backbones whose geometry differs from the default
 GEOMETRIES = {
-    "convnext_tiny": Geometry(smallest_reflected_px=64),  # kernels of 7x7 over 4 x 4 places
-    "efficientnet_lite0": Geometry(smallest_reflected_px=48),  # of 5x5 over 3 x 3
-    "efficientnet_lite1": Geometry(smallest_reflected_px=48),
-    "efficientnet_lite2": Geometry(smallest_reflected_px=48),
+    "convnext_tiny": BackboneGeometry(min_reflected_px=64),  # kernels of 7 x 7 need a map of at least 4 x 4 cells
+    "efficientnet_lite0": BackboneGeometry(min_reflected_px=48),  # kernels of 5 x 5 need a map of at least 3 x 3 cells
+    "efficientnet_lite1": BackboneGeometry(min_reflected_px=48),
+    "efficientnet_lite2": BackboneGeometry(min_reflected_px=48),
     "dinov2_vits14": _PATCHES,
     "dinov2_vitb14": _PATCHES,
     "dinov2_vits14_reg": _PATCHES,
     "dinov2_vitb14_reg": _PATCHES,
 }
 
-# in the order in which a folder is held against them
+# in the order in which they are compared with a folder
 IMPORTERS: Kinds[Importer] = Kinds(
     "format",
     {

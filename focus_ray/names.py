@@ -1,4 +1,4 @@
-"""Names: what one may look like, and one that no other run has."""
+"""Names of runs, categories and versions: which names are valid, and how to make a unique name."""
 
 from __future__ import annotations
 
@@ -8,30 +8,33 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 
 Log = Callable[[str], None]
-"""Takes a line for people."""
+"""A function that shows one line of text to the user."""
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-"""Of a run, team, category, version or alias: fit for files, S3 keys, URLs and Ray."""
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+"""Pattern of the name of a run, team, category, version or alias. Such names are valid in files, S3 keys, URLs and Ray."""
 
+# the pattern in words, for error messages
 NAME_WORDS = "a letter or digit, then letters, digits, '.', '_' or '-', 100 in all at most"
 
 
 def is_name(text: object) -> bool:
-    """Whether a value is a name as `NAME` says."""
-    return isinstance(text, str) and re.fullmatch(NAME, text) is not None and not text.endswith("\n")
+    """Returns whether a value is a text that matches `NAME_PATTERN`."""
+    return isinstance(text, str) and re.fullmatch(NAME_PATTERN, text) is not None and not text.endswith("\n")
 
 
 def unique_name(*parts: str | None) -> str:
-    """A name that no other run or job has: the parts' first 30 characters, the time (UTC) and a random part.
+    """Returns a unique name: the first 30 characters of each part, the time (UTC) and a random part, joined by hyphens.
 
-    Fit for files and Ray alike, and for a configuration's `name` with up to two parts.
+    The name is valid in files and in Ray. With at most two parts it is also short enough for the `name` of a configuration.
+
+    Args: parts: texts for the start of the name. Invalid characters become hyphens; None and empty texts are skipped.
     """
-    kept = [re.sub(r"[^A-Za-z0-9._]+", "-", part)[:30] for part in parts if part]
-    return "-".join([*kept, f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", uuid.uuid4().hex[:6]])
+    prefixes = [re.sub(r"[^A-Za-z0-9._]+", "-", part)[:30] for part in parts if part]
+    return "-".join([*prefixes, f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", uuid.uuid4().hex[:6]])
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file's name is valid UTF-8; others come with surrogates in place of their odd bytes."""
+    """Returns whether a file name is valid UTF-8. Python represents invalid bytes of a file name as surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:

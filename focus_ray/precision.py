@@ -1,4 +1,4 @@
-"""The number type that networks and memories compute in: float32, or bfloat16 where a device is quick at it."""
+"""The data type for the computations of networks and memory banks: float32, or bfloat16 on devices that compute it fast."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
-    """What auto, fp32 or bf16 mean on a device: auto takes bfloat16 where it is quicker there."""
+    """Returns the data type of a precision setting on a device. `auto` means bfloat16 if the device has native support."""
     if precision == "auto":
-        precision = "bf16" if quick_at_bfloat16(torch.device(device)) else "fp32"
+        precision = "bf16" if has_native_bfloat16(torch.device(device)) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -24,11 +24,11 @@ def describe_precision(config: Config, device: torch.device | str) -> str:
     return names[0] if names[0] == names[1] else " and ".join(names)
 
 
-def quick_at_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 by instructions of its own; others emulate it, many times slower than float32."""
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Returns whether a device has native bfloat16 instructions. Other devices emulate bfloat16, much slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name)()) for name in asked if hasattr(torch.cpu, name))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name)()) for name in checks if hasattr(torch.cpu, name))

@@ -1,4 +1,7 @@
-"""A line now and then of a long step: how much is done, how fast, how long it will take. Plain lines, for a job's log too."""
+"""Progress of a long step as plain lines: units finished, units per second, remaining time.
+
+Lines, unlike a progress bar, are also readable in the log of a job.
+"""
 
 from __future__ import annotations
 
@@ -8,39 +11,49 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-FIRST_S = 5.0  # a step that is shorter says nothing
-_GROWTH = 0.25  # of the time that has passed, until the next line: a step of an hour tells about twenty
+FIRST_LINE_S = 5.0  # a shorter step prints no line
+# The pause before the next line is this share of the elapsed time: a step of an hour prints about twenty lines.
+_PAUSE_SHARE = 0.25
 
 
 class Progress:
-    """Tells how far something is, after `FIRST_S` and then ever more rarely."""
+    """Prints the progress of a step: the first line after `FIRST_LINE_S`, further lines in growing intervals."""
 
     def __init__(
         self,
-        what: str,
+        step: str,
         total: int,
         log: Callable[[str], None],
         *,
         unit: str = "images",
         clock: Callable[[], float] = time.monotonic,
-        done: int = 0,
+        num_before: int = 0,
     ) -> None:
-        """total: units in all, 0 where it is not known.  done: units before the first that is told."""
-        self.what, self.total, self.log, self.unit, self.clock = what, total, log, unit, clock
-        self.start, self.done, self.before, self._due = clock(), done, done, FIRST_S
+        """
+        Args:
+            step: name of the step, the start of each line.
+            total: units in total; 0 if the number is not known.
+            log: gets each line.
+            clock: returns the time in seconds.
+            num_before: units that were finished before this step started. They do not count in the rate.
+        """
+        self.step, self.total, self.log, self.unit, self.clock = step, total, log, unit, clock
+        self.num_finished = self.num_before = num_before
+        self.start_s, self._next_line_s = clock(), FIRST_LINE_S
 
     def add(self, count: int = 1) -> None:
-        """So many units more are done."""
-        self.done += count
-        passed = self.clock() - self.start
-        if passed >= self._due and self.done:
-            self.log(f"{self.what}: {words(self.done, self.total, passed, self.unit, self.before)}")
-            self._due = passed + max(FIRST_S, _GROWTH * passed)
+        """Counts further finished units, and prints a line if one is due."""
+        self.num_finished += count
+        elapsed_s = self.clock() - self.start_s
+        if elapsed_s >= self._next_line_s and self.num_finished:
+            status = format_progress(self.num_finished, self.total, elapsed_s, self.unit, self.num_before)
+            self.log(f"{self.step}: {status}")
+            self._next_line_s = elapsed_s + max(FIRST_LINE_S, _PAUSE_SHARE * elapsed_s)
 
 
 def track(
     items: Iterable[T],
-    what: str,
+    step: str,
     total: int,
     log: Callable[[str], None],
     *,
@@ -48,28 +61,39 @@ def track(
     count: Callable[[T], int] = lambda item: 1,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
-    """Gives the items on, and tells how far they are as `Progress` does.
+    """Yields the items unchanged, and prints the progress as `Progress` does.
 
     Args:
-        total: units in all, 0 where it is not known.  count: units of an item, 1 unless told.
+        step: name of the step, the start of each line.
+        total: units in total; 0 if the number is not known.
+        log: gets each line.
+        count: returns the number of units of an item; the default counts 1 per item.
+        clock: returns the time in seconds.
     """
-    progress = Progress(what, total, log, unit=unit, clock=clock)
+    progress = Progress(step, total, log, unit=unit, clock=clock)
     for item in items:
         yield item
         progress.add(count(item))
 
 
-def words(done: int, total: int, passed_s: float, unit: str, before: int = 0) -> str:
-    """'120 of 320 images, 31/s, 6 s left'. before: of those done, how many were when the time began."""
-    rate = (done - before) / max(passed_s, 1e-9)
-    shown = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
-    if done >= total:
-        return f"{done} {unit}, {shown}"
-    return f"{done} of {total} {unit}, {shown}, {duration((total - done) / rate)} left"
+def format_progress(num_finished: int, total: int, elapsed_s: float, unit: str, num_before: int = 0) -> str:
+    """Returns the progress as a text such as '120 of 320 images, 31/s, 6 s left'.
+
+    Args:
+        num_finished: finished units.
+        total: units in total; a smaller number than `num_finished` counts as not known.
+        elapsed_s: time since the start of the step.
+        num_before: how many of the finished units were finished before the start.
+    """
+    rate = (num_finished - num_before) / max(elapsed_s, 1e-9)
+    rate_text = f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s"
+    if num_finished >= total:
+        return f"{num_finished} {unit}, {rate_text}"
+    return f"{num_finished} of {total} {unit}, {rate_text}, {format_duration((total - num_finished) / rate)} left"
 
 
-def duration(seconds: float) -> str:
-    """'45 s', '3 min', '2.5 h'."""
+def format_duration(seconds: float) -> str:
+    """Returns a duration as a text such as '45 s', '3 min' or '2.5 h'."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

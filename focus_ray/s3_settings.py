@@ -1,9 +1,9 @@
-"""How S3 is reached: settled once, by boto3's rules, for pyarrow's client and for boto3's alike.
+"""Settings for the connection to S3, resolved by the rules of boto3 and used by the clients of pyarrow and boto3.
 
-The two read the environment and the AWS files differently: pyarrow knows neither a profile's endpoint_url, nor AWS_CA_BUNDLE,
-nor proxies, nor single sign-on. So what boto3 finds is what both are given. Credentials that pyarrow finds and renews by itself
-(variables, the credentials file, a machine's role) are left to it; others, of single sign-on, a process or an assumed role, are
-handed over as they are at the moment, and never pickled.
+The two libraries read the environment and the AWS files differently. pyarrow ignores the endpoint_url of a profile,
+AWS_CA_BUNDLE, proxies and single sign-on. So boto3 resolves the settings, and both clients get the result. pyarrow finds and
+renews some credentials itself (variables, the credentials file, the role of a machine). Other credentials (single sign-on, a
+credential process, an assumed role) are passed to pyarrow with their current values, and are never pickled.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 from focus_ray.errors import DataError
 
-ADDRESSING = "FOCUS_RAY_S3_ADDRESSING"
-_STYLES = ("auto", "path", "virtual")
-# what boto3 calls the sources that pyarrow knows too
-_PYARROW_FINDS = (
+ADDRESSING_VARIABLE = "FOCUS_RAY_S3_ADDRESSING"
+_ADDRESSING_STYLES = ("auto", "path", "virtual")
+# boto3's names of the credential sources that pyarrow also knows
+_SOURCES_OF_PYARROW = (
     "env",
     "shared-credentials-file",
     "config-file",
@@ -29,7 +29,8 @@ _PYARROW_FINDS = (
     "container-role",
     "assume-role-with-web-identity",
 )
-_READ = (
+# environment variables that the settings depend on
+_VARIABLES = (
     *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
     *(
         "AWS_REGION",
@@ -44,7 +45,7 @@ _READ = (
         "REQUESTS_CA_BUNDLE",
         "AWS_CONFIG_FILE",
         "AWS_SHARED_CREDENTIALS_FILE",
-        ADDRESSING,
+        ADDRESSING_VARIABLE,
     ),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy"),
 )
@@ -52,10 +53,15 @@ _READ = (
 
 @dataclass(frozen=True)
 class S3Settings:
-    """endpoint: None for Amazon's.  region: None where only the bucket tells.  ca_file: PEM, None for the system's.
+    """Settings for connections to an S3 server.
 
-    proxy: its URL, None for none.  virtual: whether the bucket stands in the host's name.  keys: (access, secret, session token)
-    where pyarrow cannot find them itself.
+    Attributes:
+        endpoint: URL of the server; None for Amazon's.
+        region: None if the region has to be looked up for each bucket.
+        ca_file: PEM file of certificates; None uses the certificates of the system.
+        proxy: URL of the proxy; None for a direct connection.
+        virtual: whether the bucket is part of the host name.
+        keys: (access key, secret key, session token), only if pyarrow cannot find the credentials itself.
     """
 
     endpoint: str | None
@@ -66,80 +72,87 @@ class S3Settings:
     keys: tuple[str, str, str | None] | None = field(default=None, repr=False)
 
     def for_pyarrow(self) -> dict[str, Any]:
-        """Arguments of pyarrow's S3FileSystem, but for endpoint and region."""
-        found: dict[str, Any] = {"force_virtual_addressing": self.virtual}
+        """Returns keyword arguments for pyarrow's S3FileSystem, without endpoint and region."""
+        arguments: dict[str, Any] = {"force_virtual_addressing": self.virtual}
         if self.ca_file:
-            found["tls_ca_file_path"] = self.ca_file
+            arguments["tls_ca_file_path"] = self.ca_file
         if self.proxy:
-            found["proxy_options"] = self.proxy
+            arguments["proxy_options"] = self.proxy
         if self.keys is not None:
-            found.update(zip(("access_key", "secret_key", "session_token"), self.keys, strict=True))
-        return found
+            arguments.update(zip(("access_key", "secret_key", "session_token"), self.keys, strict=True))
+        return arguments
 
 
-def s3_settings() -> S3Settings:
-    """As the environment and the AWS files are now. Raises: DataError: a variable that cannot be used."""
-    files = [Path(os.environ.get(name, default)).expanduser() for name, default in _FILES]
-    changed = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in files)
-    found = _settle(tuple(os.environ.get(name) for name in _READ), changed)
-    return found if found.keys is None else _settle.__wrapped__((), ())  # temporary ones are looked up every time
+def load_s3_settings() -> S3Settings:
+    """Returns the settings from the current environment and AWS files.
+
+    Raises: DataError: a variable or a file has an unusable value.
+    """
+    files = [Path(os.environ.get(name, default)).expanduser() for name, default in _AWS_FILES]
+    mtimes_ns = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in files)
+    settings = _resolve_settings(tuple(os.environ.get(name) for name in _VARIABLES), mtimes_ns)
+    # credentials that pyarrow cannot renew are temporary: resolve them each time, without the cache
+    return settings if settings.keys is None else _resolve_settings.__wrapped__((), ())
 
 
-_FILES = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+_AWS_FILES = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
 
 
 @lru_cache(maxsize=8)
-def _settle(environment: tuple[str | None, ...], files: tuple[int, ...]) -> S3Settings:
+def _resolve_settings(environment: tuple[str | None, ...], mtimes_ns: tuple[int, ...]) -> S3Settings:
+    """Resolves the settings with boto3. The arguments are only the cache key: the values and files that the result depends on."""
     import boto3
     from botocore.exceptions import BotoCoreError
 
-    style = os.environ.get(ADDRESSING) or "auto"
-    if style not in _STYLES:
-        raise DataError(f"{ADDRESSING}={style!r}: expected one of {', '.join(_STYLES)}")
+    style = os.environ.get(ADDRESSING_VARIABLE) or "auto"
+    if style not in _ADDRESSING_STYLES:
+        raise DataError(f"{ADDRESSING_VARIABLE}={style!r}: expected one of {', '.join(_ADDRESSING_STYLES)}")
     try:
         session = boto3.Session()
-        profile = session._session.get_scoped_config()  # no public call tells a profile's own keys
+        profile = session._session.get_scoped_config()  # boto3 has no public call for the entries of a profile
         endpoint = (
-            os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or _of_profile(session, profile)
+            os.environ.get("AWS_ENDPOINT_URL_S3")
+            or os.environ.get("AWS_ENDPOINT_URL")
+            or _profile_endpoint(session, profile)
         )
         region = os.environ.get("AWS_REGION") or session.region_name
         credentials = session.get_credentials()
         keys = None
-        if credentials is not None and credentials.method not in _PYARROW_FINDS:
+        if credentials is not None and credentials.method not in _SOURCES_OF_PYARROW:
             frozen = credentials.get_frozen_credentials()
             keys = str(frozen.access_key), str(frozen.secret_key), frozen.token
     except BotoCoreError as error:
         raise DataError(
-            f"the AWS settings cannot be used: {error}: mend AWS_PROFILE or the AWS configuration files"
+            f"the AWS settings cannot be used: {error}: correct AWS_PROFILE or the AWS configuration files"
         ) from error
     ca_file = os.environ.get("AWS_CA_BUNDLE") or profile.get("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
     ca_file = ca_file or os.environ.get("SSL_CERT_FILE") or None
     if ca_file and not Path(ca_file).is_file():
-        raise DataError(f"AWS_CA_BUNDLE={ca_file}: no such file: give a PEM file of certificates, or leave it out")
+        raise DataError(f"AWS_CA_BUNDLE={ca_file}: no such file: set a PEM file of certificates, or unset the variable")
     if style == "auto":
         style = (
             str((profile.get("s3") or {}).get("addressing_style", "auto"))
             if isinstance(profile.get("s3"), dict)
             else "auto"
         )
-    return S3Settings(endpoint, region, ca_file, _proxy(endpoint), style == "virtual", keys)
+    return S3Settings(endpoint, region, ca_file, _find_proxy(endpoint), style == "virtual", keys)
 
 
-def _of_profile(session: Any, profile: dict[str, Any]) -> str | None:
-    """A profile's endpoint for S3, its own or that of its services section, which comes first."""
+def _profile_endpoint(session: Any, profile: dict[str, Any]) -> str | None:
+    """Returns the S3 endpoint of a profile. The services section of the profile comes before its own endpoint_url."""
     if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
         return None
     services = (session._session.full_config.get("services") or {}).get(profile.get("services"), {})
-    of_s3 = services.get("s3") if isinstance(services, dict) else None
-    found = of_s3.get("endpoint_url") if isinstance(of_s3, dict) else None
-    return found or profile.get("endpoint_url")
+    s3_section = services.get("s3") if isinstance(services, dict) else None
+    endpoint = s3_section.get("endpoint_url") if isinstance(s3_section, dict) else None
+    return endpoint or profile.get("endpoint_url")
 
 
-def _proxy(endpoint: str | None) -> str | None:
-    """What the environment sends requests to this server through."""
+def _find_proxy(endpoint: str | None) -> str | None:
+    """Returns the URL of the proxy that the environment sets for this server, or None."""
     target = urlsplit(endpoint or "https://s3.amazonaws.com")
     proxies = urllib.request.getproxies_environment()
-    bypassed = urllib.request.proxy_bypass_environment(target.netloc, proxies)  # type: ignore[attr-defined]
-    if bypassed:
+    is_bypassed = urllib.request.proxy_bypass_environment(target.netloc, proxies)  # type: ignore[attr-defined]
+    if is_bypassed:
         return None
     return proxies.get(target.scheme) or proxies.get("all")

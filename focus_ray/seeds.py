@@ -1,4 +1,4 @@
-"""Seeds that follow from a run's seed: each draw has a name, so that no two share one and none is a number of its own."""
+"""Derives the seed of every random draw from the seed of a run. Each draw has a name, so that no two draws share a seed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import zlib
 import numpy as np
 
 
-def derived_seed(seed: int, what: str, *numbers: int) -> int:
-    """A seed, in 0..2**32 - 1, for one kind of draw of a run; the same on every machine.
+def derive_seed(seed: int, draw: str, *numbers: int) -> int:
+    """Returns a seed from 0 to 2**32 - 1 for one random draw of a run. The result is the same on every machine.
 
     Args:
-        seed: the run's.  what: names the draw, as in "epoch".  numbers: tell draws of a kind apart, as epoch and rank.
+        seed: the seed of the run.
+        draw: name of the kind of draw, as in "epoch".
+        numbers: distinguish draws of the same kind, for instance epoch and rank.
     """
-    entropy = [seed, zlib.crc32(what.encode()), *numbers]
+    entropy = [seed, zlib.crc32(draw.encode()), *numbers]
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])

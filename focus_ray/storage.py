@@ -1,12 +1,12 @@
-"""Local paths and s3:// URIs behind one pyarrow filesystem, and one clear error for whatever goes wrong there.
+"""Reads and writes files on local disks and on S3 through one pyarrow filesystem, and turns every failure into one clear error.
 
-S3 takes the standard variables and AWS files (`s3_settings`): AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or
-AWS_PROFILE; AWS_REGION or AWS_DEFAULT_REGION; AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) for servers other than Amazon's;
-AWS_CA_BUNDLE; HTTPS_PROXY and NO_PROXY; FOCUS_RAY_S3_ADDRESSING=virtual for servers that want the bucket in the host's name.
-Credentials are never copied into a URI, a log or a pickled filesystem.
+S3 is configured by the standard variables and AWS files (`s3_settings`): AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_SESSION_TOKEN or AWS_PROFILE; AWS_REGION or AWS_DEFAULT_REGION; AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) for servers
+other than Amazon's; AWS_CA_BUNDLE; HTTPS_PROXY and NO_PROXY; FOCUS_RAY_S3_ADDRESSING=virtual for servers that expect the
+bucket in the host name. Credentials are never copied into a URI, a log or a pickled filesystem.
 
-A request that is throttled, refused for the moment or cut off is sent again with growing pauses: AWS_MAX_ATTEMPTS times
-in all, ten unless it is set, which outlasts a server that restarts.
+A request that is throttled, refused temporarily or interrupted is retried with exponential backoff. AWS_MAX_ATTEMPTS sets the
+number of attempts; the default of ten is enough to outlast the restart of a server.
 """
 
 from __future__ import annotations
@@ -30,40 +30,45 @@ from pyarrow import fs
 
 from focus_ray.errors import DataError, StorageError
 from focus_ray.extras import require_extra
-from focus_ray.s3_settings import S3Settings, s3_settings
+from focus_ray.s3_settings import S3Settings, load_s3_settings
 
 T = TypeVar("T")
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 60.0
-MAX_ATTEMPTS = 10  # of a request; the pauses between them double and come to about 25 s
-QUICK_ATTEMPTS, QUICK_TIMEOUT_S = 2, 10.0  # of callers that try again by themselves, or that only ask whether it works
+MAX_ATTEMPTS = 10  # attempts for one request; the pauses between them double and add up to about 25 s
+QUICK_ATTEMPTS, QUICK_TIMEOUT_S = 2, 10.0  # for callers that retry by themselves, or that only check the access
 
-_BUSY = ("Failed to flush response stream", "INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "status 503")
+_BUSY_SIGNS = ("Failed to flush response stream", "INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "status 503")
 
 
-class Stamp(NamedTuple):
-    """When a file was last changed, in ns since 1970 (S3 tells seconds), and its bytes."""
+class FileStamp(NamedTuple):
+    """Time of the last change of a file, in ns since 1970 (S3 rounds to seconds), and its size in bytes."""
 
     mtime_ns: int
     num_bytes: int
 
 
 def is_s3(uri: str | Path) -> bool:
-    """Whether a location is on S3."""
+    """Returns whether a location is an s3:// URI."""
     return str(uri).startswith("s3://")
 
 
 def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a location and the path inside it, without a closing slash.
+    """Returns the filesystem of a location, and the path inside that filesystem without a closing slash.
+
+    The function creates nothing. It contacts a server in one case only: to look up the region of a bucket when neither a region
+    nor an endpoint is set.
 
     Args:
         uri: a local path (a leading ``~`` is resolved), ``file:///path`` or ``s3://bucket/prefix``.
         is_quick: requests to S3 fail after QUICK_ATTEMPTS and QUICK_TIMEOUT_S instead of minutes.
 
-    Returns: for S3 the path is ``bucket/prefix``; local paths are absolute. Nothing is created or contacted, but for
-        the bucket's region where neither a region nor an endpoint is set.
+    Returns:
+        The filesystem and the path. The path is ``bucket/prefix`` on S3; local paths are absolute.
 
-    Raises: DataError: another scheme, an S3 URI without a bucket or with a query.  MissingPackageError: S3 without boto3.
+    Raises:
+        DataError: the scheme is unknown, or the S3 URI has no bucket, an empty folder name or a query.
+        MissingPackageError: the location is on S3 and boto3 is not installed.
     """
     text = str(uri)
     scheme = text.partition("://")[0] if "://" in text else ""
@@ -74,13 +79,13 @@ def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSys
                 f"{text}: expected s3://bucket/prefix without a query; set the server with AWS_ENDPOINT_URL"
             )
         if "//" in path:
-            raise DataError(f"{text}: two slashes in a row: a folder's name is empty; leave one out")
+            raise DataError(f"{text}: two slashes in a row make an empty folder name: remove one of them")
         require_extra("s3", text)
-        return _make_s3(_region(path.partition("/")[0]), s3_settings().endpoint, is_quick), path
+        return _make_s3(_find_region(path.partition("/")[0]), load_s3_settings().endpoint, is_quick), path
     if scheme == "file":
         parsed = urllib.parse.urlparse(text)
         if parsed.netloc not in ("", "localhost"):
-            raise DataError(f"{text}: a file URI has three slashes, as in file:///data/parts")
+            raise DataError(f"{text}: expected a file URI with three slashes, as in file:///data/parts")
         text = urllib.parse.unquote(parsed.path)
     elif scheme or not text:
         raise DataError(f"{text!r}: expected a local path, file:///path or s3://bucket/prefix")
@@ -88,25 +93,27 @@ def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSys
 
 
 def write_file(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
-    """Writes a small file so that readers see the old or the new one, never a part, through a crash or power cut too.
+    """Writes a small file atomically: readers see the old content or the new content, even after a crash or a power cut.
 
-    Raises: OSError: run it inside ``storage_errors``.
+    Raises: OSError: the write fails. Call the function inside ``storage_errors``.
     """
     if not isinstance(filesystem, fs.LocalFileSystem):
-        with filesystem.open_output_stream(path) as stream:  # S3 shows an object only once it is whole
+        with filesystem.open_output_stream(path) as stream:  # S3 shows an object only when it is complete
             stream.write(data)
         return
-    with _beside(Path(path), data) as temporary:
+    with _temporary_file(Path(path), data) as temporary:
         os.replace(temporary, path)
 
 
 @contextmanager
-def _beside(target: Path, data: bytes) -> Iterator[Path]:
-    """A file of the data in the target's folder, on disk, to be moved or linked to its place; gone afterwards."""
+def _temporary_file(target: Path, data: bytes) -> Iterator[Path]:
+    """Yields a temporary file with the data, in the folder of the target, so that the caller can rename or link it.
+
+    The data is synced to disk before the file is yielded. The file is removed afterwards.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = (
-        target.parent / f".tmp-{uuid.uuid4().hex}"
-    )  # without the target's name, which may be as long as a name can be
+    # the name does not contain the target's name, which may already have the maximum length
+    temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
     try:
         temporary.write_bytes(data)
         sync_file(fs.LocalFileSystem(), str(temporary))
@@ -116,7 +123,7 @@ def _beside(target: Path, data: bytes) -> Iterator[Path]:
 
 
 def sync_file(filesystem: fs.FileSystem, path: str) -> None:
-    """Waits until a written local file is on disk; S3 has done so by itself."""
+    """Waits until a local file is on disk. On S3 a written object is already stored, so the function does nothing."""
     if isinstance(filesystem, fs.LocalFileSystem):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -126,45 +133,52 @@ def sync_file(filesystem: fs.FileSystem, path: str) -> None:
 
 
 def read_file(filesystem: fs.FileSystem, path: str, max_bytes: int | None = None) -> bytes | None:
-    """A small file's bytes; None where there is none.
+    """Returns the bytes of a small file, or None if the file does not exist.
 
-    Raises: OSError: run it inside ``storage_errors``.  DataError: the file has more than `max_bytes`; it is not read.
+    Raises:
+        OSError: the read fails. Call the function inside ``storage_errors``.
+        DataError: the file has more than `max_bytes`. It is not read.
     """
     info = filesystem.get_file_info(path)
     if info.type != fs.FileType.File:
         return None
     if max_bytes is not None and info.size > max_bytes:
-        raise DataError(f"{path}: the file has {info.size} bytes, expected {max_bytes} at most: it is not read")
+        raise DataError(f"{path}: the file has {info.size} bytes, expected at most {max_bytes}: it is not read")
     with open_input(filesystem, path) as stream:
         return bytes(stream.read() if max_bytes is None else stream.read(max_bytes))
 
 
 def open_input(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
-    """A file to read from, at any position. Raises: OSError: run it inside ``storage_errors``."""
+    """Opens a file for reading at any position.
+
+    Raises: OSError: the file cannot be opened. Call the function inside ``storage_errors``.
+    """
     file = filesystem.open_input_file(path)
-    return file if isinstance(filesystem, fs.LocalFileSystem) else pa.PythonFile(_PatientFile(file), mode="r")
+    return file if isinstance(filesystem, fs.LocalFileSystem) else pa.PythonFile(_RetryingFile(file), mode="r")
 
 
-def retrying(action: Callable[[], T]) -> T:
-    """Does what reads from S3, again where the store was busy.
+def retry_while_busy(action: Callable[[], T]) -> T:
+    """Calls a function that reads from S3, and calls it again while the server is busy.
 
-    A busy store's answer is longer than a small range of bytes, has no room in pyarrow's buffer (26.0) and comes up as a
-    failure that pyarrow does not ask again for.
+    pyarrow retries a busy server itself, except here (26.0): the error response of a busy server is longer than a small range
+    of bytes. It does not fit into pyarrow's buffer and appears as a failure that pyarrow does not retry.
 
-    Raises: OSError: the last one, after ``max_attempts``.
+    Args: action: reads from S3; may be called several times.
+
+    Raises: OSError: the error of the last attempt, after ``max_attempts`` attempts.
     """
     for attempt in range(1, max_attempts() + 1):
         try:
             return action()
         except OSError as error:
-            if attempt == max_attempts() or not any(sign in str(error) for sign in _BUSY):
+            if attempt == max_attempts() or not any(sign in str(error) for sign in _BUSY_SIGNS):
                 raise
             time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
-    raise AssertionError("max_attempts is 1 at least")
+    raise AssertionError("max_attempts is at least 1")
 
 
-class _PatientFile(io.RawIOBase):
-    """A file on S3 whose reads are tried again."""
+class _RetryingFile(io.RawIOBase):
+    """A file on S3 that retries its reads while the server is busy."""
 
     def __init__(self, file: pa.NativeFile) -> None:
         super().__init__()
@@ -185,9 +199,9 @@ class _PatientFile(io.RawIOBase):
         return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        left = max(0, self._file.size() - self._position)
-        count = left if size is None or size < 0 else min(size, left)
-        content: bytes = retrying(lambda: self._file.read_at(count, self._position)) if count else b""
+        num_available = max(0, self._file.size() - self._position)
+        count = num_available if size is None or size < 0 else min(size, num_available)
+        content: bytes = retry_while_busy(lambda: self._file.read_at(count, self._position)) if count else b""
         self._position += len(content)
         return content
 
@@ -198,11 +212,14 @@ class _PatientFile(io.RawIOBase):
 
 @contextmanager
 def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Iterator[None]:
-    """Turns what the filesystem raises into one DataError with the action, the place and what to set.
+    """Turns an OSError of the filesystem into a StorageError that names the action, the location and the remedy.
 
     Args:
-        action: what was being done, as in "write the commit file".
-        uri: the data set's root.  path: the path inside the filesystem, where it is known.
+        action: the action that fails, as in "write the commit file".
+        uri: the root of the data set.
+        path: the path inside the filesystem, if it is known.
+
+    Raises: StorageError: the code inside raised an OSError.
     """
     try:
         yield
@@ -211,7 +228,7 @@ def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Ite
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:
-    """The `OSError` that an error is or was raised from; None without one."""
+    """Returns the first `OSError` in the chain of an error and its causes, or None if the chain has none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error
@@ -219,14 +236,17 @@ def find_os_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether a disk, quota or limit of a file's size had no more room."""
+def is_storage_full(error: BaseException) -> bool:
+    """Returns whether an error was caused by a full disk, an exhausted quota or the limit for the size of a file."""
     cause = find_os_error(error)
     return cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _RetryingS3(fs.S3FileSystem):
-    """pyarrow's, which forgets its retries when it is sent to another process (26.0); nothing secret is sent either."""
+    """pyarrow's S3 filesystem that keeps its retry settings when it is pickled; pyarrow 26.0 loses them.
+
+    The pickle contains no credentials: the receiving process reads its own.
+    """
 
     def __reduce__(self) -> tuple[Any, ...]:
         _, (options,) = super().__reduce__()
@@ -234,10 +254,11 @@ class _RetryingS3(fs.S3FileSystem):
 
 
 def _make_s3(region: str | None, endpoint: str | None, is_quick: bool = False) -> fs.S3FileSystem:
+    """Returns an S3 filesystem with the settings of this process."""
     return _RetryingS3(
         region=region,
         endpoint_override=endpoint,
-        **s3_settings().for_pyarrow(),
+        **load_s3_settings().for_pyarrow(),
         connect_timeout=CONNECT_TIMEOUT_S,
         request_timeout=QUICK_TIMEOUT_S if is_quick else REQUEST_TIMEOUT_S,
         allow_delayed_open=True,  # a small file is one PUT, not the three requests of a multipart upload
@@ -246,28 +267,34 @@ def _make_s3(region: str | None, endpoint: str | None, is_quick: bool = False) -
 
 
 def max_attempts() -> int:
-    """How often a request to S3 is sent before it has failed. Raises: DataError: AWS_MAX_ATTEMPTS is no such number."""
+    """Returns how many times a request to S3 is sent before it counts as failed.
+
+    Raises: DataError: AWS_MAX_ATTEMPTS is not a whole number of at least 1.
+    """
     text = os.environ.get("AWS_MAX_ATTEMPTS") or str(MAX_ATTEMPTS)
     if not text.isdigit() or not int(text):
-        raise DataError(f"AWS_MAX_ATTEMPTS={text!r}: expected a number of attempts, 1 or more")
+        raise DataError(f"AWS_MAX_ATTEMPTS={text!r}: expected a number of attempts, at least 1")
     return int(text)
 
 
-def _region(bucket: str) -> str:
-    settings = s3_settings()
+def _find_region(bucket: str) -> str:
+    """Returns the region of a bucket: from the settings, a default for other servers, or Amazon's answer."""
+    settings = load_s3_settings()
     region = settings.region
     if region is None and settings.endpoint:
-        return "us-east-1"  # what servers other than Amazon's take
+        return "us-east-1"  # servers other than Amazon's accept this region
     if region is None:
-        with storage_errors("find the bucket's region (or set AWS_REGION)", f"s3://{bucket}", bucket):
+        with storage_errors("find the region of the bucket (or set AWS_REGION)", f"s3://{bucket}", bucket):
             return str(fs.resolve_s3_region(bucket))
     return region
 
 
 @lru_cache(maxsize=4)
 def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tuple[str | None, ...]) -> Any:
-    """boto3's client, for what pyarrow cannot ask: a PUT on condition, and a server's own reason. `identity` parts clients of
-    other credentials."""
+    """Returns a boto3 client. It serves requests that pyarrow does not offer: a conditional PUT, and the server's error text.
+
+    Args: identity: the credentials of the environment. The cache key contains them, so that changed credentials get a new client.
+    """
     import boto3
     from botocore.config import Config
 
@@ -275,64 +302,69 @@ def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tup
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=REQUEST_TIMEOUT_S,
         retries={"mode": "standard", "total_max_attempts": attempts},
-        max_pool_connections=32,  # as many threads read at once
-        s3={
-            "addressing_style": "virtual" if settings.virtual else "path" if settings.endpoint else "auto"
-        },  # as pyarrow
+        max_pool_connections=32,  # at most this many threads read at once
+        # the same choice as pyarrow makes
+        s3={"addressing_style": "virtual" if settings.virtual else "path" if settings.endpoint else "auto"},
         proxies={"http": settings.proxy, "https": settings.proxy} if settings.proxy else None,
-        request_checksum_calculation="when_required",  # not every server knows the newer ones
+        request_checksum_calculation="when_required",  # some servers do not know the newer checksums
     )
     return boto3.Session().client(
         "s3", region_name=region, endpoint_url=settings.endpoint, config=options, verify=settings.ca_file
     )
 
 
-def _client(bucket: str, attempts: int | None = None) -> Any:
+def _open_client(bucket: str, attempts: int | None = None) -> Any:
+    """Returns the boto3 client for a bucket, with the current settings and credentials."""
     names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
     identity = tuple(os.environ.get(name) for name in names)
-    return _boto_client(_region(bucket), s3_settings(), attempts or max_attempts(), identity)
+    return _boto_client(_find_region(bucket), load_s3_settings(), attempts or max_attempts(), identity)
 
 
-def _own_reason(bucket: str) -> str:
-    """Why the server refuses, in its own words: pyarrow asks with a HEAD, whose answer has no body, so this asks with a GET."""
+def _server_reason(bucket: str) -> str:
+    """Returns the server's own explanation of a refused request, or an empty text.
+
+    pyarrow sends a HEAD request, and its response has no body. This function sends a GET request to get the explanation.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        _client(bucket, attempts=1).list_objects_v2(Bucket=bucket, MaxKeys=1)
+        _open_client(bucket, attempts=1).list_objects_v2(Bucket=bucket, MaxKeys=1)
     except ClientError as error:
-        told = error.response.get("Error", {})
-        return f"{told.get('Code', '')}: {told.get('Message', '')} {error.response.get('Region', '')}".strip(": ")
+        details = error.response.get("Error", {})
+        return f"{details.get('Code', '')}: {details.get('Message', '')} {error.response.get('Region', '')}".strip(": ")
     except (BotoCoreError, DataError):
         return ""
     return ""
 
 
 def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
+    """Returns the message for a failed action: the location, the action, the reason and the remedy."""
     if not is_s3(uri):
         detail = error.strerror or str(error)
         return f"{path or uri}: cannot {action}: {detail}"
     bucket, _, key = (path or uri[len("s3://") :]).partition("/")
     text = str(error)
-    endpoint = s3_settings().endpoint
+    endpoint = load_s3_settings().endpoint
     server = endpoint.rpartition("@")[2] if endpoint else "Amazon S3 (AWS_ENDPOINT_URL is not set)"
     hint = _hint(text)
-    if hint in (_DENIED, _FAILED) and (reason := _own_reason(bucket)):
+    if hint in (_DENIED, _FAILED) and (reason := _server_reason(bucket)):
         text = f"{text}; the server says: {reason}"
         hint = _hint(reason) if _hint(reason) != _FAILED else hint
     return f"S3 bucket {bucket!r}, key {key!r} at {server}: cannot {action}: {hint} [{text}]"
 
 
 _DENIED = (
-    "access denied: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, to an identity that the "
-    "bucket's policy allows this"
+    "access denied: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, to an identity that the policy of "
+    "the bucket allows to do this"
 )
 _FAILED = "the request failed"
 
 
 def _hint(text: str) -> str:
+    """Returns the reason and the remedy for the error text of pyarrow or boto3; `_FAILED` if the text is not recognised."""
     text = text.upper().replace("_", "")  # pyarrow writes ACCESS_DENIED, boto3 AccessDenied
     if "TOOSKEWED" in text or "SKEWED" in text:
-        return "this machine's clock is too far from the server's: set it right (timedatectl set-ntp true)"
+        return "the clocks of this machine and of the server differ too much: set this clock (timedatectl set-ntp true)"
     if any(sign in text for sign in ("QUOTA", "STORAGEFULL", "INSUFFICIENTSTORAGE", "NOSPACELEFT", "STATUS 507")):
         return "the storage or its quota is full: free space, or raise the quota"
     if any(
@@ -345,9 +377,9 @@ def _hint(text: str) -> str:
             "IS WRONG; EXPECTING",
         )
     ):
-        return "the bucket is in another region: set AWS_REGION to the one that the server names"
+        return "the bucket is in another region: set AWS_REGION to the region that the server names"
     if "UNABLE TO LOCATE CREDENTIALS" in text:
-        return "there are no credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        return "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if any(sign in text for sign in ("SIGNATURE", "INVALIDACCESSKEY", "INVALIDCLIENTTOKEN", "EXPIRED")):
         return (
             "the credentials are wrong or expired: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
@@ -356,53 +388,55 @@ def _hint(text: str) -> str:
     if "ACCESSDENIED" in text:
         return _DENIED
     if "NOSUCHBUCKET" in text:
-        return "there is no such bucket: create it, or mend the URI or AWS_ENDPOINT_URL"
+        return "the bucket does not exist: create it, or correct the URI or AWS_ENDPOINT_URL"
     if any(
         sign in text for sign in ("NETWORKCONNECTION", "REQUESTTIMEOUT", "CURLCODE", "COULD NOT CONNECT", "TIMEOUT")
     ):
-        return "no connection: set AWS_ENDPOINT_URL to the server's address, and see that it runs"
+        return "no connection: set AWS_ENDPOINT_URL to the address of the server, and check that the server runs"
     if "PERMANENTREDIRECT" in text or "MOVED" in text:
         return "the bucket is in another region: set AWS_REGION"
     return _FAILED
 
 
-def leads_out(place: str, root: str) -> bool:
-    """Whether a folder, or anything in it, is a link to a place outside `root`, or no file; False on S3, which has no links."""
-    if is_s3(place):
+def leads_out(location: str, root: str) -> bool:
+    """Returns whether a folder or anything in it links to a place outside `root`, or is no regular file. False on S3."""
+    if is_s3(location):
         return False
-    limit, top = (os.path.realpath(open_filesystem(uri)[1]) for uri in (root, place))
+    limit, top = (os.path.realpath(open_filesystem(uri)[1]) for uri in (root, location))
     if not is_below(top, limit):
         return True
     for folder, folders, files in os.walk(top):
         for name in (*folders, *files):
-            real = os.path.realpath(f"{folder}/{name}")
-            if not is_below(real, limit) or not (os.path.isdir(real) or os.path.isfile(real)):
+            target = os.path.realpath(f"{folder}/{name}")
+            if not is_below(target, limit) or not (os.path.isdir(target) or os.path.isfile(target)):
                 return True
     return False
 
 
-def is_below(place: str, root: str) -> bool:
-    """Whether a normal path or URI is another one, or lies below it."""
-    return f"{place}/".startswith(f"{root.rstrip('/')}/")
+def is_below(location: str, root: str) -> bool:
+    """Returns whether a normal path or URI is `root` or lies below it."""
+    return f"{location}/".startswith(f"{root.rstrip('/')}/")
 
 
 def join(root: str | Path, *names: str) -> str:
-    """A location below another, for paths and URIs alike."""
+    """Joins names to a local path or a URI with slashes."""
     return "/".join([str(root).rstrip("/"), *names])
 
 
-def absolute_place(place: str) -> str:
-    """A local path made absolute, for workers run in other folders; a URI as it is."""
-    return place if "://" in place else str(Path(place).expanduser().absolute())
+def make_absolute(location: str) -> str:
+    """Returns a local path as an absolute path, because workers run in other folders. A URI is returned unchanged."""
+    return location if "://" in location else str(Path(location).expanduser().absolute())
 
 
 def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = None) -> bytes:
     """Returns the bytes of a file.
 
     Args:
-        is_quick: as of `open_filesystem`.
+        is_quick: as for `open_filesystem`.
 
-    Raises: FileNotFoundError: there is no such file.  DataError: it cannot be read, or has more than `max_bytes`.
+    Raises:
+        FileNotFoundError: the file does not exist.
+        DataError: the file cannot be read, or has more than `max_bytes`.
     """
     filesystem, path = open_filesystem(uri, is_quick)
     with storage_errors("read", uri, path):
@@ -413,67 +447,71 @@ def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = 
 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
-    """Writes a file whole or not at all. Raises: DataError: it cannot be written."""
+    """Writes a file completely or not at all. Raises: DataError: the file cannot be written."""
     filesystem, path = open_filesystem(uri)
     with storage_errors("write", uri, path):
         write_file(filesystem, path, data)
 
 
-def probe(uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete")) -> None:
-    """Tries, on a small file of its own, what a job will do in a folder; asks twice at most, so that it fails in seconds.
+def check_access(uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete")) -> None:
+    """Checks with a small temporary file that a job may write, read, list and delete in a folder.
+
+    Each request is sent at most twice, so that the check fails within seconds.
 
     Args:
-        actions: of "write", "read", "list" and "delete", in this order; without "write" only "list" is tried.
+        actions: a selection of "write", "read", "list" and "delete". Without "write" only "list" is checked.
 
-    Raises: DataError: the first that is not allowed, with bucket, key and action.
+    Raises: DataError: an action is not allowed. The message names bucket, key and action of the first one.
     """
     filesystem, path = open_filesystem(uri, is_quick=True)
     content = uuid.uuid4().hex.encode()
-    file = f"{path}/_probe-{content.decode()}"
+    probe = f"{path}/_probe-{content.decode()}"
     if "write" in actions:
-        with storage_errors("write", uri, file):
-            write_file(filesystem, file, content)
+        with storage_errors("write", uri, probe):
+            write_file(filesystem, probe, content)
         if "read" in actions:
-            with storage_errors("read", uri, file):
-                if read_file(filesystem, file) != content:
-                    raise OSError("what was just written is not what is read")
+            with storage_errors("read", uri, probe):
+                if read_file(filesystem, probe) != content:
+                    raise OSError("the content that was read differs from the content that was written")
     if "list" in actions:
         with storage_errors("list", uri, path):
             filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     if "write" in actions and "delete" in actions:
-        with storage_errors("delete", uri, file):
-            filesystem.delete_file(file)
+        with storage_errors("delete", uri, probe):
+            filesystem.delete_file(probe)
 
 
 def create_bytes(uri: str | Path, data: bytes) -> bool:
-    """Writes a file, whole, only if there is none; of several writers at once one succeeds.
+    """Writes a file completely, but only if the file does not exist. Of several concurrent writers exactly one succeeds.
 
     Args:
-        data: another for every caller (a random part will do): that is how a writer whose answer was lost on the way, and
-            who asked again, knows its own file.
+        data: the content. It must differ between callers (a random part is enough). When the response of the server is lost
+            and the request is retried, a writer recognises its own file by its content.
 
-    Returns: whether the file is this caller's.
+    Returns:
+        Whether this caller wrote the file.
 
-    Raises: DataError: it cannot be written.
+    Raises:
+        DataError: the file cannot be written.
     """
     filesystem, path = open_filesystem(uri)
     with storage_errors("create", uri, path):
         if not isinstance(filesystem, fs.LocalFileSystem):
             bucket, _, key = path.partition("/")
-            return _put_if_none(bucket, key, data) or read_file(filesystem, path) == data
+            return _put_if_absent(bucket, key, data) or read_file(filesystem, path) == data
         try:
-            with _beside(Path(path), data) as temporary:
-                os.link(temporary, path)  # unlike a rename it does not replace
+            with _temporary_file(Path(path), data) as temporary:
+                os.link(temporary, path)  # unlike a rename, a link never replaces an existing file
         except FileExistsError:
             return False
         return True
 
 
-def _put_if_none(bucket: str, key: str, data: bytes) -> bool:
-    """Whether the object was created. Raises: OSError: the server could not be asked."""
+def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
+    """Creates an object if it does not exist, and returns whether it was created. Raises: OSError: the request failed."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = _client(bucket)
+    client = _open_client(bucket)
     for _ in range(max_attempts()):
         try:
             client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
@@ -481,7 +519,7 @@ def _put_if_none(bucket: str, key: str, data: bytes) -> bool:
             code = error.response.get("Error", {}).get("Code", "")
             if code in ("PreconditionFailed", "412"):
                 return False
-            if code != "ConditionalRequestConflict":  # Amazon's word for two at once: ask again
+            if code != "ConditionalRequestConflict":  # Amazon reports two concurrent writers: retry
                 raise OSError(str(error)) from error
         except BotoCoreError as error:
             raise OSError(str(error)) from error
@@ -490,46 +528,49 @@ def _put_if_none(bucket: str, key: str, data: bytes) -> bool:
     raise OSError("other writers of the same object kept coming first")
 
 
-class Listed(NamedTuple):
-    """An object: its path below what was listed, its bytes, and its ETag, which no other content has."""
+class ListedObject(NamedTuple):
+    """An object of a listing: its path below the listed prefix, its size in bytes, and its ETag, which identifies its content."""
 
     path: str
     num_bytes: int
     etag: str
 
 
-def list_objects(uri: str) -> Iterator[Listed]:
-    """Every object below an s3:// prefix, in the order of their keys: a request a thousand. Raises: DataError."""
+def list_objects(uri: str) -> Iterator[ListedObject]:
+    """Yields every object below an s3:// prefix in the order of the keys, with one request per thousand objects.
+
+    Raises: DataError: the prefix cannot be listed.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    _, place = open_filesystem(uri)
-    bucket, _, key = place.partition("/")
+    _, path = open_filesystem(uri)
+    bucket, _, key = path.partition("/")
     prefix = f"{key}/" if key else ""
-    with storage_errors("list", uri, place):
+    with storage_errors("list", uri, path):
         try:
-            for page in _client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for page in _open_client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for item in page.get("Contents", ()):
                     if item["Key"] != prefix:
-                        yield Listed(item["Key"][len(prefix) :], item["Size"], item["ETag"].strip('"'))
+                        yield ListedObject(item["Key"][len(prefix) :], item["Size"], item["ETag"].strip('"'))
         except (BotoCoreError, ClientError) as error:
             raise OSError(str(error)) from error
 
 
 class ObjectReader:
-    """Reads whole objects of one bucket, a request each; pyarrow takes three. Threads may share it."""
+    """Reads complete objects of one bucket with one request per object; pyarrow needs three. Threads may share a reader."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._made: Any = None
+        self._cached_client: Any = None
         self._lock = threading.Lock()
 
     def read(self, uri: str) -> bytes | None:
-        """An object's bytes; None where there is none. Raises: DataError: it cannot be read."""
+        """Returns the bytes of an object, or None if it does not exist. Raises: DataError: the object cannot be read."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         bucket, _, key = uri[len("s3://") :].partition("/")
-        with self._lock:  # making a client is not safe among threads
-            client = self._made = self._made or _client(bucket)
+        with self._lock:  # boto3 clients must not be created in several threads at once
+            client = self._cached_client = self._cached_client or _open_client(bucket)
         with storage_errors("read", self.uri, f"{bucket}/{key}"):
             for attempt in range(1, max_attempts() + 1):
                 try:
@@ -538,64 +579,75 @@ class ObjectReader:
                     if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
                         return None
                     raise OSError(str(error)) from error
-                except BotoCoreError as error:  # cut off in the middle, for what boto3 does not ask again
+                except BotoCoreError as error:  # the body was interrupted, and boto3 does not retry that
                     if attempt == max_attempts():
                         raise OSError(str(error)) from error
                     time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
-        raise AssertionError("max_attempts is 1 at least")
+        raise AssertionError("max_attempts is at least 1")
 
 
 def list_names(uri: str | Path) -> list[str]:
-    """Names of the files and folders directly in a folder, sorted; empty where there is no such folder."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("list", uri, path):
-        selector = fs.FileSelector(path, allow_not_found=True)
-        try:
-            found = filesystem.get_file_info(selector)
-        except FileNotFoundError:  # pyarrow looks twice, and says so of a folder that is made in between
-            found = filesystem.get_file_info(selector)
-        except NotADirectoryError:
-            return []
-    return sorted(item.base_name for item in found)
-
-
-def stamp(uri: str | Path) -> Stamp | None:
-    """A file's stamp; None where there is none. Raises: DataError: it cannot be told."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("look up", uri, path):
-        info = filesystem.get_file_info(path)
-    return Stamp(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
-
-
-def stamps(uri: str | Path, name: str) -> dict[str, Stamp]:
-    """The files of one name in the folders directly in a folder: folder's name -> stamp, sorted.
-
-    One listing on S3, of everything below; on a disk a listing of the folder and a look at each file.
+    """Returns the sorted names of the files and folders directly in a folder; an empty list if the folder does not exist.
 
     Raises: DataError: the folder cannot be listed.
     """
     filesystem, path = open_filesystem(uri)
     with storage_errors("list", uri, path):
+        selector = fs.FileSelector(path, allow_not_found=True)
+        try:
+            entries = filesystem.get_file_info(selector)
+        except FileNotFoundError:  # pyarrow looks twice, and fails if the folder is created in between
+            entries = filesystem.get_file_info(selector)
+        except NotADirectoryError:
+            return []
+    return sorted(entry.base_name for entry in entries)
+
+
+def read_stamp(uri: str | Path) -> FileStamp | None:
+    """Returns the stamp of a file, or None if the file does not exist. Raises: DataError: the lookup fails."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("look up", uri, path):
+        info = filesystem.get_file_info(path)
+    return FileStamp(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
+
+
+def read_stamps(uri: str | Path, name: str) -> dict[str, FileStamp]:
+    """Returns the stamps of the files `<folder>/<name>` for each folder directly below a location.
+
+    On S3 one listing of everything below the location is enough. On a disk each file is looked up.
+
+    Args: name: the file name to look for in each folder.
+
+    Returns:
+        Folder name -> stamp, sorted by folder name. Folders without such a file are missing.
+
+    Raises:
+        DataError: the location cannot be listed.
+    """
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("list", uri, path):
         if isinstance(filesystem, fs.LocalFileSystem):
-            found = filesystem.get_file_info([f"{path}/{folder}/{name}" for folder in list_names(path)])
+            entries = filesystem.get_file_info([f"{path}/{folder}/{name}" for folder in list_names(path)])
         else:
-            found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-    files = [item for item in found if item.type == fs.FileType.File]
-    parts = ((item.path.removeprefix(f"{path}/").split("/"), item) for item in files)
+            entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = [entry for entry in entries if entry.type == fs.FileType.File]
+    split_paths = ((file.path.removeprefix(f"{path}/").split("/"), file) for file in files)
     return dict(
-        sorted((place[0], Stamp(item.mtime_ns or 0, item.size)) for place, item in parts if place[1:] == [name])
+        sorted(
+            (names[0], FileStamp(file.mtime_ns or 0, file.size)) for names, file in split_paths if names[1:] == [name]
+        )
     )
 
 
 def exists(uri: str | Path) -> bool:
-    """Whether a file is there. Raises: DataError: it cannot be told."""
+    """Returns whether a file exists. Raises: DataError: the lookup fails."""
     filesystem, path = open_filesystem(uri)
     with storage_errors("look up", uri, path):
         return filesystem.get_file_info(path).type == fs.FileType.File
 
 
 def remove_file(uri: str | Path) -> None:
-    """Deletes a file; none there is no error."""
+    """Deletes a file. A file that does not exist is no error. Raises: DataError: the file cannot be deleted."""
     filesystem, path = open_filesystem(uri)
     with storage_errors("delete", uri, path):
         if filesystem.get_file_info(path).type == fs.FileType.File:
@@ -603,7 +655,7 @@ def remove_file(uri: str | Path) -> None:
 
 
 def remove_folder(uri: str | Path) -> None:
-    """Deletes a folder with all that is in it; none there is no error."""
+    """Deletes a folder and its contents. A folder that does not exist is no error. Raises: DataError: the deletion fails."""
     filesystem, path = open_filesystem(uri)
     with storage_errors("delete", uri, path):
         filesystem.delete_dir_contents(path, missing_dir_ok=True)

@@ -1,4 +1,4 @@
-"""YAML text to plain values: refuses keys that appear twice, and numbers that versions of YAML read differently."""
+"""Reads YAML strictly: refuses duplicate keys, and numbers that YAML 1.1 and YAML 1.2 read differently."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ import yaml
 # YAML 1.1 reads 010 as 8 and 1:30 as 90; YAML 1.2 reads 10 and the text 1:30.
 AMBIGUOUS_NUMBER = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 _NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-_MERGE_TAG = "tag:yaml.org,2002:merge"  # the key <<, which takes over the keys of another mapping
+_MERGE_TAG = "tag:yaml.org,2002:merge"  # the key <<, which copies the keys of another mapping
 
 
 def load_yaml(text: str | bytes) -> Any:
-    """The values of one YAML document; None for an empty one.
+    """Returns the values of one YAML document as plain Python values; None for an empty document.
 
-    Raises: yaml.YAMLError: invalid YAML; a key that a mapping holds twice; a number such as 010; a date such as 2024-13-01.
+    Raises: yaml.YAMLError: the YAML is invalid, a mapping has a key twice, or it contains an ambiguous number such as 010 or an
+        invalid date such as 2024-13-01.
     """
     try:
         return yaml.load(text, _StrictLoader)
-    except (ValueError, RecursionError) as error:  # yaml 6.0 lets both through
+    except (ValueError, RecursionError) as error:  # yaml 6.0 does not convert these two
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 
 class _StrictLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses duplicate keys and ambiguous numbers."""
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Checks the keys here and not on construction, which copies the keys of merged mappings into the node."""
+        """Returns the node of a mapping after a check for duplicate keys.
+
+        The check happens here because the construction of the mapping copies the keys of merged mappings into the node. Then a
+        duplicate key could not be distinguished from an overridden one.
+        """
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
@@ -35,13 +42,14 @@ class _StrictLoader(yaml.SafeLoader):
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
                 raise yaml.YAMLError(
-                    f"the key {key.value!r} appears twice, in line {lines[name]} and in line {line}; the first would be lost: "
-                    "join the two, or remove one"
+                    f"the key {key.value!r} appears twice, in line {lines[name]} and in line {line}; the first value would be "
+                    "lost: merge the two entries, or remove one"
                 )
             lines[name] = line
         return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        """Returns the node of a scalar after a check for ambiguous numbers."""
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)
         if node.style is None and node.tag in _NUMBER_TAGS and AMBIGUOUS_NUMBER.fullmatch(node.value):
             meaning = self.construct_object(node)

@@ -1,4 +1,4 @@
-"""Small folders of made-up images, in the shapes that importers know; no two images alike."""
+"""Small folders of random images, in the layouts of the importers. No two images are equal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ SIZE = (12, 16)  # height, width
 
 
 def pixels(seed: int) -> np.ndarray:
+    """Returns a random RGB image of `SIZE`."""
     return np.random.default_rng(seed).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
 
 
-def spot(*at: tuple[int, int], size: tuple[int, int] = SIZE) -> np.ndarray:
+def spot(*positions: tuple[int, int], size: tuple[int, int] = SIZE) -> np.ndarray:
+    """Returns a mask that is True at the positions (row, column)."""
     mask = np.zeros(size, dtype=bool)
-    for row, column in at:
+    for row, column in positions:
         mask[row, column] = True
     return mask
 
 
 def save(path: Path, content: bytes | np.ndarray) -> Path:
+    """Writes bytes, an image or a mask to a file, and creates its folder. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -35,7 +38,7 @@ def save(path: Path, content: bytes | np.ndarray) -> Path:
 
 
 def make_mvtec(root: Path, num_train: int = 3, seed: int = 0) -> Path:
-    """train/good 000.., test/good 000, test/crack 000 and 001 with masks; no two images alike."""
+    """Writes train/good 000.., test/good 000, and test/crack 000 and 001 with masks. No two images are equal."""
     for number in range(num_train):
         save(root / f"train/good/{number:03}.png", pixels(seed + number))
     save(root / "test/good/000.png", pixels(seed + 100))
@@ -46,6 +49,7 @@ def make_mvtec(root: Path, num_train: int = 3, seed: int = 0) -> Path:
 
 
 def make_folder(root: Path) -> Path:
+    """Writes good/ with 10 images, and two folders of one defective image each, with masks."""
     for number in range(10):
         save(root / f"good/{number:03}.png", pixels(number))
     save(root / "bad/000.png", pixels(50))

@@ -1,4 +1,4 @@
-"""A proxy before a real S3 server that answers a share of the requests with 503, as a store does that is asked too much."""
+"""A proxy in front of a real S3 server that answers a share of the requests with 503, like an overloaded server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ SLOW_DOWN = (
 
 
 class FaultyProxy(ThreadingHTTPServer):
-    """endpoint: where it listens.  passed, refused: requests so far.  made: of these, method, path, bytes there and back."""
+    """The proxy server.
+
+    Attributes:
+        endpoint: URL of the proxy.
+        passed, refused: numbers of requests so far.
+        requests: method, path, sent bytes and received bytes of each passed request.
+    """
 
     daemon_threads = True
 
@@ -25,10 +31,11 @@ class FaultyProxy(ThreadingHTTPServer):
         self.target, self.share, self.random = urlsplit(target).netloc, share, random.Random(0)
         self.lock = threading.Lock()
         self.passed = self.refused = 0
-        self.made: list[tuple[str, str, int, int]] = []
+        self.requests: list[tuple[str, str, int, int]] = []
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
 
-    def refuses(self) -> bool:
+    def draw_refusal(self) -> bool:
+        """Returns whether the next request is refused, and counts it."""
         with self.lock:
             refused = self.random.random() < self.share
             self.refused += refused
@@ -42,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self._body()
-        if self.server.refuses():
+        if self.server.draw_refusal():
             self._answer(503, [("Content-Type", "application/xml")], SLOW_DOWN)
             return
         # the Host header stays: the signature covers it
@@ -56,15 +63,15 @@ class _Handler(BaseHTTPRequestHandler):
             answer = connection.getresponse()
             content = answer.read()
             with self.server.lock:
-                self.server.made.append((self.command, self.path, len(body), len(content)))
+                self.server.requests.append((self.command, self.path, len(body), len(content)))
             self._answer(answer.status, answer.getheaders(), content)
         except (OSError, http.client.HTTPException):
-            self.close_connection = True  # the server is gone: so is the client's connection
+            self.close_connection = True  # the server has gone, so the connection of the client ends too
         finally:
             connection.close()
 
     def _body(self) -> bytes:
-        """As it came, the marks of a chunked one included."""
+        """Returns the bytes of the request body, including the chunk marks of a chunked body."""
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = []
@@ -83,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = str(len(content))
         for name, value in headers:
             if name.lower() == "content-length" and self.command == "HEAD":
-                length = value  # of what a GET would bring
+                length = value  # the length of the body of a GET request
             elif name.lower() not in ("content-length", "transfer-encoding", "connection"):
                 self.send_header(name, value)
         if status not in (204, 304):
@@ -100,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def faulty(target: str, share: float) -> Iterator[FaultyProxy]:
-    """Runs the proxy. share: of the requests that are refused."""
+    """Runs a proxy for a server. share: share of the requests that is refused."""
     with FaultyProxy(target, share) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, daemon=True)
         thread.start()

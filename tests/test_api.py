@@ -275,7 +275,7 @@ def test_what_is_no_image_is_refused(parts: Path, model: focus_ray.Model, tmp_pa
         model.inspect(tmp_path / "gone.png")
     with pytest.raises(DataError, match="no such folder"):
         focus_ray.fit(tmp_path / "gone", **QUICK)
-    with pytest.raises(DataError, match="2 normal training images; 4 at least"):
+    with pytest.raises(DataError, match="2 normal training images; at least 4"):
         focus_ray.fit(pixels_of(parts / "train/good")[:2], **QUICK)
     with pytest.raises(DataError, match=r"holds 2 categories \(board, gear\)"):
         focus_ray.fit(parts.parent, **QUICK)

@@ -23,7 +23,7 @@ from small_set import draw_parts, make_bundle, small_config
 from focus_ray.cli.main import NEEDS, command_names
 from focus_ray.data.ingest import ingest
 from focus_ray.errors import MissingPackageError
-from focus_ray.extras import MODULES, explained, require_extra
+from focus_ray.extras import EXTRA_MODULES, explain_missing_module, require_extra
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # what another package that is always installed beside it brings
@@ -62,7 +62,7 @@ def third_party() -> set[str]:
 
 def test_every_package_that_is_imported_is_required_by_the_extra_that_its_module_is_listed_with() -> None:
     extras = {name: names_of(listed) for name, listed in PROJECT["optional-dependencies"].items()}
-    of_module = {module: extra for extra, modules in MODULES.items() for module in modules}
+    of_module = {module: extra for extra, modules in EXTRA_MODULES.items() for module in modules}
     distributions = metadata.packages_distributions()
     wrong = []
     for module in sorted(third_party() - ASKED_FOR):
@@ -79,7 +79,7 @@ def test_an_extra_that_is_whole_is_silent_and_one_that_is_not_says_what_to_insta
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     require_extra("train", "focus-ray train")
-    monkeypatch.setitem(MODULES, "train", ("numpy", "no_such_module"))
+    monkeypatch.setitem(EXTRA_MODULES, "train", ("numpy", "no_such_module"))
     with pytest.raises(
         MissingPackageError,
         match=r"focus-ray train needs no_such_module, not installed here: pip install 'focus-ray\[train\]'",
@@ -90,14 +90,14 @@ def test_an_extra_that_is_whole_is_silent_and_one_that_is_not_says_what_to_insta
 def test_a_folder_of_a_packages_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "no_such_module").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(MODULES, "wandb", ("no_such_module",))
+    monkeypatch.setitem(EXTRA_MODULES, "wandb", ("no_such_module",))
     with pytest.raises(MissingPackageError, match="needs no_such_module, not installed here"):
         require_extra("wandb", "trackers.wandb")
 
 
 def test_an_import_that_no_extra_explains_is_left_as_it_is() -> None:
-    assert explained(ModuleNotFoundError("", name="no_such_module")) is None
-    assert "pip install 'focus-ray[ray]'" in str(explained(ModuleNotFoundError("", name="ray.train")))
+    assert explain_missing_module(ModuleNotFoundError("", name="no_such_module")) is None
+    assert "pip install 'focus-ray[ray]'" in str(explain_missing_module(ModuleNotFoundError("", name="ray.train")))
 
 
 def test_commands_that_need_an_extra_are_commands() -> None:
@@ -125,7 +125,7 @@ for words in sys.argv[2:]:
 
 
 def without(*extras: str) -> str:
-    return ",".join(module for extra in extras for module in MODULES[extra] if module != "jinja2")  # torch's too
+    return ",".join(module for extra in extras for module in EXTRA_MODULES[extra] if module != "jinja2")  # torch's too
 
 
 def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -143,14 +143,14 @@ def test_bundles_are_read_inspected_with_and_published_without_any_extra(
         f"registry publish {tmp_path}/registry {bundle} --team press",
         "config explain density.window",
     )
-    ended = run(COMMANDS, without(*MODULES), *words)
+    ended = run(COMMANDS, without(*EXTRA_MODULES), *words)
     assert statuses(ended) == ["inspect 0", "watch 0", "ingest 0", "registry 0", "config 0"], ended.stderr
     assert list((tmp_path / "heat").iterdir())
 
 
 def test_a_model_is_fitted_and_measured_without_ray(parts: Path, tmp_path: Path) -> None:
     words = f"fit {parts}/gear {tmp_path}/model model.weights=random model.image_size_px=64 calibration.method=split"
-    ended = run(COMMANDS, without(*(extra for extra in MODULES if extra not in ("s3", "train"))), words)
+    ended = run(COMMANDS, without(*(extra for extra in EXTRA_MODULES if extra not in ("s3", "train"))), words)
     assert statuses(ended) == ["fit 0"], ended.stderr
     assert (tmp_path / "model/report/report.html").is_file()
 

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def test_auto_is_bfloat16_only_where_the_device_is_quick_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for quick, found in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("focus_ray.precision.quick_at_bfloat16", lambda device, quick=quick: quick)
+        monkeypatch.setattr("focus_ray.precision.has_native_bfloat16", lambda device, quick=quick: quick)
         assert compute_dtype("auto", CPU) == found
         assert compute_dtype("fp32", "cpu") == torch.float32
         assert compute_dtype("bf16", "cpu") == torch.bfloat16

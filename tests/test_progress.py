@@ -1,38 +1,38 @@
-"""Lines of progress: none of a short step, few of a long one, with what is left."""
+"""Progress lines: a short step prints none, a long step prints few, with the remaining time."""
 
 from __future__ import annotations
 
-from focus_ray.progress import duration, track, words
+from focus_ray.progress import format_duration, format_progress, track
 
 
-def told(num_items: int, seconds_each: float, total: int) -> list[str]:
-    now = [0.0]
+def progress_lines(num_items: int, seconds_each: float, total: int) -> list[str]:
+    clock_s = [0.0]
     lines: list[str] = []
-    for item in track(range(num_items), "reading", total, lines.append, clock=lambda: now[0]):
+    for item in track(range(num_items), "reading", total, lines.append, clock=lambda: clock_s[0]):
         assert item >= 0
-        now[0] += seconds_each
+        clock_s[0] += seconds_each
     return lines
 
 
-def test_a_short_step_says_nothing() -> None:
-    assert told(100, 0.04, 100) == []
+def test_a_short_step_prints_nothing() -> None:
+    assert progress_lines(100, 0.04, 100) == []
 
 
-def test_a_long_step_tells_how_far_it_is_and_what_is_left() -> None:
-    lines = told(100, 0.5, 100)
+def test_a_long_step_prints_progress_and_remaining_time() -> None:
+    lines = progress_lines(100, 0.5, 100)
     assert lines[0] == "reading: 10 of 100 images, 2/s, 45 s left"
     assert len(lines) < 10
 
 
-def test_a_step_of_hours_tells_ever_more_rarely() -> None:
-    assert 10 < len(told(7200, 1.0, 7200)) < 40
+def test_the_pauses_between_lines_grow() -> None:
+    assert 10 < len(progress_lines(7200, 1.0, 7200)) < 40
 
 
-def test_nothing_is_lost_or_reordered() -> None:
+def test_items_are_complete_and_in_order() -> None:
     assert list(track(range(5), "x", 0, print)) == [0, 1, 2, 3, 4]
 
 
-def test_amounts_are_told_in_words() -> None:
-    assert words(120, 320, 4.0, "images") == "120 of 320 images, 30/s, 7 s left"
-    assert words(5, 0, 10.0, "rows") == "5 rows, 0.5/s"
-    assert [duration(s) for s in (45, 200, 9000)] == ["45 s", "3 min", "2.5 h"]
+def test_progress_and_durations_are_formatted() -> None:
+    assert format_progress(120, 320, 4.0, "images") == "120 of 320 images, 30/s, 7 s left"
+    assert format_progress(5, 0, 10.0, "rows") == "5 rows, 0.5/s"
+    assert [format_duration(s) for s in (45, 200, 9000)] == ["45 s", "3 min", "2.5 h"]

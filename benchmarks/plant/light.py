@@ -44,9 +44,9 @@ def write_light(root: Path, count: int) -> int:
         pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS])
     )
     store = open_store(root)
-    folder = Path(store.folder("part"))
+    folder = Path(store.category_folder("part"))
     folder.mkdir(parents=True)
-    digest = store._write_index(str(folder / "_index-made.parquet"), table)
+    digest = store._write_table(str(folder / "_index-made.parquet"), table)
     commit = {
         "schema_version": 1,
         "category": "part",

@@ -38,7 +38,7 @@ from focus_ray.bundle.contents import (
 )
 from focus_ray.config import Config, parse_config
 from focus_ray.data.framing import Frame
-from focus_ray.data.regions import frame_of, frame_with
+from focus_ray.data.regions import load_frame, make_frame
 from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
 from focus_ray.density.nearest import rest_of, with_rest
@@ -52,7 +52,17 @@ from focus_ray.model.backbones.base import bare_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.precision import describe_precision
-from focus_ray.storage import Stamp, exists, join, list_names, read_bytes, remove_file, stamp, stamps, write_bytes
+from focus_ray.storage import (
+    FileStamp,
+    exists,
+    join,
+    list_names,
+    read_bytes,
+    read_stamp,
+    read_stamps,
+    remove_file,
+    write_bytes,
+)
 
 T = TypeVar("T")
 
@@ -146,7 +156,7 @@ def write_bundle(
     if statistics.shown is not None:
         density["shown"] = statistics.shown
     density.update(_origin_tensors(statistics))
-    region = (frame or frame_of(config, category)).region
+    region = (frame or load_frame(config, category)).region
     if region is not None:
         density["region"] = torch.from_numpy(region)
     if detector.profile is not None:
@@ -245,15 +255,15 @@ def find_bundles(place: str) -> dict[str, str]:
     raise DataError(f"{place}: no bundle here: give a bundle, or the folder of a run that `focus-ray train` made")
 
 
-def stamp_bundles(place: str) -> dict[str, Stamp]:
+def stamp_bundles(place: str) -> dict[str, FileStamp]:
     """Bundle -> its manifest's stamp, of the bundles that `find_bundles` finds; empty where there is none.
 
     Reads no manifest: asked often, it shows which have to be read again.
     """
-    if (own := stamp(join(place, MANIFEST))) is not None:
+    if (own := read_stamp(join(place, MANIFEST))) is not None:
         return {place: own}
     for root in (join(place, "bundles"), place):
-        found = {join(root, name): one for name, one in stamps(root, MANIFEST).items()}
+        found = {join(root, name): one for name, one in read_stamps(root, MANIFEST).items()}
         if found:
             return found
     return {}
@@ -335,7 +345,7 @@ def _read_bundle(
         grid = config.model.shared_grid
         fitted = load_density(config.density, density, shape["height"], shape["width"], device, grid)
         region = density["region"].numpy() if category in config.data.regions else None
-        frame = frame_with(config, region)
+        frame = make_frame(config, region)
         net = net.to(device).to(memory_format=torch.channels_last)
         profile = None
         if config.scoring.image_score == "profile" and "profile.weight" in density:

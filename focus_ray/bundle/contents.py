@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, Field, StrictInt, StrictStr, ValidationError, field_validator
 
 from focus_ray.config import Config
-from focus_ray.data.regions import places_of
+from focus_ray.data.regions import map_cells
 from focus_ray.errors import BundleError
 from focus_ray.fitting.profile import SHARES
 from focus_ray.model.backbones.base import bare_backbone
@@ -140,7 +140,7 @@ def check_shapes(config: Config, moments: Mapping[str, int], network: Header, de
 
     Raises: BundleError: naming the first that differs.
     """
-    places = places_of(config)
+    places = map_cells(config)
     grid = config.model.shared_grid
     size = len(places.tops) // grid[0], len(places.lefts) // grid[1]
     if (moments["height"], moments["width"]) != size:
@@ -175,7 +175,7 @@ def check_memory(config: Config, network: Header, density: Header, max_bytes: in
     Raises: BundleError: naming what is too large.
     """
     height, width = config.model.frame_px
-    places, grid = places_of(config), config.model.shared_grid
+    places, grid = map_cells(config), config.model.shared_grid
     rows, columns = len(places.tops), len(places.lefts)
     num_places = rows * columns // (grid[0] * grid[1])
     patches = density["coreset.patches"].shape[0] if "coreset.patches" in density else 0

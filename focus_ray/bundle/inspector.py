@@ -159,7 +159,7 @@ class Inspector:
         """
         calibration = self.bundle.calibration
         self._check_score(score, anomaly_map, width, height)
-        anomaly_map = self.frame.crop(anomaly_map, width, height)
+        anomaly_map = self.frame.crop_map(anomaly_map, width, height)
         regions = find_regions(anomaly_map, calibration.pixel_threshold, width, height)
         return Inspection(
             score=score,
@@ -269,9 +269,9 @@ class Inspector:
                 mask = None if label else np.zeros((height, width), dtype=bool)
                 if encoded is not None:
                     mask = decode_mask(encoded, height, width)
-                own_map = resize_map(self.frame.crop(anomaly_map, own_width, own_height), height, width)
+                own_map = resize_map(self.frame.crop_map(anomaly_map, own_width, own_height), height, width)
                 into.reduced |= max(own_height, own_width) > max_side_px
-                inside = self.frame.region_at(height, width)
+                inside = self.frame.resize_region(height, width)
                 content = record.pop("content_hash", None)
                 record["trained_on"] = bool(content) and short_hash(content) in known
                 into.num_repeats += repeat and not record["trained_on"]

@@ -13,7 +13,7 @@ import torch
 
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.config import Config
-from focus_ray.data.shards import Stream, build_shard, local_stream
+from focus_ray.data.shards import BatchStream, build_shard, local_stream
 from focus_ray.data.split import Split
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.state import Figures, OnEpoch, TrainState
@@ -46,7 +46,7 @@ def make_bundle(
     *,
     rank: int = 0,
     num_workers: int = 1,
-    stream: Stream | None = None,
+    stream: BatchStream | None = None,
     num_threads: int = 1,
     wrap: Callable[[torch.nn.Module], Any] | None = None,
     state: TrainState | None = None,

@@ -159,7 +159,7 @@ def cut_rows(uri: str, category: str, rows: Rows, size: int, version: str | None
 
     Returns: number of a part's first row among `rows` -> its rows.  Raises: DataError: no such category.
     """
-    files = open_store(uri).need_commit(category, version)["files"]
+    files = open_store(uri).require_commit(category, version)["files"]
     ends = np.cumsum([count for entry in files for count in entry["row_group_rows"]])
     groups = np.searchsorted(rows, ends)
     wanted = np.arange(size, len(rows), size)

@@ -85,7 +85,7 @@ def calibrate_bundle(
             "give images that it has not seen, or of a model joined of several sites the site's own bundle (--site)"
         )
     shift = compare_scores(old.image_scores, [one.score for one in new])
-    builder.add([one.score for one in new], [inspector.frame.inside(one.anomaly_map) for one in new])
+    builder.add([one.score for one in new], [inspector.frame.scored_values(one.anomaly_map) for one in new])
     calibration = replace(builder.finish(), precision=describe_precision(inspector.bundle.config, inspector.device))
     curve = None
     if bad:

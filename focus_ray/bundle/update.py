@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.bundle.bundle import Bundle, read_bundle, read_statistics, write_bundle
-from focus_ray.data.read import data_fingerprint, decoded_rows, index_version, read_index
+from focus_ray.data.read import data_fingerprint, decode_rows, index_version, read_index
 from focus_ray.data.split import plan_category, short_hash
 from focus_ray.density.base import Statistics, leaves_out
 from focus_ray.density.moments import Moments
@@ -318,7 +318,7 @@ def _normal_images(uri: str, category: str) -> _Normals:
 
 def _images(bundle: Bundle, images: _Normals) -> Iterator[Tensor]:
     rows = list(images.known)
-    for batch in decoded_rows(images.uri, bundle.category, rows, bundle.frame, version=images.version):
+    for batch in decode_rows(images.uri, bundle.category, rows, bundle.frame, version=images.version):
         yield torch.from_numpy(batch)
 
 

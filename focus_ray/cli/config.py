@@ -44,8 +44,8 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from focus_ray.standard import COMMANDS, kind_of, standard_names, standard_summary
+    from focus_ray.standard import COMMANDS, config_kind, standard_names, standard_summary
 
     for name in standard_names():
-        print(name, COMMANDS[kind_of(name)], standard_summary(name), sep="\t")
+        print(name, COMMANDS[config_kind(name)], standard_summary(name), sep="\t")
     return 0

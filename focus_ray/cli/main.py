@@ -26,7 +26,7 @@ from focus_ray.cli.train import _metric, _train, _update
 from focus_ray.cli.watch import add_watch
 from focus_ray.cluster.messages import VERBOSE
 from focus_ray.errors import FocusRayError
-from focus_ray.extras import explained, require_extra
+from focus_ray.extras import explain_missing_module, require_extra
 
 # command -> extra without which the command can do nothing; other commands name a missing package when they need it
 NEEDS = {
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"focus-ray: {error}", file=sys.stderr)
         return EXIT_ERROR
     except ModuleNotFoundError as error:
-        message = explained(error)
+        message = explain_missing_module(error)
         if message is None:
             raise
         print(f"focus-ray: {message}", file=sys.stderr)

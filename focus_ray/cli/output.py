@@ -35,7 +35,7 @@ def image_paths(names: Sequence[str]) -> list[Path]:
 
     Raises: DataError: a file or folder does not exist, or a folder has no image.
     """
-    from focus_ray.data.listing import images_below, is_system_folder
+    from focus_ray.data.listing import find_image_files, is_system_folder
 
     paths: list[Path] = []
     for name in names:
@@ -43,7 +43,7 @@ def image_paths(names: Sequence[str]) -> list[Path]:
         if path.is_dir() and len(names) > 1 and is_system_folder(path.name):
             say(f"note: {readable_name(path)}: a folder of the system, passed over")
         elif path.is_dir():
-            paths += images_below(path, say)
+            paths += find_image_files(path, say)
         elif path.is_file():
             paths.append(path)
         else:

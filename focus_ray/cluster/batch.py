@@ -18,12 +18,12 @@ from focus_ray.cluster.connect import connect
 from focus_ray.cluster.pool import Failed
 from focus_ray.cluster.preflight import probe_nodes
 from focus_ray.cluster.scorers import Scorers
-from focus_ray.data.ahead import ahead
+from focus_ray.data.prefetch import prefetch
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.progress import Progress
-from focus_ray.storage import absolute_place, join, list_names, read_bytes, remove_file, remove_folder, write_bytes
+from focus_ray.storage import join, list_names, make_absolute, read_bytes, remove_file, remove_folder, write_bytes
 
 UNFINISHED = "_unfinished"  # in a folder of results until all of them are there; readers of Parquet pass it over
 RESULT_SCHEMA = pa.schema(
@@ -137,7 +137,7 @@ def inspect_piece(piece: BatchPiece, inspector: Inspector) -> Counts:
     tables = []
     waiting: list[Row] = []
     records = read_rows(job.data, job.category, piece.rows, columns=(*_GIVEN, "image"), version=job.commit)
-    for record in ahead(records, job.batch_size):
+    for record in prefetch(records, job.batch_size):
         waiting.append(record)
         if len(waiting) == job.batch_size:
             tables.append(findings(inspector, waiting))
@@ -274,8 +274,8 @@ def inspect_dataset(
     Raises: DataError: the set lacks a category, the output holds a category's results already, or categories failed, each
         named with its reason; the results of the others are there.
     """
-    bundles = {category: absolute_place(place) for category, place in bundles.items()}
-    uri, output = absolute_place(uri), absolute_place(output)
+    bundles = {category: make_absolute(place) for category, place in bundles.items()}
+    uri, output = make_absolute(uri), make_absolute(output)
     there = list_categories(uri)
     unknown = sorted(set(bundles) - set(there))
     if unknown:

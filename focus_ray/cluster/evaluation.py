@@ -45,7 +45,7 @@ from focus_ray.reporting.evaluation import (
     summary_of,
     without_pictures,
 )
-from focus_ray.storage import absolute_place, join, probe, read_bytes, remove_file, write_bytes
+from focus_ray.storage import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
 
 WHOLE_PAGE = 20  # categories with all their pictures on one page; of more, each has a page of its own
 _SAVE_S = 30.0  # of parts, between two times that what is known is saved
@@ -164,7 +164,7 @@ class Evaluation:
         if total.scores:
             self.log(f"{category}: going on after {total.num_images} images")
         todo = {first: rows for first, rows in plan.parts.items() if first not in total.scores}
-        self.progress = Progress(f"{category}: scoring", job.num_images, self.log, done=total.num_images)
+        self.progress = Progress(f"{category}: scoring", job.num_images, self.log, num_before=total.num_images)
         self._waiting[category] = set(todo)
         self._saved_at[category] = time.monotonic()
         if not todo:
@@ -285,9 +285,9 @@ def evaluate_bundles(
     Raises: DataError, TrainingError: the output cannot be written, or the cluster has no room for a worker. ConfigError: a
         tracker that is asked for cannot be used. What is wrong with one category stands in its result.
     """
-    bundles = {category: absolute_place(uri) for category, uri in bundles.items()}
+    bundles = {category: make_absolute(uri) for category, uri in bundles.items()}
     settings = Settings(
-        absolute_place(output), data and absolute_place(data), max_side_px, exact_pixels, part_images, resume
+        make_absolute(output), data and make_absolute(data), max_side_px, exact_pixels, part_images, resume
     )
     recorder = evaluation_recorder(bundles, settings.output, trackers, log)
     evaluation = Evaluation(bundles, settings, log)
@@ -302,7 +302,7 @@ def evaluate_bundles(
 
 def _run(evaluation: Evaluation, num_workers: int | None) -> None:
     if runs_here(ClusterConfig(num_workers=num_workers or 1)):
-        probe(evaluation.settings.output)
+        check_access(evaluation.settings.output)
         _run_here(evaluation)
     else:
         private = connect()

@@ -10,14 +10,14 @@ from typing import Any
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2.api import data_parallel_trainer
 
-from focus_ray.cluster.failures import worth_another
+from focus_ray.cluster.failures import is_retryable
 
 
 class CertainFailurePolicy(DefaultFailurePolicy):
     """Ray's, but for errors of `CERTAIN`, which end the training at once."""
 
     def make_decision(self, training_failed_error: Any) -> Any:
-        if not worth_another(training_failed_error):
+        if not is_retryable(training_failed_error):
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 

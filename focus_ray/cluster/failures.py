@@ -10,7 +10,7 @@ from focus_ray.errors import BundleError, ConfigError, DataError, StorageError, 
 CERTAIN = (ConfigError, DataError, WeightsError, BundleError, FloatingPointError)
 
 
-def worth_another(error: BaseException) -> bool:
+def is_retryable(error: BaseException) -> bool:
     """Whether another attempt may end otherwise."""
     found = list(causes(error))
     away = any(isinstance(one, StorageError) for one in found)

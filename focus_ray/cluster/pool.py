@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from focus_ray.cluster.connect import resources_per_worker
-from focus_ray.cluster.failures import reason_of, worth_another
+from focus_ray.cluster.failures import is_retryable, reason_of
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import TrainingError
 
@@ -142,7 +142,7 @@ class Pool(Generic[W]):
     def _judge(self, given: _Given[W], error: Exception, again: deque[_Given[W]]) -> Failed | None:
         """Puts the work among what is to be done again, or says that it has failed."""
         given.failures += 1
-        if not worth_another(error):
+        if not is_retryable(error):
             return Failed(reason_of(error))
         if given.failures > self.max_failures:
             tried = f" ({given.failures} times)" if given.failures > 1 else ""

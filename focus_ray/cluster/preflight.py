@@ -14,7 +14,7 @@ from focus_ray.cluster.connect import ceiling_of, resources_per_worker, uses_gpu
 from focus_ray.cluster.ray_private import KINDS
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.storage import is_s3, join, probe, read_bytes, remove_file, write_bytes
+from focus_ray.storage import check_access, is_s3, join, read_bytes, remove_file, write_bytes
 
 RESERVED = "FOCUS_RAY_RESERVED"  # JSON of resources that Ray keeps for a job's own process; set by `focus-ray submit`
 
@@ -137,7 +137,7 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     for place in writes:
-        probe(place)
+        check_access(place)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     here = ray.get_runtime_context().get_node_id()
     if [node["NodeID"] for node in nodes] == [here]:
@@ -174,7 +174,7 @@ def _probe_here(files: Mapping[str, bytes | None], folders: Sequence[str]) -> st
     """Runs on a node. Returns: what is wrong there."""
     try:
         for folder in folders:  # first: what refuses a write says why, a look-up does not
-            probe(folder)
+            check_access(folder)
         for file, content in files.items():
             if read_bytes(file) != content and content is not None:
                 return f"{file}: not the file that the driver wrote"

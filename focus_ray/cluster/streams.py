@@ -10,8 +10,8 @@ import numpy as np
 
 from focus_ray.config import Config
 from focus_ray.data.images import decode_batch
-from focus_ray.data.read import READ_ROWS
-from focus_ray.data.regions import frame_of
+from focus_ray.data.read import NUM_ROWS_PER_READ
+from focus_ray.data.regions import load_frame
 from focus_ray.data.schema import SCHEMA, SPLITS
 from focus_ray.data.split import Split
 from focus_ray.data.store import open_store
@@ -46,9 +46,9 @@ def ray_dataset(
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     store = open_store(uri)
-    commit = store.need_commit(category, version)
+    commit = store.require_commit(category, version)
     ray.data.DataContext.get_current().use_datasource_v2 = False
-    paths = [f"{store.folder(category)}/{entry['name']}" for entry in commit["files"]]
+    paths = [f"{store.category_folder(category)}/{entry['name']}" for entry in commit["files"]]
     # the schema adds the column `group` to part files that lack it
     dataset = ray.data.read_parquet(paths, filesystem=store.filesystem, partitioning=None, schema=SCHEMA)
     if split is not None:
@@ -58,7 +58,7 @@ def ray_dataset(
 
 def stream_training_images(config: Config, split: Split) -> Any:
     """A Ray data set of the decoded images that train, told by the rule where their rows are read."""
-    frame = frame_of(config, split.category)
+    frame = load_frame(config, split.category)
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
         rows = zip(*(batch[column] for column in columns), strict=True)
@@ -73,7 +73,7 @@ def stream_training_images(config: Config, split: Split) -> Any:
 
     columns = ("id", "label", "content_hash", "group", "image")
     dataset = ray_dataset(config.data.uri, split.category, split="train", columns=columns, version=split.version)
-    return dataset.map_batches(decode, batch_size=READ_ROWS)
+    return dataset.map_batches(decode, batch_size=NUM_ROWS_PER_READ)
 
 
 def worker_stream(batch_size: int, seed: int) -> Iterable[Mapping[str, Any]]:

@@ -29,7 +29,7 @@ from focus_ray.config import Config, config_to_yaml, mapping_of, parse_config
 from focus_ray.data.read import list_categories
 from focus_ray.data.regions import check_regions
 from focus_ray.data.schema import COMMIT_NAME
-from focus_ray.data.shards import Steps, fits_memory
+from focus_ray.data.shards import BatchSchedule, fits_memory
 from focus_ray.data.split import Split, split_category
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import check_ingredients
@@ -37,19 +37,19 @@ from focus_ray.fitting.state import Figures, TrainState
 from focus_ray.names import unique_name
 from focus_ray.reporting.training import write_training_report
 from focus_ray.storage import (
-    absolute_place,
+    check_access,
     create_bytes,
     exists,
     is_s3,
     join,
     list_names,
+    make_absolute,
     open_filesystem,
-    probe,
     read_bytes,
-    retrying,
+    retry_while_busy,
     write_bytes,
 )
-from focus_ray.tracking.base import leaves
+from focus_ray.tracking.base import flatten_dict
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import CLAIM, TrainingRecord
 
@@ -98,7 +98,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     Raises: TrainingError: the run's folder exists and `resume` is not asked for, or categories failed, each named with
         its reason; the bundles of the others are there. DataError: the data set cannot be used.
     """
-    config = absolute(config)
+    config = resolve_paths(config)
     if config.name == "auto":
         if resume:
             raise TrainingError("--resume needs the name of the run to go on with: name=...")
@@ -115,7 +115,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     splits = {category: split_category(config, category) for category in categories}
     for category, split in splits.items():
         try:
-            Steps.agree(split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker)
+            BatchSchedule.agree(split.num_fit, config.cluster.num_workers, config.train.batch_size_per_worker)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
@@ -129,7 +129,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         here = runs_here(config.cluster)
         limit = 1
         if here:
-            probe(root)
+            check_access(root)
         else:
             limit = _join_cluster(config, root, {c: splits[c] for c in todo}, log)
         _claim(root, resume, fingerprints)
@@ -375,7 +375,7 @@ def _worker(job: CategoryJob) -> None:
         stream=worker_stream,
         num_threads=decoders(config),
         wrap=data_parallel(num_workers, device),
-        state=retrying(lambda: _last_state(ray.train.get_checkpoint(), device)),
+        state=retry_while_busy(lambda: _last_state(ray.train.get_checkpoint(), device)),
         on_epoch=on_epoch,
         log=job.tell,
     )
@@ -401,20 +401,20 @@ def _last_state(checkpoint: Any, device: torch.device) -> TrainState | None:
         return TrainState.from_dict(torch.load(Path(folder) / STATE_FILE, map_location=device, weights_only=True))
 
 
-def absolute(config: Config) -> Config:
+def resolve_paths(config: Config) -> Config:
     """Local paths made absolute: workers run in other folders."""
     weights, metric = config.model.weights, config.density.metric
-    regions = {name: absolute_place(one) if isinstance(one, str) else one for name, one in config.data.regions.items()}
+    regions = {name: make_absolute(one) if isinstance(one, str) else one for name, one in config.data.regions.items()}
     if weights not in ("default", "random"):
-        weights = absolute_place(weights)
+        weights = make_absolute(weights)
     return config.model_copy(
         update={
-            "storage": absolute_place(config.storage),
-            "data": config.data.model_copy(update={"uri": absolute_place(config.data.uri), "regions": regions}),
+            "storage": make_absolute(config.storage),
+            "data": config.data.model_copy(update={"uri": make_absolute(config.data.uri), "regions": regions}),
             "model": config.model.model_copy(update={"weights": weights}),
-            "density": config.density.model_copy(update={"metric": metric and absolute_place(metric)}),
+            "density": config.density.model_copy(update={"metric": metric and make_absolute(metric)}),
             "trackers": {
-                kind: one.model_copy(update={"uri": one.uri and absolute_place(one.uri)})
+                kind: one.model_copy(update={"uri": one.uri and make_absolute(one.uri)})
                 for kind, one in config.trackers.items()
             },
         }
@@ -461,7 +461,7 @@ def _begun(root: str) -> set[str]:
 
 def differing_keys(former: Config, config: Config) -> list[str]:
     """Settings that change a result and are not the same, each with both values."""
-    was, now = (dict(leaves(one.model_dump(mode="json"))) for one in (former, config))
+    was, now = (dict(flatten_dict(one.model_dump(mode="json"))) for one in (former, config))
     return [
         f"{key} was {was.get(key)}, is {now.get(key)}"
         for key in sorted({*was, *now})

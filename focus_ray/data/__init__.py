@@ -1,1 +1,1 @@
-"""Images and data sets: what they are, how they are read, split and shared out. No Ray."""
+"""Images and data sets: ingestion, storage, reading, splits, and shards for workers. Does not import Ray."""

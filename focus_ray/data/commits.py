@@ -1,4 +1,4 @@
-"""What a commit says, and which files of a category nobody can be using any more."""
+"""The format of a commit file, and the rules by which files of old versions become stale."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pyarrow import fs
 from focus_ray.data.schema import SCHEMA_VERSION
 from focus_ray.errors import DataError
 
-# A version that was replaced stays this long for those who read it. Files that no commit names are leftovers of a dead run once
-# they are as old: a younger one may belong to a run that is just writing it.
+# A replaced version stays readable for this long. A file that no commit names counts as the leftover of a dead run only when it
+# is older than this: a younger file may belong to a run that is still writing.
 STALE_AFTER = timedelta(hours=24)
-# in a category's folder: the versions, and of each which one came after it
-VERSIONS, CLAIMS = "_commits", "_claims"
+# Subfolders of a category: the commits of all versions, and one claim per version that names its successor.
+VERSIONS_FOLDER, CLAIMS_FOLDER = "_commits", "_claims"
 
 
 class PartEntry(TypedDict):
-    """A part file as its commit names it."""
+    """The entry of a part file in a commit."""
 
     name: str
     row_group_rows: list[int]
@@ -29,37 +29,45 @@ class PartEntry(TypedDict):
 
 
 class IndexEntry(TypedDict):
-    """The object with the light columns of all rows, or with the sources, as its commit names it."""
+    """The entry of the index file or of the source manifest in a commit."""
 
     name: str
-    sha256: str  # of its bytes
+    sha256: str  # hex digest of the file's bytes
 
 
 class DroppedEntry(TypedDict):
-    """A file of a former version that the commit no longer names, and since when."""
+    """The entry of a file of an earlier version that this version does not use."""
 
     name: str
-    at: str  # ISO 8601, UTC
+    at: str  # time when it was dropped, ISO 8601, UTC
 
 
 class Commit(TypedDict):
-    """What `_commit.json` and `_commits/<run_id>.json` hold."""
+    """The content of `_commit.json` and of `_commits/<run_id>.json`."""
 
     schema_version: int
     category: str
-    run_id: str  # the version's name
+    run_id: str  # name of the version
     created: str  # ISO 8601, UTC
     files: list[PartEntry]
     index: IndexEntry | None
-    sources: IndexEntry | None  # what is known of the files that the rows came from
-    dropped: list[DroppedEntry]  # still there for readers of former versions
+    sources: IndexEntry | None  # the source manifest: the source files of the rows
+    dropped: list[DroppedEntry]  # kept on the storage for readers of earlier versions
     num_rows: int
     source_fingerprint: str
-    counts: dict[str, int]  # of `CategoryReport`
+    counts: dict[str, int]  # the counts of `CategoryReport`
 
 
 def parse_commit(data: bytes, uri: str, category: str, path: str) -> Commit:
-    """Raises: DataError: damaged, or of another schema version."""
+    """Parses the bytes of a commit file.
+
+    Args:
+        uri: root of the data set, for error messages.
+        category: for error messages.
+        path: of the commit file, for error messages.
+
+    Raises: DataError: the file is damaged, or has another schema version.
+    """
     try:
         commit = json.loads(data)
         version = commit["schema_version"]
@@ -70,44 +78,58 @@ def parse_commit(data: bytes, uri: str, category: str, path: str) -> Commit:
                 if commit.setdefault(key, None) is not None:
                     commit[key]["name"], commit[key]["sha256"]
             commit.setdefault("dropped", [])
-            for name in named(cast(Commit, commit)):
+            for name in referenced_files(cast(Commit, commit)):
                 if not isinstance(name, str) or name in ("", "..") or "/" in name or "\\" in name:
                     raise ValueError(f"{name!r} is no file of the category's folder")
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{uri}: {path}: not a commit file ({error}): remove it and ingest again") from error
+        raise DataError(
+            f"{uri}: {path}: not a commit file ({error}): remove it and ingest the category again"
+        ) from error
     if version != SCHEMA_VERSION:
         raise DataError(
             f"{uri}: category {category!r} has schema version {version!r}, this program reads {SCHEMA_VERSION}: ingest it "
-            "again into another root, or use the version that wrote it"
+            "again into another root, or use the version of focus_ray that wrote it"
         )
     return cast(Commit, commit)
 
 
-def named(commit: Commit) -> set[str]:
-    """Names of the files that count."""
+def referenced_files(commit: Commit) -> set[str]:
+    """Returns the names of the part files, the index and the source manifest of a commit."""
     objects = (commit["index"], commit["sources"])
-    return {item["name"] for item in commit["files"]} | {item["name"] for item in objects if item}
+    return {entry["name"] for entry in commit["files"]} | {entry["name"] for entry in objects if entry}
 
 
-def dropped_after(former: Commit, commit: Commit, now: datetime) -> list[DroppedEntry]:
-    """What a commit's `dropped` holds: of the former's what is younger than `STALE_AFTER`, and what it no longer names."""
-    kept = [item for item in former["dropped"] if datetime.fromisoformat(item["at"]) >= now - STALE_AFTER]
-    gone = sorted(named(former) - named(commit))
-    return kept + [{"name": name, "at": now.isoformat()} for name in gone]
+def list_dropped_files(previous: Commit, commit: Commit, now: datetime) -> list[DroppedEntry]:
+    """Returns the `dropped` list of a new commit: dropped files younger than `STALE_AFTER`, plus files that this commit drops.
+
+    Args:
+        previous: the commit before.
+        commit: the new commit.
+    """
+    recent = [entry for entry in previous["dropped"] if datetime.fromisoformat(entry["at"]) >= now - STALE_AFTER]
+    newly_dropped = sorted(referenced_files(previous) - referenced_files(commit))
+    return recent + [{"name": name, "at": now.isoformat()} for name in newly_dropped]
 
 
-def stale(there: Mapping[str, fs.FileInfo], commit: Commit, now: datetime) -> list[str]:
-    """Which of the files that are there nobody can be reading or writing: path in the category's folder.
+def find_stale_files(files: Mapping[str, fs.FileInfo], commit: Commit, now: datetime) -> list[str]:
+    """Returns the files of a category that no process can still be reading or writing.
 
-    Args: there: as they are.  commit: the current one.
+    Args:
+        files: path in the category's folder -> file information.
+        commit: the current commit.
+
+    Returns:
+        Paths in the category's folder.
     """
     limit = now - STALE_AFTER
-    kept = named(commit) | {item["name"] for item in commit["dropped"] if datetime.fromisoformat(item["at"]) >= limit}
-    names = {path: path.rpartition("/")[2] for path in there}
-    starts = ("part-", "_index-", "_sources-", ".tmp-", "after-")
-    found = [path for path, name in names.items() if name.startswith(starts) and path not in kept]
-    found = [path for path in found if there[path].mtime < limit and names[path] != f"after-{commit['run_id']}"]
-    # a version is replaced by the next younger one: it goes when that one is old enough
-    versions = sorted((info.mtime, path) for path, info in there.items() if path.startswith(f"{VERSIONS}/"))
-    replaced = [path for (_, path), (at, _) in pairwise(versions) if at < limit]
-    return found + [path for path in replaced if names[path] != f"{commit['run_id']}.json"]
+    used_names = referenced_files(commit) | {
+        entry["name"] for entry in commit["dropped"] if datetime.fromisoformat(entry["at"]) >= limit
+    }
+    names = {path: path.rpartition("/")[2] for path in files}
+    prefixes = ("part-", "_index-", "_sources-", ".tmp-", "after-")
+    unused = [path for path, name in names.items() if name.startswith(prefixes) and path not in used_names]
+    stale = [path for path in unused if files[path].mtime < limit and names[path] != f"after-{commit['run_id']}"]
+    # A version is replaced when the next younger version is written. It is stale when the younger version is old enough.
+    versions = sorted((info.mtime, path) for path, info in files.items() if path.startswith(f"{VERSIONS_FOLDER}/"))
+    replaced = [path for (_, path), (replaced_at, _) in pairwise(versions) if replaced_at < limit]
+    return stale + [path for path in replaced if names[path] != f"{commit['run_id']}.json"]

@@ -366,7 +366,7 @@ def _decode(data: bytes, frame: Frame | None, hashed: bool = False) -> tuple[Ima
             whole = np.asarray(plain.convert("RGB")) if plain.size == (width, height) else _decode(data, None)[1]
             info = replace(info, content_hash=content_hash(whole))
         if frame is not None:
-            return info, frame.place(plain, width, height)
+            return info, frame.place_image(plain, width, height)
         return info, np.array(plain.convert("RGB"), dtype=np.uint8)
     except _DECODE_ERRORS as error:
         raise _undecodable(error, image) from error

@@ -1,6 +1,6 @@
-"""Which files of a local folder are images to read: the one listing of all commands.
+"""Lists the image files of a local folder. All commands use this listing.
 
-Passed over are hidden files, folders of the system or of a tool, and pictures that focus_ray drew itself.
+It skips hidden files, folders that an operating system or a file server creates, and pictures that focus_ray drew itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from focus_ray.drawings import is_drawing_file
 from focus_ray.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")
-# Folders that file servers and operating systems make for thumbnails, deleted files and snapshots, in lower case.
+# Folders that file servers and operating systems create for thumbnails, deleted files and snapshots, in lower case.
 _SYSTEM_FOLDERS = frozenset(
     (
         *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"),
@@ -24,17 +24,22 @@ _SYSTEM_FOLDERS = frozenset(
 
 
 def is_system_folder(name: str) -> bool:
-    """Whether a folder of this name was made by a file server or an operating system, and not by a person."""
+    """Returns whether a folder of this name was created by a file server or an operating system, not by a person."""
     return name.startswith("__MACOSX") or name.casefold() in _SYSTEM_FOLDERS
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is passed over by every command."""
+    """Returns whether every command skips a file or folder of this name."""
     return name.startswith(".") or is_system_folder(name)
 
 
 class ImageEntry(NamedTuple):
-    """image: path below the listed folder, with slashes.  entry: of `os.scandir`; it may be a broken link."""
+    """An image file of a listing.
+
+    Attributes:
+        image: path below the listed folder, with slashes.
+        entry: of `os.scandir`; it may be a broken link.
+    """
 
     image: str
     entry: os.DirEntry[str]
@@ -44,14 +49,16 @@ def scan_images(
     folder: Path,
     on_error: Callable[[Path, OSError], None],
     *,
-    leave_out: str = "",
+    skipped_folder: str = "",
     on_hidden: Callable[[Path], None] = lambda path: None,
 ) -> Iterator[ImageEntry]:
     """Yields the image files of a folder and of all folders below it, unordered; links to folders are not followed.
 
     Args:
-        on_error: told of each folder below that cannot be listed.  leave_out: real path of a folder that is not listed.
-        on_hidden: told of each hidden folder, and of each hidden file with the name of an image.
+        folder: the folder to list.
+        on_error: called with each subfolder or file that cannot be read, and the error.
+        skipped_folder: real path of a folder that is not listed; empty for none.
+        on_hidden: called with each hidden folder, and with each hidden file that has the suffix of an image.
 
     Raises: OSError: the folder itself cannot be listed.
     """
@@ -68,7 +75,7 @@ def scan_images(
                             if is_folder or is_image:
                                 on_hidden(Path(entry.path))
                         elif is_folder:
-                            if not leave_out or not _is_same_folder(entry, leave_out):
+                            if not skipped_folder or not _is_same_folder(entry, skipped_folder):
                                 pending.append(f"{prefix}{entry.name}/")
                         elif is_image and not entry.is_dir():
                             yield ImageEntry(prefix + entry.name, entry)
@@ -84,15 +91,16 @@ def scan_images(
 
 
 def _is_same_folder(entry: os.DirEntry[str], real_path: str) -> bool:
+    """Returns whether an entry is the folder with this real path. Compares the names first, because resolving a path is slow."""
     return entry.name == os.path.basename(real_path) and os.path.realpath(entry.path) == real_path
 
 
-def images_below(folder: Path, log: Callable[[str], None] = lambda message: None) -> list[Path]:
-    """Returns the image files of a local folder and of all folders below it, in the order of their paths.
+def find_image_files(folder: Path, log: Callable[[str], None] = lambda message: None) -> list[Path]:
+    """Returns the image files of a local folder and of all folders below it, sorted by path.
 
-    A broken link is in the list, so that reading it reports the file.
+    The list contains broken links, so that the attempt to read them reports the file.
 
-    Args: log: told how many hidden files and own pictures were passed over.
+    Args: log: gets a note with the number of skipped hidden files and of skipped pictures that focus_ray drew.
 
     Raises: DataError: there is no image, or a folder cannot be listed.
     """
@@ -110,11 +118,11 @@ def images_below(folder: Path, log: Callable[[str], None] = lambda message: None
         refuse(folder, error)
     drawings = {path for path in paths if is_drawing_file(path)}
     images = sorted(path for path in paths if path not in drawings)
-    passed_over = [
+    skipped = [
         *([f"{len(hidden)} hidden files or folders"] if hidden else []),
         *([f"{len(drawings)} pictures that focus_ray drew"] if drawings else []),
     ]
-    note = f"passed over: {' and '.join(passed_over)}" if passed_over else ""
+    note = f"skipped: {' and '.join(skipped)}" if skipped else ""
     if not images:
         expected = f"image files end in {', '.join(IMAGE_SUFFIXES)}"
         raise DataError(f"{folder}: no image in this folder; {expected}{f'; {note}' if note else ''}")

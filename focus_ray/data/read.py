@@ -1,4 +1,4 @@
-"""Readers of a data set: they open the files that the commit names, and no others."""
+"""Reads categories, indexes and rows of a data set. Only files that the commit names are opened."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from focus_ray.data.ahead import ahead
 from focus_ray.data.commits import Commit, PartEntry
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
+from focus_ray.data.prefetch import prefetch
 from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS, Row
 from focus_ray.data.store import Store, open_part, open_store, read_columns
 from focus_ray.errors import DataError
 
 
 def list_categories(uri: str | Path) -> list[str]:
-    """Names of a data set's categories, sorted. Raises: DataError: no data set there."""
+    """Returns the sorted names of the categories of a data set. Raises: DataError: there is no data set at this location."""
     store = open_store(uri)
-    names = store.categories()
+    names = store.committed_categories()
     if not names:
         raise DataError(
             f"{uri}: no data set here: expected folders category=<name> with a {COMMIT_NAME}; ingest one first"
@@ -33,60 +33,64 @@ def list_categories(uri: str | Path) -> list[str]:
     return names
 
 
-_VERSION = b"focus_ray.version"  # in the metadata of what `read_index` gives
+_VERSION_KEY = b"focus_ray.version"  # in the schema metadata of the tables of `read_index`
 
 
 def data_version(uri: str | Path, category: str) -> str:
-    """Name of the version of a category that is current. Raises: DataError: no such data set or category."""
-    return open_store(uri).need_commit(category)["run_id"]
+    """Returns the name of the current version of a category. Raises: DataError: the data set or category does not exist."""
+    return open_store(uri).require_commit(category)["run_id"]
 
 
 def index_version(table: pa.Table) -> str:
-    """Name of the version that `read_index` read, for `read_rows`: row numbers hold within one version."""
-    return str(table.schema.metadata[_VERSION].decode())
+    """Returns the name of the version of an index table of `read_index`. Row numbers are valid only in this version."""
+    return str(table.schema.metadata[_VERSION_KEY].decode())
 
 
 def read_index(uri: str | Path, category: str, split: str | None = None, version: str | None = None) -> pa.Table:
-    """The light columns of a category, in row order, without images and masks.
+    """Returns the index of a category: all columns except images and masks, in row order.
 
-    One object, the index, however many part files there are; of a category whose commit names none, every part file.
+    The index is one file, independent of the number of part files. If the commit names no index file, every part file is read.
 
-    Args: split: train or test; None takes both.  version: as `data_version` names it; None takes the current one.
+    Args:
+        split: train or test; None takes both.
+        version: a name from `data_version`; None takes the current version.
 
-    Returns: ``INDEX_COLUMNS`` and ``row`` (int64), the row's number in this version of the category, for ``read_rows``;
-        `index_version` tells which version.
+    Returns:
+        ``INDEX_COLUMNS`` and ``row`` (int64), the number of the row in this version of the category, for ``read_rows``.
+        `index_version` returns the version of the table.
 
-    Raises: DataError: no such data set, category or split; a version that is gone; a damaged index or part file.
+    Raises:
+        DataError: the data set, category or split does not exist, the version was removed, or a file is damaged.
     """
     if split is not None and split not in SPLITS:
         raise DataError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     store = open_store(uri)
-    commit = store.need_commit(category, version)
-    table = index_of(store, category, commit)
-    table = table.replace_schema_metadata({_VERSION: commit["run_id"]})
+    commit = store.require_commit(category, version)
+    table = load_commit_index(store, category, commit)
+    table = table.replace_schema_metadata({_VERSION_KEY: commit["run_id"]})
     table = table.append_column("row", pa.array(np.arange(table.num_rows, dtype=np.int64)))
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
     return table
 
 
-PART_READERS = 16  # part files read at once: their small reads take a store's answering time and little else
+NUM_PART_READERS = 16  # part files read at once: the time of such small reads is mostly the latency of the storage
 
 
-def index_of(store: Store, category: str, commit: Commit) -> pa.Table:
-    """``INDEX_COLUMNS`` of all rows of a commit."""
-    table = store.index(category, commit)
+def load_commit_index(store: Store, category: str, commit: Commit) -> pa.Table:
+    """Returns ``INDEX_COLUMNS`` of all rows of a commit, from its index file or, without one, from its part files."""
+    table = store.read_index(category, commit)
     return _index_of_parts(store, category, commit) if table is None else table
 
 
 def _index_of_parts(store: Store, category: str, commit: Commit) -> pa.Table:
-    """``INDEX_COLUMNS`` of all rows, from footers and light columns of the part files."""
+    """Returns ``INDEX_COLUMNS`` of all rows of a commit, read from the part files."""
 
     def read(entry: PartEntry) -> pa.Table:
         with open_part(store, category, entry) as part:
             return read_columns(part, INDEX_COLUMNS)
 
-    with ThreadPoolExecutor(PART_READERS) as pool:
+    with ThreadPoolExecutor(NUM_PART_READERS) as pool:
         return pa.concat_tables(list(pool.map(read, commit["files"])))
 
 
@@ -97,23 +101,25 @@ def read_rows(
     columns: Sequence[str] = ("id", "label", "image", "mask"),
     version: str | None = None,
 ) -> Iterator[Row]:
-    """Rows by number, reading only the row groups that hold them and holding one of them at a time.
+    """Yields rows by number. Reads only the row groups that contain these rows, and keeps one row group in memory.
 
     Args:
-        row_numbers: strictly ascending, as ``read_index`` gives them in ``row``.
-        columns: of ``SCHEMA``.
-        version: that the numbers are of, as `index_version` tells; None takes the current one.
+        row_numbers: strictly ascending numbers from the column ``row`` of ``read_index``.
+        columns: names of columns of ``SCHEMA``.
+        version: the version in which the numbers are valid, from `index_version`; None takes the current version.
 
-    Yields: a dict of Python values for each number, in their order.
+    Yields:
+        One dict of Python values per row number, in their order.
 
-    Raises: DataError, at the call and not at the first row: an unknown column, numbers out of order or out of range,
-        no such category, a version that is gone. While reading: a part file that is gone or damaged.
+    Raises:
+        DataError: at the call, not at the first row: a column is unknown, the numbers are not ascending or out of range, the
+            category does not exist, or the version was removed. While reading: a part file is missing or damaged.
     """
     unknown = [name for name in columns if name not in SCHEMA.names]
     if unknown:
-        raise DataError(f"no column {', '.join(unknown)}; there are: {', '.join(SCHEMA.names)}")
+        raise DataError(f"no column {', '.join(unknown)}; available columns: {', '.join(SCHEMA.names)}")
     store = open_store(uri)
-    commit = store.need_commit(category, version)
+    commit = store.require_commit(category, version)
     numbers = np.asarray(row_numbers, dtype=np.int64)
     if numbers.ndim != 1 or (np.diff(numbers) <= 0).any():
         raise DataError("row numbers must be a flat list in strictly ascending order: sort them and drop repeats")
@@ -128,55 +134,63 @@ def read_rows(
 def _iterate_rows(
     store: Store, category: str, commit: Commit, numbers: np.ndarray[Any, Any], columns: list[str]
 ) -> Iterator[Row]:
+    """Yields the rows of a commit with these numbers, see `read_rows`."""
     start = 0
     for entry in commit["files"]:
+        # (G + 1,) first row number of each row group of this part file, and the end of the file
         bounds = start + np.concatenate([[0], np.cumsum(entry["row_group_rows"])]).astype(np.int64)
         start = int(bounds[-1])
+        # numbers[cuts[g] : cuts[g + 1]] are the requested rows of row group g
         cuts = np.searchsorted(numbers, bounds)
         if cuts[0] == cuts[-1]:
             continue
         with open_part(store, category, entry) as part:
             for group in range(len(bounds) - 1):
-                inside = numbers[cuts[group] : cuts[group + 1]] - bounds[group]
-                if not inside.size:
+                numbers_in_group = numbers[cuts[group] : cuts[group + 1]] - bounds[group]
+                if not numbers_in_group.size:
                     continue
                 table = read_columns(part, columns, group)
-                for number in inside.tolist():
+                for number in numbers_in_group.tolist():
                     yield {name: table.column(name)[number].as_py() for name in columns}
 
 
 def data_fingerprint(uri: str | Path, category: str) -> str:
-    """SHA-256 hex over the sorted (content hash, label, split, group) of a category: what a model was made from.
+    """Returns the fingerprint of the images of a category, which identifies the data of a model.
 
-    File names, order, encoding and masks do not enter, and neither does an empty group.
+    It is the SHA-256 hex of the sorted (content hash, label, split, group) of all rows. File names, order, encoding, masks and
+    empty groups do not change it.
     """
     return index_fingerprint(read_index(uri, category))
 
 
 def index_fingerprint(table: pa.Table) -> str:
-    """``data_fingerprint`` of what ``read_index`` gave for both splits."""
+    """Returns the `data_fingerprint` of a category from its index. table: from `read_index`, with both splits."""
     rows = zip(*(table[name].to_pylist() for name in ("content_hash", "label", "split", "group")), strict=True)
     lines = [f"{h} {label} {split}" + (f" {group}" if group else "") for h, label, split, group in rows]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-READ_ROWS = 32  # decoded at a time: bounds the memory of large originals
+NUM_ROWS_PER_READ = 32  # rows decoded at once: limits the memory that large originals take
 
 
-def decoded_rows(
+def decode_rows(
     uri: str,
     category: str,
     rows: Sequence[int] | np.ndarray[Any, Any],
     size: int | Frame,
-    batch_size: int = READ_ROWS,
+    batch_size: int = NUM_ROWS_PER_READ,
     num_threads: int = 1,
     version: str | None = None,
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """uint8 (B, H, W, 3 or 4) of the given rows, in order, as `decode_batch` gives them.
+    """Yields batches of decoded images, uint8 (B, H, W, 3 or 4), in the order of the rows.
 
-    Read and decoded ahead of who asks for them: up to four batches lie in memory.
+    The batches are prefetched: up to four batches are in memory.
 
-    Args: num_threads: that decode.  version: as of `read_rows`.
+    Args:
+        rows: strictly ascending row numbers.
+        size: the frame, or the side of a square in pixels, see `decode_batch`.
+        num_threads: threads that decode.
+        version: the version in which the row numbers are valid; None takes the current version.
     """
     records = read_rows(uri, category, rows, columns=("id", "image"), version=version)
 
@@ -185,13 +199,13 @@ def decoded_rows(
             images, names = ([record[column] for record in batch] for column in ("image", "id"))
             yield decode_batch(images, size, num_threads, names)
 
-    return ahead(batches())
+    return prefetch(batches())
 
 
 TEST_COLUMNS = ("id", "image", "mask", "label", "defect_type", "width", "height", "content_hash")
 
 
 def iter_test_records(uri: str, category: str) -> Iterable[Row]:
-    """The labelled test images of a category, as `Inspector.evaluate` takes them."""
+    """Yields the rows of the labelled test images of a category, with the columns that `Inspector.evaluate` needs."""
     index = read_index(uri, category, split="test")
     return read_rows(uri, category, index["row"].to_numpy(), columns=TEST_COLUMNS, version=index_version(index))

@@ -1,4 +1,4 @@
-"""The frame of a category: its size, and its region of interest, drawn from polygons or read from a mask image."""
+"""Builds the frame of a category with its region of interest, which is drawn from polygons or read from a mask image."""
 
 from __future__ import annotations
 
@@ -9,58 +9,63 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from focus_ray.config import Config, Polygon
-from focus_ray.data.framing import Frame, Places
+from focus_ray.data.framing import Frame, MapCells
 from focus_ray.data.images import ImageError, decode_image
 from focus_ray.errors import DataError
 from focus_ray.storage import read_bytes
 
-_FINER = 4  # polygons are drawn so many times finer, and a pixel is inside where half of it is
+# Polygons are drawn on a canvas that is this many times larger per side. A pixel is inside if half of its subpixels are inside.
+_OVERSAMPLING = 4
 
 
-def frame_of(config: Config, category: str) -> Frame:
-    """The frame of a category's images, with its region. Raises: DataError: the region's mask cannot be used."""
-    return frame_with(config, read_region(config, category))
+def load_frame(config: Config, category: str) -> Frame:
+    """Returns the frame of a category, with its region of interest. Raises: DataError: the region cannot be used."""
+    return make_frame(config, read_region(config, category))
 
 
-def frame_with(config: Config, region: NDArray[np.bool_] | None) -> Frame:
-    """As `frame_of`, with a region that was read before."""
-    return Frame(*config.model.frame_px, config.model.resize, region, places_of(config))
+def make_frame(config: Config, region: NDArray[np.bool_] | None) -> Frame:
+    """Returns the frame for a region of interest that was read before. region: (height, width) bool; None scores all pixels."""
+    return Frame(*config.model.frame_px, config.model.resize, region, map_cells(config))
 
 
-def places_of(config: Config) -> Places:
-    """The squares of the frame that the anomaly map's places stand for."""
+def map_cells(config: Config) -> MapCells:
+    """Returns the squares of the frame that the cells of the anomaly map describe."""
     model, side_px = config.model, config.model.place_px(config.density)
-    of_tile = np.arange(0, model.image_size_px, side_px)
-    tops, lefts = (
-        (np.arange(count)[:, None] * (model.image_size_px - model.overlap_px) + of_tile).ravel() for count in model.grid
-    )
-    return Places(tops, lefts, side_px)
+    starts_in_tile = np.arange(0, model.image_size_px, side_px)
+    tile_step = model.image_size_px - model.overlap_px
+    tops, lefts = ((np.arange(num_tiles)[:, None] * tile_step + starts_in_tile).ravel() for num_tiles in model.grid)
+    return MapCells(tops, lefts, side_px)
 
 
 def read_region(config: Config, category: str) -> NDArray[np.bool_] | None:
-    """What is inspected of the category's images, stretched to the frame's size; None: everything.
+    """Returns the region of interest of a category, stretched to the size of the frame; None if there is no region.
 
-    Returns: (height, width) bool.
+    Returns:
+        (height, width) bool, the pixels that are inspected.
 
-    Raises: DataError: a mask cannot be read or is black all over, or what is white, or within polygons, has no place of the map.
+    Raises:
+        DataError: the mask cannot be read or is completely black, or the region is too small to cover a cell of the map.
     """
     region = config.data.regions.get(category)
     if region is None:
         return None
     height, width = config.model.frame_px
-    found = _read_mask(region, height, width) if isinstance(region, str) else draw_polygons(region, height, width)
-    if not places_of(config).any_inside(found):
-        what = f"the white of the mask {region}" if isinstance(region, str) else "what its polygons enclose"
+    pixels = _read_mask(region, height, width) if isinstance(region, str) else draw_polygons(region, height, width)
+    if not map_cells(config).covers_any(pixels):
+        area = f"the white area of the mask {region}" if isinstance(region, str) else "the area of the polygons"
         raise DataError(
-            f"data.regions.{category}: {what} is {found.sum()} of the {height} x {width} pixels that images are brought to, too "
-            "few for any place of the map, so nothing would be inspected: enlarge it"
+            f"data.regions.{category}: {area} covers {pixels.sum()} of the {height} x {width} pixels of a resized image, too few "
+            "for any place of the map, so nothing would be inspected: enlarge it"
         )
-    return found
+    return pixels
 
 
 def draw_polygons(polygons: Sequence[Polygon], height: int, width: int) -> NDArray[np.bool_]:
-    """(height, width) bool: pixels of which at least half lies in any of the polygons, of [x, y] from 0 to 1."""
-    canvas = Image.new("L", (width * _FINER, height * _FINER), 0)
+    """Returns the pixels whose area lies at least half inside the polygons, (height, width) bool.
+
+    Args: polygons: corners [x, y] from 0 to 1, as shares of width and height.
+    """
+    canvas = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING), 0)
     for polygon in polygons:
         corners = [(x * canvas.width - 0.5, y * canvas.height - 0.5) for x, y in polygon]
         ImageDraw.Draw(canvas).polygon(corners, fill=255)
@@ -68,11 +73,12 @@ def draw_polygons(polygons: Sequence[Polygon], height: int, width: int) -> NDArr
 
 
 def _read_mask(uri: str, height: int, width: int) -> NDArray[np.bool_]:
-    hint = "data.regions takes an image, white where it is to be inspected"
+    """Reads a mask image and stretches it to (height, width). Raises: DataError: the mask cannot be read."""
+    hint = "data.regions expects an image that is white in the area to be inspected"
     try:
         pixels = decode_image(read_bytes(uri), None)
     except FileNotFoundError:
-        raise DataError(f"{uri}: there is no such file: {hint}") from None
+        raise DataError(f"{uri}: no such file: {hint}") from None
     except ImageError as error:
         raise DataError(f"{uri}: {error}: {hint}") from None
     white = Image.fromarray(pixels.max(axis=2))
@@ -80,10 +86,15 @@ def _read_mask(uri: str, height: int, width: int) -> NDArray[np.bool_]:
 
 
 def check_regions(config: Config, categories: Sequence[str]) -> None:
-    """Raises: DataError: a region is of a category that the data set does not have, or cannot be used."""
+    """Checks that every region of a configuration can be used.
+
+    Args: categories: the categories of the data set.
+
+    Raises: DataError: a region belongs to a category that the data set does not have, or cannot be used.
+    """
     for category in config.data.regions:
         if category not in categories:
             raise DataError(
                 f"data.regions names {category!r}, which {config.data.uri} does not have; it has {', '.join(categories)}"
             )
-        frame_of(config, category)
+        load_frame(config, category)

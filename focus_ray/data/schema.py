@@ -1,4 +1,4 @@
-"""The Parquet schema of a data set, and what is said of a file that was left out."""
+"""The Parquet schemas of a data set, and the record of a rejected source file."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 SCHEMA = pa.schema(
     [
-        pa.field("id", pa.string(), nullable=False),  # category/folder/defect/stem, unique
+        pa.field("id", pa.string(), nullable=False),  # category/folder/defect/stem, unique in the category
         pa.field("category", pa.string(), nullable=False),
         pa.field("split", pa.string(), nullable=False),  # train or test
         pa.field("label", pa.int8(), nullable=False),  # 0 normal, 1 anomalous
         pa.field("defect_type", pa.string(), nullable=False),  # "good" where label is 0
-        pa.field("image", pa.binary(), nullable=False),  # the file as it came
-        pa.field("mask", pa.binary()),  # 1-bit PNG, width x height; null where not known or label is 0
+        pa.field("image", pa.binary(), nullable=False),  # the bytes of the source file, unchanged
+        pa.field("mask", pa.binary()),  # 1-bit PNG, width x height; null if there is no mask or label is 0
         pa.field("width", pa.int32(), nullable=False),  # pixels, after EXIF rotation
         pa.field("height", pa.int32(), nullable=False),
         pa.field("site", pa.string(), nullable=False),
         pa.field("content_hash", pa.string(), nullable=False),  # SHA-256 of size and decoded RGB pixels
-        # the part or burst that the image shows; empty: the image is its own group. Sets from before this column lack it.
+        # name of the part or burst that the image shows; empty: the image is its own group. Older data sets lack this column.
         pa.field("group", pa.string(), nullable=False),
     ],
     metadata={"focus_ray.schema_version": str(SCHEMA_VERSION)},
@@ -31,21 +31,21 @@ INDEX_COLUMNS = ("id", "split", "label", "defect_type", "width", "height", "site
 INDEX_SCHEMA = pa.schema([SCHEMA.field(name) for name in INDEX_COLUMNS], metadata=SCHEMA.metadata)
 
 
-def with_groups(table: pa.Table) -> pa.Table:
-    """Returns the table with a `group` column, empty in each row if the table comes from before this column."""
+def fill_group_column(table: pa.Table) -> pa.Table:
+    """Returns the table with a `group` column. In tables of older data sets, which lack it, the column is empty in each row."""
     if "group" in table.column_names:
         return table
     return table.append_column(SCHEMA.field("group"), pa.array([""] * table.num_rows, pa.string()))
 
 
-# of every file that was read for a category, images and masks: what tells that it is the same, and an image's pixels
-SOURCE_COLUMNS = pa.schema(
+# The source manifest: one row per source file of a category (images and masks), to recognise unchanged files.
+SOURCE_SCHEMA = pa.schema(
     [
-        pa.field("path", pa.string(), nullable=False),  # whole: a local path or an s3:// URI
-        pa.field("num_bytes", pa.int64(), nullable=False),  # -1: could not be read
-        pa.field("stamp", pa.string(), nullable=False),  # ETag, or the time of change in ns
-        pa.field("digest", pa.string(), nullable=False),  # SHA-256 hex of the bytes
-        pa.field("content_hash", pa.string()),  # of an image that could be used
+        pa.field("path", pa.string(), nullable=False),  # complete: a local path or an s3:// URI
+        pa.field("num_bytes", pa.int64(), nullable=False),  # -1: the file could not be read
+        pa.field("stamp", pa.string(), nullable=False),  # ETag on S3, time of the last change in ns on a disk
+        pa.field("digest", pa.string(), nullable=False),  # SHA-256 hex of the file's bytes
+        pa.field("content_hash", pa.string()),  # of an image without errors; null for masks and rejected images
     ]
 )
 
@@ -74,7 +74,7 @@ RejectReason = Literal[
 
 @dataclass(frozen=True)
 class Reject:
-    """A source file that was left out: path relative to the source, and why."""
+    """A rejected source file: its path relative to the source, and the reason."""
 
     path: str
     category: str
@@ -83,4 +83,4 @@ class Reject:
 
 
 Row = dict[str, Any]
-"""Column of `SCHEMA` -> Python value, of one row."""
+"""One row of a data set: column of `SCHEMA` -> Python value."""

@@ -1,4 +1,4 @@
-"""One worker's share of the normal images, in memory or read anew on every pass."""
+"""Shards: the part of the normal images that one worker uses, kept in memory or read again on every pass."""
 
 from __future__ import annotations
 
@@ -13,71 +13,84 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from focus_ray.config import Config
-from focus_ray.data.read import decoded_rows
-from focus_ray.data.regions import frame_of
-from focus_ray.data.split import Plan, Split
+from focus_ray.data.read import decode_rows
+from focus_ray.data.regions import load_frame
+from focus_ray.data.split import Split, SplitPlan
 from focus_ray.errors import DataError, TrainingError
 
-_GROUP_ROWS = 512  # of a local stream, decoded and shuffled together
+_SHUFFLE_ROWS = 512  # rows of a local stream that are decoded and shuffled together
 
-Stream = Callable[[int, int], Iterable[Mapping[str, Any]]]
-"""batch size, seed -> shuffled batches of 'image', uint8 (B, H, W, C), of this worker's share, B at most the batch size."""
+BatchStream = Callable[[int, int], Iterable[Mapping[str, Any]]]
+"""Function (batch size, seed) -> shuffled batches of this worker's images: {'image': uint8 (B, H, W, C)}.
+
+B is at most the batch size.
+"""
 
 
 class Shard(Protocol):
-    """One worker's share of the normal images; batches are uint8 (B, H, W, C), of the frame's shape."""
+    """The normal images of one worker. Batches are uint8 (B, H, W, C) of the frame's shape.
+
+    "Fit images" train the network and fill the density, validation images select a model, held-out images calibrate thresholds.
+    """
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterable[Tensor]:
-        """Exactly `steps` shuffled batches of exactly `batch_size` images."""
+        """Yields exactly `steps` shuffled batches of exactly `batch_size` fit images."""
 
-    def fit_batches(self, places: Sequence[int] | None = None) -> Iterable[Tensor]:
-        """Every image of the share once.
+    def fit_batches(self, positions: Sequence[int] | None = None) -> Iterable[Tensor]:
+        """Yields every fit image once.
 
-        Args: places: of these, ascending; the others are not read.
+        Args: positions: yields only the fit images at these ascending positions; the others are not read.
         """
 
     def fit_folds(self) -> NDArray[np.int64]:
-        """(N,) fold of each image of `fit_batches()` in the cross calibration. Raises: ValueError: folds are not known."""
+        """Returns the fold of each fit image in the cross calibration, (N,), in the order of `fit_batches()`.
+
+        Raises: ValueError: the shard has no folds.
+        """
 
     def validation_batches(self) -> Iterable[Tensor]:
-        """Every image of the share that selection judges on, once."""
+        """Yields every validation image once."""
 
-    def holdout_batches(self, places: Sequence[int] | None = None) -> Iterable[Tensor]:
-        """Every held-out image of the share once.
+    def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterable[Tensor]:
+        """Yields every held-out image once.
 
-        Args: places: of these, ascending; the others are not read.
+        Args: positions: yields only the held-out images at these ascending positions; the others are not read.
         """
 
     def num_holdout(self) -> int:
-        """Held-out images of the share."""
+        """Returns the number of held-out images of this worker."""
 
     def fit_groups(self) -> NDArray[np.int64]:
-        """(N,) group number of each image of `fit_batches()`, in its order. Images of the same part have equal numbers.
+        """Returns the group number of each fit image, (N,), in the order of `fit_batches()`.
 
-        Numbers agree over all workers, and with `holdout_groups`. The images of a group may be spread over workers.
+        Images of the same part have equal numbers, in all workers and also in `holdout_groups`. The images of a group may be
+        spread over several workers.
         """
 
     def holdout_groups(self) -> NDArray[np.int64]:
-        """(M,) group number of each image of `holdout_batches`, in its order."""
+        """Returns the group number of each held-out image, (M,), in the order of `holdout_batches()`."""
 
     def fit_order(self) -> NDArray[np.int64]:
-        """(N,) rank of each image of `fit_batches()` in natural order of file names, among all workers' images."""
+        """Returns the rank of each fit image, (N,), among the images of all workers in natural order of their file names."""
 
     def holdout_order(self) -> NDArray[np.int64]:
-        """(M,) rank of each image of `holdout_batches()`, as of `fit_order`."""
+        """Returns the rank of each held-out image, (M,), in the same ranking as `fit_order`."""
 
     def join_validation(self) -> Shard:
-        """The share whose validation images are training images too, once nothing is left to be selected."""
+        """Returns a shard whose fit images include the validation images. It is used when the selection has finished."""
 
 
 class MemoryShard:
-    """A share that is held decoded in memory.
+    """A shard whose decoded images are kept in memory.
 
     Args:
-        images: (N, H, W, C) uint8, for training and density.  folds: (N,) their fold numbers, for cross calibration.
-        holdout: (M, H, W, C) uint8, for calibration.  validation: (V, H, W, C) uint8, for label-free selection.
+        images: (N, H, W, C) uint8, the fit images, for training and density.
+        holdout: (M, H, W, C) uint8, for calibration.
+        folds: (N,) fold number of each fit image, for cross calibration.
+        batch_size: images per batch, except in `train_batches`.
+        validation: (V, H, W, C) uint8, for label-free selection.
         groups, validation_groups, holdout_groups: (N,), (V,) and (M,) group numbers. By default each image is its own group.
-        order, validation_order, holdout_order: ranks in natural order of file names. By default the position.
+        order, validation_order, holdout_order: ranks in natural order of file names. The default is the position.
     """
 
     def __init__(
@@ -101,33 +114,33 @@ class MemoryShard:
         self.folds = folds
         num_fit, num_validation, num_holdout = len(images), len(self.validation), len(self.holdout)
         self._groups = _numbers("groups", groups, np.arange(num_fit))
-        # after the last number of the fit images, so that no other image joins one of their groups
+        # new group numbers start after the numbers of the fit images, so that no other image joins a group of the fit images
         first = int(self._groups.max()) + 1 if num_fit else 0
-        own = np.arange(first, first + num_validation + num_holdout)
-        self._validation_groups = _numbers("validation_groups", validation_groups, own[:num_validation])
-        self._holdout_groups = _numbers("holdout_groups", holdout_groups, own[num_validation:])
+        new_groups = np.arange(first, first + num_validation + num_holdout)
+        self._validation_groups = _numbers("validation_groups", validation_groups, new_groups[:num_validation])
+        self._holdout_groups = _numbers("holdout_groups", holdout_groups, new_groups[num_validation:])
         self._order = _numbers("order", order, np.arange(num_fit))
-        last = np.arange(num_fit, num_fit + num_validation + num_holdout)
-        self._validation_order = _numbers("validation_order", validation_order, last[:num_validation])
-        self._holdout_order = _numbers("holdout_order", holdout_order, last[num_validation:])
+        next_ranks = np.arange(num_fit, num_fit + num_validation + num_holdout)
+        self._validation_order = _numbers("validation_order", validation_order, next_ranks[:num_validation])
+        self._holdout_order = _numbers("holdout_order", holdout_order, next_ranks[num_validation:])
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
         return epoch_batches(self.images, batch_size, steps, generator)
 
-    def fit_batches(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
-        images = self.images if places is None else self.images[torch.tensor(places, dtype=torch.long)]
+    def fit_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
+        images = self.images if positions is None else self.images[torch.tensor(positions, dtype=torch.long)]
         yield from (batch for batch in images.split(self.batch_size) if len(batch))
 
     def fit_folds(self) -> NDArray[np.int64]:
         if self.folds is None:
-            raise ValueError("cross calibration needs the images' fold numbers")
+            raise ValueError("cross calibration needs the fold numbers of the images: pass `folds`")
         return self.folds.numpy()
 
     def validation_batches(self) -> Iterator[Tensor]:
         yield from (batch for batch in self.validation.split(self.batch_size) if len(batch))
 
-    def holdout_batches(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
-        images = self.holdout if places is None else self.holdout[torch.tensor(places, dtype=torch.long)]
+    def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
+        images = self.holdout if positions is None else self.holdout[torch.tensor(positions, dtype=torch.long)]
         yield from (batch for batch in images.split(self.batch_size) if len(batch))
 
     def num_holdout(self) -> int:
@@ -163,7 +176,10 @@ class MemoryShard:
 
 
 def _numbers(name: str, values: ArrayLike | None, default: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns one int64 for each image. Raises: ValueError: the counts differ."""
+    """Returns the values, or the default for None, as int64. Raises: ValueError: the shape differs from the default's.
+
+    Args: name: of the values, for the error message.
+    """
     numbers = np.asarray(default if values is None else values, dtype=np.int64)
     if numbers.shape != default.shape:
         raise ValueError(f"{name} has shape {numbers.shape}: expected one number for each of {len(default)} images")
@@ -171,27 +187,30 @@ def _numbers(name: str, values: ArrayLike | None, default: NDArray[np.int64]) ->
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What every worker agrees on before it starts: batch size and steps, from counts alone."""
+class BatchSchedule:
+    """The batch size and the number of steps per epoch, equal for all workers. It follows from the number of images alone."""
 
     batch_size: int
     steps: int
 
     @classmethod
-    def agree(cls, num_images: int, num_workers: int, batch_size_per_worker: int) -> Steps:
-        """Raises: DataError: a worker would have fewer than two images."""
+    def agree(cls, num_images: int, num_workers: int, batch_size_per_worker: int) -> BatchSchedule:
+        """Returns the schedule for the smallest share of a worker.
+
+        Raises: DataError: a worker would get fewer than two images.
+        """
         share = num_images // num_workers
         if share < 2:
             raise DataError(
-                f"{num_images} training images over {num_workers} workers leave fewer than 2 for one: "
-                "lower cluster.num_workers or add images"
+                f"{num_images} training images for {num_workers} workers are fewer than 2 per worker: lower cluster.num_workers "
+                "or add images"
             )
         size = min(batch_size_per_worker, share)
         return cls(size, share // size)
 
 
 def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`steps` shuffled batches of (N, ...) images held in memory; a small set is gone through more than once."""
+    """Yields `steps` shuffled batches of images in memory, (N, ...). A small set is used more than once."""
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         while len(order) < batch_size:
@@ -200,62 +219,70 @@ def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.
         order = order[batch_size:]
 
 
-def local_stream(config: Config, category: str, plan: Plan, num_threads: int = 1) -> Stream:
-    """Shuffled batches of the rows that train, decoded anew at every call: in random order within random groups of rows."""
-    frame = frame_of(config, category)
+def local_stream(config: Config, category: str, plan: SplitPlan, num_threads: int = 1) -> BatchStream:
+    """Returns a stream of shuffled batches of the fit rows. Every call of the stream decodes the images again.
+
+    The rows are shuffled, divided into groups of `_SHUFFLE_ROWS`, and the images of a group are shuffled again after decoding. So
+    only one group is in memory, and within a group the rows are read in ascending order.
+
+    Args: num_threads: threads that decode.
+    """
+    frame = load_frame(config, category)
 
     def batches(batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
         rng = np.random.default_rng(seed)
         order = rng.permutation(plan.fit_rows)
-        for start in range(0, len(order), _GROUP_ROWS):
-            group = np.sort(order[start : start + _GROUP_ROWS])
-            rows = decoded_rows(config.data.uri, category, group, frame, num_threads=num_threads, version=plan.version)
+        for start in range(0, len(order), _SHUFFLE_ROWS):
+            group = np.sort(order[start : start + _SHUFFLE_ROWS])
+            rows = decode_rows(config.data.uri, category, group, frame, num_threads=num_threads, version=plan.version)
             images = np.concatenate(list(rows))
-            places = rng.permutation(len(images))
+            positions = rng.permutation(len(images))
             for first in range(0, len(images), batch_size):
-                yield {"image": images[places[first : first + batch_size]]}
+                yield {"image": images[positions[first : first + batch_size]]}
 
     return batches
 
 
 class StreamShard:
-    """A share that is read and decoded anew on every pass, a few images at a time."""
+    """A shard that reads and decodes its images again on every pass, a few images at a time."""
 
     def __init__(
-        self, config: Config, category: str, share: Plan, stream: Stream | None = None, num_threads: int = 1
+        self, config: Config, category: str, share: SplitPlan, stream: BatchStream | None = None, num_threads: int = 1
     ) -> None:
         """
         Args:
-            share: this worker's part of the plan.  stream: of its decoded training images; None where nothing trains.
-            num_threads: that decode.
+            share: the rows of this worker.
+            stream: the decoded fit images for training; None if nothing is trained.
+            num_threads: threads that decode.
         """
         self.num_threads = num_threads
         self.config, self.category, self.share, self.stream = config, category, share, stream
         self.batch_size = config.train.batch_size_per_worker
-        self.frame = frame_of(config, category)
+        self.frame = load_frame(config, category)
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        assert self.stream is not None, "nothing to train from was given"
+        assert self.stream is not None, "training needs a stream"
         seed = int(torch.randint(2**31 - 1, (1,), generator=generator))
         pending: list[Tensor] = []
-        given = 0
-        # a shuffled stream yields short batches in mid-stream (Ray 2.60): cut them to size here
+        num_yielded = 0
+        # a shuffled stream of Ray 2.60 also yields short batches before its end: build full batches here
         batches = self.stream(batch_size, seed)
         for batch in batches:
             pending.append(torch.from_numpy(np.array(batch["image"])))
-            while given < steps and sum(map(len, pending)) >= batch_size:
+            while num_yielded < steps and sum(map(len, pending)) >= batch_size:
                 joined = torch.cat(pending)
                 pending = [joined[batch_size:]]
-                given += 1
+                num_yielded += 1
                 yield joined[:batch_size]
-        if given < steps:
+        if num_yielded < steps:
             raise TrainingError(
-                f"the stream of {self.category!r} gave {given} of {steps} batches: was the data changed?"
+                f"the stream of category {self.category!r} ended after {num_yielded} of {steps} batches: check whether the data "
+                "was changed during the training"
             )
 
-    def fit_batches(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
+    def fit_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         rows = self.share.fit_rows
-        return self._read(rows if places is None else rows[np.asarray(places, dtype=np.int64)])
+        return self._read(rows if positions is None else rows[np.asarray(positions, dtype=np.int64)])
 
     def fit_folds(self) -> NDArray[np.int64]:
         return self.share.folds
@@ -263,9 +290,9 @@ class StreamShard:
     def validation_batches(self) -> Iterator[Tensor]:
         return self._read(self.share.validation_rows)
 
-    def holdout_batches(self, places: Sequence[int] | None = None) -> Iterator[Tensor]:
+    def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         rows = self.share.holdout_rows
-        return self._read(rows if places is None else rows[np.asarray(places, dtype=np.int64)])
+        return self._read(rows if positions is None else rows[np.asarray(positions, dtype=np.int64)])
 
     def num_holdout(self) -> int:
         return len(self.share.holdout_rows)
@@ -287,12 +314,12 @@ class StreamShard:
 
     def _read(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
         uri, version = self.config.data.uri, self.share.version
-        for images in decoded_rows(uri, self.category, rows, self.frame, self.batch_size, self.num_threads, version):
+        for images in decode_rows(uri, self.category, rows, self.frame, self.batch_size, self.num_threads, version):
             yield torch.from_numpy(images)
 
 
-def fits_memory(config: Config, plan: Plan | Split) -> bool:
-    """Whether a worker's share of decoded images stays within data.memory_budget_mb, with the fewest workers there may be."""
+def fits_memory(config: Config, plan: SplitPlan | Split) -> bool:
+    """Returns whether the decoded images of a worker fit into data.memory_budget_mb, even with the smallest number of workers."""
     share = -(-plan.num_images // config.cluster.fewest_workers)
     channels = 4 if config.model.resize == "pad" or config.data.regions else 3
     return share * math.prod(config.model.frame_px) * channels <= config.data.memory_budget_mb * 2**20
@@ -301,28 +328,32 @@ def fits_memory(config: Config, plan: Plan | Split) -> bool:
 def build_shard(
     config: Config,
     category: str,
-    plan: Plan,
+    plan: SplitPlan,
     rank: int,
     num_workers: int,
-    stream: Stream | None = None,
+    stream: BatchStream | None = None,
     num_threads: int = 1,
 ) -> Shard:
-    """This worker's share, in memory where it fits.
+    """Returns the shard of a worker: in memory if its images fit, otherwise read again on every pass.
 
-    Args: stream: what it trains from where it does not.  num_threads: that decode.
+    Args:
+        plan: the rows of all workers.
+        rank: number of this worker, from 0.
+        stream: the decoded fit images for training, used only if the images do not fit into memory.
+        num_threads: threads that decode.
     """
     share = plan.share(rank, num_workers)
     if not fits_memory(config, plan):
         return StreamShard(config, category, share, stream, num_threads)
-    frame = frame_of(config, category)
+    frame = load_frame(config, category)
 
-    def load(numbers: NDArray[np.int64]) -> Tensor:
-        images = torch.empty(len(numbers), *frame.shape, dtype=torch.uint8)
-        done = 0
+    def load(row_numbers: NDArray[np.int64]) -> Tensor:
+        images = torch.empty(len(row_numbers), *frame.shape, dtype=torch.uint8)
+        start = 0
         uri, version = config.data.uri, plan.version
-        for batch in decoded_rows(uri, category, numbers, frame, num_threads=num_threads, version=version):
-            images[done : done + len(batch)] = torch.from_numpy(batch)
-            done += len(batch)
+        for batch in decode_rows(uri, category, row_numbers, frame, num_threads=num_threads, version=version):
+            images[start : start + len(batch)] = torch.from_numpy(batch)
+            start += len(batch)
         return images
 
     return MemoryShard(

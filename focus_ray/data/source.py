@@ -1,4 +1,4 @@
-"""Where images come from: a local folder, or an s3:// prefix that is listed once and then asked for files alone."""
+"""The source of an ingestion: a local folder, or an s3:// prefix that is listed once and then behaves like a folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from focus_ray.errors import DataError
-from focus_ray.storage import Listed, ObjectReader, is_s3, list_objects
+from focus_ray.storage import ListedObject, ObjectReader, is_s3, list_objects
 
 
 class SourcePath(Protocol):
-    """The part of ``pathlib.Path`` that importers use. `Path` and `S3Path` have it."""
+    """The part of the interface of ``pathlib.Path`` that importers use. `Path` and `S3Path` implement it."""
 
     @property
     def name(self) -> str: ...
@@ -39,27 +39,33 @@ class SourcePath(Protocol):
 
 
 class S3Tree:
-    """What lies below an s3:// prefix, from one listing. Sent to another process it goes without the listing."""
+    """The files and folders below an s3:// prefix, from one listing. A pickled tree loses its listing."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
-        self.files: dict[str, tuple[int, str]] = {}  # path below the prefix -> bytes, ETag
-        self.folders: dict[str, list[str]] = {}  # path below the prefix -> names in it
+        self.files: dict[str, tuple[int, str]] = {}  # path below the prefix -> (bytes, ETag)
+        self.folders: dict[str, list[str]] = {}  # path below the prefix -> names of its entries
         self.reader = ObjectReader(self.uri)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Tree, (self.uri,)
 
     def list(self) -> None:
-        """Asks for everything: a request a thousand objects. Raises: DataError: it cannot be listed, or as `take`."""
-        self.take(list_objects(self.uri))
+        """Lists all objects, with one request per thousand objects.
 
-    def take(self, listed: Iterable[Listed]) -> None:
-        """Builds the folders of objects. Raises: DataError: there is none; a folder without a name."""
-        for path, num_bytes, etag in listed:
+        Raises: DataError: the prefix cannot be listed, contains no object, or contains a folder with an empty name.
+        """
+        self.add_objects(list_objects(self.uri))
+
+    def add_objects(self, objects: Iterable[ListedObject]) -> None:
+        """Adds objects and the folders that contain them.
+
+        Raises: DataError: there is no object, or a folder has an empty name.
+        """
+        for path, num_bytes, etag in objects:
             parts = path.rstrip("/").split("/")
             if not all(parts):
-                raise DataError(f"{self.uri}/{path}: a folder's name is empty: rename the object")
+                raise DataError(f"{self.uri}/{path}: a folder has an empty name: rename the object")
             if not path.endswith("/"):
                 self.files[path] = num_bytes, etag
                 parts.pop()
@@ -67,7 +73,7 @@ class S3Tree:
                 self.folders["/".join(parts)] = []
                 parts.pop()
         if not self.files:
-            raise DataError(f"{self.uri}: nothing is there: expected images below this prefix")
+            raise DataError(f"{self.uri}: no object found: expected images below this prefix")
         self.folders[""] = []
         for path in (*self.files, *self.folders):
             folder, _, name = path.rpartition("/")
@@ -76,13 +82,13 @@ class S3Tree:
 
 
 class S3Path:
-    """A file or folder of an `S3Tree`, as `pathlib` would have it."""
+    """A file or folder of an `S3Tree`, with the interface of `pathlib.Path`."""
 
     __slots__ = ("path", "tree")
 
     def __init__(self, tree: S3Tree, path: str = "") -> None:
         """
-        Args: path: below the tree's prefix; empty for the prefix itself.
+        Args: path: below the prefix of the tree; empty for the prefix itself.
         """
         self.tree, self.path = tree, path
 
@@ -115,7 +121,7 @@ class S3Path:
     @property
     def suffix(self) -> str:
         name = self.name
-        dot = name.rfind(".")  # as pathlib has it, several times as fast: a plan asks millions of times
+        dot = name.rfind(".")  # the result of pathlib, several times faster: a plan calls this millions of times
         return name[dot:] if 0 < dot < len(name) - 1 else ""
 
     @property
@@ -130,11 +136,11 @@ class S3Path:
         return (self / name for name in self.tree.folders[self.path])
 
     def glob(self, pattern: str) -> Iterator[S3Path]:
-        """What fits a pattern without ``**``."""
-        first, _, rest = pattern.partition("/")
+        """Yields the files and folders that match a pattern. The pattern must not contain ``**``."""
+        first, _, remainder = pattern.partition("/")
         for item in self.iterdir() if self.is_dir() else ():
             if fnmatch.fnmatchcase(item.name, first):
-                yield from item.glob(rest) if rest else [item]
+                yield from item.glob(remainder) if remainder else [item]
 
     def is_dir(self) -> bool:
         return self.path in self.tree.folders
@@ -155,7 +161,12 @@ class S3Path:
         return PurePosixPath(str(self).removeprefix(str(other)).lstrip("/"))
 
     def read_bytes(self) -> bytes:
-        """One request. Raises: FileNotFoundError: it has gone.  DataError: it cannot be read."""
+        """Returns the bytes of the object, with one request.
+
+        Raises:
+            FileNotFoundError: the object was deleted after the listing.
+            DataError: the object cannot be read.
+        """
         data = self.tree.reader.read(str(self))
         if data is None:
             raise FileNotFoundError(errno.ENOENT, "no such object", str(self))
@@ -163,7 +174,10 @@ class S3Path:
 
 
 def open_source(source: str | Path) -> SourcePath:
-    """A local folder, or an s3:// prefix, which is listed. Raises: DataError: there is none."""
+    """Returns the path of a local folder, or lists an s3:// prefix and returns its path.
+
+    Raises: DataError: the folder does not exist, or the prefix contains no object.
+    """
     if is_s3(source):
         tree = S3Tree(str(source))
         tree.list()
@@ -174,13 +188,17 @@ def open_source(source: str | Path) -> SourcePath:
     return root
 
 
-def stamp_of(path: SourcePath) -> tuple[int, str]:
-    """A file's bytes, and what changes when it is written: an ETag, or the time in ns; (-1, "") where there is none."""
+def read_source_stamp(path: SourcePath) -> tuple[int, str]:
+    """Returns the stamp of a file, which changes when the file is written. No bytes are read.
+
+    Returns:
+        The size in bytes, and the ETag (S3) or the time of the last change in ns (disk); (-1, "") if the file does not exist.
+    """
     if isinstance(path, S3Path):
         return path.tree.files.get(path.path, (-1, ""))
     assert isinstance(path, Path)
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return -1, ""
-    return found.st_size, str(found.st_mtime_ns)
+    return status.st_size, str(status.st_mtime_ns)

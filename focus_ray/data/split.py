@@ -1,8 +1,8 @@
-"""Which rows of a category train, validate and calibrate: a rule of a few numbers, applied where rows are read.
+"""Splits the normal images of a category into fit, validation and held-out images by a rule of a few numbers.
 
-Every normal training image has a key: a hash of the seed and its content, or of the seed and its group if it has one. Images
-with the lowest keys calibrate, the next ones validate, the others train. So a category's split is two cut-offs, whatever the
-number of its images, and all images of a group are in one part.
+Every normal training image has a key: a hash of the seed and the image content, or of the seed and the group if the image has
+one. The images with the lowest keys are held out for calibration, the next ones validate, and the others are fit images. So the
+split of a category consists of two key limits, independent of the number of images, and all images of a group are in one part.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from numpy.typing import NDArray
 
 from focus_ray.config import Config
 from focus_ray.data.read import index_fingerprint, index_version, read_index
-from focus_ray.data.regions import frame_of
+from focus_ray.data.regions import load_frame
 from focus_ray.errors import DataError
 
-# held-out images above the threshold, as many as that: its false alarm rate is then between 0.4 and 1.8 times the target (90 %)
-_STEADY = 5
-_NAMED = 20  # images that an error lists
+# If at least this many held-out images are expected above the threshold, the false alarm rate is between 0.4 and 1.8 times the
+# target (90 % interval).
+_MIN_EXPECTED_ALARMS = 5
+_MAX_LISTED_IMAGES = 20  # images that an error message lists
 NO_ROWS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The rule of one category, small enough to be sent to any number of workers.
+    """The rule that splits one category. It is small, so it can be sent to any number of workers.
 
     Attributes:
-        fingerprint, version: of the whole category's data; the version's rows stay readable beside later ones.
-        num_fit, num_validation, num_holdout: images of each part, not groups.
-        validation_from, fit_from: keys, hex. Below the first an image calibrates, below the second it validates, and else it
-            trains.
+        fingerprint, version: of the data of the whole category. The rows of the version stay readable beside later versions.
+        num_fit, num_validation, num_holdout: number of images (not groups) in each part.
+        validation_from, fit_from: hex keys. An image with a key below `validation_from` is held out, an image with a key below
+            `fit_from` validates, and any other image is a fit image.
     """
 
     category: str
@@ -52,39 +53,41 @@ class Split:
 
     @property
     def num_images(self) -> int:
-        """Of all parts."""
+        """The number of images in all parts."""
         return self.num_fit + self.num_validation + self.num_holdout
 
     def part_of(self, content_hash: str, group: str = "") -> Literal["fit", "validation", "holdout"]:
         """Returns the part that a normal training image belongs to.
 
-        Args: group: of the image's row; empty if the image is its own group.
+        Args:
+            content_hash: hash of the image content.
+            group: group of the image; empty if the image is its own group.
         """
-        key = key_of(self.seed, content_hash, group)
+        key = split_key(self.seed, content_hash, group)
         return "holdout" if key < self.validation_from else "validation" if key < self.fit_from else "fit"
 
-    def plan(self, config: Config) -> Plan:
-        """The rows, from the category's index. Raises: DataError: the version that the rule was made for is gone."""
+    def plan(self, config: Config) -> SplitPlan:
+        """Applies the rule to the index of the category. Raises: DataError: the version of the rule does not exist any more."""
         table = read_index(config.data.uri, self.category, version=self.version)
-        return _rows_of(self, _normal_images(table, self.seed), config.calibration.num_folds)
+        return _apply_split(self, _normal_images(table, self.seed), config.calibration.num_folds)
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """The rows that a rule gives, or a worker's share of them.
+class SplitPlan:
+    """The row numbers of the fit, validation and held-out images of a category, or the share of one worker.
 
-    Two rows have equal group numbers if and only if they are in the same named group; a row without a group has a number of its
-    own. Numbers count from 0 in the order of first appearance among all normal training rows.
+    Two rows have equal group numbers if and only if they are in the same named group. A row without a group has a unique number.
+    Group numbers start at 0, in the order of first appearance among all normal training rows.
 
     Attributes:
         fit_rows, validation_rows, holdout_rows: int64, ascending row numbers in the version of the data.
         folds: fold number of each fit row, for cross calibration. All rows of a group have the same fold.
-        fingerprint, version: of the whole category's data.
+        fingerprint, version: of the data of the whole category.
         fit_hashes: `short_hash` of the fit and validation rows, int64, sorted.
-        fit_groups, validation_groups, holdout_groups: group number of each row of that list, int64. None numbers the rows of
-            the three lists one after the other, so that each row is its own group.
+        fit_groups, validation_groups, holdout_groups: group number of each row, int64. The default numbers the rows of the three
+            lists one after the other, so that each row is its own group.
         fit_order, validation_order, holdout_order: rank of each row among all normal training rows in natural order of their
-            ids (img_2 before img_10), int64. None takes the place in the lists.
+            ids (img_2 before img_10), int64. The default is the position in the three lists.
     """
 
     fit_rows: NDArray[np.int64]
@@ -103,8 +106,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         num_fit, num_validation, num_holdout = len(self.fit_rows), len(self.validation_rows), len(self.holdout_rows)
-        own = np.arange(num_fit + num_validation + num_holdout, dtype=np.int64)
-        fit, validation, holdout = np.split(own, [num_fit, num_fit + num_validation])
+        positions = np.arange(num_fit + num_validation + num_holdout, dtype=np.int64)
+        fit, validation, holdout = np.split(positions, [num_fit, num_fit + num_validation])
         defaults = {
             "fit_groups": fit,
             "validation_groups": validation,
@@ -117,19 +120,19 @@ class Plan:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, values)
             length = len(getattr(self, name))
-            assert length == len(values), f"{name} has {length} entries for {len(values)} rows: use Plan.take_fit"
+            assert length == len(values), f"{name} has {length} entries for {len(values)} rows: use SplitPlan.take_fit"
 
     @property
     def num_images(self) -> int:
-        """All rows, whatever for."""
+        """The number of rows in the three lists."""
         return len(self.fit_rows) + len(self.validation_rows) + len(self.holdout_rows)
 
-    def take_fit(self, places: NDArray[np.int64] | Sequence[int]) -> Plan:
+    def take_fit(self, positions: NDArray[np.int64] | Sequence[int]) -> SplitPlan:
         """Returns the plan with only some of its fit rows.
 
-        Args: places: ascending positions in `fit_rows`.
+        Args: positions: ascending positions in `fit_rows`.
         """
-        chosen = np.asarray(places, dtype=np.int64)
+        chosen = np.asarray(positions, dtype=np.int64)
         return replace(
             self,
             fit_rows=self.fit_rows[chosen],
@@ -138,8 +141,8 @@ class Plan:
             fit_order=self.fit_order[chosen],
         )
 
-    def with_validation(self) -> Plan:
-        """Returns the plan whose validation rows are fit rows too, in the order of rows, and no validation rows are left."""
+    def with_validation(self) -> SplitPlan:
+        """Returns a plan whose fit rows include the validation rows, in row order. The new plan has no validation rows."""
         rows = np.concatenate([self.fit_rows, self.validation_rows])
         in_order = np.argsort(rows, kind="stable")
         num_folds = int(self.folds.max(initial=0)) + 1
@@ -155,20 +158,22 @@ class Plan:
             validation_order=NO_ROWS,
         )
 
-    def without_holdout(self) -> Plan:
+    def without_holdout(self) -> SplitPlan:
         """Returns the plan without its holdout rows."""
         return replace(self, holdout_rows=NO_ROWS, holdout_groups=NO_ROWS, holdout_order=NO_ROWS)
 
-    def share(self, rank: int, num_workers: int) -> Plan:
-        """Returns one worker's contiguous part of each list; every row is in exactly one worker's part.
+    def share(self, rank: int, num_workers: int) -> SplitPlan:
+        """Returns the share of one worker: a contiguous part of each list. Every row is in the share of exactly one worker.
 
         The rows of a group may be spread over several workers.
+
+        Args: rank: number of the worker, from 0.
         """
 
         def part(values: NDArray[np.int64]) -> NDArray[np.int64]:
             return values[len(values) * rank // num_workers : len(values) * (rank + 1) // num_workers]
 
-        return Plan(
+        return SplitPlan(
             part(self.fit_rows),
             part(self.folds),
             part(self.validation_rows),
@@ -186,10 +191,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class _NormalImages:
-    """Normal training images of a category, in row order.
+    """The N normal training images of a category in row order, in G groups.
 
-    rows: (N,) row numbers.  hashes: content hashes.  groups: (N,) group numbers in the order of first appearance.  ids: (N,)
-    group_keys: (G,) key of each group.  sizes: (G,) images of each group.  group_places: (G,) rank of each group by its key.
+    Attributes:
+        rows: (N,) row numbers.
+        hashes: (N,) content hashes.
+        groups: (N,) group numbers, from 0 in the order of first appearance.
+        ids: (N,) row ids.
+        group_keys: (G,) split key of each group.
+        group_sizes: (G,) number of images in each group.
+        group_ranks: (G,) rank of each group in the order of the keys.
     """
 
     rows: NDArray[np.int64]
@@ -197,50 +208,57 @@ class _NormalImages:
     groups: NDArray[np.int64]
     ids: pa.ChunkedArray
     group_keys: Sequence[str]
-    sizes: NDArray[np.int64]
-    group_places: NDArray[np.int64]
+    group_sizes: NDArray[np.int64]
+    group_ranks: NDArray[np.int64]
 
 
 def split_category(config: Config, category: str) -> Split:
-    """The rule of a category; a function of the images and the seed alone.
+    """Returns the split rule of a category. It depends only on the images, the seed and the settings.
 
-    Raises: DataError: no such category, too few normal training images, or images of which nothing would be inspected.
+    Raises: DataError: the category does not exist, it has too few normal training images, or some images have a size at which
+        no pixel would be inspected.
     """
     return _split(config, category)[0]
 
 
-def plan_category(config: Config, category: str) -> Plan:
-    """The rows by the rule of `split_category`, for who reads them in the same process; the same errors."""
+def plan_category(config: Config, category: str) -> SplitPlan:
+    """Returns the rows of each part of a category, by the rule of `split_category`.
+
+    Raises: DataError: see `split_category`.
+    """
     split, images = _split(config, category)
-    return _rows_of(split, images, config.calibration.num_folds)
+    return _apply_split(split, images, config.calibration.num_folds)
 
 
-def key_of(seed: int, content_hash: str, group: str = "") -> str:
-    """Returns the SHA-256 hex of seed and group, or of seed and content if there is no group: a random order of groups."""
+def split_key(seed: int, content_hash: str, group: str = "") -> str:
+    """Returns the SHA-256 hex of seed and group, or of seed and content if there is no group.
+
+    Sorting by this key puts the groups into a random order that depends only on the seed.
+    """
     text = f"{seed}:group:{group}" if group else f"{seed}:{content_hash}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def short_hash(content_hash: str) -> int:
-    """The first 8 bytes of a content hash, as int64."""
+    """Returns the first 8 bytes of a hex content hash as a signed 64-bit integer."""
     return int.from_bytes(bytes.fromhex(content_hash[:16]), "big", signed=True)
 
 
 def _normal_images(table: pa.Table, seed: int) -> _NormalImages:
-    """Returns the normal training images of a whole index."""
+    """Returns the normal training images of an index. table: the index of both splits."""
     index = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.equal(table["label"], 0)))
     hashes, names = index["content_hash"].to_pylist(), index["group"].to_pylist()
     numbers: dict[str, int] = {}
     groups, keys = [], []
     for content_hash, name in zip(hashes, names, strict=True):
         if name not in numbers:
-            keys.append(key_of(seed, content_hash, name))
+            keys.append(split_key(seed, content_hash, name))
             if name:
                 numbers[name] = len(keys) - 1
         groups.append(numbers.get(name, len(keys) - 1))
     order = sorted(range(len(keys)), key=keys.__getitem__)
-    places = np.empty(len(keys), dtype=np.int64)
-    places[order] = np.arange(len(keys))
+    ranks = np.empty(len(keys), dtype=np.int64)
+    ranks[order] = np.arange(len(keys))
     sizes = np.bincount(np.array(groups, dtype=np.int64), minlength=len(keys))
     return _NormalImages(
         index["row"].to_numpy(),
@@ -249,7 +267,7 @@ def _normal_images(table: pa.Table, seed: int) -> _NormalImages:
         index["id"],
         keys,
         sizes.astype(np.int64),
-        places,
+        ranks,
     )
 
 
@@ -258,7 +276,7 @@ def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
 
     def with_length(match: re.Match[str]) -> str:
         digits = match.group().lstrip("0")
-        return f"{len(digits):03}{digits}"  # of two numbers the one with more digits is larger
+        return f"{len(digits):03}{digits}"  # the number with more digits is larger, so the length comes first
 
     keys = [(re.sub("[0-9]+", with_length, name), name) for name in ids.to_pylist()]
     ranks = np.empty(len(keys), dtype=np.int64)
@@ -267,32 +285,34 @@ def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def _split(config: Config, category: str) -> tuple[Split, _NormalImages]:
+    """Returns the rule of `split_category`, and the normal training images of the category."""
     table = read_index(config.data.uri, category)
     images = _normal_images(table, config.train.seed)
     _check_sizes(config, category, table)
     count, num_groups = len(images.rows), len(images.group_keys)
     parts = " parts" if num_groups < count else ""
-    shown = f"{count} normal training images" + (f" of {num_groups}{parts}" if parts else "")
+    count_text = f"{count} normal training images" + (f" of {num_groups}{parts}" if parts else "")
     if num_groups < 4:
-        raise DataError(f"category {category!r} of {config.data.uri} has {shown}; 4{parts} at least")
-    in_order = np.argsort(images.group_places)
-    sizes = images.sizes[in_order]
-    # the counts from here on are of groups: twenty photographs of two parts are worth two
-    holdout = min(num_groups - 2, num_held_out(config, num_groups))
-    holdout = _at_most(sizes, holdout, config.calibration.max_images, 1)
-    validation = 0
+        raise DataError(f"category {category!r} of {config.data.uri} has {count_text}; at least 4{parts} are needed")
+    in_order = np.argsort(images.group_ranks)
+    sizes = images.group_sizes[in_order]
+    # From here on the counts are groups: twenty photographs of two parts count as two.
+    num_holdout = min(num_groups - 2, num_held_out(config, num_groups))
+    num_holdout = _limit_groups(sizes, num_holdout, config.calibration.max_images, 1)
+    num_validation = 0
     if config.selection.enabled:
-        wanted = min(config.selection.max_images, round(config.selection.fraction * num_groups))
-        validation = _at_most(sizes[holdout:], max(2, wanted), config.selection.max_images, 2)
-        if num_groups - holdout - validation < 2:
+        num_requested = min(config.selection.max_images, round(config.selection.fraction * num_groups))
+        num_validation = _limit_groups(sizes[num_holdout:], max(2, num_requested), config.selection.max_images, 2)
+        if num_groups - num_holdout - num_validation < 2:
             raise DataError(
-                f"category {category!r} has {shown}, of which {holdout}{parts} calibrate and {validation}{parts} "
-                "validate: too few are left; set selection.enabled=false or add images"
+                f"category {category!r} has {count_text}: {num_holdout}{parts} calibrate and {num_validation}{parts} validate, "
+                "so fewer than 2 remain for training; set selection.enabled=false or add images"
             )
-    cuts = [images.group_keys[in_order[place]] for place in (holdout, holdout + validation)]
-    # two files of one content have one key, and stand on one side of a cut
-    below = [
-        sum(int(size) for key, size in zip(images.group_keys, images.sizes, strict=True) if key < cut) for cut in cuts
+    limits = [images.group_keys[in_order[rank]] for rank in (num_holdout, num_holdout + num_validation)]
+    # Count the images below each key limit. Two files with the same content have the same key, so they are in the same part.
+    num_below = [
+        sum(int(size) for key, size in zip(images.group_keys, images.group_sizes, strict=True) if key < limit)
+        for limit in limits
     ]
     return (
         Split(
@@ -300,20 +320,23 @@ def _split(config: Config, category: str) -> tuple[Split, _NormalImages]:
             config.train.seed,
             index_fingerprint(table),
             index_version(table),
-            num_fit=count - below[1],
-            num_validation=below[1] - below[0],
-            num_holdout=below[0],
-            validation_from=cuts[0],
-            fit_from=cuts[1],
+            num_fit=count - num_below[1],
+            num_validation=num_below[1] - num_below[0],
+            num_holdout=num_below[0],
+            validation_from=limits[0],
+            fit_from=limits[1],
         ),
         images,
     )
 
 
 def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
-    """Raises: DataError: normal training images have sizes of which nothing would be inspected; names them."""
-    frame = frame_of(config, category)
-    if not frame.marks:
+    """Checks that at least one pixel of each normal training image would be inspected.
+
+    Raises: DataError: some images have a size at which no pixel would be inspected. The message names these images.
+    """
+    frame = load_frame(config, category)
+    if not frame.has_scored_channel:
         return
     index = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.equal(table["label"], 0)))
     sizes = list(zip(index["width"].to_pylist(), index["height"].to_pylist(), strict=True))
@@ -325,30 +348,40 @@ def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
             reasons[size] = str(error)
     if reasons:
         unusable = [(name, size) for name, size in zip(index["id"].to_pylist(), sizes, strict=True) if size in reasons]
-        names = ", ".join(name for name, _ in unusable[:_NAMED])
-        more = f" and {len(unusable) - _NAMED} more" if len(unusable) > _NAMED else ""
+        names = ", ".join(name for name, _ in unusable[:_MAX_LISTED_IMAGES])
+        more = f" and {len(unusable) - _MAX_LISTED_IMAGES} more" if len(unusable) > _MAX_LISTED_IMAGES else ""
         raise DataError(
             f"{len(unusable)} of {len(sizes)} normal training images of category {category!r} cannot be trained on: "
-            f"{names}{more}. {unusable[0][0]}: {reasons[unusable[0][1]]}. Or remove these images from the data"
+            f"{names}{more}. {unusable[0][0]}: {reasons[unusable[0][1]]}. Or remove these images from the data set"
         )
 
 
-def _at_most(sizes: NDArray[np.int64], num_groups: int, max_images: int, fewest: int) -> int:
-    """Returns how many of the first `num_groups` groups hold at most `max_images` images, but not below `fewest` groups."""
+def _limit_groups(sizes: NDArray[np.int64], num_groups: int, max_images: int, min_groups: int) -> int:
+    """Reduces a number of groups until these groups contain at most `max_images` images, but not below `min_groups`.
+
+    Args: sizes: (G,) number of images of each group, in the order in which the groups are taken.
+    """
     fitting = int(np.searchsorted(np.cumsum(sizes[:num_groups]), max_images, side="right"))
-    return max(fitting, min(fewest, num_groups))
+    return max(fitting, min(min_groups, num_groups))
 
 
-def _rows_of(split: Split, images: _NormalImages, num_folds: int) -> Plan:
-    places = images.group_places[images.groups]
-    first, kept = (sum(key < cut for key in images.group_keys) for cut in (split.validation_from, split.fit_from))
-    fit, holdout = places >= kept, places < first
+def _apply_split(split: Split, images: _NormalImages, num_folds: int) -> SplitPlan:
+    """Returns the rows of each part by a rule, with folds, groups and ranks."""
+    ranks = images.group_ranks[images.groups]  # (N,) rank of each image's group in the order of the keys
+    first_validation, first_fit = (
+        sum(key < limit for key in images.group_keys) for limit in (split.validation_from, split.fit_from)
+    )
+    fit, holdout = ranks >= first_fit, ranks < first_validation
     validation = ~(fit | holdout)
     natural = _natural_ranks(images.ids)
-    hashes = [short_hash(one) for one, held in zip(images.hashes, holdout, strict=True) if not held]
-    return Plan(
+    hashes = [
+        short_hash(content_hash)
+        for content_hash, is_held_out in zip(images.hashes, holdout, strict=True)
+        if not is_held_out
+    ]
+    return SplitPlan(
         fit_rows=images.rows[fit],
-        folds=places[fit] % num_folds,
+        folds=ranks[fit] % num_folds,
         validation_rows=images.rows[validation],
         holdout_rows=images.rows[holdout],
         fingerprint=split.fingerprint,
@@ -364,13 +397,16 @@ def _rows_of(split: Split, images: _NormalImages, num_folds: int) -> Plan:
 
 
 def num_held_out(config: Config, num_images: int) -> int:
-    """Returns how many of a category's normal images calibrate and do nothing else.
+    """Returns how many normal images of a category are held out, i.e. calibrate and do nothing else.
 
-    Args: num_images: of the category; the number of groups where images have groups, and the result then counts groups too.
+    Args: num_images: number of normal images. If the images have groups, pass the number of groups; the result is then a number
+        of groups as well.
     """
     calibration, fraction = config.calibration, config.data.holdout_fraction
-    held = min(max(1, round(fraction * num_images)), calibration.max_images)
+    num_holdout = min(max(1, round(fraction * num_images)), calibration.max_images)
     if calibration.method == "split":
-        return held
-    steady = fraction > 0 and held * calibration.target_fpr >= _STEADY
-    return held if calibration.method == "auto" and (steady or (fraction > 0 and config.train.epochs > 0)) else 0
+        return num_holdout
+    # Method auto holds images out if they are enough for a reliable threshold, or if the network is trained.
+    is_reliable = fraction > 0 and num_holdout * calibration.target_fpr >= _MIN_EXPECTED_ALARMS
+    is_trained = fraction > 0 and config.train.epochs > 0
+    return num_holdout if calibration.method == "auto" and (is_reliable or is_trained) else 0

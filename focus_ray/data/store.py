@@ -1,10 +1,10 @@
-"""The Parquet data set: its schema, importers of the field's folder shapes, and readers of what was committed.
+"""Stores a data set as Parquet files, and publishes new versions of its categories atomically.
 
-One category is one folder, ``<root>/category=<name>/``, with part files, an index of their light columns, and
-``_commit.json``, which names the files that count. It is replaced as a whole, so a reader sees the old data or the new
-and never a mixture; a run that dies leaves the old. Every commit is kept beside, ``_commits/<run_id>.json``: a version that
-was replaced stays readable, with its files, for a day. docs/use/data.md has the schema, the folder shapes and what becomes of odd
-files.
+A category is a folder, ``<root>/category=<name>/``, with part files (the rows), an index file (all columns except images and
+masks) and ``_commit.json``, which names the files of the current version. Replacing ``_commit.json`` publishes a version, so a
+reader sees the old or the new version and never a mixture. If a run dies, the old version stays. Every commit is also stored as
+``_commits/<run_id>.json``: a replaced version stays readable, with its files, for a day. docs/use/data.md describes the schema,
+the folder layouts and the handling of unusual files.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from focus_ray.data.commits import (
-    CLAIMS,
+    CLAIMS_FOLDER,
     STALE_AFTER,
-    VERSIONS,
+    VERSIONS_FOLDER,
     Commit,
     IndexEntry,
     PartEntry,
-    dropped_after,
-    named,
+    find_stale_files,
+    list_dropped_files,
     parse_commit,
-    stale,
+    referenced_files,
 )
 from focus_ray.data.schema import (
     COMMIT_NAME,
@@ -45,7 +45,7 @@ from focus_ray.data.schema import (
     SCHEMA_VERSION,
     Reject,
     Row,
-    with_groups,
+    fill_group_column,
 )
 from focus_ray.errors import DataError, StorageError
 from focus_ray.storage import (
@@ -59,23 +59,27 @@ from focus_ray.storage import (
     write_file,
 )
 
-# A row group is what a reader must hold: it closes at 256 rows, or from 64 rows on at 16 MiB, or at 64 MiB in any case.
+# A reader must hold a complete row group in memory. A row group is closed at 256 rows, at 16 MiB if it has at least 64 rows, and
+# at 64 MiB in any case.
 MAX_ROW_GROUP_ROWS, MIN_ROW_GROUP_ROWS = 256, 64
 ROW_GROUP_BYTES, MAX_ROW_GROUP_BYTES = 16 << 20, 64 << 20
-FILE_BYTES = 64 << 20  # a part file takes no more row groups from here on
-# A publisher that another one has overtaken builds on what that one made, this often.
-ATTEMPTS = 20
-# of an OSError: the file system has no hard links
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+FILE_BYTES = 64 << 20  # a part file of at least this size gets no further row groups
+# A publisher rebuilds its version on top of the version of another publisher that came first, at most this many times.
+MAX_PUBLISH_ATTEMPTS = 20
+# error numbers of file systems without hard links
+_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass
-class Draft:
-    """What a publication makes of a category.
+class CommitDraft:
+    """The content of a new version of a category before it is published.
 
-    index: of `INDEX_COLUMNS`, in row order.  sources: of `SOURCE_COLUMNS`; None keeps nothing of them.
-    rejects: to be kept beside; None leaves those that are.  fresh: part files made for this draft alone, which go if it does
-    not become a version.
+    Attributes:
+        files: the part files.
+        index: `INDEX_COLUMNS` in row order.
+        sources: the source manifest, of `SOURCE_SCHEMA`; None stores no manifest.
+        rejects: the rejected files to store beside the data; None keeps the stored ones.
+        new_files: names of part files that were written for this draft only. They are removed if the draft is not published.
     """
 
     files: list[PartEntry]
@@ -84,227 +88,260 @@ class Draft:
     source_fingerprint: str
     counts: dict[str, int]
     rejects: Sequence[Reject] | None = None
-    fresh: list[str] = field(default_factory=list)
+    new_files: list[str] = field(default_factory=list)
 
 
 class Store:
-    """A data set's root: commits, part files and rejects on a local or S3 filesystem."""
+    """The root folder of a data set: reads and writes its commits, part files and rejects, on a disk or on S3."""
 
     def __init__(self, uri: str, filesystem: fs.FileSystem, path: str) -> None:
         self.uri, self.filesystem, self.path = uri, filesystem, path
         self._writable = False
 
-    def folder(self, category: str) -> str:
+    def category_folder(self, category: str) -> str:
+        """Returns the path of the folder of a category."""
         return f"{self.path}/category={category}"
 
-    def errors(self, action: str, path: str) -> Any:
+    def storage_errors(self, action: str, path: str) -> Any:
+        """Returns the context manager `storage.storage_errors` for this data set."""
         return storage_errors(action, self.uri, path)
 
-    def categories(self) -> list[str]:
-        """Names of the committed categories, sorted; empty where there is no data set."""
-        with self.errors("list the data set", self.path):
-            found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+    def committed_categories(self) -> list[str]:
+        """Returns the sorted names of the categories that have a commit; an empty list if there is no data set."""
+        with self.storage_errors("list the data set", self.path):
+            entries = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
             names = [
                 info.base_name[len("category=") :]
-                for info in found
+                for info in entries
                 if info.type == fs.FileType.Directory and info.base_name.startswith("category=")
             ]
-            commits = self.filesystem.get_file_info([f"{self.folder(name)}/{COMMIT_NAME}" for name in names])
+            commits = self.filesystem.get_file_info([f"{self.category_folder(name)}/{COMMIT_NAME}" for name in names])
         return sorted(name for name, info in zip(names, commits, strict=True) if info.type == fs.FileType.File)
 
-    def commit(self, category: str, version: str | None = None) -> Commit | None:
-        """The category's commit; None where it has none.
+    def read_commit(self, category: str, version: str | None = None) -> Commit | None:
+        """Returns the commit of a category, or None if the category has no current commit.
 
-        Args: version: the `run_id` of a commit; None takes the current one.
+        Args: version: the `run_id` of a commit; None takes the current commit.
 
-        Raises: DataError: damaged, or of another schema version; the version is gone.
+        Raises: DataError: the commit file is damaged or of another schema version, or the version does not exist any more.
         """
-        path = f"{self.folder(category)}/{COMMIT_NAME}"
+        path = f"{self.category_folder(category)}/{COMMIT_NAME}"
         if version is None:
-            return self._read_commit(category, path)
-        kept = self._read_commit(category, self._version_path(category, version))
-        if kept is not None:
-            return kept
-        current = self._read_commit(category, path)
-        if current is not None and current["run_id"] == version:  # published by a program that kept no versions
+            return self._load_commit(category, path)
+        commit = self._load_commit(category, self._version_path(category, version))
+        if commit is not None:
+            return commit
+        current = self._load_commit(category, path)
+        if current is not None and current["run_id"] == version:  # published by an old program that stored no versions
             return current
-        there = f"it is now {current['run_id']}" if current else "the category is not there any more"
+        state = f"it is now {current['run_id']}" if current else "the category does not exist any more"
         raise DataError(
-            f"{self.uri}: category {category!r} has no version {version!r}: {there}. A version that was replaced stays for "
+            f"{self.uri}: category {category!r} has no version {version!r}: {state}. A replaced version stays readable for "
             f"{STALE_AFTER.total_seconds() / 3600:g} hours: read the index again and start over"
         )
 
     def _version_path(self, category: str, version: str) -> str:
+        """Returns the path of the commit file of a version. Raises: DataError: the version is not a valid name."""
         if not version.isalnum():
-            raise DataError(f"{self.uri}: version {version!r}: expected one that `data_version` gave")
-        return f"{self.folder(category)}/{VERSIONS}/{version}.json"
+            raise DataError(f"{self.uri}: version {version!r}: expected a name from `data_version`")
+        return f"{self.category_folder(category)}/{VERSIONS_FOLDER}/{version}.json"
 
-    def _read_commit(self, category: str, path: str) -> Commit | None:
-        with self.errors("read the commit file", path):
+    def _load_commit(self, category: str, path: str) -> Commit | None:
+        """Reads a commit file; None if it does not exist. Raises: DataError: it is damaged or of another schema version."""
+        with self.storage_errors("read the commit file", path):
             data = read_file(self.filesystem, path)
         if data is None:
             return None
         return parse_commit(data, self.uri, category, path)
 
-    def need_commit(self, category: str, version: str | None = None) -> Commit:
-        """`commit`. Raises: DataError: there is none."""
-        commit = self.commit(category, version)
+    def require_commit(self, category: str, version: str | None = None) -> Commit:
+        """Returns the commit of a category, see `read_commit`. Raises: DataError: the data set or the category does not exist."""
+        commit = self.read_commit(category, version)
         if commit is None:
-            names = self.categories()
+            names = self.committed_categories()
             if not names:
                 raise DataError(
                     f"{self.uri}: no data set here: expected folders category=<name> with a {COMMIT_NAME}; ingest one "
                     f"first"
                 )
-            raise DataError(f"{self.uri}: no category {category!r}; there are: {', '.join(names)}")
+            raise DataError(f"{self.uri}: no category {category!r}; available categories: {', '.join(names)}")
         return commit
 
-    def is_whole(self, category: str, commit: Commit) -> bool:
-        """Whether every part file that a commit names is there, at its size, and its index, byte for byte."""
-        sizes = {path: info.size for path, info in self.files(category).items()}
+    def is_complete(self, category: str, commit: Commit) -> bool:
+        """Returns whether all part files of a commit exist with the right size, and the index file has the right checksum."""
+        sizes = {path: info.size for path, info in self.list_files(category).items()}
         if any(sizes.get(entry["name"]) != entry["num_bytes"] for entry in commit["files"]):
             return False
-        return commit["index"] is None or self._object_bytes(category, commit["index"]) is not None
+        return commit["index"] is None or self._read_checked(category, commit["index"]) is not None
 
-    def files(self, category: str) -> dict[str, fs.FileInfo]:
-        """Everything in the category's folder and below, by its path there; on S3 a request a thousand files."""
-        folder = self.folder(category)
-        with self.errors("list the category's files", folder):
-            found = self.filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
-        return {info.path[len(folder) + 1 :]: info for info in found if info.is_file}
+    def list_files(self, category: str) -> dict[str, fs.FileInfo]:
+        """Returns all files below the folder of a category: path in this folder -> file information.
 
-    def index(self, category: str, commit: Commit) -> pa.Table | None:
-        """``INDEX_COLUMNS`` of all rows, in row order; None where the commit names no index.
+        On S3 this takes one request per thousand files.
+        """
+        folder = self.category_folder(category)
+        with self.storage_errors("list the category's files", folder):
+            entries = self.filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+        return {info.path[len(folder) + 1 :]: info for info in entries if info.is_file}
 
-        Raises: DataError: the index is gone or not what was written.
+    def read_index(self, category: str, commit: Commit) -> pa.Table | None:
+        """Reads the index file of a commit.
+
+        Returns: ``INDEX_COLUMNS`` of all rows, in row order; None if the commit names no index file.
+
+        Raises: DataError: the index file is missing or damaged.
         """
         entry = commit["index"]
         if entry is None:
             return None
-        data = self._object_bytes(category, entry)
+        data = self._read_checked(category, entry)
         if data is None:
-            # The parts would give the same table, but a store that lost or changed one file that a commit names is to be
-            # mended, and of a large set they take many minutes that nobody expects.
+            # The part files contain the same columns. But a storage that lost or changed a file needs a repair, and reading the
+            # part files of a large data set takes many minutes, which no user expects here.
             raise DataError(
-                f"{self.uri}: index {self.folder(category)}/{entry['name']} is missing or damaged. If the category was "
+                f"{self.uri}: index {self.category_folder(category)}/{entry['name']} is missing or damaged. If the category was "
                 "ingested again meanwhile, start over; otherwise ingest it again"
             )
-        return with_groups(pq.read_table(pa.BufferReader(data)))
+        return fill_group_column(pq.read_table(pa.BufferReader(data)))
 
-    def sources(self, category: str, commit: Commit) -> pa.Table | None:
-        """`SOURCE_COLUMNS` of the files that were read; None where they are not known."""
+    def read_sources(self, category: str, commit: Commit) -> pa.Table | None:
+        """Reads the source manifest of a commit, of `SOURCE_SCHEMA`; None if the commit has none or it is damaged."""
         entry = commit["sources"]
-        data = self._object_bytes(category, entry) if entry else None
+        data = self._read_checked(category, entry) if entry else None
         return None if data is None else pq.read_table(pa.BufferReader(data))
 
-    def _object_bytes(self, category: str, entry: IndexEntry) -> bytes | None:
-        """None where the file is missing or has other bytes than were written."""
-        path = f"{self.folder(category)}/{entry['name']}"
-        with self.errors("read the index", path):
+    def _read_checked(self, category: str, entry: IndexEntry) -> bytes | None:
+        """Returns the bytes of an index file or manifest; None if the file is missing or has the wrong checksum."""
+        path = f"{self.category_folder(category)}/{entry['name']}"
+        with self.storage_errors("read the index", path):
             data = read_file(self.filesystem, path)
         return data if data is not None and hashlib.sha256(data).hexdigest() == entry["sha256"] else None
 
     def check_writable(self) -> None:
-        """Finds out before the decoding, not after, that nothing may be written."""
+        """Checks once that the data set is writable, so that a missing permission is reported before the images are decoded.
+
+        Raises: DataError: a small test file cannot be written and deleted.
+        """
         if not self._writable:
             path = f"{self.path}/_write_check-{uuid.uuid4().hex}"
-            with self.errors("write", path):
+            with self.storage_errors("write", path):
                 write_file(self.filesystem, path, b"focus_ray")
                 self.filesystem.delete_file(path)
             self._writable = True
 
     def write_parts(self, category: str, rows: Iterable[Row]) -> tuple[list[PartEntry], pa.Table]:
-        """Writes part files under names that no other run has; they count once a commit names them.
+        """Writes rows to part files with unique names. The rows become visible when a commit names the files.
 
-        Returns: the files, and `INDEX_COLUMNS` of their rows.
+        Returns:
+            The entries of the part files, and `INDEX_COLUMNS` of their rows.
+
+        Raises:
+            DataError: the storage fails. The files that were already written are removed.
         """
-        folder, token = self.folder(category), uuid.uuid4().hex[:12]
+        folder, token = self.category_folder(category), uuid.uuid4().hex[:12]
         if isinstance(self.filesystem, fs.LocalFileSystem):
-            with self.errors("make the folder", folder):
+            with self.storage_errors("make the folder", folder):
                 self.filesystem.create_dir(folder, recursive=True)
         files: list[PartEntry] = []
-        light: list[pa.Table] = []
+        index_tables: list[pa.Table] = []
 
-        def noted() -> Iterator[pa.Table]:
+        def row_groups_with_index() -> Iterator[pa.Table]:
             for group in _row_groups(rows):
-                light.append(group.select(INDEX_COLUMNS))
+                index_tables.append(group.select(INDEX_COLUMNS))
                 yield group
 
         try:
-            groups = noted()
+            groups = row_groups_with_index()
             for group in groups:
                 name = f"part-{token}-{len(files):05d}.parquet"
                 files.append({"name": name, "row_group_rows": [], "num_bytes": 0})
-                with self.errors("write a part file", f"{folder}/{name}"):
+                with self.storage_errors("write a part file", f"{folder}/{name}"):
                     self._write_part(f"{folder}/{name}", itertools.chain([group], groups), files[-1])
         except BaseException:
-            self.discard(category, [item["name"] for item in files])
+            self.discard(category, [entry["name"] for entry in files])
             raise
-        return files, pa.concat_tables(light) if light else INDEX_SCHEMA.empty_table()
+        return files, pa.concat_tables(index_tables) if index_tables else INDEX_SCHEMA.empty_table()
 
     def publish(
-        self, category: str, build: Callable[[Commit | None], Draft | None], made: Sequence[PartEntry] = ()
+        self,
+        category: str,
+        build_draft: Callable[[Commit | None], CommitDraft | None],
+        new_parts: Sequence[PartEntry] = (),
     ) -> bool:
-        """Makes a new version of a category: what `build` makes of the current one.
+        """Publishes a new version of a category.
 
-        Of several publishers at once each comes after another: one that was overtaken calls `build` again, with what the
-        other made.
+        Several processes may publish at the same time. Each version has one successor: a publisher claims the successor of the
+        version that its draft is based on. If another publisher claimed it first, this one builds its draft again, based on the
+        version of the other publisher.
 
         Args:
-            build: the current commit, or None -> the draft; None where there is nothing to change.
-            made: part files that were written for it; they are removed where nothing comes of it.
+            build_draft: gets the current commit (None if there is none) and returns the draft; None if there is nothing to
+                change. It may be called several times.
+            new_parts: part files that were written for this version. They are removed if they are not published.
 
-        Returns: whether there was anything to change.
+        Returns:
+            Whether a version was published.
 
-        Raises: DataError: the storage fails, or others kept coming first.
+        Raises:
+            DataError: the storage fails, or other publishers came first in every attempt.
         """
-        fresh = [entry["name"] for entry in made]
+        new_files = [entry["name"] for entry in new_parts]
         try:
-            for _ in range(ATTEMPTS):
-                former = self.commit(category)
-                draft = build(former)
+            for _ in range(MAX_PUBLISH_ATTEMPTS):
+                previous = self.read_commit(category)
+                draft = build_draft(previous)
                 if draft is None:
-                    self.discard(category, fresh)
+                    self.discard(category, new_files)
                     return False
-                fresh += draft.fresh
-                commit, there = self._prepare(category, draft, former, fresh)
-                if former is None or self._claim(category, former["run_id"], commit["run_id"]):
+                new_files += draft.new_files
+                commit, existing_files = self._prepare(category, draft, previous, new_files)
+                if previous is None or self._claim(category, previous["run_id"], commit["run_id"]):
                     break
-                self.discard(category, fresh[len(made) :])
-                del fresh[len(made) :]
-                self._make_last_current(category, former)
+                # Another publisher was first: remove the files of this draft, but keep the part files of the caller.
+                self.discard(category, new_files[len(new_parts) :])
+                del new_files[len(new_parts) :]
+                self._make_last_current(category, previous)
             else:
                 raise DataError(
-                    f"{self.uri}: category {category!r}: other runs kept publishing first: run it again when they are done"
+                    f"{self.uri}: category {category!r}: other runs published first in {MAX_PUBLISH_ATTEMPTS} attempts: run it "
+                    "again when they have finished"
                 )
         except BaseException:
-            self.discard(category, fresh)
+            self.discard(category, new_files)
             raise
-        # from here on its files stay whatever happens: a commit whose answer was lost may still have been made
+        # From here on no file of the version is removed after an error: if only the response of the server was lost, the commit
+        # exists and names these files.
         self._make_current(commit)
         self._make_last_current(category, commit)
-        unused = {entry["name"] for entry in made} - named(commit)
-        self.discard(category, [*unused, *stale(there, commit, datetime.now(timezone.utc))])
+        unused = {entry["name"] for entry in new_parts} - referenced_files(commit)
+        self.discard(category, [*unused, *find_stale_files(existing_files, commit, datetime.now(timezone.utc))])
         return True
 
     def _prepare(
-        self, category: str, draft: Draft, former: Commit | None, fresh: list[str]
+        self, category: str, draft: CommitDraft, previous: Commit | None, new_files: list[str]
     ) -> tuple[Commit, dict[str, fs.FileInfo]]:
-        """Writes all of a version but what makes it count.
+        """Writes all files of a version, without making it the current version.
 
-        Args: fresh: takes the names of the files written.
+        Args:
+            previous: the commit that the draft is based on.
+            new_files: the names of the written files are appended to this list.
 
-        Returns: the commit, and the files that were there before.
+        Returns:
+            The commit, and the files of the category before its commit file was written.
+
+        Raises:
+            DataError: the storage fails, or a part file of the draft is missing.
         """
-        folder, run_id = self.folder(category), uuid.uuid4().hex[:12]
-        # Named by the run: a name by content alone could be another run's too, which may just remove it.
+        folder, run_id = self.category_folder(category), uuid.uuid4().hex[:12]
+        # The file names contain the run id. If they depended on the content alone, another run could use the same name and
+        # remove the file.
         objects: dict[str, IndexEntry | None] = {}
         for kind, table in (("index", draft.index), ("sources", draft.sources)):
             objects[kind] = None
             if table is not None:
                 name = f"_{kind}-{run_id}.parquet"
-                fresh.append(name)
-                with self.errors(f"write the {kind}", f"{folder}/{name}"):
+                new_files.append(name)
+                with self.storage_errors(f"write the {kind}", f"{folder}/{name}"):
                     objects[kind] = {"name": name, "sha256": self._write_table(f"{folder}/{name}", table)}
         if draft.rejects is not None:
             self.write_rejects(category, draft.rejects)
@@ -318,55 +355,61 @@ class Store:
             "index": objects["index"],
             "sources": objects["sources"],
             "dropped": [],
-            "num_rows": sum(sum(item["row_group_rows"]) for item in draft.files),
+            "num_rows": sum(sum(entry["row_group_rows"]) for entry in draft.files),
             "source_fingerprint": draft.source_fingerprint,
             "counts": draft.counts,
         }
-        there = self.files(category)
-        lost = sorted({entry["name"] for entry in draft.files} - set(there))
-        if lost:
+        existing_files = self.list_files(category)
+        missing = sorted({entry["name"] for entry in draft.files} - set(existing_files))
+        if missing:
             raise DataError(
-                f"{self.uri}: {len(lost)} part files of category {category!r} are not there, {lost[0]} first. Those of a run of "
-                f"more than {STALE_AFTER.total_seconds() / 3600:g} hours may have been taken for leftovers: run it again; "
-                "if they are of what was there before, ingest the category again without appending"
+                f"{self.uri}: {len(missing)} part files of category {category!r} are missing, the first is {missing[0]}. If this "
+                f"run took more than {STALE_AFTER.total_seconds() / 3600:g} hours, its files may have been removed as leftovers: "
+                "run it again. If the files belong to the existing version, ingest the category again without appending"
             )
-        if former:
-            commit["dropped"] = dropped_after(former, commit, now)
-            if f"{VERSIONS}/{former['run_id']}.json" not in there:  # by a program that kept no versions
-                self._write_commit(self._version_path(category, former["run_id"]), former)
-        fresh.append(f"{VERSIONS}/{run_id}.json")
+        if previous:
+            commit["dropped"] = list_dropped_files(previous, commit, now)
+            # an old program that stored no versions may have published the previous commit
+            if f"{VERSIONS_FOLDER}/{previous['run_id']}.json" not in existing_files:
+                self._write_commit(self._version_path(category, previous["run_id"]), previous)
+        new_files.append(f"{VERSIONS_FOLDER}/{run_id}.json")
         self._write_commit(self._version_path(category, run_id), commit)
-        return commit, there
+        return commit, existing_files
 
     def _write_commit(self, path: str, commit: Commit) -> None:
-        with self.errors("write the commit file", path):
+        with self.storage_errors("write the commit file", path):
             write_file(self.filesystem, path, json.dumps(commit, indent=1).encode())
 
     def _make_current(self, commit: Commit) -> None:
-        self._write_commit(f"{self.folder(commit['category'])}/{COMMIT_NAME}", commit)
+        """Makes a commit the current version of its category."""
+        self._write_commit(f"{self.category_folder(commit['category'])}/{COMMIT_NAME}", commit)
 
-    def _claim(self, category: str, former: str, run_id: str) -> bool:
-        """Whether this version is the one that comes after the former: of several, one is."""
-        place = join(self.uri, f"category={category}", CLAIMS, f"after-{former}")
+    def _claim(self, category: str, previous_id: str, run_id: str) -> bool:
+        """Claims to be the successor of a version, and returns whether the claim succeeded. Only one publisher succeeds."""
+        uri = join(self.uri, f"category={category}", CLAIMS_FOLDER, f"after-{previous_id}")
         try:
-            return create_bytes(place, run_id.encode())
+            return create_bytes(uri, run_id.encode())
         except StorageError as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_LINKS:
-                return True  # the last to write then wins
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in _NO_HARD_LINKS:
+                return True  # without hard links there are no claims: the last writer wins
             raise
 
     def _make_last_current(self, category: str, commit: Commit) -> None:
-        """Makes the last of the versions that came after a commit current: its publisher may have died before it could."""
+        """Follows the claims from a commit to the last version, and makes that version current.
+
+        The publisher of a version may have died after its claim, before it made the version current.
+        """
         while True:
-            path = f"{self.folder(category)}/{CLAIMS}/after-{commit['run_id']}"
-            with self.errors("read which version came after", path):
-                found = read_file(self.filesystem, path)
-            if found is None:
+            path = f"{self.category_folder(category)}/{CLAIMS_FOLDER}/after-{commit['run_id']}"
+            with self.storage_errors("read the next version", path):
+                successor_id = read_file(self.filesystem, path)
+            if successor_id is None:
                 return
-            commit = self.need_commit(category, found.decode())
+            commit = self.require_commit(category, successor_id.decode())
             self._make_current(commit)
 
     def _write_part(self, path: str, groups: Iterator[pa.Table], entry: PartEntry) -> None:
+        """Writes row groups to one part file until it is full, and adds the numbers of rows and bytes to its entry."""
         num_bytes = 0
         with (
             self.filesystem.open_output_stream(path) as sink,
@@ -388,7 +431,7 @@ class Store:
         entry["num_bytes"] = self.filesystem.get_file_info(path).size
 
     def _write_table(self, path: str, table: pa.Table) -> str:
-        """Returns: SHA-256 hex of the file's bytes."""
+        """Writes a table to a Parquet file, and returns the SHA-256 hex of its bytes."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         data = sink.getvalue().to_pybytes()
@@ -396,29 +439,30 @@ class Store:
         return hashlib.sha256(data).hexdigest()
 
     def discard(self, category: str, names: Iterable[str]) -> None:
-        """Removes files of a category that no commit names."""
+        """Removes files of a category that no commit names. names: paths in the folder of the category."""
         for name in names:
             try:
-                self.filesystem.delete_file(f"{self.folder(category)}/{name}")
-            except OSError:  # an unnamed file harms nobody, and a later run tries again
+                self.filesystem.delete_file(f"{self.category_folder(category)}/{name}")
+            except OSError:  # a file that no commit names does no harm, and a later run tries again
                 continue
 
     def write_rejects(self, category: str, rejects: Sequence[Reject]) -> None:
+        """Stores the rejected files of a category. Without rejects, the stored list is removed."""
         path = self._rejects_path(category)
-        with self.errors("write the rejects", path):
+        with self.storage_errors("write the rejects", path):
             if rejects:
-                columns = {
-                    name: [getattr(item, name) for item in rejects] for name in ("path", "category", "reason", "detail")
-                }
+                names = ("path", "category", "reason", "detail")
+                columns = {name: [getattr(reject, name) for reject in rejects] for name in names}
                 sink = pa.BufferOutputStream()
                 pq.write_table(pa.table(columns), sink)
                 write_file(self.filesystem, path, sink.getvalue().to_pybytes())
             elif self.filesystem.get_file_info(path).type == fs.FileType.File:
                 self.filesystem.delete_file(path)
 
-    def rejects(self, category: str) -> list[Reject]:
+    def read_rejects(self, category: str) -> list[Reject]:
+        """Returns the stored rejected files of a category."""
         path = self._rejects_path(category)
-        with self.errors("read the rejects", path):
+        with self.storage_errors("read the rejects", path):
             data = read_file(self.filesystem, path)
         return [Reject(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()] if data else []
 
@@ -427,13 +471,14 @@ class Store:
 
 
 def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:
+    """Collects rows to tables of the size of a row group."""
     pending: list[Row] = []
     num_bytes = 0
     for row in rows:
         pending.append(row)
         num_bytes += len(row["image"]) + len(row["mask"] or b"")
-        full = len(pending) >= MAX_ROW_GROUP_ROWS or num_bytes >= MAX_ROW_GROUP_BYTES
-        if full or (len(pending) >= MIN_ROW_GROUP_ROWS and num_bytes >= ROW_GROUP_BYTES):
+        is_full = len(pending) >= MAX_ROW_GROUP_ROWS or num_bytes >= MAX_ROW_GROUP_BYTES
+        if is_full or (len(pending) >= MIN_ROW_GROUP_ROWS and num_bytes >= ROW_GROUP_BYTES):
             yield pa.Table.from_pylist(pending, schema=SCHEMA)
             pending, num_bytes = [], 0
     if pending:
@@ -441,25 +486,32 @@ def _row_groups(rows: Iterable[Row]) -> Iterator[pa.Table]:
 
 
 def open_store(uri: str | Path) -> Store:
+    """Returns the store of a data set. uri: a local path or an s3:// URI; the data set need not exist yet."""
     filesystem, path = open_filesystem(uri)
     return Store(str(uri), filesystem, path)
 
 
 def read_columns(part: pq.ParquetFile, columns: Sequence[str], group: int | None = None) -> pa.Table:
-    """Returns columns of a part file, or of one of its row groups. A column that the file lacks is filled by `with_groups`."""
-    there = [name for name in columns if name in part.schema_arrow.names]
-    if there == list(columns):
-        return part.read(columns=there) if group is None else part.read_row_group(group, columns=there)
-    if not there:  # a table without columns has no rows to be filled
-        there = ["label"]
-    table = part.read(columns=there) if group is None else part.read_row_group(group, columns=there)
-    return with_groups(table).select(columns)
+    """Returns columns of a part file. A missing `group` column of an older file is added by `fill_group_column`.
+
+    Args: group: number of a row group; None reads all row groups.
+    """
+    available = [name for name in columns if name in part.schema_arrow.names]
+    if available == list(columns):
+        return part.read(columns=available) if group is None else part.read_row_group(group, columns=available)
+    if not available:  # a table without columns has no rows that could be filled
+        available = ["label"]
+    table = part.read(columns=available) if group is None else part.read_row_group(group, columns=available)
+    return fill_group_column(table).select(columns)
 
 
 @contextmanager
 def open_part(store: Store, category: str, entry: PartEntry) -> Iterator[pq.ParquetFile]:
-    """One part file, checked against its commit; what goes wrong while it is open becomes a DataError."""
-    path = f"{store.folder(category)}/{entry['name']}"
+    """Opens a part file and compares it with its entry in the commit.
+
+    Raises: DataError: the file is missing or damaged. Errors inside the `with` block of the caller are converted as well.
+    """
+    path = f"{store.category_folder(category)}/{entry['name']}"
     try:
         with (
             storage_errors("read a part file", store.uri, path),

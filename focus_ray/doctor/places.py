@@ -10,12 +10,12 @@ from focus_ray.config import ModelConfig
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import list_categories, read_rows
-from focus_ray.data.regions import frame_of
+from focus_ray.data.regions import load_frame
 from focus_ray.data.store import Store, open_store
 from focus_ray.doctor.finding import Asked, Result, failed, ok
 from focus_ray.doctor.machine import there
 from focus_ray.kinds import TRACKERS
-from focus_ray.storage import is_s3, open_filesystem, probe
+from focus_ray.storage import check_access, is_s3, open_filesystem
 
 TIMEOUT_S = 5.0
 
@@ -24,12 +24,12 @@ def storage(asked: Asked) -> Result:
     """Writes, reads, lists and deletes a small file. Raises: DataError: one of these is not allowed."""
     uri = asked.config.storage
     if is_s3(uri):
-        probe(uri)
+        check_access(uri)
         return ok(f"{uri} can be written, read, listed and deleted in")
     place = there(uri)
     if not place.is_dir():
         return failed(f"{uri}: {place} is a file", "set storage to a folder")
-    probe(str(place))  # above a folder that is not there yet, so that none is left behind
+    check_access(str(place))  # above a folder that is not there yet, so that none is left behind
     if str(place) != open_filesystem(uri)[1]:
         return ok(f"{uri} can be made in {place}")
     return ok(f"{uri} can be written, read, listed and deleted in")
@@ -42,7 +42,7 @@ def data(asked: Asked) -> Result | None:
     settings = asked.config.data
     store = open_store(settings.uri)
     categories = settings.categories or tuple(list_categories(settings.uri))
-    told = [_category(store, category, frame_of(asked.config, category)) for category in categories]
+    told = [_category(store, category, load_frame(asked.config, category)) for category in categories]
     damaged = [text for whole, text in told if not whole]
     if damaged:
         return failed(f"{settings.uri}: {'; '.join(damaged)}", "ingest these categories again")
@@ -59,8 +59,8 @@ def trackers(asked: Asked) -> Result:
 
 def _category(store: Store, category: str, frame: Frame) -> tuple[bool, str]:
     """Whether it is whole and can be trained on, and its counts in words."""
-    commit = store.need_commit(category)
-    if not store.is_whole(category, commit):
+    commit = store.require_commit(category)
+    if not store.is_complete(category, commit):
         return False, f"{category}: files of its data are missing or damaged"
     counts = commit["counts"]
     if not counts["num_train"]:

@@ -133,7 +133,7 @@ def expected_of(bundle: Bundle, examples: Sequence[Example]) -> Expected:
     for one, pixels in new:
         start = time.perf_counter()
         try:
-            framed = bundle.frame.place(Image.fromarray(pixels), pixels.shape[1], pixels.shape[0])
+            framed = bundle.frame.place_image(Image.fromarray(pixels), pixels.shape[1], pixels.shape[0])
         except DataError as error:
             raise DataError(f"{one.name}: {error}") from error
         scored = inspector.score(framed[None])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from focus_ray.bundle.bundle import Bundle
 from focus_ray.data.images import ImageError, refuse_drawing
 from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name
-from focus_ray.data.listing import images_below, is_hidden
+from focus_ray.data.listing import find_image_files, is_hidden
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.density.base import sample_positions
 from focus_ray.errors import DataError, ExportError
@@ -76,10 +76,10 @@ def _of_place(place: str, category: str, most: int) -> Examples:
         if item.is_dir() and not is_hidden(item.name) and is_kind(item.name)
     ]
     if not named:
-        return _of_files(images_below(path), None, most)
+        return _of_files(find_image_files(path), None, most)
     files: dict[int, list[Path]] = {0: [], 1: []}
     for folder, label in named:
-        files[label] += images_below(folder)
+        files[label] += find_image_files(folder)
     good, bad = (_of_files(files[label], label, most // 2) for label in (0, 1))
     return Examples(good.checking + bad.checking, good.scaling)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from focus_ray.data.framing import SHOWN, Frame
+from focus_ray.data.framing import SCORED, Frame
 
 _BITS = 22  # of Pillow's weights
 _LOW = 2**6  # weights are summed in two parts, weight // _LOW and weight % _LOW, each sum below 2^24
@@ -66,7 +66,7 @@ class ToFrame(nn.Module):
     def _region_at(self, height: Tensor, width: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The region (height, width), stretched to the image's place in the frame."""
         assert self.region is not None
-        drawn = (self.region.to(torch.uint8) * SHOWN)[None, :, :, None]
+        drawn = (self.region.to(torch.uint8) * SCORED)[None, :, :, None]
         across = _weights_of(self.width, width, columns, 1, self.width)
         down = _weights_of(self.height, height, rows, 1, self.height)
         return _resized(_resized(drawn, 2, across), 1, down)[0, :, :, 0] >= 128

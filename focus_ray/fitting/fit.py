@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.config import Config
-from focus_ray.data.shards import Shard, Steps
+from focus_ray.data.shards import BatchSchedule, Shard
 from focus_ray.density.base import (
     Statistics,
     build_density,
@@ -63,7 +63,7 @@ from focus_ray.model.network import FocusNet, build_net
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.precision import compute_dtype
 from focus_ray.progress import track
-from focus_ray.seeds import derived_seed
+from focus_ray.seeds import derive_seed
 
 _CALIBRATED = 128  # images, at most, that a density without a memory leaves out, each in turn
 _MAX_COMPARED = (
@@ -204,7 +204,7 @@ class Run:
             size = self.config.model.frame_px
             return np.empty((0, *size, 3), np.uint8), np.empty((0, *size), bool)
         return validation_images(
-            torch.cat(normals).numpy(), seed=derived_seed(self.config.train.seed, "synthetic defects", self.rank)
+            torch.cat(normals).numpy(), seed=derive_seed(self.config.train.seed, "synthetic defects", self.rank)
         )
 
     def validate(self, what: dict[str, float | str]) -> float | None:
@@ -230,7 +230,7 @@ class Run:
     def align(self) -> None:
         """Fits the image aligner; with selection on, keeps it only if it validates better than none does."""
         chosen = sample_positions(self.num_images, self.config.model.image_alignment.max_images)
-        batches = self.shard.fit_batches(places=self._own(chosen))
+        batches = self.shard.fit_batches(positions=self._own(chosen))
         found = aligner_pass(self.net, batches, self.device, self.config.train.seed)
         if found is None:
             return
@@ -277,7 +277,7 @@ class Run:
         on_epoch: OnEpoch | None,
     ) -> None:
         train, net = self.config.train, self.net
-        steps = Steps.agree(self.num_images, world_size(), train.batch_size_per_worker)
+        steps = BatchSchedule.agree(self.num_images, world_size(), train.batch_size_per_worker)
         objective = Objective(net, train)
         if not any(parameter.requires_grad for parameter in net.parameters()):
             raise DataError(
@@ -298,7 +298,7 @@ class Run:
         autocast = train.precision == "bf16" or (train.precision == "auto" and bf16)
         for epoch in range(first, train.epochs):
             net.train()
-            generator = torch.Generator().manual_seed(derived_seed(train.seed, "epoch", epoch, self.rank))
+            generator = torch.Generator().manual_seed(derive_seed(train.seed, "epoch", epoch, self.rank))
             start = time.perf_counter()
             batches = self._one_tile_each(self.shard.train_batches(steps.batch_size, steps.steps, generator), epoch)
             figures = train_epoch(parallel, batches, optimizer, schedule, train, self.device, generator, autocast)
@@ -321,7 +321,7 @@ class Run:
     def _one_tile_each(self, batches: Iterable[Tensor], epoch: int) -> Iterator[Tensor]:
         """Of images in tiles, one tile a batch, the same of all its images and on all workers; the tiles take turns."""
         tiles = Tiles.of(self.config.model)
-        generator = torch.Generator().manual_seed(derived_seed(self.config.train.seed, "tiles", epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.config.train.seed, "tiles", epoch))
         order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
         for number, batch in enumerate(batches):
             yield batch if tiles.num_tiles == 1 else tiles.one_position(batch, order[number % len(order)])
@@ -360,7 +360,7 @@ class Run:
             self.metric = metric_pass(
                 self.net,
                 self.reduction,
-                self.shard.fit_batches(places=places),
+                self.shard.fit_batches(positions=places),
                 self.device,
                 self.num_images,
                 [self.offset + place for place in places],
@@ -405,7 +405,7 @@ class Run:
         """As `measure_same_part_distance`, of a few training images; the same on every worker."""
         if self._references is None:
             places = self._own(sample_positions(self.num_images, len(SHIFTS_PX)))
-            images = list(self.shard.fit_batches(places=places))
+            images = list(self.shard.fit_batches(positions=places))
             size = self.config.model.frame_px
             own = (
                 torch.cat([batch[..., :3] for batch in images])

@@ -39,7 +39,7 @@ from focus_ray.model.alignment.theta import warp
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.progress import track
-from focus_ray.seeds import derived_seed
+from focus_ray.seeds import derive_seed
 
 NEIGHBOURS = 64  # images, at most, among which nearest neighbours are searched; of images in tiles, so many tiles
 FEWEST = 32  # but tiles of so many images
@@ -170,7 +170,7 @@ def metric_pass(
         scatter.add_normal(where, scored[where].to(device))
         if shared is not None:
             continue
-        made, masks, of = _with_defects(shown, group, derived_seed(seed, "metric"), per_image, foregrounds)
+        made, masks, of = _with_defects(shown, group, derive_seed(seed, "metric"), per_image, foregrounds)
         owners = torch.tensor(queries)[of]
         masks &= images[owners, ..., 3].numpy() > 0
         embedding, theta = _embedded(net, full, torch.from_numpy(made), device)
@@ -269,7 +269,7 @@ class ResidualScatter:
         self.fold_of = fold_numbers(groups, FOLDS)
         self.relations = None if relations is None else relations.repeat(per_image)
         channels = bank.shape[1]
-        generator = torch.Generator().manual_seed(derived_seed(seed, "metric's search"))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "metric's search"))
         few = min(config.num_channels, channels)
         basis = torch.linalg.qr(torch.randn(channels, few, generator=generator, dtype=torch.float64)).Q
         search = basis.t().float().to(bank.device)

@@ -98,5 +98,5 @@ def evaluation_caveats(
 def _in_words(where: str) -> str:
     """'crack: aupro_0.3' -> 'AUPRO 0.3 of crack'."""
     kind, _, key = where.rpartition(": ")
-    title = METRICS[key].title if key in METRICS.places else key
+    title = METRICS[key].title if key in METRICS.import_paths else key
     return f"{title} of {kind}" if kind else title

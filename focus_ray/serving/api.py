@@ -21,7 +21,7 @@ from focus_ray import __version__
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.evaluation.inspection import Inspection, Region
-from focus_ray.names import NAME
+from focus_ray.names import NAME_PATTERN
 from focus_ray.serving.envelope import Envelope, problem_response
 from focus_ray.serving.limits import announced_bytes, read_body, read_document, split_images
 from focus_ray.serving.origin import check_origin
@@ -34,11 +34,11 @@ from focus_ray.serving.tokens import Caller
 PNG = "image/png"
 _PAGE_FILES = {"page.js": "text/javascript", "page.css": "text/css"}
 
-TeamPath = Annotated[str, Path(pattern=NAME)]
-CategoryPath = Annotated[str, Path(pattern=NAME)]
-AliasPath = Annotated[str, Path(pattern=NAME)]
+TeamPath = Annotated[str, Path(pattern=NAME_PATTERN)]
+CategoryPath = Annotated[str, Path(pattern=NAME_PATTERN)]
+AliasPath = Annotated[str, Path(pattern=NAME_PATTERN)]
 Ref = Annotated[
-    str | None, Query(alias="version", pattern=NAME, description="A version or an alias; none: as configured.")
+    str | None, Query(alias="version", pattern=NAME_PATTERN, description="A version or an alias; none: as configured.")
 ]
 
 

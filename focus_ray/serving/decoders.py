@@ -110,7 +110,7 @@ class Decoders:
         self, team: str, images: Sequence[bytes], frame: Frame, max_pixels: int
     ) -> list[Decoded | ImageError]:
         """Returns, for each image, what `decode_images` returns, or the reason why its decoder was killed."""
-        bare = Frame(frame.height, frame.width, frame.resize, frame.region, frame.places)  # without what it has cached
+        bare = Frame(frame.height, frame.width, frame.resize, frame.region, frame.cells)  # without what it has cached
         asked = (self._run(team, decode_images, [image], bare, max_pixels) for image in images)
         return [result if isinstance(result, ImageError) else result[0] for result in await asyncio.gather(*asked)]
 

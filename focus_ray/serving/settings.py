@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from focus_ray.config import Section, parse_model
-from focus_ray.names import NAME
+from focus_ray.names import NAME_PATTERN
 
-Name = Annotated[str, Field(pattern=NAME)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 MIB = 2**20
 
 

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 from focus_ray.bundle.bundle import find_bundles, read_manifest, stamp_bundles
 from focus_ray.bundle.registry import LATEST, Registry, Version
 from focus_ray.errors import BundleError, DataError, RegistryError
-from focus_ray.storage import Stamp
+from focus_ray.storage import FileStamp
 
 T = TypeVar("T")
 TRUST_S = 600.0  # older look-ups are made again whatever the marks say: an older focus_ray publishes without any
@@ -117,7 +117,7 @@ class FolderSource:
                 self._listed = now
             return self._versions
 
-    def _read_again(self, uri: str, stamp: Stamp) -> _Read:
+    def _read_again(self, uri: str, stamp: FileStamp) -> _Read:
         former = self._read.get(uri)
         if former is not None and former.is_settled and former.stamp == stamp:
             return former
@@ -132,7 +132,7 @@ class FolderSource:
 class _Read(NamedTuple):
     """A manifest that was read. is_settled: with this stamp it cannot have changed since."""
 
-    stamp: Stamp
+    stamp: FileStamp
     is_settled: bool
     version: Version
 

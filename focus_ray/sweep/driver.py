@@ -26,11 +26,11 @@ from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.ownership import SignOfLife, check_resumable
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.ray_private import remove_working_folders
-from focus_ray.cluster.training import absolute
+from focus_ray.cluster.training import resolve_paths
 from focus_ray.config import Config
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
-from focus_ray.data.shards import Steps, fits_memory
+from focus_ray.data.shards import BatchSchedule, fits_memory
 from focus_ray.data.split import Split
 from focus_ray.errors import ConfigError, DataError, SweepError
 from focus_ray.fitting.fit import check_ingredients
@@ -72,7 +72,7 @@ def sweep(config: SweepConfig, log: Log = lambda message: None) -> Outcome:
     Raises: SweepError: the folder is taken, or every trial failed. DataError, ConfigError: data or space do not fit.
         TrainingError: the cluster can never hold a trial.
     """
-    base = absolute(config.base_config())
+    base = resolve_paths(config.base_config())
     if config.name is None:
         config = config.model_copy(update={"name": unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": base.model_dump(mode="json")})
@@ -131,7 +131,7 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
             raise ConfigError(f"space: at {where}: {error}") from None
     for category, split in splits.items():
         try:
-            Steps.agree(split.num_fit, base.cluster.num_workers, base.train.batch_size_per_worker)
+            BatchSchedule.agree(split.num_fit, base.cluster.num_workers, base.train.batch_size_per_worker)
         except DataError as error:
             raise DataError(f"category {category!r}: {error}") from None
 

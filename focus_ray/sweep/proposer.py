@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from focus_ray.seeds import derived_seed
+from focus_ray.seeds import derive_seed
 from focus_ray.sweep.settings import Point, SweepConfig, grid_points
 
 
@@ -16,7 +16,7 @@ def random_points(sweep: SweepConfig) -> list[Point]:
     """`planned_trials` points, none twice; point n depends on the seed and n and what came before alone."""
     points: list[Point] = []
     seen: set[str] = set()
-    rng = np.random.default_rng(derived_seed(sweep.seed, "points"))
+    rng = np.random.default_rng(derive_seed(sweep.seed, "points"))
     if all(domain.choice is not None for domain in sweep.space.values()):
         whole = grid_points(sweep)
         return [whole[number] for number in rng.permutation(len(whole))[: sweep.planned_trials]]
@@ -60,7 +60,7 @@ class Proposer:
         # a sampler for each number: what it proposes depends on the outcomes so far and the number, not on how often
         # the sweep was taken up again
         self.study.sampler = optuna.samplers.TPESampler(
-            seed=derived_seed(self.sweep.seed, "proposal", number),
+            seed=derive_seed(self.sweep.seed, "proposal", number),
             n_startup_trials=max(2, min(10, self.total // 3)),
             constant_liar=True,
         )

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 from focus_ray.config import Config, Section, apply_override, parse_config, parse_model, read_mapping
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import METRICS
-from focus_ray.names import NAME
+from focus_ray.names import NAME_PATTERN
 
 Point = dict[str, Any]  # dotted key of Config -> value
 
@@ -31,7 +31,7 @@ def metric_of(objective: str) -> str | None:
 
 def _check_objective(name: str) -> str:
     key = metric_of(name)
-    if key is not None and (key not in METRICS.places or not METRICS[key].higher_is_better):
+    if key is not None and (key not in METRICS.import_paths or not METRICS[key].higher_is_better):
         known = [key for key in METRICS if METRICS[key].higher_is_better]
         raise ValueError(f"objective {name!r} is not known: choose validation, aupro or one of {', '.join(known)}")
     return name
@@ -215,7 +215,7 @@ class SweepConfig(Section):
 
     name: str | None = Field(
         default=None,
-        pattern=NAME,
+        pattern=NAME_PATTERN,
         description="Name of the sweep's folder; null makes one up from base.cluster.team, base.name, date and a random "
         "part.",
     )

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.data.images import decode_batch, decode_mask
-from focus_ray.data.read import decoded_rows, iter_test_records, read_index
+from focus_ray.data.read import decode_rows, iter_test_records, read_index
 from focus_ray.data.shards import MemoryShard
-from focus_ray.data.split import Plan, Split, split_category
+from focus_ray.data.split import Split, SplitPlan, split_category
 from focus_ray.errors import DataError
 from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE, validation_images
 from focus_ray.fitting.distributed import world_size
@@ -30,7 +30,7 @@ from focus_ray.kinds import BACKBONES
 from focus_ray.model.alignment.congealing import AlignmentReport
 from focus_ray.model.network import LAYERS, common_frame
 from focus_ray.model.reduction import ChannelReduction
-from focus_ray.seeds import derived_seed
+from focus_ray.seeds import derive_seed
 from focus_ray.sweep.settings import Objective
 
 JUDGE_BATCH = 32
@@ -51,7 +51,7 @@ class Judged:
 class CategoryImages:
     """The decoded images of a category: fit and validation (N, S, S, 3) uint8, and those that trials are judged on.
 
-    fit_groups, fit_order: (N,) group number and natural order of each fit image, as of `Plan`; None: each is its own group.
+    fit_groups, fit_order: (N,) group number and natural order of each fit image, as of `SplitPlan`; None: each is its own group.
     """
 
     fit: NDArray[np.uint8]
@@ -86,7 +86,7 @@ def judging_split(config: Config, category: str, objective: Objective) -> Split:
     return split_category(config, category)
 
 
-def load_images(config: Config, category: str, plan: Plan, objective: Objective, size_px: int) -> CategoryImages:
+def load_images(config: Config, category: str, plan: SplitPlan, objective: Objective, size_px: int) -> CategoryImages:
     """Reads and decodes a category, and makes the images that trials are judged on.
 
     Args:
@@ -100,14 +100,14 @@ def load_images(config: Config, category: str, plan: Plan, objective: Objective,
         return np.concatenate(
             [
                 np.empty((0, at, at, 3), np.uint8),
-                *decoded_rows(config.data.uri, category, rows, at, version=plan.version),
+                *decode_rows(config.data.uri, category, rows, at, version=plan.version),
             ]
         )
 
     reference_px = config.model.image_size_px
     if objective == "validation":
         normals = decode(plan.validation_rows, reference_px)
-        images, masks = validation_images(normals, seed=derived_seed(config.train.seed, "synthetic defects", 0))
+        images, masks = validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
         judged = Judged(
             images, masks, np.asarray(masks.any(axis=(1, 2)), dtype=np.int64), np.ones(len(images), dtype=bool)
         )

@@ -18,7 +18,7 @@ from focus_ray.cluster.streams import worker_stream
 from focus_ray.cluster.training import TrainerJob, data_parallel, make_trainer
 from focus_ray.config import Config
 from focus_ray.data.shards import Shard, StreamShard, build_shard, fits_memory
-from focus_ray.data.split import NO_ROWS, Plan, Split
+from focus_ray.data.split import NO_ROWS, Split, SplitPlan
 from focus_ray.storage import join, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.records import Record
@@ -185,7 +185,9 @@ def _judge_work(
     return judgement
 
 
-def own_share(settings: Config, category: str, plan: Plan, rank: int, num_workers: int) -> tuple[Shard | None, Plan]:
+def own_share(
+    settings: Config, category: str, plan: SplitPlan, rank: int, num_workers: int
+) -> tuple[Shard | None, SplitPlan]:
     """What a worker trains from where images are not shared, and the plan of what is left to be read by everyone.
 
     A single worker reads its images with the others, and its shard is None; one of several reads its own part alone.

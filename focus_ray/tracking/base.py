@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.storage import is_s3, join, probe
+from focus_ray.storage import check_access, is_s3, join
 
 Value = str | int | float | bool
 LONGEST = 500  # characters of a parameter, which some trackers bound
@@ -92,7 +92,7 @@ def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
             f"trackers.{kind}: {folder} is no folder of this machine: set trackers.{kind}.uri to one{asked}"
         )
     try:
-        probe(folder)
+        check_access(folder)
     except (DataError, OSError) as error:
         raise ConfigError(
             f"trackers.{kind}: {folder} cannot be written ({error}): set trackers.{kind}.uri to another folder, or leave "
@@ -101,11 +101,11 @@ def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
     return folder
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of nested mappings."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from flatten_dict(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -113,7 +113,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def parameters_of(tree: Mapping[str, Any]) -> dict[str, Value]:
     """Dotted key -> value, lists as JSON; what nothing is set for is left out, URIs `without_secrets`."""
     found: dict[str, Value] = {}
-    for key, value in leaves(tree):
+    for key, value in flatten_dict(tree):
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)):

@@ -41,7 +41,7 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
         log(f"{path}: cannot be listed: {error.strerror or error}")
 
     files = []
-    for image, entry in scan_images(folder, tell, leave_out=os.path.realpath(leave_out)):
+    for image, entry in scan_images(folder, tell, skipped_folder=os.path.realpath(leave_out)):
         try:
             if entry.is_file():
                 status = entry.stat()

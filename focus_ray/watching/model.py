@@ -10,7 +10,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.published import bundles_at
 from focus_ray.bundle.registry import LATEST
 from focus_ray.errors import DataError, FocusRayError
-from focus_ray.storage import Stamp, join, stamp
+from focus_ray.storage import FileStamp, join, read_stamp
 
 LOOK_EVERY_S = 5.0
 
@@ -73,9 +73,9 @@ class WatchedModel:
         for caveat in bundle.calibration.caveats():
             self.log(f"note: {caveat}")
 
-    def _find(self, log: Callable[[str], None]) -> tuple[str, Stamp | None]:
+    def _find(self, log: Callable[[str], None]) -> tuple[str, FileStamp | None]:
         """The bundle, and its manifest's stamp."""
-        if (own := stamp(join(self.place, MANIFEST))) is not None:
+        if (own := read_stamp(join(self.place, MANIFEST))) is not None:
             return self.place, own
         found = bundles_at(self.place, self.version, log)
         if self.category is None and len(found) > 1:
@@ -83,4 +83,4 @@ class WatchedModel:
         name = self.category or next(iter(found))
         if name not in found:
             raise DataError(f"{self.place}: no model of {name!r}, only of {', '.join(sorted(found))}")
-        return found[name], stamp(join(found[name], MANIFEST))
+        return found[name], read_stamp(join(found[name], MANIFEST))

@@ -22,7 +22,7 @@ from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.evaluation.shift import RecentScores, compare_stream
 from focus_ray.evaluation.strip import overlay_with_strip
-from focus_ray.storage import is_full
+from focus_ray.storage import is_storage_full
 from focus_ray.watching.folder import Awaited, Waiting, list_images
 from focus_ray.watching.journal import Journal, key_text
 from focus_ray.watching.model import WatchedModel
@@ -250,7 +250,7 @@ class Watch:
         try:
             return {"overlay": self._draw(image, finding)}
         except DataError as error:
-            if is_full(error):
+            if is_storage_full(error):
                 raise
             self._log(f"{image.name}: no overlay: {error}")
             return {"overlay_error": readable(str(error))}

@@ -15,7 +15,7 @@ from focus_ray.bundle.recalibrate import calibrate_for_site
 from focus_ray.bundle.update import update_bundle
 from focus_ray.cli.main import main
 from focus_ray.data.ingest import ingest
-from focus_ray.data.read import decoded_rows, read_index
+from focus_ray.data.read import decode_rows, read_index
 from focus_ray.data.split import plan_category, short_hash
 from focus_ray.density.base import Statistics
 from focus_ray.errors import BundleError, DataError
@@ -75,7 +75,7 @@ def normal_rows(uri: str) -> list[int]:
 
 
 def images_of(uri: str, rows: list[int]) -> list[Tensor]:
-    return [torch.from_numpy(batch) for batch in decoded_rows(uri, "gear", rows, 64)]
+    return [torch.from_numpy(batch) for batch in decode_rows(uri, "gear", rows, 64)]
 
 
 def fresh_statistics(place: str, images: list[Tensor]) -> Statistics:

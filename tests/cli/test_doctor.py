@@ -407,7 +407,7 @@ def test_s3_that_does_not_answer_fails_with_what_to_set(config: Config, monkeypa
     found = find(places.storage, with_storage(config, "s3://bucket/runs"))
     assert found.status == "FAILED"
     assert "cannot write" in found.message
-    assert "set AWS_ENDPOINT_URL to the server's address" in found.message
+    assert "set AWS_ENDPOINT_URL" in found.message
 
 
 @pytest.mark.s3
@@ -425,7 +425,8 @@ def test_a_data_set_is_told_with_its_counts_and_a_missing_one_with_what_to_do(co
     missing = find(places.data, with_sections(config, data={"uri": str(tmp_path / "none"), "categories": None}))
     assert (missing.status, "ingest one first" in missing.message) == ("FAILED", True)
     other = find(places.data, with_sections(config, data={"categories": ["nut"]}))
-    assert "no category 'nut'; there are: board, gear" in other.message
+    assert "no category 'nut'" in other.message
+    assert "board, gear" in other.message
     assert list(examine({"it": places.data}, Asked(config))) == []  # nobody named it
 
 

@@ -48,9 +48,9 @@ def test_a_folder_of_no_shape_names_the_folder_to_make(tmp_path: Path, picture: 
     for place in (tmp_path / "nut", tmp_path / "set" / "nut"):
         place.mkdir(parents=True)
         (place / "a.png").write_bytes(encode_png(picture))
-    with pytest.raises(DataError, match=r"1 images lie in .*nut: if their parts are good, put them into .*nut/good/"):
+    with pytest.raises(DataError, match=r"1 images .*nut/good/"):
         ingest(tmp_path / "nut", tmp_path / "out", progress=False)
-    with pytest.raises(DataError, match=r"put them into .*set/nut/good/"):
+    with pytest.raises(DataError, match=r"1 images .*set/nut/good/"):
         ingest(tmp_path / "set", tmp_path / "out", progress=False)
 
 

@@ -16,7 +16,7 @@ from focus_ray.cluster.ingest import ingest_on_cluster
 from focus_ray.cluster.streams import stream_training_images
 from focus_ray.data import store
 from focus_ray.data.ingest import ingest
-from focus_ray.data.read import decoded_rows, read_index
+from focus_ray.data.read import decode_rows, read_index
 from focus_ray.data.split import plan_category, split_category
 from focus_ray.data.store import open_store
 
@@ -43,7 +43,7 @@ def test_tasks_on_a_cluster_give_the_groups_of_one_process(ray_cluster: None, so
 def drop_group_of_a_part(root: Path) -> None:
     """Takes the column out of the first part file, and makes its rows groups of their own in the index."""
     folder = root / "category=bolt"
-    commit = open_store(root).need_commit("bolt")
+    commit = open_store(root).require_commit("bolt")
     entry = commit["files"][0]
     table = pq.ParquetFile(folder / entry["name"]).read().drop(["group"])
     pq.write_table(table, folder / entry["name"], compression="none")
@@ -70,6 +70,6 @@ def test_a_stream_gives_the_images_that_the_plan_trains_on_with_and_without_the_
     split, plan = split_category(config, "bolt"), plan_category(config, "bolt")
     assert 0 < split.num_fit < 30
     streamed = {row["image"].tobytes() for row in stream_training_images(config, split).iter_rows()}
-    read = np.concatenate(list(decoded_rows(config.data.uri, "bolt", plan.fit_rows, 32)))
+    read = np.concatenate(list(decode_rows(config.data.uri, "bolt", plan.fit_rows, 32)))
     assert len(streamed) == split.num_fit
     assert streamed == {image.tobytes() for image in read}

@@ -20,7 +20,7 @@ from focus_ray.cli.main import main
 from focus_ray.cluster import ingest as cluster_ingest
 from focus_ray.cluster.ingest import ClusterMapper, ingest_on_cluster
 from focus_ray.data import store
-from focus_ray.data.commits import named
+from focus_ray.data.commits import referenced_files
 from focus_ray.data.ingest import ingest
 from focus_ray.data.ingestion import chunks
 from focus_ray.data.read import data_fingerprint, read_index, read_rows
@@ -79,12 +79,15 @@ def test_a_cluster_gives_the_data_of_one_process_though_each_worker_dies_once_af
         assert rows_of(out, category) == rows_of(tmp_path / "alone", category)
         assert read_index(out, category).equals(read_index(tmp_path / "alone", category))
         assert data_fingerprint(out, category) == data_fingerprint(tmp_path / "alone", category)
-        commit = open_store(out).need_commit(category)
+        commit = open_store(out).require_commit(category)
         assert (
-            commit["source_fingerprint"] == open_store(tmp_path / "alone").need_commit(category)["source_fingerprint"]
+            commit["source_fingerprint"]
+            == open_store(tmp_path / "alone").require_commit(category)["source_fingerprint"]
         )
         assert len(commit["files"]) >= 3
-        leftovers += len({path.name for path in (out / f"category={category}").glob("part-*")} - named(commit))
+        leftovers += len(
+            {path.name for path in (out / f"category={category}").glob("part-*")} - referenced_files(commit)
+        )
     assert leftovers >= 1  # of the attempts that died: they go after a day
     (again, _) = ingest_on_cluster(source, out, 3, progress=False).categories
     assert again.status == "unchanged"
@@ -123,7 +126,7 @@ def test_the_command_appends_with_workers(
     assert "nut: appended, 23 train" in told
     assert "bolt: unchanged, 22 train" in told
     assert status == 3  # the broken files
-    assert store.open_store(out).need_commit("nut")["num_rows"] == 26
+    assert store.open_store(out).require_commit("nut")["num_rows"] == 26
 
 
 @pytest.mark.s3
@@ -142,7 +145,7 @@ def test_from_s3_to_s3_each_object_is_read_once_by_some_worker(s3: S3Server, sou
             text=True,
             timeout=200,
         )
-        asked = [path for method, path, _, _ in proxy.made if "/parts/" in path and method == "GET"]
+        asked = [path for method, path, _, _ in proxy.requests if "/parts/" in path and method == "GET"]
     assert (ended.returncode, ended.stdout) == (expected.exit_status, f"{expected}\n"), ended.stderr[-2000:]
     assert len(asked) == len(set(asked)) == len(objects)
     for category in ("bolt", "nut"):

@@ -33,9 +33,9 @@ from focus_ray.cluster.ownership import FINGERPRINTS, SignOfLife
 from focus_ray.cluster.training import train
 from focus_ray.config import Config
 from focus_ray.data.ingest import ingest
-from focus_ray.data.read import decoded_rows, read_index
-from focus_ray.data.shards import Steps, build_shard, fits_memory
-from focus_ray.data.split import NO_ROWS, Plan, key_of, plan_category, split_category
+from focus_ray.data.read import decode_rows, read_index
+from focus_ray.data.shards import BatchSchedule, build_shard, fits_memory
+from focus_ray.data.split import NO_ROWS, SplitPlan, plan_category, split_category, split_key
 from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import FitResult, build_detector, fit
@@ -66,7 +66,7 @@ def case_config(data: str, case: tuple[str, str]) -> Config:
 
 def images_to_score(data: str) -> Tensor:
     rows = read_index(data, "gear", split="test")["row"].to_pylist()
-    return torch.cat([torch.from_numpy(batch) for batch in decoded_rows(data, "gear", rows, 64)])
+    return torch.cat([torch.from_numpy(batch) for batch in decode_rows(data, "gear", rows, 64)])
 
 
 def relative(one: Tensor, other: Tensor) -> float:
@@ -124,7 +124,7 @@ def test_a_rule_is_small_and_gives_the_rows_again_elsewhere(data: str) -> None:
 
 def test_the_split_of_a_known_set_is_what_it_was() -> None:
     """Keys of four contents under seed 0, found with sha256sum: another order would change every model's images."""
-    keys = {name: key_of(0, name)[:6] for name in "abcd"}
+    keys = {name: split_key(0, name)[:6] for name in "abcd"}
     assert keys == {"a": "9df3c5", "b": "e02192", "c": "be086d", "d": "7d98c2"}
 
 
@@ -161,7 +161,7 @@ def test_cross_calibration_holds_nothing_out_and_fills_its_folds_evenly(data: st
 
 @given(st.lists(st.integers(0, 2**40), max_size=40), st.integers(1, 9))
 def test_the_workers_slices_are_the_whole_in_order(values: list[int], num_workers: int) -> None:
-    plan = Plan(np.array(values, dtype=np.int64), NO_ROWS, NO_ROWS, NO_ROWS, "")
+    plan = SplitPlan(np.array(values, dtype=np.int64), NO_ROWS, NO_ROWS, NO_ROWS, "")
     slices = [list(plan.share(rank, num_workers).fit_rows) for rank in range(num_workers)]
     assert [value for part in slices for value in part] == values
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
@@ -171,10 +171,10 @@ def test_the_workers_slices_are_the_whole_in_order(values: list[int], num_worker
 def test_the_agreed_steps_fit_every_worker(num_images: int, num_workers: int, batch_size: int) -> None:
     share = num_images // num_workers
     if share < 2:
-        with pytest.raises(DataError, match=r"leave fewer than 2 for one: lower cluster\.num_workers"):
-            Steps.agree(num_images, num_workers, batch_size)
+        with pytest.raises(DataError, match=r"cluster\.num_workers"):
+            BatchSchedule.agree(num_images, num_workers, batch_size)
         return
-    steps = Steps.agree(num_images, num_workers, batch_size)
+    steps = BatchSchedule.agree(num_images, num_workers, batch_size)
     assert 2 <= steps.batch_size <= batch_size
     assert steps.steps >= 1
     assert steps.steps * steps.batch_size <= share
@@ -387,10 +387,10 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
     ).model_copy(update={"name": "streamed"})
     place = train(config)["gear"]
     plan = plan_category(config, "gear")
-    agreed = Steps.agree(len(plan.fit_rows), 2, 4)
+    agreed = BatchSchedule.agree(len(plan.fit_rows), 2, 4)
     assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [agreed.steps] * 2
     detector = read_bundle(place).detector
-    images = torch.cat([torch.from_numpy(b) for b in decoded_rows(data, "gear", plan.fit_rows, 64)])
+    images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit_rows, 64)])
     again = statistics_pass(detector.net, detector.reduction, [images], CPU).moments
     assert_same_moments(again, read_statistics(place).moments, 1e-5)
 
@@ -507,7 +507,7 @@ def test_an_elastic_training_goes_on_with_the_workers_that_are_left(data: str, t
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     num_images = len(plan_category(config, "gear").fit_rows)
-    steps = sorted({Steps.agree(num_images, workers, 2).steps for workers in (1, 2)})
+    steps = sorted({BatchSchedule.agree(num_images, workers, 2).steps for workers in (1, 2)})
     assert found == {"killed": 1, "workers": 1, "epochs": 30, "steps": steps}
 
 
@@ -579,13 +579,13 @@ def test_a_category_with_too_few_images_is_refused_before_anything_starts(data: 
     ingest(images, tmp_path / "data", progress=False)
     config = small_config(str(tmp_path / "data"), tmp_path / "runs", data={"uri": str(tmp_path / "data")})
     config = config.model_copy(update={"data": config.data.model_copy(update={"categories": None})})
-    with pytest.raises(DataError, match=r"category 'board' of .* has 3 normal training images; 4 at least"):
+    with pytest.raises(DataError, match=r"category 'board' of .* has 3 normal training images; at least 4"):
         train(config)
 
 
 def test_more_workers_than_the_images_can_feed_are_refused_before_anything_starts(data: str, tmp_path: Path) -> None:
     config = small_config(data, tmp_path, cluster={"num_workers": 10})
-    with pytest.raises(DataError, match=r"category 'gear': 19 training images over 10 workers leave fewer than 2"):
+    with pytest.raises(DataError, match=r"category 'gear': 19 training images .*10 workers"):
         train(config)
     assert not (tmp_path / "small").exists()  # the name is still free for the mended run
 

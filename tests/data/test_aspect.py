@@ -1,4 +1,4 @@
-"""Images that keep their shape (model.resize=pad): mirrored filler is never scored, and results lie in the image's own frame."""
+"""Images that keep their aspect ratio (model.resize=pad): padding is never scored, and results are in image coordinates."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_image, encode_png, read_batch
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records
-from focus_ray.data.regions import frame_of
+from focus_ray.data.regions import load_frame
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.evaluation.report import overlay
 from focus_ray.fitting.fit import FitResult
 from focus_ray.serving.scorer import Scores, _decode, _judge
 
-WIDTH, HEIGHT = 120, 60  # of the photographs
+WIDTH, HEIGHT = 120, 60  # size of the photographs in pixels
 
 
 def photograph(
     rng: np.random.Generator, spot: tuple[int, int] | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Stripes with a little noise; and with a 10 px spot, its mask."""
+    """Returns a photograph of stripes with noise, and the mask of its spot of 10 px. spot: its left top corner (x, y)."""
     stripes = 128 + 60 * np.sin(np.arange(WIDTH) / 6)
     pixels = np.clip(stripes[None, :, None] + rng.normal(0, 4, (HEIGHT, WIDTH, 3)), 0, 255).astype(np.uint8)
     mask = np.zeros((HEIGHT, WIDTH), bool)
@@ -48,8 +48,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("stripes")
     rng = np.random.default_rng(0)
 
-    def save(place: str, pixels: NDArray[Any]) -> None:
-        path = folder / "images" / "belt" / place
+    def save(name: str, pixels: NDArray[Any]) -> None:
+        path = folder / "images" / "belt" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode_png(pixels))
 
@@ -66,10 +66,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def inspector(data: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
-    return Inspector.load(make_bundle(padded(data, tmp_path_factory.mktemp("runs")), "belt"), "cpu")
+    return Inspector.load(make_bundle(padded_config(data, tmp_path_factory.mktemp("runs")), "belt"), "cpu")
 
 
-def padded(data: str, folder: Path, **model: Any) -> Any:
+def padded_config(data: str, folder: Path, **model: Any) -> Any:
     settings = {"resize": "pad", "image_alignment": {"group": "none"}, **model}
     return small_config(data, folder, data={"categories": ["belt"]}, model=settings)
 
@@ -78,38 +78,38 @@ def padded(data: str, folder: Path, **model: Any) -> Any:
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
-def test_an_image_keeps_its_shape_and_touches_two_sides(width: int, height: int) -> None:
-    box = Frame(64, 96, "pad").box(width, height)
+def test_a_padded_image_keeps_its_aspect_ratio_touches_two_sides_and_is_centred(width: int, height: int) -> None:
+    box = Frame(64, 96, "pad").image_box(width, height)
     assert box.height == 64 or box.width == 96
     assert abs(box.width - box.height * width / height) <= 1 + width / height
     assert abs(box.top - (64 - box.top - box.height)) <= 1
     assert abs(box.left - (96 - box.left - box.width)) <= 1
 
 
-def test_a_padded_image_stands_in_the_middle_of_mirrored_filler_that_is_marked() -> None:
+def test_a_padded_image_is_surrounded_by_mirrored_padding_that_is_marked_as_not_scored() -> None:
     pixels = photograph(np.random.default_rng(1))[0]
-    found = decode_image(encode_png(pixels), Frame(64, 64, "pad"))
-    assert found.shape == (64, 64, 4)
-    own = np.asarray(Image.fromarray(pixels).resize((64, 32), Image.Resampling.BILINEAR))
-    np.testing.assert_array_equal(found[16:48, :, :3], own)
-    np.testing.assert_array_equal(found[:16, :, :3], own[:16][::-1])
-    np.testing.assert_array_equal(found[48:, :, :3], own[-16:][::-1])
-    assert (found[16:48, :, 3] == 255).all()
-    assert not found[:16, :, 3].any()
-    assert not found[48:, :, 3].any()
+    framed = decode_image(encode_png(pixels), Frame(64, 64, "pad"))
+    assert framed.shape == (64, 64, 4)
+    resized = np.asarray(Image.fromarray(pixels).resize((64, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(framed[16:48, :, :3], resized)
+    np.testing.assert_array_equal(framed[:16, :, :3], resized[:16][::-1])
+    np.testing.assert_array_equal(framed[48:, :, :3], resized[-16:][::-1])
+    assert (framed[16:48, :, 3] == 255).all()
+    assert not framed[:16, :, 3].any()
+    assert not framed[48:, :, 3].any()
 
 
-def test_a_photograph_on_its_side_is_padded_as_it_looks() -> None:
+def test_a_photograph_is_rotated_by_its_exif_tag_before_it_is_padded() -> None:
     image = Image.fromarray(photograph(np.random.default_rng(1))[0])
     sink, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = 6
     image.save(sink, "JPEG", exif=exif)
-    found = decode_image(sink.getvalue(), Frame(64, 64, "pad"))
-    assert (found[:, 16:48, 3] == 255).all()
-    assert not found[:, :16, 3].any()
+    framed = decode_image(sink.getvalue(), Frame(64, 64, "pad"))
+    assert (framed[:, 16:48, 3] == 255).all()
+    assert not framed[:, :16, 3].any()
 
 
-def test_stretched_images_have_three_channels_as_ever() -> None:
+def test_stretched_images_have_three_channels() -> None:
     data = encode_png(photograph(np.random.default_rng(1))[0])
     np.testing.assert_array_equal(decode_image(data, Frame(64, 64)), decode_image(data, 64))
     assert decode_image(data, Frame(32, 64)).shape == (32, 64, 3)
@@ -119,11 +119,11 @@ def test_stretched_images_have_three_channels_as_ever() -> None:
 # Scoring
 
 
-def test_the_filler_is_not_scored(inspector: Inspector) -> None:
+def test_the_padding_is_not_scored(inspector: Inspector) -> None:
     batch = decode_image(encode_png(photograph(np.random.default_rng(2))[0]), inspector.frame)[None]
     changed = batch.copy()
-    changed[:, :8, :, :3] = 255  # far enough from the image not to be seen from its own places' scores
-    (score, _), maps = zip(*(scored for scored in map(inspector.score, (batch, changed))), strict=True)
+    changed[:, :8, :, :3] = 255  # far enough from the image not to change the scores of its patches
+    (score, _), maps = zip(*map(inspector.score, (batch, changed)), strict=True)
     for anomaly_map in maps:
         assert (anomaly_map[0, :16] == 0).all()
         assert (anomaly_map[0, 48:] == 0).all()
@@ -131,21 +131,21 @@ def test_the_filler_is_not_scored(inspector: Inspector) -> None:
     assert float(score[0]) > 0
 
 
-def test_a_defect_is_told_in_pixels_of_the_photograph(inspector: Inspector) -> None:
+def test_the_box_of_a_defect_is_in_pixels_of_the_photograph(inspector: Inspector) -> None:
     pixels, _ = photograph(np.random.default_rng(3), (80, 40))
-    (found,) = inspector.inspect([encode_png(pixels)])
-    assert (found.width, found.height, found.anomaly_map.shape) == (WIDTH, HEIGHT, (32, 64))
-    assert found.anomalous
-    first = found.regions[0]
-    assert first.x <= 85 < first.x + first.width
-    assert first.y <= 45 < first.y + first.height
-    assert overlay(pixels, found).shape == pixels.shape
+    (inspection,) = inspector.inspect([encode_png(pixels)])
+    assert (inspection.width, inspection.height, inspection.anomaly_map.shape) == (WIDTH, HEIGHT, (32, 64))
+    assert inspection.anomalous
+    region = inspection.regions[0]
+    assert region.x <= 85 < region.x + region.width
+    assert region.y <= 45 < region.y + region.height
+    assert overlay(pixels, inspection).shape == pixels.shape
 
 
-def test_serving_decodes_and_judges_as_the_inspector_does(inspector: Inspector) -> None:
+def test_the_service_gives_the_results_of_the_inspector(inspector: Inspector) -> None:
     images = [encode_png(photograph(np.random.default_rng(n), (20, 20))[0]) for n in range(2)]
     decoded = _decode(images, inspector.frame)
-    score, maps = inspector.score(np.stack([one[1] for one in decoded if isinstance(one, tuple)]))
+    score, maps = inspector.score(np.stack([item[1] for item in decoded if isinstance(item, tuple)]))
     results, pictures, values = _judge(inspector, images, decoded, Scores(score, maps, 0.0, 0.0), "overlay", True)
     for result, expected in zip(results, inspector.inspect(images), strict=True):
         assert isinstance(result, Inspection)
@@ -155,15 +155,15 @@ def test_serving_decodes_and_judges_as_the_inspector_does(inspector: Inspector) 
     assert decode_image(values[0].png, None).shape == (32, 64, 3)
 
 
-def test_masks_lie_on_the_defects_of_padded_images(inspector: Inspector, data: str) -> None:
-    found = inspector.evaluate(iter_test_records(data, "belt"))
-    assert (found["num_normal"], found["num_anomalous"], found["num_masks"]) == (4, 4, 4)
-    assert found["image_auroc"] == 1.0
-    assert found["pixel_auroc"] > 0.9
+def test_masks_of_padded_images_match_the_defects(inspector: Inspector, data: str) -> None:
+    metrics = inspector.evaluate(iter_test_records(data, "belt"))
+    assert (metrics["num_normal"], metrics["num_anomalous"], metrics["num_masks"]) == (4, 4, 4)
+    assert metrics["image_auroc"] == 1.0
+    assert metrics["pixel_auroc"] > 0.9
 
 
-def test_padding_goes_with_alignment_tiles_metric_profile_and_selection(data: str, tmp_path: Path) -> None:
-    everything: dict[str, Any] = {
+def test_padding_works_with_alignment_tiles_metric_profile_and_selection(data: str, tmp_path: Path) -> None:
+    other_settings: dict[str, Any] = {
         "density": {"reduction": "discriminant"},
         "scoring": {"image_score": "profile"},
         "selection": {"enabled": True, "fraction": 0.2},
@@ -172,12 +172,12 @@ def test_padding_goes_with_alignment_tiles_metric_profile_and_selection(data: st
     aligned = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
     for model in (tiles, aligned):
         config = small_config(
-            data, tmp_path, data={"categories": ["belt"]}, model={"resize": "pad", **model}, **everything
+            data, tmp_path, data={"categories": ["belt"]}, model={"resize": "pad", **model}, **other_settings
         )
         result: FitResult = fit_alone(config, "belt")
         assert result.statistics.shown is not None
         assert 0 < float(result.statistics.shown.float().mean()) < 1
-        frame = frame_of(config, "belt")
+        frame = load_frame(config, "belt")
         image = decode_image(encode_png(photograph(np.random.default_rng(4))[0]), frame)
         anomaly_map = result.detector(torch.from_numpy(image)[None]).anomaly_map[0]
         assert (anomaly_map[torch.from_numpy(image[..., 3] == 0)] == 0).all()

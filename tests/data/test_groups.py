@@ -1,4 +1,4 @@
-"""The group column: in sets from before it, in splits and folds, and in what appends, removals and compactions leave."""
+"""The group column: in older data sets without it, in splits and folds, and after appends, removals and compactions."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from focus_ray.data.ingest import ingest
 from focus_ray.data.ingestion.change import compact, remove_rows
 from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
-from focus_ray.data.split import key_of, plan_category, split_category
-from focus_ray.data.store import Draft, open_store
+from focus_ray.data.split import plan_category, split_category, split_key
+from focus_ray.data.store import CommitDraft, open_store
 from focus_ray.errors import DataError
 
 
-def drop_group(path: Path) -> None:
+def drop_group_column(path: Path) -> None:
     table = pq.ParquetFile(path).read().drop(["group"])
     pq.write_table(table, path, compression="none")
 
 
 def make_old_set(root: Path, source: Path, has_index: bool = True) -> Path:
-    """Ingests a source, then takes the column out of every part file and of the index, as programs before it wrote them."""
+    """Ingests a source as an older program would: without the group column in the part files and in the index."""
     ingest(source, root, progress=False)
     folder = root / "category=bolt"
     for part in folder.glob("part-*.parquet"):
-        drop_group(part)
+        drop_group_column(part)
     (index,) = folder.glob("_index-*.parquet")
-    drop_group(index)
+    drop_group_column(index)
     commit_paths = [folder / "_commit.json", *folder.glob("_commits/*.json")]
     for path in commit_paths:
         commit = json.loads(path.read_text())
@@ -58,50 +58,48 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=[True, False], ids=["with index", "without index"])
-def old(request: pytest.FixtureRequest, tmp_path: Path, source: Path) -> Path:
+def old_root(request: pytest.FixtureRequest, tmp_path: Path, source: Path) -> Path:
     return make_old_set(tmp_path / "old", source, request.param)
 
 
-def test_the_index_and_the_rows_of_a_set_without_the_column_have_empty_groups(old: Path) -> None:
-    index = read_index(old, "bolt")
+def test_index_and_rows_of_an_older_data_set_have_empty_groups(old_root: Path) -> None:
+    index = read_index(old_root, "bolt")
     assert index.column_names == [*INDEX_COLUMNS, "row"]
     assert set(index["group"].to_pylist()) == {""}
-    assert {row["group"] for row in rows_of(old)} == {""}
-    assert list(read_rows(old, "bolt", [1], ["group"])) == [{"group": ""}]
+    assert {row["group"] for row in rows_of(old_root)} == {""}
+    assert list(read_rows(old_root, "bolt", [1], ["group"])) == [{"group": ""}]
 
 
-def test_a_set_without_the_column_is_unchanged_when_its_source_is_ingested_again(old: Path, source: Path) -> None:
-    assert ingest(source, old, progress=False).categories[0].status == "unchanged"
+def test_an_older_data_set_is_unchanged_when_its_source_is_ingested_again(old_root: Path, source: Path) -> None:
+    assert ingest(source, old_root, progress=False).categories[0].status == "unchanged"
 
 
-def test_images_are_appended_to_and_removed_from_a_set_without_the_column(old: Path, source: Path) -> None:
-    before = rows_of(old)
+def test_images_are_appended_to_and_removed_from_an_older_data_set(old_root: Path, source: Path) -> None:
+    before = rows_of(old_root)
     save(source / "train/good/900.png", pixels(900))
-    report = ingest(source, old, append=True, progress=False)
+    report = ingest(source, old_root, append=True, progress=False)
     assert report.categories[0].num_added == 1
-    assert rows_of(old)[: len(before)] == before
-    assert rows_of(old)[-1]["id"] == "bolt/train/good/900"
-    remove_rows(old, "bolt", ids=["bolt/train/good/001"])
-    assert rows_of(old)[:-1] == [row for row in before if row["id"] != "bolt/train/good/001"]
-    assert set(read_index(old, "bolt")["group"].to_pylist()) == {""}
+    assert rows_of(old_root)[: len(before)] == before
+    assert rows_of(old_root)[-1]["id"] == "bolt/train/good/900"
+    remove_rows(old_root, "bolt", ids=["bolt/train/good/001"])
+    assert rows_of(old_root)[:-1] == [row for row in before if row["id"] != "bolt/train/good/001"]
+    assert set(read_index(old_root, "bolt")["group"].to_pylist()) == {""}
 
 
-def test_a_set_without_the_column_is_compacted(old: Path, source: Path) -> None:
+def test_an_older_data_set_is_compacted(old_root: Path, source: Path) -> None:
     save(source / "train/good/900.png", pixels(900))
-    ingest(source, old, append=True, progress=False)
-    before = rows_of(old)
-    assert compact(old)[0].num_after == 1
-    assert rows_of(old) == before
-    (entry,) = open_store(old).need_commit("bolt")["files"]
-    assert "group" in pq.ParquetFile(old / "category=bolt" / entry["name"]).schema_arrow.names
+    ingest(source, old_root, append=True, progress=False)
+    before = rows_of(old_root)
+    assert compact(old_root)[0].num_after == 1
+    assert rows_of(old_root) == before
+    (entry,) = open_store(old_root).require_commit("bolt")["files"]
+    assert "group" in pq.ParquetFile(old_root / "category=bolt" / entry["name"]).schema_arrow.names
 
 
-def test_a_set_without_the_column_has_the_split_of_the_same_set_with_it(
-    old: Path, source: Path, tmp_path: Path
-) -> None:
+def test_an_older_data_set_has_the_same_split_as_a_new_one(old_root: Path, source: Path, tmp_path: Path) -> None:
     ingest(source, tmp_path / "new", progress=False)
-    assert data_fingerprint(old, "bolt") == data_fingerprint(tmp_path / "new", "bolt")
-    plans = [plan_category(small_config(str(root), "unused"), "bolt") for root in (old, tmp_path / "new")]
+    assert data_fingerprint(old_root, "bolt") == data_fingerprint(tmp_path / "new", "bolt")
+    plans = [plan_category(small_config(str(root), "unused"), "bolt") for root in (old_root, tmp_path / "new")]
     for name in ("fit_rows", "folds", "holdout_rows", "fit_hashes", "fit_groups", "fit_order"):
         assert getattr(plans[0], name).tolist() == getattr(plans[1], name).tolist(), name
 
@@ -110,7 +108,7 @@ def test_a_set_without_the_column_has_the_split_of_the_same_set_with_it(
 
 
 def write_set(root: Path, groups: list[str], names: list[str] | None = None) -> str:
-    """Writes a category `bolt` of normal training images with these groups."""
+    """Writes a category `bolt` with one normal training image per group name. Returns its root."""
     store = open_store(root)
     names = names or [f"{number:04}" for number in range(len(groups))]
     image = encode_png(pixels(0))
@@ -133,7 +131,7 @@ def write_set(root: Path, groups: list[str], names: list[str] | None = None) -> 
     ]
     files, index = store.write_parts("bolt", rows)
     counts = {"num_train": len(rows), "num_test_normal": 0, "num_test_anomalous": 0, "num_masks": 0}
-    store.publish("bolt", lambda former: Draft(files, index, None, "made", counts))
+    store.publish("bolt", lambda previous: CommitDraft(files, index, None, "made", counts))
     return str(root)
 
 
@@ -146,23 +144,23 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("seed", range(3))
-def test_all_images_of_a_group_are_in_one_part_and_one_fold(tmp_path: Path, settings: dict, seed: int) -> None:
+def test_all_images_of_a_group_are_in_the_same_part_and_fold(tmp_path: Path, settings: dict, seed: int) -> None:
     groups = [f"p{number % 9}" for number in range(40)] + ["", "", "", ""] + ["large"] * 13
     uri = write_set(tmp_path / "set", groups)
     config = small_config(uri, "unused", train={"seed": seed}, **settings)
     plan, split = plan_category(config, "bolt"), split_category(config, "bolt")
     index = read_index(uri, "bolt")
     hashes = index["content_hash"].to_pylist()
-    places: dict[str, set[tuple[str, int]]] = defaultdict(set)
+    parts_of_group: dict[str, set[tuple[str, int]]] = defaultdict(set)
     parts = {"fit": plan.fit_rows, "validation": plan.validation_rows, "holdout": plan.holdout_rows}
     folds = dict(zip(plan.fit_rows.tolist(), plan.folds.tolist(), strict=True))
     for part, rows in parts.items():
         for row in rows.tolist():
             assert split.part_of(hashes[row], groups[row]) == part
             if groups[row]:
-                places[groups[row]].add((part, folds.get(row, 0)))
+                parts_of_group[groups[row]].add((part, folds.get(row, 0)))
     assert sorted(row for rows in parts.values() for row in rows) == list(range(len(groups)))
-    assert all(len(found) == 1 for found in places.values())
+    assert all(len(group_parts) == 1 for group_parts in parts_of_group.values())
     assert [split.num_fit, split.num_validation, split.num_holdout] == [len(rows) for rows in parts.values()]
     if settings["calibration"]["method"] == "split":
         assert len(set(plan.holdout_groups)) == round(0.2 * 14)
@@ -170,7 +168,7 @@ def test_all_images_of_a_group_are_in_one_part_and_one_fold(tmp_path: Path, sett
         assert len(set(plan.validation_groups)) == round(0.3 * 14)
 
 
-def test_group_numbers_are_equal_in_all_parts_exactly_where_groups_are(tmp_path: Path) -> None:
+def test_group_numbers_are_equal_if_and_only_if_the_groups_are_equal(tmp_path: Path) -> None:
     groups = ["b", "a", "", "b", "", "a", "c", "d", "d", "", "e"]
     plan = plan_category(small_config(write_set(tmp_path / "set", groups), "unused"), "bolt")
     numbers = dict(zip(plan.fit_rows.tolist(), plan.fit_groups.tolist(), strict=True))
@@ -178,14 +176,14 @@ def test_group_numbers_are_equal_in_all_parts_exactly_where_groups_are(tmp_path:
     assert [numbers[row] for row in range(len(groups))] == [0, 1, 2, 0, 3, 1, 4, 5, 5, 6, 7]
 
 
-def test_a_large_group_is_held_out_whole_rather_than_nothing(tmp_path: Path) -> None:
+def test_a_group_larger_than_the_maximum_is_held_out_completely(tmp_path: Path) -> None:
     groups = [f"p{number // 30}" for number in range(120)]
     config = small_config(write_set(tmp_path / "set", groups), "unused", calibration={"max_images": 10})
     split = split_category(config, "bolt")
     assert (split.num_fit, split.num_holdout) == (90, 30)
 
 
-def test_the_maximum_of_calibration_images_counts_images_of_groups(tmp_path: Path) -> None:
+def test_the_maximum_of_calibration_images_counts_images_and_not_groups(tmp_path: Path) -> None:
     groups = [f"p{number // 4}" for number in range(200)]
     config = small_config(write_set(tmp_path / "set", groups), "unused", calibration={"max_images": 10})
     assert split_category(config, "bolt").num_holdout == 8
@@ -193,11 +191,11 @@ def test_the_maximum_of_calibration_images_counts_images_of_groups(tmp_path: Pat
 
 def test_photographs_of_three_parts_are_too_few(tmp_path: Path) -> None:
     uri = write_set(tmp_path / "set", [f"p{number % 3}" for number in range(60)])
-    with pytest.raises(DataError, match="60 normal training images of 3 parts; 4 parts"):
+    with pytest.raises(DataError, match="60 normal training images of 3 parts"):
         split_category(small_config(uri, "unused"), "bolt")
 
 
-def test_the_order_of_rows_is_the_natural_order_of_their_names(tmp_path: Path) -> None:
+def test_rows_are_ranked_in_natural_order_of_their_names(tmp_path: Path) -> None:
     names = ["img_10", "img_2", "img_02", "img_1b", "img_1", "a99999999999999999999999", "a7"]
     uri = write_set(tmp_path / "set", [""] * len(names), names)
     plan = plan_category(small_config(uri, "unused"), "bolt")
@@ -207,18 +205,18 @@ def test_the_order_of_rows_is_the_natural_order_of_their_names(tmp_path: Path) -
     assert ordered == ["a7", "a99999999999999999999999", "img_1", "img_1b", "img_02", "img_2", "img_10"]
 
 
-def test_other_groups_give_another_fingerprint_and_empty_ones_none(tmp_path: Path) -> None:
+def test_groups_change_the_fingerprint_but_empty_groups_do_not(tmp_path: Path) -> None:
     roots = [["a", "a", "", ""], ["a", "b", "", ""], [""] * 4]
-    prints = [data_fingerprint(write_set(tmp_path / str(n), groups), "bolt") for n, groups in enumerate(roots)]
-    assert len(set(prints)) == 3
+    fingerprints = [data_fingerprint(write_set(tmp_path / str(n), groups), "bolt") for n, groups in enumerate(roots)]
+    assert len(set(fingerprints)) == 3
     index = read_index(tmp_path / "2", "bolt")
     lines = sorted(f"{content} 0 train" for content in index["content_hash"].to_pylist())
-    assert prints[2] == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert fingerprints[2] == hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def test_the_key_of_a_group_is_not_that_of_any_image() -> None:
-    assert key_of(0, "a" * 64, "part") == hashlib.sha256(b"0:group:part").hexdigest()
-    assert key_of(0, "a" * 64, "part") == key_of(0, "b" * 64, "part") != key_of(1, "a" * 64, "part")
+def test_the_split_key_of_a_group_depends_on_seed_and_group_alone() -> None:
+    assert split_key(0, "a" * 64, "part") == hashlib.sha256(b"0:group:part").hexdigest()
+    assert split_key(0, "a" * 64, "part") == split_key(0, "b" * 64, "part") != split_key(1, "a" * 64, "part")
 
 
 def test_groups_survive_a_removal_and_a_compaction(tmp_path: Path) -> None:

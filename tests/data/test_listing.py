@@ -1,4 +1,4 @@
-"""One listing of image files for all commands: hidden files, folders of the system and own pictures are passed over."""
+"""The listing of image files for all commands skips hidden files, system folders and pictures that focus_ray drew."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from focus_ray.api import as_good
 from focus_ray.cli.output import image_paths
 from focus_ray.data.images import ImageError, decode_batch, decode_mask, encode_png
 from focus_ray.data.ingest import ingest
-from focus_ray.data.listing import images_below
+from focus_ray.data.listing import find_image_files
 from focus_ray.data.read import list_categories, read_index
 from focus_ray.drawings import is_drawing_file
 from focus_ray.errors import DataError
@@ -49,18 +49,18 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def by_watch(folder: Path) -> list[Path]:
+def list_by_watch(folder: Path) -> list[Path]:
     return sorted(folder / file.image for file in list_images(folder, folder / "out", pytest.fail))
 
 
-@pytest.mark.parametrize("listing", [images_below, by_watch, lambda folder: image_paths([str(folder)])])
-def test_hidden_files_and_folders_of_the_system_are_in_no_listing(
+@pytest.mark.parametrize("listing", [find_image_files, list_by_watch, lambda folder: image_paths([str(folder)])])
+def test_no_listing_contains_hidden_files_or_system_folders(
     folder: Path, listing: Callable[[Path], list[Path]]
 ) -> None:
     assert listing(folder) == sorted(folder / name for name in VISIBLE)
 
 
-def test_ingest_takes_the_same_files(folder: Path, tmp_path: Path) -> None:
+def test_ingest_uses_the_same_files(folder: Path, tmp_path: Path) -> None:
     folder.rename(tmp_path / "good")
     (tmp_path / "parts").mkdir()
     (tmp_path / "good").rename(tmp_path / "parts/good")
@@ -69,58 +69,59 @@ def test_ingest_takes_the_same_files(folder: Path, tmp_path: Path) -> None:
     assert len(read_index(str(tmp_path / "data"), list_categories(str(tmp_path / "data"))[0])) == len(VISIBLE)
 
 
-def test_a_folder_of_images_with_hidden_folders_counts_as_images_alone(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_with_images_and_hidden_folders_counts_as_a_folder_of_images(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "part")
     assert [path.name for path in (as_good(folder, tmp_path / "scratch") / "good").iterdir()] == ["a.png"]
 
 
-def test_a_listing_says_what_it_passed_over(folder: Path) -> None:
+def test_a_listing_reports_the_number_of_skipped_files(folder: Path) -> None:
     messages: list[str] = []
-    images_below(folder, messages.append)
-    assert messages == [f"note: {folder}: passed over: {len(HIDDEN)} hidden files or folders"]
+    find_image_files(folder, messages.append)
+    (message,) = messages
+    assert f"{len(HIDDEN)} hidden" in message
 
 
-def test_a_system_folder_among_several_names_is_passed_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_system_folder_among_several_names_is_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [str(folder / name) for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     assert image_paths(names) == sorted(folder / name for name in VISIBLE)
     assert "@eaDir: a folder of the system, passed over" in capsys.readouterr().err
 
 
-def test_a_folder_with_hidden_images_alone_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_only_hidden_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".trash").mkdir()
     (tmp_path / ".trash/a.png").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no image in this folder.*1 hidden"):
-        images_below(tmp_path)
+        find_image_files(tmp_path)
 
 
-def test_a_hidden_folder_that_is_named_itself_is_read(folder: Path) -> None:
-    assert [path.name for path in images_below(folder / ".trash")] == ["a.png"]
+def test_a_hidden_folder_is_listed_if_it_is_named_explicitly(folder: Path) -> None:
+    assert [path.name for path in find_image_files(folder / ".trash")] == ["a.png"]
 
 
 def test_broken_links_are_listed_and_pipes_are_not(folder: Path) -> None:
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     os.mkfifo(folder / "pipe.png")
-    assert {path.name for path in images_below(folder)} == {"a.png", "b.JPG", "c.tiff", "gone.png"}
+    assert {path.name for path in find_image_files(folder)} == {"a.png", "b.JPG", "c.tiff", "gone.png"}
 
 
-def test_own_pictures_are_recognised_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
+def test_pictures_that_focus_ray_drew_are_skipped_in_every_folder(folder: Path, tmp_path: Path) -> None:
     drawing = encode_png(picture(99), drawn=True)
     for name in ("heat/a.png", "part/renamed.png", "b.jpg"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(drawing)
     messages: list[str] = []
-    assert images_below(folder, messages.append) == sorted(folder / name for name in VISIBLE)
+    assert find_image_files(folder, messages.append) == sorted(folder / name for name in VISIBLE)
     assert "3 pictures that focus_ray drew" in messages[0]
 
 
-def test_own_pictures_are_refused_as_photographs_and_taken_as_masks() -> None:
+def test_pictures_that_focus_ray_drew_are_refused_as_photographs_and_accepted_as_masks() -> None:
     with pytest.raises(ImageError, match="that focus_ray drew"):
         decode_batch([encode_png(picture(0), drawn=True)], 8)
     mask = np.eye(8, dtype=bool)
     assert np.array_equal(decode_mask(encode_png(mask, drawn=True), 8, 8), mask)
 
 
-def test_ingest_rejects_own_pictures_by_name(folder: Path, tmp_path: Path) -> None:
+def test_ingest_rejects_pictures_that_focus_ray_drew(folder: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts/good"
     parts.mkdir(parents=True)
     (parts / "a.png").write_bytes(encode_png(picture(0)))
@@ -130,7 +131,7 @@ def test_ingest_rejects_own_pictures_by_name(folder: Path, tmp_path: Path) -> No
     assert len(read_index(str(tmp_path / "data"), "parts")) == 1
 
 
-def test_unmarked_pictures_have_the_bytes_of_before(tmp_path: Path) -> None:
+def test_pictures_are_unmarked_by_default(tmp_path: Path) -> None:
     assert b"Software" not in encode_png(picture(0))
     (tmp_path / "a.png").write_bytes(encode_png(picture(0)))
     assert not is_drawing_file(tmp_path / "a.png")

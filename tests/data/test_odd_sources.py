@@ -1,4 +1,4 @@
-"""Folders as people have them: everyday names, links, odd file names, masks that are none. Nothing vanishes without a word."""
+"""Unusual sources: folder names in many languages, links, invalid file names, wrong masks. Every skipped file is reported."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ def save(path: Path, content: bytes | np.ndarray | int) -> Path:
     return path
 
 
-def make(root: Path, train: str = "good", tests: tuple[str, ...] = ("good", "crack")) -> Path:
+def make_source(root: Path, train: str = "good", tests: tuple[str, ...] = ("good", "crack")) -> Path:
     for number in range(3):
         save(root / "train" / train / f"{number}.png", number)
-    for place, name in enumerate(tests):
-        save(root / "test" / name / "0.png", 100 + place)
+    for number, name in enumerate(tests):
+        save(root / "test" / name / "0.png", 100 + number)
     return root
 
 
-def take(source: Path) -> IngestReport:
+def ingest_quietly(source: Path) -> IngestReport:
     return ingest(source, source.parent / "out", progress=False)
 
 
 def labels(source: Path) -> dict[str, int]:
+    """Returns the label of each folder of test images."""
     index = read_index(str(source.parent / "out"), source.name, split="test")
     return {
         str(name).split("/")[2]: label
@@ -70,7 +71,7 @@ GOOD += [
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_everyday_words_for_good_parts_are_known(name: str) -> None:
+def test_common_words_for_good_parts_are_recognised(name: str) -> None:
     assert is_good_name(name)
     assert not is_bad_name(name)
 
@@ -92,20 +93,20 @@ def test_everyday_words_for_good_parts_are_known(name: str) -> None:
         "ungut",
     ],
 )
-def test_other_words_are_not_taken_for_good(name: str) -> None:
+def test_other_words_do_not_mean_good_parts(name: str) -> None:
     assert not is_good_name(name)
 
 
-def test_words_that_say_nothing_are_unclear() -> None:
+def test_ambiguous_names_are_unclear() -> None:
     assert all(map(is_unclear_name, ["0", "negative", "other", "Unknown"]))
     assert not any(map(is_unclear_name, ["good", "crack"]))
 
 
 @pytest.mark.parametrize("train", ["good", "Good", "OK", "normal", "Gutteile"])
 @pytest.mark.parametrize("test", ["Good", "OK", "ok", "normal", "iO", "GOOD"])
-def test_good_test_parts_are_normal_whatever_they_are_called(tmp_path: Path, train: str, test: str) -> None:
-    source = make(tmp_path / "bolt", train, (test, "Kratzer"))
-    report = take(source)
+def test_every_name_for_good_parts_gives_normal_images(tmp_path: Path, train: str, test: str) -> None:
+    source = make_source(tmp_path / "bolt", train, (test, "Kratzer"))
+    report = ingest_quietly(source)
     assert labels(source) == {"good": 0, "Kratzer": 1}
     text = str(report)
     assert f"train/{train}: 3 images, normal, for training" in text
@@ -113,25 +114,25 @@ def test_good_test_parts_are_normal_whatever_they_are_called(tmp_path: Path, tra
     assert "test/Kratzer: 1 images, anomalous, 'Kratzer', for the test" in text
 
 
-def test_a_plain_folder_may_be_called_ok_and_ng(tmp_path: Path) -> None:
+def test_the_layout_folder_accepts_the_names_ok_and_ng(tmp_path: Path) -> None:
     for number in range(5):
         save(tmp_path / "clip" / "OK" / f"{number}.png", number)
     save(tmp_path / "clip" / "NG" / "0.png", 50)
-    report = take(tmp_path / "clip")
+    report = ingest_quietly(tmp_path / "clip")
     (clip,) = report.categories
     assert (report.format, clip.num_train, clip.num_test_normal, clip.num_test_anomalous) == ("folder", 4, 1, 1)
 
 
-def test_a_set_without_good_test_parts_and_a_folder_of_unclear_name_are_told(tmp_path: Path) -> None:
-    text = str(take(make(tmp_path / "bolt", tests=("0", "crack"))))
-    assert "bolt: no good test image: false alarms and image AUROC cannot be measured" in text
-    assert "test/0: taken for a defect named '0'; if its parts are good, rename it to good" in text
+def test_missing_good_test_images_and_unclear_folder_names_are_noted(tmp_path: Path) -> None:
+    text = str(ingest_quietly(make_source(tmp_path / "bolt", tests=("0", "crack"))))
+    assert "bolt: no good test image" in text
+    assert "test/0: interpreted as a defect named '0'" in text
 
 
 @pytest.mark.parametrize(
     ("label", "expected"), [("False", 0), ("True", 1), ("0", 0), ("OK", 0), ("Normal", 0), ("crack", 1)]
 )
-def test_a_visa_table_may_say_yes_or_no(tmp_path: Path, label: str, expected: int) -> None:
+def test_a_visa_table_may_state_whether_a_part_is_anomalous(tmp_path: Path, label: str, expected: int) -> None:
     source = tmp_path / "visa"
     lines = ["object,split,label,image,mask"]
     for number in range(3):
@@ -144,110 +145,110 @@ def test_a_visa_table_may_say_yes_or_no(tmp_path: Path, label: str, expected: in
     assert read_index(str(tmp_path / "out"), "candle", split="test")["label"].to_pylist() == [expected]
 
 
-# What is listed and not taken
+# Files that are listed but not ingested
 
 
-def test_dangling_links_are_rejected_and_not_lost(tmp_path: Path) -> None:
-    source = make(tmp_path / "bolt")
+def test_broken_links_are_rejected(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "bolt")
     os.symlink("../../.git/annex/objects/x", source / "train/good/9.png")
     os.symlink("nowhere.png", source / "test/crack/9.png")
-    report = take(source)
+    report = ingest_quietly(source)
     assert {item.path: item.reason for item in report.rejects} == {
         "train/good/9.png": "unreadable",
         "test/crack/9.png": "unreadable",
     }
-    assert "which is not there: fetch what it names (git annex get, dvc pull)" in str(report)
+    assert "git annex get, dvc pull" in str(report)
     assert report.exit_status == 3
 
 
-def test_a_dangling_mask_does_not_pass_for_none(tmp_path: Path) -> None:
-    source = make(tmp_path / "bolt")
+def test_a_mask_that_is_a_broken_link_rejects_its_image(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "bolt")
     (source / "ground_truth/crack").mkdir(parents=True)
     os.symlink("nowhere.png", source / "ground_truth/crack/0_mask.png")
-    (reject,) = take(source).rejects
+    (reject,) = ingest_quietly(source).rejects
     assert (reject.path, reject.reason) == ("test/crack/0.png", "mask_unreadable")
-    assert "a link to 'nowhere.png', which is not there" in reject.detail
+    assert "a link to 'nowhere.png'" in reject.detail
 
 
-def test_pipes_companions_and_folders_that_say_nothing_are_told(tmp_path: Path) -> None:
-    source = make(tmp_path / "bolt")
+def test_pipes_other_files_and_unknown_folders_are_reported(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "bolt")
     os.mkfifo(source / "train/good/pipe.png")
     save(source / "train/good/notes.txt", b"text")
     save(source / "train/good/.DS_Store", b"text")
     save(source / "raw/0.png", 7)
     save(source / "loose.png", 8)
-    report = take(source)
+    report = ingest_quietly(source)
     assert [(item.path, item.reason) for item in report.rejects] == [("train/good/pipe.png", "unsupported")]
     text = str(report)
-    assert "train/good: passed over 1 .txt, 1 hidden" in text
-    assert "raw: skipped, its name says nothing in this shape" in text
-    assert "1 images beside the folders are skipped: put them into one" in text
+    assert "train/good: skipped 1 .txt, 1 hidden" in text
+    assert "raw: skipped" in text
+    assert "1 images beside the folders are skipped" in text
 
 
-def test_a_name_that_is_not_utf_8_is_rejected_by_itself(tmp_path: Path) -> None:
-    source = make(tmp_path / "bolt")
-    odd = os.fsencode(source / "train/good") + b"/Schl\xfcssel.png"
-    Path(os.fsdecode(odd)).write_bytes(encode_png(pixels(9)))
-    report = take(source)
+def test_only_the_file_with_an_invalid_name_is_rejected(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "bolt")
+    invalid_path = os.fsencode(source / "train/good") + b"/Schl\xfcssel.png"
+    Path(os.fsdecode(invalid_path)).write_bytes(encode_png(pixels(9)))
+    report = ingest_quietly(source)
     (reject,) = report.rejects
     assert (reject.path, reject.reason) == ("train/good/Schl\\xfcssel.png", "file_name")
     str(report).encode()
     assert report.categories[0].num_train == 3
 
 
-def test_a_defects_folder_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> None:
-    source = make(tmp_path / "bolt")
+def test_a_defect_folder_with_an_invalid_name_is_refused(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "bolt")
     os.rename(source / "test/crack", os.fsencode(source / "test") + b"/Br\xfcche")
-    with pytest.raises(DataError, match=r"Br\\xfcche: its name is not valid UTF-8: rename the folder"):
-        take(source)
+    with pytest.raises(DataError, match=r"Br\\xfcche: .*not valid UTF-8"):
+        ingest_quietly(source)
 
 
-# Pixels and masks that are likely not meant
+# Images and masks that are probably wrong
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
-    [([0], "are of one colour"), ([0, 255], "have two or three values only"), ([0, 7, 255], "two or three")],
+    ("values", "expected"),
+    [([0], "single colour"), ([0, 255], "two or three pixel values"), ([0, 7, 255], "two or three pixel values")],
 )
-def test_images_that_show_next_to_nothing_are_noted(tmp_path: Path, values: list[int], words: str) -> None:
+def test_images_with_at_most_three_pixel_values_are_noted(tmp_path: Path, values: list[int], expected: str) -> None:
     source = tmp_path / "bolt"
     for number in range(4):
         image = np.zeros((*SIZE, 3), np.uint8)
         if len(values) > 1:
-            for place, value in enumerate(values):
-                image[place + number * 3 : place + 4 + number * 3] = value
+            for row, value in enumerate(values):
+                image[row + number * 3 : row + 4 + number * 3] = value
         else:
-            image = image[: SIZE[0] - number]  # of another size, or they would be duplicates
+            image = image[: SIZE[0] - number]  # with different sizes, or they would be duplicates
         save(source / "good" / f"{number}.png", np.ascontiguousarray(image))
-    assert words in str(take(source))
+    assert expected in str(ingest_quietly(source))
 
 
-def test_an_image_that_is_transparent_everywhere_is_noted(tmp_path: Path) -> None:
-    source = make(tmp_path / "bolt")
+def test_a_completely_transparent_image_is_noted(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "bolt")
     sink = io.BytesIO()
     Image.fromarray(np.dstack([pixels(5), np.zeros(SIZE, np.uint8)]), "RGBA").save(sink, "PNG")
     save(source / "test/good/clear.png", sink.getvalue())
-    assert "test/good/clear.png: its alpha channel is 0 everywhere: it is taken as black" in str(take(source))
+    assert "test/good/clear.png: its alpha channel is 0 everywhere" in str(ingest_quietly(source))
 
 
-def test_soft_and_inverted_masks_are_noted(tmp_path: Path) -> None:
-    source = make(tmp_path / "bolt", tests=("good", "soft", "inverted"))
+def test_masks_with_many_values_and_inverted_masks_are_noted(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "bolt", tests=("good", "soft", "inverted"))
     ramp = np.tile(np.linspace(0, 90, SIZE[1]).astype(np.uint8), (SIZE[0], 1))
     ramp[:16] = 0
     save(source / "ground_truth/soft/0_mask.png", ramp)
     inverted = np.ones(SIZE, bool)
     inverted[3:6, 3:6] = False
     save(source / "ground_truth/inverted/0_mask.png", inverted)
-    text = str(take(source))
-    assert "1 masks have many values above 0, as after JPEG" in text
-    assert "1 masks mark more than half of their image: defective is what is above 0, are they inverted?" in text
+    text = str(ingest_quietly(source))
+    assert "1 masks have many values above 0" in text
+    assert "1 masks mark more than half of their image" in text
 
 
-def test_a_mask_of_a_whole_good_image_says_that_it_may_be_inverted(tmp_path: Path) -> None:
-    source = make(tmp_path / "bolt")
+def test_the_reject_of_a_completely_marked_good_image_asks_about_inversion(tmp_path: Path) -> None:
+    source = make_source(tmp_path / "bolt")
     save(source / "ground_truth/good/0_mask.png", np.ones(SIZE, bool))
-    (reject,) = take(source).rejects
-    assert "nearly all, as an inverted mask does" in reject.detail
+    (reject,) = ingest_quietly(source).rejects
+    assert "inverted" in reject.detail
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (100, 33), (511, 400), (512, 512), (700, 1000)])
@@ -259,11 +260,11 @@ def test_no_defect_vanishes_in_a_smaller_mask(size: tuple[int, int]) -> None:
         mask[y, x] = True  # one pixel
         small = decode_mask(encode_png(mask), *size)
         assert small.shape == size
-        places = np.argwhere(small)
+        marked_pixels = np.argwhere(small)
         if size[0] <= 512 and size[1] <= 512:
-            assert len(places) == 1
-            assert tuple(places[0]) == (y * size[0] // 512, x * size[1] // 512) or size != (512, 512)
+            assert len(marked_pixels) == 1
+            assert tuple(marked_pixels[0]) == (y * size[0] // 512, x * size[1] // 512) or size != (512, 512)
         else:
-            assert len(places) >= 1
+            assert len(marked_pixels) >= 1
     assert resize_mask(np.zeros((9, 9), bool), 4, 4).sum() == 0
     assert resize_mask(np.ones((9, 9), bool), 4, 4).all()

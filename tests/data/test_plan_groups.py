@@ -1,4 +1,4 @@
-"""Group numbers and natural order of a plan's rows, on their way to the shards of workers."""
+"""Group numbers and natural ranks of the rows of a split plan, up to the shards of the workers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from focus_ray.data.shards import MemoryShard
-from focus_ray.data.split import NO_ROWS, Plan
+from focus_ray.data.split import NO_ROWS, SplitPlan
 
 
 def rows(count: int, start: int = 0) -> np.ndarray:
     return np.arange(start, start + count, dtype=np.int64)
 
 
-def make_plan() -> Plan:
-    return Plan(
+def make_plan() -> SplitPlan:
+    return SplitPlan(
         rows(7),
         rows(7) % 5,
         rows(3, 7),
@@ -31,15 +31,15 @@ def make_plan() -> Plan:
     )
 
 
-def test_without_groups_each_row_of_a_plan_has_a_number_of_its_own() -> None:
-    plan = Plan(rows(4), NO_ROWS, rows(2, 4), rows(3, 6), "")
+def test_without_groups_each_row_of_a_plan_has_a_unique_number() -> None:
+    plan = SplitPlan(rows(4), NO_ROWS, rows(2, 4), rows(3, 6), "")
     numbers = [*plan.fit_groups, *plan.validation_groups, *plan.holdout_groups]
     assert sorted(numbers) == list(range(9))
     assert plan.fit_order.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 9])
-def test_shares_together_hold_every_group_number_and_rank_once_in_order(num_workers: int) -> None:
+def test_the_shares_of_all_workers_together_have_every_group_number_and_rank_in_order(num_workers: int) -> None:
     plan = make_plan()
     shares = [plan.share(rank, num_workers) for rank in range(num_workers)]
     for name in ("fit_groups", "validation_groups", "holdout_groups", "fit_order", "holdout_order"):
@@ -47,13 +47,13 @@ def test_shares_together_hold_every_group_number_and_rank_once_in_order(num_work
         assert joined.tolist() == getattr(plan, name).tolist(), name
 
 
-def test_a_plan_of_a_part_of_the_fit_rows_keeps_their_groups() -> None:
-    few = make_plan().take_fit([1, 4, 6])
-    assert few.fit_rows.tolist() == [1, 4, 6]
-    assert few.folds.tolist() == [1, 4, 1]
-    assert few.fit_groups.tolist() == [0, 1, 0]
-    assert few.fit_order.tolist() == [1, 9, 12]
-    assert few.holdout_groups.tolist() == [6, 7, 6, 8]
+def test_a_plan_with_some_of_the_fit_rows_keeps_their_groups() -> None:
+    reduced = make_plan().take_fit([1, 4, 6])
+    assert reduced.fit_rows.tolist() == [1, 4, 6]
+    assert reduced.folds.tolist() == [1, 4, 1]
+    assert reduced.fit_groups.tolist() == [0, 1, 0]
+    assert reduced.fit_order.tolist() == [1, 9, 12]
+    assert reduced.holdout_groups.tolist() == [6, 7, 6, 8]
 
 
 def test_a_plan_with_more_rows_than_group_numbers_is_refused() -> None:
@@ -61,7 +61,7 @@ def test_a_plan_with_more_rows_than_group_numbers_is_refused() -> None:
         dataclasses.replace(make_plan(), fit_rows=rows(3))
 
 
-def test_a_memory_shard_numbers_its_images_unless_told() -> None:
+def test_a_memory_shard_numbers_its_images_by_default() -> None:
     images = torch.zeros(3, 2, 2, 3, dtype=torch.uint8)
     shard = MemoryShard(images, images[:2])
     assert shard.fit_groups().tolist() == [0, 1, 2]
@@ -74,6 +74,6 @@ def test_a_memory_shard_numbers_its_images_unless_told() -> None:
     assert shard.fit_groups().dtype == np.int64
 
 
-def test_a_memory_shard_refuses_another_number_of_groups_than_images() -> None:
+def test_a_memory_shard_refuses_a_wrong_number_of_groups() -> None:
     with pytest.raises(ValueError, match="groups has shape"):
         MemoryShard(torch.zeros(3, 2, 2, 3, dtype=torch.uint8), groups=[0, 1])

@@ -1,4 +1,4 @@
-"""Versions of a category: a reader keeps the one that it began with for a day, whatever is published meanwhile."""
+"""Versions of a category: a reader keeps its version for a day, even if new versions are published."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from made_sources import make_mvtec, pixels, save
 
 from focus_ray.data import store
-from focus_ray.data.commits import named
+from focus_ray.data.commits import referenced_files
 from focus_ray.data.ingest import ingest
-from focus_ray.data.read import data_version, decoded_rows, index_version, iter_test_records, read_index, read_rows
+from focus_ray.data.read import data_version, decode_rows, index_version, iter_test_records, read_index, read_rows
 from focus_ray.errors import DataError
 
 
@@ -24,7 +24,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def publish(source: Path, out: Path, change: int | None = None) -> str:
-    """Ingests, with one more image if told. Returns: the version."""
+    """Ingests the source, and returns the new version. change: number of an image that is added first."""
     if change is not None:
         save(source / f"train/good/change-{change}.png", pixels(900 + change))
     ingest(source, out, progress=False)
@@ -32,12 +32,12 @@ def publish(source: Path, out: Path, change: int | None = None) -> str:
 
 
 def age(out: Path, hours: float) -> None:
-    """Makes everything in the category that much older."""
+    """Makes all files of the category older by a number of hours."""
     folder = out / "category=bolt"
     for path in [*folder.glob("_commit.json"), *folder.glob("_commits/*.json")]:
         commit = json.loads(path.read_text())
-        for item in commit["dropped"]:
-            item["at"] = (datetime.fromisoformat(item["at"]) - timedelta(hours=hours)).isoformat()
+        for entry in commit["dropped"]:
+            entry["at"] = (datetime.fromisoformat(entry["at"]) - timedelta(hours=hours)).isoformat()
         stat = path.stat()
         path.write_text(json.dumps(commit))
         set_time(path, stat.st_mtime)
@@ -46,15 +46,15 @@ def age(out: Path, hours: float) -> None:
             set_time(path, path.stat().st_mtime - 3600 * hours)
 
 
-def set_time(path: Path, when: float) -> None:
-    os.utime(path, (when, when))
+def set_time(path: Path, time_s: float) -> None:
+    os.utime(path, (time_s, time_s))
 
 
 def ids(rows: object) -> list[str]:
     return [row["id"] for row in rows]  # type: ignore[attr-defined]
 
 
-def test_the_index_tells_its_version_and_rows_are_read_of_it(source: Path, tmp_path: Path) -> None:
+def test_the_index_has_a_version_and_rows_are_read_from_this_version(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = publish(source, out)
     index = read_index(out, "bolt", split="train")
@@ -66,12 +66,12 @@ def test_the_index_tells_its_version_and_rows_are_read_of_it(source: Path, tmp_p
     assert ids(read_rows(out, "bolt", rows, ["id"], version=first)) == index["id"].to_pylist()
     assert read_index(out, "bolt", "train", version=first).equals(index)
     assert ids(read_rows(out, "bolt", rows, ["id"])) != index["id"].to_pylist()
-    (images,) = decoded_rows(str(out), "bolt", [int(rows[0])], 8, version=first)
-    (others,) = decoded_rows(str(out), "bolt", [int(rows[0])], 8)
-    assert not np.array_equal(images, others)
+    (images,) = decode_rows(str(out), "bolt", [int(rows[0])], 8, version=first)
+    (current_images,) = decode_rows(str(out), "bolt", [int(rows[0])], 8)
+    assert not np.array_equal(images, current_images)
 
 
-def test_a_reader_in_mid_pass_goes_on_while_others_publish(
+def test_a_reader_continues_while_new_versions_are_published(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -79,20 +79,20 @@ def test_a_reader_in_mid_pass_goes_on_while_others_publish(
     monkeypatch.setattr(store, "FILE_BYTES", 1)
     publish(source, out)
     index = read_index(out, "bolt")
-    passing = read_rows(out, "bolt", index["row"].to_numpy(), ["id"])
+    rows = read_rows(out, "bolt", index["row"].to_numpy(), ["id"])
     records = iter(iter_test_records(str(out), "bolt"))
-    seen = [next(passing)["id"]]
+    read_ids = [next(rows)["id"]]
     first_record = next(records)["id"]
     for number in range(3):
         publish(source, out, number)
-    assert [*seen, *ids(passing)] == index["id"].to_pylist()
+    assert [*read_ids, *ids(rows)] == index["id"].to_pylist()
     assert [first_record, *ids(records)] == read_index(out, "bolt", "test")["id"].to_pylist()
 
 
-def test_a_replaced_version_goes_with_its_files_a_day_after_it_was_replaced(source: Path, tmp_path: Path) -> None:
+def test_a_replaced_version_is_deleted_a_day_after_its_replacement(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = publish(source, out)
-    age(out, 100)  # however old it is itself
+    age(out, 100)  # the age of the version itself does not count
     second = publish(source, out, 0)
     age(out, 23)
     third = publish(source, out, 1)
@@ -101,19 +101,21 @@ def test_a_replaced_version_goes_with_its_files_a_day_after_it_was_replaced(sour
         assert len(list(read_rows(out, "bolt", index["row"].to_numpy(), ["id"], version))) == count
     age(out, 2)
     fourth = publish(source, out, 2)
-    with pytest.raises(DataError, match=rf"no version '{first}': it is now {fourth}.*24 hours.*start over"):
+    with pytest.raises(DataError, match=rf"no version '{first}': .*{fourth}.*24 hours"):
         read_rows(out, "bolt", [0], version=first)
     with pytest.raises(DataError, match="no version"):
         read_index(out, "bolt", version=first)
     assert [read_index(out, "bolt", version=name).num_rows for name in (second, third, fourth)] == [13, 14, 15]
     names = {"_commit.json"}
     for version in (second, third, fourth):
-        commit = store.open_store(out).need_commit("bolt", version)
-        names |= named(commit)
+        commit = store.open_store(out).require_commit("bolt", version)
+        names |= referenced_files(commit)
     assert {path.name for path in (out / "category=bolt").iterdir() if path.is_file()} == names
 
 
-def test_a_set_that_kept_no_versions_is_read_and_keeps_its_last_one(source: Path, tmp_path: Path) -> None:
+def test_an_old_data_set_without_versions_is_readable_and_its_last_version_is_kept(
+    source: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     first = publish(source, out)
     folder = out / "category=bolt"
@@ -130,7 +132,7 @@ def test_a_set_that_kept_no_versions_is_read_and_keeps_its_last_one(source: Path
 
 
 @pytest.mark.parametrize("version", ["../x", "", "a/b"])
-def test_what_is_no_versions_name_is_refused(source: Path, tmp_path: Path, version: str) -> None:
+def test_an_invalid_version_name_is_refused(source: Path, tmp_path: Path, version: str) -> None:
     publish(source, tmp_path / "out")
-    with pytest.raises(DataError, match="expected one that `data_version` gave"):
+    with pytest.raises(DataError, match="data_version"):
         read_index(tmp_path / "out", "bolt", version=version)

@@ -129,13 +129,13 @@ def test_images_come_to_the_frame_as_pillow_brings_them(resize: Any, with_region
     to_frame = ToFrame(frame)
     for height, width in sizes:
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        expected = frame.place(Image.fromarray(pixels), width, height)
+        expected = frame.place_image(Image.fromarray(pixels), width, height)
         found, shown, box = to_frame(torch.from_numpy(pixels)[None])
         np.testing.assert_array_equal((found[0] * 255).round().byte().permute(1, 2, 0).numpy(), expected[..., :3])
         if shown is not None:
             np.testing.assert_array_equal(shown.numpy(), expected[..., 3] > 0)
         if box is not None:
-            assert tuple(box.tolist()) == tuple(frame.box(width, height))
+            assert tuple(box.tolist()) == tuple(frame.image_box(width, height))
 
 
 class Pixels(torch.nn.Module):
@@ -166,7 +166,7 @@ def test_openvino_brings_images_to_the_frame_as_pillow_does(resize: Any, tmp_pat
     for height, width in ((64, 64), (97, 201), (300, 500)):
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         (found,) = to_frame(pixels[None]).values()
-        expected = frame.place(Image.fromarray(pixels), width, height)
+        expected = frame.place_image(Image.fromarray(pixels), width, height)
         found = (found[0].transpose(1, 2, 0) * 255).round().astype(np.uint8)
         np.testing.assert_array_equal(found, expected[..., :3])
 

@@ -20,7 +20,7 @@ from focus_ray.bundle.update import update_bundle
 from focus_ray.config import DensityConfig, ModelConfig, parse_config
 from focus_ray.data.images import decode_mask, encode_png
 from focus_ray.data.read import iter_test_records, read_index
-from focus_ray.data.regions import frame_of
+from focus_ray.data.regions import load_frame
 from focus_ray.data.shards import MemoryShard, build_shard, fits_memory
 from focus_ray.data.split import plan_category
 from focus_ray.density.base import Statistics, build_density
@@ -334,7 +334,7 @@ def test_images_are_counted_at_the_size_of_all_tiles_against_the_memory(data: st
     streamed = build_shard(config, "gear", plan, 0, 1)
     kept = build_shard(small_config(data, tmp_path, model=model("shared")), "gear", plan, 0, 1)
     assert torch.equal(torch.cat(list(streamed.fit_batches())), torch.cat(list(kept.fit_batches())))
-    assert frame_of(config, "gear").shape == (56, 80, 3)
+    assert load_frame(config, "gear").shape == (56, 80, 3)
 
 
 def test_tiling_with_alignment_is_refused() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision import models
 
 from focus_ray.errors import WeightsError
-from focus_ray.kinds import BACKBONES, GEOMETRIES, Geometry
+from focus_ray.kinds import BACKBONES, GEOMETRIES, BackboneGeometry
 from focus_ray.model.backbones.base import Backbone, build_backbone, load_backbone_state, set_padding
 from focus_ray.model.backbones.weights import read_weights
 
@@ -70,7 +70,7 @@ def randomise_batch_norms(module: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_levels_have_the_strides_of_the_geometry_and_the_published_channels(name: str) -> None:
-    strides = GEOMETRIES.get(name, Geometry()).strides
+    strides = GEOMETRIES.get(name, BackboneGeometry()).strides
     size = 4 * strides[2]
     with torch.device("meta"), torch.inference_mode():
         backbone = Backbone(name).eval()
@@ -83,14 +83,14 @@ def test_levels_have_the_strides_of_the_geometry_and_the_published_channels(name
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_smallest_input_that_reflection_goes_with_is_the_geometrys(name: str) -> None:
-    geometry = GEOMETRIES.get(name, Geometry())
+    geometry = GEOMETRIES.get(name, BackboneGeometry())
     step = geometry.strides[2]
-    size = -(-geometry.smallest_reflected_px // step) * step
+    size = -(-geometry.min_reflected_px // step) * step
     with torch.device("meta"), torch.inference_mode():
         backbone = Backbone(name).eval()
         set_padding(backbone, "reflect")
         backbone(torch.empty(1, 3, size, size))
-        if geometry.smallest_reflected_px > 32:
+        if geometry.min_reflected_px > 32:
             with pytest.raises(RuntimeError, match=r"[Pp]adding size"):
                 backbone(torch.empty(1, 3, size - step, size - step))
 

@@ -12,7 +12,7 @@ import torch
 from small_set import NUM_TEST, ingest_parts, small_config
 
 from focus_ray.config import Config
-from focus_ray.data.read import decoded_rows
+from focus_ray.data.read import decode_rows
 from focus_ray.errors import DataError
 from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE
 from focus_ray.sweep.settings import Objective
@@ -185,10 +185,10 @@ def test_a_worker_decodes_its_own_share_where_images_are_not_shared(
 
     def counting(uri: str, category: str, rows: Sequence[int], *rest: Any, **more: Any) -> Iterator[np.ndarray]:
         decoded.extend(rows)
-        return decoded_rows(uri, category, rows, *rest, **more)
+        return decode_rows(uri, category, rows, *rest, **more)
 
     for module in ("focus_ray.data.shards", "focus_ray.sweep.shared"):
-        monkeypatch.setattr(f"{module}.decoded_rows", counting)
+        monkeypatch.setattr(f"{module}.decode_rows", counting)
     given = []
     for rank in range(num_workers):
         decoded.clear()

@@ -286,7 +286,7 @@ def fragile(monkeypatch: pytest.MonkeyPatch) -> Fragile:
     """A fourth tracker: a file, here this one, and a line in the table."""
     made = Fragile()
     monkeypatch.setattr(sys.modules[__name__], "FRAGILE", made, raising=False)
-    monkeypatch.setitem(TRACKERS.places, "fragile", f"{__name__}:FRAGILE")
+    monkeypatch.setitem(TRACKERS.import_paths, "fragile", f"{__name__}:FRAGILE")
     return made
 
 

@@ -1,1 +1,1 @@
-"""From folders of other people's shapes to a plan of samples: one file a shape, and the list of them."""
+"""Importers: each file reads one folder layout and turns it into a plan of samples."""

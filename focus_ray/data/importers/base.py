@@ -1,4 +1,4 @@
-"""What importers share: the plan that one makes of a folder, and how folders, images and masks are found."""
+"""The interface of importers, the plan that an importer makes of a folder, and the functions that all importers use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from focus_ray.data.importers.groups import GroupRule, Place
+from focus_ray.data.importers.groups import GroupRule, ImageLocation
 from focus_ray.data.importers.vocabulary import is_good_name, is_unclear_name
 from focus_ray.data.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # importers share the suffixes
 from focus_ray.data.listing import is_hidden
@@ -19,7 +19,7 @@ from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 from focus_ray.names import NAME_WORDS, is_name, is_utf8
 
-# Companions of the images that mean nothing here; any other suffix among them is rejected and said.
+# Files beside the images that are ignored. A file with any other suffix is rejected and reported.
 IGNORED_SUFFIXES = (
     *(".txt", ".md", ".rst", ".pdf", ".html"),
     *(".csv", ".json", ".xml", ".yaml", ".yml", ".log", ".db", ".ini"),
@@ -29,22 +29,29 @@ IGNORED_STEMS = ("license", "licence", "readme", "thumbs")
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A source image and what the folders say of it."""
+    """A source image, and the properties that follow from its folder or from a table."""
 
     path: SourcePath
-    folder: str  # the part of the id that says where the image came from
+    folder: str  # first part of the row id after the category: the source folder or split
     split: str
     label: int
     defect_type: str
     masks: tuple[SourcePath, ...] = ()
-    drawn: bool = False  # the split is not the source's own but drawn
-    below: str = ""  # subfolders between the folder of the images and the file, as in "part1/view2"
-    group: str = ""  # the part or burst that the image shows; empty: the image is its own group
+    has_drawn_split: bool = False  # the source defines no split, so the split was drawn at random
+    subfolders: str = ""  # subfolders between the class folder (good/ and the like) and the file, as in "part1/view2"
+    group: str = ""  # name of the part or burst that the image shows; empty: the image is its own group
 
 
 @dataclass
 class ImportPlan:
-    """What becomes of the files of one category. folders: what each folder was taken for, with its images' count."""
+    """The planned handling of the source files of one category.
+
+    Attributes:
+        samples: the images to ingest.
+        rejects: files that are rejected without being opened.
+        notes: hints for the user.
+        folders: for each folder, a text with its number of images and their meaning.
+    """
 
     category: str
     samples: list[Sample] = field(default_factory=list)
@@ -52,8 +59,8 @@ class ImportPlan:
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
-    def take_over(self, other: ImportPlan) -> None:
-        """What another plan of the category found, but for its samples."""
+    def add_messages(self, other: ImportPlan) -> None:
+        """Adds the rejects, notes and folder texts of another plan of the same category, without its samples."""
         self.rejects += other.rejects
         self.notes += other.notes
         self.folders += other.folders
@@ -61,10 +68,13 @@ class ImportPlan:
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """How the source is read.
+    """Settings for all importers.
 
-    test_share: share of the normal images that becomes test data where the source has no split.  seed: chooses them.
-    grouping: names the groups of images; None leaves each image its own group.
+    Attributes:
+        source: root of the source.
+        test_share: share of the normal images that becomes test data if the source defines no split.
+        seed: seed for the choice of these test images.
+        grouping: names the groups of images; None makes each image its own group.
     """
 
     source: SourcePath
@@ -74,64 +84,81 @@ class ImportSettings:
 
     @property
     def takes_subfolders(self) -> bool:
-        """Whether images in subfolders of good/ and the like are taken."""
+        """Whether images in subfolders of a class folder (good/ and the like) are ingested."""
         return self.grouping is not None and self.grouping.takes_subfolders
 
-    def name_groups(self, places: Sequence[Place]) -> list[str]:
+    def name_groups(self, locations: Sequence[ImageLocation]) -> list[str]:
         """Returns the group name of each image of one category and split; empty for an image that is its own group."""
-        return [""] * len(places) if self.grouping is None else self.grouping.name_groups(places)
+        return [""] * len(locations) if self.grouping is None else self.grouping.name_groups(locations)
 
     def relative(self, path: SourcePath) -> str:
-        """For people and reports: bytes that are no UTF-8 are shown as \\xff."""
-        shown = path.relative_to(self.source).as_posix() if path.is_relative_to(self.source) else str(path)
-        return shown.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        """Returns a path relative to the source, for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
+        text = path.relative_to(self.source).as_posix() if path.is_relative_to(self.source) else str(path)
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Importer(Protocol):
-    """A shape of folders; its name in `IMPORTERS` is what --format takes.
+    """Reads one folder layout. Its name in `IMPORTERS` is a value of --format.
 
-    expected: what such a folder holds, for people.  has_table: whether a table says what there is, which stands above what
-    folders are called; it lies in the source itself.
+    Attributes:
+        expected: the expected content of a folder, for error messages.
+        has_table: whether a table in the source lists the images. Such an importer comes before importers that read folder names.
     """
 
     expected: str
     has_table: bool
 
     def fits(self, folder: SourcePath) -> bool:
-        """Whether a folder is one category of this shape or, with a table, a set of them."""
+        """Returns whether a folder is a category in this layout or, for importers with a table, a set of categories."""
 
     def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
-        """A plan a category, empty for those that are not wanted; no file is opened but a table. Raises: DataError."""
+        """Returns one plan per category, without opening any file except a table.
+
+        Args:
+            folder: a category or, for importers with a table, a set of categories.
+            categories: the categories to ingest; the plans of all others are empty. None takes all.
+
+        Raises: DataError: the folder or the table has unexpected content.
+        """
 
 
 @dataclass(frozen=True)
 class FolderImporter:
-    """An importer whose folders are a category each, told by a folder that they hold."""
+    """An importer for layouts in which each folder is one category.
+
+    Attributes:
+        expected: the expected content of a folder, for error messages.
+        is_category: returns whether a folder is a category in this layout.
+        plan_category: makes the plan of a category from its folder, its name and the settings.
+    """
 
     expected: str
-    sign: Callable[[SourcePath], bool]  # of a folder that is one category
-    plan_one: Callable[[SourcePath, str, ImportSettings], ImportPlan]
+    is_category: Callable[[SourcePath], bool]
+    plan_category: Callable[[SourcePath, str, ImportSettings], ImportPlan]
     has_table = False
 
     def fits(self, folder: SourcePath) -> bool:
-        return self.sign(folder)
+        return self.is_category(folder)
 
     def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
         name = folder_name(folder)
         if categories is not None and name not in categories:
             return [ImportPlan(name)]
-        return [self.plan_one(folder, category_name(name, folder), settings)]
+        return [self.plan_category(folder, check_category_name(name, folder), settings)]
 
 
-def held_for_test(names: Sequence[str], settings: ImportSettings, groups: Sequence[str] | None = None) -> list[bool]:
-    """Returns whether each normal image becomes test data: a seeded share of the groups, with all of their images.
+def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Sequence[str] | None = None) -> list[bool]:
+    """Draws the normal images that become test data, and returns for each image whether it was drawn.
 
-    The place of a group in the draw depends on its name and the seed alone. An image without a group is drawn by its own name.
+    Groups are drawn with all of their images. The rank of a group in the draw depends only on its name and the seed, so further
+    images do not change it. An image without a group is drawn by its own name.
 
-    Args: groups: group name of each image; None or an empty name: the image is its own group.
+    Args:
+        names: name of each image.
+        groups: group name of each image; None or an empty name makes an image its own group.
     """
 
-    def draw(unit: tuple[str, str]) -> str:
+    def draw_key(unit: tuple[str, str]) -> str:
         group, name = unit
         text = f"{settings.seed}:group:{group}" if group else f"{settings.seed}:{name}"
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
@@ -142,8 +169,8 @@ def held_for_test(names: Sequence[str], settings: ImportSettings, groups: Sequen
     count = round(settings.test_share * num_units)
     if settings.test_share > 0 and num_units > 1:
         count = min(max(count, 1), num_units - 1)
-    held = set(sorted(set(units), key=draw)[:count])
-    return [unit in held for unit in units]
+    drawn = set(sorted(set(units), key=draw_key)[:count])
+    return [unit in drawn for unit in units]
 
 
 def add_folder(
@@ -156,47 +183,57 @@ def add_folder(
     truth: SourcePath | None,
     settings: ImportSettings,
 ) -> None:
-    """Adds a folder's images to the plan, with their masks from `truth`; what it cannot place is rejected or noted.
+    """Adds the images of a class folder to a plan, with their masks. Other files are rejected or mentioned in a note.
 
-    Images in subfolders are taken if `settings.takes_subfolders`; their masks are in the same subfolders of `truth`.
+    Images in subfolders are added if `settings.takes_subfolders`; their masks are in the same subfolders of `truth`.
+
+    Args:
+        folder: the folder of the images; it need not exist.
+        origin: first part of the row ids after the category.
+        split: train or test.
+        label: 0 normal, 1 anomalous.
+        defect: type of the defect, for label 1.
+        truth: folder of the masks; None if the images have no masks.
     """
     num_images = 0
-    passed_over: Counter[str] = Counter()
-    for below, level in folder_levels(folder, settings):
+    num_skipped: Counter[str] = Counter()
+    for below, level in walk_image_folders(folder, settings):
         if not is_utf8(below):
             detail = "its name is not valid UTF-8: rename the folder"
             plan.rejects.append(Reject(settings.relative(level), plan.category, "file_name", detail))
             continue
         masks_folder = truth / below if truth and below else truth
         stems: set[str] = set()
-        visible, companions = _listed_files(level)
-        passed_over.update(companions)
-        for path in visible:
-            if is_lost(path):
-                plan.rejects.append(Reject(settings.relative(path), plan.category, "unreadable", lost_words(path)))
+        files, skipped_here = _list_files(level)
+        num_skipped.update(skipped_here)
+        for path in files:
+            if is_broken_link(path):
+                plan.rejects.append(
+                    Reject(settings.relative(path), plan.category, "unreadable", describe_broken_link(path))
+                )
             elif not path.is_file():
-                detail = "no regular file: a pipe, a device or a socket is not read"
+                detail = "not a regular file: pipes, devices and sockets are not read"
                 plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
             elif not is_utf8(path.name):
-                detail = "its name is not valid UTF-8: rename it"
+                detail = "its name is not valid UTF-8: rename the file"
                 plan.rejects.append(Reject(settings.relative(path), plan.category, "file_name", detail))
             elif path.suffix.lower() in IMAGE_SUFFIXES:
                 stems.add(path.stem)
-                masks = tuple(match_masks(masks_folder, path.stem)) if masks_folder else ()
+                masks = tuple(find_masks(masks_folder, path.stem)) if masks_folder else ()
                 name = defect if label else "good"
-                plan.samples.append(Sample(path, origin, split, label, name, masks, below=below))
+                plan.samples.append(Sample(path, origin, split, label, name, masks, subfolders=below))
             else:
                 detail = f"suffix {path.suffix!r}: expected one of {', '.join(IMAGE_SUFFIXES)}"
                 plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
         num_images += len(stems)
         if masks_folder:
-            reject_lone_masks(plan, masks_folder, stems, settings, subfolder_names(level, settings))
+            reject_unmatched_masks(plan, masks_folder, stems, settings, included_subfolder_names(level, settings))
     if not settings.takes_subfolders:
-        for nested in subfolders(folder):
+        for nested in list_subfolders(folder):
             plan.notes.append(f"{settings.relative(nested)}: skipped, images are expected directly in {folder.name}/")
-    if passed_over:
-        shown = ", ".join(f"{count} {kind}" for kind, count in sorted(passed_over.items()))
-        plan.notes.append(f"{settings.relative(folder)}: passed over {shown}")
+    if num_skipped:
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(num_skipped.items()))
+        plan.notes.append(f"{settings.relative(folder)}: skipped {counts}")
     if folder.is_dir():
         meaning = (
             f"anomalous, {defect!r}, for the test"
@@ -206,103 +243,130 @@ def add_folder(
         plan.folders.append(f"{settings.relative(folder)}: {num_images} images, {meaning}")
         if label and is_unclear_name(defect):
             plan.notes.append(
-                f"{settings.relative(folder)}: taken for a defect named {defect!r}; if its parts are good, rename it to good"
+                f"{settings.relative(folder)}: interpreted as a defect named {defect!r}; if its parts are good, rename it to good"
             )
 
 
-def folder_levels(folder: SourcePath, settings: ImportSettings) -> Iterator[tuple[str, SourcePath]]:
-    """Yields a folder of images and, if the settings take subfolders, all folders below it, each with its path below it."""
+def walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterator[tuple[str, SourcePath]]:
+    """Yields a class folder and, if `settings.takes_subfolders`, all folders below it.
+
+    Yields:
+        The path below the class folder, empty for the class folder itself, and the folder.
+    """
     pending = [("", folder)]
     while pending:
         below, level = pending.pop(0)
         yield below, level
         if settings.takes_subfolders:
-            pending += [(f"{below}/{item.name}" if below else item.name, item) for item in subfolders(level)]
+            pending += [(f"{below}/{item.name}" if below else item.name, item) for item in list_subfolders(level)]
 
 
-def subfolder_names(folder: SourcePath, settings: ImportSettings) -> set[str]:
-    """Returns the names of the subfolders whose images are taken."""
-    return {item.name for item in subfolders(folder)} if settings.takes_subfolders else set()
+def included_subfolder_names(folder: SourcePath, settings: ImportSettings) -> set[str]:
+    """Returns the names of the subfolders whose images are ingested."""
+    return {item.name for item in list_subfolders(folder)} if settings.takes_subfolders else set()
 
 
-def match_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
-    """<stem>.png, <stem>_mask.png or every file of <stem>/, the last for several regions of one image (LOCO)."""
+def find_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
+    """Returns the masks of an image: <stem>.png, <stem>_mask.png, and every image in the folder <stem>/.
+
+    MVTec LOCO stores several regions of one image in such a folder.
+
+    Args:
+        truth: folder of the masks.
+        stem: file name of the image without suffix.
+    """
     if not truth.is_dir():
         return []
-    found = [
+    candidates = [
         truth / f"{name}{suffix}"
         for name in (stem, f"{stem}_mask")
         for suffix in (*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
     ]
-    found = [path for path in found if path.is_file() or is_lost(path)]  # a lost mask must not pass for none
-    return sorted(set(found)) + image_files(truth / stem)
+    # a broken link counts as a mask: otherwise the image would be ingested without its mask
+    masks = [path for path in candidates if path.is_file() or is_broken_link(path)]
+    return sorted(set(masks)) + list_image_files(truth / stem)
 
 
-def reject_lone_masks(
-    plan: ImportPlan, truth: SourcePath, stems: set[str], settings: ImportSettings, parts: Collection[str] = ()
+def reject_unmatched_masks(
+    plan: ImportPlan, truth: SourcePath, stems: set[str], settings: ImportSettings, skipped_names: Collection[str] = ()
 ) -> None:
     """Rejects masks that belong to no image.
 
-    Args: parts: names of subfolders of `truth` that are checked for themselves.
+    Args:
+        truth: folder of the masks.
+        stems: file names, without suffix, of the images.
+        skipped_names: names of subfolders of `truth` that are not checked by this call.
     """
-    lone = [path for path in image_files(truth) if not {path.stem, path.stem.removesuffix("_mask")} & stems]
-    for nested in subfolders(truth):
-        if nested.name not in stems and nested.name not in parts:
-            lone += image_files(nested)
-    for path in lone:
+    unmatched = [path for path in list_image_files(truth) if not {path.stem, path.stem.removesuffix("_mask")} & stems]
+    for nested in list_subfolders(truth):
+        if nested.name not in stems and nested.name not in skipped_names:
+            unmatched += list_image_files(nested)
+    for path in unmatched:
         detail = "no image has this mask's name: rename one or remove the mask"
         plan.rejects.append(Reject(settings.relative(path), plan.category, "mask_without_image", detail))
 
 
-def refuse_folders(root: SourcePath, known: set[str], expected: str) -> None:
-    odd = [item.name for item in subfolders(root) if item.name not in known]
-    if odd:
-        shown = ", ".join(name if is_utf8(name) else ascii(name) for name in odd)
-        raise DataError(f"{root}: did not expect the folder {shown} here: expected {expected}; move it away")
+def refuse_unexpected_folders(root: SourcePath, allowed_names: set[str], expected: str) -> None:
+    """Checks that a folder has no subfolders with other names.
+
+    Args: expected: the expected content, for the error message.
+
+    Raises: DataError: there is a subfolder with another name.
+    """
+    unexpected = [item.name for item in list_subfolders(root) if item.name not in allowed_names]
+    if unexpected:
+        names = ", ".join(name if is_utf8(name) else ascii(name) for name in unexpected)
+        raise DataError(f"{root}: did not expect the folder {names} here: expected {expected}; move it away")
 
 
-def skipped_folders(root: SourcePath, used: set[str], settings: ImportSettings) -> list[str]:
-    """Notes on folders, and on images that lie beside them, of which nothing is taken."""
+def describe_skipped_folders(root: SourcePath, used_names: set[str], settings: ImportSettings) -> list[str]:
+    """Returns notes on subfolders that are not used, and on images that are directly in `root` and therefore skipped."""
     notes = [
-        f"{settings.relative(item)}: skipped, its name says nothing in this shape"
-        for item in subfolders(root)
-        if item.name not in used
+        f"{settings.relative(item)}: skipped, its name has no meaning in this layout"
+        for item in list_subfolders(root)
+        if item.name not in used_names
     ]
-    loose = len(image_files(root))
-    if loose:
-        notes.append(f"{settings.relative(root)}: {loose} images beside the folders are skipped: put them into one")
+    num_loose = len(list_image_files(root))
+    if num_loose:
+        notes.append(
+            f"{settings.relative(root)}: {num_loose} images beside the folders are skipped: move them into a folder"
+        )
     return notes
 
 
-def subfolders(folder: SourcePath) -> list[SourcePath]:
+def list_subfolders(folder: SourcePath) -> list[SourcePath]:
+    """Returns the sorted visible folders directly in a folder; an empty list if the folder does not exist."""
     if not folder.is_dir():
         return []
     return sorted(item for item in folder.iterdir() if item.is_dir() and not is_hidden(item.name))
 
 
-def good_folders(folder: SourcePath) -> list[SourcePath]:
-    """Its folders whose names say that they hold good parts."""
-    return [item for item in subfolders(folder) if is_good_name(item.name)]
+def list_good_folders(folder: SourcePath) -> list[SourcePath]:
+    """Returns the subfolders whose names mean "good parts"."""
+    return [item for item in list_subfolders(folder) if is_good_name(item.name)]
 
 
-def is_lost(path: SourcePath) -> bool:
-    """Whether it is a link to what is not there: data under version control that was not fetched."""
+def is_broken_link(path: SourcePath) -> bool:
+    """Returns whether a path is a link to a missing file, for instance data under version control that was not fetched."""
     return path.is_symlink() and not path.exists()
 
 
-def lost_words(path: SourcePath) -> str:
+def describe_broken_link(path: SourcePath) -> str:
+    """Returns the text for a report: the target of the link and the remedy."""
     target = ascii(os.readlink(str(path)))
-    return (
-        f"a link to {target}, which is not there: fetch what it names (git annex get, dvc pull) or copy the file itself"
-    )
+    return f"a link to {target}, which does not exist: fetch the file (git annex get, dvc pull) or copy the file itself"
 
 
-def _listed_files(folder: SourcePath) -> tuple[list[SourcePath], dict[str, int]]:
-    """What is no folder: what to look at, and how many of what kind are passed over as companions of images."""
+def _list_files(folder: SourcePath) -> tuple[list[SourcePath], dict[str, int]]:
+    """Lists the files directly in a folder.
+
+    Returns:
+        The sorted visible files, without files that are ignored beside images; and the number of ignored files of each kind.
+    """
     if not folder.is_dir():
         return [], {}
-    visible: list[SourcePath] = []
-    passed_over: dict[str, int] = {}
+    files: list[SourcePath] = []
+    num_skipped: dict[str, int] = {}
     for item in sorted(folder.iterdir()):
         if item.is_dir():
             continue
@@ -311,23 +375,24 @@ def _listed_files(folder: SourcePath) -> tuple[list[SourcePath], dict[str, int]]
         elif item.suffix.lower() in IGNORED_SUFFIXES or item.stem.lower() in IGNORED_STEMS:
             kind = item.suffix.lower() or item.name
         else:
-            visible.append(item)
+            files.append(item)
             continue
-        passed_over[kind] = passed_over.get(kind, 0) + 1
-    return visible, passed_over
+        num_skipped[kind] = num_skipped.get(kind, 0) + 1
+    return files, num_skipped
 
 
-def image_files(folder: SourcePath) -> list[SourcePath]:
-    return [path for path in _listed_files(folder)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
+def list_image_files(folder: SourcePath) -> list[SourcePath]:
+    """Returns the sorted image files directly in a folder; an empty list if the folder does not exist."""
+    return [path for path in _list_files(folder)[0] if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def folder_name(path: SourcePath) -> str:
-    return (
-        Path(os.path.abspath(path)).name if isinstance(path, Path) else path.name
-    )  # of "." too, without following a link
+    """Returns the name of a folder. It also works for ".", and does not follow a link."""
+    return Path(os.path.abspath(path)).name if isinstance(path, Path) else path.name
 
 
-def category_name(name: str, where: SourcePath) -> str:
+def check_category_name(name: str, source: SourcePath) -> str:
+    """Returns the name unchanged. Raises: DataError: it is not a valid name. source: of the name, for the message."""
     if not is_name(name):
-        raise DataError(f"{where}: {name!r} cannot name a category: expected {NAME_WORDS}; rename it")
+        raise DataError(f"{source}: {name!r} is not a valid name of a category: expected {NAME_WORDS}; rename it")
     return name

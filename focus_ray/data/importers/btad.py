@@ -1,4 +1,4 @@
-"""BTAD."""
+"""Importer for BTAD."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from focus_ray.data.importers.base import (
     ImportPlan,
     ImportSettings,
     add_folder,
-    refuse_folders,
-    subfolders,
+    list_subfolders,
+    refuse_unexpected_folders,
 )
 from focus_ray.data.source import SourcePath
 
 
 def plan_btad(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
-    """BTAD: ok and ko in place of good and a defect's name."""
+    """Plans a category of BTAD, where ok/ contains good images and ko/ defective ones.
+
+    Raises: DataError: the category contains another folder.
+    """
     plan = ImportPlan(category)
     truth = root / "ground_truth"
-    refuse_folders(root / "train", {"ok"}, "normal images only, in ok/")
-    refuse_folders(root / "test", {"ok", "ko"}, "ok/ and ko/")
+    refuse_unexpected_folders(root / "train", {"ok"}, "normal images only, in ok/")
+    refuse_unexpected_folders(root / "test", {"ok", "ko"}, "ok/ and ko/")
     add_folder(plan, root / "train" / "ok", "train", "train", 0, "good", None, settings)
     add_folder(plan, root / "test" / "ok", "test", "test", 0, "good", truth / "ok", settings)
     add_folder(plan, root / "test" / "ko", "test", "test", 1, "ko", truth / "ko", settings)
@@ -26,8 +29,8 @@ def plan_btad(root: SourcePath, category: str, settings: ImportSettings) -> Impo
 
 
 def is_btad(folder: SourcePath) -> bool:
-    """Whether its folders are called as BTAD's are, and no other."""
-    train, test = ({item.name for item in subfolders(folder / name)} for name in ("train", "test"))
+    """Returns whether a folder has the subfolders of BTAD and no others."""
+    train, test = ({item.name for item in list_subfolders(folder / name)} for name in ("train", "test"))
     return train == {"ok"} and test <= {"ok", "ko"}
 
 

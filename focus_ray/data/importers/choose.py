@@ -1,73 +1,90 @@
-"""Which importer a folder is for."""
+"""Chooses the importer for a source, and makes the plans of its categories."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from focus_ray.data.importers.base import ImportPlan, ImportSettings, image_files, subfolders
+from focus_ray.data.importers.base import ImportPlan, ImportSettings, list_image_files, list_subfolders
 from focus_ray.data.schema import SPLITS
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 from focus_ray.kinds import IMPORTERS
 
 
-def _mend(source: SourcePath) -> str:
-    """One line for what people have most often: images, and no folder that says what they are."""
-    for place in (source, *subfolders(source)):
-        images = image_files(place)
+def _suggest_good_folder(source: SourcePath) -> str:
+    """Returns the advice for the most common mistake: images without a folder that gives their meaning. Empty for no images."""
+    for folder in (source, *list_subfolders(source)):
+        images = list_image_files(folder)
         if images:
-            where = place / "good" if place == source else source / place.name / "good"
-            return f". {len(images)} images lie in {place}: if their parts are good, put them into {where}/"
+            target = folder / "good" if folder == source else source / folder.name / "good"
+            return f". {len(images)} images lie in {folder}: if their parts are good, move them to {target}/"
     return ""
 
 
 def make_plans(
     source: SourcePath, format: str, categories: Sequence[str] | None, settings: ImportSettings
 ) -> tuple[str, list[ImportPlan], list[str]]:
-    """Returns: the format taken, a plan for each category wanted, and notes."""
-    wanted = list(IMPORTERS) if format == "auto" else [format]
-    by_table = [name for name in wanted if IMPORTERS[name].has_table]
-    roots = {name: [source] for name in by_table if IMPORTERS[name].fits(source)}
-    for candidates in ([source], subfolders(source)):
+    """Plans the ingestion of a source.
+
+    Args:
+        format: name of an importer, or "auto".
+        categories: the categories to ingest; None takes all.
+
+    Returns:
+        The name of the chosen importer, one plan per category, and notes for the user.
+
+    Raises:
+        DataError: no category is found, the layout is ambiguous, or a category does not exist.
+    """
+    names = list(IMPORTERS) if format == "auto" else [format]
+    table_names = [name for name in names if IMPORTERS[name].has_table]
+    # importer -> folders that fit it; importers with a table come first
+    roots = {name: [source] for name in table_names if IMPORTERS[name].fits(source)}
+    for candidates in ([source], list_subfolders(source)):
         if roots:
-            break  # one category: its train/, with good/ inside, must not pass for another
+            break  # the source is one category: its train/, which contains good/, must not count as a further category
         fitting = {
-            name: [path for path in candidates if IMPORTERS[name].fits(path)] for name in wanted if name not in by_table
+            name: [path for path in candidates if IMPORTERS[name].fits(path)]
+            for name in names
+            if name not in table_names
         }
-        roots = {name: found for name, found in fitting.items() if found}
+        roots = {name: folders for name, folders in fitting.items() if folders}
     if not roots:
-        listed = "; ".join(f"{name}: {IMPORTERS[name].expected}" for name in wanted)
-        seen = ", ".join(sorted(item.name for item in source.iterdir())[:12]) or "nothing"
+        expected = "; ".join(f"{name}: {IMPORTERS[name].expected}" for name in names)
+        content = ", ".join(sorted(item.name for item in source.iterdir())[:12]) or "nothing"
         raise DataError(
-            f"{source}: no category found, here or one folder down. Expected {listed}. Found: {seen}{_mend(source)}"
+            f"{source}: no category found, here or one folder down. Expected {expected}. Found: {content}"
+            f"{_suggest_good_folder(source)}"
         )
     if len(roots) > 1:
-        mixed = "; ".join(f"{name}: {', '.join(path.name for path in found)}" for name, found in roots.items())
-        raise DataError(f"{source}: holds folders of several shapes ({mixed}): choose one with format=")
-    (chosen, found) = next(iter(roots.items()))
+        layouts = "; ".join(f"{name}: {', '.join(path.name for path in folders)}" for name, folders in roots.items())
+        raise DataError(f"{source}: contains folders of several layouts ({layouts}): choose one with format=")
+    (chosen, folders) = next(iter(roots.items()))
 
     notes: list[str] = []
-    if found != [source]:
-        others = [path.name for path in subfolders(source) if path not in found]
-        notes += [f"{name}: skipped, not a category of the {chosen} shape" for name in others]
-    plans = [plan for path in found for plan in IMPORTERS[chosen].plan(path, categories, settings)]
+    if folders != [source]:
+        other_names = [path.name for path in list_subfolders(source) if path not in folders]
+        notes += [f"{name}: skipped, not a category of the {chosen} layout" for name in other_names]
+    plans = [plan for path in folders for plan in IMPORTERS[chosen].plan(path, categories, settings)]
     available = [plan.category for plan in plans]
     if len(set(available)) != len(available):
-        raise DataError(f"{source}: a category is named twice: {', '.join(sorted(available))}")
+        raise DataError(f"{source}: two categories have the same name: {', '.join(sorted(available))}")
     if categories is not None:
         unknown = sorted(set(categories) - set(available))
         if unknown:
-            raise DataError(f"{source}: no category {', '.join(unknown)}; there are: {', '.join(sorted(available))}")
+            raise DataError(
+                f"{source}: no category {', '.join(unknown)}; available categories: {', '.join(sorted(available))}"
+            )
         plans = [plan for plan in plans if plan.category in categories]
     assign_groups(plans, settings)
     return chosen, plans, notes
 
 
 def assign_groups(plans: Sequence[ImportPlan], settings: ImportSettings) -> None:
-    """Gives each sample the group that the settings' rule names, and notes how many images have none.
+    """Sets the group of each sample by the rule of the settings, and adds a note with the number of images without a group.
 
-    Raises: DataError: no image of any category gets a group, or as the rule.
+    Raises: DataError: no image of any category gets a group, or the rule does not fit the images of the source.
     """
     rule = settings.grouping
     samples = [sample for plan in plans for sample in plan.samples]
@@ -78,15 +95,15 @@ def assign_groups(plans: Sequence[ImportPlan], settings: ImportSettings) -> None
         groups = [""] * len(plan.samples)
         for split in SPLITS:
             numbers = [number for number, sample in enumerate(plan.samples) if sample.split == split]
-            names = rule.name_groups([(plan.samples[number].path, plan.samples[number].below) for number in numbers])
-            for number, name in zip(numbers, names, strict=True):
+            locations = [(plan.samples[number].path, plan.samples[number].subfolders) for number in numbers]
+            for number, name in zip(numbers, rule.name_groups(locations), strict=True):
                 groups[number] = name
         plan.samples = [replace(sample, group=group) for sample, group in zip(plan.samples, groups, strict=True)]
-        alone = [sample for sample in plan.samples if not sample.group]
-        if alone:
+        ungrouped = [sample for sample in plan.samples if not sample.group]
+        if ungrouped:
             plan.notes.append(
-                f"{plan.category}: {len(alone)} of {len(plan.samples)} images get no group from {rule.text!r}, and each counts "
-                f"as a part of its own (the first: {settings.relative(alone[0].path)})"
+                f"{plan.category}: {len(ungrouped)} of {len(plan.samples)} images get no group from {rule.text!r}, and each "
+                f"counts as a separate part (the first: {settings.relative(ungrouped[0].path)})"
             )
     if not any(sample.group for plan in plans for sample in plan.samples):
-        raise DataError(f"group_by={rule.text!r} names the group of none of {len(samples)} images: {rule.hint}")
+        raise DataError(f"group_by={rule.text!r} gives none of {len(samples)} images a group: {rule.hint}")

@@ -1,4 +1,4 @@
-"""good/, bad*/ and masks/."""
+"""Importer for the simple layout good/, bad*/ and masks/."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from focus_ray.data.importers.base import (
     ImportSettings,
     Sample,
     add_folder,
-    folder_levels,
-    good_folders,
-    held_for_test,
-    image_files,
-    match_masks,
-    refuse_folders,
-    reject_lone_masks,
-    skipped_folders,
-    subfolder_names,
-    subfolders,
+    describe_skipped_folders,
+    draw_test_images,
+    find_masks,
+    included_subfolder_names,
+    list_good_folders,
+    list_image_files,
+    list_subfolders,
+    refuse_unexpected_folders,
+    reject_unmatched_masks,
+    walk_image_folders,
 )
 from focus_ray.data.importers.vocabulary import is_bad_name
 from focus_ray.data.schema import Reject
@@ -28,47 +28,57 @@ from focus_ray.data.source import SourcePath
 
 
 def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
-    """good/, bad*/ and masks/: what somebody's own images most often are."""
+    """Plans a category with the folders good/, bad*/ and masks/, the most common layout of users' own images.
+
+    A mask has the name of its image and is in masks/<folder of the image>/ or directly in masks/.
+
+    Raises: DataError: the category contains another folder.
+    """
     plan = ImportPlan(category)
-    good = good_folders(root)
-    bad_folders = [item for item in subfolders(root) if is_bad_name(item.name)]
+    good = list_good_folders(root)
+    bad_folders = [item for item in list_subfolders(root) if is_bad_name(item.name)]
     masks_root = root / "masks"
-    refuse_folders(root, {"masks", *(item.name for item in (*good, *bad_folders))}, "good/, bad*/ and masks/")
-    plan.notes += skipped_folders(root, {item.name for item in subfolders(root)}, settings)
+    refuse_unexpected_folders(
+        root, {"masks", *(item.name for item in (*good, *bad_folders))}, "good/, bad*/ and masks/"
+    )
+    plan.notes += describe_skipped_folders(root, {item.name for item in list_subfolders(root)}, settings)
 
     normal = ImportPlan(category)
     for item in good:
         add_folder(normal, item, item.name, "train", 0, "good", None, settings)
-    plan.take_over(normal)
+    plan.add_messages(normal)
+    # stem of a defective image -> names of the folders with such an image: a mask directly in masks/ must have one owner
     owners: dict[str, list[str]] = defaultdict(list)
     for bad in bad_folders:
-        for path in image_files(bad):
+        for path in list_image_files(bad):
             owners[path.stem].append(bad.name)
 
-    held = [False] * len(normal.samples)
+    is_test = [False] * len(normal.samples)
     if bad_folders:
-        groups = settings.name_groups([(item.path, item.below) for item in normal.samples])
-        names = [f"{item.below}/{item.path.name}" if item.below else item.path.name for item in normal.samples]
-        held = held_for_test(names, settings, groups)
-    if any(held):
-        plan.folders.append(f"of the good images {sum(held)} are kept for the test, the others are for training")
-    for sample, is_held in zip(normal.samples, held, strict=True):
+        groups = settings.name_groups([(item.path, item.subfolders) for item in normal.samples])
+        names = [
+            f"{item.subfolders}/{item.path.name}" if item.subfolders else item.path.name for item in normal.samples
+        ]
+        is_test = draw_test_images(names, settings, groups)
+    if any(is_test):
+        plan.folders.append(f"{sum(is_test)} of the good images are test images, the others are for training")
+    for sample, is_drawn in zip(normal.samples, is_test, strict=True):
         stem = sample.path.stem
-        masks = match_masks(_masks_of(masks_root, sample), stem)
-        masks = masks or ([] if stem in owners or sample.below else match_masks(masks_root, stem))
-        split = "test" if is_held else "train"
-        plan.samples.append(replace(sample, split=split, masks=tuple(masks), drawn=True))
+        masks = find_masks(_masks_folder(masks_root, sample), stem)
+        masks = masks or ([] if stem in owners or sample.subfolders else find_masks(masks_root, stem))
+        split = "test" if is_drawn else "train"
+        plan.samples.append(replace(sample, split=split, masks=tuple(masks), has_drawn_split=True))
     for bad in bad_folders:
         anomalous = ImportPlan(category)
         defect = bad.name[len("bad") :].lstrip("_-. ") if bad.name.lower().startswith("bad") else bad.name
         defect = defect or "bad"
         add_folder(anomalous, bad, bad.name, "test", 1, defect, None, settings)
-        plan.take_over(anomalous)
+        plan.add_messages(anomalous)
         for sample in anomalous.samples:
             stem = sample.path.stem
-            masks = match_masks(_masks_of(masks_root, sample), stem)
-            if not masks and not sample.below:
-                masks = match_masks(masks_root, stem)
+            masks = find_masks(_masks_folder(masks_root, sample), stem)
+            if not masks and not sample.subfolders:
+                masks = find_masks(masks_root, stem)
                 if masks and len(owners[stem]) > 1:
                     detail = (
                         f"{settings.relative(masks[0])} could belong to {stem} of {', '.join(owners[stem])}: "
@@ -79,27 +89,30 @@ def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> Im
             plan.samples.append(replace(sample, masks=tuple(masks)))
 
     image_folders = [*good, *bad_folders]
-    stems = {folder.name: {path.stem for path in image_files(folder)} for folder in image_folders}
-    reject_lone_masks(plan, masks_root, set().union(stems, *stems.values()), settings)
+    stems = {folder.name: {path.stem for path in list_image_files(folder)} for folder in image_folders}
+    reject_unmatched_masks(plan, masks_root, set().union(stems, *stems.values()), settings)
     for folder in image_folders:
-        for below, level in folder_levels(folder, settings):
-            place = masks_root / folder.name / below if below else masks_root / folder.name
-            own = {path.stem for path in image_files(level)}
-            reject_lone_masks(plan, place, own, settings, subfolder_names(level, settings))
+        for below, level in walk_image_folders(folder, settings):
+            truth = masks_root / folder.name / below if below else masks_root / folder.name
+            stems_here = {path.stem for path in list_image_files(level)}
+            reject_unmatched_masks(plan, truth, stems_here, settings, included_subfolder_names(level, settings))
     return plan
 
 
-def _masks_of(masks_root: SourcePath, sample: Sample) -> SourcePath:
-    """Returns the folder of an image's masks: masks/<folder of the image>/<its subfolders>."""
-    place = masks_root / sample.folder
-    return place / sample.below if sample.below else place
+def _masks_folder(masks_root: SourcePath, sample: Sample) -> SourcePath:
+    """Returns the folder with the masks of an image: masks/<folder of the image>/<its subfolders>."""
+    folder = masks_root / sample.folder
+    return folder / sample.subfolders if sample.subfolders else folder
 
 
 def _is_folder(folder: SourcePath) -> bool:
+    """Returns whether a folder contains good/, or images in folders for good parts and no folder with an unknown meaning."""
     if (folder / "good").is_dir():
         return True
-    others = [item for item in subfolders(folder) if not (is_bad_name(item.name) or item.name == "masks")]
-    return any(image_files(item) for item in good_folders(folder)) and others == good_folders(folder)
+    other_folders = [item for item in list_subfolders(folder) if not (is_bad_name(item.name) or item.name == "masks")]
+    return any(list_image_files(item) for item in list_good_folders(folder)) and other_folders == list_good_folders(
+        folder
+    )
 
 
 FOLDER = FolderImporter("good/ with bad*/ and masks/", _is_folder, plan_folder)

@@ -1,4 +1,4 @@
-"""MVTec AD, MVTec AD 2 and MVTec LOCO."""
+"""Importer for MVTec AD, MVTec AD 2 and MVTec LOCO."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from focus_ray.data.importers.base import (
     ImportPlan,
     ImportSettings,
     add_folder,
-    good_folders,
-    refuse_folders,
-    reject_lone_masks,
-    skipped_folders,
-    subfolders,
+    describe_skipped_folders,
+    list_good_folders,
+    list_subfolders,
+    refuse_unexpected_folders,
+    reject_unmatched_masks,
 )
 from focus_ray.data.importers.btad import is_btad
 from focus_ray.data.importers.vocabulary import is_good_name
@@ -21,33 +21,37 @@ from focus_ray.names import is_utf8
 
 
 def plan_mvtec(root: SourcePath, category: str, settings: ImportSettings) -> ImportPlan:
-    """MVTec AD, MVTec AD 2 and MVTec LOCO, told apart by their folders alone."""
+    """Plans a category of MVTec AD, MVTec AD 2 or MVTec LOCO. The folders show which of the three it is.
+
+    Raises: DataError: train/ or validation/ contains another folder than good/, or a folder name is not valid UTF-8.
+    """
     plan = ImportPlan(category)
     for folder in ("train", "validation"):
-        good = good_folders(root / folder)
-        refuse_folders(root / folder, {item.name for item in good}, "normal images only, in good/")
+        good = list_good_folders(root / folder)
+        refuse_unexpected_folders(root / folder, {item.name for item in good}, "normal images only, in good/")
         for item in good:
             add_folder(plan, item, folder, "train", 0, "good", None, settings)
     for folder, truth in (("test", root / "ground_truth"), ("test_public", root / "test_public" / "ground_truth")):
-        for defect in subfolders(root / folder):
+        for defect in list_subfolders(root / folder):
             if defect.name == "ground_truth":
                 continue
             if not is_utf8(defect.name):
                 raise DataError(f"{settings.relative(defect)}: its name is not valid UTF-8: rename the folder")
             label = int(not is_good_name(defect.name))
             add_folder(plan, defect, folder, "test", label, defect.name, truth / defect.name, settings)
-        for masks in subfolders(truth):
+        for masks in list_subfolders(truth):
             if not (root / folder / masks.name).is_dir():
-                reject_lone_masks(plan, masks, set(), settings)
+                reject_unmatched_masks(plan, masks, set(), settings)
     private = sorted(root.glob("test_private*"))
     plan.notes += [f"{settings.relative(item)}: skipped, its labels are not public" for item in private]
-    used = {"train", "validation", "test", "test_public", "ground_truth", *(item.name for item in private)}
-    plan.notes += skipped_folders(root, used, settings)
+    used_names = {"train", "validation", "test", "test_public", "ground_truth", *(item.name for item in private)}
+    plan.notes += describe_skipped_folders(root, used_names, settings)
     return plan
 
 
 def _is_mvtec(folder: SourcePath) -> bool:
-    return bool(good_folders(folder / "train")) and not is_btad(folder)
+    """Returns whether train/ of a folder contains a folder of good parts, and the layout is not BTAD."""
+    return bool(list_good_folders(folder / "train")) and not is_btad(folder)
 
 
 MVTEC = FolderImporter("train/good with test/ or test_public/", _is_mvtec, plan_mvtec)

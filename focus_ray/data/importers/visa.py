@@ -1,4 +1,4 @@
-"""VisA."""
+"""Importer for VisA, and for other data sets with a table of the same columns."""
 
 from __future__ import annotations
 
@@ -9,28 +9,46 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample, category_name, folder_name, held_for_test
+from focus_ray.data.importers.base import (
+    ImportPlan,
+    ImportSettings,
+    Sample,
+    check_category_name,
+    draw_test_images,
+    folder_name,
+)
 from focus_ray.data.importers.vocabulary import is_good_name
 from focus_ray.data.schema import SPLITS, Reject
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
 
-_NO = ("0", "0.0", "false", "no", "f", "n")  # of a column that says whether the part is anomalous
+# labels of tables that state whether the part is anomalous
+_NO = ("0", "0.0", "false", "no", "f", "n")
 _YES = ("1", "1.0", "true", "yes", "t", "y")
 
 
 def plan_visa(
     table: SourcePath, root: SourcePath, categories: Sequence[str] | None, settings: ImportSettings
 ) -> list[ImportPlan]:
-    """VisA: a table of object,split,label,image,mask; without a split column, normal images are split by seed."""
+    """Plans the categories of a table with the columns object,split,label,image,mask.
+
+    Without a split column, the normal images are split at random by the seed, and all anomalous images are test images.
+
+    Args:
+        table: the CSV file.
+        root: the folder that the paths in the table are relative to.
+        categories: the categories to ingest; the plans of all others are empty. None takes all.
+
+    Raises: DataError: the table cannot be read, lacks a column or has an invalid line.
+    """
     try:
         reader = csv.DictReader(io.StringIO(table.read_bytes().decode("utf-8-sig"), newline=""))
         columns = set(reader.fieldnames or ())
         rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot read the table: {error}") from error
-    needed = {"image", "label"} | ({"object"} if table.name != "image_anno.csv" else set())
-    missing = needed - columns
+    required = {"image", "label"} | ({"object"} if table.name != "image_anno.csv" else set())
+    missing = required - columns
     if missing:
         raise DataError(
             f"{table}: no column {' or '.join(sorted(missing))}; expected object,split,label,image,mask, "
@@ -40,7 +58,7 @@ def plan_visa(
     unsplit: dict[str, list[str]] = defaultdict(list)
     parsed = []
     for number, row in enumerate(rows, start=2):
-        category = category_name(row.get("object") or folder_name(table.parent), table)
+        category = check_category_name(row.get("object") or folder_name(table.parent), table)
         label_text, image_text = (row["label"] or "").strip(), (row["image"] or "").strip()
         split = (row.get("split") or "").strip().lower()
         if split not in ("", *SPLITS) or not label_text or not image_text:
@@ -54,46 +72,52 @@ def plan_visa(
         if not label and not split:
             unsplit[category].append(image_text)
         parsed.append((category, split, label, label_text, image_text, (row.get("mask") or "").strip()))
-    held: dict[str, set[str]] = {}
+    test_images: dict[str, set[str]] = {}
     for category, names in unsplit.items():
         groups = (
             settings.name_groups([(_table_path(name, root, table), "") for name in names])
             if settings.grouping
             else None
         )
-        chosen = held_for_test(names, settings, groups)
-        held[category] = {name for name, is_held in zip(names, chosen, strict=True) if is_held}
+        is_test = draw_test_images(names, settings, groups)
+        test_images[category] = {name for name, is_drawn in zip(names, is_test, strict=True) if is_drawn}
     for category, split, label, label_text, image_text, mask_text in parsed:
         if categories is not None and category not in categories:
             plans.setdefault(category, ImportPlan(category))
             continue
         plan = plans.setdefault(category, ImportPlan(category))
-        drawn = not split
-        if drawn:
-            split = "test" if label or image_text in held[category] else "train"
+        has_drawn_split = not split
+        if has_drawn_split:
+            split = "test" if label or image_text in test_images[category] else "train"
         image, mask = (_table_path(text, root, table) for text in (image_text, mask_text or image_text))
-        lost = [text for text, path in ((image_text, image), (mask_text, mask)) if text and not path.is_file()]
-        if lost:
-            detail = f"{settings.relative(table)} names {lost[0]}, which is not there"
+        missing_files = [text for text, path in ((image_text, image), (mask_text, mask)) if text and not path.is_file()]
+        if missing_files:
+            detail = f"{settings.relative(table)} names {missing_files[0]}, which does not exist"
             plan.rejects.append(Reject(settings.relative(image), category, "missing_file", detail))
             continue
-        named = "anomaly" if label_text.casefold() in _YES else label_text
-        defect = re.sub(r"[^A-Za-z0-9._-]+", "_", named) if label else "good"
+        label_name = "anomaly" if label_text.casefold() in _YES else label_text
+        defect = re.sub(r"[^A-Za-z0-9._-]+", "_", label_name) if label else "good"
         masks = (mask,) if mask_text else ()
-        plan.samples.append(Sample(image, split, split, label, defect, masks, drawn))
+        plan.samples.append(Sample(image, split, split, label, defect, masks, has_drawn_split))
     return [plans[name] for name in sorted(plans)]
 
 
 def _table_path(text: str, root: SourcePath, table: SourcePath) -> SourcePath:
-    """Resolves a table's entry against the data set's root, then the table's folder; never outside the root."""
+    """Returns the file that an entry of a table names: relative to the root, or else relative to the folder of the table.
+
+    Raises: DataError: the entry leads out of the root.
+    """
     parts = PurePosixPath(text.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts:
-        raise DataError(f"{table}: {text!r} leaves the data set's folder; expected a path relative to {root}")
-    beside = table.parent / parts
-    return beside if not (root / parts).is_file() and beside.is_file() else root / parts
+        raise DataError(
+            f"{table}: {text!r} leads out of the folder of the data set; expected a path relative to {root}"
+        )
+    path_beside_table = table.parent / parts
+    return path_beside_table if not (root / parts).is_file() and path_beside_table.is_file() else root / parts
 
 
-def visa_tables(source: SourcePath) -> list[SourcePath]:
+def find_visa_tables(source: SourcePath) -> list[SourcePath]:
+    """Returns the tables of a source: the table of all categories if there is one, otherwise one table per category."""
     for table in (source / "split_csv" / "1cls.csv", source / "image_anno.csv"):
         if table.is_file():
             return [table]
@@ -101,14 +125,16 @@ def visa_tables(source: SourcePath) -> list[SourcePath]:
 
 
 class _VisaImporter:
+    """The importer for VisA, see `Importer`."""
+
     expected = "split_csv/1cls.csv or image_anno.csv"
     has_table = True
 
     def fits(self, folder: SourcePath) -> bool:
-        return bool(visa_tables(folder))
+        return bool(find_visa_tables(folder))
 
     def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
-        return [plan for table in visa_tables(folder) for plan in plan_visa(table, folder, categories, settings)]
+        return [plan for table in find_visa_tables(folder) for plan in plan_visa(table, folder, categories, settings)]
 
 
 VISA = _VisaImporter()

@@ -1,7 +1,7 @@
-"""What people call the folder of their good parts: every other folder of test images is a kind of defect.
+"""Names of folders for good parts in many languages. Every other folder of test images counts as a type of defect.
 
-A name is compared without case, separators and accents, alone, with a plural's ending, or beside a word for the thing itself
-("good parts", "Gutteile", "OK_Bilder"). docs/use/data.md lists what counts.
+Case, separators and accents of a name are ignored. A word also matches in the plural with "s", and together with a word for the
+object itself ("good parts", "Gutteile", "OK_Bilder"). docs/use/data.md lists the recognised names.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# by language; each as `_bare` leaves it
+# by language; normalised by `_normalize`
 GOOD_WORDS = {
     "English": "good ok okay normal nominal pass passed accept accepted acceptable fine clean healthy intact perfect flawless "
     "undamaged undefective nondefective faultless conforming conform golden regular correct nodefect noanomaly "
@@ -31,8 +31,8 @@ GOOD_WORDS = {
     "Korean": "양품 정상 합격",
     "Russian": "хорошие хорошии хорошо годные годныи норма нормальные безбрака бездефектов",
 }
-# the thing itself, which may stand before or after
-_THINGS = """
+# words for the object itself, which may stand before or after the other word
+_OBJECT_WORDS_TEXT = """
     part parts piece pieces image images img imgs picture pictures photo photos sample samples item items product products
     test train data class teil teile bild bilder aufnahmen muster imagenes immagini imagens pezzi onderdelen
 """
@@ -41,7 +41,7 @@ _BAD = """
     anomalous anomalies anomalie abnormal broken damaged schlecht fehler fehlerhaft ausschuss schlechtteil mauvais mauvaise
     defaut defectueux malo mala defecto defectuoso difettoso difetto scarto defeito ruim slecht 不良 不良品 缺陷 异常 異常 불량
 """
-# names of which nobody can say what they mean
+# names that may mean good or defective parts
 _UNCLEAR = """
     0 1 class0 class1 negative positive neg pos true false other others misc unknown unlabeled unlabelled unsorted rest new
     normalized todo all images img test data
@@ -49,37 +49,42 @@ _UNCLEAR = """
 
 
 def _words(*texts: str) -> frozenset[str]:
+    """Returns the words of all texts."""
     return frozenset(word for text in texts for word in text.split())
 
 
-_good, _bad, _unclear, _things = _words(*GOOD_WORDS.values()), _words(_BAD), _words(_UNCLEAR), _words(_THINGS)
+_good_words, _bad_words, _unclear_words = _words(*GOOD_WORDS.values()), _words(_BAD), _words(_UNCLEAR)
+_object_words = _words(_OBJECT_WORDS_TEXT)
 
 
 def is_good_name(name: str) -> bool:
-    """Whether a folder or label of this name holds good parts."""
-    bare = _bare(name)
-    return any(word in _good or (word.endswith("s") and word[:-1] in _good) for word in (bare, *_without_thing(bare)))
+    """Returns whether a folder or label of this name means good parts."""
+    normalized = _normalize(name)
+    candidates = (normalized, *_without_object_word(normalized))
+    return any(word in _good_words or (word.endswith("s") and word[:-1] in _good_words) for word in candidates)
 
 
 def is_bad_name(name: str) -> bool:
-    """Whether a folder beside one of good parts, where any other name is refused, holds defective ones."""
-    bare = _bare(name)
-    return bare.startswith("bad") or any(
-        word in _bad or (word.endswith("s") and word[:-1] in _bad) for word in (bare, *_without_thing(bare))
+    """Returns whether a folder of this name means defective parts, in layouts where unknown names are refused."""
+    normalized = _normalize(name)
+    candidates = (normalized, *_without_object_word(normalized))
+    return normalized.startswith("bad") or any(
+        word in _bad_words or (word.endswith("s") and word[:-1] in _bad_words) for word in candidates
     )
 
 
 def is_unclear_name(name: str) -> bool:
-    """Whether nobody can say if a folder of this name holds good parts."""
-    return _bare(name) in _unclear
+    """Returns whether a folder of this name may mean good or defective parts."""
+    return _normalize(name) in _unclear_words
 
 
-def _bare(name: str) -> str:
-    """Lower case, without accents and anything that is no letter or digit."""
-    plain = unicodedata.normalize("NFKD", name.casefold())
-    return "".join(c for c in plain if not unicodedata.combining(c) and re.match(r"\w", c) and c != "_")
+def _normalize(name: str) -> str:
+    """Returns the letters and digits of a name, in lower case and without accents."""
+    decomposed = unicodedata.normalize("NFKD", name.casefold())
+    return "".join(c for c in decomposed if not unicodedata.combining(c) and re.match(r"\w", c) and c != "_")
 
 
-def _without_thing(bare: str) -> list[str]:
-    found = [bare.removeprefix(thing) for thing in sorted(_things) if bare.startswith(thing)]
-    return found + [bare.removesuffix(thing) for thing in sorted(_things) if bare.endswith(thing)]
+def _without_object_word(normalized: str) -> list[str]:
+    """Returns the name without a word for the object ("part", "image") at its start or end; one text per matching word."""
+    shortened = [normalized.removeprefix(word) for word in sorted(_object_words) if normalized.startswith(word)]
+    return shortened + [normalized.removesuffix(word) for word in sorted(_object_words) if normalized.endswith(word)]

@@ -1,1 +1,1 @@
-"""From files of a source to versions of categories: looked at, checked, written in pieces, settled, changed later."""
+"""Ingestion: checks the source files, removes duplicates, writes part files in chunks, and changes categories later."""

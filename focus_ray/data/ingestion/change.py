@@ -1,4 +1,4 @@
-"""Changes of a category that is there: rows taken out, small part files joined, what is stale removed."""
+"""Changes an existing category: removes rows, merges small part files, and deletes stale files."""
 
 from __future__ import annotations
 
@@ -15,28 +15,34 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from focus_ray.data import store as stores
-from focus_ray.data.commits import Commit, PartEntry, stale
-from focus_ray.data.ingestion.chunks import map_here, part_rows, settle_parts
-from focus_ray.data.read import index_of, list_categories
-from focus_ray.data.store import Draft, Store, open_store
+from focus_ray.data.commits import Commit, PartEntry, find_stale_files
+from focus_ray.data.ingestion.chunks import map_in_process, read_part_rows, rewrite_parts
+from focus_ray.data.read import list_categories, load_commit_index
+from focus_ray.data.store import CommitDraft, Store, open_store
 from focus_ray.errors import DataError
 
-_SHOWN = 5  # of what is not there
+_MAX_LISTED_VALUES = 5  # missing values that an error message lists
 
 
 @dataclass(frozen=True)
 class RemoveReport:
-    """num_removed, num_left: rows.  num_rewritten: part files that held some of them, of num_parts."""
+    """The result of removing rows from a category.
+
+    Attributes:
+        num_removed, num_remaining: numbers of rows.
+        num_rewritten: part files that were written again because they contained removed rows.
+        num_parts: part files before the removal.
+    """
 
     category: str
     num_removed: int
-    num_left: int
+    num_remaining: int
     num_rewritten: int
     num_parts: int
 
     def __str__(self) -> str:
         return (
-            f"{self.category}: {self.num_removed} images taken out, {self.num_left} left; {self.num_rewritten} of "
+            f"{self.category}: {self.num_removed} images removed, {self.num_remaining} remain; {self.num_rewritten} of "
             f"{self.num_parts} part files written again"
         )
 
@@ -48,71 +54,93 @@ def remove_rows(
     content_hashes: Collection[str] = (),
     site: str | None = None,
 ) -> RemoveReport:
-    """Takes rows out of a category: those of these ids, these hashes, and this site. Only part files that hold them are written
-    again; readers of the version before keep it for a day.
+    """Removes rows from a category: all rows with one of the ids, one of the content hashes, or the site.
 
-    Raises: DataError: one is not there; nothing would be left; nothing was named.
+    Only part files that contain such rows are written again. The version before stays readable for a day.
+
+    Args:
+        uri: root of the data set.
+
+    Raises:
+        DataError: no row has one of the values, no row would remain, or no value is given.
     """
     if not ids and not content_hashes and site is None:
-        raise DataError("nothing to take out: name ids, content hashes or a site")
+        raise DataError("no rows to remove: give ids, content hashes or a site")
     store = open_store(uri)
-    store.need_commit(category)
+    store.require_commit(category)
     report: list[RemoveReport] = []
 
-    def draft(former: Commit | None) -> Draft:
-        if former is None:
-            raise DataError(f"{uri}: category {category!r} has gone meanwhile")
-        index = index_of(store, category, former)
-        gone = np.zeros(index.num_rows, dtype=bool)
-        asked = (("id", "ids", ids), ("content_hash", "content hashes", content_hashes))
-        for column, words, values in (*asked, ("site", "site", [] if site is None else [site])):
-            gone |= _having(index, column, words, values, f"{uri}: category {category!r}")
-        if gone.all():
+    def build_draft(previous: Commit | None) -> CommitDraft:
+        if previous is None:
+            raise DataError(f"{uri}: category {category!r} was deleted meanwhile")
+        index = load_commit_index(store, category, previous)
+        is_removed = np.zeros(index.num_rows, dtype=bool)
+        conditions = (("id", "ids", ids), ("content_hash", "content hashes", content_hashes))
+        for column, plural, values in (*conditions, ("site", "site", [] if site is None else [site])):
+            is_removed |= _rows_with_values(index, column, plural, values, f"{uri}: category {category!r}")
+        if is_removed.all():
             raise DataError(
-                f"{uri}: category {category!r}: all of its {len(gone)} images would go: to be rid of the category remove its "
-                f"folder, {store.folder(category)}"
+                f"{uri}: category {category!r}: all of its {len(is_removed)} images would be removed: to delete the category, "
+                f"delete its folder, {store.category_folder(category)}"
             )
-        files, made, num_masks = settle_parts(store, category, former["files"], ~gone, {}, map_here)
-        counts = dict(former["counts"])
-        lost = index.filter(pa.array(gone))
-        for split, label in zip(lost["split"].to_pylist(), lost["label"].to_pylist(), strict=True):
+        files, new_files, num_masks = rewrite_parts(store, category, previous["files"], ~is_removed, {}, map_in_process)
+        counts = dict(previous["counts"])
+        removed = index.filter(pa.array(is_removed))
+        for split, label in zip(removed["split"].to_pylist(), removed["label"].to_pylist(), strict=True):
             name = "num_train" if split == "train" else "num_test_anomalous" if label else "num_test_normal"
             counts[name] -= 1
         counts["num_masks"] -= num_masks
-        kept = {entry["name"] for entry in files}
-        rewritten = sum(entry["name"] not in kept for entry in former["files"])
-        report[:] = [RemoveReport(category, int(gone.sum()), int((~gone).sum()), rewritten, len(former["files"]))]
-        fingerprint = _after(former, "remove", lost["id"].to_pylist())
-        sources = store.sources(category, former)
-        return Draft(files, index.filter(pa.array(~gone)), sources, fingerprint, counts, fresh=made)
+        names = {entry["name"] for entry in files}
+        num_rewritten = sum(entry["name"] not in names for entry in previous["files"])
+        num_removed, num_remaining = int(is_removed.sum()), int((~is_removed).sum())
+        report[:] = [RemoveReport(category, num_removed, num_remaining, num_rewritten, len(previous["files"]))]
+        fingerprint = _remove_fingerprint(previous, removed["id"].to_pylist())
+        sources = store.read_sources(category, previous)
+        remaining = index.filter(pa.array(~is_removed))
+        return CommitDraft(files, remaining, sources, fingerprint, counts, new_files=new_files)
 
-    store.publish(category, draft)
+    store.publish(category, build_draft)
     return report[0]
 
 
-def _having(index: pa.Table, column: str, words: str, values: Collection[str], where: str) -> np.ndarray:
-    """(rows,) bool: which have one of the values. Raises: DataError: no row has one of them."""
-    asked = sorted(set(values))
-    found = pc.is_in(index[column], value_set=pa.array(asked, pa.string()))
-    there = set(pc.unique(index[column].filter(found)).to_pylist())
-    missing = [value for value in asked if value not in there]
+def _rows_with_values(index: pa.Table, column: str, plural: str, values: Collection[str], location: str) -> np.ndarray:
+    """Returns for each row of an index whether its column has one of the values, (rows,) bool.
+
+    Args:
+        plural: name of the values, for the error message.
+        location: data set and category, for the error message.
+
+    Raises: DataError: at least one value is in no row.
+    """
+    sorted_values = sorted(set(values))
+    is_match = pc.is_in(index[column], value_set=pa.array(sorted_values, pa.string()))
+    existing_values = set(pc.unique(index[column].filter(is_match)).to_pylist())
+    missing = [value for value in sorted_values if value not in existing_values]
     if missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        more = f" and {len(missing) - _MAX_LISTED_VALUES} more" if len(missing) > _MAX_LISTED_VALUES else ""
         raise DataError(
-            f"{where}: no image of the {words} {', '.join(missing[:_SHOWN])}{more}; nothing was taken out. read_index lists "
-            "what there is"
+            f"{location}: no image has the {plural} {', '.join(missing[:_MAX_LISTED_VALUES])}{more}; nothing was removed. "
+            "read_index lists the existing rows"
         )
-    return np.asarray(found.to_numpy(), dtype=bool)
+    return np.asarray(is_match.to_numpy(), dtype=bool)
 
 
-def _after(former: Commit, what: str, ids: Sequence[str]) -> str:
-    """A fingerprint that no source has: ingesting the source again then brings back what is gone."""
-    return hashlib.sha256(json.dumps([former["source_fingerprint"], what, sorted(ids)]).encode()).hexdigest()
+def _remove_fingerprint(previous: Commit, ids: Sequence[str]) -> str:
+    """Returns a fingerprint that no source has. So a later ingestion of the source restores the removed rows.
+
+    Args: ids: of the removed rows.
+    """
+    return hashlib.sha256(json.dumps([previous["source_fingerprint"], "remove", sorted(ids)]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class CompactReport:
-    """num_before, num_after: part files.  num_stale: files removed that nobody can be using any more."""
+    """The result of compacting a category.
+
+    Attributes:
+        num_before, num_after: numbers of part files.
+        num_stale: deleted files that no process can still be using.
+    """
 
     category: str
     num_before: int
@@ -126,57 +154,59 @@ class CompactReport:
 
 
 def compact(uri: str | Path, categories: Sequence[str] | None = None) -> list[CompactReport]:
-    """Joins small part files that follow each other into full ones, and removes what is stale; rows and their order stay.
+    """Merges small consecutive part files into full ones, and deletes stale files. The rows and their order do not change.
 
-    Args: categories: None takes all.
+    Args: categories: None takes all categories.
 
-    Raises: DataError: no such category; the storage fails.
+    Raises: DataError: a category does not exist, or the storage fails.
     """
     store = open_store(uri)
     names = list_categories(uri) if categories is None else list(dict.fromkeys(categories))
     for name in names:
-        store.need_commit(name)
+        store.require_commit(name)
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(lambda name: _compact(store, name), names))
 
 
 def _compact(store: Store, category: str) -> CompactReport:
+    """Compacts one category, see `compact`."""
     counts = [0, 0]
 
-    def draft(former: Commit | None) -> Draft | None:
-        if former is None:
-            raise DataError(f"{store.uri}: category {category!r} has gone meanwhile")
-        groups = small_runs(former["files"])
+    def build_draft(previous: Commit | None) -> CommitDraft | None:
+        if previous is None:
+            raise DataError(f"{store.uri}: category {category!r} was deleted meanwhile")
+        groups = group_small_parts(previous["files"])
         files: list[PartEntry] = []
-        made: list[PartEntry] = []
+        new_parts: list[PartEntry] = []
         for group in groups:
             if len(group) > 1:
-                joined = store.write_parts(category, part_rows(store, category, group))[0]
-                made += joined
+                joined = store.write_parts(category, read_part_rows(store, category, group))[0]
+                new_parts += joined
                 files += joined
             else:
                 files += group
-        counts[:] = [len(former["files"]), len(files)]
-        if not made:
+        counts[:] = [len(previous["files"]), len(files)]
+        if not new_parts:
             return None
-        index = index_of(store, category, former)
-        sources = store.sources(category, former)
-        fresh = [entry["name"] for entry in made]
-        return Draft(files, index, sources, former["source_fingerprint"], former["counts"], fresh=fresh)
+        index = load_commit_index(store, category, previous)
+        sources = store.read_sources(category, previous)
+        new_files = [entry["name"] for entry in new_parts]
+        fingerprint = previous["source_fingerprint"]
+        return CommitDraft(files, index, sources, fingerprint, previous["counts"], new_files=new_files)
 
-    store.publish(category, draft)
-    commit = store.need_commit(category)
-    old = stale(store.files(category), commit, datetime.now(timezone.utc))
-    store.discard(category, old)
-    return CompactReport(category, counts[0], counts[1], len(old))
+    store.publish(category, build_draft)
+    commit = store.require_commit(category)
+    stale_files = find_stale_files(store.list_files(category), commit, datetime.now(timezone.utc))
+    store.discard(category, stale_files)
+    return CompactReport(category, counts[0], counts[1], len(stale_files))
 
 
-def small_runs(files: Sequence[PartEntry]) -> list[list[PartEntry]]:
-    """The part files in order, neighbours of less than half a full one together."""
+def group_small_parts(files: Sequence[PartEntry]) -> list[list[PartEntry]]:
+    """Returns the part files in order, with consecutive files of less than half the full size in one list."""
     runs: list[list[PartEntry]] = []
     for entry in files:
-        small = entry["num_bytes"] < stores.FILE_BYTES // 2
-        if small and runs and runs[-1][-1]["num_bytes"] < stores.FILE_BYTES // 2:
+        is_small = entry["num_bytes"] < stores.FILE_BYTES // 2
+        if is_small and runs and runs[-1][-1]["num_bytes"] < stores.FILE_BYTES // 2:
             runs[-1].append(entry)
         else:
             runs.append([entry])

@@ -1,4 +1,4 @@
-"""What an ingestion tells: counts, what folders were taken for, what is likely not meant, what was left out."""
+"""The report of an ingestion: counts, interpretation of the folders, notes on implausible data, and rejected files."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import Literal
 import pyarrow as pa
 
 from focus_ray.data.importers.base import ImportSettings
-from focus_ray.data.ingestion.check import Checked
+from focus_ray.data.ingestion.check import CheckedSample
 from focus_ray.data.schema import Reject
 
 
 @dataclass(frozen=True)
 class CategoryReport:
-    """What one category holds after an ingestion; counts are rows, ``num_masks`` anomalous rows with a mask.
+    """The content of one category after an ingestion. All counts are numbers of rows.
 
-    folders: what each folder of the source was taken for.  num_added: of an append, images that it brought.  num_there: images of
-    the source that were there before it.  num_train_groups: groups of the training images, counting each image without a group;
-    None if no image has a group.
+    Attributes:
+        num_masks: anomalous rows with a mask.
+        folders: for each folder of the source, a text with its interpretation.
+        num_added: images that an append added.
+        num_existing: images of the source that an append found in the category.
+        num_train_groups: groups of the training images, where each image without a group counts as one group; None if no image
+            has a group.
     """
 
     name: str
@@ -31,18 +35,21 @@ class CategoryReport:
     num_masks: int
     folders: tuple[str, ...] = ()
     num_added: int = 0
-    num_there: int = 0
+    num_existing: int = 0
     num_train_groups: int | None = None
 
     @property
     def num_rows(self) -> int:
-        """All rows."""
+        """The number of rows of the category."""
         return self.num_train + self.num_test_normal + self.num_test_anomalous
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """The outcome of ``ingest``. ``str()`` gives the text to show."""
+    """The result of ``ingest``. ``str()`` returns the text for the user.
+
+    Attributes: format: name of the importer.
+    """
 
     format: str
     categories: tuple[CategoryReport, ...]
@@ -51,12 +58,12 @@ class IngestReport:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all categories."""
+        """The number of rows of all categories."""
         return sum(category.num_rows for category in self.categories)
 
     @property
     def exit_status(self) -> int:
-        """0 when every file was taken, 3 when any was rejected (now, or in the unchanged data at hand)."""
+        """0 if no file was rejected, otherwise 3. Rejects of unchanged categories count as well."""
         return 3 if self.rejects else 0
 
     def __str__(self) -> str:
@@ -66,8 +73,8 @@ class IngestReport:
                 f"{item.name}: {item.status}, {item.num_train} train, {item.num_test_normal} normal and "
                 f"{item.num_test_anomalous} anomalous test images, {item.num_masks} masks"
             )
-            if item.num_added or item.num_there:
-                lines.append(f"  {item.num_added} images are new, {item.num_there} were there already")
+            if item.num_added or item.num_existing:
+                lines.append(f"  {item.num_added} images are new, {item.num_existing} existed already")
             if item.num_train_groups is not None:
                 lines.append(f"{item.name}: {item.num_train} training images of {item.num_train_groups} parts")
             lines += [f"  {folder}" for folder in item.folders]
@@ -79,26 +86,28 @@ class IngestReport:
         return "\n".join(lines)
 
 
-Outcome = tuple[CategoryReport | None, list[Reject], list[str]]
-"""Of a category: its report, None where nothing in it is usable; what was left out; notes."""
+CategoryOutcome = tuple[CategoryReport | None, list[Reject], list[str]]
+"""The result for one category: its report (None if no image is usable), the rejected files, and notes."""
 
 
-def count_rows(kept: Sequence[Checked]) -> dict[str, int]:
-    """The counts of `CategoryReport`."""
+def count_rows(items: Sequence[CheckedSample]) -> dict[str, int]:
+    """Returns the row counts of `CategoryReport` by name, for the images of one category."""
     return {
-        "num_train": sum(item.sample.split == "train" for item in kept),
-        "num_test_normal": sum(item.sample.split == "test" and not item.sample.label for item in kept),
-        "num_test_anomalous": sum(item.sample.label for item in kept),
-        "num_masks": sum(item.mask is not None for item in kept),
+        "num_train": sum(item.sample.split == "train" for item in items),
+        "num_test_normal": sum(item.sample.split == "test" and not item.sample.label for item in items),
+        "num_test_anomalous": sum(item.sample.label for item in items),
+        "num_masks": sum(item.mask is not None for item in items),
     }
 
 
 @dataclass(frozen=True)
 class GroupCounts:
-    """Groups of a category.
+    """Counts of the groups of a category.
 
-    num_train: groups of the training images, counting each image without a group; None if no image of the category has one.
-    shared: names of the groups with both training images and good test images, sorted.
+    Attributes:
+        num_train: groups of the training images, where each image without a group counts as one group; None if no image of the
+            category has a group.
+        shared: sorted names of the groups with both training images and good test images.
     """
 
     num_train: int | None
@@ -106,21 +115,21 @@ class GroupCounts:
 
 
 def count_groups(index: pa.Table) -> GroupCounts:
-    """Counts the groups in an index of a category."""
-    named: dict[str, set[str]] = {"train": set(), "good test": set(), "bad test": set()}
-    num_alone = 0
+    """Counts the groups of a category. index: of the category, with the columns split, label and group."""
+    names: dict[str, set[str]] = {"train": set(), "good test": set(), "bad test": set()}
+    num_ungrouped = 0
     for split, label, group in zip(*(index[name].to_pylist() for name in ("split", "label", "group")), strict=True):
         if group:
-            named["train" if split == "train" else "bad test" if label else "good test"].add(group)
+            names["train" if split == "train" else "bad test" if label else "good test"].add(group)
         elif split == "train":
-            num_alone += 1
-    if not any(named.values()):
+            num_ungrouped += 1
+    if not any(names.values()):
         return GroupCounts(None, ())
-    return GroupCounts(len(named["train"]) + num_alone, tuple(sorted(named["train"] & named["good test"])))
+    return GroupCounts(len(names["train"]) + num_ungrouped, tuple(sorted(names["train"] & names["good test"])))
 
 
 def shared_groups_note(category: str, groups: GroupCounts) -> list[str]:
-    """Returns a note if parts are photographed in both training images and good test images."""
+    """Returns a note if training images and good test images show the same part; otherwise an empty list."""
     if not groups.shared:
         return []
     count = len(groups.shared)
@@ -130,34 +139,45 @@ def shared_groups_note(category: str, groups: GroupCounts) -> list[str]:
     ]
 
 
-def plausibility(category: str, counts: dict[str, int], kept: Sequence[Checked], settings: ImportSettings) -> list[str]:
-    """What was taken as it is and is likely not meant, once a category and not once a file."""
+def find_implausible_data(
+    category: str, counts: dict[str, int], items: Sequence[CheckedSample], settings: ImportSettings
+) -> list[str]:
+    """Returns notes on data that was ingested but is probably wrong. There is one note per problem, not one per file.
+
+    Args:
+        counts: from `count_rows`.
+        items: the ingested images of the category.
+    """
     notes = []
 
-    def told(found: list[Checked], words: str) -> None:
-        if found:
-            first = settings.relative((found[0].sample.masks or (found[0].sample.path,))[0])
-            notes.append(f"{category}: {words.format(count=len(found))} (the first: {first})")
+    def add_note(affected: list[CheckedSample], text: str) -> None:
+        if affected:
+            first = settings.relative((affected[0].sample.masks or (affected[0].sample.path,))[0])
+            notes.append(f"{category}: {text.format(count=len(affected))} (the first: {first})")
 
     if counts["num_test_anomalous"] and not counts["num_test_normal"]:
         notes.append(
             f"{category}: no good test image: false alarms and image AUROC cannot be measured; put good parts that are not for "
             "training into test/good"
         )
-    if kept and max(item.levels for item in kept) <= 3:
-        what = "are of one colour" if max(item.levels for item in kept) == 1 else "have two or three values only"
-        notes.append(f"{category}: all {len(kept)} images {what}: are they masks, or exported with a wrong range?")
-    masked = [item for item in kept if item.mask is not None]
-    told(
-        [item for item in masked if item.mask_values > MASK_VALUES],
-        "{count} masks have many values above 0, as after JPEG, blur or scaling; each of them counts as defective: save masks as "
-        "PNG with 0 and 255",
+    if items and max(item.num_levels for item in items) <= 3:
+        problem = (
+            "have a single colour"
+            if max(item.num_levels for item in items) == 1
+            else "have only two or three pixel values"
+        )
+        notes.append(f"{category}: all {len(items)} images {problem}: are they masks, or exported with a wrong range?")
+    masked = [item for item in items if item.mask is not None]
+    add_note(
+        [item for item in masked if item.num_mask_values > MAX_MASK_VALUES],
+        "{count} masks have many values above 0, as after JPEG, blur or scaling; every value above 0 means defective: save masks "
+        "as PNG with 0 and 255",
     )
-    told(
-        [item for item in masked if item.marked > 0.5],
-        "{count} masks mark more than half of their image: defective is what is above 0, are they inverted?",
+    add_note(
+        [item for item in masked if item.mask_share > 0.5],
+        "{count} masks mark more than half of their image; values above 0 mean defective: are the masks inverted?",
     )
     return notes
 
 
-MASK_VALUES = 16  # more than kinds of defects are told apart by
+MAX_MASK_VALUES = 16  # masks that distinguish types of defects use fewer values
