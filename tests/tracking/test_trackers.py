@@ -397,21 +397,21 @@ def test_online_without_a_key_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         Recorder({"wandb": TrackerConfig(mode="online")}, str(tmp_path), print)
 
 
-def test_doctor_tells_of_trackers(
+def test_doctor_checks_trackers(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from focus_ray.doctor.checks import read_asked
-    from focus_ray.doctor.finding import examine
-    from focus_ray.doctor.places import trackers
+    from focus_ray.doctor.checks import read_context
+    from focus_ray.doctor.diagnosis import run_checks
+    from focus_ray.doctor.resources import check_trackers
 
     pytest.importorskip("tensorboardX")
     words = [f"data.uri={data}", f"storage={tmp_path}", "trackers.tensorboard={}"]
-    (found,) = examine({"trackers": trackers}, read_asked("default", words))
-    assert (found.status, found.message) == ("ok", f"tensorboard: {tmp_path}/trackers/tensorboard")
+    (diagnosis,) = run_checks({"trackers": check_trackers}, read_context("default", words))
+    assert (diagnosis.status, diagnosis.message) == ("ok", f"tensorboard: {tmp_path}/trackers/tensorboard")
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    (found,) = examine({"trackers": trackers}, read_asked("default", words))
-    assert found.status == "FAILED"
-    assert "focus-ray[tensorboard]" in found.message
+    (diagnosis,) = run_checks({"trackers": check_trackers}, read_context("default", words))
+    assert diagnosis.status == "FAILED"
+    assert "focus-ray[tensorboard]" in diagnosis.message
 
 
 # What may be asked for
