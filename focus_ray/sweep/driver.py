@@ -23,7 +23,7 @@ from typing import Any
 
 from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
 from focus_ray.cluster.failures import reason_of
-from focus_ray.cluster.ownership import SignOfLife, check_resumable
+from focus_ray.cluster.ownership import Heartbeat, check_resumable
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.ray_private import remove_working_folders
 from focus_ray.cluster.training import absolute
@@ -49,7 +49,7 @@ from focus_ray.sweep.sharing import SharedWork
 from focus_ray.sweep.tune import Log, make_searcher, make_stopper, placement_groups, run_tune, trial_callback
 from focus_ray.sweep.worker import STOPPED, StageJob, steps_of
 from focus_ray.tracking.recorder import Recorder
-from focus_ray.tracking.trials import SweepRecord
+from focus_ray.tracking.trials import SweepRecorder
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _carry_out(
         )
         probe_nodes([join(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
         claim()
-        told = SweepRecord(
+        told = SweepRecorder(
             recorder,
             read_bytes(join(root, records.SWEEP)),
             str(config.name),
@@ -185,7 +185,7 @@ def _carry_out(
 
 def _run(driver: _Driver, limit: int) -> str:
     """Runs all trials and lets go of everything. Returns: finished or stopped, as the folder tells it too."""
-    alive = SignOfLife(driver.root)
+    alive = Heartbeat(driver.root)
     state = "failed"
     try:
         with driver.signals():
@@ -214,7 +214,7 @@ class _Driver:
         splits: dict[str, Split],
         streams: bool,
         log: Log,
-        told: SweepRecord,
+        told: SweepRecorder,
     ) -> None:
         import ray
 
@@ -286,7 +286,7 @@ class _Driver:
             self.log(f"WARNING: not everything was recorded: {error}")
             found = []
         for record in found:
-            self.told.trial(record.name, dataclasses.asdict(record))
+            self.told.log_trial(record.name, dataclasses.asdict(record))
         best = {stage or "": dataclasses.asdict(record) for stage, record in records.best_of(found).items()}
         self.told.close(best, failed=state == "failed")
 

@@ -16,7 +16,7 @@ from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.settings import Point
 from focus_ray.sweep.worker import StageJob, run_trial
-from focus_ray.tracking.trials import SweepRecord
+from focus_ray.tracking.trials import SweepRecorder
 
 _CLEANUP_S = 2  # a trial that is stopped may go on so long before its process is ended
 
@@ -109,18 +109,18 @@ def make_searcher(proposer: Proposer, missing: int, log: Log) -> Any:
     return PointSearcher(proposer, missing, log)
 
 
-def trial_callback(told: SweepRecord) -> Any:
+def trial_callback(told: SweepRecorder) -> Any:
     """A callback of Tune that tells trackers of a trial as soon as it ends."""
     from ray import tune
 
     class TrialCallback(tune.Callback):
-        def __init__(self, told: SweepRecord | None) -> None:
+        def __init__(self, told: SweepRecorder | None) -> None:
             self.told = told
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             record = json.loads(result.get("told", "{}")).get("record")
             if self.told is not None and record is not None:
-                self.told.trial(records.Record(**record).name, record)
+                self.told.log_trial(records.Record(**record).name, record)
 
         def __getstate__(self) -> dict[str, Any]:  # as the stopper's
             return {"told": None}

@@ -27,7 +27,7 @@ from s3_server import S3Server
 from small_set import CATEGORIES, draw_parts, ingest_parts, small_config
 from waiting import wait_for_records
 
-from focus_ray.cluster.ownership import FINGERPRINTS, SignOfLife, check_fingerprints, read_state
+from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat, check_fingerprints, read_state
 from focus_ray.config import load_config
 from focus_ray.data.ingest import ingest
 from focus_ray.errors import ConfigError, DataError, SweepError, TrainingError
@@ -346,7 +346,7 @@ def test_a_record_that_cannot_be_understood_is_named(tmp_path: Path) -> None:
 
 def test_a_driver_that_gives_no_sign_of_life_is_lost(tmp_path: Path) -> None:
     assert read_state(str(tmp_path))["state"] == "lost"
-    alive = SignOfLife(str(tmp_path))
+    alive = Heartbeat(str(tmp_path))
     assert read_state(str(tmp_path), lambda seconds: None)["state"] == "lost"  # no time passed: no further sign
     assert read_state(str(tmp_path), lambda seconds: alive._write("running"))["state"] == "running"
     alive.close("stopped")
