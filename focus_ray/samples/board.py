@@ -13,12 +13,12 @@ from focus_ray.samples.painting import (
     FloatImage,
     Points,
     apply_sensor,
+    bent_line,
     blur_coarsely,
     light_direction,
-    random_curve,
+    noise,
     reflection_terms,
     shift_image,
-    smooth_noise,
 )
 
 # Small parts: kind, x and y in board widths, and whether the part is rotated by 90 degrees.
@@ -78,27 +78,25 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
     ]
     defective_part = int(defect_rng.integers(len(_SMALL_PARTS)))
     for index, (kind, x, y, upright) in enumerate(_SMALL_PARTS):
-        offset_x, offset_y, rotation_deg, tone = scatter[index]
+        offset_x, offset_y, angle_deg, tone = scatter[index]
         is_absent = index == defective_part and defect == "missing_component"
         if index == defective_part and defect == "misplaced_component":
             sign = defect_rng.choice([-1, 1], size=2)
             if defect_rng.random() < 0.5:
-                rotation_deg += float(sign[0] * defect_rng.uniform(25, 90))
+                angle_deg += float(sign[0] * defect_rng.uniform(25, 90))
             else:
                 offset_x, offset_y = (
                     offset_x + sign[0] * defect_rng.uniform(0.014, 0.024),
                     offset_y + sign[1] * defect_rng.uniform(0.014, 0.024),
                 )
-        _draw_small_part(
-            sheet, kind, (x, y), (x + offset_x, y + offset_y), rotation_deg + 90 * upright, tone, is_absent
-        )
+        _draw_small_part(sheet, kind, (x, y), (x + offset_x, y + offset_y), angle_deg + 90 * upright, tone, is_absent)
     if defect == "solder_bridge":
         _draw_bridge(sheet, defect_rng)
     scratch = None
     if defect == "scratch":
         scratch_middle = sheet.size * defect_rng.uniform(0.2, 0.8, size=2)
         scratch = Image.new("L", (sheet.size, sheet.size))
-        points = random_curve(defect_rng, scratch_middle, sheet.size * defect_rng.uniform(0.12, 0.28))
+        points = bent_line(defect_rng, scratch_middle, sheet.size * defect_rng.uniform(0.12, 0.28))
         ImageDraw.Draw(scratch).line(
             points, fill=255, width=max(2, round(sheet.size * defect_rng.uniform(0.005, 0.008)))
         )
@@ -122,29 +120,25 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
     layers = photograph(Image.merge("RGB", (sheet.height, sheet.metal, sheet.outline)))
     height, metal, board = layers[..., 0] * 60, layers[..., 1].copy(), layers[..., 2].copy()
     weave = _cloth_texture(size, angle)
-    albedo *= (1 + 0.07 * smooth_noise(rng, size, 0.2) + 0.05 * smooth_noise(rng, size, 0.006) + 0.03 * weave)[
-        ..., None
-    ]
+    albedo *= (1 + 0.07 * noise(rng, size, 0.2) + 0.05 * noise(rng, size, 0.006) + 0.03 * weave)[..., None]
     if scratch is not None:
         mark = photograph(scratch) * (height < 20)
         bare = np.array([0.50, 0.52, 0.36], np.float32) * defect_rng.uniform(0.9, 1.2)
         albedo = albedo * (1 - 0.85 * mark[..., None]) + bare * 0.85 * mark[..., None]
         height -= 1.5 * mark
     # Solder (drawn with metal >= 230) is bumpy; metal cans and gold are smooth.
-    solder = np.clip(metal * 6 - 4.6, 0, 1) * (
-        0.5 * smooth_noise(rng, size, 0.010) + 0.4 * smooth_noise(rng, size, 0.025)
-    )
+    solder = np.clip(metal * 6 - 4.6, 0, 1) * (0.5 * noise(rng, size, 0.010) + 0.4 * noise(rng, size, 0.025))
 
     # Light: slopes of the smoothed height give diffuse and specular reflection.
     height_soft = ndimage.uniform_filter(height, 5)
     slope_y, slope_x = np.gradient(0.35 * height_soft + 2.2 * solder)
     light = light_direction(azimuth, elevation)
     diffuse, specular = reflection_terms(slope_x, slope_y, light, 24)
-    away_from_light = (-math.sin(azimuth), -math.cos(azimuth))
+    away = (-math.sin(azimuth), -math.cos(azimuth))
     shadow_height = np.zeros_like(height)
     for step in (0.35, 0.7, 1.0):  # a pixel is in shadow if the surface towards the light is higher
         distance_px = step * 0.018 * size
-        moved = shift_image(height, away_from_light[0] * distance_px, away_from_light[1] * distance_px)
+        moved = shift_image(height, away[0] * distance_px, away[1] * distance_px)
         shadow_height = np.maximum(shadow_height, moved - height - 12 * step)
     shadow = ndimage.uniform_filter(np.clip(shadow_height / 14, 0, 1), 5)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
@@ -153,10 +147,8 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
     shine = (0.10 + 0.75 * metal) * specular * (1 - 0.6 * shadow)
 
     # The table under the board, with the shadow of the board.
-    table = 1 + 0.03 * smooth_noise(rng, size, 0.008) + 0.04 * smooth_noise(rng, size, 0.3)
-    shadow_on_table = shift_image(
-        blur_coarsely(board, 0.010 * size), away_from_light[0] * 0.016 * size, away_from_light[1] * 0.016 * size
-    )
+    table = 1 + 0.03 * noise(rng, size, 0.008) + 0.04 * noise(rng, size, 0.3)
+    shadow_on_table = shift_image(blur_coarsely(board, 0.010 * size), away[0] * 0.016 * size, away[1] * 0.016 * size)
     table *= falloff * (1 - 0.55 * np.clip(shadow_on_table, 0, 1)) * (1 - board)
     picture = np.empty((size, size, 3), np.float32)
     for channel, grey in enumerate((0.60, 0.59, 0.57)):
@@ -193,11 +185,11 @@ class _Sheet:
         self._metal.polygon(scaled, fill=metal)
 
     def box(
-        self, centre: tuple[float, float], extent: tuple[float, float], rotation_deg: float,
+        self, centre: tuple[float, float], extent: tuple[float, float], angle_deg: float,
         colour: tuple[int, int, int], height: int, metal: int = 0, offset: tuple[float, float] = (0.0, 0.0),
     ) -> None:  # fmt: skip
         """Draws a rectangle that is shifted by `offset` in its own frame and then rotated about the point `centre`."""
-        cos, sin = np.cos(np.deg2rad(rotation_deg)), np.sin(np.deg2rad(rotation_deg))
+        cos, sin = np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg))
         corners = [
             (offset[0] + i * extent[0] / 2, offset[1] + j * extent[1] / 2)
             for i, j in ((-1, -1), (1, -1), (1, 1), (-1, 1))
@@ -243,10 +235,7 @@ def _draw_copper(sheet: _Sheet) -> None:
     for lane in range(5):
         y = 0.394 + _LEAD_PITCH * lane
         sheet.line(
-            [(0.56, y), (0.60 + 0.012 * lane, y), (0.65 + 0.012 * lane, y - 0.05), (0.70, y - 0.05)],
-            0.0075,
-            _TRACE,
-            3,
+            [(0.56, y), (0.60 + 0.012 * lane, y), (0.65 + 0.012 * lane, y - 0.05), (0.70, y - 0.05)], 0.0075, _TRACE, 3
         )
     for _, x, y, upright in (_SMALL_PARTS[index] for index in (0, 2, 4, 10, 12, 8)):
         stub = [(-0.07, -0.03), (-0.06, 0.0), (0.06, 0.0), (0.09, 0.03)]
@@ -278,27 +267,21 @@ def _draw_large_parts(sheet: _Sheet, rng: np.random.Generator) -> None:
     tone = int(rng.integers(-6, 7))
     black, pins = (34 + tone, 35 + tone, 38 + tone), range(-4, 4)
     # Quad flat package with eight leads on each side.
-    centre, rotation_deg = (0.443 + rng.normal(0, 0.001), 0.443 + rng.normal(0, 0.001)), float(rng.normal(0, 0.3))
+    centre, angle_deg = (0.443 + rng.normal(0, 0.001), 0.443 + rng.normal(0, 0.001)), float(rng.normal(0, 0.3))
     for side in range(4):
         for pin in pins:
             sheet.box(
-                centre,
-                (0.036, 0.0125),
-                rotation_deg + 90 * side,
-                _TIN,
-                16,
-                230,
-                offset=(0.112, (pin + 0.5) * _LEAD_PITCH),
+                centre, (0.036, 0.0125), angle_deg + 90 * side, _TIN, 16, 230, offset=(0.112, (pin + 0.5) * _LEAD_PITCH)
             )
-    sheet.box(centre, (0.198, 0.198), rotation_deg, black, 70)
+    sheet.box(centre, (0.198, 0.198), angle_deg, black, 70)
     sheet.disc((centre[0] - 0.075, centre[1] - 0.075), 0.010, (24, 24, 26), 64)
     _draw_digits(sheet, "7210", (centre[0] - 0.055, centre[1] - 0.012), 0.020, (112, 112, 114), 70)
     # Small outline package: four leads on each long side.
-    centre, rotation_deg = (0.765 + rng.normal(0, 0.001), 0.300 + rng.normal(0, 0.001)), float(rng.normal(0, 0.4))
+    centre, angle_deg = (0.765 + rng.normal(0, 0.001), 0.300 + rng.normal(0, 0.001)), float(rng.normal(0, 0.4))
     for side in (-1, 1):
         for pin in range(-2, 2):
-            sheet.box(centre, (0.030, 0.016), rotation_deg, _TIN, 16, 230, offset=(side * 0.072, (pin + 0.5) * 0.036))
-    sheet.box(centre, (0.116, 0.158), rotation_deg, black, 62)
+            sheet.box(centre, (0.030, 0.016), angle_deg, _TIN, 16, 230, offset=(side * 0.072, (pin + 0.5) * 0.036))
+    sheet.box(centre, (0.116, 0.158), angle_deg, black, 62)
     sheet.disc((centre[0] - 0.040, centre[1] - 0.060), 0.008, (24, 24, 26), 56)
     _draw_digits(sheet, "358", (centre[0] - 0.032, centre[1] - 0.010), 0.017, (108, 108, 110), 62)
     # Connector with eight gold pins.
@@ -324,7 +307,7 @@ def _draw_small_part(
     kind: str,
     pads: tuple[float, float],
     centre: tuple[float, float],
-    rotation_deg: float,
+    angle_deg: float,
     tone: float,
     is_absent: bool,
 ) -> None:
@@ -335,25 +318,25 @@ def _draw_small_part(
         kind: "resistor", "capacitor" or "led".
         pads: x and y of the pads: a misplaced part does not move them.
         centre: x and y of the part.
-        rotation_deg: Rotation of the part in degrees.
+        angle_deg: Rotation of the part in degrees.
         tone: Factor of the part's brightness.
         is_absent: True if the part is missing and only its pads are drawn.
     """
-    pad_base_deg = 90.0 * (round(rotation_deg / 90) % 2) if not is_absent else rotation_deg
-    pad_rotation_deg = pad_base_deg if kind != "led" else 0.0
+    pad_base_deg = 90.0 * (round(angle_deg / 90) % 2) if not is_absent else angle_deg
+    pad_angle_deg = pad_base_deg if kind != "led" else 0.0
     for side in (-1, 1):
-        sheet.box(pads, (0.020, 0.030), pad_rotation_deg, _TIN, 6, 235, offset=(side * 0.024, 0.0))
+        sheet.box(pads, (0.020, 0.030), pad_angle_deg, _TIN, 6, 235, offset=(side * 0.024, 0.0))
     if is_absent:
         return
     body = {"resistor": (38, 38, 42), "capacitor": (168, 132, 92), "led": (226, 222, 206)}[kind]
     colour = (int(body[0] * tone), int(body[1] * tone), int(body[2] * tone))
     height = {"resistor": 34, "capacitor": 52, "led": 48}[kind]
     for side in (-1, 1):
-        sheet.box(centre, (0.015, 0.029), rotation_deg, (202, 204, 206), height, 235, offset=(side * 0.0235, 0.0))
-    sheet.box(centre, (0.036, 0.029), rotation_deg, colour, height)
+        sheet.box(centre, (0.015, 0.029), angle_deg, (202, 204, 206), height, 235, offset=(side * 0.0235, 0.0))
+    sheet.box(centre, (0.036, 0.029), angle_deg, colour, height)
     if kind == "resistor":
         for stripe_x in (-0.009, 0.0, 0.009):
-            sheet.box(centre, (0.0042, 0.013), rotation_deg, (206, 206, 206), height, offset=(stripe_x, 0.0))
+            sheet.box(centre, (0.0042, 0.013), angle_deg, (206, 206, 206), height, offset=(stripe_x, 0.0))
     if kind == "led":
         sheet.disc(centre, 0.011, (236, 196, 70), height + 10)
 

@@ -11,15 +11,15 @@ from focus_ray.samples.painting import (
     SUPERSAMPLING,
     FloatImage,
     apply_sensor,
+    bent_line,
     blur_coarsely,
     draw_stain,
     draw_stroke,
     halfway_vector,
     light_direction,
-    random_curve,
+    noise,
     reflection_terms,
     shift_image,
-    smooth_noise,
     smooth_step,
 )
 
@@ -62,27 +62,23 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     edge = np.float32(1.0 / size)
 
     # Outline: trapezoid teeth. Division by sqrt(1 + slope^2) makes a distance of the radial difference.
-    tooth_wave = 0.5 + 1.35 * np.cos(_NUM_TEETH * gear_angle)
-    outline = _ROOT + _DEPTH * np.clip(tooth_wave, 0, 1)
+    wave = 0.5 + 1.35 * np.cos(_NUM_TEETH * gear_angle)
+    outline = _ROOT + _DEPTH * np.clip(wave, 0, 1)
     slope = np.where(
-        (tooth_wave > 0) & (tooth_wave < 1),
-        _DEPTH * 1.35 * _NUM_TEETH * np.abs(np.sin(_NUM_TEETH * gear_angle)) / radius,
-        0,
+        (wave > 0) & (wave < 1), _DEPTH * 1.35 * _NUM_TEETH * np.abs(np.sin(_NUM_TEETH * gear_angle)) / radius, 0
     )
     if defect == "broken_tooth":
         tooth = int(defect_rng.integers(_NUM_TEETH)) * 2 * np.pi / _NUM_TEETH
         tooth_angle = np.mod(gear_angle - tooth + np.pi, 2 * np.pi) - np.pi
-        jagged_edge = smooth_noise(defect_rng, size, 0.02) * 0.010
+        roughness = noise(defect_rng, size, 0.02) * 0.010
         level = (
             _ROOT
             + _DEPTH * defect_rng.uniform(0.02, 0.6)
             + tooth_angle * radius * defect_rng.uniform(-0.6, 0.6)
-            + jagged_edge
+            + roughness
         )
         outline = np.where(
-            np.abs(tooth_angle) < np.pi / _NUM_TEETH,
-            np.minimum(outline, np.maximum(level, _ROOT - 0.004)),
-            outline,
+            np.abs(tooth_angle) < np.pi / _NUM_TEETH, np.minimum(outline, np.maximum(level, _ROOT - 0.004)), outline
         )
     inside = (outline - radius) / np.sqrt(1 + slope**2)  # distance to the outline in image widths, > 0 in the metal
     metal = smooth_step(inside, edge)
@@ -96,39 +92,34 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
         holes[bolt == defect_rng.integers(_NUM_BOLTS)] = -1.0
     keyway = np.minimum(0.014 - np.abs(gy), np.minimum(gx, 0.078 - gx))
     holes = np.maximum(holes, np.maximum(0.060 - radius, keyway))
-    hole_cover = smooth_step(holes, edge)
+    hole_mask = smooth_step(holes, edge)
 
     # Heights in pixels of a supersampled image of 512 pixels.
-    edge_width = np.float32(0.006)
-    rim, hub = smooth_step(radius - 0.292, edge_width), smooth_step(0.122 - radius, edge_width)
+    blend = np.float32(0.006)
+    rim, hub = smooth_step(radius - 0.292, blend), smooth_step(0.122 - radius, blend)
     groove = smooth_step(0.004 - np.abs(radius - 0.327), np.float32(0.003))
     height = (
-        9 * smooth_step(inside - 0.004, edge_width)
+        9 * smooth_step(inside - 0.004, blend)
         + 7 * rim
         + 10 * hub
         - 2.5 * groove
-        - 12 * smooth_step(holes + 0.004, edge_width)
+        - 12 * smooth_step(holes + 0.004, blend)
     )
-    height -= 2.5 * smooth_step(
-        0.006 - np.hypot(gx - 0.098, np.abs(gy) - 0.016), np.float32(0.004)
-    )  # two punched marks
-    cast_surface = 1 - np.clip(rim + hub, 0, 1)
-    height += cast_surface * (0.35 * smooth_noise(rng, size, 0.008) + 0.8 * smooth_noise(rng, size, 0.05))
+    marks = smooth_step(0.006 - np.hypot(gx - 0.098, np.abs(gy) - 0.016), np.float32(0.004))  # two punched marks
+    height -= 2.5 * marks
+    cast = 1 - np.clip(rim + hub, 0, 1)
+    height += cast * (0.35 * noise(rng, size, 0.008) + 0.8 * noise(rng, size, 0.05))
 
     # Reflectivity and gloss of the metal, then the defects of its surface.
     steel = np.array([0.60, 0.61, 0.63], np.float32)
-    albedo: FloatImage = (1 + 0.05 * smooth_noise(rng, size, 0.12) + 0.04 * smooth_noise(rng, size, 0.012)) * (
-        1 - 0.28 * cast_surface
-    )
-    gloss: FloatImage = 1 - 0.75 * cast_surface
+    albedo: FloatImage = (1 + 0.05 * noise(rng, size, 0.12) + 0.04 * noise(rng, size, 0.012)) * (1 - 0.28 * cast)
+    gloss: FloatImage = 1 - 0.75 * cast
     scratch, stain = None, None
     if defect == "scratch":
         scratch_angle, scratch_radius = defect_rng.uniform(0, 2 * np.pi), defect_rng.uniform(0.10, 0.30)
         centre_px = size * (centre + scratch_radius * zoom * np.array([np.cos(scratch_angle), np.sin(scratch_angle)]))
         scratch = draw_stroke(
-            size,
-            random_curve(defect_rng, centre_px, size * defect_rng.uniform(0.14, 0.28)),
-            defect_rng.uniform(3.2, 5.0),
+            size, bent_line(defect_rng, centre_px, size * defect_rng.uniform(0.14, 0.28)), defect_rng.uniform(3.2, 5.0)
         )
         height -= defect_rng.uniform(2.0, 3.2) * ndimage.gaussian_filter(scratch, 0.8)
     if defect == "contamination":
@@ -148,9 +139,7 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     # Slopes of the surface, with the fine circular marks of a lathe on all faces that are not cast.
     slope_y, slope_x = np.gradient(height)
     lathe_marks = (
-        rng.normal(size=900).astype(np.float32)[np.minimum(radius * 1100, 899).astype(np.int32)]
-        * 0.16
-        * (1 - cast_surface)
+        rng.normal(size=900).astype(np.float32)[np.minimum(radius * 1100, 899).astype(np.int32)] * 0.16 * (1 - cast)
     )
     slope_x += lathe_marks * cos_phi
     slope_y += lathe_marks * sin_phi
@@ -162,21 +151,20 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     diffuse, specular = reflection_terms(slope_x, slope_y, light, 30)
     halfway = halfway_vector(light)
     across_light = halfway[1] * cos_phi - halfway[0] * sin_phi
-    bow_tie = np.maximum(1 - across_light**2 * 6, 0) ** 2 * (
-        1 - cast_surface
-    )  # faces from a lathe shine in the shape of a bow tie towards the light
+    # Faces from a lathe shine in the shape of a bow tie towards the light.
+    bow_tie = np.maximum(1 - across_light**2 * 6, 0) ** 2 * (1 - cast)
     shade = 0.30 + 0.72 * diffuse - 0.012 * np.clip(blur_coarsely(height, 0.02 * size) - height, 0, 20)
     shine = gloss * (0.30 * specular + 0.16 * bow_tie)
 
     # The mat under the gear, with the shadow of the gear.
-    mat = 1 + 0.10 * smooth_noise(rng, size, 0.006) + 0.06 * smooth_noise(rng, size, 0.3)
+    mat = 1 + 0.10 * noise(rng, size, 0.006) + 0.06 * noise(rng, size, 0.3)
     mat *= 1 + 0.35 * (dx * math.cos(azimuth) + dy * math.sin(azimuth))
-    solid = metal * (1 - hole_cover)
+    solid = metal * (1 - hole_mask)
     shadow_offset = -0.022 * size
     shadow = shift_image(
         blur_coarsely(solid, 0.014 * size), shadow_offset * math.sin(azimuth), shadow_offset * math.cos(azimuth)
     )
-    mat *= (1 - 0.65 * np.clip(shadow, 0, 1)) * (1 - 0.45 * hole_cover) * (1 - solid)
+    mat *= (1 - 0.65 * np.clip(shadow, 0, 1)) * (1 - 0.45 * hole_mask) * (1 - solid)
     ground = np.array([0.165, 0.18, 0.20], np.float32)
     picture = np.empty((size, size, 3), np.float32)
     for channel in range(3):

@@ -38,11 +38,7 @@ def reflection_terms(
 
 def light_direction(azimuth: float, elevation: float) -> tuple[float, float, float]:
     """Returns the unit vector (x, y, z) to a light. Azimuth and elevation are in radians."""
-    return (
-        math.cos(azimuth) * math.cos(elevation),
-        math.sin(azimuth) * math.cos(elevation),
-        math.sin(elevation),
-    )
+    return (math.cos(azimuth) * math.cos(elevation), math.sin(azimuth) * math.cos(elevation), math.sin(elevation))
 
 
 def halfway_vector(light: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -79,7 +75,7 @@ def smooth_step(distance: FloatImage, width: Any) -> FloatImage:
     return np.asarray(t * t * (3 - 2 * t), dtype=np.float32)
 
 
-def smooth_noise(rng: np.random.Generator, size: int, cell: float) -> FloatImage:
+def noise(rng: np.random.Generator, size: int, cell: float) -> FloatImage:
     """Returns (size, size) smooth random noise: normal values on a coarse grid, enlarged bicubically.
 
     Args:
@@ -112,7 +108,7 @@ def shift_image(image: FloatImage, down_px: float, right_px: float) -> FloatImag
     return moved
 
 
-def random_curve(rng: np.random.Generator, middle: NDArray[np.float64], length: float) -> Points:
+def bent_line(rng: np.random.Generator, middle: NDArray[np.float64], length: float) -> Points:
     """Returns 40 points of a slightly bent and slightly shaky line.
 
     Args:
@@ -157,7 +153,7 @@ def draw_stain(rng: np.random.Generator, size: int, centre: NDArray[np.float64],
     u = (x - centre[0]) * np.cos(axis_angle) + (y - centre[1]) * np.sin(axis_angle)
     v = (y - centre[1]) * np.cos(axis_angle) - (x - centre[0]) * np.sin(axis_angle)
     distance = np.hypot(u / stretch, v * stretch) / radius
-    roughness = 0.22 * smooth_noise(rng, size, radius * 0.9) + 0.10 * smooth_noise(rng, size, radius * 0.35)
+    roughness = 0.22 * noise(rng, size, radius * 0.9) + 0.10 * noise(rng, size, radius * 0.35)
     return smooth_step((1 - distance + roughness).astype(np.float32), np.float32(0.35)) * np.clip(
-        0.85 + 0.15 * smooth_noise(rng, size, radius * 0.5), 0, 1
+        0.85 + 0.15 * noise(rng, size, radius * 0.5), 0, 1
     )

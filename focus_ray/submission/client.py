@@ -68,7 +68,6 @@ def _translate_errors(address: str, job_id: str | None = None) -> Iterator[None]
         address: Address of the cluster.
         job: Submission id that the calls in the block use; None if they use no job.
     """
-
     from ray.exceptions import AuthenticationError
 
     try:

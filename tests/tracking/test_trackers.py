@@ -24,7 +24,7 @@ from focus_ray.config import Config, TrackerConfig, parse_config
 from focus_ray.errors import ConfigError, MissingPackageError, TrainingError
 from focus_ray.kinds import METRICS, TRACKERS
 from focus_ray.storage import remove_file
-from focus_ray.sweep.driver import resume, sweep
+from focus_ray.sweep.driver import resume_sweep, run_sweep
 from focus_ray.sweep.settings import parse_sweep
 from focus_ray.tracking.base import Picture, RunDescription, flatten_parameters
 from focus_ray.tracking.recorder import Recorder
@@ -537,7 +537,7 @@ def test_a_sweep_has_one_run_per_trial_below_its_run(ray_cluster: None, data: st
     config = make_config(data, tmp_path, {"mlflow": {"project": "sweeps"}}, ["gear"], density={"coreset": 0})
     tree = config.model_dump(mode="json")
     space = {"density.num_channels": [4, 8]}
-    outcome = sweep(parse_sweep({"base": tree, "space": space, "searcher": "grid", "name": "search"}))
+    outcome = run_sweep(parse_sweep({"base": tree, "space": space, "searcher": "grid", "name": "search"}))
     _, runs = mlflow_runs(tmp_path, "sweeps")
     assert set(runs) == {"search", "search/00000", "search/00001"}
     for record in outcome.records:
@@ -549,7 +549,7 @@ def test_a_sweep_has_one_run_per_trial_below_its_run(ray_cluster: None, data: st
     best = outcome.best[None]
     assert runs["search"].data.metrics["best/score"] == best.score
     assert runs["search"].data.tags["best_trial"] == str(best.number)
-    assert resume(outcome.root).records == outcome.records  # no trial is left, and nothing is recorded twice
+    assert resume_sweep(outcome.root).records == outcome.records  # no trial is left, and nothing is recorded twice
     resumed_runs = mlflow_runs(tmp_path, "sweeps")[1]
     resumed = {name: (run.info.run_id, run.data.metrics) for name, run in resumed_runs.items()}
     assert resumed == {name: (run.info.run_id, run.data.metrics) for name, run in runs.items()}
