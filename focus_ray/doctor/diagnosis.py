@@ -102,4 +102,5 @@ def is_healthy(diagnoses: Iterable[Diagnosis]) -> bool:
 
 
 def _to_one_line(text: str) -> str:
+    """Returns text with all line breaks and repeated spaces replaced by single spaces."""
     return " ".join(text.split())

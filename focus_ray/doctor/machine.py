@@ -181,6 +181,7 @@ def check_ports(context: CheckContext) -> CheckResult:
 
 
 def _is_free(port: int) -> bool:
+    """Returns True if no program listens on a port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was released a moment ago is free
         try:

@@ -62,6 +62,7 @@ def _extra_problems(extra: str) -> Iterator[tuple[Requirement, str]]:
 
 
 def _report_not_installed(versions: str) -> CheckResult:
+    """Returns the warning that the requirements are unknown."""
     return warning(
         f"{versions}; focus_ray is not installed as a package, so its requirements are unknown", "pip install -e ."
     )
@@ -86,6 +87,7 @@ def requirements_of(name: str = DISTRIBUTION, extra: str = "") -> list[Requireme
 
 
 def _applies(need: Requirement, extra: str) -> bool:
+    """Returns True if a requirement applies on this platform with the given extra."""
     return need.marker is None or need.marker.evaluate({"extra": extra})
 
 

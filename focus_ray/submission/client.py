@@ -271,6 +271,7 @@ def _to_dict(info: Any) -> dict[str, Any]:
     """Returns Ray's JobDetails as a dict of JSON values."""
 
     def iso_time(milliseconds: int | None) -> str | None:
+        """Returns a time of Ray's API as ISO text in UTC."""
         if not milliseconds:
             return None
         return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")

@@ -103,6 +103,7 @@ def _files_to_send(
     patterns = (*EXCLUDED, *(pattern.rstrip("/") for pattern in excludes))
 
     def is_included(name: str, is_top: bool) -> bool:
+        """Returns True if a file or folder is not excluded."""
         base_name = name.rpartition("/")[2]
         if base_name.startswith(".") or (is_top and base_name in top_excludes):
             return False

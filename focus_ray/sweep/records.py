@@ -276,8 +276,10 @@ def mean_score(scores: Sequence[float]) -> float:
 
 
 def _table_row(cells: Sequence[str]) -> str:
+    """Returns a row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def _format_score(value: float | None) -> str:
+    """Returns a score with DECIMALS decimals; "-" for None."""
     return "-" if value is None else f"{value:.{DECIMALS}f}"

@@ -191,6 +191,7 @@ def _trial_names(trials: Sequence[TrialRecord]) -> str:
 
 
 def _counted(count: int, noun: str) -> str:
+    """Returns a count with its noun: "1 trial", "2 trials"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 

@@ -175,6 +175,7 @@ def _judge_fitted(
     own_images = judged.images[slice(*(len(judged.images) * (run.rank + end) // world_size() for end in (0, 1)))]
 
     def judge() -> dict[str, float | None]:
+        """Fits the density to the current network, scores the judged images and returns the metrics."""
         detector = build_detector(config, run.net, run.reduction, run.training_statistics())
         batches = (
             own_images[start : start + JUDGING_BATCH_SIZE] for start in range(0, len(own_images), JUDGING_BATCH_SIZE)
@@ -184,6 +185,7 @@ def _judge_fitted(
         return _compute_metrics(judged, scores, maps, objective)
 
     def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
+        """Reports the score after each epoch; the score after the last epoch is reported later."""
         result.epochs = epoch + 1
         if epoch + 1 < config.train.epochs:
             report_score(epoch + 1, judge(), False)
@@ -206,6 +208,7 @@ def _judge_features(
     theta = None if features.theta is None else torch.from_numpy(np.array(features.theta)).to(device)
 
     def score_batches() -> Iterator[Scored]:
+        """Yields the scores and maps of each batch of the judged images."""
         start = 0
         for embedding in embeddings:
             yield detector.score_embedding(embedding, None if theta is None else theta[start : start + len(embedding)])
@@ -272,6 +275,7 @@ def _fit_reduced(
         reduction = ChannelReduction(BACKBONES[config.model.backbone].channels, density, config.train.seed).to(device)
 
         def embeddings(levels: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Tensor]:
+            """Yields the reduced embeddings of each batch."""
             for start in range(0, len(levels[0]), batch_size):
                 # Copy: arrays in Ray's object store are read-only.
                 batch = [np.array(level[start : start + batch_size]) for level in levels]

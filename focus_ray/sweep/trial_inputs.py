@@ -119,6 +119,7 @@ def load_images(config: Config, category: str, plan: Plan, objective: Objective,
     """
 
     def decode(rows: Sequence[int] | NDArray[np.int64], decode_size_px: int) -> NDArray[np.uint8]:
+        """Returns (N, S, S, 3) uint8: the decoded images of some rows at a size."""
         return np.concatenate(
             [
                 np.empty((0, decode_size_px, decode_size_px, 3), np.uint8),
@@ -217,6 +218,7 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     run.net.eval()
 
     def levels_of(batches: Iterator[Tensor]) -> tuple[list[list[NDArray[np.float32]]], list[NDArray[np.float32]]]:
+        """Returns the feature maps of each layer and the alignments, one array per batch."""
         parts: list[list[NDArray[np.float32]]] = [[] for _ in LAYERS]
         thetas = []
         for images in (part for batch in batches for part in slices(to_images(batch, device))):
@@ -278,9 +280,11 @@ def shard_of_images(config: Config, images: CategoryImages, rank: int = 0) -> Me
     world = world_size()
 
     def bounds(count: int) -> slice:
+        """Returns the part of `count` images that belongs to this worker."""
         return slice(count * rank // world, count * (rank + 1) // world)
 
     def share(array: NDArray[np.uint8]) -> Tensor:
+        """Returns this worker's part of an array as a tensor."""
         with warnings.catch_warnings():  # arrays in Ray's object store are read-only; batches are never written
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(array[bounds(len(array))])

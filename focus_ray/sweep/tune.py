@@ -47,6 +47,8 @@ def make_stopper(stop: Callable[[], bool]) -> Any:
     from ray import tune
 
     class SweepStopper(tune.Stopper):
+        """Ends all trials when `stop` returns True."""
+
         def __init__(self, stop: Callable[[], bool] | None) -> None:
             self.stop = stop
 
@@ -54,6 +56,7 @@ def make_stopper(stop: Callable[[], bool]) -> Any:
             return False
 
         def stop_all(self) -> bool:
+            """Returns True if Tune must end the run."""
             return self.stop is not None and self.stop()
 
         def __getstate__(self) -> dict[str, Any]:  # Tune pickles it to restore a run, which never happens here
@@ -73,6 +76,8 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
     from ray.tune.search import Searcher
 
     class PointSearcher(Searcher):
+        """Proposes the points of a proposer and tells it the results."""
+
         def __init__(self, proposer: Proposer, num_left: int, log: Log) -> None:
             super().__init__(metric="score", mode="max")
             self.proposer, self.num_left, self.log = proposer, num_left, log
@@ -85,6 +90,7 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
             return True
 
         def suggest(self, trial_id: str) -> Any:
+            """Returns the number and the point of the next trial; FINISHED if there is none."""
             proposal = self.proposer.ask()
             if proposal is None:
                 return Searcher.FINISHED
@@ -92,6 +98,7 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
             return {"number": proposal[0], "point": proposal[1]}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            """Tells the proposer the result of a trial, and logs it."""
             number, point = self.running.pop(trial_id)
             outcome = json.loads((result or {}).get("outcome", "{}"))
             record = outcome.get("record")
@@ -122,6 +129,8 @@ def trial_callback(recorder: SweepRecorder) -> Any:
     from ray import tune
 
     class TrialCallback(tune.Callback):
+        """Records each ended trial in the trackers."""
+
         def __init__(self, recorder: SweepRecorder | None) -> None:
             self.recorder = recorder
 
@@ -206,4 +215,5 @@ def run_tune(
 
 
 def _trial_name(trial: Any) -> str:
+    """Returns the name of a Tune trial and of its folder."""
     return f"trial-{trial.config.get('number', 0):05d}-{trial.trial_id}"

@@ -191,6 +191,7 @@ def _judge_on_worker(
         images = load_images(stage.reference, job.category, plan, objective, settings.model.image_size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
+        """Asks the judge whether the trial goes on."""
         decision = stage.judge.report.remote(job.number, job.category, epoch, score, final)
         return ray.get(decision)  # type: ignore[no-any-return]
 

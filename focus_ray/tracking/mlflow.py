@@ -41,6 +41,8 @@ class _MLflowRun:
         self._logged_steps: dict[str, set[int]] = {}
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds tags, or replaces existing tags."""
+
         from mlflow.entities import RunTag
 
         items = iter(tags.items())
@@ -48,6 +50,8 @@ class _MLflowRun:
             self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in items_batch])
 
     def log_parameters(self, parameters: Mapping[str, ParameterValue]) -> None:
+        """Adds parameters."""
+
         from mlflow.entities import Param
 
         items = iter(parameters.items())
@@ -55,6 +59,7 @@ class _MLflowRun:
             self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in items_batch])
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to curves at a step."""
         self._log_batches(
             step, {name: value for name, value in metrics.items() if step not in self._existing_steps(name)}
         )
@@ -62,9 +67,12 @@ class _MLflowRun:
             self._logged_steps[name].add(step)
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Sets metrics that have one value per run."""
         self._log_batches(0, metrics)
 
     def _log_batches(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends metrics in requests of at most _MAX_ITEMS metrics."""
+
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
@@ -80,6 +88,7 @@ class _MLflowRun:
         return self._logged_steps[name]
 
     def log_pictures(self, pictures: Sequence[Picture]) -> None:
+        """Adds pictures with their captions."""
         with tempfile.TemporaryDirectory() as folder:
             for picture in pictures:
                 Path(folder, f"{picture.name}.jpg").write_bytes(picture.jpeg)
@@ -88,6 +97,7 @@ class _MLflowRun:
             self.client.log_artifacts(self.run_id, folder, "heat_maps")
 
     def end(self, failed: bool) -> None:
+        """Ends the run as finished or as failed."""
         if failed or not self.was_finished:
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
@@ -107,10 +117,12 @@ class _MLflow:
         return runs[0] if runs else None
 
     def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the run exists and is not in progress."""
         mlflow_run = self._find_run(run)
         return mlflow_run is not None and mlflow_run.info.status != "RUNNING"
 
     def begin_run(self, run: RunDescription) -> _MLflowRun:
+        """Continues the run with this key, or creates it."""
         mlflow_run = self._find_run(run)
         if mlflow_run is not None:
             was_finished = mlflow_run.info.status == "FINISHED"
@@ -149,6 +161,7 @@ class MLflow:
     """The tracker kind `mlflow`."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
+        """Checks that the package is installed and the records can be written. Returns where they go."""
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         require_extra("mlflow", "trackers.mlflow")
@@ -158,6 +171,7 @@ class MLflow:
         return without_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
 
     def open(self, settings: TrackerConfig, storage: str) -> _MLflow:
+        """Opens the tracker after `check`."""
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it logs every table that it creates
         logging.getLogger("alembic").setLevel(logging.WARNING)
         return _MLflow(*_location(settings, storage), settings.project)

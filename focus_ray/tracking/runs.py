@@ -146,6 +146,7 @@ def _parameters(config: Config) -> dict[str, Any]:
 
 
 def _config_tags(config: Config) -> dict[str, str]:
+    """Returns the tags that all runs of a training have."""
     tags = {"run": config.name, "storage": config.storage, "focus_ray": __version__}
     return {**tags, "team": config.cluster.team} if config.cluster.team else tags
 

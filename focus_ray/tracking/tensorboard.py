@@ -31,18 +31,23 @@ class _TensorBoardRun:
         self.set_tags(run.tags)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds tags, or replaces existing tags."""
         self.tags.update(tags)
         self.writer.add_text("tags", _table(self.tags))
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to curves at a step."""
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Sets metrics that have one value per run."""
         self.log_step(0, metrics)
 
     def log_pictures(self, pictures: Sequence[Picture]) -> None:
+        """Adds pictures with their captions."""
+
         import numpy as np
         from PIL import Image
 
@@ -53,6 +58,7 @@ class _TensorBoardRun:
         self.writer.flush()
 
     def end(self, failed: bool) -> None:
+        """Ends the run as finished or as failed."""
         self.writer.close()
 
 
@@ -71,9 +77,12 @@ class _TensorBoard:
         return folder.with_name(f"{folder.name}-{hashlib.sha256(run.key.encode()).hexdigest()[:6]}")
 
     def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the run exists."""
         return (self._folder(run) / _KEY).is_file()
 
     def begin_run(self, run: RunDescription) -> _TensorBoardRun:
+        """Continues the run with this key, or creates it."""
+
         import tensorboardX
 
         folder = self._folder(run)
@@ -98,10 +107,12 @@ class TensorBoard:
     """The tracker kind `tensorboard`."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
+        """Checks that the package is installed and the records can be written. Returns where they go."""
         require_extra("tensorboard", "trackers.tensorboard")
         return local_folder("tensorboard", settings, storage)
 
     def open(self, settings: TrackerConfig, storage: str) -> _TensorBoard:
+        """Opens the tracker after `check`."""
         return _TensorBoard(local_folder("tensorboard", settings, storage))
 
 

@@ -31,15 +31,20 @@ class _WandbRun:
         self.set_tags(run.tags)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds tags, or replaces existing tags."""
         self.wandb_run.config.update({"tags": {**self.wandb_run.config.get("tags", {}), **tags}}, allow_val_change=True)
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to curves at a step."""
         self.wandb_run.log({STEP: step, **metrics})
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Sets metrics that have one value per run."""
         self.wandb_run.summary.update(dict(metrics))
 
     def log_pictures(self, pictures: Sequence[Picture]) -> None:
+        """Adds pictures with their captions."""
+
         import wandb
         from PIL import Image
 
@@ -50,6 +55,7 @@ class _WandbRun:
         self.wandb_run.log({STEP: 0, "heat_maps": images})
 
     def end(self, failed: bool) -> None:
+        """Ends the run as finished or as failed."""
         self.wandb_run.finish(exit_code=int(failed))
 
 
@@ -60,9 +66,12 @@ class _Wandb:
         self.folder, self.mode, self.project = folder, mode, project
 
     def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the run exists."""
         return any(Path(self.folder, "wandb").glob(f"*run-*-{_run_id(run)}"))
 
     def begin_run(self, run: RunDescription) -> _WandbRun:
+        """Continues the run with this key, or creates it."""
+
         import wandb
 
         wandb_run = wandb.init(
@@ -113,11 +122,13 @@ class Wandb:
     """The tracker kind `wandb`."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
+        """Checks that the package is installed and the records can be written. Returns where they go."""
         require_extra("wandb", "trackers.wandb")
         mode = _mode(settings)
         return f"{local_folder('wandb', settings, storage)} ({mode})"
 
     def open(self, settings: TrackerConfig, storage: str) -> _Wandb:
+        """Opens the tracker after `check`."""
         return _Wandb(local_folder("wandb", settings, storage), _mode(settings), settings.project)
 
 

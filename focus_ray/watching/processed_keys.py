@@ -23,6 +23,7 @@ def content_key(image: str, sha256: str) -> int:
 
 
 def _key(text: str) -> int:
+    """Returns a 64-bit hash of a text."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 

@@ -275,7 +275,10 @@ class Watch:
         return _ReadImage(pending, name, encoded, sha256, stamp, content)
 
     def _may_still_be_written(self, pending: PendingFile) -> bool:
-        """Returns True if a file that is no image may be incomplete, because its writer pauses longer than `settle_s`."""
+        """Returns True if a file that is no image may still be incomplete, and sets the time of the next try.
+
+        A writer can pause longer than `settle_s`. After `give_up_s`, the file counts as complete.
+        """
         give_up_at_s = pending.unchanged_since_s + self.settings.give_up_s
         if self.settings.once or time.monotonic() >= give_up_at_s:
             return False
