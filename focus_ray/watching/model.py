@@ -47,9 +47,9 @@ class WatchedModel:
         """
         self.uri, self.load, self.log = uri, load, log
         self.version, self.category, self.check_interval_s = version, category, check_interval_s
-        self._stamp, self._last_error = self._find_bundle(log), ""
+        self._location, self._last_error = self._find_bundle(log), ""
         self._checked_at_s = time.monotonic()
-        self.inspector = load(self._stamp[0])
+        self.inspector = load(self._location[0])
         self._log_model()
 
     def reload_if_changed(self) -> None:
@@ -58,9 +58,9 @@ class WatchedModel:
             return
         try:
             location = self._find_bundle(lambda message: None)
-            if location != self._stamp:
+            if location != self._location:
                 inspector = self.load(location[0])
-                self._stamp = location
+                self._location = location
                 if inspector.bundle.version != self.inspector.bundle.version:
                     self.inspector = inspector
                     self._log_model()
@@ -74,7 +74,7 @@ class WatchedModel:
     def _log_model(self) -> None:
         """Logs which model is in use, and the caveats of its calibration."""
         bundle = self.inspector.bundle
-        self.log(f"watch: model of {bundle.category}, version {bundle.version[:16]}, from {self._stamp[0]}")
+        self.log(f"watch: model of {bundle.category}, version {bundle.version[:16]}, from {self._location[0]}")
         for caveat in bundle.calibration.caveats():
             self.log(f"note: {caveat}")
 
