@@ -281,7 +281,5 @@ def test_thresholds_from_new_images_count_pixels_of_the_region_alone(inspector: 
 @pytest.mark.parametrize("key", ["model.tiling.grid", "model.resize"])
 def test_a_sweep_does_not_search_over_how_images_are_framed(key: str) -> None:
     tree = {"base": {"data": {"uri": "images"}}, "space": {key: ["pad"]}, "searcher": "grid"}
-    with pytest.raises(
-        ConfigError, match=rf"space: {key} cannot be searched: a sweep looks at images that are stretched"
-    ):
+    with pytest.raises(ConfigError, match=rf"space: {key} cannot be searched"):
         parse_sweep(tree)
