@@ -35,7 +35,7 @@ from focus_ray.data.importers.base import list_image_files
 from focus_ray.data.shards import MemoryShard
 from focus_ray.data.split import num_held_out
 from focus_ray.fitting.fit import fit
-from focus_ray.samples.write import draw_sample, save
+from focus_ray.samples.write import draw_sample, save_png
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIFT_PX = 4
@@ -224,7 +224,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if arguments.data is None:
             for number in range(DRAWN):
-                save(draw_sample("gear", 0, "train", number)[0], Path(folder) / f"{number:03}.png")
+                save_png(draw_sample("gear", 0, "train", number)[0], Path(folder) / f"{number:03}.png")
         good = Path(folder) if arguments.data is None else arguments.data.absolute() / "train" / "good"
         asked = measurements(arguments, [str(path) for path in list_image_files(good)])
         runs: list[list[dict[str, Any]]] = [[] for _ in asked]

@@ -21,10 +21,10 @@ import torch
 
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
 from focus_ray.cluster.connect import connect
-from focus_ray.sweep.driver import sweep
+from focus_ray.sweep.driver import run_sweep
 from focus_ray.sweep.settings import grid_points, parse_sweep
-from focus_ray.sweep.shared import embed_images, judging_plan, load_images
-from focus_ray.sweep.trial import forget, judge_category
+from focus_ray.sweep.trial import clear_caches, judge_category
+from focus_ray.sweep.trial_inputs import embed_images, load_images, split_for_judging
 
 DENSITY_SPACE = {
     "density.num_channels": [25, 50, 100, 150, 200, 300],
@@ -33,11 +33,11 @@ DENSITY_SPACE = {
 RATES_SPACE = {"train.learning_rate": [1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0]}
 
 
-def run_sweep(base: dict[str, Any], space: dict[str, Any], name: str, **settings: Any) -> dict[str, Any]:
+def measure_sweep(base: dict[str, Any], space: dict[str, Any], name: str, **settings: Any) -> dict[str, Any]:
     """One sweep. Returns: its costs and its best."""
     config = parse_sweep({"base": base, "space": space, "searcher": "grid", "name": name, **settings})
     start = time.perf_counter()
-    outcome = sweep(config, log=lambda message: print(message, file=sys.stderr, flush=True))
+    outcome = run_sweep(config, log=lambda message: print(message, file=sys.stderr, flush=True))
     seconds = time.perf_counter() - start
     if outcome.failed:
         sys.exit(f"{name}: {len(outcome.failed)} trials failed: {outcome.failed[0].reason}")
@@ -60,10 +60,10 @@ def run_alone(base: dict[str, Any], space: dict[str, Any], categories: list[str]
     config = parse_sweep({"base": base, "space": space, "searcher": "grid"})
     reference = config.base_config()
     size_px, points, on = reference.model.image_size_px, grid_points(config), torch.device(device)
-    plans = {category: judging_plan(reference, category, "validation") for category in categories}
+    plans = {category: split_for_judging(reference, category, "validation").plan(reference) for category in categories}
     samples = []
     for share in (False, True):
-        forget()
+        clear_caches()
         start = time.process_time()
         images: dict[str, Any] = {}
         features: dict[str, Any] = {}
@@ -118,8 +118,8 @@ def main() -> None:
         connect()
     if "sharing" in arguments.parts:
         samples += [
-            run_sweep(base, DENSITY_SPACE, "unshared", share_work=False),
-            run_sweep(base, DENSITY_SPACE, "shared"),
+            measure_sweep(base, DENSITY_SPACE, "unshared", share_work=False),
+            measure_sweep(base, DENSITY_SPACE, "shared"),
         ]
     if "race" in arguments.parts:
         trained = merged(
@@ -130,8 +130,8 @@ def main() -> None:
             },
         )
         samples += [
-            run_sweep(trained, RATES_SPACE, "full"),
-            run_sweep(trained, RATES_SPACE, "raced", race={"enabled": True}, scheduler={"kind": "asha"}),
+            measure_sweep(trained, RATES_SPACE, "full"),
+            measure_sweep(trained, RATES_SPACE, "raced", race={"enabled": True}, scheduler={"kind": "asha"}),
         ]
     print()
     header = ("sweep", "trials", "cut", "epochs", "seconds", "best", "score", "cost against the one above")

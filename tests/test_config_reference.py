@@ -13,7 +13,7 @@ from focus_ray.config import TrackerConfig, parse_config
 from focus_ray.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import BACKBONES
-from focus_ray.sweep.settings import leaf_keys
+from focus_ray.sweep.settings import setting_keys
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     root.title: {setting.key: setting for part in parts_of(root.model) for setting in part.settings} for root in ROOTS
@@ -32,7 +32,7 @@ def test_every_setting_has_a_description(title: str) -> None:
 
 
 def test_every_key_of_a_run_is_there_and_no_other() -> None:
-    assert {key for key in RUN if ".KEY." not in key} == set(leaf_keys())
+    assert {key for key in RUN if ".KEY." not in key} == set(setting_keys())
     assert {key for key in RUN if ".KEY." in key} == {f"trackers.KEY.{key}" for key in TrackerConfig.model_fields}
 
 

@@ -71,7 +71,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # library -> the rooms and modules that may import it
 MAY_IMPORT = {
-    "ray": {"cluster", "submission", "sweep.driver", "sweep.sharing", "sweep.tune", "sweep.worker"}
+    "ray": {"cluster", "submission", "sweep.driver", "sweep.shared_work", "sweep.tune", "sweep.worker"}
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"},
     "torch": {
         "precision",
@@ -84,7 +84,7 @@ MAY_IMPORT = {
         "cluster.training",
         "evaluation.inspection",
     }
-    | {"sweep.shared", "sweep.trial", "sweep.worker", "serving.models", "serving.scorer", "doctor.machine"},
+    | {"sweep.trial_inputs", "sweep.trial", "sweep.worker", "serving.models", "serving.scorer", "doctor.machine"},
     "boto3": {"s3_settings", "storage"},
     "mlflow": {"tracking.mlflow"},
     "tensorboardX": {"tracking.tensorboard"},

@@ -18,7 +18,7 @@ from focus_ray.data.split import Split
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.state import Figures, OnEpoch, TrainState
 from focus_ray.storage import exists, join, list_names, read_bytes, remove_file, write_bytes
-from focus_ray.tracking.runs import TrainingRecord
+from focus_ray.tracking.runs import TrainingRecorder
 
 STATE_FILE = "state.pt"
 _DECODERS = 8  # threads, at most, of a training in this process
@@ -113,7 +113,7 @@ def train_here(
     root: str,
     log: Callable[[str], None],
     raise_at_once: bool = False,
-    told: TrainingRecord | None = None,
+    told: TrainingRecorder | None = None,
 ) -> dict[str, str]:
     """Trains categories one after the other in this process, as one worker on a cluster would, to the last digit.
 
@@ -137,11 +137,11 @@ def train_here(
             failed[category] = f"{type(error).__name__}: {error}"
             log(f"{category}: FAILED: {failed[category]}")
             if told is not None:
-                told.failed(category, failed[category])
+                told.fail_category(category, failed[category])
         else:
             log(f"{category}: done in {time.monotonic() - start:.0f} s, {bundle_place(root, category)}")
             if told is not None:
-                told.trained(category, bundle_place(root, category))
+                told.finish_category(category, bundle_place(root, category))
     return failed
 
 
@@ -151,13 +151,13 @@ def _train_one(
     root: str,
     device: torch.device,
     log: Callable[[str], None],
-    told: TrainingRecord | None,
+    told: TrainingRecorder | None,
 ) -> None:
     place = join(root, "train", split.category)
 
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
         if told is not None:
-            told.epoch(split.category, figures)
+            told.log_epoch(split.category, figures)
         if (epoch + 1) % config.train.checkpoint_every_epochs and epoch + 1 != config.train.epochs:
             return
         content = io.BytesIO()

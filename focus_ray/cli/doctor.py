@@ -21,18 +21,18 @@ def add_doctor(commands: Any) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     from focus_ray.doctor.checks import diagnose
-    from focus_ray.doctor.finding import as_json, is_healthy
+    from focus_ray.doctor.diagnosis import is_healthy, to_json
 
     config, overrides = arguments.config, arguments.override
     if config is not None and "=" in config:
         config, overrides = None, [config, *overrides]
-    findings = []
-    for finding in diagnose(config, overrides):
-        findings.append(finding)
+    diagnoses = []
+    for diagnosis in diagnose(config, overrides):
+        diagnoses.append(diagnosis)
         if not arguments.json:
-            print(finding, flush=True)
+            print(diagnosis, flush=True)
     if arguments.json:
-        print(as_json(findings))
-    counts = Counter(finding.status for finding in findings)
+        print(to_json(diagnoses))
+    counts = Counter(diagnosis.status for diagnosis in diagnoses)
     say(f"doctor: {', '.join(f'{counts[status]} {status}' for status in ('ok', 'warning', 'FAILED'))}")
-    return 0 if is_healthy(findings) else EXIT_ERROR
+    return 0 if is_healthy(diagnoses) else EXIT_ERROR

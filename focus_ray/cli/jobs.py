@@ -64,7 +64,7 @@ def add_jobs(commands: Any) -> None:
 def _submit(arguments: argparse.Namespace) -> int:
     from focus_ray.errors import SubmissionError
     from focus_ray.submission import client as submission
-    from focus_ray.submission.job import build_job
+    from focus_ray.submission.job_request import build_job
 
     labels = dict(item.partition("=")[::2] for item in arguments.label)
     if not all(labels.values()):
@@ -91,7 +91,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         print("\n".join(job.package.names))
         return 0
     client = submission.connect(arguments.address)
-    name = submission.submit(client, job, say)
+    name = submission.submit_job(client, job, say)
     if arguments.no_follow:
         print(name)
         return 0
@@ -102,13 +102,13 @@ def _follow(client: Any, job: str) -> int:
     from focus_ray.submission import client as submission
 
     try:
-        status = submission.follow(client, job, lambda text: print(text, end="", flush=True))
+        status = submission.follow_log(client, job, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         say(
             f"\nfocus-ray: no longer following; the job goes on. focus-ray jobs follow {job} | focus-ray jobs stop {job}"
         )
         return 130
-    say(f"{job}: {submission.describe(client, job)['status']}, exit status {status}")
+    say(f"{job}: {submission.describe_job(client, job)['status']}, exit status {status}")
     return status
 
 
@@ -119,9 +119,9 @@ def _jobs(arguments: argparse.Namespace) -> int:
     if arguments.action == "follow":
         return _follow(client, arguments.job)
     if arguments.action == "stop":
-        print(f"{arguments.job}\t{submission.stop(client, arguments.job)}")
+        print(f"{arguments.job}\t{submission.stop_job(client, arguments.job)}")
     elif arguments.action == "status":
-        print(json.dumps(submission.describe(client, arguments.job), indent=1, ensure_ascii=False))
+        print(json.dumps(submission.describe_job(client, arguments.job), indent=1, ensure_ascii=False))
     else:
         for job in submission.list_jobs(client, arguments.team):
             print(*(job[key] or "-" for key in ("id", "status", "team", "category", "started", "ended")), sep="\t")

@@ -20,18 +20,18 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     config = load_sweep(find_config(arguments.what, "sweep"), arguments.rest)
     say(f"sweep: {arguments.what}")
-    from focus_ray.sweep.driver import sweep
+    from focus_ray.sweep.driver import run_sweep
 
-    return _sweep_end(sweep(config, log=say))
+    return _sweep_end(run_sweep(config, log=say))
 
 
 def _sweep_place(action: str, place: str) -> int:
     from focus_ray.sweep import records, summary
 
     if action == "resume":
-        from focus_ray.sweep.driver import resume
+        from focus_ray.sweep.driver import resume_sweep
 
-        return _sweep_end(resume(place, log=say))
+        return _sweep_end(resume_sweep(place, log=say))
     config, trials = records.read_sweep(place), records.read_records(place)
     if action == "report":
         from focus_ray.sweep.report import write_report
@@ -39,11 +39,11 @@ def _sweep_place(action: str, place: str) -> int:
         for name in write_report(place, config, trials):
             say(f"report: {place}/{name}")
     else:
-        print(json.dumps(records.progress(place, config, trials), indent=1, ensure_ascii=False))
+        print(json.dumps(records.sweep_progress(place, config, trials), indent=1, ensure_ascii=False))
     print(records.summary_table(config, trials))
-    print(summary.text(config, trials))
+    print(summary.format_summaries(config, trials))
     if action == "report":
-        print("\n".join(summary.commands(place, trials)))
+        print("\n".join(summary.train_commands(place, trials)))
     return 0
 
 
@@ -53,10 +53,10 @@ def _sweep_end(outcome: Any) -> int:
 
     config = records.read_sweep(outcome.root)
     print(records.summary_table(config, outcome.records))
-    print(summary.text(config, outcome.records), flush=True)
+    print(summary.format_summaries(config, outcome.records), flush=True)
     for record in outcome.failed:
         say(f"focus-ray: trial {record.name} failed: {record.reason}")
-    for command in summary.commands(outcome.root, outcome.records):
+    for command in summary.train_commands(outcome.root, outcome.records):
         print(command, flush=True)
     if outcome.stopped:
         say(f"focus-ray: stopped; go on with: focus-ray sweep resume {outcome.root}")

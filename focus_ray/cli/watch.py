@@ -121,7 +121,7 @@ def _run(arguments: argparse.Namespace, examples: list[Path], command: tuple[str
         say(f"watch: {arguments.folder} -> {arguments.output}, where {journal.num_known} images have a line")
         from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the folder first
         from focus_ray.watching.model import WatchedModel
-        from focus_ray.watching.watch import Watch, WatchSettings, told
+        from focus_ray.watching.watch import Watch, WatchSettings, summarize_counts
 
         model = WatchedModel(
             arguments.bundle,
@@ -143,9 +143,9 @@ def _run(arguments: argparse.Namespace, examples: list[Path], command: tuple[str
             Path(arguments.folder), model, journal, settings, say, _Shown() if arguments.show else lambda line: None
         )
         watch.run(stop)
-        num_left_text = f", {watch.num_left} left for the next start" if watch.num_left else ""
-        say(f"watch: ended: {told(watch.counts)}{num_left_text}")
-    return EXIT_PARTLY if arguments.once and (watch.counts["error"] or watch.num_left) else 0
+        remaining_text = f", {watch.num_pending} left for the next start" if watch.num_pending else ""
+        say(f"watch: ended: {summarize_counts(watch.counts)}{remaining_text}")
+    return EXIT_PARTLY if arguments.once and (watch.counts["error"] or watch.num_pending) else 0
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def check_fingerprints(root: str, fingerprints: Mapping[str, str], binding: Coll
         write_fingerprints(root, {**former, **fingerprints})
 
 
-class SignOfLife:
+class Heartbeat:
     """Writes state.json every few seconds, so that others can tell a running driver from one that was killed."""
 
     def __init__(self, root: str) -> None:

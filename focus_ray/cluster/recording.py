@@ -12,7 +12,7 @@ from focus_ray.evaluation.report import mean_metrics
 from focus_ray.names import Log
 from focus_ray.reporting.evaluation import Section
 from focus_ray.tracking.recorder import Recorder
-from focus_ray.tracking.runs import Measured, record_evaluation
+from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 
 
 def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequence[str], log: Log) -> Recorder:
@@ -69,9 +69,9 @@ def record_results(
             log(f"WARNING: not everything was recorded: {error}")
 
 
-def _measured(bundle: str, result: Mapping[str, Any], cards: Any) -> Measured:
+def _measured(bundle: str, result: Mapping[str, Any], cards: Any) -> EvaluatedCategory:
     manifest = read_manifest(bundle)
-    return Measured(bundle, manifest, parse_config(config_as_made(manifest), bundle), result, cards)
+    return EvaluatedCategory(bundle, manifest, parse_config(config_as_made(manifest), bundle), result, cards)
 
 
 def _cards(section: Section) -> list[list[Any]]:

@@ -21,7 +21,7 @@ from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, uses_gpu
 from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.messages import Messages, epoch_callback
-from focus_ray.cluster.ownership import SignOfLife, check_resumable, write_fingerprints
+from focus_ray.cluster.ownership import Heartbeat, check_resumable, write_fingerprints
 from focus_ray.cluster.pool import Failed, Pool
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
@@ -51,7 +51,7 @@ from focus_ray.storage import (
 )
 from focus_ray.tracking.base import flatten_dict
 from focus_ray.tracking.recorder import Recorder
-from focus_ray.tracking.runs import CLAIM, TrainingRecord
+from focus_ray.tracking.runs import CLAIM, TrainingRecorder
 
 RUN_CONFIG = "config.yaml"
 # settings that change how a run goes, not what comes of a category
@@ -134,8 +134,8 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
             limit = _join_cluster(config, root, {c: splits[c] for c in todo}, log)
         _claim(root, resume, fingerprints)
         write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
-        told = TrainingRecord(recorder, config, root, fingerprints, several=len(categories) > 1)
-        alive = SignOfLife(root)
+        told = TrainingRecorder(recorder, config, root, fingerprints, has_group=len(categories) > 1)
+        alive = Heartbeat(root)
         state = "failed"
         try:
             mine = [splits[c] for c in todo]
@@ -187,7 +187,7 @@ def _run_all(
     splits: Sequence[Split],
     root: str,
     log: Callable[[str], None],
-    told: TrainingRecord,
+    told: TrainingRecorder,
     limit: int,
 ) -> dict[str, str]:
     """Trains the categories, `limit` at a time. Returns: the reasons of those that failed."""
@@ -205,7 +205,7 @@ def in_pool(config: Config) -> bool:
 
 
 def _run_pool(
-    jobs: Sequence[CategoryJob], num_workers: int, log: Callable[[str], None], told: TrainingRecord
+    jobs: Sequence[CategoryJob], num_workers: int, log: Callable[[str], None], told: TrainingRecorder
 ) -> dict[str, str]:
     """By workers that take one category after the other. Returns: the reasons of those that failed."""
     first = jobs[0]
@@ -217,11 +217,11 @@ def _run_pool(
         if isinstance(outcome, Failed):
             failed[job.category] = outcome.reason
             log(f"{job.category}: FAILED: {outcome.reason}")
-            told.failed(job.category, outcome.reason)
+            told.fail_category(job.category, outcome.reason)
         else:
             place = bundle_place(job.root, job.category)
             log(f"{job.category}: done in {outcome:.0f} s, {place}")
-            told.trained(job.category, place)
+            told.finish_category(job.category, place)
 
     def listen() -> None:
         first.messages.show(log)
@@ -249,7 +249,7 @@ def decoders(config: Config) -> int:
 
 
 def _run_trainers(
-    config: Config, jobs: Mapping[str, CategoryJob], limit: int, log: Callable[[str], None], told: TrainingRecord
+    config: Config, jobs: Mapping[str, CategoryJob], limit: int, log: Callable[[str], None], told: TrainingRecorder
 ) -> dict[str, str]:
     """By a trainer of Ray Train each. Returns: the reasons of those that failed."""
     import ray
@@ -268,7 +268,7 @@ def _run_trainers(
             log(f"{category}: training with {config.cluster.num_workers} worker(s)")
             running[task.remote(jobs[category])] = (category, time.monotonic())
         done, _ = ray.wait(list(running), num_returns=1, timeout=_LISTEN_S)
-        messages.show(log, told.epoch)
+        messages.show(log, told.log_epoch)
         if not done:
             continue
         category, since = running.pop(done[0])
@@ -278,10 +278,10 @@ def _run_trainers(
         except Exception as error:  # one category's failure must not end the others; it is reported at the end
             failed[category] = reason_of(error)
             log(f"{category}: FAILED: {failed[category]}")
-            told.failed(category, failed[category])
+            told.fail_category(category, failed[category])
         else:
             log(f"{category}: done in {time.monotonic() - since:.0f} s, {place}")
-            told.trained(category, place)
+            told.finish_category(category, place)
     messages.show(log)
     return failed
 

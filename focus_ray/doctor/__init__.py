@@ -1,1 +1,1 @@
-"""Whether this machine can do what is asked of it: checks, each with what to do where it fails."""
+"""`focus-ray doctor`: checks whether this machine can run a configuration, and says what to do about each failed check."""

@@ -1,4 +1,4 @@
-"""Checks of Ray clusters: whether the one of RAY_ADDRESS answers, and whether an old one has left its address behind."""
+"""Checks of Ray clusters: the cluster of RAY_ADDRESS must answer, and no address file of a killed cluster may remain."""
 
 from __future__ import annotations
 
@@ -9,74 +9,89 @@ import urllib.error
 import urllib.request
 
 from focus_ray.cluster.address import TIMEOUT_S, current_cluster, place_of, ray_folder, unreachable
-from focus_ray.doctor.finding import Asked, Result, failed, ok, warning
-from focus_ray.doctor.software import version_of
+from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok, warning
+from focus_ray.doctor.software import installed_version
 
-UNSET = "or unset RAY_ADDRESS, and a private Ray starts on this machine"
+UNSET_ADVICE = "or unset RAY_ADDRESS: then each run starts a private Ray on this machine"
 
 
-def address(asked: Asked) -> Result:
-    given = os.environ.get("RAY_ADDRESS", "")
-    if given in ("", "local"):
-        return ok("RAY_ADDRESS is not set: a private Ray starts on this machine with each run")
-    if given == "auto":
-        return _automatic()
-    if given.startswith(("http://", "https://")):
-        return _jobs_server(given)
-    host_and_port = given.removeprefix("ray://")
+def check_address(context: CheckContext) -> CheckResult:
+    """Checks that RAY_ADDRESS, if set, is an address at which a Ray cluster answers."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        return ok("RAY_ADDRESS is not set: each run starts a private Ray on this machine")
+    if address == "auto":
+        return _check_local_cluster()
+    if address.startswith(("http://", "https://")):
+        return _check_jobs_server(address)
+    host_and_port = address.removeprefix("ray://")
     if place_of(host_and_port) is None:
         return failed(
-            f"RAY_ADDRESS={given}: not an address",
-            f"give HOST:6379, ray://HOST:10001, http://HOST:8265 or auto, {UNSET}",
+            f"RAY_ADDRESS={address} is not an address",
+            f"set it to HOST:6379, ray://HOST:10001, http://HOST:8265 or auto, {UNSET_ADVICE}",
         )
     reason = unreachable(host_and_port)
     if reason:
-        return failed(f"RAY_ADDRESS={given} does not answer ({reason})", f"see that the cluster runs, {UNSET}")
-    return ok(f"RAY_ADDRESS={given} takes connections")
+        return failed(
+            f"RAY_ADDRESS={address} does not answer ({reason})", f"check that the cluster runs, {UNSET_ADVICE}"
+        )
+    return ok(f"RAY_ADDRESS={address} accepts connections")
 
 
-def _automatic() -> Result:
-    found = current_cluster()
-    if found is None or unreachable(found):
-        there = "no cluster runs" if found is None else f"the cluster at {found} does not answer"
-        return failed(f"RAY_ADDRESS=auto, and {there} on this machine", f"ray start --head, {UNSET}")
-    return ok(f"RAY_ADDRESS=auto: the cluster at {found} takes connections")
+def _check_local_cluster() -> CheckResult:
+    """Checks RAY_ADDRESS=auto: a cluster must run on this machine."""
+    address = current_cluster()
+    if address is None or unreachable(address):
+        problem = "no cluster runs" if address is None else f"the cluster at {address} does not answer"
+        return failed(f"RAY_ADDRESS=auto, but {problem} on this machine", f"run `ray start --head`, {UNSET_ADVICE}")
+    return ok(f"RAY_ADDRESS=auto: the cluster at {address} accepts connections")
 
 
-def _jobs_server(given: str) -> Result:
-    """The server of a cluster's dashboard and jobs, which tells its version."""
+def _check_jobs_server(address: str) -> CheckResult:
+    """Checks an http address: the server of the Ray dashboard and of jobs must answer and run the same Ray version."""
     try:
-        with urllib.request.urlopen(f"{given.rstrip('/')}/api/version", timeout=TIMEOUT_S) as answer:
-            there = json.load(answer)["ray_version"]
+        with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=TIMEOUT_S) as response:
+            cluster_version = json.load(response)["ray_version"]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             return warning(
-                f"RAY_ADDRESS={given} answers, and asks for a token ({error.code})",
-                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN where you submit",
+                f"RAY_ADDRESS={address} answers, but requires a token ({error.code})",
+                "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on the machine that submits jobs",
             )
         return failed(
-            f"RAY_ADDRESS={given} answers with {error.code}", "give the address of Ray's dashboard, HOST:8265"
+            f"RAY_ADDRESS={address} answers with status {error.code}",
+            "set it to the address of the Ray dashboard, HOST:8265",
         )
     except (http.client.HTTPException, ValueError, KeyError, TypeError):
-        return failed(f"RAY_ADDRESS={given} is not Ray's", "give the address of Ray's dashboard, HOST:8265")
+        return failed(
+            f"RAY_ADDRESS={address} is not a Ray server", "set it to the address of the Ray dashboard, HOST:8265"
+        )
     except OSError as error:
         reason = getattr(error, "reason", error)
-        return failed(f"RAY_ADDRESS={given} does not answer ({reason})", f"see that the cluster runs, {UNSET}")
-    here = version_of("ray")
-    if here is not None and there != here:
-        return warning(f"RAY_ADDRESS={given} runs Ray {there}, this machine {here}", "install the same version on both")
-    return ok(f"RAY_ADDRESS={given} runs Ray {there}")
+        return failed(
+            f"RAY_ADDRESS={address} does not answer ({reason})", f"check that the cluster runs, {UNSET_ADVICE}"
+        )
+    local_version = installed_version("ray")
+    if local_version is not None and cluster_version != local_version:
+        return warning(
+            f"RAY_ADDRESS={address} runs Ray {cluster_version}, this machine has Ray {local_version}",
+            "install the same version on both",
+        )
+    return ok(f"RAY_ADDRESS={address} runs Ray {cluster_version}")
 
 
-def left_behind(asked: Asked) -> Result:
-    """Ray notes the address of the cluster started last on a machine, and a killed one leaves it there."""
-    file, found = ray_folder() / "ray_current_cluster", current_cluster()
-    if found is None:
-        return ok("no other Ray cluster of this machine is noted")
-    reason = unreachable(found)
+def check_stale_cluster_file(context: CheckContext) -> CheckResult:
+    """Warns of a stale `ray_current_cluster` file.
+
+    Ray writes the address of the cluster that was started last on a machine to this file. A killed cluster cannot delete it.
+    """
+    file, address = ray_folder() / "ray_current_cluster", current_cluster()
+    if address is None:
+        return ok("no other Ray cluster is recorded on this machine")
+    reason = unreachable(address)
     if reason:
         return warning(
-            f"{file} names {found}, which does not answer ({reason}): a cluster was killed",
-            "ray stop, or delete the file; otherwise RAY_ADDRESS=auto and `ray status` look for it",
+            f"{file} names {address}, which does not answer ({reason}): a cluster was killed",
+            "run `ray stop` or delete the file; otherwise RAY_ADDRESS=auto and `ray status` try this address",
         )
-    return ok(f"a cluster runs at {found}; focus-ray joins it only with RAY_ADDRESS={found}")
+    return ok(f"a cluster runs at {address}; focus-ray joins it only with RAY_ADDRESS={address}")

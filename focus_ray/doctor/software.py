@@ -1,4 +1,4 @@
-"""Checks of what is installed: Python, packages, torch beside torchvision, Ray."""
+"""Checks of the installed software: Python, packages, torch together with torchvision, Ray."""
 
 from __future__ import annotations
 
@@ -10,101 +10,134 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 from focus_ray import __version__
-from focus_ray.doctor.finding import Asked, Result, failed, ok, warning
+from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok, warning
 
 DISTRIBUTION = "focus-ray"
-SHOWN = ("torch", "torchvision", "numpy", "pyarrow", "pydantic")
-EXTRAS = ("s3", "train", "ray")  # what commands need; others make something faster, or bring weights
-WITHOUT_RAY = "training in one process does without it; clusters, sweeps, jobs and the service do not"
+SHOWN_PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "pydantic")
+EXTRAS = ("s3", "train", "ray")  # commands need these extras; other extras are faster variants, or weights
+WITHOUT_RAY = "training in one process works without Ray; clusters, sweeps, jobs and the service do not"
 
 
-def python(asked: Asked) -> Result:
+def check_python(context: CheckContext) -> CheckResult:
+    """Returns the versions of Python, of the operating system and of focus_ray."""
     return ok(f"{platform.python_version()} on {platform.system()} {platform.machine()}; focus_ray {__version__}")
 
 
-def packages(asked: Asked) -> Result:
-    """Every package that focus_ray requires, and those of its extras; Ray has a check of its own.
+def check_packages(context: CheckContext) -> CheckResult:
+    """Checks the version of every package that focus_ray and its extras require, except Ray.
 
-    An extra that is not installed is told, and fails where a configuration to train by is given and needs it.
+    An extra counts as not installed if one of its packages is missing. The message then names this extra. The check fails
+    only if the user named a configuration, which needs the extra "train".
     """
-    shown = ", ".join(f"{name} {version_of(name) or 'missing'}" for name in SHOWN)
-    if not required():
-        return _not_installed(shown)
-    found = {extra: dict(_wrong(extra)) for extra in ("", *EXTRAS)}
-    left_out = [extra for extra in EXTRAS if any(version_of(need.name) is None for need in found[extra])]
-    told = [f"the extra {extra} is not installed ({', '.join(found[extra].values())})" for extra in left_out]
-    wrong = {need: reason for extra, one in found.items() if extra not in left_out for need, reason in one.items()}
-    if asked.given and "train" in left_out:
-        wrong.update(found["train"])
-    if wrong:
-        wanted = " ".join(f"'{need}'" for need in wrong)
-        return failed(f"{shown}; {', '.join(wrong.values())}", f"pip install {wanted}")
-    return ok("; ".join([shown, *(told or ["all that focus_ray requires is here"])]))
+    versions = ", ".join(f"{name} {installed_version(name) or 'missing'}" for name in SHOWN_PACKAGES)
+    if not requirements_of():
+        return _report_not_installed(versions)
+    problems_by_extra = {extra: dict(_extra_problems(extra)) for extra in ("", *EXTRAS)}
+    missing_extras = [
+        extra for extra in EXTRAS if any(installed_version(need.name) is None for need in problems_by_extra[extra])
+    ]
+    notes = [
+        f"the extra {extra} is not installed ({', '.join(problems_by_extra[extra].values())})"
+        for extra in missing_extras
+    ]
+    problems = {
+        need: reason
+        for extra, extra_problems in problems_by_extra.items()
+        if extra not in missing_extras
+        for need, reason in extra_problems.items()
+    }
+    if context.has_config and "train" in missing_extras:
+        problems.update(problems_by_extra["train"])
+    if problems:
+        packages = " ".join(f"'{need}'" for need in problems)
+        return failed(f"{versions}; {', '.join(problems.values())}", f"pip install {packages}")
+    return ok("; ".join([versions, *(notes or ["all required packages are installed"])]))
 
 
-def _wrong(extra: str) -> Iterator[tuple[Requirement, str]]:
-    """(requirement, reason) of what an extra requires, but Ray, that is not installed as it should be; "": without an extra."""
-    return (problem for need in required(extra=extra) if need.name != "ray" for problem in problems(need))
+def _extra_problems(extra: str) -> Iterator[tuple[Requirement, str]]:
+    """Yields (requirement, reason) for each unsatisfied requirement of an extra, except Ray; "" stands for no extra."""
+    return (
+        problem for need in requirements_of(extra=extra) if need.name != "ray" for problem in requirement_problems(need)
+    )
 
 
-def _not_installed(shown: str) -> Result:
-    return warning(f"{shown}; what focus_ray requires is not known, since it is not installed", "pip install -e .")
+def _report_not_installed(versions: str) -> CheckResult:
+    """Returns the warning that the requirements are unknown."""
+    return warning(
+        f"{versions}; focus_ray is not installed as a package, so its requirements are unknown", "pip install -e ."
+    )
 
 
-def required(name: str = DISTRIBUTION, extra: str = "") -> list[Requirement]:
-    """What a package requires here, or what one of its extras adds to that; empty where it is not installed."""
+def requirements_of(name: str = DISTRIBUTION, extra: str = "") -> list[Requirement]:
+    """Returns the requirements of an installed package on this platform.
+
+    Args:
+        name: Name of the distribution.
+        extra: If given, only the requirements that this extra adds.
+
+    Returns:
+        The requirements; empty if the package is not installed.
+    """
     try:
-        listed = metadata.requires(name) or []
+        lines = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
         return []
-    needs = map(Requirement, listed)
+    needs = map(Requirement, lines)
     return [need for need in needs if _applies(need, extra) and not (extra and _applies(need, ""))]
 
 
 def _applies(need: Requirement, extra: str) -> bool:
+    """Returns True if a requirement applies on this platform with the given extra."""
     return need.marker is None or need.marker.evaluate({"extra": extra})
 
 
-def version_of(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Returns the version of an installed package; None if the package is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
 
-def problems(need: Requirement) -> Iterator[tuple[Requirement, str]]:
-    """(requirement, reason) where what is installed does not satisfy it."""
-    found = version_of(need.name)
-    if found is None:
+def requirement_problems(need: Requirement) -> Iterator[tuple[Requirement, str]]:
+    """Yields (requirement, reason) once if the installed version does not satisfy the requirement, otherwise nothing."""
+    version = installed_version(need.name)
+    if version is None:
         yield need, f"{need.name} is missing"
-    elif not need.specifier.contains(found, prereleases=True):
-        yield need, f"{need.name} is {found}, not {need.specifier}"
+    elif not need.specifier.contains(version, prereleases=True):
+        yield need, f"{need.name} is {version}, not {need.specifier}"
 
 
-def torch_pair(asked: Asked) -> Result:
-    """torchvision holds compiled code for one torch, and says which; then whether it loads."""
-    torch, vision = version_of("torch"), version_of("torchvision")
+def check_torch_pair(context: CheckContext) -> CheckResult:
+    """Checks that torchvision was built for the installed torch, and that it can be imported."""
+    torch, vision = installed_version("torch"), installed_version("torchvision")
     if torch is None or vision is None:
         return failed(f"torch {torch or 'missing'}, torchvision {vision or 'missing'}", "pip install torch torchvision")
-    both = f"torch {torch} with torchvision {vision}"
-    advice = "install both anew, together and from the same index: pip install --force-reinstall torch torchvision"
-    wrong = [need for need in required("torchvision") if need.name == "torch" and any(problems(need))]
-    if wrong:
-        return failed(f"{both}, which was built for torch{wrong[0].specifier}", advice)
+    versions = f"torch {torch} with torchvision {vision}"
+    advice = "install both again, together and from the same index: pip install --force-reinstall torch torchvision"
+    # torchvision holds compiled code for one version of torch, and requires exactly this version.
+    unsatisfied = [
+        need for need in requirements_of("torchvision") if need.name == "torch" and any(requirement_problems(need))
+    ]
+    if unsatisfied:
+        return failed(f"{versions}, which was built for torch{unsatisfied[0].specifier}", advice)
     try:
-        import torchvision.ops  # noqa: F401  fails where the compiled parts do not fit
+        import torchvision.ops  # noqa: F401  raises if the compiled parts do not fit
     except (ImportError, RuntimeError, OSError) as error:
-        return failed(f"{both}: torchvision does not load: {type(error).__name__}: {error}", advice)
-    return ok(f"{both}: they fit")
+        return failed(f"{versions}: torchvision does not load: {type(error).__name__}: {error}", advice)
+    return ok(f"{versions}: they fit")
 
 
-def ray(asked: Asked) -> Result:
+def check_ray(context: CheckContext) -> CheckResult:
+    """Checks that Ray is installed in a supported version, with the private parts of Ray that focus_ray uses."""
     if importlib.util.find_spec("ray") is None:
         return warning(f"not installed; {WITHOUT_RAY}", "pip install 'focus-ray[ray]'")
-    wrong = [problem for need in required(extra="ray") if need.name == "ray" for problem in problems(need)]
-    if wrong:
-        return failed(wrong[0][1], f"pip install '{wrong[0][0]}'")
+    problems = [
+        problem for need in requirements_of(extra="ray") if need.name == "ray" for problem in requirement_problems(need)
+    ]
+    if problems:
+        return failed(problems[0][1], f"pip install '{problems[0][0]}'")
     from focus_ray.cluster.ray_private import check_private_parts
 
     check_private_parts()
-    return ok(f"{version_of('ray')}; what focus_ray reads of it is in its place")
+    return ok(f"{installed_version('ray')}; it has the internal parts that focus_ray uses")

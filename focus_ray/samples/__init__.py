@@ -1,1 +1,1 @@
-"""Made-up parts with made-up defects."""
+"""Drawn sample parts with drawn defects."""

@@ -1,9 +1,9 @@
-"""An offline sample data set, drawn from nothing: two categories of parts with defects and exact masks.
+"""An offline sample data set: two categories of drawn parts with defects and exact masks.
 
-`gear` lies at any angle on a mat, as parts on a belt do; `board` comes out of a fixture nearly upright. Light,
-exposure, position, surface and solder differ from image to image. A defective part is drawn twice from the same
-numbers, with and without its defect, and the mask is where the two pictures differ. Good for a first run,
-demonstrations and tests; figures measured on it say nothing about real parts.
+`gear` lies at any angle on a mat, like parts on a belt. `board` lies nearly upright in a fixture. Light, exposure,
+position, surface and solder differ from image to image. A defective part is drawn twice from the same random numbers,
+with and without its defect. The mask marks the pixels where the two images differ. The data set is good for a first run,
+for demonstrations and for tests. Metrics measured on it say nothing about real parts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from scipy import ndimage
 from focus_ray.errors import DataError
 from focus_ray.samples.board import draw_board
 from focus_ray.samples.gear import draw_gear
-from focus_ray.samples.painting import Field, develop
+from focus_ray.samples.painting import FloatImage, to_uint8
 
-MASK_DIFFERENCE = 10  # of 255, in any channel: what counts as changed; sensor noise is equal in both pictures
+MASK_DIFFERENCE = 10  # of 255, in any channel; both images have the same sensor noise, so a small value suffices
 
 
 def write_samples(
@@ -32,16 +32,23 @@ def write_samples(
     num_test_good: int = 40,
     num_bad_per_type: int = 8,
 ) -> None:
-    """Writes `root/<category>/{train/good,test/good,test/<type>,ground_truth/<type>}` in MVTec AD's layout, as PNG.
+    """Writes the data set as PNG files in the layout of MVTec AD.
 
-    The same arguments write the same pictures (given the same numpy and Pillow), and picture i of a kind does not
-    depend on how many are asked for. Masks are 0 or 255 and named `<picture>_mask.png`.
+    The folders are `root/<category>/{train/good,test/good,test/<type>,ground_truth/<type>}`. Masks are 0 or 255 and are
+    named `<image>_mask.png`. The same arguments write the same images (with the same numpy and Pillow). Image number i of a
+    kind does not depend on the number of images.
 
     Args:
-        seed: 0 or more.  size_px: height and width, at least 64.
-        num_train: a fifth of 100, where it is held out, still suffices for a target of 0.05 (docs/learn/verdicts.md).
+        root: Folder to write to; it is created if it does not exist.
+        seed: At least 0.
+        size_px: Height and width of the images, at least 64.
+        num_train: Normal training images per category. Of 100 images, a held-out fifth is still enough for a target false
+            positive rate of 0.05 (docs/learn/verdicts.md).
+        num_test_good: Normal test images per category.
+        num_bad_per_type: Test images per defect type.
 
-    Raises: DataError: seed, size_px or a count is too small, or the folder of a category exists and is not empty.
+    Raises:
+        DataError: seed, size_px or a count is too small, or the folder of a category exists and is not empty.
     """
     if size_px < 64:
         raise DataError(f"size_px={size_px}; expected at least 64: smaller parts have no visible defects")
@@ -61,26 +68,38 @@ def write_samples(
     for category, (_, types) in CATEGORIES.items():
         folder = root / category
         for index in range(num_train):
-            save(
+            save_png(
                 draw_sample(category, seed, "train", index, size_px)[0], folder / "train" / "good" / f"{index:03d}.png"
             )
         for index in range(num_test_good):
-            save(draw_sample(category, seed, "good", index, size_px)[0], folder / "test" / "good" / f"{index:03d}.png")
+            save_png(
+                draw_sample(category, seed, "good", index, size_px)[0], folder / "test" / "good" / f"{index:03d}.png"
+            )
         for defect_type in types:
             for index in range(num_bad_per_type):
                 image, mask = draw_sample(category, seed, defect_type, index, size_px)
-                save(image, folder / "test" / defect_type / f"{index:03d}.png")
-                save(mask.astype(np.uint8) * 255, folder / "ground_truth" / defect_type / f"{index:03d}_mask.png")
+                save_png(image, folder / "test" / defect_type / f"{index:03d}.png")
+                save_png(mask.astype(np.uint8) * 255, folder / "ground_truth" / defect_type / f"{index:03d}_mask.png")
 
 
 def draw_sample(
     category: str, seed: int, kind: str, index: int, size_px: int = 256
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """One picture. kind: "train", "good" (of the test set) or a defect type of the category in `CATEGORIES`.
+    """Draws one image of the data set and its mask.
 
-    Returns: (size_px, size_px, 3) uint8 and its (size_px, size_px) mask, empty unless kind is a defect type.
+    Args:
+        category: A key of `CATEGORIES`.
+        seed: At least 0.
+        kind: "train", "good" (of the test set) or a defect type of the category.
+        index: Number of the image, from 0.
+        size_px: Height and width of the image.
 
-    Raises: DataError: the category or kind is unknown.
+    Returns:
+        image: (size_px, size_px, 3) uint8.
+        mask: (size_px, size_px) bool, True at defective pixels; all False unless `kind` is a defect type.
+
+    Raises:
+        DataError: The category or the kind is unknown.
     """
     if category not in CATEGORIES:
         raise DataError(f"category={category!r}; expected one of {sorted(CATEGORIES)}")
@@ -90,38 +109,50 @@ def draw_sample(
         raise DataError(f"kind={kind!r}; expected one of {kinds}")
     stream = [seed, sorted(CATEGORIES).index(category), kinds.index(kind), index]
     if kind not in types:
-        return develop(draw(np.random.default_rng(stream), size_px, None, 0)), np.zeros((size_px, size_px), bool)
-    for attempt in range(20):  # a defect may fall where it cannot be seen, a scratch into a hole for instance
-        clean = develop(draw(np.random.default_rng(stream), size_px, None, attempt))
-        bad = develop(draw(np.random.default_rng(stream), size_px, kind, attempt))
-        mask = changed(clean, bad)
+        return to_uint8(draw(np.random.default_rng(stream), size_px, None, 0)), np.zeros((size_px, size_px), bool)
+    for attempt in range(20):  # a defect can be invisible, for instance a scratch in a hole: try another one
+        clean = to_uint8(draw(np.random.default_rng(stream), size_px, None, attempt))
+        defective = to_uint8(draw(np.random.default_rng(stream), size_px, kind, attempt))
+        mask = difference_mask(clean, defective)
         if mask.sum() >= 2e-4 * size_px**2:
-            return bad, mask
+            return defective, mask
     raise AssertionError(f"{category}/{kind}/{index}: no visible defect in 20 attempts")
 
 
-def changed(clean: NDArray[np.uint8], bad: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Where two pictures differ by more than MASK_DIFFERENCE; specks dropped, small gaps and holes closed."""
-    differ = np.abs(clean.astype(np.int16) - bad.astype(np.int16)).max(axis=2) > MASK_DIFFERENCE
-    reach = max(1, clean.shape[0] // 128)
-    disc = ndimage.iterate_structure(ndimage.generate_binary_structure(2, 1), reach)
-    closed = ndimage.binary_closing(np.pad(differ, reach), structure=disc)[reach:-reach, reach:-reach]
+def difference_mask(clean: NDArray[np.uint8], defective: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Returns where two images differ by more than MASK_DIFFERENCE, without specks, and with small gaps and holes closed.
+
+    Args:
+        clean: (S, S, 3), the image without the defect.
+        defective: (S, S, 3), the image with the defect.
+
+    Returns:
+        (S, S) bool.
+    """
+    differ = np.abs(clean.astype(np.int16) - defective.astype(np.int16)).max(axis=2) > MASK_DIFFERENCE
+    radius_px = max(1, clean.shape[0] // 128)
+    disc = ndimage.iterate_structure(ndimage.generate_binary_structure(2, 1), radius_px)
+    closed = ndimage.binary_closing(np.pad(differ, radius_px), structure=disc)[
+        radius_px:-radius_px, radius_px:-radius_px
+    ]
     filled = ndimage.binary_fill_holes(closed)
     labelled, count = ndimage.label(filled, structure=np.ones((3, 3), bool))
     if not count:
         return np.zeros(differ.shape, bool)
     areas = np.bincount(labelled.ravel())
     areas[0] = 0
+    # An area counts if it has at least 4 pixels and 4 % of the largest area.
     return np.asarray((areas >= max(4, 0.04 * areas.max()))[labelled])
 
 
-def save(pixels: NDArray[np.uint8], path: Path) -> None:
+def save_png(pixels: NDArray[np.uint8], path: Path) -> None:
+    """Writes pixels to a PNG file and creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, compress_level=3)
 
 
-CATEGORIES: dict[str, tuple[Callable[[np.random.Generator, int, str | None, int], Field], tuple[str, ...]]] = {
+CATEGORIES: dict[str, tuple[Callable[[np.random.Generator, int, str | None, int], FloatImage], tuple[str, ...]]] = {
     "board": (draw_board, ("missing_component", "misplaced_component", "scratch", "solder_bridge")),
     "gear": (draw_gear, ("broken_tooth", "contamination", "missing_hole", "scratch")),
 }
-"""Each category's painter and defect types."""
+"""Category -> its drawing function and its defect types."""

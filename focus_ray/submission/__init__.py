@@ -1,1 +1,1 @@
-"""Commands sent to a cluster as jobs."""
+"""Sends commands to a Ray cluster as jobs."""

@@ -1,8 +1,8 @@
-"""Sending commands to a Ray cluster as jobs, and following, listing and stopping them: the Jobs API, with checks first.
+"""Submits commands to a Ray cluster as jobs; follows, lists and stops jobs. Uses Ray's Jobs API and checks jobs first.
 
-What is sent is this package's own code and the working directory without data, environments, hidden files and trained
-weights. Credentials are never sent: a cluster's nodes hold their own, as a role or a secret, and a job's environment can be
-read by all who can list jobs.
+A job is sent with the code of this package and the working directory, without data, virtual environments, hidden files and
+trained weights. Credentials are never sent: everyone who can list jobs can read the environment of a job. The nodes of the
+cluster have their own credentials, as a role or a secret.
 """
 
 from __future__ import annotations
@@ -22,161 +22,203 @@ from typing import Any
 
 from focus_ray.cluster.ray_private import cluster_metadata
 from focus_ray.errors import SubmissionError
-from focus_ray.submission.job import Job
+from focus_ray.submission.job_request import JobRequest
 
-OLDEST_RAY = (2, 60)  # as the package itself requires
-OLDEST_PYTHON = (3, 10)
+MIN_RAY_VERSION = (2, 60)  # the same as in pyproject.toml
+MIN_PYTHON_VERSION = (3, 10)
 
-_STOP_WAIT_S = 60.0
-_START_WAIT_S = 60.0
-_RECONNECTS = 6
+_STOP_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 60.0
+_MAX_RECONNECTS = 6
 
 
 def connect(address: str | None = None) -> Any:
-    """A client of the cluster's Jobs API.
+    """Returns a client of the Jobs API of a cluster.
 
     Args:
-        address: http://host:8265; None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS.
+        address: "http://host:8265"; None takes RAY_API_SERVER_ADDRESS or RAY_ADDRESS from the environment.
 
-    Raises: SubmissionError: no address, no answer, or a token that is missing or wrong.
+    Raises:
+        SubmissionError: There is no address, the cluster does not answer, or the token is missing or wrong.
     """
     variable = "RAY_API_SERVER_ADDRESS"
     address = address or os.environ.get(variable) or os.environ.get("RAY_ADDRESS")
     if not address:
-        raise SubmissionError("which cluster? give --address http://HEAD:8265, or set RAY_ADDRESS")
+        raise SubmissionError("no cluster is named: give --address http://HEAD:8265, or set RAY_ADDRESS")
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells every upload
-    former = os.environ.get(variable)
-    os.environ[variable] = address  # Ray 2.60 prefers RAY_ADDRESS to an argument
+    logging.getLogger("ray").setLevel(logging.WARNING)  # otherwise it logs every upload
+    previous_value = os.environ.get(variable)
+    os.environ[variable] = address  # Ray 2.60 prefers the environment to the argument
     try:
-        with _job_errors(address):
+        with _translate_errors(address):
             return JobSubmissionClient(address)
     finally:
-        if former is None:
+        if previous_value is None:
             del os.environ[variable]
         else:
-            os.environ[variable] = former
+            os.environ[variable] = previous_value
 
 
 @contextmanager
-def _job_errors(address: str, job: str | None = None) -> Iterator[None]:
+def _translate_errors(address: str, job_id: str | None = None) -> Iterator[None]:
+    """Turns errors of Ray's client into SubmissionError with the address and advice.
+
+    Args:
+        address: Address of the cluster.
+        job: Submission id that the calls in the block use; None if they use no job.
+    """
     from ray.exceptions import AuthenticationError
 
     try:
         yield
     except AuthenticationError as error:
         raise SubmissionError(
-            f"{address}: the cluster wants another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
-            f"RAY_AUTH_TOKEN_PATH) as it was started with [{str(error).splitlines()[0]}]"
+            f"{address}: the cluster requires another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or "
+            f"RAY_AUTH_TOKEN_PATH) to the token that the cluster was started with [{str(error).splitlines()[0]}]"
         ) from error
     except ConnectionError as error:
-        raise SubmissionError(f"{address}: no Ray cluster answers there: mend --address, or start it") from error
+        raise SubmissionError(
+            f"{address}: no Ray cluster answers at this address: correct --address, or start the cluster"
+        ) from error
     except (RuntimeError, OSError) as error:
         text = " ".join(str(error).split())
-        if job is not None and "404" in text:
-            raise SubmissionError(f"{address}: no job {job!r} there: `focus-ray jobs list` names them") from error
+        if job_id is not None and "404" in text:
+            raise SubmissionError(
+                f"{address}: the cluster has no job {job_id!r}: `focus-ray jobs list` shows its jobs"
+            ) from error
         raise SubmissionError(f"{address}: {text[:500]}") from error
 
 
 def check_versions(client: Any, say: Callable[[str], None]) -> None:
-    """Whether what is sent can run there; says where versions differ from those here.
+    """Checks that the cluster runs supported versions of Ray and Python, and warns if they differ from the local versions.
 
-    Raises: SubmissionError: the cluster's Ray or Python is too old.
+    Args:
+        client: Client of the Jobs API.
+        say: Prints a warning.
+
+    Raises:
+        SubmissionError: Ray or Python on the cluster is too old.
     """
     import ray
 
     address = client.get_address()
-    with _job_errors(address):
-        found = cluster_metadata(client)
-    there, python = str(found["rayVersion"]), str(found["pythonVersion"])
-    if _numbers(there) < OLDEST_RAY:
+    with _translate_errors(address):
+        metadata = cluster_metadata(client)
+    cluster_ray, cluster_python = str(metadata["rayVersion"]), str(metadata["pythonVersion"])
+    if _major_minor(cluster_ray) < MIN_RAY_VERSION:
         raise SubmissionError(
-            f"{address}: the cluster runs Ray {there}; focus_ray needs {'.'.join(map(str, OLDEST_RAY))} or newer"
+            f"{address}: the cluster runs Ray {cluster_ray}; focus_ray needs {'.'.join(map(str, MIN_RAY_VERSION))} or newer"
         )
-    if _numbers(python) < OLDEST_PYTHON:
-        raise SubmissionError(f"{address}: the cluster runs Python {python}; focus_ray needs 3.10 or newer")
-    if _numbers(there) != _numbers(ray.__version__):
-        say(f"WARNING: the cluster runs Ray {there}, here is {ray.__version__}")
-    here = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    if _numbers(python) != _numbers(here):
-        say(f"WARNING: the cluster runs Python {python}, here is {here}")
+    if _major_minor(cluster_python) < MIN_PYTHON_VERSION:
+        raise SubmissionError(f"{address}: the cluster runs Python {cluster_python}; focus_ray needs 3.10 or newer")
+    if _major_minor(cluster_ray) != _major_minor(ray.__version__):
+        say(f"WARNING: the cluster runs Ray {cluster_ray}, this machine has Ray {ray.__version__}")
+    local_python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    if _major_minor(cluster_python) != _major_minor(local_python):
+        say(f"WARNING: the cluster runs Python {cluster_python}, this machine has Python {local_python}")
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _major_minor(version: str) -> tuple[int, ...]:
+    """Returns (major, minor) of a version text."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
-def submit(client: Any, job: Job, say: Callable[[str], None] = lambda message: None) -> str:
-    """Checks the cluster's versions, sends the job. Returns: its id. Raises: SubmissionError."""
+def submit_job(client: Any, request: JobRequest, say: Callable[[str], None] = lambda message: None) -> str:
+    """Checks the versions of the cluster and submits the job.
+
+    Args:
+        client: Client of the Jobs API.
+        request: The job.
+        say: Prints warnings and progress.
+
+    Returns:
+        The submission id of the job.
+
+    Raises:
+        SubmissionError: The cluster is too old, does not answer or refuses the job.
+    """
     check_versions(client, say)
-    with tempfile.TemporaryDirectory(prefix="focus-ray-") as folder, _job_errors(client.get_address()):
+    with tempfile.TemporaryDirectory(prefix="focus-ray-") as folder, _translate_errors(client.get_address()):
         archive = Path(folder) / "package.zip"
-        archive.write_bytes(job.package.content)
-        deadline = time.monotonic() + _START_WAIT_S
+        archive.write_bytes(request.package.content)
+        deadline = time.monotonic() + _START_TIMEOUT_S
         while True:
             try:
                 return str(
                     client.submit_job(
-                        entrypoint=job.entrypoint,
-                        submission_id=job.submission_id,
-                        runtime_env={"working_dir": str(archive), "env_vars": dict(job.environment)},
-                        metadata=dict(job.metadata),
-                        entrypoint_num_cpus=job.num_cpus or None,
-                        entrypoint_num_gpus=job.num_gpus or None,
-                        entrypoint_memory=int(job.memory_gib * 2**30) or None,
-                        entrypoint_label_selector=dict(job.labels) if job.labels else None,
+                        entrypoint=request.entrypoint,
+                        submission_id=request.submission_id,
+                        runtime_env={"working_dir": str(archive), "env_vars": dict(request.environment)},
+                        metadata=dict(request.metadata),
+                        entrypoint_num_cpus=request.num_cpus or None,
+                        entrypoint_num_gpus=request.num_gpus or None,
+                        entrypoint_memory=int(request.memory_gib * 2**30) or None,
+                        entrypoint_label_selector=dict(request.labels) if request.labels else None,
                     )
                 )
-            except RuntimeError as error:  # a head node that has just started has no job agent yet (Ray 2.60)
+            except RuntimeError as error:  # a head node has no job agent during its first seconds (Ray 2.60)
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise
-                say("the cluster's head node is still starting: trying again")
+                say("the head node of the cluster is still starting: trying again")
 
 
-def follow(client: Any, job: str, write: Callable[[str], object]) -> int:
-    """Writes a job's log as it comes, until the job ends; a connection that breaks is made again.
+def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
+    """Writes the log of a job until the job ends. Reconnects if the connection breaks.
 
-    Returns: an exit status: 0 where it succeeded, 130 where it was stopped, otherwise its process's own (or 1).
+    Args:
+        client: Client of the Jobs API.
+        job_id: Submission id of the job.
+        write: Takes each new piece of the log.
 
-    Raises: SubmissionError: no such job, or the cluster is gone.
+    Returns:
+        The exit status of the job; see `exit_status`.
+
+    Raises:
+        SubmissionError: The job does not exist, or the connection broke too often without new text.
     """
     from aiohttp import ClientError
 
     address = client.get_address()
-    written = 0
+    num_written = 0
 
     async def tail() -> None:
-        nonlocal written
-        seen = 0
-        async for text in client.tail_job_logs(job):  # from the log's beginning, each time
-            fresh = text[max(0, written - seen) :]
-            seen += len(text)
-            if fresh:
-                write(fresh)
-                written += len(fresh)
+        nonlocal num_written
+        num_received = 0
+        async for text in client.tail_job_logs(job_id):  # every connection sends the log from its beginning
+            new_text = text[max(0, num_written - num_received) :]
+            num_received += len(text)
+            if new_text:
+                write(new_text)
+                num_written += len(new_text)
 
-    broken = 0
+    num_failures = 0
     while True:
-        with _job_errors(address, job):
-            info = client.get_job_info(job)
-        before = written
+        with _translate_errors(address, job_id):
+            info = client.get_job_info(job_id)
+        num_written_before = num_written
         try:
             asyncio.run(tail())
         except (RuntimeError, OSError, ClientError) as error:
-            broken = 0 if written > before else broken + 1
-            if broken > _RECONNECTS:
-                raise SubmissionError(f"{address}: the log of {job!r} breaks off: {error}") from error
-        with _job_errors(address, job):
-            info = client.get_job_info(job)
+            num_failures = 0 if num_written > num_written_before else num_failures + 1
+            if num_failures > _MAX_RECONNECTS:
+                raise SubmissionError(
+                    f"{address}: cannot read the rest of the log of job {job_id!r}: {error}"
+                ) from error
+        with _translate_errors(address, job_id):
+            info = client.get_job_info(job_id)
             if info.status.is_terminal():
-                write(client.get_job_logs(job)[written:])  # what came after the last look
+                write(client.get_job_logs(job_id)[num_written:])  # text that arrived after the last connection
                 return exit_status(info)
-        time.sleep(min(5.0, 0.2 * 2**broken))
+        time.sleep(min(5.0, 0.2 * 2**num_failures))
 
 
 def exit_status(info: Any) -> int:
-    """Of a job that has ended."""
+    """Returns the exit status of a job that has ended: 0 after success, 130 after a stop, otherwise the process's status or 1.
+
+    Args:
+        info: Ray's JobDetails.
+    """
     if str(info.status) == "SUCCEEDED":
         return 0
     if str(info.status) == "STOPPED":
@@ -185,37 +227,51 @@ def exit_status(info: Any) -> int:
     return code if isinstance(code, int) and 0 < code < 256 else 1
 
 
-def describe(client: Any, job: str) -> dict[str, Any]:
-    """A job's state, for people and programs. Raises: SubmissionError: no such job."""
-    with _job_errors(client.get_address(), job):
-        return _as_dict(client.get_job_info(job))
+def describe_job(client: Any, job_id: str) -> dict[str, Any]:
+    """Returns the state of a job as a dict of JSON values: id, status, team, times, exit code and more.
+
+    Raises:
+        SubmissionError: The job does not exist.
+    """
+    with _translate_errors(client.get_address(), job_id):
+        return _to_dict(client.get_job_info(job_id))
 
 
 def list_jobs(client: Any, team: str | None = None) -> list[dict[str, Any]]:
-    """Submitted jobs, newest first; of one team where it is named."""
-    with _job_errors(client.get_address()):
-        found = [_as_dict(info) for info in client.list_jobs() if info.submission_id]
-    wanted = [job for job in found if team is None or job["team"] == team]
-    return sorted(wanted, key=lambda job: job["started"] or "", reverse=True)
+    """Returns the states of submitted jobs as `describe_job` does, newest first; only jobs of `team` if it is given."""
+    with _translate_errors(client.get_address()):
+        all_jobs = [_to_dict(info) for info in client.list_jobs() if info.submission_id]
+    team_jobs = [job for job in all_jobs if team is None or job["team"] == team]
+    return sorted(team_jobs, key=lambda job: job["started"] or "", reverse=True)
 
 
-def stop(client: Any, job: str) -> str:
-    """Stops a job and waits until it has ended. Returns: its status. Raises: SubmissionError: no such job, or it goes on."""
-    with _job_errors(client.get_address(), job):
-        if client.get_job_info(job).status.is_terminal():
-            return str(client.get_job_info(job).status)
-        client.stop_job(job)
-        deadline = time.monotonic() + _STOP_WAIT_S
+def stop_job(client: Any, job_id: str) -> str:
+    """Stops a job and waits until it has ended.
+
+    Returns:
+        The status of the job.
+
+    Raises:
+        SubmissionError: The job does not exist, or it is still running after _STOP_TIMEOUT_S.
+    """
+    with _translate_errors(client.get_address(), job_id):
+        if client.get_job_info(job_id).status.is_terminal():
+            return str(client.get_job_info(job_id).status)
+        client.stop_job(job_id)
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
         while time.monotonic() < deadline:
-            status = client.get_job_info(job).status
+            status = client.get_job_info(job_id).status
             if status.is_terminal():
                 return str(status)
             time.sleep(0.2)
-    raise SubmissionError(f"{job}: still running {_STOP_WAIT_S:.0f} s after it was told to stop: ask again later")
+    raise SubmissionError(f"{job_id}: still running {_STOP_TIMEOUT_S:.0f} s after the request to stop: try again later")
 
 
-def _as_dict(info: Any) -> dict[str, Any]:
-    def time_of(milliseconds: int | None) -> str | None:
+def _to_dict(info: Any) -> dict[str, Any]:
+    """Returns Ray's JobDetails as a dict of JSON values."""
+
+    def iso_time(milliseconds: int | None) -> str | None:
+        """Returns a time of Ray's API as ISO text in UTC."""
         if not milliseconds:
             return None
         return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")
@@ -228,8 +284,8 @@ def _as_dict(info: Any) -> dict[str, Any]:
         "category": metadata.get("category"),
         "config_sha256": metadata.get("config_sha256"),
         "submitted_by": metadata.get("submitted_by"),
-        "started": time_of(info.start_time),
-        "ended": time_of(info.end_time),
+        "started": iso_time(info.start_time),
+        "ended": iso_time(info.end_time),
         "exit_code": info.driver_exit_code,
         "entrypoint": info.entrypoint,
         "message": info.message,

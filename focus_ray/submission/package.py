@@ -1,4 +1,4 @@
-"""What a job is sent with: the working directory without data, environments, hidden files and trained weights."""
+"""The files that are sent with a job: the working directory without data, environments, hidden files and trained weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from focus_ray.errors import SubmissionError
 from focus_ray.names import is_utf8
 from focus_ray.standard import standard_folder
 
-MAX_PACKAGE_MIB = 64  # Ray refuses 512; every node fetches it through the head node
+MAX_PACKAGE_MIB = 64  # Ray allows less than 512; but every node fetches the package through the head node
 
-LEFT_OUT = (
+EXCLUDED = (
     "__pycache__",
     "*.egg-info",
     "node_modules",
@@ -27,14 +27,17 @@ LEFT_OUT = (
     "*.pt",
     "*.ckpt",
 )
-LEFT_OUT_AT_TOP = ("data", "runs", "registry", "quickstart", "scratch")
+EXCLUDED_AT_TOP = ("data", "runs", "registry", "quickstart", "scratch")
 
 
 @dataclass(frozen=True)
 class Package:
-    """The files that a job is sent with.
+    """The files that are sent with a job.
 
-    content: a zip archive, the same bytes for the same files.  num_bytes: of the files, before compression.
+    Attributes:
+        content: A zip archive; the same files always give the same bytes.
+        names: Paths of the files in the archive.
+        num_bytes: Size of all files before compression.
     """
 
     content: bytes
@@ -47,16 +50,18 @@ class Package:
 
 
 def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
-    """Packs a folder, without what a job does not need, and this package where the folder does not hold it.
+    """Packs a folder without the files that a job does not need. Adds the code of focus_ray if the folder does not contain it.
 
     Args:
-        excludes: shell patterns of names or of paths below the folder, besides LEFT_OUT and LEFT_OUT_AT_TOP.
+        folder: Working directory of the job.
+        excludes: Shell patterns of names or relative paths, in addition to EXCLUDED and EXCLUDED_AT_TOP.
 
-    Raises: SubmissionError: no such folder, or more than MAX_PACKAGE_MIB; it names the largest files.
+    Raises:
+        SubmissionError: The folder does not exist, or the archive is larger than MAX_PACKAGE_MIB.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
-        raise SubmissionError(f"{folder}: no such folder to send: give --working-dir")
+        raise SubmissionError(f"{folder}: this folder does not exist: give --working-dir")
     files = dict(_files_to_send(root, excludes))
     if "focus_ray/__init__.py" not in files:
         package = Path(__file__).resolve().parents[1]
@@ -68,15 +73,15 @@ def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
         f"{name} ({size / 2**20:.1f} MiB)" for name, size in sorted(sizes.items(), key=lambda item: -item[1])[:5]
     )
     too_large = (
-        f"{folder}: more than {MAX_PACKAGE_MIB} MiB to send; the largest files are {largest}: "
-        "leave out what the job does not need with --exclude, and put data on S3"
+        f"{folder}: the package is larger than {MAX_PACKAGE_MIB} MiB; the largest files are {largest}: "
+        "exclude files that the job does not need with --exclude, and put data on S3"
     )
-    if sum(sizes.values()) > 8 * limit:  # not worth compressing
+    if sum(sizes.values()) > 8 * limit:  # compression cannot make it small enough
         raise SubmissionError(too_large)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in sorted(files.items()):
-            entry = zipfile.ZipInfo(name)  # its date is 1980: the same files make the same archive
+            entry = zipfile.ZipInfo(name)  # a fixed date (1980), so that the same files give the same archive
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
             archive.writestr(entry, path.read_bytes())
@@ -86,32 +91,41 @@ def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
 
 
 def _files_to_send(
-    root: Path, excludes: Sequence[str], at_top: Sequence[str] = LEFT_OUT_AT_TOP
+    root: Path, excludes: Sequence[str], top_excludes: Sequence[str] = EXCLUDED_AT_TOP
 ) -> Iterator[tuple[str, Path]]:
-    """(name below the root, file); at_top: names that are left out there alone."""
-    patterns = (*LEFT_OUT, *(pattern.rstrip("/") for pattern in excludes))
+    """Yields (path relative to the root, file) of every file that is sent.
 
-    def wanted(name: str, is_top: bool) -> bool:
-        base = name.rpartition("/")[2]
-        if base.startswith(".") or (is_top and base in at_top):
+    Args:
+        root: Folder to walk.
+        excludes: Shell patterns, in addition to EXCLUDED.
+        top_excludes: Names that are excluded directly below the root only.
+    """
+    patterns = (*EXCLUDED, *(pattern.rstrip("/") for pattern in excludes))
+
+    def is_included(name: str, is_top: bool) -> bool:
+        """Returns True if a file or folder is not excluded."""
+        base_name = name.rpartition("/")[2]
+        if base_name.startswith(".") or (is_top and base_name in top_excludes):
             return False
-        return not any(fnmatch.fnmatchcase(base, p) or fnmatch.fnmatchcase(name, p) for p in patterns)
+        return not any(
+            fnmatch.fnmatchcase(base_name, pattern) or fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+        )
 
     for folder, folders, files in os.walk(root):
-        below = Path(folder).relative_to(root).as_posix()
-        prefix = "" if below == "." else f"{below}/"
+        relative_folder = Path(folder).relative_to(root).as_posix()
+        prefix = "" if relative_folder == "." else f"{relative_folder}/"
         folders[:] = sorted(
             name
             for name in folders
-            if wanted(prefix + name, not prefix) and not (Path(folder) / name / "pyvenv.cfg").is_file()
+            if is_included(prefix + name, not prefix) and not (Path(folder) / name / "pyvenv.cfg").is_file()
         )
         for name in files:
             path = Path(folder) / name
-            if not wanted(prefix + name, False):
+            if not is_included(prefix + name, False):
                 continue
             if not is_utf8(prefix + name):
                 raise SubmissionError(
-                    f"{prefix + name!a}: a name that is not valid UTF-8 cannot be sent: rename it, or leave it out with --exclude"
+                    f"{prefix + name!a}: a file name that is not valid UTF-8 cannot be sent: rename the file, or use --exclude"
                 )
             if path.is_file():
                 yield prefix + name, path

@@ -1,1 +1,1 @@
-"""Settings searched over categories with Ray Tune."""
+"""Searches for good settings with Ray Tune."""

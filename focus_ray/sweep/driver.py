@@ -1,9 +1,8 @@
-"""A sweep on Ray Tune: trials as the cluster allows, shared work made once, records in storage, nothing left behind.
+"""Runs a sweep with Ray Tune, keeps its records in the storage, and removes everything else at the end.
 
-Tune starts trials and replaces those whose machine is lost. What has lost is ended by the trial itself, which asks the
-judge after every score: a trial that Tune stops from outside can leave its Train placement group behind (Ray 2.60).
-What was tried is in our own records (`records`), not in Tune's experiment state: a sweep is taken up again from any
-machine that reaches its storage.
+Tune starts trials, and restarts them if their machine is lost. A trial asks the judge after every score and ends itself
+if it is pruned: if Tune stopped it, its Ray Train placement group could remain (Ray 2.60). The tried points are in our own
+records (`records`), not in Tune's experiment state. So a sweep can be resumed on any machine that reaches its storage.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 
 from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
 from focus_ray.cluster.failures import reason_of
-from focus_ray.cluster.ownership import SignOfLife, check_resumable
+from focus_ray.cluster.ownership import Heartbeat, check_resumable
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.ray_private import remove_working_folders
 from focus_ray.cluster.training import resolve_paths
@@ -39,84 +38,108 @@ from focus_ray.storage import join, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.race import Judge
-from focus_ray.sweep.records import Record
+from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Point, SweepConfig
-from focus_ray.sweep.shared import (
-    check_settings,
-    judging_split,
+from focus_ray.sweep.shared_work import SharedWork
+from focus_ray.sweep.trial_inputs import (
+    check_trial_settings,
+    split_for_judging,
 )
-from focus_ray.sweep.sharing import SharedWork
 from focus_ray.sweep.tune import Log, make_searcher, make_stopper, placement_groups, run_tune, trial_callback
-from focus_ray.sweep.worker import STOPPED, StageJob, steps_of
+from focus_ray.sweep.worker import STOPPED, StageJob, score_steps
 from focus_ray.tracking.recorder import Recorder
-from focus_ray.tracking.trials import SweepRecord
+from focus_ray.tracking.trials import SweepRecorder
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a sweep: its folder, all records, the best of each stage, and whether it was stopped early."""
+class SweepOutcome:
+    """The result of a sweep.
+
+    Attributes:
+        root: Folder of the sweep.
+        records: Records of all trials.
+        best: Stage -> its best trial.
+        stopped: True if the sweep was stopped before its end.
+    """
 
     root: str
-    records: list[Record]
-    best: dict[str | None, Record]
+    records: list[TrialRecord]
+    best: dict[str | None, TrialRecord]
     stopped: bool
 
     @property
-    def failed(self) -> list[Record]:
+    def failed(self) -> list[TrialRecord]:
+        """Records of the failed trials."""
         return [record for record in self.records if record.status == "failed"]
 
 
-def sweep(config: SweepConfig, log: Log = lambda message: None) -> Outcome:
-    """Starts a sweep in a folder of its own; see `SweepConfig`.
+def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutcome:
+    """Runs a new sweep in its own folder.
 
-    Raises: SweepError: the folder is taken, or every trial failed. DataError, ConfigError: data or space do not fit.
-        TrainingError: the cluster can never hold a trial.
+    Args:
+        config: Configuration of the sweep.
+        log: Takes messages.
+
+    Raises:
+        SweepError: The folder already contains a sweep, or every trial failed.
+        DataError, ConfigError: The data set or the search space does not fit.
+        TrainingError: The cluster is too small for a trial.
     """
     base = resolve_paths(config.base_config())
     if config.name is None:
         config = config.model_copy(update={"name": unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": base.model_dump(mode="json")})
     root = join(base.storage, str(config.name))
-    records.check_free(root)
-    splits = _splits(config, base)
+    records.check_no_sweep(root)
+    splits = _read_splits(config, base)
     _check_points(config, base, splits)
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     log(f"sweep: {root}")
-    return _carry_out(config, base, root, splits, log, lambda: records.claim(root, config, fingerprints))
+    return _execute(config, base, root, splits, log, lambda: records.claim_folder(root, config, fingerprints))
 
 
-def resume(place: str, log: Log = lambda message: None) -> Outcome:
-    """Goes on with a sweep: trials that were finished or cut stay, others, the failed ones too, are run.
+def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
+    """Resumes a sweep: runs all trials that are not finished or pruned, and failed trials again.
 
-    Raises: SweepError: no sweep there, or it is still running. DataError: its images have changed.
+    Args:
+        folder: Folder of the sweep.
+        log: Takes messages.
+
+    Raises:
+        SweepError: The folder contains no sweep, or the sweep is still running.
+        DataError: The images have changed.
     """
-    root = place if "://" in place else str(Path(place).expanduser().absolute())
+    root = folder if "://" in folder else str(Path(folder).expanduser().absolute())
     config = records.read_sweep(root)
     base = config.base_config()
-    splits = _splits(config, base)
+    splits = _read_splits(config, base)
     check_resumable(root, {category: split.fingerprint for category, split in splits.items()}, SweepError)
-    log(f"sweep: {root}, {len(records.read_records(root))} trials are there")
-    return _carry_out(config, base, root, splits, log, lambda: None)
+    log(f"sweep: {root}, {len(records.read_records(root))} trials have records")
+    return _execute(config, base, root, splits, log, lambda: None)
 
 
-def _splits(config: SweepConfig, base: Config) -> dict[str, Split]:
-    """The categories in the order in which they are judged, and which images each trial learns from."""
-    there = list_categories(base.data.uri)
-    categories = list(base.data.categories or there)
-    unknown = sorted({*categories, *(config.race.order or ())} - set(there))
+def _read_splits(config: SweepConfig, base: Config) -> dict[str, Split]:
+    """Returns category -> split of its images, in the order in which categories are judged."""
+    existing = list_categories(base.data.uri)
+    categories = list(base.data.categories or existing)
+    unknown = sorted({*categories, *(config.race.order or ())} - set(existing))
     if unknown:
-        raise DataError(f"{base.data.uri} has no category {', '.join(unknown)}; it has {', '.join(there)}")
+        raise DataError(f"{base.data.uri} has no category {', '.join(unknown)}; it has {', '.join(existing)}")
     first = [category for category in config.race.order or () if category in categories]
     ordered = [*first, *(category for category in categories if category not in first)]
-    return {category: judging_split(base, category, config.objective) for category in ordered}
+    return {category: split_for_judging(base, category, config.objective) for category in ordered}
 
 
 def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]) -> None:
-    """What only data and network can tell. Raises: ConfigError, DataError."""
+    """Checks every point with the data and the network, which the configuration alone cannot check.
+
+    Raises:
+        ConfigError, DataError: A point is not valid.
+    """
     if config.searcher == "optuna":
         points: Sequence[Point] = [{key: value} for key, domain in config.space.items() for value in domain.samples()]
     else:
-        points = Proposer(config).known
+        points = Proposer(config).points
     checked: set[str] = set()
     for point in points:
         settings = config.base_config(point)
@@ -125,10 +148,10 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
             check_ingredients(settings)
             checked.add(ingredients)
         try:
-            check_settings(settings)
+            check_trial_settings(settings)
         except ValueError as error:
-            where = ", ".join(f"{key}={value!r}" for key, value in point.items())
-            raise ConfigError(f"space: at {where}: {error}") from None
+            settings_text = ", ".join(f"{key}={value!r}" for key, value in point.items())
+            raise ConfigError(f"space: at {settings_text}: {error}") from None
     for category, split in splits.items():
         try:
             BatchSchedule.agree(split.num_fit, base.cluster.num_workers, base.train.batch_size_per_worker)
@@ -136,14 +159,23 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
             raise DataError(f"category {category!r}: {error}") from None
 
 
-def _carry_out(
+def _execute(
     config: SweepConfig, base: Config, root: str, splits: dict[str, Split], log: Log, claim: Callable[[], None]
-) -> Outcome:
-    """claim: makes the folder this sweep's, once the cluster is known to be able to run it."""
+) -> SweepOutcome:
+    """Runs the trials of a new or resumed sweep and writes its report.
+
+    Args:
+        config: Configuration of the sweep.
+        base: Base configuration, with absolute paths.
+        root: Folder of the sweep.
+        splits: Category -> split of its images.
+        log: Takes messages.
+        claim: Takes possession of the folder. It is called when the cluster is known to be large enough.
+    """
     from focus_ray.sweep.report import write_report
 
     recorder = Recorder(base.trackers, base.storage, log)
-    private = connect()
+    is_private = connect()
     import ray
 
     try:
@@ -151,7 +183,7 @@ def _carry_out(
         streams = trains and any(not fits_memory(base, split) for split in splits.values())
         limit = concurrent_runs(
             base.cluster,
-            private,
+            is_private,
             streams,
             log,
             share=config.cluster_share,
@@ -160,7 +192,7 @@ def _carry_out(
         )
         probe_nodes([join(base.data.uri, f"category={c}", COMMIT_NAME) for c in splits], [root])
         claim()
-        told = SweepRecord(
+        sweep_recorder = SweepRecorder(
             recorder,
             read_bytes(join(root, records.SWEEP)),
             str(config.name),
@@ -168,24 +200,28 @@ def _carry_out(
             base.cluster.team,
             config.model_dump(mode="json", exclude_none=True),
         )
-        state = _run(_Driver(config, base, root, splits, streams, log, told), limit)
+        state = _run_trials(_SweepDriver(config, base, root, splits, streams, log, sweep_recorder), limit)
     finally:
-        if private:
+        if is_private:
             ray.shutdown()
-    found = records.read_records(root)
-    outcome = Outcome(root, found, records.best_of(found), state == "stopped")
+    trial_records = records.read_records(root)
+    outcome = SweepOutcome(root, trial_records, records.best_records(trial_records), state == "stopped")
     if outcome.best:
-        write_report(root, config, found)
+        write_report(root, config, trial_records)
         log(f"report: {join(root, 'report.html')}")
-    elif found and not outcome.stopped:
+    elif trial_records and not outcome.stopped:
         reasons = "; ".join(f"trial {record.name}: {record.reason}" for record in outcome.failed[:3])
-        raise SweepError(f"{root}: none of {len(found)} trials came to a score; {reasons}")
+        raise SweepError(f"{root}: none of {len(trial_records)} trials has a score; {reasons}")
     return outcome
 
 
-def _run(driver: _Driver, limit: int) -> str:
-    """Runs all trials and lets go of everything. Returns: finished or stopped, as the folder tells it too."""
-    alive = SignOfLife(driver.root)
+def _run_trials(driver: _SweepDriver, limit: int) -> str:
+    """Runs all trials and releases everything that the sweep holds.
+
+    Returns:
+        "finished" or "stopped", which the folder of the sweep also records.
+    """
+    heartbeat = Heartbeat(driver.root)
     state = "failed"
     try:
         with driver.signals():
@@ -197,14 +233,14 @@ def _run(driver: _Driver, limit: int) -> str:
     finally:
         try:
             driver.close()
-            driver.tell_trackers(state)
+            driver.close_trackers(state)
         finally:
-            alive.close(state)
+            heartbeat.close(state)
     return state
 
 
-class _Driver:
-    """One process's part of a sweep."""
+class _SweepDriver:
+    """The state of a running sweep in the process that started it."""
 
     def __init__(
         self,
@@ -214,44 +250,44 @@ class _Driver:
         splits: dict[str, Split],
         streams: bool,
         log: Log,
-        told: SweepRecord,
+        sweep_recorder: SweepRecorder,
     ) -> None:
         import ray
 
-        self.told = told
+        self.sweep_recorder = sweep_recorder
         self.config, self.base, self.root, self.splits, self.log = config, base, root, splits, log
         self.streams = streams
         self.stopping = threading.Event()
         self.use_gpu = uses_gpu(base.cluster)
         self.shared = SharedWork(config, base, splits, self.use_gpu, self.stopping, log)
         self.judge: Any = None
-        self.experiment = f"{config.name}-{uuid.uuid4().hex[:6]}"  # Tune's own files, gone at the end
+        self.experiment = f"{config.name}-{uuid.uuid4().hex[:6]}"  # name of Tune's files, deleted at the end
         self.scratch = tempfile.mkdtemp(prefix="focus-ray-sweep-")
-        self.here = ray.get_runtime_context().get_node_id()
+        self.node_id = ray.get_runtime_context().get_node_id()
         self.groups_before = placement_groups()
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM stop the sweep in good order; a second one ends the process at once."""
+        """Context manager: SIGINT or SIGTERM stops the sweep in an orderly way; a second signal ends the process at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        former: dict[int, Any] = {}
+        previous_handlers: dict[int, Any] = {}
 
         def stop(number: int, frame: Any) -> None:
-            signal.signal(number, former[number])
+            signal.signal(number, previous_handlers[number])
             self.stopping.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):
-            former[number] = signal.signal(number, stop)
+            previous_handlers[number] = signal.signal(number, stop)
         try:
             yield
         finally:
-            for caught, handler in former.items():
-                signal.signal(caught, handler)
+            for caught_signal, handler in previous_handlers.items():
+                signal.signal(caught_signal, handler)
 
     def close(self) -> None:
-        """Lets go of everything that this sweep holds in the cluster and on its machines."""
+        """Releases everything that this sweep holds in the cluster and on its machines."""
         import ray
         from ray import PlacementGroupID
         from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -261,57 +297,68 @@ class _Driver:
         if self.judge is not None:
             ray.kill(self.judge)
         shutil.rmtree(self.scratch, ignore_errors=True)
-        # Tune leaves a folder a trial in every node's session folder, which outlives the job (Ray 2.60)
+        # Tune leaves one folder per trial in the session folder of every node, also after the job (Ray 2.60).
         remove_working_folders(self.experiment)
-        sweepers = []
+        cleanup_tasks = []
         for node in ray.nodes():
-            if node["Alive"] and node["NodeID"] != self.here:
-                where = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
-                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(remove_working_folders)
-                sweepers.append(task.remote(self.experiment))
-        if sweepers:
-            ray.wait(sweepers, num_returns=len(sweepers), timeout=10.0)
-        # a Train controller that is ended by force leaves its workers' placement group behind (Ray 2.60)
+            if node["Alive"] and node["NodeID"] != self.node_id:
+                on_node = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
+                task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node)(remove_working_folders)
+                cleanup_tasks.append(task.remote(self.experiment))
+        if cleanup_tasks:
+            ray.wait(cleanup_tasks, num_returns=len(cleanup_tasks), timeout=10.0)
+        # A killed Ray Train controller does not remove the placement group of its workers (Ray 2.60).
         for name in placement_groups() - self.groups_before:
             remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
         remove_folder(join(self.root, "scratch"))
 
-    def tell_trackers(self, state: str) -> None:
-        """The end, and trials whose end no callback was called of."""
-        if not self.told.recorder:
+    def close_trackers(self, state: str) -> None:
+        """Records trials for which Tune called no callback, and the end of the sweep."""
+        if not self.sweep_recorder.recorder:
             return
         try:
-            found = records.read_records(self.root)
-        except DataError as error:  # the sweep is done whatever trackers learn of it
-            self.log(f"WARNING: not everything was recorded: {error}")
-            found = []
-        for record in found:
-            self.told.trial(record.name, dataclasses.asdict(record))
-        best = {stage or "": dataclasses.asdict(record) for stage, record in records.best_of(found).items()}
-        self.told.close(best, failed=state == "failed")
+            trial_records = records.read_records(self.root)
+        except DataError as error:  # a failure of the records must not end a finished sweep
+            self.log(f"WARNING: trackers lack some trials: {error}")
+            trial_records = []
+        for record in trial_records:
+            self.sweep_recorder.log_trial(record.name, dataclasses.asdict(record))
+        best = {
+            stage or "": dataclasses.asdict(record) for stage, record in records.best_records(trial_records).items()
+        }
+        self.sweep_recorder.close(best, failed=state == "failed")
 
     # ---- trials
     def run_stage(self, stage: str | None, limit: int) -> None:
-        """Runs what is left of the trials for all categories, or for one."""
+        """Runs the missing trials of a stage.
+
+        Args:
+            stage: Category to search for; None for all categories.
+            limit: Largest number of trials that run at once.
+        """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         categories = list(self.splits) if stage is None else [stage]
         proposer = Proposer(self.config)
         max_epochs = self.config.max_epochs
-        done = [r for r in records.read_records(self.root) if r.stage == stage and r.status in records.DONE]
-        for record in sorted(done, key=lambda record: record.number):
-            proposer.tell(record.number, record.point, record.score, steps_of(record, categories, max_epochs))
-        missing = proposer.total - len(done)
-        if missing <= 0:
+        done_records = [
+            record
+            for record in records.read_records(self.root)
+            if record.stage == stage and record.status in records.DONE_STATUSES
+        ]
+        for record in sorted(done_records, key=lambda record: record.number):
+            proposer.tell(record.number, record.point, record.score, score_steps(record, categories, max_epochs))
+        num_missing = proposer.total - len(done_records)
+        if num_missing <= 0:
             return
-        # beside the driver, so that it lives and ends with it
-        where = NodeAffinitySchedulingStrategy(node_id=self.here, soft=False)
-        actor = ray.remote(num_cpus=0, scheduling_strategy=where)(Judge)
-        self.judge = actor.options(name=f"judge-{stage or 'all'}", namespace=self.experiment).remote(
+        # The judge runs on the node of the driver, so that both live and die together.
+        on_this_node = NodeAffinitySchedulingStrategy(node_id=self.node_id, soft=False)
+        judge_actor = ray.remote(num_cpus=0, scheduling_strategy=on_this_node)(Judge)
+        self.judge = judge_actor.options(name=f"judge-{stage or 'all'}", namespace=self.experiment).remote(
             self.config, categories, max_epochs
         )
-        for record in sorted(done, key=lambda record: record.ended_at):
+        for record in sorted(done_records, key=lambda record: record.ended_at):
             self.judge.replay.remote(record.number, record.curves())
             if record.status == "cut":
                 self.judge.withdraw.remote(record.number)
@@ -326,42 +373,44 @@ class _Driver:
             features=self.shared.features,
             judge=self.judge,
         )
-        self.log(f"{missing} trial(s) on {', '.join(categories)}, {len(done)} done")
-        self._tune(job, proposer, missing, limit)
+        self.log(f"{num_missing} trial(s) on {', '.join(categories)}, {len(done_records)} already done")
+        self._tune(job, proposer, num_missing, limit)
         ray.kill(self.judge)
         self.judge = None
 
-    def _tune(self, job: StageJob, proposer: Proposer, missing: int, limit: int) -> None:
+    def _tune(self, job: StageJob, proposer: Proposer, num_missing: int, limit: int) -> None:
+        """Runs the missing trials with Ray Tune and writes records of trials whose process was lost too often."""
+
         def stop() -> bool:
             if self.stopping.is_set():
-                self.judge.stop.remote(STOPPED)  # trials end at their next score, or are ended soon after
+                self.judge.stop.remote(STOPPED)  # trials end at their next score; Tune ends the others soon
             return self.stopping.is_set()
 
-        # Ray Train's workers have a placement group of their own; `limit` keeps room for them
-        own_workers = self.base.cluster.num_workers > 1 or self.streams
+        # Ray Train workers have their own placement group; `limit` leaves room for them.
+        has_train_workers = self.base.cluster.num_workers > 1 or self.streams
         grid = run_tune(
             job,
-            make_searcher(proposer, missing, self.log),
+            make_searcher(proposer, num_missing, self.log),
             make_stopper(stop),
-            num_trials=missing,
+            num_trials=num_missing,
             limit=limit,
             name=self.experiment if job.stage is None else f"{self.experiment}-{job.stage}",
             folder=self.scratch,
-            asked=None if own_workers else resources_per_worker(self.base.cluster, self.use_gpu),
+            resources=None if has_train_workers else resources_per_worker(self.base.cluster, self.use_gpu),
             labels=self.base.cluster.labels,
             max_failures=self.base.cluster.max_failures,
-            callbacks=[trial_callback(self.told)] if self.told.recorder else [],
+            callbacks=[trial_callback(self.sweep_recorder)] if self.sweep_recorder.recorder else [],
         )
         if self.stopping.is_set():
             return
-        there = {record.name for record in records.read_records(self.root)}
+        recorded_names = {record.name for record in records.read_records(self.root)}
         for result in grid:
             if result.error is None:
                 continue
             config = result.config or {}
-            record = Record(
+            record = TrialRecord(
                 config["number"], job.stage, config["point"], "failed", None, reason=reason_of(result.error)
             )
-            if record.name not in there:  # its process was lost more often than max_failures allows
+            if record.name not in recorded_names:  # its process was lost more than max_failures times
                 records.write_record(self.root, dataclasses.replace(record, ended_at=time.time()))
                 self.log(f"trial {record.name}: FAILED: {record.reason}")

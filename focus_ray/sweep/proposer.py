@@ -1,4 +1,4 @@
-"""Which point of a space comes next."""
+"""Proposes the points of a search space that trials try."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from focus_ray.sweep.settings import Point, SweepConfig, grid_points
 
 
 def random_points(sweep: SweepConfig) -> list[Point]:
-    """`planned_trials` points, none twice; point n depends on the seed and n and what came before alone."""
+    """Returns `planned_trials` different random points; fewer if the space has fewer.
+
+    A point depends only on the seed, its number and the points before it.
+    """
     points: list[Point] = []
-    seen: set[str] = set()
+    known_texts: set[str] = set()
     rng = np.random.default_rng(derive_seed(sweep.seed, "points"))
     if all(domain.choice is not None for domain in sweep.space.values()):
-        whole = grid_points(sweep)
-        return [whole[number] for number in rng.permutation(len(whole))[: sweep.planned_trials]]
+        all_points = grid_points(sweep)
+        return [all_points[number] for number in rng.permutation(len(all_points))[: sweep.planned_trials]]
     for _ in range(1000 * sweep.planned_trials):
         point = {key: domain.draw(rng) for key, domain in sweep.space.items()}
-        if (text := json.dumps(point, sort_keys=True)) not in seen:
-            seen.add(text)
+        if (text := json.dumps(point, sort_keys=True)) not in known_texts:
+            known_texts.add(text)
             points.append(point)
         if len(points) == sweep.planned_trials:
             break
@@ -31,12 +34,17 @@ def random_points(sweep: SweepConfig) -> list[Point]:
 
 
 class Proposer:
-    """Which point comes next; told of outcomes, it goes on from where an earlier process ended."""
+    """Proposes the next point of a sweep. After the results of earlier trials, it continues where an earlier process ended.
+
+    Attributes:
+        points: All points in their order; empty for the searcher `optuna`.
+        trials: Number of each proposed or ended trial -> its Optuna trial while it runs, else None.
+    """
 
     def __init__(self, sweep: SweepConfig) -> None:
         self.sweep = sweep
-        self.known = {"grid": grid_points, "random": random_points}.get(sweep.searcher, lambda _: [])(sweep)
-        self.asked: dict[int, Any] = {}  # numbers that were given out, or are done
+        self.points = {"grid": grid_points, "random": random_points}.get(sweep.searcher, lambda _: [])(sweep)
+        self.trials: dict[int, Any] = {}
         if sweep.searcher == "optuna":
             import optuna
 
@@ -45,32 +53,40 @@ class Proposer:
 
     @property
     def total(self) -> int:
-        return self.sweep.planned_trials if self.sweep.searcher == "optuna" else len(self.known)
+        """Number of trials of the sweep."""
+        return self.sweep.planned_trials if self.sweep.searcher == "optuna" else len(self.points)
 
     def ask(self) -> tuple[int, Point] | None:
-        """The next trial's number and point; None when all were given out."""
-        number = next((number for number in range(self.total) if number not in self.asked), None)
+        """Returns the number and the point of the next trial; None if all trials were proposed."""
+        number = next((number for number in range(self.total) if number not in self.trials), None)
         if number is None:
             return None
         if self.sweep.searcher != "optuna":
-            self.asked[number] = None
-            return number, self.known[number]
+            self.trials[number] = None
+            return number, self.points[number]
         import optuna
 
-        # a sampler for each number: what it proposes depends on the outcomes so far and the number, not on how often
-        # the sweep was taken up again
+        # Each number has a sampler of its own: the proposal depends on the earlier results and the number, but not on
+        # how often the sweep was resumed.
         self.study.sampler = optuna.samplers.TPESampler(
             seed=derive_seed(self.sweep.seed, "proposal", number),
             n_startup_trials=max(2, min(10, self.total // 3)),
             constant_liar=True,
         )
-        trial = self.study.ask(distributions(self.sweep))
-        self.asked[number] = trial
+        trial = self.study.ask(optuna_distributions(self.sweep))
+        self.trials[number] = trial
         return number, {key: self._decode(key, value) for key, value in trial.params.items()}
 
     def tell(self, number: int, point: Point, score: float | None, curve: Sequence[tuple[int, float]] = ()) -> None:
-        """A trial's outcome: its score; or None where it was ended early, with (step, score) as far as it came."""
-        trial = self.asked.get(number)
+        """Takes the result of a trial.
+
+        Args:
+            number: Number of the trial.
+            point: Point that it tried.
+            score: Its score; None if it was pruned.
+            curve: (step, score) of all its reports.
+        """
+        trial = self.trials.get(number)
         if self.sweep.searcher == "optuna":
             import optuna
 
@@ -83,40 +99,42 @@ class Proposer:
                 self.study.add_trial(
                     optuna.trial.create_trial(
                         params={key: self._encode(key, value) for key, value in point.items()},
-                        distributions=distributions(self.sweep),
+                        distributions=optuna_distributions(self.sweep),
                         value=score,
                         state=state,
                         intermediate_values=dict(curve),
                     )
                 )
-        self.asked[number] = None
+        self.trials[number] = None
 
     def fail(self, number: int) -> None:
-        """A trial that gave nothing to learn from."""
-        trial = self.asked.get(number)
+        """Takes the failure of a trial, from which the searcher learns nothing."""
+        trial = self.trials.get(number)
         if self.sweep.searcher == "optuna" and trial is not None:
             import optuna
 
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        self.asked[number] = None
+        self.trials[number] = None
 
     def _encode(self, key: str, value: Any) -> Any:
+        """Returns a value as Optuna stores it: a choice as JSON text, because Optuna takes no lists."""
         return json.dumps(value) if self.sweep.space[key].choice is not None else value
 
     def _decode(self, key: str, value: Any) -> Any:
+        """Returns a value that Optuna stores as the configuration takes it."""
         return json.loads(value) if self.sweep.space[key].choice is not None else value
 
 
-def distributions(sweep: SweepConfig) -> dict[str, Any]:
-    """The space in Optuna's words; a choice's values as JSON, since Optuna takes no lists."""
+def optuna_distributions(sweep: SweepConfig) -> dict[str, Any]:
+    """Returns the search space as Optuna distributions. The values of a choice are JSON texts, because Optuna takes no lists."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    found: dict[str, Any] = {}
+    distributions: dict[str, Any] = {}
     for key, domain in sweep.space.items():
         if domain.choice is not None:
-            found[key] = CategoricalDistribution([json.dumps(value) for value in domain.choice])
+            distributions[key] = CategoricalDistribution([json.dumps(value) for value in domain.choice])
         elif domain.is_integer:
-            found[key] = IntDistribution(int(domain.ends[0]), int(domain.ends[1]), log=domain.is_log)
+            distributions[key] = IntDistribution(int(domain.ends[0]), int(domain.ends[1]), log=domain.is_log)
         else:
-            found[key] = FloatDistribution(*domain.ends, log=domain.is_log)
-    return found
+            distributions[key] = FloatDistribution(*domain.ends, log=domain.is_log)
+    return distributions

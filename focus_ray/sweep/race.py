@@ -1,6 +1,7 @@
-"""When a trial has lost: a race over categories by a moderated paired test, and successive halving over epochs. No Ray.
+"""Decides when a trial is pruned: by a race over categories with a paired test, and by successive halving over epochs.
 
-A trial is judged category by category, in one order for all. docs/use/sweeps.md says what each rule assumes.
+Every trial goes through the categories in the same order. docs/use/sweeps.md explains the assumptions. This module does
+not import Ray.
 """
 
 from __future__ import annotations
@@ -13,47 +14,57 @@ import numpy as np
 
 from focus_ray.sweep.settings import RaceConfig, SweepConfig
 
-PRIOR_DF = 4.0  # how many categories' worth of belief stands behind race.prior_sd
+PRIOR_DF = 4.0  # degrees of freedom of the prior: race.prior_sd weighs as much as this many categories
 
 
-def p_value_of_loss(differences: Sequence[float], prior_sd: float) -> float:
-    """How likely gaps like these would be if the trial were as good as the other one, on one side.
+def loss_p_value(differences: Sequence[float], prior_sd: float) -> float:
+    """Returns the one-sided p-value of a moderated paired t-test: is the other trial better?
 
-    A paired t-test over categories whose variance is drawn towards `prior_sd` as by `PRIOR_DF` more categories
-    (the moderated t of Smyth 2004): it speaks from the first category on, when it leans on the prior alone, and becomes
-    the plain paired test as categories add up.
+    The p-value is the probability of gaps like these if both trials were equally good. The variance over categories is
+    drawn towards `prior_sd` with a weight of `PRIOR_DF` categories (the moderated t of Smyth 2004). So the test works from
+    the first category on, where it uses the prior alone. With many categories it becomes the usual paired t-test.
 
     Args:
-        differences: the other's score less the trial's, one a category.
+        differences: For each category, the score of the other trial minus the score of this trial.
+        prior_sd: Expected standard deviation of the differences.
     """
     from scipy.stats import t as student
 
-    gaps = np.asarray(differences, dtype=np.float64)
+    gaps = np.asarray(differences, dtype=np.float64)  # (N categories,)
     df = PRIOR_DF + len(gaps) - 1
     variance = (PRIOR_DF * prior_sd**2 + float(np.square(gaps - gaps.mean()).sum())) / df
     return float(student.sf(gaps.mean() / math.sqrt(variance / len(gaps)), df))
 
 
 class Judge:
-    """Hears every trial's scores in the order in which they come, and says when one is to end.
+    """Receives the scores of all trials in the order of time, and decides when a trial must end.
 
     Args:
-        categories: in the order in which every trial is judged.
-        max_epochs: the most that any trial trains; 0 where nothing trains.
+        sweep: Configuration of the sweep.
+        categories: Order in which every trial goes through the categories.
+        max_epochs: Largest number of training epochs of any trial; 0 if nothing is trained.
+
+    Attributes:
+        scores: Trial -> category -> its final score.
+        pruned: Trials that were pruned or withdrawn. Other trials are not compared with them.
+        stop_reason: Reason to end all trials; None while the sweep runs.
+        reports: Trial -> (score, step) of all its reports, for successive halving.
+        optuna_trials: Trial -> its trial in the Optuna study, for successive halving.
     """
 
     def __init__(self, sweep: SweepConfig, categories: Sequence[str], max_epochs: int) -> None:
         self.race: RaceConfig = sweep.race
         self.categories, self.max_epochs = list(categories), max_epochs
-        self.scores: dict[int, dict[str, float]] = {}  # of a trial: what it ended each category with
-        self.cut: set[int] = set()
-        self.stopping: str | None = None
+        self.scores: dict[int, dict[str, float]] = {}
+        self.pruned: set[int] = set()
+        self.stop_reason: str | None = None
         self.scheduler = sweep.scheduler
-        self.heard: dict[int, list[tuple[float, int]]] = {}  # of a trial: score and step, in the order of all
-        self.trials: dict[int, Any] = {}
+        self.reports: dict[int, list[tuple[float, int]]] = {}
+        self.optuna_trials: dict[int, Any] = {}
         self.study: Any = self._new_study()
 
     def _new_study(self) -> Any:
+        """Returns an Optuna study that prunes by successive halving; None if the scheduler is `none`."""
         if self.scheduler.kind != "asha":
             return None
         import optuna
@@ -65,92 +76,99 @@ class Judge:
         return optuna.create_study(direction="maximize", pruner=pruner)
 
     def begin(self, trial: int) -> None:
-        """A trial starts, or starts again after its machine was lost: what it said before no longer counts."""
+        """Begins a trial. If the trial ran before and its machine was lost, its earlier reports are dropped."""
         self.scores.pop(trial, None)
-        self.cut.discard(trial)
+        self.pruned.discard(trial)
         if self.study is None:
             return
-        if self.heard.pop(trial, None):  # a study forgets nothing, so that the trial would compete with its former self
-            self.study, self.trials = self._new_study(), {}
-            for other, heard in self.heard.items():
-                self.trials[other] = self.study.ask()
-                for score, step in heard:
-                    self.trials[other].report(score, step)
-                    self.trials[other].should_prune()
-        self.heard[trial] = []
-        self.trials[trial] = self.study.ask()
+        if self.reports.pop(trial, None):  # Optuna cannot delete reports: make a new study
+            self.study, self.optuna_trials = self._new_study(), {}
+            for other, reports in self.reports.items():
+                self.optuna_trials[other] = self.study.ask()
+                for score, step in reports:
+                    self.optuna_trials[other].report(score, step)
+                    self.optuna_trials[other].should_prune()
+        self.reports[trial] = []
+        self.optuna_trials[trial] = self.study.ask()
 
     def report(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
-        """Takes in a score.
+        """Takes a score of a trial.
 
         Args:
-            epoch: how many epochs the network was trained.  final: whether the category ends with this score.
+            trial: Number of the trial.
+            category: Category that was judged.
+            epoch: Number of epochs that the network was trained.
+            score: The score; higher is better.
+            final: True if this is the last score of the category.
 
-        Returns: why the trial is to end now; None: go on.
+        Returns:
+            The reason to end the trial now; None if it goes on.
         """
-        if self.stopping is not None:
-            return self.stopping
-        mine = self.scores.setdefault(trial, {})
-        done = [mine[name] for name in self.categories if name in mine]
+        if self.stop_reason is not None:
+            return self.stop_reason
+        own_scores = self.scores.setdefault(trial, {})
+        final_scores = [own_scores[name] for name in self.categories if name in own_scores]
         if final:
-            mine[category] = score
-        is_last = final and len(mine) == len(self.categories)
+            own_scores[category] = score
+        is_last = final and len(own_scores) == len(self.categories)
         reason = None
         if not is_last:
-            reason = self._halve(trial, category, epoch, float(np.mean([*done, score])))
+            reason = self._halving_reason(trial, category, epoch, float(np.mean([*final_scores, score])))
             if reason is None and final and self.race.enabled:
-                reason = self._lost(trial)
+                reason = self._race_reason(trial)
         if reason is not None:
-            self.cut.add(trial)
+            self.pruned.add(trial)
         return reason
 
     def withdraw(self, trial: int) -> None:
-        """A trial ended for a reason of its own: others are no longer held against it."""
-        self.cut.add(trial)
+        """Stops comparing other trials with a trial that ended for another reason, for instance a failure."""
+        self.pruned.add(trial)
 
     def stop(self, reason: str) -> None:
         """Ends every trial at its next report."""
-        self.stopping = reason
+        self.stop_reason = reason
 
     def replay(self, trial: int, curves: dict[str, list[tuple[int, float]]]) -> None:
-        """Takes in what a trial of an earlier process reported; the verdicts were given then."""
+        """Takes the reports of a trial from an earlier process. Its own decisions are ignored: they were made then."""
         self.begin(trial)
         for category in self.categories:
             curve = curves.get(category, [])
             for number, (epoch, score) in enumerate(curve):
                 self.report(trial, category, epoch, score, final=number + 1 == len(curve))
-        self.cut.discard(trial)
+        self.pruned.discard(trial)
 
-    def _halve(self, trial: int, category: str, epoch: int, score: float) -> str | None:
+    def _halving_reason(self, trial: int, category: str, epoch: int, score: float) -> str | None:
+        """Returns the reason if successive halving prunes the trial at this score, else None."""
         if self.study is None:
             return None
-        if trial not in self.trials:
+        if trial not in self.optuna_trials:
             self.begin(trial)
+        # Steps count epochs over all categories, so that a rung can lie in any category.
         step = self.categories.index(category) * max(1, self.max_epochs) + max(1, epoch)
-        self.heard[trial].append((score, step))
-        self.trials[trial].report(score, step)
-        if not self.trials[trial].should_prune():
+        self.reports[trial].append((score, step))
+        self.optuna_trials[trial].report(score, step)
+        if not self.optuna_trials[trial].should_prune():
             return None
         return f"successive halving: {score:.4f} after epoch {epoch} of {category} is not among the best at this rung"
 
-    def _lost(self, trial: int) -> str | None:
-        """The race over categories."""
-        mine = self.scores[trial]
-        if len(mine) < self.race.grace_categories:
+    def _race_reason(self, trial: int) -> str | None:
+        """Returns the reason if the race over categories prunes the trial after its last category, else None."""
+        own_scores = self.scores[trial]
+        if len(own_scores) < self.race.grace_categories:
             return None
-        others = [
+        rivals = [
             scores
             for number, scores in self.scores.items()
-            if number not in {trial, *self.cut} and mine.keys() <= scores.keys()
+            if number not in {trial, *self.pruned} and own_scores.keys() <= scores.keys()
         ]
-        if not others:
+        if not rivals:
             return None
-        best = max(others, key=lambda scores: float(np.mean([scores[name] for name in mine])))
-        gaps = [best[name] - mine[name] for name in mine]
-        p_value = p_value_of_loss(gaps, self.race.prior_sd)
+        best = max(rivals, key=lambda scores: float(np.mean([scores[name] for name in own_scores])))
+        gaps = [best[name] - own_scores[name] for name in own_scores]
+        p_value = loss_p_value(gaps, self.race.prior_sd)
         if p_value >= self.race.alpha:
             return None
         return (
-            f"race: on {', '.join(mine)} {float(np.mean(gaps)):.4f} behind the best so far "
+            f"race: on {', '.join(own_scores)} {float(np.mean(gaps)):.4f} behind the best trial so far "
             f"(p {p_value:.2g} below race.alpha {self.race.alpha:g})"
         )

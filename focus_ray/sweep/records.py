@@ -1,9 +1,9 @@
-"""A sweep's folder in its storage: what was asked, one record a trial, a sign of life, the best. No Ray.
+"""The folder of a sweep in its storage: its configuration, one record per trial, a heartbeat, the best configuration. No Ray.
 
     sweep.yaml  data.json  state.json  trials/<number>.json  best.yaml  report.html  ...
 
-A trial writes its record itself, whole or not at all, as soon as it ends: whatever happens to the driver, nothing that
-was finished is lost, and no two processes ever write the same object.
+A trial writes its own record as soon as it ends, completely or not at all. So no finished trial is lost when the driver
+dies, and two processes never write the same object.
 """
 
 from __future__ import annotations
@@ -27,17 +27,25 @@ from focus_ray.sweep.settings import Point, SweepConfig, parse_sweep
 from focus_ray.yaml_text import load_yaml
 
 SWEEP, TRIALS = "sweep.yaml", "trials"
-DONE = ("finished", "cut")  # what a resumed sweep does not try again
-DECIMALS = 4  # of a score, as it is shown; scores that are the same to these are equal
+DONE_STATUSES = ("finished", "cut")  # a resumed sweep does not run these trials again
+DECIMALS = 4  # of a printed score; scores that are equal to this precision count as equal
 
 
 @dataclass(frozen=True)
-class Record:
-    """How one trial ended.
+class TrialRecord:
+    """The result of one trial.
 
-    stage: the category that it was for, or None if it was for all.  status: finished, cut or failed.
-    score: mean over categories; None unless finished.  categories: name -> score, figures, curve, epochs, seconds, ...
-    reason: why it was cut, or what failed.  epochs: trained, over all categories.  ended_at: Unix time.
+    Attributes:
+        number: Number of the trial in its stage.
+        stage: Category that the trial searched for; None if it searched for all categories.
+        point: The settings that it tried.
+        status: "finished", "cut" (pruned) or "failed".
+        score: Mean score over the categories; None unless finished.
+        categories: Category -> `trial.CategoryResult` as a dict.
+        reason: Why the trial was pruned or failed.
+        epochs: Number of trained epochs over all categories.
+        seconds: Duration of the trial.
+        ended_at: Unix time of its end.
     """
 
     number: int
@@ -53,98 +61,120 @@ class Record:
 
     @property
     def name(self) -> str:
+        """Name of the trial, unique in the sweep."""
         return f"{self.number:05d}" if self.stage is None else f"{self.stage}-{self.number:05d}"
 
     @property
     def spread(self) -> float | None:
-        """Best less worst category."""
-        scores = [part["score"] for part in self.categories.values() if part.get("score") is not None]
+        """Score of the best category minus score of the worst; None for fewer than two categories."""
+        scores = [result["score"] for result in self.categories.values() if result.get("score") is not None]
         return max(scores) - min(scores) if len(scores) > 1 else None
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """Category -> (epochs trained, score)."""
-        return {name: [(int(e), float(s)) for e, s in part["curve"]] for name, part in self.categories.items()}
+        """Returns category -> list of (trained epochs, score)."""
+        return {name: [(int(e), float(s)) for e, s in result["curve"]] for name, result in self.categories.items()}
 
 
-_RECORD = TypeAdapter(Record)
+_RECORD = TypeAdapter(TrialRecord)
 
 
-def write_record(root: str, record: Record) -> None:
+def write_record(root: str, record: TrialRecord) -> None:
+    """Writes a record to the folder of the sweep."""
     text = json.dumps(dataclasses.asdict(record), allow_nan=False, indent=1)
     write_bytes(join(root, TRIALS, f"{record.name}.json"), (text + "\n").encode())
 
 
-def read_records(root: str) -> list[Record]:
-    """Those that are there, by stage and number. Raises: SweepError: one cannot be understood."""
-    found = []
+def read_records(root: str) -> list[TrialRecord]:
+    """Reads all records of a sweep, sorted by stage and number.
+
+    Raises:
+        SweepError: A file is not a valid record.
+    """
+    records = []
     for name in list_names(join(root, TRIALS)):
         if not name.endswith(".json") or name.startswith("."):
             continue
-        place = join(root, TRIALS, name)
+        file = join(root, TRIALS, name)
         try:
-            found.append(_RECORD.validate_json(read_bytes(place)))
+            records.append(_RECORD.validate_json(read_bytes(file)))
         except ValidationError as error:
             raise SweepError(
-                f"{place}: not a trial's record ({error}): remove it to have the trial run again"
+                f"{file}: not a valid record of a trial ({error}): delete the file, then the trial is run again"
             ) from None
-    return sorted(found, key=lambda record: (record.stage or "", record.number))
+    return sorted(records, key=lambda record: (record.stage or "", record.number))
 
 
-def rank(record: Record) -> tuple[bool, float, str, int]:
-    """Sorts the best first: finished ones by score, of equal ones the lower number, then the others."""
+def rank_key(record: TrialRecord) -> tuple[bool, float, str, int]:
+    """Returns a sort key that puts the best trial first: finished trials by score and number, then the others."""
     score = 0.0 if record.score is None else record.score
     return record.status != "finished", -round(score, DECIMALS), record.status, record.number
 
 
-def best_of(records: Sequence[Record]) -> dict[str | None, Record]:
-    """The first of each stage by `rank`."""
-    best: dict[str | None, Record] = {}
-    for record in sorted(scored(records), key=lambda record: (record.stage or "", rank(record))):
+def best_records(records: Sequence[TrialRecord]) -> dict[str | None, TrialRecord]:
+    """Returns stage -> its best finished trial."""
+    best: dict[str | None, TrialRecord] = {}
+    for record in sorted(finished_records(records), key=lambda record: (record.stage or "", rank_key(record))):
         best.setdefault(record.stage, record)
     return best
 
 
-def scored(found: Sequence[Record]) -> list[Record]:
-    """Those that finished, with a score."""
-    return [record for record in found if record.status == "finished" and record.score is not None]
+def finished_records(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Returns the finished trials that have a score."""
+    return [record for record in records if record.status == "finished" and record.score is not None]
 
 
-def best_name(stage: str | None) -> str:
-    """The file of a stage's best configuration."""
+def best_file_name(stage: str | None) -> str:
+    """Returns the name of the file with the best configuration of a stage."""
     return "best.yaml" if stage is None else f"best-{stage}.yaml"
 
 
 def is_labelled(sweep: SweepConfig) -> bool:
+    """Returns True if the objective of the sweep uses labelled test images."""
     return sweep.objective != "validation"
 
 
-def objective_words(sweep: SweepConfig) -> str:
-    """What is maximised, marked where it looks at labels."""
+def describe_objective(sweep: SweepConfig) -> str:
+    """Returns the objective in words, with LABELLED if it uses labelled test images."""
     return f"{sweep.objective} on LABELLED test images" if is_labelled(sweep) else "label-free validation score"
 
 
-def check_free(root: str) -> None:
-    """Raises: SweepError: the folder holds a sweep already."""
+def check_no_sweep(root: str) -> None:
+    """Checks that the folder contains no sweep.
+
+    Raises:
+        SweepError: It contains one.
+    """
     if exists(join(root, SWEEP)):
-        raise SweepError(f"{root} holds a sweep already: give another name, or `focus-ray sweep resume {root}`")
+        raise SweepError(f"{root} already contains a sweep: give another name, or `focus-ray sweep resume {root}`")
 
 
-def claim(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
-    """Writes what the sweep is. Raises: SweepError: the folder holds one already, or one begun at the same time was first."""
-    check_free(root)
-    # only where there is none, and no two have the same bytes; what else is written is then the winner's alone
+def claim_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
+    """Writes the configuration of a sweep, by which the sweep owns the folder.
+
+    Raises:
+        SweepError: The folder already contains a sweep, or another process started a sweep in it at the same moment.
+    """
+    check_no_sweep(root)
+    # The file is only created if it does not exist, and its first line is unique. So one process wins, and everything
+    # else in the folder is written by the winner alone.
     text = f"# begun by {socket.gethostname()}, {uuid.uuid4().hex}\n{config_to_yaml(sweep)}"
     if not create_bytes(join(root, SWEEP), text.encode()):
-        raise SweepError(f"{root} was taken by a sweep started at the same time: give another name")
+        raise SweepError(
+            f"{root}: another process started a sweep in this folder at the same moment: give another name"
+        )
     write_fingerprints(root, fingerprints)
 
 
 def read_sweep(root: str) -> SweepConfig:
-    """What the sweep of a folder is. Raises: SweepError: there is none."""
+    """Returns the configuration of the sweep in a folder.
+
+    Raises:
+        SweepError: The folder contains no sweep.
+    """
     try:
         text = read_bytes(join(root, SWEEP))
     except FileNotFoundError:
-        raise SweepError(f"{root}: no sweep here: give the folder that `focus-ray sweep` named") from None
+        raise SweepError(f"{root}: contains no sweep: give the folder that `focus-ray sweep` printed") from None
     tree = load_yaml(text)
     tree["space"] = {
         key: {kind: value for kind, value in domain.items() if value is not None}
@@ -153,8 +183,8 @@ def read_sweep(root: str) -> SweepConfig:
     return parse_sweep(tree, source=join(root, SWEEP))
 
 
-def progress(root: str, sweep: SweepConfig, found: Sequence[Record]) -> dict[str, Any]:
-    """How far a sweep is: its state, trials by status, and the best so far."""
+def sweep_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]) -> dict[str, Any]:
+    """Returns the state of a sweep as JSON values: its process, the number of trials by status, and the best trials so far."""
     base = sweep.base_config()
     stages = 1
     if sweep.scope == "per_category":
@@ -162,46 +192,49 @@ def progress(root: str, sweep: SweepConfig, found: Sequence[Record]) -> dict[str
     return {
         **{key: value for key, value in read_state(root).items() if key in ("state", "host", "pid")},
         "storage": base.storage,
-        "objective": objective_words(sweep),
+        "objective": describe_objective(sweep),
         "planned": sweep.planned_trials * stages,
-        **{status: sum(record.status == status for record in found) for status in ("finished", "cut", "failed")},
-        "epochs": sum(record.epochs for record in found),
+        **{status: sum(record.status == status for record in records) for status in ("finished", "cut", "failed")},
+        "epochs": sum(record.epochs for record in records),
         "best": {
             stage or "all categories": {"trial": record.number, "score": record.score, **record.point}
-            for stage, record in best_of(found).items()
+            for stage, record in best_records(records).items()
         },
     }
 
 
-def best_config_yaml(sweep: SweepConfig, record: Record, root: str) -> str:
-    """The best trial's configuration, ready for `focus-ray train`: its run lies beside the sweep, under the sweep's name."""
+def best_config_yaml(sweep: SweepConfig, record: TrialRecord, root: str) -> str:
+    """Returns the YAML text of the best trial's configuration, ready for `focus-ray train`.
+
+    The run gets the name of the sweep with the suffix `-best`, and the same storage.
+    """
     config = sweep.base_config(record.point)
     categories = config.data.categories if record.stage is None else (record.stage,)
-    end = "-best" if record.stage is None else f"-best-{record.stage}"
-    name = f"{(sweep.name or config.name)[: 100 - len(end)]}{end}"
+    suffix = "-best" if record.stage is None else f"-best-{record.stage}"
+    name = f"{(sweep.name or config.name)[: 100 - len(suffix)]}{suffix}"
     config = config.model_copy(update={"name": name, "data": config.data.model_copy(update={"categories": categories})})
     assert record.score is not None
-    head = [
+    comments = [
         f"Best of {root}, trial {record.number}{f' for {record.stage}' if record.stage else ''}: "
-        f"{objective_words(sweep)} {record.score:.4f}",
+        f"{describe_objective(sweep)} {record.score:.4f}",
         ", ".join(f"{key}={json.dumps(value)}" for key, value in record.point.items()),
     ]
     if is_labelled(sweep):
-        head.append("Chosen by labelled test images: figures on these images are no fair test of it any more.")
-    return "".join(f"# {line}\n" for line in head) + config_to_yaml(config)
+        comments.append("Chosen with labelled test images: metrics on these images are no longer a fair test.")
+    return "".join(f"# {line}\n" for line in comments) + config_to_yaml(config)
 
 
-def summary_table(sweep: SweepConfig, records: Sequence[Record]) -> str:
-    """A Markdown table of all trials, best first."""
+def summary_table(sweep: SweepConfig, records: Sequence[TrialRecord]) -> str:
+    """Returns a Markdown table of all trials of each stage, the best first."""
     keys = list(sweep.space)
     stages = sorted({record.stage for record in records}, key=lambda stage: stage or "")
     lines = []
     for stage in stages:
-        mine = [record for record in records if record.stage == stage]
-        categories = list(dict.fromkeys(name for record in mine for name in record.categories))
-        ordered = sorted(mine, key=rank)
-        title = objective_words(sweep) + (f", {stage}" if stage else "")
-        head = [
+        stage_records = [record for record in records if record.stage == stage]
+        categories = list(dict.fromkeys(name for record in stage_records for name in record.categories))
+        ordered = sorted(stage_records, key=rank_key)
+        title = describe_objective(sweep) + (f", {stage}" if stage else "")
+        header = [
             "trial",
             *keys,
             "score",
@@ -211,17 +244,19 @@ def summary_table(sweep: SweepConfig, records: Sequence[Record]) -> str:
             "seconds",
             "status",
         ]
-        lines += [f"**{title}**", "", _row(head), "|" + "---|" * len(head)]
+        lines += [f"**{title}**", "", _table_row(header), "|" + "---|" * len(header)]
         for record in ordered:
-            parts = [record.categories.get(name, {}).get("score") for name in categories] if stage is None else []
+            category_scores = (
+                [record.categories.get(name, {}).get("score") for name in categories] if stage is None else []
+            )
             lines.append(
-                _row(
+                _table_row(
                     [
                         str(record.number),
-                        *(shown(record.point.get(key)) for key in keys),
-                        _figure(record.score),
-                        *(_figure(part) for part in parts),
-                        _figure(record.spread),
+                        *(format_value(record.point.get(key)) for key in keys),
+                        _format_score(record.score),
+                        *(_format_score(category_score) for category_score in category_scores),
+                        _format_score(record.spread),
                         str(record.epochs),
                         f"{record.seconds:.1f}",
                         record.status,
@@ -232,20 +267,23 @@ def summary_table(sweep: SweepConfig, records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
-def shown(value: Any) -> str:
-    """A parameter's value, short."""
+def format_value(value: Any) -> str:
+    """Returns a setting's value as a short text."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def mean_score(scores: Sequence[float]) -> float:
+    """Returns the mean of scores."""
     return float(np.mean(scores))
 
 
-def _row(cells: Sequence[str]) -> str:
+def _table_row(cells: Sequence[str]) -> str:
+    """Returns a row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _figure(value: float | None) -> str:
+def _format_score(value: float | None) -> str:
+    """Returns a score with DECIMALS decimals; "-" for None."""
     return "-" if value is None else f"{value:.{DECIMALS}f}"

@@ -1,4 +1,4 @@
-"""What a sweep found, to look at: table, best configurations, parameter importance, plots, one HTML page. No Ray."""
+"""The report of a sweep: tables, best configurations, parameter importance, plots and one HTML page. No Ray."""
 
 from __future__ import annotations
 
@@ -14,35 +14,43 @@ from focus_ray.reporting.page import png_uri, render
 from focus_ray.storage import join, write_bytes
 from focus_ray.sweep import records, summary
 from focus_ray.sweep.plots import importance_plot, learning_curves, parallel_coordinates
-from focus_ray.sweep.proposer import distributions
-from focus_ray.sweep.records import Record
+from focus_ray.sweep.proposer import optuna_distributions
+from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig
 
-_MIN_FOR_IMPORTANCE = 4
+_MIN_FOR_IMPORTANCE = 4  # finished trials; with fewer, importance has no meaning
 
 
-def write_report(root: str, sweep: SweepConfig, found: Sequence[Record]) -> list[str]:
-    """Writes everything beside the records. Returns: the files' names."""
-    files: dict[str, bytes] = {"trials.parquet": _parquet(sweep, found)}
-    best = records.best_of(found)
+def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[str]:
+    """Writes the report into the folder of the sweep.
+
+    Returns:
+        The names of the files.
+    """
+    files: dict[str, bytes] = {"trials.parquet": _parquet(sweep, trials)}
+    best = records.best_records(trials)
     for stage, record in best.items():
-        files[records.best_name(stage)] = records.best_config_yaml(sweep, record, root).encode()
+        files[records.best_file_name(stage)] = records.best_config_yaml(sweep, record, root).encode()
     pictures: dict[str, list[tuple[str, str, bytes]]] = {}
     importances: dict[str, dict[str, float] | None] = {}
-    for stage in summary.stages_of(found):
-        mine = [record for record in found if record.stage == stage]
-        end = "" if stage is None else f"-{stage}"
-        importance = importances[stage or ""] = parameter_importance(sweep, mine)
-        made = [
-            ("parallel", "Settings and scores", parallel_coordinates(sweep, mine)),
-            ("curves", "Learning curves", learning_curves(sweep, mine)),
-            ("importance", "Parameter importance", importance_plot(sweep, importance, len(records.scored(mine)))),
+    for stage in summary.list_stages(trials):
+        stage_trials = [record for record in trials if record.stage == stage]
+        suffix = "" if stage is None else f"-{stage}"
+        importance = importances[stage or ""] = parameter_importance(sweep, stage_trials)
+        plots = [
+            ("parallel", "Settings and scores", parallel_coordinates(sweep, stage_trials)),
+            ("curves", "Learning curves", learning_curves(sweep, stage_trials)),
+            (
+                "importance",
+                "Parameter importance",
+                importance_plot(sweep, importance, len(records.finished_records(stage_trials))),
+            ),
         ]
-        for name, title, picture in made:
+        for name, title, picture in plots:
             if picture is not None:
-                files[f"{name}{end}.png"] = picture
-                pictures.setdefault(stage or "", []).append((f"{name}{end}.png", title, picture))
-    files["report.md"] = _markdown(root, sweep, found).encode()
+                files[f"{name}{suffix}.png"] = picture
+                pictures.setdefault(stage or "", []).append((f"{name}{suffix}.png", title, picture))
+    files["report.md"] = _markdown(root, sweep, trials).encode()
     facts = {
         "objective": sweep.objective,
         "labelled": records.is_labelled(sweep),
@@ -50,26 +58,29 @@ def write_report(root: str, sweep: SweepConfig, found: Sequence[Record]) -> list
         "level": {
             stage or "all": sorted(record.number for record in [*ties.equal, *ties.near])
             for stage, winner in best.items()
-            for ties in [summary.ties_with(sweep, [r for r in found if r.stage == stage], winner)]
+            for ties in [summary.find_ties(sweep, [r for r in trials if r.stage == stage], winner)]
         },
-        "caveats": {stage or "all": summary.told(sweep, found, stage).caveats for stage in summary.stages_of(found)},
+        "caveats": {
+            stage or "all": summary.summarize_stage(sweep, trials, stage).caveats
+            for stage in summary.list_stages(trials)
+        },
         "importance": importances,
-        "num_trials": len(found),
-        "epochs": sum(record.epochs for record in found),
+        "num_trials": len(trials),
+        "epochs": sum(record.epochs for record in trials),
     }
     files["report.json"] = (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode()
-    files["report.html"] = _page(root, sweep, found, pictures, importances)
+    files["report.html"] = _page(root, sweep, trials, pictures, importances)
     for name, data in files.items():
         write_bytes(join(root, name), data)
     return list(files)
 
 
-def parameter_importance(sweep: SweepConfig, found: Sequence[Record]) -> dict[str, float] | None:
-    """Each key's share of the score's variance (fANOVA on a random forest, through Optuna), largest first.
+def parameter_importance(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> dict[str, float] | None:
+    """Returns each key's share of the score's variance, the largest first (fANOVA on a random forest, with Optuna).
 
-    None where it means nothing: too few finished trials, or all alike.
+    Returns None if the shares would mean nothing: too few finished trials, or equal scores.
     """
-    scored = records.scored(found)
+    scored = records.finished_records(trials)
     if (
         len(scored) < _MIN_FOR_IMPORTANCE
         or len({round(record.score or 0.0, records.DECIMALS) for record in scored}) < 2
@@ -79,52 +90,55 @@ def parameter_importance(sweep: SweepConfig, found: Sequence[Record]) -> dict[st
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
-    spaces = distributions(sweep)
-    moving = {key for key in sweep.space if len({json.dumps(record.point[key]) for record in scored}) > 1}
-    if not moving:
+    spaces = optuna_distributions(sweep)
+    varied_keys = {key for key in sweep.space if len({json.dumps(record.point[key]) for record in scored}) > 1}
+    if not varied_keys:
         return None
     for record in scored:
         values = {
             key: json.dumps(record.point[key]) if sweep.space[key].choice is not None else record.point[key]
-            for key in sorted(moving)
+            for key in sorted(varied_keys)
         }
         study.add_trial(
             optuna.trial.create_trial(
-                params=values, distributions={key: spaces[key] for key in sorted(moving)}, value=record.score
+                params=values,
+                distributions={key: spaces[key] for key in sorted(varied_keys)},
+                value=record.score,
             )
         )
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
     return {
         **{key: float(value) for key, value in shares.items()},
-        **{key: 0.0 for key in sweep.space if key not in moving},
+        **{key: 0.0 for key in sweep.space if key not in varied_keys},
     }
 
 
-def _markdown(root: str, sweep: SweepConfig, found: Sequence[Record]) -> str:
-    trains = "\n".join(summary.commands(root, found))
-    end = f"\n```\n{trains}\n```\n" if trains else ""
-    return f"{records.summary_table(sweep, found)}\n{summary.text(sweep, found)}{end}"
+def _markdown(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
+    """Returns the text of report.md: the table of trials, the sentences, and the commands that train the best settings."""
+    commands = "\n".join(summary.train_commands(root, trials))
+    code_block = f"\n```\n{commands}\n```\n" if commands else ""
+    return f"{records.summary_table(sweep, trials)}\n{summary.format_summaries(sweep, trials)}{code_block}"
 
 
-def _parquet(sweep: SweepConfig, found: Sequence[Record]) -> bytes:
-    """A row a trial: its settings, as `param:<key>`, its scores, as `score:<category>`, and how it ended."""
-    categories = list(dict.fromkeys(name for record in found for name in record.categories))
+def _parquet(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes:
+    """Returns a Parquet file with one row per trial: settings (`param:<key>`), scores (`score:<category>`) and the result."""
+    categories = list(dict.fromkeys(name for record in trials for name in record.categories))
     columns: dict[str, Any] = {
-        "number": pa.array([record.number for record in found], pa.int64()),
-        "stage": pa.array([record.stage for record in found], pa.string()),
-        "status": pa.array([record.status for record in found], pa.string()),
-        "score": pa.array([record.score for record in found], pa.float64()),
-        "epochs": pa.array([record.epochs for record in found], pa.int64()),
-        "seconds": pa.array([record.seconds for record in found], pa.float64()),
-        "reason": pa.array([record.reason for record in found], pa.string()),
+        "number": pa.array([record.number for record in trials], pa.int64()),
+        "stage": pa.array([record.stage for record in trials], pa.string()),
+        "status": pa.array([record.status for record in trials], pa.string()),
+        "score": pa.array([record.score for record in trials], pa.float64()),
+        "epochs": pa.array([record.epochs for record in trials], pa.int64()),
+        "seconds": pa.array([record.seconds for record in trials], pa.float64()),
+        "reason": pa.array([record.reason for record in trials], pa.string()),
     }
     for key in sweep.space:
-        values = [record.point.get(key) for record in found]
-        simple = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        columns[f"param:{key}"] = pa.array(values if simple else [json.dumps(value) for value in values])
+        values = [record.point.get(key) for record in trials]
+        is_numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        columns[f"param:{key}"] = pa.array(values if is_numeric else [json.dumps(value) for value in values])
     for name in categories:
-        scores = [record.categories.get(name, {}).get("score") for record in found]
+        scores = [record.categories.get(name, {}).get("score") for record in trials]
         columns[f"score:{name}"] = pa.array(scores, pa.float64())
     metadata = {b"objective": sweep.objective.encode(), b"labelled": str(records.is_labelled(sweep)).encode()}
     buffer = io.BytesIO()
@@ -135,34 +149,35 @@ def _parquet(sweep: SweepConfig, found: Sequence[Record]) -> bytes:
 def _page(
     root: str,
     sweep: SweepConfig,
-    found: Sequence[Record],
+    trials: Sequence[TrialRecord],
     pictures: dict[str, list[tuple[str, str, bytes]]],
     importances: dict[str, dict[str, float] | None],
 ) -> bytes:
-    best = records.best_of(found)
+    """Returns the HTML page."""
+    best = records.best_records(trials)
     return render(
         "sweep.html",
         title=f"Sweep {sweep.name}",
         place=root,
-        counts={status: sum(record.status == status for record in found) for status in ("finished", "cut", "failed")},
-        epochs=sum(record.epochs for record in found),
-        seconds=sum(record.seconds for record in found),
+        counts={status: sum(record.status == status for record in trials) for status in ("finished", "cut", "failed")},
+        epochs=sum(record.epochs for record in trials),
+        seconds=sum(record.seconds for record in trials),
         searcher=sweep.searcher,
         seed=sweep.seed,
-        objective=records.objective_words(sweep),
+        objective=records.describe_objective(sweep),
         is_labelled=records.is_labelled(sweep),
         min_for_importance=_MIN_FOR_IMPORTANCE,
         stages=[
             _stage(
                 root,
                 sweep,
-                found,
+                trials,
                 stage,
                 best.get(stage),
                 pictures.get(stage or "", []),
                 importances.get(stage or "") is not None,
             )
-            for stage in summary.stages_of(found)
+            for stage in summary.list_stages(trials)
         ],
         settings=json.dumps(sweep.model_dump(mode="json", exclude={"base"}), indent=1, ensure_ascii=False),
     )
@@ -171,38 +186,42 @@ def _page(
 def _stage(
     root: str,
     sweep: SweepConfig,
-    found: Sequence[Record],
+    trials: Sequence[TrialRecord],
     stage: str | None,
-    winner: Record | None,
+    winner: TrialRecord | None,
     pictures: Sequence[tuple[str, str, bytes]],
     has_importance: bool,
 ) -> dict[str, Any]:
-    """What the page shows of the trials of one stage."""
-    mine = [record for record in found if record.stage == stage]
-    said = summary.told(sweep, found, stage)
+    """Returns the template's values for one stage."""
+    stage_trials = [record for record in trials if record.stage == stage]
+    summary_of_stage = summary.summarize_stage(sweep, trials, stage)
     return {
         "name": "All categories" if stage is None else stage,
-        "words": [words for words in (said.best, *said.ties, *said.caveats) if words is not None],
-        "command": None if winner is None else summary.commands(root, [winner])[0],
-        "table": _table(sweep, mine, winner),
+        "words": [
+            sentence
+            for sentence in (summary_of_stage.best, *summary_of_stage.ties, *summary_of_stage.caveats)
+            if sentence is not None
+        ],
+        "command": None if winner is None else summary.train_commands(root, [winner])[0],
+        "table": _table(sweep, stage_trials, winner),
         "pictures": {title: png_uri(picture) for _, title, picture in pictures},
         "has_importance": has_importance,
     }
 
 
 def _table(
-    sweep: SweepConfig, mine: Sequence[Record], winner: Record | None
+    sweep: SweepConfig, stage_trials: Sequence[TrialRecord], winner: TrialRecord | None
 ) -> tuple[list[str], list[tuple[str, list[str], str]]]:
-    """Heads of the columns, and a row a trial, best first: how it is marked, its cells, its status."""
-    categories = list(dict.fromkeys(name for record in mine for name in record.categories))
+    """Returns the headers, and for each trial, the best first, (CSS class of the row, cells, status text)."""
+    categories = list(dict.fromkeys(name for record in stage_trials for name in record.categories))
     categories = categories if len(categories) > 1 else []
     head = ["trial", *sweep.space, "score", *categories, *(["spread"] if categories else []), "epochs", "seconds"]
     rows = []
-    for record in sorted(mine, key=records.rank):
+    for record in sorted(stage_trials, key=records.rank_key):
         scores = [record.score, *(record.categories.get(name, {}).get("score") for name in categories)]
         if categories:
             scores.append(record.spread)
-        cells = [str(record.number), *(records.shown(record.point.get(key)) for key in sweep.space)]
+        cells = [str(record.number), *(records.format_value(record.point.get(key)) for key in sweep.space)]
         cells += ["-" if score is None else f"{score:.{records.DECIMALS}f}" for score in scores]
         cells += [str(record.epochs), f"{record.seconds:.1f}"]
         mark = "best" if winner is not None and record.number == winner.number else record.status

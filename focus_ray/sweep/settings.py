@@ -1,6 +1,6 @@
-"""A sweep's configuration: what is searched, by what searcher, and what a trial is judged by. No Ray, no torch.
+"""The configuration of a sweep: the search space, the searcher and the objective. Imports neither Ray nor torch.
 
-Every point of the space is held against `Config` before anything starts; the same seed proposes the same points again.
+Every point of the space is validated as a `Config` before anything starts. The same seed proposes the same points.
 """
 
 from __future__ import annotations
@@ -24,23 +24,28 @@ from focus_ray.names import NAME_PATTERN
 Point = dict[str, Any]  # dotted key of Config -> value
 
 
-def metric_of(objective: str) -> str | None:
-    """The metric's key that an objective stands for; None for the label-free validation."""
+def objective_metric(objective: str) -> str | None:
+    """Returns the key of the metric that an objective maximizes; None for the label-free validation score."""
     return None if objective == "validation" else "aupro_0.3" if objective == "aupro" else objective
 
 
 def _check_objective(name: str) -> str:
-    key = metric_of(name)
+    """Returns the objective unchanged.
+
+    Raises:
+        ValueError: It is neither `validation` nor a metric that is better when it is higher.
+    """
+    key = objective_metric(name)
     if key is not None and (key not in METRICS.import_paths or not METRICS[key].higher_is_better):
-        known = [key for key in METRICS if METRICS[key].higher_is_better]
-        raise ValueError(f"objective {name!r} is not known: choose validation, aupro or one of {', '.join(known)}")
+        allowed = [key for key in METRICS if METRICS[key].higher_is_better]
+        raise ValueError(f"objective {name!r} is unknown: choose validation, aupro or one of {', '.join(allowed)}")
     return name
 
 
 Objective = Annotated[str, AfterValidator(_check_objective)]
 _MAX_GRID = 10_000
-_MAX_INTEGERS = 4096  # of a range: so many are checked one by one, of longer ones the ends
-_REFUSED = {  # what a space may not hold, and why
+_MAX_CHECKED_INTEGERS = 4096  # every integer of a range up to this length is checked; of a longer range only both ends
+_REFUSED = {  # key or section that cannot be searched -> reason
     "name": "it names the run's folder",
     "storage": "it says where the results go",
     "data": "all trials must learn from and be judged on the same images",
@@ -53,115 +58,138 @@ _REFUSED = {  # what a space may not hold, and why
 
 
 def inert_keys(config: Config) -> dict[str, str]:
-    """Keys, or sections ending in a dot, that change no score under a configuration -> why."""
+    """Returns the keys of settings that change no score under a configuration -> the reason."""
     model, density, train = config.model, config.density, config.train
     alignment = model.image_alignment
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     if not train.epochs:
         why = "nothing is trained (train.epochs is 0)"
-        found.update({key: why for key in leaf_keys() if key.startswith("train.") and key not in _NOT_TRAINING})
-        found.update(dict.fromkeys(("model.projector_width", "model.predictor", "model.predictor_width"), why))
+        reasons.update(
+            {key: why for key in setting_keys() if key.startswith("train.") and key not in _USED_WITHOUT_TRAINING}
+        )
+        reasons.update(dict.fromkeys(("model.projector_width", "model.predictor", "model.predictor_width"), why))
     elif not train.lambda_fine:
         why = "train.lambda_fine is 0"
-        found.update(dict.fromkeys(("model.projector_width", "model.predictor", "model.predictor_width"), why))
+        reasons.update(dict.fromkeys(("model.projector_width", "model.predictor", "model.predictor_width"), why))
     elif not model.predictor:
-        found["model.predictor_width"] = "model.predictor is false"
+        reasons["model.predictor_width"] = "model.predictor is false"
     if alignment.method == "congealing" or alignment.group == "none":
         why = "no gradient moves the image aligner (model.image_alignment.method is congealing, or its group none)"
-        found.update(dict.fromkeys(("train.lambda_ica", "train.learning_rate_image_alignment"), why))
+        reasons.update(dict.fromkeys(("train.lambda_ica", "train.learning_rate_image_alignment"), why))
     if alignment.method == "localisation":
         why = "model.image_alignment.method is localisation"
-        found.update(dict.fromkeys(("model.image_alignment.min_drop", "model.image_alignment.max_images"), why))
+        reasons.update(dict.fromkeys(("model.image_alignment.min_drop", "model.image_alignment.max_images"), why))
     if alignment.group == "none":
         why = "model.image_alignment.group is none"
         keys = ("method", "min_drop", "max_images", "max_translation", "max_scale", "padding")
-        found.update({f"model.image_alignment.{key}": why for key in keys})
+        reasons.update({f"model.image_alignment.{key}": why for key in keys})
     if density.kind == "nearest":
-        found["density.pooling"] = "density.kind is nearest"
+        reasons["density.pooling"] = "density.kind is nearest"
         if density.reduction == "discriminant":
-            why = "density.reduction is discriminant: what it learns is the metric, and nothing is whitened"
-            found.update(dict.fromkeys(("density.shrinkage", "density.shrinkage_unit"), why))
+            why = "density.reduction is discriminant: it learns the metric, and nothing is whitened"
+            reasons.update(dict.fromkeys(("density.shrinkage", "density.shrinkage_unit"), why))
     if density.kind == "gaussian":
-        of_nearest = ("density.max_images", "density.per_place", "density.coreset", "density.coreset_channels")
-        found.update(dict.fromkeys(of_nearest, "density.kind is gaussian"))
+        nearest_keys = ("density.max_images", "density.per_place", "density.coreset", "density.coreset_channels")
+        reasons.update(dict.fromkeys(nearest_keys, "density.kind is gaussian"))
         if density.reduction != "discriminant":
-            found["density.window"] = "density.kind is gaussian"
+            reasons["density.window"] = "density.kind is gaussian"
     elif not density.coreset:
-        found["density.coreset_channels"] = "density.coreset is 0"
+        reasons["density.coreset_channels"] = "density.coreset is 0"
     if density.reduction != "discriminant":
-        found["density.metric"] = "density.reduction is not discriminant"
+        reasons["density.metric"] = "density.reduction is not discriminant"
     if density.reduction == "none":
-        found["density.num_channels"] = "density.reduction is none"
-    return found
+        reasons["density.num_channels"] = "density.reduction is none"
+    return reasons
 
 
-_NOT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_worker")
+_USED_WITHOUT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_worker")
 
 
 class Domain(Section):
-    """What one key may be: exactly one of these. Ranges include both ends."""
+    """The values that a search may give to one setting. Exactly one field is set. Ranges include both ends."""
 
     choice: tuple[Any, ...] | None = Field(
-        default=None, min_length=1, description="One of these values; a bare list means the same."
+        default=None, min_length=1, description="One of these values; a list without a key means the same."
     )
-    uniform: tuple[float, float] | None = Field(default=None, description="[low, high]: any number between, all alike.")
+    uniform: tuple[float, float] | None = Field(
+        default=None, description="[low, high]: a number in this range, uniformly distributed."
+    )
     loguniform: tuple[float, float] | None = Field(
-        default=None, description="[low, high]: any number between, all orders of magnitude alike."
+        default=None, description="[low, high]: a number in this range, uniformly distributed on a logarithmic scale."
     )
-    randint: tuple[int, int] | None = Field(default=None, description="[low, high]: any integer between, all alike.")
+    randint: tuple[int, int] | None = Field(
+        default=None, description="[low, high]: an integer in this range, uniformly distributed."
+    )
     lograndint: tuple[int, int] | None = Field(
-        default=None, description="[low, high]: any integer between, all orders of magnitude alike."
+        default=None, description="[low, high]: an integer in this range, uniformly distributed on a logarithmic scale."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _list_is_a_choice(cls, value: Any) -> Any:
+        """Turns a bare list into a choice."""
         return {"choice": value} if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _one_kind(self) -> Domain:
-        given = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
-        if len(given) != 1:
+        """Checks that exactly one field is set and that a range has a low and a high end.
+
+        Raises:
+            ValueError: The domain is not valid.
+        """
+        kinds_set = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
+        if len(kinds_set) != 1:
             kinds = ", ".join(type(self).model_fields)
-            raise ValueError(f"expected a list of values, or exactly one of {kinds}; got {', '.join(given) or 'none'}")
+            raise ValueError(
+                f"expected a list of values, or exactly one of {kinds}; got {', '.join(kinds_set) or 'none'}"
+            )
         if self.choice is None:
             low, high = self.ends
             if not low < high or (self.is_log and low <= 0):
-                above = " above 0" if self.is_log else ""
-                raise ValueError(f"{given[0]} needs [low, high] with low below high{above}; got [{low}, {high}]")
+                bound = " above 0" if self.is_log else ""
+                raise ValueError(f"{kinds_set[0]} needs [low, high] with low below high{bound}; got [{low}, {high}]")
         return self
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of a range. Raises: AssertionError: a choice has none."""
+        """Both ends of a range.
+
+        Raises:
+            AssertionError: The domain is a choice.
+        """
         bounds = self.uniform or self.loguniform or self.randint or self.lograndint
         assert bounds is not None
         return bounds
 
     @property
     def is_log(self) -> bool:
+        """True if the range is drawn on a logarithmic scale."""
         return self.loguniform is not None or self.lograndint is not None
 
     @property
     def is_integer(self) -> bool:
+        """True if the range has integers only."""
         return self.randint is not None or self.lograndint is not None
 
     def samples(self) -> list[Any]:
-        """The values that stand for all: every choice, every integer of a range that is not too long, else both ends."""
+        """Returns values that represent the domain: all choices, all integers of a short range, or both ends of a range."""
         if self.choice is not None:
             return list(self.choice)
         low, high = self.ends
-        if self.is_integer and high - low < _MAX_INTEGERS:
+        if self.is_integer and high - low < _MAX_CHECKED_INTEGERS:
             return list(range(int(low), int(high) + 1))
         return [low, high]
 
     def draw(self, rng: np.random.Generator) -> Any:
+        """Returns a random value of the domain."""
         if self.choice is not None:
             return self.choice[int(rng.integers(len(self.choice)))]
         low, high = self.ends
         if self.randint is not None:
             return int(rng.integers(int(low), int(high) + 1))
-        if self.lograndint is not None:  # every integer stands for what rounds to it
+        if (
+            self.lograndint is not None
+        ):  # draw a number and round it: every integer gets its share of the logarithmic scale
             value = math.exp(rng.uniform(math.log(low - 0.5), math.log(high + 0.5)))
             return int(min(max(round(value), low), high))
         if self.loguniform is not None:
@@ -170,84 +198,86 @@ class Domain(Section):
 
 
 class SchedulerConfig(Section):
-    """Ends trials early that lose to others at the same point of their training."""
+    """Prunes trials that have a low score compared with other trials at the same point of their training."""
 
     kind: Literal["none", "asha"] = Field(
         default="none",
-        description="asha: asynchronous successive halving (arXiv 1810.05934) over (category, epoch): at rungs, only the "
-        "best of every reduction_factor trials seen there go on.",
+        description="asha: asynchronous successive halving (arXiv 1810.05934) over categories and epochs. At each rung, only the "
+        "best of every reduction_factor trials go on.",
     )
     grace_epochs: int = Field(
-        default=1, ge=1, description="Epochs, over all categories, that every trial gets before the first rung."
+        default=1,
+        ge=1,
+        description="Number of epochs over all categories that every trial may train before the first rung.",
     )
     reduction_factor: int = Field(
         default=3,
         ge=2,
         le=100,
-        description="At a rung one of this many trials goes on; each rung lies this many times further than the one before.",
+        description="At a rung, one of this many trials goes on. Each rung has this many times the epochs of the rung before.",
     )
 
 
 class RaceConfig(Section):
-    """Ends a trial once the first categories show that it loses; docs/use/sweeps.md has the rule [ours, after irace]."""
+    """Prunes a trial if its scores on the first categories show that it loses (docs/use/sweeps.md) [ours, after irace]."""
 
-    enabled: bool = Field(default=False, description="Whether trials race; only for scope=all_categories.")
+    enabled: bool = Field(default=False, description="Whether trials race; only with scope=all_categories.")
     order: tuple[str, ...] | None = Field(
-        default=None, description="Order in which trials go through the categories; null as they are trained."
+        default=None,
+        description="Order in which trials go through the categories; null takes the order of the training.",
     )
     grace_categories: int = Field(
-        default=1, ge=1, description="Categories that every trial gets before it may be ended."
+        default=1, ge=1, description="Number of categories that every trial finishes before it may be pruned."
     )
     alpha: float = Field(
-        default=0.05, gt=0.0, lt=0.5, description="Risk, at each look, of ending a trial that is as good as the best."
+        default=0.05, gt=0.0, lt=0.5, description="Risk at each test of pruning a trial that is as good as the best."
     )
     prior_sd: float = Field(
         default=0.03,
         gt=0.0,
         le=1.0,
-        description="How far the gap between two settings is expected, before anything is seen, to differ between "
-        "categories.",
+        description="Expected standard deviation, over the categories, of the score gap between two trials.",
     )
 
 
 class SweepConfig(Section):
-    """Everything that decides what a sweep tries and finds."""
+    """The configuration of a sweep."""
 
     name: str | None = Field(
         default=None,
         pattern=NAME_PATTERN,
-        description="Name of the sweep's folder; null makes one up from base.cluster.team, base.name, date and a random "
-        "part.",
+        description="Name of the sweep's folder; null makes a name from base.cluster.team, base.name, the date and random "
+        "characters.",
     )
     base_file: str | None = Field(
-        default=None, description="YAML file of the configuration that all trials start from, beside this one."
+        default=None, description="YAML file of the base configuration of all trials, relative to this file."
     )
     base: dict[str, Any] = Field(
-        default={}, description="The same configuration inline; what stands here goes over base_file's."
+        default={}, description="The base configuration of all trials; its values replace those of base_file."
     )
     space: dict[str, Domain] = Field(
-        min_length=1, description="What is tried: a dotted key of the configuration, and its list of values or range."
+        min_length=1, description="The search space: dotted key of the configuration -> list of values, or range."
     )
     scope: Literal["all_categories", "per_category"] = Field(
         default="all_categories",
-        description="all_categories looks for one setting for all categories, per_category for the best one of each.",
+        description="all_categories searches for one setting for all categories, per_category for the best setting of each.",
     )
     objective: Objective = Field(
         default="validation",
         description="validation: the label-free score of docs/learn/selection.md. aupro, or a metric of docs/learn/evaluation.md "
-        "that is better the higher it is: these look at the labelled test images; what they choose "
-        "is no longer a fair test of those images.",
+        "for which higher is better: these use the labelled test images, which are then no fair test of the "
+        "chosen settings any more.",
     )
     searcher: Literal["grid", "random", "optuna"] = Field(
         default="random",
-        description="Who proposes settings. grid: all combinations. random: drawn. optuna: its tree-structured Parzen "
-        "estimator (TPE).",
+        description="How settings are proposed. grid: all combinations. random: random points. optuna: a tree-structured "
+        "Parzen estimator (TPE).",
     )
     num_trials: int | None = Field(
         default=None,
         ge=1,
         le=_MAX_GRID,
-        description="How many settings are tried, for each category with scope=per_category; a grid needs none.",
+        description="Number of trials, of each category with scope=per_category; not needed for a grid.",
     )
     seed: int = Field(
         default=0, ge=0, lt=2**31, description="Seed of the searcher: the same seed proposes the same settings."
@@ -256,25 +286,32 @@ class SweepConfig(Section):
     race: RaceConfig = RaceConfig()
     share_work: bool = Field(
         default=True,
-        description="Whether decoded images, and features that no trial changes, are made once for all trials.",
+        description="Whether decoded images, and features that no trial changes, are computed once for all trials.",
     )
     shared_budget_mb: float | None = Field(
         default=None,
         ge=0.0,
-        description="MiB of Ray's object stores that shared work may fill; null takes half of them.",
+        description="MiB of Ray's object stores that shared images and features may take; null takes half of the stores.",
     )
     cluster_share: float = Field(
         default=1.0,
         gt=0.0,
         le=1.0,
-        description="Share of the cluster that trials may fill; for teams that sweep at once.",
+        description="Share of the cluster that the trials may use; for teams that run sweeps at the same time.",
     )
     max_concurrent_trials: int | None = Field(
-        default=None, ge=1, description="Trials side by side; null takes as many as fit the share."
+        default=None,
+        ge=1,
+        description="Largest number of trials that run at once; null takes as many as fit into cluster_share.",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
+        """Checks settings that depend on each other.
+
+        Raises:
+            ValueError: They do not fit.
+        """
         ranges = [key for key, domain in self.space.items() if domain.choice is None]
         if self.searcher == "grid":
             if ranges:
@@ -290,26 +327,33 @@ class SweepConfig(Section):
         elif self.num_trials is None:
             raise ValueError(f"searcher={self.searcher} needs num_trials")
         if self.race.enabled and self.scope == "per_category":
-            raise ValueError("race.enabled goes over categories: it needs scope=all_categories")
+            raise ValueError("race.enabled compares categories: it needs scope=all_categories")
         return self
 
     @property
     def planned_trials(self) -> int:
-        """A category, if scope=per_category; a space of fewer points than num_trials is tried once through."""
-        size = math.inf
+        """Number of trials, of each category with scope=per_category. A small space is tried only once."""
+        num_points = math.inf
         if all(domain.choice is not None for domain in self.space.values()):
-            size = math.prod(len(domain.choice or ()) for domain in self.space.values())
-        wanted = size if self.num_trials is None else self.num_trials
-        return int(wanted if self.searcher == "optuna" else min(size, wanted))
+            num_points = math.prod(len(domain.choice or ()) for domain in self.space.values())
+        limit = num_points if self.num_trials is None else self.num_trials
+        return int(limit if self.searcher == "optuna" else min(num_points, limit))
 
     @property
     def max_epochs(self) -> int:
-        """The most that any trial trains."""
+        """Largest number of training epochs of any trial."""
         domain = self.space.get("train.epochs")
         return self.base_config().train.epochs if domain is None else int(max(domain.samples()))
 
     def base_config(self, point: Mapping[str, Any] | None = None) -> Config:
-        """The configuration that trials start from, with a point's values in it. Raises: ConfigError."""
+        """Returns the configuration of a trial: the base configuration with the values of a point.
+
+        Args:
+            point: Dotted key -> value; None returns the base configuration.
+
+        Raises:
+            ConfigError: The configuration is not valid.
+        """
         tree = json.loads(json.dumps(self.base))
         for key, value in (point or {}).items():
             *parents, last = key.split(".")
@@ -317,21 +361,24 @@ class SweepConfig(Section):
             for parent in parents:
                 section = section.setdefault(parent, {})
                 if not isinstance(section, dict):
-                    raise ConfigError(f"space: {key}: {parent!r} holds a value in the base, not a section")
+                    raise ConfigError(f"space: {key}: {parent!r} is a value in the base configuration, not a section")
             section[last] = value
         where = ", ".join(f"{key}={value!r}" for key, value in (point or {}).items())
         return parse_config(tree, source=f"space: at {where}" if where else "base")
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Reads a sweep's YAML, applies ``key.sub=value`` overrides and checks the whole space.
+    """Reads the YAML file of a sweep, applies overrides and checks the whole space.
 
-    Keys of the configuration are overridden below `base`, as in ``base.data.uri=s3://plant/parts``. A relative
-    `base_file` lies beside the YAML.
+    Args:
+        path: YAML file. A relative `base_file` is relative to its folder.
+        overrides: Texts "key.sub=value". Keys of the base configuration begin with `base.`: "base.data.uri=s3://plant/parts".
 
-    Returns: resolved: `base` is complete, `base_file` null.
+    Returns:
+        The configuration, with the complete `base` and without `base_file`.
 
-    Raises: ConfigError: a file cannot be read, or a key, a value or a point of the space does not fit.
+    Raises:
+        ConfigError: A file cannot be read, or a key, a value or a point of the space is not valid.
     """
     path = Path(path).expanduser()
     tree = read_mapping(path)
@@ -339,103 +386,122 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         apply_override(tree, override)
     base_file = tree.get("base_file")
     if isinstance(base_file, str):
-        above = read_mapping(path.parent / Path(base_file).expanduser())
-        tree["base"] = _joined(above, tree.get("base") or {})
+        base_tree = read_mapping(path.parent / Path(base_file).expanduser())
+        tree["base"] = _merge_trees(base_tree, tree.get("base") or {})
         tree["base_file"] = None
     return parse_sweep(tree, source=str(path))
 
 
 def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
-    """Validates a plain mapping, and every point of its space. Raises: ConfigError."""
+    """Validates a sweep given as nested mappings, with every point of its space.
+
+    Args:
+        tree: The configuration of the sweep.
+        source: Name of the file for error messages.
+
+    Raises:
+        ConfigError: The configuration is not valid.
+    """
     sweep = parse_model(SweepConfig, tree, source)
     try:
         _check_space(sweep)
         base = sweep.base_config()
         order, categories = sweep.race.order, base.data.categories
         if order is not None and (len(set(order)) != len(order) or (categories and set(order) - set(categories))):
-            raise ConfigError(f"race.order: expected categories of the base, each once; got {list(order)}")
+            raise ConfigError(
+                f"race.order: expected categories of the base configuration, each once; got {list(order)}"
+            )
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    # what a value means is what Config makes of it: 1e-3 is text in YAML 1.1
+    # Take the values as `Config` parses them: for instance, 1e-3 is a text in YAML 1.1.
     space = {}
     for key, domain in sweep.space.items():
         if domain.choice is not None:
-            values = [_plain(value_of(sweep.base_config({key: value}), key)) for value in domain.choice]
+            values = [_to_list(get_setting(sweep.base_config({key: value}), key)) for value in domain.choice]
             domain = Domain(choice=tuple(values))
         space[key] = domain
     return sweep.model_copy(update={"base": base.model_dump(mode="json"), "base_file": None, "space": space})
 
 
-def value_of(config: Config, key: str) -> Any:
-    """The value at a dotted key."""
+def get_setting(config: Config, key: str) -> Any:
+    """Returns the value of a configuration at a dotted key."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
     return value
 
 
-def leaf_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all values of a configuration; a section that may be null is a value too."""
+def setting_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted keys of all settings. An optional section gives its own key and the keys of its settings."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from leaf_keys(field.annotation, f"{prefix}{name}.")
+            yield from setting_keys(field.annotation, f"{prefix}{name}.")
             continue
         yield f"{prefix}{name}"
-        if get_origin(field.annotation) is dict:  # its keys are names
+        if get_origin(field.annotation) is dict:  # the keys of a dict are names that the user chooses
             continue
         for part in get_args(field.annotation):
             if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from leaf_keys(part, f"{prefix}{name}.")
+                yield from setting_keys(part, f"{prefix}{name}.")
 
 
 def grid_points(sweep: SweepConfig) -> list[Point]:
-    """All points of a space of lists, the last key moving fastest."""
+    """Returns all combinations of a space of lists; the last key changes fastest."""
     values = [domain.choice or () for domain in sweep.space.values()]
-    return [dict(zip(sweep.space, chosen, strict=True)) for chosen in itertools.product(*values)]
+    return [dict(zip(sweep.space, combination, strict=True)) for combination in itertools.product(*values)]
 
 
 def _check_space(sweep: SweepConfig) -> None:
-    """Raises: ConfigError: an unknown or refused key, or a value that its field does not take."""
-    known = list(leaf_keys())
+    """Checks every key and every value of the search space.
+
+    Raises:
+        ConfigError: A key is unknown or cannot be searched, changes no score, or a value is not valid.
+    """
+    all_keys = list(setting_keys())
     for key in sweep.space:
-        if key not in known:
-            if any(name.startswith(f"{key}.") for name in known):
-                inside = ", ".join(name for name in known if name.startswith(f"{key}."))
-                raise ConfigError(f"space: {key} is a section: name a key in it: {inside}")
-            close = difflib.get_close_matches(key, known, n=1)
-            same_end = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-            guess = (same_end or close)[:1]
+        if key not in all_keys:
+            if any(name.startswith(f"{key}.") for name in all_keys):
+                keys_inside = ", ".join(name for name in all_keys if name.startswith(f"{key}."))
+                raise ConfigError(f"space: {key} is a section: name a key in it: {keys_inside}")
+            close = difflib.get_close_matches(key, all_keys, n=1)
+            same_last_part = [name for name in all_keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
+            guess = (same_last_part or close)[:1]
             hint = f"; did you mean {guess[0]!r}?" if guess else ": `focus-ray train` writes all keys there are"
             raise ConfigError(f"space: {key}: unknown key{hint}")
         if key.startswith(("model.tiling", "model.resize")):
             raise ConfigError(
-                f"space: {key} cannot be searched: a sweep looks at images that are stretched, and scored whole; train with each "
+                f"space: {key} cannot be searched: a sweep only scores whole, stretched images; run `focus-ray train` with each "
                 "value instead"
             )
         for refused, why in _REFUSED.items():
             if key == refused or key.startswith(f"{refused}."):
                 raise ConfigError(f"space: {key} cannot be searched: {why}; set base.{key} instead")
-    of_base = inert_keys(sweep.base_config())
+    base_reasons = inert_keys(sweep.base_config())
     points = [{key: value} for key, domain in sweep.space.items() for value in domain.samples()]
-    # what is inert at every value of the others changes nothing anywhere
-    inert = [inert_keys(sweep.base_config(point)) for point in points]
+    # A key is refused if it is inert at every value of all other keys.
+    reasons_by_point = [inert_keys(sweep.base_config(point)) for point in points]
     for key in sweep.space:
-        of_others = [found for point, found in zip(points, inert, strict=True) if key not in point]
-        if all(key in found for found in [of_base, *of_others]):
-            raise ConfigError(f"space: {key} changes no score here: {of_base[key]}; take it out, or change that")
+        reasons_elsewhere = [
+            reasons for point, reasons in zip(points, reasons_by_point, strict=True) if key not in point
+        ]
+        if all(key in reasons for reasons in [base_reasons, *reasons_elsewhere]):
+            raise ConfigError(
+                f"space: {key} changes no score: {base_reasons[key]}; remove the key from the space, or change this setting"
+            )
     if sweep.searcher == "grid":
         for point in grid_points(sweep):
             sweep.base_config(point)
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+def _to_list(value: Any) -> Any:
+    """Returns nested tuples as lists."""
+    return [_to_list(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _joined(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings joined, those above over those below."""
-    result = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = _joined(result[key], value) if both else value
-    return result
+def _merge_trees(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns two nested mappings merged; values of `upper` replace values of `lower`."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        are_mappings = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge_trees(merged[key], value) if are_mappings else value
+    return merged

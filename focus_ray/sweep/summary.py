@@ -1,6 +1,6 @@
-"""What a sweep's scores say in words, and what they do not: best, ties, caveats. No Ray.
+"""Summarizes the scores of a sweep in sentences: the best trial, ties with it, and caveats. No Ray.
 
-Terminal, report.md and report.html all take their words from `told`.
+The terminal, report.md and report.html all take their sentences from `summarize_stage`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,26 @@ import numpy as np
 
 from focus_ray.storage import join
 from focus_ray.sweep import records
-from focus_ray.sweep.records import DECIMALS, Record
+from focus_ray.sweep.records import DECIMALS, TrialRecord
 from focus_ray.sweep.settings import SweepConfig
 
-NOISE = 0.01  # of a score, docs/learn/selection.md: smaller differences mean nothing
-FEW_IMAGES = 20  # of good or of bad ones: below it a single image moves an AUROC by a hundredth and more
-TRIALS_PER_PARAMETER = 10  # below it the shares of parameter importance are a hint
+NOISE = 0.01  # a smaller difference between two scores means nothing (docs/learn/selection.md)
+FEW_IMAGES = 20  # with fewer good or fewer bad images, a single image changes an AUROC by 0.01 or more
+TRIALS_PER_PARAMETER = 10  # with fewer trials, parameter importance is only a hint
 _SEED = "train.seed"
-_MOST_NAMED = 8
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
-class Told:
-    """A stage in sentences. best: None where no trial finished; ties, caveats: a sentence each."""
+class StageSummary:
+    """The sentences about one stage of a sweep.
+
+    Attributes:
+        title: Name of the stage.
+        best: Sentence about the best trial; None if no trial finished.
+        ties: Sentences about trials that are as good as the best.
+        caveats: Sentences about the limits of the scores.
+    """
 
     title: str
     best: str | None
@@ -37,163 +44,191 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Ties:
-    """Trials that cannot be told apart from the best: `equal` to it as scores are shown, or `near` it, and why they are."""
+class TiedTrials:
+    """Trials that cannot be distinguished from the best trial.
 
-    equal: list[Record]
-    near: list[Record]
+    Attributes:
+        equal: Trials whose printed score equals the best score.
+        near: Trials whose score is a little lower.
+        why: Reasons why the difference of the near trials means nothing.
+    """
+
+    equal: list[TrialRecord]
+    near: list[TrialRecord]
     why: list[str]
 
 
-def told(sweep: SweepConfig, found: Sequence[Record], stage: str | None) -> Told:
-    """What is to be said of one stage of a sweep."""
-    mine = [record for record in found if record.stage == stage]
+def summarize_stage(sweep: SweepConfig, trials: Sequence[TrialRecord], stage: str | None) -> StageSummary:
+    """Returns the sentences about one stage of a sweep.
+
+    Args:
+        sweep: Configuration of the sweep.
+        trials: Records of all stages.
+        stage: Category of the stage; None if trials cover all categories.
+    """
+    stage_records = [record for record in trials if record.stage == stage]
     title = "all categories" if stage is None else stage
-    best = records.best_of(mine).get(stage)
+    best = records.best_records(stage_records).get(stage)
     if best is None:
-        return Told(title, None, [], caveats(sweep, mine, None))
-    settings = ", ".join(f"{key} = {records.shown(value)}" for key, value in best.point.items())
-    ties = ties_with(sweep, mine, best)
-    words = f"Best: trial {best.number}, {best.score:.{DECIMALS}f}: {settings}."
-    return Told(title, words, _tie_words(best, ties), caveats(sweep, mine, ties))
+        return StageSummary(title, None, [], list_caveats(sweep, stage_records, None))
+    settings = ", ".join(f"{key} = {records.format_value(value)}" for key, value in best.point.items())
+    ties = find_ties(sweep, stage_records, best)
+    best_sentence = f"Best: trial {best.number}, {best.score:.{DECIMALS}f}: {settings}."
+    return StageSummary(title, best_sentence, _tie_sentences(best, ties), list_caveats(sweep, stage_records, ties))
 
 
-def text(sweep: SweepConfig, found: Sequence[Record]) -> str:
-    """All stages, as Markdown that reads as it stands in a terminal."""
+def format_summaries(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
+    """Returns the sentences about all stages as Markdown text, which is also readable in a terminal."""
     lines: list[str] = []
-    for stage in stages_of(found):
-        said = told(sweep, found, stage)
-        lines += [f"**{said.title}**", ""]
-        lines += [f"- {words}" for words in [said.best, *said.ties, *said.caveats] if words is not None]
+    for stage in list_stages(trials):
+        summary = summarize_stage(sweep, trials, stage)
+        lines += [f"**{summary.title}**", ""]
+        lines += [
+            f"- {sentence}" for sentence in [summary.best, *summary.ties, *summary.caveats] if sentence is not None
+        ]
         lines.append("")
     return "\n".join(lines)
 
 
-def commands(root: str, found: Sequence[Record]) -> list[str]:
-    """What trains the best of each stage."""
-    places = (join(root, records.best_name(stage)) for stage in records.best_of(found))
-    return [f"focus-ray train {shlex.quote(place)}" for place in places]
+def train_commands(root: str, trials: Sequence[TrialRecord]) -> list[str]:
+    """Returns the commands that train the best configuration of each stage."""
+    files = (join(root, records.best_file_name(stage)) for stage in records.best_records(trials))
+    return [f"focus-ray train {shlex.quote(file)}" for file in files]
 
 
-def stages_of(found: Sequence[Record]) -> list[str | None]:
-    return sorted({record.stage for record in found}, key=lambda stage: stage or "")
+def list_stages(trials: Sequence[TrialRecord]) -> list[str | None]:
+    """Returns the sorted stages of the records; the only stage is None if trials cover all categories."""
+    return sorted({record.stage for record in trials}, key=lambda stage: stage or "")
 
 
-def ties_with(sweep: SweepConfig, mine: Sequence[Record], best: Record) -> Ties:
-    """The finished trials of a stage that lie so close behind its best that their order means nothing."""
+def find_ties(sweep: SweepConfig, stage_records: Sequence[TrialRecord], best: TrialRecord) -> TiedTrials:
+    """Returns the finished trials of a stage that are so close to its best trial that the difference means nothing."""
     assert best.score is not None
-    of_seeds = _spread_over_seeds(sweep, mine)
+    seed_noise = _seed_noise(sweep, stage_records)
     equal, near, why = [], [], []
-    for record in records.scored(mine):
+    for record in records.finished_records(stage_records):
         if record.number == best.number or record.score is None:
             continue
         if round(record.score, DECIMALS) == round(best.score, DECIMALS):
             equal.append(record)
             continue
         margins = [
-            (NOISE, f"by less than {NOISE:g}, which no score here tells apart"),
-            (of_seeds, "by less than what another seed changes"),
-            (_error_over_categories(best, record), "by less than the gaps' standard error over the categories"),
+            (NOISE, f"by less than {NOISE:g}, which is within the noise of the scores"),
+            (seed_noise, "by less than another seed would change the score"),
+            (_gap_standard_error(best, record), "by less than the standard error of the gaps over the categories"),
         ]
-        reason = next((words for margin, words in margins if best.score - record.score < margin), None)
+        reason = next((sentence for margin, sentence in margins if best.score - record.score < margin), None)
         if reason is not None:
             near.append(record)
             why.append(reason)
-    return Ties(equal, near, list(dict.fromkeys(why)))
+    return TiedTrials(equal, near, list(dict.fromkeys(why)))
 
 
-def caveats(sweep: SweepConfig, mine: Sequence[Record], ties: Ties | None) -> list[str]:
-    """What keeps a stage's scores from meaning what they seem to. ties: with its best; None where it has none."""
-    finished = records.scored(mine)
-    said = []
+def list_caveats(sweep: SweepConfig, stage_records: Sequence[TrialRecord], ties: TiedTrials | None) -> list[str]:
+    """Returns sentences about the limits of a stage's scores.
+
+    Args:
+        sweep: Configuration of the sweep.
+        stage_records: Records of the stage.
+        ties: Ties with the best trial; None if no trial finished.
+    """
+    finished = records.finished_records(stage_records)
+    sentences = []
     if records.is_labelled(sweep):
-        said.append(
-            "LABELLED: these scores come from labelled test images. What was chosen by them must not be judged on them again."
+        sentences.append(
+            "LABELLED: these scores come from labelled test images. Do not evaluate the chosen settings on these images again."
         )
     else:
-        said.append(
-            "The score is of synthetic defects on held-out good images: it ranks settings, and is no detection rate."
+        sentences.append(
+            "The score comes from synthetic defects on held-out good images: it ranks settings, and is not a detection rate."
         )
     if len(finished) > 1:
-        said.append(
-            f"The best of {len(finished)} trials is also the luckiest of them: its score is optimistic, expect less elsewhere."
+        sentences.append(
+            f"The best of {len(finished)} trials was also lucky: its score is optimistic, expect less on other images."
         )
     if ties is not None and len(finished) > 1 and len(ties.equal) + len(ties.near) + 1 == len(finished):
-        said.append(f"All {len(finished)} finished trials are level: the sweep prefers none of its settings.")
-    said += _few_images(finished)
+        sentences.append(
+            f"All {len(finished)} finished trials are equally good: the sweep prefers none of its settings."
+        )
+    sentences += _few_images_caveat(finished)
     if _SEED not in sweep.space and finished:
         seed = sweep.base_config().train.seed
-        said.append(f"Every trial ran with one seed ({_SEED} = {seed}): what another seed would change is not known.")
+        sentences.append(f"Every trial ran with one seed ({_SEED} = {seed}): the effect of another seed is unknown.")
     if finished and len(finished) < TRIALS_PER_PARAMETER * len(sweep.space):
-        said.append(
+        sentences.append(
             f"Parameter importance from {_counted(len(finished), 'trial')} of {_counted(len(sweep.space), 'parameter')} is a "
             "hint, not a measurement."
         )
-    failed = sum(record.status == "failed" for record in mine)
-    if failed:
-        said.append(f"{_counted(failed, 'trial')} failed and took no part.")
-    return said
+    num_failed = sum(record.status == "failed" for record in stage_records)
+    if num_failed:
+        sentences.append(f"{_counted(num_failed, 'trial')} failed and had no part in the comparison.")
+    return sentences
 
 
-def _tie_words(best: Record, ties: Ties) -> list[str]:
-    said = []
+def _tie_sentences(best: TrialRecord, ties: TiedTrials) -> list[str]:
+    """Returns one sentence about trials with an equal score and one about trials with a near score."""
+    sentences = []
     if ties.equal:
-        names = _names([best, *ties.equal])
-        said.append(f"{names} are level with the best, equal to {DECIMALS} decimals; the first of them is taken.")
+        names = _trial_names([best, *ties.equal])
+        sentences.append(f"{names} have the best score, equal to {DECIMALS} decimals; the first trial is chosen.")
     if ties.near:
-        be, too = "are" if len(ties.near) > 1 else "is", " too" if ties.equal else ""
-        said.append(
-            f"{_names(ties.near)} {be} level with the best{too}, behind {', or '.join(ties.why)}; trial {best.number} is taken "
-            "for its higher score."
+        verb, too = "are" if len(ties.near) > 1 else "is", " too" if ties.equal else ""
+        sentences.append(
+            f"{_trial_names(ties.near)} {verb} as good as the best trial{too}: lower {', or '.join(ties.why)}; trial "
+            f"{best.number} is chosen for its higher score."
         )
-    return said
+    return sentences
 
 
-def _names(mine: Sequence[Record]) -> str:
-    """Trials 3, 7 and 9."""
-    numbers = [str(number) for number in sorted(record.number for record in mine)]
+def _trial_names(trials: Sequence[TrialRecord]) -> str:
+    """Returns the numbers of trials as words: "Trials 3, 7 and 9"."""
+    numbers = [str(number) for number in sorted(record.number for record in trials)]
     if len(numbers) == 1:
         return f"Trial {numbers[0]}"
-    if len(numbers) > _MOST_NAMED:
-        return f"Trials {', '.join(numbers[:_MOST_NAMED])} and {len(numbers) - _MOST_NAMED} more"
+    if len(numbers) > _MAX_NAMED:
+        return f"Trials {', '.join(numbers[:_MAX_NAMED])} and {len(numbers) - _MAX_NAMED} more"
     return f"Trials {', '.join(numbers[:-1])} and {numbers[-1]}"
 
 
 def _counted(count: int, noun: str) -> str:
+    """Returns a count with its noun: "1 trial", "2 trials"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _few_images(finished: Sequence[Record]) -> list[str]:
-    """The categories that were judged on few images; records of old sweeps do not say on how many."""
+def _few_images_caveat(finished: Sequence[TrialRecord]) -> list[str]:
+    """Returns a sentence about categories that were judged on few images, or no sentence. Old records have no counts."""
     few: dict[str, str] = {}
     for record in finished:
-        for category, part in record.categories.items():
-            good, bad = part.get("num_good"), part.get("num_bad")
+        for category, result in record.categories.items():
+            good, bad = result.get("num_good"), result.get("num_bad")
             if good is not None and bad is not None and min(good, bad) < FEW_IMAGES:
                 few[category] = f"{category} on {good} good and {bad} bad"
-    return [f"Few images to judge on: {', '.join(few.values())}. Each of them moves the score."] if few else []
+    return [f"Few images to judge on: {', '.join(few.values())}. A single image changes the score."] if few else []
 
 
-def _spread_over_seeds(sweep: SweepConfig, mine: Sequence[Record]) -> float:
-    """Standard deviation of the difference of two trials that a seed makes, from those that differ by it alone; 0 if unknown."""
+def _seed_noise(sweep: SweepConfig, stage_records: Sequence[TrialRecord]) -> float:
+    """Returns the standard deviation of the score difference of two trials that differ only in their seed.
+
+    It is estimated from groups of trials that differ only in `train.seed`; 0 if there are no such trials.
+    """
     if _SEED not in sweep.space:
         return 0.0
     groups: dict[str, list[float]] = defaultdict(list)
-    for record in records.scored(mine):
-        rest = {key: value for key, value in record.point.items() if key != _SEED}
-        groups[json.dumps(rest, sort_keys=True)].append(record.score or 0.0)
-    kept = [scores for scores in groups.values() if len(scores) > 1]
-    if not kept:
+    for record in records.finished_records(stage_records):
+        other_settings = {key: value for key, value in record.point.items() if key != _SEED}
+        groups[json.dumps(other_settings, sort_keys=True)].append(record.score or 0.0)
+    repeated = [scores for scores in groups.values() if len(scores) > 1]
+    if not repeated:
         return 0.0
-    squares = sum(float(np.square(np.subtract(scores, np.mean(scores))).sum()) for scores in kept)
-    return math.sqrt(2 * squares / sum(len(scores) - 1 for scores in kept))
+    squares = sum(float(np.square(np.subtract(scores, np.mean(scores))).sum()) for scores in repeated)
+    return math.sqrt(2 * squares / sum(len(scores) - 1 for scores in repeated))
 
 
-def _error_over_categories(best: Record, other: Record) -> float:
-    """Standard error of the mean gap between two trials over the categories that both ended; 0 with fewer than two."""
+def _gap_standard_error(best: TrialRecord, other: TrialRecord) -> float:
+    """Returns the standard error of the mean score gap between two trials over their common categories; 0 for fewer than two."""
     gaps = [
-        part["score"] - other.categories[name]["score"]
-        for name, part in best.categories.items()
-        if part.get("score") is not None and other.categories.get(name, {}).get("score") is not None
+        result["score"] - other.categories[name]["score"]
+        for name, result in best.categories.items()
+        if result.get("score") is not None and other.categories.get(name, {}).get("score") is not None
     ]
     return float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0

@@ -1,7 +1,7 @@
-"""One trial of a sweep: a network fitted a category at a time and judged on images that are the same for all trials.
+"""One trial of a sweep: fits a model for each category and judges it on images that are the same for all trials.
 
-What no trial changes (decoded images, and features where nothing before the density differs or trains) can be handed in;
-the scores are the same as without. Runs alone or on every worker of an initialised torch.distributed group. No Ray.
+Inputs that no trial changes (decoded images, and features of an untrained network) can be given; the scores stay the
+same. A trial runs alone or on every worker of an initialized torch.distributed group. No Ray.
 """
 
 from __future__ import annotations
@@ -34,20 +34,36 @@ from focus_ray.model.alignment.congealing import AlignmentReport
 from focus_ray.model.backbones.base import bare_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
-from focus_ray.sweep.settings import Objective, metric_of
-from focus_ray.sweep.shared import JUDGE_BATCH, CategoryImages, Features, Judged, shard_of_images
+from focus_ray.sweep.settings import Objective, objective_metric
+from focus_ray.sweep.trial_inputs import (
+    JUDGING_BATCH_SIZE,
+    CategoryImages,
+    FrozenFeatures,
+    JudgingImages,
+    shard_of_images,
+)
 
 
-class Cut(Exception):
-    """Ends a trial that is told to stop; its argument says why."""
+class TrialPruned(Exception):
+    """Ends a trial early. The argument is the reason."""
 
 
 @dataclass
-class Judgement:
-    """What a trial comes to on one category.
+class CategoryResult:
+    """The result of a trial on one category.
 
-    score: None where it was cut before its end.  curve: (epoch, score), the last one the score itself.
-    epochs: trained, the one it was cut in included.  num_good, num_bad: images that the score is of.
+    Attributes:
+        category: Name of the category.
+        score: Final score; None if the trial was pruned before.
+        num_good, num_bad: Number of normal and anomalous images that were judged.
+        figures: Metrics behind the score.
+        curve: (epoch, score); the last score is the final one.
+        epochs: Number of trained epochs, including an epoch in which the trial was pruned.
+        seconds: Duration.
+        cut: Reason why the trial was pruned; None if it was not.
+        alignment: Report of the image alignment.
+        warnings: Warnings of the training.
+        shared: Shared inputs that were used: "nothing", "images" or "features".
     """
 
     category: str
@@ -72,31 +88,40 @@ def judge_category(
     device: torch.device,
     *,
     num_images: int | None = None,
-    features: Features | None = None,
+    features: FrozenFeatures | None = None,
     rank: int = 0,
     wrap: Callable[[torch.nn.Module], Any] | None = None,
     on_score: Callable[[int, float, bool], str | None] = lambda epoch, score, final: None,
     shard: Shard | None = None,
     log: Callable[[str], None] = lambda message: None,
-) -> Judgement:
+) -> CategoryResult:
     """Fits one category and judges it after every epoch.
 
+    A loss or a score that is not finite prunes the trial, because its settings cause this.
+
     Args:
-        num_images: training images of all workers together, where they are not in `images`.
-        features: of `embed_images`, where `features_key` says that they are this trial's.
-        on_score: told of every score by rank 0 (epochs trained, score, whether it is the last); gives why to stop, or
-            None.
-        shard: this worker's share of the images, where it is not cut from `images` (streamed training).
+        config: Configuration of the trial.
+        category: Name of the category.
+        images: Decoded images of the category.
+        objective: Objective of the sweep.
+        device: Device to compute on.
+        num_images: Number of training images of all workers together; None if `images` contains all.
+        features: Result of `embed_images`, if `features_key` of this trial has shared features.
+        rank: Rank of this worker.
+        wrap: Wraps the network for distributed training.
+        on_score: Called on rank 0 with (trained epochs, score, is_final). It returns a reason to prune the trial, or None.
+        shard: This worker's share of the images for streamed training; None takes the share from `images`.
+        log: Takes messages.
 
-    A loss or a score that is not finite cuts the trial: the settings are to blame.
-
-    Raises: DataError: too few images, or the objective cannot be measured.
+    Raises:
+        DataError: There are too few images, or the objective cannot be measured.
     """
     num_bad = int(images.judged.labels.sum())
-    result = Judgement(category, num_good=len(images.judged.labels) - num_bad, num_bad=num_bad)
-    start = time.perf_counter()
+    result = CategoryResult(category, num_good=len(images.judged.labels) - num_bad, num_bad=num_bad)
+    start_s = time.perf_counter()
 
-    def take(epoch: int, figures: dict[str, float | None], final: bool) -> None:
+    def report_score(epoch: int, figures: dict[str, float | None], final: bool) -> None:
+        """Adds a score to the result. Raises TrialPruned on all workers if `on_score` returns a reason on rank 0."""
         score = figures["score"]
         assert score is not None
         result.curve.append((epoch, score))
@@ -104,12 +129,12 @@ def judge_category(
         if final:
             result.figures, result.score = figures, score
         if reason is not None:
-            raise Cut(reason)
+            raise TrialPruned(reason)
 
     try:
         if features is not None:
             result.alignment = features.alignment
-            take(0, _judge_features(config, images, features, objective, device), True)
+            report_score(0, _judge_features(config, images, features, objective, device), True)
         else:
             run = Run(
                 config,
@@ -119,95 +144,111 @@ def judge_category(
                 rank=rank,
                 log=log,
             )
-            _judge_fitted(run, images.judged, objective, wrap, result, take)
-    except Cut as cut:
-        result.cut = str(cut)
-    except (FloatingPointError, torch.linalg.LinAlgError) as error:  # values so large that no spectrum is found
+            _judge_fitted(run, images.judged, objective, wrap, result, report_score)
+    except TrialPruned as pruned:
+        result.cut = str(pruned)
+    except (FloatingPointError, torch.linalg.LinAlgError) as error:  # LinAlgError: values too large to decompose
         result.cut = f"diverged: {error}"
-    result.seconds = time.perf_counter() - start
+    result.seconds = time.perf_counter() - start_s
     return result
 
 
 def _judge_fitted(
     run: Run,
-    judged: Judged,
+    judged: JudgingImages,
     objective: Objective,
     wrap: Callable[[torch.nn.Module], Any] | None,
-    result: Judgement,
-    take: Callable[[int, dict[str, float | None], bool], None],
+    result: CategoryResult,
+    report_score: Callable[[int, dict[str, float | None], bool], None],
 ) -> None:
-    """Fits as `fit` does, up to where thresholds would be set, and judges what comes out."""
+    """Trains and fits as `fit` does, but sets no thresholds, and judges the model after every epoch.
+
+    Args:
+        run: The fit of this worker.
+        judged: Images to judge on; each worker scores its own part.
+        objective: Objective of the sweep.
+        wrap: Wraps the network for distributed training.
+        result: Gets the number of epochs, the alignment report and the warnings.
+        report_score: Takes (epoch, metrics, is_final).
+    """
     config = run.config
-    mine = judged.images[slice(*(len(judged.images) * (run.rank + end) // world_size() for end in (0, 1)))]
+    own_images = judged.images[slice(*(len(judged.images) * (run.rank + end) // world_size() for end in (0, 1)))]
 
     def judge() -> dict[str, float | None]:
+        """Fits the density to the current network, scores the judged images and returns the metrics."""
         detector = build_detector(config, run.net, run.reduction, run.training_statistics())
-        batches = (mine[at : at + JUDGE_BATCH] for at in range(0, len(mine), JUDGE_BATCH))
-        scored = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), judged.masks.shape[1:])
-        scores, maps = (np.concatenate(parts) for parts in zip(*gather_objects(scored), strict=True))
-        return _figures(judged, scores, maps, objective)
+        batches = (
+            own_images[start : start + JUDGING_BATCH_SIZE] for start in range(0, len(own_images), JUDGING_BATCH_SIZE)
+        )
+        own_scores = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), judged.masks.shape[1:])
+        scores, maps = (np.concatenate(parts) for parts in zip(*gather_objects(own_scores), strict=True))
+        return _compute_metrics(judged, scores, maps, objective)
 
     def on_epoch(epoch: int, figures: dict[str, float], snapshot: Callable[[], TrainState]) -> None:
+        """Reports the score after each epoch; the score after the last epoch is reported later."""
         result.epochs = epoch + 1
         if epoch + 1 < config.train.epochs:
-            take(epoch + 1, judge(), False)
+            report_score(epoch + 1, judge(), False)
 
     try:
         run.learn(wrap, None, on_epoch)
-        take(config.train.epochs, judge(), True)  # of the network that was kept, where the settings choose an epoch
+        report_score(config.train.epochs, judge(), True)  # judges the selected epoch, if the settings select one
     finally:
         result.alignment, result.warnings = run.notes.alignment, run.notes.warnings
 
 
 @torch.no_grad()
 def _judge_features(
-    config: Config, images: CategoryImages, features: Features, objective: Objective, device: torch.device
+    config: Config, images: CategoryImages, features: FrozenFeatures, objective: Objective, device: torch.device
 ) -> dict[str, float | None]:
-    """Reduces, fits the density and scores: all that is left where the features are there."""
+    """Reduces the shared features, fits the density, and returns the metrics of the judged images."""
     net = _untrained_net(config, features, device)
-    statistics, reduction, embeddings = _reduced(config, features, device)
+    statistics, reduction, embeddings = _fit_reduced(config, features, device)
     detector = build_detector(config, net, reduction, statistics)
     theta = None if features.theta is None else torch.from_numpy(np.array(features.theta)).to(device)
 
-    def scored() -> Iterator[Scored]:
-        at = 0
+    def score_batches() -> Iterator[Scored]:
+        """Yields the scores and maps of each batch of the judged images."""
+        start = 0
         for embedding in embeddings:
-            yield detector.score_embedding(embedding, None if theta is None else theta[at : at + len(embedding)])
-            at += len(embedding)
+            yield detector.score_embedding(embedding, None if theta is None else theta[start : start + len(embedding)])
+            start += len(embedding)
 
-    return _figures(images.judged, *collect_scores(scored(), images.judged.masks.shape[1:]), objective)
+    return _compute_metrics(images.judged, *collect_scores(score_batches(), images.judged.masks.shape[1:]), objective)
 
 
-class _Recent:
-    """The last few results of a process: trials that follow one another often differ only in what comes after."""
+class _RecentResults:
+    """A cache of the last results of a process: consecutive trials often differ only in later steps."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.kept = size, OrderedDict[str, Any]()
+        self.size, self.results = size, OrderedDict[str, Any]()
 
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self.kept:
-            self.kept[key] = make()
-        self.kept.move_to_end(key)
-        while len(self.kept) > self.size:
-            self.kept.popitem(last=False)
-        return self.kept[key]
+    def get(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Returns the result of a key; computes it if it is not in the cache."""
+        if key not in self.results:
+            self.results[key] = compute()
+        self.results.move_to_end(key)
+        while len(self.results) > self.size:
+            self.results.popitem(last=False)
+        return self.results[key]
 
     def clear(self) -> None:
-        self.kept.clear()
+        """Removes all results."""
+        self.results.clear()
 
 
-_nets = _Recent(4)
-_reductions = _Recent(2)
+_nets = _RecentResults(4)
+_reductions = _RecentResults(2)
 
 
-def forget() -> None:
-    """Drops what this process kept of earlier trials."""
+def clear_caches() -> None:
+    """Removes the results of earlier trials from the caches of this process."""
     _nets.clear()
     _reductions.clear()
 
 
-def _untrained_net(config: Config, features: Features, device: torch.device) -> FocusNet:
-    """Carries size and alignment; its backbone is not run."""
+def _untrained_net(config: Config, features: FrozenFeatures, device: torch.device) -> FocusNet:
+    """Returns a network that has the image size and the fitted alignment. Its backbone has no weights and is never run."""
 
     def make() -> FocusNet:
         net = FocusNet(config.model, bare_backbone(config.model.backbone).to_empty(device="cpu"), head=False)
@@ -220,52 +261,69 @@ def _untrained_net(config: Config, features: Features, device: torch.device) -> 
     return _nets.get(f"{features.uid} {device}", make)  # type: ignore[no-any-return]
 
 
-def _reduced(
-    config: Config, features: Features, device: torch.device
+def _fit_reduced(
+    config: Config, features: FrozenFeatures, device: torch.device
 ) -> tuple[Statistics, ChannelReduction, list[Tensor]]:
-    """Statistics of the training images, the reduction, and the reduced embeddings of the judged ones."""
+    """Reduces the channels of the shared features and collects the statistics of the training images.
+
+    Returns:
+        Statistics of the training images, the reduction, and the reduced embeddings of the judged images per batch.
+    """
     density = config.density
 
     def make() -> tuple[Statistics, ChannelReduction, list[Tensor]]:
         reduction = ChannelReduction(BACKBONES[config.model.backbone].channels, density, config.train.seed).to(device)
 
         def embeddings(levels: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Tensor]:
-            for at in range(0, len(levels[0]), batch_size):
-                batch = [np.array(level[at : at + batch_size]) for level in levels]  # a store's memory is read-only
+            """Yields the reduced embeddings of each batch."""
+            for start in range(0, len(levels[0]), batch_size):
+                # Copy: arrays in Ray's object store are read-only.
+                batch = [np.array(level[start : start + batch_size]) for level in levels]
                 parts = tuple(torch.from_numpy(level).to(device).permute(0, 3, 1, 2) for level in batch)
                 yield reduction(parts)
 
-        kept = positions_to_keep(density, len(features.fit[0]))
+        kept_positions = positions_to_keep(density, len(features.fit[0]))
         size = config.model.image_size_px // config.model.place_px(density)
         batch_size = config.train.batch_size_per_worker
         thetas = (
             None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
         )
         batches = map(Embedded, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
-        statistics = embedding_statistics(batches, reduction, (size, size), device, kept)
-        return statistics, reduction, list(embeddings(features.judged, JUDGE_BATCH))
+        statistics = embedding_statistics(batches, reduction, (size, size), device, kept_positions)
+        return statistics, reduction, list(embeddings(features.judged, JUDGING_BATCH_SIZE))
 
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
-    leads_to = {key: getattr(density, key) for key in (*keys, "keeps_coreset", "coreset_channels")}
-    return _reductions.get(f"{features.uid} {leads_to} {device}", make)  # type: ignore[no-any-return]
+    cache_settings = {key: getattr(density, key) for key in (*keys, "keeps_coreset", "coreset_channels")}
+    return _reductions.get(f"{features.uid} {cache_settings} {device}", make)  # type: ignore[no-any-return]
 
 
-def _figures(
-    judged: Judged, scores: NDArray[np.float32], maps: NDArray[np.float32], objective: Objective
+def _compute_metrics(
+    judged: JudgingImages, scores: NDArray[np.float32], maps: NDArray[np.float32], objective: Objective
 ) -> dict[str, float | None]:
-    """`score`, by which trials are ranked, and what it is made of. Raises: DataError: it cannot be measured."""
+    """Returns "score", by which trials are ranked, and the metrics behind it.
+
+    Args:
+        judged: The judged images.
+        scores: (N,) image scores.
+        maps: (N, H, W) anomaly maps.
+        objective: Objective of the sweep.
+
+    Raises:
+        DataError: The objective cannot be measured on these images.
+        FloatingPointError: A score or a map is not finite.
+    """
     if not (np.isfinite(scores).all() and np.isfinite(maps).all()):
         raise FloatingPointError("the anomaly maps are not finite: lower the learning rates")
-    key = metric_of(objective)
+    key = objective_metric(objective)
     if key is None:
         return {**validation_figures(judged.masks, scores, maps)}
-    masks = [mask if known else None for mask, known in zip(judged.masks, judged.known, strict=True)]
+    masks = [mask if has_mask else None for mask, has_mask in zip(judged.masks, judged.has_mask, strict=True)]
     kinds = ["anomalous" if label else "good" for label in judged.labels]
-    found = summarise(judged.labels.tolist(), kinds, scores.tolist(), list(maps), masks, 0.0, 0.0)
-    score = found[key]
+    metrics = summarise(judged.labels.tolist(), kinds, scores.tolist(), list(maps), masks, 0.0, 0.0)
+    score = metrics[key]
     if score is None:
         raise DataError(
-            f"objective={objective} cannot be measured: the test images lack good ones, bad ones or masks; "
-            "use objective=validation"
+            f"objective={objective} cannot be measured: good images, bad images or masks are missing among the test images: "
+            "set objective=validation"
         )
-    return {"score": score, **{key: found[key] for key in METRICS}}
+    return {"score": score, **{key: metrics[key] for key in METRICS}}

@@ -1,4 +1,4 @@
-"""The seams to Ray Tune: a searcher that hands out the proposer's points, a stopper, placement groups."""
+"""The connection to Ray Tune: a searcher that proposes points, a stopper, a callback for trackers, and the call of Tune."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.settings import Point
 from focus_ray.sweep.worker import StageJob, run_trial
-from focus_ray.tracking.trials import SweepRecord
+from focus_ray.tracking.trials import SweepRecorder
 
-_CLEANUP_S = 2  # a trial that is stopped may go on so long before its process is ended
+_CLEANUP_S = 2  # a stopped trial has this time to end before its process is killed
 
 
 def placement_groups() -> set[str]:
-    """Ids of this job's placement groups; none where the dashboard, which knows them, does not answer."""
+    """Returns the ids of this job's placement groups; empty if the dashboard, which knows them, does not answer."""
     import ray
     from ray.util.state import list_placement_groups
     from ray.util.state.exception import RayStateApiException
 
     context = ray.get_runtime_context()
-    address = context.gcs_address  # without it, two clusters on a machine confuse the state API
+    address = context.gcs_address  # without the address, the state API can read another cluster on this machine
     for pause_s in (1.0, 3.0, 0.0):
         with contextlib.suppress(RayStateApiException, ConnectionError, RuntimeError):
             groups = list_placement_groups(
@@ -43,10 +43,12 @@ def placement_groups() -> set[str]:
 
 
 def make_stopper(stop: Callable[[], bool]) -> Any:
-    """Ends Tune's run once `stop` says so; it is asked all the time."""
+    """Returns a Tune stopper that ends the run when `stop` returns True. Tune calls it continually."""
     from ray import tune
 
     class SweepStopper(tune.Stopper):
+        """Ends all trials when `stop` returns True."""
+
         def __init__(self, stop: Callable[[], bool] | None) -> None:
             self.stop = stop
 
@@ -54,78 +56,93 @@ def make_stopper(stop: Callable[[], bool]) -> Any:
             return False
 
         def stop_all(self) -> bool:
+            """Returns True if Tune must end the run."""
             return self.stop is not None and self.stop()
 
-        def __getstate__(self) -> dict[str, Any]:  # Tune keeps a copy to restore a run from, which is never done
+        def __getstate__(self) -> dict[str, Any]:  # Tune pickles it to restore a run, which never happens here
             return {"stop": None}
 
     return SweepStopper(stop)
 
 
-def make_searcher(proposer: Proposer, missing: int, log: Log) -> Any:
-    """A Tune searcher that hands out the proposer's points."""
+def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
+    """Returns a Tune searcher that proposes the points of a proposer.
+
+    Args:
+        proposer: Source of the points.
+        num_missing: Number of trials to run.
+        log: Takes a message about each ended trial.
+    """
     from ray.tune.search import Searcher
 
     class PointSearcher(Searcher):
-        def __init__(self, proposer: Proposer, left: int, log: Log) -> None:
+        """Proposes the points of a proposer and tells it the results."""
+
+        def __init__(self, proposer: Proposer, num_left: int, log: Log) -> None:
             super().__init__(metric="score", mode="max")
-            self.proposer, self.left, self.log = proposer, left, log
+            self.proposer, self.num_left, self.log = proposer, num_left, log
             self.running: dict[str, tuple[int, Point]] = {}
 
-        def __getstate__(self) -> dict[str, Any]:  # as the stopper's
+        def __getstate__(self) -> dict[str, Any]:  # as in SweepStopper
             return {}
 
         def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
             return True
 
         def suggest(self, trial_id: str) -> Any:
-            asked = self.proposer.ask()
-            if asked is None:
+            """Returns the number and the point of the next trial; FINISHED if there is none."""
+            proposal = self.proposer.ask()
+            if proposal is None:
                 return Searcher.FINISHED
-            self.running[trial_id] = asked
-            return {"number": asked[0], "point": asked[1]}
+            self.running[trial_id] = proposal
+            return {"number": proposal[0], "point": proposal[1]}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            """Tells the proposer the result of a trial, and logs it."""
             number, point = self.running.pop(trial_id)
-            told = json.loads((result or {}).get("told", "{}"))
-            record = told.get("record")
-            if error or record is None or record["status"] not in records.DONE:
+            outcome = json.loads((result or {}).get("outcome", "{}"))
+            record = outcome.get("record")
+            if error or record is None or record["status"] not in records.DONE_STATUSES:
                 self.proposer.fail(number)
                 if record is not None:
                     self.log(f"trial {number}: FAILED: {record['reason']}")
                 return
-            self.proposer.tell(number, point, record["score"], told["steps"])
-            self.left -= 1
-            settings = ", ".join(f"{key}={records.shown(value)}" for key, value in point.items())
-            ended = f"score {record['score']:.4f}" if record["status"] == "finished" else f"cut, {record['reason']}"
-            self.log(f"trial {number}: {settings}: {ended} ({record['seconds']:.1f} s; {self.left} to go)")
+            self.proposer.tell(number, point, record["score"], outcome["steps"])
+            self.num_left -= 1
+            settings = ", ".join(f"{key}={records.format_value(value)}" for key, value in point.items())
+            result_text = (
+                f"score {record['score']:.4f}" if record["status"] == "finished" else f"pruned, {record['reason']}"
+            )
+            self.log(f"trial {number}: {settings}: {result_text} ({record['seconds']:.1f} s; {self.num_left} left)")
 
         def save(self, checkpoint_path: str) -> None:
-            Path(checkpoint_path).write_bytes(b"")  # the records are what a sweep is taken up again from
+            Path(checkpoint_path).write_bytes(b"")  # a resumed sweep reads the records instead
 
         def restore(self, checkpoint_path: str) -> None:
             raise NotImplementedError
 
-    return PointSearcher(proposer, missing, log)
+    return PointSearcher(proposer, num_missing, log)
 
 
-def trial_callback(told: SweepRecord) -> Any:
-    """A callback of Tune that tells trackers of a trial as soon as it ends."""
+def trial_callback(recorder: SweepRecorder) -> Any:
+    """Returns a Tune callback that records each trial in the trackers as soon as it ends."""
     from ray import tune
 
     class TrialCallback(tune.Callback):
-        def __init__(self, told: SweepRecord | None) -> None:
-            self.told = told
+        """Records each ended trial in the trackers."""
+
+        def __init__(self, recorder: SweepRecorder | None) -> None:
+            self.recorder = recorder
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
-            record = json.loads(result.get("told", "{}")).get("record")
-            if self.told is not None and record is not None:
-                self.told.trial(records.Record(**record).name, record)
+            record = json.loads(result.get("outcome", "{}")).get("record")
+            if self.recorder is not None and record is not None:
+                self.recorder.log_trial(records.TrialRecord(**record).name, record)
 
-        def __getstate__(self) -> dict[str, Any]:  # as the stopper's
-            return {"told": None}
+        def __getstate__(self) -> dict[str, Any]:  # as in SweepStopper
+            return {"recorder": None}
 
-    return TrialCallback(told)
+    return TrialCallback(recorder)
 
 
 def run_tune(
@@ -137,20 +154,27 @@ def run_tune(
     limit: int,
     name: str,
     folder: str,
-    asked: Mapping[str, float] | None,
+    resources: Mapping[str, float] | None,
     labels: Mapping[str, str],
     max_failures: int,
     callbacks: Sequence[Any] = (),
 ) -> Any:
-    """Runs trials until the searcher has no more or the stopper ends them.
+    """Runs trials until the searcher has no more points or the stopper ends the run.
 
     Args:
-        limit: so many side by side.  name, folder: of Tune's own files.
-        asked: of Ray, for a trial; None: its work is done by workers that ask for themselves.
-        labels: of the nodes that trials run on.  max_failures: of a trial, by lost processes.
-        callbacks: of Tune.
+        job: The stage that every trial gets.
+        searcher: Result of `make_searcher`.
+        stopper: Result of `make_stopper`.
+        num_trials: Number of trials.
+        limit: Largest number of trials that run at once.
+        name, folder: Name and folder of Tune's own files.
+        resources: Ray resources of a trial; None if Ray Train workers do its work and reserve their own.
+        labels: Labels of the nodes on which trials run.
+        max_failures: How often a trial is restarted after its process is lost.
+        callbacks: Tune callbacks.
 
-    Returns: Tune's grid of results.
+    Returns:
+        Tune's ResultGrid.
     """
     os.environ.update(
         {
@@ -165,18 +189,18 @@ def run_tune(
     )
     from ray import tune
 
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses its own result files, which are not kept
-    bundle = {"memory": float(2**20)} if asked is None else dict(asked)  # Tune refuses an empty bundle (2.60)
-    where = tune.PlacementGroupFactory([bundle], bundle_label_selector=[dict(labels)] if labels else None)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it warns about its result files, which are deleted
+    bundle = {"memory": float(2**20)} if resources is None else dict(resources)  # Tune refuses an empty bundle (2.60)
+    trial_resources = tune.PlacementGroupFactory([bundle], bundle_label_selector=[dict(labels)] if labels else None)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, job=job), where),
+        tune.with_resources(tune.with_parameters(run_trial, job=job), trial_resources),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=num_trials,
             max_concurrent_trials=limit,
             reuse_actors=True,
-            trial_name_creator=_name_of,
-            trial_dirname_creator=_name_of,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
             name=name,
@@ -190,5 +214,6 @@ def run_tune(
     return tuner.fit()
 
 
-def _name_of(trial: Any) -> str:
+def _trial_name(trial: Any) -> str:
+    """Returns the name of a Tune trial and of its folder."""
     return f"trial-{trial.config.get('number', 0):05d}-{trial.trial_id}"

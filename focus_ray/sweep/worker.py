@@ -1,4 +1,4 @@
-"""A trial as Ray runs it: shared work fetched, categories judged here or by workers of Ray Train, one record written."""
+"""Runs a trial in Ray: gets shared inputs, judges the categories here or on Ray Train workers, and writes the record."""
 
 from __future__ import annotations
 
@@ -21,23 +21,31 @@ from focus_ray.data.shards import Shard, StreamShard, build_shard, fits_memory
 from focus_ray.data.split import NO_ROWS, Split, SplitPlan
 from focus_ray.storage import join, remove_folder
 from focus_ray.sweep import records
-from focus_ray.sweep.records import Record
+from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Objective, SweepConfig
-from focus_ray.sweep.shared import CategoryImages, Features, embed_images, features_key, load_images
-from focus_ray.sweep.trial import Judgement, forget, judge_category
+from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
+from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_images, features_key, load_images
 
 STOPPED = "the sweep was stopped"
-SHARED_TIMEOUT_S = 120.0  # a trial waits so long for shared work that was lost and is made again, then makes its own
+SHARED_TIMEOUT_S = (
+    120.0  # if shared inputs are lost, Ray computes them again; a trial waits at most so long, then computes its own
+)
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """What every trial of a stage is told; crosses to them as it is.
+    """The description of a stage that every trial gets.
 
-    sweep: as the driver validated it.  reference: the base at the largest size of all trials.
-    stage: the category that is searched for; None for all.  splits: of the categories, in the order in which they are judged.
-    images: (category, size) -> reference to `CategoryImages`.  features: key -> reference to `Features`.
-    judge: handle of the actor that hears every score.
+    Attributes:
+        sweep: Validated configuration of the sweep.
+        reference: Base configuration at the largest image size of all trials.
+        stage: Category that the trials search for; None for all categories.
+        splits: Category -> split, in the order in which categories are judged.
+        root: Folder of the sweep.
+        use_gpu: True if trials use a GPU.
+        images: (category, image size) -> reference to `CategoryImages`.
+        features: `features_key` -> reference to `FrozenFeatures`.
+        judge: Handle of the `Judge` actor.
     """
 
     sweep: SweepConfig
@@ -53,9 +61,12 @@ class StageJob:
 
 @dataclass(frozen=True)
 class TrialJob(TrainerJob):
-    """One category of one trial: config holds the trial's settings.
+    """One category of one trial. `config` holds the settings of the trial.
 
-    images, features: references to what is shared; None where nothing is.
+    Attributes:
+        number: Number of the trial.
+        stage: The stage of the trial.
+        images, features: References to shared inputs; None if they are not shared.
     """
 
     number: int
@@ -65,110 +76,126 @@ class TrialJob(TrainerJob):
 
 
 def load_task(config: Config, split: Split, objective: Objective, size_px: int) -> tuple[CategoryImages, None]:
-    """The second value tells the driver that the first is there, or what failed, without moving it."""
+    """Ray task: returns the images, and None as a second result, which tells the driver that the task has ended."""
     return load_images(config, split.category, split.plan(config), objective, size_px), None
 
 
-def embed_task(config: Config, images: CategoryImages) -> tuple[Features, None]:
+def embed_task(config: Config, images: CategoryImages) -> tuple[FrozenFeatures, None]:
+    """Ray task: returns the features, and None as a second result, which tells the driver that the task has ended."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return embed_images(config, images, device), None
 
 
 def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
-    """What Tune runs: one point, category by category. Its record is in the storage before Tune hears of it."""
+    """Runs one trial inside Ray Tune and writes its record to the storage before it reports to Tune.
+
+    Args:
+        config: "number" and "point" of the trial, from the searcher.
+        job: The stage.
+    """
     import ray
     from ray import tune
 
     number, point = config["number"], config["point"]
-    start = time.perf_counter()
+    start_s = time.perf_counter()
     ray.get(job.judge.begin.remote(number))
-    found: dict[str, Judgement] = {}
+    results: dict[str, CategoryResult] = {}
     failure = None
     try:
         settings = job.sweep.base_config(point)
         if not job.sweep.share_work:
-            forget()
+            clear_caches()
         for category, split in job.splits.items():
             images = job.images.get((category, settings.model.image_size_px))
             features = job.features.get(features_key(settings, category) or "")
-            found[category] = _judge_in_trial(TrialJob(settings, split, job.use_gpu, number, job, images, features))
-            if found[category].cut is not None:
+            results[category] = _judge_category(TrialJob(settings, split, job.use_gpu, number, job, images, features))
+            if results[category].cut is not None:
                 break
-    except Exception as error:  # of this point alone: it is recorded, and the other trials go on
+    except Exception as error:  # only this trial fails; it is recorded, and the other trials go on
         failure = reason_of(error)
-    cut = next((judgement.cut for judgement in found.values() if judgement.cut is not None), None)
-    if cut == STOPPED:
+    prune_reason = next((result.cut for result in results.values() if result.cut is not None), None)
+    if prune_reason == STOPPED:
         return
-    if failure is not None or cut is not None:
+    if failure is not None or prune_reason is not None:
         ray.get(job.judge.withdraw.remote(number))
-    scores = [judgement.score for judgement in found.values() if judgement.score is not None]
-    record = Record(
+    scores = [result.score for result in results.values() if result.score is not None]
+    record = TrialRecord(
         number,
         job.stage,
         point,
-        "failed" if failure is not None else "cut" if cut is not None else "finished",
-        records.mean_score(scores) if failure is None and cut is None else None,
-        {category: dataclasses.asdict(judgement) for category, judgement in found.items()},
-        failure if failure is not None else cut,
-        sum(judgement.epochs for judgement in found.values()),
-        time.perf_counter() - start,
+        "failed" if failure is not None else "cut" if prune_reason is not None else "finished",
+        records.mean_score(scores) if failure is None and prune_reason is None else None,
+        {category: dataclasses.asdict(result) for category, result in results.items()},
+        failure if failure is not None else prune_reason,
+        sum(result.epochs for result in results.values()),
+        time.perf_counter() - start_s,
         time.time(),
     )
     records.write_record(job.root, record)
-    steps = steps_of(record, list(job.splits), 1 if failure else job.sweep.max_epochs)
+    steps = score_steps(record, list(job.splits), 1 if failure else job.sweep.max_epochs)
     score = math.nan if record.score is None else record.score
-    # as text: Tune hands searchers flattened results
-    tune.report({"score": score, "told": json.dumps({"record": dataclasses.asdict(record), "steps": steps})})
+    # As text, because Tune flattens nested results for searchers.
+    tune.report({"score": score, "outcome": json.dumps({"record": dataclasses.asdict(record), "steps": steps})})
 
 
-def _judge_in_trial(job: TrialJob) -> Judgement:
-    """One category, in this process or by workers of Ray Train."""
+def _judge_category(job: TrialJob) -> CategoryResult:
+    """Judges one category in this process, or on Ray Train workers if several are configured or images are streamed."""
     streams = job.config.train.epochs > 0 and not fits_memory(job.config, job.split)
     if job.config.cluster.num_workers == 1 and not streams:
-        return _judge_work(job, torch.device("cuda" if job.use_gpu else "cpu"))
+        return _judge_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
     scratch = join(job.stage.root, "scratch")
     name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
     try:
         result = make_trainer(_train_worker, job, scratch, name).fit()
     finally:
         remove_folder(join(scratch, name))
-    return result.return_value  # type: ignore[no-any-return]  # metrics that come without a checkpoint are not kept (Ray 2.60)
+    return result.return_value  # type: ignore[no-any-return]  # Ray 2.60 only keeps reported metrics that come with a checkpoint
 
 
-def _train_worker(job: TrialJob) -> Judgement:
-    """What every Ray Train worker of a trial runs."""
+def _train_worker(job: TrialJob) -> CategoryResult:
+    """Runs on every Ray Train worker of a trial."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
-    return _judge_work(job, device, rank, num_workers, data_parallel(num_workers, device))
+    return _judge_on_worker(job, device, rank, num_workers, data_parallel(num_workers, device))
 
 
-def _judge_work(
+def _judge_on_worker(
     job: TrialJob,
     device: torch.device,
     rank: int = 0,
     num_workers: int = 1,
     wrap: Callable[[torch.nn.Module], Any] | None = None,
-) -> Judgement:
+) -> CategoryResult:
+    """Judges one category as one of `num_workers` workers.
+
+    Args:
+        job: The category and the trial.
+        device: Device to compute on.
+        rank: Rank of this worker.
+        num_workers: Number of workers.
+        wrap: Wraps the network for distributed training.
+    """
     import ray
 
     settings, stage = job.config, job.stage
     objective = stage.sweep.objective
-    images: CategoryImages | None = _shared(job.images)
-    features: Features | None = _shared(job.features) if num_workers == 1 and images is not None else None
+    images: CategoryImages | None = _get_shared(job.images)
+    features: FrozenFeatures | None = _get_shared(job.features) if num_workers == 1 and images is not None else None
     shard: Shard | None = None
     if images is None:
-        shard, loaded = own_share(settings, job.category, job.split.plan(settings), rank, num_workers)
-        images = load_images(stage.reference, job.category, loaded, objective, settings.model.image_size_px)
+        shard, plan = worker_share(settings, job.category, job.split.plan(settings), rank, num_workers)
+        images = load_images(stage.reference, job.category, plan, objective, settings.model.image_size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
-        heard = stage.judge.report.remote(job.number, job.category, epoch, score, final)
-        return ray.get(heard)  # type: ignore[no-any-return]
+        """Asks the judge whether the trial goes on."""
+        decision = stage.judge.report.remote(job.number, job.category, epoch, score, final)
+        return ray.get(decision)  # type: ignore[no-any-return]
 
-    judgement = judge_category(
+    result = judge_category(
         settings,
         job.category,
         images,
@@ -181,27 +208,29 @@ def _judge_work(
         on_score=on_score,
         shard=shard,
     )
-    judgement.shared = "features" if features is not None else "images" if job.images is not None else "nothing"
-    return judgement
+    result.shared = "features" if features is not None else "images" if job.images is not None else "nothing"
+    return result
 
 
-def own_share(
+def worker_share(
     settings: Config, category: str, plan: SplitPlan, rank: int, num_workers: int
 ) -> tuple[Shard | None, SplitPlan]:
-    """What a worker trains from where images are not shared, and the plan of what is left to be read by everyone.
+    """Returns the training images of a worker if images are not shared, and the plan of the images that every worker reads.
 
-    A single worker reads its images with the others, and its shard is None; one of several reads its own part alone.
+    Returns:
+        shard: The worker's own images. None for a single worker without streaming, which reads all images by the plan.
+        plan: Rows that every worker reads.
     """
-    rest = plan.take_fit(NO_ROWS)
+    common_plan = plan.take_fit(NO_ROWS)
     if settings.train.epochs and not fits_memory(settings, plan):
-        return StreamShard(settings, category, plan.share(rank, num_workers), worker_stream), rest
+        return StreamShard(settings, category, plan.share(rank, num_workers), worker_stream), common_plan
     if num_workers == 1:
         return None, plan
-    return build_shard(settings, category, plan.without_holdout(), rank, num_workers), rest
+    return build_shard(settings, category, plan.without_holdout(), rank, num_workers), common_plan
 
 
-def _shared(reference: Any) -> Any:
-    """What was made for all trials; None where it was not, or was lost and does not come back in time."""
+def _get_shared(reference: Any) -> Any:
+    """Returns a shared input. Returns None if there is none, or if it was lost and is not computed again in time."""
     import ray
 
     if reference is None:
@@ -212,14 +241,14 @@ def _shared(reference: Any) -> Any:
         return None
 
 
-def steps_of(record: Record, categories: Sequence[str], max_epochs: int) -> list[tuple[int, float]]:
-    """(step, mean score) as a trial went on, for a searcher that learns from trials that were cut."""
-    ends: list[float] = []
+def score_steps(record: TrialRecord, categories: Sequence[str], max_epochs: int) -> list[tuple[int, float]]:
+    """Returns (step, mean score) of each report of a trial. A searcher learns from them about pruned trials."""
+    final_scores: list[float] = []
     steps = []
     for index, category in enumerate(categories):
         curve = record.curves().get(category, [])
         for epoch, score in curve:
-            steps.append((index * max(1, max_epochs) + max(1, epoch), records.mean_score([*ends, score])))
+            steps.append((index * max(1, max_epochs) + max(1, epoch), records.mean_score([*final_scores, score])))
         if curve:
-            ends.append(curve[-1][1])
+            final_scores.append(curve[-1][1])
     return list(dict(steps).items())

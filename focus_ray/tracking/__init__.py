@@ -1,1 +1,1 @@
-"""What runs tell to experiment trackers: said once, handed to each."""
+"""Records trainings, evaluations and sweeps in experiment trackers (MLflow, TensorBoard, Weights & Biases)."""

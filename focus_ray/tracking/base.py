@@ -1,6 +1,7 @@
-"""What a tracker is: it keeps one run a subject, and takes parameters, tags, figures, curves and pictures of it.
+"""The interface of an experiment tracker. A tracker keeps runs; each run has parameters, tags, metrics, curves and pictures.
 
-A new tracker is a file with a `TrackerKind`, and its line in `focus_ray.kinds.TRACKERS`. It imports its package inside functions.
+A new tracker is a file with a `TrackerKind` and a line in `focus_ray.kinds.TRACKERS`. The file imports the package of the
+tracker inside functions.
 """
 
 from __future__ import annotations
@@ -15,94 +16,119 @@ from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.storage import check_access, is_s3, join
 
-Value = str | int | float | bool
-LONGEST = 500  # characters of a parameter, which some trackers bound
+ParameterValue = str | int | float | bool
+MAX_PARAMETER_CHARS = 500  # some trackers limit the length of a parameter
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What a tracker keeps one run of: a category of a training, a trial, or all of them together.
+class RunDescription:
+    """The description of one run in a tracker: of a category of a training, of a trial, or of a whole training or sweep.
 
-    key: the same for whatever goes on with it; no other has it.  name: for people.  group: what it is a part of.
-    parameters: dotted key -> value.  tags: what it is found again by.
+    Attributes:
+        key: Unique key. It stays the same when a training is resumed or evaluated, so that the tracker continues the run.
+        name: Name that the tracker shows.
+        group: The run of the whole training or sweep; None for this run itself.
+        parameters: Dotted key of each setting -> value.
+        tags: Texts by which users search for the run.
     """
 
     key: str
     name: str
-    group: Subject | None = None
-    parameters: Mapping[str, Value] = field(default_factory=dict)
+    group: RunDescription | None = None
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """name: fit for a file, without an ending.  caption: for people."""
+    """A picture for a tracker.
+
+    Attributes:
+        name: File name without suffix.
+        caption: Text that the tracker shows.
+        jpeg: The encoded picture.
+    """
 
     name: str
     caption: str
     jpeg: bytes
 
 
-class Tracked(Protocol):
-    """A subject's run in a tracker. Whatever these raise, the recorder catches."""
+class TrackerRun(Protocol):
+    """A begun run in a tracker. The recorder catches every exception of these methods."""
 
-    def tag(self, tags: Mapping[str, str]) -> None:
-        """Adds tags, or replaces them."""
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds tags. A tag that exists is replaced."""
 
-    def curve(self, step: int, figures: Mapping[str, float]) -> None:
-        """Figures at a step, epochs usually; a step that is there already may be told again."""
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to curves at a step, usually an epoch. A step may be logged again, with the same values."""
 
-    def figures(self, figures: Mapping[str, float]) -> None:
-        """Figures that have one value."""
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Sets metrics that have one value per run."""
 
-    def pictures(self, pictures: Sequence[Picture]) -> None:
-        """Replaces those of the same name."""
+    def log_pictures(self, pictures: Sequence[Picture]) -> None:
+        """Adds pictures. A picture with an existing name replaces the old one."""
 
     def end(self, failed: bool) -> None:
-        """Ends it, until it is begun again."""
+        """Ends the run as finished or as failed. The run may be begun again later."""
 
 
 class Tracker(Protocol):
-    def has(self, subject: Subject) -> bool:
-        """Whether it has a run of the subject already, as far as it can tell from here."""
+    """An opened tracker."""
 
-    def begin(self, subject: Subject) -> Tracked:
-        """Its run: the one that it has, or a new one, with parameters and tags, in its group's."""
+    def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the tracker already has this run, as far as it can tell on this machine."""
+
+    def begin_run(self, run: RunDescription) -> TrackerRun:
+        """Returns the existing run with this key, or creates a new run with its parameters and tags inside its group's run."""
 
 
 class TrackerKind(Protocol):
-    """What `focus_ray.kinds.TRACKERS` names. storage: of the runs, below which a tracker keeps its files unless told."""
+    """A kind of tracker, named in `focus_ray.kinds.TRACKERS`."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
-        """Returns: its place. Imports nothing heavy.
+        """Checks that the tracker can be used, without heavy imports.
 
-        Raises: MissingPackageError: its extra is not installed.  ConfigError: the place cannot be written or reached.
+        Args:
+            settings: Settings of this tracker.
+            storage: Storage of the runs; a tracker writes below it if its settings name no other place.
+
+        Returns:
+            The folder or address where the tracker records.
+
+        Raises:
+            MissingPackageError: The extra of the tracker is not installed.
+            ConfigError: The folder cannot be written, or the server cannot be reached.
         """
 
     def open(self, settings: TrackerConfig, storage: str) -> Tracker:
-        """Of settings that were checked."""
+        """Opens the tracker. `check` was called with the same arguments before."""
 
 
 def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
-    """The folder that a tracker writes to, probed. Raises: ConfigError: it is none of this machine's, or cannot be written."""
+    """Returns the folder in which a tracker writes its files, after writing a test file to it.
+
+    Raises:
+        ConfigError: The folder is not on this machine, or cannot be written.
+    """
     folder = settings.uri or join(storage, "trackers", kind)
     if is_s3(folder) or "://" in folder:
-        asked = "" if settings.uri else ", since storage is none"
+        reason = "" if settings.uri else ", because storage is not on this machine either"
         raise ConfigError(
-            f"trackers.{kind}: {folder} is no folder of this machine: set trackers.{kind}.uri to one{asked}"
+            f"trackers.{kind}: {folder} is not a folder on this machine: set trackers.{kind}.uri to a folder{reason}"
         )
     try:
         check_access(folder)
     except (DataError, OSError) as error:
         raise ConfigError(
-            f"trackers.{kind}: {folder} cannot be written ({error}): set trackers.{kind}.uri to another folder, or leave "
-            f"trackers.{kind} out"
+            f"trackers.{kind}: {folder} cannot be written ({error}): set trackers.{kind}.uri to another folder, or "
+            f"remove trackers.{kind}"
         ) from error
     return folder
 
 
 def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings."""
+    """Yields (dotted key, value) of all values in nested mappings."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten_dict(value, f"{prefix}{key}.")
@@ -110,19 +136,22 @@ def flatten_dict(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield f"{prefix}{key}", value
 
 
-def parameters_of(tree: Mapping[str, Any]) -> dict[str, Value]:
-    """Dotted key -> value, lists as JSON; what nothing is set for is left out, URIs `without_secrets`."""
-    found: dict[str, Value] = {}
+def flatten_parameters(tree: Mapping[str, Any]) -> dict[str, ParameterValue]:
+    """Returns dotted key -> value for all settings that are not None.
+
+    Lists become JSON text, texts are shortened to MAX_PARAMETER_CHARS, and URIs are cleaned by `without_secrets`.
+    """
+    parameters: dict[str, ParameterValue] = {}
     for key, value in flatten_dict(tree):
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)):
             text = value if isinstance(value, str) else json.dumps(value)
-            value = without_secrets(text)[:LONGEST]
-        found[key] = value
-    return found
+            value = without_secrets(text)[:MAX_PARAMETER_CHARS]
+        parameters[key] = value
+    return parameters
 
 
 def without_secrets(text: str) -> str:
-    """URIs in a text without user, password and query: whoever has a signed one can read what it names."""
+    """Returns the text with user, password and query removed from every URI: a signed URI lets everyone read its object."""
     return re.sub(r"(://)(?:[^/\s\"]*@)?([^\s\"?]*)(?:\?[^\s\"]*)?", r"\1\2", text)

@@ -1,6 +1,7 @@
-"""MLflow: a run a subject, its group's run above it; on a server, in a database, or in SQLite in a local folder.
+"""MLflow: one run per category or trial, below the run of its group.
 
-A folder of plain files, MLflow's former store, is refused by MLflow 3.17 itself.
+Records go to a server, a database, or an SQLite database in a local folder. MLflow 3.17 itself refuses its old format, a
+folder of plain files.
 """
 
 from __future__ import annotations
@@ -19,62 +20,75 @@ from typing import Any
 from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError
 from focus_ray.extras import require_extra
-from focus_ray.tracking.base import Picture, Subject, Value, local_folder, without_secrets
+from focus_ray.tracking.base import ParameterValue, Picture, RunDescription, local_folder, without_secrets
 
 _KEY = "focus_ray.key"
-_MOST = 100  # parameters, or tags, that a request may hold
-_TIMEOUT_S = 10  # of a request; MLflow's own defaults wait for minutes
-_SETTINGS = {  # of MLflow's own variables, where they are not set
+_MAX_ITEMS = 100  # parameters, tags or metrics in a request
+_TIMEOUT_S = 10  # of a request; the defaults of MLflow wait for minutes
+_ENVIRONMENT = {  # environment variables of MLflow, set unless the user has set them
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_TIMEOUT_S),
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # which is for results
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is for results
 }
 
 
-class _Tracked:
+class _MLflowRun:
+    """A begun run in MLflow."""
+
     def __init__(self, client: Any, run_id: str, is_new: bool, was_finished: bool) -> None:
         self.client, self.run_id, self.is_new, self.was_finished = client, run_id, is_new, was_finished
-        self._known: dict[str, set[int]] = {}
+        self._logged_steps: dict[str, set[int]] = {}
 
-    def tag(self, tags: Mapping[str, str]) -> None:
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds tags, or replaces existing tags."""
+
         from mlflow.entities import RunTag
 
         items = iter(tags.items())
-        while some := list(islice(items, _MOST)):
-            self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in some])
+        while items_batch := list(islice(items, _MAX_ITEMS)):
+            self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in items_batch])
 
-    def parameters(self, parameters: Mapping[str, Value]) -> None:
+    def log_parameters(self, parameters: Mapping[str, ParameterValue]) -> None:
+        """Adds parameters."""
+
         from mlflow.entities import Param
 
         items = iter(parameters.items())
-        while some := list(islice(items, _MOST)):
-            self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in some])
+        while items_batch := list(islice(items, _MAX_ITEMS)):
+            self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in items_batch])
 
-    def curve(self, step: int, figures: Mapping[str, float]) -> None:
-        self._put(step, {name: value for name, value in figures.items() if step not in self._steps(name)})
-        for name in figures:
-            self._known[name].add(step)
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to curves at a step."""
+        self._log_batches(
+            step, {name: value for name, value in metrics.items() if step not in self._existing_steps(name)}
+        )
+        for name in metrics:
+            self._logged_steps[name].add(step)
 
-    def figures(self, figures: Mapping[str, float]) -> None:
-        self._put(0, figures)
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Sets metrics that have one value per run."""
+        self._log_batches(0, metrics)
 
-    def _put(self, step: int, figures: Mapping[str, float]) -> None:
+    def _log_batches(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends metrics in requests of at most _MAX_ITEMS metrics."""
+
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        items = iter(figures.items())
-        while some := list(islice(items, _MOST)):
-            self.client.log_batch(self.run_id, metrics=[Metric(key, value, now_ms, step) for key, value in some])
+        items = iter(metrics.items())
+        while items_batch := list(islice(items, _MAX_ITEMS)):
+            self.client.log_batch(self.run_id, metrics=[Metric(key, value, now_ms, step) for key, value in items_batch])
 
-    def _steps(self, name: str) -> set[int]:
-        """Where a curve has values already: MLflow would keep a second one beside the first."""
-        if name not in self._known:
-            former = [] if self.is_new else self.client.get_metric_history(self.run_id, name)
-            self._known[name] = {metric.step for metric in former}
-        return self._known[name]
+    def _existing_steps(self, name: str) -> set[int]:
+        """Returns the steps at which a curve already has a value: MLflow would keep a second value as well."""
+        if name not in self._logged_steps:
+            history = [] if self.is_new else self.client.get_metric_history(self.run_id, name)
+            self._logged_steps[name] = {metric.step for metric in history}
+        return self._logged_steps[name]
 
-    def pictures(self, pictures: Sequence[Picture]) -> None:
+    def log_pictures(self, pictures: Sequence[Picture]) -> None:
+        """Adds pictures with their captions."""
         with tempfile.TemporaryDirectory() as folder:
             for picture in pictures:
                 Path(folder, f"{picture.name}.jpg").write_bytes(picture.jpeg)
@@ -83,79 +97,88 @@ class _Tracked:
             self.client.log_artifacts(self.run_id, folder, "heat_maps")
 
     def end(self, failed: bool) -> None:
+        """Ends the run as finished or as failed."""
         if failed or not self.was_finished:
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
 class _MLflow:
+    """An opened MLflow store."""
+
     def __init__(self, uri: str, artifacts: str | None, project: str) -> None:
         from mlflow import MlflowClient
 
         self.client = MlflowClient(tracking_uri=uri)
-        self.experiment = _experiment(self.client, project, artifacts)
+        self.experiment = _get_experiment(self.client, project, artifacts)
 
-    def _find(self, subject: Subject) -> Any:
-        """None where there is none."""
-        found = self.client.search_runs([self.experiment], f"tags.`{_KEY}` = '{subject.key}'", max_results=1)
-        return found[0] if found else None
+    def _find_run(self, run: RunDescription) -> Any:
+        """Returns MLflow's run with this key; None if there is none."""
+        runs = self.client.search_runs([self.experiment], f"tags.`{_KEY}` = '{run.key}'", max_results=1)
+        return runs[0] if runs else None
 
-    def has(self, subject: Subject) -> bool:
-        run = self._find(subject)
-        return run is not None and run.info.status != "RUNNING"
+    def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the run exists and is not in progress."""
+        mlflow_run = self._find_run(run)
+        return mlflow_run is not None and mlflow_run.info.status != "RUNNING"
 
-    def begin(self, subject: Subject) -> _Tracked:
-        run = self._find(subject)
-        if run is not None:
-            was_finished = run.info.status == "FINISHED"
+    def begin_run(self, run: RunDescription) -> _MLflowRun:
+        """Continues the run with this key, or creates it."""
+        mlflow_run = self._find_run(run)
+        if mlflow_run is not None:
+            was_finished = mlflow_run.info.status == "FINISHED"
             if not was_finished:
-                self.client.update_run(run.info.run_id, status="RUNNING")
-            tracked = _Tracked(self.client, run.info.run_id, False, was_finished)
-            # a parameter cannot be changed, and what is there says how the run began
-            new = {key: value for key, value in subject.parameters.items() if key not in run.data.params}
+                self.client.update_run(mlflow_run.info.run_id, status="RUNNING")
+            begun = _MLflowRun(self.client, mlflow_run.info.run_id, False, was_finished)
+            # MLflow refuses to change a parameter; the existing parameters are those at the start of the run.
+            new = {key: value for key, value in run.parameters.items() if key not in mlflow_run.data.params}
         else:
-            tags = {_KEY: subject.key}
-            if subject.group is not None:
-                tags["mlflow.parentRunId"] = self.begin(subject.group).run_id
-            run = self.client.create_run(self.experiment, tags=tags, run_name=subject.name)
-            tracked, new = _Tracked(self.client, run.info.run_id, True, False), dict(subject.parameters)
-        tracked.parameters(new)
-        tracked.tag(subject.tags)
-        return tracked
+            tags = {_KEY: run.key}
+            if run.group is not None:
+                tags["mlflow.parentRunId"] = self.begin_run(run.group).run_id
+            mlflow_run = self.client.create_run(self.experiment, tags=tags, run_name=run.name)
+            begun, new = _MLflowRun(self.client, mlflow_run.info.run_id, True, False), dict(run.parameters)
+        begun.log_parameters(new)
+        begun.set_tags(run.tags)
+        return begun
 
 
-def _experiment(client: Any, name: str, artifacts: str | None) -> str:
-    """Its id; made where there is none."""
+def _get_experiment(client: Any, name: str, artifacts: str | None) -> str:
+    """Returns the id of an experiment; creates the experiment if it does not exist."""
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         try:
             return str(client.create_experiment(name, artifact_location=artifacts))
-        except MlflowException:  # another run was first
-            found = client.get_experiment_by_name(name)
-            if found is None:
+        except MlflowException:  # another process created it at the same moment
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 raise
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 class MLflow:
+    """The tracker kind `mlflow`."""
+
     def check(self, settings: TrackerConfig, storage: str) -> str:
-        for key, value in _SETTINGS.items():
+        """Checks that the package is installed and the records can be written. Returns where they go."""
+        for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         require_extra("mlflow", "trackers.mlflow")
-        uri, _ = _place(settings, storage)
+        uri, _ = _location(settings, storage)
         if uri.startswith(("http://", "https://")):
-            _reach(uri)
+            _check_server(uri)
         return without_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
 
     def open(self, settings: TrackerConfig, storage: str) -> _MLflow:
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells every table that it makes
+        """Opens the tracker after `check`."""
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it logs every table that it creates
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        return _MLflow(*_place(settings, storage), settings.project)
+        return _MLflow(*_location(settings, storage), settings.project)
 
 
-def _place(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
-    """The tracking URI, and where artifacts of a new experiment go; None: as the server says."""
+def _location(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
+    """Returns (tracking URI, URI for artifacts of a new experiment); None for artifacts lets the server decide."""
     uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if "://" in uri:
         return uri, None
@@ -164,16 +187,20 @@ def _place(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
     return f"sqlite:///{path}/mlflow.db", (path / "artifacts").as_uri()
 
 
-def _reach(uri: str) -> None:
-    """Raises: ConfigError: nothing listens there."""
+def _check_server(uri: str) -> None:
+    """Checks that the server accepts connections.
+
+    Raises:
+        ConfigError: It does not.
+    """
     parts = urllib.parse.urlsplit(uri)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname or "", port), timeout=_TIMEOUT_S).close()
     except OSError as error:
         raise ConfigError(
-            f"trackers.mlflow: the server at {parts.hostname}:{port} does not answer ({error}): start it, set "
-            "trackers.mlflow.uri to another, or leave trackers.mlflow out"
+            f"trackers.mlflow: the server at {parts.hostname}:{port} does not answer ({error}): start the server, set "
+            "trackers.mlflow.uri to another server, or remove trackers.mlflow"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Hands what a run says to its trackers, on a thread of its own: none that is slow or gone costs the run anything."""
+"""Passes the records of a run to its trackers in a separate thread, so that a slow or broken tracker never delays the run."""
 
 from __future__ import annotations
 
@@ -13,73 +13,95 @@ from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import TRACKERS
 from focus_ray.names import Log
-from focus_ray.tracking.base import Picture, Subject, Tracked, Tracker
+from focus_ray.tracking.base import Picture, RunDescription, Tracker, TrackerRun
 
-PATIENCE_S = 60.0  # that the end of a run waits for trackers which have not taken everything
+CLOSE_TIMEOUT_S = 60.0  # the end of a run waits at most so long for trackers with unsent records
 
 
 class Recorder:
-    """Takes figures of subjects for all trackers that a configuration asks for; with none, does nothing.
+    """Records runs in all trackers of a configuration. Without trackers, it does nothing.
 
-    A tracker that fails is told of once, and is let alone from there on.
+    A tracker that fails is reported once and gets no more records.
+
+    Attributes:
+        num_images: The largest number of pictures that a tracker takes per run.
     """
 
     def __init__(self, settings: Mapping[str, TrackerConfig], storage: str, log: Log) -> None:
-        """
-        Args: storage: of the runs, where a tracker keeps its files unless told.
+        """Checks and opens all trackers.
 
-        Raises: MissingPackageError: a tracker's extra is not installed.  ConfigError: a place cannot be written or reached.
+        Args:
+            settings: Kind of each tracker -> its settings.
+            storage: Storage of the runs; a tracker writes below it if its settings name no other place.
+            log: Takes messages.
+
+        Raises:
+            MissingPackageError: The extra of a tracker is not installed.
+            ConfigError: The folder of a tracker cannot be written, or its server cannot be reached.
         """
         self._trackers: dict[str, Tracker] = {}
-        for kind, asked in settings.items():
-            place = TRACKERS[kind].check(asked, storage)
+        for kind, tracker_settings in settings.items():
+            location = TRACKERS[kind].check(tracker_settings, storage)
             try:
-                self._trackers[kind] = TRACKERS[kind].open(asked, storage)
-            except Exception as error:  # of any type: trackers are many packages
+                self._trackers[kind] = TRACKERS[kind].open(tracker_settings, storage)
+            except Exception as error:  # trackers raise many types
                 raise ConfigError(
-                    f"trackers.{kind}: {place} cannot be used ({reason_of(error)}): mend that, set trackers.{kind}.uri to "
-                    f"another place, or leave trackers.{kind} out"
+                    f"trackers.{kind}: {location} cannot be used ({describe_error(error)}): correct this, set "
+                    f"trackers.{kind}.uri to another location, or remove trackers.{kind}"
                 ) from error
-            log(f"{kind}: recording to {place}")
+            log(f"{kind}: recording to {location}")
         self.log = log
-        self.num_images = max((asked.num_images for asked in settings.values()), default=0)
+        self.num_images = max((tracker_settings.num_images for tracker_settings in settings.values()), default=0)
         self._settings = settings
-        self._lost: set[str] = set()
-        self._begun: dict[tuple[str, str], Tracked] = {}
-        self._queue: queue.SimpleQueue[tuple[Subject, str, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._failed_kinds: set[str] = set()
+        self._runs: dict[tuple[str, str], TrackerRun] = {}
+        self._queue: queue.SimpleQueue[tuple[RunDescription, str, tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def __bool__(self) -> bool:
-        """Whether there is any tracker."""
+        """True if there is at least one tracker."""
         return bool(self._settings)
 
-    def begin(self, subject: Subject) -> None:
-        self._put(subject, "begin")
+    def begin(self, run: RunDescription) -> None:
+        """Begins a run in all trackers."""
+        self._enqueue(run, "begin")
 
-    def tag(self, subject: Subject, tags: Mapping[str, str]) -> None:
-        self._put(subject, "tag", dict(tags))
+    def set_tags(self, run: RunDescription, tags: Mapping[str, str]) -> None:
+        """Adds tags to a run."""
+        self._enqueue(run, "set_tags", dict(tags))
 
-    def curve(self, subject: Subject, step: int, figures: Mapping[str, float]) -> None:
-        self._put(subject, "curve", step, dict(figures))
+    def log_step(self, run: RunDescription, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to the curves of a run at a step."""
+        self._enqueue(run, "log_step", step, dict(metrics))
 
-    def figures(self, subject: Subject, figures: Mapping[str, float]) -> None:
-        self._put(subject, "figures", dict(figures))
+    def log_metrics(self, run: RunDescription, metrics: Mapping[str, float]) -> None:
+        """Sets metrics of a run."""
+        self._enqueue(run, "log_metrics", dict(metrics))
 
-    def pictures(self, subject: Subject, pictures: Sequence[Picture]) -> None:
-        self._put(subject, "pictures", list(pictures))
+    def log_pictures(self, run: RunDescription, pictures: Sequence[Picture]) -> None:
+        """Adds pictures to a run; each tracker takes only its `num_images`."""
+        self._enqueue(run, "log_pictures", list(pictures))
 
-    def end(self, subject: Subject, failed: bool = False) -> None:
-        self._put(subject, "end", failed)
+    def end(self, run: RunDescription, failed: bool = False) -> None:
+        """Ends a run."""
+        self._enqueue(run, "end", failed)
 
-    def whole(
+    def log_finished_run(
         self,
-        subject: Subject,
+        run: RunDescription,
         curves: Sequence[tuple[int, dict[str, float]]],
-        figures: Mapping[str, float],
+        metrics: Mapping[str, float],
         failed: bool,
     ) -> None:
-        """All that there is to say of a subject; a tracker that has it already is told nothing. curves: steps with figures."""
-        self._put(subject, "whole", list(curves), dict(figures), failed)
+        """Records a run that has ended, unless the tracker already has it.
+
+        Args:
+            run: Description of the run.
+            curves: (step, metrics at this step).
+            metrics: Metrics with one value.
+            failed: True if the run failed.
+        """
+        self._enqueue(run, "log_finished_run", list(curves), dict(metrics), failed)
 
     def __enter__(self) -> Recorder:
         return self
@@ -89,82 +111,85 @@ class Recorder:
     ) -> None:
         self.close()
 
-    def close(self, patience_s: float = PATIENCE_S) -> None:
-        """Waits until everything is handed over; what has not ended by then is ended as failed."""
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Waits until all records are delivered, at most `timeout_s`. Runs that have not ended are ended as failed."""
         if self._thread is None:
             return
         self._queue.put(None)
-        self._thread.join(patience_s)
+        self._thread.join(timeout_s)
         if self._thread.is_alive():
-            late = [kind for kind in self._settings if kind not in self._lost]
-            self._lost.update(late)
+            unfinished_kinds = [kind for kind in self._settings if kind not in self._failed_kinds]
+            self._failed_kinds.update(unfinished_kinds)
             self.log(
-                f"WARNING: {', '.join(late)}: not everything was taken within {patience_s:.0f} s; the results do not hang on it"
+                f"WARNING: {', '.join(unfinished_kinds)}: some records were not delivered within {timeout_s:.0f} s; the "
+                "results of the run are complete"
             )
         self._thread = None
 
-    # ---- on its own thread
-    def _put(self, subject: Subject, what: str, *given: Any) -> None:
+    # ---- executed in the thread, except _enqueue
+    def _enqueue(self, run: RunDescription, method: str, *arguments: Any) -> None:
+        """Queues the call of a method for all trackers; starts the thread for the first call."""
         if not self._settings:
             return
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True, name="trackers")
+            self._thread = threading.Thread(target=self._run_thread, daemon=True, name="trackers")
             self._thread.start()
-        self._queue.put((subject, what, given))
+        self._queue.put((run, method, arguments))
 
-    def _run(self) -> None:
+    def _run_thread(self) -> None:
+        """Delivers queued calls until `close`, then ends all open runs as failed."""
         while (item := self._queue.get()) is not None:
-            subject, what, given = item
+            run, method, arguments = item
             for kind in self._settings:
-                with self._losing(kind):
-                    self._hand(kind, subject, what, given)
-        for (kind, _), tracked in list(self._begun.items()):
-            with self._losing(kind):
-                tracked.end(True)
+                with self._report_failure(kind):
+                    self._deliver(kind, run, method, arguments)
+        for (kind, _), tracker_run in list(self._runs.items()):
+            with self._report_failure(kind):
+                tracker_run.end(True)
 
-    def _hand(self, kind: str, subject: Subject, what: str, given: tuple[Any, ...]) -> None:
-        if kind in self._lost:
+    def _deliver(self, kind: str, run: RunDescription, method: str, arguments: tuple[Any, ...]) -> None:
+        """Calls a method of a run in one tracker; begins the run if necessary."""
+        if kind in self._failed_kinds:
             return
-        tracker, at = self._trackers[kind], (kind, subject.key)
-        if what == "whole":
-            if not tracker.has(subject):
-                _tell_whole(tracker.begin(subject), *given)
+        tracker, run_id = self._trackers[kind], (kind, run.key)
+        if method == "log_finished_run":
+            if not tracker.has_run(run):
+                _log_finished_run(tracker.begin_run(run), *arguments)
             return
-        if at not in self._begun:
-            self._begun[at] = tracker.begin(subject)
-        if what == "begin":
+        if run_id not in self._runs:
+            self._runs[run_id] = tracker.begin_run(run)
+        if method == "begin":
             return
-        if what == "pictures":
-            given = (given[0][: self._settings[kind].num_images],)
-        getattr(self._begun[at], what)(*given)
-        if what == "end":
-            del self._begun[at]
+        if method == "log_pictures":
+            arguments = (arguments[0][: self._settings[kind].num_images],)
+        getattr(self._runs[run_id], method)(*arguments)
+        if method == "end":
+            del self._runs[run_id]
 
     @contextlib.contextmanager
-    def _losing(self, kind: str) -> Any:
-        """A tracker's failure is told once, and is nobody else's."""
+    def _report_failure(self, kind: str) -> Any:
+        """Logs the first exception of a tracker in a `with` block, and stops recording with this tracker."""
         try:
             yield
-        except Exception as error:  # of any type: trackers are many packages, and none may end a training
-            if kind not in self._lost:
-                self._lost.add(kind)
-                self.log(
-                    f"WARNING: {kind} has failed and records nothing more of this run, which goes on: {reason_of(error)}"
-                )
-            for at in [at for at in self._begun if at[0] == kind]:
-                del self._begun[at]
+        except Exception as error:  # trackers raise many types; no failure of a tracker may end a training
+            if kind not in self._failed_kinds:
+                self._failed_kinds.add(kind)
+                self.log(f"WARNING: {kind} failed and records nothing more; the run goes on: {describe_error(error)}")
+            for run_id in [run_id for run_id in self._runs if run_id[0] == kind]:
+                del self._runs[run_id]
 
 
-def _tell_whole(
-    tracked: Tracked, curves: Sequence[tuple[int, dict[str, float]]], figures: Mapping[str, float], failed: bool
+def _log_finished_run(
+    run: TrackerRun, curves: Sequence[tuple[int, dict[str, float]]], metrics: Mapping[str, float], failed: bool
 ) -> None:
+    """Writes all records of an ended run into a tracker."""
     for step, values in curves:
-        tracked.curve(step, values)
-    tracked.figures(figures)
-    tracked.end(failed)
+        run.log_step(step, values)
+    run.log_metrics(metrics)
+    run.end(failed)
 
 
-def reason_of(error: Exception) -> str:
-    """An error's type and first line."""
+def describe_error(error: Exception) -> str:
+    """Returns the type and the first line of an error."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
     return f"{type(error).__name__}: {line[:300]}"

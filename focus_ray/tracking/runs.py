@@ -1,6 +1,6 @@
-"""What a training and an evaluation say to trackers, and of whom: one subject a category, and one of all where there are several.
+"""Records trainings and evaluations in trackers: one run per category, and a group run above them if there are several.
 
-An evaluation goes on with the subjects of the training that its bundles lie beside.
+An evaluation continues the tracker runs of the training that made its bundles.
 """
 
 from __future__ import annotations
@@ -24,129 +24,150 @@ from focus_ray.drawings import MARK
 from focus_ray.errors import FocusRayError
 from focus_ray.kinds import METRICS
 from focus_ray.storage import exists, join, read_bytes
-from focus_ray.tracking.base import Picture, Subject, parameters_of
-from focus_ray.tracking.recorder import Recorder, reason_of
+from focus_ray.tracking.base import Picture, RunDescription, flatten_parameters
+from focus_ray.tracking.recorder import Recorder, describe_error
 
-CLAIM = "claim.json"  # in a run's folder; holds what no other run's does
+CLAIM = "claim.json"  # file in the folder of a run; a hash of its unique bytes identifies the run
 _JPEG_QUALITY = 90
 _COUNTS = ("num_normal", "num_anomalous", "threshold", "target_fpr")
-_NOT_SETTINGS = ("trackers.", "storage", "name", "data.categories")  # of a run and not of what it makes
+_NOT_PARAMETERS = ("trackers.", "storage", "name", "data.categories")  # they do not change the trained model
 
 
-def key_of(*parts: str | bytes) -> str:
-    """A subject's key, from what no other has."""
-    whole = b"\n".join(part.encode() if isinstance(part, str) else part for part in parts)
-    return hashlib.sha256(whole).hexdigest()[:32]
+def run_key(*parts: str | bytes) -> str:
+    """Returns the key of a run in trackers: a hash of parts that together are unique to the run."""
+    joined = b"\n".join(part.encode() if isinstance(part, str) else part for part in parts)
+    return hashlib.sha256(joined).hexdigest()[:32]
 
 
-class TrainingRecord:
-    """Of one run. Subjects are begun as they have something to say."""
+class TrainingRecorder:
+    """Records one training. A run begins in the trackers when its first record arrives."""
 
     def __init__(
-        self, recorder: Recorder, config: Config, root: str, fingerprints: Mapping[str, str], several: bool
+        self, recorder: Recorder, config: Config, root: str, fingerprints: Mapping[str, str], has_group: bool
     ) -> None:
-        """
+        """Reads the claim of the training and begins the group run.
+
         Args:
-            root: of the run, which is claimed.  fingerprints: category -> of its images.  several: whether the run has more than
-                one category.
+            recorder: Trackers.
+            config: Configuration of the training.
+            root: Folder of the training, with the file `claim.json`.
+            fingerprints: Category -> fingerprint of its images.
+            has_group: True if the training has several categories, which get a group run.
         """
         self.recorder, self.config, self.root, self.fingerprints = recorder, config, root, fingerprints
-        self.group: Subject | None = None
-        self._subjects: dict[str, Subject] = {}
+        self.group: RunDescription | None = None
+        self._runs: dict[str, RunDescription] = {}
         self._steps: dict[str, set[int]] = {}
         if recorder:
             self._claim = read_bytes(join(root, CLAIM))
-            if several:
-                self.group = group_subject(self._claim, config)
+            if has_group:
+                self.group = group_run(self._claim, config)
                 recorder.begin(self.group)
 
-    def epoch(self, category: str, figures: Mapping[str, float]) -> None:
-        """Figures of an epoch, as they come, with its number."""
-        steps = self._steps.setdefault(category, set())
-        step = int(figures["epoch"]) + 1
-        if self.recorder and step not in steps:  # a worker that was lost leads to it again
-            steps.add(step)
-            self.recorder.curve(self._subject(category), step, epoch_figures(figures))
+    def log_epoch(self, category: str, metrics: Mapping[str, float]) -> None:
+        """Records the metrics of an epoch, once per epoch.
 
-    def trained(self, category: str, bundle: str) -> None:
-        """The end of a category; epochs that nobody told of are told now. One that cannot be read costs its figures alone."""
+        Args:
+            category: Category that is trained.
+            metrics: Metrics of the epoch, and "epoch" with its number from 0.
+        """
+        steps = self._steps.setdefault(category, set())
+        step = int(metrics["epoch"]) + 1
+        if self.recorder and step not in steps:  # after the loss of a worker, epochs are trained again
+            steps.add(step)
+            self.recorder.log_step(self._category_run(category), step, epoch_metrics(metrics))
+
+    def finish_category(self, category: str, bundle: str) -> None:
+        """Records the end of a category from its bundle, with all epochs that were not recorded yet.
+
+        If the manifest of the bundle cannot be read, logs a warning and ends the run without these metrics.
+        """
         if not self.recorder:
             return
-        subject = self._subject(category)
+        run = self._category_run(category)
         try:
             manifest = json.loads(read_bytes(join(bundle, "manifest.json")))
         except (FocusRayError, OSError) as error:
-            self.recorder.log(f"WARNING: {category}: not everything was recorded: {reason_of(error)}")
-            self.recorder.end(subject)
+            self.recorder.log(
+                f"WARNING: {category}: the metrics of the bundle were not recorded: {describe_error(error)}"
+            )
+            self.recorder.end(run)
             return
-        for figures in manifest["metrics"].get("history", []):
-            self.epoch(category, figures)
-        for step, figures in validation_curve(manifest):
-            self.recorder.curve(subject, step, figures)
-        self.recorder.figures(subject, training_figures(manifest))
-        self.recorder.tag(subject, {"bundle": bundle, "bundle_version": str(manifest["sha256"])})
-        self.recorder.end(subject)
+        for metrics in manifest["metrics"].get("history", []):
+            self.log_epoch(category, metrics)
+        for step, metrics in validation_curve(manifest):
+            self.recorder.log_step(run, step, metrics)
+        self.recorder.log_metrics(run, training_metrics(manifest))
+        self.recorder.set_tags(run, {"bundle": bundle, "bundle_version": str(manifest["sha256"])})
+        self.recorder.end(run)
 
-    def failed(self, category: str, reason: str) -> None:
+    def fail_category(self, category: str, reason: str) -> None:
+        """Records that the training of a category failed."""
         if self.recorder:
-            subject = self._subject(category)
-            self.recorder.tag(subject, {"error": reason})
-            self.recorder.end(subject, failed=True)
+            run = self._category_run(category)
+            self.recorder.set_tags(run, {"error": reason})
+            self.recorder.end(run, failed=True)
 
     def close(self, failed: bool) -> None:
-        """The end of the run. Waits for trackers, but not for long."""
+        """Ends the group run and waits for the trackers, but not for long."""
         if self.group is not None:
             self.recorder.end(self.group, failed)
         self.recorder.close()
 
-    def _subject(self, category: str) -> Subject:
-        if category not in self._subjects:
-            subject = category_subject(self._claim, self.config, category, self.fingerprints.get(category), self.group)
-            self._subjects[category] = subject
-        return self._subjects[category]
+    def _category_run(self, category: str) -> RunDescription:
+        """Returns the run of a category."""
+        if category not in self._runs:
+            run = category_run(self._claim, self.config, category, self.fingerprints.get(category), self.group)
+            self._runs[category] = run
+        return self._runs[category]
 
 
-def category_subject(
-    claim: bytes, config: Config, category: str, fingerprint: str | None, group: Subject | None
-) -> Subject:
-    """claim: what no other run has."""
-    tags = {"kind": "category", **_tags(config), "category": category, "data": config.data.uri}
+def category_run(
+    claim: bytes, config: Config, category: str, fingerprint: str | None, group: RunDescription | None
+) -> RunDescription:
+    """Returns the run of one category. `claim` holds unique bytes of the training."""
+    tags = {"kind": "category", **_config_tags(config), "category": category, "data": config.data.uri}
     if fingerprint:
         tags["data_fingerprint"] = fingerprint
-    return Subject(key_of(claim, category), f"{config.name}/{category}", group, _settings(config), tags)
+    return RunDescription(run_key(claim, category), f"{config.name}/{category}", group, _parameters(config), tags)
 
 
-def group_subject(claim: bytes, config: Config) -> Subject:
-    return Subject(key_of(claim), config.name, None, _settings(config), {"kind": "run", **_tags(config)})
+def group_run(claim: bytes, config: Config) -> RunDescription:
+    """Returns the run of a whole training. `claim` holds unique bytes of the training."""
+    return RunDescription(
+        run_key(claim), config.name, None, _parameters(config), {"kind": "run", **_config_tags(config)}
+    )
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    """What makes the result, flat."""
-    found = parameters_of(config.model_dump(mode="json"))
-    return {key: value for key, value in found.items() if not key.startswith(_NOT_SETTINGS)}
+def _parameters(config: Config) -> dict[str, Any]:
+    """Returns the settings that change the trained model, as dotted key -> value."""
+    parameters = flatten_parameters(config.model_dump(mode="json"))
+    return {key: value for key, value in parameters.items() if not key.startswith(_NOT_PARAMETERS)}
 
 
-def _tags(config: Config) -> dict[str, str]:
+def _config_tags(config: Config) -> dict[str, str]:
+    """Returns the tags that all runs of a training have."""
     tags = {"run": config.name, "storage": config.storage, "focus_ray": __version__}
     return {**tags, "team": config.cluster.team} if config.cluster.team else tags
 
 
-def epoch_figures(figures: Mapping[str, float]) -> dict[str, float]:
-    return {f"train/{key}": float(value) for key, value in figures.items() if key != "epoch"}
+def epoch_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns the metrics of an epoch with the prefix `train/`, without the epoch's number."""
+    return {f"train/{key}": float(value) for key, value in metrics.items() if key != "epoch"}
 
 
 def validation_curve(manifest: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, float]]]:
-    """Scores on good images held out and synthetic defects, by epoch; 0 is untrained."""
+    """Yields (epoch, validation scores), measured on held-out good images and synthetic defects; epoch 0 is untrained."""
     for entry in manifest["metrics"].get("selection", []):
         if "epoch" in entry:
-            found = {
+            metrics = {
                 f"validation/{key}": float(entry[key]) for key in ("score", "image_auroc", "aupro") if key in entry
             }
-            yield int(entry["epoch"]), found
+            yield int(entry["epoch"]), metrics
 
 
-def training_figures(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds by stage, counts of images, thresholds and the size of the bundle."""
+def training_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics of a bundle: seconds per stage, numbers of images, thresholds and the size of the bundle."""
     seconds = {stage: float(value) for stage, value in manifest["metrics"].get("seconds", {}).items()}
     calibration, data = manifest["calibration"], manifest["data"]
     return {
@@ -157,15 +178,20 @@ def training_figures(manifest: Mapping[str, Any]) -> dict[str, float]:
             f"calibration/{key}": float(calibration[key])
             for key in ("image_threshold", "pixel_threshold", "target_fpr")
         },
-        "bundle/size_mib": sum(part["num_bytes"] for part in manifest["files"].values()) / 2**20,
+        "bundle/size_mib": sum(file["num_bytes"] for file in manifest["files"].values()) / 2**20,
     }
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A category of an evaluation. config: of its bundle.  result: as `evaluate` gives it.
+class EvaluatedCategory:
+    """One category of an evaluation.
 
-    cards: gives the galleries of its page, each with its images' cards.
+    Attributes:
+        bundle: URI of the bundle.
+        manifest: Manifest of the bundle.
+        config: Configuration of the bundle.
+        result: Result of `evaluate`.
+        cards: Returns the galleries of the report's page; each gallery is a list of image cards.
     """
 
     bundle: str
@@ -175,61 +201,71 @@ class Measured:
     cards: Callable[[], Sequence[Sequence[Any]]]
 
 
-def record_evaluation(recorder: Recorder, measured: Mapping[str, Measured], means: Mapping[str, float | None]) -> None:
-    """means: of the metrics, over the categories."""
-    claims = {category: _claim_of(one.bundle, one.manifest) for category, one in measured.items()}
+def record_evaluation(
+    recorder: Recorder, categories: Mapping[str, EvaluatedCategory], means: Mapping[str, float | None]
+) -> None:
+    """Records an evaluation in the runs of its bundles' training.
+
+    Args:
+        recorder: Trackers.
+        categories: Category -> its result.
+        means: Metric -> mean over the categories.
+    """
+    claims = {category: _read_claim(evaluated.bundle, evaluated.manifest) for category, evaluated in categories.items()}
     group = None
-    if len(claims) > 1 and len(set(claims.values())) == 1:  # several, of one run
-        group = group_subject(next(iter(claims.values())), next(iter(measured.values())).config)
-        recorder.figures(group, evaluation_figures(means))
+    if len(claims) > 1 and len(set(claims.values())) == 1:  # several categories of the same training
+        group = group_run(next(iter(claims.values())), next(iter(categories.values())).config)
+        recorder.log_metrics(group, evaluation_metrics(means))
         recorder.end(group)
-    for category, one in measured.items():
-        fingerprint = one.manifest["data"].get("fingerprint")
-        subject = category_subject(claims[category], one.config, category, fingerprint, group)
-        tested = {"test_data": str(one.result["data"])}
-        recorder.tag(subject, {"bundle": one.bundle, "bundle_version": str(one.manifest["sha256"]), **tested})
-        recorder.figures(subject, evaluation_figures(one.result))
+    for category, evaluated in categories.items():
+        fingerprint = evaluated.manifest["data"].get("fingerprint")
+        run = category_run(claims[category], evaluated.config, category, fingerprint, group)
+        data_tag = {"test_data": str(evaluated.result["data"])}
+        recorder.set_tags(
+            run, {"bundle": evaluated.bundle, "bundle_version": str(evaluated.manifest["sha256"]), **data_tag}
+        )
+        recorder.log_metrics(run, evaluation_metrics(evaluated.result))
         if recorder.num_images:
-            recorder.pictures(subject, list(islice(pictures_of(one.cards()), recorder.num_images)))
-        recorder.end(subject)
+            recorder.log_pictures(run, list(islice(gallery_pictures(evaluated.cards()), recorder.num_images)))
+        recorder.end(run)
 
 
-def _claim_of(bundle: str, manifest: Mapping[str, Any]) -> bytes:
-    """What no other run has: of the run that a bundle lies in; of one that was taken elsewhere, the bundle's own hash."""
-    place = join(bundle.rstrip("/").rpartition("/bundles/")[0] or bundle, CLAIM)
-    return read_bytes(place) if exists(place) else str(manifest["sha256"]).encode()
+def _read_claim(bundle: str, manifest: Mapping[str, Any]) -> bytes:
+    """Returns the claim of the training that made a bundle; of a bundle outside a training's folder, its own hash."""
+    claim_file = join(bundle.rstrip("/").rpartition("/bundles/")[0] or bundle, CLAIM)
+    return read_bytes(claim_file) if exists(claim_file) else str(manifest["sha256"]).encode()
 
 
-def evaluation_figures(result: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics, those of each defect type too; what cannot be had is left out."""
+def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the metrics of an evaluation and of each defect type. Metrics without a value are left out."""
     keys = [*METRICS, *_COUNTS]
-    found = {f"test/{key}": float(result[key]) for key in keys if result.get(key) is not None}
-    for kind, own in result.get("defect_types", {}).items():
+    metrics = {f"test/{key}": float(result[key]) for key in keys if result.get(key) is not None}
+    for defect_type, type_result in result.get("defect_types", {}).items():
         for key in METRICS:
-            if own.get(key) is not None:
-                found[f"test_of_{_plain(kind)}/{key}"] = float(own[key])
-    return found
+            if type_result.get(key) is not None:
+                metrics[f"test_of_{_to_name(defect_type)}/{key}"] = float(type_result[key])
+    return metrics
 
 
-def pictures_of(galleries: Sequence[Sequence[Any]]) -> Iterator[Picture]:
-    """Image and heat map side by side, of each gallery's first card, then of each one's second."""
+def gallery_pictures(galleries: Sequence[Sequence[Any]]) -> Iterator[Picture]:
+    """Yields pictures of image and heat map side by side: the first card of each gallery, then the second cards, and so on."""
     cards = [card for card in chain.from_iterable(zip_longest(*galleries)) if card is not None]
     for number, card in enumerate(cards, start=1):
         verdict = card.mistake or card.verdict
         yield Picture(
-            f"{number:02d}-{_plain(card.defect_type)}-{_plain(verdict)}",
+            f"{number:02d}-{_to_name(card.defect_type)}-{_to_name(verdict)}",
             f"{card.name}: {card.defect_type}, {verdict}, score {card.score_to_threshold:.3g} times the threshold",
-            _side_by_side([card.views["image"], card.views["heat map"]]),
+            _join_pictures([card.views["image"], card.views["heat map"]]),
         )
 
 
-def _plain(text: str) -> str:
-    """Fit for a file and for every tracker's names."""
+def _to_name(text: str) -> str:
+    """Replaces characters that file names or trackers do not allow."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.") or "unnamed"
 
 
-def _side_by_side(uris: Sequence[str]) -> bytes:
-    """JPEG data URIs of one size -> JPEG."""
+def _join_pictures(uris: Sequence[str]) -> bytes:
+    """Returns JPEG data URIs of the same size side by side as one JPEG."""
     images = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")) for uri in uris
     ]

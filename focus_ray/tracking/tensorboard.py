@@ -1,4 +1,4 @@
-"""TensorBoard: an event file a subject, in a folder of its group's. Written by tensorboardX, as Ray Tune does."""
+"""TensorBoard: one event file per run, in a folder below its group's folder. Written with tensorboardX, as Ray Tune does."""
 
 from __future__ import annotations
 
@@ -10,37 +10,44 @@ from typing import Any
 
 from focus_ray.config import TrackerConfig
 from focus_ray.extras import require_extra
-from focus_ray.tracking.base import Picture, Subject, local_folder
+from focus_ray.tracking.base import Picture, RunDescription, local_folder
 
-_KEY = "subject.key"  # file beside the events: whose they are
+_KEY = "subject.key"  # file next to the events with the key of their run
 _FLUSH_S = 10
 
 
-class _Tracked:
-    def __init__(self, writer: Any, subject: Subject) -> None:
+class _TensorBoardRun:
+    """A begun run: a writer of events."""
+
+    def __init__(self, writer: Any, run: RunDescription) -> None:
         self.writer = writer
-        # the HPARAMS tab reads these; what it shows beside them it takes from the scalars
+        # The HPARAMS tab of TensorBoard reads this summary, and takes the metrics from the scalars.
         from tensorboardX.summary import hparams
 
-        _, start, _ = hparams(dict(subject.parameters), {})
+        _, start, _ = hparams(dict(run.parameters), {})
         self.writer.file_writer.add_summary(start)
-        self.writer.add_text("parameters", _table(subject.parameters))
+        self.writer.add_text("parameters", _table(run.parameters))
         self.tags: dict[str, str] = {}
-        self.tag(subject.tags)
+        self.set_tags(run.tags)
 
-    def tag(self, tags: Mapping[str, str]) -> None:
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds tags, or replaces existing tags."""
         self.tags.update(tags)
         self.writer.add_text("tags", _table(self.tags))
 
-    def curve(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to curves at a step."""
+        for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def figures(self, figures: Mapping[str, float]) -> None:
-        self.curve(0, figures)
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Sets metrics that have one value per run."""
+        self.log_step(0, metrics)
 
-    def pictures(self, pictures: Sequence[Picture]) -> None:
+    def log_pictures(self, pictures: Sequence[Picture]) -> None:
+        """Adds pictures with their captions."""
+
         import numpy as np
         from PIL import Image
 
@@ -51,49 +58,61 @@ class _Tracked:
         self.writer.flush()
 
     def end(self, failed: bool) -> None:
+        """Ends the run as finished or as failed."""
         self.writer.close()
 
 
 class _TensorBoard:
+    """An opened folder of events."""
+
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
-    def _place(self, subject: Subject) -> Path:
-        folder = self.folder / subject.name
-        if _is_of(folder, subject.key):
+    def _folder(self, run: RunDescription) -> Path:
+        """Returns the folder of a run."""
+        folder = self.folder / run.name
+        if _is_folder_of(folder, run.key):
             return folder
-        # another run of that name, from another storage
-        return folder.with_name(f"{folder.name}-{hashlib.sha256(subject.key.encode()).hexdigest()[:6]}")
+        # The folder belongs to a run with the same name from another storage: add a part of the key.
+        return folder.with_name(f"{folder.name}-{hashlib.sha256(run.key.encode()).hexdigest()[:6]}")
 
-    def has(self, subject: Subject) -> bool:
-        return (self._place(subject) / _KEY).is_file()
+    def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the run exists."""
+        return (self._folder(run) / _KEY).is_file()
 
-    def begin(self, subject: Subject) -> _Tracked:
+    def begin_run(self, run: RunDescription) -> _TensorBoardRun:
+        """Continues the run with this key, or creates it."""
+
         import tensorboardX
 
-        folder = self._place(subject)
+        folder = self._folder(run)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _KEY).write_text(subject.key, encoding="utf-8")
-        return _Tracked(tensorboardX.SummaryWriter(str(folder), flush_secs=_FLUSH_S), subject)
+        (folder / _KEY).write_text(run.key, encoding="utf-8")
+        return _TensorBoardRun(tensorboardX.SummaryWriter(str(folder), flush_secs=_FLUSH_S), run)
 
 
-def _is_of(folder: Path, key: str) -> bool:
+def _is_folder_of(folder: Path, key: str) -> bool:
+    """Returns True if the folder belongs to the run with this key, or to no run yet."""
     file = folder / _KEY
     return not file.is_file() or file.read_text(encoding="utf-8") == key
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    """Markdown."""
+    """Returns a Markdown table with one row per entry."""
     cells = (f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items())
     return "\n".join(["| | |", "|---|---|", *cells])
 
 
 class TensorBoard:
+    """The tracker kind `tensorboard`."""
+
     def check(self, settings: TrackerConfig, storage: str) -> str:
+        """Checks that the package is installed and the records can be written. Returns where they go."""
         require_extra("tensorboard", "trackers.tensorboard")
         return local_folder("tensorboard", settings, storage)
 
     def open(self, settings: TrackerConfig, storage: str) -> _TensorBoard:
+        """Opens the tracker after `check`."""
         return _TensorBoard(local_folder("tensorboard", settings, storage))
 
 

@@ -1,4 +1,7 @@
-"""Weights & Biases: a run a subject, in its group; offline, in files that `wandb sync` uploads, unless a key is set."""
+"""Weights & Biases: one run per category or trial, in the group of its training or sweep.
+
+Without an API key, runs are offline: `wandb sync` uploads their files.
+"""
 
 from __future__ import annotations
 
@@ -12,29 +15,36 @@ from typing import Any, cast
 from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError
 from focus_ray.extras import require_extra
-from focus_ray.tracking.base import Picture, Subject, local_folder
+from focus_ray.tracking.base import Picture, RunDescription, local_folder
 
-STEP = "step"  # what curves are drawn over
+STEP = "step"  # metric on the x axis of curves
 _TIMEOUT_S = 30  # for a server's first answer
 
 
-class _Tracked:
-    def __init__(self, run: Any, subject: Subject) -> None:
-        self.run = run
-        self.run.define_metric(STEP, hidden=True)
-        self.run.define_metric("*", step_metric=STEP)
-        self.tag(subject.tags)
+class _WandbRun:
+    """A begun run in Weights & Biases."""
 
-    def tag(self, tags: Mapping[str, str]) -> None:
-        self.run.config.update({"tags": {**self.run.config.get("tags", {}), **tags}}, allow_val_change=True)
+    def __init__(self, wandb_run: Any, run: RunDescription) -> None:
+        self.wandb_run = wandb_run
+        self.wandb_run.define_metric(STEP, hidden=True)
+        self.wandb_run.define_metric("*", step_metric=STEP)
+        self.set_tags(run.tags)
 
-    def curve(self, step: int, figures: Mapping[str, float]) -> None:
-        self.run.log({STEP: step, **figures})
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Adds tags, or replaces existing tags."""
+        self.wandb_run.config.update({"tags": {**self.wandb_run.config.get("tags", {}), **tags}}, allow_val_change=True)
 
-    def figures(self, figures: Mapping[str, float]) -> None:
-        self.run.summary.update(dict(figures))
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds metrics to curves at a step."""
+        self.wandb_run.log({STEP: step, **metrics})
 
-    def pictures(self, pictures: Sequence[Picture]) -> None:
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Sets metrics that have one value per run."""
+        self.wandb_run.summary.update(dict(metrics))
+
+    def log_pictures(self, pictures: Sequence[Picture]) -> None:
+        """Adds pictures with their captions."""
+
         import wandb
         from PIL import Image
 
@@ -42,29 +52,35 @@ class _Tracked:
             wandb.Image(Image.open(io.BytesIO(picture.jpeg)), caption=f"{picture.name}: {picture.caption}")
             for picture in pictures
         ]
-        self.run.log({STEP: 0, "heat_maps": images})
+        self.wandb_run.log({STEP: 0, "heat_maps": images})
 
     def end(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+        """Ends the run as finished or as failed."""
+        self.wandb_run.finish(exit_code=int(failed))
 
 
 class _Wandb:
+    """An opened Weights & Biases project."""
+
     def __init__(self, folder: str, mode: str, project: str) -> None:
         self.folder, self.mode, self.project = folder, mode, project
 
-    def has(self, subject: Subject) -> bool:
-        return any(Path(self.folder, "wandb").glob(f"*run-*-{_id(subject)}"))
+    def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the run exists."""
+        return any(Path(self.folder, "wandb").glob(f"*run-*-{_run_id(run)}"))
 
-    def begin(self, subject: Subject) -> _Tracked:
+    def begin_run(self, run: RunDescription) -> _WandbRun:
+        """Continues the run with this key, or creates it."""
+
         import wandb
 
-        run = wandb.init(
+        wandb_run = wandb.init(
             project=self.project,
-            id=_id(subject),
-            name=subject.name,
-            group=(subject.group or subject).name,
-            job_type=subject.tags.get("kind"),
-            config=dict(subject.parameters),
+            id=_run_id(run),
+            name=run.name,
+            group=(run.group or run).name,
+            job_type=run.tags.get("kind"),
+            config=dict(run.parameters),
             mode=cast(Any, self.mode),
             dir=self.folder,
             resume="allow",
@@ -78,32 +94,41 @@ class _Wandb:
                 x_disable_stats=True,
             ),
         )
-        return _Tracked(run, subject)
+        return _WandbRun(wandb_run, run)
 
 
-def _id(subject: Subject) -> str:
-    return hashlib.sha256(subject.key.encode()).hexdigest()[:16]
+def _run_id(run: RunDescription) -> str:
+    """Returns the id of a run in Weights & Biases: a hash of its key."""
+    return hashlib.sha256(run.key.encode()).hexdigest()[:16]
 
 
 def _mode(settings: TrackerConfig) -> str:
-    """online or offline. Raises: ConfigError: online is asked for, and there is no key."""
+    """Returns "online", "offline" or another mode of WANDB_MODE.
+
+    Raises:
+        ConfigError: The mode is online, but there is no API key.
+    """
     has_key = bool(os.environ.get("WANDB_API_KEY"))
-    told = os.environ.get("WANDB_MODE", "")
-    mode = settings.mode if settings.mode != "auto" else told or ("online" if has_key else "offline")
+    environment_mode = os.environ.get("WANDB_MODE", "")
+    mode = settings.mode if settings.mode != "auto" else environment_mode or ("online" if has_key else "offline")
     if mode == "online" and not has_key:
         raise ConfigError(
-            "trackers.wandb: online needs a key: set the environment variable WANDB_API_KEY, or trackers.wandb.mode=offline"
+            "trackers.wandb: mode online needs a key: set the environment variable WANDB_API_KEY, or trackers.wandb.mode=offline"
         )
     return mode
 
 
 class Wandb:
+    """The tracker kind `wandb`."""
+
     def check(self, settings: TrackerConfig, storage: str) -> str:
+        """Checks that the package is installed and the records can be written. Returns where they go."""
         require_extra("wandb", "trackers.wandb")
         mode = _mode(settings)
         return f"{local_folder('wandb', settings, storage)} ({mode})"
 
     def open(self, settings: TrackerConfig, storage: str) -> _Wandb:
+        """Opens the tracker after `check`."""
         return _Wandb(local_folder("wandb", settings, storage), _mode(settings), settings.project)
 
 

@@ -1,1 +1,1 @@
-"""Inspects what arrives in a folder, for days: each image once, whatever is killed, rewritten, unmounted or full meanwhile."""
+"""Watches a folder for days and inspects each new image once, even if files change, disks fill up or processes are killed."""

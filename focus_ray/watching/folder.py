@@ -1,4 +1,7 @@
-"""What lies in a watched folder, and which of it has come to rest. The folder is listed: shares tell no one of new files."""
+"""Image files in a watched folder, and whether they are completely written.
+
+The folder is listed again and again, because network shares send no events about new files.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,16 @@ from typing import NamedTuple
 from focus_ray.data.listing import scan_images
 
 
-class File(NamedTuple):
-    """A file as a listing shows it. image: its path below the folder, with slashes.
+class ListedFile(NamedTuple):
+    """A file as a listing of the folder shows it.
 
-    ctime_ns and inode tell a file that was replaced by another of the same size and time of change, as `cp -p` does.
+    ctime_ns and inode change if a file is replaced by another file of the same size and modification time (`cp -p`).
+
+    Attributes:
+        image: Path of the file relative to the folder, with slashes.
+        num_bytes: Size of the file.
+        mtime_ns, ctime_ns: Times of the last change of the content and of the file's metadata.
+        inode: Number of the file in its file system.
     """
 
     image: str
@@ -25,66 +34,89 @@ class File(NamedTuple):
     inode: int = 0
 
 
-def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> list[File]:
-    """Image files of a folder and all below it, unordered.
+def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> list[ListedFile]:
+    """Lists the image files in a folder and its subfolders, in no particular order.
 
-    Passed over are hidden files and folders, links to folders, broken links, and names without the suffix of an image.
+    Skips hidden files and folders, links to folders, broken links, and files without the suffix of an image.
 
     Args:
-        leave_out: a folder that is not looked into: where the verdicts go.
-        log: told of a folder within that cannot be listed.
+        folder: Folder to list.
+        leave_out: Subfolder that is skipped: the output folder.
+        log: Takes a message about each subfolder that cannot be listed.
 
-    Raises: OSError: the folder itself cannot be listed.
+    Raises:
+        OSError: The folder itself cannot be listed.
     """
 
-    def tell(path: Path, error: OSError) -> None:
+    def log_error(path: Path, error: OSError) -> None:
         log(f"{path}: cannot be listed: {error.strerror or error}")
 
     files = []
-    for image, entry in scan_images(folder, tell, skipped_folder=os.path.realpath(leave_out)):
+    for image, entry in scan_images(folder, log_error, skipped_folder=os.path.realpath(leave_out)):
         try:
             if entry.is_file():
                 status = entry.stat()
-                files.append(File(image, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-        except FileNotFoundError:  # it was removed during the listing
+                files.append(ListedFile(image, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+        except FileNotFoundError:  # deleted during the listing
             continue
         except OSError as error:
-            log(f"{folder / image}: cannot be looked up: {error.strerror or error}")
+            log(f"{folder / image}: its size and time cannot be read: {error.strerror or error}")
     return files
 
 
 @dataclass
-class Awaited:
-    """A file without a line. since: when it was first seen as it is.  not_before: when to try it again, s of the same clock."""
+class PendingFile:
+    """A file that has no verdict yet.
 
-    file: File
-    since: float
-    not_before: float = -math.inf
+    Attributes:
+        file: The file as it was listed last.
+        unchanged_since_s: Time of the monotonic clock since which the file has not changed.
+        retry_at_s: The file is not tried again before this time of the monotonic clock.
+    """
+
+    file: ListedFile
+    unchanged_since_s: float
+    retry_at_s: float = -math.inf
 
 
 @dataclass
-class Waiting:
-    """The files that have no line yet. settle_s: for which size and times of change have to stay the same."""
+class PendingFiles:
+    """All files of the folder that have no verdict yet.
+
+    Attributes:
+        settle_s: A file is ready when its size and times have not changed for this many seconds.
+        files: Path relative to the folder -> file.
+    """
 
     settle_s: float
-    files: dict[str, Awaited] = field(default_factory=dict)
+    files: dict[str, PendingFile] = field(default_factory=dict)
 
-    def look(self, found: Iterable[File], now: float) -> None:
-        """Takes what is there now; a file that has changed begins to rest again, one that is gone is forgotten."""
+    def update(self, listing: Iterable[ListedFile], now: float) -> None:
+        """Replaces the pending files by a new listing. A changed file starts to settle again.
+
+        Args:
+            listing: Files of the folder that have no verdict yet.
+            now: Time of the monotonic clock in seconds.
+        """
         before = self.files
         self.files = {}
-        for file in found:
-            known = before.get(file.image)
-            if known and known.file[:-1] == file[:-1]:  # some network shares give a resting file another inode
-                known.file = file
-                self.files[file.image] = known
+        for file in listing:
+            pending = before.get(file.image)
+            if pending and pending.file[:-1] == file[:-1]:  # some shares change the inode of an unchanged file
+                pending.file = file
+                self.files[file.image] = pending
             else:
-                self.files[file.image] = Awaited(file, now)
+                self.files[file.image] = PendingFile(file, now)
 
-    def ready(self, now: float) -> list[Awaited]:
-        """Those at rest, in the order in which they were last written."""
-        ready = [one for one in self.files.values() if now >= max(one.since + self.settle_s, one.not_before)]
-        return sorted(ready, key=lambda one: (one.file.mtime_ns, one.file.image))
+    def ready(self, now: float) -> list[PendingFile]:
+        """Returns the files that are settled and may be tried now, the oldest modification time first."""
+        ready = [
+            pending
+            for pending in self.files.values()
+            if now >= max(pending.unchanged_since_s + self.settle_s, pending.retry_at_s)
+        ]
+        return sorted(ready, key=lambda pending: (pending.file.mtime_ns, pending.file.image))
 
-    def done(self, image: str) -> None:
+    def remove(self, image: str) -> None:
+        """Removes a file that has a verdict now."""
         del self.files[image]

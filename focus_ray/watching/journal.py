@@ -1,8 +1,8 @@
-"""The output folder: a line an image in `verdicts-YYYY-MM-DD.jsonl`, and what is made of it: a table a day, and pictures.
+"""The output folder of a watch: one JSON line per image in `verdicts-YYYY-MM-DD.jsonl`, a CSV table per day, and overlays.
 
-The lines are the truth, and the only state: at the start they are read for what has been inspected. A line is written in one
-piece after its picture; the one that a crash cut off is taken away, its image is inspected again, and its picture replaced.
-Tables follow the lines, and are made again of them where a crash came between.
+The lines are the only state. They are read at the start to find the images that are already inspected. A line is written in
+one piece, after its overlay. If a crash cut off the last line, the line is removed, and its image is inspected again. The
+tables are derived from the lines, and are rebuilt from them after a crash.
 """
 
 from __future__ import annotations
@@ -21,44 +21,50 @@ from typing import IO, Any
 from focus_ray.errors import DataError
 from focus_ray.evaluation.table import COLUMNS, table_row, table_text
 from focus_ray.storage import write_bytes
-from focus_ray.watching.seen import Seen
+from focus_ray.watching.processed_keys import ProcessedKeys
 
 TABLE_COLUMNS = ("time", *COLUMNS, "bundle", "sha256", "milliseconds")
-_DAYS = "verdicts-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].jsonl"
+_LINES_PATTERN = "verdicts-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].jsonl"
 _KEY = re.compile(rb'\{"key": "([0-9a-f]{16})([0-9a-f]{16})", ')
-_BLOCK = 65536
-_LOCK = ".watch.lock"
+_BLOCK_BYTES = 65536
+_LOCK_NAME = ".watch.lock"
 
 
 class Journal:
-    """Writes verdicts into a folder, alone there. To be closed, or used as a context.
+    """Writes verdicts into a folder that no other process writes to. Must be closed, or used in a `with` statement.
 
-    seen: keys of the images that have a line.  num_known: lines that were there at the start.
+    Attributes:
+        processed: Keys of the images that have a line.
+        num_known: Number of lines that existed at the start.
     """
 
     def __init__(
         self, folder: str | Path, table: bool = False, log: Callable[[str], None] = lambda message: None
     ) -> None:
-        """
-        Args:
-            folder: is made where there is none.  table: whether to write a CSV of each day too.
+        """Locks the folder, removes a line that a crash cut off, and reads the keys of all lines.
 
-        Raises: DataError: another process writes there, or the folder cannot be used.
+        Args:
+            folder: Output folder; it is created if it does not exist.
+            table: True to also write a CSV table per day.
+            log: Takes messages.
+
+        Raises:
+            DataError: Another process writes to the folder, or the folder cannot be used.
         """
         self.folder, self.table, self.log = Path(folder).expanduser(), table, log
-        self._day, self._lines, self._rows = "", _Appended(), _Appended()
+        self._day, self._lines, self._rows = "", _AppendOnlyFile(), _AppendOnlyFile()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.folder)
-            days = sorted(self.folder.glob(_DAYS))
+            self._lock = _lock_folder(self.folder)
+            days = sorted(self.folder.glob(_LINES_PATTERN))
             for day in days:
-                _mend(day, log)
-            keys = _keys_of(days, log)
-            self.seen, self.num_known = Seen(keys), len(keys) // 2
+                _remove_cut_line(day, log)
+            keys = _read_keys(days, log)
+            self.processed, self.num_known = ProcessedKeys(keys), len(keys) // 2
             if table:
-                self._mend_tables(days)
+                self._rebuild_tables(days)
         except OSError as error:
-            raise DataError(f"{folder}: cannot be used for verdicts: {error.strerror or error}") from error
+            raise DataError(f"{folder}: verdicts cannot be written here: {error.strerror or error}") from error
 
     def __enter__(self) -> Journal:
         return self
@@ -67,14 +73,22 @@ class Journal:
         self.close()
 
     def close(self) -> None:
+        """Closes the files and releases the lock."""
         self._lines.close()
         self._rows.close()
         self._lock.close()
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Adds lines, which are on disk when it returns; each begins with "key": `key_text` of its image.
+        """Appends lines. They are on the disk when the function returns.
 
-        Returns: them as text.  Raises: DataError: they cannot be written, wholly; what was written is mended at the next start.
+        Args:
+            lines: JSON values. The first entry of each line is "key" with the `key_text` of its image.
+
+        Returns:
+            The lines as JSON texts.
+
+        Raises:
+            DataError: The lines cannot be written completely. The next start removes an incomplete line.
         """
         texts = [json.dumps(line, ensure_ascii=False) for line in lines]
         day = datetime.now().strftime("%Y-%m-%d")
@@ -90,61 +104,72 @@ class Journal:
                 self._rows.add(_table_text(lines))
         except OSError as error:
             raise DataError(
-                f"{path}: cannot be written: {error.strerror or error}; what has no line yet is inspected at the next start"
+                f"{path}: cannot be written: {error.strerror or error}; images without a line are inspected at the next start"
             ) from error
         return texts
 
     def write_picture(self, name: str, content: bytes) -> None:
-        """A file below the folder, whole or not at all; a crash leaves no piece. Raises: DataError: it cannot be written."""
-        path, made = self.folder / name, self.folder / ".picture.new"
-        write_bytes(made, content)
+        """Writes a file below the folder, completely or not at all, even if the process is killed.
+
+        Raises:
+            DataError: The file cannot be written.
+        """
+        path, temporary = self.folder / name, self.folder / ".picture.new"
+        write_bytes(temporary, content)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(made, path)
+            os.replace(temporary, path)
         except OSError as error:
-            made.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
-    def _mend_tables(self, days: Sequence[Path]) -> None:
-        """Makes the table again of each day that has none, or an older one, and of the one written last, where a row may lack."""
-        newest = max((day.stat().st_mtime_ns for day in days), default=0)
+    def _rebuild_tables(self, days: Sequence[Path]) -> None:
+        """Rebuilds the CSV table of each day that has no table or an older table, and of the last day.
+
+        The table of the last day may lack rows after a crash.
+        """
+        newest_ns = max((day.stat().st_mtime_ns for day in days), default=0)
         for day in days:
             table = day.with_suffix(".csv")
-            written = day.stat().st_mtime_ns
-            if table.exists() and written < newest and written <= table.stat().st_mtime_ns:
+            changed_ns = day.stat().st_mtime_ns
+            if table.exists() and changed_ns < newest_ns and changed_ns <= table.stat().st_mtime_ns:
                 continue
-            made = self.folder / f".{table.name}.new"
-            with made.open("w", encoding="utf-8", newline="") as stream:
+            temporary = self.folder / f".{table.name}.new"
+            with temporary.open("w", encoding="utf-8", newline="") as stream:
                 stream.write(_table_text([], header=True))
                 for line in _read_lines(day):
                     stream.write(_table_text([line]))
-            os.replace(made, table)
+            os.replace(temporary, table)
 
 
 def key_text(stamp: int, content: int) -> str:
-    """A line's key: `seen.stamp_key` and `seen.content_key` of its image."""
+    """Returns the text of an image's keys `processed_keys.stamp_key` and `processed_keys.content_key`."""
     return f"{stamp:016x}{content:016x}"
 
 
-class _Appended:
-    """A text file that is only added to, without a buffer: what could not be written is not tried again at its end."""
+class _AppendOnlyFile:
+    """A text file to which text is appended without a buffer. So text that could not be written is not written again on close."""
 
     def __init__(self) -> None:
         self._stream: io.FileIO | None = None
 
     def open(self, path: Path, header: str = "") -> None:
-        """header: what a new file begins with."""
+        """Opens a file. Writes the header if the file is new."""
         self.close()
         self._stream = io.FileIO(path, "a")
         if header and not self._stream.tell():
             self.add(header)
 
     def add(self, text: str) -> None:
-        """On disk when it returns. Raises: OSError."""
+        """Appends text, which is on the disk when the function returns.
+
+        Raises:
+            OSError: The text cannot be written completely.
+        """
         assert self._stream is not None
-        rest = memoryview(text.encode())
-        while rest:
-            rest = rest[self._stream.write(rest) :]
+        remaining = memoryview(text.encode())
+        while remaining:
+            remaining = remaining[self._stream.write(remaining) :]
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
@@ -153,9 +178,13 @@ class _Appended:
             stream.close()
 
 
-def _locked(folder: Path) -> IO[str]:
-    """A lock that goes with the process. Raises: DataError: another holds it."""
-    stream = (folder / _LOCK).open("a+", encoding="utf-8")
+def _lock_folder(folder: Path) -> IO[str]:
+    """Locks the folder until the returned file is closed or the process ends.
+
+    Raises:
+        DataError: Another process holds the lock.
+    """
+    stream = (folder / _LOCK_NAME).open("a+", encoding="utf-8")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -163,7 +192,7 @@ def _locked(folder: Path) -> IO[str]:
         holder = stream.read().strip() or "another process"
         stream.close()
         raise DataError(
-            f"{folder}: {holder} writes its verdicts here: give another --output, or end it first"
+            f"{folder}: {holder} writes its verdicts to this folder: give another --output, or stop that process"
         ) from None
     stream.truncate(0)
     stream.write(f"process {os.getpid()} on {os.uname().nodename}")
@@ -171,39 +200,44 @@ def _locked(folder: Path) -> IO[str]:
     return stream
 
 
-def _mend(path: Path, log: Callable[[str], None]) -> None:
-    """Takes away what follows the last whole line: a crash cut it off."""
+def _remove_cut_line(path: Path, log: Callable[[str], None]) -> None:
+    """Removes the text after the last complete line: a crash cut this line off."""
     with path.open("r+b") as stream:
         size = start = stream.seek(0, os.SEEK_END)
-        whole = 0
-        while start and not whole:
-            end, start = start, max(0, start - _BLOCK)
+        complete_bytes = 0
+        while start and not complete_bytes:
+            end, start = start, max(0, start - _BLOCK_BYTES)
             stream.seek(start)
-            place = stream.read(end - start).rfind(b"\n")
-            whole = start + place + 1 if place >= 0 else 0
-        if whole < size:
-            stream.truncate(whole)
-            log(f"{path}: its last line was cut off, and is taken away; its image is inspected again")
+            newline = stream.read(end - start).rfind(b"\n")
+            complete_bytes = start + newline + 1 if newline >= 0 else 0
+        if complete_bytes < size:
+            stream.truncate(complete_bytes)
+            log(f"{path}: the last line was cut off and is removed; its image is inspected again")
 
 
-def _keys_of(days: Sequence[Path], log: Callable[[str], None]) -> array[int]:
-    """Of all lines of all days; one that is no line of ours is told."""
+def _read_keys(days: Sequence[Path], log: Callable[[str], None]) -> array[int]:
+    """Returns both keys of each line of all days. Logs how many lines of a day have no key."""
     keys = array("Q")
     for day in days:
-        strange = 0
+        num_invalid = 0
         with day.open("rb") as stream:
             for line in stream:
-                if found := _KEY.match(line):
-                    keys.append(int(found[1], 16))
-                    keys.append(int(found[2], 16))
+                if match := _KEY.match(line):
+                    keys.append(int(match[1], 16))
+                    keys.append(int(match[2], 16))
                 else:
-                    strange += 1
-        if strange:
-            log(f"{day}: {strange} lines begin otherwise than the watcher's, and count for no image")
+                    num_invalid += 1
+        if num_invalid:
+            log(f"{day}: {num_invalid} lines have no key of an image, and are ignored")
     return keys
 
 
 def _read_lines(day: Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a day that have a key, as JSON values.
+
+    Raises:
+        DataError: A line is not valid JSON.
+    """
     with day.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if not _KEY.match(line):
@@ -211,10 +245,13 @@ def _read_lines(day: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise DataError(f"{day}, line {number}: no JSON ({error}): mend or delete the line") from error
+                raise DataError(
+                    f"{day}, line {number}: not valid JSON ({error}): correct or delete the line"
+                ) from error
 
 
 def _table_text(lines: Sequence[Mapping[str, Any]], header: bool = False) -> str:
-    more = ("time", "bundle", "sha256", "milliseconds")
-    rows = [{**table_row(line), **{key: line[key] for key in more if key in line}} for line in lines]
+    """Returns the rows of lines as CSV text, after the header if `header` is set."""
+    extra_columns = ("time", "bundle", "sha256", "milliseconds")
+    rows = [{**table_row(line), **{key: line[key] for key in extra_columns if key in line}} for line in lines]
     return table_text(rows, TABLE_COLUMNS, header)

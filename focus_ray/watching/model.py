@@ -1,4 +1,4 @@
-"""The model that watches: taken anew when its bundle is replaced, or its registry names another version."""
+"""The model of a watch. It is reloaded when its bundle is replaced or when the registry names another version."""
 
 from __future__ import annotations
 
@@ -12,75 +12,80 @@ from focus_ray.bundle.registry import LATEST
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.storage import FileStamp, join, read_stamp
 
-LOOK_EVERY_S = 5.0
+CHECK_INTERVAL_S = 5.0
 
 
 class WatchedModel:
-    """The inspector of a place as it is now."""
+    """The inspector of the current model at a URI.
+
+    Attributes:
+        inspector: The loaded model.
+    """
 
     def __init__(
         self,
-        place: str,
+        uri: str,
         load: Callable[[str], Inspector],
         log: Callable[[str], None],
         *,
         version: str = LATEST,
         category: str | None = None,
-        look_every_s: float = LOOK_EVERY_S,
+        check_interval_s: float = CHECK_INTERVAL_S,
     ) -> None:
-        """
+        """Loads the model.
+
         Args:
-            place: a bundle, a run's folder, or a registry or a team's folder of one.
-            load: reads a bundle.
-            version: of a registry's models, a version's name or an alias.
-            category: which, where the place has several.
+            uri: A bundle, the folder of a run, or a registry or a team's folder in a registry.
+            load: Loads the bundle at a URI.
+            log: Takes messages about loaded models and failed reloads.
+            version: Version or alias, if the URI is a registry.
+            category: Category of the model; required if the URI has models of several categories.
+            check_interval_s: Least number of seconds between two checks for a new model.
 
-        Raises: FocusRayError: there is no model, or more than one, or it cannot be read.
+        Raises:
+            FocusRayError: There is no model, or more than one, or the model cannot be read.
         """
-        self.place, self.load, self.log = place, load, log
-        self.version, self.category, self.look_every_s = version, category, look_every_s
-        self._stamp, self._trouble = self._find(log), ""
-        self._looked = time.monotonic()
-        self.inspector = load(self._stamp[0])
-        self._tell()
+        self.uri, self.load, self.log = uri, load, log
+        self.version, self.category, self.check_interval_s = version, category, check_interval_s
+        self._location, self._last_error = self._find_bundle(log), ""
+        self._checked_at_s = time.monotonic()
+        self.inspector = load(self._location[0])
+        self._log_model()
 
-    def look(self) -> None:
-        """Loads what is there now where it is another; what cannot be read is told, and the model stays as it is."""
-        if time.monotonic() < self._looked + self.look_every_s:
+    def reload_if_changed(self) -> None:
+        """Loads the current model if it has changed. If it cannot be loaded, logs the error and keeps the old model."""
+        if time.monotonic() < self._checked_at_s + self.check_interval_s:
             return
         try:
-            found = self._find(lambda message: None)
-            if found != self._stamp:
-                inspector = self.load(found[0])
-                self._stamp = found
+            location = self._find_bundle(lambda message: None)
+            if location != self._location:
+                inspector = self.load(location[0])
+                self._location = location
                 if inspector.bundle.version != self.inspector.bundle.version:
                     self.inspector = inspector
-                    self._tell()
-            self._trouble = ""
-        except (
-            FocusRayError,
-            OSError,
-            RuntimeError,
-        ) as error:  # torch's, where a second model has no room beside the first
-            if self._trouble != str(error):
-                self.log(f"watch: the model stays at {self.inspector.bundle.version[:16]}: {error}")
-            self._trouble = str(error)
-        self._looked = time.monotonic()
+                    self._log_model()
+            self._last_error = ""
+        except (FocusRayError, OSError, RuntimeError) as error:  # torch raises RuntimeError if memory is full
+            if self._last_error != str(error):
+                self.log(f"watch: keeps the model of version {self.inspector.bundle.version[:16]}: {error}")
+            self._last_error = str(error)
+        self._checked_at_s = time.monotonic()
 
-    def _tell(self) -> None:
+    def _log_model(self) -> None:
+        """Logs which model is in use, and the caveats of its calibration."""
         bundle = self.inspector.bundle
-        self.log(f"watch: model of {bundle.category}, version {bundle.version[:16]}, from {self._stamp[0]}")
+        self.log(f"watch: model of {bundle.category}, version {bundle.version[:16]}, from {self._location[0]}")
         for caveat in bundle.calibration.caveats():
             self.log(f"note: {caveat}")
 
-    def _find(self, log: Callable[[str], None]) -> tuple[str, FileStamp | None]:
-        """The bundle, and its manifest's stamp."""
-        if (own := read_stamp(join(self.place, MANIFEST))) is not None:
-            return self.place, own
-        found = bundles_at(self.place, self.version, log)
-        if self.category is None and len(found) > 1:
-            raise DataError(f"{self.place}: models of {', '.join(sorted(found))}: choose one with --category")
-        name = self.category or next(iter(found))
-        if name not in found:
-            raise DataError(f"{self.place}: no model of {name!r}, only of {', '.join(sorted(found))}")
-        return found[name], read_stamp(join(found[name], MANIFEST))
+    def _find_bundle(self, log: Callable[[str], None]) -> tuple[str, FileStamp | None]:
+        """Returns (URI of the bundle, stamp of its manifest). The stamp changes when the manifest is replaced."""
+        if (manifest_stamp := read_stamp(join(self.uri, MANIFEST))) is not None:
+            return self.uri, manifest_stamp
+        bundles = bundles_at(self.uri, self.version, log)
+        if self.category is None and len(bundles) > 1:
+            raise DataError(f"{self.uri}: has models of {', '.join(sorted(bundles))}: choose one with --category")
+        name = self.category or next(iter(bundles))
+        if name not in bundles:
+            raise DataError(f"{self.uri}: has no model of {name!r}, only of {', '.join(sorted(bundles))}")
+        return bundles[name], read_stamp(join(bundles[name], MANIFEST))

@@ -1,4 +1,4 @@
-"""The watch itself: look, wait until a file rests, inspect, write, signal; and go on whatever happens to files and folder."""
+"""The loop of a watch: lists the folder, waits until files are settled, inspects them, writes verdicts, runs a command."""
 
 from __future__ import annotations
 
@@ -23,21 +23,29 @@ from focus_ray.evaluation.inspection import Inspection
 from focus_ray.evaluation.shift import RecentScores, compare_stream
 from focus_ray.evaluation.strip import overlay_with_strip
 from focus_ray.storage import is_storage_full
-from focus_ray.watching.folder import Awaited, Waiting, list_images
+from focus_ray.watching.folder import PendingFile, PendingFiles, list_images
 from focus_ray.watching.journal import Journal, key_text
 from focus_ray.watching.model import WatchedModel
-from focus_ray.watching.seen import content_key, stamp_key
+from focus_ray.watching.processed_keys import content_key, stamp_key
 
 SIGNAL_TIMEOUT_S = 10.0
-OVERLAYS = "overlays"
-_TOLD_AGAIN_S = 60.0
-_STEM_BYTES = 200  # a file's name may have 255
+OVERLAY_FOLDER = "overlays"
+_REPEAT_MESSAGE_S = 60.0
+_MAX_STEM_BYTES = 200  # a file name may have 255 bytes; the content key and the suffix need the others
 
 
-class _Image(NamedTuple):
-    """An image that was read. name: as it can be written.  stamp, content: its keys."""
+class _ReadImage(NamedTuple):
+    """An image file that was read.
 
-    awaited: Awaited
+    Attributes:
+        pending: The file.
+        name: Path relative to the folder, as text that any file can hold.
+        encoded: Bytes of the file.
+        sha256: Hash of these bytes.
+        stamp, content: The keys `stamp_key` and `content_key` of the image.
+    """
+
+    pending: PendingFile
     name: str
     encoded: bytes
     sha256: str
@@ -47,14 +55,19 @@ class _Image(NamedTuple):
 
 @dataclass(frozen=True)
 class WatchSettings:
-    """
-    poll_s: between looks into the folder, at least; a look that takes longer is followed by as long a pause.
-    settle_s: for which a file's size and time of change have to rest before it is read.
-    give_up_s: after which a file at rest that is no image gets an error for a line; one that cannot be read is tried as often.
-    batch_size: images inspected at once.  report_s: between lines that say how many came.
-    overlays: of which images pictures are written: "all", "anomalous" or none.
-    on_anomalous: a command and its arguments, which gets the line of each anomalous image on its standard input.
-    once: to end when all that is there at the beginning is done.
+    """Settings of a watch.
+
+    Attributes:
+        poll_s: Least number of seconds between two listings of the folder. If a listing takes longer, the pause is as long as
+            the listing.
+        settle_s: A file is read when its size and times have not changed for this many seconds.
+        give_up_s: A settled file that is no image gets an error line after this many seconds. A file that cannot be read
+            is tried again at this interval.
+        batch_size: Number of images that are inspected at once.
+        report_s: Seconds between two messages about the rate of images.
+        overlays: Images for which an overlay is written: "all", "anomalous" or None for no image.
+        on_anomalous: Command and arguments. It runs for each anomalous image, with the image's line on standard input.
+        once: If True, the watch ends when all files that existed at its start are processed.
     """
 
     poll_s: float = 0.5
@@ -68,7 +81,11 @@ class WatchSettings:
 
 
 class Watch:
-    """Inspects what arrives in a folder. counts: of "normal", "anomalous" and "error" lines so far."""
+    """Inspects the images that arrive in a folder.
+
+    Attributes:
+        counts: Number of lines so far by verdict: "normal", "anomalous" and "error".
+    """
 
     def __init__(
         self,
@@ -79,241 +96,279 @@ class Watch:
         log: Callable[[str], None],
         show: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """
+        """Prepares a watch; `run` starts it.
+
         Args:
-            log: told what happens.  show: given each line once it is written.
+            folder: Folder to watch.
+            model: Model that inspects the images.
+            journal: Output folder.
+            settings: Settings of the watch.
+            log: Takes messages.
+            show: Takes the text of each line after it is written.
         """
         self.folder, self.model, self.journal, self.settings, self.show = folder, model, journal, settings, show
         self.counts: Counter[str] = Counter()
-        self.waiting = Waiting(settings.settle_s)
-        self._log, self._told = log, dict[str, float]()
-        self._recent, self._recent_version = RecentScores(), ""
-        self._away = False
-        self._only: set[str] | None = None
-        self._reported, self._before = time.monotonic(), Counter[str]()
+        self.pending = PendingFiles(settings.settle_s)
+        self._log, self._silent_until_s = log, dict[str, float]()
+        self._recent_scores, self._recent_version = RecentScores(), ""
+        self._folder_is_missing = False
+        self._files_at_start: set[str] | None = None
+        self._reported_at_s, self._reported_counts = time.monotonic(), Counter[str]()
 
     @property
-    def num_left(self) -> int:
-        """Images that are there and have no line."""
-        return len(self.waiting.files)
+    def num_pending(self) -> int:
+        """Number of images in the folder that have no line."""
+        return len(self.pending.files)
 
     def run(self, stop: threading.Event) -> None:
-        """Until it is told to stop; the images under way are finished.
+        """Watches until `stop` is set, or until all files are processed if `once` is set. Finishes the current batch.
 
-        Raises: DataError: the verdicts cannot be written, or in `once` the folder cannot be listed.
+        Raises:
+            DataError: The verdicts cannot be written, or the folder cannot be listed and `once` is set.
         """
-        began = time.monotonic()
+        watch_start_s = time.monotonic()
         while not stop.is_set():
-            started = time.monotonic()
-            self.model.look()
-            self._look()
-            ready = self.waiting.ready(started)
+            pass_start_s = time.monotonic()
+            self.model.reload_if_changed()
+            self._list_folder()
+            ready = self.pending.ready(pass_start_s)
             size = self.settings.batch_size
             for first in range(0, len(ready), size):
                 if stop.is_set():
                     return
-                self.model.look()
+                self.model.reload_if_changed()
                 self._inspect(ready[first : first + size])
-                self._report()
-            if self.settings.once and self._is_done(began):
+                self._report_rate()
+            if self.settings.once and self._is_finished(watch_start_s):
                 return
-            self._report()
-            stop.wait(max(self.settings.poll_s, time.monotonic() - started if not ready else 0))
+            self._report_rate()
+            stop.wait(max(self.settings.poll_s, time.monotonic() - pass_start_s if not ready else 0))
 
-    def _is_done(self, began: float) -> bool:
-        """Whether nothing is left that time would bring to rest."""
-        given_up = time.monotonic() > began + self.settings.give_up_s + self.settings.settle_s
-        return given_up or all(one.not_before == math.inf for one in self.waiting.files.values())
+    def _is_finished(self, watch_start_s: float) -> bool:
+        """Returns True if a `once` watch has no pending file that could still be inspected."""
+        is_timed_out = time.monotonic() > watch_start_s + self.settings.give_up_s + self.settings.settle_s
+        return is_timed_out or all(pending.retry_at_s == math.inf for pending in self.pending.files.values())
 
-    def _look(self) -> None:
-        """Lists the folder, and takes up what has no line yet."""
+    def _list_folder(self) -> None:
+        """Lists the folder and updates the pending files. If the folder is missing, logs this and waits for it."""
         try:
-            found = list_images(self.folder, self.journal.folder, self._tell)
+            listing = list_images(self.folder, self.journal.folder, self._log_rarely)
         except OSError as error:
             if self.settings.once:
                 raise DataError(f"{self.folder}: cannot be listed: {error.strerror or error}") from error
-            self._away = True
-            self._tell(f"{self.folder}: cannot be listed: {error.strerror or error}; waiting for it")
-            self.waiting.look([], time.monotonic())
+            self._folder_is_missing = True
+            self._log_rarely(
+                f"{self.folder}: cannot be listed: {error.strerror or error}; waiting until it can be listed"
+            )
+            self.pending.update([], time.monotonic())
             return
-        if self._away:
-            self._away = False
-            self._tell(f"{self.folder}: there again")
+        if self._folder_is_missing:
+            self._folder_is_missing = False
+            self._log_rarely(f"{self.folder}: can be listed again")
         if self.settings.once:
-            if self._only is None:
-                self._only = {file.image for file in found}
-            found = [file for file in found if file.image in self._only]
-        known = self.journal.seen.known(stamp_key(*file) for file in found)
-        new = [file for file, has_line in zip(found, known, strict=True) if not has_line]
-        self.waiting.look(new, time.monotonic())
+            if self._files_at_start is None:
+                self._files_at_start = {file.image for file in listing}
+            listing = [file for file in listing if file.image in self._files_at_start]
+        is_processed = self.journal.processed.contains_each(stamp_key(*file) for file in listing)
+        new = [file for file, is_done in zip(listing, is_processed, strict=True) if not is_done]
+        self.pending.update(new, time.monotonic())
 
-    def _inspect(self, batch: Sequence[Awaited]) -> None:
-        """Reads, inspects, writes and signals."""
-        images = [image for one in batch if (image := self._read(one)) is not None]
+    def _inspect(self, batch: Sequence[PendingFile]) -> None:
+        """Reads and inspects a batch of files, writes their lines and runs the signal command."""
+        images = [image for pending in batch if (image := self._read_image(pending)) is not None]
         inspector = self.model.inspector
-        started = time.perf_counter()
-        found = inspector.inspect_each([image.encoded for image in images]) if images else []
-        each_ms = round(1000 * (time.perf_counter() - started) / max(1, len(images)), 1)
-        done, lines = [], []
-        for image, finding in zip(images, found, strict=True):
-            if isinstance(finding, DataError) and self._may_yet_come(image.awaited):
+        start_s = time.perf_counter()
+        results = inspector.inspect_each([image.encoded for image in images]) if images else []
+        each_ms = round(1000 * (time.perf_counter() - start_s) / max(1, len(images)), 1)
+        finished, lines = [], []
+        for image, result in zip(images, results, strict=True):
+            if isinstance(result, DataError) and self._may_still_be_written(image.pending):
                 continue
-            done.append(image)
-            lines.append(self._line(image, finding, inspector.bundle, each_ms))
+            finished.append(image)
+            lines.append(self._make_line(image, result, inspector.bundle, each_ms))
         if not lines:
             return
         texts = self.journal.write(lines)
-        for image in done:
-            self.journal.seen.add(image.stamp, image.content)
-            self.waiting.done(image.awaited.file.image)
+        for image in finished:
+            self.journal.processed.add(image.stamp, image.content)
+            self.pending.remove(image.pending.file.image)
         for line, text in zip(lines, texts, strict=True):
             self.counts[line.get("verdict", "error")] += 1
             self.show(text)
             if line.get("anomalous"):
-                self._signal(line["image"], text)
+                self._run_signal_command(line["image"], text)
         scores = [float(line["score"]) for line in lines if "score" in line and not line.get("trained_on")]
-        self._tell_shift(inspector.bundle, scores)
+        self._check_shift(inspector.bundle, scores)
 
-    def _tell_shift(self, bundle: Bundle, scores: Sequence[float]) -> None:
-        """Adds scores to the latest of this model, and tells once if they differ from those that set the threshold."""
+    def _check_shift(self, bundle: Bundle, scores: Sequence[float]) -> None:
+        """Adds scores to the recent scores of this model. Logs once if they differ from the scores that set the threshold."""
         if bundle.version != self._recent_version:
-            self._recent, self._recent_version = RecentScores(), bundle.version
-        if not self._recent.add(scores):
+            self._recent_scores, self._recent_version = RecentScores(), bundle.version
+        if not self._recent_scores.add(scores):
             return
-        notice = self._recent.tell(compare_stream(bundle.calibration.image_scores, self._recent.take()))
+        notice = self._recent_scores.tell(compare_stream(bundle.calibration.image_scores, self._recent_scores.take()))
         if notice is not None:
             self._log(f"watch: {notice}")
 
-    def _line(
-        self, image: _Image, finding: Inspection | DataError, bundle: Bundle, milliseconds: float
+    def _make_line(
+        self, image: _ReadImage, result: Inspection | DataError, bundle: Bundle, milliseconds: float
     ) -> dict[str, Any]:
-        """What is said of an image; its overlay is written."""
+        """Returns the line of an image as a dict of JSON values, and writes its overlay.
+
+        Args:
+            image: The image.
+            result: Result of the inspection, or the error.
+            bundle: Model that inspected the image.
+            milliseconds: Time of the inspection.
+        """
         line: dict[str, Any] = {
             "key": key_text(image.stamp, image.content),
             "image": image.name,
             "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
             "category": bundle.category,
         }
-        if isinstance(finding, DataError):
-            line["error"] = str(finding)
-            self._log(f"{image.name}: {finding}")
+        if isinstance(result, DataError):
+            line["error"] = str(result)
+            self._log(f"{image.name}: {result}")
         else:
-            line |= {"verdict": finding.verdict, **finding.to_dict()}
-            if self.settings.overlays == "all" or (self.settings.overlays == "anomalous" and finding.anomalous):
-                line |= self._overlay(image, finding)
+            line |= {"verdict": result.verdict, **result.to_dict()}
+            if self.settings.overlays == "all" or (self.settings.overlays == "anomalous" and result.anomalous):
+                line |= self._overlay_entry(image, result)
         return {**line, "bundle": bundle.version, "sha256": image.sha256, "milliseconds": milliseconds}
 
-    def _read(self, one: Awaited) -> _Image | None:
-        """An image that is new and did not change while it was read; None of another, which waits, is done, or is gone."""
-        name = readable(one.file.image)
+    def _read_image(self, pending: PendingFile) -> _ReadImage | None:
+        """Reads a file.
+
+        Returns:
+            The image. None if the file changed while it was read, already has a line, is an overlay, was deleted, or cannot be
+            read.
+        """
+        name = readable(pending.file.image)
         try:
-            with (self.folder / one.file.image).open("rb") as stream:
+            with (self.folder / pending.file.image).open("rb") as stream:
                 encoded = stream.read(MARK_WITHIN_BYTES)
                 if is_drawing(encoded):
-                    self._tell(f"{self.folder}: pictures that focus_ray drew are passed over")
-                    self.journal.seen.add(stamp_key(*one.file))
-                    self.waiting.done(one.file.image)
+                    self._log_rarely(f"{self.folder}: images that focus_ray drew are skipped")
+                    self.journal.processed.add(stamp_key(*pending.file))
+                    self.pending.remove(pending.file.image)
                     return None
                 encoded += stream.read()
                 status = os.fstat(stream.fileno())
         except FileNotFoundError:
-            self._tell(f"{name}: gone before it was inspected")
-            self.waiting.done(one.file.image)
+            self._log_rarely(f"{name}: was deleted before it was inspected")
+            self.pending.remove(pending.file.image)
             return None
         except OSError as error:
-            one.not_before = math.inf if self.settings.once else time.monotonic() + self.settings.give_up_s
-            self._tell(f"{name}: cannot be read: {error.strerror or error}")
+            pending.retry_at_s = math.inf if self.settings.once else time.monotonic() + self.settings.give_up_s
+            self._log_rarely(f"{name}: cannot be read: {error.strerror or error}")
             return None
-        if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) != one.file[1:4] or len(encoded) != status.st_size:
+        if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) != pending.file[1:4] or len(
+            encoded
+        ) != status.st_size:
             return None
         sha256 = hashlib.sha256(encoded).hexdigest()
-        stamp, content = stamp_key(*one.file), content_key(one.file.image, sha256)
-        if content in self.journal.seen:  # touched, or shown with another time: not another image
-            self.journal.seen.add(stamp)
-            self.waiting.done(one.file.image)
+        stamp, content = stamp_key(*pending.file), content_key(pending.file.image, sha256)
+        if content in self.journal.processed:  # the same bytes with another time: not a new image
+            self.journal.processed.add(stamp)
+            self.pending.remove(pending.file.image)
             return None
-        return _Image(one, name, encoded, sha256, stamp, content)
+        return _ReadImage(pending, name, encoded, sha256, stamp, content)
 
-    def _may_yet_come(self, one: Awaited) -> bool:
-        """Whether a file that is no image may still be on its way: its writer may pause for longer than it has to rest."""
-        given_up = one.since + self.settings.give_up_s
-        if self.settings.once or time.monotonic() >= given_up:
+    def _may_still_be_written(self, pending: PendingFile) -> bool:
+        """Returns True if a file that is no image may still be incomplete, and sets the time of the next try.
+
+        A writer can pause longer than `settle_s`. After `give_up_s`, the file counts as complete.
+        """
+        give_up_at_s = pending.unchanged_since_s + self.settings.give_up_s
+        if self.settings.once or time.monotonic() >= give_up_at_s:
             return False
-        one.not_before = given_up
+        pending.retry_at_s = give_up_at_s
         return True
 
-    def _overlay(self, image: _Image, finding: Inspection) -> dict[str, str]:
-        """Writes the overlay. Returns: an entry "overlay" with its path, or "overlay_error" with the reason without one.
+    def _overlay_entry(self, image: _ReadImage, result: Inspection) -> dict[str, str]:
+        """Writes the overlay of an image.
 
-        Raises: DataError: the disk is full, so that the verdict would find no room either.
+        Returns:
+            {"overlay": path}, or {"overlay_error": reason} if it cannot be written.
+
+        Raises:
+            DataError: The disk is full: then the line could not be written either.
         """
         try:
-            return {"overlay": self._draw(image, finding)}
+            return {"overlay": self._write_overlay(image, result)}
         except DataError as error:
             if is_storage_full(error):
                 raise
             self._log(f"{image.name}: no overlay: {error}")
             return {"overlay_error": readable(str(error))}
 
-    def _draw(self, image: _Image, finding: Inspection) -> str:
-        """Writes the overlay. Returns: its path below the output, which no other image has, nor another content of this one."""
+    def _write_overlay(self, image: _ReadImage, result: Inspection) -> str:
+        """Draws and writes the overlay.
+
+        Returns:
+            Its path relative to the output folder. The path contains the content key, so every image and every content has
+            its own path.
+        """
         path = PurePosixPath(image.name)
-        stem = path.stem.encode()[:_STEM_BYTES].decode(errors="ignore")
-        name = str(PurePosixPath(OVERLAYS) / path.parent / f"{stem}-{image.content:016x}.png")
-        picture = overlay_with_strip(decode_image(image.encoded, None), finding)
+        stem = path.stem.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
+        name = str(PurePosixPath(OVERLAY_FOLDER) / path.parent / f"{stem}-{image.content:016x}.png")
+        picture = overlay_with_strip(decode_image(image.encoded, None), result)
         self.journal.write_picture(name, encode_png(picture, drawn=True))
         return name
 
-    def _signal(self, image: str, text: str) -> None:
-        """Runs the command of an anomalous image, and waits for its end."""
+    def _run_signal_command(self, image: str, text: str) -> None:
+        """Runs the command of --on-anomalous with an image's line on standard input, and waits until it ends."""
         if not self.settings.on_anomalous:
             return
         try:
-            ended = subprocess.run(
+            process = subprocess.run(
                 self.settings.on_anomalous,
                 input=f"{text}\n".encode(),
                 timeout=SIGNAL_TIMEOUT_S,
-                stdout=2,  # standard output is for verdicts
-                start_new_session=True,  # an interrupt of the watcher is none of its
+                stdout=2,  # standard output is reserved for verdicts
+                start_new_session=True,  # an interrupt of the watch must not end the command
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            self._log(f"{image}: the command of --on-anomalous was ended after {SIGNAL_TIMEOUT_S:g} s")
+            self._log(f"{image}: the command of --on-anomalous was killed after {SIGNAL_TIMEOUT_S:g} s")
         except OSError as error:
             self._log(f"{image}: the command of --on-anomalous cannot be run: {error}")
         else:
-            if ended.returncode:
-                self._log(f"{image}: the command of --on-anomalous ended with {ended.returncode}")
+            if process.returncode:
+                self._log(f"{image}: the command of --on-anomalous ended with exit status {process.returncode}")
 
-    def _tell(self, message: str) -> None:
-        """What may come again at every look is told once a minute."""
+    def _log_rarely(self, message: str) -> None:
+        """Logs a message that may repeat at every listing, at most once a minute."""
         now = time.monotonic()
-        if now < self._told.get(message, -math.inf):
+        if now < self._silent_until_s.get(message, -math.inf):
             return
-        self._told = {text: until for text, until in self._told.items() if until > now}
-        self._told[message] = now + _TOLD_AGAIN_S
+        self._silent_until_s = {text: until for text, until in self._silent_until_s.items() if until > now}
+        self._silent_until_s[message] = now + _REPEAT_MESSAGE_S
         self._log(message)
 
-    def _report(self) -> None:
-        """How many came, once a while, if any did."""
+    def _report_rate(self) -> None:
+        """Logs how many images were inspected per minute, every `report_s` seconds, if there were any."""
         now = time.monotonic()
-        if now < self._reported + self.settings.report_s:
+        if now < self._reported_at_s + self.settings.report_s:
             return
-        since = self.counts - self._before
-        if since:
-            minutes = (now - self._reported) / 60
-            self._log(f"watch: {since.total() / minutes:.0f} images a minute: {told(since)}; {self.num_left} wait")
-        self._reported, self._before = now, Counter(self.counts)
+        new_counts = self.counts - self._reported_counts
+        if new_counts:
+            minutes = (now - self._reported_at_s) / 60
+            self._log(
+                f"watch: {new_counts.total() / minutes:.0f} images per minute: {summarize_counts(new_counts)}, "
+                f"{self.num_pending} pending"
+            )
+        self._reported_at_s, self._reported_counts = now, Counter(self.counts)
 
 
 def readable(name: str) -> str:
-    """As text that any file can hold: bytes that are no UTF-8 as \\xff."""
+    """Returns a file name as text that any file can hold: bytes that are not UTF-8 become \\xff."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def told(counts: Counter[str]) -> str:
-    """Counts in words, with the share of anomalous ones among those that could be inspected."""
+def summarize_counts(counts: Counter[str]) -> str:
+    """Returns the counts of verdicts as a text, with the share of anomalous images among the inspected images."""
     inspected = counts["normal"] + counts["anomalous"]
     share = f" ({counts['anomalous'] / inspected:.1%})" if inspected else ""
-    errors = f", {counts['error']} no image" if counts["error"] else ""
+    errors = f", {counts['error']} not an image" if counts["error"] else ""
     return f"{inspected} inspected, {counts['anomalous']} anomalous{share}{errors}"

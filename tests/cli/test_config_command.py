@@ -18,7 +18,7 @@ from focus_ray.cli.main import command_names, main
 from focus_ray.config import Config, load_config
 from focus_ray.errors import ConfigError, SubmissionError
 from focus_ray.standard import find_config, standard_names
-from focus_ray.submission.job import build_job
+from focus_ray.submission.job_request import build_job
 from focus_ray.submission.package import build_package
 from focus_ray.sweep.settings import SweepConfig, load_sweep
 
@@ -186,7 +186,7 @@ def test_a_job_takes_a_name_and_its_configuration_goes_along(words: list[str], t
 
 def test_a_job_of_a_named_sweep_is_checked_before_it_is_sent(tmp_path: Path) -> None:
     words = ["sweep", "sweep-training", "base.data.uri=s3://plant/parts"]
-    with pytest.raises(SubmissionError, match=r"base\.storage=runs: a path below the folder that is sent"):
+    with pytest.raises(SubmissionError, match=r"base\.storage=runs: a relative path"):
         build_job(words, commands=command_names(), working_dir=tmp_path)
 
 

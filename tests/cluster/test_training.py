@@ -29,7 +29,7 @@ from torch import Tensor
 from waiting import wait_for
 
 from focus_ray.bundle.bundle import find_bundles, read_bundle, read_manifest, read_statistics
-from focus_ray.cluster.ownership import FINGERPRINTS, SignOfLife
+from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat
 from focus_ray.cluster.training import train
 from focus_ray.config import Config
 from focus_ray.data.ingest import ingest
@@ -365,7 +365,7 @@ def test_resuming_is_refused_where_images_changed_or_a_driver_is_alive(trained: 
             train(trained, resume=True)
     finally:
         place.write_text(former)
-    alive = SignOfLife(str(runs / "small"))
+    alive = Heartbeat(str(runs / "small"))
     try:
         with pytest.raises(TrainingError, match=rf"small: still running, as process {os.getpid()} on .*: wait for it"):
             train(trained, resume=True)

@@ -20,7 +20,7 @@ from focus_ray.reporting.evaluation import evaluation_page, section_from_dict
 from focus_ray.reporting.page import svg_uri
 from focus_ray.reporting.training import describe, training_page
 from focus_ray.sweep import report
-from focus_ray.sweep.records import Record
+from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig, parse_sweep
 
 ATTACKS = (
@@ -154,7 +154,7 @@ def test_a_trial_puts_no_markup_into_the_page_of_a_sweep(tmp_path: Path) -> None
     attack = " ".join(ATTACKS[:-1])  # JSON of a record cannot hold half of a surrogate pair
     part = {attack: {"score": 0.5, "curve": [[0, 0.5], [1, 0.6]]}, "gear": {"score": 0.4, "curve": [[0, 0.5]]}}
     found = [
-        Record(number, None, {"density.num_channels": 50}, status, score, part, attack)
+        TrialRecord(number, None, {"density.num_channels": 50}, status, score, part, attack)
         for number, (status, score) in enumerate([("finished", 0.5), ("failed", None)])
     ]
     report.write_report(str(tmp_path), sweep, found)

@@ -1,6 +1,6 @@
-"""A real sweep: what it finds and leaves, a driver killed and taken up again, a stop, trials that fail, workers of DDP.
+"""Real sweeps: results and files, a killed driver and a resumed sweep, a stop, failing trials, DDP workers.
 
-Long, because its tests share fixtures that cost seconds.
+The file is long because its tests share fixtures that take seconds.
 """
 
 from __future__ import annotations
@@ -27,69 +27,71 @@ from s3_server import S3Server
 from small_set import CATEGORIES, draw_parts, ingest_parts, small_config
 from waiting import wait_for_records
 
-from focus_ray.cluster.ownership import FINGERPRINTS, SignOfLife, check_fingerprints, read_state
+from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat, check_fingerprints, read_state
 from focus_ray.config import load_config
 from focus_ray.data.ingest import ingest
 from focus_ray.errors import ConfigError, DataError, SweepError, TrainingError
 from focus_ray.storage import list_names
 from focus_ray.sweep import records
-from focus_ray.sweep.driver import Outcome, sweep
+from focus_ray.sweep.driver import SweepOutcome, run_sweep
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.race import Judge
-from focus_ray.sweep.records import Record, read_records, read_sweep
+from focus_ray.sweep.records import TrialRecord, read_records, read_sweep
 from focus_ray.sweep.report import write_report
 from focus_ray.sweep.settings import SweepConfig, parse_sweep
-from focus_ray.sweep.shared import judging_split, load_images
 from focus_ray.sweep.trial import judge_category
+from focus_ray.sweep.trial_inputs import load_images, split_for_judging
 
-PLAIN = {"image_alignment": {"group": "none"}}
+UNALIGNED = {"image_alignment": {"group": "none"}}
 SPACE = {"density.num_channels": [4, 8, 32], "density.shrinkage": [0.5, 4.0]}
-SLOW = {"train.seed": list(range(40)), "train.epochs": [40]}  # a sweep that is not over before it is interrupted
+SLOW = {"train.seed": list(range(40)), "train.epochs": [40]}  # a sweep that runs long enough to be interrupted
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Returns the URI of a small data set."""
     return ingest_parts(tmp_path_factory.mktemp("parts"))
 
 
-def sweep_of(data: str, storage: Path | str, base: dict[str, Any] | None = None, **keys: Any) -> SweepConfig:
-    # a coreset hangs on the last digits, which sharing changes; its own tests are in test_trial
-    plain = {"data": {"categories": list(CATEGORIES)}, "model": PLAIN, "density": {"coreset": 0}}
-    sections = {**plain, **(base or {})}
+def make_sweep(data: str, storage: Path | str, base: dict[str, Any] | None = None, **keys: Any) -> SweepConfig:
+    """Returns a grid sweep named `search`; `base` changes sections of its base configuration."""
+    # Without a coreset: its choice depends on the last digits, which sharing changes. test_trial tests it.
+    defaults = {"data": {"categories": list(CATEGORIES)}, "model": UNALIGNED, "density": {"coreset": 0}}
+    sections = {**defaults, **(base or {})}
     tree = small_config(data, storage, **sections).model_dump(mode="json")
-    return parse_sweep({"base": tree, "space": SPACE, "searcher": "grid", "name": "found", **keys})
+    return parse_sweep({"base": tree, "space": SPACE, "searcher": "grid", "name": "search", **keys})
 
 
-def judged_alone(config: SweepConfig) -> list[Record]:
-    """All trials one after the other in this process: no Ray, nothing shared, nothing cut."""
-    base, proposer, found = config.base_config(), Proposer(config), []
+def judge_in_process(config: SweepConfig) -> list[TrialRecord]:
+    """Runs all trials in this process, without Ray, shared inputs or pruning."""
+    base, proposer, trials = config.base_config(), Proposer(config), []
     images = {
         category: load_images(
             base,
             category,
-            judging_split(base, category, config.objective).plan(base),
+            split_for_judging(base, category, config.objective).plan(base),
             config.objective,
             base.model.image_size_px,
         )
         for category in CATEGORIES
     }
-    while (asked := proposer.ask()) is not None:
-        number, point = asked
+    while (proposal := proposer.ask()) is not None:
+        number, point = proposal
         settings = config.base_config(point)
-        parts = [
+        results = [
             judge_category(settings, category, images[category], config.objective, torch.device("cpu"))
             for category in CATEGORIES
         ]
-        score = records.mean_score([part.score for part in parts if part.score is not None])
+        score = records.mean_score([result.score for result in results if result.score is not None])
         proposer.tell(number, point, score)
-        ended = {part.category: dataclasses.asdict(part) for part in parts}
-        epochs = sum(part.epochs for part in parts)
-        found.append(Record(number, None, point, "finished", score, ended, epochs=epochs))
-    return found
+        categories = {result.category: dataclasses.asdict(result) for result in results}
+        epochs = sum(result.epochs for result in results)
+        trials.append(TrialRecord(number, None, point, "finished", score, categories, epochs=epochs))
+    return trials
 
 
-def what_is_left() -> tuple[list[str], list[str]]:
-    """Classes of living actors, and placement groups, of the cluster that this process is in."""
+def cluster_leftovers() -> tuple[list[str], list[str]]:
+    """Returns the classes of living actors and the placement groups of this process's cluster."""
     import ray
     from ray._private.state import actors
 
@@ -98,129 +100,129 @@ def what_is_left() -> tuple[list[str], list[str]]:
     return alive, [group["name"] or key for key, group in table.items() if group["state"] != "REMOVED"]
 
 
-def wait_until_nothing_is_left(timeout_s: float = 20.0) -> tuple[list[str], list[str]]:
+def wait_for_cleanup(timeout_s: float = 20.0) -> tuple[list[str], list[str]]:
+    """Waits until nothing is left in the cluster. Returns the leftovers at the end."""
     deadline = time.monotonic() + timeout_s
-    while (left := what_is_left()) != ([], []) and time.monotonic() < deadline:
+    while (leftovers := cluster_leftovers()) != ([], []) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return left
+    return leftovers
 
 
 @pytest.fixture(scope="module")
-def found(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def finished(ray_cluster: None, data: str, tmp_path_factory: pytest.TempPathFactory) -> SweepOutcome:
+    """Runs one sweep for all tests of this file."""
     root = tmp_path_factory.mktemp("sweeps")
     with pytest.MonkeyPatch.context() as patch:
         (root / "tmp").mkdir()
         patch.setattr(tempfile, "tempdir", str(root / "tmp"))
-        return sweep(sweep_of(data, root))
+        return run_sweep(make_sweep(data, root))
 
 
-# What it finds
+# Results
 
 
 @pytest.mark.ray
-def test_every_trial_is_judged_on_every_category_and_the_best_is_the_highest_mean(found: Outcome) -> None:
-    assert [record.number for record in found.records] == list(range(6))
-    for record in found.records:
+def test_every_trial_is_judged_on_every_category_and_the_best_is_the_highest_mean(finished: SweepOutcome) -> None:
+    assert [record.number for record in finished.records] == list(range(6))
+    for record in finished.records:
         assert (record.status, list(record.categories)) == ("finished", list(CATEGORIES))
-        scores = [part["score"] for part in record.categories.values()]
+        scores = [result["score"] for result in record.categories.values()]
         assert record.score == pytest.approx(sum(scores) / 2)
-    highest = max(record.score for record in found.records if record.score)
-    assert found.best[None].score == pytest.approx(highest, abs=1e-4)  # of equal ones the first
-    assert len({tuple(record.point.values()) for record in found.records}) == 6
-    assert (found.stopped, found.failed) == (False, [])
+    highest = max(record.score for record in finished.records if record.score)
+    assert finished.best[None].score == pytest.approx(highest, abs=1e-4)  # the first of equal trials
+    assert len({tuple(record.point.values()) for record in finished.records}) == 6
+    assert (finished.stopped, finished.failed) == (False, [])
 
 
 @pytest.mark.ray
-def test_the_best_configuration_is_ready_to_train_and_says_where_it_is_from(found: Outcome) -> None:
-    config = load_config(f"{found.root}/best.yaml")
-    point = found.best[None].point
+def test_the_best_configuration_is_ready_to_train_and_names_its_sweep(finished: SweepOutcome) -> None:
+    config = load_config(f"{finished.root}/best.yaml")
+    point = finished.best[None].point
     assert (config.density.num_channels, config.density.shrinkage) == tuple(point.values())
-    assert config.name == "found-best"
-    assert "label-free validation score" in Path(found.root, "best.yaml").read_text().splitlines()[0]
+    assert config.name == "search-best"
+    assert "label-free validation score" in Path(finished.root, "best.yaml").read_text().splitlines()[0]
 
 
 @pytest.mark.ray
-def test_table_plots_and_page_lie_beside_the_records(found: Outcome) -> None:
-    table = pq.read_table(f"{found.root}/trials.parquet")
+def test_table_plots_and_page_are_in_the_folder_of_the_sweep(finished: SweepOutcome) -> None:
+    table = pq.read_table(f"{finished.root}/trials.parquet")
     assert table.num_rows == 6
     assert {"score:gear", "param:density.shrinkage"} <= set(table.column_names)
     assert table.schema.metadata[b"labelled"] == b"False"
-    page = Path(found.root, "report.html").read_text()
+    page = Path(finished.root, "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2  # nothing was trained: no learning curves
     assert "a hint, not a measurement" in page
-    names = set(os.listdir(found.root))
+    names = set(os.listdir(finished.root))
     assert {"sweep.yaml", "best.yaml", "report.md", "report.json", "parallel.png", "importance.png"} <= names
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_nothing_but_the_results_is_left(found: Outcome) -> None:
-    assert wait_until_nothing_is_left() == ([], [])
-    assert "scratch" not in os.listdir(found.root)
+def test_only_the_results_remain(finished: SweepOutcome) -> None:
+    assert wait_for_cleanup() == ([], [])
+    assert "scratch" not in os.listdir(finished.root)
     session = Path(os.environ["RAY_TMPDIR"], "ray", "session_latest", "artifacts")
-    assert list(session.glob("*/found-*")) == []
-    assert os.listdir(Path(found.root).parent / "tmp") == []
+    assert list(session.glob("*/search-*")) == []
+    assert os.listdir(Path(finished.root).parent / "tmp") == []
 
 
 @pytest.mark.ray
-def test_features_are_made_once_and_the_scores_are_those_without_sharing(
-    found: Outcome, data: str, tmp_path: Path
-) -> None:
-    shared = {part["shared"] for record in found.records for part in record.categories.values()}
+def test_features_are_shared_and_do_not_change_the_scores(finished: SweepOutcome, data: str, tmp_path: Path) -> None:
+    shared = {result["shared"] for record in finished.records for result in record.categories.values()}
     assert shared == {"features"}
-    alone = judged_alone(sweep_of(data, tmp_path))
-    assert [record.score for record in alone] == pytest.approx([r.score for r in found.records], abs=1e-6)
+    unshared = judge_in_process(make_sweep(data, tmp_path))
+    assert [record.score for record in unshared] == pytest.approx([r.score for r in finished.records], abs=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_what_is_over_the_budget_is_told_and_every_trial_makes_its_own(
-    ray_cluster: None, found: Outcome, data: str, tmp_path: Path
+def test_inputs_over_the_budget_are_reported_and_computed_by_every_trial(
+    ray_cluster: None, finished: SweepOutcome, data: str, tmp_path: Path
 ) -> None:
-    said: list[str] = []
-    small = sweep(sweep_of(data, tmp_path, shared_budget_mb=1.0), log=said.append)
-    assert any("features of board take" in line and "shared_budget_mb" in line for line in said)
-    assert [record.score for record in small.records] == pytest.approx([r.score for r in found.records], abs=1e-6)
+    messages: list[str] = []
+    small = run_sweep(make_sweep(data, tmp_path, shared_budget_mb=1.0), log=messages.append)
+    assert any("features of board take" in line and "shared_budget_mb" in line for line in messages)
+    assert [record.score for record in small.records] == pytest.approx([r.score for r in finished.records], abs=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_one_sweep_a_category_finds_the_best_of_each(
-    ray_cluster: None, found: Outcome, data: str, tmp_path: Path
+def test_a_sweep_per_category_finds_the_best_trial_of_each_category(
+    ray_cluster: None, finished: SweepOutcome, data: str, tmp_path: Path
 ) -> None:
-    each = sweep(sweep_of(data, tmp_path, scope="per_category"))
+    per_category = run_sweep(make_sweep(data, tmp_path, scope="per_category"))
     for category in CATEGORIES:
-        best = max(record.categories[category]["score"] for record in found.records)
-        assert each.best[category].score == pytest.approx(best, abs=1e-4)  # of equal ones the first
-        assert load_config(f"{each.root}/best-{category}.yaml").data.categories == (category,)
+        best = max(record.categories[category]["score"] for record in finished.records)
+        assert per_category.best[category].score == pytest.approx(best, abs=1e-4)  # the first of equal trials
+        assert load_config(f"{per_category.root}/best-{category}.yaml").data.categories == (category,)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_trial_that_fails_is_told_and_the_others_go_on(ray_cluster: None, data: str, tmp_path: Path) -> None:
+def test_a_failed_trial_is_reported_and_the_other_trials_go_on(ray_cluster: None, data: str, tmp_path: Path) -> None:
     space = {"model.weights": ["random", str(tmp_path / "absent.pth")], "density.shrinkage": [1.0, 2.0]}
-    outcome = sweep(sweep_of(data, tmp_path, space=space, share_work=False, objective="pixel_auroc"))
+    outcome = run_sweep(make_sweep(data, tmp_path, space=space, share_work=False, objective="pixel_auroc"))
     assert [record.status for record in outcome.records] == ["finished", "finished", "failed", "failed"]
     assert all("absent.pth" in str(record.reason) for record in outcome.failed)
-    assert {part["shared"] for record in outcome.records for part in record.categories.values()} == {"nothing"}
+    assert {result["shared"] for record in outcome.records for result in record.categories.values()} == {"nothing"}
     assert "pixel_auroc on LABELLED test images" in Path(outcome.root, "best.yaml").read_text()
-    assert wait_until_nothing_is_left() == ([], [])
+    assert wait_for_cleanup() == ([], [])
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_where_every_trial_fails_the_sweep_does(ray_cluster: None, data: str, tmp_path: Path) -> None:
+def test_a_sweep_fails_if_every_trial_fails(ray_cluster: None, data: str, tmp_path: Path) -> None:
     space = {"model.weights": [str(tmp_path / "absent.pth")]}
-    with pytest.raises(SweepError, match=r"none of 1 trials came to a score; trial 00000: .*absent.pth"):
-        sweep(sweep_of(data, tmp_path, space=space))
+    with pytest.raises(SweepError, match=r"trial 00000: .*absent\.pth"):
+        run_sweep(make_sweep(data, tmp_path, space=space))
 
 
 def test_a_labelled_objective_is_marked_in_table_yaml_and_page(data: str, tmp_path: Path) -> None:
-    config = sweep_of(data, tmp_path, objective="pixel_auroc", space={"density.shrinkage": [1.0, 2.0]})
-    write_report(str(tmp_path), config, [a_record(point={"density.shrinkage": value}) for value in (1.0, 2.0)])
+    config = make_sweep(data, tmp_path, objective="pixel_auroc", space={"density.shrinkage": [1.0, 2.0]})
+    write_report(str(tmp_path), config, [make_record(point={"density.shrinkage": value}) for value in (1.0, 2.0)])
     best = (tmp_path / "best.yaml").read_text()
     assert "pixel_auroc on LABELLED test images" in best
-    assert "no fair test" in best
+    assert "no longer a fair test" in best
     assert "<span class=mark>labelled</span>" in (tmp_path / "report.html").read_text()
     assert "LABELLED" in (tmp_path / "report.md").read_text()
     assert pq.read_schema(tmp_path / "trials.parquet").metadata[b"labelled"] == b"True"
@@ -229,22 +231,22 @@ def test_a_labelled_objective_is_marked_in_table_yaml_and_page(data: str, tmp_pa
 # A race
 
 
-RATES = {"train.learning_rate": [1e-2, 1e-4, 1e-3, 0.03]}  # none diverges: what loses loses to the first
+RATES = {"train.learning_rate": [1e-2, 1e-4, 1e-3, 0.03]}  # no rate diverges; all others lose to the first
 TRAINED: dict[str, Any] = {"train": {"epochs": 3, "learning_rate_head": 0.05}, "density": {"coreset": 0}}
 HALVING: dict[str, Any] = {"race": {"enabled": True}, "scheduler": {"kind": "asha"}}
 
 
 @pytest.fixture(scope="module")
-def raceless(data: str) -> list[Record]:
-    """Four rates, every trial to its end."""
-    return judged_alone(sweep_of(data, "unused", TRAINED, space=RATES))
+def unpruned(data: str) -> list[TrialRecord]:
+    """Returns the records of four learning rates without pruning."""
+    return judge_in_process(make_sweep(data, "unused", TRAINED, space=RATES))
 
 
-def test_a_race_finds_the_same_best_for_fewer_epochs(raceless: list[Record], data: str) -> None:
-    judge = Judge(sweep_of(data, "unused", TRAINED, space=RATES, **HALVING), CATEGORIES, 3)
-    ended = []
+def test_a_race_finds_the_same_best_trial_with_fewer_epochs(unpruned: list[TrialRecord], data: str) -> None:
+    judge = Judge(make_sweep(data, "unused", TRAINED, space=RATES, **HALVING), CATEGORIES, 3)
+    raced = []
     epochs = 0
-    for record in raceless:  # whose scores do not depend on what the judge says of them
+    for record in unpruned:  # the decisions of the judge do not change their scores
         judge.begin(record.number)
         reason = None
         for category, curve in record.curves().items():
@@ -252,22 +254,22 @@ def test_a_race_finds_the_same_best_for_fewer_epochs(raceless: list[Record], dat
                 epochs += reason is None
                 reason = reason or judge.report(record.number, category, epoch, score, epoch == 3)
         status = "finished" if reason is None else "cut"
-        ended.append(dataclasses.replace(record, status=status, score=record.score if reason is None else None))
-    assert records.best_of(ended)[None] == records.best_of(raceless)[None]
-    assert sum(record.epochs for record in raceless) == 4 * 2 * 3
+        raced.append(dataclasses.replace(record, status=status, score=record.score if reason is None else None))
+    assert records.best_records(raced)[None] == records.best_records(unpruned)[None]
+    assert sum(record.epochs for record in unpruned) == 4 * 2 * 3
     assert epochs <= 0.6 * 4 * 2 * 3, epochs
-    assert [record.status for record in ended] == ["finished", "cut", "cut", "cut"]
+    assert [record.status for record in raced] == ["finished", "cut", "cut", "cut"]
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_race_on_ray_finds_the_best_of_all_trials_to_their_end(
-    ray_cluster: None, raceless: list[Record], data: str, tmp_path: Path
+def test_a_race_on_ray_finds_the_best_of_all_unpruned_trials(
+    ray_cluster: None, unpruned: list[TrialRecord], data: str, tmp_path: Path
 ) -> None:
-    raced = sweep(sweep_of(data, tmp_path, TRAINED, space=RATES, max_concurrent_trials=1, **HALVING))
-    whole = records.best_of(raceless)[None]
-    assert raced.best[None].point == whole.point
-    assert raced.best[None].score == pytest.approx(whole.score)
+    raced = run_sweep(make_sweep(data, tmp_path, TRAINED, space=RATES, max_concurrent_trials=1, **HALVING))
+    expected = records.best_records(unpruned)[None]
+    assert raced.best[None].point == expected.point
+    assert raced.best[None].score == pytest.approx(expected.score)
     epochs = sum(record.epochs for record in raced.records)
     assert epochs <= 0.6 * 4 * 2 * 3, epochs
     reasons = [str(record.reason) for record in raced.records if record.status == "cut"]
@@ -276,120 +278,119 @@ def test_a_race_on_ray_finds_the_best_of_all_trials_to_their_end(
     assert "curves.png" in os.listdir(raced.root)
 
 
-# Refusals
+# Refused sweeps
 
 
 @pytest.mark.ray
-def test_a_name_that_is_taken_is_refused(found: Outcome, data: str) -> None:
-    with pytest.raises(SweepError, match=r"found holds a sweep already: give another name, or `focus-ray sweep resume"):
-        sweep(sweep_of(data, Path(found.root).parent))
+def test_an_existing_name_is_refused(finished: SweepOutcome, data: str) -> None:
+    with pytest.raises(SweepError, match="search already contains a sweep"):
+        run_sweep(make_sweep(data, Path(finished.root).parent))
 
 
-def test_more_channels_than_there_are_are_refused_before_anything_starts(data: str, tmp_path: Path) -> None:
+def test_more_channels_than_the_network_has_are_refused_before_anything_starts(data: str, tmp_path: Path) -> None:
     space = {"density.num_channels": [32, 100], "density.layers": [["layer1"]]}
     with pytest.raises(
         ConfigError, match=r"at density.num_channels=100, density.layers=\['layer1'\]: .* have 64 channels"
     ):
-        sweep(sweep_of(data, tmp_path, space=space))
+        run_sweep(make_sweep(data, tmp_path, space=space))
     assert os.listdir(tmp_path) == []
 
 
-def test_a_category_that_is_not_there_is_refused(data: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has no category nut; it has board, gear"):
-        sweep(sweep_of(data, tmp_path, {"data": {"categories": ["nut"]}}))
+def test_an_unknown_category_is_refused(data: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nut.*board, gear"):
+        run_sweep(make_sweep(data, tmp_path, {"data": {"categories": ["nut"]}}))
 
 
 @pytest.mark.ray
-def test_a_sweep_that_the_cluster_cannot_hold_is_refused_and_takes_no_name(
+def test_a_sweep_that_is_too_large_for_the_cluster_is_refused_and_creates_no_folder(
     ray_cluster: None, data: str, tmp_path: Path
 ) -> None:
     with pytest.raises(TrainingError, match=r"5 worker\(s\) of 1 CPU need 5 CPU; the cluster has 4 CPU"):
-        sweep(sweep_of(data, tmp_path, {"cluster": {"num_workers": 5, "use_gpu": False}}))
+        run_sweep(make_sweep(data, tmp_path, {"cluster": {"num_workers": 5, "use_gpu": False}}))
     with pytest.raises(TrainingError, match=r"need 1 CPU; the cluster has .* labelled {'site': 'nowhere'}"):
-        sweep(sweep_of(data, tmp_path, {"cluster": {"labels": {"site": "nowhere"}, "use_gpu": False}}))
-    assert list_names(f"{tmp_path}/found") == []
+        run_sweep(make_sweep(data, tmp_path, {"cluster": {"labels": {"site": "nowhere"}, "use_gpu": False}}))
+    assert list_names(f"{tmp_path}/search") == []
 
 
 # The folder
 
 
-def a_record(**keys: Any) -> Record:
-    part = {"gear": {"score": 0.5, "curve": [[0, 0.5]]}}
-    return Record(
+def make_record(**keys: Any) -> TrialRecord:
+    """Returns a record with other values in `keys`."""
+    categories = {"gear": {"score": 0.5, "curve": [[0, 0.5]]}}
+    return TrialRecord(
         **{
             "number": 3,
             "stage": None,
             "point": {"a": 1},
             "status": "finished",
             "score": 0.5,
-            "categories": part,
+            "categories": categories,
             **keys,
         }
     )
 
 
-def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
-    for record in (a_record(), a_record(stage="gear", status="cut", score=None, reason="lost")):
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    for record in (make_record(), make_record(stage="gear", status="cut", score=None, reason="lost")):
         records.write_record(str(tmp_path), record)
     assert [dataclasses.replace(r, stage=None).name for r in read_records(str(tmp_path))] == ["00003", "00003"]
-    assert read_records(str(tmp_path))[0] == a_record()
+    assert read_records(str(tmp_path))[0] == make_record()
 
 
-def test_a_record_that_cannot_be_understood_is_named(tmp_path: Path) -> None:
+def test_an_invalid_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "00001.json").write_text('{"number": 1')
-    with pytest.raises(
-        SweepError, match=r"trials/00001.json: not a trial's record .*remove it to have the trial run again"
-    ):
+    with pytest.raises(SweepError, match=r"trials/00001\.json"):
         read_records(str(tmp_path))
 
 
-def test_a_driver_that_gives_no_sign_of_life_is_lost(tmp_path: Path) -> None:
+def test_a_driver_without_heartbeat_is_lost(tmp_path: Path) -> None:
     assert read_state(str(tmp_path))["state"] == "lost"
-    alive = SignOfLife(str(tmp_path))
-    assert read_state(str(tmp_path), lambda seconds: None)["state"] == "lost"  # no time passed: no further sign
-    assert read_state(str(tmp_path), lambda seconds: alive._write("running"))["state"] == "running"
-    alive.close("stopped")
+    heartbeat = Heartbeat(str(tmp_path))
+    assert read_state(str(tmp_path), lambda seconds: None)["state"] == "lost"  # no time passed, so no further heartbeat
+    assert read_state(str(tmp_path), lambda seconds: heartbeat._write("running"))["state"] == "running"
+    heartbeat.close("stopped")
     assert read_state(str(tmp_path))["state"] == "stopped"
 
 
-def test_changed_images_are_no_ground_to_go_on_from(data: str, tmp_path: Path) -> None:
-    records.claim(str(tmp_path), sweep_of(data, tmp_path), {"gear": "a", "board": "b"})
+def test_a_sweep_with_changed_images_is_not_resumed(data: str, tmp_path: Path) -> None:
+    records.claim_folder(str(tmp_path), make_sweep(data, tmp_path), {"gear": "a", "board": "b"})
     check_fingerprints(str(tmp_path), {"gear": "a", "board": "b"})
-    with pytest.raises(
-        DataError, match=r"the images of gear have changed since it began, .*: start anew under another"
-    ):
+    with pytest.raises(DataError, match="gear"):
         check_fingerprints(str(tmp_path), {"gear": "x", "board": "b"})
 
 
-def test_a_sweep_whose_driver_died_as_it_began_can_be_taken_up(data: str, tmp_path: Path) -> None:
-    records.claim(str(tmp_path), sweep_of(data, tmp_path), {"gear": "a"})
+def test_a_sweep_whose_driver_died_at_its_start_can_be_resumed(data: str, tmp_path: Path) -> None:
+    records.claim_folder(str(tmp_path), make_sweep(data, tmp_path), {"gear": "a"})
     (tmp_path / FINGERPRINTS).unlink()
     check_fingerprints(str(tmp_path), {"gear": "b"})
     assert json.loads((tmp_path / FINGERPRINTS).read_text()) == {"gear": "b"}
 
 
-def test_a_folder_without_a_sweep_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SweepError, match=r"no sweep here: give the folder that `focus-ray sweep` named"):
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SweepError, match="contains no sweep"):
         read_sweep(str(tmp_path))
 
 
-def test_a_sweep_comes_back_from_its_folder(data: str, tmp_path: Path) -> None:
-    config = sweep_of(data, tmp_path, race={"enabled": True, "order": ["gear"]})
-    records.claim(str(tmp_path), config, {})
+def test_the_configuration_of_a_sweep_is_read_from_its_folder(data: str, tmp_path: Path) -> None:
+    config = make_sweep(data, tmp_path, race={"enabled": True, "order": ["gear"]})
+    records.claim_folder(str(tmp_path), config, {})
     assert read_sweep(str(tmp_path)) == config
 
 
-# Killed and stopped drivers, in processes of their own
+# Killed and stopped drivers in separate processes
 
 
-def start(config: SweepConfig, folder: Path, *more: str) -> subprocess.Popen[str]:
+def start_sweep(config: SweepConfig, folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Starts `focus-ray sweep` in a process."""
     path = folder / "sweep-to-run.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_none=True)))
-    return command("sweep", str(path), *more)
+    return start_command("sweep", str(path), *overrides)
 
 
-def command(*arguments: str) -> subprocess.Popen[str]:
+def start_command(*arguments: str) -> subprocess.Popen[str]:
+    """Starts a `focus-ray` command in a process."""
     line = [sys.executable, "-m", "focus_ray.cli", *arguments]
     return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -397,68 +398,68 @@ def command(*arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.s3
-def test_a_killed_driver_loses_no_finished_trial_and_the_resumed_sweep_ends_with_the_same_best(
+def test_a_killed_driver_loses_no_finished_trial_and_the_resumed_sweep_has_the_same_best_trial(
     s3: S3Server, data: str, tmp_path: Path
 ) -> None:
     root = s3.new_uri()
     uri = f"{root}/data"
     ingest(draw_parts(tmp_path / "images"), uri, progress=False)
     base = {"train": {"epochs": 4, "learning_rate": 0.01}}
-    config = sweep_of(uri, f"{root}/sweeps", base, max_concurrent_trials=1, race={"enabled": True})
-    place = f"{root}/sweeps/found"
-    whole = start(config.model_copy(update={"name": "whole"}), tmp_path)
-    assert whole.wait(timeout=250) == 0, whole.communicate()[1][-3000:]
-    driver = start(config, tmp_path)
-    wait_for_records(place, 2, driver, 200.0)
+    config = make_sweep(uri, f"{root}/sweeps", base, max_concurrent_trials=1, race={"enabled": True})
+    folder = f"{root}/sweeps/search"
+    undisturbed = start_sweep(config.model_copy(update={"name": "undisturbed"}), tmp_path)
+    assert undisturbed.wait(timeout=250) == 0, undisturbed.communicate()[1][-3000:]
+    driver = start_sweep(config, tmp_path)
+    wait_for_records(folder, 2, driver, 200.0)
     driver.kill()
     driver.wait()
-    before = {record.name: record for record in read_records(place)}
+    before = {record.name: record for record in read_records(folder)}
     assert 2 <= len(before) < 6
-    again = command("sweep", "resume", place)
-    output, errors = again.communicate(timeout=250)
-    assert again.returncode == 0, errors[-3000:]
-    after = {record.name: record for record in read_records(place)}
+    resumed = start_command("sweep", "resume", folder)
+    output, errors = resumed.communicate(timeout=250)
+    assert resumed.returncode == 0, errors[-3000:]
+    after = {record.name: record for record in read_records(folder)}
     assert len(after) == 6
-    assert {name: after[name] for name in before} == before  # not one was run again
-    expected = read_records(f"{root}/sweeps/whole")
+    assert {name: after[name] for name in before} == before  # no trial was run again
+    expected = read_records(f"{root}/sweeps/undisturbed")
     assert [r.score for r in after.values()] == pytest.approx([r.score for r in expected], abs=1e-6)
-    assert records.best_of(list(after.values()))[None].number == records.best_of(expected)[None].number
-    assert f"{place}/best.yaml" in output
+    assert records.best_records(list(after.values()))[None].number == records.best_records(expected)[None].number
+    assert f"{folder}/best.yaml" in output
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_sweep_leaves_no_process_or_file_and_says_how_to_go_on(
+def test_a_stopped_sweep_leaves_no_process_or_file_and_prints_how_to_resume_it(
     number: signal.Signals, data: str, tmp_path: Path
 ) -> None:
-    config = sweep_of(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW)
-    environment = tmp_path / "tmp"
-    environment.mkdir()
-    os.environ["TMPDIR"] = str(environment)
+    config = make_sweep(data, tmp_path, {"train": {"learning_rate": 0.001}}, space=SLOW)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    os.environ["TMPDIR"] = str(temporary)
     try:
-        driver = start(config, tmp_path)
+        driver = start_sweep(config, tmp_path)
     finally:
         del os.environ["TMPDIR"]
-    wait_for_records(f"{tmp_path}/found", 1, driver, 200.0)
+    wait_for_records(f"{tmp_path}/search", 1, driver, 200.0)
     driver.send_signal(number)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 130, errors[-3000:]
-    assert f"stopped; go on with: focus-ray sweep resume {tmp_path}/found" in errors
-    assert json.loads(Path(tmp_path, "found/state.json").read_text())["state"] == "stopped"
-    assert list(environment.glob("focus-ray-sweep-*")) == []
-    assert not Path(tmp_path, "found/scratch").exists()
-    done = read_records(f"{tmp_path}/found")
-    assert 1 <= len(done) < 40
-    assert {record.status for record in done} == {"finished"}
+    assert f"focus-ray sweep resume {tmp_path}/search" in errors
+    assert json.loads(Path(tmp_path, "search/state.json").read_text())["state"] == "stopped"
+    assert list(temporary.glob("focus-ray-sweep-*")) == []
+    assert not Path(tmp_path, "search/scratch").exists()
+    trials = read_records(f"{tmp_path}/search")
+    assert 1 <= len(trials) < 40
+    assert {record.status for record in trials} == {"finished"}
 
 
-STOPPED_IN_A_CLUSTER_THAT_STAYS = """
+STOP_IN_A_RUNNING_CLUSTER = """
 import json, os, sys, threading, time
 import ray
 from focus_ray.sweep.settings import parse_sweep
 from focus_ray.storage import list_names
-from focus_ray.sweep.driver import sweep
+from focus_ray.sweep.driver import run_sweep
 from ray.util.state import list_actors, list_placement_groups
 
 if __name__ == "__main__":
@@ -473,61 +474,60 @@ if __name__ == "__main__":
         os.kill(os.getpid(), 2)
 
     threading.Thread(target=stop, daemon=True).start()
-    outcome = sweep(config, log=lambda line: print(line, file=sys.stderr))
+    outcome = run_sweep(config, log=lambda line: print(line, file=sys.stderr))
     deadline = time.monotonic() + 60
-    here = ray.get_runtime_context().gcs_address
+    address = ray.get_runtime_context().gcs_address
     while True:
-        alive = [actor.class_name for actor in list_actors(here, filters=[("state", "!=", "DEAD")])]
-        # Ray's own: one a cluster; and a watcher of Train's that stays, without a name to end it by, where its controller
-        # was ended by force before it had begun to watch
-        left = [name for name in alive if name not in ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner")]
-        groups = [group.placement_group_id for group in list_placement_groups(here, filters=[("state", "!=", "REMOVED")])]
+        alive = [actor.class_name for actor in list_actors(address, filters=[("state", "!=", "DEAD")])]
+        # Ray's own actors remain: one per cluster, and Train's cleaner if its controller was killed early.
+        leftovers = [name for name in alive if name not in ("_AutoscalingCoordinatorActor", "PlacementGroupCleaner")]
+        groups = [group.placement_group_id for group in list_placement_groups(address, filters=[("state", "!=", "REMOVED")])]
         free = ray.available_resources().get("CPU")
-        if (not left and not groups and free == 4.0) or time.monotonic() > deadline:
+        if (not leftovers and not groups and free == 4.0) or time.monotonic() > deadline:
             break
         time.sleep(0.5)
-    print(json.dumps({"stopped": outcome.stopped, "actors": left, "groups": groups, "free": free}))
+    print(json.dumps({"stopped": outcome.stopped, "actors": leftovers, "groups": groups, "free": free}))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_after_a_stop_no_actor_and_no_placement_group_is_left_in_a_cluster_that_stays(
+def test_a_stopped_sweep_leaves_no_actor_and_no_placement_group_in_a_running_cluster(
     data: str, tmp_path: Path, num_workers: int
 ) -> None:
     base = {"cluster": {"num_workers": num_workers, "use_gpu": False}}
-    config = sweep_of(data, tmp_path, base, space={**SLOW, "train.epochs": [400]})
+    config = make_sweep(data, tmp_path, base, space={**SLOW, "train.epochs": [400]})
     arguments = json.dumps(config.model_dump(mode="json", exclude_none=True))
-    line = [sys.executable, "-c", STOPPED_IN_A_CLUSTER_THAT_STAYS, arguments, "5"]
-    if num_workers == 1:  # a trial of 400 epochs does not end by itself: stop while the first ones run
+    line = [sys.executable, "-c", STOP_IN_A_RUNNING_CLUSTER, arguments, "5"]
+    if num_workers == 1:  # a trial of 400 epochs does not end soon: stop while the first trials run
         line[-1] = "0"
-        config = sweep_of(data, tmp_path, base, space=SLOW)
+        config = make_sweep(data, tmp_path, base, space=SLOW)
         line[-2] = json.dumps(config.model_dump(mode="json", exclude_none=True))
-    ended = subprocess.run(line, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    told = json.loads(ended.stdout.strip().splitlines()[-1])
-    assert told == {"stopped": True, "actors": [], "groups": [], "free": 4.0}
-    assert not Path(tmp_path, "found/scratch").exists()
+    process = subprocess.run(line, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr[-3000:]
+    state = json.loads(process.stdout.strip().splitlines()[-1])
+    assert state == {"stopped": True, "actors": [], "groups": [], "free": 4.0}
+    assert not Path(tmp_path, "search/scratch").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_trials_of_two_workers_train_with_ddp_and_status_and_report_tell_of_them(data: str, tmp_path: Path) -> None:
+def test_trials_with_two_workers_train_with_ddp_and_appear_in_status_and_report(data: str, tmp_path: Path) -> None:
     base = {"cluster": {"num_workers": 2, "use_gpu": False}, "train": {"epochs": 2}}
-    config = sweep_of(data, tmp_path, base, space={"train.learning_rate": [1e-4, 1e-2]})
-    driver = start(config, tmp_path)
+    config = make_sweep(data, tmp_path, base, space={"train.learning_rate": [1e-4, 1e-2]})
+    driver = start_sweep(config, tmp_path)
     _, errors = driver.communicate(timeout=250)
     assert driver.returncode == 0, errors[-3000:]
-    found = read_records(f"{tmp_path}/found")
-    assert [(record.status, record.epochs) for record in found] == [("finished", 4)] * 2
-    assert {part["shared"] for record in found for part in record.categories.values()} == {"images"}
-    assert not Path(tmp_path, "found/scratch").exists()
-    status = command("sweep", "status", f"{tmp_path}/found")
-    told = json.loads(status.communicate(timeout=60)[0].partition("\n**")[0])
-    assert (told["state"], told["planned"], told["finished"], told["epochs"]) == ("finished", 2, 2, 8)
-    Path(tmp_path, "found/report.html").unlink()
-    report = command("sweep", "report", f"{tmp_path}/found")
+    trials = read_records(f"{tmp_path}/search")
+    assert [(record.status, record.epochs) for record in trials] == [("finished", 4)] * 2
+    assert {result["shared"] for record in trials for result in record.categories.values()} == {"images"}
+    assert not Path(tmp_path, "search/scratch").exists()
+    status = start_command("sweep", "status", f"{tmp_path}/search")
+    state = json.loads(status.communicate(timeout=60)[0].partition("\n**")[0])
+    assert (state["state"], state["planned"], state["finished"], state["epochs"]) == ("finished", 2, 2, 8)
+    Path(tmp_path, "search/report.html").unlink()
+    report = start_command("sweep", "report", f"{tmp_path}/search")
     report.communicate(timeout=60)
     assert report.returncode == 0
-    assert Path(tmp_path, "found/report.html").exists()
+    assert Path(tmp_path, "search/report.html").exists()

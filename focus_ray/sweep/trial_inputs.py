@@ -1,4 +1,4 @@
-"""What trials are judged on and what none of them changes: images, and features of a network that none trains."""
+"""The inputs of trials that no trial changes: the decoded images, and the features of a network that is not trained."""
 
 from __future__ import annotations
 
@@ -33,40 +33,54 @@ from focus_ray.model.reduction import ChannelReduction
 from focus_ray.seeds import derive_seed
 from focus_ray.sweep.settings import Objective
 
-JUDGE_BATCH = 32
+JUDGING_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What trials are judged on: images (N, S, S, 3) uint8, masks (N, S, S) bool, labels (N,), and whether a mask is
-    known (N,): an anomalous image without one counts in image metrics alone."""
+class JudgingImages:
+    """The images on which all trials are judged.
+
+    Attributes:
+        images: (N, S, S, 3) uint8.
+        masks: (N, S, S) bool, True at defective pixels.
+        labels: (N,) 0 normal, 1 anomalous.
+        has_mask: (N,) bool. An anomalous image without a mask counts in image metrics only.
+    """
 
     images: NDArray[np.uint8]
     masks: NDArray[np.bool_]
     labels: NDArray[np.int64]
-    known: NDArray[np.bool_]
+    has_mask: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class CategoryImages:
-    """The decoded images of a category: fit and validation (N, S, S, 3) uint8, and those that trials are judged on.
+    """The decoded images of a category.
 
-    fit_groups, fit_order: (N,) group number and natural order of each fit image, as of `SplitPlan`; None: each is its own group.
+    Attributes:
+        fit, validation: (N, S, S, 3) uint8, the images for training and for the choice of an epoch.
+        judged: Images on which trials are judged.
+        fit_groups: (N,) group number of each fit image, as in `data.split.SplitPlan`; None: each image is its own group.
+        fit_order: (N,) natural order of the fit images, as in `SplitPlan`.
     """
 
     fit: NDArray[np.uint8]
     validation: NDArray[np.uint8]
-    judged: Judged
+    judged: JudgingImages
     fit_groups: NDArray[np.int64] | None = None
     fit_order: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
-class Features:
-    """What comes out of a network that no trial trains.
+class FrozenFeatures:
+    """The outputs of a network that no trial trains.
 
-    fit, judged: levels of layers 1 to 3, (N, H, W, C) float32.  fit_theta, theta: (N, 2, 3) of each, or None.
-    aligner: state of the fitted image aligner, or None.  alignment: what its fit found.  uid: no other features' own.
+    Attributes:
+        fit, judged: Features of the fit images and of the judged images: for each of the layers 1 to 3 (N, H, W, C) float32.
+        fit_theta, theta: (N, 2, 3) alignment of the fit images and of the judged images, or None.
+        aligner: State of the fitted image aligner, or None.
+        alignment: Report of the aligner's fit.
+        uid: Unique id of these features.
     """
 
     fit: tuple[NDArray[np.float32], ...]
@@ -78,8 +92,12 @@ class Features:
     uid: str
 
 
-def judging_split(config: Config, category: str, objective: Objective) -> Split:
-    """`split_category`, with images held out to be judged on where the objective needs them. Raises: DataError."""
+def split_for_judging(config: Config, category: str, objective: Objective) -> Split:
+    """Returns the split of a category. If the objective is `validation`, images are held out for judging.
+
+    Raises:
+        DataError: There are too few images.
+    """
     if objective == "validation":
         selection = config.selection.model_copy(update={"enabled": True})
         config = config.model_copy(update={"selection": selection})
@@ -87,20 +105,25 @@ def judging_split(config: Config, category: str, objective: Objective) -> Split:
 
 
 def load_images(config: Config, category: str, plan: SplitPlan, objective: Objective, size_px: int) -> CategoryImages:
-    """Reads and decodes a category, and makes the images that trials are judged on.
+    """Reads and decodes the images of a category, and makes the images on which trials are judged.
 
     Args:
-        config: the base of the sweep: its size is the one at which synthetic defects are drawn.
-        size_px: the trial's; the judged images are scaled to it.
+        config: Base configuration of the sweep. Synthetic defects are drawn at its image size.
+        category: Category to read.
+        plan: Rows of the images.
+        objective: Objective of the sweep.
+        size_px: Image size of the trial; the judged images are scaled to it.
 
-    Raises: DataError: images cannot be read, or there is nothing to judge on.
+    Raises:
+        DataError: Images cannot be read, or there are no images to judge on.
     """
 
-    def decode(rows: Sequence[int] | NDArray[np.int64], at: int) -> NDArray[np.uint8]:
+    def decode(rows: Sequence[int] | NDArray[np.int64], decode_size_px: int) -> NDArray[np.uint8]:
+        """Returns (N, S, S, 3) uint8: the decoded images of some rows at a size."""
         return np.concatenate(
             [
-                np.empty((0, at, at, 3), np.uint8),
-                *decode_rows(config.data.uri, category, rows, at, version=plan.version),
+                np.empty((0, decode_size_px, decode_size_px, 3), np.uint8),
+                *decode_rows(config.data.uri, category, rows, decode_size_px, version=plan.version),
             ]
         )
 
@@ -108,10 +131,10 @@ def load_images(config: Config, category: str, plan: SplitPlan, objective: Objec
     if objective == "validation":
         normals = decode(plan.validation_rows, reference_px)
         images, masks = validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
-        judged = Judged(
+        judged = JudgingImages(
             images, masks, np.asarray(masks.any(axis=(1, 2)), dtype=np.int64), np.ones(len(images), dtype=bool)
         )
-        judged = _at_size(judged, size_px)
+        judged = _scale_judging_images(judged, size_px)
     else:
         judged = _test_images(config.data.uri, category, size_px)
     return CategoryImages(
@@ -123,37 +146,41 @@ def load_images(config: Config, category: str, plan: SplitPlan, objective: Objec
     )
 
 
-def num_bytes_of_images(config: Config, split: Split, objective: Objective, size_px: int) -> int:
-    """What `load_images` will take."""
+def image_bytes(config: Config, split: Split, objective: Objective, size_px: int) -> int:
+    """Returns the number of bytes that `load_images` will return."""
     rows = split.num_fit + split.num_validation
-    return (rows * 3 + num_judged(config, split, objective) * 4) * size_px**2
+    return (rows * 3 + count_judging_images(config, split, objective) * 4) * size_px**2
 
 
-def num_bytes_of_features(config: Config, split: Split, objective: Objective) -> int:
-    """What `embed_images` will give."""
+def feature_bytes(config: Config, split: Split, objective: Objective) -> int:
+    """Returns the number of bytes that `embed_images` will return."""
     size = config.model.image_size_px
     channels = BACKBONES[config.model.backbone].channels
-    each = (
+    bytes_per_image = (
         sum(
             count * (size // stride) ** 2 for count, stride in zip(channels, config.model.geometry.strides, strict=True)
         )
         * 4
     )
-    return (split.num_fit + num_judged(config, split, objective)) * each
+    return (split.num_fit + count_judging_images(config, split, objective)) * bytes_per_image
 
 
-def num_judged(config: Config, split: Split, objective: Objective) -> int:
+def count_judging_images(config: Config, split: Split, objective: Objective) -> int:
+    """Returns the number of images on which the trials of a category are judged."""
     if objective == "validation":
         return split.num_validation * (1 + DEFECTS_PER_IMAGE)
     return int(read_index(config.data.uri, split.category, split="test").num_rows)
 
 
 def features_key(config: Config, category: str) -> str | None:
-    """Names the features that a trial's settings lead to; None where they are the trial's own."""
+    """Returns the key of the features that a trial can share, the same for all trials with the same network.
+
+    Returns None if the trial trains or changes the features itself.
+    """
     if config.density.reduction == "discriminant":
-        return None  # what it learns from, synthetic defects, goes through the network too
+        return None  # it also needs the features of synthetic defects
     if config.train.epochs or (config.selection.enabled and config.model.image_alignment.group != "none"):
-        return None  # trained; or aligned only if the trial's density gains by it
+        return None  # the network is trained, or the density of the trial decides on the alignment
     parts = {
         "category": category,
         "model": config.model.model_dump(mode="json"),
@@ -163,41 +190,49 @@ def features_key(config: Config, category: str) -> str | None:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def check_settings(config: Config) -> None:
-    """What `Config` cannot know without the network, and what a sweep cannot do.
+def check_trial_settings(config: Config) -> None:
+    """Checks settings that `Config` cannot check without the network, or that a sweep does not support.
 
-    Raises: ValueError: more channels asked for than there are; or settings under which images are not squares scored whole.
+    Raises:
+        ValueError: The network has fewer channels than the settings require, or images would not be scored as whole squares.
     """
-    beyond = {"model.tiling": config.model.tiling, "data.regions": config.data.regions}
-    names = [name for name, value in beyond.items() if value]
+    unsupported = {"model.tiling": config.model.tiling, "data.regions": config.data.regions}
+    names = [name for name, value in unsupported.items() if value]
     names += ["model.resize=pad"] if config.model.resize == "pad" else []
     if names:
-        raise ValueError(f"a sweep does not know {', '.join(names)}: search without, then train with it")
+        raise ValueError(
+            f"a sweep does not support {', '.join(names)}: search without this setting, then train with it"
+        )
     ChannelReduction(BACKBONES[config.model.backbone].channels, config.density, config.train.seed)
 
 
 @torch.no_grad()
-def embed_images(config: Config, images: CategoryImages, device: torch.device) -> Features:
-    """Fits the image aligner and takes all images through the untrained network. Raises: as `fit.fit`."""
+def embed_images(config: Config, images: CategoryImages, device: torch.device) -> FrozenFeatures:
+    """Fits the image aligner and runs all images through the untrained network.
+
+    Raises:
+        DataError: As `fit.fit`.
+    """
     run = Run(config, shard_of_images(config, images), len(images.fit), device)
     run.align()
     run.net.eval()
 
     def levels_of(batches: Iterator[Tensor]) -> tuple[list[list[NDArray[np.float32]]], list[NDArray[np.float32]]]:
+        """Returns the feature maps of each layer and the alignments, one array per batch."""
         parts: list[list[NDArray[np.float32]]] = [[] for _ in LAYERS]
         thetas = []
         for images in (part for batch in batches for part in slices(to_images(batch, device))):
             levels, theta = common_frame(run.net(images))
-            for part, level in zip(parts, levels, strict=True):  # as they lie in memory: channels last
+            for part, level in zip(parts, levels, strict=True):  # stored channels last, the layout in memory
                 part.append(level.permute(0, 2, 3, 1).float().cpu().contiguous().numpy())
             if theta is not None:
                 thetas.append(theta.float().cpu().numpy())
         return parts, thetas
 
     fitted, fit_thetas = levels_of(iter(torch.from_numpy(images.fit).split(config.train.batch_size_per_worker)))
-    judged, thetas = levels_of(iter(torch.from_numpy(images.judged.images).split(JUDGE_BATCH)))
+    judged, thetas = levels_of(iter(torch.from_numpy(images.judged.images).split(JUDGING_BATCH_SIZE)))
     aligner = run.net.image_aligner
-    return Features(
+    return FrozenFeatures(
         tuple(np.concatenate(part) for part in fitted),
         tuple(np.concatenate(part) for part in judged),
         np.concatenate(fit_thetas) if fit_thetas else None,
@@ -208,50 +243,59 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     )
 
 
-def _at_size(judged: Judged, size_px: int) -> Judged:
-    """Scaled down, so that sizes are judged on the same defects; a place is defective where any of its pixels was."""
+def _scale_judging_images(judged: JudgingImages, size_px: int) -> JudgingImages:
+    """Returns the judging images scaled down to another size, so that all sizes are judged on the same defects.
+
+    A pixel of the smaller mask is defective if any of its original pixels is defective.
+    """
     if judged.images.shape[1] == size_px:
         return judged
     images = torch.from_numpy(judged.images).permute(0, 3, 1, 2).float()
     scaled = F.interpolate(images, size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)
     masks = F.adaptive_max_pool2d(torch.from_numpy(judged.masks).float()[:, None], size_px)[:, 0] > 0
     small = scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return Judged(small.numpy(), masks.numpy(), judged.labels, judged.known)
+    return JudgingImages(small.numpy(), masks.numpy(), judged.labels, judged.has_mask)
 
 
-def _test_images(uri: str, category: str, size_px: int) -> Judged:
-    """The labelled test images. Raises: DataError: there are none."""
-    images, masks, labels, known = [], [], [], []
+def _test_images(uri: str, category: str, size_px: int) -> JudgingImages:
+    """Returns the labelled test images of a category.
+
+    Raises:
+        DataError: The category has no test images.
+    """
+    images, masks, labels, has_mask = [], [], [], []
     for record in iter_test_records(uri, category):
         images.append(decode_batch([record["image"]], size_px)[0])
         labels.append(int(record["label"]))
-        known.append(record["mask"] is not None or not record["label"])
+        has_mask.append(record["mask"] is not None or not record["label"])
         empty = np.zeros((size_px, size_px), dtype=bool)
         masks.append(empty if record["mask"] is None else decode_mask(record["mask"], size_px, size_px))
     if not images:
-        raise DataError(f"category {category!r} of {uri} has no test images: use objective=validation")
-    return Judged(np.stack(images), np.stack(masks), np.array(labels), np.array(known))
+        raise DataError(f"category {category!r} of {uri} has no test images: set objective=validation")
+    return JudgingImages(np.stack(images), np.stack(masks), np.array(labels), np.array(has_mask))
 
 
 def shard_of_images(config: Config, images: CategoryImages, rank: int = 0) -> MemoryShard:
-    """A worker's share of the images."""
+    """Returns the share of a worker of the images: a contiguous part of the fit and validation images."""
     world = world_size()
 
     def bounds(count: int) -> slice:
+        """Returns the part of `count` images that belongs to this worker."""
         return slice(count * rank // world, count * (rank + 1) // world)
 
     def share(array: NDArray[np.uint8]) -> Tensor:
-        with warnings.catch_warnings():  # a store's memory is read-only, and batches are only read
+        """Returns this worker's part of an array as a tensor."""
+        with warnings.catch_warnings():  # arrays in Ray's object store are read-only; batches are never written
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             return torch.from_numpy(array[bounds(len(array))])
 
-    own = np.arange(len(images.fit))
-    groups = own if images.fit_groups is None else images.fit_groups
-    order = own if images.fit_order is None else images.fit_order
+    row_numbers = np.arange(len(images.fit))
+    groups = row_numbers if images.fit_groups is None else images.fit_groups
+    order = row_numbers if images.fit_order is None else images.fit_order
     return MemoryShard(
         share(images.fit),
         batch_size=config.train.batch_size_per_worker,
         validation=share(images.validation),
-        groups=groups[bounds(len(own))],
-        order=order[bounds(len(own))],
+        groups=groups[bounds(len(row_numbers))],
+        order=order[bounds(len(row_numbers))],
     )

@@ -1,0 +1,106 @@
+"""The result of a check, and the loop that runs checks: a check that crashes gives a failed diagnosis too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from focus_ray.config import Config
+from focus_ray.errors import FocusRayError
+
+Status = Literal["ok", "warning", "FAILED"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The printable result of one check.
+
+    Attributes:
+        check: Name of the check.
+        status: "ok", "warning" or "FAILED".
+        message: One line that describes the state of the machine.
+        advice: One line that says what to do; empty if nothing needs to be done.
+    """
+
+    check: str
+    status: Status
+    message: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status:8} {self.check}: {self.message}" + (f": {self.advice}" if self.advice else "")
+
+
+@dataclass(frozen=True)
+class CheckContext:
+    """The configuration that this machine should be able to run.
+
+    Attributes:
+        config: Configuration of a run. It holds the defaults if the user named none.
+        has_config: True if the user named a configuration or set a key.
+        has_data: True if the user named the data set.
+    """
+
+    config: Config
+    has_config: bool = False
+    has_data: bool = False
+
+    @property
+    def status_if_missing(self) -> Status:
+        """The status of a missing thing that only some configurations need: "FAILED" if the user named a configuration."""
+        return "FAILED" if self.has_config else "warning"
+
+
+CheckResult = tuple[Status, str, str]  # status, message, advice
+Check = Callable[[CheckContext], CheckResult | None]  # None: the check does not apply, and nothing is printed
+
+
+def ok(message: str) -> CheckResult:
+    """Returns the result of a check that passed."""
+    return "ok", message, ""
+
+
+def warning(message: str, advice: str) -> CheckResult:
+    """Returns the result of a check that found a problem with which a run can still work."""
+    return "warning", message, advice
+
+
+def failed(message: str, advice: str) -> CheckResult:
+    """Returns the result of a check that found a problem with which a run cannot work."""
+    return "FAILED", message, advice
+
+
+def run_checks(checks: Mapping[str, Check], context: CheckContext) -> Iterator[Diagnosis]:
+    """Runs the checks in order and yields one diagnosis for each check that applies.
+
+    An exception in one check becomes a failed diagnosis, and the next checks still run.
+    """
+    for name, check in checks.items():
+        try:
+            result = check(context)
+        except FocusRayError as error:  # its message says what to do
+            result = failed(str(error), "")
+        except Exception as error:  # a broken installation can raise any type; the other checks must still run
+            result = failed(f"the check itself failed: {type(error).__name__}: {error}", "")
+        if result is not None:
+            status, message, advice = result
+            yield Diagnosis(name, status, _to_one_line(message), _to_one_line(advice))
+
+
+def to_json(diagnoses: Iterable[Diagnosis]) -> str:
+    """Returns the JSON text {"healthy": ..., "findings": [{"check", "status", "message", "advice"}, ...]}."""
+    entries = list(diagnoses)
+    content = {"healthy": is_healthy(entries), "findings": [asdict(diagnosis) for diagnosis in entries]}
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def is_healthy(diagnoses: Iterable[Diagnosis]) -> bool:
+    """Returns True if no diagnosis has the status "FAILED"."""
+    return all(diagnosis.status != "FAILED" for diagnosis in diagnoses)
+
+
+def _to_one_line(text: str) -> str:
+    """Returns text with all line breaks and repeated spaces replaced by single spaces."""
+    return " ".join(text.split())

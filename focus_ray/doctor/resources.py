@@ -1,0 +1,137 @@
+"""Checks of the things that a configuration names: storage, data set, weights, trackers."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from focus_ray.config import ModelConfig
+from focus_ray.data.framing import Frame
+from focus_ray.data.images import decode_batch
+from focus_ray.data.read import list_categories, read_rows
+from focus_ray.data.regions import load_frame
+from focus_ray.data.store import Store, open_store
+from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok
+from focus_ray.doctor.machine import nearest_existing_folder
+from focus_ray.kinds import TRACKERS
+from focus_ray.storage import check_access, is_s3, open_filesystem
+
+TIMEOUT_S = 5.0
+
+
+def check_storage(context: CheckContext) -> CheckResult:
+    """Checks the storage: writes, reads, lists and deletes a small file.
+
+    Raises:
+        DataError: One of these operations is not allowed.
+    """
+    uri = context.config.storage
+    if is_s3(uri):
+        check_access(uri)
+        return ok(f"{uri}: files can be written, read, listed and deleted")
+    folder = nearest_existing_folder(uri)
+    if not folder.is_dir():
+        return failed(f"{uri}: {folder} is a file", "set storage to a folder")
+    check_access(
+        str(folder)
+    )  # of a storage that does not exist yet, its existing parent: the check must not create folders
+    if str(folder) != open_filesystem(uri)[1]:
+        return ok(f"{uri} can be created in {folder}")
+    return ok(f"{uri}: files can be written, read, listed and deleted")
+
+
+def check_data(context: CheckContext) -> CheckResult | None:
+    """Checks every category of the run: its files exist, it has training images, and its first image can be decoded.
+
+    Does not apply if the user named no data set.
+
+    Raises:
+        DataError: The data set or a category does not exist, or an image cannot be read.
+    """
+    if not context.has_data:
+        return None
+    settings = context.config.data
+    store = open_store(settings.uri)
+    categories = settings.categories or tuple(list_categories(settings.uri))
+    results = [_check_category(store, category, load_frame(context.config, category)) for category in categories]
+    problems = [text for is_usable, text in results if not is_usable]
+    if problems:
+        return failed(f"{settings.uri}: {'; '.join(problems)}", "ingest these categories again")
+    return ok(f"{settings.uri}: {len(results)} categories: {'; '.join(text for _, text in results)}")
+
+
+def check_trackers(context: CheckContext) -> CheckResult:
+    """Checks every experiment tracker of the configuration.
+
+    Raises:
+        ConfigError: The package of a tracker is not installed, or its folder or server cannot be used.
+    """
+    trackers, storage = context.config.trackers, context.config.storage
+    if not trackers:
+        return ok("the configuration names none")
+    return ok("; ".join(f"{kind}: {TRACKERS[kind].check(settings, storage)}" for kind, settings in trackers.items()))
+
+
+def _check_category(store: Store, category: str, frame: Frame) -> tuple[bool, str]:
+    """Returns (can be trained on, text): the text gives the problem or the number of images."""
+    commit = store.require_commit(category)
+    if not store.is_complete(category, commit):
+        return False, f"{category}: data files are missing or damaged"
+    counts = commit["counts"]
+    if not counts["num_train"]:
+        return False, f"{category}: it has no normal training image"
+    (first,) = read_rows(store.uri, category, [0], columns=("image",))
+    decode_batch([first["image"]], frame)
+    return True, (
+        f"{category} {counts['num_train']} train, {counts['num_test_normal']} normal and {counts['num_test_anomalous']} "
+        "anomalous test images"
+    )
+
+
+def check_weights(context: CheckContext) -> CheckResult:
+    """Loads the weights of the backbone. If they are not on this machine, checks that their URL answers.
+
+    Raises:
+        WeightsError: The file cannot be read, or the weights do not fit the backbone.
+    """
+    from focus_ray.model.backbones.base import build_backbone
+
+    model = context.config.model
+    settings = f"model.backbone={model.backbone}, model.weights={model.weights}"
+    if model.weights == "random":
+        return ok(f"{settings}: nothing to load")
+    url, file = _download_location(model)
+    if url and file is not None and not file.is_file():
+        reason = _url_problem(url)
+        if not reason:
+            return ok(f"{settings}: not on this machine yet, but {url} answers: the first run downloads them")
+        return (
+            context.status_if_missing,
+            f"{settings}: not on this machine ({file}), and {url} cannot be reached ({reason})",
+            f"set model.weights to a file, download the weights to {file}, or set model.backbone=efficientnet_lite0, "
+            "whose weights come with a package",
+        )
+    build_backbone(model.backbone, model.weights, model.weights_sha256)
+    return ok(f"{settings}: they load and fit")
+
+
+def _download_location(model: ModelConfig) -> tuple[str | None, Path | None]:
+    """Returns (URL, local file) of weights that are downloaded; (None, None) for weights that are not downloaded."""
+    from focus_ray.model.backbones.weights import downloaded_file, hub_file, hub_weights
+
+    if model.weights.startswith(("http://", "https://")):
+        return model.weights, downloaded_file(model.weights)
+    hub_entry = hub_weights(model.backbone) if model.weights == "default" else None
+    return (None, None) if hub_entry is None else (hub_entry.url, hub_file(Path(hub_entry.url).name))
+
+
+def _url_problem(url: str) -> str:
+    """Returns why a URL cannot be read through the proxies of the environment; empty if it can be read."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        return f"HTTP {error.code}"
+    except OSError as error:
+        return str(getattr(error, "reason", error)) or type(error).__name__
+    return ""

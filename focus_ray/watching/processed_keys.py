@@ -1,0 +1,65 @@
+"""The set of images that already have a line in the journal, in eight bytes per key: millions of keys fit into memory."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_MAX_RECENT = 65536  # keys in a Python set, which takes about 100 bytes per key
+
+
+def stamp_key(image: str, num_bytes: int, mtime_ns: int, ctime_ns: int = 0, inode: int = 0) -> int:
+    """Returns the 64-bit key of a listed file: a hash of all fields of `folder.ListedFile`."""
+    return _key(f"{num_bytes}/{mtime_ns}/{ctime_ns}/{inode}/{image}")
+
+
+def content_key(image: str, sha256: str) -> int:
+    """Returns the 64-bit key of an image: a hash of its name and of the SHA-256 of its bytes."""
+    return _key(f"{sha256}/{image}")
+
+
+def _key(text: str) -> int:
+    """Returns a 64-bit hash of a text."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+class ProcessedKeys:
+    """A set of 64-bit keys.
+
+    Two different images get the same key by chance in about 1 of 400,000 sets of ten million keys.
+    """
+
+    def __init__(self, keys: array[int] | Sequence[int] = ()) -> None:
+        self._sorted: NDArray[np.uint64] = np.unique(np.asarray(keys, dtype=np.uint64))
+        self._recent: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._recent)
+
+    def __contains__(self, key: int) -> bool:
+        return self.contains_each([key])[0]
+
+    def add(self, *keys: int) -> None:
+        """Adds keys. When many keys are new, they are merged into the sorted array."""
+        self._recent.update(keys)
+        if len(self._recent) >= _MAX_RECENT:
+            self._sorted = np.union1d(self._sorted, np.fromiter(self._recent, np.uint64, len(self._recent)))
+            self._recent.clear()
+
+    def contains_each(self, keys: Iterable[int]) -> list[bool]:
+        """Returns for each key whether it is in the set. One call is faster than a look-up of every single key."""
+        keys = list(keys)
+        if not len(self._sorted):
+            return [key in self._recent for key in keys]
+        queries = np.array(keys, dtype=np.uint64)
+        # Binary search: each key can only be at its insertion position in the sorted array.
+        positions = np.minimum(np.searchsorted(self._sorted, queries), len(self._sorted) - 1)
+        return [
+            is_sorted or key in self._recent
+            for key, is_sorted in zip(keys, (self._sorted[positions] == queries).tolist(), strict=True)
+        ]
