@@ -188,7 +188,7 @@ def test_a_worker_decodes_its_own_share_where_images_are_not_shared(
         return decode_rows(uri, category, rows, *rest, **more)
 
     for module in ("focus_ray.data.shards", "focus_ray.sweep.shared"):
-        monkeypatch.setattr(f"{module}.decoded_rows", counting)
+        monkeypatch.setattr(f"{module}.decode_rows", counting)
     given = []
     for rank in range(num_workers):
         decoded.clear()
