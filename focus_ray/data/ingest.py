@@ -186,9 +186,9 @@ def _read_row(row_id: str, item: CheckedSample, category: str, site: str) -> Row
     try:
         data = item.sample.path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{item.sample.path}: it was deleted during the ingestion ({error}): run the ingestion again"
-        ) from error
+        raise DataError(f"{item.sample.path}: deleted during the ingestion ({error}): run it again") from error
     if hashlib.sha256(data).hexdigest() != item.digest:
-        raise DataError(f"{item.sample.path}: it changed during the ingestion: run the ingestion again")
+        raise DataError(
+            f"{item.sample.path}: changed during the ingestion: run it again when nobody changes the source"
+        )
     return make_row(row_id, item, data, category, site)

@@ -81,7 +81,7 @@ class Shard(Protocol):
 
 
 class MemoryShard:
-    """A shard whose decoded images are kept in memory.
+    """A shard whose decoded images are kept in memory. `Shard` describes the methods.
 
     Args:
         images: (N, H, W, C) uint8, the fit images, for training and density.
@@ -244,7 +244,7 @@ def local_stream(config: Config, category: str, plan: SplitPlan, num_threads: in
 
 
 class StreamShard:
-    """A shard that reads and decodes its images again on every pass, a few images at a time."""
+    """A shard that reads and decodes its images again on every pass, a few at a time. `Shard` describes the methods."""
 
     def __init__(
         self, config: Config, category: str, share: SplitPlan, stream: BatchStream | None = None, num_threads: int = 1
@@ -313,6 +313,7 @@ class StreamShard:
         return StreamShard(self.config, self.category, self.share.with_validation(), self.stream, self.num_threads)
 
     def _read(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
+        """Yields batches of the decoded images of rows."""
         uri, version = self.config.data.uri, self.share.version
         for images in decode_rows(uri, self.category, rows, self.frame, self.batch_size, self.num_threads, version):
             yield torch.from_numpy(images)

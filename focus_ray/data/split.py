@@ -218,7 +218,7 @@ def split_category(config: Config, category: str) -> Split:
     Raises: DataError: the category does not exist, it has too few normal training images, or some images have a size at which
         no pixel would be inspected.
     """
-    return _split(config, category)[0]
+    return _compute_split(config, category)[0]
 
 
 def plan_category(config: Config, category: str) -> SplitPlan:
@@ -226,7 +226,7 @@ def plan_category(config: Config, category: str) -> SplitPlan:
 
     Raises: DataError: see `split_category`.
     """
-    split, images = _split(config, category)
+    split, images = _compute_split(config, category)
     return _apply_split(split, images, config.calibration.num_folds)
 
 
@@ -284,7 +284,7 @@ def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
     return ranks
 
 
-def _split(config: Config, category: str) -> tuple[Split, _NormalImages]:
+def _compute_split(config: Config, category: str) -> tuple[Split, _NormalImages]:
     """Returns the rule of `split_category`, and the normal training images of the category."""
     table = read_index(config.data.uri, category)
     images = _normal_images(table, config.train.seed)

@@ -377,6 +377,7 @@ class Store:
         return commit, existing_files
 
     def _write_commit(self, path: str, commit: Commit) -> None:
+        """Writes a commit to a file."""
         with self.storage_errors("write the commit file", path):
             write_file(self.filesystem, path, json.dumps(commit, indent=1).encode())
 

@@ -38,9 +38,8 @@ def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> Im
     good = list_good_folders(root)
     bad_folders = [item for item in list_subfolders(root) if is_bad_name(item.name)]
     masks_root = root / "masks"
-    refuse_unexpected_folders(
-        root, {"masks", *(item.name for item in (*good, *bad_folders))}, "good/, bad*/ and masks/"
-    )
+    allowed_names = {"masks", *(item.name for item in (*good, *bad_folders))}
+    refuse_unexpected_folders(root, allowed_names, "good/, bad*/ and masks/")
     plan.notes += describe_skipped_folders(root, {item.name for item in list_subfolders(root)}, settings)
 
     normal = ImportPlan(category)
@@ -110,9 +109,8 @@ def _is_folder(folder: SourcePath) -> bool:
     if (folder / "good").is_dir():
         return True
     other_folders = [item for item in list_subfolders(folder) if not (is_bad_name(item.name) or item.name == "masks")]
-    return any(list_image_files(item) for item in list_good_folders(folder)) and other_folders == list_good_folders(
-        folder
-    )
+    good = list_good_folders(folder)
+    return any(list_image_files(item) for item in good) and other_folders == good
 
 
 FOLDER = FolderImporter("good/ with bad*/ and masks/", _is_folder, plan_folder)

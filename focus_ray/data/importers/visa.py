@@ -109,9 +109,7 @@ def _table_path(text: str, root: SourcePath, table: SourcePath) -> SourcePath:
     """
     parts = PurePosixPath(text.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts:
-        raise DataError(
-            f"{table}: {text!r} leads out of the folder of the data set; expected a path relative to {root}"
-        )
+        raise DataError(f"{table}: {text!r} leads out of the data set; expected a path relative to {root}")
     path_beside_table = table.parent / parts
     return path_beside_table if not (root / parts).is_file() and path_beside_table.is_file() else root / parts
 

@@ -31,12 +31,7 @@ from focus_ray.data.ingestion.chunks import (
     rewrite_parts,
     write_chunk,
 )
-from focus_ray.data.ingestion.deduplicate import (
-    choose_unused_ids,
-    deduplicate_against,
-    make_row_ids,
-    remove_duplicates,
-)
+from focus_ray.data.ingestion.deduplicate import choose_unused_ids, deduplicate_against, make_row_ids, remove_duplicates
 from focus_ray.data.ingestion.report import (
     CategoryOutcome,
     CategoryReport,
@@ -186,18 +181,14 @@ def _prepare(plan: ImportPlan, options: IngestOptions) -> _CategoryState:
         ):
             item.outcome = report_unchanged(plan, store, previous, options.settings)
             return item
-    item.chunks = make_chunks(
-        category, samples, item.stamps, store.uri, options.site, options.settings, options.num_threads, index
-    )
+    site, settings, num_threads = options.site, options.settings, options.num_threads
+    item.chunks = make_chunks(category, samples, item.stamps, store.uri, site, settings, num_threads, index)
     item.results = [None] * len(item.chunks)
     return item
 
 
 def _find_digests(
-    manifest: SourceManifest,
-    paths: Sequence[SourcePath],
-    stamps: dict[SourcePath, SourceStamp],
-    options: IngestOptions,
+    manifest: SourceManifest, paths: Sequence[SourcePath], stamps: dict[SourcePath, SourceStamp], options: IngestOptions
 ) -> dict[SourcePath, FileDigest]:
     """Returns the digests of files that may be unchanged: from the manifest, or by reading the files of equal size."""
     if options.trusts_stamps:

@@ -110,9 +110,7 @@ def make_chunks(
         uri: root of the data set.
         index: the index of the existing rows, for an append.
     """
-    settings = replace(
-        settings, grouping=None
-    )  # the samples already have their groups; so the table of a rule is not sent
+    settings = replace(settings, grouping=None)  # the samples have their groups: do not send the table of the rule
     pairs = sorted(zip(make_row_ids(samples, category), samples, strict=True), key=lambda pair: pair[0])
     used_ids = find_existing_ids(index, [row_id for row_id, _ in pairs]) if index is not None else set()
     chunks: list[list[tuple[str, Sample]]] = []
