@@ -28,7 +28,7 @@ from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.shards import MemoryShard, build_shard
 from focus_ray.data.split import Plan, plan_category
-from focus_ray.density.base import sample_positions
+from focus_ray.density.base import sample_evenly
 from focus_ray.evaluation.evaluate import evaluation_size, summarise
 from focus_ray.evaluation.inspection import resize_map
 from focus_ray.fitting.profile import IMAGES, profile_of
@@ -77,7 +77,7 @@ def left_out_distances(embeddings: Tensor, rows: Tensor) -> Tensor:
         rows: (M,), the coreset as row numbers of embeddings.flatten(0, 1).
     """
     coreset, owner = embeddings.flatten(0, 1)[rows], rows // embeddings.shape[1]
-    chosen = sorted(sample_positions(len(embeddings), IMAGES))
+    chosen = sorted(sample_evenly(len(embeddings), IMAGES))
     return torch.stack([nearest_distance(embeddings[number], coreset[owner != number]) for number in chosen])
 
 

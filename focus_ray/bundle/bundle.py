@@ -32,7 +32,7 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.regions import frame_of, frame_with
 from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
-from focus_ray.density.nearest import rest_of, with_rest
+from focus_ray.density.nearest import restore_bank, unused_embeddings
 from focus_ray.density.relations import Relations
 from focus_ray.density.tiles import unfold_bank
 from focus_ray.errors import BundleError, ConfigError, DataError
@@ -147,10 +147,10 @@ def write_bundle(
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
-        tiles = statistics.of_tiles
+        tiles = statistics.per_tile
         if "bank.images" in density and tiles.bank is not None:
             whole = tiles.bank[:, :, : moments.channels]
-            parts["moments"]["bank.rest"] = rest_of(whole, density["bank.images"])
+            parts["moments"]["bank.rest"] = unused_embeddings(whole, density["bank.images"])
         if config.density.keeps_coreset and statistics.bank is not None:
             parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
         if statistics.scatter is not None:
@@ -347,7 +347,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     grid = parse_config(config_as_made(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
     bank = density.get("bank")
     if bank is not None and "bank.rest" in tensors:
-        bank = with_rest(bank, density["bank.images"], tensors["bank.rest"])
+        bank = restore_bank(bank, density["bank.images"], tensors["bank.rest"])
     if bank is not None:
         bank = unfold_bank(bank, grid, moments.height, moments.width)
     if bank is not None and "coreset_bank" in tensors:

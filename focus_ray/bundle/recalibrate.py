@@ -17,7 +17,7 @@ from focus_ray import __version__
 from focus_ray.bundle.bundle import copy_bundle, manifest_hash, read_manifest, read_statistics
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import rows_in_common
-from focus_ray.density.base import leaves_out
+from focus_ray.density.base import supports_leave_one_out
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.inspection import Inspection
@@ -144,7 +144,7 @@ def calibrate_for_site(
     """
     bundle = Inspector.load(uri, device).bundle
     statistics = read_statistics(uri)
-    if statistics.bank is None or not leaves_out(bundle.config.density, bundle.config.model.shared_grid):
+    if statistics.bank is None or not supports_leave_one_out(bundle.config.density, bundle.config.model.shared_grid):
         raise DataError(
             f"{uri}: a density of kind {bundle.config.density.kind} keeps no images to leave out: give good images of the site"
         )

@@ -21,10 +21,10 @@ from torch import Tensor
 from focus_ray.bundle.bundle import Bundle, read_bundle, read_statistics, write_bundle
 from focus_ray.data.read import data_fingerprint, decoded_rows, index_version, read_index
 from focus_ray.data.split import plan_category, short_hash
-from focus_ray.density.base import Statistics, leaves_out
+from focus_ray.density.base import Statistics, supports_leave_one_out
 from focus_ray.density.moments import Moments
 from focus_ray.density.relations import Relations
-from focus_ray.density.tiles import split_places
+from focus_ray.density.tiles import split_maps
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.duplicates import describe_statistics, relate_duplicates
 from focus_ray.fitting.fit import build_detector
@@ -132,7 +132,7 @@ def update_bundle(
                 log(f"{what} {place}: {left} of its images {'is' if left == 1 else 'are'} {there}, and left out")
         provenance["updates"] = growing.changes
     statistics = growing.statistics
-    statistics.keep_at_most(config.density.max_images)
+    statistics.limit_bank(config.density.max_images)
     relate_duplicates(statistics)
     detector = build_detector(config, bundle.detector.net, bundle.detector.reduction, _on(statistics, device))
     anew = bool(joined) or only is not None
@@ -160,7 +160,7 @@ def update_bundle(
 
 
 def _can_leave_out(bundle: Bundle, statistics: Statistics, anew: bool) -> bool:
-    if statistics.bank is None or not leaves_out(bundle.config.density, bundle.config.model.shared_grid):
+    if statistics.bank is None or not supports_leave_one_out(bundle.config.density, bundle.config.model.shared_grid):
         return False
     return anew or bundle.calibration.method == "leave_one_out"
 
@@ -241,7 +241,7 @@ def _take_out_shared(theirs: Statistics, mine: Statistics, count: int, place: st
     assert theirs.bank is not None
     theirs.moments.remove(_moments_of(theirs, shared))
     gone = set(shared)
-    theirs.keep([number for number in range(len(theirs.bank)) if number not in gone])
+    theirs.select_bank_images([number for number in range(len(theirs.bank)) if number not in gone])
 
 
 def _moments_of(statistics: Statistics, rows: Sequence[int]) -> Moments:
@@ -252,7 +252,7 @@ def _moments_of(statistics: Statistics, rows: Sequence[int]) -> Moments:
     for start in range(0, len(rows), 8):
         part = statistics.bank[list(rows[start : start + 8]), :, : like.channels].float().transpose(1, 2)
         places = part.unflatten(2, (like.height * grid[0], like.width * grid[1]))
-        found.update(split_places(places, *grid))
+        found.update(split_maps(places, *grid))
     return found
 
 
@@ -295,7 +295,7 @@ def _remove(growing: _Growing, bundle: Bundle, source: str) -> None:
     part = _statistics_of(bundle, there)
     statistics.moments.remove(part.moments)
     if statistics.bank is not None and part.bank is not None:
-        statistics.keep(_rows_left(statistics.bank, part.bank))
+        statistics.select_bank_images(_rows_left(statistics.bank, part.bank))
     growing.known -= set(there.known.values())
     growing.changes.append(_change("remove", source, count, given))
 

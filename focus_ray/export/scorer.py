@@ -48,7 +48,7 @@ class Scorer(nn.Module):
         fuse_batch_norms(detector.net.backbone)
         if half:
             detector.net.backbone.half()
-        self.tiles = Tiles.of(detector.net.config)
+        self.tiles = Tiles.from_config(detector.net.config)
         self.density = as_module(detector.density, half)
         self.spread, self.profile, self.seen = detector.spread, detector.profile, detector.seen
         self.verdict = Verdict(bundle.calibration)

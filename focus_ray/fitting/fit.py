@@ -23,10 +23,10 @@ from focus_ray.data.shards import Shard, Steps
 from focus_ray.density.base import (
     Statistics,
     build_density,
-    leaves_out,
-    leaving_out,
-    positions_to_keep,
-    sample_positions,
+    choose_bank_images,
+    leave_one_out_scorer,
+    sample_evenly,
+    supports_leave_one_out,
 )
 from focus_ray.density.moments import Moments
 from focus_ray.density.relations import Relations, fold_numbers
@@ -127,7 +127,9 @@ def check_ingredients(config: Config) -> None:
     Raises: WeightsError: the weights cannot be had.  ConfigError: density.metric cannot be used, or calibration is to leave
         images out and the density cannot.
     """
-    if config.calibration.method == "leave_one_out" and not leaves_out(config.density, config.model.shared_grid):
+    if config.calibration.method == "leave_one_out" and not supports_leave_one_out(
+        config.density, config.model.shared_grid
+    ):
         tiles = ", shared by tiles," if config.model.shared_grid != (1, 1) else ""
         raise ConfigError(
             f"calibration.method=leave_one_out: a density of kind {config.density.kind}{tiles} cannot leave an image out: set "
@@ -142,7 +144,7 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
     density = build_density(config.density, statistics)
     detector = Detector(net, reduction, density, config.scoring)
     if config.scoring.image_score == "profile" and statistics.bank is not None:
-        apart = leaving_out(config.density, statistics, density)
+        apart = leave_one_out_scorer(config.density, statistics, density)
         detector.profile, detector.profiled = fit_profile(apart, statistics, detector.seen, detector.spread)
     return detector
 
@@ -229,7 +231,7 @@ class Run:
     # ---- image alignment
     def align(self) -> None:
         """Fits the image aligner; with selection on, keeps it only if it validates better than none does."""
-        chosen = sample_positions(self.num_images, self.config.model.image_alignment.max_images)
+        chosen = sample_evenly(self.num_images, self.config.model.image_alignment.max_images)
         batches = self.shard.fit_batches(places=self._own(chosen))
         found = aligner_pass(self.net, batches, self.device, self.config.train.seed)
         if found is None:
@@ -320,11 +322,11 @@ class Run:
 
     def _one_tile_each(self, batches: Iterable[Tensor], epoch: int) -> Iterator[Tensor]:
         """Of images in tiles, one tile a batch, the same of all its images and on all workers; the tiles take turns."""
-        tiles = Tiles.of(self.config.model)
+        tiles = Tiles.from_config(self.config.model)
         generator = torch.Generator().manual_seed(derived_seed(self.config.train.seed, "tiles", epoch))
         order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
         for number, batch in enumerate(batches):
-            yield batch if tiles.num_tiles == 1 else tiles.one_position(batch, order[number % len(order)])
+            yield batch if tiles.num_tiles == 1 else tiles.cut_tile(batch, order[number % len(order)])
 
     def _note(self, figures: dict[str, float]) -> None:
         """Keeps and logs an epoch's figures, with a warning where they show a collapse."""
@@ -355,7 +357,7 @@ class Run:
     def learn_metric(self) -> None:
         """Of the network as it is, where the reduction is one that learns."""
         if self.config.density.reduction == "discriminant":
-            chosen = images_to_look_at(self.num_images, Tiles.of(self.config.model).num_tiles)
+            chosen = images_to_look_at(self.num_images, Tiles.from_config(self.config.model).num_tiles)
             places = self._own(chosen)
             self.metric = metric_pass(
                 self.net,
@@ -380,9 +382,9 @@ class Run:
         self.net.eval()
         config = self.config.density
         self.learn_metric()
-        kept = positions_to_keep(config, self.num_images)
+        kept = choose_bank_images(config, self.num_images)
         if kept is None and for_calibration:
-            kept = sample_positions(self.num_images, _CALIBRATED)
+            kept = sample_evenly(self.num_images, _CALIBRATED)
         batches = self.watched("statistics", self.shard.fit_batches())
         known = None if self.metric is None else self.metric.known
         found = statistics_pass(self.net, self.reduction, batches, self.device, kept, self.offset, known)
@@ -404,7 +406,7 @@ class Run:
     def _same_part_distance(self, reduction: ChannelReduction) -> float | None:
         """As `measure_same_part_distance`, of a few training images; the same on every worker."""
         if self._references is None:
-            places = self._own(sample_positions(self.num_images, len(SHIFTS_PX)))
+            places = self._own(sample_evenly(self.num_images, len(SHIFTS_PX)))
             images = list(self.shard.fit_batches(places=places))
             size = self.config.model.frame_px
             own = (
@@ -442,7 +444,7 @@ class Run:
             return list(own_places)
         holdout_descriptors = self._describe(self.shard.holdout_batches())
         bank_positions = sorted(
-            positions_to_keep(self.config.density, self.num_images) or sample_positions(self.num_images, _CALIBRATED)
+            choose_bank_images(self.config.density, self.num_images) or sample_evenly(self.num_images, _CALIBRATED)
         )
         bank_origins = self._origins(bank_positions, self.reduction)
         num_bank = len(bank_positions)
@@ -497,7 +499,9 @@ class Run:
             return method
         if sum(gather_objects(self.shard.num_holdout())):
             return "split"
-        return "leave_one_out" if leaves_out(self.config.density, self.config.model.shared_grid) else "cross"
+        return (
+            "leave_one_out" if supports_leave_one_out(self.config.density, self.config.model.shared_grid) else "cross"
+        )
 
     def finish(self) -> FitResult:
         self.net.eval()
@@ -514,7 +518,7 @@ class Run:
                 statistics = self.training_statistics(for_calibration=True)
                 held_out = self._unrelated_holdout(statistics)
                 if held_out is None:
-                    leave_out = leaves_out(self.config.density, self.config.model.shared_grid)
+                    leave_out = supports_leave_one_out(self.config.density, self.config.model.shared_grid)
                     self.method = "leave_one_out" if leave_out else "cross"
                     self._warn("training photographs set the threshold instead, each scored with its part left out")
             if self.method == "cross":
@@ -524,7 +528,7 @@ class Run:
                 statistics = _join_all(folds)
             elif self.method == "leave_one_out":
                 statistics = self.training_statistics(for_calibration=True)
-            statistics.keep_at_most(self.config.density.max_images)
+            statistics.limit_bank(self.config.density.max_images)
             statistics.scatter = None if self.metric is None else self.metric.scatters
         if statistics.relations is not None:
             self._note_relations(statistics.relations)
@@ -572,7 +576,7 @@ class Run:
         config = self.config.density
         sizes = gather_objects(len(places))
         limit = -(-config.max_images // (self.config.calibration.num_folds - 1))
-        kept = sample_positions(sum(sizes), limit) if DENSITIES[config.kind].keeps_bank else None
+        kept = sample_evenly(sum(sizes), limit) if DENSITIES[config.kind].keeps_bank else None
         batches = self.shard.fit_batches(places)
         return statistics_pass(self.net, self.reduction, batches, self.device, kept, sum(sizes[: self.rank]))
 
@@ -585,11 +589,11 @@ class Run:
             if not part.moments.count:
                 continue
             rest = _join_all([other for number, other in enumerate(folds) if number != fold])
-            rest.keep_at_most(self.config.density.max_images)
+            rest.limit_bank(self.config.density.max_images)
             detector = build_detector(self.config, self.net, self.reduction, rest)
             sizes = gather_objects(len(places[fold]))
             first = sum(sizes[: self.rank])
-            chosen = sample_positions(sum(sizes), limit)
+            chosen = sample_evenly(sum(sizes), limit)
             own = [place for number, place in enumerate(places[fold]) if first + number in chosen]
             scored = self.shard.fit_batches(own)
             builder = calibration_pass(detector, scored, self.config.calibration, "cross", self.device, groups[own])

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from focus_ray.config import Config, DensityConfig
-from focus_ray.density.base import LeavesOut, Statistics, build_density, leaving_out, sample_positions
-from focus_ray.density.checked import CheckedMemory, left_out_gaussian, measure_scale
+from focus_ray.density.base import LeaveOneOutScorer, Statistics, build_density, leave_one_out_scorer, sample_evenly
+from focus_ray.density.checked_memory import CheckedMemory, leave_one_out_gaussian, measure_scale
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import (
     JointMemory,
     NearestMemory,
-    keep,
-    memory_of,
-    thinned,
-    typical_distances,
+    measure_typical_distances,
+    subsample_coreset,
+    to_bank_rows,
+    unwrap_memory,
     whiten,
 )
-from focus_ray.density.tiles import SharedByTiles, fold_bank, split_places
+from focus_ray.density.tiles import TiledDensity, fold_bank, split_maps
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.fitting.distributed import own_part
 from focus_ray.fitting.metric import FOLDS, Metric
@@ -68,7 +68,7 @@ def leave_one_out_pass(
         assert chosen is None
         scored = _by_folds(detector, statistics, metric, config.density)
     else:
-        apart = leaving_out(config.density, statistics, detector.density)
+        apart = leave_one_out_scorer(config.density, statistics, detector.density)
         scored = _left_out_of_bank(detector, apart, statistics, chosen)
     count = len(statistics.bank if chosen is None else chosen)
     for own, found, shown in track(scored, "calibration", len(_mine(count)), log):
@@ -82,7 +82,7 @@ def _count(metric: Metric) -> int:
 
 
 def _left_out_of_bank(
-    detector: Detector, density: LeavesOut, statistics: Statistics, chosen: Sequence[int] | None = None
+    detector: Detector, density: LeaveOneOutScorer, statistics: Statistics, chosen: Sequence[int] | None = None
 ) -> Iterator[LeftOut]:
     """Of this worker's part of the bank, or of the chosen images."""
     bank = statistics.bank
@@ -90,7 +90,7 @@ def _left_out_of_bank(
     device = detector.density.device
     profiled, known = torch.empty(0, dtype=torch.long), detector.profiled
     if detector.profile is not None:
-        profiled = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
+        profiled = torch.tensor(sorted(sample_evenly(len(bank), IMAGES)))
     if known is None:
         known = left_out_distances(density, statistics, bank, detector.seen, profiled, device)
     places = {int(number): place for place, number in enumerate(profiled)}
@@ -111,7 +111,7 @@ def _by_folds(detector: Detector, statistics: Statistics, metric: Metric, config
     bank = statistics.bank
     assert bank is not None
     assert metric.fold_of is not None
-    density = detector.density.one if isinstance(detector.density, SharedByTiles) else detector.density
+    density = detector.density.tile_density if isinstance(detector.density, TiledDensity) else detector.density
     everyone = torch.arange(len(bank))
     if isinstance(density, CheckedMemory):
         distances_of_folds = _checked_distances_by_folds(detector, density, statistics, metric, config)
@@ -145,10 +145,10 @@ def _rebuilt_distances_by_folds(
         moments = Moments(whole.height, whole.width, whole.channels, device)
         rows = []
         for embedding in _projected(metric, fold, device):
-            moments.update(split_places(embedding, *statistics.grid))
-            rows.append(keep(embedding))
+            moments.update(split_maps(embedding, *statistics.grid))
+            rows.append(to_bank_rows(embedding))
         of_fold = dataclasses.replace(statistics, moments=moments, bank=torch.cat(rows))
-        density = leaving_out(config, of_fold, build_density(config, of_fold))
+        density = leave_one_out_scorer(config, of_fold, build_density(config, of_fold))
         everyone = torch.arange(len(bank))
         yield left_out_distances(density, statistics, torch.cat(rows), detector.seen, everyone, device)
 
@@ -160,13 +160,13 @@ def _memory_distances_by_folds(
     bank, grid = statistics.bank, statistics.grid
     assert bank is not None
     device, everyone = density.device, torch.arange(len(bank))
-    places = density.places if isinstance(density, JointMemory) else density
+    places = density.location_memory if isinstance(density, JointMemory) else density
     num_channels = places.bank.shape[2]
 
-    def of_images(one: LeavesOut) -> LeavesOut:
-        return one if grid == (1, 1) else SharedByTiles(one, grid)
+    def of_images(one: LeaveOneOutScorer) -> LeaveOneOutScorer:
+        return one if grid == (1, 1) else TiledDensity(one, grid)
 
-    def of_tiles(rows: Tensor) -> Tensor:
+    def per_tile(rows: Tensor) -> Tensor:
         return fold_bank(rows, grid, places.height, places.width)
 
     coreset_distances: Tensor | None = None
@@ -175,15 +175,15 @@ def _memory_distances_by_folds(
         coreset = of_images(_CoresetOf(density))
         coreset_distances = left_out_distances(coreset, statistics, others, detector.seen, everyone, device)
     for fold in range(FOLDS):
-        rows = torch.cat([keep(embedding) for embedding in _projected(metric, fold, device)])
+        rows = torch.cat([to_bank_rows(embedding) for embedding in _projected(metric, fold, device)])
         whitening = places.whitening
-        kept, images = thinned(whiten(of_tiles(rows), whitening), places.bank.shape[1], device)
+        kept, images = subsample_coreset(whiten(per_tile(rows), whitening), places.bank.shape[1], device)
         memory = NearestMemory(kept, whitening, places.height, places.width, places.window, places.bank.dtype, images)
         distances = left_out_distances(of_images(memory), statistics, rows, detector.seen, everyone, device)
         if isinstance(density, JointMemory):
             assert coreset_distances is not None
-            both = of_tiles(torch.cat([rows, bank[:, :, num_channels:]], dim=2))
-            typical = typical_distances(memory, density.coreset, both, statistics.of_tiles.relations)
+            both = per_tile(torch.cat([rows, bank[:, :, num_channels:]], dim=2))
+            typical = measure_typical_distances(memory, density.coreset, both, statistics.per_tile.relations)
             distances = (distances / typical[0] + coreset_distances / typical[1]) / 2
         yield distances
 
@@ -193,15 +193,15 @@ def _checked_distances_by_folds(
 ) -> Iterator[Tensor]:
     """As `_rebuilt_distances_by_folds`, of a checked memory: its Gaussians are fitted anew for each fold."""
     device, whole = density.device, statistics.moments
-    memory_distances = _memory_distances_by_folds(detector, memory_of(density), statistics, metric)
+    memory_distances = _memory_distances_by_folds(detector, unwrap_memory(density), statistics, metric)
     for fold, distances in enumerate(memory_distances):
         moments = Moments(whole.height, whole.width, whole.channels, device)
         rows = []
         for embedding in _projected(metric, fold, device):
             moments.update(embedding)
-            rows.append(keep(embedding))
+            rows.append(to_bank_rows(embedding))
         of_fold = dataclasses.replace(statistics, moments=moments, bank=torch.cat(rows))
-        gaussian = left_out_gaussian(of_fold)
+        gaussian = leave_one_out_gaussian(of_fold)
         everyone = torch.arange(len(distances))
         varied = left_out_distances(gaussian, of_fold, torch.cat(rows), detector.seen, everyone, device)
         yield torch.minimum(distances, varied * measure_scale(config, of_fold, gaussian))
@@ -209,7 +209,7 @@ def _checked_distances_by_folds(
 
 def _unrelated(statistics: Statistics, own: Tensor, numbers: Tensor) -> Tensor:
     """Positions in `numbers` (n,), of images of the bank, without the image own (1,) and the images related to it."""
-    left_out = statistics.left_out_with(own).view(-1)
+    left_out = statistics.images_to_exclude(own).view(-1)
     return (~torch.isin(numbers, left_out)).nonzero()[:, 0]
 
 

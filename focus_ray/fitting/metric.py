@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from focus_ray.config import DensityConfig
-from focus_ray.density.base import sample_positions
-from focus_ray.density.nearest import whitening_of
+from focus_ray.density.base import sample_evenly
+from focus_ray.density.nearest import whitening_matrix
 from focus_ray.density.relations import Relations, fold_numbers
 from focus_ray.density.tiles import Tiles
 from focus_ray.evaluation.defects import overlaid, synthetic_validation_set
@@ -103,7 +103,7 @@ def full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> Ch
 
 def images_to_look_at(num_images: int, num_tiles: int) -> set[int]:
     """Numbers of the images that a metric is learnt from, each in so many tiles."""
-    return sample_positions(num_images, max(FEWEST, NEIGHBOURS // num_tiles))
+    return sample_evenly(num_images, max(FEWEST, NEIGHBOURS // num_tiles))
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def metric_pass(
     Raises: ValueError: fewer than two images.
     """
     net.eval()
-    tiles = Tiles.of(net.config)
+    tiles = Tiles.from_config(net.config)
     size = net.config.image_size_px
     mine = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
     mine += [_marked(tiles.cut_batch(one)) for batch in batches for one in batch.split(1)]
@@ -228,7 +228,7 @@ def _queries(num_images: int, num_tiles: int, all_of_them: bool) -> list[int]:
     All of few, by folds of which they are calibrated then.
     """
     if num_tiles == 1:
-        return sorted(sample_positions(num_images, num_images if all_of_them else QUERIES))
+        return sorted(sample_evenly(num_images, num_images if all_of_them else QUERIES))
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
     return sorted(order[:NEIGHBOURS].tolist())
 
@@ -277,7 +277,7 @@ class ResidualScatter:
         centred = (reduced - reduced.mean(dim=0)).transpose(1, 2).reshape(-1, few)
         covariance = centred.t() @ centred / max(1, (len(bank) - 1) * bank.shape[2] * bank.shape[3])
         ridge = SEARCH_RIDGE * float(covariance.diagonal().mean())
-        self.search = whitening_of(covariance, max(ridge, 1e-12)) @ search  # (few, C)
+        self.search = whitening_matrix(covariance, max(ridge, 1e-12)) @ search  # (few, C)
         reduced = torch.stack([self.search @ image.flatten(1).float() for image in bank]).permute(2, 1, 0)
         self.rows, self.norms = reduced.contiguous(), reduced.square().sum(dim=1)  # (L, K, N), (L, N)
         # a fold of the images each: normal and defective sums (FOLDS, 2, C, C), and patches (FOLDS, 2)

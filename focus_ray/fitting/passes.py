@@ -13,8 +13,8 @@ from torch import Tensor
 from focus_ray.config import CalibrationConfig
 from focus_ray.density.base import Statistics
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import keep
-from focus_ray.density.tiles import Tiles, split_places
+from focus_ray.density.nearest import to_bank_rows
+from focus_ray.density.tiles import Tiles, split_maps
 from focus_ray.evaluation.calibration import CalibrationBuilder, Method
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, reduce_moments
@@ -46,7 +46,7 @@ def statistics_pass(
     """
     net.eval()
     alike = reduction.num_coreset_channels > 0
-    tiles = Tiles.of(net.config)
+    tiles = Tiles.from_config(net.config)
 
     def embedding_of(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
         rows = {} if known is None else known.row
@@ -108,11 +108,11 @@ def embedding_statistics(
     scored: list[Tensor] = []
     position = offset
     for embedding, theta, shown in embedded:
-        moments.update(split_places(embedding[:, :num_channels], *shared))
+        moments.update(split_maps(embedding[:, :num_channels], *shared))
         if keep_positions is not None:
             chosen = [number for number in range(len(embedding)) if position + number in keep_positions]
             if chosen:
-                kept.append(keep(embedding[chosen]))
+                kept.append(to_bank_rows(embedding[chosen]))
                 if theta is not None:
                     moved.append(theta[chosen].float().cpu())
                 if shown is not None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.base import LeavesOut, Statistics, sample_positions
+from focus_ray.density.base import LeaveOneOutScorer, Statistics, sample_evenly
 from focus_ray.fitting.spread import Spread
 from focus_ray.model.alignment.theta import valid_mask
 
@@ -51,7 +51,7 @@ def highest_values(distance: Tensor, spread: Spread) -> Tensor:
 
 @torch.no_grad()
 def fit_profile(
-    density: LeavesOut, statistics: Statistics, seen: Tensor | None, spread: Spread
+    density: LeaveOneOutScorer, statistics: Statistics, seen: Tensor | None, spread: Spread
 ) -> tuple[Profile, Tensor | None]:
     """The profile of a density's own images, and the left-out distances (n, H, W) that it was taken from.
 
@@ -65,14 +65,14 @@ def fit_profile(
     if len(bank) < 2:
         places = torch.ones(density.height, density.width, device=device)
         return Profile(places, torch.ones(len(SHARES), device=device)), None
-    chosen = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
+    chosen = torch.tensor(sorted(sample_evenly(len(bank), IMAGES)))
     known = left_out_distances(density, statistics, bank, seen, chosen, device)
     return profile_of(known, spread, statistics.shown), known
 
 
 @torch.no_grad()
 def left_out_distances(
-    density: LeavesOut,
+    density: LeaveOneOutScorer,
     statistics: Statistics,
     bank: Tensor,
     seen: Tensor | None,
@@ -87,7 +87,7 @@ def left_out_distances(
     thetas, shown = statistics.thetas, statistics.shown
     for own in chosen.split(_AT_ONCE) if len(chosen) else ():
         rows = bank[own].to(device, torch.float32)  # (B, L, C)
-        left_out = statistics.left_out_with(own)
+        left_out = statistics.images_to_exclude(own)
         distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), left_out)
         if shown is not None:
             distance = distance * shown[own].to(device).view_as(distance)

@@ -55,7 +55,7 @@ class Detector:
         self.profiled: Tensor | None = None  # the distances that it was taken from, where it was fitted here
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
         self.seen = seen_mask(net, density.height, density.width)
-        self.tiles = Tiles.of(net.config)
+        self.tiles = Tiles.from_config(net.config)
         places = density.height // self.tiles.rows
         self.spread = Spread.of(self.tiles, places, scoring.smoothing_sigma_px, density.device)
 
@@ -190,7 +190,7 @@ def embed(
 
     Of images in tiles, the places of the tiles lie side by side. Arguments as of `embed_tiles`.
     """
-    tiles = Tiles.of(net.config)
+    tiles = Tiles.from_config(net.config)
     embedding, theta = embed_tiles(net, reduction, tiles.cut(images), alike)
     return tiles.join(embedding), theta
 

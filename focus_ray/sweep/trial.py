@@ -20,7 +20,7 @@ from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.data.shards import Shard
-from focus_ray.density.base import Statistics, positions_to_keep
+from focus_ray.density.base import Statistics, choose_bank_images
 from focus_ray.errors import DataError
 from focus_ray.evaluation.evaluate import summarise
 from focus_ray.evaluation.selection import validation_figures
@@ -235,7 +235,7 @@ def _reduced(
                 parts = tuple(torch.from_numpy(level).to(device).permute(0, 3, 1, 2) for level in batch)
                 yield reduction(parts)
 
-        kept = positions_to_keep(density, len(features.fit[0]))
+        kept = choose_bank_images(density, len(features.fit[0]))
         size = config.model.image_size_px // config.model.place_px(density)
         batch_size = config.train.batch_size_per_worker
         thetas = (

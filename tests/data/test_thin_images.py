@@ -55,7 +55,7 @@ def test_the_frame_refuses_exactly_the_sizes_of_which_the_detector_inspects_no_p
 ) -> None:
     regions = {} if region is None else {"regions": {"gear": region}}
     config = small_config(data, tmp_path, data=regions, model={"resize": "pad", "tiling": tiling, **STILL})
-    frame, tiles = frame_of(config, "gear"), Tiles.of(config.model)
+    frame, tiles = frame_of(config, "gear"), Tiles.from_config(config.model)
     side = config.model.image_size_px // config.model.place_px(config.density)
     refused = 0
     for longer in (8, 16, 24, 32, 48, 64, 128):

@@ -9,7 +9,7 @@ from torch import Tensor
 from focus_ray.config import DensityConfig
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import NearestMemory, keep
+from focus_ray.density.nearest import NearestMemory, to_bank_rows
 from focus_ray.density.tiles import Tiles
 from focus_ray.fitting.profile import FLOOR, SHARES, Profile, fit_profile, highest_values
 from focus_ray.fitting.spread import Spread
@@ -25,7 +25,7 @@ def embeddings(count: int, seed: int = 0) -> Tensor:
 def memory(values: Tensor, window: int = 1) -> tuple[NearestMemory, Tensor]:
     moments = Moments(SIDE, SIDE, CHANNELS)
     moments.update(values)
-    bank = keep(values)
+    bank = to_bank_rows(values)
     density = build_density(
         DensityConfig(coreset=0, reduction="discriminant", window=window, precision="fp32"), Statistics(moments, bank)
     )  # type: ignore[arg-type]

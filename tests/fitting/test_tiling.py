@@ -25,8 +25,8 @@ from focus_ray.data.shards import MemoryShard, build_shard, fits_memory
 from focus_ray.data.split import plan_category
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import keep
-from focus_ray.density.tiles import SharedByTiles, Tiles, fold_bank, split_places, unfold_bank
+from focus_ray.density.nearest import to_bank_rows
+from focus_ray.density.tiles import TiledDensity, Tiles, fold_bank, split_maps, unfold_bank
 from focus_ray.errors import ConfigError
 from focus_ray.evaluation.inspection import resize_map
 from focus_ray.fitting.fit import FitResult, check_ingredients, fit
@@ -68,16 +68,16 @@ def test_tiles_are_cut_where_they_lie_and_joined_again() -> None:
     assert cut.shape == (12, 3, 8, 8)
     torch.testing.assert_close(cut[6 + 4], images[1, :, 6:14, 6:14])  # of the second image, second row, second column
     batch = images.mul(255).byte().permute(0, 2, 3, 1)
-    assert torch.equal(tiles.cut_batch(batch)[[4, 10]], tiles.one_position(batch, 4))
+    assert torch.equal(tiles.cut_batch(batch)[[4, 10]], tiles.cut_tile(batch, 4))
     assert torch.equal(tiles.split(tiles.join(cut)), cut)
     assert tiles.join(cut).shape == (2, 3, 16, 24)
 
 
 def test_a_bank_of_images_is_folded_into_one_of_their_tiles() -> None:
     embedding = torch.rand(5, 7, 2 * 4, 3 * 4)
-    bank = keep(embedding)
+    bank = to_bank_rows(embedding)
     folded = fold_bank(bank, (2, 3), 4, 4)
-    assert torch.equal(folded, keep(split_places(embedding, 2, 3)))
+    assert torch.equal(folded, to_bank_rows(split_maps(embedding, 2, 3)))
     assert torch.equal(unfold_bank(folded, (2, 3), 4, 4), bank)
 
 
@@ -179,17 +179,17 @@ def test_a_shared_density_leaves_out_all_tiles_of_an_image_of_its_bank() -> None
     config = DensityConfig(coreset=16, reduction="discriminant", precision="fp32")
     values = torch.randn(6, 5 + 4, 8, 12, generator=torch.Generator().manual_seed(0))
 
-    def shared(images: Tensor) -> SharedByTiles:
+    def shared(images: Tensor) -> TiledDensity:
         moments = Moments(4, 4, 5)
-        moments.update(split_places(images[:, :5], 2, 3))
-        density = build_density(config, Statistics(moments, keep(images), grid=(2, 3)))
-        assert isinstance(density, SharedByTiles)
+        moments.update(split_maps(images[:, :5], 2, 3))
+        density = build_density(config, Statistics(moments, to_bank_rows(images), grid=(2, 3)))
+        assert isinstance(density, TiledDensity)
         return density
 
     whole = shared(values)
-    places = whole.one.places  # type: ignore[attr-defined]
-    others = shared(torch.cat([values[:2], values[3:]])).one.places  # type: ignore[attr-defined]
-    tiles = split_places(values[2:3, :5], 2, 3)
+    places = whole.tile_density.location_memory  # type: ignore[attr-defined]
+    others = shared(torch.cat([values[:2], values[3:]])).tile_density.location_memory  # type: ignore[attr-defined]
+    tiles = split_maps(values[2:3, :5], 2, 3)
     numbers = (2 * 6 + torch.arange(6)).expand(6, 6)
     torch.testing.assert_close(places.score(tiles, numbers), others.score(tiles), atol=1e-3, rtol=1e-3)
     left_out = whole.score(values[2:3], torch.tensor([2]))
@@ -200,11 +200,11 @@ def test_a_shared_density_leaves_out_all_tiles_of_an_image_of_its_bank() -> None
 def test_a_place_that_tiles_share_keeps_as_much_as_those_it_stands_for() -> None:
     values = torch.randn(9, 5, 8, 12, generator=torch.Generator().manual_seed(0))
     moments = Moments(4, 4, 5)
-    moments.update(split_places(values, 2, 3))
+    moments.update(split_maps(values, 2, 3))
     config = DensityConfig(coreset=0, reduction="discriminant", precision="fp32", per_place=2)
-    density = build_density(config, Statistics(moments, keep(values), grid=(2, 3)))
-    assert isinstance(density, SharedByTiles)
-    assert density.one.bank.shape == (16, 2 * 6, 5)
+    density = build_density(config, Statistics(moments, to_bank_rows(values), grid=(2, 3)))
+    assert isinstance(density, TiledDensity)
+    assert density.tile_density.bank.shape == (16, 2 * 6, 5)
     assert density.score(values, torch.arange(9)).isfinite().all()
 
 
