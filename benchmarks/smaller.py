@@ -152,7 +152,7 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
         detector.density = JointMemory(
             memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found.bank)
         )
-        detector.profile, _ = fit_profile(detector.density, found, detector.seen, detector.spread)
+        detector.profile, _ = fit_profile(detector.density, found, detector.seen_mask, detector.map_generator)
         measured = inspector.evaluate(iter_test_records(config.data.uri, category))
         figures[name] = {"kept": memory.bank.shape[1], **{key: measured[key] for key in FIGURES}}
         print(f"{category} / {name}: {figures[name]}", flush=True)

@@ -176,7 +176,7 @@ class Inspector:
     def _check_score(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> None:
         if math.isfinite(score) and np.isfinite(anomaly_map).all():
             return
-        if math.isnan(score) and not anomaly_map.any():  # `Scored` of an image of which no place is inspected
+        if math.isnan(score) and not anomaly_map.any():  # `ScoredImages` of an image of which no place is inspected
             raise ImageError(
                 "unsupported",
                 f"once the image of {width} x {height} pixels is aligned, no place of the anomaly map shows a part of it to "

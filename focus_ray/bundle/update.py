@@ -28,8 +28,8 @@ from focus_ray.density.tiles import split_maps
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.duplicates import describe_statistics, relate_duplicates
 from focus_ray.fitting.fit import build_detector
-from focus_ray.fitting.left_out import leave_one_out_pass
-from focus_ray.fitting.passes import calibration_pass, statistics_pass
+from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
+from focus_ray.fitting.passes import collect_calibration_scores, compute_statistics
 from focus_ray.kinds import DENSITIES
 from focus_ray.model.batch_norm import prepared_for_inference
 from focus_ray.precision import compute_dtype
@@ -138,13 +138,13 @@ def update_bundle(
     anew = bool(joined) or only is not None
     num_held = 0
     if calibrate is None and _can_leave_out(bundle, statistics, anew):
-        builder = leave_one_out_pass(detector, statistics, config)
+        builder = collect_leave_one_out_scores(detector, statistics, config)
     else:
         held = _calibrating(bundle, calibrate, growing.known, only is not None)
         num_held = len(held.known)
         with prepared_for_inference(bundle.detector.net, compute_dtype(config.model.precision, device)):
             images = _images(bundle, held)
-            builder = calibration_pass(detector, images, config.calibration, "split", torch.device(device))
+            builder = collect_calibration_scores(detector, images, config.calibration, "split", torch.device(device))
     return write_bundle(
         output,
         config=config,
@@ -326,7 +326,7 @@ def _statistics_of(bundle: Bundle, images: _Normals) -> Statistics:
     keep = range(len(images.known)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
     net, reduction, device = bundle.detector.net, bundle.detector.reduction, bundle.detector.density.device
     with prepared_for_inference(net, compute_dtype(bundle.config.model.precision, device)):
-        found = _on(statistics_pass(net, reduction, _images(bundle, images), device, keep), "cpu")
+        found = _on(compute_statistics(net, reduction, _images(bundle, images), device, keep), "cpu")
     if found.bank is not None:
         found.descriptors = describe_statistics(found, reduction)
         found.relations = _named_relations([images.groups[row] for row in images.known])

@@ -20,7 +20,7 @@ from focus_ray.model.batch_norm import use_global_batch_norm
 LAYERS = ("layer1", "layer2", "layer3")
 
 
-class Aligned(NamedTuple):
+class AlignedFeatures(NamedTuple):
     """What a forward pass gives.
 
     levels: features of layers 1 to 3, (B, C, H/stride, W/stride), mostly H/4 to H/16, each in its own aligned frame.
@@ -84,16 +84,16 @@ class FocusNet(nn.Module):
         theta = aligner(images)
         return warp(images, theta, self.config.image_alignment.padding), theta
 
-    def forward(self, images: Tensor) -> Aligned:
-        """(B, 3, H, W), RGB in 0..1 -> see `Aligned`."""
+    def forward(self, images: Tensor) -> AlignedFeatures:
+        """(B, 3, H, W), RGB in 0..1 -> see `AlignedFeatures`."""
         image, theta_image = self.align_image(images)
         levels, thetas = self.features(image)
-        return Aligned(levels, thetas, image, theta_image)
+        return AlignedFeatures(levels, thetas, image, theta_image)
 
     def features(
         self, image: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Aligned images (B, 3, H, W), RGB in 0..1 -> levels and thetas of `Aligned`."""
+        """Aligned images (B, 3, H, W), RGB in 0..1 -> levels and thetas of `AlignedFeatures`."""
         if self.compiled is not None:
             return self.compiled(image), (None, None, None)
         x = (image - self.pixel_mean) / self.pixel_std
@@ -111,7 +111,7 @@ class FocusNet(nn.Module):
             thetas.append(theta)
         return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])
 
-    def project(self, aligned: Aligned) -> tuple[Tensor, Tensor]:
+    def project(self, aligned: AlignedFeatures) -> tuple[Tensor, Tensor]:
         """f and g on the last level -> projected f(x) and predicted g(f(x)), both (B, C, H/stride, W/stride)."""
         assert self.projector is not None, "this network was read for scoring: f and g are dropped"
         assert self.predictor is not None
@@ -160,7 +160,7 @@ def build_image_aligner(config: ModelConfig) -> nn.Module | None:
     return LocalisedAligner(alignment.group, Bounds(math.pi, alignment.max_translation, alignment.max_scale))
 
 
-def common_frame(aligned: Aligned) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+def common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
     """Brings every level to the last level's frame [ours], so that one location is one place in all of them.
 
     Returns: the levels, and theta (B, 2, 3) from that frame to the input image's; None where nothing moved.
@@ -186,7 +186,7 @@ def inside_mask(theta: Tensor | None, like: Tensor) -> Tensor | None:
     return None if theta is None else valid_mask(theta, like.shape[2], like.shape[3])
 
 
-def seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
+def compute_seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
     """(H, W) bool: places of the aligned frame that at least this share of the training images showed; None: all.
 
     None too where features are aligned once more: distances then lie in a frame of each image's own, and this is not it.

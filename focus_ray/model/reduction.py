@@ -13,7 +13,7 @@ from focus_ray.model.network import LAYERS
 class ChannelReduction(nn.Module):
     """Levels -> one embedding of fewer channels, at the places of layer 1 (map_stride_px 4) or layer 2 (8).
 
-    A random choice of channels [kin, PaDiM], a semi-orthogonal projection, or one that `fitting.metric` learns. All are linear
+    A random choice of channels [kin, PaDiM], a semi-orthogonal projection, or one that `fitting.projection` learns. All are linear
     in the channels, so each level is reduced at its own resolution before it is brought to the map's: the result is that of
     concatenating first.
 

@@ -24,8 +24,8 @@ from focus_ray.data.split import Plan, Split, split_category
 from focus_ray.errors import DataError
 from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE, validation_images
 from focus_ray.fitting.distributed import world_size
-from focus_ray.fitting.fit import Run
-from focus_ray.fitting.scoring import slices, to_images
+from focus_ray.fitting.fit import CategoryFit
+from focus_ray.fitting.scoring import split_for_inference, to_images
 from focus_ray.kinds import BACKBONES
 from focus_ray.model.alignment.congealing import AlignmentReport
 from focus_ray.model.network import LAYERS, common_frame
@@ -179,14 +179,14 @@ def check_settings(config: Config) -> None:
 @torch.no_grad()
 def embed_images(config: Config, images: CategoryImages, device: torch.device) -> Features:
     """Fits the image aligner and takes all images through the untrained network. Raises: as `fit.fit`."""
-    run = Run(config, shard_of_images(config, images), len(images.fit), device)
+    run = CategoryFit(config, shard_of_images(config, images), len(images.fit), device)
     run.align()
     run.net.eval()
 
     def levels_of(batches: Iterator[Tensor]) -> tuple[list[list[NDArray[np.float32]]], list[NDArray[np.float32]]]:
         parts: list[list[NDArray[np.float32]]] = [[] for _ in LAYERS]
         thetas = []
-        for images in (part for batch in batches for part in slices(to_images(batch, device))):
+        for images in (part for batch in batches for part in split_for_inference(to_images(batch, device))):
             levels, theta = common_frame(run.net(images))
             for part, level in zip(parts, levels, strict=True):  # as they lie in memory: channels last
                 part.append(level.permute(0, 2, 3, 1).float().cpu().contiguous().numpy())

@@ -25,9 +25,9 @@ from focus_ray.errors import DataError
 from focus_ray.evaluation.evaluate import summarise
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import gather_objects, world_size
-from focus_ray.fitting.fit import Run, build_detector
-from focus_ray.fitting.passes import Embedded, collect_scores, embedding_statistics
-from focus_ray.fitting.scoring import Scored
+from focus_ray.fitting.fit import CategoryFit, build_detector
+from focus_ray.fitting.passes import EmbeddedBatch, collect_scores, compute_embedding_statistics
+from focus_ray.fitting.scoring import ScoredImages
 from focus_ray.fitting.state import TrainState
 from focus_ray.kinds import BACKBONES, METRICS
 from focus_ray.model.alignment.congealing import AlignmentReport
@@ -111,7 +111,7 @@ def judge_category(
             result.alignment = features.alignment
             take(0, _judge_features(config, images, features, objective, device), True)
         else:
-            run = Run(
+            run = CategoryFit(
                 config,
                 shard or shard_of_images(config, images, rank),
                 num_images or len(images.fit),
@@ -129,7 +129,7 @@ def judge_category(
 
 
 def _judge_fitted(
-    run: Run,
+    run: CategoryFit,
     judged: Judged,
     objective: Objective,
     wrap: Callable[[torch.nn.Module], Any] | None,
@@ -153,7 +153,7 @@ def _judge_fitted(
             take(epoch + 1, judge(), False)
 
     try:
-        run.learn(wrap, None, on_epoch)
+        run.align_and_train(wrap, None, on_epoch)
         take(config.train.epochs, judge(), True)  # of the network that was kept, where the settings choose an epoch
     finally:
         result.alignment, result.warnings = run.notes.alignment, run.notes.warnings
@@ -169,7 +169,7 @@ def _judge_features(
     detector = build_detector(config, net, reduction, statistics)
     theta = None if features.theta is None else torch.from_numpy(np.array(features.theta)).to(device)
 
-    def scored() -> Iterator[Scored]:
+    def scored() -> Iterator[ScoredImages]:
         at = 0
         for embedding in embeddings:
             yield detector.score_embedding(embedding, None if theta is None else theta[at : at + len(embedding)])
@@ -241,8 +241,8 @@ def _reduced(
         thetas = (
             None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
         )
-        batches = map(Embedded, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
-        statistics = embedding_statistics(batches, reduction, (size, size), device, kept)
+        batches = map(EmbeddedBatch, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
+        statistics = compute_embedding_statistics(batches, reduction, (size, size), device, kept)
         return statistics, reduction, list(embeddings(features.judged, JUDGE_BATCH))
 
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")

@@ -22,7 +22,7 @@ from focus_ray.density.tiles import Tiles
 from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.export.scorer import Scorer
-from focus_ray.fitting.scoring import embed, places_shown, to_images
+from focus_ray.fitting.scoring import embed, shown_locations, to_images
 from focus_ray.serving.scorer import Scores, _decode, _judge
 
 STILL = {"image_alignment": {"group": "none"}}
@@ -61,7 +61,7 @@ def test_the_frame_refuses_exactly_the_sizes_of_which_the_detector_inspects_no_p
     for longer in (8, 16, 24, 32, 48, 64, 128):
         for width, height in ((longer * 8, 8), (8, longer * 8), (longer * 8, 17)):
             shown = torch.from_numpy(frame.shown(frame.box(width, height)))[None] > 0
-            inspected = places_shown(shown, None, tiles, (side * tiles.rows, side * tiles.columns)).any()
+            inspected = shown_locations(shown, None, tiles, (side * tiles.rows, side * tiles.columns)).any()
             if inspected:
                 frame.check_size(width, height)
             else:

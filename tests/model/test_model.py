@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from focus_ray.config import Config, DensityConfig, ModelConfig, TrainConfig, parse_config
 from focus_ray.fitting.fit import build_detector
-from focus_ray.fitting.objective import Objective
-from focus_ray.fitting.passes import statistics_pass
+from focus_ray.fitting.objective import TrainingObjective
+from focus_ray.fitting.passes import compute_statistics
 from focus_ray.model.alignment.theta import warp
 from focus_ray.model.batch_norm import GlobalBatchNorm2d, use_global_batch_norm
-from focus_ray.model.network import Aligned, build_net, common_frame
+from focus_ray.model.network import AlignedFeatures, build_net, common_frame
 from focus_ray.model.reduction import ChannelReduction
 
 WORKERS = 2
@@ -78,7 +78,7 @@ def worker(rank: int, folder: str) -> None:
     for mode in MODES:
         net = build_net(aligned_config(mode))
         net.load_state_dict(torch.load(f"{folder}/{mode}.pth", weights_only=True))
-        objective = Objective(net.train(), TrainConfig())
+        objective = TrainingObjective(net.train(), TrainConfig())
         parallel = nn.parallel.DistributedDataParallel(objective)
         loss = parallel(random_images(8).chunk(WORKERS)[rank], PAIRS[rank])["loss"]
         loss.backward()
@@ -125,7 +125,7 @@ def test_gradients_of_two_workers_are_one_workers_on_the_joined_batch(workers, m
     net = build_net(aligned_config(mode))
     net.load_state_dict(torch.load(folder / f"{mode}.pth", weights_only=True))
     joined = torch.cat([PAIRS[0], PAIRS[1] + 4])
-    loss = Objective(net.train(), TrainConfig())(random_images(8), joined)["loss"]
+    loss = TrainingObjective(net.train(), TrainConfig())(random_images(8), joined)["loss"]
     loss.backward()
     assert float(loss.detach()) == pytest.approx(np.mean([float(part[f"{mode} loss"]) for part in found]), abs=1e-5)
     for name, parameter in net.named_parameters():
@@ -166,7 +166,7 @@ def test_a_frozen_backbone_keeps_its_statistics_in_training(mode: str, moves: bo
 
 def test_frozen_batch_norms_are_still_trained_by_gradient() -> None:
     net = build_net(model_config("frozen")).train()
-    Objective(net, TrainConfig())(random_images(2), torch.tensor([1, 0]))["loss"].backward()
+    TrainingObjective(net, TrainConfig())(random_images(2), torch.tensor([1, 0]))["loss"].backward()
     assert float(net.backbone.layer1[1].weight.grad.abs().max()) > 0
 
 
@@ -216,7 +216,7 @@ def test_every_level_lands_in_the_last_frame(moved: tuple[np.ndarray | None, ...
     frames = (image @ first, image @ first @ second, image @ first @ second @ third)
     levels = tuple(scene(frame, size) for frame, size in zip(frames, (96, 64, 32), strict=True))
     thetas = tuple(theta_of(transform) for transform in moved[1:])
-    common, total = common_frame(Aligned(levels, thetas, scene(image, 64), theta_of(moved[0])))
+    common, total = common_frame(AlignedFeatures(levels, thetas, scene(image, 64), theta_of(moved[0])))
     np.testing.assert_allclose(total[0], frames[2][:2], atol=1e-5)
     for level, size in zip(common, (96, 64, 32), strict=True):
         inside = slice(round(size * 0.3), round(size * 0.7))  # where no level is asked for what it does not show
@@ -226,7 +226,7 @@ def test_every_level_lands_in_the_last_frame(moved: tuple[np.ndarray | None, ...
 
 def test_levels_that_nothing_moved_stay_as_they_are() -> None:
     levels = tuple(scene(np.eye(3), size) for size in (16, 8, 4))
-    common, total = common_frame(Aligned(levels, (None, None, None), scene(np.eye(3), 64), None))
+    common, total = common_frame(AlignedFeatures(levels, (None, None, None), scene(np.eye(3), 64), None))
     assert total is None
     assert all(one is other for one, other in zip(common, levels, strict=True))
 
@@ -274,7 +274,7 @@ def test_an_anomaly_is_marked_where_it_is_in_the_image_that_was_given(quarter_tu
         nn.init.constant_(aligner.parameters_out.bias, 0.4)
     config = config_of(net.config)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
-    statistics = statistics_pass(net, reduction, parts(24, 0).split(8), torch.device("cpu"))
+    statistics = compute_statistics(net, reduction, parts(24, 0).split(8), torch.device("cpu"))
     detector = build_detector(config, net, reduction, statistics)
     images = parts(3, 1)
     spots = [(20, 38), (40, 22), (26, 26)]
@@ -293,7 +293,7 @@ def test_statistics_of_two_passes_can_be_joined() -> None:
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
     cpu = torch.device("cpu")
     one, other, both = (
-        statistics_pass(net, reduction, [parts(4, s) for s in seeds], cpu) for seeds in ([0], [1], [0, 1])
+        compute_statistics(net, reduction, [parts(4, s) for s in seeds], cpu) for seeds in ([0], [1], [0, 1])
     )
     one.join(other)
     assert one.moments.count == both.moments.count == 8
