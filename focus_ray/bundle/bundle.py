@@ -39,7 +39,7 @@ from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.fitting.profile import Profile
 from focus_ray.fitting.scoring import Detector
-from focus_ray.model.backbones.base import bare_backbone
+from focus_ray.model.backbones.base import build_meta_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.precision import describe_precision
@@ -291,7 +291,7 @@ def _read_bundle(
         raise BundleError(f"{uri}: its manifest does not fit this version of focus_ray: {error}") from error
     network = _read_part(uri, manifest, "network")
     density = _read_part(uri, manifest, "density")
-    net = FocusNet(config.model, bare_backbone(config.model.backbone), head=False)
+    net = FocusNet(config.model, build_meta_backbone(config.model.backbone), head=False)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
     prefix = "reduction."
     reduction_state = {name.removeprefix(prefix): t for name, t in network.items() if name.startswith(prefix)}

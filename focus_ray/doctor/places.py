@@ -101,12 +101,12 @@ def weights(asked: Asked) -> Result:
 
 def _download(model: ModelConfig) -> tuple[str | None, Path | None]:
     """Where weights would be downloaded from and to; None, None where they are at hand or not to be had so."""
-    from focus_ray.model.backbones.weights import downloaded_file, hub_file, hub_weights
+    from focus_ray.model.backbones.weights import download_path, find_hub_weights, hub_cache_path
 
     if model.weights.startswith(("http://", "https://")):
-        return model.weights, downloaded_file(model.weights)
-    known = hub_weights(model.backbone) if model.weights == "default" else None
-    return (None, None) if known is None else (known.url, hub_file(Path(known.url).name))
+        return model.weights, download_path(model.weights)
+    known = find_hub_weights(model.backbone) if model.weights == "default" else None
+    return (None, None) if known is None else (known.url, hub_cache_path(Path(known.url).name))
 
 
 def _unreachable(url: str) -> str:

@@ -18,7 +18,7 @@ from focus_ray.fitting.scoring import score_if_inspected, shown_locations
 from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.alignment.theta import invert_theta, warp
 from focus_ray.model.batch_norm import fuse_batch_norms
-from focus_ray.model.network import AlignedFeatures, common_frame
+from focus_ray.model.network import AlignedFeatures, warp_to_common_frame
 
 OUTPUTS = ("score", "p_value", "anomalous", "anomaly_map")
 BOX = "box"  # one more, of images that keep their shape
@@ -59,7 +59,7 @@ class Scorer(nn.Module):
         theta = self._theta(pixels)
         aligned = pixels if theta is None else warp(pixels, theta, self.padding)
         levels, thetas = self.net.features(_cut(aligned, self.tiles))
-        found, total = common_frame(AlignedFeatures(levels, thetas, aligned, theta))
+        found, total = warp_to_common_frame(AlignedFeatures(levels, thetas, aligned, theta))
         distance = self.density(self.tiles.join(self.reduction(found)))
         inspected = torch.ones_like(distance)
         if shown is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from focus_ray.config import TrainConfig
 from focus_ray.fitting.distributed import world_size
 from focus_ray.fitting.scoring import to_images
-from focus_ray.model.losses import coarse_loss, effective_rank, feature_std, fine_loss, random_pairs
+from focus_ray.model.losses import coarse_loss, draw_pairs, effective_rank, feature_std, fine_loss
 from focus_ray.model.network import FocusNet, inside_mask
 
 LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an epoch
@@ -134,7 +134,7 @@ def train_epoch(
     level: Tensor | None = None
     for batch in batches:
         images = to_images(batch, device)
-        pairs = random_pairs(images.shape[0], generator).to(device)
+        pairs = draw_pairs(images.shape[0], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             parts = objective(images, pairs)
         level = parts.pop(LAST_LEVEL, None)

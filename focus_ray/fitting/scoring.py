@@ -15,7 +15,7 @@ from focus_ray.density.tiles import Tiles
 from focus_ray.fitting.anomaly_map import AnomalyMapGenerator
 from focus_ray.fitting.profile import Profile, zero_unscored
 from focus_ray.model.alignment.theta import invert_theta, warp
-from focus_ray.model.network import AlignedFeatures, FocusNet, common_frame, compute_seen_mask
+from focus_ray.model.network import AlignedFeatures, FocusNet, compute_seen_mask, warp_to_common_frame
 from focus_ray.model.reduction import ChannelReduction
 
 # Images per forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms per image in batches of 4 to 8, 7.1 ms in batches of 16, and
@@ -87,7 +87,7 @@ class Detector:
 
         Args: shown: (B, H, W) bool, see `shown_mask`.
         """
-        levels, theta = common_frame(aligned)
+        levels, theta = warp_to_common_frame(aligned)
         return self.score_embedding(self.tiles.join(self.reduction(levels)), theta, shown)
 
     @torch.inference_mode()
@@ -255,7 +255,7 @@ def embed_tiles(
         count = len(part)
         if pad_batches and count < batch_size:
             part = torch.cat([part, part[:1].expand(batch_size - count, *part.shape[1:])])
-        levels, theta = common_frame(net(part))
+        levels, theta = warp_to_common_frame(net(part))
         embeddings.append(reduction(levels)[:count])
         if theta is not None:
             thetas.append(theta[:count])

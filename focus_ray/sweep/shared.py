@@ -28,7 +28,7 @@ from focus_ray.fitting.fit import CategoryFit
 from focus_ray.fitting.scoring import split_for_inference, to_images
 from focus_ray.kinds import BACKBONES
 from focus_ray.model.alignment.congealing import AlignmentReport
-from focus_ray.model.network import LAYERS, common_frame
+from focus_ray.model.network import LAYERS, warp_to_common_frame
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.seeds import derived_seed
 from focus_ray.sweep.settings import Objective
@@ -187,7 +187,7 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
         parts: list[list[NDArray[np.float32]]] = [[] for _ in LAYERS]
         thetas = []
         for images in (part for batch in batches for part in split_for_inference(to_images(batch, device))):
-            levels, theta = common_frame(run.net(images))
+            levels, theta = warp_to_common_frame(run.net(images))
             for part, level in zip(parts, levels, strict=True):  # as they lie in memory: channels last
                 part.append(level.permute(0, 2, 3, 1).float().cpu().contiguous().numpy())
             if theta is not None:

@@ -31,7 +31,7 @@ from focus_ray.fitting.scoring import ScoredImages
 from focus_ray.fitting.state import TrainState
 from focus_ray.kinds import BACKBONES, METRICS
 from focus_ray.model.alignment.congealing import AlignmentReport
-from focus_ray.model.backbones.base import bare_backbone
+from focus_ray.model.backbones.base import build_meta_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.sweep.settings import Objective, metric_of
@@ -210,7 +210,7 @@ def _untrained_net(config: Config, features: Features, device: torch.device) -> 
     """Carries size and alignment; its backbone is not run."""
 
     def make() -> FocusNet:
-        net = FocusNet(config.model, bare_backbone(config.model.backbone).to_empty(device="cpu"), head=False)
+        net = FocusNet(config.model, build_meta_backbone(config.model.backbone).to_empty(device="cpu"), head=False)
         if features.aligner is not None:
             assert net.image_aligner is not None
             state = {name: torch.from_numpy(np.array(value)) for name, value in features.aligner.items()}
