@@ -113,7 +113,7 @@ def fit(
     Args:
         shard: this worker's images.
         num_images: number of training images of all workers.
-        net: network to fit; None: a new one with pretrained weights.
+        net: network to fit; None: a new one with the configured weights.
         rank: number of this worker.
         wrap: makes the objective data-parallel (DDP) if there are several workers.
         state: state to resume from, which the third argument of `on_epoch` returned after an earlier epoch.

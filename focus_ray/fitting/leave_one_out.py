@@ -65,11 +65,7 @@ def collect_leave_one_out_scores(
     calibration = config.calibration
     builder = CalibrationBuilder("leave_one_out", calibration.target_fpr, calibration.target_pixel_fpr)
     assert statistics.bank is not None
-    if (
-        projection is not None
-        and projection.fold_projections is not None
-        and len(statistics.bank) == _num_embeddings(projection)
-    ):
+    if projection is not None and _has_folds(projection, len(statistics.bank)):
         assert images is None
         results = _score_by_folds(detector, statistics, projection, config.density)
     else:
@@ -82,8 +78,10 @@ def collect_leave_one_out_scores(
     return merge_over_workers(builder)
 
 
-def _num_embeddings(projection: DiscriminantProjection) -> int:
-    return 0 if projection.embeddings is None else len(projection.embeddings)
+def _has_folds(projection: DiscriminantProjection, num_images: int) -> bool:
+    """Returns whether the projection has folds and was learnt from as many images as the bank has."""
+    embeddings = projection.embeddings
+    return projection.fold_projections is not None and embeddings is not None and len(embeddings) == num_images
 
 
 def _score_without_folds(
@@ -177,14 +175,14 @@ def _memory_distances_by_fold(
     bank, grid = statistics.bank, statistics.grid
     assert bank is not None
     device, all_images = density.device, torch.arange(len(bank))
-    location_memory = density.location_memory if isinstance(density, JointMemory) else density
-    num_channels = location_memory.bank.shape[2]
+    memory = density.location_memory if isinstance(density, JointMemory) else density
+    num_channels = memory.bank.shape[2]
 
     def for_images(tile_scorer: LeaveOneOutScorer) -> LeaveOneOutScorer:
         return tile_scorer if grid == (1, 1) else TiledDensity(tile_scorer, grid)
 
     def to_tiles(rows: Tensor) -> Tensor:
-        return fold_bank(rows, grid, location_memory.height, location_memory.width)
+        return fold_bank(rows, grid, memory.height, memory.width)
 
     coreset_distances: Tensor | None = None
     if isinstance(density, JointMemory):
@@ -195,25 +193,19 @@ def _memory_distances_by_fold(
         )
     for fold in range(NUM_FOLDS):
         rows = torch.cat([to_bank_rows(embedding) for embedding in _project(projection, fold, device)])
-        whitening = location_memory.whitening
-        coreset, images = subsample_coreset(whiten(to_tiles(rows), whitening), location_memory.bank.shape[1], device)
-        memory = NearestMemory(
-            coreset,
-            whitening,
-            location_memory.height,
-            location_memory.width,
-            location_memory.window,
-            location_memory.bank.dtype,
-            images,
+        whitening = memory.whitening
+        coreset, images = subsample_coreset(whiten(to_tiles(rows), whitening), memory.bank.shape[1], device)
+        fold_memory = NearestMemory(
+            coreset, whitening, memory.height, memory.width, memory.window, memory.bank.dtype, images
         )
         distances = leave_one_out_distances(
-            for_images(memory), statistics, rows, detector.seen_mask, all_images, device
+            for_images(fold_memory), statistics, rows, detector.seen_mask, all_images, device
         )
         if isinstance(density, JointMemory):
             assert coreset_distances is not None
             joint_bank = to_tiles(torch.cat([rows, bank[:, :, num_channels:]], dim=2))
             relations = statistics.per_tile.relations
-            typical = measure_typical_distances(memory, density.coreset, joint_bank, relations)
+            typical = measure_typical_distances(fold_memory, density.coreset, joint_bank, relations)
             distances = (distances / typical[0] + coreset_distances / typical[1]) / 2
         yield distances
 

@@ -30,7 +30,9 @@ class TrainingObjective(nn.Module):
         self.net, self.config = net, config
         self.coarse = config.lambda_ica > 0 and has_trainable_aligner(net)
         self.fine = config.lambda_fine > 0
-        if not self.fine:  # DDP would wait for ever for gradients of parameters that no loss reaches
+        if (
+            not self.fine
+        ):  # DDP expects a gradient for every parameter that requires one, so freeze those that no loss reaches
             for name, parameter in net.named_parameters():
                 if not name.startswith("image_aligner."):
                     parameter.requires_grad_(False)

@@ -119,7 +119,7 @@ def compute_profile(distances: Tensor, map_generator: AnomalyMapGenerator, shown
 
     Args: shown: (N, H * W) bool, True at locations of the bank's images that are scored; None: all.
     """
-    # usual distance of a location: the largest of all images, averaged with its neighbours, because alignment is not exact
+    # usual distance of a location: the largest distance of all images, averaged over 3 x 3 locations
     usual = F.avg_pool2d(distances.amax(dim=0)[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
     scored = usual if shown is None else usual[shown.any(dim=0).view_as(usual).to(usual.device)]
     mean = scored.mean().clamp_min(1e-12)
