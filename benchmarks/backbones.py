@@ -29,7 +29,7 @@ from focus_ray.data.shards import build_shard
 from focus_ray.data.split import plan_category
 from focus_ray.fitting.fit import fit
 from focus_ray.kinds import BACKBONES, GEOMETRIES, BackboneGeometry
-from focus_ray.model.backbones.base import bare_backbone, build_backbone
+from focus_ray.model.backbones.base import build_backbone, build_meta_backbone
 from focus_ray.model.batch_norm import prepared_for_inference
 from focus_ray.model.network import FocusNet
 from focus_ray.samples.write import write_samples
@@ -45,7 +45,7 @@ def size_for(backbone: str) -> int:
 
 def billions_of_multiplications(name: str, size_px: int) -> float:
     with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
-        bare_backbone(name).eval()(torch.empty(1, 3, size_px, size_px))
+        build_meta_backbone(name).eval()(torch.empty(1, 3, size_px, size_px))
     return float(counted.get_total_flops()) / 2e9
 
 

@@ -54,7 +54,7 @@ from focus_ray.bundle.bundle import git_commit
 from focus_ray.config import override_tree, parse_config
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.split import SplitPlan, plan_category
-from focus_ray.density.base import sample_positions
+from focus_ray.density.base import sample_evenly
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
 TEST_IMAGES = ("labels", "scores", "pixel_draws")  # of a sample, too long for the JSON line at the end
@@ -83,7 +83,7 @@ def plan_training(tree: Mapping[str, Any], category: str, shots: int | None) -> 
     plan = plan_category(parse_config(dict(tree)), category)
     if shots is None or shots >= len(plan.fit_rows):
         return plan
-    chosen = sorted(sample_positions(len(plan.fit_rows), shots))
+    chosen = sorted(sample_evenly(len(plan.fit_rows), shots))
     return plan.take_fit(chosen)
 
 

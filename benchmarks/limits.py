@@ -19,7 +19,7 @@ import torch
 from benchmarks.harness import add_arguments, base_tree, fit_category, keep_json, open_data, print_table
 from focus_ray.config import parse_config
 from focus_ray.data.read import iter_test_records
-from focus_ray.density.checked import CheckedMemory
+from focus_ray.density.checked_memory import CheckedMemory
 from focus_ray.density.nearest import JointMemory, NearestMemory
 from focus_ray.evaluation.metrics import Measured
 from focus_ray.fitting.scoring import embed, to_images
@@ -67,7 +67,7 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
     density = detector.density
     if isinstance(density, CheckedMemory):
         density = density.memory
-    places = density.places if isinstance(density, JointMemory) else density
+    places = density.location_memory if isinstance(density, JointMemory) else density
     if isinstance(places, NearestMemory):
         embedding, _ = embed(detector.net, detector.reduction, ready[:8].float())
         queries = embedding[:, : places.bank.shape[2]].contiguous()

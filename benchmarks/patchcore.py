@@ -28,12 +28,12 @@ from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.shards import MemoryShard, build_shard
 from focus_ray.data.split import SplitPlan, plan_category
-from focus_ray.density.base import sample_positions
+from focus_ray.density.base import sample_evenly
 from focus_ray.evaluation.evaluate import evaluation_size, summarise
 from focus_ray.evaluation.inspection import resize_map
-from focus_ray.fitting.profile import IMAGES, profile_of
+from focus_ray.fitting.anomaly_map import AnomalyMapGenerator, smooth, upsample
+from focus_ray.fitting.profile import MAX_IMAGES, compute_profile
 from focus_ray.fitting.scoring import to_images
-from focus_ray.fitting.spread import Spread, upsample_and_smooth
 from focus_ray.model.backbones.base import Backbone, build_backbone, set_padding
 
 
@@ -70,14 +70,14 @@ def nearest_distance(embedding: Tensor, coreset: Tensor) -> Tensor:
 
 
 def left_out_distances(embeddings: Tensor, rows: Tensor) -> Tensor:
-    """Distance maps (n, H, W) of good images, each without its own patches in the coreset; n is IMAGES at most.
+    """Distance maps (n, H, W) of good images, each without its own patches in the coreset; n is MAX_IMAGES at most.
 
     Args:
         embeddings: (N, L, C) of all training images, N >= 2.
         rows: (M,), the coreset as row numbers of embeddings.flatten(0, 1).
     """
     coreset, owner = embeddings.flatten(0, 1)[rows], rows // embeddings.shape[1]
-    chosen = sorted(sample_positions(len(embeddings), IMAGES))
+    chosen = sorted(sample_evenly(len(embeddings), MAX_IMAGES))
     return torch.stack([nearest_distance(embeddings[number], coreset[owner != number]) for number in chosen])
 
 
@@ -119,9 +119,9 @@ def patchcore(
     features_s = time.perf_counter() - start
     rows = greedy_coreset(embeddings.flatten(0, 1), share, seed)
     coreset = embeddings.flatten(0, 1)[rows]
-    side = upsample_and_smooth(size // 8, size, config.scoring.smoothing_sigma_px).to(device)
-    spread = Spread(side, side)
-    profile = profile_of(left_out_distances(embeddings, rows), spread) if image_score == "profile" else None
+    side = smooth(upsample(size // 8, size), config.scoring.smoothing_sigma_px).float().contiguous().to(device)
+    spread = AnomalyMapGenerator(side, side)
+    profile = compute_profile(left_out_distances(embeddings, rows), spread) if image_score == "profile" else None
     fit_s = time.perf_counter() - start
     del embeddings
     labels, types, scores, maps, masks = [], [], [], [], []

@@ -37,10 +37,16 @@ from benchmarks.harness import (
 from focus_ray.bundle.bundle import read_bundle, write_bundle
 from focus_ray.config import parse_config
 from focus_ray.data.read import iter_test_records
-from focus_ray.density.base import Statistics, sample_positions
+from focus_ray.density.base import Statistics, sample_evenly
 from focus_ray.density.coreset import greedy_coreset
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import JointMemory, NearestMemory, memory_of, thinned, typical_distances
+from focus_ray.density.nearest import (
+    JointMemory,
+    NearestMemory,
+    measure_typical_distances,
+    subsample_coreset,
+    unwrap_memory,
+)
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.profile import fit_profile
@@ -49,7 +55,7 @@ from focus_ray.model.reduction import ChannelReduction
 from focus_ray.serving.models import own_tensors
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
-Part = tuple[Tensor, Tensor | None]  # as `thinned` gives it
+Part = tuple[Tensor, Tensor | None]  # as `subsample_coreset` returns it
 Way = Callable[[Tensor, Statistics], Part]  # of a whole bank (L, N, C)
 
 
@@ -61,7 +67,7 @@ def of_images(bank: Tensor, numbers: Tensor) -> Part:
 
 def every_nth(share: int) -> Way:
     return lambda bank, _: of_images(
-        bank, torch.tensor(sorted(sample_positions(bank.shape[1], -(-bank.shape[1] // share))))
+        bank, torch.tensor(sorted(sample_evenly(bank.shape[1], -(-bank.shape[1] // share))))
     )
 
 
@@ -87,7 +93,7 @@ def turns(share: int) -> Way:
 
 
 def greedy(share: int) -> Way:
-    return lambda bank, _: thinned(bank, -(-bank.shape[1] // share), "cpu")
+    return lambda bank, _: subsample_coreset(bank, -(-bank.shape[1] // share), "cpu")
 
 
 def rounded(bits: int) -> Way:
@@ -130,10 +136,10 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
     config = parse_config(merged(tree, {"density": {"per_place": None, "gaussian_share": 0.0}}))
     result, inspector = fit_category(config, category, device)
     detector, found = result.detector, result.statistics
-    joint = memory_of(detector.density)
+    joint = unwrap_memory(detector.density)
     assert isinstance(joint, JointMemory)
     assert found.bank is not None
-    places, bank = joint.places, found.bank[:, :, : found.moments.channels].transpose(0, 1)
+    places, bank = joint.location_memory, found.bank[:, :, : found.moments.channels].transpose(0, 1)
     figures = {}
     for name, (way, channels) in ways_of(shares).items():
         projection = places.whitening
@@ -143,8 +149,10 @@ def measure(tree: dict[str, Any], category: str, device: str, shares: Sequence[i
             kept = kept.float() @ projection.cpu()
         sizes = places.height, places.width, places.window, places.bank.dtype
         memory = NearestMemory(kept, projection, *sizes, images)
-        detector.density = JointMemory(memory, joint.coreset, typical_distances(memory, joint.coreset, found.bank))
-        detector.profile, _ = fit_profile(detector.density, found, detector.seen, detector.spread)
+        detector.density = JointMemory(
+            memory, joint.coreset, measure_typical_distances(memory, joint.coreset, found.bank)
+        )
+        detector.profile, _ = fit_profile(detector.density, found, detector.seen_mask, detector.map_generator)
         measured = inspector.evaluate(iter_test_records(config.data.uri, category))
         figures[name] = {"kept": memory.bank.shape[1], **{key: measured[key] for key in FIGURES}}
         print(f"{category} / {name}: {figures[name]}", flush=True)

@@ -36,7 +36,7 @@ from focus_ray.data.split import split_category
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.extras import require_extra
-from focus_ray.fitting.fit import check_ingredients
+from focus_ray.fitting.fit import check_prerequisites
 from focus_ray.names import is_name
 from focus_ray.standard import find_config
 from focus_ray.storage import join, read_bytes
@@ -181,7 +181,7 @@ def fit(
     config = _parse(tree, str(root / "data"))
     if config.trackers:
         raise ConfigError("trackers: fit records nothing; `focus-ray fit` and `focus-ray train` do: leave it out")
-    check_ingredients(config)
+    check_prerequisites(config)
     data, category = _ingested(images, root, groups, group_by)
     config = _parse(tree, data)
     split = split_category(config, category)

@@ -17,7 +17,7 @@ from focus_ray.data.read import iter_test_records
 from focus_ray.density.base import Statistics, build_density, density_tensors, load_density
 from focus_ray.density.coreset import Coreset
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import NearestMemory, keep
+from focus_ray.density.nearest import NearestMemory, to_bank_rows
 from focus_ray.evaluation.calibration import PRECISION_SHIFT, Calibration
 from focus_ray.precision import compute_dtype
 from focus_ray.samples.write import write_samples
@@ -42,7 +42,7 @@ def test_a_memory_in_bfloat16_takes_half_the_bytes_and_gives_nearly_the_same_dis
     images, queries = (means + torch.randn(count, 16, 6, 5, generator=generator) for count in (12, 4))
     moments = Moments(6, 5, 16)
     moments.update(images)
-    statistics = Statistics(moments, keep(images))
+    statistics = Statistics(moments, to_bank_rows(images))
     found = {}
     for precision in ("fp32", "bf16"):
         config = DensityConfig(coreset=0, window=window, precision=precision)
@@ -123,6 +123,6 @@ def test_a_coreset_in_bfloat16_gives_nearly_the_same_distances() -> None:
     exact, rounded = Coreset(patches, images), Coreset(patches, images, torch.bfloat16)
     for own in (None, torch.tensor([1, 4, 9])):
         torch.testing.assert_close(rounded.score(queries, own), exact.score(queries, own), rtol=0.02, atol=0)
-    assert torch.equal(rounded.whole, exact.whole)
-    again = Coreset(rounded.whole.float(), images, torch.bfloat16)
+    assert torch.equal(rounded.stored_patches, exact.stored_patches)
+    again = Coreset(rounded.stored_patches.float(), images, torch.bfloat16)
     assert torch.equal(again.score(queries), rounded.score(queries))

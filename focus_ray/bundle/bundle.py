@@ -41,14 +41,14 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.regions import load_frame, make_frame
 from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
-from focus_ray.density.nearest import rest_of, with_rest
+from focus_ray.density.nearest import restore_bank, unused_embeddings
 from focus_ray.density.relations import Relations
 from focus_ray.density.tiles import unfold_bank
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.fitting.profile import Profile
 from focus_ray.fitting.scoring import Detector
-from focus_ray.model.backbones.base import bare_backbone
+from focus_ray.model.backbones.base import build_meta_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.precision import describe_precision
@@ -166,10 +166,10 @@ def write_bundle(
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
-        tiles = statistics.of_tiles
+        tiles = statistics.per_tile
         if "bank.images" in density and tiles.bank is not None:
             whole = tiles.bank[:, :, : moments.channels]
-            parts["moments"]["bank.rest"] = rest_of(whole, density["bank.images"])
+            parts["moments"]["bank.rest"] = unused_embeddings(whole, density["bank.images"])
         if config.density.keeps_coreset and statistics.bank is not None:
             parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
         if statistics.scatter is not None:
@@ -332,7 +332,7 @@ def _read_bundle(
         if max_bytes is not None:
             check_memory(config, headers["network"], headers["density"], max_bytes, place)
         network, density = (load_tensors(contents.pop(part)) for part in ("network", "density"))
-        net = FocusNet(config.model, bare_backbone(config.model.backbone), head=False)
+        net = FocusNet(config.model, build_meta_backbone(config.model.backbone), head=False)
         reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
         prefix = "reduction."
         reduction_state = {name.removeprefix(prefix): t for name, t in network.items() if name.startswith(prefix)}
@@ -392,7 +392,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     grid = parse_config(config_as_made(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
     bank = density.get("bank")
     if bank is not None and "bank.rest" in tensors:
-        bank = with_rest(bank, density["bank.images"], tensors["bank.rest"])
+        bank = restore_bank(bank, density["bank.images"], tensors["bank.rest"])
     if bank is not None:
         bank = unfold_bank(bank, grid, moments.height, moments.width)
     if bank is not None and "coreset_bank" in tensors:

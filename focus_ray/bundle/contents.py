@@ -19,7 +19,7 @@ from focus_ray.config import Config
 from focus_ray.data.regions import map_cells
 from focus_ray.errors import BundleError
 from focus_ray.fitting.profile import SHARES
-from focus_ray.model.backbones.base import bare_backbone
+from focus_ray.model.backbones.base import build_meta_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 
@@ -146,7 +146,7 @@ def check_shapes(config: Config, moments: Mapping[str, int], network: Header, de
     if (moments["height"], moments["width"]) != size:
         raise BundleError(f"{uri}: its map has {moments['height']} x {moments['width']} places, expected {size}")
     with torch.device("meta"):  # shapes without memory
-        net = FocusNet(config.model, bare_backbone(config.model.backbone), head=False)
+        net = FocusNet(config.model, build_meta_backbone(config.model.backbone), head=False)
         reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
     expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     expected |= {f"reduction.{name}": tuple(tensor.shape) for name, tensor in reduction.state_dict().items()}

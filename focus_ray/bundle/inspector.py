@@ -24,7 +24,7 @@ from focus_ray.bundle.engine import FEWEST_EXAMPLES, MOST_EXAMPLES, TOLERANCE, T
 from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_mask, read_batch
 from focus_ray.data.schema import Row
 from focus_ray.data.split import short_hash
-from focus_ray.density.base import sample_positions
+from focus_ray.density.base import sample_evenly
 from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.evaluation.evaluate import (
     EXACT_PIXELS,
@@ -176,7 +176,7 @@ class Inspector:
     def _check_score(self, score: float, anomaly_map: NDArray[np.float32], width: int, height: int) -> None:
         if math.isfinite(score) and np.isfinite(anomaly_map).all():
             return
-        if math.isnan(score) and not anomaly_map.any():  # `Scored` of an image of which no place is inspected
+        if math.isnan(score) and not anomaly_map.any():  # `ScoredImages` of an image of which no place is inspected
             raise ImageError(
                 "unsupported",
                 f"once the image of {width} x {height} pixels is aligned, no place of the anomaly map shows a part of it to "
@@ -300,7 +300,7 @@ class Inspector:
     def _compile(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
         """Gives the network another engine. Raises: ConfigError: the examples' scores are not those of torch."""
         detector, known = self.bundle.detector, self.bundle.known
-        numbers = sorted(sample_positions(len(examples), MOST_EXAMPLES))
+        numbers = sorted(sample_evenly(len(examples), MOST_EXAMPLES))
         chosen = [_encoded(examples[number], number) for number in numbers]
         names = [_name(examples[number], number) for number in numbers]
         infos, pixels = read_batch(chosen, self.frame, self.num_threads, hashed=True, names=names)

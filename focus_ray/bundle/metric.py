@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from focus_ray.bundle.bundle import find_bundles, read_manifest, read_statistics
 from focus_ray.config import Config, parse_config
 from focus_ray.errors import BundleError
-from focus_ray.fitting.shared_metric import fits, write_shared_metric
+from focus_ray.fitting.shared_metric import matching_settings, write_shared_metric
 
 
 def share_metric(places: Sequence[str], output: str) -> list[str]:
@@ -31,8 +31,10 @@ def share_metric(places: Sequence[str], output: str) -> list[str]:
         if manifest["category"] in scatters:
             raise BundleError(f"{uri}: category {manifest['category']!r} is there twice: name each category once")
         first = first or (uri, config)
-        if fits(config) != fits(first[1]):
-            differing = [key for key, value in fits(config).items() if fits(first[1])[key] != value]
+        if matching_settings(config) != matching_settings(first[1]):
+            differing = [
+                key for key, value in matching_settings(config).items() if matching_settings(first[1])[key] != value
+            ]
             raise BundleError(
                 f"{uri}: another {', '.join(differing)} than {first[0]}: share metrics of one kind of network"
             )

@@ -17,14 +17,14 @@ from focus_ray import __version__
 from focus_ray.bundle.bundle import copy_bundle, manifest_hash, read_manifest, read_statistics
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import rows_in_common
-from focus_ray.density.base import leaves_out
+from focus_ray.density.base import supports_leave_one_out
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.evaluation.shift import Shift, compare_scores
 from focus_ray.evaluation.trade_off import TradeOff, trade_off
-from focus_ray.fitting.left_out import leave_one_out_pass
-from focus_ray.fitting.metric import NEIGHBOURS
+from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
+from focus_ray.fitting.projection import MAX_NEIGHBOURS
 from focus_ray.precision import describe_precision
 
 
@@ -144,7 +144,7 @@ def calibrate_for_site(
     """
     bundle = Inspector.load(uri, device).bundle
     statistics = read_statistics(uri)
-    if statistics.bank is None or not leaves_out(bundle.config.density, bundle.config.model.shared_grid):
+    if statistics.bank is None or not supports_leave_one_out(bundle.config.density, bundle.config.model.shared_grid):
         raise DataError(
             f"{uri}: a density of kind {bundle.config.density.kind} keeps no images to leave out: give good images of the site"
         )
@@ -161,12 +161,12 @@ def calibrate_for_site(
     }
     asked = bundle.config.calibration.model_copy(update=targets)
     config = bundle.config.model_copy(update={"calibration": asked})
-    builder = leave_one_out_pass(bundle.detector, statistics, config, chosen=rows)
+    builder = collect_leave_one_out_scores(bundle.detector, statistics, config, images=rows)
     calibration = replace(builder.finish(), precision=describe_precision(config, bundle.detector.density.device))
     made = read_manifest(site)
     note = {"how": "images of a site, each left out", "site": made["sha256"], "num_good": len(rows)}
     own_metric = config.density.reduction == "discriminant" and config.density.metric is None
-    taught = own_metric and "network_of" not in made["data"] and len(rows) <= NEIGHBOURS
+    taught = own_metric and "network_of" not in made["data"] and len(rows) <= MAX_NEIGHBOURS
     return Recalibrated(rewrite(uri, output, calibration, note), calibration, 0, None, taught)
 
 

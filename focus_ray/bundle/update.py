@@ -21,15 +21,15 @@ from torch import Tensor
 from focus_ray.bundle.bundle import Bundle, read_bundle, read_statistics, write_bundle
 from focus_ray.data.read import data_fingerprint, decode_rows, index_version, read_index
 from focus_ray.data.split import plan_category, short_hash
-from focus_ray.density.base import Statistics, leaves_out
+from focus_ray.density.base import Statistics, supports_leave_one_out
 from focus_ray.density.moments import Moments
 from focus_ray.density.relations import Relations
-from focus_ray.density.tiles import split_places
+from focus_ray.density.tiles import split_maps
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.duplicates import describe_statistics, relate_duplicates
 from focus_ray.fitting.fit import build_detector
-from focus_ray.fitting.left_out import leave_one_out_pass
-from focus_ray.fitting.passes import calibration_pass, statistics_pass
+from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
+from focus_ray.fitting.passes import collect_calibration_scores, compute_statistics
 from focus_ray.kinds import DENSITIES
 from focus_ray.model.batch_norm import prepared_for_inference
 from focus_ray.precision import compute_dtype
@@ -132,19 +132,19 @@ def update_bundle(
                 log(f"{what} {place}: {left} of its images {'is' if left == 1 else 'are'} {there}, and left out")
         provenance["updates"] = growing.changes
     statistics = growing.statistics
-    statistics.keep_at_most(config.density.max_images)
+    statistics.limit_bank(config.density.max_images)
     relate_duplicates(statistics)
     detector = build_detector(config, bundle.detector.net, bundle.detector.reduction, _on(statistics, device))
     anew = bool(joined) or only is not None
     num_held = 0
     if calibrate is None and _can_leave_out(bundle, statistics, anew):
-        builder = leave_one_out_pass(detector, statistics, config)
+        builder = collect_leave_one_out_scores(detector, statistics, config)
     else:
         held = _calibrating(bundle, calibrate, growing.known, only is not None)
         num_held = len(held.known)
         with prepared_for_inference(bundle.detector.net, compute_dtype(config.model.precision, device)):
             images = _images(bundle, held)
-            builder = calibration_pass(detector, images, config.calibration, "split", torch.device(device))
+            builder = collect_calibration_scores(detector, images, config.calibration, "split", torch.device(device))
     return write_bundle(
         output,
         config=config,
@@ -160,7 +160,7 @@ def update_bundle(
 
 
 def _can_leave_out(bundle: Bundle, statistics: Statistics, anew: bool) -> bool:
-    if statistics.bank is None or not leaves_out(bundle.config.density, bundle.config.model.shared_grid):
+    if statistics.bank is None or not supports_leave_one_out(bundle.config.density, bundle.config.model.shared_grid):
         return False
     return anew or bundle.calibration.method == "leave_one_out"
 
@@ -241,7 +241,7 @@ def _take_out_shared(theirs: Statistics, mine: Statistics, count: int, place: st
     assert theirs.bank is not None
     theirs.moments.remove(_moments_of(theirs, shared))
     gone = set(shared)
-    theirs.keep([number for number in range(len(theirs.bank)) if number not in gone])
+    theirs.select_bank_images([number for number in range(len(theirs.bank)) if number not in gone])
 
 
 def _moments_of(statistics: Statistics, rows: Sequence[int]) -> Moments:
@@ -252,7 +252,7 @@ def _moments_of(statistics: Statistics, rows: Sequence[int]) -> Moments:
     for start in range(0, len(rows), 8):
         part = statistics.bank[list(rows[start : start + 8]), :, : like.channels].float().transpose(1, 2)
         places = part.unflatten(2, (like.height * grid[0], like.width * grid[1]))
-        found.update(split_places(places, *grid))
+        found.update(split_maps(places, *grid))
     return found
 
 
@@ -295,7 +295,7 @@ def _remove(growing: _Growing, bundle: Bundle, source: str) -> None:
     part = _statistics_of(bundle, there)
     statistics.moments.remove(part.moments)
     if statistics.bank is not None and part.bank is not None:
-        statistics.keep(_rows_left(statistics.bank, part.bank))
+        statistics.select_bank_images(_rows_left(statistics.bank, part.bank))
     growing.known -= set(there.known.values())
     growing.changes.append(_change("remove", source, count, given))
 
@@ -326,7 +326,7 @@ def _statistics_of(bundle: Bundle, images: _Normals) -> Statistics:
     keep = range(len(images.known)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
     net, reduction, device = bundle.detector.net, bundle.detector.reduction, bundle.detector.density.device
     with prepared_for_inference(net, compute_dtype(bundle.config.model.precision, device)):
-        found = _on(statistics_pass(net, reduction, _images(bundle, images), device, keep), "cpu")
+        found = _on(compute_statistics(net, reduction, _images(bundle, images), device, keep), "cpu")
     if found.bank is not None:
         found.descriptors = describe_statistics(found, reduction)
         found.relations = _named_relations([images.groups[row] for row in images.known])

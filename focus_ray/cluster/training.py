@@ -32,7 +32,7 @@ from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.data.shards import BatchSchedule, fits_memory
 from focus_ray.data.split import Split, split_category
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.fitting.fit import check_ingredients
+from focus_ray.fitting.fit import check_prerequisites
 from focus_ray.fitting.state import Figures, TrainState
 from focus_ray.names import unique_name
 from focus_ray.reporting.training import write_training_report
@@ -104,7 +104,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
             raise TrainingError("--resume needs the name of the run to go on with: name=...")
         config = config.model_copy(update={"name": unique_name(config.cluster.team or "run")})
         log(f"name: {config.name}")
-    check_ingredients(config)
+    check_prerequisites(config)
     there = list_categories(config.data.uri)
     categories = list(config.data.categories or there)
     unknown = sorted(set(categories) - set(there))

@@ -1,1 +1,1 @@
-"""What is known of normal embeddings, and how far a new one is from it: one file a density."""
+"""Densities: models of normal embeddings that measure how far a new embedding is from them. Each density has one file."""

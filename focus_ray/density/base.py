@@ -1,4 +1,4 @@
-"""The densities behind one interface: what a pass over normal images keeps, and what is built from it."""
+"""The interface of all densities, and the statistics of normal images from which each kind builds its density."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from torch import Tensor
 from focus_ray.config import DensityConfig
 from focus_ray.density.moments import Moments, mean_variance
 from focus_ray.density.relations import Relations, join_relations
-from focus_ray.density.tiles import SharedByTiles, fold_bank
+from focus_ray.density.tiles import TiledDensity, fold_bank
 from focus_ray.kinds import DENSITIES
 
 
 class Density(Protocol):
-    """Says how far each patch of an embedding is from the normal ones of its place."""
+    """A fitted model of normal embeddings that measures the distance of new embeddings to the normal ones.
+
+    height, width: size of the map of locations that the density was fitted at.
+    """
 
     height: int
     width: int
@@ -26,66 +29,74 @@ class Density(Protocol):
     def device(self) -> torch.device: ...
 
     def score(self, embedding: Tensor) -> Tensor:
-        """(B, C, H, W) -> distances (B, H, W), >= 0."""
+        """Computes distances (B, H, W), >= 0, of an embedding (B, C, H, W) to the normal embeddings of each location."""
 
 
-class LeavesOut(Protocol):
-    """A density that scores images it was made of as if they were new."""
+class LeaveOneOutScorer(Protocol):
+    """Scores the images that a density was fitted to as if the density had not seen them."""
 
     height: int
     width: int
 
-    def score(self, embedding: Tensor, own: Tensor) -> Tensor:
-        """(B, C, H, W) -> distances (B, H, W), each image's own embeddings left out for it.
+    def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
+        """Computes distances (B, H, W) of training images (B, C, H, W), each without the images to exclude for it.
 
         Args:
-            own: (B,), the images' numbers in the bank, or (B, K), the numbers of all images that are left out for each; of no
-                meaning to a density without a bank.
+            excluded_images: bank numbers of the images to exclude for each scored image: (B,) for one each, usually the scored
+                image itself, or (B, K) for several each. A density without a bank uses only how many they are.
         """
 
 
 class DensityKind(Protocol):
-    """How a density of one kind comes to be; its name in `DENSITIES` is what density.kind takes.
+    """Builds, stores and loads densities of one kind. The key in `DENSITIES` is the value of density.kind.
 
-    keeps_bank: whether it is built from the embeddings of normal images, and not from their moments alone.
+    A kind may also define `leave_one_out_scorer(config, statistics, density) -> LeaveOneOutScorer`, where `density` is the result
+    of `build` for the same statistics. A kind without this method is calibrated by cross-validation folds.
 
-    A kind may also have `leaving_out(config, statistics, density) -> LeavesOut`, of a density as `build` made it; one without is
-    calibrated by folds.
+    keeps_bank: whether the density needs the embeddings of normal images, not only their moments.
     """
 
     keeps_bank: bool
 
     def build(self, config: DensityConfig, statistics: Statistics) -> Density:
-        """Raises: ValueError: fewer than two images."""
+        """Fits the density to the statistics. Raises: ValueError: fewer than two images."""
 
     def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-        """What a bundle stores, for `load`; the bank, where it is kept, under the name 'bank', cut to the channels of places, or
-        the part of it that is enough, with the images that it was taken from under 'bank.images'.
+        """Returns the tensors that a bundle stores and that `load` needs.
+
+        A kind with a bank stores it under 'bank', with the channels of the moments only. If it stores a part of the bank, it also
+        stores the number of the source image of each embedding, under 'bank.images'.
 
         Args:
-            density: as `build` made it of the same statistics.
+            density: the result of `build` for the same statistics.
         """
 
     def load(
         self, config: DensityConfig, tensors: Mapping[str, Tensor], height: int, width: int, device: torch.device | str
     ) -> Density:
-        """Raises: KeyError, ValueError: tensors that do not fit."""
+        """Rebuilds the density from the result of `tensors`.
+
+        Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
+        """
 
 
 @dataclass
 class Statistics:
-    """What is kept of the normal images; statistics of several sites can be joined.
+    """Statistics of normal images, from which a density is built. Statistics of several sites can be joined.
 
-    moments: of all images.
-    bank: (N, L, C + K) float16, embeddings of the images that a memory keeps, with K channels for a coreset (0: none); None for
-        a Gaussian.
-    thetas: (N, 2, 3), how the images of the bank were aligned; None where they were not.
-    shown: (N, L) bool, places of the images of the bank that are scored; None: all.
-    scatter: (2, C, C), of normal and of defective residuals, of which the metric was learnt (`fitting.metric`); None: it was not.
-    grid: rows and columns of tiles that share the places of the moments, which count each; the bank has those of all tiles.
-    relations: which images of the bank show the same part; None: no two of them.
-    descriptors: (N, P, K) float16, the images of the bank as near-duplicates are searched among them (`fitting.duplicates`).
-    same_part_distance: the largest distance of descriptors at which two photographs may show the same part; None: not measured.
+    moments: moments of the embeddings of all images.
+    bank: (N, L, C + K) float16, embeddings of N selected images; the last K channels are for a coreset (K is 0 without a
+        coreset). None for a Gaussian.
+    thetas: (N, 2, 3), alignment of each image of the bank; None without image alignment.
+    shown: (N, L) bool, True at locations of the bank's images that are scored; None if all are.
+    scatter: (2, C, C), scatter matrices of normal and defective residuals from which the projection was computed
+        (`fitting.projection`); None if no projection was learnt.
+    grid: rows and columns of tiles of one image. All tiles share the locations of the moments, and each tile counts as an image
+        there. A row of the bank contains all tiles of an image.
+    relations: which images of the bank show the same part; None if no two do.
+    descriptors: (N, P, K) float16, descriptors of the bank's images for the search for near-duplicates (`fitting.duplicates`).
+    same_part_distance: the largest distance of descriptors at which two photographs may show the same part; None if it was not
+        measured.
     """
 
     moments: Moments
@@ -100,11 +111,12 @@ class Statistics:
 
     @property
     def num_images(self) -> int:
+        """Number of whole images in the moments."""
         return self.moments.count // (self.grid[0] * self.grid[1])
 
     @property
-    def of_tiles(self) -> Statistics:
-        """As if each tile that shares the places were an image."""
+    def per_tile(self) -> Statistics:
+        """The same statistics with each tile as an image of its own: moments, bank and relations only."""
         if self.grid == (1, 1):
             return self
         moments = self.moments
@@ -112,14 +124,16 @@ class Statistics:
         relations = None if self.relations is None else self.relations.repeat(self.grid[0] * self.grid[1])
         return Statistics(moments, bank, relations=relations)
 
-    def left_out_with(self, own: Tensor) -> Tensor:
-        """Numbers of the bank's images to leave out for each of some images, by their numbers (B,) -> (B,) or (B, K)."""
-        return own if self.relations is None else self.relations.relatives(own)
+    def images_to_exclude(self, images: Tensor) -> Tensor:
+        """Returns the bank numbers to exclude when the images (B,) are scored: themselves, or (B, K) with related images."""
+        return images if self.relations is None else self.relations.relatives(images)
 
     def join(self, other: Statistics) -> Statistics:
-        """Adds another site's, in place. Raises: ValueError: shapes or kinds differ."""
+        """Adds the statistics of another site, in place, and returns self. Raises: ValueError: shapes or kinds differ."""
         if (self.bank is None) != (other.bank is None):
-            raise ValueError("statistics of a Gaussian and of a memory cannot be joined")
+            raise ValueError(
+                "statistics with a bank (of a memory) cannot be joined with statistics without a bank (of a Gaussian)"
+            )
         self.moments.merge(other.moments)
         if self.bank is not None and other.bank is not None:
             self.relations = join_relations(self.relations, len(self.bank), other.relations, len(other.bank))
@@ -136,66 +150,75 @@ class Statistics:
             self.same_part_distance = other.same_part_distance
         return self
 
-    def keep_at_most(self, num_images: int) -> None:
-        """Thins the bank, evenly; the moments stay those of all images."""
+    def limit_bank(self, num_images: int) -> None:
+        """Reduces the bank to at most `num_images` evenly spaced images; the moments do not change."""
         if self.bank is not None and len(self.bank) > num_images:
-            self.keep(sorted(sample_positions(len(self.bank), num_images)))
+            self.select_bank_images(sorted(sample_evenly(len(self.bank), num_images)))
 
-    def keep(self, chosen: list[int]) -> None:
-        """Keeps these images of the bank, by their numbers; the moments stay those of all."""
+    def select_bank_images(self, images: list[int]) -> None:
+        """Reduces the bank and all data per bank image to the images with these numbers; the moments do not change."""
         if self.bank is not None:
-            self.bank = self.bank[chosen]
+            self.bank = self.bank[images]
         if self.thetas is not None:
-            self.thetas = self.thetas[chosen]
+            self.thetas = self.thetas[images]
         if self.shown is not None:
-            self.shown = self.shown[chosen]
+            self.shown = self.shown[images]
         if self.relations is not None:
-            self.relations = self.relations.subset(chosen)
+            self.relations = self.relations.subset(images)
         if self.descriptors is not None:
-            self.descriptors = self.descriptors[chosen]
+            self.descriptors = self.descriptors[images]
 
 
-def ridge_of(config: DensityConfig, moments: Moments) -> float:
-    """The number added to a covariance's diagonal, in the embeddings' own unit squared."""
+def absolute_ridge(config: DensityConfig, moments: Moments) -> float:
+    """Returns the number to add to a covariance's diagonal, in the squared unit of the embeddings (density.shrinkage)."""
     scale = mean_variance(moments) if config.shrinkage_unit == "mean_variance" else 1.0
     return max(config.shrinkage * scale, 1e-12)
 
 
 def build_density(config: DensityConfig, statistics: Statistics) -> Density:
-    """The density of the config's kind. Raises: ValueError: fewer than two images, or no bank for a memory."""
-    kind = DENSITIES[config.kind]
-    if kind.keeps_bank and statistics.bank is None:
-        raise ValueError(f"density.kind={config.kind} needs the bank of normal embeddings")
-    tiles = statistics.grid[0] * statistics.grid[1]
-    if tiles > 1 and config.per_place is not None:  # a place of the one tile stands for as many of the image
-        config = config.model_copy(update={"per_place": config.per_place * tiles})
-    if tiles > 1:  # a texture has no places of its own whose variation a Gaussian could know
-        config = config.model_copy(update={"gaussian_share": 0.0})
-    density = kind.build(config, statistics.of_tiles)
-    return density if statistics.grid == (1, 1) else SharedByTiles(density, statistics.grid)
+    """Fits a density of the configured kind to the statistics.
 
-
-def leaves_out(config: DensityConfig, grid: tuple[int, int] = (1, 1)) -> bool:
-    """Whether the density's kind can score an image it was made of as if it were new.
-
-    Args: grid: as `Statistics.grid`. Without a bank, one tile can be left out of moments, and not all tiles of an image.
+    Raises: ValueError: fewer than two images, or the kind needs a bank and the statistics have none.
     """
     kind = DENSITIES[config.kind]
-    return hasattr(kind, "leaving_out") and (grid == (1, 1) or kind.keeps_bank)
+    if kind.keeps_bank and statistics.bank is None:
+        raise ValueError(f"density.kind={config.kind} needs statistics with a bank of normal embeddings, got none")
+    num_tiles = statistics.grid[0] * statistics.grid[1]
+    if num_tiles > 1 and config.per_place is not None:  # a location of the shared tile stands for num_tiles locations
+        config = config.model_copy(update={"per_place": config.per_place * num_tiles})
+    if num_tiles > 1:  # tiled textures have no fixed locations, so no Gaussian per location can describe them
+        config = config.model_copy(update={"gaussian_share": 0.0})
+    density = kind.build(config, statistics.per_tile)
+    return density if statistics.grid == (1, 1) else TiledDensity(density, statistics.grid)
 
 
-def leaving_out(config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
-    """What scores the images that the density was made of as if they were new."""
-    one = density.one if isinstance(density, SharedByTiles) else density
-    found: LeavesOut = DENSITIES[config.kind].leaving_out(config, statistics.of_tiles, one)  # type: ignore[attr-defined]
-    return found if statistics.grid == (1, 1) else SharedByTiles(found, statistics.grid)
+def supports_leave_one_out(config: DensityConfig, grid: tuple[int, int] = (1, 1)) -> bool:
+    """Returns whether the configured kind can score its training images as if it had not seen them.
+
+    Args: grid: see `Statistics.grid`. A kind without a bank can exclude a single tile from its moments, but not all tiles of an
+        image at once.
+    """
+    kind = DENSITIES[config.kind]
+    return hasattr(kind, "leave_one_out_scorer") and (grid == (1, 1) or kind.keeps_bank)
+
+
+def leave_one_out_scorer(config: DensityConfig, statistics: Statistics, density: Density) -> LeaveOneOutScorer:
+    """Returns a scorer for the training images of `density`; `density` was built from the same statistics."""
+    tile_density = density.tile_density if isinstance(density, TiledDensity) else density
+    scorer: LeaveOneOutScorer = DENSITIES[config.kind].leave_one_out_scorer(  # type: ignore[attr-defined]
+        config, statistics.per_tile, tile_density
+    )
+    return scorer if statistics.grid == (1, 1) else TiledDensity(scorer, statistics.grid)
 
 
 def density_tensors(config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-    """What a bundle stores to build the density from, which is that of the statistics; a bank as in `Statistics.of_tiles`."""
-    if isinstance(density, SharedByTiles):
-        density = density.one
-    return DENSITIES[config.kind].tensors(config, statistics.of_tiles, density)
+    """Returns the tensors that a bundle stores for `load_density`; a tile counts as an image in them.
+
+    Args: density: built from the same statistics.
+    """
+    if isinstance(density, TiledDensity):
+        density = density.tile_density
+    return DENSITIES[config.kind].tensors(config, statistics.per_tile, density)
 
 
 def load_density(
@@ -206,21 +229,25 @@ def load_density(
     device: torch.device | str,
     grid: tuple[int, int] = (1, 1),
 ) -> Density:
-    """The density from `density_tensors`. Raises: KeyError, ValueError: tensors that do not fit.
+    """Rebuilds a density from the result of `density_tensors`.
 
-    Args: height, width, grid: of the moments, and as `Statistics.grid`.
+    Args:
+        height, width: size of the moments' map of locations.
+        grid: see `Statistics.grid`.
+
+    Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
     """
     density = DENSITIES[config.kind].load(config, tensors, height, width, device)
-    return density if grid == (1, 1) else SharedByTiles(density, grid)
+    return density if grid == (1, 1) else TiledDensity(density, grid)
 
 
-def positions_to_keep(config: DensityConfig, count: int) -> set[int] | None:
-    """Which of `count` images' embeddings a pass is to keep; None: none, since the density needs none."""
-    return sample_positions(count, config.max_images) if DENSITIES[config.kind].keeps_bank else None
+def choose_bank_images(config: DensityConfig, num_images: int) -> set[int] | None:
+    """Chooses the numbers of the images whose embeddings go into the bank; None if the kind has no bank."""
+    return sample_evenly(num_images, config.max_images) if DENSITIES[config.kind].keeps_bank else None
 
 
-def sample_positions(count: int, limit: int) -> set[int]:
-    """Which of `count` images, in the order of all workers, are among at most `limit` evenly chosen ones."""
+def sample_evenly(count: int, limit: int) -> set[int]:
+    """Chooses at most `limit` evenly spaced numbers from 0 to count - 1; all numbers if count <= limit."""
     if count <= limit:
         return set(range(count))
     return {(2 * number + 1) * count // (2 * limit) for number in range(limit)}

@@ -1,8 +1,8 @@
-"""A memory without places: patches of all normal images, few of them, chosen so that every other is near one [kin].
+"""A memory without locations: a small coreset of the patches of all normal images [kin].
 
-PatchCore (arXiv 2106.08265) compares a patch with the normal ones of everywhere. What a part looks like somewhere else is then
-normal too, which is right for textures and for parts that lie anywhere, where a memory of each place knows little; and wrong
-for a part that is where it should not be, which only a memory of places can see.
+PatchCore (arXiv 2106.08265) compares a patch with normal patches from every location. Then the appearance of one location is
+normal at every other location. This is right for textures and for parts that lie anywhere, for which a memory of each location
+has too few examples. It is wrong for a part that is in the wrong location: only a memory of locations detects this.
 """
 
 from __future__ import annotations
@@ -10,47 +10,61 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-POOL = 32768  # candidate patches at most, among which the coreset is chosen: its cost grows with their number
-_SEARCH_CHANNELS = 64  # of the random projection in which it is chosen [kin: Johnson-Lindenstrauss]
-_CHUNK_BYTES = 64 * 2**20  # of distances held at once
+MAX_CANDIDATES = 32768  # patches among which the coreset is chosen: the cost of the choice grows with their number
+_SEARCH_CHANNELS = 64  # of the random projection in which the coreset is chosen [kin: Johnson-Lindenstrauss]
+_CHUNK_BYTES = 64 * 2**20  # of distances that are in memory at the same time
 
 
 class Coreset:
-    """The fitted memory.
+    """A fitted memory of patches without locations.
 
     Attributes:
-        whole: (M, K) float16, as a bundle stores them.  images: (M,), the number of the normal image that each was taken from.
-        patches: (M, K), those that are searched; less `centre` where there is one.
-        centre: (K,) float32, the patches' mean, of a memory in bfloat16, whose rounding grows with what is rounded.
+        stored_patches: (M, K) float16, as a bundle stores them.
+        image_numbers: (M,), number of the normal image of each patch.
+        patches: (M, K), the patches that queries are compared with, after `centre` is subtracted.
+        centre: (K,) float32, mean of the patches; None except in bfloat16, where smaller values have smaller rounding errors.
+        half_squares: (M,), half the squared norm of each patch.
     """
 
-    def __init__(self, patches: Tensor, images: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        """patches: not centred, of float16's digits.  dtype: what they are searched in, float32 or bfloat16."""
-        if patches.ndim != 2 or images.shape != patches.shape[:1]:
-            raise ValueError(f"patches {tuple(patches.shape)} and their images {tuple(images.shape)} do not fit")
-        self.whole, self.images = patches.half(), images
+    def __init__(self, patches: Tensor, image_numbers: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        """
+        Args:
+            patches: (M, K), values that float16 represents exactly; not centred.
+            image_numbers: (M,).
+            dtype: type in which distances are computed, float32 or bfloat16.
+
+        Raises: ValueError: the shapes do not fit together.
+        """
+        if patches.ndim != 2 or image_numbers.shape != patches.shape[:1]:
+            raise ValueError(
+                f"a coreset needs patches (M, K) and image numbers (M,), got {tuple(patches.shape)} and "
+                f"{tuple(image_numbers.shape)}"
+            )
+        self.stored_patches, self.image_numbers = patches.half(), image_numbers
         self.centre = patches.float().mean(dim=0) if dtype == torch.bfloat16 else None
         self.patches = patches if self.centre is None else (patches - self.centre).to(dtype)
-        self.half_norms = (self.patches.float().square().sum(dim=1) / 2).to(dtype)
+        self.half_squares = (self.patches.float().square().sum(dim=1) / 2).to(dtype)
 
-    def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor:
-        """(B, K, H, W) -> distances (B, H, W) to the nearest patch, >= 0.
+    def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
+        """Computes distances (B, H, W), >= 0, of an embedding (B, K, H, W) to the nearest patch of the coreset.
 
         Args:
-            own: (B,), the number of each image, whose own patches are left out for it; or (B, K), several numbers.
+            excluded_images: image numbers whose patches are ignored for each scored image: (B,) or (B, K); None: none.
         """
         batch, channels, height, width = embedding.shape
         queries = embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
         queries = (queries if self.centre is None else queries - self.centre).to(self.patches.dtype)
-        at_once = max(1, _CHUNK_BYTES // (height * width * len(self.patches) * 4))
+        images_at_once = max(1, _CHUNK_BYTES // (height * width * len(self.patches) * 4))
         closest = []
-        for start in range(0, batch, at_once):
-            part = queries[start : start + at_once]
-            agreement = torch.addmm(-self.half_norms, part.flatten(0, 1), self.patches.t()).view(*part.shape[:2], -1)
-            if own is not None:
-                numbers = own[start : start + at_once].view(len(part), -1, 1).to(self.images.device)
-                mine = (numbers == self.images).any(dim=1)
-                agreement.masked_fill_(mine[:, None], -torch.inf)
+        # |q - p|^2 / 2 = |q|^2 / 2 - (q p - |p|^2 / 2): the nearest p has the largest agreement q p - |p|^2 / 2
+        for start in range(0, batch, images_at_once):
+            part = queries[start : start + images_at_once]
+            agreement = torch.addmm(-self.half_squares, part.flatten(0, 1), self.patches.t()).view(*part.shape[:2], -1)
+            if excluded_images is not None:
+                excluded = excluded_images[start : start + images_at_once]
+                numbers = excluded.view(len(part), -1, 1).to(self.image_numbers.device)
+                is_excluded = (numbers == self.image_numbers).any(dim=1)
+                agreement.masked_fill_(is_excluded[:, None], -torch.inf)
             closest.append(agreement.amax(dim=2).float())
         squares = queries.float().square().sum(dim=2)
         return (squares - 2 * torch.cat(closest)).clamp_min_(0).sqrt_().view(batch, height, width)
@@ -60,57 +74,70 @@ class Coreset:
 def choose_coreset(
     bank: Tensor, num_patches: int, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Coreset:
-    """The coreset of normal embeddings (N, L, K), any float type: at most so many patches. The same at every call."""
-    num_images, places, channels = bank.shape
+    """Chooses a coreset of at most `num_patches` of the normal embeddings (N, L, K), any float type. It is deterministic."""
+    num_images, num_locations, channels = bank.shape
     generator = torch.Generator().manual_seed(0)
-    pool = choose_candidates(num_images, places, generator)
-    patches = bank.reshape(-1, channels)[pool].to(device, torch.float32)
+    candidates = choose_candidates(num_images, num_locations, generator)
+    patches = bank.reshape(-1, channels)[candidates].to(device, torch.float32)
     projection = torch.randn(channels, _SEARCH_CHANNELS, generator=generator).to(device)
     chosen = greedy_coreset(patches @ projection, num_patches).cpu()
-    return Coreset(patches[chosen.to(device)], (pool[chosen] // places).to(device), dtype)
+    return Coreset(patches[chosen.to(device)], (candidates[chosen] // num_locations).to(device), dtype)
 
 
-def choose_candidates(num_images: int, places: int, generator: torch.Generator) -> Tensor:
-    """Numbers of at most POOL patches of a bank (N, L, K), number = image * L + place, spread over all images and places.
+def choose_candidates(num_images: int, num_locations: int, generator: torch.Generator) -> Tensor:
+    """Chooses at most MAX_CANDIDATES patches of a bank (N, L, K), spread evenly over images and locations.
 
-    The places are put into random order. The images then take consecutive stretches of this order, so that every image gives
-    as many candidates, and every place too, up to one. A rare appearance in one image is then not missed by chance.
+    Returns: patch numbers, number = image * L + location.
+
+    The locations are put into random order. The images then take consecutive stretches of this order, so that every image gives
+    the same number of candidates, and every location too, up to one. Chance then cannot miss a rare appearance in one image.
     """
-    total = num_images * places
-    if total <= POOL:
+    total = num_images * num_locations
+    if total <= MAX_CANDIDATES:
         return torch.randperm(total, generator=generator)
-    shuffled = torch.randperm(places, generator=generator)
-    candidates = torch.arange(POOL)
-    images = candidates * num_images // POOL  # about POOL / N consecutive candidates for each image
-    return images * places + shuffled[candidates % places]
+    shuffled = torch.randperm(num_locations, generator=generator)
+    candidates = torch.arange(MAX_CANDIDATES)
+    images = candidates * num_images // MAX_CANDIDATES  # about MAX_CANDIDATES / N consecutive candidates for each image
+    return images * num_locations + shuffled[candidates % num_locations]
 
 
 def greedy_coreset(points: Tensor, count: int) -> Tensor:
-    """Numbers of at most `count` of the points (P, D): the one farthest from their mean, then ever the one farthest from those
-    chosen. Which they are does not depend on the order of the points."""
-    norms = points.square().sum(dim=1)
-    distance = torch.full_like(norms, torch.inf)
+    """Returns the numbers of at most `count` of the points (P, D), chosen by farthest-point sampling.
+
+    The first point is the one that is farthest from the mean. Every next point is the one that is farthest from the points
+    chosen before. Which points are chosen does not depend on the order of the points.
+    """
+    squares = points.square().sum(dim=1)
+    distance = torch.full_like(squares, torch.inf)  # (P,), squared distance to the nearest chosen point
     chosen = torch.zeros(min(count, len(points)), dtype=torch.long, device=points.device)
     if len(points):
         chosen[0] = (points - points.mean(dim=0)).square().sum(dim=1).argmax()
     for number in range(1, len(chosen)):
         last = points[chosen[number - 1]]
-        torch.minimum(distance, torch.addmv(norms, points, last, alpha=-2) + last.square().sum(), out=distance)
+        # |p - last|^2 = |p|^2 - 2 p last + |last|^2
+        torch.minimum(distance, torch.addmv(squares, points, last, alpha=-2) + last.square().sum(), out=distance)
         chosen[number] = distance.argmax()
     return chosen
 
 
 def greedy_coresets(points: Tensor, count: int) -> Tensor:
-    """`greedy_coreset` of S sets at once: points (S, P, D) -> numbers (S, count), count <= P, no point of a set twice."""
-    norms = points.square().sum(dim=2)
-    distance = torch.full_like(norms, torch.inf)
+    """Runs `greedy_coreset` on S sets of points at once, without choosing a point twice.
+
+    Args:
+        points: (S, P, D).
+        count: number of points to choose from each set, at most P.
+
+    Returns: point numbers (S, count).
+    """
+    squares = points.square().sum(dim=2)
+    distance = torch.full_like(squares, torch.inf)
     chosen = torch.zeros(len(points), count, dtype=torch.long, device=points.device)
     chosen[:, 0] = (points - points.mean(dim=1, keepdim=True)).square().sum(dim=2).argmax(dim=1)
     sets = torch.arange(len(points), device=points.device)
     for number in range(1, count):
         last = points[sets, chosen[:, number - 1], :, None]
-        squares = norms - 2 * torch.bmm(points, last)[..., 0] + last.square().sum(dim=1)
-        torch.minimum(distance, squares, out=distance)
-        distance[sets, chosen[:, number - 1]] = -torch.inf  # also where all points are alike
+        distance_to_last = squares - 2 * torch.bmm(points, last)[..., 0] + last.square().sum(dim=1)
+        torch.minimum(distance, distance_to_last, out=distance)
+        distance[sets, chosen[:, number - 1]] = -torch.inf  # or a set of equal points would give the same point again
         chosen[:, number] = distance.argmax(dim=1)
     return chosen

@@ -1,4 +1,4 @@
-"""One Gaussian per location: mean and precision factor; Mahalanobis distance."""
+"""A density of one Gaussian per location (PaDiM, arXiv 2011.08785), whose distance is the Mahalanobis distance."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from focus_ray.config import DensityConfig
-from focus_ray.density.base import Density, LeavesOut, Statistics, ridge_of
+from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics, absolute_ridge
 from focus_ray.density.moments import (
     Moments,
-    check_count,
-    chunks,
+    check_num_images,
+    location_chunks,
     locations_first,
     pack_lower,
     pooled_covariance,
@@ -21,17 +21,18 @@ from focus_ray.density.moments import (
 
 
 class Gaussian:
-    """The fitted density.
+    """A fitted density of one Gaussian per location.
 
     Attributes:
-        mean: (L, C).  precision_factor: (L, C, C), lower triangular, W with W^T W = inverse covariance.
+        mean: (L, C).
+        precision_factor: (L, C, C), lower triangular, W with W^T W = inverse covariance.
     """
 
     def __init__(self, mean: Tensor, precision_factor: Tensor, height: int, width: int) -> None:
         if mean.shape[0] != height * width or precision_factor.shape != (*mean.shape, mean.shape[1]):
             raise ValueError(
-                f"mean {tuple(mean.shape)} and precision factor {tuple(precision_factor.shape)} "
-                f"do not fit a map of {height} x {width}"
+                f"a map of {height} x {width} locations needs a mean (L, C) and a precision factor (L, C, C) with "
+                f"L = {height * width}, got {tuple(mean.shape)} and {tuple(precision_factor.shape)}"
             )
         self.mean, self.precision_factor, self.height, self.width = mean, precision_factor, height, width
 
@@ -40,10 +41,11 @@ class Gaussian:
         return self.mean.device
 
     def score(self, embedding: Tensor) -> Tensor:
-        """(B, C, H, W) -> distances (B, H, W)."""
+        """Computes Mahalanobis distances (B, H, W) of an embedding (B, C, H, W)."""
         if tuple(embedding.shape[2:]) != (self.height, self.width):
             raise ValueError(
-                f"embedding of {tuple(embedding.shape[2:])} places, the Gaussian was fitted at {(self.height, self.width)}"
+                f"the embedding has {tuple(embedding.shape[2:])} locations, but the Gaussian was fitted to "
+                f"{(self.height, self.width)}: use images of the size that the model was trained with"
             )
         return mahalanobis(embedding, self.mean, self.precision_factor)
 
@@ -52,29 +54,32 @@ class Gaussian:
 def fit_gaussian(
     moments: Moments, ridge: float, pooling: float = 0.0, packed: bool = False, divisor: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mean and precision factor of moments.
+    """Computes the mean and the precision factor of each location from its moments.
 
-    Covariance of a location: (1 - pooling) scatter / (count - 1) + pooling * pooled + ridge I. With pooling 0 that is
-    PaDiM's (arXiv 2011.08785, section III-B); pooling towards the mean over locations [ours] lends a location with few
-    images for its channels the directions in which normal parts vary elsewhere (as in discriminant analysis).
+    The covariance of a location is (1 - pooling) scatter / (count - 1) + pooling * pooled + ridge I. With pooling 0 this is the
+    covariance of PaDiM (arXiv 2011.08785, section III-B). Pooling mixes in the mean covariance of all locations [ours]. It helps
+    where there are few images per channel: the location then also uses the directions in which normal parts vary elsewhere (as
+    in discriminant analysis).
 
     Args:
-        packed: give the factors as `pack_lower` does, at half the memory.
-        divisor: of a location's scatter, in place of count - 1.
+        ridge: added to the diagonal of each covariance.
+        pooling: weight of the pooled covariance, 0 to 1.
+        packed: return the factors in the form of `pack_lower`, which takes half the memory.
+        divisor: number that replaces count - 1 under the scatter; None: count - 1.
 
-    Returns: mean (L, C), precision factor (L, C, C), or (L, C (C + 1) / 2) packed.
+    Returns: mean (L, C), and precision factor (L, C, C), or (L, C (C + 1) / 2) if packed.
 
     Raises: ValueError: fewer than two images.
     """
-    check_count(moments)
-    locations, channels = moments.mean.shape
+    check_num_images(moments)
+    num_locations, channels = moments.mean.shape
     shape = (channels * (channels + 1) // 2,) if packed else (channels, channels)
-    factors = torch.empty(locations, *shape, device=moments.mean.device)
+    factors = torch.empty(num_locations, *shape, device=moments.mean.device)
     identity = torch.eye(channels, device=moments.mean.device)
     base = ridge * identity
     if pooling:
         base = base + pooling * pooled_covariance(moments)
-    for part in chunks(locations, channels):
+    for part in location_chunks(num_locations, channels):
         covariance = torch.add(base, moments.scatter[part], alpha=(1 - pooling) / (divisor or moments.count - 1))
         root = torch.linalg.cholesky(covariance)
         factor = torch.linalg.solve_triangular(root, identity.expand_as(root), upper=False)
@@ -83,102 +88,109 @@ def fit_gaussian(
 
 
 def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Tensor:
-    """Distance of each patch to the Gaussian of its position (PaDiM, arXiv 2011.08785, eq. 2).
+    """Computes the Mahalanobis distance of each patch to the Gaussian of its location (PaDiM, arXiv 2011.08785, eq. 2).
 
     Args:
         embedding: (B, C, H, W), in the aligned frame.
-        mean: (H*W, C).  precision_factor: (H*W, C, C), lower triangular, W with W^T W = inverse covariance.
+        mean: (H*W, C).
+        precision_factor: (H*W, C, C), lower triangular, W with W^T W = inverse covariance.
 
-    Returns: (B, H, W), >= 0, not squared (scikit-learn's function of this name is squared).
+    Returns: (B, H, W), >= 0, not squared (scikit-learn's function of this name returns the square).
     """
     batch, channels, height, width = embedding.shape
     centred = locations_first(embedding) - mean[:, None].to(embedding.dtype)
     factor = precision_factor.to(embedding.dtype).transpose(1, 2)
-    half = channels // 2  # the quarter above the diagonal is zero: not multiplied
+    half = channels // 2  # two products skip the quarter of the factor above the diagonal that is zero
     first = torch.bmm(centred[:, :, :half], factor[:, :half, :half])
     second = torch.bmm(centred, factor[:, :, half:])
     squares = first.square_().sum(dim=2) + second.square_().sum(dim=2)
     return squares.sqrt_().t().reshape(batch, height, width)
 
 
-MAX_FITS = 4  # of a `LeftOutGaussian`, by the size of the group left out: 41 MB each at 1024 places and 100 channels
+MAX_FITS = 4  # fits that a `LeaveOneOutGaussian` stores: 41 MB each at 1024 locations and 100 channels
 
 
-class LeftOutGaussian:
+class LeaveOneOutGaussian:
     """Distances of images to the Gaussian of all the others, from one fit [ours].
 
     Taking an image x out of n moves the mean m by (x - m) / (n - 1) and takes n / (n - 1) v v^T, v = x - m, from the
     scatter. With A the covariance of the whole scatter over n - 2, the left-out covariance is A - c v v^T, and the
-    Sherman-Morrison formula gives its Mahalanobis distance from v^T A^-1 v alone. Exact but for the ridge and the pooled
-    covariance, which stay those of all images. Several images are taken out together by the Woodbury formula.
+    Sherman-Morrison formula gives its Mahalanobis distance from v^T A^-1 v alone. This is exact, except that the
+    ridge and the pooled covariance still include the excluded image. The Woodbury formula excludes several images at once.
     """
 
     def __init__(self, moments: Moments, ridge: float, pooling: float, bank: Tensor | None = None) -> None:
         """
-        Args: bank: (N, L, C), embeddings of images among those fitted; needed where several images are left out together.
+        Args:
+            moments: of all training images.
+            ridge, pooling: as in `fit_gaussian`.
+            bank: (N, L, C or more), embeddings of training images; only needed to exclude several images together.
 
         Raises: ValueError: fewer than three images.
         """
         if moments.count < 3:
-            raise ValueError(f"leaving one image out needs at least 3, got {moments.count}: add training images")
+            raise ValueError(
+                f"leave-one-out needs at least 3 training images, got {moments.count}: add training images"
+            )
         self.height, self.width = moments.height, moments.width
         self.moments, self.ridge, self.pooling, self.bank = moments, ridge, pooling, bank
-        self.fits: dict[int, Gaussian] = {}
-        self.gaussian, self.num_left_out = self._fit(1), 1
+        self.fits: dict[int, Gaussian] = {}  # by the number of excluded images
+        self.gaussian, self.num_excluded = self._get_fit(1), 1
 
-    def _fit(self, num_left_out: int) -> Gaussian:
-        """The Gaussian of all images whose covariance is scaled as if so many images were left out."""
-        if num_left_out not in self.fits:
+    def _get_fit(self, num_excluded: int) -> Gaussian:
+        """Returns the Gaussian of all images, its covariance scaled for the count without `num_excluded` images; cached."""
+        if num_excluded not in self.fits:
             if len(self.fits) >= MAX_FITS:
                 self.fits.pop(next(iter(self.fits)))
-            self.fits[num_left_out] = self._fit_anew(num_left_out)
-        return self.fits[num_left_out]
+            self.fits[num_excluded] = self._fit(num_excluded)
+        return self.fits[num_excluded]
 
-    def _fit_anew(self, num_left_out: int) -> Gaussian:
-        divisor = self.moments.count - num_left_out - 1
+    def _fit(self, num_excluded: int) -> Gaussian:
+        divisor = self.moments.count - num_excluded - 1
         if divisor < 1:
             raise ValueError(
-                f"leaving out {num_left_out} images that show one part needs at least {num_left_out + 2} images, got "
-                f"{self.moments.count}: add training images of other parts"
+                f"{num_excluded} images show the same part and are left out together; this needs at least {num_excluded + 2} "
+                f"training images, got {self.moments.count}: add training images of other parts"
             )
         mean, factor = fit_gaussian(self.moments, self.ridge, self.pooling, divisor=divisor)
         return Gaussian(mean, factor, self.height, self.width)
 
-    def score(self, embedding: Tensor, own: Tensor) -> Tensor:
-        """(B, C, H, W) of images among those fitted -> (B, H, W). own: as of `LeavesOut.score`."""
-        sets = [numbers.unique() for numbers in own.view(len(own), -1)]
-        if all(len(numbers) == 1 for numbers in sets):
-            return self._score_alone(embedding)
-        distances = torch.empty(len(own), self.height, self.width, device=embedding.device)
-        for size in sorted({len(numbers) for numbers in sets}):  # one fit for all sets of a size
-            if size != self.num_left_out:
-                self.gaussian, self.num_left_out = self._fit(size), size
-            for numbers in {tuple(numbers.tolist()) for numbers in sets if len(numbers) == size}:
-                images = [image for image, left_out in enumerate(sets) if tuple(left_out.tolist()) == numbers]
+    def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
+        """Computes distances (B, H, W) of training images (B, C, H, W); arguments as in `LeaveOneOutScorer.score`."""
+        excluded_sets = [numbers.unique() for numbers in excluded_images.view(len(excluded_images), -1)]
+        if all(len(numbers) == 1 for numbers in excluded_sets):
+            return self._score_without_itself(embedding)
+        distances = torch.empty(len(excluded_images), self.height, self.width, device=embedding.device)
+        for size in sorted({len(numbers) for numbers in excluded_sets}):  # all sets of one size share a fit
+            if size != self.num_excluded:
+                self.gaussian, self.num_excluded = self._get_fit(size), size
+            for numbers in {tuple(numbers.tolist()) for numbers in excluded_sets if len(numbers) == size}:
+                images = [image for image, excluded in enumerate(excluded_sets) if tuple(excluded.tolist()) == numbers]
                 if size == 1:
-                    distances[images] = self._score_alone(embedding[images])
+                    distances[images] = self._score_without_itself(embedding[images])
                 else:
-                    distances[images] = self._score_without(embedding[images], torch.tensor(numbers))
+                    distances[images] = self._score_without_set(embedding[images], torch.tensor(numbers))
         return distances
 
-    def _score_alone(self, embedding: Tensor) -> Tensor:
-        """Each image (B, C, H, W) left out by itself -> (B, H, W)."""
-        if self.num_left_out != 1:
-            self.gaussian, self.num_left_out = self._fit(1), 1
+    def _score_without_itself(self, embedding: Tensor) -> Tensor:
+        """Computes distances (B, H, W) of training images (B, C, H, W), each without itself (Sherman-Morrison)."""
+        if self.num_excluded != 1:
+            self.gaussian, self.num_excluded = self._get_fit(1), 1
         n = self.moments.count
-        square = self.gaussian.score(embedding).square()
-        taken = (1 - self.pooling) * n / ((n - 1) * (n - 2))
-        return n / (n - 1) * (square / (1 - taken * square).clamp_min(1e-6)).sqrt()
+        square = self.gaussian.score(embedding).square()  # v^T A^-1 v
+        c = (1 - self.pooling) * n / ((n - 1) * (n - 2))
+        # y = x - left-out mean = n / (n - 1) v, and v^T (A - c v v^T)^-1 v = square / (1 - c square)
+        return n / (n - 1) * (square / (1 - c * square).clamp_min(1e-6)).sqrt()
 
-    def _score_without(self, embedding: Tensor, numbers: Tensor) -> Tensor:
-        """Images (B, C, H, W) with the same k images of the bank left out for each, their numbers (k,) -> (B, H, W).
+    def _score_without_set(self, embedding: Tensor, numbers: Tensor) -> Tensor:
+        """Computes distances (B, H, W) of images (B, C, H, W) without k images of the bank, with bank numbers (k,).
 
-        With v_j = x_j - m for the k images, m of all n images, and V = (v_1 ... v_k): the mean of the others is
-        m - V 1 / (n - k), their scatter is S - V M V^T with M = I + 1 1^T / (n - k), whose inverse is I - 1 1^T / n. The
-        squared distance of y = v + V 1 / (n - k) to A - c V M V^T, c = (1 - pooling) / (n - k - 1), is by Woodbury
-        y^T A^-1 y + (y^T A^-1 V) ((c M)^-1 - V^T A^-1 V)^-1 (V^T A^-1 y).
+        Let m be the mean of all n images, v_j = x_j - m for the k excluded images, and V = (v_1 ... v_k). The remaining images
+        have mean m - V 1 / (n - k) and scatter S - V M V^T. Here M = I + 1 1^T / (n - k), and its inverse is I - 1 1^T / n.
+        Let c = (1 - pooling) / (n - k - 1). The Woodbury formula gives the squared distance of y = v + V 1 / (n - k) under the
+        covariance A - c V M V^T: y^T A^-1 y + (y^T A^-1 V) ((c M)^-1 - V^T A^-1 V)^-1 (V^T A^-1 y).
         """
-        assert self.bank is not None, "several images can be left out only of a density whose bank is kept"
+        assert self.bank is not None, "only a density with a bank can leave out several images together"
         n, k = self.moments.count, len(numbers)
         factor, mean = self.gaussian.precision_factor, self.gaussian.mean
         rows = self.bank[numbers].to(mean).transpose(0, 1)[:, :, : mean.shape[1]]  # (L, k, C)
@@ -191,27 +203,32 @@ class LeftOutGaussian:
         gram = whitened @ whitened.transpose(1, 2)  # V^T A^-1 V, (L, k, k)
         cross = whitened @ whitened_query.transpose(1, 2)  # V^T A^-1 y, (L, k, B)
         scale = (1 - self.pooling) / (n - k - 1)
+        # (c M)^-1; the clamp avoids a division by 0 at pooling 1
         inverse = (torch.eye(k, dtype=gram.dtype, device=gram.device) - 1 / n) / max(scale, 1e-12)
-        added = (cross * torch.linalg.solve(inverse - gram, cross)).sum(dim=1)
-        square = whitened_query.square().sum(dim=2) + added  # (L, B)
+        correction = (cross * torch.linalg.solve(inverse - gram, cross)).sum(dim=1)
+        square = whitened_query.square().sum(dim=2) + correction  # (L, B)
         return square.clamp_min(0).sqrt().float().t().reshape(-1, self.height, self.width)
 
 
 class _GaussianKind:
+    """The density kind `gaussian`; see `DensityKind` for its methods."""
+
     keeps_bank = False
 
     def build(self, config: DensityConfig, statistics: Statistics) -> Gaussian:
         moments = statistics.moments
-        mean, factor = fit_gaussian(moments, ridge_of(config, moments), config.pooling)
+        mean, factor = fit_gaussian(moments, absolute_ridge(config, moments), config.pooling)
         return Gaussian(mean, factor, moments.height, moments.width)
 
-    def leaving_out(self, config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
-        ridge = ridge_of(config, statistics.moments)
-        return LeftOutGaussian(statistics.moments, ridge, config.pooling, statistics.bank)
+    def leave_one_out_scorer(
+        self, config: DensityConfig, statistics: Statistics, density: Density
+    ) -> LeaveOneOutScorer:
+        ridge = absolute_ridge(config, statistics.moments)
+        return LeaveOneOutGaussian(statistics.moments, ridge, config.pooling, statistics.bank)
 
     def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
         moments = statistics.moments
-        mean, packed = fit_gaussian(moments, ridge_of(config, moments), config.pooling, packed=True)
+        mean, packed = fit_gaussian(moments, absolute_ridge(config, moments), config.pooling, packed=True)
         return {"mean": mean, "precision_factor": packed}
 
     def load(

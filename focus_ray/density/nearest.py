@@ -1,14 +1,15 @@
-"""Nearest normal neighbour at each location of the aligned frame [ours]: a density beside the single Gaussian.
+"""A density that measures the distance to the nearest normal embedding around each location of the aligned frame [ours].
 
-Where a part looks different in a few ways at one place (a thread's phase, a print), one Gaussian spreads over what lies
-between them. Keeping the normal embeddings of each location and scoring by the distance to the nearest one does not. All
-embeddings are whitened by one covariance pooled over locations, so that directions in which normal parts vary count less.
-Patches are compared around their own place, which alignment makes possible. Where a part lies anywhere, or has no places at
-all, a coreset without places knows more (`coreset`): by default both are asked, and their distances averaged.
+Good parts can have a few different appearances at one location, for instance the phase of a thread. A single Gaussian also covers
+everything between them. A memory of the normal embeddings of each location does not. All embeddings are whitened by one
+covariance, pooled over locations, so that directions in which normal parts vary count less. A patch is compared with the bank
+around its own location only, which alignment makes possible. If parts lie anywhere, or are textures, a coreset without locations
+has more examples to compare with (`coreset`). By default, the distances of both memories are averaged.
 
-Of many images each place keeps some embeddings, chosen so that every other is near one of them. An image that is left out takes
-along what places keep of it. A choice without it would be much the same where nothing of it is kept; where something is, it would
-have one embedding more, in the gap: so the image scores a little higher than a new one like it, and thresholds err on that side.
+If there are many images, each location keeps a coreset of their embeddings. Leave-one-out removes the embeddings of an image from
+the coresets. It does not choose the coresets again. A new choice would be nearly the same where no embedding of the image was
+chosen. Elsewhere it would have one more embedding, in the gap. So a left-out image scores slightly higher than a new image of the
+same kind, and thresholds become slightly higher.
 """
 
 from __future__ import annotations
@@ -19,38 +20,39 @@ import torch
 from torch import Tensor
 
 from focus_ray.config import DensityConfig
-from focus_ray.density.base import Density, LeavesOut, Statistics, ridge_of, sample_positions
-from focus_ray.density.checked import (
+from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics, absolute_ridge, sample_evenly
+from focus_ray.density.checked_memory import (
     CheckedMemory,
-    LeftOutCheckedMemory,
-    check_memory,
-    checked_tensors,
+    LeaveOneOutCheckedMemory,
+    build_checked_memory,
+    gaussian_tensors,
     is_checkable,
-    left_out_gaussian,
-    load_checked,
+    leave_one_out_gaussian,
+    load_checked_memory,
 )
 from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coresets
-from focus_ray.density.moments import Moments, check_count, locations_first, pooled_covariance
+from focus_ray.density.moments import Moments, check_num_images, locations_first, pooled_covariance
 from focus_ray.density.relations import Relations
 from focus_ray.precision import compute_dtype
 
-_CHUNK_BYTES = 64 * 2**20  # of distances held at once
+_CHUNK_BYTES = 64 * 2**20  # of distances that are in memory at the same time
 _TYPICAL_IMAGES = 16
-_PLACES_AT_ONCE = 64
-_SEARCH_CHANNELS = 32  # of the random projection in which a place's embeddings are chosen
+_LOCATIONS_AT_ONCE = 64
+_SEARCH_CHANNELS = 32  # of the random projection in which a location's coreset is chosen
 
 
 class NearestMemory:
-    """The fitted density.
+    """A fitted memory of normal embeddings for each location.
 
     Attributes:
-        bank: (L, M, C), whitened embeddings of normal images, M at each of L = height * width places; less `centre` where there
-            is one.
-        images: (L, M) int32, the number of the normal image that each was taken from; None: M images, in order at every place.
-        centre: (L, 1, C) float32, the bank's mean at each place, of a memory in bfloat16: what is left is as small as distances
-            are, and so is its rounding. None in float32.
-        whitening: (C, C), W with W^T W = inverse pooled covariance; Euclidean distance after it is Mahalanobis before.
-        window: odd; a patch is compared with the bank of window x window places around its own.
+        bank: (L, M, C), whitened normal embeddings, M at each of L = height * width locations, after `centre` is subtracted.
+        image_numbers: (L, M) int32, number of the normal image of each embedding; None: embedding m is from image m everywhere.
+        centre: (L, 1, C) float32, mean of the bank at each location; None except in bfloat16, where smaller values have smaller
+            rounding errors.
+        whitening: (C, C), W with W^T W = inverse pooled covariance. The Euclidean distance of whitened embeddings is the
+            Mahalanobis distance of raw ones.
+        window: odd; a patch is compared with the bank of window x window locations around its own.
+        half_squares: (L, M), half the squared norm of each embedding of the bank.
     """
 
     def __init__(
@@ -61,156 +63,191 @@ class NearestMemory:
         width: int,
         window: int = 1,
         dtype: torch.dtype = torch.float32,
-        images: Tensor | None = None,
+        image_numbers: Tensor | None = None,
     ) -> None:
-        """bank: not centred, any float type and device.  dtype: what it is to be held and searched in, float32 or bfloat16."""
+        """
+        Args:
+            bank: (L, M, C), whitened but not centred, any float type, any device.
+            dtype: type in which the bank is stored and distances are computed, float32 or bfloat16.
+
+        Raises: ValueError: the shapes do not fit together, or the window is even or not positive.
+        """
         if bank.ndim != 3 or bank.shape[0] != height * width or whitening.shape != (bank.shape[2], bank.shape[2]):
             raise ValueError(
-                f"bank {tuple(bank.shape)} and whitening {tuple(whitening.shape)} do not fit a map of {height} x {width}"
+                f"a map of {height} x {width} locations needs a bank (L, M, C) with L = {height * width} and a whitening (C, C), "
+                f"got {tuple(bank.shape)} and {tuple(whitening.shape)}"
             )
-        if images is not None and images.shape != bank.shape[:2]:
-            raise ValueError(f"bank {tuple(bank.shape)} and its images {tuple(images.shape)} do not fit")
+        if image_numbers is not None and image_numbers.shape != bank.shape[:2]:
+            raise ValueError(
+                f"a bank {tuple(bank.shape)} needs image numbers {tuple(bank.shape[:2])}, got {tuple(image_numbers.shape)}"
+            )
         if window < 1 or window % 2 == 0:
-            raise ValueError(f"window={window} must be odd and positive")
-        places, count, channels = bank.shape
-        held = torch.empty(places, channels, count, dtype=dtype, device=whitening.device)  # as products take it
+            raise ValueError(f"density.window={window} must be odd and positive")
+        num_locations, count, channels = bank.shape
+        # stored as (L, C, M), the layout in which matrix products are fast
+        stored_LCM = torch.empty(num_locations, channels, count, dtype=dtype, device=whitening.device)
         centres = []
-        for start in range(0, places, _PLACES_AT_ONCE):  # not all at once: it is large
-            part = bank[start : start + _PLACES_AT_ONCE].to(whitening.device, torch.float32)
+        for start in range(
+            0, num_locations, _LOCATIONS_AT_ONCE
+        ):  # in parts, because a float32 copy of the bank is large
+            part = bank[start : start + _LOCATIONS_AT_ONCE].to(whitening.device, torch.float32)
             if dtype == torch.bfloat16:
                 centres.append(part.mean(dim=1, keepdim=True))
                 part = part - centres[-1]
-            held[start : start + _PLACES_AT_ONCE] = part.transpose(1, 2)
+            stored_LCM[start : start + _LOCATIONS_AT_ONCE] = part.transpose(1, 2)
         self.centre = torch.cat(centres) if centres else None
-        self.bank = bank = held.transpose(1, 2)
+        self.bank = bank = stored_LCM.transpose(1, 2)
         self.whitening, self.height, self.width, self.window = whitening, height, width, window
-        self.images = None if images is None else images.to(whitening.device, torch.int32)
-        self.plain = _is_identity(whitening)
+        self.image_numbers = None if image_numbers is None else image_numbers.to(whitening.device, torch.int32)
+        self.is_unwhitened = _is_identity(whitening)
         norms = torch.linalg.vector_norm(bank, dim=2, dtype=torch.float32)
-        self.half_norms = (norms.square() / 2).to(dtype)  # (L, N)
+        self.half_squares = (norms.square() / 2).to(dtype)  # (L, M)
 
     @property
     def device(self) -> torch.device:
         return self.bank.device
 
-    def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> distances (B, H, W) to the nearest normal embedding around the place, >= 0.
+    def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
+        """Computes distances (B, H, W), >= 0, of an embedding (B, C, H, W) to the nearest normal embedding around each location.
 
         Args:
-            own: (B,), the number of each image among those that the memory was made of, which is left out for it: what a new
-                image like it would get; or (B, K), several numbers.
+            excluded_images: numbers of the normal images that are ignored for each scored image: (B,) or (B, K); a negative
+                number is no image. None: none is ignored.
+
+        Raises: ValueError: H or W differs from the size of the memory.
         """
         batch, channels, height, width = embedding.shape
         if (height, width) != (self.height, self.width):
             raise ValueError(
-                f"embedding of {(height, width)} places, the memory was made at {(self.height, self.width)}"
+                f"the embedding has {(height, width)} locations, but the memory was fitted to {(self.height, self.width)}: use "
+                "images of the size that the model was trained with"
             )
         queries = locations_first(embedding).to(self.whitening.dtype)  # (L, B, C)
-        if not self.plain:
+        if not self.is_unwhitened:
             queries = queries @ self.whitening.t()
-        # |q - b|^2 / 2 = |q|^2 / 2 - (q b - |b|^2 / 2), and the best b does not depend on |q|
+        # |q - b|^2 / 2 = |q|^2 / 2 - (q b - |b|^2 / 2): the nearest b has the largest agreement q b - |b|^2 / 2
         closest = torch.full((height, width, batch), -torch.inf, device=self.device, dtype=queries.dtype)
         reach = self.window // 2
         padded = queries.new_zeros(height + 2 * reach, width + 2 * reach, batch, channels)
         padded[reach : reach + height, reach : reach + width] = queries.view(height, width, batch, channels)
-        # every bank row meets all the queries around it in one product: the bank, by far the larger, is read once
+        # one product compares the bank of a location with all queries around it: the bank, by far the larger, is read only once
         around = padded.unfold(0, self.window, 1).unfold(1, self.window, 1)  # (H, W, B, C, w, w)
         rows_at_once = max(1, _CHUNK_BYTES // (width * self.window**2 * batch * (self.bank.shape[1] + channels) * 4))
         for top in range(0, height, rows_at_once):
             rows = range(top, min(top + rows_at_once, height))
             part = slice(rows.start * width, rows.stop * width)
+            # (P, w * w * B, C), queries around P locations
             near = around[rows.start : rows.stop].permute(0, 1, 4, 5, 2, 3).reshape(len(rows) * width, -1, channels)
             if self.centre is not None:
                 near = (near - self.centre[part]).to(self.bank.dtype)
-            agreement = torch.baddbmm(self.half_norms[part, None], near, self.bank[part].transpose(1, 2), beta=-1)
-            if own is not None:
-                self._leave_out(
-                    agreement.view(len(agreement), -1, batch, agreement.shape[2]), own.view(batch, -1), part
+            agreement = torch.baddbmm(self.half_squares[part, None], near, self.bank[part].transpose(1, 2), beta=-1)
+            if excluded_images is not None:
+                self._exclude(
+                    agreement.view(len(agreement), -1, batch, agreement.shape[2]), excluded_images.view(batch, -1), part
                 )
             best = agreement.amax(dim=2)
-            if self.centre is not None:  # each place has a centre of its own, from which q counts too
+            if self.centre is not None:  # every location has another centre, so |q - centre|^2 differs between them
                 best = best.to(queries.dtype) - near.to(queries.dtype).square().sum(dim=2) / 2
             best = best.view(len(rows), width, self.window, self.window, batch)
             for down in range(self.window):
                 for right in range(self.window):
-                    # best[r, c, down, right] is what the bank of (r, c) says of the query at (r + down - reach, ...)
-                    _keep_larger(closest, best[:, :, down, right], rows.start + down - reach, right - reach)
+                    # best[r, c, down, right]: the bank of (r, c) and the query at (r + down - reach, c + right - reach)
+                    maximum_into(closest, best[:, :, down, right], rows.start + down - reach, right - reach)
         squares = 0 if self.centre is not None else queries.square().sum(dim=2).view(height, width, batch)
         return (squares - 2 * closest).clamp_min_(0).sqrt_().permute(2, 0, 1)
 
-    def _leave_out(self, agreement: Tensor, own: Tensor, part: slice) -> None:
-        """agreement (P, w * w, B, M) of the places `part` becomes -inf where what the bank has is of an image in own (B, K)."""
-        if self.images is None:
-            agreement[:, :, torch.arange(len(own))[:, None], own.to(self.device)] = -torch.inf
+    def _exclude(self, agreement: Tensor, excluded_images: Tensor, part: slice) -> None:
+        """Sets the agreement with embeddings of excluded images to -inf, in place.
+
+        Args:
+            agreement: (P, w * w, B, M), of P locations.
+            excluded_images: (B, K).
+            part: these P locations.
+        """
+        if self.image_numbers is None:
+            agreement[:, :, torch.arange(len(excluded_images))[:, None], excluded_images.to(self.device)] = -torch.inf
             return
-        num_images = 1 + max(int(self.images.max()), int(own.max()))
-        left_out = torch.zeros(len(own), num_images + 1, dtype=torch.bool, device=self.device)
-        left_out.scatter_(1, own.where(own >= 0, num_images).to(self.device), True)  # a negative number is no image
-        of_entries = left_out[:, self.images[part].long()].transpose(0, 1)  # (P, B, M)
-        agreement.masked_fill_(of_entries[:, None], -torch.inf)
+        num_images = 1 + max(int(self.image_numbers.max()), int(excluded_images.max()))
+        is_excluded = torch.zeros(len(excluded_images), num_images + 1, dtype=torch.bool, device=self.device)
+        # a negative number is no image: it goes to an extra column, which no embedding refers to
+        is_excluded.scatter_(1, excluded_images.where(excluded_images >= 0, num_images).to(self.device), True)
+        is_excluded_PBM = is_excluded[:, self.image_numbers[part].long()].transpose(0, 1)
+        agreement.masked_fill_(is_excluded_PBM[:, None], -torch.inf)
 
 
 class JointMemory:
-    """A memory of places and a coreset [ours]: the mean of both distances, each as a multiple of what good images show.
+    """A memory of locations and a coreset [ours]; the distance is the mean of their distances, in units of typical distances.
 
     Attributes:
-        typical: (2,), the mean distance of good images, each left out itself, in `places` and in `coreset`.
+        location_memory: compares the first C channels.
+        coreset: compares the last K channels.
+        typical_distance: (2,), mean leave-one-out distance of good images, in `location_memory` and in `coreset`.
     """
 
-    def __init__(self, places: NearestMemory, coreset: Coreset, typical: Tensor) -> None:
-        self.places, self.coreset, self.typical = places, coreset, typical
-        self.height, self.width = places.height, places.width
+    def __init__(self, location_memory: NearestMemory, coreset: Coreset, typical_distance: Tensor) -> None:
+        self.location_memory, self.coreset, self.typical_distance = location_memory, coreset, typical_distance
+        self.height, self.width = location_memory.height, location_memory.width
 
     @property
     def device(self) -> torch.device:
-        return self.places.device
+        return self.location_memory.device
 
-    def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor:
-        """(B, C + K, H, W) -> (B, H, W); 1 is a typical good patch. Arguments as `NearestMemory.score`'s."""
-        few = self.places.bank.shape[2]
+    def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
+        """Computes distances (B, H, W) of an embedding (B, C + K, H, W); a typical good patch has 1.
+
+        Args: excluded_images: see `NearestMemory.score`.
+        """
+        channels = self.location_memory.bank.shape[2]
         return (
-            self.places.score(embedding[:, :few], own) / self.typical[0]
-            + self.coreset.score(embedding[:, few:], own) / self.typical[1]
+            self.location_memory.score(embedding[:, :channels], excluded_images) / self.typical_distance[0]
+            + self.coreset.score(embedding[:, channels:], excluded_images) / self.typical_distance[1]
         ) / 2
 
 
-def typical_distances(
-    places: NearestMemory, coreset: Coreset, bank: Tensor, relations: Relations | None = None
+def measure_typical_distances(
+    location_memory: NearestMemory, coreset: Coreset, bank: Tensor, relations: Relations | None = None
 ) -> Tensor:
-    """Mean distances (2,) of some images of the bank (N, L, C + K), each scored without itself and the images related to it.
+    """Computes the mean leave-one-out distance (2,) of some images of the bank, in both memories.
 
-    Args: relations: between the images of the bank; None: no two are related.
+    Args:
+        bank: (N, L, C + K), from which both memories were built.
+        relations: between the images of the bank; related images are left out together. None: no two are related.
 
-    Returns: 1 for both if there is only one image.
+    Returns: (2,), for the location memory and the coreset; 1 for both if the bank has only one image.
     """
     if len(bank) < 2:
-        return torch.ones(2, device=places.device)
-    own = torch.tensor(sorted(sample_positions(len(bank), _TYPICAL_IMAGES)))
-    found = torch.zeros(2, device=places.device)
-    for numbers in own.split(8):  # together: the bank is read once for all of them
-        rows = bank[numbers].to(places.device, torch.float32).transpose(1, 2)
-        rows = rows.unflatten(2, (places.height, places.width))
-        few = places.bank.shape[2]
-        left_out = numbers if relations is None else relations.relatives(numbers)
-        both = places.score(rows[:, :few], left_out), coreset.score(rows[:, few:], left_out)
-        found += torch.stack([one.mean() for one in both]) * len(numbers)
-    return (found / len(own)).clamp_min_(1e-12)
+        return torch.ones(2, device=location_memory.device)
+    sampled = torch.tensor(sorted(sample_evenly(len(bank), _TYPICAL_IMAGES)))
+    totals = torch.zeros(2, device=location_memory.device)
+    for numbers in sampled.split(8):  # 8 images together, so that the bank is read only once for them
+        rows = bank[numbers].to(location_memory.device, torch.float32).transpose(1, 2)
+        rows = rows.unflatten(2, (location_memory.height, location_memory.width))
+        channels = location_memory.bank.shape[2]
+        excluded = numbers if relations is None else relations.relatives(numbers)
+        distances = location_memory.score(rows[:, :channels], excluded), coreset.score(rows[:, channels:], excluded)
+        totals += torch.stack([distance.mean() for distance in distances]) * len(numbers)
+    return (totals / len(sampled)).clamp_min_(1e-12)
 
 
-def _split(statistics: Statistics) -> list[int]:
-    """Channels of the bank for the places and for the coreset."""
+def _channel_counts(statistics: Statistics) -> list[int]:
+    """Returns [C, K]: the bank's numbers of channels for the location memory and for the coreset."""
     assert statistics.bank is not None
     return [statistics.moments.channels, statistics.bank.shape[2] - statistics.moments.channels]
 
 
-def _keep_larger(target: Tensor, values: Tensor, top: int, left: int) -> None:
-    """target (H, W, B) becomes its maximum with values (h, w, B) laid at (top, left), cut to what is inside."""
+def maximum_into(target: Tensor, values: Tensor, top: int, left_edge: int) -> None:
+    """Replaces the elements of a target by larger values, in place.
+
+    Args:
+        target: (H, W, B).
+        values: (h, w, B). They lie at rows top.. and columns left_edge.. of the target; values outside the target are ignored.
+    """
     height, width = target.shape[:2]
     first, last = max(top, 0), min(top + values.shape[0], height)
-    start, stop = max(left, 0), min(left + values.shape[1], width)
+    start, stop = max(left_edge, 0), min(left_edge + values.shape[1], width)
     if first < last and start < stop:
         inside = target[first:last, start:stop]
-        torch.maximum(inside, values[first - top : last - top, start - left : stop - left], out=inside)
+        torch.maximum(inside, values[first - top : last - top, start - left_edge : stop - left_edge], out=inside)
 
 
 @torch.no_grad()
@@ -222,68 +259,85 @@ def build_memory(
     dtype: torch.dtype = torch.float32,
     per_place: int | None = None,
 ) -> NearestMemory:
-    """A memory from raw embeddings and the moments of the same images; window and dtype as of `NearestMemory`.
+    """Builds a memory of locations from raw embeddings.
 
     Args:
-        bank: (N, L, C), as `gather` keeps them, any float type.
-        ridge: added to the pooled covariance's diagonal; None: embeddings are compared as they are.
-        per_place: embeddings that a place keeps, at most; None: all.
+        bank: (N, L, C), raw embeddings, any float type.
+        moments: moments of all training images; the bank may contain only some of these images.
+        ridge: number to add to the pooled covariance's diagonal; None: embeddings are not whitened.
+        window, dtype: see `NearestMemory`.
+        per_place: largest number of embeddings at a location; None: all.
 
-    Raises: ValueError: no image, or fewer than two in the moments.
+    Raises: ValueError: the bank has no image, or the moments have fewer than two.
     """
     if len(bank) == 0:
-        raise ValueError("a memory needs at least 1 normal image")
-    check_count(moments)
+        raise ValueError("a memory needs at least 1 normal image, got 0: add training images")
+    check_num_images(moments)
     if ridge is None:
         whitening = torch.eye(bank.shape[2], device=moments.mean.device)
     else:
-        whitening = whitening_of(pooled_covariance(moments), ridge)
-    kept, images = thinned(_compared(bank, whitening), per_place, whitening.device)
-    return NearestMemory(kept, whitening, moments.height, moments.width, window, dtype, images)
+        whitening = whitening_matrix(pooled_covariance(moments), ridge)
+    coreset, images = subsample_coreset(_whiten_by_location(bank, whitening), per_place, whitening.device)
+    return NearestMemory(coreset, whitening, moments.height, moments.width, window, dtype, images)
 
 
 @torch.no_grad()
-def thinned(bank: Tensor, most: int | None, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
-    """What each place of a whole bank (L, N, C), any float type, whitened, keeps: (L, M, C), and of which images, as
-    `NearestMemory` takes them. The same at every call.
+def subsample_coreset(bank: Tensor, limit: int | None, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    """Reduces a whitened bank to a coreset of at most `limit` embeddings at each location. The choice is deterministic.
 
-    Args: most: embeddings a place; None: all.  device: on which they are chosen.
+    Args:
+        bank: (L, N, C), any float type.
+        limit: embeddings per location; None: all.
+        device: where the coresets are computed.
+
+    Returns:
+        The bank (L, M, C), and the image number (L, M) of each embedding. If no location has more than `limit` embeddings, the
+        unchanged bank and None.
     """
-    places, count, channels = bank.shape
-    if most is None or count <= most:
+    num_locations, count, channels = bank.shape
+    if limit is None or count <= limit:
         return bank, None
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(channels, _SEARCH_CHANNELS, generator=generator).to(device)
     images = torch.cat(
         [
-            greedy_coresets(part.to(device, torch.float32) @ projection, most).sort(dim=1).values.cpu()
-            for part in bank.split(_PLACES_AT_ONCE)
+            greedy_coresets(part.to(device, torch.float32) @ projection, limit).sort(dim=1).values.cpu()
+            for part in bank.split(_LOCATIONS_AT_ONCE)
         ]
     )
-    return bank[torch.arange(places)[:, None], images.to(bank.device)], images.int()
+    return bank[torch.arange(num_locations)[:, None], images.to(bank.device)], images.int()
 
 
-def rest_of(bank: Tensor, images: Tensor) -> Tensor:
-    """What is left of a whole bank (N, L, C) without the images (M, L) that places keep: (L * (N - M), C)."""
-    return bank[_left(len(bank), images)]
+def unused_embeddings(bank: Tensor, images: Tensor) -> Tensor:
+    """Extracts the embeddings (L * (N - M), C) of a whole bank (N, L, C) that are not in the coresets.
+
+    Args: images: (M, L), numbers of the images that are in the coreset of each location.
+    """
+    return bank[_is_unused(len(bank), images)]
 
 
-def with_rest(kept: Tensor, images: Tensor, rest: Tensor) -> Tensor:
-    """The whole bank (N, L, C), from what its places keep (M, L, C), of images (M, L), and `rest_of` it."""
-    most, places, channels = kept.shape
-    bank = kept.new_empty(most + len(rest) // places, places, channels)
-    bank[images.long(), torch.arange(places)] = kept
-    bank[_left(len(bank), images)] = rest
+def restore_bank(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor:
+    """Rebuilds the whole bank (N, L, C) from the coresets of all locations and the result of `unused_embeddings`.
+
+    Args:
+        coreset: (M, L, C).
+        images: (M, L), image number of each embedding in `coreset`.
+        unused: (L * (N - M), C).
+    """
+    size, num_locations, channels = coreset.shape
+    bank = coreset.new_empty(size + len(unused) // num_locations, num_locations, channels)
+    bank[images.long(), torch.arange(num_locations)] = coreset
+    bank[_is_unused(len(bank), images)] = unused
     return bank
 
 
-def _left(count: int, images: Tensor) -> Tensor:
-    """(N, L) bool, false where a place keeps the image."""
-    return torch.ones(count, images.shape[1], dtype=torch.bool).scatter_(0, images.long(), False)
+def _is_unused(num_images: int, images: Tensor) -> Tensor:
+    """Returns a mask (N, L) that is False where image n is in the coreset of location l; images: (M, L)."""
+    return torch.ones(num_images, images.shape[1], dtype=torch.bool).scatter_(0, images.long(), False)
 
 
-def whitening_of(covariance: Tensor, ridge: float) -> Tensor:
-    """(C, C) -> W (C, C) with W^T W = (covariance + ridge I)^-1, lower triangular."""
+def whitening_matrix(covariance: Tensor, ridge: float) -> Tensor:
+    """Computes the lower triangular W (C, C) with W^T W = (covariance + ridge I)^-1 for a covariance (C, C)."""
     identity = torch.eye(len(covariance), device=covariance.device, dtype=covariance.dtype)
     return torch.linalg.solve_triangular(torch.linalg.cholesky(covariance + ridge * identity), identity, upper=False)
 
@@ -292,78 +346,82 @@ def _is_identity(whitening: Tensor) -> bool:
     return bool((whitening == torch.eye(len(whitening), device=whitening.device)).all())
 
 
-def _compared(bank: Tensor, whitening: Tensor) -> Tensor:
-    """Raw (N, L, C) -> (L, N, C), whitened; a view of it where there is nothing to whiten."""
+def _whiten_by_location(bank: Tensor, whitening: Tensor) -> Tensor:
+    """Whitens a raw bank (N, L, C) and returns it as (L, N, C); a view of the bank if the whitening is the identity."""
     return bank.transpose(0, 1) if _is_identity(whitening) else whiten(bank, whitening)
 
 
 def whiten(bank: Tensor, whitening: Tensor) -> Tensor:
-    """Raw (N, L, C) -> whitened (L, N, C), float32, on the whitening's device."""
+    """Whitens a raw bank (N, L, C) and returns it as (L, N, C), float32, on the whitening's device."""
     whitened = torch.empty(bank.shape[1], bank.shape[0], bank.shape[2], device=whitening.device)
     for number, image in enumerate(bank):
         whitened[:, number] = image.to(whitening.device, torch.float32) @ whitening.t()
     return whitened
 
 
-def keep(embedding: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, L, C) in float16 on the CPU: what a memory keeps of a batch."""
+def to_bank_rows(embedding: Tensor) -> Tensor:
+    """Converts an embedding (B, C, H, W) to rows of a bank (B, L, C), float16 on the CPU."""
     batch, channels, height, width = embedding.shape
     return embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels).to("cpu", torch.float16)
 
 
 def _ridge(config: DensityConfig, statistics: Statistics) -> float | None:
-    """None where the reduction has learnt the metric already."""
-    return None if config.reduction == "discriminant" else ridge_of(config, statistics.moments)
+    """Returns the ridge for the whitening; None for a discriminant projection, which replaces the whitening."""
+    return None if config.reduction == "discriminant" else absolute_ridge(config, statistics.moments)
 
 
-def memory_of(density: Density) -> NearestMemory | JointMemory:
-    """The memory of a density of kind nearest, without the Gaussians that it may be checked against."""
+def unwrap_memory(density: Density) -> NearestMemory | JointMemory:
+    """Returns the memory of a density of kind `nearest`, without the Gaussians of a `CheckedMemory`."""
     memory = density.memory if isinstance(density, CheckedMemory) else density
     assert isinstance(memory, (NearestMemory, JointMemory))
     return memory
 
 
 class _NearestKind:
+    """The density kind `nearest`; see `DensityKind` for its methods."""
+
     keeps_bank = True
 
     def build(self, config: DensityConfig, statistics: Statistics) -> Density:
         assert statistics.bank is not None
-        bank, others = statistics.bank.split(_split(statistics), dim=2)
+        bank, coreset_bank = statistics.bank.split(_channel_counts(statistics), dim=2)
         dtype = compute_dtype(config.precision, statistics.moments.mean.device)
         ridge = _ridge(config, statistics)
-        places = build_memory(bank, statistics.moments, ridge, config.window, dtype, config.per_place)
+        location_memory = build_memory(bank, statistics.moments, ridge, config.window, dtype, config.per_place)
         if not config.keeps_coreset:
-            return places
-        coreset = choose_coreset(others, config.coreset, places.device, dtype)
-        typical = typical_distances(places, coreset, statistics.bank, statistics.relations)
-        memory = JointMemory(places, coreset, typical)
-        return check_memory(config, statistics, memory) if is_checkable(config, statistics) else memory
+            return location_memory
+        coreset = choose_coreset(coreset_bank, config.coreset, location_memory.device, dtype)
+        typical_distance = measure_typical_distances(location_memory, coreset, statistics.bank, statistics.relations)
+        memory = JointMemory(location_memory, coreset, typical_distance)
+        return build_checked_memory(config, statistics, memory) if is_checkable(config, statistics) else memory
 
-    def leaving_out(self, config: DensityConfig, statistics: Statistics, density: Density) -> LeavesOut:
-        memory = memory_of(density)
+    def leave_one_out_scorer(
+        self, config: DensityConfig, statistics: Statistics, density: Density
+    ) -> LeaveOneOutScorer:
+        memory = unwrap_memory(density)
         if isinstance(density, CheckedMemory):
-            return LeftOutCheckedMemory(memory, left_out_gaussian(statistics), density.scale)
+            return LeaveOneOutCheckedMemory(memory, leave_one_out_gaussian(statistics), density.scale)
         return memory
 
     def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
         assert statistics.bank is not None
-        memory = memory_of(density)
-        bank = statistics.bank[:, :, : _split(statistics)[0]]
-        places = memory if isinstance(memory, NearestMemory) else memory.places
-        found = {"bank": bank, "whitening": places.whitening}
+        memory = unwrap_memory(density)
+        bank = statistics.bank[:, :, : _channel_counts(statistics)[0]]
+        location_memory = memory if isinstance(memory, NearestMemory) else memory.location_memory
+        tensors = {"bank": bank, "whitening": location_memory.whitening}
         if isinstance(density, CheckedMemory):
-            found.update(checked_tensors(density))
-        if places.images is not None:
-            images = places.images.t().cpu()
-            found = {**found, "bank": bank[images, torch.arange(bank.shape[1])], "bank.images": images}
+            tensors.update(gaussian_tensors(density))
+        if location_memory.image_numbers is not None:
+            images = location_memory.image_numbers.t().cpu()
+            tensors = {**tensors, "bank": bank[images, torch.arange(bank.shape[1])], "bank.images": images}
         if isinstance(memory, NearestMemory):
-            return found
+            return tensors
         coreset = memory.coreset
         return {
-            **found,
-            "coreset.patches": coreset.whole,
-            "coreset.images": coreset.images.int(),
-            "typical": memory.typical,
+            **tensors,
+            "coreset.patches": coreset.stored_patches,
+            "coreset.images": coreset.image_numbers.int(),
+            "typical": memory.typical_distance,
         }
 
     def load(
@@ -372,13 +430,13 @@ class _NearestKind:
         whitening = tensors["whitening"].to(device)
         dtype = compute_dtype(config.precision, device)
         images = tensors["bank.images"].t() if "bank.images" in tensors else None
-        bank = _compared(tensors["bank"], whitening)
-        places = NearestMemory(bank, whitening, height, width, config.window, dtype, images)
+        bank = _whiten_by_location(tensors["bank"], whitening)
+        location_memory = NearestMemory(bank, whitening, height, width, config.window, dtype, images)
         if not config.keeps_coreset:
-            return places
-        patches, origins = (tensors[f"coreset.{name}"].to(device) for name in ("patches", "images"))
-        coreset = Coreset(patches.float(), origins.long(), dtype)
-        return load_checked(JointMemory(places, coreset, tensors["typical"].to(device)), tensors)
+            return location_memory
+        patches, image_numbers = (tensors[f"coreset.{name}"].to(device) for name in ("patches", "images"))
+        coreset = Coreset(patches.float(), image_numbers.long(), dtype)
+        return load_checked_memory(JointMemory(location_memory, coreset, tensors["typical"].to(device)), tensors)
 
 
 NEAREST = _NearestKind()

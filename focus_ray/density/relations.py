@@ -1,7 +1,7 @@
-"""Which images of a bank show the same part, so that leaving one out has to leave out the others too [ours].
+"""Relations between the images of a bank that show the same part and that leave-one-out excludes together [ours].
 
-Two photographs of one part are almost equal. When only one of them is left out of a density, the other one stays in, and the
-left-out score is much lower than the score of a new part.
+Two photographs of one part are almost equal. If leave-one-out excludes only the scored photograph, the density still contains the
+other photograph, and the score is much lower than the score of a new part.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Relations(NamedTuple):
 
     @property
     def num_groups(self) -> int:
-        """Independent observations among the images."""
+        """Number of independent observations among the images."""
         return len(self.groups.unique())
 
     @property
@@ -40,11 +40,11 @@ class Relations(NamedTuple):
         return int(self.related.sum()) == len(self.groups)
 
     def relatives(self, images: Tensor) -> Tensor:
-        """Numbers of the images to leave out for each of B images.
+        """Returns the numbers of the images that are related to each of B images, including the image itself.
 
-        Args: images: (B,) numbers.
+        Args: images: (B,) image numbers.
 
-        Returns: (B, K), K the largest number of relatives. A shorter row is filled with the image's own number.
+        Returns: (B, K), where K is the largest number of relatives. A shorter row is filled with the number of the image itself.
         """
         rows = self.related[images]
         counts = rows.sum(dim=1)
@@ -54,12 +54,12 @@ class Relations(NamedTuple):
         return torch.where(filled, order, images[:, None])
 
     def subset(self, images: list[int]) -> Relations:
-        """The relations between some of the images, by their numbers."""
+        """Returns the relations between the images with these numbers, renumbered in this order."""
         chosen = torch.tensor(images, dtype=torch.long)
         return Relations(self.related[chosen][:, chosen], self.groups[chosen])
 
     def repeat(self, count: int) -> Relations:
-        """The relations between the tiles of the images, `count` consecutive tiles for each image."""
+        """Returns the relations between the tiles of the images, `count` consecutive tiles for each image."""
         related = self.related.repeat_interleave(count, dim=0).repeat_interleave(count, dim=1)
         return Relations(related, self.groups.repeat_interleave(count))
 
@@ -67,9 +67,11 @@ class Relations(NamedTuple):
 def join_relations(
     first: Relations | None, num_first: int, second: Relations | None, num_second: int
 ) -> Relations | None:
-    """The relations of two banks put one after the other; no image of the first is related to one of the second.
+    """Returns the relations in two concatenated banks; no image of the first bank is related to an image of the second.
 
-    Args: first, second: relations within each bank; None if its images are not related.
+    Args:
+        first, second: relations within each bank; None if its images are not related.
+        num_first, num_second: number of images in each bank.
     """
     if first is None and second is None:
         return None
@@ -83,9 +85,11 @@ def join_relations(
 
 
 def fold_numbers(groups: Tensor, num_folds: int) -> Tensor:
-    """The fold of each image (N,): whole groups, dealt out in the order in which they first appear.
+    """Assigns whole groups of images to folds, in turn, in the order in which the groups first appear.
 
-    Without groups of several images, image n is in fold n modulo `num_folds`.
+    Args: groups: (N,), group number of each image.
+
+    Returns: (N,) int64, fold number of each image. If every image has its own group, image n is in fold n modulo `num_folds`.
     """
     ranks: dict[int, int] = {}
     return torch.tensor([ranks.setdefault(int(group), len(ranks)) % num_folds for group in groups], dtype=torch.long)

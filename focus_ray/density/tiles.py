@@ -1,4 +1,4 @@
-"""Large photographs in tiles: how they are cut, how places of tiles lie side by side, and one density for all of them."""
+"""Tiles of large photographs: cuts images into tiles, joins maps of tiles, and shares one density between all tiles."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from focus_ray.config import ModelConfig
 
 if TYPE_CHECKING:
-    from focus_ray.density.base import Density, LeavesOut
+    from focus_ray.density.base import Density, LeaveOneOutScorer
 
 
 class Tiles(NamedTuple):
-    """rows x columns of tiles of side_px, each sharing overlap_px with the next. One tile: images pass as they are."""
+    """A grid of rows x columns square tiles of side_px, where neighbours overlap by overlap_px. One tile is the whole image."""
 
     rows: int
     columns: int
@@ -22,7 +22,8 @@ class Tiles(NamedTuple):
     overlap_px: int
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Tiles:
+    def from_config(cls, config: ModelConfig) -> Tiles:
+        """Returns the grid of tiles that the settings of the model describe."""
         return cls(*config.grid, config.image_size_px, config.overlap_px)
 
     @property
@@ -30,88 +31,104 @@ class Tiles(NamedTuple):
         return self.rows * self.columns
 
     def cut(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B * num_tiles, C, side_px, side_px), an image's tiles after one another, row by row."""
+        """Cuts images (B, C, H, W) into tiles (B * num_tiles, C, side_px, side_px), the tiles of an image row by row."""
         if self.num_tiles == 1:
             return images
         side, step = self.side_px, self.side_px - self.overlap_px
-        found = images.unfold(2, side, step).unfold(3, side, step)  # (B, C, rows, columns, side, side)
-        return found.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1], side, side)
+        tiles = images.unfold(2, side, step).unfold(3, side, step)  # (B, C, rows, columns, side, side)
+        return tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1], side, side)
 
     def cut_batch(self, batch: Tensor) -> Tensor:
-        """uint8 (B, H, W, C) -> (B * num_tiles, side_px, side_px, C)."""
+        """Does the same as `cut` for images with channels last: uint8 (B, H, W, C) -> (B * num_tiles, side_px, side_px, C)."""
         return batch if self.num_tiles == 1 else self.cut(batch.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def one_position(self, batch: Tensor, position: int) -> Tensor:
-        """uint8 (B, H, W, C) -> the same tile of each, (B, side_px, side_px, C)."""
+    def cut_tile(self, batch: Tensor, tile_number: int) -> Tensor:
+        """Cuts one tile (B, side_px, side_px, C) out of each image (B, H, W, C), uint8; tiles are numbered row by row."""
         step = self.side_px - self.overlap_px
-        top, left = (number * step for number in divmod(position, self.columns))
-        return batch[:, top : top + self.side_px, left : left + self.side_px]
+        top, left_edge = (number * step for number in divmod(tile_number, self.columns))
+        return batch[:, top : top + self.side_px, left_edge : left_edge + self.side_px]
 
     def join(self, tiles: Tensor) -> Tensor:
-        """What is known at the places of tiles (B * num_tiles, C, h, w) -> (B, C, rows * h, columns * w), side by side."""
-        return join_places(tiles, self.rows, self.columns)
+        """Joins maps of tiles (B * num_tiles, C, h, w) to maps of images (B, C, rows * h, columns * w), side by side."""
+        return join_maps(tiles, self.rows, self.columns)
 
-    def split(self, places: Tensor) -> Tensor:
-        """Undoes `join`."""
-        return split_places(places, self.rows, self.columns)
+    def split(self, maps: Tensor) -> Tensor:
+        """Undoes `join`: splits maps of images into maps of tiles."""
+        return split_maps(maps, self.rows, self.columns)
 
 
-def join_places(tiles: Tensor, rows: int, columns: int) -> Tensor:
+def join_maps(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    """Joins maps of tiles (B * rows * columns, C, h, w) to maps of images (B, C, rows * h, columns * w), side by side."""
     if rows == columns == 1:
         return tiles
     _, channels, height, width = tiles.shape
-    found = tiles.reshape(-1, rows, columns, channels, height, width).permute(0, 3, 1, 4, 2, 5)
-    return found.reshape(-1, channels, rows * height, columns * width)
+    maps = tiles.reshape(-1, rows, columns, channels, height, width).permute(0, 3, 1, 4, 2, 5)
+    return maps.reshape(-1, channels, rows * height, columns * width)
 
 
-def split_places(places: Tensor, rows: int, columns: int) -> Tensor:
+def split_maps(maps: Tensor, rows: int, columns: int) -> Tensor:
+    """Undoes `join_maps`: splits maps of images (B, C, H, W) into maps of tiles (B * num_tiles, C, H / rows, W / columns)."""
     if rows == columns == 1:
-        return places
-    batch, channels, height, width = places.shape
+        return maps
+    batch, channels, height, width = maps.shape
     shape = batch, channels, rows, height // rows, columns, width // columns
-    return places.reshape(shape).permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // rows, width // columns)
+    return maps.reshape(shape).permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // rows, width // columns)
 
 
 def fold_bank(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
-    """Embeddings of images (N, rows * height * columns * width, C) -> of their tiles (N * rows * columns, height * width, C)."""
+    """Splits a bank of images (N, rows * height * columns * width, C) into a bank of tiles (N * num_tiles, height * width, C).
+
+    Args:
+        grid: (rows, columns) of tiles.
+        height, width: locations of a tile.
+    """
     if grid == (1, 1):
         return bank
     images, _, channels = bank.shape
-    found = bank.view(images, grid[0], height, grid[1], width, channels).permute(0, 1, 3, 2, 4, 5)
-    return found.reshape(-1, height * width, channels)
+    tiles = bank.view(images, grid[0], height, grid[1], width, channels).permute(0, 1, 3, 2, 4, 5)
+    return tiles.reshape(-1, height * width, channels)
 
 
 def unfold_bank(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
-    """Undoes `fold_bank`."""
+    """Undoes `fold_bank`: joins a bank of tiles to a bank of images."""
     if grid == (1, 1):
         return bank
     channels = bank.shape[2]
-    found = bank.view(-1, grid[0], grid[1], height, width, channels).permute(0, 1, 3, 2, 4, 5)
-    return found.reshape(-1, grid[0] * height * grid[1] * width, channels)
+    images = bank.view(-1, grid[0], grid[1], height, width, channels).permute(0, 1, 3, 2, 4, 5)
+    return images.reshape(-1, grid[0] * height * grid[1] * width, channels)
 
 
-class SharedByTiles:
-    """A density of one tile's places, fitted to the tiles of all positions, at the places of whole images."""
+class TiledDensity:
+    """Scores the embeddings of whole images with one density that all tiles share.
 
-    def __init__(self, one: Density | LeavesOut, grid: tuple[int, int]) -> None:
-        self.one, self.grid = cast(Any, one), grid
-        self.height, self.width = grid[0] * one.height, grid[1] * one.width
+    Attributes:
+        tile_density: fitted to the tiles at all positions of the grid; a density or a leave-one-out scorer.
+        grid: rows and columns of tiles.
+        height, width: locations of a whole image.
+    """
+
+    def __init__(self, tile_density: Density | LeaveOneOutScorer, grid: tuple[int, int]) -> None:
+        self.tile_density, self.grid = cast(Any, tile_density), grid
+        self.height, self.width = grid[0] * tile_density.height, grid[1] * tile_density.width
 
     @property
     def device(self) -> torch.device:
-        return cast(torch.device, self.one.device)
+        return cast(torch.device, self.tile_density.device)
 
-    def score(self, embedding: Tensor, own: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> distances (B, H, W).
+    def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
+        """Computes distances (B, H, W) of an embedding (B, C, H, W) of whole images.
 
         Args:
-            own: (B,), the number of each image in the bank, or (B, K), several numbers: all tiles of these images are left out.
+            excluded_images: numbers of the images whose tiles are ignored for each scored image: (B,) or (B, K); None: none.
         """
-        tiles = split_places(embedding, *self.grid)
-        if own is None:
-            found = self.one.score(tiles)
+        tiles = split_maps(embedding, *self.grid)
+        if excluded_images is None:
+            distances = self.tile_density.score(tiles)
         else:
             count = self.grid[0] * self.grid[1]
-            tiles_of = own.view(len(own), -1, 1) * count + torch.arange(count, device=own.device)  # (B, K, count)
-            found = self.one.score(tiles, tiles_of.flatten(1).repeat_interleave(count, dim=0))
-        return join_places(found[:, None], *self.grid)[:, 0]
+            # (B, K, count): numbers of the excluded images' tiles in the bank of tiles
+            excluded_tiles = excluded_images.view(len(excluded_images), -1, 1) * count + torch.arange(
+                count, device=excluded_images.device
+            )
+            distances = self.tile_density.score(tiles, excluded_tiles.flatten(1).repeat_interleave(count, dim=0))
+        return join_maps(distances[:, None], *self.grid)[:, 0]

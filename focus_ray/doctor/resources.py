@@ -118,12 +118,12 @@ def check_weights(context: CheckContext) -> CheckResult:
 
 def _download_location(model: ModelConfig) -> tuple[str | None, Path | None]:
     """Returns (URL, local file) of weights that are downloaded; (None, None) for weights that are not downloaded."""
-    from focus_ray.model.backbones.weights import downloaded_file, hub_file, hub_weights
+    from focus_ray.model.backbones.weights import download_path, find_hub_weights, hub_cache_path
 
     if model.weights.startswith(("http://", "https://")):
-        return model.weights, downloaded_file(model.weights)
-    hub_entry = hub_weights(model.backbone) if model.weights == "default" else None
-    return (None, None) if hub_entry is None else (hub_entry.url, hub_file(Path(hub_entry.url).name))
+        return model.weights, download_path(model.weights)
+    hub_entry = find_hub_weights(model.backbone) if model.weights == "default" else None
+    return (None, None) if hub_entry is None else (hub_entry.url, hub_cache_path(Path(hub_entry.url).name))
 
 
 def _url_problem(url: str) -> str:

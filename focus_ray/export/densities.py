@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focus_ray.density.base import Density
-from focus_ray.density.checked import CheckedMemory
+from focus_ray.density.checked_memory import CheckedMemory
 from focus_ray.density.coreset import Coreset
 from focus_ray.density.gaussian import Gaussian, mahalanobis
 from focus_ray.density.moments import locations_first
 from focus_ray.density.nearest import JointMemory, NearestMemory
-from focus_ray.density.tiles import SharedByTiles, join_places, split_places
+from focus_ray.density.tiles import TiledDensity, join_maps, split_maps
 
 _LOWEST = -3e38  # stands for no neighbour at all: an infinity is not every runtime's
 
@@ -24,12 +24,12 @@ def as_module(density: Density, half: bool) -> nn.Module:
 
     Args: half: keep memories in float16, rounded; False: where they lose nothing by it. Distances are worked out in float32.
     """
-    if isinstance(density, SharedByTiles):
-        return _Shared(as_module(cast(Density, density.one), half), density.grid)
+    if isinstance(density, TiledDensity):
+        return _Shared(as_module(cast(Density, density.tile_density), half), density.grid)
     if isinstance(density, CheckedMemory):
         return _Checked(as_module(density.memory, half), density, half)
     if isinstance(density, JointMemory):
-        return _Joint(_Nearest(density.places, half), _Coreset(density.coreset, half), density)
+        return _Joint(_Nearest(density.location_memory, half), _Coreset(density.coreset, half), density)
     if isinstance(density, NearestMemory):
         return _Nearest(density, half)
     if isinstance(density, Gaussian):
@@ -66,7 +66,7 @@ class _Nearest(nn.Module):
         self.height, self.width, self.window = memory.height, memory.width, memory.window
         self.register_buffer("bank", _stored(memory.bank.transpose(1, 2), half))  # (L, C, M)
         self.register_buffer("half_norms", self.bank.float().square().sum(dim=1)[:, None] / 2)
-        self.register_buffer("whitening", None if memory.plain else memory.whitening)
+        self.register_buffer("whitening", None if memory.is_unwhitened else memory.whitening)
 
     def forward(self, embedding: Tensor) -> Tensor:
         batch, channels, height, width = embedding.shape
@@ -108,9 +108,9 @@ class _Joint(nn.Module):
     def __init__(self, places: _Nearest, coreset: _Coreset, memory: JointMemory) -> None:
         super().__init__()
         self.places, self.coreset = places, coreset
-        self.few = memory.places.bank.shape[2]
+        self.few = memory.location_memory.bank.shape[2]
         self.typical: Tensor
-        self.register_buffer("typical", memory.typical)
+        self.register_buffer("typical", memory.typical_distance)
 
     def forward(self, embedding: Tensor) -> Tensor:
         here = self.places(embedding[:, : self.few]) / self.typical[0]
@@ -137,7 +137,7 @@ class _Shared(nn.Module):
         self.one, self.grid = one, grid
 
     def forward(self, embedding: Tensor) -> Tensor:
-        return join_places(self.one(split_places(embedding, *self.grid))[:, None], *self.grid)[:, 0]
+        return join_maps(self.one(split_maps(embedding, *self.grid))[:, None], *self.grid)[:, 0]
 
 
 class _AsItIs(nn.Module):

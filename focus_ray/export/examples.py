@@ -11,7 +11,7 @@ from focus_ray.data.images import ImageError, refuse_drawing
 from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name
 from focus_ray.data.listing import find_image_files, is_hidden
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
-from focus_ray.density.base import sample_positions
+from focus_ray.density.base import sample_evenly
 from focus_ray.errors import DataError, ExportError
 from focus_ray.storage import is_s3
 
@@ -86,7 +86,7 @@ def _of_place(place: str, category: str, most: int) -> Examples:
 
 def _of_files(paths: Sequence[Path], label: int | None, most: int) -> Examples:
     def read(limit: int) -> list[Example]:
-        chosen = [paths[number] for number in sorted(sample_positions(len(paths), limit))]
+        chosen = [paths[number] for number in sorted(sample_evenly(len(paths), limit))]
         return [Example(str(path), _read(path), label) for path in chosen]
 
     return Examples(read(most), [] if label else read(MOST_SCALING))
@@ -112,7 +112,7 @@ def _of_data_set(uri: str, category: str, most: int) -> Examples:
 
     def numbers(split: str, label: int, limit: int) -> list[int]:
         found = [one["row"] for one in rows if one["split"] == split and one["label"] == label]
-        return [found[number] for number in sorted(sample_positions(len(found), limit))]
+        return [found[number] for number in sorted(sample_evenly(len(found), limit))]
 
     def read(chosen: list[int]) -> list[Example]:
         records = read_rows(uri, category, sorted(chosen), ("id", "image", "label"), version)

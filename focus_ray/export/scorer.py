@@ -13,12 +13,12 @@ from focus_ray.density.tiles import Tiles
 from focus_ray.evaluation.calibration import TIE, Calibration
 from focus_ray.export.densities import as_module
 from focus_ray.export.resize import ToFrame
-from focus_ray.fitting.profile import scored_only
-from focus_ray.fitting.scoring import places_shown, score_if_inspected
+from focus_ray.fitting.profile import zero_unscored
+from focus_ray.fitting.scoring import score_if_inspected, shown_locations
 from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.alignment.theta import invert_theta, warp
 from focus_ray.model.batch_norm import fuse_batch_norms
-from focus_ray.model.network import Aligned, common_frame
+from focus_ray.model.network import AlignedFeatures, warp_to_common_frame
 
 OUTPUTS = ("score", "p_value", "anomalous", "anomaly_map")
 BOX = "box"  # one more, of images that keep their shape
@@ -48,9 +48,9 @@ class Scorer(nn.Module):
         fuse_batch_norms(detector.net.backbone)
         if half:
             detector.net.backbone.half()
-        self.tiles = Tiles.of(detector.net.config)
+        self.tiles = Tiles.from_config(detector.net.config)
         self.density = as_module(detector.density, half)
-        self.spread, self.profile, self.seen = detector.spread, detector.profile, detector.seen
+        self.spread, self.profile, self.seen = detector.map_generator, detector.profile, detector.seen_mask
         self.verdict = Verdict(bundle.calibration)
         self.eval().requires_grad_(False)
 
@@ -59,14 +59,14 @@ class Scorer(nn.Module):
         theta = self._theta(pixels)
         aligned = pixels if theta is None else warp(pixels, theta, self.padding)
         levels, thetas = self.net.features(_cut(aligned, self.tiles))
-        found, total = common_frame(Aligned(levels, thetas, aligned, theta))
+        found, total = warp_to_common_frame(AlignedFeatures(levels, thetas, aligned, theta))
         distance = self.density(self.tiles.join(self.reduction(found)))
         inspected = torch.ones_like(distance)
         if shown is not None:
             every = shown.expand(images.shape[0], *shown.shape)
-            inspected = places_shown(every, total, self.tiles, distance.shape[1:]).to(distance.dtype)
+            inspected = shown_locations(every, total, self.tiles, distance.shape[1:]).to(distance.dtype)
             distance = distance * inspected
-        distance = scored_only(distance, total, self.seen)
+        distance = zero_unscored(distance, total, self.seen)
         anomaly_map = self.spread(distance)
         highest = anomaly_map.flatten(1).amax
         score = highest(dim=1) if self.profile is None else self.profile.score(distance, self.spread)
@@ -75,7 +75,7 @@ class Scorer(nn.Module):
         if shown is not None:
             anomaly_map = anomaly_map * shown
         if shown is not None or total is not None:
-            score = score_if_inspected(score, scored_only(inspected, total, self.seen))
+            score = score_if_inspected(score, zero_unscored(inspected, total, self.seen))
         p_value, anomalous = self.verdict(score)
         outputs = (score, p_value, anomalous, anomaly_map)
         return outputs if box is None else (*outputs, box)

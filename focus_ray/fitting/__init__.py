@@ -1,1 +1,1 @@
-"""From normal images to a fitted detector, alone or in a torch.distributed group. No files, no Ray."""
+"""Fits a detector to normal images, in one process or in a torch.distributed group. It uses no files and no Ray."""

@@ -1,4 +1,4 @@
-"""Sums and gatherings over the workers of a torch.distributed group; alone, the values themselves."""
+"""Sums and gathers values over the workers of a torch.distributed group. Without a group, each function returns its input."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from focus_ray.density.moments import Moments
 
 @torch.no_grad()
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """(n, ...) of every worker -> all of them, in the order of the workers, on the CPU of each."""
+    """Concatenates the rows (n, ...) of all workers, in the order of the workers; n may differ.
+
+    Args: device: where the group communicates.
+
+    Returns: (sum of n, ...), on the CPU of every worker.
+    """
     if world_size() == 1:
         return rows
     count = torch.tensor([len(rows)], device=device)
     counts = [torch.zeros_like(count) for _ in range(world_size())]
     dist.all_gather(counts, count)
     longest = int(max(int(c) for c in counts))
+    # all_gather needs equal shapes: pad to the longest, and cut the padding off again
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded, device=device) for _ in counts]
@@ -30,7 +36,7 @@ def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def reduce_moments(moments: Moments) -> None:
-    """Joins the moments of all workers, in place: the exact pooled mean and scatter."""
+    """Merges the moments of all workers, in place, into the exact mean and scatter of all images."""
     if world_size() == 1:
         return
     count = torch.tensor([moments.count], dtype=torch.float64, device=moments.mean.device)
@@ -38,6 +44,7 @@ def reduce_moments(moments: Moments) -> None:
     dist.all_reduce(count)
     dist.all_reduce(total_sum)
     mean = (total_sum / count).to(moments.mean.dtype)
+    # scatter about the common mean = own scatter + count * outer product of the difference of the means
     difference = moments.mean - mean
     moments.scatter.baddbmm_(difference[:, :, None], difference[:, None, :], alpha=float(moments.count))
     dist.all_reduce(moments.scatter)
@@ -49,39 +56,40 @@ _T = TypeVar("_T")
 
 
 def gather_objects(value: _T) -> list[_T]:
-    """What each worker brings, in the order of the workers, the same on every one."""
+    """Returns the values of all workers, in the order of the workers, on every worker; values are pickled."""
     if world_size() == 1:
         return [value]
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def decided_by_first(decide: Callable[[], _T]) -> _T:
-    """What the first worker finds, on every one; what it raises, every one raises.
+def broadcast_from_rank0(compute: Callable[[], _T]) -> _T:
+    """Calls `compute` on rank 0 only and returns its result on every worker. If it raises, every worker raises its error.
 
-    Machines of different kinds round differently, so a yes or no that each works out alone may differ, and what follows it, a
-    collective, would wait for ever.
+    Different machines round differently. If every worker computed a decision itself, the decisions could differ. Then some
+    workers would enter a collective call that the others never enter, and would wait for ever.
     """
     if world_size() == 1:
-        return decide()
-    found: list[Any] = [None, None]
+        return compute()
+    result_and_error: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            found[0] = decide()
+            result_and_error[0] = compute()
         except Exception as error:
-            found[1] = error
-    dist.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]  # type: ignore[no-any-return]
+            result_and_error[1] = error
+    dist.broadcast_object_list(result_and_error, src=0)
+    if result_and_error[1] is not None:
+        raise result_and_error[1]
+    return result_and_error[0]  # type: ignore[no-any-return]
 
 
-def own_part(count: int) -> range:
-    """This worker's contiguous part of `count` numbers; every number is in exactly one worker's."""
+def worker_range(count: int) -> range:
+    """Returns this worker's contiguous range of the numbers 0 to count - 1; every number belongs to exactly one worker."""
     rank = dist.get_rank() if world_size() > 1 else 0
     return range(count * rank // world_size(), count * (rank + 1) // world_size())
 
 
 def world_size() -> int:
+    """Returns the number of workers of the torch.distributed group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,12 +1,12 @@
-"""Finds images that show the same part, or follow each other in a slowly changing sequence, without any labels [ours].
+"""Finds images that show the same part, or are neighbours in a slowly changing sequence, without labels [ours].
 
 Images are compared by their descriptors: features of the pretrained network, averaged over a coarse grid. Two photographs of
-one part are then clearly closer to each other than to photographs of any other part. Three sources of relations are joined:
+one part are then clearly closer to each other than to photographs of other parts. Three sources of relations are combined:
 
 1. Groups that the user named.
-2. Near-duplicates: images as close to each other as two photographs of one part (`measure_same_part_distance`), and separated
-   from all other images by a gap in the sorted distances.
-3. Sequences: in the order of file names, neighbours are closer than images far apart. Then a block of neighbours is related.
+2. Near-duplicates: images that are as close to each other as two photographs of one part (`measure_same_part_distance`), and
+   that a gap in the sorted distances separates from all other images.
+3. Sequences: if neighbours in the order of file names are closer than distant images, each block of neighbours is related.
 
 The constants were chosen on bursts that were simulated from bottle, circuit_board, cookie and screw, and checked on six other
 categories (benchmarks/RESULTS.md).
@@ -28,32 +28,34 @@ from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 
 GAP = 0.8  # an image's nearest images are its duplicates if the next image is at least 1 / GAP times as far away
-# Duplicates are ignored if fewer images than this share have any. Chance pairs stay below 0.2 in all categories at hand, and
-# the false alarm rate rises by no more than 1 / (1 - share), since only the scores of these images are too low.
+# Duplicates are ignored if a smaller share of the images has duplicates. Chance pairs stayed below 0.2 in all tested categories.
+# Ignoring them raises the false alarm rate by at most 1 / (1 - share), because only the scores of these images are too low.
 MIN_DUPLICATE_SHARE = 0.4
-MAX_GROUP_SHARE = 0.34  # of all images in one group; a larger cluster is a variant of a product rather than one part
+MAX_GROUP_SHARE = (
+    0.34  # largest share of images in one group; a larger cluster is a product variant rather than one part
+)
 # Two simulated photographs of one part differ by these shifts (in pixels of the model's input, down and right) and by noise.
 SHIFTS_PX = ((1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (1, -1), (2, 1), (1, 2))
 NOISE = 2.0  # grey levels of 255, standard deviation
 TOLERANCE = 1.3  # real photographs may lie this much farther apart than the median of the simulated ones
-MIN_IMAGES = 4  # fewer images have no meaningful sorted distances
+MIN_IMAGES = 4  # with fewer images, the sorted distances have no meaningful gap
 MIN_SEQUENCE_IMAGES = 16
 SEQUENCE_DISTANCE = 0.8  # neighbours in a sequence are closer than this share of the mean distance
-PLATEAU = 0.9  # images so far apart in order that their distance reaches this share of the mean are unrelated
-# A block leaves out at most this share of all images on each side. A block is at most as wide as both sides together, so at
-# least half of the images remain.
+PLATEAU = 0.9  # images at a lag are unrelated if their mean distance reaches this share of the overall mean
+# An image leaves out its block and, on each side, at most this share of all images. A block is at most as wide as both sides
+# together, so at least half of the images remain.
 MAX_BLOCK_SHARE = 0.125
 PERMUTATIONS = 199
 SEQUENCE_LEVEL = 0.005  # of the permutation test: the smallest p-value that 199 permutations can give
 
 
 class ImageOrigins(NamedTuple):
-    """Names and order of N images, by which they may be related.
+    """Group names and order of N images, from which relations are derived.
 
     Attributes:
-        groups: (N,) int64, group numbers that the user named; an image without a name has a number of its own.
+        groups: (N,) int64, number of the group that the user named for each image; images without a name have different numbers.
         order: (N,) int64, rank of each image in the order of file names.
-        same_part_distance: as `measure_same_part_distance` returns it; None: near-duplicates are not looked for.
+        same_part_distance: result of `measure_same_part_distance`; None: near-duplicates are not searched.
     """
 
     groups: Tensor
@@ -62,19 +64,19 @@ class ImageOrigins(NamedTuple):
 
 
 def describe_images(net: FocusNet, reduction: ChannelReduction, images: Tensor) -> Tensor:
-    """Descriptors (N, P, K) of images (N, 3, H, W) in 0..1, on the device of the network."""
-    embedding, _ = embed(net, reduction, images, alike=True)
+    """Computes descriptors (N, P, K) of images (N, 3, H, W) in 0..1, on the device of the network."""
+    embedding, _ = embed(net, reduction, images, pad_batches=True)
     return describe_embedding(descriptor_channels(embedding, reduction))
 
 
 def describe_bank(bank: Tensor, height: int, width: int) -> Tensor:
-    """Descriptors of the images of a bank (N, height * width, C), any float type -> (N, GRID * GRID, C) float32."""
+    """Computes descriptors (N, GRID * GRID, C), float32, of the images of a bank (N, height * width, C), any float type."""
     parts = [describe_embedding(rows.transpose(1, 2).unflatten(2, (height, width))) for rows in bank.split(16)]
     return torch.cat(parts) if parts else torch.empty(0, GRID * GRID, bank.shape[2])
 
 
 def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> Tensor:
-    """Descriptors (N, P, K) float16 of the images of a bank."""
+    """Computes descriptors (N, P, K), float16, of the images of the statistics' bank."""
     bank, moments, grid = statistics.bank, statistics.moments, statistics.grid
     assert bank is not None
     first = reduction.num_channels if reduction.num_coreset_channels else 0
@@ -82,7 +84,7 @@ def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> 
 
 
 def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
-    """Mean distance over cells between two sets of descriptors (N, P, C) and (M, P, C) -> (N, M)."""
+    """Computes distances (N, M), averaged over cells, between two sets of descriptors (N, P, C) and (M, P, C)."""
     total = torch.zeros(len(first), len(second), device=first.device)
     for cell in range(first.shape[1]):  # one cell at a time bounds the memory at N * M
         total += torch.cdist(first[:, cell], second[:, cell])
@@ -93,13 +95,13 @@ def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
 def measure_same_part_distance(
     net: FocusNet, reduction: ChannelReduction, images: Tensor, device: torch.device | str
 ) -> float | None:
-    """The largest distance of descriptors at which two images may be photographs of one part.
+    """Measures the largest distance of descriptors at which two images may be photographs of one part.
 
-    Each image is photographed a second time in simulation: shifted by up to two pixels, with noise.
+    A second photograph of each image is simulated: shifted by up to two pixels, with noise.
 
     Args: images: (N, H, W, C) uint8, a few images of the category.
 
-    Returns: None without images.
+    Returns: the distance; None without images.
     """
     if not len(images):
         return None
@@ -115,7 +117,7 @@ def measure_same_part_distance(
 
 
 def _shift(image: Tensor, down: int, right: int) -> Tensor:
-    """An image (H, W, C) shifted by up to two pixels; its border is repeated."""
+    """Shifts an image (H, W, C) by up to two pixels and repeats its border."""
     height, width = image.shape[:2]
     padded = F.pad(image.permute(2, 0, 1)[None], (2, 2, 2, 2), mode="replicate")[0].permute(1, 2, 0)
     return padded[2 - down : 2 - down + height, 2 - right : 2 - right + width]
@@ -123,68 +125,69 @@ def _shift(image: Tensor, down: int, right: int) -> Tensor:
 
 @torch.no_grad()
 def find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | None:
-    """Relations between N images, from their descriptors (N, P, C) and origins.
+    """Finds the relations between N images from their descriptors (N, P, C) and origins.
 
-    Returns: None if no two images are related, or if an image would be related to all others: nothing could be left out.
+    Returns: None if no two images are related, or if an image is related to all others, because nothing would then remain.
     """
     distances = descriptor_distances(descriptors, descriptors).cpu()
     groups = origins.groups.cpu()
     if origins.same_part_distance is not None:
         groups = _merge(groups, find_duplicates(distances, origins.same_part_distance))
-    return _useful(relate_sequence(distances, Relations.from_groups(groups), origins.order.cpu()))
+    return _none_if_useless(relate_sequence(distances, Relations.from_groups(groups), origins.order.cpu()))
 
 
-def _useful(relations: Relations) -> Relations | None:
-    """The relations; None if no two images are related, or if an image is related to all others."""
+def _none_if_useless(relations: Relations) -> Relations | None:
+    """Returns the relations; None if no two images are related, or if an image is related to all others."""
     return None if relations.is_trivial or bool(relations.related.all(dim=1).any()) else relations
 
 
 def relate_duplicates(statistics: Statistics) -> None:
-    """Relates near-duplicates among the images of a bank that was put together from several sets, beside its relations."""
+    """Adds relations between near-duplicates to the statistics, whose bank was joined from several sets of images."""
     if statistics.descriptors is None or statistics.same_part_distance is None or statistics.bank is None:
         return
     descriptors = statistics.descriptors.float()
     distances = descriptor_distances(descriptors, descriptors)
-    former = statistics.relations or Relations.from_groups(torch.arange(len(descriptors)))
-    groups = _merge(former.groups, find_duplicates(distances, statistics.same_part_distance))
-    statistics.relations = _useful(Relations(former.related | (groups[:, None] == groups), groups))
+    relations = statistics.relations or Relations.from_groups(torch.arange(len(descriptors)))
+    groups = _merge(relations.groups, find_duplicates(distances, statistics.same_part_distance))
+    statistics.relations = _none_if_useless(Relations(relations.related | (groups[:, None] == groups), groups))
 
 
 def find_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:
-    """Groups of near-duplicates.
+    """Finds groups of near-duplicates.
 
     Args:
         distances: (N, N) between images.
         same_part_distance: images that are farther apart are not duplicates.
 
-    Returns: group numbers (N,).
+    Returns: (N,) group number of each image. If there are too few duplicates, or a group is too large, every image is alone.
     """
     num_images = len(distances)
-    alone = torch.arange(num_images)
+    single_groups = torch.arange(num_images)
     if num_images < MIN_IMAGES:
-        return alone
-    others = distances.clone().fill_diagonal_(torch.inf)
-    nearest, numbers = others.sort(dim=1)
-    most = max(1, int(MAX_GROUP_SHARE * num_images))
+        return single_groups
+    to_others = distances.clone().fill_diagonal_(torch.inf)
+    nearest, numbers = to_others.sort(dim=1)
+    max_duplicates = max(1, int(MAX_GROUP_SHARE * num_images))
     # ratio of the k-th to the (k + 1)-th distance: the smallest one is the widest gap, after k duplicates
-    ratios = nearest[:, :most] / nearest[:, 1 : most + 1].clamp_min(1e-12)
-    gap, place = ratios.min(dim=1)
-    before_gap = torch.arange(most) <= place[:, None]
+    ratios = nearest[:, :max_duplicates] / nearest[:, 1 : max_duplicates + 1].clamp_min(1e-12)
+    gap, gap_position = ratios.min(dim=1)
+    is_before_gap = torch.arange(max_duplicates) <= gap_position[:, None]
     linked = torch.zeros(num_images, num_images, dtype=torch.bool)
-    close = nearest[:, :most] <= same_part_distance
-    linked.scatter_(1, numbers[:, :most], before_gap & (gap <= GAP)[:, None] & close)
+    is_close = nearest[:, :max_duplicates] <= same_part_distance
+    linked.scatter_(1, numbers[:, :max_duplicates], is_before_gap & (gap <= GAP)[:, None] & is_close)
+    # two images are duplicates only if each is among the other's nearest images
     groups = connected_components(linked & linked.t())
     sizes = torch.bincount(groups, minlength=num_images)[groups]
     if float((sizes > 1).float().mean()) < MIN_DUPLICATE_SHARE or int(sizes.max()) > MAX_GROUP_SHARE * num_images + 1:
-        return alone
+        return single_groups
     return groups
 
 
 def connected_components(linked: Tensor) -> Tensor:
-    """Component numbers (N,) of a symmetric graph (N, N) bool: the smallest number of an image in the component."""
+    """Returns the connected component (N,) of each node of a symmetric graph (N, N), bool: the smallest node number in it."""
     groups = torch.arange(len(linked))
     while True:
-        # each image takes the smallest number among its own and its neighbours', until nothing changes
+        # each node takes the smallest number of itself and its neighbours, until nothing changes
         smallest = torch.where(linked, groups[None, :], len(linked)).amin(dim=1) if len(linked) else groups
         merged = torch.minimum(groups, smallest)
         if bool((merged == groups).all()):
@@ -193,97 +196,109 @@ def connected_components(linked: Tensor) -> Tensor:
 
 
 def _merge(first: Tensor, second: Tensor) -> Tensor:
-    """Joins two groupings (N,) of the same images: images in one group of either are in one group."""
+    """Merges two groupings (N,) of the same images: two images in one group of either grouping are in one group of the result."""
     return connected_components((first[:, None] == first) | (second[:, None] == second))
 
 
 def relate_sequence(distances: Tensor, relations: Relations, order: Tensor) -> Relations:
     """Relates neighbours in the order of file names if their distances show a sequence.
 
-    Images that are related already, such as the photographs of one part, are not counted: otherwise every burst would look
-    like a sequence. A permutation test guards against chance.
+    Pairs that are already related, such as photographs of one part, are not used. Otherwise every burst would look like a
+    sequence. A permutation test guards against chance.
 
     Args:
-        distances: (N, N).  order: (N,) rank of each image.
+        distances: (N, N), between images.
+        order: (N,), rank of each image in the order of file names.
 
-    Returns: the relations, with each image related to a block of neighbours on both sides; or the same relations.
+    Returns: the relations, where each image is also related to its block and to neighbours on both sides. Without a sequence, the
+        unchanged relations.
     """
     num_images = len(order)
     if num_images < MIN_SEQUENCE_IMAGES:
         return relations
-    places = order.argsort()
-    ordered = distances[places][:, places]
-    unrelated = ~relations.related[places][:, places]
+    images = order.argsort()
+    ordered = distances[images][:, images]
+    unrelated = ~relations.related[images][:, images]
     mean = float(ordered[unrelated].mean()) if bool(unrelated.any()) else 0.0
     if mean <= 0:
         return relations
 
     def lag_mean(lag: int) -> float:
+        """Returns the mean distance of unrelated images at a lag, as a share of the overall mean; nan without such images."""
         values = ordered.diagonal(lag)[unrelated.diagonal(lag)]
         return float(values.mean()) / mean if len(values) else math.nan
 
-    most = max(1, int(MAX_BLOCK_SHARE * num_images))
-    lags = [lag_mean(lag) for lag in range(1, most + 1)]
-    near = next((value for value in lags if not math.isnan(value)), math.nan)
-    if not near < SEQUENCE_DISTANCE or not _is_significant(ordered, unrelated):
+    max_lag = max(1, int(MAX_BLOCK_SHARE * num_images))
+    lags = [lag_mean(lag) for lag in range(1, max_lag + 1)]
+    nearest = next((value for value in lags if not math.isnan(value)), math.nan)
+    if not nearest < SEQUENCE_DISTANCE or not _is_significant(ordered, unrelated):
         return relations
-    reach = next((lag for lag, value in enumerate(lags) if value >= PLATEAU), most)
-    # 1 - value is how alike images at a lag are: their sum says how many neighbours count as one observation
-    likeness = sum(1 - value for value in lags[:reach] if not math.isnan(value))
-    width = max(1, round(1 + 2 * likeness))
-    ranks = torch.empty_like(places)
-    ranks[places] = torch.arange(num_images)
+    reach = next((lag for lag, value in enumerate(lags) if value >= PLATEAU), max_lag)
+    # 1 - value is the similarity of images at a lag; the sum estimates how many neighbours count as one observation
+    similarity = sum(1 - value for value in lags[:reach] if not math.isnan(value))
+    width = max(1, round(1 + 2 * similarity))
+    ranks = torch.empty_like(images)
+    ranks[images] = torch.arange(num_images)
     blocks = ranks // width
     # blocked cross-validation: the images of a block leave out the block and its neighbours on both sides
     first, last = blocks * width - reach, (blocks + 1) * width - 1 + reach
-    left_out = (ranks[None, :] >= first[:, None]) & (ranks[None, :] <= last[:, None])
+    is_left_out = (ranks[None, :] >= first[:, None]) & (ranks[None, :] <= last[:, None])
     groups = _merge(relations.groups, blocks)
     if len(groups.unique()) < 2:
         groups = blocks
-    return Relations(relations.related | left_out, groups)
+    return Relations(relations.related | is_left_out, groups)
 
 
 def _is_significant(ordered: Tensor, unrelated: Tensor) -> bool:
-    """Whether neighbours (N, N) are closer than after random permutations of the order."""
+    """Returns whether neighbours are closer than after random permutations of the order.
+
+    Args:
+        ordered: (N, N), distances between images in order.
+        unrelated: (N, N) bool, pairs to use.
+    """
     lag = next((lag for lag in range(1, len(ordered)) if bool(unrelated.diagonal(lag).any())), None)
     if lag is None:
         return False
     observed = ordered.diagonal(lag)[unrelated.diagonal(lag)].mean()
     generator = torch.Generator().manual_seed(0)
-    lower = 0
+    num_lower = 0
     for _ in range(PERMUTATIONS):
         shuffled = torch.randperm(len(ordered), generator=generator)
         values = ordered[shuffled, shuffled.roll(lag)][unrelated[shuffled, shuffled.roll(lag)]]
-        lower += int(len(values) > 0 and values.mean() <= observed)
-    return (1 + lower) / (1 + PERMUTATIONS) <= SEQUENCE_LEVEL
+        num_lower += int(len(values) > 0 and values.mean() <= observed)
+    return (1 + num_lower) / (1 + PERMUTATIONS) <= SEQUENCE_LEVEL
 
 
-REPEAT_SHARE = 0.2  # of the test images that repeat training images, from which on they are reported
+REPEAT_SHARE = 0.2  # repeats are reported if at least this share of the test images repeats training images
 
 
 class RepeatFinder:
-    """Finds images that are photographs of parts that training images show.
+    """Finds test images that show the same part as a training image.
 
     Args:
-        descriptors: (N, P, K) of the training images.
-        same_part_distance: as `measure_same_part_distance` returned it.
+        descriptors: (N, P, K), of the training images.
+        same_part_distance: result of `measure_same_part_distance`.
+
+    Attributes:
+        limit: largest distance to a training image at which a test image is a repeat.
     """
 
     def __init__(self, descriptors: Tensor, same_part_distance: float) -> None:
         self.descriptors = descriptors
-        # images of a category that hardly varies are all near each other: a repeat is nearer than other parts usually are
+        # if a category varies little, different parts are close too: a repeat must be closer than different parts usually are
         distances = descriptor_distances(descriptors, descriptors)
-        others = distances.masked_fill(distances <= same_part_distance, torch.inf).amin(dim=1)
-        usual = float(others[others.isfinite()].median()) if bool(others.isfinite().any()) else 0.0
+        to_other_parts = distances.masked_fill(distances <= same_part_distance, torch.inf).amin(dim=1)
+        is_finite = to_other_parts.isfinite()
+        usual = float(to_other_parts[is_finite].median()) if bool(is_finite.any()) else 0.0
         self.limit = min(same_part_distance, GAP * usual)
 
     def find(self, descriptors: Tensor) -> Tensor:
-        """Whether each of B images, by its descriptor (B, P, K), repeats a training image -> (B,) bool, on the CPU."""
+        """Returns whether each of B images repeats a training image, (B,) bool on the CPU, from descriptors (B, P, K)."""
         return (descriptor_distances(descriptors, self.descriptors).amin(dim=1) <= self.limit).cpu()
 
 
 def describe_repeats(num_repeats: int, num_images: int) -> str | None:
-    """A sentence for people if many of the test images repeat training images, else None."""
+    """Returns a warning if many test images repeat training images, else None."""
     if num_repeats < max(1.0, REPEAT_SHARE * num_images):
         return None
     return (

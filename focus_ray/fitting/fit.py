@@ -1,6 +1,7 @@
-"""From normal images to everything a bundle holds: train, add up the moments, calibrate. No files, no Ray.
+"""Fits the detector of one category: aligns, trains, computes statistics, and calibrates. It uses no files and no Ray.
 
-Runs alone or on every worker of an initialised torch.distributed group; each worker brings its own shard of the images.
+The fit runs in one process, or on every worker of an initialised torch.distributed group. Each worker has its own shard of the
+images.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from focus_ray.data.shards import BatchSchedule, Shard
 from focus_ray.density.base import (
     Statistics,
     build_density,
-    leaves_out,
-    leaving_out,
-    positions_to_keep,
-    sample_positions,
+    choose_bank_images,
+    leave_one_out_scorer,
+    sample_evenly,
+    supports_leave_one_out,
 )
 from focus_ray.density.moments import Moments
 from focus_ray.density.relations import Relations, fold_numbers
@@ -34,7 +35,7 @@ from focus_ray.density.tiles import Tiles
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder, Method
 from focus_ray.evaluation.selection import validation_images
-from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, world_size
+from focus_ray.fitting.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
@@ -43,19 +44,19 @@ from focus_ray.fitting.duplicates import (
     find_relations,
     measure_same_part_distance,
 )
-from focus_ray.fitting.left_out import leave_one_out_pass
-from focus_ray.fitting.metric import Metric, images_to_look_at, metric_pass
-from focus_ray.fitting.objective import Objective, build_optimizer, build_schedule, collapsed, train_epoch
+from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
+from focus_ray.fitting.objective import TrainingObjective, build_optimizer, build_schedule, has_collapsed, train_epoch
 from focus_ray.fitting.passes import (
-    aligner_pass,
-    calibration_pass,
-    statistics_pass,
-    validation_pass,
+    collect_calibration_scores,
+    compute_statistics,
+    compute_validation_figures,
+    fit_aligner,
 )
 from focus_ray.fitting.profile import fit_profile
+from focus_ray.fitting.projection import DiscriminantProjection, choose_projection_images, learn_projection
 from focus_ray.fitting.scoring import GRID, Detector, to_images
 from focus_ray.fitting.shared_metric import read_shared_metric
-from focus_ray.fitting.state import Best, Notes, OnEpoch, TrainState
+from focus_ray.fitting.state import BestNetwork, FitNotes, OnEpoch, TrainState
 from focus_ray.kinds import DENSITIES
 from focus_ray.model.alignment.congealing import CongealingAligner
 from focus_ray.model.batch_norm import prepared_for_inference
@@ -65,22 +66,24 @@ from focus_ray.precision import compute_dtype
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
 
-_CALIBRATED = 128  # images, at most, that a density without a memory leaves out, each in turn
-_MAX_COMPARED = (
-    4096  # images among which the cross calibration looks for photographs of one part: all pairs are compared
-)
-# Fewer held-out images than this share show parts that training images do not show: then training images calibrate instead.
+_MAX_CALIBRATION_IMAGES = 128  # images that a density without a bank keeps for leave-one-out
+# Cross calibration searches for photographs of one part among at most this many images, because it compares all pairs.
+_MAX_COMPARED_IMAGES = 4096
+# If a smaller share of the held-out images shows parts that no training image shows, training images calibrate instead.
 _MIN_UNRELATED_SHARE = 0.5
 
 
 @dataclass
 class FitResult:
-    """What came out, the same on every worker."""
+    """The result of a fit, the same on every worker.
+
+    seconds: duration of each stage, by name.
+    """
 
     detector: Detector
     statistics: Statistics
     calibration: Calibration
-    notes: Notes = field(default_factory=Notes)
+    notes: FitNotes = field(default_factory=FitNotes)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -105,32 +108,38 @@ def fit(
     on_epoch: OnEpoch | None = None,
     log: Callable[[str], None] = lambda message: None,
 ) -> FitResult:
-    """Aligns, trains, adds up the statistics and calibrates.
+    """Fits a detector: aligns, trains, computes statistics, and calibrates.
 
     Args:
-        num_images: training images of all workers together.
-        wrap: makes the objective data-parallel (DDP), when there are several workers.
-        state: what `on_epoch`'s third argument gave at an earlier epoch, to go on from there.
-        on_epoch: called by every worker after every epoch with its number, its figures and a function that gives the
-            state to keep.
+        shard: this worker's images.
+        num_images: number of training images of all workers.
+        net: network to fit; None: a new one with the configured weights.
+        rank: number of this worker.
+        wrap: makes the objective data-parallel (DDP) if there are several workers.
+        state: state to resume from, which the third argument of `on_epoch` returned after an earlier epoch.
+        on_epoch: called by every worker after every epoch.
+        log: called with each message.
 
-    Raises: DataError: too few images.  FloatingPointError: the loss is not finite.
+    Raises: DataError: too few images. FloatingPointError: the loss is not finite.
     """
-    run = Run(config, shard, num_images, device, net=net, rank=rank, log=log)
-    run.learn(wrap, state, on_epoch)
-    return run.finish()
+    category_fit = CategoryFit(config, shard, num_images, device, net=net, rank=rank, log=log)
+    category_fit.align_and_train(wrap, state, on_epoch)
+    return category_fit.finish()
 
 
-def check_ingredients(config: Config) -> None:
-    """Looks for what a fit needs besides images, so that it is told once and not by every worker.
+def check_prerequisites(config: Config) -> None:
+    """Checks everything that a fit needs besides images, so that an error appears once and not on every worker.
 
-    Raises: WeightsError: the weights cannot be had.  ConfigError: density.metric cannot be used, or calibration is to leave
-        images out and the density cannot.
+    Raises:
+        WeightsError: the pretrained weights cannot be loaded.
+        ConfigError: density.metric cannot be used, or the density does not support calibration.method=leave_one_out.
     """
-    if config.calibration.method == "leave_one_out" and not leaves_out(config.density, config.model.shared_grid):
-        tiles = ", shared by tiles," if config.model.shared_grid != (1, 1) else ""
+    if config.calibration.method == "leave_one_out" and not supports_leave_one_out(
+        config.density, config.model.shared_grid
+    ):
+        tiles = " that tiles share" if config.model.shared_grid != (1, 1) else ""
         raise ConfigError(
-            f"calibration.method=leave_one_out: a density of kind {config.density.kind}{tiles} cannot leave an image out: set "
+            f"calibration.method=leave_one_out: density.kind={config.density.kind}{tiles} does not support leave-one-out: set "
             "calibration.method=cross"
         )
     build_net(config.model)
@@ -138,17 +147,30 @@ def check_ingredients(config: Config) -> None:
 
 
 def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, statistics: Statistics) -> Detector:
-    """A detector of the density that the statistics give."""
+    """Builds a detector with a density and, if scoring.image_score asks for one, a profile from the statistics."""
     density = build_density(config.density, statistics)
     detector = Detector(net, reduction, density, config.scoring)
     if config.scoring.image_score == "profile" and statistics.bank is not None:
-        apart = leaving_out(config.density, statistics, density)
-        detector.profile, detector.profiled = fit_profile(apart, statistics, detector.seen, detector.spread)
+        scorer = leave_one_out_scorer(config.density, statistics, density)
+        detector.profile, detector.profile_distances = fit_profile(
+            scorer, statistics, detector.seen_mask, detector.map_generator
+        )
     return detector
 
 
-class Run:
-    """One category's way from images to a result; state that its stages share. Arguments as of `fit`."""
+class CategoryFit:
+    """Holds the state that the stages of one category's fit share. Arguments as in `fit`.
+
+    Attributes:
+        num_images: number of training images of all workers.
+        num_own: number of training images of this worker.
+        offset: number, over all workers, of this worker's first training image.
+        validation: this worker's validation images (N, H, W, C) and masks of their synthetic defects; None without selection.
+        method: calibration method.
+        best: the network with the best validation score so far.
+        projection: the learnt projection; None before it is learnt, and for other reductions.
+        notes, seconds: see `FitResult`.
+    """
 
     def __init__(
         self,
@@ -166,37 +188,38 @@ class Run:
         net = net.to(device).to(memory_format=torch.channels_last)
         self.config, self.net, self.shard = config, net, shard
         self.device, self.rank, self.log = device, rank, log
-        self._count_own(num_images)
+        self._set_own_range(num_images)
         self.reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed).to(device)
-        self.notes = Notes()
+        self.notes = FitNotes()
         self.seconds: dict[str, float] = {}
-        self.best: Best | None = None
-        self.metric: Metric | None = None  # once it is learnt
-        self.validation = self._validation_set()
-        self.method = self.calibration_method()
-        # a few training images, photographed twice in simulation to measure how near two photographs of one part are
-        self._references: Tensor | None = None
-        self._own_parts: NDArray[np.int64] = shard.fit_groups()
+        self.best: BestNetwork | None = None
+        self.projection: DiscriminantProjection | None = None
+        self.validation = self._make_validation_set()
+        self.method = self.choose_calibration_method()
+        # a few training images (N, H, W, 3), from which the distance between two photographs of one part is measured
+        self._reference_images: Tensor | None = None
+        self._own_groups: NDArray[np.int64] = shard.fit_groups()
 
-    def _count_own(self, num_images: int) -> None:
-        """Sets the number of training images of all workers, and where this worker's images lie among them."""
+    def _set_own_range(self, num_images: int) -> None:
+        """Sets the number of training images, and the range of this worker's images in the numbering over all workers."""
         self.num_images = num_images
         self.offset = num_images * self.rank // world_size()
         self.num_own = num_images * (self.rank + 1) // world_size() - self.offset
 
-    def watched(self, what: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The batches, with a line now and then of how many images are done."""
-        return track(batches, what, self.num_images // world_size(), self.log, count=len)
+    def _log_progress(self, stage: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yields the batches, and logs from time to time how many images are finished."""
+        return track(batches, stage, self.num_images // world_size(), self.log, count=len)
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def _measure_time(self, stage: str) -> Iterator[None]:
+        """Records the duration of the block in `seconds`."""
         start = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - start
 
     # ---- label-free selection
-    def _validation_set(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
-        """This worker's held-out normals and their synthetic defects; None where nothing is selected."""
+    def _make_validation_set(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
+        """Makes validation images from this worker's held-out normal images and synthetic defects; None without selection."""
         if not self.config.selection.enabled:
             return None
         normals = list(self.shard.validation_batches())
@@ -207,66 +230,70 @@ class Run:
             torch.cat(normals).numpy(), seed=derive_seed(self.config.train.seed, "synthetic defects", self.rank)
         )
 
-    def validate(self, what: dict[str, float | str]) -> float | None:
-        """The validation score of the network as it is, noted with what it is; None where nothing is selected."""
+    def validate(self, choice: dict[str, float | str]) -> float | None:
+        """Computes and notes the validation score of the current network; None without selection.
+
+        Args: choice: describes the network in notes and logs, for instance {"epoch": 3}.
+        """
         if self.validation is None:
             return None
         detector = build_detector(self.config, self.net, self.reduction, self.training_statistics())
         images, masks = self.validation
-        figures = validation_pass(detector, images, masks)
-        self.notes.selection.append({**what, **figures})
+        figures = compute_validation_figures(detector, images, masks)
+        self.notes.selection.append({**choice, **figures})
         self.log(
-            ", ".join(f"{key} {value}" for key, value in what.items())
+            ", ".join(f"{key} {value}" for key, value in choice.items())
             + f": validation score {figures['score']:.4f} (image AUROC {figures['image_auroc']:.4f}, "
             f"AUPRO {figures['aupro']:.4f}, against synthetic defects)"
         )
         return figures["score"]
 
-    def _own(self, chosen: set[int]) -> list[int]:
-        """Places in this worker's share of images that are numbered over all workers."""
-        return [number - self.offset for number in sorted(chosen) if number - self.offset in range(self.num_own)]
+    def _own_rows(self, images: set[int]) -> list[int]:
+        """Converts image numbers over all workers to row numbers in this worker's shard; drops images of other workers."""
+        return [number - self.offset for number in sorted(images) if number - self.offset in range(self.num_own)]
 
     # ---- image alignment
     def align(self) -> None:
-        """Fits the image aligner; with selection on, keeps it only if it validates better than none does."""
-        chosen = sample_positions(self.num_images, self.config.model.image_alignment.max_images)
-        batches = self.shard.fit_batches(positions=self._own(chosen))
-        found = aligner_pass(self.net, batches, self.device, self.config.train.seed)
-        if found is None:
+        """Fits the image aligner. With selection, turns it off unless the validation score is better with it."""
+        chosen = sample_evenly(self.num_images, self.config.model.image_alignment.max_images)
+        batches = self.shard.fit_batches(positions=self._own_rows(chosen))
+        report = fit_aligner(self.net, batches, self.device, self.config.train.seed)
+        if report is None:
             return
-        self.notes.alignment = found
-        if found.enabled and self.validation is not None:
+        self.notes.alignment = report
+        if report.enabled and self.validation is not None:
             aligner = self.net.image_aligner
             assert isinstance(aligner, CongealingAligner)
             group = self.config.model.image_alignment.group
-            aligned = self.validate({"image_alignment": group})
+            aligned_score = self.validate({"image_alignment": group})
             aligner.enabled.fill_(False)
-            plain = self.validate({"image_alignment": "none"})
-            assert aligned is not None
-            assert plain is not None
-            found.enabled = decided_by_first(lambda: aligned > plain)
-            aligner.enabled.fill_(found.enabled)
-        turned = "on" if found.enabled else "off"
-        self.log(f"image alignment {turned} (pairwise L2 of held-out images falls by {found.drop:.0%})")
+            unaligned_score = self.validate({"image_alignment": "none"})
+            assert aligned_score is not None
+            assert unaligned_score is not None
+            report.enabled = broadcast_from_rank0(lambda: aligned_score > unaligned_score)
+            aligner.enabled.fill_(report.enabled)
+        on_or_off = "on" if report.enabled else "off"
+        self.log(f"image alignment {on_or_off} (pairwise L2 of held-out images falls by {report.drop:.0%})")
 
     # ---- training
-    def learn(
+    def align_and_train(
         self,
         wrap: Callable[[torch.nn.Module], Any] | None = None,
         state: TrainState | None = None,
         on_epoch: OnEpoch | None = None,
     ) -> None:
-        """Aligns and trains, from the start or from a state; arguments as of `fit`."""
+        """Aligns and trains, from the start or from a saved state; arguments as in `fit`."""
         if state is not None:
             self.restore(state)
         else:
-            with self.timed("alignment"):
+            with self._measure_time("alignment"):
                 self.align()
-        with self.timed("train"):
+        with self._measure_time("train"):
             if self.config.train.epochs:
                 self.train(wrap, state, on_epoch)
 
     def restore(self, state: TrainState) -> None:
+        """Loads the network, notes and best network of a saved state."""
         self.net.load_state_dict(state.net)
         self.notes, self.best = state.notes, state.best
 
@@ -276,9 +303,13 @@ class Run:
         state: TrainState | None,
         on_epoch: OnEpoch | None,
     ) -> None:
+        """Trains for train.epochs epochs and loads the best network; arguments as in `fit`.
+
+        Raises: DataError: no loss trains a parameter.
+        """
         train, net = self.config.train, self.net
         steps = BatchSchedule.agree(self.num_images, world_size(), train.batch_size_per_worker)
-        objective = Objective(net, train)
+        objective = TrainingObjective(net, train)
         if not any(parameter.requires_grad for parameter in net.parameters()):
             raise DataError(
                 "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
@@ -290,7 +321,7 @@ class Run:
             optimizer.load_state_dict(state.optimizer)
             schedule.load_state_dict(state.schedule)
             first = state.epoch + 1
-            schedule.last_epoch = first * steps.steps  # of this many workers: there may have been others before
+            schedule.last_epoch = first * steps.steps  # computed again, because the number of workers may have changed
         else:
             self._keep_best(-1)
         parallel = objective if wrap is None else wrap(objective)
@@ -300,39 +331,39 @@ class Run:
             net.train()
             generator = torch.Generator().manual_seed(derive_seed(train.seed, "epoch", epoch, self.rank))
             start = time.perf_counter()
-            batches = self._one_tile_each(self.shard.train_batches(steps.batch_size, steps.steps, generator), epoch)
+            batches = self._cut_tiles(self.shard.train_batches(steps.batch_size, steps.steps, generator), epoch)
             figures = train_epoch(parallel, batches, optimizer, schedule, train, self.device, generator, autocast)
             figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
-            self._note(figures)
-            every = self.config.selection.every_epochs
-            if (epoch + 1) % every == 0 or epoch + 1 == train.epochs:
+            self._note_epoch(figures)
+            validation_interval = self.config.selection.every_epochs
+            if (epoch + 1) % validation_interval == 0 or epoch + 1 == train.epochs:
                 self._keep_best(epoch)
             if on_epoch is not None:
 
                 def snapshot(epoch: int = epoch) -> TrainState:
-                    kept = optimizer.state_dict(), schedule.state_dict()
-                    return TrainState(epoch, net.state_dict(), *kept, copy.deepcopy(self.notes), self.best)
+                    states = optimizer.state_dict(), schedule.state_dict()
+                    return TrainState(epoch, net.state_dict(), *states, copy.deepcopy(self.notes), self.best)
 
                 on_epoch(epoch, figures, snapshot)
         if self.best is not None:
             net.load_state_dict(self.best.net)
             self.log(f"kept the network after epoch {self.best.epoch + 1} of {train.epochs} (0: untrained)")
 
-    def _one_tile_each(self, batches: Iterable[Tensor], epoch: int) -> Iterator[Tensor]:
-        """Of images in tiles, one tile a batch, the same of all its images and on all workers; the tiles take turns."""
-        tiles = Tiles.of(self.config.model)
+    def _cut_tiles(self, batches: Iterable[Tensor], epoch: int) -> Iterator[Tensor]:
+        """Cuts one tile out of each image of a batch, the same tile for the whole batch and on all workers; tiles take turns."""
+        tiles = Tiles.from_config(self.config.model)
         generator = torch.Generator().manual_seed(derive_seed(self.config.train.seed, "tiles", epoch))
         order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
         for number, batch in enumerate(batches):
-            yield batch if tiles.num_tiles == 1 else tiles.one_position(batch, order[number % len(order)])
+            yield batch if tiles.num_tiles == 1 else tiles.cut_tile(batch, order[number % len(order)])
 
-    def _note(self, figures: dict[str, float]) -> None:
-        """Keeps and logs an epoch's figures, with a warning where they show a collapse."""
+    def _note_epoch(self, figures: dict[str, float]) -> None:
+        """Notes and logs the figures of an epoch, and warns if they show a collapse."""
         self.notes.history.append(figures)
         epoch, epochs = int(figures["epoch"]) + 1, self.config.train.epochs
         shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "epoch")
         self.log(f"epoch {epoch}/{epochs}: {shown}")
-        if collapsed(figures):
+        if has_collapsed(figures):
             message = (
                 f"epoch {epoch}: the features have collapsed (std {figures['feature_std']:.3g} of an even spread, "
                 f"effective rank {figures['effective_rank']:.1f}): lower train.learning_rate or train.lambda_fine"
@@ -341,60 +372,63 @@ class Run:
             self.log(f"WARNING: {message}")
 
     def _keep_best(self, epoch: int) -> None:
-        """Validates the network; keeps a copy where it beats what was kept by the margin. Epoch -1 is the untrained."""
+        """Validates the network, and copies it if its score exceeds the best score by selection.margin.
+
+        Args: epoch: number of the last finished epoch; -1 for the untrained network.
+        """
         self.net.eval()
         score = self.validate({"epoch": epoch + 1})
         if score is None:
             return
         best = self.best
-        if best is None or decided_by_first(lambda: score > best.score + self.config.selection.margin):
+        if best is None or broadcast_from_rank0(lambda: score > best.score + self.config.selection.margin):
             network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
-            self.best = Best(epoch, score, network)
+            self.best = BestNetwork(epoch, score, network)
 
     # ---- density and calibration
-    def learn_metric(self) -> None:
-        """Of the network as it is, where the reduction is one that learns."""
+    def learn_projection(self) -> None:
+        """Learns the projection from the current network's features, if density.reduction=discriminant."""
         if self.config.density.reduction == "discriminant":
-            chosen = images_to_look_at(self.num_images, Tiles.of(self.config.model).num_tiles)
-            places = self._own(chosen)
-            self.metric = metric_pass(
+            chosen = choose_projection_images(self.num_images, Tiles.from_config(self.config.model).num_tiles)
+            rows = self._own_rows(chosen)
+            self.projection = learn_projection(
                 self.net,
                 self.reduction,
-                self.shard.fit_batches(positions=places),
+                self.shard.fit_batches(positions=rows),
                 self.device,
                 self.num_images,
-                [self.offset + place for place in places],
+                [self.offset + row for row in rows],
                 self.config.train.seed,
                 read_shared_metric(self.config),
-                in_folds=self.method == "leave_one_out",
+                with_folds=self.method == "leave_one_out",
                 origins=self._origins(sorted(chosen), self.reduction),
                 log=self.log,
             )
-            self.reduction.projection.copy_(self.metric.projection)
+            self.reduction.projection.copy_(self.projection.projection)
 
     def training_statistics(self, for_calibration: bool = False) -> Statistics:
-        """Of the training images, under the network as it is.
+        """Computes the statistics of the training images with the current network, after learning the projection.
 
-        Args: for_calibration: keep the embeddings of some images also where the density needs none.
+        Args: for_calibration: make a bank of some images even if the density needs none.
         """
         self.net.eval()
         config = self.config.density
-        self.learn_metric()
-        kept = positions_to_keep(config, self.num_images)
-        if kept is None and for_calibration:
-            kept = sample_positions(self.num_images, _CALIBRATED)
-        batches = self.watched("statistics", self.shard.fit_batches())
-        known = None if self.metric is None else self.metric.known
-        found = statistics_pass(self.net, self.reduction, batches, self.device, kept, self.offset, known)
-        if self.metric is not None:
-            self.metric = self.metric._replace(known=None)  # their memory is needed
-        if found.bank is not None and kept is not None:
-            self._relate(found, self._origins(sorted(kept), self.reduction))
-        return found
+        self.learn_projection()
+        bank_images = choose_bank_images(config, self.num_images)
+        if bank_images is None and for_calibration:
+            bank_images = sample_evenly(self.num_images, _MAX_CALIBRATION_IMAGES)
+        batches = self._log_progress("statistics", self.shard.fit_batches())
+        cache = None if self.projection is None else self.projection.cache
+        statistics = compute_statistics(self.net, self.reduction, batches, self.device, bank_images, self.offset, cache)
+        if self.projection is not None:
+            self.projection = self.projection._replace(cache=None)  # frees its memory
+        if statistics.bank is not None and bank_images is not None:
+            self._find_relations(statistics, self._origins(sorted(bank_images), self.reduction))
+        return statistics
 
     # ---- images that show the same part
     def _origins(self, positions: Sequence[int], reduction: ChannelReduction) -> ImageOrigins:
-        """The origins of training images, which are named by their positions among the images of all workers."""
+        """Returns the origins of training images with these numbers over all workers."""
         groups, order = (
             torch.from_numpy(np.concatenate(gather_objects(numbers)))[list(positions)]
             for numbers in (self.shard.fit_groups(), self.shard.fit_order())
@@ -402,47 +436,48 @@ class Run:
         return ImageOrigins(groups, order, self._same_part_distance(reduction))
 
     def _same_part_distance(self, reduction: ChannelReduction) -> float | None:
-        """As `measure_same_part_distance`, of a few training images; the same on every worker."""
-        if self._references is None:
-            places = self._own(sample_positions(self.num_images, len(SHIFTS_PX)))
-            images = list(self.shard.fit_batches(positions=places))
+        """Runs `measure_same_part_distance` on a few training images; the result is the same on every worker."""
+        if self._reference_images is None:
+            rows = self._own_rows(sample_evenly(self.num_images, len(SHIFTS_PX)))
+            batches = list(self.shard.fit_batches(positions=rows))
             size = self.config.model.frame_px
-            own = (
-                torch.cat([batch[..., :3] for batch in images])
-                if images
+            own_images = (
+                torch.cat([batch[..., :3] for batch in batches])
+                if batches
                 else torch.empty(0, *size, 3, dtype=torch.uint8)
             )
-            self._references = gather_rows(own, self.device)
-        references = self._references
-        return decided_by_first(lambda: measure_same_part_distance(self.net, reduction, references, self.device))
+            self._reference_images = gather_rows(own_images, self.device)
+        references = self._reference_images
+        return broadcast_from_rank0(lambda: measure_same_part_distance(self.net, reduction, references, self.device))
 
-    def _relate(self, statistics: Statistics, origins: ImageOrigins) -> None:
-        """Finds images of the bank that show the same part."""
+    def _find_relations(self, statistics: Statistics, origins: ImageOrigins) -> None:
+        """Finds the images of the bank that show the same part, and sets relations and descriptors of the statistics."""
         statistics.descriptors = describe_statistics(statistics, self.reduction)
         descriptors = statistics.descriptors.float()
         statistics.same_part_distance = origins.same_part_distance
-        statistics.relations = decided_by_first(lambda: find_relations(descriptors, origins))
+        statistics.relations = broadcast_from_rank0(lambda: find_relations(descriptors, origins))
 
     def _describe(self, batches: Iterable[Tensor]) -> Tensor:
-        """Descriptors (n, P, K) of images of all workers."""
+        """Computes descriptors (n, P, K) of the images of all workers."""
         parts = [describe_images(self.net, self.reduction, to_images(batch, self.device)) for batch in batches]
         num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
-        own = torch.cat(parts).cpu() if parts else torch.empty(0, GRID * GRID, num_channels)
-        return gather_rows(own, self.device)
+        own_descriptors = torch.cat(parts).cpu() if parts else torch.empty(0, GRID * GRID, num_channels)
+        return gather_rows(own_descriptors, self.device)
 
     @torch.inference_mode()
     def _unrelated_holdout(self, statistics: Statistics) -> list[int] | None:
-        """Places, in this worker's share, of held-out images that show other parts than the images of the bank.
+        """Returns the rows, in this worker's shard, of held-out images that show other parts than the images of the bank.
 
-        Returns: None if too few do: then held-out images cannot say how a new part scores.
+        Returns: None if there are too few. Then the scores of held-out images do not show how a new part scores.
         """
         counts = gather_objects(self.shard.num_holdout())
-        own_places = range(self.shard.num_holdout())
+        own_rows = range(self.shard.num_holdout())
         if statistics.bank is None or statistics.descriptors is None:
-            return list(own_places)
+            return list(own_rows)
         holdout_descriptors = self._describe(self.shard.holdout_batches())
         bank_positions = sorted(
-            positions_to_keep(self.config.density, self.num_images) or sample_positions(self.num_images, _CALIBRATED)
+            choose_bank_images(self.config.density, self.num_images)
+            or sample_evenly(self.num_images, _MAX_CALIBRATION_IMAGES)
         )
         bank_origins = self._origins(bank_positions, self.reduction)
         num_bank = len(bank_positions)
@@ -456,33 +491,34 @@ class Run:
             bank_origins.same_part_distance,
         )
         descriptors = torch.cat([statistics.descriptors.float(), holdout_descriptors])
-        relations = decided_by_first(lambda: find_relations(descriptors, origins))
+        relations = broadcast_from_rank0(lambda: find_relations(descriptors, origins))
         if relations is None:
-            return list(own_places)
+            return list(own_rows)
         unrelated = ~relations.related[num_bank:, :num_bank].any(dim=1)
         num_related = int((~unrelated).sum())
         if num_related:
             self._warn(
-                f"{num_related} of {len(unrelated)} held-out photographs show parts that training photographs show too: they do "
-                "not set the threshold"
+                f"{num_related} of {len(unrelated)} held-out photographs show parts that training photographs also show: these "
+                "photographs are not used for the threshold"
             )
         if float(unrelated.float().mean()) < _MIN_UNRELATED_SHARE:
             return None
         first = sum(counts[: self.rank])
-        return [place for place in own_places if bool(unrelated[first + place])]
+        return [row for row in own_rows if bool(unrelated[first + row])]
 
     def _note_relations(self, relations: Relations) -> None:
-        """Tells how many parts the photographs show."""
+        """Notes and logs how many parts the photographs show."""
         count, num_parts = len(relations.groups), relations.num_groups
         self.notes.parts = {"num_images": count, "num_parts": num_parts}
         self.log(f"{count} photographs show about {num_parts} parts: photographs of one part are left out together")
 
     def _warn(self, message: str) -> None:
+        """Notes and logs a warning."""
         self.notes.warnings.append(message)
         self.log(f"WARNING: {message}")
 
     def _join_validation(self) -> None:
-        """Adds the images that selection held out to the training images. Call it once nothing is left to be selected."""
+        """Adds the images that selection held out to the training images. Call it after the last selection."""
         if self.validation is None:
             return
         self.shard = self.shard.join_validation()
@@ -490,57 +526,69 @@ class Run:
         self.num_images, self.num_own = sum(counts), counts[self.rank]
         self.offset = sum(counts[: self.rank])
 
-    def calibration_method(self) -> Method:
-        """The configured one; auto: by images that were held out, or else by leaving each out of the density."""
+    def choose_calibration_method(self) -> Method:
+        """Chooses the calibration method: calibration.method or, if that is auto, the first one possible.
+
+        The order is split (with held-out images), leave_one_out, cross.
+        """
         method = self.config.calibration.method
         if method != "auto":
             return method
         if sum(gather_objects(self.shard.num_holdout())):
             return "split"
-        return "leave_one_out" if leaves_out(self.config.density, self.config.model.shared_grid) else "cross"
+        return (
+            "leave_one_out" if supports_leave_one_out(self.config.density, self.config.model.shared_grid) else "cross"
+        )
 
     def finish(self) -> FitResult:
+        """Computes statistics, builds the detector and calibrates it, with the trained network."""
         self.net.eval()
         with prepared_for_inference(self.net, compute_dtype(self.config.model.precision, self.device)):
             return self._finish()
 
     def _finish(self) -> FitResult:
         folds: list[Statistics] = []
-        fold_places: list[list[int]] = []
-        held_out: list[int] | None = None
+        fold_rows: list[list[int]] = []
+        holdout_rows: list[int] | None = None
         self._join_validation()
-        with self.timed("statistics"):
+        with self._measure_time("statistics"):
             if self.method == "split":
                 statistics = self.training_statistics(for_calibration=True)
-                held_out = self._unrelated_holdout(statistics)
-                if held_out is None:
-                    leave_out = leaves_out(self.config.density, self.config.model.shared_grid)
-                    self.method = "leave_one_out" if leave_out else "cross"
-                    self._warn("training photographs set the threshold instead, each scored with its part left out")
+                holdout_rows = self._unrelated_holdout(statistics)
+                if holdout_rows is None:
+                    can_leave_out = supports_leave_one_out(self.config.density, self.config.model.shared_grid)
+                    self.method = "leave_one_out" if can_leave_out else "cross"
+                    self._warn(
+                        "the threshold is set from training photographs instead, each scored without the photographs of its part"
+                    )
             if self.method == "cross":
-                self.learn_metric()
-                fold_places = self._folds_by_part()
-                folds = [self._fold_statistics(places) for places in fold_places]
+                self.learn_projection()
+                fold_rows = self._assign_folds()
+                folds = [self._compute_fold_statistics(rows) for rows in fold_rows]
                 statistics = _join_all(folds)
             elif self.method == "leave_one_out":
                 statistics = self.training_statistics(for_calibration=True)
-            statistics.keep_at_most(self.config.density.max_images)
-            statistics.scatter = None if self.metric is None else self.metric.scatters
+            statistics.limit_bank(self.config.density.max_images)
+            statistics.scatter = None if self.projection is None else self.projection.scatters
         if statistics.relations is not None:
             self._note_relations(statistics.relations)
-        with self.timed("calibration"):
-            sample = statistics
+        with self._measure_time("calibration"):
+            statistics_with_bank = statistics
             if not DENSITIES[self.config.density.kind].keeps_bank:
                 statistics = dataclasses.replace(statistics, bank=None, thetas=None, shown=None, relations=None)
             detector = build_detector(self.config, self.net, self.reduction, statistics)
             if self.method == "cross":
-                builder = self._cross_calibrate(folds, fold_places)
+                builder = self._cross_calibrate(folds, fold_rows)
             elif self.method == "leave_one_out":
-                builder = leave_one_out_pass(detector, sample, self.config, self.metric, self.log)
+                builder = collect_leave_one_out_scores(
+                    detector, statistics_with_bank, self.config, self.projection, self.log
+                )
             else:
-                held = self.watched("calibration", self.shard.holdout_batches(held_out))
-                groups = self.shard.holdout_groups()[held_out]
-                builder = calibration_pass(detector, held, self.config.calibration, self.method, self.device, groups)
+                batches = self._log_progress("calibration", self.shard.holdout_batches(holdout_rows))
+                groups = self.shard.holdout_groups()[holdout_rows]
+                builder = collect_calibration_scores(
+                    detector, batches, self.config.calibration, self.method, self.device, groups
+                )
         return FitResult(
             detector,
             statistics,
@@ -549,57 +597,67 @@ class Run:
             self.seconds,
         )
 
-    def _folds_by_part(self) -> list[list[int]]:
-        """Places, in this worker's share, of the images of each fold of the cross calibration.
+    def _assign_folds(self) -> list[list[int]]:
+        """Returns, for each fold of the cross calibration, the rows of its images in this worker's shard.
 
         Photographs that are recognised to show the same part are in the same fold.
         """
         num_folds = self.config.calibration.num_folds
-        folds, self._own_parts = self.shard.fit_folds(), self.shard.fit_groups()
-        if self.num_images <= _MAX_COMPARED:
+        folds, self._own_groups = self.shard.fit_folds(), self.shard.fit_groups()
+        if self.num_images <= _MAX_COMPARED_IMAGES:
             origins = self._origins(range(self.num_images), self.reduction)
             descriptors = self._describe(self.shard.fit_batches())
-            relations = decided_by_first(lambda: find_relations(descriptors, origins))
+            relations = broadcast_from_rank0(lambda: find_relations(descriptors, origins))
             if relations is not None:
                 self._note_relations(relations)
-                own = slice(self.offset, self.offset + self.num_own)
-                folds = fold_numbers(relations.groups, num_folds).numpy()[own]
-                self._own_parts = relations.groups.numpy()[own]
+                own_images = slice(self.offset, self.offset + self.num_own)
+                folds = fold_numbers(relations.groups, num_folds).numpy()[own_images]
+                self._own_groups = relations.groups.numpy()[own_images]
         return [np.flatnonzero(folds == fold).tolist() for fold in range(num_folds)]
 
-    def _fold_statistics(self, places: list[int]) -> Statistics:
-        """Of the images of one fold; keeps no more embeddings than a memory made of the other folds alone would take."""
-        config = self.config.density
-        sizes = gather_objects(len(places))
-        limit = -(-config.max_images // (self.config.calibration.num_folds - 1))
-        kept = sample_positions(sum(sizes), limit) if DENSITIES[config.kind].keeps_bank else None
-        batches = self.shard.fit_batches(places)
-        return statistics_pass(self.net, self.reduction, batches, self.device, kept, sum(sizes[: self.rank]))
+    def _compute_fold_statistics(self, rows: list[int]) -> Statistics:
+        """Computes the statistics of one fold.
 
-    def _cross_calibrate(self, folds: list[Statistics], places: list[list[int]]) -> CalibrationBuilder:
-        """Training images are scored by the density of the other folds: a memory no larger than the one that ships."""
-        limit = -(-self.config.calibration.max_images // len(folds))  # of a fold
+        The bank is small enough that the banks of all folds but one together have about density.max_images images.
+
+        Args: rows: of the fold's images in this worker's shard.
+        """
+        config = self.config.density
+        sizes = gather_objects(len(rows))
+        limit = -(-config.max_images // (self.config.calibration.num_folds - 1))
+        bank_images = sample_evenly(sum(sizes), limit) if DENSITIES[config.kind].keeps_bank else None
+        batches = self.shard.fit_batches(rows)
+        return compute_statistics(self.net, self.reduction, batches, self.device, bank_images, sum(sizes[: self.rank]))
+
+    def _cross_calibrate(self, folds: list[Statistics], fold_rows: list[list[int]]) -> CalibrationBuilder:
+        """Scores the training images of each fold with a density of the other folds.
+
+        This density's bank is not larger than the bank of the final density.
+        """
+        images_per_fold = -(-self.config.calibration.max_images // len(folds))
         joined: CalibrationBuilder | None = None
-        groups = self._own_parts
-        for fold, part in enumerate(folds):
-            if not part.moments.count:
+        groups = self._own_groups
+        for fold, statistics in enumerate(folds):
+            if not statistics.moments.count:
                 continue
-            rest = _join_all([other for number, other in enumerate(folds) if number != fold])
-            rest.keep_at_most(self.config.density.max_images)
-            detector = build_detector(self.config, self.net, self.reduction, rest)
-            sizes = gather_objects(len(places[fold]))
+            remaining = _join_all([other for number, other in enumerate(folds) if number != fold])
+            remaining.limit_bank(self.config.density.max_images)
+            detector = build_detector(self.config, self.net, self.reduction, remaining)
+            sizes = gather_objects(len(fold_rows[fold]))
             first = sum(sizes[: self.rank])
-            chosen = sample_positions(sum(sizes), limit)
-            own = [place for number, place in enumerate(places[fold]) if first + number in chosen]
-            scored = self.shard.fit_batches(own)
-            builder = calibration_pass(detector, scored, self.config.calibration, "cross", self.device, groups[own])
+            chosen = sample_evenly(sum(sizes), images_per_fold)
+            rows = [row for number, row in enumerate(fold_rows[fold]) if first + number in chosen]
+            batches = self.shard.fit_batches(rows)
+            builder = collect_calibration_scores(
+                detector, batches, self.config.calibration, "cross", self.device, groups[rows]
+            )
             joined = builder if joined is None else joined.merge(builder)
         assert joined is not None
         return joined
 
 
 def _join_all(parts: list[Statistics]) -> Statistics:
-    """The statistics of all parts together; the parts stay as they are."""
+    """Joins statistics into new ones; the parts do not change."""
     first = parts[0].moments
     total = Statistics(
         Moments(first.height, first.width, first.channels, first.mean.device),

@@ -1,4 +1,4 @@
-"""The loss that is trained, its optimiser, and one epoch over any iterable of batches."""
+"""The training objective of FYD, its optimiser and schedule, and the loop over one epoch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ from torch import Tensor, nn
 from focus_ray.config import TrainConfig
 from focus_ray.fitting.distributed import world_size
 from focus_ray.fitting.scoring import to_images
-from focus_ray.model.losses import coarse_loss, effective_rank, feature_std, fine_loss, random_pairs
+from focus_ray.model.losses import coarse_loss, draw_pairs, effective_rank, feature_std, fine_loss
 from focus_ray.model.network import FocusNet, inside_mask
 
-LEVEL = "last level"  # (B, C, H, W), of which the effective rank is taken, once an epoch
-COLLAPSE_STD = 0.05  # of the L2-normalised features, relative to an even spread: below this a run has collapsed
+LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an epoch
+COLLAPSE_STD = 0.05  # smallest `feature_std` of a healthy run: below it, features of different images are nearly equal
 
 
-class Objective(nn.Module):
-    """FYD's total loss as one module, so that DDP sees a single forward."""
+class TrainingObjective(nn.Module):
+    """Computes the total loss of FYD in one module, because DDP needs a single `forward`.
+
+    It also freezes the parameters that no loss reaches.
+    """
 
     def __init__(self, net: FocusNet, config: TrainConfig) -> None:
         super().__init__()
         self.net, self.config = net, config
         self.coarse = config.lambda_ica > 0 and has_trainable_aligner(net)
         self.fine = config.lambda_fine > 0
-        if not self.fine:  # what no loss reaches must not wait for a gradient
+        if (
+            not self.fine
+        ):  # DDP expects a gradient for every parameter that requires one, so freeze those that no loss reaches
             for name, parameter in net.named_parameters():
                 if not name.startswith("image_aligner."):
                     parameter.requires_grad_(False)
@@ -35,7 +40,14 @@ class Objective(nn.Module):
             net.image_aligner.requires_grad_(False)
 
     def forward(self, images: Tensor, pairs: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) in 0..1, pairs (B,) -> 'loss' and its parts, scalars; and `LEVEL`, of the fine loss."""
+        """Computes the losses of a batch.
+
+        Args:
+            images: (B, 3, H, W) in 0..1.
+            pairs: (B,), number of the partner of each image.
+
+        Returns: scalars 'loss' (the weighted sum) and its parts by name; with the fine loss, also the features `LAST_LEVEL`.
+        """
         aligned = self.net(images)
         parts: dict[str, Tensor] = {}
         total = images.new_zeros(())
@@ -50,17 +62,17 @@ class Objective(nn.Module):
             )
             total = total + self.config.lambda_fine * parts["loss_fine"]
             parts["feature_std"] = feature_std(projected)
-            parts[LEVEL] = aligned.levels[2].detach()
+            parts[LAST_LEVEL] = aligned.levels[2].detach()
         return {"loss": total, **parts}
 
 
 def has_trainable_aligner(net: FocusNet) -> bool:
-    """Whether gradient descent has anything to move in the image aligner."""
+    """Returns whether the image aligner has parameters that gradient descent can change."""
     return net.image_aligner is not None and any(p.requires_grad for p in net.image_aligner.parameters())
 
 
 def build_optimizer(net: FocusNet, config: TrainConfig) -> torch.optim.SGD:
-    """SGD; image aligner, feature aligners, head (projector and predictor) and the rest each have a learning rate."""
+    """Builds SGD with separate learning rates for image aligner, feature aligners, head (projector, predictor) and backbone."""
     rates = {
         "image_aligner": config.learning_rate_image_alignment,
         "feature_aligners": config.learning_rate_feature_alignment,
@@ -71,7 +83,7 @@ def build_optimizer(net: FocusNet, config: TrainConfig) -> torch.optim.SGD:
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
             groups.setdefault(rates.get(name.partition(".")[0], config.learning_rate), []).append(parameter)
-    # the backbone's group first: its rate is the one that is logged
+    # the group of the backbone first, because logs show the rate of the first group
     order = sorted(groups, key=lambda rate: rate != config.learning_rate)
     return torch.optim.SGD(
         [{"params": groups[rate], "lr": rate} for rate in order],
@@ -83,7 +95,7 @@ def build_optimizer(net: FocusNet, config: TrainConfig) -> torch.optim.SGD:
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Cosine to zero over all steps, after a linear warm-up; stepped after every optimiser step."""
+    """Builds a cosine schedule to zero over all steps, after a linear warm-up. Step it after every optimiser step."""
     total = max(1, config.epochs * steps_per_epoch)
     warmup = int(config.warmup_epochs * steps_per_epoch)
 
@@ -105,22 +117,29 @@ def train_epoch(
     generator: torch.Generator,
     autocast: bool = False,
 ) -> dict[str, float]:
-    """One pass. Batches: uint8 (B, H, W, 3), or (B, 3, H, W) in 0..1.
+    """Trains for one epoch.
 
-    Returns: the means of the losses and collapse figures over all steps and workers, with 'steps' and the last step's
-        'learning_rate'. The effective rank, which takes an eigen-decomposition, is that of the last step.
+    Args:
+        batches: uint8 (B, H, W, 3), or float (B, 3, H, W) in 0..1.
+        generator: draws the pairs of images.
+        autocast: compute the losses in bfloat16 where torch allows it.
 
-    Raises: FloatingPointError, on every worker: the loss, or a weight after the last step, is not finite on some worker.
+    Returns: the means of losses and collapse figures over all steps and workers, 'steps', and 'learning_rate' of the last step.
+        'effective_rank' is computed from the last step only, because it needs an eigen-decomposition.
+
+    Raises:
+        ValueError: there is no batch.
+        FloatingPointError: on every worker, if the loss, or a weight after the last step, is not finite on any worker.
     """
     sums: dict[str, Tensor] = {}
     steps, rate = 0, 0.0
     level: Tensor | None = None
     for batch in batches:
         images = to_images(batch, device)
-        pairs = random_pairs(images.shape[0], generator).to(device)
+        pairs = draw_pairs(images.shape[0], generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             parts = objective(images, pairs)
-        level = parts.pop(LEVEL, None)
+        level = parts.pop(LAST_LEVEL, None)
         loss = parts["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -134,16 +153,18 @@ def train_epoch(
             sums[key] = sums.get(key, value.new_zeros((), dtype=torch.float32)) + value.detach().float()
         steps += 1
     if not steps:
-        raise ValueError("no batch came: the data set is smaller than one step")
+        raise ValueError(
+            "an epoch needs at least 1 batch, got 0: add training images or lower train.batch_size_per_worker"
+        )
     keys = sorted(sums)
     means = _mean_over_workers(torch.stack([sums[key] for key in keys]) / steps)
     result = dict(zip(keys, means.tolist(), strict=True))
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     broken = _mean_over_workers(torch.stack([~p.detach().isfinite().all() for p in weights]).any().float())
     if not math.isfinite(result["loss"]) or float(broken) > 0:
-        what = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
+        problem = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
         raise FloatingPointError(
-            f"{what} after {steps} steps: lower train.learning_rate or set train.gradient_clip_norm"
+            f"{problem} after {steps} steps: lower train.learning_rate or set train.gradient_clip_norm"
         )
     if level is not None:
         result["effective_rank"] = float(_mean_over_workers(effective_rank(level)))
@@ -151,12 +172,13 @@ def train_epoch(
 
 
 def _mean_over_workers(figures: Tensor) -> Tensor:
+    """Averages a tensor over all workers; a group may change the input in place."""
     if world_size() > 1:
         dist.all_reduce(figures)
         figures = figures / world_size()
     return figures
 
 
-def collapsed(log: dict[str, float]) -> bool:
-    """Whether an epoch's figures show that the features no longer tell images apart."""
+def has_collapsed(log: dict[str, float]) -> bool:
+    """Returns whether the figures of an epoch show a collapse: features of different images are nearly equal."""
     return "feature_std" in log and log["feature_std"] < COLLAPSE_STD

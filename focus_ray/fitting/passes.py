@@ -1,4 +1,4 @@
-"""One pass over images each: alignment, statistics, validation, calibration."""
+"""Computations that each take one pass over images: alignment, statistics, validation, calibration."""
 
 from __future__ import annotations
 
@@ -13,74 +13,81 @@ from torch import Tensor
 from focus_ray.config import CalibrationConfig
 from focus_ray.density.base import Statistics
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import keep
-from focus_ray.density.tiles import Tiles, split_places
+from focus_ray.density.nearest import to_bank_rows
+from focus_ray.density.tiles import Tiles, split_maps
 from focus_ray.evaluation.calibration import CalibrationBuilder, Method
 from focus_ray.evaluation.selection import validation_figures
-from focus_ray.fitting.distributed import decided_by_first, gather_objects, gather_rows, reduce_moments
-from focus_ray.fitting.metric import Known
-from focus_ray.fitting.scoring import Detector, Scored, embed, places_shown, shown_in, to_images
+from focus_ray.fitting.distributed import broadcast_from_rank0, gather_objects, gather_rows, reduce_moments
+from focus_ray.fitting.projection import CachedEmbeddings
+from focus_ray.fitting.scoring import Detector, ScoredImages, embed, shown_locations, shown_mask, to_images
 from focus_ray.model.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 
 
 @torch.no_grad()  # not inference_mode: statistics are joined in place later
-def statistics_pass(
+def compute_statistics(
     net: FocusNet,
     reduction: ChannelReduction,
     batches: Iterable[Tensor],
     device: torch.device,
-    keep_positions: Container[int] | None = None,
-    offset: int = 0,
-    known: Known | None = None,
+    bank_images: Container[int] | None = None,
+    first_image: int = 0,
+    cache: CachedEmbeddings | None = None,
 ) -> Statistics:
-    """Statistics of every image that any worker is given, the same on every worker after the call.
+    """Computes the statistics of the images of all workers; the result is the same on every worker.
 
-    Embeddings are added up batch by batch; only those of the chosen images are kept, for a memory.
+    Moments are added up batch by batch. Only the embeddings of the bank's images stay in memory.
 
     Args:
-        keep_positions: numbers, over all workers, of the images whose embeddings are kept; None keeps none.
-        offset: the number of this worker's first image.
-        known: what this network made of some of them already.
+        batches: this worker's images.
+        bank_images: numbers, over all workers, of the images whose embeddings go into the bank; None: no bank.
+        first_image: number, over all workers, of this worker's first image.
+        cache: embeddings of some of this worker's images by the same network, which are then not computed again.
     """
     net.eval()
-    alike = reduction.num_coreset_channels > 0
-    tiles = Tiles.of(net.config)
+    pad_batches = reduction.num_coreset_channels > 0
+    tiles = Tiles.from_config(net.config)
 
-    def embedding_of(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
-        rows = {} if known is None else known.row
+    def embed_batch(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
+        rows = {} if cache is None else cache.row
         new = [number for number in range(len(batch)) if position + number not in rows]
         if len(new) == len(batch):
-            return embed(net, reduction, to_images(batch, device), alike)
-        assert known is not None
+            return embed(net, reduction, to_images(batch, device), pad_batches)
+        assert cache is not None
         old = [number for number in range(len(batch)) if position + number in rows]
-        embedding, theta = known.embedding([position + number for number in old], reduction.projection)
+        embedding, theta = cache.embedding([position + number for number in old], reduction.projection)
         if new:
-            others, moved = embed(net, reduction, to_images(batch[new], device), alike)
-            order = torch.tensor(old + new).argsort().to(device)
-            embedding = torch.cat([embedding, others])[order]
-            theta = None if theta is None or moved is None else torch.cat([theta, moved])[order]
+            new_embedding, new_theta = embed(net, reduction, to_images(batch[new], device), pad_batches)
+            order = torch.tensor(old + new).argsort().to(device)  # back to the order of the batch
+            embedding = torch.cat([embedding, new_embedding])[order]
+            theta = None if theta is None or new_theta is None else torch.cat([theta, new_theta])[order]
         return embedding, theta
 
-    def embedded() -> Iterator[Embedded]:
-        position = offset
+    def embed_batches() -> Iterator[EmbeddedBatch]:
+        position = first_image
         for batch in batches:
-            embedding, theta = embedding_of(batch, position)
+            embedding, theta = embed_batch(batch, position)
             position += len(batch)
-            shown = shown_in(batch, device)
+            shown = shown_mask(batch, device)
             if shown is not None:
-                shown = places_shown(shown, theta, tiles, embedding.shape[2:]).flatten(1)
-            yield Embedded(embedding, theta, shown)
+                shown = shown_locations(shown, theta, tiles, embedding.shape[2:]).flatten(1)
+            yield EmbeddedBatch(embedding, theta, shown)
 
     size = net.config.image_size_px // net.config.place_px(reduction.config)
-    shared = net.config.shared_grid
-    places = (size, size) if shared == tiles[:2] else (tiles.rows * size, tiles.columns * size)
-    return embedding_statistics(embedded(), reduction, places, device, keep_positions, offset, shared)
+    grid = net.config.shared_grid
+    # moments cover one tile if tiles share their locations, otherwise the whole image
+    map_size = (size, size) if grid == tiles[:2] else (tiles.rows * size, tiles.columns * size)
+    return compute_embedding_statistics(embed_batches(), reduction, map_size, device, bank_images, first_image, grid)
 
 
-class Embedded(NamedTuple):
-    """What `scoring.embed` gives of B images, and (B, L) bool, which of their places are scored; None: all."""
+class EmbeddedBatch(NamedTuple):
+    """Embeddings of B images.
+
+    embedding: (B, C + K, H, W).
+    theta: (B, 2, 3), alignment of each image; None without image alignment.
+    shown: (B, L) bool, locations that are scored; None: all.
+    """
 
     embedding: Tensor
     theta: Tensor | None
@@ -88,51 +95,57 @@ class Embedded(NamedTuple):
 
 
 @torch.no_grad()
-def embedding_statistics(
-    embedded: Iterable[Embedded],
+def compute_embedding_statistics(
+    batches: Iterable[EmbeddedBatch],
     reduction: ChannelReduction,
-    places: tuple[int, int],
+    map_size: tuple[int, int],
     device: torch.device,
-    keep_positions: Container[int] | None = None,
-    offset: int = 0,
-    shared: tuple[int, int] = (1, 1),
+    bank_images: Container[int] | None = None,
+    first_image: int = 0,
+    grid: tuple[int, int] = (1, 1),
 ) -> Statistics:
-    """As `statistics_pass`, of embeddings (B, channels, H, W) that are there already.
+    """Computes the statistics of embeddings of all workers; see `compute_statistics`.
 
-    Args: places: down and across, of the moments.  shared: rows and columns of the tiles that share them.
+    Args:
+        map_size: rows and columns of locations of the moments.
+        grid: rows and columns of tiles that share these locations.
     """
     num_channels = reduction.num_channels
-    moments = Moments(*places, num_channels, device)
-    kept: list[Tensor] = []
-    moved: list[Tensor] = []
-    scored: list[Tensor] = []
-    position = offset
-    for embedding, theta, shown in embedded:
-        moments.update(split_places(embedding[:, :num_channels], *shared))
-        if keep_positions is not None:
-            chosen = [number for number in range(len(embedding)) if position + number in keep_positions]
+    moments = Moments(*map_size, num_channels, device)
+    bank_parts: list[Tensor] = []
+    theta_parts: list[Tensor] = []
+    shown_parts: list[Tensor] = []
+    position = first_image
+    for embedding, theta, shown in batches:
+        moments.update(split_maps(embedding[:, :num_channels], *grid))
+        if bank_images is not None:
+            chosen = [number for number in range(len(embedding)) if position + number in bank_images]
             if chosen:
-                kept.append(keep(embedding[chosen]))
+                bank_parts.append(to_bank_rows(embedding[chosen]))
                 if theta is not None:
-                    moved.append(theta[chosen].float().cpu())
+                    theta_parts.append(theta[chosen].float().cpu())
                 if shown is not None:
-                    scored.append(shown[chosen].byte().cpu())
+                    shown_parts.append(shown[chosen].byte().cpu())
         position += len(embedding)
     reduce_moments(moments)
-    if keep_positions is None:
-        return Statistics(moments, grid=shared)
+    if bank_images is None:
+        return Statistics(moments, grid=grid)
     all_channels = num_channels + reduction.num_coreset_channels
-    num_places = places[0] * places[1] * shared[0] * shared[1]
-    bank = torch.cat(kept) if kept else torch.empty(0, num_places, all_channels, dtype=torch.float16)
+    num_locations = map_size[0] * map_size[1] * grid[0] * grid[1]
+    bank = torch.cat(bank_parts) if bank_parts else torch.empty(0, num_locations, all_channels, dtype=torch.float16)
     bank = gather_rows(bank, device)
-    thetas = gather_rows(torch.cat(moved) if moved else torch.empty(0, 2, 3), device)
-    shown = gather_rows(torch.cat(scored) if scored else torch.empty(0, num_places, dtype=torch.uint8), device) > 0
-    return Statistics(moments, bank, thetas if len(thetas) else None, shown=shown if len(shown) else None, grid=shared)
+    thetas = gather_rows(torch.cat(theta_parts) if theta_parts else torch.empty(0, 2, 3), device)
+    no_rows = torch.empty(0, num_locations, dtype=torch.uint8)
+    shown = gather_rows(torch.cat(shown_parts) if shown_parts else no_rows, device) > 0
+    return Statistics(moments, bank, thetas if len(thetas) else None, shown=shown if len(shown) else None, grid=grid)
 
 
 @torch.inference_mode()
-def aligner_pass(net: FocusNet, batches: Iterable[Tensor], device: torch.device, seed: int) -> AlignmentReport | None:
-    """Fits a congealing aligner on the images of all workers, the same on every worker; None without one."""
+def fit_aligner(net: FocusNet, batches: Iterable[Tensor], device: torch.device, seed: int) -> AlignmentReport | None:
+    """Fits a congealing aligner to the images of all workers, with the same result on every worker.
+
+    Returns: the report; None if the network has no congealing aligner.
+    """
     aligner = net.image_aligner
     if not isinstance(aligner, CongealingAligner):
         return None
@@ -144,13 +157,13 @@ def aligner_pass(net: FocusNet, batches: Iterable[Tensor], device: torch.device,
         report = aligner.fit(rows.to(device), seed)
         return report, {name: value.cpu() for name, value in aligner.state_dict().items()}
 
-    report, state = decided_by_first(fit)
+    report, state = broadcast_from_rank0(fit)
     aligner.load_state_dict(state)
     return report
 
 
 @torch.inference_mode()
-def calibration_pass(
+def collect_calibration_scores(
     detector: Detector,
     batches: Iterable[Tensor],
     config: CalibrationConfig,
@@ -158,44 +171,50 @@ def calibration_pass(
     device: torch.device,
     groups: NDArray[np.int64] | None = None,
 ) -> CalibrationBuilder:
-    """Scores normal images that the detector's density has not seen; the workers' results are joined.
+    """Scores normal images that the detector's density has not seen, and joins the scores of all workers.
 
-    Args: groups: (N,) group numbers of the images of all batches; None: every image shows a part of its own.
+    Args: groups: (N,), group numbers of the images of all batches; None: every image shows a different part.
     """
     builder = CalibrationBuilder(method, config.target_fpr, config.target_pixel_fpr)
-    done = 0
+    num_scored = 0
     for batch in batches:
         scored = detector(batch)
-        of_batch = None if groups is None else groups[done : done + len(batch)]
-        builder.add(scored.score.cpu().numpy(), pixels_that_count(scored, shown_in(batch, "cpu")), of_batch)
-        done += len(batch)
-    return joined_by_all(builder)
+        batch_groups = None if groups is None else groups[num_scored : num_scored + len(batch)]
+        builder.add(scored.score.cpu().numpy(), calibration_pixels(scored, shown_mask(batch, "cpu")), batch_groups)
+        num_scored += len(batch)
+    return merge_over_workers(builder)
 
 
-def pixels_that_count(scored: Scored, shown: Tensor | None) -> NDArray[np.float32] | list[NDArray[np.float32]]:
-    """Maps as a calibration takes them: (B, H, W), or of each image (1, n) the pixels that are shown (B, H, W)."""
+def calibration_pixels(scored: ScoredImages, shown: Tensor | None) -> NDArray[np.float32] | list[NDArray[np.float32]]:
+    """Returns the pixels of anomaly maps in the form that `CalibrationBuilder.add` needs.
+
+    Args: shown: (B, H, W) bool, pixels that are scored; None: all.
+
+    Returns: whole maps (B, H, W); with `shown`, a list with the scored pixels (1, n) of each image.
+    """
     maps: NDArray[np.float32] = scored.anomaly_map.cpu().numpy()
     if shown is None:
         return maps
-    return [one[kept][None] for one, kept in zip(maps, shown.cpu().numpy(), strict=True)]
+    return [anomaly_map[is_shown][None] for anomaly_map, is_shown in zip(maps, shown.cpu().numpy(), strict=True)]
 
 
-def joined_by_all(builder: CalibrationBuilder) -> CalibrationBuilder:
-    """The builders of all workers, merged on every one."""
-    first, *others = gather_objects(builder)
-    for other in others:
-        first = first.merge(other)
-    return first
+def merge_over_workers(builder: CalibrationBuilder) -> CalibrationBuilder:
+    """Merges the builders of all workers, with the same result on every worker."""
+    merged, *other_builders = gather_objects(builder)
+    for other in other_builders:
+        merged = merged.merge(other)
+    return merged
 
 
 @torch.inference_mode()
-def validation_pass(
+def compute_validation_figures(
     detector: Detector, images: NDArray[np.uint8], masks: NDArray[np.bool_], batch_size: int = 32
 ) -> dict[str, float]:
-    """`selection.validation_figures` of the images of all workers, the same on every worker.
+    """Computes `selection.validation_figures` over the images of all workers, with the same result on every worker.
 
     Args:
-        images: (N, H, W, 3 or 4) uint8 and masks: (N, H, W) bool, this worker's, from `selection.validation_images`.
+        images: (N, H, W, 3 or 4) uint8, this worker's images from `selection.validation_images`.
+        masks: (N, H, W) bool, their defects.
     """
     batches = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
     scores, maps = collect_scores((detector(torch.from_numpy(batch)) for batch in batches), masks.shape[1:])
@@ -205,9 +224,9 @@ def validation_pass(
 
 
 def collect_scores(
-    scored: Iterable[Scored], size_px: tuple[int, ...]
+    scored: Iterable[ScoredImages], size_px: tuple[int, ...]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scores (N,) and maps (N, *size_px) of all batches."""
+    """Concatenates the scores (N,) and maps (N, *size_px) of all batches."""
     scores = [np.empty(0, np.float32)]
     maps = [np.empty((0, *size_px), np.float32)]
     for batch in scored:

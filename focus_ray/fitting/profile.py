@@ -1,14 +1,13 @@
-"""The profile of good images: what is usual at each place, and how high the highest values of a good image's map are [ours].
+"""The profile of good images: usual distances at each location, and usual highest values of a good image's map [ours].
 
-The maximum of a map is ruled by the places where good parts vary most: a serial number, a reflection, an edge. So for the
-image score, and for it alone, a place's distance is counted by what is usual there: every image of a density's bank is scored
-as if it were new, its own embeddings left out, and the largest distance that any of them shows at a place is the place's
-measure. Maps stay in plain distances, which localise better.
+The maximum of a map is usually at the locations where good parts vary most: a serial number, a reflection, an edge. So for the
+image score, and only for it, the distance of a location is weighted by the usual distance there. The usual distance is the
+largest leave-one-out distance of the bank's images at this location. Anomaly maps are not weighted: they localise better so.
 
-A defect may be a point or spread over the part. So the score looks at the mean of the highest values over several shares of
-the map, from its maximum to a fifth of it, each as a multiple of what good images show, and takes the mean: 1 is a typical good
-image. Of an image in tiles the map is that of all tiles: the highest of each tile's shares ranked worse
-(docs/use/large-images.md).
+A defect may be a point, or cover much of the part. So the score uses the mean of the highest values over several shares of the
+map, from its maximum to its highest fifth. Each mean is divided by its typical value for good images, and the results are
+averaged: a typical good image has score 1. An image in tiles has one map of all tiles, because taking the highest values of each
+tile separately ranked worse (docs/use/large-images.md).
 """
 
 from __future__ import annotations
@@ -19,31 +18,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.density.base import LeavesOut, Statistics, sample_positions
-from focus_ray.fitting.spread import Spread
+from focus_ray.density.base import LeaveOneOutScorer, Statistics, sample_evenly
+from focus_ray.fitting.anomaly_map import AnomalyMapGenerator
 from focus_ray.model.alignment.theta import valid_mask
 
-IMAGES = 64  # of the bank, at most, that the profile is taken from
-SHARES = (0.0, 0.01, 0.05, 0.2)  # of the map's values, the highest; 0: the maximum
-FLOOR = 2.0  # mean measures, added to a place's own: the fewer good images, the less a place's own can be trusted
-SAMPLE_PX = 4  # the shares are taken over every fourth pixel of the smoothed map
-_AT_ONCE = 8
+MAX_IMAGES = 64  # images of the bank from which the profile is computed
+SHARES = (0.0, 0.01, 0.05, 0.2)  # shares of the map's pixels with the highest values; 0 is the maximum alone
+# Mean distances that are added to the distance of each location: with few good images, a location's own value is unreliable.
+FLOOR = 2.0
+SAMPLE_PX = 4  # the highest values are searched in every fourth row and column of the smoothed map
+_IMAGES_AT_ONCE = 8
 
 
 class Profile(NamedTuple):
-    """weight: (H, W), of a place's distance.  typical: (len(SHARES),), what good images show; both float32."""
+    """The profile of good images.
+
+    weight: (H, W) float32, factor for the distance of each location.
+    typical: (len(SHARES),) float32, typical highest values of good images.
+    """
 
     weight: Tensor
     typical: Tensor
 
-    def score(self, distance: Tensor, spread: Spread) -> Tensor:
-        """Distances (B, H, W) -> scores (B,)."""
-        return (highest_values(distance * self.weight, spread) / self.typical).mean(dim=1)
+    def score(self, distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:
+        """Computes image scores (B,) from distances (B, H, W); a typical good image has 1."""
+        return (highest_values(distance * self.weight, map_generator) / self.typical).mean(dim=1)
 
 
-def highest_values(distance: Tensor, spread: Spread) -> Tensor:
-    """(B, H, W) -> (B, len(SHARES)): means of the highest values of the smoothed map."""
-    sampled = spread.every(SAMPLE_PX)(distance).flatten(1)
+def highest_values(distance: Tensor, map_generator: AnomalyMapGenerator) -> Tensor:
+    """Computes means of the highest values of the smoothed maps of distances (B, H, W): (B, len(SHARES))."""
+    sampled = map_generator.subsampled(SAMPLE_PX)(distance).flatten(1)
     counts = [max(1, int(share * sampled.shape[1])) for share in SHARES]
     top = sampled.topk(max(counts), dim=1).values
     return torch.stack([top[:, :count].mean(dim=1) for count in counts], dim=1)
@@ -51,66 +55,75 @@ def highest_values(distance: Tensor, spread: Spread) -> Tensor:
 
 @torch.no_grad()
 def fit_profile(
-    density: LeavesOut, statistics: Statistics, seen: Tensor | None, spread: Spread
+    density: LeaveOneOutScorer, statistics: Statistics, seen_mask: Tensor | None, map_generator: AnomalyMapGenerator
 ) -> tuple[Profile, Tensor | None]:
-    """The profile of a density's own images, and the left-out distances (n, H, W) that it was taken from.
+    """Fits the profile to leave-one-out distances of a density's images.
 
     Args:
-        statistics: of which the density was built, with a bank.  seen: (H, W) bool, places that are scored; None: all.
+        statistics: from which the density was built, with a bank.
+        seen_mask: (H, W) bool, locations that are scored; None: all.
 
-    A single image leaves nothing to compare it with: every place then counts alike.
+    Returns: the profile, and the leave-one-out distances (n, H, W) from which it was computed. If the bank has a single image,
+        which cannot be compared with another, all weights are 1, and the distances are None.
     """
-    bank, device = statistics.bank, spread.rows.device
+    bank, device = statistics.bank, map_generator.rows.device
     assert bank is not None
     if len(bank) < 2:
-        places = torch.ones(density.height, density.width, device=device)
-        return Profile(places, torch.ones(len(SHARES), device=device)), None
-    chosen = torch.tensor(sorted(sample_positions(len(bank), IMAGES)))
-    known = left_out_distances(density, statistics, bank, seen, chosen, device)
-    return profile_of(known, spread, statistics.shown), known
+        weight = torch.ones(density.height, density.width, device=device)
+        return Profile(weight, torch.ones(len(SHARES), device=device)), None
+    images = torch.tensor(sorted(sample_evenly(len(bank), MAX_IMAGES)))
+    distances = leave_one_out_distances(density, statistics, bank, seen_mask, images, device)
+    return compute_profile(distances, map_generator, statistics.shown), distances
 
 
 @torch.no_grad()
-def left_out_distances(
-    density: LeavesOut,
+def leave_one_out_distances(
+    density: LeaveOneOutScorer,
     statistics: Statistics,
     bank: Tensor,
-    seen: Tensor | None,
-    chosen: Tensor,
+    seen_mask: Tensor | None,
+    images: Tensor,
     device: torch.device | str,
 ) -> Tensor:
-    """(n, H, W) of the chosen images (n,) of the bank, each scored as if its part were new; 0 where nothing is scored.
+    """Computes the distances (n, H, W) of images of the bank, each without itself and its related images.
 
-    Args: bank: (N, L, C), what the density keeps of the images of the statistics.
+    Args:
+        bank: (N, L, C), embeddings of the images of the statistics, with the channels that the density needs.
+        seen_mask: (H, W) bool, locations that are scored; None: all.
+        images: (n,), numbers of the images to score.
+
+    Returns: (n, H, W), 0 at locations that are not scored.
     """
     distances = []
     thetas, shown = statistics.thetas, statistics.shown
-    for own in chosen.split(_AT_ONCE) if len(chosen) else ():
-        rows = bank[own].to(device, torch.float32)  # (B, L, C)
-        left_out = statistics.left_out_with(own)
-        distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), left_out)
+    for numbers in images.split(_IMAGES_AT_ONCE) if len(images) else ():
+        rows = bank[numbers].to(device, torch.float32)  # (B, L, C)
+        excluded = statistics.images_to_exclude(numbers)
+        distance = density.score(rows.transpose(1, 2).unflatten(2, (density.height, density.width)), excluded)
         if shown is not None:
-            distance = distance * shown[own].to(device).view_as(distance)
-        distances.append(scored_only(distance, None if thetas is None else thetas[own].to(device), seen))
+            distance = distance * shown[numbers].to(device).view_as(distance)
+        distances.append(zero_unscored(distance, None if thetas is None else thetas[numbers].to(device), seen_mask))
     return torch.cat(distances) if distances else torch.empty(0, density.height, density.width, device=device)
 
 
-def scored_only(distance: Tensor, theta: Tensor | None, seen: Tensor | None) -> Tensor:
-    """Distances (B, H, W), 0 where there is nothing to score: outside the aligned image, and where training hardly saw."""
+def zero_unscored(distance: Tensor, theta: Tensor | None, seen_mask: Tensor | None) -> Tensor:
+    """Sets distances (B, H, W) to 0 outside the aligned image and where training images rarely had pixels (`seen_mask`)."""
     if theta is None:
         return distance
     inside = valid_mask(theta, distance.shape[1], distance.shape[2])
-    return distance * (inside if seen is None else inside & seen)
+    return distance * (inside if seen_mask is None else inside & seen_mask)
 
 
-def profile_of(known: Tensor, spread: Spread, shown: Tensor | None = None) -> Profile:
-    """The profile that the left-out distances (n, H, W) of good images give, n > 0.
+def compute_profile(distances: Tensor, map_generator: AnomalyMapGenerator, shown: Tensor | None = None) -> Profile:
+    """Computes the profile from leave-one-out distances (n, H, W) of at least one good image.
 
-    Args: shown: (N, H * W) bool, places of all images that are scored; None: all.
+    Args: shown: (N, H * W) bool, True at locations of the bank's images that are scored; None: all.
     """
-    measure = F.avg_pool2d(known.amax(dim=0)[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
-    counted = measure if shown is None else measure[shown.any(dim=0).view_as(measure).to(measure.device)]
-    mean = counted.mean().clamp_min(1e-12)
-    weight = (1 + FLOOR) * mean / (measure + FLOOR * mean)
-    typical = highest_values(known * weight, spread).mean(dim=0).clamp_min(1e-12)
+    # usual distance of a location: the largest distance of all images, averaged over 3 x 3 locations
+    usual = F.avg_pool2d(distances.amax(dim=0)[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
+    scored = usual if shown is None else usual[shown.any(dim=0).view_as(usual).to(usual.device)]
+    mean = scored.mean().clamp_min(1e-12)
+    # 1 at a location with the mean distance, smaller where good parts vary more
+    weight = (1 + FLOOR) * mean / (usual + FLOOR * mean)
+    typical = highest_values(distances * weight, map_generator).mean(dim=0).clamp_min(1e-12)
     return Profile(weight, typical)

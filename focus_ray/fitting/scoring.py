@@ -1,4 +1,4 @@
-"""Detector: network + channel reduction + density -> anomaly maps and scores of a batch of images."""
+"""The detector: computes anomaly maps and scores of images with a network, a channel reduction and a density."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from torch import Tensor
 from focus_ray.config import ScoringConfig
 from focus_ray.density.base import Density
 from focus_ray.density.tiles import Tiles
-from focus_ray.fitting.profile import Profile, scored_only
-from focus_ray.fitting.spread import Spread
+from focus_ray.fitting.anomaly_map import AnomalyMapGenerator
+from focus_ray.fitting.profile import Profile, zero_unscored
 from focus_ray.model.alignment.theta import invert_theta, warp
-from focus_ray.model.network import Aligned, FocusNet, common_frame, seen_mask
+from focus_ray.model.network import AlignedFeatures, FocusNet, compute_seen_mask, warp_to_common_frame
 from focus_ray.model.reduction import ChannelReduction
 
-# Images a forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms an image at 4 to 8, 7.1 at 16, 7.8 at 32 (two cores of
-# an EPYC with 32 MiB of cache).
+# Images per forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms per image in batches of 4 to 8, 7.1 ms in batches of 16, and
+# 7.8 ms in batches of 32 (two cores of an EPYC with 32 MiB of cache).
 _CPU_IMAGES = 8
-_GPU_IMAGES_ALIKE = 32
-_GPU_IMAGES = 256  # bounds the memory of a batch of many tiles
+_GPU_PADDED_IMAGES = 32  # images per forward pass on a GPU if batches are padded to a fixed size
+_GPU_IMAGES = 256  # largest batch on a GPU: bounds the memory of a batch of many tiles
 
 
-class Scored(NamedTuple):
-    """score (B,): the map's maximum [kin], or against the profile of good images.
+class ScoredImages(NamedTuple):
+    """Scores and anomaly maps of B images. If no location of an image can be inspected, its score is nan and its map is 0.
 
-    anomaly_map (B, H, W): in the frame of the images that were given.
-    descriptors (B, P, K): as `describe` gives them, where they were asked for.
-
-    If no place of an image can be inspected, its score is nan and its map is 0.
+    score: (B,), maximum of the map [kin], or score relative to the profile of good images.
+    anomaly_map: (B, H, W), in the frame of the input images.
+    descriptors: (B, P, K), see `describe_embedding`; None unless they were requested.
     """
 
     score: Tensor
@@ -40,7 +39,14 @@ class Scored(NamedTuple):
 
 
 class Detector:
-    """Everything that turns images into scores; knows nothing of files, thresholds or Ray."""
+    """Computes scores and anomaly maps of images, without files, thresholds or Ray.
+
+    Attributes:
+        profile: profile of good images for image scores; None: the score is the maximum of the map.
+        profile_distances: (n, H, W), leave-one-out distances from which the profile was fitted; None for a loaded detector.
+        seen_mask: (H, W) bool, locations that enough training images showed; None: all.
+        map_generator: computes anomaly maps from distances.
+    """
 
     def __init__(
         self,
@@ -50,194 +56,233 @@ class Detector:
         scoring: ScoringConfig,
         profile: Profile | None = None,
     ) -> None:
-        """profile: what image scores are held against; None: they are the map's maximum."""
         self.profile = profile
-        self.profiled: Tensor | None = None  # the distances that it was taken from, where it was fitted here
+        self.profile_distances: Tensor | None = None
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
-        self.seen = seen_mask(net, density.height, density.width)
-        self.tiles = Tiles.of(net.config)
-        places = density.height // self.tiles.rows
-        self.spread = Spread.of(self.tiles, places, scoring.smoothing_sigma_px, density.device)
+        self.seen_mask = compute_seen_mask(net, density.height, density.width)
+        self.tiles = Tiles.from_config(net.config)
+        locations_per_side = density.height // self.tiles.rows
+        self.map_generator = AnomalyMapGenerator.for_tiles(
+            self.tiles, locations_per_side, scoring.smoothing_sigma_px, density.device
+        )
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor, describe: bool = False) -> Scored:
-        """uint8 (B, H, W, 3 or 4) or float (B, 3, H, W) in 0..1, of the size that images are brought to -> `Scored`."""
+    def __call__(self, images: Tensor, describe: bool = False) -> ScoredImages:
+        """Scores a batch of images that have been resized to the input size.
+
+        Args:
+            images: uint8 (B, H, W, 3 or 4), the fourth channel as in `shown_mask`; or float (B, 3, H, W) in 0..1.
+            describe: also return descriptors.
+        """
         device = self.density.device
         embedding, theta = embed(self.net, self.reduction, to_images(images, device))
-        scored = self.score_embedding(embedding, theta, shown_in(images, device))
+        scored = self.score_embedding(embedding, theta, shown_mask(images, device))
         if not describe:
             return scored
         return scored._replace(descriptors=describe_embedding(descriptor_channels(embedding, self.reduction)))
 
     @torch.inference_mode()
-    def judge(self, aligned: Aligned, shown: Tensor | None = None) -> Scored:
-        """What the network made of the tiles of B images -> `Scored`."""
-        levels, theta = common_frame(aligned)
+    def score_features(self, aligned: AlignedFeatures, shown: Tensor | None = None) -> ScoredImages:
+        """Scores the network's features of all tiles of B images.
+
+        Args: shown: (B, H, W) bool, see `shown_mask`.
+        """
+        levels, theta = warp_to_common_frame(aligned)
         return self.score_embedding(self.tiles.join(self.reduction(levels)), theta, shown)
 
     @torch.inference_mode()
-    def score_embedding(self, embedding: Tensor, theta: Tensor | None, shown: Tensor | None = None) -> Scored:
-        """What `embed` gave, and `shown_in` -> `Scored`."""
+    def score_embedding(self, embedding: Tensor, theta: Tensor | None, shown: Tensor | None = None) -> ScoredImages:
+        """Scores embeddings (B, C + K, H, W) and theta, the results of `embed`; shown: the result of `shown_mask`."""
         distance = self.density.score(embedding)
         inspected = torch.ones_like(distance)
         if shown is not None:
-            inspected = places_shown(shown, theta, self.tiles, distance.shape[1:]).to(distance.dtype)
+            inspected = shown_locations(shown, theta, self.tiles, distance.shape[1:]).to(distance.dtype)
         scored = self.score_distance(distance * inspected, theta, shown=shown)
-        return scored._replace(score=score_if_inspected(scored.score, scored_only(inspected, theta, self.seen)))
+        return scored._replace(score=score_if_inspected(scored.score, zero_unscored(inspected, theta, self.seen_mask)))
 
     @torch.inference_mode()
     def score_distance(
         self, distance: Tensor, theta: Tensor | None, profile: Profile | None = None, shown: Tensor | None = None
-    ) -> Scored:
-        """What a density made of embeddings (B, H, W), and theta (B, 2, 3) or None -> `Scored`.
+    ) -> ScoredImages:
+        """Scores distances (B, H, W) of a density in the aligned frame.
 
-        Args: profile: in place of its own.  shown: (B, H, W) bool, pixels of the images, outside which distances are 0.
+        Args:
+            theta: (B, 2, 3), alignment of each image; None without image alignment.
+            profile: used for image scores instead of the detector's profile; None: the detector's profile.
+            shown: (B, H, W) bool, pixels of the input images outside which the anomaly map is 0; None: all are shown.
         """
         profile = profile or self.profile
-        # what lies outside the image is made up, and what training hardly saw is not known
-        distance = scored_only(distance, theta, self.seen)
-        aligned_map = self.spread(distance)
-        score = aligned_map.flatten(1).amax(dim=1) if profile is None else profile.score(distance, self.spread)
+        # pixels outside the image are invented by padding, and the density has not learnt locations that training rarely showed
+        distance = zero_unscored(distance, theta, self.seen_mask)
+        aligned_map = self.map_generator(distance)
+        score = aligned_map.flatten(1).amax(dim=1) if profile is None else profile.score(distance, self.map_generator)
         if theta is not None:
             aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
-        return Scored(score, aligned_map if shown is None else aligned_map * shown)
+        return ScoredImages(score, aligned_map if shown is None else aligned_map * shown)
 
 
 def score_if_inspected(score: Tensor, inspected: Tensor) -> Tensor:
-    """Scores (B,), nan where none of the places (B, H, W), 0 or 1, is inspected: such an image must not count as normal."""
+    """Replaces scores (B,) by nan for images without any inspected location, which must not count as normal.
+
+    Args: inspected: (B, H, W), 1 at inspected locations, otherwise 0.
+    """
     return torch.where(inspected.flatten(1).amax(dim=1) > 0, score, float("nan"))
 
 
-def share_a_pass(first: Detector, second: Detector) -> bool:
-    """Whether one backbone pass can serve both: the very same backbone, nothing moved between its layers, one size."""
-    one, other = first.net, second.net
+def can_share_backbone_pass(first: Detector, second: Detector) -> bool:
+    """Returns whether one forward pass of the backbone can compute the features of both detectors.
+
+    This needs the same backbone object, the same input size, and no alignment between the layers.
+    """
+    first_net, second_net = first.net, second.net
     return (
-        one.backbone is other.backbone
-        and one.compiled is other.compiled
-        and not len(one.feature_aligners)
-        and not len(other.feature_aligners)
-        and one.config.image_size_px == other.config.image_size_px
+        first_net.backbone is second_net.backbone
+        and first_net.compiled is second_net.compiled
+        and not len(first_net.feature_aligners)
+        and not len(second_net.feature_aligners)
+        and first_net.config.image_size_px == second_net.config.image_size_px
     )
 
 
 @torch.inference_mode()
-def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[Scored]:
-    """Scores images of several categories in one pass through the backbone that they share.
+def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImages]:
+    """Scores images of several categories in one pass through their common backbone.
 
-    Each category's images are aligned by its own aligner before the pass, and reduced and judged by its own reduction
-    and density after it: the results are those of each detector alone, up to rounding.
+    The aligner of each category aligns its images before the pass. Its reduction and density score them after the pass. Each
+    detector alone gives the same results, up to rounding.
 
     Args:
-        parts: detectors of which every two `share_a_pass`, each with its images as `Detector.__call__` takes them.
+        parts: detectors that pairwise satisfy `can_share_backbone_pass`, each with its images (see `Detector.__call__`).
 
-    Returns: one `Scored` a part, in order.
+    Returns: the scores of each part, in the same order.
     """
     if len(parts) == 1:
         return [parts[0][0](parts[0][1])]
-    assert all(share_a_pass(parts[0][0], detector) for detector, _ in parts)
+    assert all(can_share_backbone_pass(parts[0][0], detector) for detector, _ in parts)
     aligned = [
         detector.net.align_image(detector.tiles.cut(to_images(images, detector.density.device)))
         for detector, images in parts
     ]
-    passes = [parts[0][0].net.features(part) for part in slices(torch.cat([image for image, _ in aligned]))]
-    levels, nothing = (
-        tuple(torch.cat(level) for level in zip(*(found for found, _ in passes), strict=True)),
+    passes = [
+        parts[0][0].net.features(part) for part in split_for_inference(torch.cat([image for image, _ in aligned]))
+    ]
+    levels, level_thetas = (  # the thetas between layers are None, because there are no feature aligners
+        tuple(torch.cat(level) for level in zip(*(part_levels for part_levels, _ in passes), strict=True)),
         passes[0][1],
     )
     sizes = [len(image) for image, _ in aligned]
-    split = zip(*(level.split(sizes) for level in levels), strict=True)
+    levels_by_part = zip(*(level.split(sizes) for level in levels), strict=True)
     return [
-        detector.judge(Aligned(own, nothing, image, theta), shown_in(images, detector.density.device))
-        for (detector, images), own, (image, theta) in zip(parts, split, aligned, strict=True)
+        detector.score_features(
+            AlignedFeatures(part_levels, level_thetas, image, theta), shown_mask(images, detector.density.device)
+        )
+        for (detector, images), part_levels, (image, theta) in zip(parts, levels_by_part, aligned, strict=True)
     ]
 
 
 def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
-    """uint8 (B, H, W, 3 or 4) -> float (B, 3, H, W) in 0..1, channels-last in memory; a float batch passes as it is."""
+    """Converts uint8 (B, H, W, 3 or 4) to float (B, 3, H, W) in 0..1, channels last in memory; a float batch is unchanged."""
     batch = batch.to(device, non_blocking=True)
     if batch.dtype != torch.uint8:
         return batch
     return batch[..., :3].permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
 
 
-def shown_in(batch: Tensor, device: torch.device | str) -> Tensor | None:
-    """(B, H, W) bool, what the fourth channel of a uint8 batch says is scored (`data.framing`); None without one: all."""
+def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
+    """Returns the pixels (B, H, W), bool, of a batch that are scored: those where its fourth channel is above 0 (`data.framing`).
+
+    Returns: None for a float batch or without a fourth channel; all pixels are then scored.
+    """
     if batch.dtype != torch.uint8 or batch.shape[3] < 4:
         return None
     return batch[..., 3].to(device) > 0
 
 
-def pixels_shown(places: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
-    """(B, H, W) bool, pixels of the images that places (B, H, W) of the aligned frame stand for, where these alone are known."""
-    spread = Spread.of(tiles, places.shape[1] // tiles.rows, 0.0, places.device)
-    found = spread(places.float())
-    return (found if theta is None else warp(found[:, None], invert_theta(theta), "zeros")[:, 0]) >= 0.5
+def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
+    """Returns the pixels (B, H, W), bool, of the input images at the shown locations (B, h, w), bool, of the aligned frame.
+
+    It undoes `shown_locations` approximately, where only the locations were stored.
+    """
+    map_generator = AnomalyMapGenerator.for_tiles(tiles, locations.shape[1] // tiles.rows, 0.0, locations.device)
+    pixels = map_generator(locations.float())
+    return (pixels if theta is None else warp(pixels[:, None], invert_theta(theta), "zeros")[:, 0]) >= 0.5
 
 
-def places_shown(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
-    """(B, *size) bool: places, of the aligned frame and of all tiles, of which at least half is shown (B, H, W) in the images."""
+def shown_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
+    """Returns the locations (B, *size), bool, of the aligned frame that have at least half of their pixels shown.
+
+    Args:
+        shown: (B, H, W) bool, pixels of the input images.
+        size: rows and columns of locations of all tiles together.
+    """
     pixels = shown[:, None].float()
     if theta is not None:
         pixels = warp(pixels, theta, "zeros")
-    each = F.adaptive_avg_pool2d(tiles.cut(pixels), (size[0] // tiles.rows, size[1] // tiles.columns))
-    return tiles.join(each)[:, 0] >= 0.5
+    shares = F.adaptive_avg_pool2d(tiles.cut(pixels), (size[0] // tiles.rows, size[1] // tiles.columns))
+    return tiles.join(shares)[:, 0] >= 0.5
 
 
 def embed(
-    net: FocusNet, reduction: ChannelReduction, images: Tensor, alike: bool = False
+    net: FocusNet, reduction: ChannelReduction, images: Tensor, pad_batches: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Images (B, 3, H, W) in 0..1 -> embedding (B, C, H/stride, W/stride) in the aligned frame, theta (B, 2, 3) or None.
+    """Computes embeddings of whole images in the aligned frame, for inference.
 
-    Of images in tiles, the places of the tiles lie side by side. Arguments as of `embed_tiles`.
+    Args:
+        images: (B, 3, H, W) in 0..1.
+        pad_batches: see `embed_tiles`.
+
+    Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without image
+        alignment.
     """
-    tiles = Tiles.of(net.config)
-    embedding, theta = embed_tiles(net, reduction, tiles.cut(images), alike)
+    tiles = Tiles.from_config(net.config)
+    embedding, theta = embed_tiles(net, reduction, tiles.cut(images), pad_batches)
     return tiles.join(embedding), theta
 
 
 def embed_tiles(
-    net: FocusNet, reduction: ChannelReduction, images: Tensor, alike: bool = False
+    net: FocusNet, reduction: ChannelReduction, images: Tensor, pad_batches: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """`embed` of images, or tiles of them, that have the size of the network's input. For inference.
+    """Does the same as `embed` for images or tiles (B, 3, S, S) of the network's input size.
 
     Args:
-        alike: so many at a time, always, the last of them with fillers. The last digits hang on how many there are, and what is
-            chosen by them, a nearest neighbour or a coreset, is then the same with any number of workers.
+        pad_batches: pad every batch to a fixed size. Rounding depends on the batch size, and choices such as a nearest neighbour
+            or a coreset depend on rounding. With a fixed batch size, they do not depend on the number of workers.
     """
     embeddings: list[Tensor] = []
     thetas: list[Tensor] = []
-    at_once = _CPU_IMAGES if images.device.type == "cpu" else _GPU_IMAGES_ALIKE
-    for part in images.split(at_once) if alike else slices(images):
+    batch_size = _CPU_IMAGES if images.device.type == "cpu" else _GPU_PADDED_IMAGES
+    for part in images.split(batch_size) if pad_batches else split_for_inference(images):
         count = len(part)
-        if alike and count < at_once:
-            part = torch.cat([part, part[:1].expand(at_once - count, *part.shape[1:])])
-        levels, theta = common_frame(net(part))
+        if pad_batches and count < batch_size:
+            part = torch.cat([part, part[:1].expand(batch_size - count, *part.shape[1:])])
+        levels, theta = warp_to_common_frame(net(part))
         embeddings.append(reduction(levels)[:count])
         if theta is not None:
             thetas.append(theta[:count])
-    return _joined(embeddings), _joined(thetas) if thetas else None
+    return _concatenate(embeddings), _concatenate(thetas) if thetas else None
 
 
 GRID = 8  # cells of a descriptor along each side; a shift by a few pixels hardly changes the average over a cell
 
 
 def describe_embedding(embedding: Tensor) -> Tensor:
-    """Descriptors of images from their embeddings (N, C, H, W), any float type -> (N, GRID * GRID, C) float32."""
+    """Computes descriptors (N, GRID * GRID, C), float32, of images from embeddings (N, C, H, W): averages over a coarse grid."""
     return F.adaptive_avg_pool2d(embedding.float(), GRID).flatten(2).transpose(1, 2).contiguous()
 
 
 def descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tensor:
-    """The channels (N, K, H, W) of an embedding (N, C + K, H, W) that descriptors are made of.
+    """Returns the channels (N, K, H, W) of an embedding (N, C + K, H, W) from which descriptors are computed.
 
-    These are the channels of the coreset, which do not depend on a learnt metric; all channels where there is no coreset.
+    These are the channels of the coreset, which do not depend on a learnt projection. Without a coreset, they are all channels.
     """
     return embedding[:, reduction.num_channels :] if reduction.num_coreset_channels else embedding
 
 
-def slices(images: Tensor) -> tuple[Tensor, ...]:
-    """A batch as a network takes it for inference: on a CPU a few images at a time, whose activations stay in its caches."""
+def split_for_inference(images: Tensor) -> tuple[Tensor, ...]:
+    """Splits a batch for inference: small parts on a CPU, so that activations stay in its caches; large parts on a GPU."""
     return images.split(_CPU_IMAGES if images.device.type == "cpu" else _GPU_IMAGES)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """Concatenates tensors; returns a single tensor without a copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,8 +1,9 @@
-"""A metric learnt over many categories [ours]: made once, stored, and given to a new category instead of one of its own.
+"""Writes and reads a shared metric [ours]: a file with scatter matrices of many categories, for use in a new category.
 
-What is shared are the two scatter matrices of `fitting.metric`, each category's in the unit of its own normal residuals, averaged
-over categories. A category that is given them learns nothing from synthetic defects, which is most of what a metric costs; its
-whitened half, and the unit, stay its own.
+The file contains the two scatter matrices of `fitting.projection`, averaged over categories. Before that, the matrices of each
+category are divided by the mean variance of its normal residuals. A new category with a shared metric needs no synthetic defects,
+which take most of the time for learning a projection. The whitened half of the projection and its unit still come from the new
+category.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from focus_ray.storage import read_bytes, write_bytes
 FORMAT = "focus_ray metric 1"
 
 
-def fits(config: Config) -> dict[str, Any]:
-    """What two networks must share for the one's channels to mean what the other's do."""
+def matching_settings(config: Config) -> dict[str, Any]:
+    """Returns the settings, by key, that must be equal so that the channels of two networks have the same meaning."""
     return {
         "model.backbone": config.model.backbone,
         "model.padding": config.model.padding,
@@ -36,42 +37,59 @@ def fits(config: Config) -> dict[str, Any]:
 
 
 def average_scatter(scatters: Sequence[Tensor]) -> Tensor:
-    """(2, C, C) each, normal and defective, -> their mean, (2, C, C) float32, each in the unit of its own normal residuals."""
+    """Averages scatter matrices (2, C, C), each divided by the mean variance of its normal residuals.
+
+    Returns: (2, C, C) float32, normal and defective.
+    """
     return torch.stack([scatter / scatter[0].diagonal().mean().clamp_min(1e-24) for scatter in scatters]).mean(dim=0)
 
 
 def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config) -> None:
-    """Scatters (2, C, C) of `fitting.metric`, by category, of networks of one configuration."""
-    about = {"format": FORMAT, "categories": json.dumps(sorted(scatters)), "fits": json.dumps(fits(config))}
+    """Writes a shared metric.
+
+    Args:
+        scatters: (2, C, C) of each category, by name of the category.
+        config: of the networks of all categories.
+    """
+    metadata = {
+        "format": FORMAT,
+        "categories": json.dumps(sorted(scatters)),
+        "fits": json.dumps(matching_settings(config)),
+    }
     tensors = {"scatter": average_scatter(list(scatters.values())).contiguous()}
-    write_bytes(uri, save_tensors(tensors, metadata=about))
+    write_bytes(uri, save_tensors(tensors, metadata=metadata))
 
 
 def read_shared_metric(config: Config) -> Tensor | None:
-    """The scatters (2, C, C) that density.metric names; None where it names nothing.
+    """Reads the scatter matrices (2, C, C) of the file that density.metric names; None if the setting is empty.
 
-    Raises: ConfigError: it cannot be read, is something else, or is of another kind of network.
+    Raises: ConfigError: the file cannot be read, is no shared metric, or belongs to a different kind of network.
     """
     uri = config.density.metric
     if uri is None:
         return None
-    mend = (
-        "give the file that `focus-ray metric`, or a training of several categories, wrote, or leave density.metric out"
+    advice = (
+        "set density.metric to a file that `focus-ray metric` or a training of several categories wrote, or unset it"
     )
     try:
         content = read_bytes(uri)
     except (FileNotFoundError, DataError) as error:
-        raise ConfigError(f"density.metric={uri}: cannot be read ({error}): {mend}") from None
+        raise ConfigError(f"density.metric={uri}: cannot read the file ({error}): {advice}") from None
     try:
-        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
         tensors = load_tensors(content)
-        theirs = json.loads(about["fits"])
+        file_settings = json.loads(metadata["fits"])
         scatter = tensors["scatter"]
     except (ValueError, KeyError, safetensors.SafetensorError):
-        raise ConfigError(f"density.metric={uri}: not a shared metric: {mend}") from None
-    if about.get("format") != FORMAT:
-        raise ConfigError(f"density.metric={uri}: its format is {about.get('format')!r}, not {FORMAT!r}: {mend}")
-    for key, mine in fits(config).items():
-        if theirs.get(key) != mine:
-            raise ConfigError(f"density.metric={uri}: made with {key}={theirs.get(key)}, this run has {mine}: {mend}")
+        raise ConfigError(f"density.metric={uri}: the file is not a shared metric: {advice}") from None
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(
+            f"density.metric={uri}: the format is {metadata.get('format')!r}, expected {FORMAT!r}: {advice}"
+        )
+    for key, value in matching_settings(config).items():
+        if file_settings.get(key) != value:
+            raise ConfigError(
+                f"density.metric={uri}: the file was made with {key}={file_settings.get(key)}, but this run has {key}={value}: "
+                f"{advice}"
+            )
     return scatter

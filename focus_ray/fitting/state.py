@@ -1,4 +1,4 @@
-"""What a fit carries from epoch to epoch, and over a restart."""
+"""The state of a fit that is carried from epoch to epoch and saved for a restart."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from torch import Tensor
 from focus_ray.model.alignment.congealing import AlignmentReport
 
 Figures = dict[str, float]
-"""Of an epoch or a validation, by name."""
+"""Figures of an epoch or of a validation, by name."""
 
 
 @dataclass(frozen=True)
-class Best:
-    """The network that validates best so far. epoch: after which, -1 untrained.  net: its state, on the CPU."""
+class BestNetwork:
+    """The network with the best validation score so far.
+
+    epoch: the epoch after which it was copied; -1 for the untrained network.
+    score: its validation score.
+    net: its state dict, on the CPU.
+    """
 
     epoch: int
     score: float
@@ -24,12 +29,14 @@ class Best:
 
 
 @dataclass
-class Notes:
-    """What a fit found on its way, for a bundle and for people.
+class FitNotes:
+    """Intermediate results of a fit, for the bundle's manifest and for reports.
 
-    alignment: None without a congealing aligner.  history: an epoch's figures each.
-    selection: what was validated, with its figures.  warnings: as logged.
-    parts: num_images and num_parts, where several photographs show the same part; None: every image shows a part of its own.
+    alignment: report of the congealing aligner; None without one.
+    history: figures of each epoch.
+    selection: for each validation, the validated choice (epoch or alignment) and its figures.
+    warnings: logged warnings.
+    parts: num_images and num_parts if several photographs show the same part; None if every image shows a different part.
     """
 
     alignment: AlignmentReport | None = None
@@ -41,20 +48,22 @@ class Notes:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that training goes on from after an epoch.
+    """Everything that is needed to resume training after an epoch.
 
-    net, optimizer, schedule: their state dicts.
+    epoch: number of the last finished epoch.
+    net, optimizer, schedule: state dicts.
+    notes, best: as in the fit that is resumed.
     """
 
     epoch: int
     net: dict[str, Tensor]
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
-    notes: Notes
-    best: Best | None
+    notes: FitNotes
+    best: BestNetwork | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types and tensors, as `torch.load(weights_only=True)` takes them; state dicts are not copied."""
+        """Converts to plain types and tensors, which `torch.load(weights_only=True)` can read; state dicts are not copied."""
         return {
             "epoch": self.epoch,
             "net": self.net,
@@ -66,15 +75,15 @@ class TrainState:
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> TrainState:
-        """Undoes `to_dict`."""
+        """Builds the state from the result of `to_dict`."""
         notes = dict(tree["notes"])
-        found = notes.pop("alignment")
-        alignment = None if found is None else AlignmentReport(**found)
-        best = None if tree["best"] is None else Best(**tree["best"])
+        report = notes.pop("alignment")
+        alignment = None if report is None else AlignmentReport(**report)
+        best = None if tree["best"] is None else BestNetwork(**tree["best"])
         return TrainState(
-            tree["epoch"], tree["net"], tree["optimizer"], tree["schedule"], Notes(alignment, **notes), best
+            tree["epoch"], tree["net"], tree["optimizer"], tree["schedule"], FitNotes(alignment, **notes), best
         )
 
 
 OnEpoch = Callable[[int, Figures, Callable[[], TrainState]], None]
-"""Told of an epoch's number and figures after it, with what gives the state to keep."""
+"""Called after an epoch with its number, its figures, and a function that returns the state to save."""

@@ -1,1 +1,1 @@
-"""The network: alignment, backbone, reduction, losses. No files, no Ray."""
+"""The network of FYD: alignment, backbone, channel reduction and losses. It uses no Ray; only `backbones` reads files."""

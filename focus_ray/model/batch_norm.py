@@ -1,4 +1,4 @@
-"""Batch norm over all workers, and folding it into convolutions for inference."""
+"""Batch norm over the batches of all workers, and folding of batch norms into convolutions for inference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class _SumOverWorkers(torch.autograd.Function):
-    """all_reduce whose gradient is all_reduce (torch.distributed.nn's own is deprecated since torch 2.13)."""
+    """An all_reduce whose gradient is an all_reduce (torch.distributed.nn has one, but it is deprecated since torch 2.13)."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -30,14 +30,15 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the joined batch of all workers, on any device (torch's SyncBatchNorm wants a GPU)."""
+    """Batch norm over the joined batch of all workers, on any device (SyncBatchNorm of torch needs a GPU)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalises (B, C, H, W) with the statistics of all workers' batches in training, and with running ones otherwise."""
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if not self.training or world == 1:
             return super().forward(x)
         values = x.float()
-        # squares are taken about a point near the mean, the same for all workers, or float32 would lose the variance
+        # subtract a point near the mean, equal on all workers, before squaring: otherwise float32 loses small variances
         shift_point = torch.zeros_like(values[0, :, 0, 0]) if self.running_mean is None else self.running_mean.float()
         values = values - shift_point[:, None, None]
         count = values.numel() / values.shape[1]
@@ -61,34 +62,34 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def use_global_batch_norm(module: nn.Module) -> None:
-    """Makes every batch norm in a module one over all workers, in place; its parameters and statistics stay."""
+    """Turns every batch norm of a module into a `GlobalBatchNorm2d`, in place; parameters and statistics do not change."""
     for child in module.modules():
         if type(child) is nn.BatchNorm2d:
             child.__class__ = GlobalBatchNorm2d
 
 
 def prepare_for_inference(backbone: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-    """Folds a backbone's batch norms and gives it the number type that it is to compute in, in place."""
+    """Folds the batch norms of a backbone and converts it to the number type for inference, in place."""
     fuse_batch_norms(backbone)
     backbone.to(dtype)
 
 
 @contextmanager
 def prepared_for_inference(net: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """A network whose `backbone` is prepared within; afterwards it is what it was."""
-    whole = net.backbone
-    assert isinstance(whole, nn.Module)
-    prepared = copy.deepcopy(whole)
+    """Replaces the `backbone` of a network by a copy that is prepared for inference, inside the with block only."""
+    original = net.backbone
+    assert isinstance(original, nn.Module)
+    prepared = copy.deepcopy(original)
     prepare_for_inference(prepared, dtype)
     net.backbone = prepared
     try:
         yield
     finally:
-        net.backbone = whole
+        net.backbone = original
 
 
 def fuse_batch_norms(module: nn.Module) -> None:
-    """Folds frozen batch norms into the convolutions before them, in place: same function, fewer passes; for inference."""
+    """Folds frozen batch norms into the convolutions before them, in place. The function stays the same; inference is faster."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     names = list(module._modules)

@@ -1,4 +1,4 @@
-"""FocusNet: image alignment, backbone with feature alignment between its layers, projector and predictor."""
+"""FocusNet: image alignment, a backbone with feature alignment between its layers, projector and predictor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from focus_ray.config import ModelConfig
 from focus_ray.model.alignment.congealing import CongealingAligner
-from focus_ray.model.alignment.theta import Bounds, compose_theta, valid_mask, warp
+from focus_ray.model.alignment.theta import TransformBounds, compose_theta, valid_mask, warp
 from focus_ray.model.alignment.transformer import LocalisedAligner, SpatialTransformer
 from focus_ray.model.backbones.base import Backbone, build_backbone, set_padding
 from focus_ray.model.batch_norm import use_global_batch_norm
@@ -20,12 +20,13 @@ from focus_ray.model.batch_norm import use_global_batch_norm
 LAYERS = ("layer1", "layer2", "layer3")
 
 
-class Aligned(NamedTuple):
-    """What a forward pass gives.
+class AlignedFeatures(NamedTuple):
+    """The result of a forward pass.
 
-    levels: features of layers 1 to 3, (B, C, H/stride, W/stride), mostly H/4 to H/16, each in its own aligned frame.
-    thetas: what brought each level there from the level before, (B, 2, 3) each; None where nothing moves.
-    image: (B, 3, H, W) after image alignment.  theta_image: (B, 2, 3), None without image alignment.
+    levels: features of layers 1 to 3, (B, C, H/stride, W/stride) each, strides mostly 4 to 16, each in its own aligned frame.
+    thetas: for each level, the transform (B, 2, 3) from the frame of the previous level; None without feature alignment there.
+    image: (B, 3, H, W), the images after image alignment.
+    theta_image: (B, 2, 3), the transform of the image alignment; None without it.
     """
 
     levels: tuple[Tensor, Tensor, Tensor]
@@ -35,17 +36,17 @@ class Aligned(NamedTuple):
 
 
 class FocusNet(nn.Module):
-    """The network of FYD, without its losses. Input: images (B, 3, H, W), RGB in 0..1, square of the config's size."""
+    """The network of FYD, without its losses. Inputs are square images (B, 3, H, W), RGB in 0..1, of the configured size."""
 
     def __init__(self, config: ModelConfig, backbone: Backbone, head: bool = True) -> None:
         """
         Args:
-            backbone: with the weights that it is to have; `build_net` loads the configured ones.
-            head: whether there are projector and predictor, which training needs and scoring does not.
+            backbone: with its weights; `build_net` loads the configured weights.
+            head: whether to build projector and predictor, which training needs and scoring does not.
         """
         super().__init__()
         self.config, self.backbone = config, backbone
-        # what computes the levels in the backbone's place, where there are no feature aligners (`bundle.engine`)
+        # a compiled function that replaces the backbone for scoring, only without feature aligners (`bundle.engine`)
         self.compiled: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
         set_padding(backbone, config.padding)
         spec = self.backbone.spec
@@ -55,7 +56,7 @@ class FocusNet(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.image_aligner = build_image_aligner(config)
         features = config.feature_alignment
-        bounds = Bounds(math.radians(features.max_rotation_deg), features.max_translation, features.max_scale)
+        bounds = TransformBounds(math.radians(features.max_rotation_deg), features.max_translation, features.max_scale)
         self.feature_aligners = nn.ModuleDict(
             {
                 layer: SpatialTransformer(channels, config.image_size_px // stride, group, bounds)
@@ -68,7 +69,7 @@ class FocusNet(nn.Module):
         use_global_batch_norm(self)
 
     def train(self, mode: bool = True) -> FocusNet:
-        """As nn.Module's, but a frozen batch norm of the backbone stays in evaluation mode."""
+        """Switches between training and evaluation mode; frozen batch norms of the backbone stay in evaluation mode."""
         super().train(mode)
         if self.config.batch_norm == "frozen":
             for module in self.backbone.modules():
@@ -77,29 +78,29 @@ class FocusNet(nn.Module):
         return self
 
     def align_image(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """ICA: (B, 3, H, W) -> the aligned images and theta (B, 2, 3), or None without image alignment."""
+        """Aligns images (B, 3, H, W). Returns: the aligned images, and theta (B, 2, 3), or None without image alignment."""
         aligner = self.image_aligner
         if aligner is None or (isinstance(aligner, CongealingAligner) and not bool(aligner.enabled)):
             return images, None
         theta = aligner(images)
         return warp(images, theta, self.config.image_alignment.padding), theta
 
-    def forward(self, images: Tensor) -> Aligned:
-        """(B, 3, H, W), RGB in 0..1 -> see `Aligned`."""
+    def forward(self, images: Tensor) -> AlignedFeatures:
+        """Aligns images (B, 3, H, W), RGB in 0..1, and computes their features."""
         image, theta_image = self.align_image(images)
         levels, thetas = self.features(image)
-        return Aligned(levels, thetas, image, theta_image)
+        return AlignedFeatures(levels, thetas, image, theta_image)
 
     def features(
         self, image: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Aligned images (B, 3, H, W), RGB in 0..1 -> levels and thetas of `Aligned`."""
+        """Computes `levels` and `thetas` of `AlignedFeatures` from aligned images (B, 3, H, W), RGB in 0..1."""
         if self.compiled is not None:
             return self.compiled(image), (None, None, None)
         x = (image - self.pixel_mean) / self.pixel_std
         levels: list[Tensor] = []
         thetas: list[Tensor | None] = []
-        dtype = next(self.backbone.parameters()).dtype  # `prepared_for_inference`
+        dtype = next(self.backbone.parameters()).dtype  # not float32 inside `prepared_for_inference`
         for layer in LAYERS:
             x = getattr(self.backbone, layer)(x if dtype == torch.float32 else x.to(dtype))
             level = self.backbone.spec.to_map(x)
@@ -111,21 +112,21 @@ class FocusNet(nn.Module):
             thetas.append(theta)
         return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])
 
-    def project(self, aligned: Aligned) -> tuple[Tensor, Tensor]:
-        """f and g on the last level -> projected f(x) and predicted g(f(x)), both (B, C, H/stride, W/stride)."""
-        assert self.projector is not None, "this network was read for scoring: f and g are dropped"
+    def project(self, aligned: AlignedFeatures) -> tuple[Tensor, Tensor]:
+        """Applies projector f and predictor g to the last level. Returns: f(x) and g(f(x)), both (B, C, H/stride, W/stride)."""
+        assert self.projector is not None, "this network was built with head=False and has no projector and predictor"
         assert self.predictor is not None
         projected = self.projector(aligned.levels[2])
         return projected, self.predictor(projected)
 
 
 def build_net(config: ModelConfig) -> FocusNet:
-    """A network with the configured weights in its backbone. Raises: WeightsError: as `build_backbone`."""
+    """Builds the network and loads the configured backbone weights. Raises: WeightsError: see `build_backbone`."""
     return FocusNet(config, build_backbone(config.backbone, config.weights, config.weights_sha256))
 
 
 def build_projector(channels: int, config: ModelConfig) -> nn.Module:
-    """f: (B, channels, H, W) -> (B, projector_width, H, W) [kin, RegAD's encoder]."""
+    """Builds the projector f, from (B, channels, H, W) to (B, projector_width, H, W) [kin: the encoder of RegAD]."""
     width = config.projector_width
     return nn.Sequential(
         nn.Conv2d(channels, width, 1, bias=False),
@@ -139,7 +140,7 @@ def build_projector(channels: int, config: ModelConfig) -> nn.Module:
 
 
 def build_predictor(config: ModelConfig) -> nn.Module:
-    """g: (B, projector_width, H, W) -> the same shape; the identity where the config has no predictor."""
+    """Builds the predictor g, which keeps the shape (B, projector_width, H, W); the identity if model.predictor is false."""
     if not config.predictor:
         return nn.Identity()
     return nn.Sequential(
@@ -151,22 +152,22 @@ def build_predictor(config: ModelConfig) -> nn.Module:
 
 
 def build_image_aligner(config: ModelConfig) -> nn.Module | None:
-    """The aligner of the config's group; None where it is 'none'."""
+    """Builds the configured image aligner; None if model.image_alignment.group is none."""
     alignment = config.image_alignment
     if alignment.group == "none":
         return None
     if alignment.method == "congealing":
         return CongealingAligner(alignment.group, alignment.max_translation, alignment.max_scale, alignment.min_drop)
-    return LocalisedAligner(alignment.group, Bounds(math.pi, alignment.max_translation, alignment.max_scale))
+    return LocalisedAligner(alignment.group, TransformBounds(math.pi, alignment.max_translation, alignment.max_scale))
 
 
-def common_frame(aligned: Aligned) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-    """Brings every level to the last level's frame [ours], so that one location is one place in all of them.
+def warp_to_common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Warps every level to the frame of the last level [ours], so that a location means the same position in all levels.
 
-    Returns: the levels, and theta (B, 2, 3) from that frame to the input image's; None where nothing moved.
+    Returns: the levels, and theta (B, 2, 3) that maps this frame to the input image; None without any alignment.
     """
     first, second, third = aligned.levels
-    onward: Tensor | None = None  # from the last frame back to the level at hand
+    onward: Tensor | None = None  # from the last frame to the frame of the current level
     levels = [third]
     for level, theta in ((second, aligned.thetas[2]), (first, aligned.thetas[1])):
         onward = _chain(theta, onward)
@@ -176,20 +177,25 @@ def common_frame(aligned: Aligned) -> tuple[tuple[Tensor, Tensor, Tensor], Tenso
 
 
 def _chain(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
+    """Composes two transforms (see `compose_theta`); None is the identity."""
     if outer is None or inner is None:
         return outer if inner is None else inner
     return compose_theta(outer, inner)
 
 
 def inside_mask(theta: Tensor | None, like: Tensor) -> Tensor | None:
-    """(B, H, W) bool: which pixels of aligned images come from inside; None where nothing was aligned."""
+    """Returns the pixels (B, H, W), bool, of aligned images that come from inside the input images; None without alignment.
+
+    Args: like: (B, C, H, W), whose H and W are used.
+    """
     return None if theta is None else valid_mask(theta, like.shape[2], like.shape[3])
 
 
-def seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
-    """(H, W) bool: places of the aligned frame that at least this share of the training images showed; None: all.
+def compute_seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
+    """Returns the locations (H, W), bool, of the aligned frame that at least this share of the training images showed.
 
-    None too where features are aligned once more: distances then lie in a frame of each image's own, and this is not it.
+    Returns: None if all locations are used: without a fitted image aligner. Also None with feature alignment, because distances
+        are then in a frame that differs between images, and the aligner's weights are not in that frame.
     """
     aligner = net.image_aligner
     if len(net.feature_aligners):

@@ -1,4 +1,4 @@
-"""Levels of features to one embedding of fewer channels."""
+"""Channel reduction: combines the features of three levels into one embedding with fewer channels."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from focus_ray.model.network import LAYERS
 
 
 class ChannelReduction(nn.Module):
-    """Levels -> one embedding of fewer channels, at the places of layer 1 (map_stride_px 4) or layer 2 (8).
+    """Combines three levels into one embedding with fewer channels, on the grid of layer 1 (map_stride_px 4) or layer 2 (8).
 
-    A random choice of channels [kin, PaDiM], a semi-orthogonal projection, or one that `fitting.metric` learns. All are linear
-    in the channels, so each level is reduced at its own resolution before it is brought to the map's: the result is that of
-    concatenating first.
+    The reduction is a random choice of channels [kin, PaDiM], a semi-orthogonal projection, or a projection that
+    `fitting.projection` learns. All are linear in the channels. So each level is reduced at its own resolution before it is
+    resampled to the map, and the result is the same as after concatenating all levels first.
 
-    Where the density keeps a coreset, its channels follow: a semi-orthogonal projection of layers 2 and 3, averaged over 3x3 with
-    the padding counted, as PatchCore does [kin].
+    If the density has a coreset, the channels for it come last: a semi-orthogonal projection of layers 2 and 3, averaged over
+    3x3 locations including the zero padding, like in PatchCore [kin].
 
     Attributes:
-        num_channels: for the memory of places or the Gaussians.  num_coreset_channels: for the coreset; 0 without one.
+        num_channels: C, channels for the location memory or the Gaussians.
+        num_coreset_channels: K, channels for the coreset; 0 without a coreset.
+        chosen: (C,), numbers of the chosen channels; only with density.reduction=random.
+        projection: (C, channels of all used levels); only with a projection.
+        coreset_projection: (K, channels of layers 2 and 3); only with a coreset.
     """
 
     def __init__(self, channels: tuple[int, ...], config: DensityConfig, seed: int) -> None:
-        """channels: of layers 1 to 3. Raises: ValueError: more channels asked for than there are."""
+        """
+        Args: channels: numbers of channels of layers 1 to 3.
+
+        Raises: ValueError: density.num_channels exceeds the channels of the used layers.
+        """
         super().__init__()
         self.config = config
         self.chosen: Tensor
@@ -36,16 +44,16 @@ class ChannelReduction(nn.Module):
         if config.reduction != "none" and config.num_channels > total:
             raise ValueError(
                 f"density.num_channels={config.num_channels}, but {', '.join(config.layers)} have {total} channels: "
-                "lower it, or set density.reduction=none"
+                "lower density.num_channels, or set density.reduction=none"
             )
         self.num_channels = total if config.reduction == "none" else config.num_channels
         generator = torch.Generator().manual_seed(seed)
         if config.reduction == "random":
             chosen = torch.randperm(total, generator=generator)[: config.num_channels].sort().values
             self.register_buffer("chosen", chosen)
-        # a discriminant one starts from there, until it is learnt
-        self.projects = config.reduction in ("semi_orthogonal", "discriminant")
-        if self.projects:
+        # a discriminant projection is semi-orthogonal until it is learnt
+        self.has_projection = config.reduction in ("semi_orthogonal", "discriminant")
+        if self.has_projection:
             gaussian = torch.randn(total, config.num_channels, generator=generator, dtype=torch.float64)
             basis = torch.linalg.qr(gaussian).Q.to(torch.float32)
             self.register_buffer("projection", basis.t().contiguous())
@@ -59,49 +67,52 @@ class ChannelReduction(nn.Module):
             self.register_buffer("coreset_projection", torch.linalg.qr(gaussian).Q.float().t().contiguous())
 
     def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Three levels (B, C_i, H_i, W_i) in one frame -> (B, num_channels + num_coreset_channels, H/stride, W/stride)."""
+        """Computes the embedding (B, C + K, H/stride, W/stride) from three levels (B, C_i, H_i, W_i) in one frame."""
         height, width = levels[self.config.map_layer].shape[2:]
         size = int(height), int(width)
-        parts = [self._for_places(levels, size)]
+        parts = [self._reduce_for_locations(levels, size)]
         if self.num_coreset_channels:
-            parts.append(self._for_coreset(levels, size))
+            parts.append(self._reduce_for_coreset(levels, size))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _for_places(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
+    def _reduce_for_locations(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
+        """Computes the C channels for the location memory or the Gaussians: (B, C, *size)."""
         reduced: list[Tensor] = []
         start = 0
         for index, width in zip(self.used, self.widths, strict=True):
             level = levels[index]
             if self.config.reduction == "random":
-                inside = (self.chosen >= start) & (self.chosen < start + width)
-                last = level.permute(0, 2, 3, 1).index_select(3, self.chosen[inside] - start)  # quick on channels-last
-                level = last.permute(0, 3, 1, 2)
-            elif self.projects:
+                is_in_level = (self.chosen >= start) & (self.chosen < start + width)
+                # index_select on the last dimension is fast, because features are channels-last in memory
+                channels_last = level.permute(0, 2, 3, 1).index_select(3, self.chosen[is_in_level] - start)
+                level = channels_last.permute(0, 3, 1, 2)
+            elif self.has_projection:  # the part of the projection for this level's channels
                 level = F.conv2d(level, self.projection[:, start : start + width, None, None].to(level.dtype))
             if LAYERS[index] in self.config.smooth_layers:
                 level = F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
-            reduced.append(self._bring(level, size))
+            reduced.append(self._resample(level, size))
             start += width
-        if self.projects:
+        if self.has_projection:
             total_sum = reduced[0]
             for part in reduced[1:]:
                 total_sum = total_sum + part
             return total_sum
         return torch.cat(reduced, dim=1)
 
-    def _for_coreset(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
-        found: Tensor | None = None
+    def _reduce_for_coreset(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
+        """Computes the K channels for the coreset: (B, K, *size)."""
+        total_sum: Tensor | None = None
         start = 0
         for level in levels[1:]:
             weight = self.coreset_projection[:, start : start + level.shape[1], None, None].to(level.dtype)
             start += level.shape[1]
-            part = self._bring(F.avg_pool2d(F.conv2d(level, weight), 3, stride=1, padding=1), size)
-            found = part if found is None else found + part
-        assert found is not None
-        return found
+            part = self._resample(F.avg_pool2d(F.conv2d(level, weight), 3, stride=1, padding=1), size)
+            total_sum = part if total_sum is None else total_sum + part
+        assert total_sum is not None
+        return total_sum
 
-    def _bring(self, level: Tensor, size: tuple[int, int]) -> Tensor:
-        """A level to the map's places."""
+    def _resample(self, level: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resamples a level (B, C, h, w) to the map's size: (B, C, *size)."""
         if level.shape[2:] == size:
             return level
         if self.config.map_stride_px == 4:

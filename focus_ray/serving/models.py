@@ -132,9 +132,9 @@ def own_tensors(detector: Detector) -> Iterator[Tensor]:
     yield from (tensor for tensor in _tensors(net) if id(tensor) not in shared)
     yield from _tensors(detector.reduction)
     yield from _held_by(detector.density)
-    yield from detector.spread
-    if detector.seen is not None:
-        yield detector.seen
+    yield from detector.map_generator
+    if detector.seen_mask is not None:
+        yield detector.seen_mask
     yield from detector.profile or ()
 
 

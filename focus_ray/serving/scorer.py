@@ -21,7 +21,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import MAX_PIXELS, ImageError
 from focus_ray.evaluation.inspection import Inspection
-from focus_ray.fitting.scoring import score_together, share_a_pass
+from focus_ray.fitting.scoring import can_share_backbone_pass, score_together
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.decoders import Decoded, Decoders, Turns
 from focus_ray.serving.decoders import decode_images as _decode  # noqa: F401
@@ -164,7 +164,7 @@ class Scorer:
             key, detector = id(part.inspector), part.inspector.bundle.detector
             for group in groups:
                 first = parts[next(iter(group.values()))[0]].inspector.bundle.detector
-                if key in group or share_a_pass(first, detector):
+                if key in group or can_share_backbone_pass(first, detector):
                     group.setdefault(key, []).append(place)
                     break
             else:

@@ -32,7 +32,7 @@ from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.data.shards import BatchSchedule, fits_memory
 from focus_ray.data.split import Split
 from focus_ray.errors import ConfigError, DataError, SweepError
-from focus_ray.fitting.fit import check_ingredients
+from focus_ray.fitting.fit import check_prerequisites
 from focus_ray.names import unique_name
 from focus_ray.storage import join, read_bytes, remove_folder
 from focus_ray.sweep import records
@@ -145,7 +145,7 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
         settings = config.base_config(point)
         ingredients = f"{settings.model.backbone} {settings.model.weights} {settings.density.metric}"
         if ingredients not in checked:
-            check_ingredients(settings)
+            check_prerequisites(settings)
             checked.add(ingredients)
         try:
             check_trial_settings(settings)

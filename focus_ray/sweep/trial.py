@@ -20,18 +20,18 @@ from torch import Tensor
 
 from focus_ray.config import Config
 from focus_ray.data.shards import Shard
-from focus_ray.density.base import Statistics, positions_to_keep
+from focus_ray.density.base import Statistics, choose_bank_images
 from focus_ray.errors import DataError
 from focus_ray.evaluation.evaluate import summarise
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import gather_objects, world_size
-from focus_ray.fitting.fit import Run, build_detector
-from focus_ray.fitting.passes import Embedded, collect_scores, embedding_statistics
-from focus_ray.fitting.scoring import Scored
+from focus_ray.fitting.fit import CategoryFit, build_detector
+from focus_ray.fitting.passes import EmbeddedBatch, collect_scores, compute_embedding_statistics
+from focus_ray.fitting.scoring import ScoredImages
 from focus_ray.fitting.state import TrainState
 from focus_ray.kinds import BACKBONES, METRICS
 from focus_ray.model.alignment.congealing import AlignmentReport
-from focus_ray.model.backbones.base import bare_backbone
+from focus_ray.model.backbones.base import build_meta_backbone
 from focus_ray.model.network import FocusNet
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.sweep.settings import Objective, objective_metric
@@ -136,7 +136,7 @@ def judge_category(
             result.alignment = features.alignment
             report_score(0, _judge_features(config, images, features, objective, device), True)
         else:
-            run = Run(
+            run = CategoryFit(
                 config,
                 shard or shard_of_images(config, images, rank),
                 num_images or len(images.fit),
@@ -154,7 +154,7 @@ def judge_category(
 
 
 def _judge_fitted(
-    run: Run,
+    run: CategoryFit,
     judged: JudgingImages,
     objective: Objective,
     wrap: Callable[[torch.nn.Module], Any] | None,
@@ -191,7 +191,7 @@ def _judge_fitted(
             report_score(epoch + 1, judge(), False)
 
     try:
-        run.learn(wrap, None, on_epoch)
+        run.align_and_train(wrap, None, on_epoch)
         report_score(config.train.epochs, judge(), True)  # judges the selected epoch, if the settings select one
     finally:
         result.alignment, result.warnings = run.notes.alignment, run.notes.warnings
@@ -207,7 +207,7 @@ def _judge_features(
     detector = build_detector(config, net, reduction, statistics)
     theta = None if features.theta is None else torch.from_numpy(np.array(features.theta)).to(device)
 
-    def score_batches() -> Iterator[Scored]:
+    def score_batches() -> Iterator[ScoredImages]:
         """Yields the scores and maps of each batch of the judged images."""
         start = 0
         for embedding in embeddings:
@@ -251,7 +251,7 @@ def _untrained_net(config: Config, features: FrozenFeatures, device: torch.devic
     """Returns a network that has the image size and the fitted alignment. Its backbone has no weights and is never run."""
 
     def make() -> FocusNet:
-        net = FocusNet(config.model, bare_backbone(config.model.backbone).to_empty(device="cpu"), head=False)
+        net = FocusNet(config.model, build_meta_backbone(config.model.backbone).to_empty(device="cpu"), head=False)
         if features.aligner is not None:
             assert net.image_aligner is not None
             state = {name: torch.from_numpy(np.array(value)) for name, value in features.aligner.items()}
@@ -282,14 +282,14 @@ def _fit_reduced(
                 parts = tuple(torch.from_numpy(level).to(device).permute(0, 3, 1, 2) for level in batch)
                 yield reduction(parts)
 
-        kept_positions = positions_to_keep(density, len(features.fit[0]))
+        kept_positions = choose_bank_images(density, len(features.fit[0]))
         size = config.model.image_size_px // config.model.place_px(density)
         batch_size = config.train.batch_size_per_worker
         thetas = (
             None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
         )
-        batches = map(Embedded, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
-        statistics = embedding_statistics(batches, reduction, (size, size), device, kept_positions)
+        batches = map(EmbeddedBatch, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
+        statistics = compute_embedding_statistics(batches, reduction, (size, size), device, kept_positions)
         return statistics, reduction, list(embeddings(features.judged, JUDGING_BATCH_SIZE))
 
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")

@@ -24,11 +24,11 @@ from focus_ray.data.split import Split, SplitPlan, split_category
 from focus_ray.errors import DataError
 from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE, validation_images
 from focus_ray.fitting.distributed import world_size
-from focus_ray.fitting.fit import Run
-from focus_ray.fitting.scoring import slices, to_images
+from focus_ray.fitting.fit import CategoryFit
+from focus_ray.fitting.scoring import split_for_inference, to_images
 from focus_ray.kinds import BACKBONES
 from focus_ray.model.alignment.congealing import AlignmentReport
-from focus_ray.model.network import LAYERS, common_frame
+from focus_ray.model.network import LAYERS, warp_to_common_frame
 from focus_ray.model.reduction import ChannelReduction
 from focus_ray.seeds import derive_seed
 from focus_ray.sweep.settings import Objective
@@ -213,7 +213,7 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     Raises:
         DataError: As `fit.fit`.
     """
-    run = Run(config, shard_of_images(config, images), len(images.fit), device)
+    run = CategoryFit(config, shard_of_images(config, images), len(images.fit), device)
     run.align()
     run.net.eval()
 
@@ -221,8 +221,8 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
         """Returns the feature maps of each layer and the alignments, one array per batch."""
         parts: list[list[NDArray[np.float32]]] = [[] for _ in LAYERS]
         thetas = []
-        for images in (part for batch in batches for part in slices(to_images(batch, device))):
-            levels, theta = common_frame(run.net(images))
+        for images in (part for batch in batches for part in split_for_inference(to_images(batch, device))):
+            levels, theta = warp_to_common_frame(run.net(images))
             for part, level in zip(parts, levels, strict=True):  # stored channels last, the layout in memory
                 part.append(level.permute(0, 2, 3, 1).float().cpu().contiguous().numpy())
             if theta is not None:

@@ -20,7 +20,7 @@ from focus_ray.data.split import plan_category, short_hash
 from focus_ray.density.base import Statistics
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.fit import build_detector
-from focus_ray.fitting.passes import statistics_pass
+from focus_ray.fitting.passes import compute_statistics
 from focus_ray.samples.write import write_samples
 
 NUM_MORE = 6
@@ -82,7 +82,7 @@ def fresh_statistics(place: str, images: list[Tensor]) -> Statistics:
     """One pass of the bundle's network over the images."""
     bundle = read_bundle(place)
     positions = range(10_000) if bundle.config.density.kind == "nearest" else None
-    return statistics_pass(bundle.detector.net, bundle.detector.reduction, images, torch.device("cpu"), positions)
+    return compute_statistics(bundle.detector.net, bundle.detector.reduction, images, torch.device("cpu"), positions)
 
 
 def fit_images(place: str, data: str) -> list[Tensor]:

@@ -471,7 +471,7 @@ def test_weights_in_a_file_are_loaded(config: Config, tmp_path: Path) -> None:
     assert (missing.status, "give an existing file" in missing.message) == ("FAILED", True)
     (tmp_path / "text.pth").write_text("no weights")
     broken = run_check(resources.check_weights, with_sections(config, model={"weights": f"{tmp_path}/text.pth"}))
-    assert (broken.status, "not a readable state dict" in broken.message) == ("FAILED", True)
+    assert (broken.status, "cannot read a state dict" in broken.message) == ("FAILED", True)
 
 
 def test_weights_that_are_not_downloaded_yet_need_a_url_that_answers(

@@ -39,7 +39,7 @@ from focus_ray.data.split import NO_ROWS, SplitPlan, plan_category, split_catego
 from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import FitResult, build_detector, fit
-from focus_ray.fitting.passes import statistics_pass
+from focus_ray.fitting.passes import compute_statistics
 from focus_ray.fitting.state import TrainState
 
 CPU = torch.device("cpu")
@@ -391,7 +391,7 @@ def test_a_streamed_run_takes_the_agreed_steps_and_counts_every_image_once(
     assert [entry["steps"] for entry in read_manifest(place)["metrics"]["history"]] == [agreed.steps] * 2
     detector = read_bundle(place).detector
     images = torch.cat([torch.from_numpy(b) for b in decode_rows(data, "gear", plan.fit_rows, 64)])
-    again = statistics_pass(detector.net, detector.reduction, [images], CPU).moments
+    again = compute_statistics(detector.net, detector.reduction, [images], CPU).moments
     assert_same_moments(again, read_statistics(place).moments, 1e-5)
 
 

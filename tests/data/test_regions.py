@@ -24,8 +24,8 @@ from focus_ray.data.shards import build_shard
 from focus_ray.data.split import plan_category
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation import metrics
-from focus_ray.fitting.fit import FitResult, Run
-from focus_ray.fitting.left_out import leave_one_out_pass
+from focus_ray.fitting.fit import CategoryFit, FitResult
+from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.sweep.settings import parse_sweep
 from focus_ray.sweep.trial_inputs import check_trial_settings
 
@@ -215,9 +215,9 @@ def test_leave_one_out_scores_count_only_pixels_of_the_region(data: str, tmp_pat
     }
     config = config_with(data, tmp_path, LEFT, **sections)
     plan = plan_category(config, "gear")
-    run = Run(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), torch.device("cpu"))
+    run = CategoryFit(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), torch.device("cpu"))
     result = run.finish()
-    builder = leave_one_out_pass(result.detector, result.statistics, config, run.metric)
+    builder = collect_leave_one_out_scores(result.detector, result.statistics, config, run.projection)
     assert builder._num_pixels == [64 * 32] * len(plan.fit_rows)
 
 

@@ -22,7 +22,7 @@ from focus_ray.density.tiles import Tiles
 from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.export.scorer import Scorer
-from focus_ray.fitting.scoring import embed, places_shown, to_images
+from focus_ray.fitting.scoring import embed, shown_locations, to_images
 from focus_ray.serving.scorer import Scores, _decode, _judge
 
 NO_ALIGNMENT = {"image_alignment": {"group": "none"}}
@@ -55,13 +55,13 @@ def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
 ) -> None:
     regions = {} if region is None else {"regions": {"gear": region}}
     config = small_config(data, tmp_path, data=regions, model={"resize": "pad", "tiling": tiling, **NO_ALIGNMENT})
-    frame, tiles = load_frame(config, "gear"), Tiles.of(config.model)
+    frame, tiles = load_frame(config, "gear"), Tiles.from_config(config.model)
     side = config.model.image_size_px // config.model.place_px(config.density)
     num_refused = 0
     for longer in (8, 16, 24, 32, 48, 64, 128):
         for width, height in ((longer * 8, 8), (8, longer * 8), (longer * 8, 17)):
             scored = torch.from_numpy(frame.scored_channel(frame.image_box(width, height)))[None] > 0
-            is_inspected = places_shown(scored, None, tiles, (side * tiles.rows, side * tiles.columns)).any()
+            is_inspected = shown_locations(scored, None, tiles, (side * tiles.rows, side * tiles.columns)).any()
             if is_inspected:
                 frame.check_size(width, height)
             else:

@@ -1,4 +1,4 @@
-"""The memory without places: which patches it keeps, how far others are from it, and beside a memory of places."""
+"""Tests of the coreset: the choice of patches, distances, and the combination with a memory of locations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from focus_ray.density import coreset as module
 from focus_ray.density.base import Statistics, build_density, density_tensors, load_density
 from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coreset, greedy_coresets
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import JointMemory, NearestMemory, keep
+from focus_ray.density.nearest import JointMemory, NearestMemory, to_bank_rows
 
-HEIGHT, WIDTH, PLACES, OTHERS = 5, 4, 6, 7
+HEIGHT, WIDTH, LOCATION_CHANNELS, CORESET_CHANNELS = 5, 4, 6, 7
 
 
 def points(count: int, channels: int = 3, seed: int = 0) -> Tensor:
@@ -22,13 +22,13 @@ def points(count: int, channels: int = 3, seed: int = 0) -> Tensor:
 
 def embeddings(count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, PLACES + OTHERS, HEIGHT, WIDTH, generator=generator).half().float()
+    return torch.randn(count, LOCATION_CHANNELS + CORESET_CHANNELS, HEIGHT, WIDTH, generator=generator).half().float()
 
 
 def statistics_of(images: Tensor) -> Statistics:
-    moments = Moments(HEIGHT, WIDTH, PLACES)
-    moments.update(images[:, :PLACES])
-    return Statistics(moments, keep(images))
+    moments = Moments(HEIGHT, WIDTH, LOCATION_CHANNELS)
+    moments.update(images[:, :LOCATION_CHANNELS])
+    return Statistics(moments, to_bank_rows(images))
 
 
 def slow_greedy(rows: Tensor, count: int) -> list[int]:
@@ -38,92 +38,99 @@ def slow_greedy(rows: Tensor, count: int) -> list[int]:
     return chosen
 
 
-def test_each_point_chosen_is_the_farthest_from_those_before() -> None:
+def test_each_chosen_point_is_the_farthest_from_the_points_chosen_before() -> None:
     rows = points(60)
     assert greedy_coreset(rows, 12).tolist() == slow_greedy(rows, 12)
 
 
-def test_the_order_of_the_points_does_not_matter() -> None:
+def test_the_choice_does_not_depend_on_the_order_of_the_points() -> None:
     rows = points(60)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
     assert order[greedy_coreset(rows[order], 12)].tolist() == greedy_coreset(rows, 12).tolist()
 
 
-def test_no_more_points_than_there_are_and_each_once() -> None:
+def test_a_coreset_larger_than_the_set_contains_every_point_once() -> None:
     assert sorted(greedy_coreset(points(5), 9).tolist()) == [0, 1, 2, 3, 4]
 
 
-def test_many_sets_at_once_are_chosen_as_each_alone() -> None:
+def test_coresets_of_many_sets_equal_the_coreset_of_each_set() -> None:
     sets = points(4 * 30).view(4, 30, 3)
-    assert greedy_coresets(sets, 12).tolist() == [greedy_coreset(one, 12).tolist() for one in sets]
+    assert greedy_coresets(sets, 12).tolist() == [greedy_coreset(rows, 12).tolist() for rows in sets]
 
 
-def test_of_points_that_are_all_alike_none_is_chosen_twice() -> None:
-    assert all(len(set(one)) == 5 for one in greedy_coresets(torch.ones(3, 7, 2), 5).tolist())
+def test_equal_points_are_not_chosen_twice() -> None:
+    assert all(len(set(chosen)) == 5 for chosen in greedy_coresets(torch.ones(3, 7, 2), 5).tolist())
 
 
-def test_a_coreset_covers_better_than_as_many_random_patches() -> None:
-    rows = torch.cat([points(400) * 0.1, points(8, seed=1) + 5])  # few rare ones
-    far = [
-        float(torch.cdist(rows, rows[kept]).min(dim=1).values.max()) for kept in (greedy_coreset(rows, 20), range(20))
-    ]
-    assert far[0] < far[1] / 4
+def test_a_coreset_covers_points_better_than_an_arbitrary_choice_of_the_same_size() -> None:
+    rows = torch.cat([points(400) * 0.1, points(8, seed=1) + 5])  # the last 8 are rare
+    coreset, arbitrary = (
+        float(torch.cdist(rows, rows[chosen]).min(dim=1).values.max())
+        for chosen in (greedy_coreset(rows, 20), range(20))
+    )
+    assert coreset < arbitrary / 4
 
 
-def test_the_distance_is_that_to_the_nearest_patch(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = embeddings(4)[:, :OTHERS]
-    coreset = choose_coreset(keep(images), 9, "cpu")
-    rows = images.permute(0, 2, 3, 1).reshape(-1, OTHERS)
+def test_the_distance_is_the_distance_to_the_nearest_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = embeddings(4)[:, :CORESET_CHANNELS]
+    coreset = choose_coreset(to_bank_rows(images), 9, "cpu")
+    rows = images.permute(0, 2, 3, 1).reshape(-1, CORESET_CHANNELS)
     expected = torch.cdist(rows, coreset.patches).min(dim=1).values.view(4, HEIGHT, WIDTH)
     torch.testing.assert_close(coreset.score(images), expected, atol=1e-3, rtol=1e-3)
     monkeypatch.setattr(module, "_CHUNK_BYTES", 1)  # one image at a time
     torch.testing.assert_close(coreset.score(images), expected, atol=1e-3, rtol=1e-3)
 
 
-def test_an_images_own_patches_are_left_out_for_it() -> None:
-    images = embeddings(4)[:, :OTHERS]
-    coreset = choose_coreset(keep(images), 4 * HEIGHT * WIDTH, "cpu")  # all of them
-    assert sorted(coreset.images.tolist()) == sorted(list(range(4)) * HEIGHT * WIDTH)
+def test_patches_of_an_excluded_image_are_ignored() -> None:
+    images = embeddings(4)[:, :CORESET_CHANNELS]
+    coreset = choose_coreset(to_bank_rows(images), 4 * HEIGHT * WIDTH, "cpu")  # all patches
+    assert sorted(coreset.image_numbers.tolist()) == sorted(list(range(4)) * HEIGHT * WIDTH)
     assert coreset.score(images).max() < 0.01
-    own = torch.arange(4)
+    excluded_images = torch.arange(4)
     for number in range(4):
-        others = coreset.images != number
-        expected = Coreset(coreset.patches[others], coreset.images[others]).score(images[number : number + 1])
-        torch.testing.assert_close(coreset.score(images, own)[number : number + 1], expected)
+        is_other = coreset.image_numbers != number
+        remaining = Coreset(coreset.patches[is_other], coreset.image_numbers[is_other])
+        distance = coreset.score(images, excluded_images)[number : number + 1]
+        torch.testing.assert_close(distance, remaining.score(images[number : number + 1]))
 
 
-def test_patches_without_their_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"patches \(3, 2\) and their images \(2,\) do not fit"):
+def test_patches_with_too_few_image_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"got \(3, 2\) and \(2,\)"):
         Coreset(torch.zeros(3, 2), torch.zeros(2))
 
 
-def test_beside_a_memory_of_places_each_counts_in_units_of_good_images() -> None:
+def test_a_joint_memory_averages_both_distances_in_units_of_typical_distances() -> None:
     statistics = statistics_of(embeddings(9))
     density = build_density(DensityConfig(coreset=30), statistics)
     assert isinstance(density, JointMemory)
     queries = embeddings(3, seed=2)
-    expected = density.places.score(queries[:, :PLACES]) / density.typical[0]
-    expected = (expected + density.coreset.score(queries[:, PLACES:]) / density.typical[1]) / 2
+    expected = density.location_memory.score(queries[:, :LOCATION_CHANNELS]) / density.typical_distance[0]
+    expected = (expected + density.coreset.score(queries[:, LOCATION_CHANNELS:]) / density.typical_distance[1]) / 2
     torch.testing.assert_close(density.score(queries), expected)
-    # a good image that was left out lies about 1 from the others
+    # a left-out good image has a distance of about 1
     assert float(density.score(embeddings(9), torch.arange(9)).mean()) == pytest.approx(1, abs=0.05)
-    # the memory of places is that of a density without a coreset
-    alone = build_density(DensityConfig(coreset=0), Statistics(statistics.moments, statistics.bank[:, :, :PLACES]))  # type: ignore[index]
-    assert isinstance(alone, NearestMemory)
-    torch.testing.assert_close(alone.score(queries[:, :PLACES]), density.places.score(queries[:, :PLACES]))
+    # its location memory equals a density without a coreset
+    without_coreset = build_density(
+        DensityConfig(coreset=0), Statistics(statistics.moments, statistics.bank[:, :, :LOCATION_CHANNELS])
+    )  # type: ignore[index]
+    assert isinstance(without_coreset, NearestMemory)
+    torch.testing.assert_close(
+        without_coreset.score(queries[:, :LOCATION_CHANNELS]),
+        density.location_memory.score(queries[:, :LOCATION_CHANNELS]),
+    )
 
 
-def test_one_built_from_its_tensors_scores_the_same() -> None:
+def test_a_density_loaded_from_its_tensors_scores_the_same() -> None:
     config, statistics = DensityConfig(coreset=30), statistics_of(embeddings(9))
     built = build_density(config, statistics)
     tensors = density_tensors(config, statistics, built)
-    assert tensors["bank"].shape[2] == PLACES
+    assert tensors["bank"].shape[2] == LOCATION_CHANNELS
     loaded = load_density(config, tensors, HEIGHT, WIDTH, "cpu")
     queries = embeddings(4, seed=4)
     torch.testing.assert_close(loaded.score(queries), built.score(queries), atol=1e-5, rtol=1e-5)
 
 
-def test_two_sites_join_to_what_all_images_give() -> None:
+def test_joined_statistics_of_two_sites_score_like_statistics_of_all_images() -> None:
     images = embeddings(10)
     config = DensityConfig(coreset=40)
     joined = statistics_of(images[6:]).join(statistics_of(images[:6]))

@@ -1,4 +1,4 @@
-"""Moments against numpy, the laws of adding and taking out, distances against scipy, the memory that a fit takes."""
+"""Tests of moments (against numpy; laws of adding and removing), of distances (against scipy), and of the memory of a fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.spatial import distance
 from torch import Tensor
 
-from focus_ray.density.gaussian import Gaussian, LeftOutGaussian, fit_gaussian, mahalanobis
+from focus_ray.density.gaussian import Gaussian, LeaveOneOutGaussian, fit_gaussian, mahalanobis
 from focus_ray.density.moments import (
     Moments,
     locations_first,
@@ -27,7 +27,7 @@ from focus_ray.density.moments import (
 
 
 def embeddings(seed: int, count: int = 20, channels: int = 4, size: tuple[int, int] = (2, 3)) -> Tensor:
-    """Correlated channels whose mean is large beside their spread, as that of features after ReLU is."""
+    """Makes (count, channels, *size) with correlated channels and, like features after ReLU, a mean larger than the variation."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(channels, channels, generator=torch.Generator().manual_seed(99))
     values = torch.randn(count, channels, *size, generator=generator)
@@ -41,10 +41,10 @@ def moments_of(*batches: Tensor) -> Moments:
     return moments
 
 
-def assert_same(one: Moments, other: Moments, rtol: float = 1e-5) -> None:
-    """Relative to the largest entry of a location: entries that happen to be near zero carry its rounding too."""
-    assert one.count == other.count
-    for a, b in ((one.mean, other.mean), (one.scatter.flatten(1), other.scatter.flatten(1))):
+def assert_same(moments: Moments, expected: Moments, rtol: float = 1e-5) -> None:
+    """Compares relative to the largest entry of a location, because small entries have the rounding errors of large ones."""
+    assert moments.count == expected.count
+    for a, b in ((moments.mean, expected.mean), (moments.scatter.flatten(1), expected.scatter.flatten(1))):
         error = (a - b).abs().amax(dim=1) / b.abs().amax(dim=1).clamp_min(1e-6)
         assert float(error.max()) <= rtol
 
@@ -52,7 +52,7 @@ def assert_same(one: Moments, other: Moments, rtol: float = 1e-5) -> None:
 # Moments
 
 
-def test_moments_are_numpys_mean_and_covariance() -> None:
+def test_moments_equal_the_mean_and_covariance_of_numpy() -> None:
     values = embeddings(0)
     moments = moments_of(values[:7], values[7:])
     for place in range(6):
@@ -80,7 +80,7 @@ def test_any_split_and_order_gives_the_same_moments(order: list[int], cuts: list
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.randoms(use_true_random=False))
-def test_sites_merged_in_any_order_give_a_fresh_fit(counts: list[int], random) -> None:
+def test_sites_merged_in_any_order_equal_a_new_fit(counts: list[int], random) -> None:
     sites = [embeddings(seed, count) for seed, count in enumerate(counts)]
     fresh = moments_of(torch.cat(sites))
     parts = [moments_of(site) for site in sites]
@@ -93,8 +93,8 @@ def test_sites_merged_in_any_order_give_a_fresh_fit(counts: list[int], random) -
 
 @settings(max_examples=60)
 @given(st.integers(2, 20), st.integers(1, 20))
-def test_a_set_taken_out_again_leaves_a_fresh_fit_of_the_rest(kept: int, taken: int) -> None:
-    stay, leave = embeddings(0, kept), embeddings(1, taken)
+def test_moments_after_a_removal_equal_a_new_fit_of_the_remaining_images(num_stay: int, num_leave: int) -> None:
+    stay, leave = embeddings(0, num_stay), embeddings(1, num_leave)
     expected = moments_of(stay)
     assert_same(moments_of(stay, leave).remove(moments_of(leave)), expected, rtol=1e-4)
     downdated = moments_of(stay, leave)
@@ -102,7 +102,7 @@ def test_a_set_taken_out_again_leaves_a_fresh_fit_of_the_rest(kept: int, taken: 
     assert_same(downdated, expected, rtol=1e-4)
 
 
-def test_taking_everything_out_leaves_nothing() -> None:
+def test_removing_all_images_leaves_empty_moments() -> None:
     downdated = moments_of(embeddings(0))
     downdated.downdate(embeddings(0))
     for emptied in (downdated, moments_of(embeddings(0)).remove(moments_of(embeddings(0)))):
@@ -130,42 +130,42 @@ def test_half_precision_embeddings_are_added_up_in_single_precision() -> None:
 
 def test_embeddings_of_another_shape_or_not_finite_are_refused() -> None:
     moments = moments_of(embeddings(0))
-    with pytest.raises(ValueError, match=r"embedding has shape \(20, 5, 2, 3\), these moments take \(B, \(4, 2, 3\)\)"):
+    with pytest.raises(ValueError, match=r"\(20, 5, 2, 3\).*\(4, 2, 3\)"):
         moments.update(embeddings(0, channels=5))
-    with pytest.raises(ValueError, match=r"has shape \(4, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(4, 2, 3\)"):
         moments.downdate(embeddings(0)[0])
     for bad in (float("nan"), float("inf")):
         broken = embeddings(0).clone()
         broken[3, 1, 0, 2] = bad
-        with pytest.raises(ValueError, match="not finite: training diverged, or an image is broken"):
+        with pytest.raises(ValueError, match="not finite"):
             moments.update(broken)
     assert_same(moments, moments_of(embeddings(0)))
 
 
-def test_more_images_than_were_taken_in_cannot_be_taken_out() -> None:
+def test_more_images_than_were_added_cannot_be_removed() -> None:
     moments = moments_of(embeddings(0, count=3))
-    with pytest.raises(ValueError, match="cannot take 4 images out of moments of 3"):
+    with pytest.raises(ValueError, match=r"\b4 images .*\b3 images"):
         moments.downdate(embeddings(0, count=4))
-    with pytest.raises(ValueError, match="cannot take moments of 4 images out of moments of 3"):
+    with pytest.raises(ValueError, match=r"\b4 images .*\b3 images"):
         moments.remove(moments_of(embeddings(0, count=4)))
 
 
-def test_moments_of_other_shapes_do_not_join() -> None:
+def test_moments_of_different_shapes_cannot_be_merged_or_removed() -> None:
     other = moments_of(embeddings(0, size=(3, 3)))
     for join in (moments_of(embeddings(0)).merge, moments_of(embeddings(0)).remove):
-        with pytest.raises(ValueError, match=r"\(H, W, C\) \(3, 3, 4\) cannot be joined with moments of \(2, 3, 4\)"):
+        with pytest.raises(ValueError, match=r"\(3, 3, 4\).*\(2, 3, 4\)"):
             join(other)
 
 
 # Distances
 
 
-@pytest.mark.parametrize("count", [2, 30])  # fewer images than channels too: shrinkage makes it invertible
-def test_distances_are_scipys_mahalanobis(count: int) -> None:
+@pytest.mark.parametrize("count", [2, 30])  # 2 images in 4 channels: the ridge makes the covariance invertible
+def test_distances_equal_the_mahalanobis_distance_of_scipy(count: int) -> None:
     values, queries = embeddings(0, count), embeddings(7, 3)
     gaussian = Gaussian(*fit_gaussian(moments_of(values), 0.05), 2, 3)
-    found = gaussian.score(queries)
-    assert found.shape == (3, 2, 3)
+    distances = gaussian.score(queries)
+    assert distances.shape == (3, 2, 3)
     for row in range(2):
         for column in range(3):
             samples = values[:, :, row, column].double().numpy()
@@ -174,26 +174,26 @@ def test_distances_are_scipys_mahalanobis(count: int) -> None:
                 distance.mahalanobis(query[:, row, column], samples.mean(axis=0), precision)
                 for query in queries.double().numpy()
             ]
-            np.testing.assert_allclose(found[:, row, column], expected, rtol=1e-4)
+            np.testing.assert_allclose(distances[:, row, column], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pooling", [0.0, 0.5])
-def test_a_left_out_distance_is_that_to_the_gaussian_of_the_others(pooling: float) -> None:
+def test_leave_one_out_distances_equal_distances_to_the_gaussian_of_the_other_images(pooling: float) -> None:
     values = embeddings(0, 12)
     moments = moments_of(values)
-    found = LeftOutGaussian(moments, 0.05, pooling).score(values, torch.arange(len(values)))
+    distances = LeaveOneOutGaussian(moments, 0.05, pooling).score(values, torch.arange(len(values)))
     pooled = pooled_covariance(moments)
     for number in range(12):
-        rest = moments_of(torch.cat([values[:number], values[number + 1 :]]))
-        covariance = (1 - pooling) * rest.scatter / 10 + pooling * pooled + 0.05 * torch.eye(4)
-        centred = values[number].flatten(1).t() - rest.mean
+        remaining = moments_of(torch.cat([values[:number], values[number + 1 :]]))
+        covariance = (1 - pooling) * remaining.scatter / 10 + pooling * pooled + 0.05 * torch.eye(4)
+        centred = values[number].flatten(1).t() - remaining.mean
         expected = torch.einsum("lc,lcd,ld->l", centred, torch.linalg.inv(covariance), centred).sqrt().view(2, 3)
-        torch.testing.assert_close(found[number], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(distances[number], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_two_images_leave_no_gaussian_when_one_is_left_out() -> None:
-    with pytest.raises(ValueError, match="leaving one image out needs at least 3, got 2"):
-        LeftOutGaussian(moments_of(embeddings(0, count=2)), 0.01, 0.0)
+def test_leave_one_out_refuses_two_images() -> None:
+    with pytest.raises(ValueError, match="got 2"):
+        LeaveOneOutGaussian(moments_of(embeddings(0, count=2)), 0.01, 0.0)
 
 
 def test_the_precision_factor_is_lower_triangular_and_squares_to_the_inverse_covariance() -> None:
@@ -205,7 +205,7 @@ def test_the_precision_factor_is_lower_triangular_and_squares_to_the_inverse_cov
     torch.testing.assert_close(factor.mT @ factor @ covariance, torch.eye(4).expand(6, 4, 4), rtol=0, atol=1e-3)
 
 
-def test_the_mean_has_distance_zero_and_fitting_leaves_the_moments_alone() -> None:
+def test_the_mean_has_distance_zero_and_fitting_does_not_change_the_moments() -> None:
     moments = moments_of(embeddings(0))
     mean, factor = fit_gaussian(moments, 0.01)
     picture = mean.t().reshape(1, 4, 2, 3)
@@ -214,23 +214,23 @@ def test_the_mean_has_distance_zero_and_fitting_leaves_the_moments_alone() -> No
     assert_same(moments, moments_of(embeddings(0)))
 
 
-def test_locations_are_the_rows_of_the_map_one_after_the_other() -> None:
+def test_locations_first_orders_locations_row_by_row() -> None:
     values = embeddings(0)
     first = locations_first(values)
     assert first.is_contiguous()
     assert torch.equal(first[4], values[:, :, 1, 1])
 
 
-def test_fewer_than_two_images_make_no_gaussian() -> None:
-    with pytest.raises(ValueError, match="at least 2 normal images, got 1: add training images"):
+def test_a_gaussian_of_one_image_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 1"):
         fit_gaussian(moments_of(embeddings(0, count=1)), 0.01)
 
 
-def test_a_map_of_another_size_is_not_scored() -> None:
+def test_a_map_of_another_size_is_refused() -> None:
     gaussian = Gaussian(*fit_gaussian(moments_of(embeddings(0)), 0.01), 2, 3)
-    with pytest.raises(ValueError, match=r"embedding of \(3, 2\) places, the Gaussian was fitted at \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2\).*\(2, 3\)"):
         gaussian.score(embeddings(0, size=(3, 2)))
-    with pytest.raises(ValueError, match=r"mean \(6, 4\) and precision factor \(6, 4, 4\) do not fit a map of 2 x 2"):
+    with pytest.raises(ValueError, match=r"2 x 2.*\(6, 4\) and \(6, 4, 4\)"):
         Gaussian(gaussian.mean, gaussian.precision_factor, 2, 2)
 
 
@@ -247,7 +247,7 @@ def test_pooling_mixes_in_the_mean_covariance_over_locations() -> None:
 
 
 @given(st.integers(1, 12))
-def test_packed_triangles_unpack_to_what_they_were(channels: int) -> None:
+def test_unpacking_undoes_packing(channels: int) -> None:
     full = torch.randn(3, channels, channels, generator=torch.Generator().manual_seed(channels))
     packed = pack_lower(full)
     assert packed.shape == (3, channels * (channels + 1) // 2)
@@ -257,11 +257,11 @@ def test_packed_triangles_unpack_to_what_they_were(channels: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [100, 448, 550, 1792])
-def test_the_width_of_a_packed_triangle_tells_its_channels(channels: int) -> None:
+def test_unpacking_infers_the_number_of_channels(channels: int) -> None:
     assert unpack_lower(torch.zeros(1, channels * (channels + 1) // 2)).shape == (1, channels, channels)
 
 
-def test_packed_factors_are_the_factors_packed() -> None:
+def test_a_packed_fit_equals_the_packed_factors_of_a_fit() -> None:
     moments = moments_of(embeddings(0))
     assert torch.equal(fit_gaussian(moments, 0.01, packed=True)[1], pack_lower(fit_gaussian(moments, 0.01)[1]))
 
@@ -289,7 +289,7 @@ def run(size, channels):
     mean, factor = fit_gaussian(moments, 0.01, packed=True)
     return moments, mean, factor
 
-run(4, 20)  # what libraries set up on first use is not the fit's
+run(4, 20)  # a small fit first, so that the memory that libraries allocate on first use does not count
 before, start = resident("VmRSS"), time.perf_counter()
 moments, mean, factor = run(56, 100)
 peak, seconds = resident("VmHWM") - before, time.perf_counter() - start
@@ -299,11 +299,11 @@ print(json.dumps({"peak": peak, "seconds": seconds, "stored": sum(t.numel() * t.
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_fitting_209_images_takes_at_most_2_5_times_the_memory_of_what_a_bundle_stores() -> None:
-    done = subprocess.run([sys.executable, "-c", FIT], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
+def test_fitting_209_images_takes_at_most_2_5_times_the_memory_of_the_stored_tensors() -> None:
+    process = subprocess.run([sys.executable, "-c", FIT], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    figures = json.loads(process.stdout)
     ratio = figures["peak"] / figures["stored"]
-    print(f"peak {figures['peak'] / 2**20:.0f} MiB, {ratio:.2f} times what is stored, {figures['seconds']:.1f} s")
+    print(f"peak {figures['peak'] / 2**20:.0f} MiB, {ratio:.2f} times the stored tensors, {figures['seconds']:.1f} s")
     assert ratio <= 2.5
     assert figures["seconds"] < 60

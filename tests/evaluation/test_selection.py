@@ -16,7 +16,7 @@ from focus_ray.errors import DataError
 from focus_ray.evaluation.metrics import image_auroc, pixel_metrics
 from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE, validation_figures, validation_images
 from focus_ray.fitting.fit import FitResult, build_detector, fit
-from focus_ray.fitting.passes import statistics_pass, validation_pass
+from focus_ray.fitting.passes import compute_statistics, compute_validation_figures
 from focus_ray.model.network import build_net
 from focus_ray.samples.write import draw_sample
 from focus_ray.seeds import derive_seed
@@ -100,10 +100,10 @@ def test_the_network_of_the_best_score_is_kept(trained: tuple[Config, FitResult]
     config, result = trained
     shard = build_shard(config, "gear", plan_category(config, "gear"), 0, 1)
     positions = range(config.density.max_images)
-    statistics = statistics_pass(result.net, result.reduction, shard.fit_batches(), CPU, positions)
+    statistics = compute_statistics(result.net, result.reduction, shard.fit_batches(), CPU, positions)
     detector = build_detector(config, result.net, result.reduction, statistics)
     normals = torch.cat(list(shard.validation_batches())).numpy()
-    figures = validation_pass(
+    figures = compute_validation_figures(
         detector, *validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
     )
     assert figures["score"] == pytest.approx(max(entry["score"] for entry in result.notes.selection), abs=1e-6)

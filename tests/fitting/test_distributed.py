@@ -1,4 +1,4 @@
-"""What one worker decides, all workers do."""
+"""Tests that all workers use the decisions of rank 0."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 import torch.distributed as dist
 from places import free_port
 
-from focus_ray.fitting.distributed import decided_by_first
-from focus_ray.fitting.passes import aligner_pass
+from focus_ray.fitting.distributed import broadcast_from_rank0
+from focus_ray.fitting.passes import fit_aligner
 from focus_ray.model.alignment.congealing import AlignmentReport, CongealingAligner
 
 
-def test_alone_a_decision_is_ones_own() -> None:
-    assert decided_by_first(lambda: 3) == 3
-    with pytest.raises(ValueError, match="mine"):
-        decided_by_first(_raise)
+def test_without_a_group_the_decision_is_made_locally() -> None:
+    assert broadcast_from_rank0(lambda: 3) == 3
+    with pytest.raises(ValueError, match="own error"):
+        broadcast_from_rank0(_raise)
 
 
 def _raise() -> int:
-    raise ValueError("mine")
+    raise ValueError("own error")
 
 
 class _Net(torch.nn.Module):
@@ -33,29 +33,30 @@ class _Net(torch.nn.Module):
 
 def _as_worker(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    found = {"number": decided_by_first(lambda: rank)}
+    outcome = {"number": broadcast_from_rank0(lambda: rank)}
     try:
-        decided_by_first(_raise)
+        broadcast_from_rank0(_raise)
     except ValueError as error:
-        found["told"] = str(error)
+        outcome["error"] = str(error)
     net = _Net()
-    own = net.image_aligner
+    aligner = net.image_aligner
 
-    def fit(prepared: torch.Tensor, seed: int) -> AlignmentReport:  # a machine on which the other decision comes out
-        own.enabled.fill_(rank == 0)
-        own.template.fill_(rank + 1.0)
+    def fit(prepared: torch.Tensor, seed: int) -> AlignmentReport:  # the decision differs between the workers
+        aligner.enabled.fill_(rank == 0)
+        aligner.template.fill_(rank + 1.0)
         return AlignmentReport(rank == 0, 0.5, 1.0, 0.5, [], [], 180.0, 0.1)
 
-    own.fit = fit
+    aligner.fit = fit
     images = torch.zeros(4, 64, 64, 3, dtype=torch.uint8)
-    report = aligner_pass(net, [images], torch.device("cpu"), 0)
-    found.update(enabled=report.enabled, aligner=bool(own.enabled), template=float(own.template[0, 0]))
-    Path(folder, str(rank)).write_text(json.dumps(found))
+    report = fit_aligner(net, [images], torch.device("cpu"), 0)
+    outcome.update(enabled=report.enabled, aligner=bool(aligner.enabled), template=float(aligner.template[0, 0]))
+    Path(folder, str(rank)).write_text(json.dumps(outcome))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_the_first_worker_decides_and_fits_for_all(tmp_path: Path) -> None:
+def test_rank_0_decides_and_fits_the_aligner_for_all_workers(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_as_worker, (free_port(), str(tmp_path)), nprocs=2)
-    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
-    assert found[0] == found[1] == {"number": 0, "told": "mine", "enabled": True, "aligner": True, "template": 1.0}
+    outcomes = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    expected = {"number": 0, "error": "own error", "enabled": True, "aligner": True, "template": 1.0}
+    assert outcomes == [expected, expected]

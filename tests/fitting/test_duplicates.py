@@ -1,4 +1,4 @@
-"""Photographs of one part and sequences are found without labels; different parts are not joined."""
+"""Tests that photographs of one part and sequences are recognised without labels, and that different parts are not related."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from focus_ray.fitting.scoring import describe_embedding
 
 
 def make_parts(num_parts: int, photographs: int, noise: float, seed: int = 0) -> torch.Tensor:
-    """Descriptors (num_parts * photographs, 4, 8): random parts, each photographed several times with noise."""
+    """Makes descriptors (num_parts * photographs, 4, 8) of random parts, each photographed several times with noise."""
     generator = torch.Generator().manual_seed(seed)
     parts = torch.randn(num_parts, 4, 8, generator=generator).repeat_interleave(photographs, dim=0)
     return parts + noise * torch.randn(parts.shape, generator=generator)
@@ -32,7 +32,7 @@ def make_origins(count: int, same_part_distance: float | None = 1.0) -> ImageOri
 
 
 @pytest.mark.parametrize("photographs", [2, 3, 4, 10])
-def test_photographs_of_one_part_are_related_and_those_of_others_are_not(photographs: int) -> None:
+def test_only_photographs_of_the_same_part_are_related(photographs: int) -> None:
     descriptors = make_parts(10, photographs, noise=0.05)
     relations = find_relations(descriptors, make_origins(len(descriptors)))
     parts = torch.arange(10).repeat_interleave(photographs)
@@ -53,12 +53,12 @@ def test_images_that_are_farther_apart_than_two_photographs_are_not_related() ->
     assert find_relations(descriptors, make_origins(20, same_part_distance=None)) is None
 
 
-def test_a_few_duplicates_among_many_images_change_nothing() -> None:
+def test_a_few_duplicates_among_many_images_are_ignored() -> None:
     descriptors = torch.cat([make_parts(2, 2, noise=0.05), make_parts(30, 1, noise=0.0, seed=1)])
     assert find_relations(descriptors, make_origins(34)) is None
 
 
-def test_named_groups_are_related_whatever_the_images_look_like() -> None:
+def test_images_of_a_named_group_are_related_even_if_they_look_different() -> None:
     descriptors = make_parts(12, 1, noise=0.0)
     named = torch.arange(12)
     named[7] = 2
@@ -67,13 +67,13 @@ def test_named_groups_are_related_whatever_the_images_look_like() -> None:
     assert relations.related.nonzero().tolist() == sorted([[n, n] for n in range(12)] + [[2, 7], [7, 2]])
 
 
-def test_photographs_of_one_single_part_leave_nothing_to_compare_with() -> None:
+def test_if_all_photographs_show_one_part_there_are_no_relations() -> None:
     descriptors = make_parts(12, 1, noise=0.0)
     assert find_relations(descriptors, make_origins(12)._replace(groups=torch.zeros(12, dtype=torch.long))) is None
 
 
 def make_walk(count: int, step: float) -> torch.Tensor:
-    """Descriptors (count, 4, 8) of a slowly changing part: each is near the one before it."""
+    """Makes descriptors (count, 4, 8) of a slowly changing part: each is close to the previous one."""
     generator = torch.Generator().manual_seed(3)
     angles = torch.arange(count)[:, None, None] * step
     axes = torch.randn(2, 4, 8, generator=generator)
@@ -106,7 +106,7 @@ def test_bursts_in_file_order_are_no_sequence() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=15))
-def test_components_are_what_union_find_gives(edges: list[tuple[int, int]]) -> None:
+def test_components_equal_those_of_union_find(edges: list[tuple[int, int]]) -> None:
     linked = torch.zeros(10, 10, dtype=torch.bool)
     parent = list(range(10))
     for first, second in edges:
@@ -129,7 +129,7 @@ def test_fewer_than_four_images_have_no_duplicates() -> None:
     assert find_duplicates(torch.zeros(3, 3), 1.0).tolist() == [0, 1, 2]
 
 
-def test_photographs_of_training_parts_are_found_among_test_images() -> None:
+def test_photographs_of_training_parts_are_recognised_among_test_images() -> None:
     parts = make_parts(30, 1, noise=0.0)
     finder = RepeatFinder(parts, same_part_distance=0.5)
     again = parts[:5] + 0.05 * torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(9))
@@ -137,7 +137,7 @@ def test_photographs_of_training_parts_are_found_among_test_images() -> None:
     assert finder.find(torch.cat([again, new])).tolist() == [True] * 5 + [False] * 5
 
 
-def test_a_few_repeats_are_not_reported_and_many_are() -> None:
+def test_many_repeats_are_reported_and_few_are_not() -> None:
     assert describe_repeats(3, 20) is None
     assert describe_repeats(0, 2) is None
     assert "5 of 20" in str(describe_repeats(5, 20))

@@ -1,4 +1,4 @@
-"""The profile of good images: its weights, its scores, and that an image of the bank is scored as a new one."""
+"""Tests of the profile of good images: weights, scores, and leave-one-out distances."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 from focus_ray.config import DensityConfig
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import NearestMemory, keep
+from focus_ray.density.nearest import NearestMemory, to_bank_rows
 from focus_ray.density.tiles import Tiles
+from focus_ray.fitting.anomaly_map import AnomalyMapGenerator
 from focus_ray.fitting.profile import FLOOR, SHARES, Profile, fit_profile, highest_values
-from focus_ray.fitting.spread import Spread
 
 SIDE, CHANNELS = 8, 5
-SPREAD = Spread.of(Tiles(1, 1, 64, 0), SIDE, 4.0)
+MAP_GENERATOR = AnomalyMapGenerator.for_tiles(Tiles(1, 1, 64, 0), SIDE, 4.0)
 
 
 def embeddings(count: int, seed: int = 0) -> Tensor:
@@ -25,7 +25,7 @@ def embeddings(count: int, seed: int = 0) -> Tensor:
 def memory(values: Tensor, window: int = 1) -> tuple[NearestMemory, Tensor]:
     moments = Moments(SIDE, SIDE, CHANNELS)
     moments.update(values)
-    bank = keep(values)
+    bank = to_bank_rows(values)
     density = build_density(
         DensityConfig(coreset=0, reduction="discriminant", window=window, precision="fp32"), Statistics(moments, bank)
     )  # type: ignore[arg-type]
@@ -33,7 +33,7 @@ def memory(values: Tensor, window: int = 1) -> tuple[NearestMemory, Tensor]:
     return density, bank
 
 
-def kept(bank: Tensor, thetas: Tensor | None = None) -> Statistics:
+def make_statistics(bank: Tensor, thetas: Tensor | None = None) -> Statistics:
     return Statistics(Moments(SIDE, SIDE, CHANNELS), bank, thetas)
 
 
@@ -42,60 +42,61 @@ def test_an_image_of_the_bank_is_scored_as_if_it_were_new(window: int) -> None:
     values = embeddings(7)
     density, bank = memory(values, window)
     rows = bank.float().transpose(1, 2).unflatten(2, (SIDE, SIDE))
-    left_out = density.score(rows, torch.arange(7))
+    distances = density.score(rows, torch.arange(7))
     for number in range(7):
-        others, _ = memory(torch.cat([rows[:number], rows[number + 1 :]]), window)
-        torch.testing.assert_close(left_out[number], others.score(rows[number : number + 1])[0], rtol=1e-4, atol=1e-4)
-    assert float(density.score(rows).max()) < 0.05  # with its own embeddings there, nothing is left of it
+        other_memory, _ = memory(torch.cat([rows[:number], rows[number + 1 :]]), window)
+        expected = other_memory.score(rows[number : number + 1])[0]
+        torch.testing.assert_close(distances[number], expected, rtol=1e-4, atol=1e-4)
+    assert float(density.score(rows).max()) < 0.05  # nothing is excluded
 
 
-def test_a_place_where_good_images_vary_counts_less() -> None:
+def test_a_location_where_good_images_vary_has_a_small_weight() -> None:
     values = embeddings(12)
     values[:, :, 5, 5] *= 8
     density, bank = memory(values)
-    profile, _ = fit_profile(density, kept(bank), None, SPREAD)
+    profile, _ = fit_profile(density, make_statistics(bank), None, MAP_GENERATOR)
     assert profile.weight.shape == (SIDE, SIDE)
     assert int(profile.weight.argmin()) in [row * SIDE + column for row in (4, 5, 6) for column in (4, 5, 6)]
     assert float(profile.weight.max()) <= (1 + FLOOR) / FLOOR + 1e-6
 
 
-def test_a_good_image_scores_about_one_and_an_odd_one_more() -> None:
+def test_a_good_image_has_a_score_of_about_1_and_a_defective_one_more() -> None:
     density, bank = memory(embeddings(40))
-    profile, _ = fit_profile(density, kept(bank), None, SPREAD)
+    profile, _ = fit_profile(density, make_statistics(bank), None, MAP_GENERATOR)
     new = embeddings(20, seed=1)
-    scores = profile.score(density.score(new), SPREAD)
+    scores = profile.score(density.score(new), MAP_GENERATOR)
     assert 0.8 < float(scores.mean()) < 1.2
     new[:, :, 2:4, 2:4] += 6
-    assert float(profile.score(density.score(new), SPREAD).min()) > float(scores.max())
+    assert float(profile.score(density.score(new), MAP_GENERATOR).min()) > float(scores.max())
 
 
 def test_the_highest_values_fall_from_the_maximum_to_the_largest_share() -> None:
-    values = highest_values(torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(2)), SPREAD)
+    values = highest_values(torch.rand(3, SIDE, SIDE, generator=torch.Generator().manual_seed(2)), MAP_GENERATOR)
     assert values.shape == (3, len(SHARES))
     assert bool((values[:, :-1] >= values[:, 1:]).all())
 
 
-def test_places_that_are_not_scored_do_not_enter() -> None:
+def test_locations_that_are_not_scored_do_not_influence_the_profile() -> None:
     density, bank = memory(embeddings(10))
-    seen = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-    seen[2:6, 2:6] = True
+    seen_mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    seen_mask[2:6, 2:6] = True
     identity = torch.eye(2, 3).expand(10, 2, 3)
-    masked, _ = fit_profile(density, kept(bank, identity), seen, SPREAD)
-    plain, _ = fit_profile(density, kept(bank), None, SPREAD)
-    assert bool((masked.typical[1:] < plain.typical[1:]).all())
+    masked, _ = fit_profile(density, make_statistics(bank, identity), seen_mask, MAP_GENERATOR)
+    unmasked, _ = fit_profile(density, make_statistics(bank), None, MAP_GENERATOR)
+    assert bool((masked.typical[1:] < unmasked.typical[1:]).all())
 
 
 def test_a_score_does_not_depend_on_the_batch() -> None:
     density, bank = memory(embeddings(10))
-    profile, _ = fit_profile(density, kept(bank), None, SPREAD)
+    profile, _ = fit_profile(density, make_statistics(bank), None, MAP_GENERATOR)
     distance = density.score(embeddings(6, seed=3))
-    whole = profile.score(distance, SPREAD)
+    whole = profile.score(distance, MAP_GENERATOR)
     for number in range(6):
-        torch.testing.assert_close(profile.score(distance[number : number + 1], SPREAD)[0], whole[number])
+        torch.testing.assert_close(profile.score(distance[number : number + 1], MAP_GENERATOR)[0], whole[number])
 
 
-def test_one_image_leaves_every_place_alike() -> None:
+def test_with_one_image_all_weights_are_1() -> None:
     density, bank = memory(embeddings(2))
-    profile, _ = fit_profile(density, kept(bank[:1]), None, SPREAD)
+    profile, _ = fit_profile(density, make_statistics(bank[:1]), None, MAP_GENERATOR)
     assert isinstance(profile, Profile)
     assert bool((profile.weight == 1).all())

@@ -1,4 +1,4 @@
-"""The share of new good images above the threshold, over many draws, against what was asked for."""
+"""Compares the realised false alarm rate of new good images with the target, over many random draws."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from focus_ray.model.network import build_net
 
 CPU = torch.device("cpu")
 MODEL = {"weights": "random", "image_size_px": 32, "image_alignment": {"group": "none"}, "precision": "fp32"}
-TARGET, DRAWS, FIT, HELD, NEW = 0.1, 20, 64, 19, 40
+TARGET, NUM_DRAWS, NUM_FIT, NUM_HOLDOUT, NUM_NEW = 0.1, 20, 64, 19, 40
 
 
 def good_images(count: int, generator: torch.Generator) -> Tensor:
-    """uint8 (count, 32, 32, 3), soft noise: each as much like any other."""
+    """Makes uint8 (count, 32, 32, 3) of smooth noise, where all pairs of images are equally similar."""
     noise = F.avg_pool2d(torch.rand(count, 3, 36, 36, generator=generator), 5, stride=1)
     return (255 * (noise - 0.5).mul(3).add(0.5).clamp(0, 1)).byte().permute(0, 2, 3, 1).contiguous()
 
@@ -29,15 +29,15 @@ def good_images(count: int, generator: torch.Generator) -> Tensor:
 @pytest.mark.parametrize("coreset", [0, 64])
 @pytest.mark.parametrize("kind", ["nearest", "gaussian"])
 @pytest.mark.parametrize("method", ["split", "cross", "leave_one_out"])
-def test_new_good_images_are_called_defective_as_often_as_was_asked(method: str, kind: str, coreset: int) -> None:
+def test_the_realised_false_alarm_rate_is_near_the_target(method: str, kind: str, coreset: int) -> None:
     if kind == "gaussian" and coreset:
         pytest.skip("a Gaussian has no coreset")
     config = parse_config(
         {
             "data": {"uri": "unused"},
             "model": MODEL,
-            # a memory of far fewer images than there are: what is calibrated has to be what ships
-            # (with still fewer, the prior of the tail would rule, which is one of real parts and not of this noise)
+            # the memory contains far fewer images than the training set, so calibration must use a memory of the same size
+            # (with even fewer images, the prior of the tail would dominate, and it fits real parts rather than this noise)
             "density": {
                 "kind": kind,
                 "reduction": "semi_orthogonal",
@@ -53,26 +53,27 @@ def test_new_good_images_are_called_defective_as_often_as_was_asked(method: str,
     torch.manual_seed(0)
     net = build_net(config.model)
     generator = torch.Generator().manual_seed(1)
-    above = 0
-    for _ in range(DRAWS):
-        images, held = good_images(FIT, generator), good_images(HELD, generator)
-        folds = torch.arange(FIT) % config.calibration.num_folds
-        found = fit(config, MemoryShard(images, held, folds), FIT, CPU, net=net)
-        scores = found.detector(good_images(NEW, generator)).score
-        above += int(found.calibration.is_anomalous(scores.numpy()).sum())
-    rate = above / (DRAWS * NEW)
-    # of a threshold from 19 scores, the rate over draws spreads by about 0.07 a draw; cross has 64, and is cautious
-    assert rate <= TARGET + 3 * 0.07 / DRAWS**0.5, rate
+    num_above = 0
+    for _ in range(NUM_DRAWS):
+        images, holdout = good_images(NUM_FIT, generator), good_images(NUM_HOLDOUT, generator)
+        folds = torch.arange(NUM_FIT) % config.calibration.num_folds
+        result = fit(config, MemoryShard(images, holdout, folds), NUM_FIT, CPU, net=net)
+        scores = result.detector(good_images(NUM_NEW, generator)).score
+        num_above += int(result.calibration.is_anomalous(scores.numpy()).sum())
+    rate = num_above / (NUM_DRAWS * NUM_NEW)
+    # with a threshold from 19 scores, the standard deviation of the rate is about 0.07 per draw; cross uses 64 scores and is
+    # conservative
+    assert rate <= TARGET + 3 * 0.07 / NUM_DRAWS**0.5, rate
     assert rate >= 0.25 * TARGET, rate
 
 
 @pytest.mark.parametrize(("count", "per_place"), [(12, 128), (40, 10)])
-def test_images_that_a_metric_and_a_profile_are_learnt_of_set_an_honest_threshold(count: int, per_place: int) -> None:
+def test_leave_one_out_with_a_learnt_projection_and_a_profile_keeps_the_target(count: int, per_place: int) -> None:
     config = parse_config(
         {
             "data": {"uri": "unused"},
             "model": MODEL,
-            # residuals of far more patches than channels, as on real images: of 64 channels here
+            # 64 channels, so that there are far more patches than channels, as in real images
             "density": {
                 "layers": ["layer1"],
                 "num_channels": 8,
@@ -87,17 +88,17 @@ def test_images_that_a_metric_and_a_profile_are_learnt_of_set_an_honest_threshol
     net = build_net(config.model)
     generator = torch.Generator().manual_seed(2)
     rates = []
-    for _ in range(DRAWS):
-        found = fit(config, MemoryShard(good_images(count, generator)), count, CPU, net=net)
-        assert found.calibration.method == "leave_one_out"
-        assert found.calibration.num_images == count
-        scores = found.detector(good_images(NEW, generator)).score
-        rates.append(float(found.calibration.is_anomalous(scores.numpy()).mean()))
-    rate, error = float(np.mean(rates)), float(np.std(rates) / DRAWS**0.5)
+    for _ in range(NUM_DRAWS):
+        result = fit(config, MemoryShard(good_images(count, generator)), count, CPU, net=net)
+        assert result.calibration.method == "leave_one_out"
+        assert result.calibration.num_images == count
+        scores = result.detector(good_images(NUM_NEW, generator)).score
+        rates.append(float(result.calibration.is_anomalous(scores.numpy()).mean()))
+    rate, error = float(np.mean(rates)), float(np.std(rates) / NUM_DRAWS**0.5)
     assert TARGET / 4 <= rate <= TARGET + 3 * error, (rate, error)
 
 
-def test_leaving_an_image_out_of_a_memory_scores_it_as_the_memory_of_the_others_does() -> None:
+def test_a_left_out_image_scores_like_with_the_memory_of_the_other_images() -> None:
     config = parse_config(
         {
             "data": {"uri": "unused"},
@@ -119,8 +120,10 @@ def test_leaving_an_image_out_of_a_memory_scores_it_as_the_memory_of_the_others_
     density = whole.detector.density
     expected = []
     for number in range(6):
-        kept = [other for other in range(6) if other != number]
-        rest = NearestMemory(density.bank[:, kept], density.whitening, density.height, density.width, density.window)
-        detector = Detector(net, whole.reduction, rest, config.scoring)
+        other_images = [other for other in range(6) if other != number]
+        memory = NearestMemory(
+            density.bank[:, other_images], density.whitening, density.height, density.width, density.window
+        )
+        detector = Detector(net, whole.reduction, memory, config.scoring)
         expected.append(float(detector(images[number : number + 1]).score))
     np.testing.assert_allclose(whole.calibration.image_scores, sorted(expected), rtol=2e-3)  # the bank is in float16

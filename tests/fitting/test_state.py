@@ -1,4 +1,4 @@
-"""What training goes on from after a restart."""
+"""Tests that the state of a training can be saved and loaded."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import io
 
 import torch
 
-from focus_ray.fitting.state import Best, Notes, TrainState
+from focus_ray.fitting.state import BestNetwork, FitNotes, TrainState
 from focus_ray.model.alignment.congealing import AlignmentReport
 
 
-def test_a_state_keeps_warnings_and_all_that_was_noted() -> None:
-    notes = Notes(
+def test_saving_and_loading_preserves_the_state_with_all_notes() -> None:
+    notes = FitNotes(
         AlignmentReport(True, 0.5, 1.0, 0.5, [1.0], [0.5], 180.0, 0.1),
         [{"epoch": 0.0, "loss": 1.0}],
         [{"epoch": 0, "score": 0.7}],
         ["epoch 1: the features have collapsed"],
     )
     weights = {"weight": torch.ones(2)}
-    state = TrainState(3, weights, {"lr": 0.1}, {"last_epoch": 3}, notes, Best(1, 0.7, weights))
+    state = TrainState(3, weights, {"lr": 0.1}, {"last_epoch": 3}, notes, BestNetwork(1, 0.7, weights))
     buffer = io.BytesIO()
     torch.save(state.to_dict(), buffer)
     buffer.seek(0)

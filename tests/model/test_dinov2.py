@@ -1,4 +1,4 @@
-"""DINOv2's transformers: equal to a reference from the published names, and to timm's and transformers' where these are there."""
+"""Tests that DINOv2 equals a reference from the published names, and timm and transformers if they are installed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from focus_ray.errors import WeightsError
 from focus_ray.model.backbones.base import build_backbone
-from focus_ray.model.backbones.dinov2 import authors_names
+from focus_ray.model.backbones.dinov2 import to_author_names
 
 LEVELS = (2, 5, 8)  # the last block of each layer
 
 
 def published_shapes(width: int, registers: int, depth: int = 12) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the authors' files."""
+    """Returns the names and shapes of the weights in the authors' files."""
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 1 + 37 * 37, width),
@@ -47,7 +47,7 @@ def published_shapes(width: int, registers: int, depth: int = 12) -> dict[str, t
     return shapes
 
 
-def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def draw_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, shape in shapes.items():
@@ -57,10 +57,10 @@ def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module", params=[0, 4], ids=["plain", "registers"])
-def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A backbone and a file of drawn weights for it."""
+def named_weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Returns the name of a backbone, and a file with random weights for it."""
     path = tmp_path_factory.mktemp("weights") / "pretrain.pth"
-    torch.save(drawn(published_shapes(384, request.param)), path)
+    torch.save(draw_weights(published_shapes(384, request.param)), path)
     return "dinov2_vits14_reg" if request.param else "dinov2_vits14", path
 
 
@@ -69,31 +69,31 @@ def images(size: int, count: int = 2) -> Tensor:
 
 
 def cubic(distance: NDArray[np.float64], a: float = -0.75) -> NDArray[np.float64]:
-    """Keys' kernel."""
+    """Computes the cubic convolution kernel of Keys."""
     x = np.abs(distance)
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     return np.where(x <= 1, near, np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0.0))
 
 
 def interpolated_plain(grid: NDArray[np.float64], side: int) -> NDArray[np.float64]:
-    """(37, 37, C) -> (side, side, C): at the places of a grid that covers a tenth of a patch too little."""
+    """Interpolates (37, 37, C) to (side, side, C), for a grid that is 0.1 patches too small, as in the published training."""
     weights = np.zeros((side, 37))
     for row in range(side):
-        place = (row + 0.5) / ((side + 0.1) / 37) - 0.5
-        for tap in range(math.floor(place) - 1, math.floor(place) + 3):
-            weights[row, min(max(tap, 0), 36)] += cubic(np.float64(place - tap))
+        position = (row + 0.5) / ((side + 0.1) / 37) - 0.5
+        for tap in range(math.floor(position) - 1, math.floor(position) + 3):
+            weights[row, min(max(tap, 0), 36)] += cubic(np.float64(position - tap))
     return np.einsum("ia,jb,abc->ijc", weights, weights, grid)
 
 
 def interpolated_antialiased(grid: NDArray[np.float64], side: int) -> NDArray[np.float64]:
-    """As Pillow resizes each channel."""
+    """Resizes each channel (37, 37) by Pillow."""
     channels = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(grid, 2, 0)]
     resized = [np.asarray(channel.resize((side, side), Image.Resampling.BICUBIC)) for channel in channels]
     return np.stack(resized, axis=2)
 
 
 def reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
-    """Straight from the published names, a head at a time, in float64."""
+    """Computes the three levels from the published names, one head at a time, in float64."""
     state = {name: value.double() for name, value in state.items()}
     x = x.double()
     side, width = x.shape[2] // 14, state["norm.weight"].shape[0]
@@ -101,8 +101,8 @@ def reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
     tokens = patches @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
     grid = state["pos_embed"][0, 1:].reshape(37, 37, width).numpy()
     registers = state.get("register_tokens", torch.zeros(1, 0, width, dtype=torch.float64))
-    at = interpolated_antialiased(grid, side) if registers.shape[1] else interpolated_plain(grid, side)
-    tokens = tokens + torch.from_numpy(at).reshape(side * side, width)
+    positions = interpolated_antialiased(grid, side) if registers.shape[1] else interpolated_plain(grid, side)
+    tokens = tokens + torch.from_numpy(positions).reshape(side * side, width)
     first = state["cls_token"] + state["pos_embed"][:, :1]
     tokens = torch.cat([first.expand(len(x), -1, -1), registers.expand(len(x), -1, -1), tokens], dim=1)
 
@@ -120,9 +120,9 @@ def reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
         query, key, value = linear(norm(tokens, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, dim=2)
         heads = []
         for start in range(0, width, 64):
-            of = slice(start, start + 64)
-            likeness = torch.softmax(query[..., of] @ key[..., of].transpose(1, 2) / 8, dim=2)
-            heads.append(likeness @ value[..., of])
+            head = slice(start, start + 64)
+            attention = torch.softmax(query[..., head] @ key[..., head].transpose(1, 2) / 8, dim=2)
+            heads.append(attention @ value[..., head])
         tokens = tokens + linear(torch.cat(heads, dim=2), f"{block}.attn.proj") * state[f"{block}.ls1.gamma"]
         hidden = linear(norm(tokens, f"{block}.norm2"), f"{block}.mlp.fc1")
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
@@ -132,8 +132,8 @@ def reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
     return levels
 
 
-def test_features_equal_a_reference_from_the_published_names(published: tuple[str, Path]) -> None:
-    name, path = published
+def test_features_equal_a_reference_from_the_published_names(named_weights: tuple[str, Path]) -> None:
+    name, path = named_weights
     backbone = build_backbone(name, str(path)).eval()
     state = torch.load(path, weights_only=True)
     with torch.inference_mode():
@@ -141,28 +141,30 @@ def test_features_equal_a_reference_from_the_published_names(published: tuple[st
             assert float((level - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_features_equal_timms(published: tuple[str, Path]) -> None:
+def test_features_equal_those_of_timm(named_weights: tuple[str, Path]) -> None:
     timm = pytest.importorskip("timm")
-    name, path = published
+    name, path = named_weights
     registers = name.endswith("_reg")
     net = timm.create_model(
         "vit_small_patch14_reg4_dinov2" if registers else "vit_small_patch14_dinov2", dynamic_img_size=True
     )
     state = torch.load(path, weights_only=True)
     del state["mask_token"]
-    if registers:  # under its own names: the class's position is in its token
+    if registers:  # timm adds the position of the class token to the token itself
         state["reg_token"] = state.pop("register_tokens")
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
     net.load_state_dict(state)
-    batch = images(126, 1) if registers else images(518, 1)  # without registers it interpolates positions otherwise
+    batch = (
+        images(126, 1) if registers else images(518, 1)
+    )  # without registers, timm interpolates positions differently
     with torch.inference_mode():
         expected = net.eval().forward_intermediates(batch, indices=list(LEVELS), intermediates_only=True)
         for level, other in zip(build_backbone(name, str(path)).eval()(batch), expected, strict=True):
             assert float((level - other).norm() / other.norm()) < 1e-5
 
 
-def test_a_file_of_hugging_faces_gives_the_features_of_their_model(tmp_path: Path) -> None:
+def test_features_from_a_file_of_hugging_face_equal_those_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(
         hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=518, patch_size=14
@@ -181,7 +183,7 @@ def test_a_file_of_hugging_faces_gives_the_features_of_their_model(tmp_path: Pat
 
 
 def hugging_face_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As transformers 5 saves a Dinov2Model or Dinov2WithRegistersModel."""
+    """Renames weights to the names with which transformers 5 saves a Dinov2Model or Dinov2WithRegistersModel."""
     named = {"cls_token": "cls_token", "mask_token": "mask_token", "register_tokens": "register_tokens"}
     named = {key: f"embeddings.{name}" for key, name in named.items()}
     named |= {"pos_embed": "embeddings.position_embeddings"}
@@ -194,52 +196,56 @@ def hugging_face_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not key.startswith("blocks."):
             result[named[key]] = value
             continue
-        _, number, rest = key.split(".", 2)
+        _, number, suffix = key.split(".", 2)
         block = f"encoder.layer.{number}"
-        if rest.startswith("attn.qkv."):
+        if suffix.startswith("attn.qkv."):
             for part, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                result[f"{block}.attention.attention.{part}.{rest.rpartition('.')[2]}"] = piece
+                result[f"{block}.attention.attention.{part}.{suffix.rpartition('.')[2]}"] = piece
         else:
-            other = rest.replace("attn.proj", "attention.output.dense")
+            other = suffix.replace("attn.proj", "attention.output.dense")
             other = other.replace("ls1.gamma", "layer_scale1.lambda1").replace("ls2.gamma", "layer_scale2.lambda1")
             result[f"{block}.{other}"] = value
     return result
 
 
-def test_hugging_faces_names_mean_the_authors(published: tuple[str, Path], tmp_path: Path) -> None:
-    name, path = published
+def test_names_of_hugging_face_are_converted_to_names_of_the_authors(
+    named_weights: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, path = named_weights
     state = torch.load(path, weights_only=True)
-    renamed = authors_names(hugging_face_names(state))
+    renamed = to_author_names(hugging_face_names(state))
     assert set(renamed) == set(state)
     assert all(torch.equal(renamed[key], state[key]) for key in state)
     save_file({key: value.contiguous() for key, value in hugging_face_names(state).items()}, tmp_path / "m.safetensors")
-    one, other = build_backbone(name, str(path)), build_backbone(name, str(tmp_path / "m.safetensors"))
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+    from_authors, from_hugging_face = (
+        build_backbone(name, str(file)).state_dict() for file in (path, tmp_path / "m.safetensors")
+    )
+    assert all(torch.equal(value, from_hugging_face[key]) for key, value in from_authors.items())
 
 
-def test_the_larger_one_has_the_published_names_and_shapes() -> None:
-    from focus_ray.model.backbones.base import bare_backbone, load_backbone_state
+def test_the_larger_models_have_the_published_names_and_shapes() -> None:
+    from focus_ray.model.backbones.base import build_meta_backbone, load_backbone_state
 
     for registers, name in ((0, "dinov2_vitb14"), (4, "dinov2_vitb14_reg")):
         with torch.device("meta"):
             state = {key: torch.empty(shape) for key, shape in published_shapes(768, registers).items()}
-        load_backbone_state(bare_backbone(name), state, source="here")
+        load_backbone_state(build_meta_backbone(name), state, source="here")
 
 
-def test_weights_that_are_not_given_or_of_another_kind_are_refused(published: tuple[str, Path]) -> None:
-    name, path = published
+def test_missing_weights_and_weights_of_another_model_are_refused(named_weights: tuple[str, Path]) -> None:
+    name, path = named_weights
     file = "dinov2_vits14_reg4_pretrain.pth" if name.endswith("_reg") else "dinov2_vits14_pretrain.pth"
-    with pytest.raises(WeightsError, match=rf"model\.backbone={name} takes its weights from a file .*the {file} of"):
+    with pytest.raises(WeightsError, match=rf"model\.backbone={name} .*{file}"):
         build_backbone(name)
     other = "dinov2_vits14" if name.endswith("_reg") else "dinov2_vits14_reg"
-    with pytest.raises(WeightsError, match=rf"does not fit {other}: .*register_tokens"):
+    with pytest.raises(WeightsError, match=rf"{other}: .*register_tokens"):
         build_backbone(other, str(path))
-    with pytest.raises(WeightsError, match="these are another model's weights"):
+    with pytest.raises(WeightsError, match=name.replace("vits", "vitb")):
         build_backbone(name.replace("vits", "vitb"), str(path))
 
 
-def test_all_that_a_layer_computes_with_is_trained(published: tuple[str, Path]) -> None:
-    name, path = published
+def test_all_weights_have_a_gradient(named_weights: tuple[str, Path]) -> None:
+    name, path = named_weights
     backbone = build_backbone(name, str(path)).train()
     sum(level.square().mean() for level in backbone(images(42))).backward()  # type: ignore[union-attr]
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in backbone.parameters())

@@ -1,4 +1,4 @@
-"""Losses: the slow loops of their definitions, where gradients flow, the figures that show a collapse."""
+"""Tests of losses (against slow loops from their definitions; gradients) and of the figures that show a collapse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from focus_ray.model.losses import coarse_loss, effective_rank, feature_std, fine_loss, random_pairs
+from focus_ray.model.losses import coarse_loss, draw_pairs, effective_rank, feature_std, fine_loss
 
 
 def features(seed: int, channels: int = 5, size: int = 3) -> Tensor:
@@ -26,34 +26,35 @@ PAIRS = torch.tensor([2, 0, 3, 1])
 
 @given(st.integers(2, 60), st.integers(0, 2**31))
 def test_pairs_are_a_permutation_without_fixed_points(batch_size: int, seed: int) -> None:
-    pairs = random_pairs(batch_size, torch.Generator().manual_seed(seed)).tolist()
+    pairs = draw_pairs(batch_size, torch.Generator().manual_seed(seed)).tolist()
     assert sorted(pairs) == list(range(batch_size))
-    assert all(one != other for one, other in enumerate(pairs))
+    assert all(image != partner for image, partner in enumerate(pairs))
 
 
-def test_pairs_are_the_generators() -> None:
-    one, other = (random_pairs(50, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(one, other)
-    assert not torch.equal(one, random_pairs(50, torch.Generator().manual_seed(4)))
+def test_pairs_depend_on_the_generator_only() -> None:
+    first, second = (draw_pairs(50, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, draw_pairs(50, torch.Generator().manual_seed(4)))
 
 
 def test_every_image_is_paired_with_every_other_equally_often() -> None:
     generator = torch.Generator().manual_seed(0)
     counts = np.zeros((4, 4))
     for _ in range(3000):
-        counts[range(4), random_pairs(4, generator).numpy()] += 1
+        counts[range(4), draw_pairs(4, generator).numpy()] += 1
     np.testing.assert_allclose(counts, (1 - np.eye(4)) * 1000, atol=5 * math.sqrt(3000 * 2 / 9))
 
 
 def test_one_image_has_no_partner() -> None:
-    with pytest.raises(ValueError, match=r"at least 2 images in a batch, got 1: raise train\.batch_size_per_worker"):
-        random_pairs(1)
+    with pytest.raises(ValueError, match=r"got 1.*train\.batch_size_per_worker"):
+        draw_pairs(1)
 
 
 # Coarse loss
 
 
 def slow_coarse_loss(images: Tensor, pairs: Tensor, valid: Tensor | None = None) -> float:
+    """Computes the coarse loss from its definition, one pixel at a time."""
     means = []
     for b in range(images.shape[0]):
         other, distances = int(pairs[b]), []
@@ -70,7 +71,7 @@ def test_the_coarse_loss_is_the_mean_distance_of_paired_pixels() -> None:
     assert float(coarse_loss(images, PAIRS)) == pytest.approx(slow_coarse_loss(images, PAIRS), rel=1e-5)
 
 
-def test_pixels_from_outside_either_image_do_not_count() -> None:
+def test_pixels_from_outside_either_image_are_ignored() -> None:
     images = features(0, channels=3)
     valid = torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.7
     loss = float(coarse_loss(images, PAIRS, valid))
@@ -79,9 +80,9 @@ def test_pixels_from_outside_either_image_do_not_count() -> None:
     assert float(coarse_loss(changed, PAIRS, valid)) == pytest.approx(loss, rel=1e-6)
 
 
-def test_the_masked_coarse_loss_of_a_batch_is_the_mean_over_its_workers() -> None:
+def test_the_masked_coarse_loss_of_a_batch_equals_the_mean_over_workers() -> None:
     images, valid = features(0, channels=3), torch.zeros(4, 3, 3, dtype=torch.bool)
-    valid[:2], valid[2:, 0] = True, True  # the second worker sees a third of the places
+    valid[:2], valid[2:, 0] = True, True  # on the second worker, a third of the pixels is valid
     pairs = torch.tensor([1, 0])
     shares = [coarse_loss(images[part], pairs, valid[part]) for part in (slice(0, 2), slice(2, 4))]
     whole = coarse_loss(images, torch.tensor([1, 0, 3, 2]), valid)
@@ -96,7 +97,7 @@ def test_equal_images_have_no_coarse_loss_and_a_finite_gradient() -> None:
     assert bool(torch.isfinite(images.grad).all())
 
 
-def test_no_valid_pixel_gives_zero() -> None:
+def test_without_valid_pixels_the_coarse_loss_is_zero() -> None:
     assert float(coarse_loss(features(0), PAIRS, torch.zeros(4, 3, 3, dtype=torch.bool))) == 0
 
 
@@ -104,12 +105,13 @@ def test_no_valid_pixel_gives_zero() -> None:
 
 
 def slow_fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> float:
+    """Computes the fine loss from its definition, one location at a time."""
     cosines = []
     for b in range(predicted.shape[0]):
         for i in range(predicted.shape[2]):
             for j in range(predicted.shape[3]):
-                one, other = predicted[b, :, i, j].double().numpy(), projected[int(pairs[b]), :, i, j].double().numpy()
-                cosines.append(one @ other / math.sqrt((one @ one) * (other @ other)))
+                p, z = predicted[b, :, i, j].double().numpy(), projected[int(pairs[b]), :, i, j].double().numpy()
+                cosines.append(p @ z / math.sqrt((p @ p) * (z @ z)))
     return -sum(cosines) / len(cosines)
 
 
@@ -119,20 +121,20 @@ def test_the_fine_loss_is_the_negative_mean_cosine_of_paired_locations() -> None
 
 
 def test_the_symmetric_fine_loss_is_the_mean_over_both_directions() -> None:
-    there = slow_fine_loss(features(1), features(2), PAIRS)
-    back = slow_fine_loss(features(1), features(2), PAIRS.argsort())
+    forward = slow_fine_loss(features(1), features(2), PAIRS)
+    backward = slow_fine_loss(features(1), features(2), PAIRS.argsort())
     loss = fine_loss(features(1), features(2), PAIRS, symmetric=True)
-    assert float(loss) == pytest.approx((there + back) / 2, abs=1e-6)
+    assert float(loss) == pytest.approx((forward + backward) / 2, abs=1e-6)
 
 
-def test_images_that_agree_have_fine_loss_minus_1_at_any_length() -> None:
+def test_equal_directions_have_fine_loss_minus_1_for_any_length() -> None:
     same = features(1)[:1].expand(4, -1, -1, -1)
     assert float(fine_loss(same, 3 * same, PAIRS)) == pytest.approx(-1, abs=1e-6)
     assert float(fine_loss(same, -same, PAIRS)) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_stop_gradient_makes_the_second_operand_a_constant(symmetric: bool) -> None:
+def test_stop_gradient_makes_the_second_operand_constant(symmetric: bool) -> None:
     predicted, projected = features(1).requires_grad_(), features(2).requires_grad_()
     fine_loss(predicted, projected, PAIRS, stop_gradient=True, symmetric=symmetric).backward()
     assert projected.grad is None
@@ -150,18 +152,18 @@ def test_without_stop_gradient_both_operands_are_trained(symmetric: bool) -> Non
 # Collapse
 
 
-def test_features_that_are_equal_in_all_images_have_no_spread() -> None:
+def test_features_that_are_equal_in_all_images_have_no_deviation() -> None:
     assert float(feature_std(features(1)[:1].expand(4, -1, -1, -1))) == pytest.approx(0, abs=1e-6)
     scaled = features(1)[:1] * torch.tensor([1.0, 2.0, 5.0, 0.1])[:, None, None, None]
-    assert float(feature_std(scaled)) == pytest.approx(0, abs=1e-6)  # the length does not count
+    assert float(feature_std(scaled)) == pytest.approx(0, abs=1e-6)  # the length of features is ignored
 
 
-def test_the_spread_is_the_standard_deviation_of_normalised_features() -> None:
+def test_feature_std_is_the_standard_deviation_of_normalised_features() -> None:
     unit = features(1).numpy() / np.linalg.norm(features(1).numpy(), axis=1, keepdims=True)
     assert float(feature_std(features(1))) == pytest.approx(unit.std(axis=0).mean() * math.sqrt(5), rel=1e-5)
 
 
-def test_evenly_spread_features_have_spread_1() -> None:
+def test_evenly_distributed_features_have_feature_std_1() -> None:
     even = torch.randn(512, 64, 2, 2, generator=torch.Generator().manual_seed(0))
     assert float(feature_std(even)) == pytest.approx(1, abs=0.02)
 
@@ -175,14 +177,14 @@ def test_evenly_spread_features_have_spread_1() -> None:
         ([3, 1, 0, 0], math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))),
     ],
 )
-def test_the_effective_rank_is_that_of_a_known_spectrum(variances: list[float], rank: float) -> None:
+def test_the_effective_rank_of_a_given_spectrum_follows_the_definition(variances: list[float], rank: float) -> None:
     axes = torch.diag(torch.tensor(variances).sqrt())
-    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
-    samples = torch.cat([axes, -axes]) @ turn + 3  # mean 3, covariance of these variances
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
+    samples = torch.cat([axes, -axes]) @ rotation + 3  # mean 3, covariance of these variances
     assert float(effective_rank(samples.reshape(8, 4, 1, 1))) == pytest.approx(rank, rel=1e-3)
 
 
-def test_the_effective_rank_counts_places_as_samples() -> None:
+def test_the_effective_rank_counts_locations_as_samples() -> None:
     samples = torch.randn(2, 3, 30, 30, generator=torch.Generator().manual_seed(0))
     assert float(effective_rank(samples)) == pytest.approx(3, rel=0.01)
 

@@ -227,5 +227,5 @@ def test_what_a_model_takes_counts_both_memories(plant: Plant) -> None:
     detector = read_bundle(plant.bundles["gear"]).detector
     density: Any = detector.density
     memory = getattr(density, "memory", density)  # without the Gaussians that check it
-    both = _size(iter([memory.places.bank, memory.coreset.patches]))
+    both = _size(iter([memory.location_memory.bank, memory.coreset.patches]))
     assert _size(own_tensors(detector)) > both

@@ -40,7 +40,7 @@ from focus_ray.client import FoundRegion
 from focus_ray.data.images import decode_batch, decode_image, encode_png, probe_image, read_image
 from focus_ray.errors import BundleError, ConfigError, DataError, RegistryError
 from focus_ray.evaluation.inspection import Inspection, Region, resize_map
-from focus_ray.fitting.scoring import score_together, share_a_pass
+from focus_ray.fitting.scoring import can_share_backbone_pass, score_together
 from focus_ray.serving.api import RegionAnswer, create_api
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.launch import check_host
@@ -798,7 +798,7 @@ class Blocker:
 
 def test_detectors_that_share_no_backbone_share_no_pass(plant: Plant) -> None:
     gear, board = (read_bundle(plant.bundles[name]).detector for name in ("gear", "board"))
-    assert not share_a_pass(gear, board)
+    assert not can_share_backbone_pass(gear, board)
     images = torch.from_numpy(decode_batch(plant.images, 64))
     (alone,) = score_together([(gear, images)])
     assert torch.equal(alone.score, gear(images).score)

@@ -1,1 +1,1 @@
-"""Transforms, and what finds them."""
+"""Image alignment: geometric transforms, and the aligners that estimate them."""

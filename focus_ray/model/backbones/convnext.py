@@ -1,4 +1,4 @@
-"""ConvNeXt-Tiny (arXiv 2201.03545), as torchvision has it: its first three stages. It normalises by LayerNorm alone."""
+"""The first three stages of ConvNeXt-Tiny (arXiv 2201.03545) from torchvision. It has layer norms and no batch norms."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from functools import partial
 from torch import nn
 
 from focus_ray.model.backbones.base import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
-from focus_ray.model.backbones.weights import hub_state
+from focus_ray.model.backbones.weights import load_hub_state
 
 
-def convnext_key(key: str) -> str | None:
-    part, _, rest = key.partition(".")
+def map_convnext_key(key: str) -> str | None:
+    """Converts the torchvision name of a weight to its name here; None if the weight is not used."""
+    part, _, suffix = key.partition(".")
     if part == "classifier":
         return None
-    number, _, rest = rest.partition(".")
+    number, _, suffix = suffix.partition(".")
     if part != "features" or not number.isdigit():
         return key
-    layer, index = divmod(int(number), 2)  # the stem or a step down to half the size, then the stage's blocks
-    return f"layer{layer + 1}.{index}.{rest}" if layer < 3 else None
+    layer, index = divmod(int(number), 2)  # index 0: the stem, or downsampling by 2; index 1: the blocks of the stage
+    return f"layer{layer + 1}.{index}.{suffix}" if layer < 3 else None
 
 
-def convnext_stages() -> tuple[nn.Module, nn.Module, nn.Module]:
+def build_convnext_layers() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Builds the three layers with random weights."""
     from torchvision import models
 
-    # no blocks are dropped at random: the branches of a pair are to differ by their images alone
+    # no stochastic depth: in training, the two images of a pair must pass through the same network
     net = models.convnext_tiny(weights=None, stochastic_depth_prob=0.0).features
     return nn.Sequential(net[0], net[1]), nn.Sequential(net[2], net[3]), nn.Sequential(net[4], net[5])
 
 
 CONVNEXT_TINY = BackboneSpec(
-    (96, 192, 384), IMAGENET_MEAN, IMAGENET_STD, convnext_stages, convnext_key, partial(hub_state, "convnext_tiny")
+    (96, 192, 384),
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_convnext_layers,
+    map_convnext_key,
+    partial(load_hub_state, "convnext_tiny"),
 )

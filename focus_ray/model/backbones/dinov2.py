@@ -1,7 +1,7 @@
-"""DINOv2's vision transformers (arXiv 2304.07193; with registers, 2309.16588), from a file of their published weights.
+"""The vision transformers of DINOv2 (arXiv 2304.07193; with registers, 2309.16588), with weights from a file.
 
-Layers 1, 2 and 3 are blocks 1 to 3, 4 to 6 and 7 to 9 of 12; the rest is left out. Each layer's features are its patch tokens,
-before the last norm, at places of 14 x 14 pixels.
+Layers 1, 2 and 3 are blocks 1 to 3, 4 to 6 and 7 to 9 of 12; the last three blocks are not used. The features of a layer are its
+patch tokens, without the final norm, one for each 14 x 14 pixels.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from focus_ray.errors import WeightsError
 from focus_ray.model.backbones.base import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
 
 PATCH_PX = 14
-_BLOCKS_A_LAYER = 3
-_GRID = 37  # patches a side that the position embeddings are published for: 518 px
+_BLOCKS_PER_LAYER = 3
+_GRID = 37  # patches per side of the published position embeddings: 518 px
 _HEAD_WIDTH = 64
 
 
 class _Embedding(nn.Module):
-    """Images (B, 3, H, W) -> tokens (B, 1 + registers + H/14 * W/14, C): the class's, registers, patches by rows."""
+    """Converts images (B, 3, H, W) to tokens (B, 1 + registers + H/14 * W/14, C): class token, registers, patches row by row."""
 
     def __init__(self, width: int, registers: int) -> None:
         super().__init__()
@@ -35,42 +35,49 @@ class _Embedding(nn.Module):
         self.register_tokens = nn.Parameter(0.02 * torch.randn(1, registers, width)) if registers else None
 
     def forward(self, images: Tensor) -> Tensor:
+        """Computes the tokens, with position embeddings."""
         patches: Tensor = self.proj(images)
-        count, _, height, width = patches.shape  # len(images) would be a constant of an exported network
-        at_class, at_patches = self.positions(height, width)
-        tokens = [(self.cls_token + at_class).expand(count, -1, -1)]
-        if self.register_tokens is not None:  # they have no position
+        count, _, height, width = patches.shape  # len(images) would become a constant in an exported network
+        class_position, patch_positions = self.positions(height, width)
+        tokens = [(self.cls_token + class_position).expand(count, -1, -1)]
+        if self.register_tokens is not None:  # registers have no position
             tokens.append(self.register_tokens.expand(count, -1, -1))
-        return torch.cat([*tokens, patches.flatten(2).transpose(1, 2) + at_patches], dim=1)
+        return torch.cat([*tokens, patches.flatten(2).transpose(1, 2) + patch_positions], dim=1)
 
     def positions(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Position embeddings of the class (1, 1, C) and of so many patches (1, height * width, C)."""
-        at_class, at_patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        """Returns position embeddings of the class token (1, 1, C) and of height x width patches (1, height * width, C).
+
+        If the number of patches differs from the published embeddings, these are interpolated.
+        """
+        class_position, patch_positions = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         if (height, width) == (_GRID, _GRID):
-            return at_class, at_patches
-        grid = at_patches.float().transpose(1, 2).unflatten(2, (_GRID, _GRID))
+            return class_position, patch_positions
+        grid = patch_positions.float().transpose(1, 2).unflatten(2, (_GRID, _GRID))
         if self.register_tokens is not None:
             grid = F.interpolate(grid, size=(height, width), mode="bicubic", antialias=True)
-        else:  # as they were trained: without registers, scaled by a tenth of a patch more than they cover
+        else:  # like in training: models without registers add 0.1 patches to the size of the interpolation
             factors = ((height + 0.1) / _GRID, (width + 0.1) / _GRID)
             grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
-        return at_class, grid.flatten(2).transpose(1, 2).to(at_patches.dtype)
+        return class_position, grid.flatten(2).transpose(1, 2).to(patch_positions.dtype)
 
 
 class _Attention(nn.Module):
+    """Multi-head self-attention of tokens (B, N, C)."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        # queries, keys and values: (3, B, heads, N, _HEAD_WIDTH)
         heads = self.qkv(tokens).unflatten(2, (3, -1, _HEAD_WIDTH)).permute(2, 0, 3, 1, 4)
-        found = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
-        return self.proj(found.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        attended = F.scaled_dot_product_attention(heads[0], heads[1], heads[2])
+        return self.proj(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class _Scale(nn.Module):
-    """A factor a channel (LayerScale, arXiv 2103.17239)."""
+    """Multiplies each channel by a learnt factor (LayerScale, arXiv 2103.17239)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -81,6 +88,8 @@ class _Scale(nn.Module):
 
 
 class _Perceptron(nn.Module):
+    """Two linear layers with GELU between them, for each token."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, 4 * width)
@@ -91,7 +100,7 @@ class _Perceptron(nn.Module):
 
 
 class _Block(nn.Module):
-    """Tokens (B, N, C) -> the same shape."""
+    """A transformer block; it keeps the shape of tokens (B, N, C)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -104,35 +113,42 @@ class _Block(nn.Module):
         return tokens + self.ls2(self.mlp(self.norm2(tokens)))  # type: ignore[no-any-return]
 
 
-def vit_stages(width: int, registers: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-    layers = [[_Block(width) for _ in range(_BLOCKS_A_LAYER)] for _ in range(3)]
+def build_vit_layers(width: int, registers: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Builds the three layers with random weights; the first also embeds the images.
+
+    Args:
+        width: channels of a token.
+        registers: number of register tokens.
+    """
+    layers = [[_Block(width) for _ in range(_BLOCKS_PER_LAYER)] for _ in range(3)]
     first = nn.Sequential(_Embedding(width, registers), *layers[0])
     return first, nn.Sequential(*layers[1]), nn.Sequential(*layers[2])
 
 
-def patch_map(registers: int, tokens: Tensor) -> Tensor:
-    """(B, 1 + registers + S * S, C) -> the patches' (B, C, S, S)."""
+def tokens_to_map(registers: int, tokens: Tensor) -> Tensor:
+    """Converts tokens (B, 1 + registers + S * S, C) to a map of the patch tokens (B, C, S, S)."""
     patches = tokens[:, 1 + registers :].transpose(1, 2)
     side = math.isqrt(patches.shape[2])
     return patches.unflatten(2, (side, side))
 
 
-def vit_key(key: str) -> str | None:
-    part, _, rest = key.partition(".")
+def map_vit_key(key: str) -> str | None:
+    """Converts the authors' name of a weight to its name here; None if the weight is not used."""
+    part, _, suffix = key.partition(".")
     if part in ("mask_token", "norm", "head"):
         return None
     if part in ("cls_token", "pos_embed", "register_tokens"):
         return f"layer1.0.{part}"
     if part == "patch_embed":
-        return f"layer1.0.{rest}"
-    number, _, rest = rest.partition(".")
+        return f"layer1.0.{suffix}"
+    number, _, suffix = suffix.partition(".")
     if part != "blocks" or not number.isdigit():
         return key
-    layer, index = divmod(int(number), _BLOCKS_A_LAYER)
-    return f"layer{layer + 1}.{index + (layer == 0)}.{rest}" if layer < 3 else None
+    layer, index = divmod(int(number), _BLOCKS_PER_LAYER)
+    return f"layer{layer + 1}.{index + (layer == 0)}.{suffix}" if layer < 3 else None
 
 
-# Hugging Face's names -> the authors'; the three of attention's input are one tensor there
+# from names of Hugging Face to the authors' names; query, key and value are then merged into the authors' single tensor
 _HUGGING_FACE = (
     (r"^(dinov2|dinov2_with_registers)\.", ""),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -147,14 +163,14 @@ _HUGGING_FACE = (
 )
 
 
-def authors_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Weights under the names of DINOv2's authors or of Hugging Face -> under the authors'."""
+def to_author_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Renames weights of Hugging Face to the names of DINOv2's authors; returns weights of the authors unchanged."""
     if not any("encoder.layer." in key for key in state):
         return state
     renamed = {}
     for key, value in state.items():
-        for pattern, own in _HUGGING_FACE:
-            key = re.sub(pattern, own, key)
+        for pattern, replacement in _HUGGING_FACE:
+            key = re.sub(pattern, replacement, key)
         renamed[key] = value
     for key in [key for key in renamed if ".attn.query." in key]:
         names = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
@@ -163,9 +179,10 @@ def authors_names(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return renamed
 
 
-def no_state(name: str, hugging_face: str) -> Mapping[str, Tensor]:
+def refuse_default_weights(name: str, hugging_face: str) -> Mapping[str, Tensor]:
+    """Raises WeightsError, because DINOv2 has no default weights; the message names the files to use."""
     raise WeightsError(
-        f"model.backbone={name} takes its weights from a file alone: set model.weights to the {name.removesuffix('_reg')}"
+        f"model.backbone={name} has no default weights: set model.weights to the {name.removesuffix('_reg')}"
         f"{'_reg4' if name.endswith('_reg') else ''}_pretrain.pth of DINOv2's authors, or to the model.safetensors of "
         f"{hugging_face} on Hugging Face"
     )
@@ -176,11 +193,11 @@ def _spec(name: str, width: int, registers: int, hugging_face: str) -> BackboneS
         (width, width, width),
         IMAGENET_MEAN,
         IMAGENET_STD,
-        partial(vit_stages, width, registers),
-        vit_key,
-        partial(no_state, name, hugging_face),
-        partial(patch_map, registers),
-        authors_names,
+        partial(build_vit_layers, width, registers),
+        map_vit_key,
+        partial(refuse_default_weights, name, hugging_face),
+        partial(tokens_to_map, registers),
+        to_author_names,
     )
 
 

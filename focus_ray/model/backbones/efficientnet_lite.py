@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 to Lite2, whose ImageNet weights come in packages."""
+"""EfficientNet-Lite0, Lite1 and Lite2; their ImageNet weights are in Python packages."""
 
 from __future__ import annotations
 
@@ -9,29 +9,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focus_ray.model.backbones.base import BackboneSpec
-from focus_ray.model.backbones.weights import packaged_state
+from focus_ray.model.backbones.weights import load_packaged_state
 
-LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # how EfficientNet-Lite was trained
+LITE_MEAN, LITE_STD = (127 / 255,) * 3, (128 / 255,) * 3  # input normalisation that EfficientNet-Lite was trained with
 
 # EfficientNet-Lite (github.com/tensorflow/tpu, efficientnet/lite): MBConv blocks without squeeze-and-excitation, ReLU6.
 _STEM = 32
-_GROUPS = ((1, 1, 3), (6, 2, 3), (6, 2, 5), (6, 2, 3), (6, 1, 5))  # of blocks: expansion, stride, kernel
-_LAYERS = ((0, 1), (2,), (3, 4))  # groups of each layer
+_GROUPS = (
+    (1, 1, 3),
+    (6, 2, 3),
+    (6, 2, 5),
+    (6, 2, 3),
+    (6, 1, 5),
+)  # expansion, stride and kernel of each group of blocks
+_LAYERS = ((0, 1), (2,), (3, 4))  # numbers of the groups in each layer
 
-Numbers = tuple[int, int, int, int, int]  # one a group
+Numbers = tuple[int, int, int, int, int]  # one for each group
 
 
-def lite_key(repeats: Numbers, key: str) -> str | None:
-    """A published weight's name to its name here; `repeats`: blocks of each group."""
-    part, _, rest = key.partition(".")
+def map_lite_key(repeats: Numbers, key: str) -> str | None:
+    """Converts the published name of a weight to its name here; None if the weight is not used.
+
+    Args: repeats: number of blocks in each group.
+    """
+    part, _, suffix = key.partition(".")
     if part in ("_conv_head", "_bn1", "_fc"):
         return None
     if part == "_conv_stem":
-        return f"layer1.0.conv.{rest}"
+        return f"layer1.0.conv.{suffix}"
     if part == "_bn0":
-        return f"layer1.0.norm.{rest}"
+        return f"layer1.0.norm.{suffix}"
     if part == "_blocks":
-        number, _, rest = rest.partition(".")
+        number, _, suffix = suffix.partition(".")
         if not number.isdigit():
             return key
         block = int(number)
@@ -40,7 +49,7 @@ def lite_key(repeats: Numbers, key: str) -> str | None:
             return None
         layer = next(index for index in range(3) if block < ends[index])
         index = block + 1 if layer == 0 else block - ends[layer - 1]
-        module, _, leaf = rest.partition(".")
+        module, _, leaf = suffix.partition(".")
         names = {
             "_expand_conv": "expand.conv",
             "_bn0": "expand.norm",
@@ -54,28 +63,28 @@ def lite_key(repeats: Numbers, key: str) -> str | None:
 
 
 class _ConvNorm(nn.Module):
-    """Convolution with TensorFlow's SAME padding, batch norm, optional ReLU6."""
+    """A convolution with the SAME padding of TensorFlow, then batch norm and an optional ReLU6."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True
     ) -> None:
         super().__init__()
         self.padding_mode = "zeros"
-        # SAME pads an even input with stride 2 by kernel - 2, the odd pixel at the end
-        self.uneven = (kernel // 2 - 1, kernel // 2) * 2 if stride == 2 else None
+        # for an even input and stride 2, SAME adds kernel - 2 pixels in total, one more at the end than at the start
+        self.uneven_padding = (kernel // 2 - 1, kernel // 2) * 2 if stride == 2 else None
         padding = 0 if stride == 2 else kernel // 2
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.01)
         self.act = nn.ReLU6() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.uneven is not None:
-            x = F.pad(x, self.uneven, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if self.uneven_padding is not None:
+            x = F.pad(x, self.uneven_padding, "constant" if self.padding_mode == "zeros" else self.padding_mode)
         return self.act(self.norm(self.conv(x)))  # type: ignore[no-any-return]
 
 
 class _MBConv(nn.Module):
-    """Inverted residual: expand, depthwise, project."""
+    """An inverted residual block: a 1x1 expansion, a depthwise convolution, and a 1x1 projection."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -83,15 +92,20 @@ class _MBConv(nn.Module):
         self.expand = _ConvNorm(inputs, width, 1) if expansion > 1 else nn.Identity()
         self.depthwise = _ConvNorm(width, width, kernel, stride, groups=width)
         self.project = _ConvNorm(width, outputs, 1, act=False)
-        self.residual = stride == 1 and inputs == outputs
+        self.has_residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.residual else y
+        return x + y if self.has_residual else y
 
 
-def lite_stages(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """The three layers; `widths`: output channels of each group, `repeats`: its blocks."""
+def build_lite_layers(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Builds the three layers with random weights.
+
+    Args:
+        widths: output channels of each group.
+        repeats: number of blocks in each group.
+    """
     stages = []
     inputs = _STEM
     for number, groups in enumerate(_LAYERS):
@@ -106,9 +120,9 @@ def lite_stages(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module
 
 
 def _spec(name: str, widths: Numbers, repeats: Numbers) -> BackboneSpec:
-    stages, own_key = partial(lite_stages, widths, repeats), partial(lite_key, repeats)
+    build_layers, map_key = partial(build_lite_layers, widths, repeats), partial(map_lite_key, repeats)
     channels = (widths[1], widths[2], widths[4])
-    return BackboneSpec(channels, LITE_MEAN, LITE_STD, stages, own_key, partial(packaged_state, name))
+    return BackboneSpec(channels, LITE_MEAN, LITE_STD, build_layers, map_key, partial(load_packaged_state, name))
 
 
 LITE0 = _spec("efficientnet_lite0", (16, 24, 40, 80, 112), (1, 2, 2, 3, 3))

@@ -1,4 +1,4 @@
-"""ResNet-18, -34 and -50 and Wide-ResNet-50-2, as torchvision has them."""
+"""ResNet-18, ResNet-34, ResNet-50 and Wide-ResNet-50-2 from torchvision."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from functools import partial
 from torch import nn
 
 from focus_ray.model.backbones.base import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
-from focus_ray.model.backbones.weights import hub_state
+from focus_ray.model.backbones.weights import load_hub_state
 
 
-def resnet_key(key: str) -> str | None:
-    part, _, rest = key.partition(".")
+def map_resnet_key(key: str) -> str | None:
+    """Converts the torchvision name of a weight to its name here; None if the weight is not used."""
+    part, _, suffix = key.partition(".")
     if part in ("layer4", "fc"):
         return None
     if part in ("conv1", "bn1"):
-        return f"layer1.{'0' if part == 'conv1' else '1'}.{rest}"
+        return f"layer1.{'0' if part == 'conv1' else '1'}.{suffix}"
     if part == "layer1":
-        return f"layer1.4.{rest}"
+        return f"layer1.4.{suffix}"
     return key
 
 
-def resnet_stages(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+def build_resnet_layers(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Builds the three layers with random weights; the first contains the stem."""
     from torchvision import models
 
     net = getattr(models, name)(weights=None)
@@ -29,8 +31,8 @@ def resnet_stages(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
 
 
 def _spec(name: str, channels: tuple[int, int, int]) -> BackboneSpec:
-    stages, state = partial(resnet_stages, name), partial(hub_state, name)
-    return BackboneSpec(channels, IMAGENET_MEAN, IMAGENET_STD, stages, resnet_key, state)
+    build_layers, state = partial(build_resnet_layers, name), partial(load_hub_state, name)
+    return BackboneSpec(channels, IMAGENET_MEAN, IMAGENET_STD, build_layers, map_resnet_key, state)
 
 
 RESNET18 = _spec("resnet18", (64, 128, 256))

@@ -1,0 +1,95 @@
+"""Computes anomaly maps of pixels from distances of locations: upsamples, blends overlapping tiles, and smooths."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focus_ray.density.tiles import Tiles
+
+
+class AnomalyMapGenerator(NamedTuple):
+    """Computes anomaly maps by one matrix product per side, because all steps are linear and separable.
+
+    rows: (H, h), from h locations down to H pixels down a whole image.
+    columns: (W, w), from w locations across to W pixels across a whole image.
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def for_tiles(
+        cls, tiles: Tiles, locations_per_side: int, sigma_px: float, device: torch.device | str = "cpu"
+    ) -> AnomalyMapGenerator:
+        """Builds the generator for images in tiles.
+
+        Args:
+            locations_per_side: locations along one side of a tile.
+            sigma_px: standard deviation of the Gaussian that smooths the map after the tiles are blended.
+        """
+        upsampled = upsample(locations_per_side, tiles.side_px)
+        return cls(
+            *(
+                smooth(blend(upsampled, count, tiles.overlap_px), sigma_px).float().contiguous().to(device)
+                for count in (tiles.rows, tiles.columns)
+            )
+        )
+
+    def __call__(self, distance: Tensor) -> Tensor:
+        """Computes anomaly maps (B, H, W) from distances (B, h, w)."""
+        return self.rows @ distance @ self.columns.t()
+
+    def subsampled(self, step_px: int) -> AnomalyMapGenerator:
+        """Returns a generator that computes only every `step_px`-th row and column of the map."""
+        return AnomalyMapGenerator(*(matrix[step_px // 2 :: step_px] for matrix in self))
+
+
+def blend(tile: Tensor, count: int, overlap_px: int) -> Tensor:
+    """Builds the matrix of `count` overlapping tiles along one side from the matrix of one tile.
+
+    In an overlap, the weight of one tile falls linearly from 1 to 0 while the weight of the next rises; weights add up to 1.
+
+    Args:
+        tile: (S, h), from h locations to S pixels.
+        overlap_px: pixels that two neighbouring tiles share.
+
+    Returns: (count (S - overlap_px) + overlap_px, count h).
+    """
+    side_px, num_locations = tile.shape
+    if count == 1:
+        return tile
+    step = side_px - overlap_px
+    fade_in = (torch.arange(overlap_px, dtype=tile.dtype) + 0.5) / max(1, overlap_px)
+    matrix = tile.new_zeros(count * step + overlap_px, count * num_locations)
+    for number in range(count):
+        weight = tile.new_ones(side_px)
+        if number > 0:
+            weight[:overlap_px] = fade_in
+        if number < count - 1:
+            weight[side_px - overlap_px :] = fade_in.flip(0)
+        matrix[number * step : number * step + side_px, number * num_locations : (number + 1) * num_locations] = (
+            weight[:, None] * tile
+        )
+    return matrix
+
+
+def upsample(num_locations: int, size_px: int) -> Tensor:
+    """Returns the matrix (size_px, num_locations), float64, of bilinear upsampling along one side."""
+    identity = torch.eye(num_locations, dtype=torch.float64)
+    return F.interpolate(identity[None], size=size_px, mode="linear", align_corners=False)[0].t()
+
+
+def smooth(matrix: Tensor, sigma_px: float) -> Tensor:
+    """Smooths each column of a matrix (size_px, n) by a Gaussian, cut at 4 sigma and mirrored at the border."""
+    if sigma_px == 0:
+        return matrix
+    radius = min(int(4 * sigma_px + 0.5), len(matrix) - 1)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma_px) ** 2)
+    kernel /= kernel.sum()
+    columns = F.pad(matrix.t()[:, None], (radius, radius), mode="reflect")
+    return F.conv1d(columns, kernel[None, None])[:, 0].t()

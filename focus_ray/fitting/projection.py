@@ -1,0 +1,463 @@
+"""Learns the discriminant projection [ours]: directions in which defects differ from normal patches, but normal patches do not.
+
+For each patch of a normal image, the nearest neighbour is searched around its location in the other normal images. The difference
+between the two is the residual. It shows how normal patches differ from each other. The residual of a patch with a synthetic
+defect shows how a defective patch differs. Two scatter matrices are computed, `Sn` of normal and `Sd` of defective residuals. The
+generalised eigenproblem `Sd v = lambda Sn v` gives the directions in the order of the ratio of these two variances (Fisher's
+discriminant, on differences). Each direction is scaled by sqrt(log lambda), to first order the weight that a likelihood ratio of
+the two zero-mean Gaussians gives to it.
+
+Real defects differ from synthetic ones. So only half of the channels are learnt directions. The other half is a random projection
+that is whitened by the normal covariance and prefers no kind of defect. Both halves are scaled to the same mean square of normal
+residuals.
+
+Both scatter matrices are sums over images. Each worker sums over its own images, and one all-reduce adds the sums, so the result
+does not depend on the number of workers, up to rounding. There is no gradient descent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from focus_ray.config import DensityConfig
+from focus_ray.density.base import sample_evenly
+from focus_ray.density.nearest import whitening_matrix
+from focus_ray.density.relations import Relations, fold_numbers
+from focus_ray.density.tiles import Tiles
+from focus_ray.evaluation.defects import overlaid, synthetic_validation_set
+from focus_ray.fitting.distributed import gather_rows, worker_range, world_size
+from focus_ray.fitting.duplicates import ImageOrigins, find_relations
+from focus_ray.fitting.scoring import describe_embedding, embed_tiles, shown_locations, to_images
+from focus_ray.model.alignment.theta import warp
+from focus_ray.model.network import FocusNet
+from focus_ray.model.reduction import ChannelReduction
+from focus_ray.progress import track
+from focus_ray.seeds import derive_seed
+
+MAX_NEIGHBOURS = 64  # images (or tiles, if images have tiles) among which nearest neighbours are searched
+MIN_TILED_IMAGES = 32  # take tiles from at least this many images
+MAX_QUERIES = 32  # images whose residuals are computed if there are more images than `MAX_NEIGHBOURS`
+NUM_DEFECTS = 192  # approximate number of synthetic defects, 3 to 8 per image
+RIDGE = 0.5  # added to the diagonal of Sn, as a share of its mean
+SEARCH_RIDGE = 2.0  # added to the diagonal of the covariance for the neighbour search, as a share of its mean
+WHITENED_SHARE = 0.5  # share of channels that are a whitened random projection, for defects unlike the synthetic ones
+NUM_FOLDS = 5  # of images; each fold is calibrated with a projection that has not seen it
+_IMAGES_AT_ONCE = 8
+_IMAGES_AT_ONCE_FP32 = 16  # images whose features of all channels are in memory in float32 at the same time
+COVERED_SHARE = 0.5  # a location counts as defective if a defect covers a larger share of its area
+
+
+class DiscriminantProjection(NamedTuple):
+    """The learnt projection from C to k channels, and data for the calibration; tensors are on the device of the fit.
+
+    projection: (k, C) float32, for `ChannelReduction.projection`; a learnt row is 0 if its lambda is at most 1.
+    scatters: (2, C, C) float32, scatter per patch of normal and of defective residuals. The defective one is 0 if the directions
+        come from a shared metric.
+    fold_projections: (NUM_FOLDS, k, C), projections learnt without the images of each fold; None if they were not needed.
+    embeddings: (N, C, H, W) float16 on the CPU, of all images, maps of tiles joined; None without `fold_projections`.
+    cache: embeddings of this worker's images, so that their statistics need no second pass.
+    fold_of: (N,) int64, fold of each image; images that show one part are in one fold. None without `fold_projections`.
+    """
+
+    projection: Tensor
+    scatters: Tensor
+    fold_projections: Tensor | None = None
+    embeddings: Tensor | None = None
+    cache: CachedEmbeddings | None = None
+    fold_of: Tensor | None = None
+
+
+class CachedEmbeddings(NamedTuple):
+    """Embeddings of n images, before the projection.
+
+    row: row of each image in the tensors, by the number of the image over all workers.
+    full: (n, C, H, W) float16 on the CPU, all channels of whole images.
+    coreset: (n, K, H, W) float16 on the CPU, channels for the coreset.
+    thetas: (n, 2, 3), alignment of each image; None without image alignment.
+    """
+
+    row: dict[int, int]
+    full: Tensor
+    coreset: Tensor
+    thetas: Tensor | None
+
+    def embedding(self, numbers: Sequence[int], projection: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns the same as `scoring.embed` for B images, up to the rounding of float16.
+
+        Args:
+            numbers: B image numbers.
+            projection: (k, C).
+
+        Returns: embedding (B, k + K, H, W); theta (B, 2, 3), or None.
+        """
+        rows, device = [self.row[number] for number in numbers], projection.device
+        projected = F.conv2d(self.full[rows].to(device, torch.float32), projection[:, :, None, None])
+        embedding = torch.cat([projected, self.coreset[rows].to(device, torch.float32)], dim=1)
+        return embedding, None if self.thetas is None else self.thetas[rows].to(device)
+
+
+def build_full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
+    """Builds a reduction with the settings and coreset channels of `reduction`, but that keeps all channels of the levels."""
+    full_reduction = ChannelReduction(channels, reduction.config.model_copy(update={"reduction": "none"}), 0)
+    if full_reduction.num_coreset_channels:
+        full_reduction.coreset_projection.copy_(reduction.coreset_projection)
+    return full_reduction
+
+
+def choose_projection_images(num_images: int, num_tiles: int) -> set[int]:
+    """Chooses the numbers of the images from which a projection is learnt; each image has `num_tiles` tiles."""
+    return sample_evenly(num_images, max(MIN_TILED_IMAGES, MAX_NEIGHBOURS // num_tiles))
+
+
+@torch.no_grad()
+def learn_projection(
+    net: FocusNet,
+    reduction: ChannelReduction,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    num_images: int,
+    numbers: Sequence[int],
+    seed: int,
+    shared: Tensor | None = None,
+    with_folds: bool = False,
+    origins: ImageOrigins | None = None,
+    log: Callable[[str], None] = lambda message: None,
+) -> DiscriminantProjection:
+    """Learns the projection of a `discriminant` reduction; the result is the same on every worker.
+
+    Args:
+        batches: this worker's share of the images of `choose_projection_images`, uint8 (B, H, W, C).
+        num_images: number of training images of all workers, chosen or not.
+        numbers: number, over all workers, of each image of the batches.
+        shared: (2, C, C), scatter matrices of other categories. The directions then come from them, without synthetic defects.
+        with_folds: also compute the projections without each fold of images. This is done only if all images are used, their
+            number is at least 2 NUM_FOLDS, and `shared` is None.
+        origins: origins of the chosen images of all workers, in order. Neighbours are then searched only among images of other
+            parts. None: every image shows a different part.
+
+    Raises: ValueError: fewer than two images.
+    """
+    net.eval()
+    tiles = Tiles.from_config(net.config)
+    size = net.config.image_size_px
+    own_parts = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
+    own_parts += [_with_shown_channel(tiles.cut_batch(image)) for batch in batches for image in batch.split(1)]
+    own_images = torch.cat(own_parts)  # (n, S, S, 4), tiles count as images
+    full_reduction = build_full_reduction(reduction, net.backbone.spec.channels).to(device)
+    # every worker needs all chosen images, because synthetic defects contain pieces of other images
+    images = gather_rows(own_images, device)
+    embedding, theta = _embed_all_channels(net, full_reduction, own_images, device)
+    num_channels = full_reduction.num_channels
+    full, coreset = embedding.cpu().split([num_channels, full_reduction.num_coreset_channels], dim=1)
+    rows = {number: row for row, number in enumerate(numbers)}
+    cache = CachedEmbeddings(rows, tiles.join(full), tiles.join(coreset), theta)
+    bank = gather_rows(full, device)
+    scored = gather_rows(_scored_locations(own_images[..., 3], theta, bank.shape[2], device).byte().cpu(), device) > 0
+    if len(images) < 2:
+        raise ValueError(
+            f"density.reduction=discriminant needs at least 2 normal images, got {len(images)}: add training images"
+        )
+    relations = None
+    if origins is not None:
+        # same_part_distance was measured on the channels of the coreset and is not valid for all channels
+        origins = origins if coreset.shape[1] else origins._replace(same_part_distance=None)
+        compared = tiles.join(gather_rows(coreset if coreset.shape[1] else full, device))
+        relations = find_relations(describe_embedding(compared), origins)
+    scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles, relations)
+    queries = _choose_queries(len(images), tiles.num_tiles, use_all=len(images) == num_images)
+    own_queries = worker_range(len(queries))
+    defects_per_image = max(3, min(8, -(-NUM_DEFECTS // len(queries))))
+    query_images = images[queries, ..., :3].numpy()
+    foregrounds: dict[int, NDArray[np.bool_]] = {}
+    groups = [own_queries[start : start + _IMAGES_AT_ONCE] for start in range(0, len(own_queries), _IMAGES_AT_ONCE)]
+    for group in track(groups, "metric: images with defects", len(own_queries), log, count=len):
+        group_images = torch.tensor([queries[number] for number in group])
+        scatter.add_normal(group_images, scored[group_images].to(device))
+        if shared is not None:
+            continue
+        copies, masks, sources = _paint_defects(
+            query_images, group, derive_seed(seed, "metric"), defects_per_image, foregrounds
+        )
+        source_images = torch.tensor(queries)[sources]
+        masks &= images[source_images, ..., 3].numpy() > 0
+        embedding, theta = _embed_all_channels(net, full_reduction, torch.from_numpy(copies), device)
+        covered = _covered_locations(masks, theta, bank.shape[2], device)
+        for part in torch.arange(len(copies)).split(_IMAGES_AT_ONCE):
+            scatter.add_defective(embedding[part, :num_channels].float(), source_images[part], covered[part])
+    projection, scatters = scatter.compute_projection(reduction.num_channels, shared)
+    num_used = len(queries) if tiles.num_tiles == 1 else len(images) // tiles.num_tiles
+    if not with_folds or shared is not None or num_used < num_images or num_images < 2 * NUM_FOLDS:
+        return DiscriminantProjection(projection, scatters, cache=cache)
+    fold_projections = scatter.compute_fold_projections(reduction.num_channels)
+    return DiscriminantProjection(projection, scatters, fold_projections, tiles.join(bank), cache, scatter.fold_of)
+
+
+def _paint_defects(
+    images: NDArray[np.uint8],
+    numbers: Iterable[int],
+    seed: int,
+    defects_per_image: int,
+    foregrounds: dict[int, NDArray[np.bool_]],
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[int]]:
+    """Paints synthetic defects on copies of the images with these numbers.
+
+    Args: foregrounds: cache of the images' foregrounds, by number; new ones are added.
+
+    Returns: copies (M, S, S, 3), masks (M, S, S) of the defects, and the number of the image that each copy shows.
+    """
+    painted, masks, sources = [], [], []
+    for number in numbers:
+        only = range(number, number + 1)
+        copies, covered, _ = synthetic_validation_set(images, seed, defects_per_image, only, foregrounds)
+        combined, covered = overlaid(images[number], copies, covered)
+        painted.append(combined)
+        masks.append(covered)
+        sources += [number] * len(combined)
+    return np.concatenate(painted), np.concatenate(masks), sources
+
+
+def _embed_all_channels(
+    net: FocusNet, full_reduction: ChannelReduction, images: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Computes embeddings (B, C + K, H, W) float16 with all channels, and theta (B, 2, 3) or None.
+
+    The result for an image does not depend on the number of workers.
+    """
+    if not len(images):
+        side = net.config.image_size_px // net.config.place_px(full_reduction.config)
+        channels = full_reduction.num_channels + full_reduction.num_coreset_channels
+        return torch.empty(0, channels, side, side, device=device, dtype=torch.float16), None
+    parts = [
+        embed_tiles(net, full_reduction, to_images(part, device), pad_batches=True)
+        for part in images.split(_IMAGES_AT_ONCE_FP32)
+    ]
+    thetas = [theta for _, theta in parts if theta is not None]
+    return torch.cat([embedding.half() for embedding, _ in parts]), torch.cat(thetas) if thetas else None
+
+
+def _with_shown_channel(images: Tensor) -> Tensor:
+    """Returns images (B, S, S, 4); the fourth channel is above 0 at pixels that are scored (`data.framing`), else everywhere."""
+    return images if images.shape[3] > 3 else F.pad(images, (0, 1), value=255)
+
+
+def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]:
+    """Chooses the numbers of the images, or tiles, whose residuals are computed.
+
+    Tiles are chosen at random, because every n-th tile could be the same tile of each image.
+
+    Args: use_all: choose all images; calibration by folds needs the residuals of all images.
+    """
+    if num_tiles == 1:
+        return sorted(sample_evenly(num_images, num_images if use_all else MAX_QUERIES))
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
+    return sorted(order[:MAX_NEIGHBOURS].tolist())
+
+
+def _scored_locations(shown: Tensor, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
+    """Returns the locations (B, side, side), bool, of the aligned frame whose pixels (B, S, S) are shown (above 0)."""
+    one_tile = Tiles(1, 1, shown.shape[1], 0)
+    return shown_locations(shown.to(device) > 0, theta, one_tile, (side, side))
+
+
+def _covered_locations(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
+    """Returns the locations (B, side, side), bool, of the aligned frame that defects cover; masks: (B, S, S)."""
+    defects = torch.from_numpy(masks).float()[:, None].to(device)
+    if theta is not None:
+        defects = warp(defects, theta, "zeros")
+    return F.adaptive_avg_pool2d(defects, side)[:, 0] > COVERED_SHARE
+
+
+class ResidualScatter:
+    """Adds up the scatter matrices of normal and defective residuals, and computes projections from them.
+
+    Args:
+        bank: (N, C, H, W), all channels of normal images, among which neighbours are searched; any float type. Tiles count as
+            images.
+        config: its window is the number of locations around a patch in which neighbours are searched.
+        seed: of the random projection in which neighbours are searched.
+        tiles_per_image: number of tiles of an image; its tiles are consecutive in the bank.
+        relations: between images, not tiles; None: no two images are related.
+
+    Attributes:
+        fold_of: (number of images,) int64, fold of each image; images that show one part are in one fold.
+        search: (K, C), whitened random projection in which neighbours are searched.
+        reduced_LKN, squares_LN: the bank in this projection, and the squared norms of its rows.
+        sums: (NUM_FOLDS, 2, C, C), sums of outer products of residuals, normal and defective, of the images of each fold.
+        counts: (NUM_FOLDS, 2), numbers of residuals.
+    """
+
+    def __init__(
+        self,
+        bank: Tensor,
+        config: DensityConfig,
+        seed: int,
+        tiles_per_image: int = 1,
+        relations: Relations | None = None,
+    ) -> None:
+        self.bank, self.window, self.tiles_per_image = bank, config.window, tiles_per_image
+        num_images = len(bank) // tiles_per_image
+        groups = torch.arange(num_images) if relations is None else relations.groups
+        self.fold_of = fold_numbers(groups, NUM_FOLDS)
+        self.relations = None if relations is None else relations.repeat(tiles_per_image)
+        channels = bank.shape[1]
+        generator = torch.Generator().manual_seed(derive_seed(seed, "metric's search"))
+        num_search = min(config.num_channels, channels)
+        basis = torch.linalg.qr(torch.randn(channels, num_search, generator=generator, dtype=torch.float64)).Q
+        search = basis.t().float().to(bank.device)
+        # covariance within locations of the bank, in the random projection
+        reduced = torch.stack([search @ image.flatten(1).float() for image in bank])  # (N, K, L)
+        centred = (reduced - reduced.mean(dim=0)).transpose(1, 2).reshape(-1, num_search)
+        covariance = centred.t() @ centred / max(1, (len(bank) - 1) * bank.shape[2] * bank.shape[3])
+        ridge = SEARCH_RIDGE * float(covariance.diagonal().mean())
+        self.search = whitening_matrix(covariance, max(ridge, 1e-12)) @ search  # (K, C)
+        reduced = torch.stack([self.search @ image.flatten(1).float() for image in bank]).permute(2, 1, 0)
+        self.reduced_LKN, self.squares_LN = reduced.contiguous(), reduced.square().sum(dim=1)
+        self.sums = torch.zeros(NUM_FOLDS, 2, channels, channels, dtype=torch.float64, device=bank.device)
+        self.counts = torch.zeros(NUM_FOLDS, 2, dtype=torch.float64, device=bank.device)
+
+    def add_normal(self, images: Tensor, scored: Tensor | None = None) -> None:
+        """Adds the normal residuals of images of the bank.
+
+        Args:
+            images: (B,), numbers in the bank.
+            scored: (B, H, W) bool, locations to use; None: all.
+        """
+        residuals = self._compute_residuals(self.bank[images].float(), images)
+        self._add(0, residuals, images, scored)
+
+    def add_defective(self, embedding: Tensor, images: Tensor, covered: Tensor) -> None:
+        """Adds the residuals of copies with synthetic defects.
+
+        Args:
+            embedding: (B, C, H, W), of the copies.
+            images: (B,), numbers in the bank of the images that were copied.
+            covered: (B, H, W) bool, locations that a defect covers; only these are added.
+        """
+        self._add(1, self._compute_residuals(embedding, images), images, covered)
+
+    def _add(self, kind: int, residuals: Tensor, images: Tensor, used: Tensor | None) -> None:
+        """Adds residuals (B, H, W, C) at the used locations (B, H, W) to the normal (kind 0) or defective (kind 1) sums."""
+        for number, image in enumerate(residuals):
+            fold = int(self.fold_of[int(images[number]) // self.tiles_per_image])
+            rows = (image.flatten(0, 1) if used is None else image[used[number]]).double()
+            self.sums[fold, kind] += rows.t() @ rows
+            self.counts[fold, kind] += len(rows)
+
+    def compute_projection(self, num_channels: int, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Adds up the sums of all workers and computes the projection; call it once.
+
+        Args: shared: (2, C, C), scatter matrices that replace the own ones for the learnt directions; None: the own ones.
+
+        Returns: `projection` and `scatters` of `DiscriminantProjection`, on the bank's device.
+        """
+        if world_size() > 1:
+            for total in (self.sums, self.counts):
+                dist.all_reduce(total)
+        mean = self.sums.sum(dim=0) / self.counts.sum(dim=0).clamp_min(1)[:, None, None]
+        return self._build_projection(num_channels, mean, mean if shared is None else shared.to(mean)), mean.float()
+
+    def compute_fold_projections(self, num_channels: int) -> Tensor:
+        """Computes `DiscriminantProjection.fold_projections`. Call it after `compute_projection`, which joins all workers."""
+        sums, counts = self.sums.sum(dim=0) - self.sums, self.counts.sum(dim=0) - self.counts
+        means = sums / counts.clamp_min(1)[:, :, None, None]
+        return torch.stack([self._build_projection(num_channels, mean, mean) for mean in means])
+
+    def _build_projection(self, num_channels: int, scale_scatters: Tensor, direction_scatters: Tensor) -> Tensor:
+        """Builds a projection (k, C): learnt directions, then the whitened random projection.
+
+        Args:
+            scale_scatters: (2, C, C); the normal one sets the scale of both halves.
+            direction_scatters: (2, C, C), from which the directions are learnt.
+        """
+        num_whitened = int(WHITENED_SHARE * num_channels)
+        learnt = discriminant_directions(direction_scatters[0], direction_scatters[1], num_channels - num_whitened)
+        projection = torch.cat(
+            [_scale_to_unit(learnt, scale_scatters[0]), _scale_to_unit(self.search[:num_whitened], scale_scatters[0])]
+        )
+        if world_size() > 1:  # different machines may give an eigenvector the opposite sign
+            dist.broadcast(projection, 0)
+        return projection
+
+    def _compute_residuals(self, embedding: Tensor, images: Tensor) -> Tensor:
+        """Subtracts from each patch its nearest neighbour in other images of the bank.
+
+        Args:
+            embedding: (B, C, H, W).
+            images: (B,), numbers in the bank of the images that are shown; they and their related images are excluded.
+
+        Returns: residuals (B, H, W, C).
+        """
+        batch, _, height, width = embedding.shape
+        window, reach = self.window, self.window // 2
+        query = (self.search @ embedding.flatten(2)).permute(2, 0, 1).unflatten(0, (height, width))  # (H, W, B, K)
+        padded = F.pad(query, [0, 0, 0, 0, reach, reach, reach, reach])
+        # one product compares the bank of a location with all queries around it: the bank, by far the larger, is read only once
+        around = padded.unfold(0, window, 1).unfold(1, window, 1).permute(0, 1, 4, 5, 2, 3)  # (H, W, w, w, B, K)
+        # (L, w * w * B, N): |q - b|^2 - |q|^2 = |b|^2 - 2 q b
+        distance = torch.baddbmm(
+            self.squares_LN[:, None], around.reshape(height * width, -1, query.shape[3]), self.reduced_LKN, alpha=-2
+        )
+        excluded = images if self.relations is None else self.relations.relatives(images)
+        image_numbers = torch.arange(batch)[:, None].expand(batch, excluded.view(batch, -1).shape[1])
+        distance.view(height * width, window**2, batch, -1)[
+            :, :, image_numbers, excluded.view(batch, -1).to(query.device)
+        ] = torch.inf
+        value, image = (minimum.view(height, width, window, window, batch) for minimum in distance.min(dim=2))
+        best = query.new_full((height, width, batch), torch.inf)
+        nearest = torch.zeros(height, width, batch, dtype=torch.long, device=query.device)
+        y, x = torch.zeros_like(nearest), torch.zeros_like(nearest)
+        down_all = torch.arange(height, device=query.device)[:, None, None].expand_as(nearest)
+        right_all = torch.arange(width, device=query.device)[None, :, None].expand_as(nearest)
+        for offset in range(window**2):
+            down, right = (number - reach for number in divmod(offset, window))
+            # compare the query at (r + down, c + right) with the bank of (r, c), as far as both are inside the map
+            at_query = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
+            at_bank = slice(max(-down, 0), height + min(-down, 0)), slice(max(-right, 0), width + min(-right, 0))
+            candidate = value[at_bank][:, :, down + reach, right + reach]
+            is_closer = candidate < best[at_query]
+            for target, update in (
+                (best, candidate),
+                (nearest, image[at_bank][:, :, down + reach, right + reach]),
+                (y, down_all[at_bank]),
+                (x, right_all[at_bank]),
+            ):
+                target[at_query] = torch.where(is_closer, update, target[at_query])
+        neighbour = self.bank.permute(0, 2, 3, 1)[nearest, y, x].float()  # (H, W, B, C)
+        return (embedding.permute(2, 3, 0, 1) - neighbour).permute(2, 0, 1, 3)
+
+
+def _scale_to_unit(rows: Tensor, normal: Tensor) -> Tensor:
+    """Scales rows (k, C) by one factor, so that normal residuals with scatter (C, C) have a mean squared norm of 1 in them."""
+    square = torch.einsum("kc,cd,kd->", rows.double(), normal, rows.double())
+    return rows / square.clamp_min(1e-24).sqrt().float()
+
+
+def discriminant_directions(normal: Tensor, defective: Tensor, num_channels: int) -> Tensor:
+    """Computes the scaled leading eigenvectors of `defective v = lambda normal v`.
+
+    Args:
+        normal, defective: (C, C), scatter per patch.
+
+    Returns: (num_channels, C) float32, rows v^T sqrt(log lambda), largest lambda first; a row with lambda <= 1 is 0.
+    """
+    channels = len(normal)
+    ridge = RIDGE * normal.diagonal().mean().clamp_min(1e-12)
+    # with normal = R R^T, this is the ordinary eigenproblem of R^-1 defective R^-T, whose eigenvectors are R^T v
+    root = torch.linalg.cholesky(normal + ridge * torch.eye(channels, dtype=normal.dtype, device=normal.device))
+    half = torch.linalg.solve_triangular(root, defective, upper=False)
+    balanced = torch.linalg.solve_triangular(root, half.t(), upper=False)
+    values, vectors = torch.linalg.eigh((balanced + balanced.t()) / 2)
+    order = values.argsort(descending=True)[:num_channels]
+    weights = values[order].clamp_min(1.0).log().sqrt()
+    directions = torch.linalg.solve_triangular(root.t(), vectors[:, order], upper=True)
+    rows = normal.new_zeros(num_channels, channels)
+    rows[: len(order)] = (directions * weights).t()
+    return rows.float()
