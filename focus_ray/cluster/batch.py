@@ -15,9 +15,9 @@ from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.measuring import PART_IMAGES, Rows, cut_rows
 from focus_ray.cluster.connect import connect
-from focus_ray.cluster.pool import Failed
+from focus_ray.cluster.pool import Failed, WorkerPool
 from focus_ray.cluster.preflight import probe_nodes
-from focus_ray.cluster.scorers import Scorers
+from focus_ray.cluster.scoring import load_inspector, scoring_pool
 from focus_ray.data.prefetch import prefetch
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.data.schema import Row
@@ -75,10 +75,6 @@ class BatchPiece:
     first: int
     rows: Rows
 
-    @property
-    def bundle(self) -> str:
-        return self.job.bundle
-
 
 @dataclass
 class Counts:
@@ -126,14 +122,13 @@ def findings(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
 
 
-def inspect_piece(piece: BatchPiece, inspector: Inspector) -> Counts:
-    """Inspects a part and writes its file, whole; done again, it writes the same file again.
+def inspect_piece(piece: BatchPiece) -> Counts:
+    """Inspects a part and writes its result file. A repeated call writes the same file again.
 
-    Raises: DataError: the bundle was replaced, or the images' version is gone.
+    Raises: DataError: the bundle was replaced, or the version of the images was deleted.
     """
     job = piece.job
-    if inspector.bundle.version != job.version:
-        raise DataError(f"{job.bundle}: replaced since the inspection began: inspect again")
+    inspector = load_inspector(job.bundle, job.version)
     tables = []
     waiting: list[Row] = []
     records = read_rows(job.data, job.category, piece.rows, columns=(*_GIVEN, "image"), version=job.commit)
@@ -288,11 +283,10 @@ def inspect_dataset(
     private = connect()
     probe_nodes([], [output])
     batch = Batch(bundles, uri, output, split, batch_size, part_images, log)
-    pool: Scorers[BatchPiece] = Scorers(num_actors, private, log)
-    try:
-        pool.run(inspect_piece, batch.more, batch.done)
-    finally:
-        pool.close()
+    workers: WorkerPool[BatchPiece] = scoring_pool(num_actors, private, log)
+    with workers as pool:
+        for piece, outcome in pool.run(inspect_piece, batch.more):
+            batch.done(piece, outcome)
     if batch.failed:
         raise DataError(
             f"{len(batch.failed)} of {len(bundles)} categories failed; "

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from focus_ray.bundle.bundle import MANIFEST
-from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.measuring import (
     CATEGORIES,
     PART_IMAGES,
@@ -28,10 +27,10 @@ from focus_ray.bundle.measuring import (
     write_record,
 )
 from focus_ray.cluster.connect import connect, runs_here
-from focus_ray.cluster.pool import Failed
+from focus_ray.cluster.pool import Failed, WorkerPool
 from focus_ray.cluster.preflight import probe_nodes
 from focus_ray.cluster.recording import evaluation_recorder, record_results
-from focus_ray.cluster.scorers import Bundles, Scorers
+from focus_ray.cluster.scoring import load_inspector, scoring_pool
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import FocusRayError
 from focus_ray.progress import Progress
@@ -76,13 +75,16 @@ class Piece:
     parts: dict[int, Rows]
     total: Any = None
 
-    @property
-    def bundle(self) -> str:
-        return self.job.bundle
 
+def run_piece(piece: Piece, tell: Callable[[], None] = lambda: None) -> Any:
+    """Returns: of a part, `Part`; else the figures, which are then written with their part of the page.
 
-def run_piece(piece: Piece, inspector: Inspector, tell: Callable[[], None] = lambda: None) -> Any:
-    """Returns: of a part, `Part`; else the figures, which are then written with their part of the page."""
+    Args:
+        tell: is called after each scored image.
+
+    Raises: BundleError, DataError: the bundle or an image cannot be used.
+    """
+    inspector = load_inspector(piece.job.bundle, piece.job.version)
     if piece.kind == "part":
         ((first, rows),) = piece.parts.items()
         return measure_part(inspector, piece.job, first, rows, tell)
@@ -181,7 +183,7 @@ class Evaluation:
             return
         if isinstance(outcome, Failed):
             self._save(category)
-            self._finish(category, {"error": outcome.reason, "bundle": piece.bundle})
+            self._finish(category, {"error": outcome.reason, "bundle": piece.job.bundle})
         elif piece.kind == "part":
             (first,) = piece.parts
             total, waiting = self._sums[category], self._waiting[category]
@@ -308,31 +310,20 @@ def _run(evaluation: Evaluation, num_workers: int | None) -> None:
         private = connect()
         one = next(iter(evaluation.bundles.values()))  # they lie together
         probe_nodes([join(one, MANIFEST)], [evaluation.settings.output])
-        pool: Scorers[Piece] = Scorers(num_workers, private, evaluation.log)
-        try:
-            pool.run(run_piece, evaluation.more, _counting(evaluation))
-        finally:
-            pool.close()
+        workers: WorkerPool[Piece] = scoring_pool(num_workers, private, evaluation.log)
+        with workers as pool:
+            progress = Progress("scoring", 0, evaluation.log)
+            for piece, outcome in pool.run(run_piece, evaluation.more):
+                progress.total = evaluation.to_score  # over all categories that have begun
+                progress.add(sum(len(rows) for rows in piece.parts.values()))
+                evaluation.done(piece, outcome)
 
 
 def _run_here(evaluation: Evaluation) -> None:
-    held = Bundles(1)
     while (piece := evaluation.more()) is not None:
         progress = evaluation.progress
         try:
-            outcome = run_piece(piece, held.get(piece.bundle), progress.add if progress is not None else lambda: None)
+            outcome = run_piece(piece, progress.add if progress is not None else lambda: None)
         except FocusRayError as error:
-            outcome = Failed(str(error))
+            outcome = Failed(str(error), error)
         evaluation.done(piece, outcome)
-
-
-def _counting(evaluation: Evaluation) -> Callable[[Piece, Any], None]:
-    """Takes results of workers, and tells how far they are, over all categories that were begun."""
-    progress = Progress("scoring", 0, evaluation.log)
-
-    def done(piece: Piece, outcome: Any) -> None:
-        progress.total = evaluation.to_score
-        progress.add(sum(len(rows) for rows in piece.parts.values()))
-        evaluation.done(piece, outcome)
-
-    return done

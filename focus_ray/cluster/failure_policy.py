@@ -1,6 +1,6 @@
-"""Which failures of a training are worth another attempt: a lost machine is, an error that will come again is not.
+"""Ends a training of Ray Train at once if a retry cannot succeed.
 
-Ray Train has no public place for a policy of one's own (2.60), so this one is put where it makes its own.
+Ray Train 2.60 has no public option for a failure policy, so `install` replaces the function that creates Ray's own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from ray.train.v2.api import data_parallel_trainer
 from focus_ray.cluster.failures import is_retryable
 
 
-class CertainFailurePolicy(DefaultFailurePolicy):
-    """Ray's, but for errors of `CERTAIN`, which end the training at once."""
+class PermanentFailurePolicy(DefaultFailurePolicy):
+    """Ray's policy, except that permanent errors are never retried."""
 
     def make_decision(self, training_failed_error: Any) -> Any:
         if not is_retryable(training_failed_error):
@@ -23,5 +23,5 @@ class CertainFailurePolicy(DefaultFailurePolicy):
 
 
 def install() -> None:
-    """Lets trainers that this process makes from now on use the policy."""
-    data_parallel_trainer.create_failure_policy = CertainFailurePolicy
+    """Makes trainers that this process creates later use `PermanentFailurePolicy`."""
+    data_parallel_trainer.create_failure_policy = PermanentFailurePolicy

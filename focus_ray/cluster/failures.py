@@ -1,4 +1,4 @@
-"""What went wrong, told from all that Ray wraps around it, and whether another attempt may end otherwise. No Ray."""
+"""The cause of a failure without the layers that Ray wraps around it, and whether a retry can succeed. Works without Ray."""
 
 from __future__ import annotations
 
@@ -6,40 +6,42 @@ from collections.abc import Iterator
 
 from focus_ray.errors import BundleError, ConfigError, DataError, StorageError, WeightsError
 
-# what the same settings and data lead to every time, but for a storage, which may be back
-CERTAIN = (ConfigError, DataError, WeightsError, BundleError, FloatingPointError)
+# the same settings and data lead to these errors every time; StorageError is a DataError, but the storage may come back
+PERMANENT_ERRORS = (ConfigError, DataError, WeightsError, BundleError, FloatingPointError)
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Whether another attempt may end otherwise."""
-    found = list(causes(error))
-    away = any(isinstance(one, StorageError) for one in found)
-    return away or not any(isinstance(one, CERTAIN) for one in found)
+    """Returns whether another attempt may succeed."""
+    causes = list(iter_causes(error))
+    if any(isinstance(cause, StorageError) for cause in causes):
+        return True
+    return not any(isinstance(cause, PERMANENT_ERRORS) for cause in causes)
 
 
 def reason_of(error: BaseException) -> str:
-    """The innermost cause's own words, without the traces that Ray wraps around it."""
-    seen: set[int] = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        failures = getattr(error, "worker_failures", None)
-        if failures:
-            error = next(iter(failures.values()))
+    """Returns the type and the last line of the innermost cause, without Ray's traces."""
+    visited: set[int] = set()
+    while id(error) not in visited:
+        visited.add(id(error))
+        worker_errors = getattr(error, "worker_failures", None)
+        if worker_errors:
+            error = next(iter(worker_errors.values()))
         elif getattr(error, "cause", None) is not None:
             error = error.cause  # type: ignore[attr-defined]
         elif error.__cause__ is not None and type(error).__module__.startswith("ray."):
             error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and all that stands behind it, under any of the names that Ray gives it."""
-    waiting, seen = [error], set()
-    while waiting:
-        one = waiting.pop()
-        if one is None or id(one) in seen:
+def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields the error and every error behind it, each once, under all attribute names that Ray uses."""
+    queue, visited = [error], set()
+    while queue:
+        cause = queue.pop()
+        if cause is None or id(cause) in visited:
             continue
-        seen.add(id(one))
-        yield one
-        waiting += getattr(one, "worker_failures", {}).values()
-        waiting += [getattr(one, name, None) for name in ("cause", "_base_exc", "controller_failure", "__cause__")]
+        visited.add(id(cause))
+        yield cause
+        queue += getattr(cause, "worker_failures", {}).values()
+        queue += [getattr(cause, name, None) for name in ("cause", "_base_exc", "controller_failure", "__cause__")]

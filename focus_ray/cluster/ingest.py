@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from focus_ray.cluster.connect import connect
+from focus_ray.cluster.pool import Failed, WorkerPool
 from focus_ray.cluster.preflight import probe_nodes
 from focus_ray.data.ingest import ingest
 from focus_ray.data.ingestion.report import IngestReport
@@ -16,65 +17,43 @@ from focus_ray.storage import is_s3
 
 T = TypeVar("T")
 R = TypeVar("R")
-MAX_RETRIES = 5  # of a task whose worker or node was lost
+MAX_RETRIES = 5  # of a piece whose worker or node was lost
 
 
 class ClusterMapper:
-    """Calls a function for each item in a Ray task of its own.
+    """Calls a function for each item on the workers of a pool.
 
-    Tasks and not Ray Data: a task writes part files under names of its attempt, and exactly the attempt whose answer came must
-    count. A task answers once and whole. A task of Ray Data gives its blocks one by one, and one that is run again after its
-    first block was taken may give the others of another attempt; it also keeps no item's number.
+    Ray Data does not fit here: a worker writes part files under names of its attempt, and the caller must count exactly the
+    attempt that answered. Ray Data yields the blocks of one item singly, and a repeated item may mix blocks of two attempts.
     """
 
     def __init__(self, num_workers: int) -> None:
-        """
-        Args: num_workers: tasks at a time.
-        """
         self.num_workers = num_workers
 
     def __call__(self, function: Callable[[T], R], items: Sequence[T], /) -> Iterator[tuple[int, R]]:
-        """Number of the item, and what the function gave; as they are done.
+        """Yields the number of each item and the result of the function, in the order in which they finish.
 
-        Raises: DataError: the function's own.  TrainingError: the workers of an item kept dying.
+        Raises: DataError: from the function.  TrainingError: an item failed on every attempt.
         """
-        import ray
-
-        # a worker's death, or its node's, runs the task again; an error of the function's own does not
-        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
-        waiting: dict[Any, int] = {}
-        numbers = iter(range(len(items)))
-        try:
-            while True:
-                for number in numbers:
-                    waiting[task.remote(items[number])] = number
-                    if len(waiting) >= self.num_workers:
-                        break
-                if not waiting:
-                    return
-                (done,), _ = ray.wait(list(waiting), num_returns=1)
-                number = waiting.pop(done)
-                yield number, _answer(done)
-        finally:
-            for left in waiting:
-                ray.cancel(left, force=True)
+        numbered_items = iter(enumerate(items))
+        num_workers = min(self.num_workers, len(items))
+        with WorkerPool[tuple[int, T]](num_workers, {"num_cpus": 1}, MAX_RETRIES, lambda line: None) as pool:
+            for (number, _), outcome in pool.run(
+                lambda numbered: function(numbered[1]), lambda: next(numbered_items, None)
+            ):
+                if isinstance(outcome, Failed):
+                    raise _error_of(outcome)
+                yield number, outcome
 
 
-def _answer(reference: Any) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DataError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrainingError(
-            f"the workers of one piece of the source died {MAX_RETRIES + 1} times ({reason}): where memory is short lower "
-            "--workers; what was published stays, and the same command goes on"
-        ) from error
+def _error_of(failed: Failed) -> Exception:
+    """Returns the error of the function itself, or one that says that the workers died."""
+    if isinstance(getattr(failed.error, "cause", None), DataError):
+        return failed.error.cause  # type: ignore[attr-defined,no-any-return]
+    return TrainingError(
+        f"a piece of the source failed on every worker that tried it: {failed.reason}. If memory is short, lower --workers. "
+        "Published data stays, and the same command continues"
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,172 +1,187 @@
-"""A pool of actors that take one piece of work after the other, and may be lost.
+"""A pool of worker actors that take one piece of work after another.
 
-For what needs no process group: a fit without gradients, an evaluation, a batch inspection. A trainer of Ray Train sets up a
-group, a controller and checkpoints for every category; a process that is there takes the next piece at once. What Ray does not do
-for it is small, and here: a lost actor is replaced, and its work given to another, as often as cluster.max_failures says.
+Fits, trainers, evaluation, batch inspection and ingestion all run through it. Ray 2.60 has no feature that does the same:
+
+- A restarted actor keeps its call, so that the piece of a lost node waits for a new node while other workers are idle. Here
+  the piece goes to the next free worker.
+- `ray.util.ActorPool` gives work to actors that have not started, which on an autoscaled cluster may be never.
+- Ray Data ends the whole run when one item fails, and takes its items before it has seen any result.
+- Tasks start a new process for every piece that needs a GPU, which costs the import of torch and a CUDA context each time.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from focus_ray.cluster.connect import resources_per_worker
 from focus_ray.cluster.failures import is_retryable, reason_of
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import TrainingError
+from focus_ray.names import Log
 
-_LISTEN_S = 1.0  # between two looks at what workers tell
-_WAIT_S = 60.0  # without any worker, until that is told
+_POLL_S = 1.0  # between two calls of `listen`
+_NOTICE_S = 60.0  # without a running worker, between two lines that say so
 
-W = TypeVar("W")
+Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
 class Failed:
-    """In place of a result. reason: for people."""
+    """Stands in place of a result. `reason` is for people."""
 
     reason: str
+    error: Exception
 
 
 class _Worker:
-    """Runs as an actor. held: what it keeps from one piece to the next."""
+    """The actor."""
 
-    def __init__(self, start: Callable[[], Any]) -> None:
-        self.held = start()
+    def start(self) -> None:
+        """Answers as soon as the actor runs."""
 
-    def ready(self) -> None:
-        """Answers once the actor lives."""
-
-    def run(self, function: Callable[[Any, Any], Any], work: Any) -> Any:
-        return function(work, self.held)
+    def run(self, function: Callable[[Any], Any], piece: Any) -> Any:
+        return function(piece)
 
 
 @dataclass
-class _Given(Generic[W]):
-    """A piece of work and how often it was tried; work is None where a worker is only asked whether it lives."""
+class _Call(Generic[Piece]):
+    """A call that a worker has not answered. `piece` is None while the worker starts."""
 
-    work: W | None
-    failures: int = 0
-    worker: Any = None
+    worker: Any
+    piece: Piece | None = None
+    num_failures: int = 0
 
 
-class Pool(Generic[W]):
-    """Actors on the cluster that this process has joined; they come as it has room for them."""
+class WorkerPool(Generic[Piece]):
+    """Worker actors on the cluster that this process has joined. Use it as a context: its end stops the actors."""
 
     def __init__(
         self,
-        start: Callable[[], Any],
-        config: ClusterConfig,
-        use_gpu: bool,
         num_workers: int,
-        log: Callable[[str], None],
+        actor_options: dict[str, Any],
+        max_retries: int,
+        log: Log,
         listen: Callable[[], None] = lambda: None,
+        retry_errors: bool = True,
     ) -> None:
         """
         Args:
-            start: makes what an actor keeps from one piece of work to the next.  listen: called about every second.
+            actor_options: options of `ray.remote`, for instance from `options_per_worker`.
+            max_retries: how often a piece is repeated after the loss of its worker, or after an error.
+            listen: is called about once a second.
+            retry_errors: False repeats a piece only after the loss of its worker. Permanent errors are never repeated.
         """
         import ray
 
-        asked = resources_per_worker(config, use_gpu)
-        # not restarted by Ray, which refuses calls meanwhile (2.60): a lost worker is replaced here
-        self._class = ray.remote(
-            num_cpus=asked["CPU"],
-            num_gpus=asked.get("GPU", 0.0),
-            memory=asked.get("memory"),
-            label_selector=dict(config.labels) or None,
-        )(_Worker)
-        self._start, self.max_failures, self.log, self.listen = start, config.max_failures, log, listen
-        self.workers = [self._class.remote(start) for _ in range(num_workers)]
+        self._class = ray.remote(**actor_options)(_Worker)
+        self._workers = [self._class.remote() for _ in range(num_workers)]
+        self._max_retries, self._log, self._listen = max_retries, log, listen
+        self._retry_errors = retry_errors
 
     def run(
-        self,
-        function: Callable[[W, Any], Any],
-        more: Callable[[], W | None],
-        done: Callable[[W, Any], None],
-    ) -> None:
-        """Works until there is no more, and nothing under way.
+        self, function: Callable[[Piece], Any], next_piece: Callable[[], Piece | None]
+    ) -> Iterator[tuple[Piece, Any]]:
+        """Yields each piece with its result, or with `Failed`, until no piece is left and no call is open.
 
         Args:
-            function: of a piece of work and what the worker keeps; done twice, as after a loss, it leaves what it leaves once.
-            more: the next piece; None where there is none now: asked again after each result.
-            done: takes a result, or `Failed`.
+            function: must be idempotent: it may run twice on a piece after a worker was lost.
+            next_piece: returns None if there is no piece at the moment. It is called again after each result.
 
-        Raises: TrainingError: no actor starts.
+        Raises: TrainingError: no worker starts.
         """
         import ray
 
-        again: deque[_Given[W]] = deque()
-        busy: dict[Any, _Given[W]] = {}
-        for worker in self.workers:
-            busy[worker.ready.remote()] = _Given(None, worker=worker)
-        idle: list[Any] = []
-        unborn, told = 0, time.monotonic()
+        shipped_function = ray.put(function)  # once, not with every call
+        retries: deque[_Call[Piece]] = deque()
+        calls: dict[Any, _Call[Piece]] = {worker.start.remote(): _Call(worker) for worker in self._workers}
+        idle_workers: list[Any] = []
+        num_failed_starts, noticed_at = 0, time.monotonic()
         while True:
-            while idle and (given := again.popleft() if again else _given(more())) is not None:
-                given.worker = idle.pop()
-                busy[given.worker.run.remote(function, given.work)] = given
-            working = any(given.work is not None for given in busy.values())
-            if idle and not working and not again:
-                return
-            answered, _ = ray.wait(list(busy), num_returns=1, timeout=_LISTEN_S)
-            self.listen()
-            if not answered and not working and time.monotonic() - told >= _WAIT_S:
-                self.log(f"waiting for room on the cluster for one of {len(self.workers)} worker(s)")
-                told = time.monotonic()
-            for reference in answered:
-                given = busy.pop(reference)
-                try:
-                    result = ray.get(reference)
-                except Exception as error:  # of one piece, which must not end the others
-                    lost = not isinstance(error, ray.exceptions.RayTaskError)
-                    if lost:
-                        new = self._replace(given.worker)
-                        busy[new.ready.remote()] = _Given(None, worker=new)
-                    else:
-                        idle.append(given.worker)
-                    if given.work is not None:
-                        result = self._judge(given, error, again)
-                        if result is not None:
-                            done(given.work, result)
-                    elif (unborn := unborn + 1) > self.max_failures:
-                        raise TrainingError(f"workers do not start: {reason_of(error)}") from error
+            while idle_workers:
+                if retries:
+                    call = retries.popleft()
+                elif (piece := next_piece()) is not None:
+                    call = _Call(None, piece)
                 else:
-                    idle.append(given.worker)
-                    if given.work is not None:
-                        done(given.work, result)
+                    break
+                call.worker = idle_workers.pop()
+                calls[call.worker.run.remote(shipped_function, call.piece)] = call
+            is_working = any(call.piece is not None for call in calls.values())
+            if idle_workers and not is_working and not retries:
+                return
+            answers, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_S)
+            self._listen()
+            if not answers and not is_working and time.monotonic() - noticed_at >= _NOTICE_S:
+                self._log(f"waiting until the cluster has room for one of {len(self._workers)} worker(s)")
+                noticed_at = time.monotonic()
+            for answer in answers:
+                call = calls.pop(answer)
+                try:
+                    result = ray.get(answer)
+                except Exception as error:  # the failure of one piece must not end the others
+                    if isinstance(error, ray.exceptions.RayTaskError):
+                        idle_workers.append(call.worker)
+                    else:  # the worker or its node was lost
+                        worker = self._replace(call.worker)
+                        calls[worker.start.remote()] = _Call(worker)
+                    if call.piece is None:
+                        num_failed_starts += 1
+                        if num_failed_starts > self._max_retries:
+                            raise TrainingError(f"workers do not start: {reason_of(error)}") from error
+                    elif (failure := self._judge(call, error)) is None:
+                        retries.append(call)
+                    else:
+                        yield call.piece, failure
+                else:
+                    idle_workers.append(call.worker)
+                    if call.piece is not None:
+                        yield call.piece, result
 
-    def _judge(self, given: _Given[W], error: Exception, again: deque[_Given[W]]) -> Failed | None:
-        """Puts the work among what is to be done again, or says that it has failed."""
-        given.failures += 1
-        if not is_retryable(error):
-            return Failed(reason_of(error))
-        if given.failures > self.max_failures:
-            tried = f" ({given.failures} times)" if given.failures > 1 else ""
-            return Failed(f"{reason_of(error)}{tried}")
-        self.log(f"once more, by {'another worker' if len(self.workers) > 1 else 'a worker'}: {reason_of(error)}")
-        again.append(given)
-        return None
-
-    def _replace(self, worker: Any) -> Any:
-        """A new worker in the place of one that was lost, or cannot be reached."""
+    def _judge(self, call: _Call[Piece], error: Exception) -> Failed | None:
+        """Returns None if the piece is worth another attempt."""
         import ray
 
-        ray.kill(worker)
-        self.workers.remove(worker)
-        self.workers.append(self._class.remote(self._start))
-        return self.workers[-1]
+        call.num_failures += 1
+        reason = reason_of(error)
+        may_retry = self._retry_errors or not isinstance(error, ray.exceptions.RayTaskError)
+        if may_retry and is_retryable(error) and call.num_failures <= self._max_retries:
+            self._log(f"retry {call.num_failures} of {self._max_retries}: {reason}")
+            return None
+        attempts = f" ({call.num_failures} attempts)" if call.num_failures > 1 else ""
+        return Failed(reason + attempts, error)
 
-    def close(self) -> None:
-        """Ends the actors."""
+    def _replace(self, lost_worker: Any) -> Any:
+        """Starts a worker in place of one that was lost or cannot be reached, and returns it."""
         import ray
 
-        for worker in self.workers:
+        ray.kill(lost_worker)
+        self._workers.remove(lost_worker)
+        self._workers.append(self._class.remote())
+        return self._workers[-1]
+
+    def __enter__(self) -> WorkerPool[Piece]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import ray
+
+        for worker in self._workers:
             ray.kill(worker)
 
 
-def _given(work: W | None) -> _Given[W] | None:
-    return None if work is None else _Given(work)
+def options_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, Any]:
+    """Options of `ray.remote` with the resources and node labels of one worker of the configuration."""
+    resources = resources_per_worker(config, use_gpu)
+    return {
+        "num_cpus": resources["CPU"],
+        "num_gpus": resources.get("GPU", 0.0),
+        "memory": resources.get("memory"),
+        "label_selector": dict(config.labels) or None,
+    }

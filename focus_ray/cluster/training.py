@@ -19,10 +19,9 @@ import torch
 from focus_ray.bundle.make import STATE_FILE, bundle_place, make_bundle, set_reproducible, train_here
 from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, uses_gpu
-from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.messages import Messages, epoch_callback
 from focus_ray.cluster.ownership import Heartbeat, check_resumable, write_fingerprints
-from focus_ray.cluster.pool import Failed, Pool
+from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
 from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
 from focus_ray.config import Config, config_to_yaml, mapping_of, parse_config
@@ -56,7 +55,7 @@ from focus_ray.tracking.runs import CLAIM, TrainingRecorder
 RUN_CONFIG = "config.yaml"
 # settings that change how a run goes, not what comes of a category
 _FREE = ("cluster.", "trackers", "data.memory_budget_mb", "data.categories", "train.checkpoint_every_epochs")
-_LISTEN_S = 1.0  # between two looks at what workers tell
+MAX_TRAINER_RESTARTS = 2  # of the process that waits for a trainer; Ray Train itself repeats what its workers lost
 SHARED_METRIC = "metric.safetensors"
 
 
@@ -139,7 +138,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         state = "failed"
         try:
             mine = [splits[c] for c in todo]
-            run = train_here if here else functools.partial(_run_all, limit=limit)
+            run = train_here if here else functools.partial(_train_on_cluster, limit=limit)
             failed = run(config, mine, root, log, told=told)
             state = "failed" if failed else "finished"
         finally:
@@ -170,7 +169,7 @@ def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: C
         streams,
         log,
         limit=config.cluster.max_concurrent_categories,
-        growing=in_pool(config),
+        growing=fits_without_trainer(config),
     )
     probe_nodes([join(config.data.uri, f"category={category}", COMMIT_NAME) for category in splits], [root])
     return limit
@@ -182,7 +181,7 @@ def learns_metric(config: Config) -> bool:
     return density.reduction == "discriminant" and density.metric is None and density.keep_moments
 
 
-def _run_all(
+def _train_on_cluster(
     config: Config,
     splits: Sequence[Split],
     root: str,
@@ -190,106 +189,69 @@ def _run_all(
     told: TrainingRecorder,
     limit: int,
 ) -> dict[str, str]:
-    """Trains the categories, `limit` at a time. Returns: the reasons of those that failed."""
-    use_gpu = uses_gpu(config.cluster)
+    """Trains the categories, `limit` at a time, and returns category -> reason for those that failed."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     messages = Messages()
-    jobs = [CategoryJob(config, split, use_gpu, root, messages) for split in splits]
-    if in_pool(config):
-        return _run_pool(jobs, min(limit, len(jobs)), log, told)
-    return _run_trainers(config, {job.category: job for job in jobs}, limit, log, told)
-
-
-def in_pool(config: Config) -> bool:
-    """Whether categories are fitted by single workers that take one after the other: nothing is trained by gradient."""
-    return config.train.epochs == 0 and config.cluster.num_workers == 1
-
-
-def _run_pool(
-    jobs: Sequence[CategoryJob], num_workers: int, log: Callable[[str], None], told: TrainingRecorder
-) -> dict[str, str]:
-    """By workers that take one category after the other. Returns: the reasons of those that failed."""
-    first = jobs[0]
-    log(f"{len(jobs)} categories, {num_workers} at a time")
-    waiting = iter(jobs)
+    use_gpu = uses_gpu(config.cluster)
+    jobs = iter([CategoryJob(config, split, use_gpu, root, messages) for split in splits])
+    if fits_without_trainer(config):
+        run_job, options = _fit_category, options_per_worker(config.cluster, use_gpu)
+        max_retries = config.cluster.max_failures
+    else:
+        # a trainer waits beside the driver, so that the loss of another node ends no training; Ray Train repeats its workers
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        run_job, options = _run_trainer, {"num_cpus": 0, "scheduling_strategy": here}
+        max_retries = MAX_TRAINER_RESTARTS
+    num_at_once = min(limit, len(splits))
+    log(f"{len(splits)} categories, {num_at_once} at a time, {config.cluster.num_workers} worker(s) each")
     failed: dict[str, str] = {}
 
-    def done(job: CategoryJob, outcome: float | Failed) -> None:
-        if isinstance(outcome, Failed):
-            failed[job.category] = outcome.reason
-            log(f"{job.category}: FAILED: {outcome.reason}")
-            told.fail_category(job.category, outcome.reason)
-        else:
-            place = bundle_place(job.root, job.category)
-            log(f"{job.category}: done in {outcome:.0f} s, {place}")
-            told.finish_category(job.category, place)
-
     def listen() -> None:
-        first.messages.show(log)
+        messages.show(log, told.log_epoch)
 
-    pool: Pool[CategoryJob] = Pool(set_reproducible, first.config.cluster, first.use_gpu, num_workers, log, listen)
-    try:
-        pool.run(_fit_alone, lambda: next(waiting, None), done)
-    finally:
-        pool.close()
-    listen()
+    with WorkerPool[CategoryJob](
+        num_at_once, options, max_retries, log, listen, retry_errors=fits_without_trainer(config)
+    ) as pool:
+        for job, outcome in pool.run(run_job, lambda: next(jobs, None)):
+            listen()  # the lines of a category come before its end
+            category, place = job.category, bundle_place(job.root, job.category)
+            if isinstance(outcome, Failed):
+                failed[category] = outcome.reason
+                log(f"{category}: FAILED: {outcome.reason}")
+                told.fail_category(category, outcome.reason)
+            else:
+                log(f"{category}: done in {outcome:.0f} s, {place}")
+                told.finish_category(category, place)
     return failed
 
 
-def _fit_alone(job: CategoryJob, held: None) -> float:
-    """What a worker of the pool runs. Returns: its seconds."""
+def fits_without_trainer(config: Config) -> bool:
+    """Returns whether one worker fits a category without gradients, so that no trainer of Ray Train is needed."""
+    return config.train.epochs == 0 and config.cluster.num_workers == 1
+
+
+def _fit_category(job: CategoryJob) -> float:
+    """Fits one category in this worker and returns the seconds it took."""
     start = time.monotonic()
+    set_reproducible()
     device = torch.device("cuda" if job.use_gpu else "cpu")
     make_bundle(job.config, job.split, job.root, device, num_threads=decoders(job.config), log=job.tell)
     return time.monotonic() - start
 
 
 def decoders(config: Config) -> int:
-    """Threads that a worker decodes with: one a CPU that it has."""
+    """Returns the number of threads that decode images in a worker: one for each of its CPUs."""
     return max(1, int(config.cluster.cpus_per_worker))
 
 
-def _run_trainers(
-    config: Config, jobs: Mapping[str, CategoryJob], limit: int, log: Callable[[str], None], told: TrainingRecorder
-) -> dict[str, str]:
-    """By a trainer of Ray Train each. Returns: the reasons of those that failed."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    messages = next(iter(jobs.values())).messages
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # beside the driver, so that losing another node ends no training; again where its process alone was lost
-    task = ray.remote(num_cpus=0, max_retries=2, scheduling_strategy=here)(_run_category)
-    waiting = list(jobs)
-    running: dict[Any, tuple[str, float]] = {}
-    failed: dict[str, str] = {}
-    while waiting or running:
-        while waiting and len(running) < limit:
-            category = waiting.pop(0)
-            log(f"{category}: training with {config.cluster.num_workers} worker(s)")
-            running[task.remote(jobs[category])] = (category, time.monotonic())
-        done, _ = ray.wait(list(running), num_returns=1, timeout=_LISTEN_S)
-        messages.show(log, told.log_epoch)
-        if not done:
-            continue
-        category, since = running.pop(done[0])
-        place = bundle_place(jobs[category].root, category)
-        try:
-            ray.get(done[0])
-        except Exception as error:  # one category's failure must not end the others; it is reported at the end
-            failed[category] = reason_of(error)
-            log(f"{category}: FAILED: {failed[category]}")
-            told.fail_category(category, failed[category])
-        else:
-            log(f"{category}: done in {time.monotonic() - since:.0f} s, {place}")
-            told.finish_category(category, place)
-    messages.show(log)
-    return failed
-
-
-def _run_category(job: CategoryJob) -> None:
-    """Trains one category; runs as a Ray task, so that several trainers can wait side by side."""
+def _run_trainer(job: CategoryJob) -> float:
+    """Trains one category with Ray Train and returns the seconds it took."""
+    start = time.monotonic()
     callbacks = [epoch_callback(job.messages, job.category)] if job.config.trackers else []
     make_trainer(_worker, job, join(job.root, "train"), job.category, callbacks).fit()
+    return time.monotonic() - start
 
 
 def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str, callbacks: Sequence[Any] = ()) -> Any:

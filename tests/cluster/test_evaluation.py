@@ -19,7 +19,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.measuring import Part, Sum, cut_rows, plan_evaluation
 from focus_ray.cluster import evaluation as module
 from focus_ray.cluster.evaluation import Evaluation, Report, Settings, evaluate_bundles, run_piece
-from focus_ray.cluster.scorers import Scorers
+from focus_ray.cluster.scoring import scoring_pool
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, read_index
 from focus_ray.data.split import short_hash
@@ -95,7 +95,7 @@ def begun(bundles: dict[str, str], output: Path, num_pieces: int) -> None:
     for _ in range(num_pieces):
         piece = run.more()
         assert piece is not None
-        run.done(piece, run_piece(piece, Inspector.load(piece.bundle, "cpu")))
+        run.done(piece, run_piece(piece))
     run.save()
 
 
@@ -183,26 +183,24 @@ def test_a_worker_that_is_killed_changes_nothing_and_work_that_always_kills_ends
 
     os.mkdir(marks)
 
-    def deadly(piece: Any, inspector: Inspector) -> Any:
+    def deadly(piece: Any) -> Any:
         """Kills its worker: once after a part of gear is written, and at every part of board."""
-        done = run_piece(piece, inspector)
+        result = run_piece(piece)
         mark = os.path.join(marks, "gear-died")
         if piece.job.category == "board" or (3 in piece.parts and not os.path.exists(mark)):
             if piece.job.category == "gear":
                 open(mark, "w").close()
             os.kill(os.getpid(), signal.SIGKILL)
-        return done
+        return result
 
     said: list[str] = []
     run = Evaluation(bundles, Settings(output, None, SIDE, 0, 3, False), said.append)
-    pool: Scorers[Any] = Scorers(2, True, said.append)
-    try:
-        pool.run(deadly, run.more, run.done)
-    finally:
-        pool.close()
-    assert any(line.startswith("once more, by another worker: ActorDiedError") for line in said)
+    with scoring_pool(2, True, said.append) as pool:
+        for piece, outcome in pool.run(deadly, run.more):
+            run.done(piece, outcome)
+    assert any(line.startswith("retry 1 of 3: ActorDiedError") for line in said)
     assert os.listdir(marks) == ["gear-died"]
-    assert re.search(r"ActorDiedError: .* \(4 times\)", run.results["board"]["error"])
+    assert re.search(r"ActorDiedError: .* \(4 attempts\)", run.results["board"]["error"])
     assert run.results["gear"]["num_normal"] + run.results["gear"]["num_anomalous"] == NUM_TEST
     records = iter_test_records(run.jobs["gear"].data, "gear")
     assert_same(run.results["gear"], Inspector.load(bundles["gear"], "cpu").evaluate(records, SIDE, exact_pixels=0))

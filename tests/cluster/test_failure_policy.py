@@ -15,13 +15,13 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api import data_parallel_trainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from focus_ray.cluster.failure_policy import CertainFailurePolicy, install
-from focus_ray.cluster.failures import causes
+from focus_ray.cluster.failure_policy import PermanentFailurePolicy, install
+from focus_ray.cluster.failures import iter_causes
 from focus_ray.errors import ConfigError, DataError, StorageError, TrainingError, WeightsError
 
 
 def decide(*errors: BaseException) -> FailureDecision:
-    policy = CertainFailurePolicy(ray.train.FailureConfig(max_failures=3))
+    policy = PermanentFailurePolicy(ray.train.FailureConfig(max_failures=3))
     failed = WorkerGroupError("failed", dict(enumerate(errors)))
     return policy.make_decision(pickle.loads(pickle.dumps(failed)))
 
@@ -58,7 +58,11 @@ def test_causes_are_found_under_any_name_and_once() -> None:
     outer = RuntimeError("outer")
     outer.__cause__ = inner
     inner.__cause__ = outer  # a circle, as re-raising makes
-    assert {type(one) for one in causes(as_ray_tells(outer))} == {UserExceptionWithTraceback, RuntimeError, DataError}
+    assert {type(one) for one in iter_causes(as_ray_tells(outer))} == {
+        UserExceptionWithTraceback,
+        RuntimeError,
+        DataError,
+    }
 
 
 def test_trainers_use_it_once_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,5 +70,5 @@ def test_trainers_use_it_once_it_is_installed(monkeypatch: pytest.MonkeyPatch) -
     install()
     assert isinstance(
         data_parallel_trainer.create_failure_policy(ray.train.FailureConfig()),  # type: ignore[misc]
-        CertainFailurePolicy,
+        PermanentFailurePolicy,
     )

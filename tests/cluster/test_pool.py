@@ -15,11 +15,11 @@ from ray import cloudpickle
 from small_set import draw_parts, ingest_parts, small_config
 
 from focus_ray.bundle.bundle import find_bundles, read_manifest
-from focus_ray.cluster.pool import Failed, Pool
-from focus_ray.cluster.training import in_pool, train
+from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
+from focus_ray.cluster.training import fits_without_trainer, train
 from focus_ray.config import Config
 from focus_ray.data.ingest import ingest
-from focus_ray.errors import DataError, StorageError, TrainingError
+from focus_ray.errors import DataError, StorageError
 
 pytestmark = pytest.mark.ray
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
@@ -31,19 +31,15 @@ class Job:
     place: Path
 
 
-def run(
-    act: Callable[[Job, int], Any], names: Sequence[str], place: Path, start: Callable[[], Any] = os.getpid
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """What came of each job, and the reasons of those that failed."""
+def run(function: Callable[[Job], Any], names: Sequence[str], place: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the result of each job, and the reason of each job that failed."""
     jobs = iter([Job(name, place) for name in names])
-    found: dict[str, Any] = {}
-    pool: Pool[Job] = Pool(start, small_config("unused", place).cluster, False, 2, lambda text: None)
-    try:
-        pool.run(act, lambda: next(jobs, None), lambda job, result: found.update({job.category: result}))
-    finally:
-        pool.close()
-    failed = {name: result.reason for name, result in found.items() if isinstance(result, Failed)}
-    return {name: result for name, result in found.items() if name not in failed}, failed
+    cluster = small_config("unused", place).cluster
+    options = options_per_worker(cluster, use_gpu=False)
+    with WorkerPool[Job](2, options, cluster.max_failures, lambda text: None) as pool:
+        outcomes = {job.category: outcome for job, outcome in pool.run(function, lambda: next(jobs, None))}
+    failed = {name: outcome.reason for name, outcome in outcomes.items() if isinstance(outcome, Failed)}
+    return {name: outcome for name, outcome in outcomes.items() if name not in failed}, failed
 
 
 def attempts_of(place: Path) -> list[str]:
@@ -58,8 +54,7 @@ def note(job: Job) -> int:
     return number
 
 
-def fit_or_die(job: Job, held: int) -> bool:
-    assert held == os.getpid()  # what `start` made in this very process
+def fit_or_die(job: Job) -> bool:
     if note(job) == 0 and job.category == "b":
         os.kill(os.getpid(), signal.SIGKILL)
     return True
@@ -70,7 +65,7 @@ def test_a_lost_actors_category_is_fitted_again_and_the_others_once(ray_cluster:
     assert attempts_of(tmp_path) == ["a", "b", "b", "c", "d", "e"]
 
 
-def fit_or_fail(job: Job, held: int) -> None:
+def fit_or_fail(job: Job) -> None:
     number = note(job)
     if job.category == "b":
         raise DataError("no such image")
@@ -85,17 +80,8 @@ def test_what_will_fail_again_is_not_tried_again_and_a_storage_that_comes_back_i
 ) -> None:
     _, failed = run(fit_or_fail, list("abcd"), tmp_path)
     retries = small_config("unused", tmp_path).cluster.max_failures
-    assert failed == {"b": "DataError: no such image", "d": f"RuntimeError: always ({retries + 1} times)"}
+    assert failed == {"b": "DataError: no such image", "d": f"RuntimeError: always ({retries + 1} attempts)"}
     assert attempts_of(tmp_path) == ["a", "b", "c", "c", "c", *["d"] * (retries + 1)]
-
-
-def refuse() -> None:
-    raise ValueError("not here")
-
-
-def test_workers_that_do_not_start_end_it(ray_cluster: None, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"workers do not start: .*not here"):
-        run(fit_or_fail, ["a"], tmp_path, start=refuse)
 
 
 def test_categories_fitted_in_a_pool_are_those_fitted_in_this_process(ray_cluster: None, tmp_path: Path) -> None:
@@ -109,11 +95,11 @@ def test_categories_fitted_in_a_pool_are_those_fitted_in_this_process(ray_cluste
         return small_config(data, tmp_path, **sections).model_copy(update={"name": name})
 
     pooled, here = config("pooled", local=False), config("here", local=True)
-    assert in_pool(pooled)
+    assert fits_without_trainer(pooled)
     said: list[str] = []
     train(pooled, log=said.append)
     train(here)
-    assert "2 categories, 2 at a time" in said
+    assert "2 categories, 2 at a time, 1 worker(s) each" in said
     made = [find_bundles(str(tmp_path / name)) for name in ("pooled", "here")]
     assert [list(bundles) for bundles in made] == [["gear", "wheel"]] * 2
     for category in ("gear", "wheel"):
@@ -124,5 +110,5 @@ def test_categories_fitted_in_a_pool_are_those_fitted_in_this_process(ray_cluste
 
 def test_training_by_gradient_or_by_several_workers_is_not_pooled(tmp_path: Path) -> None:
     data = ingest_parts(tmp_path)
-    assert not in_pool(small_config(data, tmp_path, train={"epochs": 1}))
-    assert not in_pool(small_config(data, tmp_path, cluster={"num_workers": 2}))
+    assert not fits_without_trainer(small_config(data, tmp_path, train={"epochs": 1}))
+    assert not fits_without_trainer(small_config(data, tmp_path, cluster={"num_workers": 2}))
