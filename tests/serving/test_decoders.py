@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 import threading
 import time
@@ -12,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from costly_images import jpeg_of_scans
 from fastapi.testclient import TestClient
-from PIL import Image
 from serving_set import Plant, make_plant
 
 from focus_ray.data.framing import Frame
@@ -131,22 +130,10 @@ def test_one_team_leaves_room_for_a_body_of_another() -> None:
             pass
 
 
-def slow_jpeg() -> bytes:
-    """25 million pixels in 100 progressive scans: seconds of decoding in half a megabyte."""
-    sink = io.BytesIO()
-    Image.new("L", (5000, 5000)).save(sink, "JPEG", progressive=True)
-    data = sink.getvalue()
-    start = data.rindex(b"\xff\xda")
-    return data[:start] + data[start:-2] * (100 - data.count(b"\xff\xda") + 1) + data[-2:]
-
-
 @pytest.mark.cluster
 def test_bombs_of_one_team_do_not_slow_down_another(plant: Plant) -> None:
-    sink = io.BytesIO()
-    Image.new("RGB", (64, 64)).save(sink, "JPEG", progressive=True)
-    many = sink.getvalue()
-    start = many.rindex(b"\xff\xda")
-    bombs = [slow_jpeg(), many[:start] + many[start:-2] * 16_000 + b"\xff\xd9"]
+    slow = jpeg_of_scans(5000, 100)  # seconds of decoding in half a megabyte
+    bombs = [slow, jpeg_of_scans(64, 16_000)]
     settings = parse_settings({"registry": plant.registry, "tokens": plant.tokens})
     service = Service(settings, Scorer(settings.pool, "cpu"), Measures())
     stop, statuses = threading.Event(), Counter[int]()
