@@ -29,9 +29,9 @@ def tiff_of(tags: list[tuple[int, int, list[Any] | bytes]], pixels: bytes, num_p
             place = packed.ljust(4, b"\0")
         entries += struct.pack("<HHI", code, kind, len(values)) + place
     for page in range(num_pages):
-        here = len(body)
-        body[4:8] = struct.pack("<I", here) if page == 0 else body[4:8]
-        following = here + 6 + len(entries) if page + 1 < num_pages else 0
+        directory = len(body)
+        body[4:8] = struct.pack("<I", directory) if page == 0 else body[4:8]
+        following = directory + 6 + len(entries) if page + 1 < num_pages else 0
         body += struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
     return bytes(body)
 

@@ -21,6 +21,7 @@ import numpy as np
 from places import REPOSITORY, free_port
 from waiting import wait_for
 
+NOISE_S = 0.05  # other programs delay a single request by as much without any attack
 SERVE = re.compile(rb"ray::(ServeReplica|ProxyActor)")
 
 
@@ -129,7 +130,7 @@ class Probe:
             self._failure = error
 
     def wait_for(self, num_requests: int, limit_s: float = 60.0) -> None:
-        """Waits until so many requests were answered, or one has failed. Raises: AssertionError: not in time."""
+        """Waits for a number of answers, or for a failure. Raises: AssertionError: not in time."""
         wait_for(
             lambda: len(self.times_s) >= num_requests or not self._thread.is_alive(),
             limit_s,
@@ -184,7 +185,7 @@ def running_command(*words: str, environment: Mapping[str, str] | None = None) -
 
     Args:
         words: place and settings.
-        environment: variables beside those of this process.
+        environment: additional variables.
     """
     port, folder = free_port(), tempfile.mkdtemp(prefix="fr-", dir="/tmp")  # short: Ray keeps Unix sockets there
     url, log = f"http://127.0.0.1:{port}", Path(folder, "log")

@@ -12,7 +12,10 @@ from focus_ray.cluster.ray_private import find_local_cluster, is_token_refused
 
 TIMEOUT_S = 4.0
 ANSWER_TIMEOUT_S = 20.0  # a busy head node accepts connections at once, and answers later
-TOKEN_REFUSED = "it asks for another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the token of the cluster"
+TOKEN_REFUSED = (
+    "it asks for another token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, "
+    "to the token of the cluster"
+)
 ADVICE = "see that the cluster runs, or unset RAY_ADDRESS, and a private Ray starts on this machine"
 
 

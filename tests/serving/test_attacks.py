@@ -1,4 +1,4 @@
-"""Attacks on a live service, most of them through the shipped front proxy: it answers other teams and stays small meanwhile."""
+"""Attacks on a live service, mostly through the shipped front proxy: other teams are answered, and memory stays small."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import signal
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPSConnection
 from pathlib import Path
 
 import httpx
 import pytest
-from costly_images import jpeg_of_scans, make_bombs, many_pages
+from costly_images import jpeg_of_scans, make_bombs, many_pages, rgba
 from nginx_proxy import Proxy, read_until_closed, running_proxy
 from places import free_port
 from s3_server import running_server
-from service_load import MemoryWatch, Probe, compare_waits, find_serve_processes, running_command
+from service_load import NOISE_S, MemoryWatch, Probe, compare_waits, find_serve_processes, running_command
 from serving_set import MILL, PRESS, Plant, make_plant, name_data_set
 from waiting import wait_for
 
@@ -31,8 +33,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.cluster]
 
 MIB = 2**20
 SLOW_REQUEST_TIMEOUT_S = 10  # client_header_timeout and client_body_timeout of serve/nginx.conf
-NOISE_S = 0.05  # other programs delay a single request by as much without any attack
-MAX_GROWTH_MB = 48  # of all processes of Serve and their children together
+MAX_GROWTH_MB = 64  # of all processes of Serve and their children together
 ROLLBACK = f"/v1/{PRESS}/gear/aliases/production/rollback"
 ALIAS = f"/v1/{PRESS}/gear/aliases/production"
 THRESHOLDS = f"/v1/{PRESS}/gear/versions/v0001/thresholds"
@@ -116,7 +117,7 @@ def test_the_service_answers_through_the_proxy(target: Target) -> None:
 
 @pytest.mark.parametrize(("method", "path"), BODY_PATHS)
 def test_a_large_body_without_a_token_is_refused_and_costs_no_memory(target: Target, method: str, path: str) -> None:
-    pieces = (bytes(MIB) for _ in range(64))  # chunked: no length is announced
+    pieces = (bytes(MIB) for _ in range(2 * MAX_GROWTH_MB))  # chunked: no length is announced
     with target.client() as client, MemoryWatch() as memory, target.probe():
         try:
             answer = client.request(method, path, content=pieces, headers={"content-type": "application/json"})
@@ -181,52 +182,70 @@ def test_a_header_without_end_costs_no_memory(target: Target) -> None:
     with MemoryWatch() as memory, target.probe(), target.proxy.connect() as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: plant\r\nX-Large: ")
         try:
-            for _ in range(64):
+            for _ in range(2 * MAX_GROWTH_MB):
                 connection.sendall(b"x" * MIB)
                 num_sent += MIB
         except OSError:
             pass
-    assert num_sent < 64 * MIB
+    assert num_sent < MAX_GROWTH_MB * MIB
     assert memory.growth_mb < MAX_GROWTH_MB
 
 
 def test_another_team_waits_less_than_twice_as_long_during_a_flood_without_tokens(target: Target) -> None:
+    statuses: Counter[int] = Counter()
+
     def flood(stop: threading.Event) -> None:
-        transport = httpx.HTTPTransport(verify=target.proxy.tls(), local_address="127.0.0.2")
-        with httpx.Client(base_url=target.proxy.url, transport=transport) as client:
+        connection = HTTPSConnection(
+            "127.0.0.1", target.proxy.port, context=target.proxy.tls(), source_address=("127.0.0.2", 0)
+        )
+        with closing(connection):
             while not stop.wait(0.002):
-                client.post(INSPECT, content=b"x" * 1000)
+                connection.request("POST", INSPECT, b"x" * 1000)
+                answer = connection.getresponse()
+                answer.read()
+                statuses[answer.status] += 1
 
     quiet_s, busy_s = compare_waits(target.probe().request, flood)
+    print(dict(statuses))
+    assert statuses.keys() <= {401, 429}
     assert busy_s < max(2 * quiet_s, NOISE_S)
 
 
-def test_tiff_bombs_are_refused_and_take_little_memory_while_another_team_is_answered(target: Target) -> None:
+def test_tiff_bombs_take_no_more_memory_than_an_honest_image_while_another_team_is_answered(target: Target) -> None:
     bombs = {**make_bombs(), "many pages": many_pages(50_000)}
-    with target.client(target.plant.press) as client, MemoryWatch() as memory, target.probe() as probe:
-        for name, image in bombs.items():
-            answer = client.post(INSPECT, content=image, headers={"content-type": "image/tiff"})
-            assert answer.status_code == 422, (name, answer.text)
-            assert answer.elapsed.total_seconds() < 5, name
-        probe.wait_for(len(probe.times_s) + 2)
-    print(f"{len(bombs)} TIFF bombs: memory grew by {memory.growth_mb:.0f} MiB")
-    assert memory.growth_mb < MAX_GROWTH_MB
+    honest = rgba(1024, bytes(1024 * 1024 * 8), compression=1)  # as large a file as the largest bomb
+    assert max(map(len, bombs.values())) <= len(honest) + 4096
+    with target.client(target.plant.press) as client, target.probe():
+
+        def send(image: bytes) -> int:
+            return client.post(INSPECT, content=image, headers={"content-type": "image/tiff"}, timeout=5).status_code
+
+        with MemoryWatch() as honest_memory:
+            assert send(honest) == 200
+        with MemoryWatch() as memory:
+            statuses = {name: send(image) for name, image in bombs.items()}
+    print(
+        f"memory grew by {honest_memory.growth_mb:.0f} MiB with an image, by {memory.growth_mb:.0f} MiB with the bombs"
+    )
+    assert set(statuses.values()) == {422}, statuses
+    assert memory.growth_mb < honest_memory.growth_mb + MAX_GROWTH_MB
 
 
 def test_another_team_waits_less_than_twice_as_long_while_slow_images_are_sent(target: Target) -> None:
     bombs = {"many scans": jpeg_of_scans(64, 16_000), "a second of decoding": jpeg_of_scans(3000, 100)}
-    statuses: set[tuple[str, int]] = set()
+    statuses: Counter[tuple[str, int]] = Counter()
 
     def send(stop: threading.Event) -> None:
         with target.client(target.plant.press) as client:
             while not stop.is_set():
                 for name, image in bombs.items():
                     answer = client.post(INSPECT, content=image, headers={"content-type": "image/jpeg"})
-                    statuses.add((name, answer.status_code))
+                    statuses[name, answer.status_code] += 1
 
     quiet_s, busy_s = compare_waits(target.probe().request, send)
-    assert ("many scans", 422) in statuses
-    assert statuses <= {("many scans", 422), ("a second of decoding", 200), ("a second of decoding", 422)}
+    print(dict(statuses))
+    assert statuses["many scans", 422]
+    assert statuses.keys() <= {("many scans", 422), ("a second of decoding", 200), ("a second of decoding", 422)}
     assert busy_s < max(2 * quiet_s, NOISE_S)
 
 
@@ -300,12 +319,12 @@ def test_a_service_without_tokens_answers_its_own_page_and_no_other_site(tmp_pat
             image_type = {"content-type": "image/png"}
             return client.post(INSPECT, content=plant.images[0], headers={**image_type, **headers}).status_code
 
-        own = {"origin": url, "sec-fetch-site": "same-origin"}
+        same_origin = {"origin": url, "sec-fetch-site": "same-origin"}
         assert client.get("/", headers={"sec-fetch-site": "none"}).status_code == 200
-        assert client.get("/v1", headers=own).json()["scopes"] == ["inspect", "read"]
-        assert inspect(own) == inspect({}) == 200
+        assert client.get("/v1", headers=same_origin).json()["scopes"] == ["inspect", "read"]
+        assert inspect(same_origin) == inspect({}) == 200
         for method, path in changes:
-            assert client.request(method, path, json={"version": "v0001"}, headers=own).status_code == 403
+            assert client.request(method, path, json={"version": "v0001"}, headers=same_origin).status_code == 403
         for headers, status in (
             ({"origin": "https://attacker.example", "sec-fetch-site": "cross-site"}, 403),
             ({"origin": "https://attacker.example"}, 403),
