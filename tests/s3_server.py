@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +51,20 @@ class S3Server:
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """Starts the server once per session. Tests that only need S3 use the fixture ``s3``."""
+    with running_server(tmp_path_factory) as (_, server):
+        yield server
+
+
+@contextmanager
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], S3Server]]:
+    """Runs a server until the context ends; skips the test where the program is not installed."""
     program = find_program()
     for _ in range(3):  # another process may take a free port before the server binds it
         folder = tmp_path_factory.mktemp("s3")
         process, server = start(program, folder)
         try:
             if wait_until_ready(process, server):
-                yield server
+                yield process, server
                 return
         finally:
             process.terminate()

@@ -1,53 +1,97 @@
-"""What the tests of attacks measure: memory of the service's processes, and how long another client waits."""
+"""Measurements for tests of attacks: memory of the service's processes, waits of another client; and the service as a command."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
+from places import REPOSITORY, free_port
+from waiting import wait_for
 
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+NOISE_S = 0.05  # other programs delay a single request by as much without any attack
 SERVE = re.compile(rb"ray::(ServeReplica|ProxyActor)")
 
 
-def serve_memory_mb() -> dict[int, float]:
-    """Resident memory of each process of Ray Serve below this process: process id -> MiB."""
+def find_serve_processes() -> dict[int, bool]:
+    """Finds the processes of Ray Serve below this process, and their children, which decode images.
+
+    Returns:
+        Process id -> whether it is a process of Serve itself.
+    """
     parents: dict[int, int] = {}
-    memory: dict[int, float] = {}
+    serve: set[int] = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             pid = int(folder.name)
             parents[pid] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            title = (folder / "cmdline").read_bytes().rstrip(b"\0 ")
-            if SERVE.match(title):
-                pages = int((folder / "statm").read_text().split()[1])
-                memory[pid] = pages * PAGE_BYTES / 2**20
+            if SERVE.match((folder / "cmdline").read_bytes()):
+                serve.add(pid)
         except OSError:  # the process has ended
             continue
 
-    def is_own(pid: int) -> bool:
+    def list_ancestors(pid: int) -> Iterator[int]:
         while pid > 1:
-            if pid == os.getpid():
-                return True
+            yield pid
             pid = parents.get(pid, 0)
-        return False
 
-    return {pid: mb for pid, mb in memory.items() if is_own(pid)}
+    lines = {pid: set(list_ancestors(pid)) for pid in parents}
+    return {pid: pid in serve for pid, line in lines.items() if os.getpid() in line and line & serve}
 
 
-def memory_growth_mb(before: dict[int, float]) -> float:
-    """The largest growth of one process since `serve_memory_mb` was `before`; the end of a process is an error.
+class MemoryWatch:
+    """Follows the memory of all processes of Ray Serve and their children while the context lasts.
 
-    Raises: AssertionError: a process of `before` is gone.
+    growth_mb: at the end, by how many MiB the sum of their peaks exceeds their memory at the start.
     """
-    now = serve_memory_mb()
-    assert now.keys() >= before.keys(), f"gone: {sorted(before.keys() - now.keys())}"
-    return max(now[pid] - before[pid] for pid in before)
+
+    def __init__(self) -> None:
+        self.growth_mb = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> MemoryWatch:
+        self._first = find_serve_processes()
+        for pid in self._first:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak begins anew
+        self._start_mb = sum(map(_peak_mb, self._first))
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._measure()
+        lost = {pid for pid, is_serve in self._first.items() if is_serve} - find_serve_processes().keys()
+        assert kind or not lost, f"processes of Serve have ended: {sorted(lost)}"
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.1):
+            self._measure()
+
+    def _measure(self) -> None:
+        self.growth_mb = max(self.growth_mb, sum(map(_peak_mb, find_serve_processes())) - self._start_mb)
+
+
+def _peak_mb(pid: int) -> float:
+    """Largest resident memory of a process since its start, or since its peak was cleared; 0 for one that has ended."""
+    try:
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0.0
+    return int(match[1]) / 1024 if match else 0.0
 
 
 class Probe:
@@ -85,15 +129,90 @@ class Probe:
         except BaseException as error:
             self._failure = error
 
-    def quantile_s(self, share: float) -> float:
-        """A quantile of the times in seconds. Raises: ValueError: there are none."""
-        if not self.times_s:
-            raise ValueError("the probe has no answer: let the context last longer")
-        return float(np.quantile(self.times_s, share))
+    def wait_for(self, num_requests: int, limit_s: float = 60.0) -> None:
+        """Waits for a number of answers, or for a failure. Raises: AssertionError: not in time."""
+        wait_for(
+            lambda: len(self.times_s) >= num_requests or not self._thread.is_alive(),
+            limit_s,
+            f"{num_requests} answers to the probe",
+        )
 
 
-def idle_quantile_s(request: Callable[[], object], share: float = 0.99, duration_s: float = 3.0) -> float:
-    """The quantile of a request's times without any other load."""
-    with Probe(request) as probe:
-        time.sleep(duration_s)
-    return probe.quantile_s(share)
+def compare_waits(
+    request: Callable[[], object],
+    attack: Callable[[threading.Event], object],
+    num_attackers: int = 2,
+    num_rounds: int = 3,
+    num_requests: int = 100,
+) -> tuple[float, float]:
+    """Compares how long a client waits without and with an attack, in turn, so that other load of the machine meets both.
+
+    Args:
+        request: sends one request of the client.
+        attack: sends requests until the event is set.
+        num_requests: of the client, in each half of a round.
+
+    Returns:
+        The 0.99 quantiles of the client's waits in seconds: without and with the attack.
+    """
+    quiet_s: list[float] = []
+    busy_s: list[float] = []
+    for _ in range(num_rounds):
+        with Probe(request) as probe:
+            probe.wait_for(num_requests)
+        quiet_s += probe.times_s
+        stop = threading.Event()
+        with ThreadPoolExecutor(num_attackers) as pool, Probe(request) as probe:
+            attackers = [pool.submit(attack, stop) for _ in range(num_attackers)]
+            try:
+                probe.wait_for(num_requests)
+            finally:
+                stop.set()
+        busy_s += probe.times_s
+        for attacker in attackers:
+            attacker.result()
+    quiet, busy = float(np.quantile(quiet_s, 0.99)), float(np.quantile(busy_s, 0.99))
+    print(
+        f"p99 of {len(quiet_s)} requests without the attack {quiet:.3f} s, of {len(busy_s)} with it {busy:.3f} s; "
+        f"medians {np.median(quiet_s):.3f} and {np.median(busy_s):.3f} s; load of the machine {os.getloadavg()[0]:.1f}"
+    )
+    return quiet, busy
+
+
+@contextmanager
+def running_command(*words: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Runs `focus-ray serve` with its own Ray until the context ends; yields its URL once it is ready.
+
+    Args:
+        words: place and settings.
+        environment: additional variables.
+    """
+    port, folder = free_port(), tempfile.mkdtemp(prefix="fr-", dir="/tmp")  # short: Ray keeps Unix sockets there
+    url, log = f"http://127.0.0.1:{port}", Path(folder, "log")
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "focus_ray.cli", "serve", *words, f"--port={port}"],
+            env={**os.environ, **(environment or {}), "RAY_TMPDIR": folder},
+            cwd=REPOSITORY,
+            stdout=sink,
+            stderr=sink,
+        )
+
+    def is_ready() -> bool:
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    try:
+        wait_for(is_ready, 180.0, "the service is ready", 0.5)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        shutil.rmtree(folder, ignore_errors=True)

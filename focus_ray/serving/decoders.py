@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import signal
 import sys
 import weakref
@@ -36,6 +37,7 @@ from focus_ray.data.images import (
 
 DECODE_TIMEOUT_S = 10.0  # of one image; the slowest honest image, of 89 million pixels, takes about half as long
 DECODER_MEMORY_BYTES = 2**30  # of one image, beside the process itself; 16-bit RGBA of 25 million pixels takes 600 MB
+DECODER_NICENESS = 4  # a slow image must not take the CPU from scoring; Ray's workers have 15, and 19 is the most
 
 T = TypeVar("T")
 Decoded = tuple[ImageInfo, NDArray[np.uint8]]
@@ -202,11 +204,12 @@ def _stop_pools(pools: list[ProcessPool]) -> None:
 
 
 def _confine() -> None:
-    """Limits the memory of this process, and lets it be ended within native code too."""
+    """Limits the memory of this process, lets scoring go first, and lets it be ended within native code too."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's own handler would wait for the native code
     if sys.platform == "linux":
         import resource
 
+        os.nice(DECODER_NICENESS)
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")]
         limit = 1024 * int(line.split()[1]) + DECODER_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

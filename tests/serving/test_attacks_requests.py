@@ -19,10 +19,9 @@ import httpx
 import pytest
 import uvicorn
 from fastapi.testclient import TestClient
-from serving_set import MILL, PRESS, Plant, make_plant
+from serving_set import MILL, PRESS, Plant, make_plant, name_data_set
 from waiting import wait_for
 
-from focus_ray.bundle.bundle import MANIFEST, manifest_hash
 from focus_ray.bundle.registry import Registry, Version
 from focus_ray.cli.main import main
 from focus_ray.data.commits import parse_commit
@@ -471,16 +470,10 @@ def test_a_revoked_token_is_refused_within_the_interval_whoever_asks_meanwhile(p
 # ---- another team's images and models
 
 
-def publish_naming(plant: Plant, root: Path, place: str) -> str:
+def publish_naming(plant: Plant, root: Path, place: Any) -> str:
     """A registry whose press/gear names a data set. Returns: its root."""
     shutil.copytree(plant.registry, root)
-    bundle = root / PRESS / "gear" / "v0001"
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    manifest["data"]["uri"] = place
-    manifest["sha256"] = manifest_hash(manifest)
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
-    record_file = root / PRESS / "gear" / "_published" / "v0001.json"
-    record_file.write_text(json.dumps({**json.loads(record_file.read_text()), "sha256": manifest["sha256"]}))
+    name_data_set(root, PRESS, place)
     return str(root)
 
 
