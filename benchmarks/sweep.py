@@ -58,7 +58,7 @@ def run_alone(base: dict[str, Any], space: dict[str, Any], categories: list[str]
     """The same grid in this process, without Ray, in CPU seconds of the work alone: other work on the machine does not
     count. Every trial makes its own images and features; then all take those that are made once."""
     config = parse_sweep({"base": base, "space": space, "searcher": "grid"})
-    reference = config.base_config()
+    reference = config.config_at()
     size_px, points, on = reference.model.image_size_px, grid_points(config), torch.device(device)
     plans = {category: split_for_judging(reference, category, "validation").plan(reference) for category in categories}
     samples = []
@@ -69,7 +69,7 @@ def run_alone(base: dict[str, Any], space: dict[str, Any], categories: list[str]
         features: dict[str, Any] = {}
         scores = []
         for point in points:
-            settings, found = config.base_config(point), []
+            settings, found = config.config_at(point), []
             for category, plan in plans.items():
                 if not share or category not in images:
                     images[category] = load_images(reference, category, plan, "validation", size_px)

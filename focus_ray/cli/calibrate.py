@@ -10,7 +10,8 @@ from typing import Any
 from focus_ray.cli.output import image_paths, readable_name, require, say
 
 
-def add_calibrate(commands: Any) -> None:
+def add_calibrate_parser(commands: Any) -> None:
+    """Adds the parser of `calibrate`."""
     calibrate = commands.add_parser(
         "calibrate",
         help="new thresholds for a bundle from new good images, without training",
@@ -51,6 +52,7 @@ def add_calibrate(commands: Any) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
+    """Runs `calibrate`: writes a bundle with new thresholds and prints them. Returns the exit status."""
     from focus_ray.errors import DataError
 
     require(arguments.bundle, *(arguments.good or []), *arguments.bad, arguments.site)
@@ -131,7 +133,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _describe_copies(copies: Mapping[Path, Path]) -> list[str]:
-    """Returns a line for each image that has copies, with the names of the copies. copies: path of a copy -> its original."""
+    """Returns a line for each image that has copies, with the names of the copies.
+
+    Args:
+        copies: Path of a copy -> path of its original.
+    """
     names: dict[Path, list[str]] = {}
     for path, original in copies.items():
         names.setdefault(original, []).append(readable_name(path))
@@ -142,7 +148,10 @@ def _describe_copies(copies: Mapping[Path, Path]) -> list[str]:
 
 
 def _print_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace) -> None:
-    """Prints a table on stdout: a row for each false alarm rate, for the set threshold, and for the cheapest threshold."""
+    """Prints a table on standard output and an explanation on standard error.
+
+    The table has a row for each false alarm rate, for the threshold in use, and for the cheapest threshold.
+    """
     cost = curve.cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)
     cheapest = float(curve.thresholds[int(cost.argmin())])
     print(f"{'':24}{'threshold':>10} {'good called bad':>16} {'defects missed':>15} {'cost per part':>14}")
@@ -153,7 +162,9 @@ def _print_trade_off(curve: Any, threshold: float, arguments: argparse.Namespace
     for name, value in [*rows, ("as set", threshold), ("cheapest", cheapest)]:
         alarms, misses = curve.at(value)
         price = float(
-            curve.cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)[_index_of(curve, value)]
+            curve.cost(arguments.cost_false_alarm, arguments.cost_miss, arguments.defect_rate)[
+                _index_of_threshold(curve, value)
+            ]
         )
         print(f"{name:24}{value:10.4g} {alarms:16.1%} {misses:15.1%} {price:14.4g}")
     say(
@@ -168,6 +179,6 @@ def _lowest_threshold(curve: Any, rate: float) -> float:
     return float(curve.thresholds[int((curve.false_alarms <= rate + 1e-12).argmax())])
 
 
-def _index_of(curve: Any, threshold: float) -> int:
-    """Returns the index of the curve's point at a threshold."""
+def _index_of_threshold(curve: Any, threshold: float) -> int:
+    """Returns the index of the last point of the curve whose threshold is not above `threshold`; at least 0."""
     return max(0, int(curve.thresholds.searchsorted(threshold, side="right")) - 1)

@@ -26,7 +26,8 @@ _DESCRIBED = {
 }  # words of the reference that are types, not values
 
 
-def add_completion(commands: Any) -> None:
+def add_completion_parser(commands: Any) -> None:
+    """Adds the parser of `completion`."""
     completion = commands.add_parser(
         "completion",
         help="print a script with which a shell completes the words of focus-ray",
@@ -34,42 +35,46 @@ def add_completion(commands: Any) -> None:
         "after compinit. For fish: focus-ray completion fish > ~/.config/fish/completions/focus-ray.fish",
     )
     completion.add_argument("shell", choices=SHELLS, help="the shell that reads the script")
-    completion.set_defaults(run=_completion)
+    completion.set_defaults(run=_print_script)
 
 
 def answer_shell(parser: argparse.ArgumentParser) -> None:
-    """Prints the matching words and ends the process, if a shell asks for them. Otherwise does nothing."""
+    """Answers a shell's request for completion: prints the matching words and ends the process.
+
+    Does nothing if no shell asks (the variable `_ARGCOMPLETE` is not set).
+    """
     if _ASKING not in os.environ:
         return
     import argcomplete
 
-    for command, action in _actions(parser):
+    for command, action in _iterate_arguments(parser):
         if action.dest in ("config", "named", "what"):
-            action.completer = _Configs(_CONFIGS.get(command))  # type: ignore[attr-defined]
+            action.completer = _ConfigCompleter(_CONFIGS.get(command))  # type: ignore[attr-defined]
         elif action.dest in ("override", "rest"):
-            action.completer = _Keys(_ROOTS.get(command, "a run"))  # type: ignore[attr-defined]
+            action.completer = _KeyCompleter(_ROOTS.get(command, "a run"))  # type: ignore[attr-defined]
         elif action.dest == "key":
-            action.completer = _Keys(None)  # type: ignore[attr-defined]
+            action.completer = _KeyCompleter(None)  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options=False)
 
 
-def _completion(arguments: argparse.Namespace) -> int:
+def _print_script(arguments: argparse.Namespace) -> int:
+    """Runs `completion`: prints the completion script for a shell. Returns the exit status."""
     import argcomplete
 
     print(argcomplete.shellcode(["focus-ray"], shell=arguments.shell))
     return 0
 
 
-def _actions(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tuple[str, argparse.Action]]:
-    """Yields every argument with its command, or with the last word of the command."""
+def _iterate_arguments(parser: argparse.ArgumentParser, command: str = "") -> Iterator[tuple[str, argparse.Action]]:
+    """Yields (last word of the command, argument) for every argument of every command, such as ("remove", ...)."""
     for action in parser._actions:
         yield command, action
         if isinstance(action, argparse._SubParsersAction):
             for name, inner in action.choices.items():
-                yield from _actions(inner, name)
+                yield from _iterate_arguments(inner, name)
 
 
-class _Configs:
+class _ConfigCompleter:
     """Completes names of standard configurations, and files."""
 
     def __init__(self, kind: str | None) -> None:
@@ -84,8 +89,8 @@ class _Configs:
         return [*names, *FilesCompleter(("yaml", "yml"))(prefix, **request)]
 
 
-class _Keys:
-    """Completes dotted keys of a configuration, and values of a key that takes one from a list."""
+class _KeyCompleter:
+    """Completes dotted keys of a configuration. After "key=", completes the values if the key takes a value from a list."""
 
     def __init__(self, of: str | None) -> None:
         self.of = of  # title of a configuration; None: keys of all, without values
@@ -109,11 +114,14 @@ class _Keys:
             return [name for name in values_by_key if name.startswith(prefix)]
         key, sign, _ = prefix.partition("=")
         if sign:
-            return [f"{key}={value}" for value in _listed(values_by_key.get(key, ""))]
+            return [f"{key}={value}" for value in _parse_values(values_by_key.get(key, ""))]
         return [f"{name}=" for name in values_by_key if name.startswith(prefix)]
 
 
-def _listed(values: str) -> list[str]:
-    """Returns the values in the reference's text, as in "cosine, constant, or null". Numbers and texts have none."""
+def _parse_values(values: str) -> list[str]:
+    """Returns the values in the reference's description of a setting, without types and null.
+
+    Returns ["cosine", "constant"] for "cosine, constant, or null"; an empty list for settings that take any number or text.
+    """
     words = re.split(r", or |, | or ", values.partition(";")[0])
     return [word for word in words if re.fullmatch(r"[\w-]+", word) and word not in _DESCRIBED]

@@ -6,22 +6,26 @@ import argparse
 from typing import Any
 
 
-def add_config(commands: Any) -> None:
+def add_config_parser(commands: Any) -> None:
+    """Adds the parsers of `config show`, `config explain` and `config list`."""
     config = commands.add_parser("config", help="show a configuration, explain a key, list the standard configurations")
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="print a configuration as YAML, with every default")
     show.add_argument("config", help="a YAML file, or a name of `focus-ray config list`")
     show.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
-    show.set_defaults(run=_show)
+    show.set_defaults(run=_show_config)
     explain = actions.add_parser(
         "explain", help="print the meaning, values and default of a key; or the keys of a section"
     )
     explain.add_argument("key", help="dotted key, for instance train.epochs")
-    explain.set_defaults(run=_explain)
-    actions.add_parser("list", help="list the standard configurations, one in each line").set_defaults(run=_list)
+    explain.set_defaults(run=_explain_key)
+    actions.add_parser("list", help="list the standard configurations, one in each line").set_defaults(
+        run=_list_configs
+    )
 
 
-def _show(arguments: argparse.Namespace) -> int:
+def _show_config(arguments: argparse.Namespace) -> int:
+    """Runs `config show`: prints a complete configuration as YAML. Returns the exit status."""
     from focus_ray.config import config_to_yaml, override_tree, parse_config, read_mapping
     from focus_ray.standard import find_config
 
@@ -36,14 +40,16 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _explain(arguments: argparse.Namespace) -> int:
+def _explain_key(arguments: argparse.Namespace) -> int:
+    """Runs `config explain`: prints the description of a key or a section. Returns the exit status."""
     from focus_ray.config_reference import explain
 
     print(explain(arguments.key))
     return 0
 
 
-def _list(arguments: argparse.Namespace) -> int:
+def _list_configs(arguments: argparse.Namespace) -> int:
+    """Runs `config list`: prints name, command and summary of each standard configuration. Returns the exit status."""
     from focus_ray.standard import COMMANDS, config_kind, standard_names, standard_summary
 
     for name in standard_names():

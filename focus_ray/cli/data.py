@@ -9,7 +9,8 @@ from typing import Any
 from focus_ray.cli.output import say
 
 
-def add_data(commands: Any) -> None:
+def add_data_parser(commands: Any) -> None:
+    """Adds the parsers of `ingest`, `data remove` and `data compact`."""
     ingest = commands.add_parser("ingest", help="read a folder of images into a Parquet data set")
     ingest.add_argument(
         "source", help="folder or s3:// prefix: MVTec AD (also AD 2, LOCO), BTAD, VisA, or good/ bad/ masks/"
@@ -18,14 +19,14 @@ def add_data(commands: Any) -> None:
     ingest.add_argument("--format", default="auto", help="auto, mvtec, btad, visa or folder (default: auto)")
     ingest.add_argument("--category", action="append", help="ingest only this category (may be repeated)")
     ingest.add_argument("--site", default="default", help="name of the site of the images (default: default)")
-    add_group_by(ingest)
+    add_group_by_option(ingest)
     ingest.add_argument(
         "--append", action="store_true", help="add new images to a category, and keep its existing images"
     )
     ingest.add_argument(
         "--workers",
         metavar="N|auto",
-        type=_workers,
+        type=_parse_workers,
         help="number of parallel tasks on the Ray cluster of RAY_ADDRESS, or on this machine; auto: one for each CPU "
         "(default: no tasks, in this process)",
     )
@@ -55,8 +56,8 @@ def add_data(commands: Any) -> None:
     compact.set_defaults(run=_compact)
 
 
-def add_group_by(parser: argparse.ArgumentParser) -> None:
-    """Adds --group-by to a command that ingests."""
+def add_group_by_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --group-by to the parser of a command that ingests images."""
     parser.add_argument(
         "--group-by",
         metavar="RULE",
@@ -66,8 +67,12 @@ def add_group_by(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _workers(text: str) -> int | str:
-    """Parses --workers. Raises: ArgumentTypeError: neither a positive integer nor auto."""
+def _parse_workers(text: str) -> int | str:
+    """Parses the value of --workers: a positive integer, or "auto".
+
+    Raises:
+        ArgumentTypeError: The value is neither of them.
+    """
     if text == "auto":
         return text
     if not text.isdigit() or not int(text):
@@ -76,6 +81,7 @@ def _workers(text: str) -> int | str:
 
 
 def _ingest(arguments: argparse.Namespace) -> int:
+    """Runs `ingest`: reads images into a Parquet data set and prints the report. Returns the exit status."""
     say(f"ingest: {arguments.source} -> {arguments.destination}")
     options = {
         "format": arguments.format,
@@ -97,16 +103,21 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 
 def _remove(arguments: argparse.Namespace) -> int:
+    """Runs `data remove`: removes images from a category and prints the report. Returns the exit status."""
     from focus_ray.data.ingestion.change import remove_rows
 
-    ids = _lines(arguments.ids) if arguments.ids is not None else arguments.id or ()
+    ids = _read_ids(arguments.ids) if arguments.ids is not None else arguments.id or ()
     hashes = arguments.content_hash or ()
     print(remove_rows(arguments.data, arguments.category, ids=ids, content_hashes=hashes, site=arguments.site))
     return 0
 
 
-def _lines(name: str) -> list[str]:
-    """Returns the ids in a text file, one in each line. Raises: DataError: the file cannot be read, or has no id."""
+def _read_ids(name: str) -> list[str]:
+    """Reads image ids from a text file with one id per line. Ignores empty lines.
+
+    Raises:
+        DataError: The file cannot be read, or has no id.
+    """
     from focus_ray.errors import DataError
 
     try:
@@ -120,6 +131,7 @@ def _lines(name: str) -> list[str]:
 
 
 def _compact(arguments: argparse.Namespace) -> int:
+    """Runs `data compact`: joins small part files and prints a report per category. Returns the exit status."""
     from focus_ray.data.ingestion.change import compact
 
     for report in compact(arguments.data, arguments.category):
@@ -128,6 +140,7 @@ def _compact(arguments: argparse.Namespace) -> int:
 
 
 def _samples(arguments: argparse.Namespace) -> int:
+    """Runs `samples`: draws the sample data set into a new folder. Returns the exit status."""
     from focus_ray.errors import DataError
 
     folder = Path(arguments.folder)

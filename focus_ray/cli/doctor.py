@@ -9,7 +9,8 @@ from typing import Any
 from focus_ray.cli.output import EXIT_ERROR, say
 
 
-def add_doctor(commands: Any) -> None:
+def add_doctor_parser(commands: Any) -> None:
+    """Adds the parser of `doctor`."""
     doctor = commands.add_parser(
         "doctor", help="check this machine and the needs of a configuration, and say how to correct each problem"
     )
@@ -20,6 +21,7 @@ def add_doctor(commands: Any) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    """Runs `doctor`: prints a diagnosis per check, as text or as JSON. Returns the exit status."""
     from focus_ray.doctor.checks import diagnose
     from focus_ray.doctor.diagnosis import is_healthy, to_json
 

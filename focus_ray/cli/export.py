@@ -8,7 +8,8 @@ from typing import Any
 from focus_ray.cli.output import require, say
 
 
-def add_export(commands: Any) -> None:
+def add_export_parser(commands: Any) -> None:
+    """Adds the parser of `export`."""
     export = commands.add_parser(
         "export",
         help="write a bundle's whole scorer for ONNX Runtime, OpenVINO or plain PyTorch",
@@ -36,6 +37,7 @@ def add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    """Runs `export`: writes a bundle in another format and prints the folder. Returns the exit status."""
     require(arguments.bundle, *arguments.examples)
     from focus_ray.export.export import export_bundle
 

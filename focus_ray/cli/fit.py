@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.data import add_group_by
+from focus_ray.cli.data import add_group_by_option
 from focus_ray.cli.output import require, say
 
 
-def add_fit(commands: Any) -> None:
+def add_fit_parser(commands: Any) -> None:
+    """Adds the parser of `fit`."""
     fit = commands.add_parser(
         "fit",
         help="make a model and its report from a folder of photographs, in one step on this machine",
@@ -23,11 +24,15 @@ def add_fit(commands: Any) -> None:
     fit.add_argument("source", help="folder of photographs of good parts; or good/ bad/ masks/, MVTec AD, BTAD, VisA")
     fit.add_argument("output", help="new folder for bundles/, report.html, report/ and data/")
     fit.add_argument("override", nargs="*", help="key=value for any setting, for instance model.weights=resnet18.pth")
-    add_group_by(fit)
+    add_group_by_option(fit)
     fit.set_defaults(run=_fit)
 
 
 def _fit(arguments: argparse.Namespace) -> int:
+    """Runs `fit`: ingests images, trains, evaluates on test images if there are any, and prints the report's path.
+
+    Returns the exit status.
+    """
     require(arguments.source)
     from focus_ray.config import load_config
     from focus_ray.errors import DataError

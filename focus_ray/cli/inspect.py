@@ -19,6 +19,7 @@ _NAME_BYTES = 200  # length of an overlay's name without number and .png; a file
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    """Runs `evaluate` by `evaluate_run`. Returns the exit status."""
     require(arguments.bundles, arguments.data)
     return evaluate_run(
         arguments.bundles,
@@ -83,6 +84,7 @@ def _categories_by_sentence(caveats: Mapping[str, Sequence[str]]) -> dict[str, l
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    """Runs `inspect`: prints one JSON line per image, and can write overlays and a CSV table. Returns the exit status."""
     require(arguments.bundle)
     from focus_ray.data.images import decode_image, encode_png
 
@@ -176,7 +178,11 @@ def _inspect_files(inspector: Any, paths: Sequence[Path]) -> list[tuple[Path, by
 
 
 def _check_overlays(folder: Path, names: Mapping[Path, str]) -> None:
-    """Raises DataError if an overlay would replace an inspected image, or another file that is not an overlay."""
+    """Checks that no overlay replaces an inspected image, or another file that is not an overlay.
+
+    Raises:
+        DataError: An overlay would replace such a file.
+    """
     from focus_ray.drawings import is_drawing_file
 
     images = {os.path.realpath(path): path for path in names}
@@ -215,6 +221,7 @@ def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _inspect_batch(arguments: argparse.Namespace) -> int:
+    """Runs `inspect-batch`: inspects a data set on Ray and prints the counts as JSON. Returns the exit status."""
     require(arguments.bundles, arguments.data)
     say(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
     from focus_ray.bundle.published import bundles_at

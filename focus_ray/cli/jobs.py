@@ -9,7 +9,8 @@ from typing import Any
 from focus_ray.cli.output import say
 
 
-def add_jobs(commands: Any) -> None:
+def add_jobs_parser(commands: Any) -> None:
+    """Adds the parsers of `submit` and `jobs`."""
     submit = commands.add_parser(
         "submit",
         help="run a command as a job on a Ray cluster",
@@ -58,10 +59,11 @@ def add_jobs(commands: Any) -> None:
             action.add_argument("--team", help="only jobs of this team")
         else:
             action.add_argument("job", help="the id that `submit` printed")
-        action.set_defaults(run=_jobs)
+        action.set_defaults(run=_run_jobs)
 
 
 def _submit(arguments: argparse.Namespace) -> int:
+    """Runs `submit`: sends a command as a job and follows its log, unless --no-follow is given. Returns the exit status."""
     from focus_ray.errors import SubmissionError
     from focus_ray.submission import client as submission
     from focus_ray.submission.job_request import build_job
@@ -99,6 +101,10 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _follow(client: Any, job: str) -> int:
+    """Prints the log of a job until the job ends or the user interrupts.
+
+    Returns the exit status of the job; 130 after an interrupt.
+    """
     from focus_ray.submission import client as submission
 
     try:
@@ -112,7 +118,8 @@ def _follow(client: Any, job: str) -> int:
     return status
 
 
-def _jobs(arguments: argparse.Namespace) -> int:
+def _run_jobs(arguments: argparse.Namespace) -> int:
+    """Runs `jobs list`, `jobs status`, `jobs follow` or `jobs stop`. Returns the exit status."""
     from focus_ray.submission import client as submission
 
     client = submission.connect(arguments.address)

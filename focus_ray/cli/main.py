@@ -9,26 +9,26 @@ from collections.abc import Sequence
 from typing import Any
 
 from focus_ray import __version__
-from focus_ray.cli.calibrate import add_calibrate
-from focus_ray.cli.completion import add_completion, answer_shell
-from focus_ray.cli.config import add_config
-from focus_ray.cli.data import _samples, add_data
-from focus_ray.cli.doctor import add_doctor
-from focus_ray.cli.export import add_export
-from focus_ray.cli.fit import add_fit
+from focus_ray.cli.calibrate import add_calibrate_parser
+from focus_ray.cli.completion import add_completion_parser, answer_shell
+from focus_ray.cli.config import add_config_parser
+from focus_ray.cli.data import _samples, add_data_parser
+from focus_ray.cli.doctor import add_doctor_parser
+from focus_ray.cli.export import add_export_parser
+from focus_ray.cli.fit import add_fit_parser
 from focus_ray.cli.inspect import _evaluate, _inspect, _inspect_batch
-from focus_ray.cli.jobs import add_jobs
+from focus_ray.cli.jobs import add_jobs_parser
 from focus_ray.cli.output import EXIT_ERROR, EXIT_INTERRUPTED, accept_all_characters
-from focus_ray.cli.registry import add_registry
-from focus_ray.cli.serve import add_serving
+from focus_ray.cli.registry import add_registry_parser
+from focus_ray.cli.serve import add_serving_parser
 from focus_ray.cli.sweep import _sweep
 from focus_ray.cli.train import _metric, _train, _update
-from focus_ray.cli.watch import add_watch
+from focus_ray.cli.watch import add_watch_parser
 from focus_ray.cluster.messages import VERBOSE
 from focus_ray.errors import FocusRayError
 from focus_ray.extras import explain_missing_module, require_extra
 
-# command -> extra without which the command can do nothing; other commands name a missing package when they need it
+# Command -> the extra that it always needs. Other commands name a missing package when they need it.
 NEEDS = {
     "fit": "train",
     "train": "train",
@@ -43,7 +43,11 @@ NEEDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit status: 0, 1 after an error (printed on stderr), 3 after a partial failure."""
+    """Runs one command and returns its exit status.
+
+    The status is 0 after success, 1 after an error (printed on standard error), 3 after a partial failure, 130 after an
+    interrupt. `submit` and `jobs follow` return the status of their job.
+    """
     accept_all_characters()
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser()
@@ -93,6 +97,7 @@ def _expand_home(value: Any) -> Any:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of `focus-ray` with all its commands."""
     parser = argparse.ArgumentParser(
         prog="focus-ray",
         description="Learns from images of good parts. For a new image it says whether the part is defective, where the "
@@ -102,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verbose", action="store_true", help="show Ray's own messages and all output of workers")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    add_data(commands)
+    add_data_parser(commands)
 
     train = commands.add_parser("train", help="train one model for each category and write its bundle")
     train.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
@@ -114,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the run of this name")
     train.set_defaults(run=_train)
 
-    add_fit(commands)
+    add_fit_parser(commands)
 
     sweep = commands.add_parser(
         "sweep",
@@ -185,7 +190,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect.set_defaults(run=_inspect)
 
-    add_watch(commands)
+    add_watch_parser(commands)
 
     batch = commands.add_parser("inspect-batch", help="score a Parquet data set on Ray into Parquet")
     batch.add_argument("bundles", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
@@ -229,14 +234,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     update.set_defaults(run=_update)
 
-    add_calibrate(commands)
-    add_export(commands)
-    add_registry(commands)
-    add_jobs(commands)
-    add_config(commands)
-    add_doctor(commands)
-    add_completion(commands)
-    add_serving(commands)
+    add_calibrate_parser(commands)
+    add_export_parser(commands)
+    add_registry_parser(commands)
+    add_jobs_parser(commands)
+    add_config_parser(commands)
+    add_doctor_parser(commands)
+    add_completion_parser(commands)
+    add_serving_parser(commands)
 
     samples = commands.add_parser(
         "samples", help="draw a small set of images of synthetic parts, in the folder layout of MVTec AD"
@@ -248,6 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_version(parser: argparse.ArgumentParser) -> None:
+    """Adds --version to a command that reads models from a registry."""
     parser.add_argument(
         "--version",
         dest="version_of",

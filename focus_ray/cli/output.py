@@ -17,23 +17,29 @@ EXIT_PARTLY = 3  # a part of the work failed, and a message says so
 
 
 def readable_name(path: Path | str) -> str:
-    """Returns a path as text for any terminal and file: bytes that are not UTF-8 become \\xff."""
+    """Returns a path as valid UTF-8 text: a byte that is not UTF-8 becomes an escape such as \\xff."""
     return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def require(*places: str | None) -> None:
-    """Checks that local paths exist, before heavy imports. Raises: DataError: a path does not exist."""
+    """Checks that local paths exist. Commands call it before heavy imports. Ignores None and URIs.
+
+    Raises:
+        DataError: A path does not exist.
+    """
     for place in places:
         if place is not None and "://" not in place and not Path(place).expanduser().exists():
             raise DataError(f"{place}: no such file or folder")
 
 
 def image_paths(names: Sequence[str]) -> list[Path]:
-    """Returns image files, and the image files of folders and of all folders below them, in order.
+    """Returns the image files for names of files and folders, in the order of the names.
 
-    Among several names, system folders are skipped, because `new/*` includes them.
+    A folder stands for the image files in it and in all folders below it. If there are several names, skips system
+    folders, because a shell includes them in `new/*`.
 
-    Raises: DataError: a file or folder does not exist, or a folder has no image.
+    Raises:
+        DataError: A file or folder does not exist, or a folder has no image.
     """
     from focus_ray.data.listing import find_image_files, is_system_folder
 
@@ -59,7 +65,7 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 def accept_all_characters() -> None:
-    """Makes standard output accept any text: an encoding without a character writes its escape."""
+    """Makes standard output accept any text: writes \\u escapes for characters that its encoding lacks."""
     codecs.register_error("focus_ray_escape", _escape)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="focus_ray_escape")

@@ -49,72 +49,85 @@ def commands_of(parser: argparse.ArgumentParser) -> dict[str, tuple[str, argpars
 def markdown() -> str:
     """Returns the text of docs/reference/cli.md."""
     parser = build_parser()
-    lines = [_HEAD, "## For every command", "", *_table(parser)]
+    lines = [_HEAD, "## For every command", "", *_argument_table(parser)]
     for name, (help_line, below) in commands_of(parser).items():
-        lines += ["", *_command(f"focus-ray {name}", help_line, below, "##")]
+        lines += ["", *_command_lines(f"focus-ray {name}", help_line, below, "##")]
     return "\n".join(lines) + "\n"
 
 
-def _command(name: str, help_line: str, parser: argparse.ArgumentParser, heading: str) -> Iterator[str]:
+def _command_lines(name: str, help_line: str, parser: argparse.ArgumentParser, heading: str) -> Iterator[str]:
+    """Yields the Markdown lines of a command and of its subcommands.
+
+    Args:
+        name: Full name of the command, for instance "focus-ray data remove".
+        help_line: One-line help of the command.
+        parser: Parser of the command.
+        heading: Markdown mark of the heading, for instance "##".
+    """
     yield f"{heading} `{name}`"
     yield ""
-    yield _sentence(help_line)
+    yield _to_sentence(help_line)
     if parser.description:
-        yield f"\n{_sentence(parser.description)}"
+        yield f"\n{_to_sentence(parser.description)}"
     inner = commands_of(parser)
     if not inner:
-        yield f"\n```text\n{' '.join([name, *_usage(parser)])}\n```\n"
-        yield from _table(parser)
+        yield f"\n```text\n{' '.join([name, *_usage_words(parser)])}\n```\n"
+        yield from _argument_table(parser)
     if parser.epilog:
-        yield f"\n{_sentence(parser.epilog)}"
+        yield f"\n{_to_sentence(parser.epilog)}"
     for action, (words, below) in inner.items():
         yield ""
-        yield from _command(f"{name} {action}", words, below, "###")
+        yield from _command_lines(f"{name} {action}", words, below, "###")
 
 
-def _sentence(text: str) -> str:
+def _to_sentence(text: str) -> str:
+    """Returns the text with a capital first letter, unless it starts with `focus-ray`, and with a full stop."""
     start = text if text.startswith("focus-ray") else text[:1].upper() + text[1:]
     return start + ("" if text.endswith(".") else ".")
 
 
-def _arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+def _visible_arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Returns the arguments of a parser, without --help, --version and subcommands."""
     hidden = (argparse._HelpAction, argparse._SubParsersAction, argparse._VersionAction)
     return [action for action in parser._actions if not isinstance(action, hidden)]
 
 
-def _usage(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Yields the required arguments, then [options] if the command has options."""
-    options = [action for action in _arguments(parser) if action.option_strings]
-    for action in _arguments(parser):
+def _usage_words(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yields the words of the usage line: positional arguments, required options, and [options] for all other options."""
+    options = [action for action in _visible_arguments(parser) if action.option_strings]
+    for action in _visible_arguments(parser):
         if not action.option_strings:
-            yield _positional(action)
-    yield from (f"{action.option_strings[0]} {_value(action)}" for action in options if action.required)
+            yield _positional_text(action)
+    yield from (f"{action.option_strings[0]} {_value_text(action)}" for action in options if action.required)
     if any(not action.required for action in options):
         yield "[options]"
 
 
-def _positional(action: argparse.Action) -> str:
-    name = _value(action)
+def _positional_text(action: argparse.Action) -> str:
+    """Returns a positional argument as the usage line shows it: brackets mark an optional argument."""
+    name = _value_text(action)
     forms = {"?": f"[{name}]", "*": f"[{name} ...]", "+": f"{name} [{name} ...]", argparse.REMAINDER: name}
     return forms.get(str(action.nargs), name)
 
 
-def _value(action: argparse.Action) -> str:
+def _value_text(action: argparse.Action) -> str:
+    """Returns the name of an argument's value: its choices, its metavar, or its name in capitals."""
     if action.choices is not None:
         return "|".join(str(choice) for choice in action.choices)
     return str(action.metavar or action.dest.upper())
 
 
-def _table(parser: argparse.ArgumentParser) -> Iterator[str]:
-    actions = _arguments(parser)
+def _argument_table(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yields the lines of a Markdown table with one row per argument; nothing if there are no arguments."""
+    actions = _visible_arguments(parser)
     if not actions:
         return
     yield "| argument | meaning |"
     yield "|---|---|"
     for action in actions:
-        name = _value(action) if not action.option_strings else ", ".join(action.option_strings)
+        name = _value_text(action) if not action.option_strings else ", ".join(action.option_strings)
         if action.option_strings and action.nargs != 0:
-            name += f" {_value(action)}" + (" ..." if action.nargs in ("+", "*") else "")
+            name += f" {_value_text(action)}" + (" ..." if action.nargs in ("+", "*") else "")
         cells = (f"`{name}`", action.help or "")
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -17,16 +17,18 @@ _WORDS = {
 }
 
 
-def add_registry(commands: Any) -> None:
+def add_registry_parser(commands: Any) -> None:
+    """Adds the parsers of the actions of `registry`."""
     registry = commands.add_parser("registry", help="publish bundles, move aliases, list, delete old versions")
     actions = registry.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, help: str, *names: str) -> argparse.ArgumentParser:
+        """Adds the parser of one action with the argument `registry` and other positional arguments of `_WORDS`."""
         parser: argparse.ArgumentParser = actions.add_parser(name, help=help)
         parser.add_argument("registry", help="root of the registry: a path or s3:// URI")
         for positional in names:
             parser.add_argument(positional, help=_WORDS[positional])
-        parser.set_defaults(run=_registry)
+        parser.set_defaults(run=_run_registry)
         return parser
 
     publish = action(
@@ -48,7 +50,8 @@ def add_registry(commands: Any) -> None:
     collect.add_argument("--min-age-hours", type=float, default=1.0, help="also keep younger versions (default: 1)")
 
 
-def _registry(arguments: argparse.Namespace) -> int:
+def _run_registry(arguments: argparse.Namespace) -> int:
+    """Runs an action of `registry` and prints a line per affected version. Returns the exit status."""
     from datetime import timedelta
 
     from focus_ray.bundle.registry import Registry, Version
@@ -58,6 +61,7 @@ def _registry(arguments: argparse.Namespace) -> int:
     action = arguments.action
 
     def show(version: Version, aliases: Sequence[str] = ()) -> None:
+        """Prints a version and its aliases, separated by tabs."""
         fields = (version.team, version.category, version.name, f"{version.published_at:%Y-%m-%d %H:%M:%S}")
         print(*fields, version.num_bytes, version.sha256[:16], ",".join(aliases) or "-", version.uri, sep="\t")
 

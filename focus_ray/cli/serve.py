@@ -8,7 +8,8 @@ from typing import Any
 from focus_ray.cli.output import require, say
 
 
-def add_serving(commands: Any) -> None:
+def add_serving_parser(commands: Any) -> None:
+    """Adds the parsers of `serve` and `token`."""
     serve = commands.add_parser(
         "serve", help="answer HTTP requests with the bundles of a run or the models of a registry"
     )
@@ -40,6 +41,7 @@ def add_serving(commands: Any) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    """Runs `serve`: serves models until the user interrupts. Returns the exit status."""
     require(arguments.place)
     say(f"serve: {arguments.place} on http://{arguments.host}:{arguments.port}, as soon as it has started")
     from focus_ray.config import override_tree, read_tree
@@ -50,7 +52,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         tree = read_tree(arguments.place, arguments.override)
     else:
         tree = override_tree({"ingress_num_cpus": 0}, arguments.override)
-        kind = _kind_of(arguments.place)
+        kind = _find_kind(arguments.place)
         tree[kind] = arguments.place
         tree.setdefault("examples", kind == "bundles")
     tree.setdefault("open_to_all", "tokens" not in tree)
@@ -61,8 +63,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _kind_of(place: str) -> str:
-    """Returns "bundles" or "registry", the setting for a place. Raises: DataError: the place has neither bundles nor versions."""
+def _find_kind(place: str) -> str:
+    """Returns the kind of a place, which is also the name of its setting: "bundles" or "registry".
+
+    Raises:
+        DataError: The place has neither bundles nor published versions.
+    """
     from focus_ray.bundle.bundle import find_bundles, runs_in
     from focus_ray.bundle.registry import Registry
     from focus_ray.errors import DataError
@@ -81,6 +87,7 @@ def _kind_of(place: str) -> str:
 
 
 def _token(arguments: argparse.Namespace) -> int:
+    """Runs `token create`, `token list` or `token revoke`. Returns the exit status."""
     from datetime import timedelta
 
     from focus_ray.serving.tokens import create_token, read_tokens, revoke_token

@@ -11,10 +11,11 @@ from focus_ray.errors import ConfigError
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
+    """Runs `sweep`: starts a sweep, or uses an existing sweep (`status`, `resume`, `report`). Returns the exit status."""
     if arguments.what in ("status", "report", "resume"):
         if len(arguments.rest) != 1:
             raise ConfigError(f"focus-ray sweep {arguments.what}: expected one sweep's folder, got {arguments.rest}")
-        return _sweep_place(arguments.what, arguments.rest[0])
+        return _use_existing_sweep(arguments.what, arguments.rest[0])
     from focus_ray.standard import find_config
     from focus_ray.sweep.settings import load_sweep
 
@@ -22,16 +23,22 @@ def _sweep(arguments: argparse.Namespace) -> int:
     say(f"sweep: {arguments.what}")
     from focus_ray.sweep.driver import run_sweep
 
-    return _sweep_end(run_sweep(config, log=say))
+    return _print_outcome(run_sweep(config, log=say))
 
 
-def _sweep_place(action: str, place: str) -> int:
+def _use_existing_sweep(action: str, place: str) -> int:
+    """Shows, reports or resumes the sweep in a folder. Returns the exit status.
+
+    Args:
+        action: "status", "report" or "resume".
+        place: Folder of the sweep.
+    """
     from focus_ray.sweep import records, summary
 
     if action == "resume":
         from focus_ray.sweep.driver import resume_sweep
 
-        return _sweep_end(resume_sweep(place, log=say))
+        return _print_outcome(resume_sweep(place, log=say))
     config, trials = records.read_sweep(place), records.read_records(place)
     if action == "report":
         from focus_ray.sweep.report import write_report
@@ -47,8 +54,8 @@ def _sweep_place(action: str, place: str) -> int:
     return 0
 
 
-def _sweep_end(outcome: Any) -> int:
-    """Prints table, summary and, as the last lines, the next commands. Returns the exit status."""
+def _print_outcome(outcome: Any) -> int:
+    """Prints the table, the summary and the commands that train the best settings. Returns the exit status."""
     from focus_ray.sweep import records, summary
 
     config = records.read_sweep(outcome.root)

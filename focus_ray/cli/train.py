@@ -19,7 +19,8 @@ _SHOWN_CATEGORIES = 3  # with more categories, only the report shows the caveats
 def read_config(place: str, overrides: list[str]) -> Config:
     """Reads a configuration from a file, by the name of a standard configuration, or from a URI, and applies overrides.
 
-    Raises: ConfigError: the configuration cannot be read, or is not valid.
+    Raises:
+        ConfigError: The configuration cannot be read, or is not valid.
     """
     from focus_ray.config import load_config, mapping_of, override_tree, parse_config
     from focus_ray.standard import find_config
@@ -36,7 +37,8 @@ def read_config(place: str, overrides: list[str]) -> Config:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    name_or_path, overrides = _split_arguments(arguments)
+    """Runs `train`: trains a model per category, and prints the bundles and the next commands. Returns the exit status."""
+    name_or_path, overrides = _split_config(arguments)
     config = read_config(name_or_path, overrides)
     say(f"train: {config.data.uri} -> {config.storage}/{config.name}")
     from focus_ray.cluster.training import train  # takes seconds to import, so check the keys first
@@ -44,6 +46,7 @@ def _train(arguments: argparse.Namespace) -> int:
     names: list[str] = []
 
     def log(message: str) -> None:
+        """Prints a message. Remembers the run's name from the message "name: ..."."""
         names.extend([message.partition(": ")[2]] if message.startswith("name: ") else [])
         say(message)
 
@@ -66,7 +69,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def print_threshold_caveats(bundles: Mapping[str, str]) -> None:
-    """Prints the caveats of the thresholds, if there are only a few categories."""
+    """Prints the caveats of the thresholds, if there are at most _SHOWN_CATEGORIES categories."""
     from focus_ray.bundle.bundle import read_manifest
     from focus_ray.evaluation.calibration import Calibration
 
@@ -76,8 +79,12 @@ def print_threshold_caveats(bundles: Mapping[str, str]) -> None:
                 say(f"note: {category}: {caveat}")
 
 
-def _split_arguments(arguments: argparse.Namespace) -> tuple[str, list[str]]:
-    """Returns the configuration, from the first word or --config, and the overrides. Raises: ConfigError: it is missing."""
+def _split_config(arguments: argparse.Namespace) -> tuple[str, list[str]]:
+    """Returns (configuration, overrides). The configuration is the value of --config, or else the first word.
+
+    Raises:
+        ConfigError: The command line names no configuration.
+    """
     if arguments.named is not None:
         return arguments.named, [*([] if arguments.config is None else [arguments.config]), *arguments.override]
     if arguments.config is None or ("=" in arguments.config and not Path(arguments.config).exists()):
@@ -91,6 +98,7 @@ def _split_arguments(arguments: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def _metric(arguments: argparse.Namespace) -> int:
+    """Runs `metric`: joins discriminant projections and writes the joined projection to a file. Returns the exit status."""
     require(*arguments.bundles)
     from focus_ray.bundle.metric import share_metric
 
@@ -100,6 +108,7 @@ def _metric(arguments: argparse.Namespace) -> int:
 
 
 def _update(arguments: argparse.Namespace) -> int:
+    """Runs `update`: changes the images of a bundle and prints the new number of images. Returns the exit status."""
     require(arguments.bundle, arguments.add, arguments.remove, *arguments.join, arguments.only, arguments.calibrate)
     from focus_ray.errors import DataError
 

@@ -18,7 +18,8 @@ from focus_ray.cli.output import EXIT_PARTLY, image_paths, require, say
 from focus_ray.errors import DataError
 
 
-def add_watch(commands: Any) -> None:
+def add_watch_parser(commands: Any) -> None:
+    """Adds the parser of `watch`."""
     watch = commands.add_parser(
         "watch",
         help="inspect images as they arrive in a folder, until you stop the command",
@@ -87,6 +88,7 @@ def add_watch(commands: Any) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
+    """Runs `watch`: checks the arguments, then watches until a signal stops it. Returns the exit status."""
     require(arguments.bundle, arguments.folder)
     for name in ("poll_s", "settle_s", "give_up_s"):
         if not getattr(arguments, name) >= 0:
@@ -110,15 +112,25 @@ def _watch(arguments: argparse.Namespace) -> int:
         raise DataError(
             f"--on-anomalous {arguments.on_anomalous}: {command[0]} is no program on the PATH, nor a file that runs"
         )
-    with _stopped_by_signals() as stop:
-        return _run(arguments, examples, command, stop)
+    with _catch_signals() as stop:
+        return _run_watch(arguments, examples, command, stop)
 
 
-def _run(arguments: argparse.Namespace, examples: list[Path], command: tuple[str, ...], stop: threading.Event) -> int:
+def _run_watch(
+    arguments: argparse.Namespace, examples: list[Path], command: tuple[str, ...], stop: threading.Event
+) -> int:
+    """Watches the folder until `stop` is set. Returns the exit status.
+
+    Args:
+        arguments: Checked arguments of the command.
+        examples: Images for scaling and checking an engine other than torch.
+        command: Words of --on-anomalous; empty for no command.
+        stop: Event that ends the watch.
+    """
     from focus_ray.watching.journal import Journal
 
     with Journal(arguments.output, arguments.csv, say) as journal:
-        say(f"watch: {arguments.folder} -> {arguments.output}, where {journal.num_known} images have a line")
+        say(f"watch: {arguments.folder} -> {arguments.output}, where {journal.num_lines_at_start} images have a line")
         from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the folder first
         from focus_ray.watching.model import WatchedModel
         from focus_ray.watching.watch import Watch, WatchSettings, summarize_counts
@@ -140,7 +152,12 @@ def _run(arguments: argparse.Namespace, examples: list[Path], command: tuple[str
             once=arguments.once,
         )
         watch = Watch(
-            Path(arguments.folder), model, journal, settings, say, _Shown() if arguments.show else lambda line: None
+            Path(arguments.folder),
+            model,
+            journal,
+            settings,
+            say,
+            _LinePrinter() if arguments.show else lambda line: None,
         )
         watch.run(stop)
         remaining_text = f", {watch.num_pending} left for the next start" if watch.num_pending else ""
@@ -149,11 +166,15 @@ def _run(arguments: argparse.Namespace, examples: list[Path], command: tuple[str
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
-    """Yields an event that SIGINT or SIGTERM sets. A second signal ends the process at once."""
+def _catch_signals() -> Iterator[threading.Event]:
+    """Context manager: yields an event that SIGINT or SIGTERM sets.
+
+    A second signal has its usual effect and ends the process.
+    """
     stop = threading.Event()
 
     def request_stop(number: int, _: object) -> None:
+        """Sets the event and restores the previous handler of the signal."""
         signal.signal(number, before[signal.Signals(number)])
         stop.set()
 
@@ -165,8 +186,8 @@ def _stopped_by_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class _Shown:
-    """Prints lines on standard output while a reader exists. The watch continues after the reader ends."""
+class _LinePrinter:
+    """Prints lines on standard output, until the program that reads them ends (a closed pipe). The watch continues."""
 
     def __init__(self) -> None:
         self.open = True

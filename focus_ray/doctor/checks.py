@@ -35,8 +35,8 @@ CHECKS: dict[str, Check] = {
 def diagnose(config: str | None, overrides: Sequence[str], checks: dict[str, Check] = CHECKS) -> Iterator[Diagnosis]:
     """Runs all checks for a configuration and yields their diagnoses.
 
-    The first diagnosis is about the configuration itself. If the configuration is not valid, this diagnosis fails, and
-    the checks use the default configuration.
+    If the user named a configuration, the first diagnosis says whether it is valid. If the configuration or an override is
+    not valid, the first diagnosis fails, and the checks use the default configuration.
 
     Args:
         config: Path or standard name of the configuration of a run or a sweep; None takes the defaults.
@@ -73,7 +73,7 @@ def read_context(config: str | None, overrides: Sequence[str]) -> CheckContext:
     if "space" in tree:  # only a sweep has this key
         from focus_ray.sweep.settings import load_sweep
 
-        return CheckContext(load_sweep(path, overrides).base_config(), True, True)
+        return CheckContext(load_sweep(path, overrides).config_at(), True, True)
     return CheckContext(parse_config(override_tree(tree, list(overrides)), str(path)), True, True)
 
 

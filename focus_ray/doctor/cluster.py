@@ -16,7 +16,10 @@ UNSET_ADVICE = "or unset RAY_ADDRESS: then each run starts a private Ray on this
 
 
 def check_address(context: CheckContext) -> CheckResult:
-    """Checks that RAY_ADDRESS, if set, is an address at which a Ray cluster answers."""
+    """Checks the address in RAY_ADDRESS: it must accept connections; an http address must answer as a Ray dashboard.
+
+    Passes if RAY_ADDRESS is not set.
+    """
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         return ok("RAY_ADDRESS is not set: each run starts a private Ray on this machine")
@@ -39,7 +42,7 @@ def check_address(context: CheckContext) -> CheckResult:
 
 
 def _check_local_cluster() -> CheckResult:
-    """Checks RAY_ADDRESS=auto: a cluster must run on this machine."""
+    """Checks that a Ray cluster runs on this machine, as RAY_ADDRESS=auto requires."""
     address = current_cluster()
     if address is None or unreachable(address):
         problem = "no cluster runs" if address is None else f"the cluster at {address} does not answer"

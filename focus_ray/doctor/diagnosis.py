@@ -49,7 +49,10 @@ class CheckContext:
 
     @property
     def status_if_missing(self) -> Status:
-        """The status of a missing thing that only some configurations need: "FAILED" if the user named a configuration."""
+        """Status of a missing file or service that only some configurations need.
+
+        "FAILED" if the user named a configuration, otherwise "warning".
+        """
         return "FAILED" if self.has_config else "warning"
 
 
@@ -63,12 +66,12 @@ def ok(message: str) -> CheckResult:
 
 
 def warning(message: str, advice: str) -> CheckResult:
-    """Returns the result of a check that found a problem with which a run can still work."""
+    """Returns the result of a check that found a problem that does not stop a run."""
     return "warning", message, advice
 
 
 def failed(message: str, advice: str) -> CheckResult:
-    """Returns the result of a check that found a problem with which a run cannot work."""
+    """Returns the result of a check that found a problem that stops a run."""
     return "FAILED", message, advice
 
 

@@ -52,7 +52,10 @@ def cpu_count() -> float:
 
 
 def check_memory(context: CheckContext) -> CheckResult:
-    """Warns if little memory is free, or less than all workers may use for decoded images."""
+    """Warns if the free memory is below LOW_MEMORY_BYTES or below the workers' total budget for decoded images.
+
+    Checks the budget only if the user named a configuration and its workers run on this machine.
+    """
     total, free = memory_bytes()
     workers, budget = context.config.cluster.num_workers, context.config.data.memory_budget_mb * MIB
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free"
@@ -67,7 +70,10 @@ def check_memory(context: CheckContext) -> CheckResult:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Returns (total bytes, free bytes) of the memory of this machine or of its container."""
+    """Returns (total bytes, free bytes) of the memory of this machine or of its container.
+
+    Outside Linux, free memory is unknown: then all memory counts as free.
+    """
     lines = dict(line.split(":", 1) for line in _read_system_file("/proc/meminfo").splitlines() if ":" in line)
     if "MemAvailable" not in lines:  # not Linux
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -172,16 +178,16 @@ def check_gpu(context: CheckContext) -> CheckResult:
 
 
 def check_ports(context: CheckContext) -> CheckResult:
-    """Warns if another program uses one of the ports in PORTS."""
-    busy = [port for port in PORTS if not _is_free(port)]
+    """Warns if another program uses one of the ports in PORTS of 127.0.0.1."""
+    busy = [port for port in PORTS if not _is_port_free(port)]
     if busy:
         names = " and ".join(map(str, busy))
         return warning(f"another program uses {names} of 127.0.0.1", "; ".join(PORTS[port] for port in busy))
     return ok(f"{' and '.join(map(str, PORTS))} of 127.0.0.1 are free")
 
 
-def _is_free(port: int) -> bool:
-    """Returns True if no program listens on a port of 127.0.0.1."""
+def _is_port_free(port: int) -> bool:
+    """Returns True if a port of 127.0.0.1 can be bound: no other program uses it."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was released a moment ago is free
         try:

@@ -1,4 +1,4 @@
-"""Checks of the things that a configuration names: storage, data set, weights, trackers."""
+"""Checks of the resources of a configuration: storage, data set, weights, trackers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_storage(context: CheckContext) -> CheckResult:
         return failed(f"{uri}: {folder} is a file", "set storage to a folder")
     check_access(
         str(folder)
-    )  # of a storage that does not exist yet, its existing parent: the check must not create folders
+    )  # if the storage does not exist yet, this is its nearest existing parent: the check must not create folders
     if str(folder) != open_filesystem(uri)[1]:
         return ok(f"{uri} can be created in {folder}")
     return ok(f"{uri}: files can be written, read, listed and deleted")
@@ -74,7 +74,11 @@ def check_trackers(context: CheckContext) -> CheckResult:
 
 
 def _check_category(store: Store, category: str, frame: Frame) -> tuple[bool, str]:
-    """Returns (can be trained on, text): the text gives the problem or the number of images."""
+    """Returns (True, numbers of images) if the category can be used for training, else (False, problem).
+
+    Raises:
+        DataError: The category does not exist, or its first image cannot be read.
+    """
     commit = store.require_commit(category)
     if not store.is_complete(category, commit):
         return False, f"{category}: data files are missing or damaged"
@@ -127,7 +131,7 @@ def _download_location(model: ModelConfig) -> tuple[str | None, Path | None]:
 
 
 def _url_problem(url: str) -> str:
-    """Returns why a URL cannot be read through the proxies of the environment; empty if it can be read."""
+    """Returns the reason why a URL cannot be read, through the proxies of the environment; empty if it can be read."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S).close()
     except urllib.error.HTTPError as error:

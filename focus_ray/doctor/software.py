@@ -31,7 +31,7 @@ def check_packages(context: CheckContext) -> CheckResult:
     """
     versions = ", ".join(f"{name} {installed_version(name) or 'missing'}" for name in SHOWN_PACKAGES)
     if not requirements_of():
-        return _report_not_installed(versions)
+        return _warn_without_requirements(versions)
     problems_by_extra = {extra: dict(_extra_problems(extra)) for extra in ("", *EXTRAS)}
     missing_extras = [
         extra for extra in EXTRAS if any(installed_version(need.name) is None for need in problems_by_extra[extra])
@@ -61,8 +61,12 @@ def _extra_problems(extra: str) -> Iterator[tuple[Requirement, str]]:
     )
 
 
-def _report_not_installed(versions: str) -> CheckResult:
-    """Returns the warning that the requirements are unknown."""
+def _warn_without_requirements(versions: str) -> CheckResult:
+    """Returns a warning: focus_ray is not installed as a package, so its requirements cannot be checked.
+
+    Args:
+        versions: Text with the versions of the main packages.
+    """
     return warning(
         f"{versions}; focus_ray is not installed as a package, so its requirements are unknown", "pip install -e ."
     )
@@ -87,7 +91,7 @@ def requirements_of(name: str = DISTRIBUTION, extra: str = "") -> list[Requireme
 
 
 def _applies(need: Requirement, extra: str) -> bool:
-    """Returns True if a requirement applies on this platform with the given extra."""
+    """Returns True if a requirement applies on this platform with an extra; "" stands for no extra."""
     return need.marker is None or need.marker.evaluate({"extra": extra})
 
 

@@ -13,10 +13,10 @@ from focus_ray.samples.painting import (
     FloatImage,
     Points,
     apply_sensor,
-    bent_line,
     blur_coarsely,
+    draw_bent_line,
+    draw_noise,
     light_direction,
-    noise,
     reflection_terms,
     shift_image,
 )
@@ -96,7 +96,7 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
     if defect == "scratch":
         scratch_middle = sheet.size * defect_rng.uniform(0.2, 0.8, size=2)
         scratch = Image.new("L", (sheet.size, sheet.size))
-        points = bent_line(defect_rng, scratch_middle, sheet.size * defect_rng.uniform(0.12, 0.28))
+        points = draw_bent_line(defect_rng, scratch_middle, sheet.size * defect_rng.uniform(0.12, 0.28))
         ImageDraw.Draw(scratch).line(
             points, fill=255, width=max(2, round(sheet.size * defect_rng.uniform(0.005, 0.008)))
         )
@@ -119,15 +119,15 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
     albedo = albedo * (0.35 + 0.65 * albedo)  # colours of the drawing -> linear light, about gamma 1.6
     layers = photograph(Image.merge("RGB", (sheet.height, sheet.metal, sheet.outline)))
     height, metal, board = layers[..., 0] * 60, layers[..., 1].copy(), layers[..., 2].copy()
-    weave = _cloth_texture(size, angle)
-    albedo *= (1 + 0.07 * noise(rng, size, 0.2) + 0.05 * noise(rng, size, 0.006) + 0.03 * weave)[..., None]
+    weave = _draw_cloth_texture(size, angle)
+    albedo *= (1 + 0.07 * draw_noise(rng, size, 0.2) + 0.05 * draw_noise(rng, size, 0.006) + 0.03 * weave)[..., None]
     if scratch is not None:
         mark = photograph(scratch) * (height < 20)
         bare = np.array([0.50, 0.52, 0.36], np.float32) * defect_rng.uniform(0.9, 1.2)
         albedo = albedo * (1 - 0.85 * mark[..., None]) + bare * 0.85 * mark[..., None]
         height -= 1.5 * mark
     # Solder (drawn with metal >= 230) is bumpy; metal cans and gold are smooth.
-    solder = np.clip(metal * 6 - 4.6, 0, 1) * (0.5 * noise(rng, size, 0.010) + 0.4 * noise(rng, size, 0.025))
+    solder = np.clip(metal * 6 - 4.6, 0, 1) * (0.5 * draw_noise(rng, size, 0.010) + 0.4 * draw_noise(rng, size, 0.025))
 
     # Light: slopes of the smoothed height give diffuse and specular reflection.
     height_soft = ndimage.uniform_filter(height, 5)
@@ -147,7 +147,7 @@ def draw_board(rng: np.random.Generator, size_px: int, defect: str | None, attem
     shine = (0.10 + 0.75 * metal) * specular * (1 - 0.6 * shadow)
 
     # The table under the board, with the shadow of the board.
-    table = 1 + 0.03 * noise(rng, size, 0.008) + 0.04 * noise(rng, size, 0.3)
+    table = 1 + 0.03 * draw_noise(rng, size, 0.008) + 0.04 * draw_noise(rng, size, 0.3)
     shadow_on_table = shift_image(blur_coarsely(board, 0.010 * size), away[0] * 0.016 * size, away[1] * 0.016 * size)
     table *= falloff * (1 - 0.55 * np.clip(shadow_on_table, 0, 1)) * (1 - board)
     picture = np.empty((size, size, 3), np.float32)
@@ -163,8 +163,8 @@ class _Sheet:
     Attributes:
         size: Side of the layers in pixels.
         colour: RGB image.
-        height: Height above the board; 255 is 60 pixels of a 512 pixel image.
-        metal: How metallic the surface is; 230 and more is solder.
+        height: Height above the board, 0 to 255; 255 is 60 pixels of the supersampled image of 512 pixels.
+        metal: Gloss of the surface, 0 to 255; 230 and more is solder.
         outline: 255 inside the board, 0 outside.
     """
 
@@ -188,7 +188,10 @@ class _Sheet:
         self, centre: tuple[float, float], extent: tuple[float, float], angle_deg: float,
         colour: tuple[int, int, int], height: int, metal: int = 0, offset: tuple[float, float] = (0.0, 0.0),
     ) -> None:  # fmt: skip
-        """Draws a rectangle that is shifted by `offset` in its own frame and then rotated about the point `centre`."""
+        """Draws a filled rectangle into the layers colour, height and metal.
+
+        Shifts the rectangle by `offset` in its own frame, then rotates it about `centre`.
+        """
         cos, sin = np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg))
         corners = [
             (offset[0] + i * extent[0] / 2, offset[1] + j * extent[1] / 2)
@@ -316,7 +319,7 @@ def _draw_small_part(
     Args:
         sheet: Layers to draw on.
         kind: "resistor", "capacitor" or "led".
-        pads: x and y of the pads: a misplaced part does not move them.
+        pads: x and y of the middle between both pads: a misplaced part does not move its pads.
         centre: x and y of the part.
         angle_deg: Rotation of the part in degrees.
         tone: Factor of the part's brightness.
@@ -396,8 +399,16 @@ def _draw_digits(
             sheet.line(points, 0.0038, colour, height)
 
 
-def _cloth_texture(size: int, angle: float) -> FloatImage:
-    """Returns the (size, size) texture of the glass cloth under the solder mask; `angle` is in radians."""
+def _draw_cloth_texture(size: int, angle: float) -> FloatImage:
+    """Returns the texture of the glass cloth under the solder mask.
+
+    Args:
+        size: Side of the image in pixels.
+        angle: Rotation of the board in radians.
+
+    Returns:
+        (size, size), in [-2, 2].
+    """
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     return np.asarray(np.sin(u * 2 * np.pi * 62) + np.sin(v * 2 * np.pi * 62), dtype=np.float32)

@@ -11,13 +11,13 @@ from focus_ray.samples.painting import (
     SUPERSAMPLING,
     FloatImage,
     apply_sensor,
-    bent_line,
     blur_coarsely,
+    draw_bent_line,
+    draw_noise,
     draw_stain,
     draw_stroke,
     halfway_vector,
     light_direction,
-    noise,
     reflection_terms,
     shift_image,
     smooth_step,
@@ -70,7 +70,7 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     if defect == "broken_tooth":
         tooth = int(defect_rng.integers(_NUM_TEETH)) * 2 * np.pi / _NUM_TEETH
         tooth_angle = np.mod(gear_angle - tooth + np.pi, 2 * np.pi) - np.pi
-        roughness = noise(defect_rng, size, 0.02) * 0.010
+        roughness = draw_noise(defect_rng, size, 0.02) * 0.010
         level = (
             _ROOT
             + _DEPTH * defect_rng.uniform(0.02, 0.6)
@@ -108,18 +108,22 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     marks = smooth_step(0.006 - np.hypot(gx - 0.098, np.abs(gy) - 0.016), np.float32(0.004))  # two punched marks
     height -= 2.5 * marks
     cast = 1 - np.clip(rim + hub, 0, 1)
-    height += cast * (0.35 * noise(rng, size, 0.008) + 0.8 * noise(rng, size, 0.05))
+    height += cast * (0.35 * draw_noise(rng, size, 0.008) + 0.8 * draw_noise(rng, size, 0.05))
 
     # Reflectivity and gloss of the metal, then the defects of its surface.
     steel = np.array([0.60, 0.61, 0.63], np.float32)
-    albedo: FloatImage = (1 + 0.05 * noise(rng, size, 0.12) + 0.04 * noise(rng, size, 0.012)) * (1 - 0.28 * cast)
+    albedo: FloatImage = (1 + 0.05 * draw_noise(rng, size, 0.12) + 0.04 * draw_noise(rng, size, 0.012)) * (
+        1 - 0.28 * cast
+    )
     gloss: FloatImage = 1 - 0.75 * cast
     scratch, stain = None, None
     if defect == "scratch":
         scratch_angle, scratch_radius = defect_rng.uniform(0, 2 * np.pi), defect_rng.uniform(0.10, 0.30)
         centre_px = size * (centre + scratch_radius * zoom * np.array([np.cos(scratch_angle), np.sin(scratch_angle)]))
         scratch = draw_stroke(
-            size, bent_line(defect_rng, centre_px, size * defect_rng.uniform(0.14, 0.28)), defect_rng.uniform(3.2, 5.0)
+            size,
+            draw_bent_line(defect_rng, centre_px, size * defect_rng.uniform(0.14, 0.28)),
+            defect_rng.uniform(3.2, 5.0),
         )
         height -= defect_rng.uniform(2.0, 3.2) * ndimage.gaussian_filter(scratch, 0.8)
     if defect == "contamination":
@@ -157,7 +161,7 @@ def draw_gear(rng: np.random.Generator, size_px: int, defect: str | None, attemp
     shine = gloss * (0.30 * specular + 0.16 * bow_tie)
 
     # The mat under the gear, with the shadow of the gear.
-    mat = 1 + 0.10 * noise(rng, size, 0.006) + 0.06 * noise(rng, size, 0.3)
+    mat = 1 + 0.10 * draw_noise(rng, size, 0.006) + 0.06 * draw_noise(rng, size, 0.3)
     mat *= 1 + 0.35 * (dx * math.cos(azimuth) + dy * math.sin(azimuth))
     solid = metal * (1 - hole_mask)
     shadow_offset = -0.022 * size

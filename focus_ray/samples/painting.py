@@ -70,12 +70,17 @@ def to_uint8(picture: FloatImage) -> NDArray[np.uint8]:
 
 
 def smooth_step(distance: FloatImage, width: Any) -> FloatImage:
-    """Returns 1 where distance > 0 and 0 where distance < 0, with a smooth transition of the given width around 0."""
+    """Returns a smooth step: 0 for negative and 1 for positive distances, with a cubic transition around 0.
+
+    Args:
+        distance: Any shape.
+        width: Width of the transition, a number or an array, in the unit of `distance`.
+    """
     t = np.clip(distance / width + 0.5, 0, 1)
     return np.asarray(t * t * (3 - 2 * t), dtype=np.float32)
 
 
-def noise(rng: np.random.Generator, size: int, cell: float) -> FloatImage:
+def draw_noise(rng: np.random.Generator, size: int, cell: float) -> FloatImage:
     """Returns (size, size) smooth random noise: normal values on a coarse grid, enlarged bicubically.
 
     Args:
@@ -89,7 +94,7 @@ def noise(rng: np.random.Generator, size: int, cell: float) -> FloatImage:
 
 
 def blur_coarsely(image: FloatImage, sigma_px: float) -> FloatImage:
-    """Returns the image after a Gaussian blur that runs at a quarter of the resolution: fast, and good enough for shadows."""
+    """Returns the (S, S) image after a Gaussian blur at a quarter of the resolution: fast, and good enough for shadows."""
     size = image.shape[0]
     full_size = Image.fromarray(np.ascontiguousarray(image, dtype=np.float32))
     blurred = np.asarray(full_size.resize((size // 4, size // 4), Image.Resampling.BOX))
@@ -98,7 +103,13 @@ def blur_coarsely(image: FloatImage, sigma_px: float) -> FloatImage:
 
 
 def shift_image(image: FloatImage, down_px: float, right_px: float) -> FloatImage:
-    """Returns the image moved by whole pixels. The uncovered border is zero."""
+    """Returns the (H, W) image moved by whole pixels. Fills the uncovered border with zeros.
+
+    Args:
+        image: (H, W).
+        down_px: Shift down, rounded to whole pixels; negative values move up.
+        right_px: Shift to the right, rounded to whole pixels; negative values move left.
+    """
     down, right = round(down_px), round(right_px)
     height, width = image.shape
     moved = np.zeros_like(image)
@@ -108,7 +119,7 @@ def shift_image(image: FloatImage, down_px: float, right_px: float) -> FloatImag
     return moved
 
 
-def bent_line(rng: np.random.Generator, middle: NDArray[np.float64], length: float) -> Points:
+def draw_bent_line(rng: np.random.Generator, middle: NDArray[np.float64], length: float) -> Points:
     """Returns 40 points of a slightly bent and slightly shaky line.
 
     Args:
@@ -130,7 +141,7 @@ def draw_stroke(size: int, points: Points, width_px: float) -> FloatImage:
     Args:
         size: Side of the image in pixels.
         points: (x, y) of the line in pixels.
-        width_px: Width of the line for an image of 512 pixels (256 before supersampling); it scales with `size`.
+        width_px: Width of the line if `size` is 512; the width scales with `size`.
     """
     canvas = Image.new("L", (size * 2, size * 2))
     ImageDraw.Draw(canvas).line(
@@ -145,7 +156,7 @@ def draw_stain(rng: np.random.Generator, size: int, centre: NDArray[np.float64],
     Args:
         rng: Source of the shape.
         size: Side of the image in pixels.
-        at: (2,), x and y of the centre, as shares of the image width.
+        centre: (2,), x and y of the centre, as shares of the image width.
         radius: Radius of the disc, as a share of the image width.
     """
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
@@ -153,7 +164,7 @@ def draw_stain(rng: np.random.Generator, size: int, centre: NDArray[np.float64],
     u = (x - centre[0]) * np.cos(axis_angle) + (y - centre[1]) * np.sin(axis_angle)
     v = (y - centre[1]) * np.cos(axis_angle) - (x - centre[0]) * np.sin(axis_angle)
     distance = np.hypot(u / stretch, v * stretch) / radius
-    roughness = 0.22 * noise(rng, size, radius * 0.9) + 0.10 * noise(rng, size, radius * 0.35)
+    roughness = 0.22 * draw_noise(rng, size, radius * 0.9) + 0.10 * draw_noise(rng, size, radius * 0.35)
     return smooth_step((1 - distance + roughness).astype(np.float32), np.float32(0.35)) * np.clip(
-        0.85 + 0.15 * noise(rng, size, radius * 0.5), 0, 1
+        0.85 + 0.15 * draw_noise(rng, size, radius * 0.5), 0, 1
     )

@@ -120,7 +120,9 @@ def draw_sample(
 
 
 def difference_mask(clean: NDArray[np.uint8], defective: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Returns where two images differ by more than MASK_DIFFERENCE, without specks, and with small gaps and holes closed.
+    """Returns the mask of a defect: True where two images differ by more than MASK_DIFFERENCE.
+
+    Closes small gaps, fills holes and removes specks.
 
     Args:
         clean: (S, S, 3), the image without the defect.
@@ -146,7 +148,7 @@ def difference_mask(clean: NDArray[np.uint8], defective: NDArray[np.uint8]) -> N
 
 
 def save_png(pixels: NDArray[np.uint8], path: Path) -> None:
-    """Writes pixels to a PNG file and creates its folder."""
+    """Writes pixels to a PNG file; creates the folder if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, compress_level=3)
 

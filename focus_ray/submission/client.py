@@ -62,11 +62,14 @@ def connect(address: str | None = None) -> Any:
 
 @contextmanager
 def _translate_errors(address: str, job_id: str | None = None) -> Iterator[None]:
-    """Turns errors of Ray's client into SubmissionError with the address and advice.
+    """Context manager: turns errors of Ray's client into SubmissionError with the address and advice.
 
     Args:
         address: Address of the cluster.
-        job: Submission id that the calls in the block use; None if they use no job.
+        job_id: Submission id that the calls in the block use; None if they use no job.
+
+    Raises:
+        SubmissionError: A call in the block failed.
     """
     from ray.exceptions import AuthenticationError
 
@@ -98,7 +101,7 @@ def check_versions(client: Any, say: Callable[[str], None]) -> None:
         say: Prints a warning.
 
     Raises:
-        SubmissionError: Ray or Python on the cluster is too old.
+        SubmissionError: Ray or Python on the cluster is too old, or the cluster does not answer.
     """
     import ray
 
@@ -106,21 +109,21 @@ def check_versions(client: Any, say: Callable[[str], None]) -> None:
     with _translate_errors(address):
         metadata = cluster_metadata(client)
     cluster_ray, cluster_python = str(metadata["rayVersion"]), str(metadata["pythonVersion"])
-    if _major_minor(cluster_ray) < MIN_RAY_VERSION:
+    if _parse_version(cluster_ray) < MIN_RAY_VERSION:
         raise SubmissionError(
             f"{address}: the cluster runs Ray {cluster_ray}; focus_ray needs {'.'.join(map(str, MIN_RAY_VERSION))} or newer"
         )
-    if _major_minor(cluster_python) < MIN_PYTHON_VERSION:
+    if _parse_version(cluster_python) < MIN_PYTHON_VERSION:
         raise SubmissionError(f"{address}: the cluster runs Python {cluster_python}; focus_ray needs 3.10 or newer")
-    if _major_minor(cluster_ray) != _major_minor(ray.__version__):
+    if _parse_version(cluster_ray) != _parse_version(ray.__version__):
         say(f"WARNING: the cluster runs Ray {cluster_ray}, this machine has Ray {ray.__version__}")
     local_python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    if _major_minor(cluster_python) != _major_minor(local_python):
+    if _parse_version(cluster_python) != _parse_version(local_python):
         say(f"WARNING: the cluster runs Python {cluster_python}, this machine has Python {local_python}")
 
 
-def _major_minor(version: str) -> tuple[int, ...]:
-    """Returns (major, minor) of a version text."""
+def _parse_version(version: str) -> tuple[int, ...]:
+    """Returns the first two numbers of a version text: (2, 60) for "2.60.1"."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
@@ -231,16 +234,16 @@ def describe_job(client: Any, job_id: str) -> dict[str, Any]:
     """Returns the state of a job as a dict of JSON values: id, status, team, times, exit code and more.
 
     Raises:
-        SubmissionError: The job does not exist.
+        SubmissionError: The job does not exist, or the cluster does not answer.
     """
     with _translate_errors(client.get_address(), job_id):
-        return _to_dict(client.get_job_info(job_id))
+        return _describe_details(client.get_job_info(job_id))
 
 
 def list_jobs(client: Any, team: str | None = None) -> list[dict[str, Any]]:
     """Returns the states of submitted jobs as `describe_job` does, newest first; only jobs of `team` if it is given."""
     with _translate_errors(client.get_address()):
-        all_jobs = [_to_dict(info) for info in client.list_jobs() if info.submission_id]
+        all_jobs = [_describe_details(info) for info in client.list_jobs() if info.submission_id]
     team_jobs = [job for job in all_jobs if team is None or job["team"] == team]
     return sorted(team_jobs, key=lambda job: job["started"] or "", reverse=True)
 
@@ -267,11 +270,15 @@ def stop_job(client: Any, job_id: str) -> str:
     raise SubmissionError(f"{job_id}: still running {_STOP_TIMEOUT_S:.0f} s after the request to stop: try again later")
 
 
-def _to_dict(info: Any) -> dict[str, Any]:
-    """Returns Ray's JobDetails as a dict of JSON values."""
+def _describe_details(info: Any) -> dict[str, Any]:
+    """Returns the state of a job as a dict of JSON values (the result of `describe_job`).
+
+    Args:
+        info: Ray's JobDetails.
+    """
 
     def iso_time(milliseconds: int | None) -> str | None:
-        """Returns a time of Ray's API as ISO text in UTC."""
+        """Returns a time as ISO text in UTC; None if Ray gives no time."""
         if not milliseconds:
             return None
         return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""The request for a job. Everything about it is checked here, before anything contacts the cluster."""
+"""The request for a job: this module builds and checks it before anything contacts the cluster."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def build_job(
     memory_gib: float = 0.0,
     labels: Mapping[str, str] | None = None,
 ) -> JobRequest:
-    """Checks a command and collects everything that its job needs. Contacts nothing.
+    """Checks a command and collects everything that its job needs. Does not contact the cluster.
 
     Args:
         command: A `focus-ray` command with its arguments; or any program, if the first word is not in `commands`.
@@ -103,16 +103,16 @@ def build_job(
     is_focus_ray = command[0] in commands
     arguments = list(command)
     metadata = {"focus_ray": __version__, "submitted_by": user_name(), "command": command[0]}
-    has_config = _standard_config(command, working_dir) is not None or any(
+    has_config = _find_standard_config(command, working_dir) is not None or any(
         word.endswith(YAML_SUFFIXES) for word in command
     )
     if team is not None and has_config and is_focus_ray and command[0] in _KEY_PREFIXES:
         arguments.append(f"{_KEY_PREFIXES[command[0]]}cluster.team={team}")
     package = build_package(working_dir, excludes)
     if is_focus_ray:
-        metadata.update(_read_config(arguments, Path(working_dir), package))
+        metadata.update(_check_config(arguments, Path(working_dir), package))
     metadata.update({key: value for key, value in (("team", team), ("category", category)) if value})
-    environment = dict(_job_environment(env))
+    environment = dict(_list_environment(env))
     reserved = {key: value for key, value in (("CPU", num_cpus), ("GPU", num_gpus)) if value}
     if memory_gib:
         reserved["memory"] = memory_gib * 2**30
@@ -125,8 +125,8 @@ def build_job(
     )
 
 
-def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) -> dict[str, str]:
-    """Returns metadata of the configuration that a command names, after checking that it works on the cluster.
+def _check_config(arguments: Sequence[str], working_dir: Path, package: Package) -> dict[str, str]:
+    """Checks that the configuration of a command can work on the cluster, and returns metadata about it.
 
     Args:
         arguments: The command and its arguments.
@@ -134,7 +134,8 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
         package: Files that are sent.
 
     Returns:
-        config_sha256, category, team and priority; empty if the command names no configuration.
+        config_sha256, and for `train` and `sweep` also category, team and priority. Empty if the command names no
+        configuration.
 
     Raises:
         ConfigError: The configuration is not valid.
@@ -142,7 +143,7 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
     """
     words = [word.removeprefix("--config=") for word in arguments[1:]]
     files = [word for word in words if word.endswith(YAML_SUFFIXES) and "=" not in word]
-    standard = _standard_config(arguments, working_dir)
+    standard = _find_standard_config(arguments, working_dir)
     if standard is None and not files:
         return {}
     path = standard or working_dir / files[0]
@@ -158,7 +159,7 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
     weights: list[str] = []
     if prefix:
         full_config = load_sweep(path, overrides)
-        config = full_config.base_config()
+        config = full_config.config_at()
         base_file = read_mapping(path).get("base_file")
         if (
             standard is None
@@ -194,8 +195,8 @@ def _read_config(arguments: Sequence[str], working_dir: Path, package: Package) 
     }
 
 
-def _standard_config(command: Sequence[str], working_dir: str | Path) -> Path | None:
-    """Returns the path of the standard configuration that a command names; None if it names none."""
+def _find_standard_config(command: Sequence[str], working_dir: str | Path) -> Path | None:
+    """Returns the path of the standard configuration in a command; None if the command names no standard configuration."""
     kind_of_command = {command: kind for kind, command in COMMANDS.items()}
     if command[0] not in kind_of_command:
         return None
@@ -205,14 +206,15 @@ def _standard_config(command: Sequence[str], working_dir: str | Path) -> Path | 
     return None if config_name is None else standard_folder() / f"{config_name}.yaml"
 
 
-def _job_environment(variables: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yields (name, value) of the job's environment variables.
+def _list_environment(variables: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields (name, value) of the job's environment variables: SENT_VARIABLES that are set here, then `variables`.
 
     Args:
-        variables: "NAME" or "NAME=value".
+        variables: "NAME" (takes the value on this machine) or "NAME=value".
 
     Raises:
-        SubmissionError: A variable is not set on this machine, or it is a secret.
+        SubmissionError: A variable is not set on this machine, its name looks like a secret, or its value is an address
+            with a password.
     """
     for name in SENT_VARIABLES:
         if os.environ.get(name):
@@ -232,7 +234,7 @@ def _job_environment(variables: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _check_no_password(name: str, value: str) -> str:
-    """Returns the value of a variable.
+    """Returns the value of an environment variable unchanged.
 
     Raises:
         SubmissionError: The value is an address with a password.

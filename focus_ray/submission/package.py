@@ -57,7 +57,8 @@ def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
         excludes: Shell patterns of names or relative paths, in addition to EXCLUDED and EXCLUDED_AT_TOP.
 
     Raises:
-        SubmissionError: The folder does not exist, or the archive is larger than MAX_PACKAGE_MIB.
+        SubmissionError: The folder does not exist, a file name is not valid UTF-8, or the archive is larger than
+            MAX_PACKAGE_MIB.
     """
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
@@ -95,10 +96,15 @@ def _files_to_send(
 ) -> Iterator[tuple[str, Path]]:
     """Yields (path relative to the root, file) of every file that is sent.
 
+    Skips hidden files, hidden folders, virtual environments, and names that match EXCLUDED.
+
     Args:
         root: Folder to walk.
         excludes: Shell patterns, in addition to EXCLUDED.
-        top_excludes: Names that are excluded directly below the root only.
+        top_excludes: Names of folders that are excluded directly below the root only.
+
+    Raises:
+        SubmissionError: A file name is not valid UTF-8.
     """
     patterns = (*EXCLUDED, *(pattern.rstrip("/") for pattern in excludes))
 

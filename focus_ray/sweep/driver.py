@@ -81,11 +81,13 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
         log: Takes messages.
 
     Raises:
-        SweepError: The folder already contains a sweep, or every trial failed.
-        DataError, ConfigError: The data set or the search space does not fit.
+        SweepError: The folder already contains a sweep, or no trial has a score.
+        DataError: The data set lacks a category, or has too few images.
+        ConfigError: The search space is not valid for the network, or a tracker cannot be used.
+        WeightsError: The weights of the network cannot be loaded.
         TrainingError: The cluster is too small for a trial.
     """
-    base = resolve_paths(config.base_config())
+    base = resolve_paths(config.config_at())
     if config.name is None:
         config = config.model_copy(update={"name": unique_name(base.cluster.team, base.name)})
     config = config.model_copy(update={"base": base.model_dump(mode="json")})
@@ -95,31 +97,36 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
     _check_points(config, base, splits)
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     log(f"sweep: {root}")
-    return _execute(config, base, root, splits, log, lambda: records.claim_folder(root, config, fingerprints))
+    return _run_and_report(config, base, root, splits, log, lambda: records.claim_folder(root, config, fingerprints))
 
 
 def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
-    """Resumes a sweep: runs all trials that are not finished or pruned, and failed trials again.
+    """Resumes a sweep: runs all trials that are neither finished nor pruned. Failed trials run again.
 
     Args:
         folder: Folder of the sweep.
         log: Takes messages.
 
     Raises:
-        SweepError: The folder contains no sweep, or the sweep is still running.
+        SweepError: The folder contains no sweep, the sweep is still running, or no trial has a score.
         DataError: The images have changed.
+        TrainingError: The cluster is too small for a trial.
     """
     root = folder if "://" in folder else str(Path(folder).expanduser().absolute())
     config = records.read_sweep(root)
-    base = config.base_config()
+    base = config.config_at()
     splits = _read_splits(config, base)
     check_resumable(root, {category: split.fingerprint for category, split in splits.items()}, SweepError)
     log(f"sweep: {root}, {len(records.read_records(root))} trials have records")
-    return _execute(config, base, root, splits, log, lambda: None)
+    return _run_and_report(config, base, root, splits, log, lambda: None)
 
 
 def _read_splits(config: SweepConfig, base: Config) -> dict[str, Split]:
-    """Returns category -> split of its images, in the order in which categories are judged."""
+    """Returns category -> split of its images, in judging order: first the categories of `race.order`.
+
+    Raises:
+        DataError: The data set lacks a category, or a category has too few images.
+    """
     existing = list_categories(base.data.uri)
     categories = list(base.data.categories or existing)
     unknown = sorted({*categories, *(config.race.order or ())} - set(existing))
@@ -131,10 +138,14 @@ def _read_splits(config: SweepConfig, base: Config) -> dict[str, Split]:
 
 
 def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]) -> None:
-    """Checks every point with the data and the network, which the configuration alone cannot check.
+    """Checks the points of the search space with the data and the network.
+
+    For the searcher `optuna`, checks the values of each setting alone.
 
     Raises:
-        ConfigError, DataError: A point is not valid.
+        ConfigError: A point is not valid for the network.
+        DataError: A category has too few images for the workers.
+        WeightsError: The weights of the network cannot be loaded.
     """
     if config.searcher == "optuna":
         points: Sequence[Point] = [{key: value} for key, domain in config.space.items() for value in domain.samples()]
@@ -142,7 +153,7 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
         points = Proposer(config).points
     checked: set[str] = set()
     for point in points:
-        settings = config.base_config(point)
+        settings = config.config_at(point)
         ingredients = f"{settings.model.backbone} {settings.model.weights} {settings.density.metric}"
         if ingredients not in checked:
             check_prerequisites(settings)
@@ -159,7 +170,7 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
             raise DataError(f"category {category!r}: {error}") from None
 
 
-def _execute(
+def _run_and_report(
     config: SweepConfig, base: Config, root: str, splits: dict[str, Split], log: Log, claim: Callable[[], None]
 ) -> SweepOutcome:
     """Runs the trials of a new or resumed sweep and writes its report.
@@ -170,7 +181,10 @@ def _execute(
         root: Folder of the sweep.
         splits: Category -> split of its images.
         log: Takes messages.
-        claim: Takes possession of the folder. It is called when the cluster is known to be large enough.
+        claim: Takes possession of the folder. Called after the check that the cluster is large enough.
+
+    Raises:
+        SweepError: No trial has a score.
     """
     from focus_ray.sweep.report import write_report
 
@@ -219,13 +233,13 @@ def _run_trials(driver: _SweepDriver, limit: int) -> str:
     """Runs all trials and releases everything that the sweep holds.
 
     Returns:
-        "finished" or "stopped", which the folder of the sweep also records.
+        "finished" or "stopped". The folder of the sweep records the same state.
     """
     heartbeat = Heartbeat(driver.root)
     state = "failed"
     try:
-        with driver.signals():
-            driver.shared.make()
+        with driver.stop_on_signals():
+            driver.shared.compute()
             for stage in [None] if driver.config.scope == "all_categories" else list(driver.splits):
                 if not driver.stopping.is_set():
                     driver.run_stage(stage, limit)
@@ -267,7 +281,7 @@ class _SweepDriver:
         self.groups_before = placement_groups()
 
     @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
+    def stop_on_signals(self) -> Iterator[None]:
         """Context manager: SIGINT or SIGTERM stops the sweep in an orderly way; a second signal ends the process at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -275,6 +289,7 @@ class _SweepDriver:
         previous_handlers: dict[int, Any] = {}
 
         def stop(number: int, frame: Any) -> None:
+            """Sets `stopping` and restores the previous handler of the signal."""
             signal.signal(number, previous_handlers[number])
             self.stopping.set()
 
@@ -313,7 +328,7 @@ class _SweepDriver:
         remove_folder(join(self.root, "scratch"))
 
     def close_trackers(self, state: str) -> None:
-        """Records trials for which Tune called no callback, and the end of the sweep."""
+        """Records the end of the sweep in the trackers, and all trials that are not recorded yet: Tune skips some callbacks."""
         if not self.sweep_recorder.recorder:
             return
         try:
@@ -364,7 +379,7 @@ class _SweepDriver:
                 self.judge.withdraw.remote(record.number)
         job = StageJob(
             sweep=self.config,
-            reference=self.shared.reference(),
+            reference_config=self.shared.reference_config(),
             stage=stage,
             splits={category: self.splits[category] for category in categories},
             root=self.root,
@@ -374,14 +389,15 @@ class _SweepDriver:
             judge=self.judge,
         )
         self.log(f"{num_missing} trial(s) on {', '.join(categories)}, {len(done_records)} already done")
-        self._tune(job, proposer, num_missing, limit)
+        self._run_missing_trials(job, proposer, num_missing, limit)
         ray.kill(self.judge)
         self.judge = None
 
-    def _tune(self, job: StageJob, proposer: Proposer, num_missing: int, limit: int) -> None:
+    def _run_missing_trials(self, job: StageJob, proposer: Proposer, num_missing: int, limit: int) -> None:
         """Runs the missing trials with Ray Tune and writes records of trials whose process was lost too often."""
 
         def stop() -> bool:
+            """Returns True after a stop signal, and then also tells the judge to end all trials."""
             if self.stopping.is_set():
                 self.judge.stop.remote(STOPPED)  # trials end at their next score; Tune ends the others soon
             return self.stopping.is_set()

@@ -20,7 +20,7 @@ _BEST, _CUT, _GRID = "#c0392b", "#9aa5b1", "#e3e7eb"
 
 
 def score_axis(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the ends of a score axis: the range of the scores, made wider if it is so small that it would only show noise.
+    """Returns both ends of a score axis: the range of the scores. Widens a small range, which would only show noise.
 
     The length is at least `MIN_SPAN` for scores in [0, 1], where the axis stays inside [0, 1], and at least 2 % of the
     largest absolute score for other scores.
@@ -37,7 +37,7 @@ def score_axis(values: Sequence[float]) -> tuple[float, float]:
 
 
 def describe_range(values: Sequence[float]) -> str:
-    """Returns the range of scores as a text."""
+    """Returns the range of scores as text: "scores 0.9100 to 0.9500"; "score 0.9100" if both ends print the same."""
     low, high = (f"{value:.{records.DECIMALS}f}" for value in (min(values), max(values)))
     return f"score {low}" if low == high else f"scores {low} to {high}"
 
@@ -54,13 +54,13 @@ def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> b
     categories = list(scored[0].categories) if len(scored[0].categories) > 1 else []
     columns: list[tuple[str, list[float], list[tuple[float, str]]]] = []
     for key in keys:
-        positions, ticks = _axis(sweep, key, [record.point[key] for record in scored])
+        positions, ticks = _place_on_setting_axis(sweep, key, [record.point[key] for record in scored])
         columns.append((key.replace(".", ".\n", 1), positions, ticks))
     results = [(name, [record.categories[name]["score"] for record in scored]) for name in categories]
     results.append(("mean score" if categories else "score", [record.score or 0.0 for record in scored]))
     for name, values in results:
-        columns.append((name, *_scale(values)))
-    figure, axes = _figure(1.6 * len(columns) + 1.6, 4.4)
+        columns.append((name, *_place_on_score_axis(values)))
+    figure, axes = _make_figure(1.6 * len(columns) + 1.6, 4.4)
     low, high = score_axis(results[-1][1])
     rng = np.random.default_rng(0)
     # Jitter, so that lines with equal settings do not cover each other.
@@ -73,7 +73,7 @@ def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> b
         axes.plot(
             range(len(columns)),
             heights,
-            color=_BEST if is_best else _shade(relative_score),
+            color=_BEST if is_best else _score_colour(relative_score),
             linewidth=2.6 if is_best else 1.3,
             alpha=1.0 if is_best else 0.85,
             zorder=3 if is_best else 2,
@@ -95,7 +95,7 @@ def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> b
     axes.set_title(
         f"{title}\n{records.describe_objective(sweep)}; axes of scores span {MIN_SPAN:g} at least", fontsize=10
     )
-    return _png(figure)
+    return _encode_png(figure)
 
 
 def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes | None:
@@ -113,7 +113,7 @@ def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes 
     figure = Figure(figsize=(4.6 * len(categories), 3.6), layout="constrained")
     panels = figure.subplots(1, len(categories), squeeze=False)[0]
     for panel, category in zip(panels, categories, strict=True):
-        _style(panel)
+        _style_axes(panel)
         panel_scores: list[float] = []
         for record in trials:
             curve = record.curves().get(category)
@@ -142,7 +142,7 @@ def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes 
         Line2D([], [], color=_CUT, marker="x", markersize=4, label="cut"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return _png(figure)
+    return _encode_png(figure)
 
 
 def importance_plot(sweep: SweepConfig, importance: dict[str, float] | None, num_trials: int) -> bytes | None:
@@ -150,7 +150,7 @@ def importance_plot(sweep: SweepConfig, importance: dict[str, float] | None, num
     if not importance:
         return None
     keys = list(importance)[::-1]
-    figure, axes = _figure(6.4, 1.1 + 0.42 * len(keys))
+    figure, axes = _make_figure(6.4, 1.1 + 0.42 * len(keys))
     axes.barh(keys, [importance[key] for key in keys], color="#2c6fad", height=0.6)
     for number, key in enumerate(keys):
         axes.text(importance[key] + 0.012, number, f"{importance[key]:.2f}", va="center", fontsize=9)
@@ -158,10 +158,12 @@ def importance_plot(sweep: SweepConfig, importance: dict[str, float] | None, num
     axes.set_xlabel("share of the score's variance (fANOVA)")
     axes.set_title(f"from {num_trials} finished trials", fontsize=10)
     axes.grid(axis="x", color=_GRID)
-    return _png(figure)
+    return _encode_png(figure)
 
 
-def _axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+def _place_on_setting_axis(
+    sweep: SweepConfig, key: str, values: Sequence[Any]
+) -> tuple[list[float], list[tuple[float, str]]]:
     """Returns the heights in [0, 1] of values on the axis of a setting, and the ticks (height, text)."""
     domain = sweep.space[key]
     if domain.choice is not None:
@@ -181,30 +183,30 @@ def _axis(sweep: SweepConfig, key: str, values: Sequence[Any]) -> tuple[list[flo
     )
 
 
-def _scale(values: Sequence[float]) -> tuple[list[float], list[tuple[float, str]]]:
+def _place_on_score_axis(values: Sequence[float]) -> tuple[list[float], list[tuple[float, str]]]:
     """Returns the heights in [0, 1] of scores on their axis, and the ticks (height, text)."""
     low, high = score_axis(values)
     ticks = [(height, f"{end:.{records.DECIMALS}f}") for height, end in ((0.0, low), (1.0, high))]
     return [(value - low) / (high - low) for value in values], ticks
 
 
-def _shade(relative_score: float) -> str:
+def _score_colour(relative_score: float) -> str:
     """Returns a colour from pale blue (0) to dark blue (1). Brightness alone shows the score, so a grey print is readable."""
     start, end = np.array([190, 212, 232]), np.array([16, 58, 110])
     return "#" + "".join(f"{int(v):02x}" for v in start + relative_score * (end - start))
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _make_figure(width: float, height: float) -> tuple[Any, Any]:
     """Returns a Matplotlib figure with one styled pair of axes."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures in memory and may need a display
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    _style(axes)
+    _style_axes(axes)
     return figure, axes
 
 
-def _style(axes: Any) -> None:
+def _style_axes(axes: Any) -> None:
     """Sets the style of axes."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -213,8 +215,11 @@ def _style(axes: Any) -> None:
     axes.tick_params(labelsize=9)
 
 
-def _png(figure: Any) -> bytes:
-    """Returns a figure as PNG with the mark that drawn images carry."""
+def _encode_png(figure: Any) -> bytes:
+    """Returns a figure as PNG bytes.
+
+    The metadata contains `drawings.MARK`, so that no command mistakes the plot for a photograph.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": MARK})
     return buffer.getvalue()

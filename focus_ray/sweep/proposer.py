@@ -13,7 +13,7 @@ from focus_ray.sweep.settings import Point, SweepConfig, grid_points
 
 
 def random_points(sweep: SweepConfig) -> list[Point]:
-    """Returns `planned_trials` different random points; fewer if the space has fewer.
+    """Returns `planned_trials` different random points, or fewer if the search space has fewer points.
 
     A point depends only on the seed, its number and the points before it.
     """
@@ -57,7 +57,7 @@ class Proposer:
         return self.sweep.planned_trials if self.sweep.searcher == "optuna" else len(self.points)
 
     def ask(self) -> tuple[int, Point] | None:
-        """Returns the number and the point of the next trial; None if all trials were proposed."""
+        """Proposes the next trial: returns its number and its point, or None if all trials were proposed."""
         number = next((number for number in range(self.total) if number not in self.trials), None)
         if number is None:
             return None
@@ -78,13 +78,13 @@ class Proposer:
         return number, {key: self._decode(key, value) for key, value in trial.params.items()}
 
     def tell(self, number: int, point: Point, score: float | None, curve: Sequence[tuple[int, float]] = ()) -> None:
-        """Takes the result of a trial.
+        """Passes the result of a trial to the searcher (Optuna's ask-and-tell interface).
 
         Args:
             number: Number of the trial.
-            point: Point that it tried.
-            score: Its score; None if it was pruned.
-            curve: (step, score) of all its reports.
+            point: Settings of the trial.
+            score: Score of the trial; None if the trial was pruned.
+            curve: (step, score) of all reports of the trial.
         """
         trial = self.trials.get(number)
         if self.sweep.searcher == "optuna":
@@ -107,8 +107,8 @@ class Proposer:
                 )
         self.trials[number] = None
 
-    def fail(self, number: int) -> None:
-        """Takes the failure of a trial, from which the searcher learns nothing."""
+    def tell_failure(self, number: int) -> None:
+        """Ends a proposed trial that failed. The searcher learns nothing from a failed trial."""
         trial = self.trials.get(number)
         if self.sweep.searcher == "optuna" and trial is not None:
             import optuna
@@ -121,7 +121,7 @@ class Proposer:
         return json.dumps(value) if self.sweep.space[key].choice is not None else value
 
     def _decode(self, key: str, value: Any) -> Any:
-        """Returns a value that Optuna stores as the configuration takes it."""
+        """Returns the configuration's value for a value that Optuna stores (inverse of `_encode`)."""
         return json.loads(value) if self.sweep.space[key].choice is not None else value
 
 

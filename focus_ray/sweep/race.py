@@ -37,7 +37,7 @@ def loss_p_value(differences: Sequence[float], prior_sd: float) -> float:
 
 
 class Judge:
-    """Receives the scores of all trials in the order of time, and decides when a trial must end.
+    """Receives the scores of all trials as they are computed, and decides when a trial must end.
 
     Args:
         sweep: Configuration of the sweep.
@@ -92,7 +92,7 @@ class Judge:
         self.optuna_trials[trial] = self.study.ask()
 
     def report(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
-        """Takes a score of a trial.
+        """Records a score of a trial and decides whether the trial goes on.
 
         Args:
             trial: Number of the trial.
@@ -113,9 +113,9 @@ class Judge:
         is_last = final and len(own_scores) == len(self.categories)
         reason = None
         if not is_last:
-            reason = self._halving_reason(trial, category, epoch, float(np.mean([*final_scores, score])))
+            reason = self._test_halving(trial, category, epoch, float(np.mean([*final_scores, score])))
             if reason is None and final and self.race.enabled:
-                reason = self._race_reason(trial)
+                reason = self._test_race(trial)
         if reason is not None:
             self.pruned.add(trial)
         return reason
@@ -129,7 +129,7 @@ class Judge:
         self.stop_reason = reason
 
     def replay(self, trial: int, curves: dict[str, list[tuple[int, float]]]) -> None:
-        """Takes the reports of a trial from an earlier process. Its own decisions are ignored: they were made then."""
+        """Restores the reports of a trial from an earlier process. Ignores decisions: the earlier process made them."""
         self.begin(trial)
         for category in self.categories:
             curve = curves.get(category, [])
@@ -137,8 +137,12 @@ class Judge:
                 self.report(trial, category, epoch, score, final=number + 1 == len(curve))
         self.pruned.discard(trial)
 
-    def _halving_reason(self, trial: int, category: str, epoch: int, score: float) -> str | None:
-        """Returns the reason if successive halving prunes the trial at this score, else None."""
+    def _test_halving(self, trial: int, category: str, epoch: int, score: float) -> str | None:
+        """Adds a score to the trial's reports and tests whether successive halving prunes the trial at this score.
+
+        Returns the reason to prune the trial; None if it goes on. The arguments are those of `report`, but `score` is the
+        mean over the categories so far.
+        """
         if self.study is None:
             return None
         if trial not in self.optuna_trials:
@@ -151,8 +155,12 @@ class Judge:
             return None
         return f"successive halving: {score:.4f} after epoch {epoch} of {category} is not among the best at this rung"
 
-    def _race_reason(self, trial: int) -> str | None:
-        """Returns the reason if the race over categories prunes the trial after its last category, else None."""
+    def _test_race(self, trial: int) -> str | None:
+        """Tests whether the race prunes a trial that has just finished a category.
+
+        Compares the trial with the best trial that is not pruned and has scores on the same categories. Returns the
+        reason to prune the trial; None if it goes on.
+        """
         own_scores = self.scores[trial]
         if len(own_scores) < self.race.grace_categories:
             return None

@@ -38,14 +38,14 @@ class TrialRecord:
     Attributes:
         number: Number of the trial in its stage.
         stage: Category that the trial searched for; None if it searched for all categories.
-        point: The settings that it tried.
+        point: Settings of the trial.
         status: "finished", "cut" (pruned) or "failed".
         score: Mean score over the categories; None unless finished.
         categories: Category -> `trial.CategoryResult` as a dict.
         reason: Why the trial was pruned or failed.
         epochs: Number of trained epochs over all categories.
         seconds: Duration of the trial.
-        ended_at: Unix time of its end.
+        ended_at: Unix time of the trial's end.
     """
 
     number: int
@@ -144,14 +144,14 @@ def check_no_sweep(root: str) -> None:
     """Checks that the folder contains no sweep.
 
     Raises:
-        SweepError: It contains one.
+        SweepError: The folder contains a sweep.
     """
     if exists(join(root, SWEEP)):
         raise SweepError(f"{root} already contains a sweep: give another name, or `focus-ray sweep resume {root}`")
 
 
 def claim_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str]) -> None:
-    """Writes the configuration of a sweep, by which the sweep owns the folder.
+    """Writes the configuration and the image fingerprints of a sweep. The sweep then owns the folder.
 
     Raises:
         SweepError: The folder already contains a sweep, or another process started a sweep in it at the same moment.
@@ -187,7 +187,7 @@ def read_sweep(root: str) -> SweepConfig:
 
 def sweep_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]) -> dict[str, Any]:
     """Returns the state of a sweep as JSON values: its process, the number of trials by status, and the best trials so far."""
-    base = sweep.base_config()
+    base = sweep.config_at()
     stages = 1
     if sweep.scope == "per_category":
         stages = len(json.loads(read_bytes(join(root, FINGERPRINTS))))
@@ -210,7 +210,7 @@ def best_config_yaml(sweep: SweepConfig, record: TrialRecord, root: str) -> str:
 
     The run gets the name of the sweep with the suffix `-best`, and the same storage.
     """
-    config = sweep.base_config(record.point)
+    config = sweep.config_at(record.point)
     categories = config.data.categories if record.stage is None else (record.stage,)
     suffix = "-best" if record.stage is None else f"-best-{record.stage}"
     name = f"{(sweep.name or config.name)[: 100 - len(suffix)]}{suffix}"

@@ -27,7 +27,7 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
     Returns:
         The names of the files.
     """
-    files: dict[str, bytes] = {"trials.parquet": _parquet(sweep, trials)}
+    files: dict[str, bytes] = {"trials.parquet": _encode_parquet(sweep, trials)}
     best = records.best_records(trials)
     for stage, record in best.items():
         files[records.best_file_name(stage)] = records.best_config_yaml(sweep, record, root).encode()
@@ -50,7 +50,7 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
             if picture is not None:
                 files[f"{name}{suffix}.png"] = picture
                 pictures.setdefault(stage or "", []).append((f"{name}{suffix}.png", title, picture))
-    files["report.md"] = _markdown(root, sweep, trials).encode()
+    files["report.md"] = _format_markdown(root, sweep, trials).encode()
     facts = {
         "objective": sweep.objective,
         "labelled": records.is_labelled(sweep),
@@ -69,7 +69,7 @@ def write_report(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -
         "epochs": sum(record.epochs for record in trials),
     }
     files["report.json"] = (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode()
-    files["report.html"] = _page(root, sweep, trials, pictures, importances)
+    files["report.html"] = _render_page(root, sweep, trials, pictures, importances)
     for name, data in files.items():
         write_bytes(join(root, name), data)
     return list(files)
@@ -114,14 +114,14 @@ def parameter_importance(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> d
     }
 
 
-def _markdown(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
+def _format_markdown(root: str, sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
     """Returns the text of report.md: the table of trials, the sentences, and the commands that train the best settings."""
     commands = "\n".join(summary.train_commands(root, trials))
     code_block = f"\n```\n{commands}\n```\n" if commands else ""
     return f"{records.summary_table(sweep, trials)}\n{summary.format_summaries(sweep, trials)}{code_block}"
 
 
-def _parquet(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes:
+def _encode_parquet(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes:
     """Returns a Parquet file with one row per trial: settings (`param:<key>`), scores (`score:<category>`) and the result."""
     categories = list(dict.fromkeys(name for record in trials for name in record.categories))
     columns: dict[str, Any] = {
@@ -146,14 +146,14 @@ def _parquet(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes:
     return buffer.getvalue()
 
 
-def _page(
+def _render_page(
     root: str,
     sweep: SweepConfig,
     trials: Sequence[TrialRecord],
     pictures: dict[str, list[tuple[str, str, bytes]]],
     importances: dict[str, dict[str, float] | None],
 ) -> bytes:
-    """Returns the HTML page."""
+    """Returns the HTML page as UTF-8 bytes."""
     best = records.best_records(trials)
     return render(
         "sweep.html",
@@ -168,7 +168,7 @@ def _page(
         is_labelled=records.is_labelled(sweep),
         min_for_importance=_MIN_FOR_IMPORTANCE,
         stages=[
-            _stage(
+            _stage_values(
                 root,
                 sweep,
                 trials,
@@ -183,7 +183,7 @@ def _page(
     )
 
 
-def _stage(
+def _stage_values(
     root: str,
     sweep: SweepConfig,
     trials: Sequence[TrialRecord],
@@ -203,13 +203,13 @@ def _stage(
             if sentence is not None
         ],
         "command": None if winner is None else summary.train_commands(root, [winner])[0],
-        "table": _table(sweep, stage_trials, winner),
+        "table": _table_rows(sweep, stage_trials, winner),
         "pictures": {title: png_uri(picture) for _, title, picture in pictures},
         "has_importance": has_importance,
     }
 
 
-def _table(
+def _table_rows(
     sweep: SweepConfig, stage_trials: Sequence[TrialRecord], winner: TrialRecord | None
 ) -> tuple[list[str], list[tuple[str, list[str], str]]]:
     """Returns the headers, and for each trial, the best first, (CSS class of the row, cells, status text)."""

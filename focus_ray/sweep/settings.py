@@ -1,6 +1,7 @@
 """The configuration of a sweep: the search space, the searcher and the objective. Imports neither Ray nor torch.
 
-Every point of the space is validated as a `Config` before anything starts. The same seed proposes the same points.
+The search space is validated before anything starts. The same seed proposes the same points, unless the searcher is
+`optuna`, which also depends on the scores.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def _check_objective(name: str) -> str:
     """Returns the objective unchanged.
 
     Raises:
-        ValueError: It is neither `validation` nor a metric that is better when it is higher.
+        ValueError: The name is neither `validation` nor the name of a metric for which higher is better.
     """
     key = objective_metric(name)
     if key is not None and (key not in METRICS.import_paths or not METRICS[key].higher_is_better):
@@ -106,7 +107,10 @@ _USED_WITHOUT_TRAINING = ("train.epochs", "train.seed", "train.batch_size_per_wo
 
 
 class Domain(Section):
-    """The values that a search may give to one setting. Exactly one field is set. Ranges include both ends."""
+    """The values that a search may give to one setting: a list or a range. Exactly one field is set.
+
+    Ranges include both ends.
+    """
 
     choice: tuple[Any, ...] | None = Field(
         default=None, min_length=1, description="One of these values; a list without a key means the same."
@@ -172,7 +176,7 @@ class Domain(Section):
         return self.randint is not None or self.lograndint is not None
 
     def samples(self) -> list[Any]:
-        """Returns values that represent the domain: all choices, all integers of a short range, or both ends of a range."""
+        """Returns the values to check: all choices, all integers of a short range, or both ends of any other range."""
         if self.choice is not None:
             return list(self.choice)
         low, high = self.ends
@@ -219,7 +223,10 @@ class SchedulerConfig(Section):
 
 
 class RaceConfig(Section):
-    """Prunes a trial if its scores on the first categories show that it loses (docs/use/sweeps.md) [ours, after irace]."""
+    """Prunes trials by a race: a trial ends if the best trial is significantly better on the first categories.
+
+    docs/use/sweeps.md describes the test [ours, after irace].
+    """
 
     enabled: bool = Field(default=False, description="Whether trials race; only with scope=all_categories.")
     order: tuple[str, ...] | None = Field(
@@ -310,7 +317,7 @@ class SweepConfig(Section):
         """Checks settings that depend on each other.
 
         Raises:
-            ValueError: They do not fit.
+            ValueError: Two settings contradict each other, or a required setting is missing.
         """
         ranges = [key for key, domain in self.space.items() if domain.choice is None]
         if self.searcher == "grid":
@@ -343,10 +350,10 @@ class SweepConfig(Section):
     def max_epochs(self) -> int:
         """Largest number of training epochs of any trial."""
         domain = self.space.get("train.epochs")
-        return self.base_config().train.epochs if domain is None else int(max(domain.samples()))
+        return self.config_at().train.epochs if domain is None else int(max(domain.samples()))
 
-    def base_config(self, point: Mapping[str, Any] | None = None) -> Config:
-        """Returns the configuration of a trial: the base configuration with the values of a point.
+    def config_at(self, point: Mapping[str, Any] | None = None) -> Config:
+        """Returns the configuration at a point of the search space: the base configuration with the values of the point.
 
         Args:
             point: Dotted key -> value; None returns the base configuration.
@@ -368,7 +375,7 @@ class SweepConfig(Section):
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Reads the YAML file of a sweep, applies overrides and checks the whole space.
+    """Reads the YAML file of a sweep, applies overrides and checks the search space as `parse_sweep` does.
 
     Args:
         path: YAML file. A relative `base_file` is relative to its folder.
@@ -378,7 +385,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         The configuration, with the complete `base` and without `base_file`.
 
     Raises:
-        ConfigError: A file cannot be read, or a key, a value or a point of the space is not valid.
+        ConfigError: A file cannot be read, or a key, a value or a combination in the search space is not valid.
     """
     path = Path(path).expanduser()
     tree = read_mapping(path)
@@ -393,7 +400,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
-    """Validates a sweep given as nested mappings, with every point of its space.
+    """Validates the configuration of a sweep and its search space.
+
+    Checks each listed value alone. Of a range, checks both ends, or every integer if the range is short. Checks
+    combinations of values only for the searcher `grid`.
 
     Args:
         tree: The configuration of the sweep.
@@ -405,7 +415,7 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     sweep = parse_model(SweepConfig, tree, source)
     try:
         _check_space(sweep)
-        base = sweep.base_config()
+        base = sweep.config_at()
         order, categories = sweep.race.order, base.data.categories
         if order is not None and (len(set(order)) != len(order) or (categories and set(order) - set(categories))):
             raise ConfigError(
@@ -417,7 +427,7 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     space = {}
     for key, domain in sweep.space.items():
         if domain.choice is not None:
-            values = [_to_list(get_setting(sweep.base_config({key: value}), key)) for value in domain.choice]
+            values = [_to_list(get_setting(sweep.config_at({key: value}), key)) for value in domain.choice]
             domain = Domain(choice=tuple(values))
         space[key] = domain
     return sweep.model_copy(update={"base": base.model_dump(mode="json"), "base_file": None, "space": space})
@@ -452,10 +462,10 @@ def grid_points(sweep: SweepConfig) -> list[Point]:
 
 
 def _check_space(sweep: SweepConfig) -> None:
-    """Checks every key and every value of the search space.
+    """Checks every key of the search space and the values that `Domain.samples` returns; for a grid, every combination.
 
     Raises:
-        ConfigError: A key is unknown or cannot be searched, changes no score, or a value is not valid.
+        ConfigError: A key is unknown, cannot be searched or changes no score, or a value or combination is not valid.
     """
     all_keys = list(setting_keys())
     for key in sweep.space:
@@ -476,10 +486,10 @@ def _check_space(sweep: SweepConfig) -> None:
         for refused, why in _REFUSED.items():
             if key == refused or key.startswith(f"{refused}."):
                 raise ConfigError(f"space: {key} cannot be searched: {why}; set base.{key} instead")
-    base_reasons = inert_keys(sweep.base_config())
+    base_reasons = inert_keys(sweep.config_at())
     points = [{key: value} for key, domain in sweep.space.items() for value in domain.samples()]
     # A key is refused if it is inert at every value of all other keys.
-    reasons_by_point = [inert_keys(sweep.base_config(point)) for point in points]
+    reasons_by_point = [inert_keys(sweep.config_at(point)) for point in points]
     for key in sweep.space:
         reasons_elsewhere = [
             reasons for point, reasons in zip(points, reasons_by_point, strict=True) if key not in point
@@ -490,7 +500,7 @@ def _check_space(sweep: SweepConfig) -> None:
             )
     if sweep.searcher == "grid":
         for point in grid_points(sweep):
-            sweep.base_config(point)
+            sweep.config_at(point)
 
 
 def _to_list(value: Any) -> Any:

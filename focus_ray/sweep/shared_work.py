@@ -45,7 +45,7 @@ class SharedWork:
         self.images.clear()
         self.features.clear()
 
-    def make(self) -> None:
+    def compute(self) -> None:
         """Decodes images and computes features in Ray tasks, as far as the memory budget allows, and waits for the tasks.
 
         Raises:
@@ -56,9 +56,9 @@ class SharedWork:
         if not self.config.share_work:
             self.log("shared work: none (share_work=false)")
             return
-        budget = self._budget()
+        budget = self._budget_bytes()
         end_markers: dict[Any, Any] = {}  # small second result of each task: it tells when the task has ended
-        sizes = self._searched_values("model.image_size_px")
+        sizes = self._values_of_setting("model.image_size_px")
         planned = {(category, size) for category in self.splits for size in sizes}
         for category, size in sorted(planned):
             config = self._base_at_size(size)
@@ -67,12 +67,12 @@ class SharedWork:
                 continue
             num_bytes = image_bytes(config, self.splits[category], self.config.objective, size)
             if num_bytes > budget:
-                self.log(_too_large(f"decoded images of {category} at {size} px", num_bytes, budget))
+                self.log(_too_large_message(f"decoded images of {category} at {size} px", num_bytes, budget))
                 continue
             budget -= num_bytes
             task = ray.remote(num_returns=2, **self._task_resources(gpu=False))(load_task)
             self.images[category, size], end_markers[category, size] = task.remote(
-                self.reference(), self.splits[category], self.config.objective, size
+                self.reference_config(), self.splits[category], self.config.objective, size
             )
             self.log(f"shared work: decoding {category} at {size} px, {num_bytes / 2**20:.0f} MiB")
         for key, (config, category) in self._shareable_features().items():
@@ -81,7 +81,7 @@ class SharedWork:
                 continue
             num_bytes = feature_bytes(config, self.splits[category], self.config.objective)
             if num_bytes > budget:
-                self.log(_too_large(f"features of {category}", num_bytes, budget))
+                self.log(_too_large_message(f"features of {category}", num_bytes, budget))
                 continue
             budget -= num_bytes
             embed = ray.remote(num_returns=2, **self._task_resources(self.use_gpu))(embed_task)
@@ -99,7 +99,7 @@ class SharedWork:
             "label_selector": dict(self.base.cluster.labels) or None,
         }
 
-    def _budget(self) -> float:
+    def _budget_bytes(self) -> float:
         """Returns the number of bytes that shared inputs may take."""
         import ray
 
@@ -107,8 +107,8 @@ class SharedWork:
             return self.config.shared_budget_mb * 2**20
         return float(ray.cluster_resources().get("object_store_memory", 0.0)) / 2
 
-    def _searched_values(self, key: str) -> list[Any]:
-        """Returns the values of a setting over all trials; of a range, the values of `Domain.samples`."""
+    def _values_of_setting(self, key: str) -> list[Any]:
+        """Returns the values that trials may give to a setting: `Domain.samples` of a searched setting, or the base value."""
         domain = self.config.space.get(key)
         if domain is not None:
             return list(domain.samples())
@@ -118,12 +118,15 @@ class SharedWork:
         """Returns the base configuration with another image size."""
         return self.base.model_copy(update={"model": self.base.model.model_copy(update={"image_size_px": size})})
 
-    def reference(self) -> Config:
-        """Returns the base configuration at the largest image size of all trials, at which synthetic defects are drawn."""
-        return self._base_at_size(max(self._searched_values("model.image_size_px")))
+    def reference_config(self) -> Config:
+        """Returns the base configuration at the largest image size of all trials. Synthetic defects are drawn at this size."""
+        return self._base_at_size(max(self._values_of_setting("model.image_size_px")))
 
     def _shareable_features(self) -> dict[str, tuple[Config, str]]:
-        """Returns the key of each set of features that several trials use -> (configuration, category)."""
+        """Returns `features_key` -> (configuration, category) for each set of features that trials can share.
+
+        Returns an empty dict if trials would need too many different sets to save work.
+        """
         network_space = {key: domain for key, domain in self.config.space.items() if _changes_features(key)}
         if any(domain.choice is None for domain in network_space.values()):
             self.log("shared work: no features, because trials draw settings of the network from a range")
@@ -138,7 +141,7 @@ class SharedWork:
             return {}
         shareable: dict[str, tuple[Config, str]] = {}
         for point in points:
-            config = self.config.base_config(point)
+            config = self.config.config_at(point)
             for category in self.splits:
                 key = features_key(config, category)
                 if key is not None:
@@ -146,7 +149,7 @@ class SharedWork:
         return shareable
 
     def _wait_for_tasks(self, end_markers: Mapping[Any, Any]) -> None:
-        """Waits for all tasks. If features fail, every trial computes its own.
+        """Waits for all tasks. If a task for features fails, every trial computes its own features.
 
         Raises:
             DataError: Images cannot be read.
@@ -172,12 +175,12 @@ class SharedWork:
 
 
 def _changes_features(key: str) -> bool:
-    """Returns True if a setting changes the network or its inputs, and so the features."""
+    """Returns True if a setting can change the features: by the network, its inputs or its training."""
     return key.startswith("model.") or key in ("train.seed", "train.batch_size_per_worker", "train.epochs")
 
 
-def _too_large(inputs: str, num_bytes: float, budget: float) -> str:
-    """Returns the message that shared inputs do not fit the budget."""
+def _too_large_message(inputs: str, num_bytes: float, budget: float) -> str:
+    """Returns a message: the shared inputs do not fit into the memory budget."""
     return (
         f"shared work: {inputs} take {num_bytes / 2**20:.0f} MiB, {max(budget, 0.0) / 2**20:.0f} MiB of the budget are free "
         "(shared_budget_mb): every trial computes its own"

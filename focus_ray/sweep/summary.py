@@ -102,7 +102,7 @@ def list_stages(trials: Sequence[TrialRecord]) -> list[str | None]:
 
 
 def find_ties(sweep: SweepConfig, stage_records: Sequence[TrialRecord], best: TrialRecord) -> TiedTrials:
-    """Returns the finished trials of a stage that are so close to its best trial that the difference means nothing."""
+    """Returns the finished trials of a stage whose score differs from the best score by no more than noise."""
     assert best.score is not None
     seed_noise = _seed_noise(sweep, stage_records)
     equal, near, why = [], [], []
@@ -152,16 +152,16 @@ def list_caveats(sweep: SweepConfig, stage_records: Sequence[TrialRecord], ties:
         )
     sentences += _few_images_caveat(finished)
     if _SEED not in sweep.space and finished:
-        seed = sweep.base_config().train.seed
+        seed = sweep.config_at().train.seed
         sentences.append(f"Every trial ran with one seed ({_SEED} = {seed}): the effect of another seed is unknown.")
     if finished and len(finished) < TRIALS_PER_PARAMETER * len(sweep.space):
         sentences.append(
-            f"Parameter importance from {_counted(len(finished), 'trial')} of {_counted(len(sweep.space), 'parameter')} is a "
-            "hint, not a measurement."
+            f"Parameter importance from {_count_text(len(finished), 'trial')} of {_count_text(len(sweep.space), 'parameter')} is "
+            "a hint, not a measurement."
         )
     num_failed = sum(record.status == "failed" for record in stage_records)
     if num_failed:
-        sentences.append(f"{_counted(num_failed, 'trial')} failed and had no part in the comparison.")
+        sentences.append(f"{_count_text(num_failed, 'trial')} failed and had no part in the comparison.")
     return sentences
 
 
@@ -190,7 +190,7 @@ def _trial_names(trials: Sequence[TrialRecord]) -> str:
     return f"Trials {', '.join(numbers[:-1])} and {numbers[-1]}"
 
 
-def _counted(count: int, noun: str) -> str:
+def _count_text(count: int, noun: str) -> str:
     """Returns a count with its noun: "1 trial", "2 trials"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
@@ -209,7 +209,7 @@ def _few_images_caveat(finished: Sequence[TrialRecord]) -> list[str]:
 def _seed_noise(sweep: SweepConfig, stage_records: Sequence[TrialRecord]) -> float:
     """Returns the standard deviation of the score difference of two trials that differ only in their seed.
 
-    It is estimated from groups of trials that differ only in `train.seed`; 0 if there are no such trials.
+    The estimate comes from groups of trials that differ only in `train.seed`. Returns 0 if there are no such groups.
     """
     if _SEED not in sweep.space:
         return 0.0

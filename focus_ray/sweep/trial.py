@@ -40,7 +40,7 @@ from focus_ray.sweep.trial_inputs import (
     CategoryImages,
     FrozenFeatures,
     JudgingImages,
-    shard_of_images,
+    make_worker_shard,
 )
 
 
@@ -54,11 +54,11 @@ class CategoryResult:
 
     Attributes:
         category: Name of the category.
-        score: Final score; None if the trial was pruned before.
+        score: Final score; None if the trial was pruned before the final score.
         num_good, num_bad: Number of normal and anomalous images that were judged.
-        figures: Metrics behind the score.
-        curve: (epoch, score); the last score is the final one.
-        epochs: Number of trained epochs, including an epoch in which the trial was pruned.
+        figures: Metric -> value; the score is computed from these metrics.
+        curve: (epoch, score) of each report. If the category is finished, the last score is the final score.
+        epochs: Number of trained epochs. A trial that is pruned after an epoch has trained this epoch.
         seconds: Duration.
         cut: Reason why the trial was pruned; None if it was not.
         alignment: Report of the image alignment.
@@ -138,13 +138,13 @@ def judge_category(
         else:
             run = CategoryFit(
                 config,
-                shard or shard_of_images(config, images, rank),
+                shard or make_worker_shard(config, images, rank),
                 num_images or len(images.fit),
                 device,
                 rank=rank,
                 log=log,
             )
-            _judge_fitted(run, images.judged, objective, wrap, result, report_score)
+            _train_and_judge(run, images.judged, objective, wrap, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:  # LinAlgError: values too large to decompose
@@ -153,7 +153,7 @@ def judge_category(
     return result
 
 
-def _judge_fitted(
+def _train_and_judge(
     run: CategoryFit,
     judged: JudgingImages,
     objective: Objective,
@@ -161,14 +161,16 @@ def _judge_fitted(
     result: CategoryResult,
     report_score: Callable[[int, dict[str, float | None], bool], None],
 ) -> None:
-    """Trains and fits as `fit` does, but sets no thresholds, and judges the model after every epoch.
+    """Trains as `fitting.fit.fit` does, but sets no thresholds, and judges the model after every epoch.
+
+    Without training, judges the model once.
 
     Args:
         run: The fit of this worker.
         judged: Images to judge on; each worker scores its own part.
         objective: Objective of the sweep.
         wrap: Wraps the network for distributed training.
-        result: Gets the number of epochs, the alignment report and the warnings.
+        result: Receives the number of epochs, the alignment report and the warnings.
         report_score: Takes (epoch, metrics, is_final).
     """
     config = run.config
@@ -218,7 +220,7 @@ def _judge_features(
 
 
 class _RecentResults:
-    """A cache of the last results of a process: consecutive trials often differ only in later steps."""
+    """A cache of recent results in this process: consecutive trials often have the same inputs for a step."""
 
     def __init__(self, size: int) -> None:
         self.size, self.results = size, OrderedDict[str, Any]()
@@ -251,6 +253,7 @@ def _untrained_net(config: Config, features: FrozenFeatures, device: torch.devic
     """Returns a network that has the image size and the fitted alignment. Its backbone has no weights and is never run."""
 
     def make() -> FocusNet:
+        """Builds the network and loads the fitted image aligner."""
         net = FocusNet(config.model, build_meta_backbone(config.model.backbone).to_empty(device="cpu"), head=False)
         if features.aligner is not None:
             assert net.image_aligner is not None
@@ -272,6 +275,7 @@ def _fit_reduced(
     density = config.density
 
     def make() -> tuple[Statistics, ChannelReduction, list[Tensor]]:
+        """Fits the reduction, collects the statistics and reduces the judged images."""
         reduction = ChannelReduction(BACKBONES[config.model.backbone].channels, density, config.train.seed).to(device)
 
         def embeddings(levels: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Tensor]:
@@ -300,7 +304,7 @@ def _fit_reduced(
 def _compute_metrics(
     judged: JudgingImages, scores: NDArray[np.float32], maps: NDArray[np.float32], objective: Objective
 ) -> dict[str, float | None]:
-    """Returns "score", by which trials are ranked, and the metrics behind it.
+    """Returns metric -> value for the judged images. The entry "score" ranks trials.
 
     Args:
         judged: The judged images.

@@ -58,7 +58,8 @@ class CategoryImages:
     """The decoded images of a category.
 
     Attributes:
-        fit, validation: (N, S, S, 3) uint8, the images for training and for the choice of an epoch.
+        fit: (N, S, S, 3) uint8, the images for training.
+        validation: (N, S, S, 3) uint8, the good images that are held out for the choice of an epoch.
         judged: Images on which trials are judged.
         fit_groups: (N,) group number of each fit image, as in `data.split.SplitPlan`; None: each image is its own group.
         fit_order: (N,) natural order of the fit images, as in `SplitPlan`.
@@ -73,14 +74,16 @@ class CategoryImages:
 
 @dataclass(frozen=True)
 class FrozenFeatures:
-    """The outputs of a network that no trial trains.
+    """Features of a network that no trial trains, computed once and shared by trials.
 
     Attributes:
-        fit, judged: Features of the fit images and of the judged images: for each of the layers 1 to 3 (N, H, W, C) float32.
-        fit_theta, theta: (N, 2, 3) alignment of the fit images and of the judged images, or None.
-        aligner: State of the fitted image aligner, or None.
-        alignment: Report of the aligner's fit.
-        uid: Unique id of these features.
+        fit: Features of the training images: one (N, H, W, C) float32 array for each of the layers 1 to 3.
+        judged: Features of the images on which trials are judged, in the same layout.
+        fit_theta: (N, 2, 3) float32, alignment of each training image; None without image alignment.
+        theta: (N, 2, 3) float32, alignment of each judged image; None without image alignment.
+        aligner: State of the fitted image aligner, by parameter name; None without image alignment.
+        alignment: Report of the aligner's fit; None if there is none.
+        uid: Unique id, a key for caches of results that depend on these features.
     """
 
     fit: tuple[NDArray[np.float32], ...]
@@ -173,9 +176,10 @@ def count_judging_images(config: Config, split: Split, objective: Objective) -> 
 
 
 def features_key(config: Config, category: str) -> str | None:
-    """Returns the key of the features that a trial can share, the same for all trials with the same network.
+    """Returns the key of a trial's features. Trials with the same network and category have the same key.
 
-    Returns None if the trial trains or changes the features itself.
+    Returns None if the trial cannot share features, because it trains the network or chooses the alignment itself, or
+    because it also needs the features of synthetic defects.
     """
     if config.density.reduction == "discriminant":
         return None  # it also needs the features of synthetic defects
@@ -211,9 +215,9 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     """Fits the image aligner and runs all images through the untrained network.
 
     Raises:
-        DataError: As `fit.fit`.
+        DataError: The images cannot be aligned, for the reasons of `fitting.fit.fit`.
     """
-    run = CategoryFit(config, shard_of_images(config, images), len(images.fit), device)
+    run = CategoryFit(config, make_worker_shard(config, images), len(images.fit), device)
     run.align()
     run.net.eval()
 
@@ -275,8 +279,14 @@ def _test_images(uri: str, category: str, size_px: int) -> JudgingImages:
     return JudgingImages(np.stack(images), np.stack(masks), np.array(labels), np.array(has_mask))
 
 
-def shard_of_images(config: Config, images: CategoryImages, rank: int = 0) -> MemoryShard:
-    """Returns the share of a worker of the images: a contiguous part of the fit and validation images."""
+def make_worker_shard(config: Config, images: CategoryImages, rank: int = 0) -> MemoryShard:
+    """Returns one worker's part of the training and validation images: a contiguous part of each.
+
+    Args:
+        config: Configuration of the trial.
+        images: All images of the category.
+        rank: Rank of the worker among all workers of the initialized torch.distributed group, or 0.
+    """
     world = world_size()
 
     def bounds(count: int) -> slice:

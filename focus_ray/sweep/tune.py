@@ -22,7 +22,7 @@ _CLEANUP_S = 2  # a stopped trial has this time to end before its process is kil
 
 
 def placement_groups() -> set[str]:
-    """Returns the ids of this job's placement groups; empty if the dashboard, which knows them, does not answer."""
+    """Returns the ids of this job's placement groups; empty if Ray's dashboard does not answer."""
     import ray
     from ray.util.state import list_placement_groups
     from ray.util.state.exception import RayStateApiException
@@ -43,7 +43,7 @@ def placement_groups() -> set[str]:
 
 
 def make_stopper(stop: Callable[[], bool]) -> Any:
-    """Returns a Tune stopper that ends the run when `stop` returns True. Tune calls it continually."""
+    """Returns a Tune stopper that ends the run when `stop` returns True. Tune calls `stop` continually."""
     from ray import tune
 
     class SweepStopper(tune.Stopper):
@@ -76,7 +76,7 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
     from ray.tune.search import Searcher
 
     class PointSearcher(Searcher):
-        """Proposes the points of a proposer and tells it the results."""
+        """Proposes the points of a proposer and passes the results back."""
 
         def __init__(self, proposer: Proposer, num_left: int, log: Log) -> None:
             super().__init__(metric="score", mode="max")
@@ -87,6 +87,7 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
             return {}
 
         def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+            """Accepts all properties and uses none: the proposer already knows the search space."""
             return True
 
         def suggest(self, trial_id: str) -> Any:
@@ -103,7 +104,7 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
             outcome = json.loads((result or {}).get("outcome", "{}"))
             record = outcome.get("record")
             if error or record is None or record["status"] not in records.DONE_STATUSES:
-                self.proposer.fail(number)
+                self.proposer.tell_failure(number)
                 if record is not None:
                     self.log(f"trial {number}: FAILED: {record['reason']}")
                 return
@@ -116,9 +117,11 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
             self.log(f"trial {number}: {settings}: {result_text} ({record['seconds']:.1f} s; {self.num_left} left)")
 
         def save(self, checkpoint_path: str) -> None:
+            """Writes an empty file: Tune requires a file, but a resumed sweep reads its own records instead."""
             Path(checkpoint_path).write_bytes(b"")  # a resumed sweep reads the records instead
 
         def restore(self, checkpoint_path: str) -> None:
+            """Is never called, because Tune never restores a sweep."""
             raise NotImplementedError
 
     return PointSearcher(proposer, num_missing, log)
@@ -135,6 +138,7 @@ def trial_callback(recorder: SweepRecorder) -> Any:
             self.recorder = recorder
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            """Records a trial when it reports its only result, which is its complete record."""
             record = json.loads(result.get("outcome", "{}")).get("record")
             if self.recorder is not None and record is not None:
                 self.recorder.log_trial(records.TrialRecord(**record).name, record)

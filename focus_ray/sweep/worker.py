@@ -28,7 +28,7 @@ from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_i
 
 STOPPED = "the sweep was stopped"
 SHARED_TIMEOUT_S = (
-    120.0  # if shared inputs are lost, Ray computes them again; a trial waits at most so long, then computes its own
+    120.0  # if shared inputs are lost, Ray computes them again; a trial waits this time, then computes its own inputs
 )
 
 
@@ -38,9 +38,9 @@ class StageJob:
 
     Attributes:
         sweep: Validated configuration of the sweep.
-        reference: Base configuration at the largest image size of all trials.
+        reference_config: Base configuration at the largest image size of all trials.
         stage: Category that the trials search for; None for all categories.
-        splits: Category -> split, in the order in which categories are judged.
+        splits: Category -> split of its images, in judging order.
         root: Folder of the sweep.
         use_gpu: True if trials use a GPU.
         images: (category, image size) -> reference to `CategoryImages`.
@@ -49,7 +49,7 @@ class StageJob:
     """
 
     sweep: SweepConfig
-    reference: Config
+    reference_config: Config
     stage: str | None
     splits: Mapping[str, Split]
     root: str
@@ -66,7 +66,8 @@ class TrialJob(TrainerJob):
     Attributes:
         number: Number of the trial.
         stage: The stage of the trial.
-        images, features: References to shared inputs; None if they are not shared.
+        images: Reference to the shared `CategoryImages`; None if they are not shared.
+        features: Reference to the shared `FrozenFeatures`; None if they are not shared.
     """
 
     number: int
@@ -102,7 +103,7 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
     results: dict[str, CategoryResult] = {}
     failure = None
     try:
-        settings = job.sweep.base_config(point)
+        settings = job.sweep.config_at(point)
         if not job.sweep.share_work:
             clear_caches()
         for category, split in job.splits.items():
@@ -146,14 +147,14 @@ def _judge_category(job: TrialJob) -> CategoryResult:
     scratch = join(job.stage.root, "scratch")
     name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
     try:
-        result = make_trainer(_train_worker, job, scratch, name).fit()
+        result = make_trainer(_judge_on_train_worker, job, scratch, name).fit()
     finally:
         remove_folder(join(scratch, name))
     return result.return_value  # type: ignore[no-any-return]  # Ray 2.60 only keeps reported metrics that come with a checkpoint
 
 
-def _train_worker(job: TrialJob) -> CategoryResult:
-    """Runs on every Ray Train worker of a trial."""
+def _judge_on_train_worker(job: TrialJob) -> CategoryResult:
+    """Judges one category as a Ray Train worker. Every worker of the trial runs this function."""
     import ray.train
     import ray.train.torch
 
@@ -183,12 +184,14 @@ def _judge_on_worker(
 
     settings, stage = job.config, job.stage
     objective = stage.sweep.objective
-    images: CategoryImages | None = _get_shared(job.images)
-    features: FrozenFeatures | None = _get_shared(job.features) if num_workers == 1 and images is not None else None
+    images: CategoryImages | None = _fetch_shared_input(job.images)
+    features: FrozenFeatures | None = (
+        _fetch_shared_input(job.features) if num_workers == 1 and images is not None else None
+    )
     shard: Shard | None = None
     if images is None:
         shard, plan = worker_share(settings, job.category, job.split.plan(settings), rank, num_workers)
-        images = load_images(stage.reference, job.category, plan, objective, settings.model.image_size_px)
+        images = load_images(stage.reference_config, job.category, plan, objective, settings.model.image_size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
         """Asks the judge whether the trial goes on."""
@@ -215,7 +218,9 @@ def _judge_on_worker(
 def worker_share(
     settings: Config, category: str, plan: SplitPlan, rank: int, num_workers: int
 ) -> tuple[Shard | None, SplitPlan]:
-    """Returns the training images of a worker if images are not shared, and the plan of the images that every worker reads.
+    """Returns a worker's training images and the plan of the images that every worker reads.
+
+    Only for trials without shared images.
 
     Returns:
         shard: The worker's own images. None for a single worker without streaming, which reads all images by the plan.
@@ -229,8 +234,14 @@ def worker_share(
     return build_shard(settings, category, plan.without_holdout(), rank, num_workers), common_plan
 
 
-def _get_shared(reference: Any) -> Any:
-    """Returns a shared input. Returns None if there is none, or if it was lost and is not computed again in time."""
+def _fetch_shared_input(reference: Any) -> Any:
+    """Returns the object behind a reference to Ray's object store.
+
+    Returns None if there is no reference, or if the object was lost and Ray cannot compute it again within SHARED_TIMEOUT_S.
+
+    Args:
+        reference: `ray.ObjectRef` of shared images or features; None if they are not shared.
+    """
     import ray
 
     if reference is None:
@@ -242,7 +253,7 @@ def _get_shared(reference: Any) -> Any:
 
 
 def score_steps(record: TrialRecord, categories: Sequence[str], max_epochs: int) -> list[tuple[int, float]]:
-    """Returns (step, mean score) of each report of a trial. A searcher learns from them about pruned trials."""
+    """Returns (step, mean score so far) of each report of a trial. A searcher learns about pruned trials from these reports."""
     final_scores: list[float] = []
     steps = []
     for index, category in enumerate(categories):

@@ -29,7 +29,7 @@ class RunDescription:
         name: Name that the tracker shows.
         group: The run of the whole training or sweep; None for this run itself.
         parameters: Dotted key of each setting -> value.
-        tags: Texts by which users search for the run.
+        tags: Name -> text. Users search for runs by tags.
     """
 
     key: str
@@ -58,7 +58,7 @@ class TrackerRun(Protocol):
     """A begun run in a tracker. The recorder catches every exception of these methods."""
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Adds tags. A tag that exists is replaced."""
+        """Adds tags. Replaces existing tags of the same name."""
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics to curves at a step, usually an epoch. A step may be logged again, with the same values."""
@@ -77,14 +77,14 @@ class Tracker(Protocol):
     """An opened tracker."""
 
     def has_run(self, run: RunDescription) -> bool:
-        """Returns True if the tracker already has this run, as far as it can tell on this machine."""
+        """Returns True if the tracker already has this run. Some trackers see only the runs of this machine."""
 
     def begin_run(self, run: RunDescription) -> TrackerRun:
         """Returns the existing run with this key, or creates a new run with its parameters and tags inside its group's run."""
 
 
 class TrackerKind(Protocol):
-    """A kind of tracker, named in `focus_ray.kinds.TRACKERS`."""
+    """A kind of tracker. `focus_ray.kinds.TRACKERS` lists all kinds."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
         """Checks that the tracker can be used, without heavy imports.
@@ -98,7 +98,7 @@ class TrackerKind(Protocol):
 
         Raises:
             MissingPackageError: The extra of the tracker is not installed.
-            ConfigError: The folder cannot be written, or the server cannot be reached.
+            ConfigError: The folder cannot be written, the server cannot be reached, or a key is missing.
         """
 
     def open(self, settings: TrackerConfig, storage: str) -> Tracker:
@@ -106,7 +106,7 @@ class TrackerKind(Protocol):
 
 
 def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
-    """Returns the folder in which a tracker writes its files, after writing a test file to it.
+    """Returns the folder for a tracker's files. Writes a test file first, to check the access.
 
     Raises:
         ConfigError: The folder is not on this machine, or cannot be written.

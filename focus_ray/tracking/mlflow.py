@@ -50,7 +50,7 @@ class _MLflowRun:
             self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in items_batch])
 
     def log_parameters(self, parameters: Mapping[str, ParameterValue]) -> None:
-        """Adds parameters."""
+        """Adds parameters to the run. MLflow refuses to change an existing parameter."""
 
         from mlflow.entities import Param
 
@@ -59,8 +59,8 @@ class _MLflowRun:
             self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in items_batch])
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics to curves at a step."""
-        self._log_batches(
+        """Adds metrics to curves at a step. Skips curves that already have a value at this step."""
+        self._send_metrics(
             step, {name: value for name, value in metrics.items() if step not in self._existing_steps(name)}
         )
         for name in metrics:
@@ -68,10 +68,10 @@ class _MLflowRun:
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Sets metrics that have one value per run."""
-        self._log_batches(0, metrics)
+        self._send_metrics(0, metrics)
 
-    def _log_batches(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Sends metrics in requests of at most _MAX_ITEMS metrics."""
+    def _send_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends metrics at a step to MLflow, in requests of at most _MAX_ITEMS metrics."""
 
         from mlflow.entities import Metric
 
@@ -81,7 +81,7 @@ class _MLflowRun:
             self.client.log_batch(self.run_id, metrics=[Metric(key, value, now_ms, step) for key, value in items_batch])
 
     def _existing_steps(self, name: str) -> set[int]:
-        """Returns the steps at which a curve already has a value: MLflow would keep a second value as well."""
+        """Returns the steps of a curve that already have a value: MLflow would store a second value too."""
         if name not in self._logged_steps:
             history = [] if self.is_new else self.client.get_metric_history(self.run_id, name)
             self._logged_steps[name] = {metric.step for metric in history}
@@ -97,7 +97,7 @@ class _MLflowRun:
             self.client.log_artifacts(self.run_id, folder, "heat_maps")
 
     def end(self, failed: bool) -> None:
-        """Ends the run as finished or as failed."""
+        """Ends the run as finished or as failed. A finished run that was continued stays finished, unless `failed` is True."""
         if failed or not self.was_finished:
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
@@ -112,7 +112,7 @@ class _MLflow:
         self.experiment = _get_experiment(self.client, project, artifacts)
 
     def _find_run(self, run: RunDescription) -> Any:
-        """Returns MLflow's run with this key; None if there is none."""
+        """Returns MLflow's run with the tag `focus_ray.key` = `run.key`; None if there is none."""
         runs = self.client.search_runs([self.experiment], f"tags.`{_KEY}` = '{run.key}'", max_results=1)
         return runs[0] if runs else None
 
@@ -122,7 +122,7 @@ class _MLflow:
         return mlflow_run is not None and mlflow_run.info.status != "RUNNING"
 
     def begin_run(self, run: RunDescription) -> _MLflowRun:
-        """Continues the run with this key, or creates it."""
+        """Continues MLflow's run with the key `run.key`, or creates it. Adds parameters and tags."""
         mlflow_run = self._find_run(run)
         if mlflow_run is not None:
             was_finished = mlflow_run.info.status == "FINISHED"
@@ -158,14 +158,24 @@ def _get_experiment(client: Any, name: str, artifacts: str | None) -> str:
 
 
 class MLflow:
-    """The tracker kind `mlflow`."""
+    """The tracker kind `mlflow`: checks and opens an MLflow store."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
-        """Checks that the package is installed and the records can be written. Returns where they go."""
+        """Checks the package, and the local folder or the HTTP server. Does not connect to a database.
+
+        Also sets environment variables of MLflow (_ENVIRONMENT) that the user has not set.
+
+        Returns:
+            The address of the store, without passwords.
+
+        Raises:
+            MissingPackageError: The extra `mlflow` is not installed.
+            ConfigError: The folder cannot be written, or the server does not answer.
+        """
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         require_extra("mlflow", "trackers.mlflow")
-        uri, _ = _location(settings, storage)
+        uri, _ = _find_location(settings, storage)
         if uri.startswith(("http://", "https://")):
             _check_server(uri)
         return without_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
@@ -174,10 +184,10 @@ class MLflow:
         """Opens the tracker after `check`."""
         logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it logs every table that it creates
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        return _MLflow(*_location(settings, storage), settings.project)
+        return _MLflow(*_find_location(settings, storage), settings.project)
 
 
-def _location(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
+def _find_location(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
     """Returns (tracking URI, URI for artifacts of a new experiment); None for artifacts lets the server decide."""
     uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if "://" in uri:
@@ -191,7 +201,7 @@ def _check_server(uri: str) -> None:
     """Checks that the server accepts connections.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: The server does not answer.
     """
     parts = urllib.parse.urlsplit(uri)
     port = parts.port or (443 if parts.scheme == "https" else 80)

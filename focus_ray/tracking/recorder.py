@@ -15,7 +15,7 @@ from focus_ray.kinds import TRACKERS
 from focus_ray.names import Log
 from focus_ray.tracking.base import Picture, RunDescription, Tracker, TrackerRun
 
-CLOSE_TIMEOUT_S = 60.0  # the end of a run waits at most so long for trackers with unsent records
+CLOSE_TIMEOUT_S = 60.0  # longest time that the end of a run waits for trackers with unsent records
 
 
 class Recorder:
@@ -24,11 +24,11 @@ class Recorder:
     A tracker that fails is reported once and gets no more records.
 
     Attributes:
-        num_images: The largest number of pictures that a tracker takes per run.
+        num_images: Largest `num_images` of all trackers: no tracker takes more pictures per run.
     """
 
     def __init__(self, settings: Mapping[str, TrackerConfig], storage: str, log: Log) -> None:
-        """Checks and opens all trackers.
+        """Checks and opens all trackers of a configuration.
 
         Args:
             settings: Kind of each tracker -> its settings.
@@ -112,7 +112,7 @@ class Recorder:
         self.close()
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Waits until all records are delivered, at most `timeout_s`. Runs that have not ended are ended as failed."""
+        """Waits until all records are delivered, at most `timeout_s` seconds. Ends all open runs as failed."""
         if self._thread is None:
             return
         self._queue.put(None)
@@ -182,7 +182,7 @@ class Recorder:
 def _log_finished_run(
     run: TrackerRun, curves: Sequence[tuple[int, dict[str, float]]], metrics: Mapping[str, float], failed: bool
 ) -> None:
-    """Writes all records of an ended run into a tracker."""
+    """Writes the curves and metrics of an ended run into a tracker, and ends the tracker's run."""
     for step, values in curves:
         run.log_step(step, values)
     run.log_metrics(metrics)

@@ -30,7 +30,7 @@ from focus_ray.tracking.recorder import Recorder, describe_error
 CLAIM = "claim.json"  # file in the folder of a run; a hash of its unique bytes identifies the run
 _JPEG_QUALITY = 90
 _COUNTS = ("num_normal", "num_anomalous", "threshold", "target_fpr")
-_NOT_PARAMETERS = ("trackers.", "storage", "name", "data.categories")  # they do not change the trained model
+_NOT_PARAMETERS = ("trackers.", "storage", "name", "data.categories")  # places and names do not change the model
 
 
 def run_key(*parts: str | bytes) -> str:
@@ -109,13 +109,13 @@ class TrainingRecorder:
             self.recorder.end(run, failed=True)
 
     def close(self, failed: bool) -> None:
-        """Ends the group run and waits for the trackers, but not for long."""
+        """Ends the group run and waits for the trackers, at most `recorder.CLOSE_TIMEOUT_S` seconds."""
         if self.group is not None:
             self.recorder.end(self.group, failed)
         self.recorder.close()
 
     def _category_run(self, category: str) -> RunDescription:
-        """Returns the run of a category."""
+        """Returns the description of a category's run; creates it at the first call."""
         if category not in self._runs:
             run = category_run(self._claim, self.config, category, self.fingerprints.get(category), self.group)
             self._runs[category] = run
@@ -125,22 +125,35 @@ class TrainingRecorder:
 def category_run(
     claim: bytes, config: Config, category: str, fingerprint: str | None, group: RunDescription | None
 ) -> RunDescription:
-    """Returns the run of one category. `claim` holds unique bytes of the training."""
+    """Returns the description of the tracker run for one category of a training.
+
+    Args:
+        claim: Content of the training's claim file (`CLAIM`), unique to the training.
+        config: Configuration of the training.
+        category: Name of the category.
+        fingerprint: Fingerprint of the category's images; None if it is unknown.
+        group: Run of the whole training; None for a run without a group.
+    """
     tags = {"kind": "category", **_config_tags(config), "category": category, "data": config.data.uri}
     if fingerprint:
         tags["data_fingerprint"] = fingerprint
-    return RunDescription(run_key(claim, category), f"{config.name}/{category}", group, _parameters(config), tags)
+    return RunDescription(run_key(claim, category), f"{config.name}/{category}", group, _run_parameters(config), tags)
 
 
 def group_run(claim: bytes, config: Config) -> RunDescription:
-    """Returns the run of a whole training. `claim` holds unique bytes of the training."""
+    """Returns the description of the tracker run for a whole training.
+
+    Args:
+        claim: Content of the training's claim file (`CLAIM`), unique to the training.
+        config: Configuration of the training.
+    """
     return RunDescription(
-        run_key(claim), config.name, None, _parameters(config), {"kind": "run", **_config_tags(config)}
+        run_key(claim), config.name, None, _run_parameters(config), {"kind": "run", **_config_tags(config)}
     )
 
 
-def _parameters(config: Config) -> dict[str, Any]:
-    """Returns the settings that change the trained model, as dotted key -> value."""
+def _run_parameters(config: Config) -> dict[str, Any]:
+    """Returns dotted key -> value for all settings that are not None, without the settings in `_NOT_PARAMETERS`."""
     parameters = flatten_parameters(config.model_dump(mode="json"))
     return {key: value for key, value in parameters.items() if not key.startswith(_NOT_PARAMETERS)}
 
@@ -152,7 +165,7 @@ def _config_tags(config: Config) -> dict[str, str]:
 
 
 def epoch_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns the metrics of an epoch with the prefix `train/`, without the epoch's number."""
+    """Returns the metrics of an epoch as `train/<metric>` -> value. Drops the number of the epoch."""
     return {f"train/{key}": float(value) for key, value in metrics.items() if key != "epoch"}
 
 
@@ -167,7 +180,7 @@ def validation_curve(manifest: Mapping[str, Any]) -> Iterator[tuple[int, dict[st
 
 
 def training_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics of a bundle: seconds per stage, numbers of images, thresholds and the size of the bundle."""
+    """Returns the metrics of a training from its bundle's manifest: seconds, image counts, calibration and bundle size."""
     seconds = {stage: float(value) for stage, value in manifest["metrics"].get("seconds", {}).items()}
     calibration, data = manifest["calibration"], manifest["data"]
     return {
@@ -191,7 +204,7 @@ class EvaluatedCategory:
         manifest: Manifest of the bundle.
         config: Configuration of the bundle.
         result: Result of `evaluate`.
-        cards: Returns the galleries of the report's page; each gallery is a list of image cards.
+        cards: Function that returns the galleries of the report's page; each gallery is a list of image cards.
     """
 
     bundle: str
@@ -204,12 +217,12 @@ class EvaluatedCategory:
 def record_evaluation(
     recorder: Recorder, categories: Mapping[str, EvaluatedCategory], means: Mapping[str, float | None]
 ) -> None:
-    """Records an evaluation in the runs of its bundles' training.
+    """Records an evaluation in trackers. Adds the metrics to the runs of the training that made the bundles.
 
     Args:
-        recorder: Trackers.
-        categories: Category -> its result.
-        means: Metric -> mean over the categories.
+        recorder: Recorder of the trackers.
+        categories: Category -> its evaluated bundle.
+        means: Metric -> mean over the categories. Recorded in the group run if several bundles come from one training.
     """
     claims = {category: _read_claim(evaluated.bundle, evaluated.manifest) for category, evaluated in categories.items()}
     group = None
@@ -231,7 +244,7 @@ def record_evaluation(
 
 
 def _read_claim(bundle: str, manifest: Mapping[str, Any]) -> bytes:
-    """Returns the claim of the training that made a bundle; of a bundle outside a training's folder, its own hash."""
+    """Returns the claim of the training that made a bundle; for a bundle outside a training's folder, the bundle's hash."""
     claim_file = join(bundle.rstrip("/").rpartition("/bundles/")[0] or bundle, CLAIM)
     return read_bytes(claim_file) if exists(claim_file) else str(manifest["sha256"]).encode()
 

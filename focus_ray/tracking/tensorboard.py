@@ -17,7 +17,7 @@ _FLUSH_S = 10
 
 
 class _TensorBoardRun:
-    """A begun run: a writer of events."""
+    """A begun run in TensorBoard. Writes the run's event file."""
 
     def __init__(self, writer: Any, run: RunDescription) -> None:
         self.writer = writer
@@ -26,14 +26,14 @@ class _TensorBoardRun:
 
         _, start, _ = hparams(dict(run.parameters), {})
         self.writer.file_writer.add_summary(start)
-        self.writer.add_text("parameters", _table(run.parameters))
+        self.writer.add_text("parameters", _markdown_table(run.parameters))
         self.tags: dict[str, str] = {}
         self.set_tags(run.tags)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Adds tags, or replaces existing tags."""
         self.tags.update(tags)
-        self.writer.add_text("tags", _table(self.tags))
+        self.writer.add_text("tags", _markdown_table(self.tags))
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics to curves at a step."""
@@ -54,11 +54,11 @@ class _TensorBoardRun:
         for picture in pictures:
             pixels = np.asarray(Image.open(io.BytesIO(picture.jpeg)).convert("RGB"))
             self.writer.add_image(f"heat_maps/{picture.name}", pixels, 0, dataformats="HWC")
-        self.writer.add_text("heat_maps", _table({picture.name: picture.caption for picture in pictures}))
+        self.writer.add_text("heat_maps", _markdown_table({picture.name: picture.caption for picture in pictures}))
         self.writer.flush()
 
     def end(self, failed: bool) -> None:
-        """Ends the run as finished or as failed."""
+        """Closes the event file. TensorBoard does not store whether a run failed."""
         self.writer.close()
 
 
@@ -68,8 +68,8 @@ class _TensorBoard:
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
-    def _folder(self, run: RunDescription) -> Path:
-        """Returns the folder of a run."""
+    def _folder_of_run(self, run: RunDescription) -> Path:
+        """Returns the folder of a run, which no other run uses."""
         folder = self.folder / run.name
         if _is_folder_of(folder, run.key):
             return folder
@@ -78,14 +78,14 @@ class _TensorBoard:
 
     def has_run(self, run: RunDescription) -> bool:
         """Returns True if the run exists."""
-        return (self._folder(run) / _KEY).is_file()
+        return (self._folder_of_run(run) / _KEY).is_file()
 
     def begin_run(self, run: RunDescription) -> _TensorBoardRun:
-        """Continues the run with this key, or creates it."""
+        """Continues the run with the key `run.key`, or creates it, in its own folder."""
 
         import tensorboardX
 
-        folder = self._folder(run)
+        folder = self._folder_of_run(run)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _KEY).write_text(run.key, encoding="utf-8")
         return _TensorBoardRun(tensorboardX.SummaryWriter(str(folder), flush_secs=_FLUSH_S), run)
@@ -97,17 +97,22 @@ def _is_folder_of(folder: Path, key: str) -> bool:
     return not file.is_file() or file.read_text(encoding="utf-8") == key
 
 
-def _table(rows: Mapping[str, Any]) -> str:
+def _markdown_table(rows: Mapping[str, Any]) -> str:
     """Returns a Markdown table with one row per entry."""
     cells = (f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items())
     return "\n".join(["| | |", "|---|---|", *cells])
 
 
 class TensorBoard:
-    """The tracker kind `tensorboard`."""
+    """The tracker kind `tensorboard`: checks and opens a folder of event files."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
-        """Checks that the package is installed and the records can be written. Returns where they go."""
+        """Checks the package and the folder. Returns the folder for the event files.
+
+        Raises:
+            MissingPackageError: The extra `tensorboard` is not installed.
+            ConfigError: The folder is not on this machine, or cannot be written.
+        """
         require_extra("tensorboard", "trackers.tensorboard")
         return local_folder("tensorboard", settings, storage)
 

@@ -36,7 +36,7 @@ class SweepRecorder:
         recorder.begin(self.group)
 
     def log_trial(self, name: str, record: Mapping[str, Any]) -> None:
-        """Records a trial that has ended, once.
+        """Records a trial that has ended. Does nothing if this recorder has already recorded the trial.
 
         Args:
             name: Name of the trial.

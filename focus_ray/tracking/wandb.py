@@ -66,11 +66,11 @@ class _Wandb:
         self.folder, self.mode, self.project = folder, mode, project
 
     def has_run(self, run: RunDescription) -> bool:
-        """Returns True if the run exists."""
+        """Returns True if the folder on this machine has files of the run."""
         return any(Path(self.folder, "wandb").glob(f"*run-*-{_run_id(run)}"))
 
     def begin_run(self, run: RunDescription) -> _WandbRun:
-        """Continues the run with this key, or creates it."""
+        """Continues the run with the key `run.key`, or creates it."""
 
         import wandb
 
@@ -102,8 +102,8 @@ def _run_id(run: RunDescription) -> str:
     return hashlib.sha256(run.key.encode()).hexdigest()[:16]
 
 
-def _mode(settings: TrackerConfig) -> str:
-    """Returns "online", "offline" or another mode of WANDB_MODE.
+def _find_mode(settings: TrackerConfig) -> str:
+    """Returns the mode of Weights & Biases: "online", "offline" or another value of WANDB_MODE.
 
     Raises:
         ConfigError: The mode is online, but there is no API key.
@@ -119,17 +119,22 @@ def _mode(settings: TrackerConfig) -> str:
 
 
 class Wandb:
-    """The tracker kind `wandb`."""
+    """The tracker kind `wandb`: checks and opens a Weights & Biases project."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
-        """Checks that the package is installed and the records can be written. Returns where they go."""
+        """Checks the package, the API key and the folder. Returns the folder and the mode: "runs/trackers/wandb (offline)".
+
+        Raises:
+            MissingPackageError: The extra `wandb` is not installed.
+            ConfigError: The folder cannot be written, or the mode is online without an API key.
+        """
         require_extra("wandb", "trackers.wandb")
-        mode = _mode(settings)
+        mode = _find_mode(settings)
         return f"{local_folder('wandb', settings, storage)} ({mode})"
 
     def open(self, settings: TrackerConfig, storage: str) -> _Wandb:
         """Opens the tracker after `check`."""
-        return _Wandb(local_folder("wandb", settings, storage), _mode(settings), settings.project)
+        return _Wandb(local_folder("wandb", settings, storage), _find_mode(settings), settings.project)
 
 
 WANDB = Wandb()

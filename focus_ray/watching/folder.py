@@ -16,14 +16,15 @@ from focus_ray.data.listing import scan_images
 
 
 class ListedFile(NamedTuple):
-    """A file as a listing of the folder shows it.
+    """A file in a listing of the folder: its path, size, times and inode.
 
     ctime_ns and inode change if a file is replaced by another file of the same size and modification time (`cp -p`).
 
     Attributes:
         image: Path of the file relative to the folder, with slashes.
         num_bytes: Size of the file.
-        mtime_ns, ctime_ns: Times of the last change of the content and of the file's metadata.
+        mtime_ns: Time of the last change of the content.
+        ctime_ns: Time of the last change of the file's metadata.
         inode: Number of the file in its file system.
     """
 
@@ -49,6 +50,7 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
     """
 
     def log_error(path: Path, error: OSError) -> None:
+        """Logs that a subfolder or file cannot be listed."""
         log(f"{path}: cannot be listed: {error.strerror or error}")
 
     files = []
@@ -66,11 +68,11 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
 
 @dataclass
 class PendingFile:
-    """A file that has no verdict yet.
+    """A file that is not processed yet.
 
     Attributes:
-        file: The file as it was listed last.
-        unchanged_since_s: Time of the monotonic clock since which the file has not changed.
+        file: The file in the latest listing.
+        unchanged_since_s: Time of the monotonic clock at the first listing with the current size and times.
         retry_at_s: The file is not tried again before this time of the monotonic clock.
     """
 
@@ -81,7 +83,7 @@ class PendingFile:
 
 @dataclass
 class PendingFiles:
-    """All files of the folder that have no verdict yet.
+    """All files of the folder that are not processed yet.
 
     Attributes:
         settle_s: A file is ready when its size and times have not changed for this many seconds.
@@ -95,7 +97,7 @@ class PendingFiles:
         """Replaces the pending files by a new listing. A changed file starts to settle again.
 
         Args:
-            listing: Files of the folder that have no verdict yet.
+            listing: Files of the folder that are not processed yet.
             now: Time of the monotonic clock in seconds.
         """
         before = self.files
@@ -108,8 +110,12 @@ class PendingFiles:
             else:
                 self.files[file.image] = PendingFile(file, now)
 
-    def ready(self, now: float) -> list[PendingFile]:
-        """Returns the files that are settled and may be tried now, the oldest modification time first."""
+    def list_ready(self, now: float) -> list[PendingFile]:
+        """Returns the settled files whose next try is due, oldest modification time first.
+
+        Args:
+            now: Time of the monotonic clock in seconds.
+        """
         ready = [
             pending
             for pending in self.files.values()
@@ -118,5 +124,5 @@ class PendingFiles:
         return sorted(ready, key=lambda pending: (pending.file.mtime_ns, pending.file.image))
 
     def remove(self, image: str) -> None:
-        """Removes a file that has a verdict now."""
+        """Removes a file that needs no inspection any more."""
         del self.files[image]

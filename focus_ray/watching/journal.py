@@ -31,11 +31,13 @@ _LOCK_NAME = ".watch.lock"
 
 
 class Journal:
-    """Writes verdicts into a folder that no other process writes to. Must be closed, or used in a `with` statement.
+    """Writes one JSON line per inspected image into the output folder, and locks the folder for this process.
+
+    Must be closed, or used in a `with` statement.
 
     Attributes:
-        processed: Keys of the images that have a line.
-        num_known: Number of lines that existed at the start.
+        processed: Keys (`stamp_key` and `content_key`) of all images that need no inspection any more.
+        num_lines_at_start: Number of valid lines in the folder when the journal was opened.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Journal:
             for day in days:
                 _remove_cut_line(day, log)
             keys = _read_keys(days, log)
-            self.processed, self.num_known = ProcessedKeys(keys), len(keys) // 2
+            self.processed, self.num_lines_at_start = ProcessedKeys(keys), len(keys) // 2
             if table:
                 self._rebuild_tables(days)
         except OSError as error:
@@ -78,11 +80,11 @@ class Journal:
         self._rows.close()
         self._lock.close()
 
-    def write(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Appends lines. They are on the disk when the function returns.
+    def write_lines(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Appends one line per image to the file of today. The lines are on the disk when the function returns.
 
         Args:
-            lines: JSON values. The first entry of each line is "key" with the `key_text` of its image.
+            lines: Each line is a dict of JSON values. Its first entry is "key" with the `key_text` of the image.
 
         Returns:
             The lines as JSON texts.
@@ -98,10 +100,10 @@ class Journal:
                 self._day = day
                 self._lines.open(path)
                 if self.table:
-                    self._rows.open(path.with_suffix(".csv"), _table_text([], header=True))
-            self._lines.add("".join(f"{text}\n" for text in texts))
+                    self._rows.open(path.with_suffix(".csv"), _format_rows([], header=True))
+            self._lines.append("".join(f"{text}\n" for text in texts))
             if self.table:
-                self._rows.add(_table_text(lines))
+                self._rows.append(_format_rows(lines))
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be written: {error.strerror or error}; images without a line are inspected at the next start"
@@ -109,7 +111,11 @@ class Journal:
         return texts
 
     def write_picture(self, name: str, content: bytes) -> None:
-        """Writes a file below the folder, completely or not at all, even if the process is killed.
+        """Writes an image file into the output folder, completely or not at all, even if the process is killed.
+
+        Args:
+            name: Path relative to the output folder.
+            content: Bytes of the file.
 
         Raises:
             DataError: The file cannot be written.
@@ -124,9 +130,13 @@ class Journal:
             raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def _rebuild_tables(self, days: Sequence[Path]) -> None:
-        """Rebuilds the CSV table of each day that has no table or an older table, and of the last day.
+        """Rebuilds the CSV tables that may lack rows, from the JSON lines of their days.
 
-        The table of the last day may lack rows after a crash.
+        Rebuilds missing tables, tables that are older than the lines of their day, and always the table of the last
+        day: after a crash it may lack rows.
+
+        Args:
+            days: File of the JSON lines of each day.
         """
         newest_ns = max((day.stat().st_mtime_ns for day in days), default=0)
         for day in days:
@@ -136,19 +146,19 @@ class Journal:
                 continue
             temporary = self.folder / f".{table.name}.new"
             with temporary.open("w", encoding="utf-8", newline="") as stream:
-                stream.write(_table_text([], header=True))
+                stream.write(_format_rows([], header=True))
                 for line in _read_lines(day):
-                    stream.write(_table_text([line]))
+                    stream.write(_format_rows([line]))
             os.replace(temporary, table)
 
 
 def key_text(stamp: int, content: int) -> str:
-    """Returns the text of an image's keys `processed_keys.stamp_key` and `processed_keys.content_key`."""
+    """Returns the entry "key" of a journal line: the stamp key and the content key as 32 hexadecimal digits."""
     return f"{stamp:016x}{content:016x}"
 
 
 class _AppendOnlyFile:
-    """A text file to which text is appended without a buffer. So text that could not be written is not written again on close."""
+    """A text file that appends text without a buffer, so that `close` does not write failed text again."""
 
     def __init__(self) -> None:
         self._stream: io.FileIO | None = None
@@ -158,10 +168,10 @@ class _AppendOnlyFile:
         self.close()
         self._stream = io.FileIO(path, "a")
         if header and not self._stream.tell():
-            self.add(header)
+            self.append(header)
 
-    def add(self, text: str) -> None:
-        """Appends text, which is on the disk when the function returns.
+    def append(self, text: str) -> None:
+        """Appends text. The text is on the disk when the function returns.
 
         Raises:
             OSError: The text cannot be written completely.
@@ -173,6 +183,7 @@ class _AppendOnlyFile:
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
+        """Closes the file, if one is open."""
         if self._stream is not None:
             stream, self._stream = self._stream, None
             stream.close()
@@ -201,7 +212,7 @@ def _lock_folder(folder: Path) -> IO[str]:
 
 
 def _remove_cut_line(path: Path, log: Callable[[str], None]) -> None:
-    """Removes the text after the last complete line: a crash cut this line off."""
+    """Removes an incomplete last line, which a crash cut off. Logs the removal."""
     with path.open("r+b") as stream:
         size = start = stream.seek(0, os.SEEK_END)
         complete_bytes = 0
@@ -216,7 +227,7 @@ def _remove_cut_line(path: Path, log: Callable[[str], None]) -> None:
 
 
 def _read_keys(days: Sequence[Path], log: Callable[[str], None]) -> array[int]:
-    """Returns both keys of each line of all days. Logs how many lines of a day have no key."""
+    """Returns the stamp key and the content key of each line, in order. Logs how many lines of a day have no keys."""
     keys = array("Q")
     for day in days:
         num_invalid = 0
@@ -233,7 +244,7 @@ def _read_keys(days: Sequence[Path], log: Callable[[str], None]) -> array[int]:
 
 
 def _read_lines(day: Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a day that have a key, as JSON values.
+    """Yields each line of a day that has a key, as a dict of JSON values.
 
     Raises:
         DataError: A line is not valid JSON.
@@ -250,8 +261,8 @@ def _read_lines(day: Path) -> Iterator[dict[str, Any]]:
                 ) from error
 
 
-def _table_text(lines: Sequence[Mapping[str, Any]], header: bool = False) -> str:
-    """Returns the rows of lines as CSV text, after the header if `header` is set."""
+def _format_rows(lines: Sequence[Mapping[str, Any]], header: bool = False) -> str:
+    """Returns one CSV row per line as text. The header comes first if `header` is True."""
     extra_columns = ("time", "bundle", "sha256", "milliseconds")
     rows = [{**table_row(line), **{key: line[key] for key in extra_columns if key in line}} for line in lines]
     return table_text(rows, TABLE_COLUMNS, header)

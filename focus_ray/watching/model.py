@@ -16,10 +16,10 @@ CHECK_INTERVAL_S = 5.0
 
 
 class WatchedModel:
-    """The inspector of the current model at a URI.
+    """The current model at a URI, reloaded after a change.
 
     Attributes:
-        inspector: The loaded model.
+        inspector: Inspector with the loaded model.
     """
 
     def __init__(
@@ -72,14 +72,18 @@ class WatchedModel:
         self._checked_at_s = time.monotonic()
 
     def _log_model(self) -> None:
-        """Logs which model is in use, and the caveats of its calibration."""
+        """Logs category, version and location of the loaded model, and the caveats of its calibration."""
         bundle = self.inspector.bundle
         self.log(f"watch: model of {bundle.category}, version {bundle.version[:16]}, from {self._location[0]}")
         for caveat in bundle.calibration.caveats():
             self.log(f"note: {caveat}")
 
     def _find_bundle(self, log: Callable[[str], None]) -> tuple[str, FileStamp | None]:
-        """Returns (URI of the bundle, stamp of its manifest). The stamp changes when the manifest is replaced."""
+        """Returns (URI of the bundle, stamp of its manifest). The stamp changes when the manifest is replaced.
+
+        Raises:
+            FocusRayError: There is no model of this category, or the category is not named and there are several models.
+        """
         if (manifest_stamp := read_stamp(join(self.uri, MANIFEST))) is not None:
             return self.uri, manifest_stamp
         bundles = bundles_at(self.uri, self.version, log)

@@ -52,7 +52,7 @@ class ProcessedKeys:
             self._recent.clear()
 
     def contains_each(self, keys: Iterable[int]) -> list[bool]:
-        """Returns for each key whether it is in the set. One call is faster than a look-up of every single key."""
+        """Returns True or False for each key: whether the set contains it. One call is faster than one look-up per key."""
         keys = list(keys)
         if not len(self._sorted):
             return [key in self._recent for key in keys]

@@ -31,18 +31,19 @@ from focus_ray.watching.processed_keys import content_key, stamp_key
 SIGNAL_TIMEOUT_S = 10.0
 OVERLAY_FOLDER = "overlays"
 _REPEAT_MESSAGE_S = 60.0
-_MAX_STEM_BYTES = 200  # a file name may have 255 bytes; the content key and the suffix need the others
+_MAX_STEM_BYTES = 200  # a file name may have 255 bytes; the content key and the suffix need some of them
 
 
 class _ReadImage(NamedTuple):
-    """An image file that was read.
+    """A pending file after it was read.
 
     Attributes:
-        pending: The file.
-        name: Path relative to the folder, as text that any file can hold.
+        pending: The file in the list of pending files.
+        name: Path relative to the folder as valid UTF-8 text (`readable`).
         encoded: Bytes of the file.
         sha256: Hash of these bytes.
-        stamp, content: The keys `stamp_key` and `content_key` of the image.
+        stamp: `processed_keys.stamp_key` of the file: identifies path, size, times and inode.
+        content: `processed_keys.content_key` of the file: identifies path and bytes.
     """
 
     pending: PendingFile
@@ -65,7 +66,7 @@ class WatchSettings:
             is tried again at this interval.
         batch_size: Number of images that are inspected at once.
         report_s: Seconds between two messages about the rate of images.
-        overlays: Images for which an overlay is written: "all", "anomalous" or None for no image.
+        overlays: "all" writes an overlay for each image, "anomalous" for each anomalous image, None writes no overlay.
         on_anomalous: Command and arguments. It runs for each anomalous image, with the image's line on standard input.
         once: If True, the watch ends when all files that existed at its start are processed.
     """
@@ -84,7 +85,7 @@ class Watch:
     """Inspects the images that arrive in a folder.
 
     Attributes:
-        counts: Number of lines so far by verdict: "normal", "anomalous" and "error".
+        counts: Number of journal lines that this watch wrote, by verdict: "normal", "anomalous" and "error".
     """
 
     def __init__(
@@ -117,21 +118,21 @@ class Watch:
 
     @property
     def num_pending(self) -> int:
-        """Number of images in the folder that have no line."""
+        """Number of files in the folder that are not processed yet."""
         return len(self.pending.files)
 
     def run(self, stop: threading.Event) -> None:
-        """Watches until `stop` is set, or until all files are processed if `once` is set. Finishes the current batch.
+        """Watches until `stop` is set. A `once` watch also ends when all files are processed. Finishes the current batch.
 
         Raises:
-            DataError: The verdicts cannot be written, or the folder cannot be listed and `once` is set.
+            DataError: The lines cannot be written, or the folder of a `once` watch cannot be listed.
         """
         watch_start_s = time.monotonic()
         while not stop.is_set():
             pass_start_s = time.monotonic()
             self.model.reload_if_changed()
             self._list_folder()
-            ready = self.pending.ready(pass_start_s)
+            ready = self.pending.list_ready(pass_start_s)
             size = self.settings.batch_size
             for first in range(0, len(ready), size):
                 if stop.is_set():
@@ -145,12 +146,16 @@ class Watch:
             stop.wait(max(self.settings.poll_s, time.monotonic() - pass_start_s if not ready else 0))
 
     def _is_finished(self, watch_start_s: float) -> bool:
-        """Returns True if a `once` watch has no pending file that could still be inspected."""
+        """Returns True if a `once` watch has no file left to try, or its time for retries is over."""
         is_timed_out = time.monotonic() > watch_start_s + self.settings.give_up_s + self.settings.settle_s
         return is_timed_out or all(pending.retry_at_s == math.inf for pending in self.pending.files.values())
 
     def _list_folder(self) -> None:
-        """Lists the folder and updates the pending files. If the folder is missing, logs this and waits for it."""
+        """Lists the folder and updates the pending files. If the folder cannot be listed, logs this; the watch goes on.
+
+        Raises:
+            DataError: The folder of a `once` watch cannot be listed.
+        """
         try:
             listing = list_images(self.folder, self.journal.folder, self._log_rarely)
         except OSError as error:
@@ -182,13 +187,13 @@ class Watch:
         each_ms = round(1000 * (time.perf_counter() - start_s) / max(1, len(images)), 1)
         finished, lines = [], []
         for image, result in zip(images, results, strict=True):
-            if isinstance(result, DataError) and self._may_still_be_written(image.pending):
+            if isinstance(result, DataError) and self._schedule_retry(image.pending):
                 continue
             finished.append(image)
-            lines.append(self._make_line(image, result, inspector.bundle, each_ms))
+            lines.append(self._process_result(image, result, inspector.bundle, each_ms))
         if not lines:
             return
-        texts = self.journal.write(lines)
+        texts = self.journal.write_lines(lines)
         for image in finished:
             self.journal.processed.add(image.stamp, image.content)
             self.pending.remove(image.pending.file.image)
@@ -198,10 +203,14 @@ class Watch:
             if line.get("anomalous"):
                 self._run_signal_command(line["image"], text)
         scores = [float(line["score"]) for line in lines if "score" in line and not line.get("trained_on")]
-        self._check_shift(inspector.bundle, scores)
+        self._check_score_shift(inspector.bundle, scores)
 
-    def _check_shift(self, bundle: Bundle, scores: Sequence[float]) -> None:
-        """Adds scores to the recent scores of this model. Logs once if they differ from the scores that set the threshold."""
+    def _check_score_shift(self, bundle: Bundle, scores: Sequence[float]) -> None:
+        """Adds scores to the model's recent scores, and tests them at intervals.
+
+        Logs a message if the recent scores differ from the scores that set the threshold. Repeats it only after the scores
+        were normal again.
+        """
         if bundle.version != self._recent_version:
             self._recent_scores, self._recent_version = RecentScores(), bundle.version
         if not self._recent_scores.add(scores):
@@ -210,16 +219,21 @@ class Watch:
         if notice is not None:
             self._log(f"watch: {notice}")
 
-    def _make_line(
+    def _process_result(
         self, image: _ReadImage, result: Inspection | DataError, bundle: Bundle, milliseconds: float
     ) -> dict[str, Any]:
-        """Returns the line of an image as a dict of JSON values, and writes its overlay.
+        """Returns the journal line of an image as a dict of JSON values.
+
+        Also writes an overlay if the settings request one, and logs an error of the image.
 
         Args:
-            image: The image.
-            result: Result of the inspection, or the error.
+            image: The inspected image.
+            result: Result of the inspection, or the reason why the file cannot be inspected.
             bundle: Model that inspected the image.
-            milliseconds: Time of the inspection.
+            milliseconds: Mean duration of the inspection per image of the batch.
+
+        Raises:
+            DataError: The disk is full.
         """
         line: dict[str, Any] = {
             "key": key_text(image.stamp, image.content),
@@ -268,16 +282,16 @@ class Watch:
             return None
         sha256 = hashlib.sha256(encoded).hexdigest()
         stamp, content = stamp_key(*pending.file), content_key(pending.file.image, sha256)
-        if content in self.journal.processed:  # the same bytes with another time: not a new image
+        if content in self.journal.processed:  # same bytes, other times: not a new image
             self.journal.processed.add(stamp)
             self.pending.remove(pending.file.image)
             return None
         return _ReadImage(pending, name, encoded, sha256, stamp, content)
 
-    def _may_still_be_written(self, pending: PendingFile) -> bool:
-        """Returns True if a file that is no image may still be incomplete, and sets the time of the next try.
+    def _schedule_retry(self, pending: PendingFile) -> bool:
+        """Schedules another try for a file that cannot be decoded, if the file may be incomplete. Returns True if it did.
 
-        A writer can pause longer than `settle_s`. After `give_up_s`, the file counts as complete.
+        A writer can pause longer than `settle_s`. After `give_up_s`, or in a `once` watch, the file counts as complete.
         """
         give_up_at_s = pending.unchanged_since_s + self.settings.give_up_s
         if self.settings.once or time.monotonic() >= give_up_at_s:
@@ -292,7 +306,7 @@ class Watch:
             {"overlay": path}, or {"overlay_error": reason} if it cannot be written.
 
         Raises:
-            DataError: The disk is full: then the line could not be written either.
+            DataError: The disk is full. The journal line cannot be written either.
         """
         try:
             return {"overlay": self._write_overlay(image, result)}
@@ -347,7 +361,7 @@ class Watch:
         self._log(message)
 
     def _report_rate(self) -> None:
-        """Logs how many images were inspected per minute, every `report_s` seconds, if there were any."""
+        """Logs the number of images per minute every `report_s` seconds, unless no image was inspected."""
         now = time.monotonic()
         if now < self._reported_at_s + self.settings.report_s:
             return
@@ -362,12 +376,12 @@ class Watch:
 
 
 def readable(name: str) -> str:
-    """Returns a file name as text that any file can hold: bytes that are not UTF-8 become \\xff."""
+    """Returns a file name as valid UTF-8 text: a byte that is not UTF-8 becomes an escape such as \\xff."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def summarize_counts(counts: Counter[str]) -> str:
-    """Returns the counts of verdicts as a text, with the share of anomalous images among the inspected images."""
+    """Returns the counts of verdicts as text, with the share of anomalous images: "8 inspected, 2 anomalous (25.0%)"."""
     inspected = counts["normal"] + counts["anomalous"]
     share = f" ({counts['anomalous'] / inspected:.1%})" if inspected else ""
     errors = f", {counts['error']} not an image" if counts["error"] else ""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from focus_ray.cli.main import main
-from focus_ray.cli.sweep import _sweep_end
+from focus_ray.cli.sweep import _print_outcome
 from focus_ray.cli.train import read_config
 from focus_ray.config import load_config
 from focus_ray.errors import ConfigError
@@ -178,7 +178,7 @@ def test_the_last_lines_are_the_commands_that_train_the_best_settings(
     records.claim_folder(root, sweep, {})
     trials = [make_trial(number, 0.9 - number / 10, stage=stage) for stage in stages for number in range(2)]
     write_report(root, sweep, trials)
-    assert _sweep_end(make_outcome(root, trials)) == 0
+    assert _print_outcome(make_outcome(root, trials)) == 0
     lines = capsys.readouterr().out.splitlines()[-len(stages) :]
     for line, stage in zip(lines, sorted(stages, key=lambda stage: stage or ""), strict=True):
         program, command, file = shlex.split(line)
@@ -193,7 +193,7 @@ def test_the_last_lines_are_the_commands_that_train_the_best_settings(
 def test_a_stopped_sweep_prints_the_command_that_resumes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = str(tmp_path / "search")
     records.claim_folder(root, make_sweep(tmp_path), {})
-    assert _sweep_end(make_outcome(root, [make_trial(0, 0.9)], stopped=True)) == 130
+    assert _print_outcome(make_outcome(root, [make_trial(0, 0.9)], stopped=True)) == 130
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"focus-ray sweep resume {root}")
 
 

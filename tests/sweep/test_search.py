@@ -115,7 +115,7 @@ def test_setting_keys_cover_every_key_of_the_configuration() -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("sweep*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_sweep_is_valid(path: Path) -> None:
     sweep = load_sweep(path, ["base.data.uri=s3://plant/parts"])
-    assert sweep.base_config().data.uri == "s3://plant/parts"
+    assert sweep.config_at().data.uri == "s3://plant/parts"
 
 
 def test_the_inline_base_and_overrides_replace_values_of_the_base_file(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_the_inline_base_and_overrides_replace_values_of_the_base_file(tmp_path:
         "base_file: base.yaml\nbase: {train: {epochs: 4}}\nspace: {density.window: [1, 3]}\nsearcher: grid\n"
     )
     sweep = load_sweep(tmp_path / "sweep.yaml", ["base.data.uri=b"])
-    base = sweep.base_config()
+    base = sweep.config_at()
     assert (base.data.uri, base.train.epochs, base.train.seed, sweep.base_file) == ("b", 4, 5, None)
 
 
@@ -202,7 +202,7 @@ def test_a_failed_trial_is_not_proposed_again() -> None:
     proposer = Proposer(make_sweep(searcher="optuna"))
     failed = proposer.ask()
     assert failed is not None
-    proposer.fail(failed[0])
+    proposer.tell_failure(failed[0])
     following = proposer.ask()
     assert following is not None
     assert following[0] == 1

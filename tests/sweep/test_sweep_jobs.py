@@ -101,7 +101,7 @@ def test_simultaneous_sweeps_of_two_teams_finish_separately(nodes: Nodes, resnet
     scores = []
     for name in names:
         root = f"{nodes.root}/sweeps/{name}"
-        assert records.read_sweep(root).base_config().cluster.team == name.split("-")[0]
+        assert records.read_sweep(root).config_at().cluster.team == name.split("-")[0]
         trials = read_records(root)
         assert len(trials) == 6
         scores.append(scores_in_order(trials))

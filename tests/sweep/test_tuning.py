@@ -64,7 +64,7 @@ def make_sweep(data: str, storage: Path | str, base: dict[str, Any] | None = Non
 
 def judge_in_process(config: SweepConfig) -> list[TrialRecord]:
     """Runs all trials in this process, without Ray, shared inputs or pruning."""
-    base, proposer, trials = config.base_config(), Proposer(config), []
+    base, proposer, trials = config.config_at(), Proposer(config), []
     images = {
         category: load_images(
             base,
@@ -77,7 +77,7 @@ def judge_in_process(config: SweepConfig) -> list[TrialRecord]:
     }
     while (proposal := proposer.ask()) is not None:
         number, point = proposal
-        settings = config.base_config(point)
+        settings = config.config_at(point)
         results = [
             judge_category(settings, category, images[category], config.objective, torch.device("cpu"))
             for category in CATEGORIES

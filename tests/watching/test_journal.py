@@ -83,18 +83,18 @@ def test_a_changed_file_must_settle_again_and_a_deleted_file_is_dropped() -> Non
     unchanged = ListedFile("b.png", 1, 1)
     pending.update([ListedFile("a.png", 1, 1), unchanged], now=0)
     pending.update([ListedFile("a.png", 1, 1), unchanged], now=1.9)
-    assert pending.ready(now=1.9) == []
+    assert pending.list_ready(now=1.9) == []
     pending.update([ListedFile("a.png", 2, 2), unchanged], now=2)
-    assert [entry.file for entry in pending.ready(now=2)] == [unchanged]
+    assert [entry.file for entry in pending.list_ready(now=2)] == [unchanged]
     pending.update([ListedFile("a.png", 2, 2)], now=4)
-    assert [entry.file.image for entry in pending.ready(now=4)] == ["a.png"]
+    assert [entry.file.image for entry in pending.list_ready(now=4)] == ["a.png"]
     assert list(pending.files) == ["a.png"]
 
 
 @pytest.mark.parametrize("from_end", [*range(1, 200, 13), 100_000])
 def test_a_line_that_is_cut_off_at_any_byte_is_removed_and_the_table_is_rebuilt(tmp_path: Path, from_end: int) -> None:
     with Journal(tmp_path, table=True) as journal:
-        journal.write([make_line(0), make_line(1), make_line(2, error="long" * 40_000)])
+        journal.write_lines([make_line(0), make_line(1), make_line(2, error="long" * 40_000)])
     (path,) = tmp_path.glob("*.jsonl")
     os.truncate(path, path.stat().st_size - from_end)
     messages: list[str] = []
@@ -104,7 +104,7 @@ def test_a_line_that_is_cut_off_at_any_byte_is_removed_and_the_table_is_rebuilt(
             stamp_key(str(make_line(number)["image"]), number, 5) in journal.processed for number in range(3)
         ]
         assert is_processed == [True, True, False]
-        journal.write([make_line(2)])
+        journal.write_lines([make_line(2)])
     assert len(messages) == 1
     assert "was cut off" in messages[0]
     assert [(row["image"], row["error"]) for row in read_rows(tmp_path)] == [
@@ -115,7 +115,7 @@ def test_a_line_that_is_cut_off_at_any_byte_is_removed_and_the_table_is_rebuilt(
 @pytest.mark.parametrize("num_cut_bytes", [1, 40, None])
 def test_a_table_that_lacks_rows_or_does_not_exist_is_rebuilt(tmp_path: Path, num_cut_bytes: int | None) -> None:
     with Journal(tmp_path, table=True) as journal:
-        journal.write([make_line(0), make_line(1)])
+        journal.write_lines([make_line(0), make_line(1)])
     (table,) = tmp_path.glob("*.csv")
     complete = table.read_bytes()
     if num_cut_bytes is None:
@@ -143,7 +143,7 @@ def test_a_line_without_a_key_is_reported_and_kept(tmp_path: Path) -> None:
     (tmp_path / "verdicts-2026-01-31.jsonl").write_text("by hand\n" + json.dumps(make_line(1)) + "\n")
     messages: list[str] = []
     with Journal(tmp_path, log=messages.append) as journal:
-        assert journal.num_known == 1
+        assert journal.num_lines_at_start == 1
     (message,) = messages
     assert message.startswith(f"{tmp_path}/verdicts-2026-01-31.jsonl: 1 lines")
 
@@ -173,10 +173,10 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
-        journal.write([make_line(0)])
+        journal.write_lines([make_line(0)])
     (path,) = tmp_path.glob("*.jsonl")
     with Journal(tmp_path) as journal:
         path.unlink()
         path.symlink_to("/dev/full")
         with pytest.raises(DataError, match="No space left on device"):
-            journal.write([make_line(1)])
+            journal.write_lines([make_line(1)])
