@@ -8,7 +8,6 @@ choice of this project.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -26,7 +25,7 @@ from pydantic import (
 
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import BACKBONES, DENSITIES, GEOMETRIES, TRACKERS, BackboneGeometry
-from focus_ray.names import NAME_PATTERN
+from focus_ray.names import NAME_PATTERN, suggest_name
 from focus_ray.yaml_text import load_yaml
 
 Group = Literal[
@@ -901,8 +900,7 @@ def _explain(item: Any, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in item["loc"]) or "configuration"
     if item["type"] == "extra_forbidden":
         field_names = _fields_beside(item["loc"], model)
-        close = difflib.get_close_matches(str(item["loc"][-1]), field_names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(field_names)}"
+        hint = suggest_name(str(item["loc"][-1]), field_names) or f"known keys: {', '.join(field_names)}"
         return f"{where}: unknown key; {hint}"
     if item["type"] == "missing":
         return f"{where}: missing; set it"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar, cast
+
+from focus_ray.names import suggest_name
 
 if TYPE_CHECKING:
     from focus_ray.data.importers.base import Importer
@@ -40,11 +41,8 @@ class Kinds(Generic[T]):
         Raises: ValueError: there is no kind of this name. The message lists the available names.
         """
         if name not in self.import_paths:
-            close = difflib.get_close_matches(name, self.import_paths, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ValueError(
-                f"{self.component} {name!r} is not known: {hint}choose one of {', '.join(self.import_paths)}"
-            )
+            hints = (suggest_name(name, self.import_paths), f"choose one of {', '.join(self.import_paths)}")
+            raise ValueError(f"{self.component} {name!r} is not known: {' '.join(hint for hint in hints if hint)}")
         return name
 
     def __getitem__(self, name: str) -> T:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 
 Log = Callable[[str], None]
@@ -31,6 +32,15 @@ def unique_name(*parts: str | None) -> str:
     """
     prefixes = [re.sub(r"[^A-Za-z0-9._]+", "-", part)[:30] for part in parts if part]
     return "-".join([*prefixes, f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}", uuid.uuid4().hex[:6]])
+
+
+def suggest_name(name: str, choices: Iterable[str], min_similarity: float = 0.6) -> str:
+    """Returns "did you mean 'x'?" with the choice that is most similar to a misspelt name, or "" if none is similar.
+
+    Args: min_similarity: ratio of `difflib.SequenceMatcher`, 0 to 1.
+    """
+    similar = difflib.get_close_matches(name, choices, n=1, cutoff=min_similarity)
+    return f"did you mean {similar[0]!r}?" if similar else ""
 
 
 def is_utf8(name: str) -> bool:

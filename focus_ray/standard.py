@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Literal
 
 from focus_ray.errors import ConfigError
+from focus_ray.names import suggest_name
 
 ConfigKind = Literal["run", "sweep"]
 
@@ -68,8 +68,8 @@ def find_config(text: str, kind: ConfigKind | None = None) -> Path:
             command = f"focus-ray {COMMANDS[kind_of_text]} {text}"
             raise ConfigError(f"{text} is a configuration for `{command}`: {_advice(kind)}")
         return standard_folder() / f"{text}.yaml"
-    close = difflib.get_close_matches(path.stem, standard_names(kind), n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    suggestion = suggest_name(path.stem, standard_names(kind))
+    hint = f" ({suggestion})" if suggestion else ""
     problem = "a folder" if path.is_dir() else "no such file"
     raise ConfigError(
         f"{text}: cannot read the configuration: {problem}, and no standard configuration of that name{hint}: {_advice(kind)}"

@@ -6,7 +6,6 @@ The search space is validated before anything starts. The same seed proposes the
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 from focus_ray.config import Config, Section, apply_override, parse_config, parse_model, read_mapping
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import METRICS
-from focus_ray.names import NAME_PATTERN
+from focus_ray.names import NAME_PATTERN, suggest_name
 
 Point = dict[str, Any]  # dotted key of Config -> value
 
@@ -473,11 +472,9 @@ def _check_space(sweep: SweepConfig) -> None:
             if any(name.startswith(f"{key}.") for name in all_keys):
                 keys_inside = ", ".join(name for name in all_keys if name.startswith(f"{key}."))
                 raise ConfigError(f"space: {key} is a section: name a key in it: {keys_inside}")
-            close = difflib.get_close_matches(key, all_keys, n=1)
             same_last_part = [name for name in all_keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-            guess = (same_last_part or close)[:1]
-            hint = f"; did you mean {guess[0]!r}?" if guess else ": `focus-ray train` writes all keys there are"
-            raise ConfigError(f"space: {key}: unknown key{hint}")
+            suggestion = suggest_name(same_last_part[0] if same_last_part else key, all_keys)
+            raise ConfigError(f"space: {key}: unknown key; {suggestion or '`focus-ray config explain` lists the keys'}")
         if key.startswith(("model.tiling", "model.resize")):
             raise ConfigError(
                 f"space: {key} cannot be searched: a sweep only scores whole, stretched images; run `focus-ray train` with each "
