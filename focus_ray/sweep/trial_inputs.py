@@ -214,7 +214,7 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
         DataError: As `fit.fit`.
     """
     run = CategoryFit(config, shard_of_images(config, images), len(images.fit), device)
-    run.align()
+    run.fit_image_aligner()
     run.net.eval()
 
     def levels_of(batches: Iterator[Tensor]) -> tuple[list[list[NDArray[np.float32]]], list[NDArray[np.float32]]]:
