@@ -41,9 +41,9 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.regions import load_frame, make_frame
 from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
-from focus_ray.density.nearest import restore_bank, unused_embeddings
+from focus_ray.density.nearest import restore_bank, select_unused_embeddings
 from focus_ray.density.relations import Relations
-from focus_ray.density.tiles import unfold_bank
+from focus_ray.density.tiles import join_bank_of_tiles
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.fitting.profile import Profile
@@ -169,7 +169,7 @@ def write_bundle(
         tiles = statistics.per_tile
         if "bank.images" in density and tiles.bank is not None:
             whole = tiles.bank[:, :, : moments.channels]
-            parts["moments"]["bank.rest"] = unused_embeddings(whole, density["bank.images"])
+            parts["moments"]["bank.rest"] = select_unused_embeddings(whole, density["bank.images"])
         if config.density.keeps_coreset and statistics.bank is not None:
             parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
         if statistics.scatter is not None:
@@ -394,7 +394,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     if bank is not None and "bank.rest" in tensors:
         bank = restore_bank(bank, density["bank.images"], tensors["bank.rest"])
     if bank is not None:
-        bank = unfold_bank(bank, grid, moments.height, moments.width)
+        bank = join_bank_of_tiles(bank, grid, moments.height, moments.width)
     if bank is not None and "coreset_bank" in tensors:
         bank = torch.cat([bank, tensors["coreset_bank"]], dim=2)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")

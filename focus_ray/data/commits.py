@@ -21,15 +21,15 @@ VERSIONS_FOLDER, CLAIMS_FOLDER = "_commits", "_claims"
 
 
 class PartEntry(TypedDict):
-    """The entry of a part file in a commit."""
+    """The entry of a part file in a commit: its name, the number of rows in each row group, and its size."""
 
     name: str
     row_group_rows: list[int]
     num_bytes: int
 
 
-class IndexEntry(TypedDict):
-    """The entry of the index file or of the source manifest in a commit."""
+class ChecksummedEntry(TypedDict):
+    """The entry of a file with a checksum in a commit. The index file and the source manifest have such entries."""
 
     name: str
     sha256: str  # hex digest of the file's bytes
@@ -50,8 +50,8 @@ class Commit(TypedDict):
     run_id: str  # name of the version
     created: str  # ISO 8601, UTC
     files: list[PartEntry]
-    index: IndexEntry | None
-    sources: IndexEntry | None  # the source manifest: the source files of the rows
+    index: ChecksummedEntry | None
+    sources: ChecksummedEntry | None  # the source manifest: the source files of the rows
     dropped: list[DroppedEntry]  # kept on the storage for readers of earlier versions
     num_rows: int
     source_fingerprint: str

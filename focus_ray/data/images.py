@@ -1,17 +1,17 @@
-"""Encoded bytes to uint8 arrays and back: images in RGB, masks as bool; every odd file gets one decided outcome.
+"""Decodes image files to RGB arrays and mask files to bool arrays, and encodes arrays as PNG.
 
-Decisions, the same for training, batch inspection and serving:
+Training, batch inspection and serving treat unusual files in the same way:
 
-- EXIF orientation is applied; an EXIF block that cannot be parsed counts as absent, as in every viewer.
-- Grey is repeated over the three channels; CMYK, YCbCr, LAB and HSV are converted by Pillow; ICC profiles are ignored.
-- Transparency (alpha channel, palette or colour key) is composed over black, so hidden colours never matter.
-- 16-bit grey is scaled by its full range, round(value * 255 / 65535), never by its own minimum and maximum: equal
-  exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift them first.
-- 16-bit colour keeps its high byte (Pillow reads no more). 32-bit integer, signed and float images are refused.
-- What a TIFF's tags say of its pixels decides how it is read, or that it is refused (`tiff`): WhiteIsZero comes out as it looks.
-- Pictures that focus_ray drew itself are decoded like others; whoever expects photographs refuses them (`refuse_drawing`).
-- Of an image with several frames or pages the first is taken. The pages of a mask's TIFF are combined, since some programs write
-  one for each region; other masks with several frames are refused.
+- The EXIF orientation is applied. An EXIF block that cannot be parsed is ignored, as in every viewer.
+- Grey is repeated over the three channels. Pillow converts CMYK, YCbCr, LAB and HSV. ICC profiles are ignored.
+- Transparent pixels (alpha channel, palette or colour key) are composed over black, so their hidden colours have no effect.
+- 16-bit grey is scaled by its full range, round(value * 255 / 65535), and not by the minimum and maximum of the image. So equal
+  exposure stays equal. A 12-bit camera that does not shift its values up gives dark images: shift the values first.
+- 16-bit colour keeps its high byte, because Pillow reads no more. 32-bit integer, signed and float images are refused.
+- The tags of a TIFF decide how it is read, or that it is refused (`tiff`). WhiteIsZero pixels are inverted, so that white is 255.
+- Pictures that focus_ray drew itself are decoded like other images. Callers that expect photographs call `refuse_drawing`.
+- Only the first frame or page of an image is used. The pages of a mask's TIFF are combined, because some programs write one page
+  for each region. Masks of other formats with several frames are refused.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ from focus_ray.data.framing import Frame
 from focus_ray.drawings import MARK, is_drawing
 from focus_ray.errors import DataError
 
-# Largest image read, in pixels (about 9459 x 9459): where Pillow starts to warn of decompression bombs. A few hundred
-# kilobytes can claim gigabytes; larger frames, such as line scans, are to be cut into tiles.
+# Largest image that is read, in pixels (about 9459 x 9459). Above this size, Pillow warns of decompression bombs: a file of a few
+# hundred kilobytes can need gigabytes of memory. Larger images, such as line scans, must be cut into tiles.
 MAX_PIXELS = 89_478_485
 
-# Pillow's decoders that untrusted bytes may reach; the many others stay closed.
+# Formats that Pillow may decode. Its many other decoders never see untrusted bytes.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM")
 
-# Bounds of what a small file can cost. A scan goes over the whole image; Pillow reads segments and chunks in a Python loop.
+# Bounds of the time that a small file can take. A scan goes over the whole image, and Pillow reads segments and chunks in a
+# Python loop.
 MAX_JPEG_SCANS = 100  # encoders write at most 12
 _MAX_JPEG_SEGMENTS = 10_000  # before the pixels; 64 KiB each
 _MAX_JPEG_FILL_BYTES = 2**16  # between the segments
-_MAX_PNG_CHUNKS = 2**15  # encoders put at least 8 KiB of pixels into each
-_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # not a stuffed byte, a restart within a scan, or a fill byte
+_MAX_PNG_CHUNKS = 2**15  # encoders put at least 8 KiB of pixels into each chunk
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # without stuffed bytes, restarts within a scan, and fill bytes
 
-# too_slow: the service gave up decoding; see `serving.decoders`
+# too_slow: decoding took longer than the limit of the service; see `serving.decoders`
 Reason = Literal["empty", "not_an_image", "unsupported", "truncated", "too_large", "too_slow"]
 
 _ORIENTATION_TAG = 0x0112
@@ -68,7 +69,7 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _QUARTER_TURNS = (5, 6, 7, 8)
-# First bytes of image formats that people do have and that we do not read, for a better message than "not an image".
+# First bytes of common image formats that are not read, for a better message than "not an image".
 _UNSUPPORTED_MAGIC = {
     b"GIF8": "GIF",
     b"8BPS": "Photoshop",
@@ -81,12 +82,15 @@ _UNSUPPORTED_MAGIC = {
     b"MM\x00+": "BigTIFF",
     b"\x00\x00\x01\x00": "ICO",
 }
-# What Pillow's decoders raise on damaged bytes.
+# Errors that Pillow's decoders raise for damaged bytes.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
 
 
 class ImageError(DataError):
-    """Bytes that cannot be used as an image; ``reason`` is the code that a reject list keeps."""
+    """The bytes of a file cannot be used as an image or mask. The message gives the problem and the remedy.
+
+    Attributes: reason: kind of the problem, one of `Reason`; lists of rejected files contain this code.
+    """
 
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(reason, message)  # both in args, so that it survives pickle
@@ -98,10 +102,14 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """Size in pixels after EXIF rotation; mode (``L``, ``RGB``, ``I;16``, ...) and format of the file itself.
+    """Facts about an image file.
 
-    see_through: it has an alpha channel, which is zero everywhere, so that it shows nothing.
-    content_hash: `content_hash` of its pixels, where it was asked for.
+    Attributes:
+        width, height: pixels after EXIF rotation; `read_header` gives the size before EXIF rotation.
+        mode: Pillow's mode of the pixels in the file (``L``, ``RGB``, ``I;16``, ...).
+        format: Pillow's name of the file format.
+        see_through: whether the image has an alpha channel that is zero everywhere, so that the image shows nothing.
+        content_hash: `content_hash` of the pixels; None unless it was requested.
     """
 
     width: int
@@ -113,42 +121,52 @@ class ImageInfo:
 
 
 def decode_image(data: bytes, size: int | Frame | None) -> npt.NDArray[np.uint8]:
-    """Decodes one image by the decisions at the top of this file.
+    """Decodes one image by the rules at the top of this file.
 
-    Resizing is by Pillow's antialiased bilinear filter. JPEGs at least four times larger than asked are decoded at a half,
-    quarter or eighth (never below twice what is asked) first, which moves pixels by about one grey level and saves most of
-    the time.
+    Images are resized with Pillow's antialiased bilinear filter. A JPEG of at least four times the requested size is first
+    decoded at a half, a quarter or an eighth of its size, but never below twice the requested size. This saves most of the time
+    and changes pixels by about one grey level.
 
     Args:
-        data: an encoded file of one of ``FORMATS``.
-        size: the frame that it is brought to; a number: the side of a square that it is stretched to; None keeps the size.
+        data: bytes of a file in one of the formats ``FORMATS``.
+        size: frame into which the image is placed; or the side, in pixels, of a square to which the image is stretched. None
+            keeps the size of the image.
 
-    Returns: (H, W, 3) RGB, uint8, writable; of the frame's shape, which may have a fourth channel, where there is one.
+    Returns: uint8, RGB, writable: (H, W, 3), or the frame's shape, which may have a fourth channel of scored pixels.
 
-    Raises: ImageError: empty, truncated, not an image, an unsupported kind, or above ``MAX_PIXELS``.
+    Raises: ImageError: the data is empty, truncated, no image, of an unsupported kind, or has more than ``MAX_PIXELS`` pixels.
     """
     return _decode(data, _frame(size))[1]
 
 
 def read_image(data: bytes, size: int | Frame | None = None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
-    """What ``probe_image`` and ``decode_image(data, size)`` give, for the price of one decoding; the same errors."""
+    """Decodes one image, and returns the facts about its file and its pixels.
+
+    The results are the same as those of `probe_image` and `decode_image`, but the file is decoded only once.
+
+    Args:
+        data: bytes of a file in one of the formats ``FORMATS``.
+        size: see `decode_image`.
+
+    Raises: ImageError: see `decode_image`.
+    """
     return _decode(data, _frame(size))
 
 
 def probe_image(data: bytes) -> ImageInfo:
-    """Reads the whole file, pixels and PNG checksums included, so that truncated data is found.
+    """Decodes a whole file to check it, including the checksums of a PNG, and returns facts about the image.
 
-    Flipped bits inside a JPEG's entropy-coded data cannot be told from content, by anyone.
+    Wrong bits inside the compressed pixels of a JPEG cannot be detected, because they decode to other pixels.
 
-    Raises: ImageError: as ``decode_image``.
+    Raises: ImageError: see `decode_image`.
     """
     return read_image(data)[0]
 
 
 def read_header(data: bytes) -> ImageInfo:
-    """Size, mode and format as the file's header tells them, before EXIF rotation; no pixel is decoded.
+    """Returns size (before EXIF rotation), mode and format of an image from the header of its file. No pixel is decoded.
 
-    Raises: ImageError: empty, not an image, an unsupported kind, or above ``MAX_PIXELS``.
+    Raises: ImageError: the data is empty, no image, of an unsupported kind, or has more than ``MAX_PIXELS`` pixels.
     """
     tags = _tiff_tags(data)
     if tags is not None and _reader_of(tags) == "tifffile":
@@ -158,23 +176,28 @@ def read_header(data: bytes) -> ImageInfo:
 
 
 def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
-    """Decodes a mask: a pixel is anomalous when any of its values is above 0, whatever the bit depth.
+    """Decodes a mask, and resizes it to (height, width). A pixel is anomalous if at least one of its channels is above 0.
 
-    Palettes are looked up, so their colours count and not their indices; transparency is composed over black.
-    Reduced, a pixel is anomalous where any of those that it stands for was, so that no defect vanishes, however thin; enlarged,
-    it is that of the nearest.
+    This holds for every bit depth. For a palette image, the colours count and not their numbers. Transparent pixels are composed
+    over black. `resize_mask` describes the resizing.
 
-    Args: height, width: size returned, pixels.
+    Args:
+        data: bytes of a file in one of the formats ``FORMATS``.
+        height, width: size of the result in pixels.
 
-    Returns: (H, W) bool, True is anomalous.
+    Returns: (height, width) bool, True at anomalous pixels.
 
-    Raises: ImageError: as ``decode_image``.
+    Raises: ImageError: see `decode_image`. Also if the mask has several frames, or pages of different sizes.
     """
     return resize_mask(read_mask(data), height, width)
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDArray[np.bool_]:
-    """(H, W) bool to (height, width), as ``decode_mask`` does."""
+    """Resizes a mask (H, W), bool, to (height, width).
+
+    If a side becomes smaller, a pixel is anomalous if at least one pixel that it replaces is anomalous, so that thin defects do
+    not disappear. If a side becomes larger, pixels are repeated.
+    """
     for axis, size in enumerate((height, width)):
         length = mask.shape[axis]
         if size < length:
@@ -185,30 +208,40 @@ def resize_mask(mask: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDA
 
 
 def read_mask(data: bytes) -> npt.NDArray[np.bool_]:
-    """``decode_mask`` at the file's own size. Returns: (H, W) bool. Raises: ImageError."""
+    """Decodes a mask without resizing it: (H, W) bool. Raises: ImageError: see `decode_mask`."""
     return probe_mask(data)[0]
 
 
 def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
-    """``read_mask``, and how many different values above 0 the file has: one in a mask, a few where they name kinds of defects,
-    many in one that was saved as JPEG, blurred or scaled. Raises: ImageError."""
+    """Decodes a mask, and counts the different pixel values above 0 in its file.
+
+    A usual mask has one such value. Masks with one value for each type of defect have a few. Masks that were saved as JPEG,
+    blurred or resized have many.
+
+    Returns: the mask (H, W), bool, and the number of values. For several pages, the union of the masks and the largest number.
+
+    Raises: ImageError: see `decode_mask`.
+    """
     _verify_chunks(data)
     pages = _mask_pages(data)
-    mask, different = _probe_page(data, pages[0])
+    mask, num_values = _probe_page(data, pages[0])
     for page in pages[1:]:
-        other, values = _probe_page(data, page)
+        other, num_page_values = _probe_page(data, page)
         if other.shape != mask.shape:
             raise ImageError(
                 "unsupported",
                 f"the mask's page {page + 1} is {other.shape[1]} x {other.shape[0]} pixels, and page {pages[0] + 1} is "
                 f"{mask.shape[1]} x {mask.shape[0]}: export the mask as one page",
             )
-        mask, different = mask | other, max(different, values)
-    return mask, different
+        mask, num_values = mask | other, max(num_values, num_page_values)
+    return mask, num_values
 
 
 def _mask_pages(data: bytes) -> list[int]:
-    """Numbers of the pages that make up a mask, from 0. Raises: ImageError: a file with frames that are not combined."""
+    """Returns the numbers, from 0, of the pages of a file that together are one mask.
+
+    Raises: ImageError: the file is damaged, or it is no TIFF and has several frames.
+    """
     if _tiff_tags(data) is not None:
         try:
             return tiff.list_pages(data)
@@ -225,27 +258,29 @@ def _mask_pages(data: bytes) -> list[int]:
 
 
 def _probe_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
-    """`probe_mask` of one page."""
+    """Decodes one page of a mask, and counts its different pixel values above 0; see `probe_mask`. Pages count from 0."""
     image, orientation, _ = _load(data, None, page)
     try:
         deep = _is_deep(image) or image.mode == "F"
         values = np.asarray(image) if deep else _highest_channel(_to_grey_or_rgb(image))
         mask: npt.NDArray[np.bool_] = values > 0
-        different = len(np.unique(values[mask]))
+        num_values = len(np.unique(values[mask]))
     except _DECODE_ERRORS as error:
         raise _undecodable(error, image) from error
     if orientation in _TRANSPOSE:
         upright = Image.fromarray(mask.astype(np.uint8)).transpose(_TRANSPOSE[orientation])
         mask = np.asarray(upright) > 0
-    return mask, different
+    return mask, num_values
 
 
 def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
-    """A lossless PNG: (H, W, 3) or (H, W) uint8 as 8-bit, (H, W) bool as 1-bit.
+    """Encodes an array as a lossless PNG and returns the bytes of the file.
 
-    Args: drawn: mark the file as a picture that focus_ray drew, which no command takes for a photograph.
+    Args:
+        array: (H, W, 3) or (H, W) uint8 gives an 8-bit PNG; (H, W) bool gives a 1-bit PNG.
+        drawn: marks the file as a picture that focus_ray drew, so that no command uses it as a photograph.
 
-    Raises: ValueError: another shape or dtype.
+    Raises: ValueError: the array has another shape or type.
     """
     plane, colour = array.ndim == 2, array.ndim == 3 and array.shape[2] == 3
     if not (array.dtype == np.uint8 and (plane or colour)) and not (array.dtype == np.bool_ and plane):
@@ -266,15 +301,16 @@ def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
 
 
 def encode_opened(image: Image.Image) -> bytes:
-    """A lossless PNG of an image that Pillow has opened or made, with the pixels that `decode_image` gives for its file.
+    """Encodes a Pillow image, opened or made by the caller, as a lossless PNG and returns the bytes of the file.
 
-    Palette, transparency, bit depth, colour space and EXIF orientation count as at the top of this file.
+    The PNG has the pixels that `decode_image` would return for the file of the image: the rules at the top of this file hold for
+    palette, transparency, bit depth, colour space and EXIF orientation.
 
-    Raises: ImageError: its pixels are damaged, or of a kind that is not read; a TIFF of a kind that Pillow misreads.
+    Raises: ImageError: the pixels are damaged or of an unsupported kind, or the image is a TIFF of a kind that Pillow misreads.
     """
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     deep = _is_deep(image) and (tags.get(262) == 0 or max(tags.get(258, (16,))) == 12)
-    turned = tags.get(274, 1) != 1  # opened by name and stored raw, it is not turned (Pillow 12)
+    turned = tags.get(274, 1) != 1  # Pillow 12 does not rotate an uncompressed TIFF that was opened by its file name
     if deep or turned or 338 in tags or tags.get(284, 1) != 1 or set(tags.get(339, (1,))) != {1}:
         raise ImageError("unsupported", "Pillow misreads this kind of TIFF: give the path or the bytes of the file")
     try:
@@ -287,7 +323,7 @@ def encode_opened(image: Image.Image) -> bytes:
 
 
 def refuse_drawing(data: bytes) -> None:
-    """Raises: ImageError: the file is a picture that focus_ray drew; those are never inspected, learnt or calibrated with."""
+    """Raises ImageError if a file is a picture that focus_ray drew, because only photographs may be learnt or inspected."""
     if is_drawing(data):
         raise ImageError(
             "unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph itself"
@@ -297,19 +333,27 @@ def refuse_drawing(data: bytes) -> None:
 def decode_batch(
     images: Sequence[bytes], size: int | Frame, num_threads: int = 1, names: Sequence[str] | None = None
 ) -> npt.NDArray[np.uint8]:
-    """``decode_image`` over a batch; Pillow lets go of the interpreter lock, so threads help.
+    """Decodes a batch of photographs. Pillow releases the interpreter lock, so several threads are faster than one.
 
-    Args: num_threads: threads used, at most one an image.  names: of the images, for errors; None: their positions.
+    Args:
+        images: bytes of B files.
+        size: frame into which each image is placed, or the side, in pixels, of a square to which each image is stretched.
+        num_threads: number of threads; at most one thread per image is used.
+        names: name of each image for error messages; None: messages give the position of the image.
 
-    Returns: (B, H, W, 3 or 4), uint8, in the order given.
+    Returns: (B, H, W, 3 or 4), uint8, in the order of `images`.
 
-    Raises: ImageError: naming the first image that cannot be decoded.
+    Raises: ImageError: an image cannot be decoded (see `decode_image`), or is a picture that focus_ray drew. The message names
+        the first such image.
     """
     return read_batch(images, size, num_threads, names=names)[1]
 
 
 def content_hash(pixels: npt.NDArray[np.uint8]) -> str:
-    """SHA-256 hex of the size and the decoded RGB pixels (H, W, 3): what tells an image, however its file is named or packed."""
+    """Returns the SHA-256 hex of size and pixels of a decoded RGB image (H, W, 3).
+
+    It identifies the image independently of the name and the compression of its file.
+    """
     digest = hashlib.sha256(f"{pixels.shape[0]}x{pixels.shape[1]}:".encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
@@ -322,10 +366,15 @@ def read_batch(
     hashed: bool = False,
     names: Sequence[str] | None = None,
 ) -> tuple[list[ImageInfo], npt.NDArray[np.uint8]]:
-    """``decode_batch`` and what is known of each image, its own size above all; the same errors.
+    """Decodes a batch of photographs, and returns the facts about each file and the pixels.
 
     Args:
-        hashed: tell the images' content hashes too; costs a second decoding of JPEGs that are read at a reduced size.
+        images, size, num_threads, names: see `decode_batch`.
+        hashed: also computes the content hash of each image. A JPEG that is decoded at a reduced size is then decoded twice.
+
+    Returns: facts about each image; pixels (B, H, W, 3 or 4), uint8.
+
+    Raises: ImageError: see `decode_batch`. ValueError: `num_threads` is below 1.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads={num_threads} must be at least 1")
@@ -334,6 +383,7 @@ def read_batch(
     batch = np.empty((len(images), *frame.shape), dtype=np.uint8)
 
     def decode_into(position: int) -> ImageInfo:
+        """Decodes one image into its row of the batch."""
         try:
             refuse_drawing(images[position])
             info, batch[position] = _decode(images[position], frame, hashed)
@@ -351,10 +401,17 @@ def read_batch(
 
 
 def _frame(size: int | Frame | None) -> Frame | None:
+    """Returns the frame that a size means: a number is the side of a square; a frame or None is returned unchanged."""
     return Frame(size, size) if isinstance(size, int) else size
 
 
 def _decode(data: bytes, frame: Frame | None, hashed: bool = False) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+    """Decodes one image, and returns the facts about its file and its pixels (H, W, 3), or of the frame's shape.
+
+    Args: hashed: also computes the content hash.
+
+    Raises: ImageError: see `decode_image`.
+    """
     _verify_chunks(data)
     image, orientation, (width, height) = _load(data, None if frame is None else max(frame.height, frame.width))
     info = ImageInfo(width, height, image.mode, image.format or "?", _is_see_through(image))
@@ -373,9 +430,16 @@ def _decode(data: bytes, frame: Frame | None, hashed: bool = False) -> tuple[Ima
 
 
 def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
-    """Opens and loads the pixels.
+    """Opens a file and decodes its pixels.
 
-    Returns: the image, not yet rotated, the EXIF orientation still to be applied, and the file's (width, height) after it.
+    Args:
+        size_px: a JPEG may be decoded at a reduced size of at least twice this many pixels; None: at its full size.
+        page: number of the frame or page, from 0.
+
+    Returns: the image before EXIF rotation; the EXIF orientation (1 to 8) that must still be applied; the (width, height) of the
+        full image after EXIF rotation.
+
+    Raises: ImageError: see `decode_image`.
     """
     tags = _tiff_tags(data, page)
     if tags is not None and _reader_of(tags) == "tifffile":
@@ -383,7 +447,7 @@ def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image,
     image = _open(data)
     try:
         image.seek(page)
-        width, height = image.size  # before a JPEG is decoded smaller; a TIFF's is as it will be
+        width, height = image.size  # read before `draft`, which reduces the size of a JPEG
         if size_px is not None and image.format in ("JPEG", "MPO"):
             image.draft("", (2 * size_px, 2 * size_px))
         image.load()
@@ -399,7 +463,10 @@ def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image,
 
 
 def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
-    """None for other files, and for one that is too damaged to have any. Raises: ImageError: its kind is not read."""
+    """Returns the tags of a page of a TIFF; None for other formats, and for a TIFF whose tags are too damaged to be read.
+
+    Raises: ImageError: see `tiff.read_tags`. Also if the page has more than ``MAX_PIXELS`` pixels.
+    """
     if not data.startswith(tiff.SIGNS):
         return None
     try:
@@ -412,6 +479,7 @@ def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
 
 
 def _reader_of(tags: tiff.Tags) -> str:
+    """Returns `tiff.reader_of`. Raises: ImageError: no library reads a TIFF of this kind correctly."""
     try:
         return tiff.reader_of(tags)
     except tiff.TiffError as error:
@@ -419,6 +487,7 @@ def _reader_of(tags: tiff.Tags) -> str:
 
 
 def _load_tiff(data: bytes, tags: tiff.Tags, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
+    """Decodes a page of a TIFF with tifffile. `_load` describes the results and errors."""
     try:
         pixels, see_through = tiff.read_pixels(data, tags, page)
     except tiff.TiffError as error:
@@ -431,7 +500,7 @@ def _load_tiff(data: bytes, tags: tiff.Tags, page: int = 0) -> tuple[Image.Image
 
 
 def _at_full_range(image: Image.Image, tags: tiff.Tags) -> Image.Image:
-    """Deep grey as it looks, and as 16 bits."""
+    """Converts 12-bit or 16-bit grey pixels to 16 bits, and inverts them if the tags say that 0 is white."""
     full = 2**tags.bits - 1
 
     def stretch(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -439,20 +508,23 @@ def _at_full_range(image: Image.Image, tags: tiff.Tags) -> Image.Image:
         return ((full - values if tags.photometric == 0 else values) * 65535 // full).clip(0, 65535)
 
     values = np.asarray(image)
-    found = Image.fromarray(tiff.convert_rows(values, stretch, values.shape, np.uint16))
-    found.format = image.format
-    return found
+    stretched = Image.fromarray(tiff.convert_rows(values, stretch, values.shape, np.uint16))
+    stretched.format = image.format
+    return stretched
 
 
 def _is_see_through(image: Image.Image) -> bool:
-    """Whether alpha is zero everywhere."""
+    """Returns whether an image has an alpha channel that is zero everywhere."""
     if image.mode in ("RGBA", "LA", "PA"):
         return not np.asarray(image.getchannel("A")).any()
     return bool(image.info.get("see_through", False))
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
-    """Reads the header only; the decoder may still find the pixels damaged."""
+    """Opens a file with Pillow and reads its header. The pixels are not checked and may still be damaged.
+
+    Raises: ImageError: the data is empty, no image, of an unsupported kind, too large, or its header is damaged.
+    """
     if not data:
         raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
     _check_structure(data)
@@ -466,33 +538,39 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
     if image.format == "TIFF" and not data.startswith(
         tiff.SIGNS
-    ):  # Pillow takes more signatures, whose tags nothing checks
+    ):  # Pillow also opens TIFFs with other first bytes, whose tags `tiff` does not check
         raise _unidentified(data)
     _check_size(*image.size)
     return image
 
 
 def _check_structure(data: bytes) -> None:
-    """Raises: ImageError: more JPEG scans or segments, or more PNG chunks, than an image needs. Damaged files pass."""
+    """Raises ImageError if a file has more JPEG scans or segments, or more PNG chunks, than an image needs.
+
+    Such a file could take very long to decode. Damaged files pass, because the decoder detects the damage.
+    """
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
     elif data.startswith(b"\x89PNG"):
-        place = 8
+        offset = 8
         for _ in range(_MAX_PNG_CHUNKS):
-            place += 12 + int.from_bytes(data[place : place + 4], "big")
-            if place >= len(data):
+            offset += 12 + int.from_bytes(data[offset : offset + 4], "big")
+            if offset >= len(data):
                 return
         raise ImageError("too_large", f"a PNG of more than {_MAX_PNG_CHUNKS} chunks: save it again")
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Raises: ImageError: see `_check_structure`. Goes from marker to marker, so that bytes within a segment do not count."""
-    place, num_scans, num_segments, fill_bytes = 2, 0, 0, 0
-    while (marker := _JPEG_MARKER.search(data, place)) is not None and data[
+    """Raises ImageError if a JPEG has too many scans or segments, or no pixels; see `_check_structure`.
+
+    It jumps from marker to marker, so that marker bytes inside a segment do not count.
+    """
+    offset, num_scans, num_segments, fill_bytes = 2, 0, 0, 0
+    while (marker := _JPEG_MARKER.search(data, offset)) is not None and data[
         marker.end() - 1
     ] != 0xD9:  # the end of the image
         if not num_scans:
-            fill_bytes += marker.start() - place
+            fill_bytes += marker.start() - offset
         num_segments += 1
         num_scans += data[marker.end() - 1] == 0xDA
         if num_scans > MAX_JPEG_SCANS:
@@ -503,14 +581,15 @@ def _check_jpeg(data: bytes) -> None:
             raise ImageError(
                 "too_large", "a JPEG with too many segments, or too many bytes between them: save it again"
             )
-        place = marker.end()
-        if data[place - 1] not in (0x01, 0xD8):  # these two have no length
-            place += max(2, int.from_bytes(data[place : place + 2], "big"))
-    if not num_scans and len(data) - place > _MAX_JPEG_FILL_BYTES:
+        offset = marker.end()
+        if data[offset - 1] not in (0x01, 0xD8):  # these two markers have no length
+            offset += max(2, int.from_bytes(data[offset : offset + 2], "big"))
+    if not num_scans and len(data) - offset > _MAX_JPEG_FILL_BYTES:
         raise ImageError("truncated", "a JPEG without pixels in it: copy it again")
 
 
 def _check_size(width: int, height: int) -> None:
+    """Raises ImageError if an image has more than ``MAX_PIXELS`` pixels."""
     pixels = width * height
     if pixels > MAX_PIXELS:
         raise ImageError(
@@ -520,7 +599,8 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    # TIFFs turn themselves while loading and drop the tag, so this reads what is left to do.
+    """Returns the EXIF orientation (1 to 8) that must still be applied to a loaded image; 1 if it is missing or damaged."""
+    # Pillow rotates a TIFF while it loads the pixels, and then removes the tag.
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except (*_DECODE_ERRORS, AttributeError):
@@ -528,11 +608,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_capture_time(data: bytes | Path) -> datetime | None:
-    """Returns the EXIF time at which a photograph was taken: DateTimeOriginal, else DateTime; None if there is none.
+    """Returns the EXIF time at which a photograph was taken: DateTimeOriginal or, if it is missing, DateTime.
 
-    Fractions of a second are added where the file has them. Only the header is read. Time zones are ignored.
+    Fractions of a second are added if the file has them. Time zones are ignored. Only the header of the file is read.
 
-    Args: data: an encoded file, or its path.
+    Args: data: bytes of an image file, or the path of the file.
+
+    Returns: None if the file has no valid time or cannot be read as an image.
     """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS) as image:
@@ -551,16 +633,21 @@ def read_capture_time(data: bytes | Path) -> datetime | None:
                 continue
             return time + timedelta(seconds=float(f"0.{digits}") if digits.isdecimal() else 0.0)
     except (*_DECODE_ERRORS, AttributeError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        pass  # the check of the image says what is wrong
+        pass  # the check of the image reports the problem
     return None
 
 
 def _highest_channel(image: Image.Image) -> npt.NDArray[Any]:
+    """Returns the largest channel value of each pixel, (H, W)."""
     values = np.asarray(image)
     return np.asarray(values.max(axis=2) if values.ndim == 3 else values)
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
+    """Converts a loaded image to 8-bit grey (mode L) or RGB by the rules at the top of this file.
+
+    Raises: ImageError: the pixels are 32-bit integers or floats.
+    """
     if _is_deep(image):
         image = _deep_to_grey(image)
     elif image.mode == "F":
@@ -574,11 +661,13 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
 
 
 def _is_deep(image: Image.Image) -> bool:
+    """Returns whether Pillow gives the pixels as 16-bit or 32-bit integers."""
     return image.mode == "I" or image.mode.startswith("I;16")
 
 
 def _deep_to_grey(image: Image.Image) -> Image.Image:
-    # "I" is how Pillow hands over some 16-bit files, and all 32-bit ones.
+    """Scales 16-bit grey pixels to 8 bits. Raises: ImageError: a value does not fit into 16 bits."""
+    # Mode "I" contains 32-bit integers: Pillow uses it for all 32-bit files and for some 16-bit files.
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
@@ -590,7 +679,10 @@ def _deep_to_grey(image: Image.Image) -> Image.Image:
 
 
 def _verify_chunks(data: bytes) -> None:
-    """Pillow's pixel loader forgives a PNG that stops after its last pixel or has a wrong checksum; this does not."""
+    """Raises ImageError if a PNG is truncated or has a wrong checksum. Other formats pass.
+
+    Pillow decodes a PNG that ends after its last pixel, or that has a wrong checksum, without an error.
+    """
     if not data.startswith(b"\x89PNG"):
         return
     _check_structure(data)
@@ -601,12 +693,13 @@ def _verify_chunks(data: bytes) -> None:
     except UnidentifiedImageError as error:
         raise ImageError("truncated", "the PNG image stops within its header: copy it again") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return  # told by the loader
+        return  # the loader reports this error
     except _DECODE_ERRORS as error:
         raise ImageError("truncated", f"the PNG image is truncated or damaged ({error}): copy it again") from error
 
 
 def _unidentified(data: bytes) -> ImageError:
+    """Returns the error for a file that Pillow does not recognise: unsupported format, truncated header, or no image."""
     known = ", ".join(FORMATS)
     for magic, name in _UNSUPPORTED_MAGIC.items():
         if data.startswith(magic):
@@ -621,8 +714,9 @@ def _unidentified(data: bytes) -> ImageError:
 
 
 def _undecodable(error: BaseException, image: Image.Image) -> ImageError:
+    """Returns the error for loaded pixels that cannot be converted to RGB or placed into the frame."""
     if isinstance(error, ImageError):
         return error
-    if isinstance(error, DataError):  # of the frame: nothing of this image can be scored
+    if isinstance(error, DataError):  # from the frame: no pixel of this image can be scored
         return ImageError("unsupported", str(error))
     return ImageError("unsupported", f"{image.format} of mode {image.mode} cannot be converted to RGB ({error})")

@@ -77,7 +77,10 @@ class Shard(Protocol):
         """Returns the rank of each held-out image, (M,), in the same ranking as `fit_order`."""
 
     def join_validation(self) -> Shard:
-        """Returns a shard whose fit images include the validation images. It is used when the selection has finished."""
+        """Returns a shard whose fit images include the validation images, and which has no validation images.
+
+        It is used after the last validation.
+        """
 
 
 class MemoryShard:
@@ -159,6 +162,7 @@ class MemoryShard:
         return self._holdout_order
 
     def join_validation(self) -> MemoryShard:
+        """See `Shard.join_validation`. The validation images come after the fit images."""
         folds = None
         if self.folds is not None:
             num_folds = int(self.folds.max()) + 1 if len(self.folds) else 1
@@ -310,6 +314,7 @@ class StreamShard:
         return self.share.holdout_order
 
     def join_validation(self) -> StreamShard:
+        """See `Shard.join_validation`. The fit images are in the order of their rows."""
         return StreamShard(self.config, self.category, self.share.with_validation(), self.stream, self.num_threads)
 
     def _read(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
@@ -320,7 +325,12 @@ class StreamShard:
 
 
 def fits_memory(config: Config, plan: SplitPlan | Split) -> bool:
-    """Returns whether the decoded images of a worker fit into data.memory_budget_mb, even with the smallest number of workers."""
+    """Returns whether the decoded images of each worker fit into data.memory_budget_mb.
+
+    It assumes the smallest number of workers that the settings allow, because each worker then has the most images.
+
+    Args: plan: the images of all workers.
+    """
     share = -(-plan.num_images // config.cluster.fewest_workers)
     channels = 4 if config.model.resize == "pad" or config.data.regions else 3
     return share * math.prod(config.model.frame_px) * channels <= config.data.memory_budget_mb * 2**20

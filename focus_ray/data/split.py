@@ -35,10 +35,12 @@ class Split:
     """The rule that splits one category. It is small, so it can be sent to any number of workers.
 
     Attributes:
-        fingerprint, version: of the data of the whole category. The rows of the version stay readable beside later versions.
+        seed: seed of the keys of the images, see `split_key`.
+        fingerprint: fingerprint of the images of the category, see `data_fingerprint`.
+        version: name of the version of the category for which the rule was made. A replaced version stays readable for a day.
         num_fit, num_validation, num_holdout: number of images (not groups) in each part.
-        validation_from, fit_from: hex keys. An image with a key below `validation_from` is held out, an image with a key below
-            `fit_from` validates, and any other image is a fit image.
+        validation_from, fit_from: limits of the keys, hex. An image whose key is below `validation_from` is held out. Any other
+            image whose key is below `fit_from` validates. All other images are fit images.
     """
 
     category: str
@@ -82,7 +84,8 @@ class SplitPlan:
     Attributes:
         fit_rows, validation_rows, holdout_rows: int64, ascending row numbers in the version of the data.
         folds: fold number of each fit row, for cross calibration. All rows of a group have the same fold.
-        fingerprint, version: of the data of the whole category.
+        fingerprint: fingerprint of the images of the whole category.
+        version: name of the version of the category; None: the current version.
         fit_hashes: `short_hash` of the fit and validation rows, int64, sorted.
         fit_groups, validation_groups, holdout_groups: group number of each row, int64. The default numbers the rows of the three
             lists one after the other, so that each row is its own group.
@@ -366,7 +369,7 @@ def _limit_groups(sizes: NDArray[np.int64], num_groups: int, max_images: int, mi
 
 
 def _apply_split(split: Split, images: _NormalImages, num_folds: int) -> SplitPlan:
-    """Returns the rows of each part by a rule, with folds, groups and ranks."""
+    """Applies a rule to normal training images, and returns the rows, folds, groups and ranks of each part."""
     ranks = images.group_ranks[images.groups]  # (N,) rank of each image's group in the order of the keys
     first_validation, first_fit = (
         sum(key < limit for key in images.group_keys) for limit in (split.validation_from, split.fit_from)

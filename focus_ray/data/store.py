@@ -29,8 +29,8 @@ from focus_ray.data.commits import (
     CLAIMS_FOLDER,
     STALE_AFTER,
     VERSIONS_FOLDER,
+    ChecksummedEntry,
     Commit,
-    IndexEntry,
     PartEntry,
     find_stale_files,
     list_dropped_files,
@@ -79,7 +79,9 @@ class CommitDraft:
         files: the part files.
         index: `INDEX_COLUMNS` in row order.
         sources: the source manifest, of `SOURCE_SCHEMA`; None stores no manifest.
-        rejects: the rejected files to store beside the data; None keeps the stored ones.
+        source_fingerprint: fingerprint of the source, to recognise an unchanged source.
+        counts: the row counts of `CategoryReport`.
+        rejects: the rejected files to store beside the data; None keeps the stored rejects.
         new_files: names of part files that were written for this draft only. They are removed if the draft is not published.
     """
 
@@ -204,15 +206,17 @@ class Store:
         data = self._read_checked(category, entry) if entry else None
         return None if data is None else pq.read_table(pa.BufferReader(data))
 
-    def _read_checked(self, category: str, entry: IndexEntry) -> bytes | None:
-        """Returns the bytes of an index file or manifest; None if the file is missing or has the wrong checksum."""
+    def _read_checked(self, category: str, entry: ChecksummedEntry) -> bytes | None:
+        """Returns the bytes of an index file or source manifest; None if the file is missing or has a wrong checksum."""
         path = f"{self.category_folder(category)}/{entry['name']}"
         with self.storage_errors("read the index", path):
             data = read_file(self.filesystem, path)
         return data if data is not None and hashlib.sha256(data).hexdigest() == entry["sha256"] else None
 
     def check_writable(self) -> None:
-        """Checks once that the data set is writable, so that a missing permission is reported before the images are decoded.
+        """Checks that the data set is writable, so that a missing permission is reported before the images are decoded.
+
+        Only the first call writes a test file.
 
         Raises: DataError: a small test file cannot be written and deleted.
         """
@@ -329,7 +333,7 @@ class Store:
         folder, run_id = self.category_folder(category), uuid.uuid4().hex[:12]
         # The file names contain the run id. If they depended on the content alone, another run could use the same name and
         # remove the file.
-        objects: dict[str, IndexEntry | None] = {}
+        objects: dict[str, ChecksummedEntry | None] = {}
         for kind, table in (("index", draft.index), ("sources", draft.sources)):
             objects[kind] = None
             if table is not None:
@@ -404,7 +408,12 @@ class Store:
             self._make_current(commit)
 
     def _write_part(self, path: str, groups: Iterator[pa.Table], entry: PartEntry) -> None:
-        """Writes row groups to one part file until it is full, and adds the numbers of rows and bytes to its entry."""
+        """Writes row groups to one part file until the file has at least `FILE_BYTES`.
+
+        Args:
+            groups: row groups; the row groups that are not written stay in the iterator.
+            entry: entry of the part file; row counts and file size are written into it.
+        """
         num_bytes = 0
         with (
             self.filesystem.open_output_stream(path) as sink,
@@ -462,6 +471,7 @@ class Store:
         return [Reject(**row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()] if data else []
 
     def _rejects_path(self, category: str) -> str:
+        """Returns the path of the file with the rejects of a category."""
         return f"{self.path}/_rejects/category={category}.parquet"
 
 

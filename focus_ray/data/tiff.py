@@ -1,10 +1,13 @@
-"""What a TIFF file's tags say of its pixels, and what is to be done with them.
+"""Reads the tags of TIFF files, chooses the library for decoding, and decodes the files that Pillow misreads.
 
-Pillow reads the everyday kinds rightly and some others wrongly in silence, so the tags decide: Pillow reads a file, tifffile
-reads it, or it is refused by what it is.
+Pillow decodes common TIFFs correctly, but decodes some kinds wrongly without an error. So the tags of a file decide: Pillow
+decodes the file, tifffile decodes it, or it is refused with a message that names its kind.
 
-Files may come from strangers. `_check_directory` therefore bounds tags, strips and tiles before either library parses them, and
-strips are inflated here, because tifffile (2026.3) inflates a strip to any size.
+Files may be made by an attacker. Therefore, `_check_directory` limits tags, strips and tiles before a library parses them. And
+strips are decompressed here, because tifffile (2026.3) does not limit the size of a decompressed strip.
+
+A TIFF has one directory for each page: the list of the page's tags. A sample is one channel value of a pixel. Strips and tiles
+("segments") are parts of the pixels that are compressed separately.
 """
 
 from __future__ import annotations
@@ -32,18 +35,35 @@ _PHOTOMETRIC = {
     8: "CIELab",
 }
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
-_ALPHA = (1, 2)  # extra samples: associated, that is multiplied already, and not
+_ALPHA = (
+    1,
+    2,
+)  # kinds of extra samples that are alpha: 1 if the colours are already multiplied by alpha, 2 if they are not
 
 _MAX_PAGES = 1000
-_MAX_TAGS = 1024  # of a page; cameras, microscopes and Photoshop write fewer than 100
-_MAX_NUMBERS = 2**18  # in one tag, such as the offsets of strips; each becomes a Python object
-_MAX_TILE_PADDING_BYTES = 2**24  # a small image may lie in a large tile
-_MAX_LZMA_BYTES = 2**28  # memory of the LZMA decoder, whose dictionary the file chooses
-_MAX_JPEG_SCANS = 100  # libtiff (4.7) itself allows as many in new-style JPEG, and any number in old-style JPEG
-_BLOCK_VALUES = 2**20  # samples converted at once, so that wide integers need little memory
+_MAX_TAGS = 1024  # in a page; cameras, microscopes and Photoshop write fewer than 100
+_MAX_NUMBERS = 2**18  # in one tag, such as the offsets of strips; each number becomes a Python object
+_MAX_TILE_PADDING_BYTES = 2**24  # a small image may be stored in one large tile
+_MAX_LZMA_BYTES = 2**28  # memory of the LZMA decoder; the file chooses the size of its dictionary
+_MAX_JPEG_SCANS = 100  # the limit of libtiff (4.7) for new-style JPEG; it has no limit for old-style JPEG
+_BLOCK_VALUES = 2**20  # samples that are converted at a time, so that wide integers need little memory
 
-_VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}  # by type of a tag
-_BYTE_TYPES = (1, 2, 6, 7)  # their values are copied, not converted
+_VALUE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+}  # by number type of a tag
+_BYTE_TYPES = (1, 2, 6, 7)  # number types whose values are copied as bytes, not converted to Python objects
 _INTEGERS = {1: "B", 3: "H", 4: "I"}
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR = 256, 257, 258, 259, 277, 278, 284
 _TILE_WIDTH, _TILE_HEIGHT, _IMAGE_DEPTH, _TILE_DEPTH = 322, 323, 32997, 32998
@@ -55,9 +75,9 @@ _SEGMENT_TAGS = (273, 279, 324, 325)  # offsets and byte counts of strips and ti
 
 
 class TiffError(ValueError):
-    """A TIFF file that is not read; the message says what it is and what to do.
+    """A TIFF file is refused. The message gives the kind or the problem of the file, and the remedy.
 
-    reason: as of `images.ImageError`.
+    Attributes: reason: kind of the problem; it becomes the `reason` of an `images.ImageError`.
     """
 
     def __init__(self, message: str, reason: Literal["unsupported", "too_large", "truncated"] = "unsupported") -> None:
@@ -70,7 +90,20 @@ class TiffError(ValueError):
 
 @dataclass(frozen=True)
 class Tags:
-    """bits: a sample.  kind: of the samples.  samples: a pixel.  extras: what the samples beyond the colours are."""
+    """The tags of a page of a TIFF that describe its pixels.
+
+    Attributes:
+        width, height: in pixels, before rotation.
+        bits: bits of a sample.
+        kind: number type of the samples.
+        samples: samples per pixel.
+        photometric: meaning of the colours, a key of `_PHOTOMETRIC` or an unknown number.
+        planar: whether each channel is stored in a separate plane.
+        extras: for each sample after the colours, its meaning; `_ALPHA` lists the numbers for alpha.
+        orientation: rotation, 1 to 8, with the meaning of EXIF.
+        compression: tifffile's name of the compression.
+        big_endian: whether the most significant byte of a number comes first.
+    """
 
     width: int
     height: int
@@ -86,6 +119,7 @@ class Tags:
 
     @property
     def words(self) -> str:
+        """The kind of the pixels in words, for error messages."""
         colours = _PHOTOMETRIC.get(self.photometric, f"photometric {self.photometric}")
         planes = " in separate planes" if self.planar and self.samples > 1 else ""
         return (
@@ -94,19 +128,18 @@ class Tags:
 
 
 def list_pages(data: bytes) -> list[int]:
-    """Numbers of the full pages of a file, from 0, without reduced copies of them.
+    """Returns the numbers of the pages of a file, from 0, without pages that are reduced copies of other pages.
 
-    Raises: TiffError: the pages are damaged or too many, or the file holds images or samples that are not pages, which nothing
-        here reads.
+    Raises: TiffError: the pages are damaged or too many, or the file has images or samples that are not stored as pages.
     """
-    places, is_whole = _find_directories(data)
-    for place in places:
-        _check_directory(data, place)
+    offsets, is_whole = _find_directories(data)
+    for offset in offsets:
+        _check_directory(data, offset)
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         try:
             pages = list(file.pages)
             shapes = [series.shape for series in file.series]
-        except Exception as error:  # whatever a parser meets in damaged bytes
+        except Exception as error:  # tifffile raises many types of errors for damaged bytes
             raise TiffError(f"the pages of the TIFF are damaged ({error}): copy the file again") from error
         if not is_whole:
             raise TiffError(f"the TIFF is cut off after page {len(pages)}: copy the file again")
@@ -120,49 +153,56 @@ def list_pages(data: bytes) -> list[int]:
 
 
 def _byte_order(data: bytes) -> Literal["little", "big"]:
+    """Returns the byte order of the numbers in a TIFF."""
     return "big" if data.startswith(b"MM") else "little"
 
 
 def _find_directories(data: bytes) -> tuple[list[int], bool]:
-    """Returns the offset of each page's directory, the last perhaps cut off, and whether the chain ends within the file.
+    """Finds the directories of all pages. Each directory links to the next one.
 
-    tifffile stops at a broken link without an error.
+    tifffile stops at a broken link without an error. So this function also reports whether the links are intact.
 
-    Raises: TiffError: more than `_MAX_PAGES`.
+    Returns: the offset of each directory in bytes; and whether the last link ends the list as it should. If the file is cut off,
+        the last directory may be incomplete.
+
+    Raises: TiffError: the file has more than `_MAX_PAGES` pages.
     """
     order = _byte_order(data)
-    place = int.from_bytes(data[4:8], order)
-    places: dict[int, None] = {}
-    while place:
-        if len(places) == _MAX_PAGES:
+    offset = int.from_bytes(data[4:8], order)
+    offsets: dict[int, None] = {}
+    while offset:
+        if len(offsets) == _MAX_PAGES:
             raise TiffError(f"more than {_MAX_PAGES} pages in a TIFF: save fewer pages in a file", "too_large")
-        count = int.from_bytes(data[place : place + 2], order)
-        link = place + 2 + 12 * count
-        if place in places or not count:
-            return list(places), False
-        places[place] = None
+        count = int.from_bytes(data[offset : offset + 2], order)
+        link = offset + 2 + 12 * count
+        if offset in offsets or not count:
+            return list(offsets), False
+        offsets[offset] = None
         if link + 4 > len(data):
-            return list(places), False
-        place = int.from_bytes(data[link : link + 4], order)
-    return list(places), True
+            return list(offsets), False
+        offset = int.from_bytes(data[link : link + 4], order)
+    return list(offsets), True
 
 
-def _check_directory(data: bytes, place: int) -> None:
-    """Bounds what reading a page can cost, by its directory alone: tags, strips and tiles. `place` is an offset in bytes.
+def _check_directory(data: bytes, offset: int) -> None:
+    """Checks that reading a page cannot take much time or memory. It reads only the directory of the page.
 
-    A directory that is damaged otherwise passes: the libraries say so.
+    A directory with other damage passes, because the libraries report such damage.
 
-    Raises: TiffError: too many or too large tags, more strips or tiles than the image has, or tiles much larger than the image.
+    Args: offset: position of the directory in bytes.
+
+    Raises: TiffError: the page has too many or too large tags, more strips or tiles than its size needs, or tiles that are much
+        larger than the image.
     """
     order = ">" if _byte_order(data) == "big" else "<"
-    (count,) = struct.unpack_from(order + "H", data, place)
+    (count,) = struct.unpack_from(order + "H", data, offset)
     if count > _MAX_TAGS:
         raise TiffError(f"a TIFF page of {count} tags; at most {_MAX_TAGS} are read: save it without them", "too_large")
     layout: dict[int, int] = {}
     num_segments, tag_bytes = 0, 0
-    num_whole = (len(data) - place - 2) // 12  # Pillow reads a directory as far as it goes
+    num_whole = (len(data) - offset - 2) // 12  # Pillow also reads a directory whose end is cut off
     for number in range(min(count, num_whole)):
-        entry = place + 2 + 12 * number
+        entry = offset + 2 + 12 * number
         code, kind, length = struct.unpack_from(order + "HHI", data, entry)
         if length > _MAX_NUMBERS and kind not in _BYTE_TYPES:
             raise TiffError(
@@ -175,7 +215,7 @@ def _check_directory(data: bytes, place: int) -> None:
             num_segments = max(num_segments, length)
         if code not in _LAYOUT or not length:
             continue
-        if kind not in _INTEGERS or code in layout:  # libraries differ in what they make of such a tag
+        if kind not in _INTEGERS or code in layout:  # libraries interpret such a tag in different ways
             raise TiffError(f"tag {code} of the TIFF is given twice or is no integer: save the image again")
         values = entry + 8
         if size > 4:
@@ -189,7 +229,14 @@ def _check_directory(data: bytes, place: int) -> None:
 
 
 def _check_layout(data: bytes, layout: dict[int, int], num_segments: int) -> None:
-    """Raises: TiffError: see `_check_directory`. layout: code of a tag -> its largest value."""
+    """Checks the strips or tiles of a page, see `_check_directory`.
+
+    Args:
+        layout: code of a tag -> the largest value of the tag.
+        num_segments: number of strips or tiles that the directory lists.
+
+    Raises: TiffError: the strips or tiles do not fit the size of the image, or are too large.
+    """
     width, height = layout.get(_WIDTH, 0), layout.get(_HEIGHT, 0)
     if not width or not height:
         return
@@ -212,31 +259,33 @@ def _check_layout(data: bytes, layout: dict[int, int], num_segments: int) -> Non
     else:
         expected = -(-height // max(1, min(height, layout.get(_ROWS_PER_STRIP, height))))
     expected *= samples if is_planar else 1
-    if num_segments > expected > 1:  # of a single strip Pillow reads the last offset alone
+    if num_segments > expected > 1:  # if one strip is expected, Pillow reads only the last offset
         raise TiffError(f"a TIFF with {num_segments} strips or tiles where {expected} are needed: save the image again")
     if layout.get(_COMPRESSION) == 6 and data.count(b"\xff\xda") > _MAX_JPEG_SCANS + expected:
         raise TiffError(f"a TIFF of more than {_MAX_JPEG_SCANS} JPEG scans: save it without compression", "too_large")
 
 
 def read_tags(data: bytes, number: int = 0) -> Tags | None:
-    """The tags of a page; None where the file is so damaged that there are none.
+    """Returns the tags of a page; None if the file is so damaged that its tags cannot be read.
 
-    Raises: TiffError: samples that differ in bits, or more to read than a page of its size needs.
+    Args: number: number of the page, from 0.
+
+    Raises: TiffError: the samples of a pixel differ in bits or number type, or the page is refused by `_check_directory`.
     """
-    places, _ = _find_directories(data)
-    for place in {*places[:1], *places[number : number + 1]}:  # tifffile parses the first in any case
-        _check_directory(data, place)
+    offsets, _ = _find_directories(data)
+    for offset in {*offsets[:1], *offsets[number : number + 1]}:  # tifffile always parses the first directory
+        _check_directory(data, offset)
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages[number]
             tag = page.tags.get(339)
-            numbers = {1} if tag is None else {*np.atleast_1d(tag.value).tolist()}
-            known: dict[int, Literal["unsigned", "signed", "float", "complex"]] = {
+            kind_numbers = {1} if tag is None else {*np.atleast_1d(tag.value).tolist()}
+            kinds: dict[int, Literal["unsigned", "signed", "float", "complex"]] = {
                 **{1: "unsigned", 2: "signed", 3: "float", 4: "unsigned"},
                 **{5: "complex", 6: "complex"},
             }
             bits = {*np.atleast_1d(page.bitspersample).tolist()}
-            if len(bits) != 1 or len(numbers) != 1:
+            if len(bits) != 1 or len(kind_numbers) != 1:
                 raise TiffError(
                     f"a TIFF whose samples differ in bits ({sorted(bits)}): save it with 8 or 16 bits a sample"
                 )
@@ -245,7 +294,7 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
                 int(page.imagewidth),
                 int(page.imagelength),
                 int(bits.pop()),
-                known.get(int(numbers.pop()), "complex"),
+                kinds.get(int(kind_numbers.pop()), "complex"),
                 int(page.samplesperpixel),
                 int(page.photometric),
                 int(page.planarconfig or 1) == 2,
@@ -256,12 +305,17 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
             )
     except TiffError:
         raise
-    except Exception:  # whatever a parser meets in damaged bytes
+    except Exception:  # tifffile raises many types of errors for damaged bytes
         return None
 
 
 def reader_of(tags: Tags) -> Literal["Pillow", "Pillow, inverted", "tifffile"]:
-    """Who reads such a file rightly. Raises: TiffError: nobody here."""
+    """Returns the library that decodes a TIFF with these tags correctly.
+
+    "Pillow, inverted" means that Pillow decodes the file, and that the values must then be inverted, because 0 is white.
+
+    Raises: TiffError: no library decodes this kind of TIFF correctly. The message names the kind and the remedy.
+    """
     if tags.kind == "float" or tags.kind == "complex":
         raise TiffError(f"a floating-point image has no set range ({tags.words}): save it as 8-bit or 16-bit")
     if tags.kind == "signed":
@@ -277,7 +331,7 @@ def reader_of(tags: Tags) -> Literal["Pillow", "Pillow, inverted", "tifffile"]:
         if tags.photometric in (0, 1) and tags.samples == 1:
             if tags.photometric == 1:
                 return "Pillow"
-            return "tifffile" if tags.big_endian else "Pillow, inverted"  # Pillow does not know the former at all
+            return "tifffile" if tags.big_endian else "Pillow, inverted"  # Pillow cannot open the big-endian kind
         if tags.photometric in (2, 5) and not tags.planar and not extra:
             return "Pillow"
         if tags.photometric in (0, 1, 2):
@@ -295,16 +349,19 @@ def reader_of(tags: Tags) -> Literal["Pillow", "Pillow, inverted", "tifffile"]:
 
 
 def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.uint8], bool]:
-    """(H, W) grey or (H, W, 3) RGB, not yet turned, alpha composed over black; and whether all of it is transparent.
+    """Decodes a page with tifffile.
 
-    Raises: TiffError: it cannot be read.
+    Returns: pixels (H, W) grey or (H, W, 3) RGB, uint8, before rotation, with transparent pixels composed over black; and whether
+        the page has an alpha channel that is zero everywhere.
+
+    Raises: TiffError: the pixels cannot be decoded.
     """
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             samples = _read_samples(data, file.pages[page])
     except TiffError:
         raise
-    except Exception as error:  # whatever a parser meets in damaged bytes
+    except Exception as error:  # tifffile raises many types of errors for damaged bytes
         raise TiffError(f"{tags.words}: cannot be read here ({error}): save it without compression") from error
     is_planar = tags.planar and tags.samples > 1
     samples = np.moveaxis(samples[..., 0], 0, -1) if is_planar else samples[0]
@@ -315,17 +372,18 @@ def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.
     alpha = next((colours + number for number, kind in enumerate(tags.extras) if kind in _ALPHA), None)
     is_multiplied = alpha is not None and tags.extras[alpha - colours] == 1
 
-    def show(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        shown: npt.NDArray[Any] = block[:, :, :colours].astype(np.uint32)  # holds 65535 * 65535
+    def to_8_bits(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Converts samples (h, W, samples) to colours (h, W, 1 or 3) in 0..255."""
+        values: npt.NDArray[Any] = block[:, :, :colours].astype(np.uint32)  # large enough for 65535 * 65535
         if tags.photometric == 0:
-            shown = full - shown
+            values = full - values
         if alpha is not None and not is_multiplied:
-            shown = shown * block[:, :, alpha : alpha + 1] // full
-        if tags.bits == 16:  # as elsewhere: grey by its full range, of colour the high byte
-            shown = (shown * 255 + 32767) // 65535 if colours == 1 else shown >> 8
-        return shown
+            values = values * block[:, :, alpha : alpha + 1] // full
+        if tags.bits == 16:  # the rules of `images`: grey is scaled by its full range, colour keeps its high byte
+            values = (values * 255 + 32767) // 65535 if colours == 1 else values >> 8
+        return values
 
-    pixels = convert_rows(samples, show, (tags.height, tags.width, colours), np.uint8)
+    pixels = convert_rows(samples, to_8_bits, (tags.height, tags.width, colours), np.uint8)
     see_through = alpha is not None and not samples[:, :, alpha].any()
     return (pixels[:, :, 0] if colours == 1 else pixels), see_through
 
@@ -336,7 +394,13 @@ def convert_rows(
     shape: tuple[int, ...],
     dtype: npt.DTypeLike,
 ) -> npt.NDArray[Any]:
-    """Returns `convert(values)` of `shape` and `dtype`, computed over blocks of rows, so that wide types need little memory."""
+    """Converts an array block by block, so that wide number types need little memory.
+
+    Args:
+        values: (H, ...).
+        convert: converts a block of rows (h, ...).
+        shape, dtype: of the result; `shape` is (H, ...).
+    """
     converted = np.empty(shape, dtype)
     rows = max(1, _BLOCK_VALUES // max(1, values[:1].size))
     for top in range(0, len(values), rows):
@@ -345,9 +409,15 @@ def convert_rows(
 
 
 def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
-    """Samples of a `tifffile.TiffPage` of 8 or 16 bits: (planes, H, W, samples of a plane), perhaps a view of `data`.
+    """Decompresses the samples of a page of 8 or 16 bits.
 
-    Raises: TiffError: a strip or tile inflates to more than its size, or is cut off.  ValueError: its compression is not read.
+    Args: page: a `tifffile.TiffPage`. It is changed and cannot be decoded again.
+
+    Returns: (planes, H, W, samples in a plane), uint8 or uint16; it may be a view of `data`.
+
+    Raises:
+        TiffError: a strip or tile decompresses to more than twice its size, or the file is cut off.
+        ValueError: the compression is not supported.
     """
     planes, _, height, width, num_samples = page.shaped
     dtype = np.dtype(page.parent.byteorder + page.dtype.char)
@@ -362,12 +432,12 @@ def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
     rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
     num_segments = planes * -(-height // rows) * -(-width // columns)
     is_reversed, page.fillorder = page.fillorder == 2, 1
-    page.compression = 1  # `decode` then gets inflated bytes, and still knows predictor, byte order and place
+    page.compression = 1  # `decode` then gets decompressed bytes, and still applies predictor, byte order and position
     samples = np.zeros((planes, height, width, num_samples), dtype.newbyteorder("="))
     for number, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=False)):
         if number == num_segments:
             break
-        if not count:  # nothing stored: zeros
+        if not count:  # an empty strip or tile means zeros
             continue
         encoded = data[offset : offset + count]
         if len(encoded) < count:
@@ -378,7 +448,7 @@ def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
             encoded, 2 * rows * columns * num_samples * dtype.itemsize
         )  # some programs pad the last strip
         segment, (plane, _, top, left, _), _ = page.decode(inflated, number)
-        if segment.shape == samples.shape:  # the whole image: not copied
+        if segment.shape == samples.shape:  # one segment is the whole image: do not copy it
             return np.asarray(segment)
         target = samples[plane, top : top + rows, left : left + columns]
         target[...] = segment[0, : target.shape[0], : target.shape[1]]
@@ -389,6 +459,7 @@ _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
 def _bomb(limit: int) -> TiffError:
+    """Returns the error for a decompression bomb: a strip or tile that decompresses to more than `limit` bytes."""
     return TiffError(
         f"a strip or tile of the TIFF inflates to more than {limit} bytes, twice its size: save the image again",
         "too_large",
@@ -396,10 +467,12 @@ def _bomb(limit: int) -> TiffError:
 
 
 def _take_stored(data: bytes, limit: int) -> bytes:
+    """Returns the first `limit` bytes of an uncompressed strip or tile."""
     return data[:limit]
 
 
 def _inflate_deflate(data: bytes, limit: int) -> bytes:
+    """Decompresses Deflate. Raises: TiffError: the result has more than `limit` bytes."""
     inflater = zlib.decompressobj()
     inflated = inflater.decompress(data, limit)
     if inflater.unconsumed_tail and inflater.decompress(inflater.unconsumed_tail, 1):
@@ -408,6 +481,7 @@ def _inflate_deflate(data: bytes, limit: int) -> bytes:
 
 
 def _inflate_lzma(data: bytes, limit: int) -> bytes:
+    """Decompresses LZMA. Raises: TiffError: the result has more than `limit` bytes."""
     inflater = lzma.LZMADecompressor(memlimit=_MAX_LZMA_BYTES)
     inflated = inflater.decompress(data, limit)
     if not (inflater.eof or inflater.needs_input) and inflater.decompress(b"", 1):
@@ -416,22 +490,23 @@ def _inflate_lzma(data: bytes, limit: int) -> bytes:
 
 
 def _inflate_packbits(data: bytes, limit: int) -> bytes:
-    inflated, place = bytearray(), 0
-    while place + 1 < len(data):
-        code = data[place]
+    """Decompresses PackBits, a run-length code. Raises: TiffError: the result has more than `limit` bytes."""
+    inflated, offset = bytearray(), 0
+    while offset + 1 < len(data):
+        code = data[offset]
         if code < 128:
-            inflated += data[place + 1 : place + code + 2]
-            place += code + 2
+            inflated += data[offset + 1 : offset + code + 2]
+            offset += code + 2
         else:
-            if code > 128:  # 128 stands for nothing
-                inflated += data[place + 1 : place + 2] * (257 - code)
-            place += 2 if code > 128 else 1
+            if code > 128:  # code 128 is ignored
+                inflated += data[offset + 1 : offset + 2] * (257 - code)
+            offset += 2 if code > 128 else 1
         if len(inflated) > limit:
             raise _bomb(limit)
     return bytes(inflated)
 
 
-# (encoded, most bytes) -> inflated bytes. Raises: TiffError: there are more.
+# Decompressors by code of the compression: (data, limit) -> decompressed bytes.
 _INFLATERS: dict[int, Callable[[bytes, int], bytes]] = {
     1: _take_stored,
     8: _inflate_deflate,

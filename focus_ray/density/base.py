@@ -12,7 +12,7 @@ from torch import Tensor
 from focus_ray.config import DensityConfig
 from focus_ray.density.moments import Moments, mean_variance
 from focus_ray.density.relations import Relations, join_relations
-from focus_ray.density.tiles import TiledDensity, fold_bank
+from focus_ray.density.tiles import TiledDensity, split_bank_into_tiles
 from focus_ray.kinds import DENSITIES
 
 
@@ -29,7 +29,7 @@ class Density(Protocol):
     def device(self) -> torch.device: ...
 
     def score(self, embedding: Tensor) -> Tensor:
-        """Computes distances (B, H, W), >= 0, of an embedding (B, C, H, W) to the normal embeddings of each location."""
+        """Computes distances (B, H, W), >= 0, of B embeddings (B, C, H, W) to the normal embeddings of each location."""
 
 
 class LeaveOneOutScorer(Protocol):
@@ -39,11 +39,15 @@ class LeaveOneOutScorer(Protocol):
     width: int
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """Computes distances (B, H, W) of training images (B, C, H, W), each without the images to exclude for it.
+        """Computes the distances of B training images to the other training images, without some excluded images.
 
         Args:
-            excluded_images: bank numbers of the images to exclude for each scored image: (B,) for one each, usually the scored
-                image itself, or (B, K) for several each. A density without a bank uses only how many they are.
+            embedding: (B, C, H, W), embeddings of the training images.
+            excluded_images: numbers of the bank's images to exclude for each of the B images. (B,) excludes one image for each,
+                usually the image itself; (B, K) excludes up to K images for each. A density without a bank uses only the number
+                of excluded images.
+
+        Returns: (B, H, W), >= 0.
         """
 
 
@@ -59,7 +63,7 @@ class DensityKind(Protocol):
     keeps_bank: bool
 
     def build(self, config: DensityConfig, statistics: Statistics) -> Density:
-        """Fits the density to the statistics. Raises: ValueError: fewer than two images."""
+        """Fits the density to the statistics. Raises: ValueError: the statistics are of fewer than two images."""
 
     def tensors(self, config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
         """Returns the tensors that a bundle stores and that `load` needs.
@@ -88,12 +92,12 @@ class Statistics:
     bank: (N, L, C + K) float16, embeddings of N selected images; the last K channels are for a coreset (K is 0 without a
         coreset). None for a Gaussian.
     thetas: (N, 2, 3), alignment of each image of the bank; None without image alignment.
-    shown: (N, L) bool, True at locations of the bank's images that are scored; None if all are.
+    shown: (N, L) bool, True at locations of the bank's images that are scored; None if all locations are scored.
     scatter: (2, C, C), scatter matrices of normal and defective residuals from which the projection was computed
         (`fitting.projection`); None if no projection was learnt.
     grid: rows and columns of tiles of one image. All tiles share the locations of the moments, and each tile counts as an image
         there. A row of the bank contains all tiles of an image.
-    relations: which images of the bank show the same part; None if no two do.
+    relations: which images of the bank show the same part; None if every image shows a different part.
     descriptors: (N, P, K) float16, descriptors of the bank's images for the search for near-duplicates (`fitting.duplicates`).
     same_part_distance: the largest distance of descriptors at which two photographs may show the same part; None if it was not
         measured.
@@ -116,16 +120,25 @@ class Statistics:
 
     @property
     def per_tile(self) -> Statistics:
-        """The same statistics with each tile as an image of its own: moments, bank and relations only."""
+        """The statistics in which each tile counts as one image. They have only moments, bank and relations.
+
+        Images of one tile: these statistics themselves.
+        """
         if self.grid == (1, 1):
             return self
         moments = self.moments
-        bank = None if self.bank is None else fold_bank(self.bank, self.grid, moments.height, moments.width)
+        bank = None if self.bank is None else split_bank_into_tiles(self.bank, self.grid, moments.height, moments.width)
         relations = None if self.relations is None else self.relations.repeat(self.grid[0] * self.grid[1])
         return Statistics(moments, bank, relations=relations)
 
     def images_to_exclude(self, images: Tensor) -> Tensor:
-        """Returns the bank numbers to exclude when the images (B,) are scored: themselves, or (B, K) with related images."""
+        """Returns the numbers of the bank's images to exclude when images of the bank are scored.
+
+        Args: images: (B,), numbers of the scored images in the bank.
+
+        Returns: without relations `images`, so that each image excludes itself. With relations (B, K): each image excludes itself
+            and its related images; see `Relations.relatives`.
+        """
         return images if self.relations is None else self.relations.relatives(images)
 
     def join(self, other: Statistics) -> Statistics:
@@ -184,7 +197,9 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
     if kind.keeps_bank and statistics.bank is None:
         raise ValueError(f"density.kind={config.kind} needs statistics with a bank of normal embeddings, got none")
     num_tiles = statistics.grid[0] * statistics.grid[1]
-    if num_tiles > 1 and config.per_place is not None:  # a location of the shared tile stands for num_tiles locations
+    if (
+        num_tiles > 1 and config.per_place is not None
+    ):  # a location of the shared tile has the embeddings of num_tiles locations
         config = config.model_copy(update={"per_place": config.per_place * num_tiles})
     if num_tiles > 1:  # tiled textures have no fixed locations, so no Gaussian per location can describe them
         config = config.model_copy(update={"gaussian_share": 0.0})
@@ -193,17 +208,26 @@ def build_density(config: DensityConfig, statistics: Statistics) -> Density:
 
 
 def supports_leave_one_out(config: DensityConfig, grid: tuple[int, int] = (1, 1)) -> bool:
-    """Returns whether the configured kind can score its training images as if it had not seen them.
+    """Returns whether a density of the configured kind can score each training image without the image's own embeddings.
 
-    Args: grid: see `Statistics.grid`. A kind without a bank can exclude a single tile from its moments, but not all tiles of an
-        image at once.
+    If an image has several tiles, this needs a kind with a bank. Without a bank, a density can exclude one tile from its moments,
+    but not all tiles of an image together.
+
+    Args: grid: (rows, columns) of tiles of one image that share one density; (1, 1) for images without tiles.
     """
     kind = DENSITIES[config.kind]
     return hasattr(kind, "leave_one_out_scorer") and (grid == (1, 1) or kind.keeps_bank)
 
 
 def leave_one_out_scorer(config: DensityConfig, statistics: Statistics, density: Density) -> LeaveOneOutScorer:
-    """Returns a scorer for the training images of `density`; `density` was built from the same statistics."""
+    """Builds a scorer that computes the distances of training images, each without the image's own embeddings.
+
+    Args:
+        statistics: the statistics from which the density was built.
+        density: the result of `build_density` for a configuration for which `supports_leave_one_out` returns True.
+
+    Raises: ValueError: a density of kind `gaussian` was fitted to fewer than three images.
+    """
     tile_density = density.tile_density if isinstance(density, TiledDensity) else density
     scorer: LeaveOneOutScorer = DENSITIES[config.kind].leave_one_out_scorer(  # type: ignore[attr-defined]
         config, statistics.per_tile, tile_density
@@ -212,9 +236,9 @@ def leave_one_out_scorer(config: DensityConfig, statistics: Statistics, density:
 
 
 def density_tensors(config: DensityConfig, statistics: Statistics, density: Density) -> dict[str, Tensor]:
-    """Returns the tensors that a bundle stores for `load_density`; a tile counts as an image in them.
+    """Returns the tensors that a bundle stores for `load_density`, by name. Each tile counts as one image.
 
-    Args: density: built from the same statistics.
+    Args: density: the result of `build_density` for the same statistics.
     """
     if isinstance(density, TiledDensity):
         density = density.tile_density
@@ -232,8 +256,8 @@ def load_density(
     """Rebuilds a density from the result of `density_tensors`.
 
     Args:
-        height, width: size of the moments' map of locations.
-        grid: see `Statistics.grid`.
+        height, width: rows and columns of locations of one tile.
+        grid: (rows, columns) of tiles of one image that share the density.
 
     Raises: KeyError: a tensor is missing. ValueError: the shapes do not fit together.
     """
@@ -242,7 +266,7 @@ def load_density(
 
 
 def choose_bank_images(config: DensityConfig, num_images: int) -> set[int] | None:
-    """Chooses the numbers of the images whose embeddings go into the bank; None if the kind has no bank."""
+    """Chooses at most density.max_images of the images 0 to num_images - 1 for the bank; None if the kind has no bank."""
     return sample_evenly(num_images, config.max_images) if DENSITIES[config.kind].keeps_bank else None
 
 

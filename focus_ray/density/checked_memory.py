@@ -1,4 +1,6 @@
-"""A memory whose distances are checked against one Gaussian per location [ours].
+"""A memory of normal embeddings whose distances are checked against one Gaussian per location [ours].
+
+"Checked" means: a patch has a high distance only if it is far from the memory and far from the Gaussian.
 
 Good parts may change in permitted ways, for instance in a printed number. Then no two normal images show the same thing, and the
 nearest neighbour is far away for good parts too. The Gaussian of the location (PaDiM, arXiv 2011.08785) has learnt how much the
@@ -44,27 +46,49 @@ class CheckedMemory:
         return self.memory.device
 
     def score(self, embedding: Tensor) -> Tensor:
-        """Computes distances (B, H, W) of an embedding (B, C + K, H, W)."""
+        """Computes distances (B, H, W), >= 0, of B images.
+
+        Args: embedding: (B, C + K, H, W). The memory compares all channels, the Gaussians compare the first C channels.
+        """
         num_channels = self.gaussian.mean.shape[1]
         distance = self.gaussian.score(embedding[:, :num_channels])
         return torch.minimum(self.memory.score(embedding), distance * self.scale)
 
 
 class LeaveOneOutCheckedMemory:
-    """Scores the training images of a `CheckedMemory` as if it had not seen them."""
+    """Computes leave-one-out distances of the images from which a `CheckedMemory` was built.
+
+    The distance of an image is the smaller of its leave-one-out distance in the memory and its scaled leave-one-out distance to
+    the Gaussians.
+
+    Attributes:
+        memory: leave-one-out scorer of the memory.
+        gaussian: leave-one-out scorer of the Gaussians.
+        scale: (), factor for a Gaussian's distance, see `CheckedMemory`.
+    """
 
     def __init__(self, memory: LeaveOneOutScorer, gaussian: LeaveOneOutGaussian, scale: Tensor) -> None:
         self.memory, self.gaussian, self.scale = memory, gaussian, scale
         self.height, self.width = memory.height, memory.width
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """Computes distances (B, H, W) of training images (B, C + K, H, W); arguments as in `LeaveOneOutScorer.score`."""
+        """Computes distances (B, H, W), >= 0, of B training images, without some excluded images.
+
+        Args:
+            embedding: (B, C + K, H, W), embeddings of the training images. The memory compares all channels, the Gaussians
+                compare the first C channels.
+            excluded_images: (B,) or (B, K'), numbers of the bank's images to exclude for each of the B images.
+        """
         distance = self.gaussian.score(embedding[:, : self.gaussian.moments.channels], excluded_images)
         return torch.minimum(self.memory.score(embedding, excluded_images), distance * self.scale)
 
 
 def is_checkable(config: DensityConfig, statistics: Statistics) -> bool:
-    """Returns whether a memory gets Gaussians: density.gaussian_share is above 0, and images and map size allow it."""
+    """Returns whether Gaussians can check a memory.
+
+    This needs density.gaussian_share above 0, at least `MIN_IMAGES` images that do not show the part of the scored image, and a
+    map whose precision factors have at most `MAX_FACTOR_VALUES` values.
+    """
     moments, relations = statistics.moments, statistics.relations
     num_excluded = 1 if relations is None else int(relations.related.sum(dim=1).max())
     num_values = moments.height * moments.width * moments.channels * (moments.channels + 1) // 2
@@ -72,7 +96,12 @@ def is_checkable(config: DensityConfig, statistics: Statistics) -> bool:
 
 
 def build_checked_memory(config: DensityConfig, statistics: Statistics, memory: Density) -> CheckedMemory:
-    """Fits a Gaussian for each location and combines the Gaussians with the memory of the same statistics."""
+    """Fits a Gaussian for each location, and combines the Gaussians with a memory.
+
+    Args:
+        statistics: the statistics from which the memory was built, with a bank.
+        memory: a memory whose typical distance is 1.
+    """
     moments = statistics.moments
     mean, packed = fit_gaussian(moments, _ridge(statistics), packed=True)
     gaussian = Gaussian(mean, unpack_lower(_round_to_half(packed).float()), moments.height, moments.width)
@@ -80,7 +109,10 @@ def build_checked_memory(config: DensityConfig, statistics: Statistics, memory: 
 
 
 def leave_one_out_gaussian(statistics: Statistics) -> LeaveOneOutGaussian:
-    """Returns the scorer of training images for the Gaussians of a checked memory."""
+    """Builds the leave-one-out scorer of the Gaussians of a `CheckedMemory`.
+
+    Raises: ValueError: the statistics are of fewer than three images.
+    """
     return LeaveOneOutGaussian(statistics.moments, _ridge(statistics), 0.0, statistics.bank)
 
 
@@ -98,7 +130,7 @@ def measure_scale(config: DensityConfig, statistics: Statistics, gaussian: Leave
 
 
 def gaussian_tensors(density: CheckedMemory) -> dict[str, Tensor]:
-    """Returns the tensors that a bundle stores for the Gaussians of a checked memory."""
+    """Returns the tensors that a bundle stores for the Gaussians of a `CheckedMemory`, by name."""
     factor = _round_to_half(pack_lower(density.gaussian.precision_factor))
     return {
         "gaussian.mean": density.gaussian.mean,
@@ -108,7 +140,7 @@ def gaussian_tensors(density: CheckedMemory) -> dict[str, Tensor]:
 
 
 def load_checked_memory(memory: Density, tensors: Mapping[str, Tensor]) -> Density:
-    """Combines the memory with the Gaussians of `gaussian_tensors`; returns the memory itself if `tensors` has none."""
+    """Combines a memory with the Gaussians that `gaussian_tensors` returned. Without their tensors, returns the memory itself."""
     if "gaussian.mean" not in tensors:
         return memory
     mean, packed, scale = (
@@ -119,6 +151,7 @@ def load_checked_memory(memory: Density, tensors: Mapping[str, Tensor]) -> Densi
 
 
 def _ridge(statistics: Statistics) -> float:
+    """Returns the number to add to the diagonal of each Gaussian's covariance."""
     return max(RIDGE * mean_variance(statistics.moments), 1e-12)
 
 

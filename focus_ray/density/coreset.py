@@ -46,10 +46,14 @@ class Coreset:
         self.half_squares = (self.patches.float().square().sum(dim=1) / 2).to(dtype)
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
-        """Computes distances (B, H, W), >= 0, of an embedding (B, K, H, W) to the nearest patch of the coreset.
+        """Computes the distance of each patch to the nearest patch of the coreset.
 
         Args:
-            excluded_images: image numbers whose patches are ignored for each scored image: (B,) or (B, K); None: none.
+            embedding: (B, K, H, W), embeddings of B images.
+            excluded_images: (B,) or (B, K'), for each of the B images the numbers of the normal images whose patches are ignored.
+                None ignores no image.
+
+        Returns: (B, H, W), >= 0; infinite if all patches are ignored.
         """
         batch, channels, height, width = embedding.shape
         queries = embedding.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
@@ -74,7 +78,13 @@ class Coreset:
 def choose_coreset(
     bank: Tensor, num_patches: int, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Coreset:
-    """Chooses a coreset of at most `num_patches` of the normal embeddings (N, L, K), any float type. It is deterministic."""
+    """Chooses a coreset of at most `num_patches` patches. The choice is deterministic.
+
+    Args:
+        bank: (N, L, K), normal embeddings of N images, any float type.
+        device: device of the coreset.
+        dtype: type in which the coreset computes distances, float32 or bfloat16.
+    """
     num_images, num_locations, channels = bank.shape
     generator = torch.Generator().manual_seed(0)
     candidates = choose_candidates(num_images, num_locations, generator)

@@ -25,7 +25,7 @@ class Gaussian:
 
     Attributes:
         mean: (L, C).
-        precision_factor: (L, C, C), lower triangular, W with W^T W = inverse covariance.
+        precision_factor: (L, C, C), lower triangular matrix W of each location, with W^T W = inverse covariance.
     """
 
     def __init__(self, mean: Tensor, precision_factor: Tensor, height: int, width: int) -> None:
@@ -41,7 +41,10 @@ class Gaussian:
         return self.mean.device
 
     def score(self, embedding: Tensor) -> Tensor:
-        """Computes Mahalanobis distances (B, H, W) of an embedding (B, C, H, W)."""
+        """Computes Mahalanobis distances (B, H, W), >= 0, of B embeddings (B, C, H, W).
+
+        Raises: ValueError: H or W differs from the size that the Gaussian was fitted at.
+        """
         if tuple(embedding.shape[2:]) != (self.height, self.width):
             raise ValueError(
                 f"the embedding has {tuple(embedding.shape[2:])} locations, but the Gaussian was fitted to "
@@ -93,7 +96,7 @@ def mahalanobis(embedding: Tensor, mean: Tensor, precision_factor: Tensor) -> Te
     Args:
         embedding: (B, C, H, W), in the aligned frame.
         mean: (H*W, C).
-        precision_factor: (H*W, C, C), lower triangular, W with W^T W = inverse covariance.
+        precision_factor: (H*W, C, C), lower triangular matrix W of each location, with W^T W = inverse covariance.
 
     Returns: (B, H, W), >= 0, not squared (scikit-learn's function of this name returns the square).
     """
@@ -123,7 +126,8 @@ class LeaveOneOutGaussian:
         """
         Args:
             moments: of all training images.
-            ridge, pooling: as in `fit_gaussian`.
+            ridge: added to the diagonal of each covariance.
+            pooling: weight of the pooled covariance, 0 to 1, see `fit_gaussian`.
             bank: (N, L, C or more), embeddings of training images; only needed to exclude several images together.
 
         Raises: ValueError: fewer than three images.
@@ -135,17 +139,24 @@ class LeaveOneOutGaussian:
         self.height, self.width = moments.height, moments.width
         self.moments, self.ridge, self.pooling, self.bank = moments, ridge, pooling, bank
         self.fits: dict[int, Gaussian] = {}  # by the number of excluded images
-        self.gaussian, self.num_excluded = self._get_fit(1), 1
+        self.gaussian, self.num_excluded = self._get_gaussian_for(1), 1
 
-    def _get_fit(self, num_excluded: int) -> Gaussian:
-        """Returns the Gaussian of all images, its covariance scaled for the count without `num_excluded` images; cached."""
+    def _get_gaussian_for(self, num_excluded: int) -> Gaussian:
+        """Returns the Gaussian that leave-one-out scores are computed from if `num_excluded` images are excluded together.
+
+        Mean and scatter are of all n images. The covariance is the scatter divided by n - num_excluded - 1, which is the divisor
+        of the remaining images. The last `MAX_FITS` Gaussians are cached.
+
+        Raises: ValueError: fewer than two images would remain.
+        """
         if num_excluded not in self.fits:
             if len(self.fits) >= MAX_FITS:
                 self.fits.pop(next(iter(self.fits)))
-            self.fits[num_excluded] = self._fit(num_excluded)
+            self.fits[num_excluded] = self._fit_gaussian_for(num_excluded)
         return self.fits[num_excluded]
 
-    def _fit(self, num_excluded: int) -> Gaussian:
+    def _fit_gaussian_for(self, num_excluded: int) -> Gaussian:
+        """Does the same as `_get_gaussian_for`, without the cache."""
         divisor = self.moments.count - num_excluded - 1
         if divisor < 1:
             raise ValueError(
@@ -156,14 +167,22 @@ class LeaveOneOutGaussian:
         return Gaussian(mean, factor, self.height, self.width)
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """Computes distances (B, H, W) of training images (B, C, H, W); arguments as in `LeaveOneOutScorer.score`."""
+        """Computes the distances of B training images to the Gaussian of the other training images.
+
+        Args:
+            embedding: (B, C, H, W), embeddings of the training images.
+            excluded_images: (B,) or (B, K), numbers of the bank's images to exclude for each of the B images. A single excluded
+                image is assumed to be the scored image itself.
+
+        Returns: (B, H, W), >= 0.
+        """
         excluded_sets = [numbers.unique() for numbers in excluded_images.view(len(excluded_images), -1)]
         if all(len(numbers) == 1 for numbers in excluded_sets):
             return self._score_without_itself(embedding)
         distances = torch.empty(len(excluded_images), self.height, self.width, device=embedding.device)
         for size in sorted({len(numbers) for numbers in excluded_sets}):  # all sets of one size share a fit
             if size != self.num_excluded:
-                self.gaussian, self.num_excluded = self._get_fit(size), size
+                self.gaussian, self.num_excluded = self._get_gaussian_for(size), size
             for numbers in {tuple(numbers.tolist()) for numbers in excluded_sets if len(numbers) == size}:
                 images = [image for image, excluded in enumerate(excluded_sets) if tuple(excluded.tolist()) == numbers]
                 if size == 1:
@@ -173,9 +192,14 @@ class LeaveOneOutGaussian:
         return distances
 
     def _score_without_itself(self, embedding: Tensor) -> Tensor:
-        """Computes distances (B, H, W) of training images (B, C, H, W), each without itself (Sherman-Morrison)."""
+        """Computes the distances (B, H, W) of B training images to the Gaussian of all images except the image itself.
+
+        It uses the Sherman-Morrison formula.
+
+        Args: embedding: (B, C, H, W), embeddings of the training images.
+        """
         if self.num_excluded != 1:
-            self.gaussian, self.num_excluded = self._get_fit(1), 1
+            self.gaussian, self.num_excluded = self._get_gaussian_for(1), 1
         n = self.moments.count
         square = self.gaussian.score(embedding).square()  # v^T A^-1 v
         c = (1 - self.pooling) * n / ((n - 1) * (n - 2))
@@ -183,7 +207,11 @@ class LeaveOneOutGaussian:
         return n / (n - 1) * (square / (1 - c * square).clamp_min(1e-6)).sqrt()
 
     def _score_without_set(self, embedding: Tensor, numbers: Tensor) -> Tensor:
-        """Computes distances (B, H, W) of images (B, C, H, W) without k images of the bank, with bank numbers (k,).
+        """Computes the distances (B, H, W) of B training images to the Gaussian of all images except k images of the bank.
+
+        Args:
+            embedding: (B, C, H, W), embeddings of the training images.
+            numbers: (k,), numbers of the excluded images in the bank.
 
         Let m be the mean of all n images, v_j = x_j - m for the k excluded images, and V = (v_1 ... v_k). The remaining images
         have mean m - V 1 / (n - k) and scatter S - V M V^T. Here M = I + 1 1^T / (n - k), and its inverse is I - 1 1^T / n.

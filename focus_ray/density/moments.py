@@ -36,7 +36,7 @@ class Moments:
 
         Raises: ValueError: C, H or W differs, or a value is not finite.
         """
-        self._check(embedding)
+        self._check_embedding(embedding)
         self._absorb(locations_first(embedding.float()), sign=1)
 
     @torch.no_grad()
@@ -45,7 +45,7 @@ class Moments:
 
         Raises: ValueError: C, H or W differs, a value is not finite, or B is larger than `count`.
         """
-        self._check(embedding)
+        self._check_embedding(embedding)
         if embedding.shape[0] > self.count:
             raise ValueError(f"cannot remove {embedding.shape[0]} images from the moments of {self.count} images")
         self._absorb(locations_first(embedding.float()), sign=-1)
@@ -114,7 +114,8 @@ class Moments:
             self.mean[part] = new_mean
         self.count = new_count
 
-    def _check(self, embedding: Tensor) -> None:
+    def _check_embedding(self, embedding: Tensor) -> None:
+        """Raises ValueError if an embedding does not have the shape (B, C, H, W) of the moments, or a value is not finite."""
         expected = (self.channels, self.height, self.width)
         if embedding.ndim != 4 or tuple(embedding.shape[1:]) != expected:
             raise ValueError(
@@ -124,6 +125,7 @@ class Moments:
             raise ValueError("an embedding has values that are not finite: training diverged, or an image is broken")
 
     def _check_shape(self, other: Moments) -> None:
+        """Raises ValueError if other moments have a different C, H or W."""
         shape = (self.height, self.width, self.channels)
         other_shape = (other.height, other.width, other.channels)
         if shape != other_shape:
@@ -171,8 +173,11 @@ def unpack_lower(packed: Tensor, symmetric: bool = False) -> Tensor:
     return matrices
 
 
-def pack_in_chunks(matrices: Tensor) -> Tensor:
-    """Does the same as `pack_lower`, but in chunks of locations, which takes less memory."""
+def pack_lower_in_chunks(matrices: Tensor) -> Tensor:
+    """Extracts the lower triangles of (L, C, C), row by row: (L, C (C + 1) / 2), contiguous.
+
+    It gives the same result as `pack_lower`. It packs a few locations at a time and therefore needs less memory.
+    """
     channels = matrices.shape[1]
     packed = matrices.new_empty(matrices.shape[0], channels * (channels + 1) // 2)
     for part in location_chunks(matrices.shape[0], channels):
@@ -188,5 +193,5 @@ def location_chunks(num_locations: int, channels: int) -> Iterator[slice]:
 
 
 def moments_tensors(moments: Moments) -> dict[str, Tensor]:
-    """Returns the tensors that a bundle stores for the moments; the scatter is packed."""
-    return {"mean": moments.mean, "scatter": pack_in_chunks(moments.scatter)}
+    """Returns the tensors that a bundle stores for the moments: the mean (L, C), and the packed scatter (L, C (C + 1) / 2)."""
+    return {"mean": moments.mean, "scatter": pack_lower_in_chunks(moments.scatter)}

@@ -108,11 +108,14 @@ class NearestMemory:
         return self.bank.device
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
-        """Computes distances (B, H, W), >= 0, of an embedding (B, C, H, W) to the nearest normal embedding around each location.
+        """Computes the distance of each patch to the nearest normal embedding in the window around its location.
 
         Args:
-            excluded_images: numbers of the normal images that are ignored for each scored image: (B,) or (B, K); a negative
-                number is no image. None: none is ignored.
+            embedding: (B, C, H, W), raw embeddings of B images.
+            excluded_images: (B,) or (B, K), for each of the B images the numbers of the normal images that are ignored. If the
+                memory has `image_numbers`, a negative number stands for no image. None ignores no image.
+
+        Returns: (B, H, W), >= 0; infinite if all normal images are ignored.
 
         Raises: ValueError: H or W differs from the size of the memory.
         """
@@ -160,9 +163,9 @@ class NearestMemory:
         """Sets the agreement with embeddings of excluded images to -inf, in place.
 
         Args:
-            agreement: (P, w * w, B, M), of P locations.
-            excluded_images: (B, K).
-            part: these P locations.
+            agreement: (P, w * w, B, M), agreement of B images with M normal embeddings at each of P locations.
+            excluded_images: (B, K), see `score`.
+            part: the slice of the P locations among all locations.
         """
         if self.image_numbers is None:
             agreement[:, :, torch.arange(len(excluded_images))[:, None], excluded_images.to(self.device)] = -torch.inf
@@ -193,9 +196,12 @@ class JointMemory:
         return self.location_memory.device
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
-        """Computes distances (B, H, W) of an embedding (B, C + K, H, W); a typical good patch has 1.
+        """Computes distances (B, H, W), >= 0, of B images; a typical good patch has the distance 1.
 
-        Args: excluded_images: see `NearestMemory.score`.
+        Args:
+            embedding: (B, C + K, H, W), C channels for the location memory and K channels for the coreset.
+            excluded_images: (B,) or (B, K'), numbers of the normal images that are ignored for each of the B images; None ignores
+                no image.
         """
         channels = self.location_memory.bank.shape[2]
         return (
@@ -207,13 +213,13 @@ class JointMemory:
 def measure_typical_distances(
     location_memory: NearestMemory, coreset: Coreset, bank: Tensor, relations: Relations | None = None
 ) -> Tensor:
-    """Computes the mean leave-one-out distance (2,) of some images of the bank, in both memories.
+    """Computes the mean leave-one-out distance of a sample of at most `_TYPICAL_IMAGES` images of the bank, in both memories.
 
     Args:
-        bank: (N, L, C + K), from which both memories were built.
-        relations: between the images of the bank; related images are left out together. None: no two are related.
+        bank: (N, L, C + K), the bank from which both memories were built.
+        relations: relations between the images of the bank; related images are left out together. None: no two are related.
 
-    Returns: (2,), for the location memory and the coreset; 1 for both if the bank has only one image.
+    Returns: (2,), above 0: the mean distance in the location memory, and in the coreset. Both are 1 if the bank has one image.
     """
     if len(bank) < 2:
         return torch.ones(2, device=location_memory.device)
@@ -230,7 +236,7 @@ def measure_typical_distances(
 
 
 def _channel_counts(statistics: Statistics) -> list[int]:
-    """Returns [C, K]: the bank's numbers of channels for the location memory and for the coreset."""
+    """Returns [C, K]: how many channels of the bank belong to the location memory, and how many to the coreset."""
     assert statistics.bank is not None
     return [statistics.moments.channels, statistics.bank.shape[2] - statistics.moments.channels]
 
@@ -266,7 +272,7 @@ def build_memory(
         moments: moments of all training images; the bank may contain only some of these images.
         ridge: number to add to the pooled covariance's diagonal; None: embeddings are not whitened.
         window, dtype: see `NearestMemory`.
-        per_place: largest number of embeddings at a location; None: all.
+        per_place: largest number of embeddings at a location; None keeps all embeddings.
 
     Raises: ValueError: the bank has no image, or the moments have fewer than two.
     """
@@ -287,7 +293,7 @@ def subsample_coreset(bank: Tensor, limit: int | None, device: torch.device | st
 
     Args:
         bank: (L, N, C), any float type.
-        limit: embeddings per location; None: all.
+        limit: largest number of embeddings at a location; None keeps all embeddings.
         device: where the coresets are computed.
 
     Returns:
@@ -308,21 +314,27 @@ def subsample_coreset(bank: Tensor, limit: int | None, device: torch.device | st
     return bank[torch.arange(num_locations)[:, None], images.to(bank.device)], images.int()
 
 
-def unused_embeddings(bank: Tensor, images: Tensor) -> Tensor:
-    """Extracts the embeddings (L * (N - M), C) of a whole bank (N, L, C) that are not in the coresets.
+def select_unused_embeddings(bank: Tensor, images: Tensor) -> Tensor:
+    """Returns the embeddings of a bank that are not in the coreset of their location.
 
-    Args: images: (M, L), numbers of the images that are in the coreset of each location.
+    Args:
+        bank: (N, L, C), embeddings of N images at L locations.
+        images: (M, L), for each location the numbers of the M images whose embeddings are in its coreset.
+
+    Returns: (L * (N - M), C), in the order of the bank: image by image.
     """
     return bank[_is_unused(len(bank), images)]
 
 
 def restore_bank(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor:
-    """Rebuilds the whole bank (N, L, C) from the coresets of all locations and the result of `unused_embeddings`.
+    """Rebuilds a whole bank from the coresets of all locations and the remaining embeddings.
 
     Args:
-        coreset: (M, L, C).
+        coreset: (M, L, C), the M embeddings in the coreset of each location.
         images: (M, L), image number of each embedding in `coreset`.
-        unused: (L * (N - M), C).
+        unused: (L * (N - M), C), the result of `select_unused_embeddings`.
+
+    Returns: (N, L, C).
     """
     size, num_locations, channels = coreset.shape
     bank = coreset.new_empty(size + len(unused) // num_locations, num_locations, channels)
@@ -332,7 +344,10 @@ def restore_bank(coreset: Tensor, images: Tensor, unused: Tensor) -> Tensor:
 
 
 def _is_unused(num_images: int, images: Tensor) -> Tensor:
-    """Returns a mask (N, L) that is False where image n is in the coreset of location l; images: (M, L)."""
+    """Returns a mask (N, L) that is False where the embedding of image n is in the coreset of location l.
+
+    Args: images: (M, L), for each location the numbers of the images whose embeddings are in its coreset.
+    """
     return torch.ones(num_images, images.shape[1], dtype=torch.bool).scatter_(0, images.long(), False)
 
 
@@ -343,6 +358,7 @@ def whitening_matrix(covariance: Tensor, ridge: float) -> Tensor:
 
 
 def _is_identity(whitening: Tensor) -> bool:
+    """Returns whether a whitening matrix (C, C) is exactly the identity."""
     return bool((whitening == torch.eye(len(whitening), device=whitening.device)).all())
 
 

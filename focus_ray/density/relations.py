@@ -67,11 +67,16 @@ class Relations(NamedTuple):
 def join_relations(
     first: Relations | None, num_first: int, second: Relations | None, num_second: int
 ) -> Relations | None:
-    """Returns the relations in two concatenated banks; no image of the first bank is related to an image of the second.
+    """Returns the relations between the images of two concatenated banks.
+
+    No image of the first bank is related to an image of the second bank. Group numbers of the second bank are raised, so that the
+    banks have no group in common.
 
     Args:
-        first, second: relations within each bank; None if its images are not related.
+        first, second: relations within each bank; None if no two images of the bank are related.
         num_first, num_second: number of images in each bank.
+
+    Returns: None if both `first` and `second` are None.
     """
     if first is None and second is None:
         return None
@@ -84,8 +89,10 @@ def join_relations(
     return Relations(related, torch.cat([parts[0].groups, parts[1].groups + offset]))
 
 
-def fold_numbers(groups: Tensor, num_folds: int) -> Tensor:
-    """Assigns whole groups of images to folds, in turn, in the order in which the groups first appear.
+def assign_folds(groups: Tensor, num_folds: int) -> Tensor:
+    """Assigns each image to a cross-validation fold, so that all images of a group are in the same fold.
+
+    Groups take the folds in turn, in the order in which the groups first appear.
 
     Args: groups: (N,), group number of each image.
 

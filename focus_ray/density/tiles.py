@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
         return tiles.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1], side, side)
 
     def cut_batch(self, batch: Tensor) -> Tensor:
-        """Does the same as `cut` for images with channels last: uint8 (B, H, W, C) -> (B * num_tiles, side_px, side_px, C)."""
+        """Cuts images with channels last (B, H, W, C), uint8, into tiles (B * num_tiles, side_px, side_px, C), see `cut`."""
         return batch if self.num_tiles == 1 else self.cut(batch.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     def cut_tile(self, batch: Tensor, tile_number: int) -> Tensor:
@@ -53,7 +53,7 @@ class Tiles(NamedTuple):
         return join_maps(tiles, self.rows, self.columns)
 
     def split(self, maps: Tensor) -> Tensor:
-        """Undoes `join`: splits maps of images into maps of tiles."""
+        """Splits maps of images (B, C, rows * h, columns * w) into maps of tiles (B * num_tiles, C, h, w); undoes `join`."""
         return split_maps(maps, self.rows, self.columns)
 
 
@@ -75,12 +75,15 @@ def split_maps(maps: Tensor, rows: int, columns: int) -> Tensor:
     return maps.reshape(shape).permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // rows, width // columns)
 
 
-def fold_bank(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
-    """Splits a bank of images (N, rows * height * columns * width, C) into a bank of tiles (N * num_tiles, height * width, C).
+def split_bank_into_tiles(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
+    """Splits the map of each image of a bank into the maps of its tiles, so that each row of the bank is one tile.
 
     Args:
-        grid: (rows, columns) of tiles.
-        height, width: locations of a tile.
+        bank: (N, rows * height * columns * width, C), locations of an image row by row.
+        grid: (rows, columns) of tiles of an image.
+        height, width: rows and columns of locations of a tile.
+
+    Returns: (N * rows * columns, height * width, C); the tiles of an image are consecutive.
     """
     if grid == (1, 1):
         return bank
@@ -89,8 +92,16 @@ def fold_bank(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> T
     return tiles.reshape(-1, height * width, channels)
 
 
-def unfold_bank(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
-    """Undoes `fold_bank`: joins a bank of tiles to a bank of images."""
+def join_bank_of_tiles(bank: Tensor, grid: tuple[int, int], height: int, width: int) -> Tensor:
+    """Undoes `split_bank_into_tiles`: joins the maps of the tiles of each image, so that each row of the bank is one image.
+
+    Args:
+        bank: (N * rows * columns, height * width, C).
+        grid: (rows, columns) of tiles of an image.
+        height, width: rows and columns of locations of a tile.
+
+    Returns: (N, rows * height * columns * width, C).
+    """
     if grid == (1, 1):
         return bank
     channels = bank.shape[2]
@@ -116,10 +127,12 @@ class TiledDensity:
         return cast(torch.device, self.tile_density.device)
 
     def score(self, embedding: Tensor, excluded_images: Tensor | None = None) -> Tensor:
-        """Computes distances (B, H, W) of an embedding (B, C, H, W) of whole images.
+        """Computes distances (B, H, W), >= 0, of B whole images.
 
         Args:
-            excluded_images: numbers of the images whose tiles are ignored for each scored image: (B,) or (B, K); None: none.
+            embedding: (B, C, H, W), embeddings of the images, with the maps of their tiles side by side.
+            excluded_images: (B,) or (B, K), for each of the B images the numbers of the bank's images whose tiles are ignored.
+                None ignores no image.
         """
         tiles = split_maps(embedding, *self.grid)
         if excluded_images is None:

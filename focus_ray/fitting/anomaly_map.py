@@ -31,10 +31,13 @@ class AnomalyMapGenerator(NamedTuple):
             locations_per_side: locations along one side of a tile.
             sigma_px: standard deviation of the Gaussian that smooths the map after the tiles are blended.
         """
-        upsampled = upsample(locations_per_side, tiles.side_px)
+        upsampled = build_upsampling_matrix(locations_per_side, tiles.side_px)
         return cls(
             *(
-                smooth(blend(upsampled, count, tiles.overlap_px), sigma_px).float().contiguous().to(device)
+                smooth_columns(build_blending_matrix(upsampled, count, tiles.overlap_px), sigma_px)
+                .float()
+                .contiguous()
+                .to(device)
                 for count in (tiles.rows, tiles.columns)
             )
         )
@@ -48,13 +51,15 @@ class AnomalyMapGenerator(NamedTuple):
         return AnomalyMapGenerator(*(matrix[step_px // 2 :: step_px] for matrix in self))
 
 
-def blend(tile: Tensor, count: int, overlap_px: int) -> Tensor:
-    """Builds the matrix of `count` overlapping tiles along one side from the matrix of one tile.
+def build_blending_matrix(tile: Tensor, count: int, overlap_px: int) -> Tensor:
+    """Builds the matrix that upsamples the locations of a row of tiles to pixels and blends the tiles where they overlap.
 
-    In an overlap, the weight of one tile falls linearly from 1 to 0 while the weight of the next rises; weights add up to 1.
+    In an overlap, the weight of one tile falls linearly from 1 to 0 while the weight of the next tile rises; the two weights add
+    up to 1.
 
     Args:
-        tile: (S, h), from h locations to S pixels.
+        tile: (S, h), matrix that upsamples the h locations along one side of a tile to its S pixels.
+        count: number of tiles in the row.
         overlap_px: pixels that two neighbouring tiles share.
 
     Returns: (count (S - overlap_px) + overlap_px, count h).
@@ -77,13 +82,13 @@ def blend(tile: Tensor, count: int, overlap_px: int) -> Tensor:
     return matrix
 
 
-def upsample(num_locations: int, size_px: int) -> Tensor:
-    """Returns the matrix (size_px, num_locations), float64, of bilinear upsampling along one side."""
+def build_upsampling_matrix(num_locations: int, size_px: int) -> Tensor:
+    """Builds the matrix (size_px, num_locations), float64, that upsamples one side of a map linearly."""
     identity = torch.eye(num_locations, dtype=torch.float64)
     return F.interpolate(identity[None], size=size_px, mode="linear", align_corners=False)[0].t()
 
 
-def smooth(matrix: Tensor, sigma_px: float) -> Tensor:
+def smooth_columns(matrix: Tensor, sigma_px: float) -> Tensor:
     """Smooths each column of a matrix (size_px, n) by a Gaussian, cut at 4 sigma and mirrored at the border."""
     if sigma_px == 0:
         return matrix

@@ -1,4 +1,4 @@
-"""Sums and gathers values over the workers of a torch.distributed group. Without a group, each function returns its input."""
+"""Sums and gathers values over the workers of a torch.distributed group. Without a group, there is one worker, this process."""
 
 from __future__ import annotations
 

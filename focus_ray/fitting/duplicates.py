@@ -84,7 +84,14 @@ def describe_statistics(statistics: Statistics, reduction: ChannelReduction) -> 
 
 
 def descriptor_distances(first: Tensor, second: Tensor) -> Tensor:
-    """Computes distances (N, M), averaged over cells, between two sets of descriptors (N, P, C) and (M, P, C)."""
+    """Computes the distances between two sets of descriptors: the Euclidean distance of each cell, averaged over the cells.
+
+    Args:
+        first: (N, P, C), descriptors of N images: C channels in each of P cells.
+        second: (M, P, C).
+
+    Returns: (N, M), >= 0.
+    """
     total = torch.zeros(len(first), len(second), device=first.device)
     for cell in range(first.shape[1]):  # one cell at a time bounds the memory at N * M
         total += torch.cdist(first[:, cell], second[:, cell])
@@ -99,9 +106,9 @@ def measure_same_part_distance(
 
     A second photograph of each image is simulated: shifted by up to two pixels, with noise.
 
-    Args: images: (N, H, W, C) uint8, a few images of the category.
+    Args: images: (N, H, W, C) uint8, a few images of the category; only the first three channels are used.
 
-    Returns: the distance; None without images.
+    Returns: the distance, see `descriptor_distances`; None without images.
     """
     if not len(images):
         return None
@@ -137,7 +144,7 @@ def find_relations(descriptors: Tensor, origins: ImageOrigins) -> Relations | No
 
 
 def _none_if_useless(relations: Relations) -> Relations | None:
-    """Returns the relations; None if no two images are related, or if an image is related to all others."""
+    """Returns the relations; None if no two images are related, or if at least one image is related to all others."""
     return None if relations.is_trivial or bool(relations.related.all(dim=1).any()) else relations
 
 
@@ -184,7 +191,12 @@ def find_duplicates(distances: Tensor, same_part_distance: float) -> Tensor:
 
 
 def connected_components(linked: Tensor) -> Tensor:
-    """Returns the connected component (N,) of each node of a symmetric graph (N, N), bool: the smallest node number in it."""
+    """Returns the connected component of each node of a graph.
+
+    Args: linked: (N, N) bool, symmetric; True where two nodes are linked.
+
+    Returns: (N,) int64, for each node the smallest node number in its component.
+    """
     groups = torch.arange(len(linked))
     while True:
         # each node takes the smallest number of itself and its neighbours, until nothing changes

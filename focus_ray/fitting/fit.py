@@ -30,7 +30,7 @@ from focus_ray.density.base import (
     supports_leave_one_out,
 )
 from focus_ray.density.moments import Moments
-from focus_ray.density.relations import Relations, fold_numbers
+from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.tiles import Tiles
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder, Method
@@ -114,13 +114,20 @@ def fit(
         shard: this worker's images.
         num_images: number of training images of all workers.
         net: network to fit; None: a new one with the configured weights.
-        rank: number of this worker.
+        device: device of the network and the density.
+        rank: number of this worker, from 0.
         wrap: makes the objective data-parallel (DDP) if there are several workers.
-        state: state to resume from, which the third argument of `on_epoch` returned after an earlier epoch.
-        on_epoch: called by every worker after every epoch.
+        state: saved state from which training resumes; None starts a new fit.
+        on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `state.OnEpoch`.
         log: called with each message.
 
-    Raises: DataError: too few images. FloatingPointError: the loss is not finite.
+    Returns: the detector, its statistics and its calibration.
+
+    Raises:
+        DataError: there are too few images.
+        ValueError: too few images remain for the density, its calibration or the image aligner.
+        FloatingPointError: the loss, or a weight after an epoch, is not finite.
+        WeightsError, ConfigError: see `check_prerequisites`.
     """
     category_fit = CategoryFit(config, shard, num_images, device, net=net, rank=rank, log=log)
     category_fit.align_and_train(wrap, state, on_epoch)
@@ -128,7 +135,9 @@ def fit(
 
 
 def check_prerequisites(config: Config) -> None:
-    """Checks everything that a fit needs besides images, so that an error appears once and not on every worker.
+    """Checks before a fit that weights, shared metric and calibration method can be used.
+
+    If every worker made these checks itself, the same error would appear once for each worker.
 
     Raises:
         WeightsError: the pretrained weights cannot be loaded.
@@ -147,7 +156,12 @@ def check_prerequisites(config: Config) -> None:
 
 
 def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, statistics: Statistics) -> Detector:
-    """Builds a detector with a density and, if scoring.image_score asks for one, a profile from the statistics."""
+    """Builds a detector: fits its density and, if scoring.image_score is "profile", its profile of good images.
+
+    Args: statistics: statistics of the normal images. Without a bank, the detector has no profile.
+
+    Raises: ValueError: fewer than two images, or the density needs a bank and the statistics have none.
+    """
     density = build_density(config.density, statistics)
     detector = Detector(net, reduction, density, config.scoring)
     if config.scoring.image_score == "profile" and statistics.bank is not None:
@@ -159,7 +173,7 @@ def build_detector(config: Config, net: FocusNet, reduction: ChannelReduction, s
 
 
 class CategoryFit:
-    """Holds the state that the stages of one category's fit share. Arguments as in `fit`.
+    """Holds the state that the stages of one category's fit share. `fit` describes the arguments.
 
     Attributes:
         num_images: number of training images of all workers.
@@ -169,7 +183,8 @@ class CategoryFit:
         method: calibration method.
         best: the network with the best validation score so far.
         projection: the learnt projection; None before it is learnt, and for other reductions.
-        notes, seconds: see `FitResult`.
+        notes: intermediate results for the bundle's manifest and for reports.
+        seconds: duration of each stage, by name.
     """
 
     def __init__(
@@ -219,7 +234,10 @@ class CategoryFit:
 
     # ---- label-free selection
     def _make_validation_set(self) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
-        """Makes validation images from this worker's held-out normal images and synthetic defects; None without selection."""
+        """Makes validation images from this worker's normal validation images, by adding synthetic defects.
+
+        Returns: images (N, H, W, C), and masks (N, H, W) of the defects; None without selection.
+        """
         if not self.config.selection.enabled:
             return None
         normals = list(self.shard.validation_batches())
@@ -231,9 +249,11 @@ class CategoryFit:
         )
 
     def validate(self, choice: dict[str, float | str]) -> float | None:
-        """Computes and notes the validation score of the current network; None without selection.
+        """Computes the validation score of the current network, and adds it to the notes and the log.
 
         Args: choice: describes the network in notes and logs, for instance {"epoch": 3}.
+
+        Returns: the score; None without selection.
         """
         if self.validation is None:
             return None
@@ -253,8 +273,11 @@ class CategoryFit:
         return [number - self.offset for number in sorted(images) if number - self.offset in range(self.num_own)]
 
     # ---- image alignment
-    def align(self) -> None:
-        """Fits the image aligner. With selection, turns it off unless the validation score is better with it."""
+    def fit_image_aligner(self) -> None:
+        """Fits a congealing image aligner to some training images, and notes the report. Other aligners do not change.
+
+        With selection, the aligner stays on only if it raises the validation score.
+        """
         chosen = sample_evenly(self.num_images, self.config.model.image_alignment.max_images)
         batches = self.shard.fit_batches(positions=self._own_rows(chosen))
         report = fit_aligner(self.net, batches, self.device, self.config.train.seed)
@@ -282,18 +305,21 @@ class CategoryFit:
         state: TrainState | None = None,
         on_epoch: OnEpoch | None = None,
     ) -> None:
-        """Aligns and trains, from the start or from a saved state; arguments as in `fit`."""
+        """Fits the image aligner and trains the network, or resumes training from a saved state.
+
+        The arguments are described in `fit`.
+        """
         if state is not None:
             self.restore(state)
         else:
             with self._measure_time("alignment"):
-                self.align()
+                self.fit_image_aligner()
         with self._measure_time("train"):
             if self.config.train.epochs:
                 self.train(wrap, state, on_epoch)
 
     def restore(self, state: TrainState) -> None:
-        """Loads the network, notes and best network of a saved state."""
+        """Takes over from a saved state the network's weights, the notes (`FitNotes`) and the best network so far."""
         self.net.load_state_dict(state.net)
         self.notes, self.best = state.notes, state.best
 
@@ -303,7 +329,9 @@ class CategoryFit:
         state: TrainState | None,
         on_epoch: OnEpoch | None,
     ) -> None:
-        """Trains for train.epochs epochs and loads the best network; arguments as in `fit`.
+        """Trains for train.epochs epochs. With selection, the network then gets the weights of `best`.
+
+        The arguments are described in `fit`.
 
         Raises: DataError: no loss trains a parameter.
         """
@@ -372,7 +400,9 @@ class CategoryFit:
             self.log(f"WARNING: {message}")
 
     def _keep_best(self, epoch: int) -> None:
-        """Validates the network, and copies it if its score exceeds the best score by selection.margin.
+        """Validates the network, and stores a copy as `best` if it is the first one or beats `best` by selection.margin.
+
+        Without selection, nothing is stored.
 
         Args: epoch: number of the last finished epoch; -1 for the untrained network.
         """
@@ -387,7 +417,10 @@ class CategoryFit:
 
     # ---- density and calibration
     def learn_projection(self) -> None:
-        """Learns the projection from the current network's features, if density.reduction=discriminant."""
+        """Learns the projection from the current network's features, and stores it in the reduction.
+
+        Nothing happens unless density.reduction=discriminant.
+        """
         if self.config.density.reduction == "discriminant":
             chosen = choose_projection_images(self.num_images, Tiles.from_config(self.config.model).num_tiles)
             rows = self._own_rows(chosen)
@@ -428,7 +461,10 @@ class CategoryFit:
 
     # ---- images that show the same part
     def _origins(self, positions: Sequence[int], reduction: ChannelReduction) -> ImageOrigins:
-        """Returns the origins of training images with these numbers over all workers."""
+        """Returns group and rank of some training images, for the search for images of the same part.
+
+        Args: positions: numbers of the images over all workers.
+        """
         groups, order = (
             torch.from_numpy(np.concatenate(gather_objects(numbers)))[list(positions)]
             for numbers in (self.shard.fit_groups(), self.shard.fit_order())
@@ -518,7 +554,7 @@ class CategoryFit:
         self.log(f"WARNING: {message}")
 
     def _join_validation(self) -> None:
-        """Adds the images that selection held out to the training images. Call it after the last selection."""
+        """Adds the validation images to the training images. Call it after the last validation."""
         if self.validation is None:
             return
         self.shard = self.shard.join_validation()
@@ -547,6 +583,7 @@ class CategoryFit:
             return self._finish()
 
     def _finish(self) -> FitResult:
+        """Does the work of `finish`, with a network that is prepared for inference."""
         folds: list[Statistics] = []
         fold_rows: list[list[int]] = []
         holdout_rows: list[int] | None = None
@@ -611,7 +648,7 @@ class CategoryFit:
             if relations is not None:
                 self._note_relations(relations)
                 own_images = slice(self.offset, self.offset + self.num_own)
-                folds = fold_numbers(relations.groups, num_folds).numpy()[own_images]
+                folds = assign_folds(relations.groups, num_folds).numpy()[own_images]
                 self._own_groups = relations.groups.numpy()[own_images]
         return [np.flatnonzero(folds == fold).tolist() for fold in range(num_folds)]
 
@@ -620,7 +657,7 @@ class CategoryFit:
 
         The bank is small enough that the banks of all folds but one together have about density.max_images images.
 
-        Args: rows: of the fold's images in this worker's shard.
+        Args: rows: row numbers, in this worker's shard, of the fold's images.
         """
         config = self.config.density
         sizes = gather_objects(len(rows))

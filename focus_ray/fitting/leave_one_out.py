@@ -29,7 +29,7 @@ from focus_ray.density.nearest import (
     unwrap_memory,
     whiten,
 )
-from focus_ray.density.tiles import TiledDensity, fold_bank, split_maps
+from focus_ray.density.tiles import TiledDensity, split_bank_into_tiles, split_maps
 from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.fitting.distributed import worker_range
 from focus_ray.fitting.passes import calibration_pixels, merge_over_workers
@@ -39,7 +39,7 @@ from focus_ray.fitting.scoring import Detector, ScoredImages, shown_pixels
 from focus_ray.progress import track
 
 LeaveOneOutResult = tuple[Tensor, ScoredImages, Tensor | None]
-"""Bank numbers (B,) of images, their scores, and the pixels (B, H, W), bool, that are scored; None: all pixels."""
+"""Numbers (B,) of images in the bank; their scores; and the pixels (B, H, W), bool, that are scored, or None for all pixels."""
 
 _IMAGES_AT_ONCE = 8
 
@@ -53,14 +53,15 @@ def collect_leave_one_out_scores(
     log: Callable[[str], None] = lambda message: None,
     images: Sequence[int] | None = None,
 ) -> CalibrationBuilder:
-    """Scores images of the bank as if the detector had not seen them.
+    """Scores images of the bank with a detector from which the scored image, and its related images, are left out.
 
-    The workers share the images, and the scores of all workers are joined.
+    Each worker scores a share of the images. The scores of all workers are joined.
 
     Args:
-        statistics: from which the detector was built. They need a bank, even if the density does not.
-        projection: learnt from the same images; None if no projection was learnt.
-        images: bank numbers of the images to score; None: all. Not supported for a projection with folds.
+        statistics: the statistics from which the detector was built. They need a bank, even if the density does not.
+        projection: the projection that was learnt from the same images; None if no projection was learnt.
+        log: called with each message.
+        images: numbers of the bank's images to score; None scores all. It must be None for a projection with folds.
     """
     calibration = config.calibration
     builder = CalibrationBuilder("leave_one_out", calibration.target_fpr, calibration.target_pixel_fpr)
@@ -87,7 +88,12 @@ def _has_folds(projection: DiscriminantProjection, num_images: int) -> bool:
 def _score_without_folds(
     detector: Detector, scorer: LeaveOneOutScorer, statistics: Statistics, images: Sequence[int] | None = None
 ) -> Iterator[LeaveOneOutResult]:
-    """Scores this worker's share of the bank, or of the given images, with the detector's own projection."""
+    """Yields the scores of this worker's share of the bank's images, with the detector's own projection.
+
+    Args:
+        scorer: leave-one-out scorer of the detector's density.
+        images: numbers of the bank's images to score; None scores all.
+    """
     bank = statistics.bank
     assert bank is not None
     device = detector.density.device
@@ -115,7 +121,7 @@ def _score_without_folds(
 def _score_by_folds(
     detector: Detector, statistics: Statistics, projection: DiscriminantProjection, config: DensityConfig
 ) -> Iterator[LeaveOneOutResult]:
-    """Scores this worker's share of the bank, each image with a projection that was learnt without its fold."""
+    """Yields the scores of this worker's share of the bank's images, each with a projection that was learnt without its fold."""
     bank = statistics.bank
     assert bank is not None
     assert projection.fold_of is not None
@@ -137,7 +143,10 @@ def _score_by_folds(
 
 
 def _project(projection: DiscriminantProjection, fold: int, device: torch.device) -> Iterator[Tensor]:
-    """Yields embeddings (B, k, H, W) of all images in order, with the projection that was learnt without one fold."""
+    """Yields batches of embeddings (B, k, H, W) of all images, in order, with the projection that was learnt without a fold.
+
+    Args: fold: number of the fold.
+    """
     assert projection.fold_projections is not None
     assert projection.embeddings is not None
     for part in projection.embeddings.split(_IMAGES_AT_ONCE):
@@ -168,9 +177,10 @@ def _rebuilt_distances_by_fold(
 def _memory_distances_by_fold(
     detector: Detector, density: NearestMemory | JointMemory, statistics: Statistics, projection: DiscriminantProjection
 ) -> Iterator[Tensor]:
-    """Yields the same as `_rebuilt_distances_by_fold` for a memory.
+    """Yields leave-one-out distances (N, H, W) of all images for each fold's projection, for a density that is a memory.
 
-    A coreset does not depend on the projection, so it is scored only once.
+    The location memory is built again for each projection. The coreset does not depend on the projection, so its distances are
+    computed only once.
     """
     bank, grid = statistics.bank, statistics.grid
     assert bank is not None
@@ -179,10 +189,12 @@ def _memory_distances_by_fold(
     num_channels = memory.bank.shape[2]
 
     def for_images(tile_scorer: LeaveOneOutScorer) -> LeaveOneOutScorer:
+        """Returns a scorer of whole images for a scorer of tiles."""
         return tile_scorer if grid == (1, 1) else TiledDensity(tile_scorer, grid)
 
     def to_tiles(rows: Tensor) -> Tensor:
-        return fold_bank(rows, grid, memory.height, memory.width)
+        """Splits rows (N, L, C) of whole images into rows of tiles."""
+        return split_bank_into_tiles(rows, grid, memory.height, memory.width)
 
     coreset_distances: Tensor | None = None
     if isinstance(density, JointMemory):
@@ -217,7 +229,10 @@ def _checked_distances_by_fold(
     projection: DiscriminantProjection,
     config: DensityConfig,
 ) -> Iterator[Tensor]:
-    """Yields the same as `_rebuilt_distances_by_fold` for a checked memory; its Gaussians are fitted again for each fold."""
+    """Yields leave-one-out distances (N, H, W) of all images for each fold's projection, for a `CheckedMemory`.
+
+    The location memory is built again, and the Gaussians are fitted again, for each projection.
+    """
     device, all_moments = density.device, statistics.moments
     memory_distances = _memory_distances_by_fold(detector, unwrap_memory(density), statistics, projection)
     for fold, distances in enumerate(memory_distances):
@@ -236,7 +251,14 @@ def _checked_distances_by_fold(
 
 
 def _unrelated_positions(statistics: Statistics, image: Tensor, numbers: Tensor) -> Tensor:
-    """Returns the positions in `numbers` (n,) of bank images other than the image (1,) and its related images."""
+    """Returns which entries of a list of image numbers belong neither to an image nor to its related images.
+
+    Args:
+        image: (1,), number of the image in the bank.
+        numbers: (n,), numbers of images in the bank.
+
+    Returns: (m,) int64, ascending positions in `numbers`.
+    """
     excluded = statistics.images_to_exclude(image).view(-1)
     return (~torch.isin(numbers, excluded)).nonzero()[:, 0]
 
@@ -248,18 +270,28 @@ class _CoresetScorer:
         self.height, self.width, self.coreset = density.height, density.width, density.coreset
 
     def score(self, embedding: Tensor, excluded_images: Tensor) -> Tensor:
-        """Computes distances (B, H, W) of embeddings (B, K, H, W); see `LeaveOneOutScorer.score`."""
+        """Computes distances (B, H, W), >= 0, of B images in the coreset, without some excluded images.
+
+        Args:
+            embedding: (B, K, H, W), the channels for the coreset.
+            excluded_images: (B,) or (B, K'), numbers of the bank's images to exclude for each of the B images.
+        """
         return self.coreset.score(embedding, excluded_images)
 
 
 def _score_with_profile(
     other_distances: Tensor, detector: Detector, distance: Tensor, statistics: Statistics, image: Tensor
 ) -> LeaveOneOutResult:
-    """Scores the distance (1, H, W) of an image relative to the profile of other images.
+    """Computes score and anomaly map of one image from its leave-one-out distances.
+
+    If the detector has a profile of good images (`fitting.profile`), the score is relative to the profile of other images only.
+    Otherwise, the score is the maximum of the anomaly map.
 
     Args:
-        other_distances: (n, H, W), of the images for the profile. Without any, the detector's own profile is used.
-        image: (1,), bank number of the image.
+        other_distances: (n, H, W), leave-one-out distances of the other images, from which their profile is computed. If n is 0,
+            the detector's profile is used instead.
+        distance: (1, H, W), leave-one-out distances of the image.
+        image: (1,), number of the image in the bank.
     """
     theta = None if statistics.thetas is None else statistics.thetas[image].to(distance.device)
     shown = None

@@ -50,6 +50,7 @@ def compute_statistics(
     tiles = Tiles.from_config(net.config)
 
     def embed_batch(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
+        """Embeds a batch whose first image has the number `position`; takes cached embeddings where they exist."""
         rows = {} if cache is None else cache.row
         new = [number for number in range(len(batch)) if position + number not in rows]
         if len(new) == len(batch):
@@ -86,7 +87,7 @@ class EmbeddedBatch(NamedTuple):
 
     embedding: (B, C + K, H, W).
     theta: (B, 2, 3), alignment of each image; None without image alignment.
-    shown: (B, L) bool, locations that are scored; None: all.
+    shown: (B, L) bool, locations that are scored; None: all locations.
     """
 
     embedding: Tensor
@@ -104,9 +105,13 @@ def compute_embedding_statistics(
     first_image: int = 0,
     grid: tuple[int, int] = (1, 1),
 ) -> Statistics:
-    """Computes the statistics of embeddings of all workers; see `compute_statistics`.
+    """Computes the statistics of the embeddings of all workers' images; the result is the same on every worker.
 
     Args:
+        batches: this worker's embeddings.
+        reduction: the reduction that computed the embeddings; it defines their numbers of channels.
+        bank_images: numbers, over all workers, of the images whose embeddings go into the bank; None: no bank.
+        first_image: number, over all workers, of this worker's first image.
         map_size: rows and columns of locations of the moments.
         grid: rows and columns of tiles that share these locations.
     """
@@ -173,7 +178,10 @@ def collect_calibration_scores(
 ) -> CalibrationBuilder:
     """Scores normal images that the detector's density has not seen, and joins the scores of all workers.
 
-    Args: groups: (N,), group numbers of the images of all batches; None: every image shows a different part.
+    Args:
+        batches: this worker's images, uint8 (B, H, W, 3 or 4).
+        method: calibration method that the result names.
+        groups: (N,), group number of each image of this worker's batches, in order; None: every image shows a different part.
     """
     builder = CalibrationBuilder(method, config.target_fpr, config.target_pixel_fpr)
     num_scored = 0
@@ -188,7 +196,7 @@ def collect_calibration_scores(
 def calibration_pixels(scored: ScoredImages, shown: Tensor | None) -> NDArray[np.float32] | list[NDArray[np.float32]]:
     """Returns the pixels of anomaly maps in the form that `CalibrationBuilder.add` needs.
 
-    Args: shown: (B, H, W) bool, pixels that are scored; None: all.
+    Args: shown: (B, H, W) bool, pixels that are scored; None: all pixels.
 
     Returns: whole maps (B, H, W); with `shown`, a list with the scored pixels (1, n) of each image.
     """

@@ -57,14 +57,16 @@ def highest_values(distance: Tensor, map_generator: AnomalyMapGenerator) -> Tens
 def fit_profile(
     density: LeaveOneOutScorer, statistics: Statistics, seen_mask: Tensor | None, map_generator: AnomalyMapGenerator
 ) -> tuple[Profile, Tensor | None]:
-    """Fits the profile to leave-one-out distances of a density's images.
+    """Fits the profile of good images to the leave-one-out distances of at most `MAX_IMAGES` images of the bank.
 
     Args:
-        statistics: from which the density was built, with a bank.
-        seen_mask: (H, W) bool, locations that are scored; None: all.
+        density: leave-one-out scorer of the density.
+        statistics: the statistics from which the density was built, with a bank.
+        seen_mask: (H, W) bool, locations that are scored; None: all locations.
+        map_generator: computes the smoothed maps whose highest values the profile describes.
 
-    Returns: the profile, and the leave-one-out distances (n, H, W) from which it was computed. If the bank has a single image,
-        which cannot be compared with another, all weights are 1, and the distances are None.
+    Returns: the profile, and the leave-one-out distances (n, H, W) from which the profile was computed. A single image cannot be
+        compared with another one: if the bank has one image, all numbers of the profile are 1, and the distances are None.
     """
     bank, device = statistics.bank, map_generator.rows.device
     assert bank is not None
@@ -85,12 +87,15 @@ def leave_one_out_distances(
     images: Tensor,
     device: torch.device | str,
 ) -> Tensor:
-    """Computes the distances (n, H, W) of images of the bank, each without itself and its related images.
+    """Computes the distances of images of the bank. The image itself and its related images are left out for each image.
 
     Args:
-        bank: (N, L, C), embeddings of the images of the statistics, with the channels that the density needs.
-        seen_mask: (H, W) bool, locations that are scored; None: all.
+        density: leave-one-out scorer.
+        statistics: have the relations, alignments and shown locations of the bank's images; their own bank is not used.
+        bank: (N, L, C), embeddings of the bank's images, with the channels that the scorer needs.
+        seen_mask: (H, W) bool, locations that are scored; None: all locations.
         images: (n,), numbers of the images to score.
+        device: device on which distances are computed.
 
     Returns: (n, H, W), 0 at locations that are not scored.
     """
@@ -107,7 +112,13 @@ def leave_one_out_distances(
 
 
 def zero_unscored(distance: Tensor, theta: Tensor | None, seen_mask: Tensor | None) -> Tensor:
-    """Sets distances (B, H, W) to 0 outside the aligned image and where training images rarely had pixels (`seen_mask`)."""
+    """Sets distances to 0 at locations outside the aligned image, and at locations that few training images showed.
+
+    Args:
+        distance: (B, H, W).
+        theta: (B, 2, 3), alignment of each image. Without image alignment (None), the distances are returned unchanged.
+        seen_mask: (H, W) bool, locations that enough training images showed; None: all locations.
+    """
     if theta is None:
         return distance
     inside = valid_mask(theta, distance.shape[1], distance.shape[2])
@@ -115,9 +126,11 @@ def zero_unscored(distance: Tensor, theta: Tensor | None, seen_mask: Tensor | No
 
 
 def compute_profile(distances: Tensor, map_generator: AnomalyMapGenerator, shown: Tensor | None = None) -> Profile:
-    """Computes the profile from leave-one-out distances (n, H, W) of at least one good image.
+    """Computes the profile of good images from their leave-one-out distances.
 
-    Args: shown: (N, H * W) bool, True at locations of the bank's images that are scored; None: all.
+    Args:
+        distances: (n, H, W), n >= 1.
+        shown: (N, H * W) bool, True at locations of the bank's N images that are scored; None: all locations.
     """
     # usual distance of a location: the largest distance of all images, averaged over 3 x 3 locations
     usual = F.avg_pool2d(distances.amax(dim=0)[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]

@@ -30,7 +30,7 @@ from torch import Tensor
 from focus_ray.config import DensityConfig
 from focus_ray.density.base import sample_evenly
 from focus_ray.density.nearest import whitening_matrix
-from focus_ray.density.relations import Relations, fold_numbers
+from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.tiles import Tiles
 from focus_ray.evaluation.defects import overlaid, synthetic_validation_set
 from focus_ray.fitting.distributed import gather_rows, worker_range, world_size
@@ -90,7 +90,7 @@ class CachedEmbeddings(NamedTuple):
     thetas: Tensor | None
 
     def embedding(self, numbers: Sequence[int], projection: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns the same as `scoring.embed` for B images, up to the rounding of float16.
+        """Projects the stored embeddings of B images. Up to the rounding of float16, `scoring.embed` gives the same result.
 
         Args:
             numbers: B image numbers.
@@ -105,7 +105,12 @@ class CachedEmbeddings(NamedTuple):
 
 
 def build_full_reduction(reduction: ChannelReduction, channels: tuple[int, ...]) -> ChannelReduction:
-    """Builds a reduction with the settings and coreset channels of `reduction`, but that keeps all channels of the levels."""
+    """Builds a reduction that keeps all channels of the used levels.
+
+    Args:
+        reduction: the reduction whose other settings and projection for the coreset are copied.
+        channels: numbers of channels of layers 1 to 3.
+    """
     full_reduction = ChannelReduction(channels, reduction.config.model_copy(update={"reduction": "none"}), 0)
     if full_reduction.num_coreset_channels:
         full_reduction.coreset_projection.copy_(reduction.coreset_projection)
@@ -180,7 +185,7 @@ def learn_projection(
     groups = [own_queries[start : start + _IMAGES_AT_ONCE] for start in range(0, len(own_queries), _IMAGES_AT_ONCE)]
     for group in track(groups, "metric: images with defects", len(own_queries), log, count=len):
         group_images = torch.tensor([queries[number] for number in group])
-        scatter.add_normal(group_images, scored[group_images].to(device))
+        scatter.add_normal_residuals(group_images, scored[group_images].to(device))
         if shared is not None:
             continue
         copies, masks, sources = _paint_defects(
@@ -191,7 +196,7 @@ def learn_projection(
         embedding, theta = _embed_all_channels(net, full_reduction, torch.from_numpy(copies), device)
         covered = _covered_locations(masks, theta, bank.shape[2], device)
         for part in torch.arange(len(copies)).split(_IMAGES_AT_ONCE):
-            scatter.add_defective(embedding[part, :num_channels].float(), source_images[part], covered[part])
+            scatter.add_defective_residuals(embedding[part, :num_channels].float(), source_images[part], covered[part])
     projection, scatters = scatter.compute_projection(reduction.num_channels, shared)
     num_used = len(queries) if tiles.num_tiles == 1 else len(images) // tiles.num_tiles
     if not with_folds or shared is not None or num_used < num_images or num_images < 2 * NUM_FOLDS:
@@ -207,9 +212,12 @@ def _paint_defects(
     defects_per_image: int,
     foregrounds: dict[int, NDArray[np.bool_]],
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[int]]:
-    """Paints synthetic defects on copies of the images with these numbers.
+    """Paints synthetic defects on copies of some images.
 
-    Args: foregrounds: cache of the images' foregrounds, by number; new ones are added.
+    Args:
+        images: (N, S, S, 3), normal images, from which defects also take pieces.
+        numbers: numbers of the images to copy.
+        foregrounds: cache of the images' foregrounds (S, S), by number; missing foregrounds are computed and added.
 
     Returns: copies (M, S, S, 3), masks (M, S, S) of the defects, and the number of the image that each copy shows.
     """
@@ -227,9 +235,16 @@ def _paint_defects(
 def _embed_all_channels(
     net: FocusNet, full_reduction: ChannelReduction, images: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Computes embeddings (B, C + K, H, W) float16 with all channels, and theta (B, 2, 3) or None.
+    """Computes embeddings with all channels of the used levels, before any projection.
 
     The result for an image does not depend on the number of workers.
+
+    Args:
+        full_reduction: the result of `build_full_reduction`.
+        images: (B, S, S, 3 or 4) uint8, images or tiles of the network's input size.
+
+    Returns: embeddings (B, C + K, H, W) float16, C channels of all levels and K channels for the coreset; theta (B, 2, 3), or
+        None without image alignment or without images.
     """
     if not len(images):
         side = net.config.image_size_px // net.config.place_px(full_reduction.config)
@@ -244,7 +259,11 @@ def _embed_all_channels(
 
 
 def _with_shown_channel(images: Tensor) -> Tensor:
-    """Returns images (B, S, S, 4); the fourth channel is above 0 at pixels that are scored (`data.framing`), else everywhere."""
+    """Adds a fourth channel, which is above 0 at pixels that are scored (`data.framing`), to images (B, S, S, 3).
+
+    Without this channel, all pixels are scored, so it is 255 everywhere. Images (B, S, S, 4) have the channel already and are
+    returned unchanged.
+    """
     return images if images.shape[3] > 3 else F.pad(images, (0, 1), value=255)
 
 
@@ -262,13 +281,29 @@ def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]
 
 
 def _scored_locations(shown: Tensor, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
-    """Returns the locations (B, side, side), bool, of the aligned frame whose pixels (B, S, S) are shown (above 0)."""
+    """Returns the locations of the aligned frame that are scored.
+
+    Args:
+        shown: (B, S, S) uint8, above 0 at pixels that are scored.
+        theta: (B, 2, 3), alignment of each image; None without image alignment.
+        side: locations along one side of the map.
+
+    Returns: (B, side, side) bool.
+    """
     one_tile = Tiles(1, 1, shown.shape[1], 0)
     return shown_locations(shown.to(device) > 0, theta, one_tile, (side, side))
 
 
 def _covered_locations(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
-    """Returns the locations (B, side, side), bool, of the aligned frame that defects cover; masks: (B, S, S)."""
+    """Returns the locations of the aligned frame that defects cover by more than `COVERED_SHARE`.
+
+    Args:
+        masks: (B, S, S) bool, True at defective pixels.
+        theta: (B, 2, 3), alignment of each image; None without image alignment.
+        side: locations along one side of the map.
+
+    Returns: (B, side, side) bool.
+    """
     defects = torch.from_numpy(masks).float()[:, None].to(device)
     if theta is not None:
         defects = warp(defects, theta, "zeros")
@@ -305,7 +340,7 @@ class ResidualScatter:
         self.bank, self.window, self.tiles_per_image = bank, config.window, tiles_per_image
         num_images = len(bank) // tiles_per_image
         groups = torch.arange(num_images) if relations is None else relations.groups
-        self.fold_of = fold_numbers(groups, NUM_FOLDS)
+        self.fold_of = assign_folds(groups, NUM_FOLDS)
         self.relations = None if relations is None else relations.repeat(tiles_per_image)
         channels = bank.shape[1]
         generator = torch.Generator().manual_seed(derive_seed(seed, "metric's search"))
@@ -323,21 +358,23 @@ class ResidualScatter:
         self.sums = torch.zeros(NUM_FOLDS, 2, channels, channels, dtype=torch.float64, device=bank.device)
         self.counts = torch.zeros(NUM_FOLDS, 2, dtype=torch.float64, device=bank.device)
 
-    def add_normal(self, images: Tensor, scored: Tensor | None = None) -> None:
-        """Adds the normal residuals of images of the bank.
+    def add_normal_residuals(self, images: Tensor, scored: Tensor | None = None) -> None:
+        """Adds the residuals of normal images to the normal sums.
+
+        The residual of a patch is its difference to the most similar patch of another normal image.
 
         Args:
-            images: (B,), numbers in the bank.
-            scored: (B, H, W) bool, locations to use; None: all.
+            images: (B,), numbers of the images in the bank.
+            scored: (B, H, W) bool, locations to use; None: all locations.
         """
         residuals = self._compute_residuals(self.bank[images].float(), images)
         self._add(0, residuals, images, scored)
 
-    def add_defective(self, embedding: Tensor, images: Tensor, covered: Tensor) -> None:
-        """Adds the residuals of copies with synthetic defects.
+    def add_defective_residuals(self, embedding: Tensor, images: Tensor, covered: Tensor) -> None:
+        """Adds the residuals of defective patches to the defective sums.
 
         Args:
-            embedding: (B, C, H, W), of the copies.
+            embedding: (B, C, H, W), all channels of copies of normal images with synthetic defects.
             images: (B,), numbers in the bank of the images that were copied.
             covered: (B, H, W) bool, locations that a defect covers; only these are added.
         """
@@ -354,7 +391,10 @@ class ResidualScatter:
     def compute_projection(self, num_channels: int, shared: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Adds up the sums of all workers and computes the projection; call it once.
 
-        Args: shared: (2, C, C), scatter matrices that replace the own ones for the learnt directions; None: the own ones.
+        Args:
+            num_channels: k, channels after the projection.
+            shared: (2, C, C), scatter matrices of other categories, from which the directions are learnt; None: the directions
+                are learnt from the scatter matrices of this category.
 
         Returns: `projection` and `scatters` of `DiscriminantProjection`, on the bank's device.
         """

@@ -44,7 +44,7 @@ class Detector:
     Attributes:
         profile: profile of good images for image scores; None: the score is the maximum of the map.
         profile_distances: (n, H, W), leave-one-out distances from which the profile was fitted; None for a loaded detector.
-        seen_mask: (H, W) bool, locations that enough training images showed; None: all.
+        seen_mask: (H, W) bool, locations that enough training images showed; None: all locations.
         map_generator: computes anomaly maps from distances.
     """
 
@@ -71,7 +71,8 @@ class Detector:
         """Scores a batch of images that have been resized to the input size.
 
         Args:
-            images: uint8 (B, H, W, 3 or 4), the fourth channel as in `shown_mask`; or float (B, 3, H, W) in 0..1.
+            images: uint8 (B, H, W, 3 or 4), whose fourth channel is above 0 at pixels that are scored; or float (B, 3, H, W) in
+                0..1, of which all pixels are scored.
             describe: also return descriptors.
         """
         device = self.density.device
@@ -83,16 +84,24 @@ class Detector:
 
     @torch.inference_mode()
     def score_features(self, aligned: AlignedFeatures, shown: Tensor | None = None) -> ScoredImages:
-        """Scores the network's features of all tiles of B images.
+        """Scores B images from the network's features of all their tiles.
 
-        Args: shown: (B, H, W) bool, see `shown_mask`.
+        Args:
+            aligned: result of the network for the tiles (B * num_tiles, ...), the tiles of an image row by row.
+            shown: (B, H, W) bool, pixels of the input images that are scored, from `shown_mask`; None: all pixels.
         """
         levels, theta = warp_to_common_frame(aligned)
         return self.score_embedding(self.tiles.join(self.reduction(levels)), theta, shown)
 
     @torch.inference_mode()
     def score_embedding(self, embedding: Tensor, theta: Tensor | None, shown: Tensor | None = None) -> ScoredImages:
-        """Scores embeddings (B, C + K, H, W) and theta, the results of `embed`; shown: the result of `shown_mask`."""
+        """Scores the embeddings of B images.
+
+        Args:
+            embedding: (B, C + K, H, W), in the aligned frame, from `embed`.
+            theta: (B, 2, 3), alignment of each image; None without image alignment.
+            shown: (B, H, W) bool, pixels of the input images that are scored, from `shown_mask`; None: all pixels.
+        """
         distance = self.density.score(embedding)
         inspected = torch.ones_like(distance)
         if shown is not None:
@@ -109,7 +118,7 @@ class Detector:
         Args:
             theta: (B, 2, 3), alignment of each image; None without image alignment.
             profile: used for image scores instead of the detector's profile; None: the detector's profile.
-            shown: (B, H, W) bool, pixels of the input images outside which the anomaly map is 0; None: all are shown.
+            shown: (B, H, W) bool, pixels of the input images that are scored; the map is 0 at all other pixels. None: all pixels.
         """
         profile = profile or self.profile
         # pixels outside the image are invented by padding, and the density has not learnt locations that training rarely showed
@@ -189,9 +198,11 @@ def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
 
 
 def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
-    """Returns the pixels (B, H, W), bool, of a batch that are scored: those where its fourth channel is above 0 (`data.framing`).
+    """Returns which pixels of a batch are scored: the pixels whose fourth channel is above 0 (`data.framing`).
 
-    Returns: None for a float batch or without a fourth channel; all pixels are then scored.
+    Args: batch: uint8 (B, H, W, 3 or 4), or float (B, 3, H, W).
+
+    Returns: (B, H, W) bool. None if the batch is float or has no fourth channel; all pixels are then scored.
     """
     if batch.dtype != torch.uint8 or batch.shape[3] < 4:
         return None
@@ -199,9 +210,16 @@ def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
 
 
 def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
-    """Returns the pixels (B, H, W), bool, of the input images at the shown locations (B, h, w), bool, of the aligned frame.
+    """Returns which pixels of the input images are scored, computed from the locations that are scored.
 
-    It undoes `shown_locations` approximately, where only the locations were stored.
+    It is an approximate inverse of `shown_locations`. It is needed for images of a bank, which stores locations and no pixels.
+
+    Args:
+        locations: (B, h, w) bool, locations of the aligned frame that are scored.
+        theta: (B, 2, 3), alignment of each image; None without image alignment.
+        tiles: grid of tiles of an image.
+
+    Returns: (B, H, W) bool.
     """
     map_generator = AnomalyMapGenerator.for_tiles(tiles, locations.shape[1] // tiles.rows, 0.0, locations.device)
     pixels = map_generator(locations.float())
@@ -209,11 +227,15 @@ def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tenso
 
 
 def shown_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
-    """Returns the locations (B, *size), bool, of the aligned frame that have at least half of their pixels shown.
+    """Returns which locations of the aligned frame are scored. At least half of the pixels of such a location are scored.
 
     Args:
-        shown: (B, H, W) bool, pixels of the input images.
+        shown: (B, H, W) bool, pixels of the input images that are scored.
+        theta: (B, 2, 3), alignment of each image; None without image alignment.
+        tiles: grid of tiles of an image.
         size: rows and columns of locations of all tiles together.
+
+    Returns: (B, *size) bool.
     """
     pixels = shown[:, None].float()
     if theta is not None:
@@ -242,11 +264,14 @@ def embed(
 def embed_tiles(
     net: FocusNet, reduction: ChannelReduction, images: Tensor, pad_batches: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Does the same as `embed` for images or tiles (B, 3, S, S) of the network's input size.
+    """Computes embeddings of single tiles, or of images without tiles, in the aligned frame, for inference.
 
     Args:
+        images: (B, 3, S, S) in 0..1, of the network's input size S.
         pad_batches: pad every batch to a fixed size. Rounding depends on the batch size, and choices such as a nearest neighbour
             or a coreset depend on rounding. With a fixed batch size, they do not depend on the number of workers.
+
+    Returns: embedding (B, C + K, S/stride, S/stride); theta (B, 2, 3), or None without image alignment.
     """
     embeddings: list[Tensor] = []
     thetas: list[Tensor] = []

@@ -52,7 +52,8 @@ class TrainState:
 
     epoch: number of the last finished epoch.
     net, optimizer, schedule: state dicts.
-    notes, best: as in the fit that is resumed.
+    notes: intermediate results up to this epoch.
+    best: the network with the best validation score so far; None without selection.
     """
 
     epoch: int
@@ -75,7 +76,7 @@ class TrainState:
 
     @staticmethod
     def from_dict(tree: dict[str, Any]) -> TrainState:
-        """Builds the state from the result of `to_dict`."""
+        """Rebuilds a state from the dictionary that `to_dict` returned."""
         notes = dict(tree["notes"])
         report = notes.pop("alignment")
         alignment = None if report is None else AlignmentReport(**report)

@@ -24,6 +24,7 @@ class _SumOverWorkers(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        # every worker's loss depends on the sum, so the gradients of all workers are added
         total = gradient.clone()
         dist.all_reduce(total)
         return total
@@ -89,7 +90,10 @@ def prepared_for_inference(net: nn.Module, dtype: torch.dtype = torch.float32) -
 
 
 def fuse_batch_norms(module: nn.Module) -> None:
-    """Folds frozen batch norms into the convolutions before them, in place. The function stays the same; inference is faster."""
+    """Folds each batch norm that directly follows a convolution into this convolution, in place, to speed up inference.
+
+    The results are the same as in evaluation mode before, up to rounding. The module cannot be trained any more.
+    """
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     names = list(module._modules)

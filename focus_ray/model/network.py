@@ -94,7 +94,15 @@ class FocusNet(nn.Module):
     def features(
         self, image: Tensor
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Computes `levels` and `thetas` of `AlignedFeatures` from aligned images (B, 3, H, W), RGB in 0..1."""
+        """Computes the features of the three layers from images that are already aligned.
+
+        Args: image: (B, 3, H, W), RGB in 0..1.
+
+        Returns:
+            The features of layers 1 to 3, (B, C, H/stride, W/stride) each, where C and stride differ between layers.
+            For each layer, the transform (B, 2, 3) of its feature alignment, from the frame of the previous layer; None if the
+            layer has no feature aligner.
+        """
         if self.compiled is not None:
             return self.compiled(image), (None, None, None)
         x = (image - self.pixel_mean) / self.pixel_std
@@ -140,7 +148,7 @@ def build_projector(channels: int, config: ModelConfig) -> nn.Module:
 
 
 def build_predictor(config: ModelConfig) -> nn.Module:
-    """Builds the predictor g, which keeps the shape (B, projector_width, H, W); the identity if model.predictor is false."""
+    """Builds the predictor g, which keeps the shape (B, projector_width, H, W). Without model.predictor, g is the identity."""
     if not config.predictor:
         return nn.Identity()
     return nn.Sequential(
@@ -184,18 +192,25 @@ def _chain(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
 
 
 def inside_mask(theta: Tensor | None, like: Tensor) -> Tensor | None:
-    """Returns the pixels (B, H, W), bool, of aligned images that come from inside the input images; None without alignment.
+    """Returns the pixels (B, H, W), bool, of aligned images that come from inside the input images.
 
-    Args: like: (B, C, H, W), whose H and W are used.
+    Args:
+        theta: (B, 2, 3), the transform of the image alignment. Without image alignment (None), the result is None.
+        like: (B, C, H, W), a tensor of the size of the aligned images.
     """
     return None if theta is None else valid_mask(theta, like.shape[2], like.shape[3])
 
 
 def compute_seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
-    """Returns the locations (H, W), bool, of the aligned frame that at least this share of the training images showed.
+    """Returns which locations of the aligned frame at least a certain share of the training images showed.
 
-    Returns: None if all locations are used: without a fitted image aligner. Also None with feature alignment, because distances
-        are then in a frame that differs between images, and the aligner's weights are not in that frame.
+    Args:
+        height, width: rows and columns of locations.
+        share: smallest share of the training images.
+
+    Returns: (height, width) bool. The result is None, which means all locations, in two cases. First, no congealing aligner is
+        enabled, so it is not known which locations the images showed. Second, the network aligns features: distances are then in
+        a frame that differs between images, and the shares that the aligner stores are not in that frame.
     """
     aligner = net.image_aligner
     if len(net.feature_aligners):

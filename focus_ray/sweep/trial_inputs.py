@@ -218,7 +218,7 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
         DataError: The images cannot be aligned, for the reasons of `fitting.fit.fit`.
     """
     run = CategoryFit(config, make_worker_shard(config, images), len(images.fit), device)
-    run.align()
+    run.fit_image_aligner()
     run.net.eval()
 
     def levels_of(batches: Iterator[Tensor]) -> tuple[list[list[NDArray[np.float32]]], list[NDArray[np.float32]]]:

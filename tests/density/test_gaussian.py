@@ -19,8 +19,8 @@ from focus_ray.density.gaussian import Gaussian, LeaveOneOutGaussian, fit_gaussi
 from focus_ray.density.moments import (
     Moments,
     locations_first,
-    pack_in_chunks,
     pack_lower,
+    pack_lower_in_chunks,
     pooled_covariance,
     unpack_lower,
 )
@@ -253,7 +253,7 @@ def test_unpacking_undoes_packing(channels: int) -> None:
     assert packed.shape == (3, channels * (channels + 1) // 2)
     assert torch.equal(unpack_lower(packed), full.tril())
     assert torch.equal(unpack_lower(packed, symmetric=True), full.tril() + full.tril(-1).mT)
-    assert torch.equal(pack_in_chunks(full), packed)
+    assert torch.equal(pack_lower_in_chunks(full), packed)
 
 
 @pytest.mark.parametrize("channels", [100, 448, 550, 1792])
@@ -270,7 +270,7 @@ def test_a_packed_fit_equals_the_packed_factors_of_a_fit() -> None:
 
 FIT = """
 import json, time, torch
-from focus_ray.density.moments import Moments, pack_in_chunks
+from focus_ray.density.moments import Moments, pack_lower_in_chunks
 from focus_ray.density.gaussian import fit_gaussian
 def resident(key):
     with open("/proc/self/status") as status:
@@ -293,7 +293,7 @@ run(4, 20)  # a small fit first, so that the memory that libraries allocate on f
 before, start = resident("VmRSS"), time.perf_counter()
 moments, mean, factor = run(56, 100)
 peak, seconds = resident("VmHWM") - before, time.perf_counter() - start
-stored = [mean, factor, moments.mean, pack_in_chunks(moments.scatter)]
+stored = [mean, factor, moments.mean, pack_lower_in_chunks(moments.scatter)]
 print(json.dumps({"peak": peak, "seconds": seconds, "stored": sum(t.numel() * t.element_size() for t in stored)}))
 """
 

@@ -24,9 +24,9 @@ from focus_ray.density.nearest import (
     NearestMemory,
     build_memory,
     restore_bank,
+    select_unused_embeddings,
     subsample_coreset,
     to_bank_rows,
-    unused_embeddings,
     whiten,
 )
 
@@ -187,7 +187,7 @@ def test_coresets_and_unused_embeddings_restore_the_bank() -> None:
     bank = to_bank_rows(embeddings(20))
     coreset, images = subsample_coreset(bank.transpose(0, 1), 4, "cpu")
     assert images is not None
-    unused = unused_embeddings(bank, images.t())
+    unused = select_unused_embeddings(bank, images.t())
     assert len(unused) == 16 * HEIGHT * WIDTH
     assert torch.equal(restore_bank(coreset.transpose(0, 1), images.t(), unused), bank)
 

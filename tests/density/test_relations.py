@@ -11,7 +11,7 @@ from focus_ray.density.base import Statistics
 from focus_ray.density.gaussian import LeaveOneOutGaussian, fit_gaussian, mahalanobis
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import NearestMemory, build_memory
-from focus_ray.density.relations import Relations, fold_numbers, join_relations
+from focus_ray.density.relations import Relations, assign_folds, join_relations
 
 
 def make_relations(groups: list[int]) -> Relations:
@@ -42,8 +42,8 @@ def test_tiles_of_related_images_are_related() -> None:
 
 
 def test_folds_contain_whole_groups_and_alternate_without_groups() -> None:
-    assert fold_numbers(torch.arange(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert fold_numbers(torch.tensor([4, 4, 9, 1, 9]), 2).tolist() == [0, 0, 1, 0, 1]
+    assert assign_folds(torch.arange(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert assign_folds(torch.tensor([4, 4, 9, 1, 9]), 2).tolist() == [0, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("per_place", [None, 6])

@@ -96,8 +96,8 @@ def test_sums_of_parts_add_up_to_the_sums_of_all_images() -> None:
     for number in range(6):
         image = torch.tensor([number])
         for sums in (whole, first if number < 3 else second):
-            sums.add_normal(image)
-            sums.add_defective(bank[image] + number, image, torch.ones(1, 4, 4, dtype=torch.bool))
+            sums.add_normal_residuals(image)
+            sums.add_defective_residuals(bank[image] + number, image, torch.ones(1, 4, 4, dtype=torch.bool))
     torch.testing.assert_close(first.sums + second.sums, whole.sums)
     assert torch.equal(first.counts + second.counts, whole.counts)
     assert whole.counts.sum(dim=0).tolist() == [6 * 16, 6 * 16]
@@ -111,8 +111,8 @@ def test_a_fold_projection_is_the_projection_of_the_other_images() -> None:
         image = torch.tensor([number])
         for sums in (whole, remaining):
             if sums is whole or number % NUM_FOLDS != 0:
-                sums.add_normal(image)
-                sums.add_defective(3 * bank[image].flip(2), image, covered)
+                sums.add_normal_residuals(image)
+                sums.add_defective_residuals(3 * bank[image].flip(2), image, covered)
     torch.testing.assert_close(whole.compute_fold_projections(4)[0], remaining.compute_projection(4)[0])
 
 
@@ -290,7 +290,7 @@ def test_the_embedding_of_an_image_does_not_depend_on_the_other_images(data: str
     )
     plan = plan_category(config, "gear")
     run = CategoryFit(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
-    run.align()
+    run.fit_image_aligner()
     assert isinstance(run.net.image_aligner, CongealingAligner)
     run.net.image_aligner.enabled.fill_(True)
     run.net.eval()

@@ -26,7 +26,7 @@ from focus_ray.data.split import plan_category
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import to_bank_rows
-from focus_ray.density.tiles import TiledDensity, Tiles, fold_bank, split_maps, unfold_bank
+from focus_ray.density.tiles import TiledDensity, Tiles, join_bank_of_tiles, split_bank_into_tiles, split_maps
 from focus_ray.errors import ConfigError
 from focus_ray.evaluation.inspection import resize_map
 from focus_ray.fitting.anomaly_map import AnomalyMapGenerator
@@ -76,9 +76,9 @@ def test_tiles_are_cut_at_their_positions_and_joined_again() -> None:
 def test_a_bank_of_images_is_folded_into_a_bank_of_tiles() -> None:
     embedding = torch.rand(5, 7, 2 * 4, 3 * 4)
     bank = to_bank_rows(embedding)
-    folded = fold_bank(bank, (2, 3), 4, 4)
+    folded = split_bank_into_tiles(bank, (2, 3), 4, 4)
     assert torch.equal(folded, to_bank_rows(split_maps(embedding, 2, 3)))
-    assert torch.equal(unfold_bank(folded, (2, 3), 4, 4), bank)
+    assert torch.equal(join_bank_of_tiles(folded, (2, 3), 4, 4), bank)
 
 
 @pytest.mark.parametrize(("grid", "size"), [((1, 1), (32, 32)), ((2, 3), (56, 80))])

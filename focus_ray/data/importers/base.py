@@ -38,7 +38,7 @@ class Sample:
     defect_type: str
     masks: tuple[SourcePath, ...] = ()
     has_drawn_split: bool = False  # the source defines no split, so the split was drawn at random
-    subfolders: str = ""  # subfolders between the class folder (good/ and the like) and the file, as in "part1/view2"
+    subfolders: str = ""  # subfolders below the class folder (good/, scratch/), for example "part1/view2"
     group: str = ""  # name of the part or burst that the image shows; empty: the image is its own group
 
 
@@ -50,7 +50,7 @@ class ImportPlan:
         samples: the images to ingest.
         rejects: files that are rejected without being opened.
         notes: hints for the user.
-        folders: for each folder, a text with its number of images and their meaning.
+        folders: for each folder, a description with its number of images and their meaning.
     """
 
     category: str
@@ -60,7 +60,7 @@ class ImportPlan:
     folders: list[str] = field(default_factory=list)
 
     def add_messages(self, other: ImportPlan) -> None:
-        """Adds the rejects, notes and folder texts of another plan of the same category, without its samples."""
+        """Adds everything except the samples of another plan of the same category: its rejects, notes and folder descriptions."""
         self.rejects += other.rejects
         self.notes += other.notes
         self.folders += other.folders
@@ -155,6 +155,7 @@ def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Seq
 
     Args:
         names: name of each image.
+        settings: contain the share of the groups to draw, and the seed.
         groups: group name of each image; None or an empty name makes an image its own group.
     """
 
@@ -392,7 +393,12 @@ def folder_name(path: SourcePath) -> str:
 
 
 def check_category_name(name: str, source: SourcePath) -> str:
-    """Returns the name unchanged. Raises: DataError: it is not a valid name. source: of the name, for the message."""
+    """Returns the name of a category unchanged.
+
+    Args: source: file or folder from which the name was taken, for the error message.
+
+    Raises: DataError: the name is not valid.
+    """
     if not is_name(name):
         raise DataError(f"{source}: {name!r} is not a valid name of a category: expected {NAME_WORDS}; rename it")
     return name

@@ -35,7 +35,7 @@ FILE_COLUMNS = (
 _NUM_READERS = 16  # threads that read EXIF blocks
 
 ImageLocation = tuple[SourcePath, str]
-"""An image file, and the subfolders between its class folder (good/ and the like) and the file, as in part1/view2."""
+"""An image file, and its subfolders below the class folder (good/, scratch/), for example "part1/view2"."""
 
 
 class GroupRule(Protocol):
@@ -239,7 +239,15 @@ def read_table_rule(text: str, value: str, source: SourcePath) -> TableRule:
 
 
 def _pairs_of_csv(content: str, file: str, column: str, refuse: Any) -> list[tuple[str, str]]:
-    """Returns (file, group) of each row of a CSV text. refuse: makes the error from a reason."""
+    """Returns (file, group) of each row of a CSV text.
+
+    Args:
+        file: name of the table, for error messages.
+        column: name of the column with the groups.
+        refuse: makes the error to raise from its reason.
+
+    Raises: the error of `refuse`: the text is not valid CSV, or a column is missing.
+    """
     header = content.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     try:

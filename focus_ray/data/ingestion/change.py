@@ -56,13 +56,17 @@ def remove_rows(
 ) -> RemoveReport:
     """Removes rows from a category: all rows with one of the ids, one of the content hashes, or the site.
 
-    Only part files that contain such rows are written again. The version before stays readable for a day.
+    Only part files that contain such rows are written again. The previous version stays readable for a day.
 
     Args:
         uri: root of the data set.
+        ids: ids of rows to remove.
+        content_hashes: content hashes of images to remove.
+        site: site whose rows are removed; None: no site.
 
     Raises:
-        DataError: no row has one of the values, no row would remain, or no value is given.
+        DataError: no value is given, one of the values occurs in no row, or no row would remain. Also if the category does not
+            exist, or the storage fails.
     """
     if not ids and not content_hashes and site is None:
         raise DataError("no rows to remove: give ids, content hashes or a site")

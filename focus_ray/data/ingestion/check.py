@@ -48,7 +48,7 @@ def read_sample_files(sample: Sample) -> list[bytes | OSError]:
 
 
 def compute_digest(content: bytes | OSError) -> FileDigest:
-    """Returns size and SHA-256 of the content of a file, see `FileDigest`."""
+    """Returns size and SHA-256 hex of the content of a file. For an error, returns -1 and the error number."""
     if isinstance(content, OSError):
         return -1, str(content.errno)
     return len(content), hashlib.sha256(content).hexdigest()

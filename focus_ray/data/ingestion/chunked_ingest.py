@@ -102,6 +102,8 @@ def _load_base(store: Store, category: str, commit: Commit) -> _BaseVersion:
 class _CategoryState:
     """The state of one category during the ingestion.
 
+    A stamp is the size of a file and its ETag or time of change (`read_source_stamp`); a digest is its size and SHA-256.
+
     Attributes:
         stamps: stamp of each source file.
         digests: digests of the files that need not be read again.
@@ -190,7 +192,15 @@ def _prepare(plan: ImportPlan, options: IngestOptions) -> _CategoryState:
 def _find_digests(
     manifest: SourceManifest, paths: Sequence[SourcePath], stamps: dict[SourcePath, SourceStamp], options: IngestOptions
 ) -> dict[SourcePath, FileDigest]:
-    """Returns the digests of files that may be unchanged: from the manifest, or by reading the files of equal size."""
+    """Returns the digests of source files that may be unchanged since the last ingestion.
+
+    If stamps are trusted, a file with the size and stamp of the manifest counts as unchanged, and its digest is taken from the
+    manifest. Otherwise, every file with the size of the manifest is read to compute its digest, which may have changed.
+
+    Args:
+        paths: the source files.
+        stamps: stamp of each source file.
+    """
     if options.trusts_stamps:
         return manifest.unchanged_digests(paths, stamps)
     candidates = [path for path in paths if manifest.has_same_size(path, stamps[path])]
@@ -286,7 +296,11 @@ class _DraftBuilder:
         chunk_rejects: the files that were rejected while the chunks were checked.
         digests: digests of the files that were read in the chunks.
         kept_items: after `build_draft`, the images of the new version from this source.
-        rejects, counts, num_existing, num_regrouped, previous, groups: after `build_draft`, the facts for the report.
+        rejects: after `build_draft`, all rejected files of the source.
+        counts: after `build_draft`, the row counts of the new version, see `count_rows`.
+        num_existing, num_regrouped: after `build_draft`, see `_CategoryState`; with images that were read and then recognised.
+        previous: after `build_draft`, the commit before the new version; None if there was none.
+        groups: after `build_draft`, the counts of the groups.
     """
 
     def __init__(self, item: _CategoryState, options: IngestOptions, results: Sequence[ChunkResult]) -> None:

@@ -55,7 +55,7 @@ class Chunk:
     Attributes:
         uri: root of the data set.
         ids: row ids of the images if no image of the category is rejected.
-        used_ids: those ids that existing rows already use.
+        used_ids: the ids of this chunk that existing rows already use.
         num_threads: threads that read and check images.
     """
 

@@ -17,12 +17,15 @@ from focus_ray.data.schema import Reject, RejectReason
 def remove_duplicates(
     checked: Sequence[CheckedSample], category: str, settings: ImportSettings
 ) -> tuple[list[CheckedSample], list[Reject]]:
-    """Removes images with the same pixels that would leak from test into train, count twice or have contradictory labels.
+    """Removes images with equal pixels from new images of one category.
 
-    docs/use/data.md has a table of the cases.
+    Training images that are also test images are removed, and a repeated training image is kept once. If equal images have
+    different labels, all of them are removed. docs/use/data.md has a table of the cases.
+
+    Args: category: name of the category, for the records of rejected images.
 
     Returns:
-        The images to keep, and the rejected ones.
+        The images to keep, and the records of the rejected images.
     """
     by_content: dict[str, list[CheckedSample]] = defaultdict(list)
     for item in sorted(checked, key=lambda item: settings.relative(item.sample.path)):

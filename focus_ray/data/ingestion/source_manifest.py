@@ -24,9 +24,12 @@ SourceStamp = tuple[int, str]
 def compute_source_fingerprint(
     plan: ImportPlan, settings: ImportSettings, site: str, digests: Mapping[SourcePath, FileDigest]
 ) -> str:
-    """Returns the fingerprint of a source: equal fingerprints mean that an ingestion would give the same rows.
+    """Returns the fingerprint of a source. If two fingerprints are equal, ingestions of the sources give the same rows.
 
-    It is the SHA-256 hex of every file's name, size and bytes, its interpretation by the importer, its group, and the settings.
+    It is the SHA-256 hex of these facts: schema version, category and site; path, size and digest of each file; split, label,
+    type of defect and group of each image; the files that the importer rejects; and the group rule.
+
+    Args: digests: digest of each image and mask of the plan.
     """
     samples = sorted(plan.samples, key=lambda item: settings.relative(item.path))
     sample_facts = [
@@ -45,7 +48,10 @@ def compute_source_fingerprint(
 
 
 def read_file_digest(path: SourcePath) -> tuple[FileDigest, SourceStamp]:
-    """Reads a local file, and returns its digest and its stamp from the same moment."""
+    """Reads a local file, and returns its digest and its stamp, both from one opening of the file.
+
+    Returns: size and SHA-256 hex; size and time of change. If the file cannot be read, both sizes are -1.
+    """
     assert isinstance(path, Path)
     try:
         with path.open("rb") as stream:

@@ -247,8 +247,13 @@ class CongealingAligner(nn.Module):
         return self._bound(rotation_theta(angles.float()[index], shift)), top
 
     # ---- (b) refinement
-    def _basis(self, template: Tensor) -> Tensor:
-        """Computes derivatives (P, d + 2) of the template's P pixels by the group's d parameters, and by gain and bias."""
+    def _template_derivatives(self, template: Tensor) -> Tensor:
+        """Computes the derivatives of the template's pixels with respect to all parameters of the refinement.
+
+        Args: template: (S, S).
+
+        Returns: (P, d + 2) for P = S * S pixels: derivatives by the d parameters of the transform group, then by gain and bias.
+        """
         size = template.shape[-1]
         line = (torch.arange(size, device=template.device, dtype=template.dtype) + 0.5) * (2 / size) - 1
         y, x = torch.meshgrid(line, line, indexing="ij")
@@ -265,7 +270,7 @@ class CongealingAligner(nn.Module):
         return torch.stack([*columns, template, torch.ones_like(template)], dim=-1).flatten(0, 1)
 
     def _increment(self, delta: Tensor) -> Tensor:
-        """Builds small transforms (B, 2, 3) of the group from parameters (B, d) in the order of `_basis`."""
+        """Builds small transforms (B, 2, 3) of the group from parameters (B, d) in the order of `_template_derivatives`."""
         widths = {"r": 1, "s": 1, "a": 2, "t": 2}
         sizes = [widths[component] for component in self.components]
         parts = dict(zip(self.components, delta.split(sizes, dim=1), strict=True))
@@ -317,11 +322,11 @@ class CongealingAligner(nn.Module):
         size = level.shape[-1]
         template = self._resize(self.template[None], size)[0]
         weight = self._resize(self.weight[None], size)[0].flatten()
-        basis = self._basis(template)
-        columns = basis.shape[1]
+        derivatives = self._template_derivatives(template)
+        columns = derivatives.shape[1]
         # outer products of each pixel's derivatives, computed once: a normal matrix is then one product with the weights
-        outer = (basis[:, :, None] * basis[:, None, :]).flatten(1)  # (P, (d + 2)^2)
-        gain_bias = basis[:, -2:]  # (P, 2), derivatives by gain and bias: the template, and 1
+        outer = (derivatives[:, :, None] * derivatives[:, None, :]).flatten(1)  # (P, (d + 2)^2)
+        gain_bias = derivatives[:, -2:]  # (P, 2), derivatives by gain and bias: the template, and 1
         outer2 = (gain_bias[:, :, None] * gain_bias[:, None, :]).flatten(1)
         ridge2 = self.MIN_STD * torch.eye(2, device=level.device)
         images = level[:, None]
@@ -357,7 +362,7 @@ class CongealingAligner(nn.Module):
             normal = _multiply_rows(w, outer).view(-1, columns, columns)
             trace = normal.diagonal(dim1=1, dim2=2)
             normal = normal + torch.diag_embed(self.DAMPING * trace + self.EPSILON)
-            right = _multiply_rows(w * residual, basis)
+            right = _multiply_rows(w * residual, derivatives)
             solution = _solve(normal, right)
             delta = solution[:, :-2] / fit[:, :1].clamp_min(self.MIN_GAIN)
             delta = delta * (self.MAX_STEP / delta.abs().amax(1, keepdim=True).clamp_min(self.MAX_STEP))
@@ -394,16 +399,19 @@ class CongealingAligner(nn.Module):
 
     # ---- training
     def _align_all(self, fine: Tensor, use_fine: bool) -> tuple[Tensor, Tensor]:
-        """Runs `align` on any number of images, in batches."""
+        """Computes theta (N, 2, 3) and cost (N,) of prepared images (N, F, F) in batches; see `align`."""
         parts = [self.align(part, use_fine) for part in fine.split(self.ALIGN_BATCH)]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def _mean_image(self, fine: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the mean (F, F) of the aligned images over valid pixels, and the share (F, F) of images that show each pixel.
+        """Computes the mean of the aligned images, in which each image counts only where it has valid pixels.
 
         Args:
-            fine: (N, F, F), prepared images.
-            theta: (N, 2, 3).
+            fine: (N, F, F), images from `prepare`.
+            theta: (N, 2, 3), alignment of each image.
+
+        Returns: the mean (F, F), and the share (F, F) of the images that show each pixel. Pixels that at most a share of
+            `MIN_SEEN_SHARE` shows have the overall mean.
         """
         total, count = torch.zeros_like(self.template), torch.zeros_like(self.template)
         for part, moves in zip(fine.split(self.MEAN_BATCH), theta.split(self.MEAN_BATCH), strict=True):

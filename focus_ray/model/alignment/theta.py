@@ -59,8 +59,10 @@ def theta_from_parameters(parameters: Tensor, group: str, bounds: TransformBound
 
     Args:
         parameters: (B, count_parameters(group)).
+        group: transform group, one of `GROUPS`.
+        bounds: the largest transform; tanh keeps every parameter inside its bound.
 
-    Raises: ValueError: the number of parameters does not fit the group.
+    Raises: ValueError: the group is unknown, or the number of parameters does not fit the group.
     """
     width = count_parameters(group)
     if parameters.ndim != 2 or parameters.shape[1] != width:
@@ -91,7 +93,8 @@ def make_theta(
         angle: (B,), rotation in radians.
         scale: (B,), factor.
         shift: (B, 2), in half widths, x before y.
-        anisotropy, shear: (B,); None: none.
+        anisotropy: (B,), factor; None: 1.
+        shear: (B,); None: 0.
     """
     cos, sin = angle.cos(), angle.sin()
     across = scale if anisotropy is None else scale * anisotropy
@@ -156,13 +159,13 @@ def _shrink_matrix(length: int, size: int) -> Tensor:
 
 
 def warp(images: Tensor, theta: Tensor, padding: str = "border", size: tuple[int, int] | None = None) -> Tensor:
-    """Resamples images bilinearly at the transformed coordinates.
+    """Returns images that are aligned by theta: each output pixel is read bilinearly at the coordinates that theta maps it to.
 
     Coordinates are computed in float32 or higher precision for every type of image, also under autocast.
 
     Args:
         images: (B, C, H, W).
-        theta: (B, 2, 3).
+        theta: (B, 2, 3), maps output coordinates to input coordinates; see the top of this file.
         padding: values outside the frame: 'border', 'reflection' or 'zeros'.
         size: rows and columns of the result; None: (H, W).
 

@@ -14,10 +14,19 @@ from focus_ray.model.alignment.theta import (
 
 
 class SpatialTransformer(nn.Module):
-    """A localisation network that predicts a transform of a group from features; untrained, it predicts the identity.
+    """A localisation network that predicts a geometric transform for each image from its features.
 
-    The layers are [kin: RegAD] two blocks of 3x3 convolution, batch norm, ReLU and 3x3 max-pooling with stride 2, to 64 and 16
-    channels; then a linear layer to 1024, ReLU, and a zero-initialised linear layer to the parameters of the transform.
+    The predicted transforms belong to one transform group (`theta.GROUPS`). Before training, the network predicts the identity.
+
+    The layers are the same as in RegAD [kin]: two blocks of 3x3 convolution, batch norm, ReLU and 3x3 max-pooling with stride 2,
+    to 64 and 16 channels; then a linear layer to 1024, ReLU, and a zero-initialised linear layer to the parameters of the
+    transform.
+
+    Args:
+        channels: channels of the features.
+        size: rows and columns of the features.
+        group: transform group.
+        bounds: the largest transform that the network can predict.
     """
 
     def __init__(self, channels: int, size: int, group: str, bounds: TransformBounds) -> None:

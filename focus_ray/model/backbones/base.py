@@ -26,7 +26,8 @@ class BackboneSpec(NamedTuple):
     channels: numbers of channels of layers 1, 2, 3.
     mean, std: input normalisation, for images in 0..1.
     build_layers: builds the three layers. Each takes the output of the previous layer.
-    map_key: converts the published name of a weight to its name here; None for a weight that is not needed.
+    map_key: converts the published name of a weight to its name in `Backbone`; None for a weight that is not needed. An unknown
+        name is returned unchanged.
     load_default_state: loads the default weights, under their published names. Raises: WeightsError: they cannot be loaded.
     to_map: converts the output of a layer to features (B, C, H, W).
     rename_state: converts weights with another published naming to the names that `map_key` expects.
@@ -85,7 +86,7 @@ def build_meta_backbone(name: str) -> Backbone:
 
 
 def set_padding(backbone: nn.Module, mode: str) -> None:
-    """Sets the padding of all convolutions to 'zeros' or 'reflect', in place; weights do not change."""
+    """Sets the padding mode of all convolutions, 'zeros' or 'reflect', in place; weights do not change."""
     for module in backbone.modules():
         if hasattr(module, "padding_mode"):
             module.padding_mode = mode  # type: ignore[assignment]

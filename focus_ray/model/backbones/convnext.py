@@ -11,7 +11,7 @@ from focus_ray.model.backbones.weights import load_hub_state
 
 
 def map_convnext_key(key: str) -> str | None:
-    """Converts the torchvision name of a weight to its name here; None if the weight is not used."""
+    """Converts the torchvision name of a weight to its name in `Backbone`; None if the weight is not used."""
     part, _, suffix = key.partition(".")
     if part == "classifier":
         return None
@@ -23,7 +23,7 @@ def map_convnext_key(key: str) -> str | None:
 
 
 def build_convnext_layers() -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds the three layers with random weights."""
+    """Builds layers 1 to 3 of ConvNeXt-Tiny with random weights; layer 1 contains the stem."""
     from torchvision import models
 
     # no stochastic depth: in training, the two images of a pair must pass through the same network

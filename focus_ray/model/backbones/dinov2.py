@@ -114,7 +114,7 @@ class _Block(nn.Module):
 
 
 def build_vit_layers(width: int, registers: int) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds the three layers with random weights; the first also embeds the images.
+    """Builds layers 1 to 3 of a vision transformer with random weights; layer 1 also embeds the images.
 
     Args:
         width: channels of a token.
@@ -133,7 +133,7 @@ def tokens_to_map(registers: int, tokens: Tensor) -> Tensor:
 
 
 def map_vit_key(key: str) -> str | None:
-    """Converts the authors' name of a weight to its name here; None if the weight is not used."""
+    """Converts the authors' name of a weight to its name in `Backbone`; None if the weight is not used."""
     part, _, suffix = key.partition(".")
     if part in ("mask_token", "norm", "head"):
         return None

@@ -28,7 +28,7 @@ Numbers = tuple[int, int, int, int, int]  # one for each group
 
 
 def map_lite_key(repeats: Numbers, key: str) -> str | None:
-    """Converts the published name of a weight to its name here; None if the weight is not used.
+    """Converts the published name of a weight to its name in `Backbone`; None if the weight is not used.
 
     Args: repeats: number of blocks in each group.
     """
@@ -100,7 +100,7 @@ class _MBConv(nn.Module):
 
 
 def build_lite_layers(widths: Numbers, repeats: Numbers) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds the three layers with random weights.
+    """Builds layers 1 to 3 of an EfficientNet-Lite with random weights; layer 1 contains the stem.
 
     Args:
         widths: output channels of each group.

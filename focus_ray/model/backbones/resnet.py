@@ -11,7 +11,7 @@ from focus_ray.model.backbones.weights import load_hub_state
 
 
 def map_resnet_key(key: str) -> str | None:
-    """Converts the torchvision name of a weight to its name here; None if the weight is not used."""
+    """Converts the torchvision name of a weight to its name in `Backbone`; None if the weight is not used."""
     part, _, suffix = key.partition(".")
     if part in ("layer4", "fc"):
         return None
@@ -23,7 +23,10 @@ def map_resnet_key(key: str) -> str | None:
 
 
 def build_resnet_layers(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Builds the three layers with random weights; the first contains the stem."""
+    """Builds layers 1 to 3 of a ResNet with random weights; layer 1 contains the stem.
+
+    Args: name: name of the ResNet in torchvision.
+    """
     from torchvision import models
 
     net = getattr(models, name)(weights=None)

@@ -46,7 +46,10 @@ def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def find_hub_weights(name: str) -> Any:
-    """Returns the torchvision weights of a backbone, an enum with a `url`; None if its weights are not from torchvision."""
+    """Returns the member of torchvision's weights enum for a backbone; its `url` is the address of the file.
+
+    Returns: None if the weights of the backbone are not from torchvision.
+    """
     from torchvision import models
 
     # PaDiM, RegAD and PatchCore report results with V1 weights
