@@ -22,10 +22,10 @@ from focus_ray.errors import DataError, RegistryError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.serving.api import create_api
 from focus_ray.serving.measures import Measures
-from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.scorer import ImageScorer
 from focus_ray.serving.service import Service
-from focus_ray.serving.settings import Settings, Sink, parse_settings
-from focus_ray.serving.sink import ImageSink, remove_old
+from focus_ray.serving.settings import ServiceSettings, Sink, parse_settings
+from focus_ray.serving.sink import ImageSink, delete_old_images
 
 TIME = "2026-01-31T12:00:00+00:00"
 HASH = "ab" * 32
@@ -47,12 +47,12 @@ def registry(plant: Plant, tmp_path: Path) -> Registry:
     return registry
 
 
-def settings_of(plant: Plant, **changes: Any) -> Settings:
+def settings_of(plant: Plant, **changes: Any) -> ServiceSettings:
     return parse_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.05, **changes})
 
 
-def service_of(settings: Settings) -> Service:
-    return Service(settings, Scorer(settings.pool, "cpu", Measures()), Measures())
+def service_of(settings: ServiceSettings) -> Service:
+    return Service(settings, ImageScorer(settings.pool, "cpu", Measures()), Measures())
 
 
 def place(registry: Registry, *parts: str) -> Path:
@@ -126,8 +126,8 @@ def test_a_damaged_version_is_a_404_and_the_list_is_answered(plant: Plant, regis
             200,
             ["v0001", "v0003"],
         )
-        asked = client.post("/v1/press/gear/inspect?version=v0002", content=plant.images[0], headers=headers)
-        assert asked.status_code == 404
+        answer = client.post("/v1/press/gear/inspect?version=v0002", content=plant.images[0], headers=headers)
+        assert answer.status_code == 404
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).status_code == 200
 
 
@@ -325,7 +325,7 @@ def test_a_day_that_cannot_be_deleted_does_not_keep_the_others(tmp_path: Path, m
         remove(uri)
 
     monkeypatch.setattr(sink_module, "remove_folder", remove_some)
-    removed = remove_old(str(tmp_path), datetime(2021, 1, 1, tzinfo=timezone.utc))
+    removed = delete_old_images(str(tmp_path), datetime(2021, 1, 1, tzinfo=timezone.utc))
     assert [name[-2:] for name in removed] == ["01", "03"]
 
 
@@ -365,7 +365,7 @@ def test_a_model_above_memory_mb_is_a_503_with_a_log_line_and_the_other_models_s
         answer = client.post("/v1/press/board/inspect", content=plant.images[0], headers=headers)
         assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
         assert "limit" not in answer.text
-        assert [key.split("/")[1] for key in service.scorers.models.keys] == ["gear"]  # type: ignore[attr-defined]
+        assert [key.split("/")[1] for key in service.backend.models.loaded_keys] == ["gear"]  # type: ignore[attr-defined]
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).status_code == 200
     assert "model cannot be loaded" in caplog.text
     assert "and the limit is 67108864" in caplog.text

@@ -20,11 +20,11 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.images import ImageError, encode_png, read_image
 from focus_ray.serving import decoders as decoders_module
 from focus_ray.serving.api import create_api
-from focus_ray.serving.decoders import Decoders, Turns
+from focus_ray.serving.decoders import Decoders, TeamSlots
 from focus_ray.serving.limits import Gate
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.problems import Problem
-from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.scorer import ImageScorer
 from focus_ray.serving.service import Service
 from focus_ray.serving.settings import MIB, Limits, parse_settings
 
@@ -86,9 +86,9 @@ def test_a_decoder_that_takes_too_much_memory_or_dies_tells_so_and_another_start
 
 def test_a_request_that_is_given_up_leaves_nothing_in_the_queue(decoders: Decoders) -> None:
     async def run() -> None:
-        asked = [asyncio.create_task(decoders._run("press", time.sleep, 0.3)) for _ in range(20)]
+        tasks = [asyncio.create_task(decoders._run("press", time.sleep, 0.3)) for _ in range(20)]
         await asyncio.sleep(0.1)
-        for task in asked:
+        for task in tasks:
             task.cancel()
         started = time.monotonic()
         assert await decoders._run("press", abs, -1) == 1
@@ -98,15 +98,15 @@ def test_a_request_that_is_given_up_leaves_nothing_in_the_queue(decoders: Decode
 
 
 def test_teams_take_turns_and_one_leaves_a_place_to_the_others() -> None:
-    turns, order, held, most = Turns(3, 2), [], Counter[str](), Counter[str]()
+    slots, order, num_held, max_held = TeamSlots(3, 2), [], Counter[str](), Counter[str]()
 
     async def work(team: str) -> None:
-        async with turns.hold(team):
-            held[team] += 1
-            most[team] = max(most[team], held[team])
+        async with slots.hold(team):
+            num_held[team] += 1
+            max_held[team] = max(max_held[team], num_held[team])
             order.append(team)
             await asyncio.sleep(0.001)
-            held[team] -= 1
+            num_held[team] -= 1
 
     async def run() -> None:
         flood = [asyncio.create_task(work("flood")) for _ in range(100)]
@@ -116,7 +116,7 @@ def test_teams_take_turns_and_one_leaves_a_place_to_the_others() -> None:
         await asyncio.gather(*flood, return_exceptions=True)
 
     asyncio.run(run())
-    assert most["flood"] == 2
+    assert max_held["flood"] == 2
     assert Counter(order[:24])["press"] == Counter(order[:24])["mill"] == 5  # not behind the hundred
     assert len(order) == 109
 
@@ -148,7 +148,7 @@ def test_bombs_of_one_team_do_not_slow_down_another(plant: Plant) -> None:
     start = many.rindex(b"\xff\xda")
     bombs = [slow_jpeg(), many[:start] + many[start:-2] * 16_000 + b"\xff\xd9"]
     settings = parse_settings({"registry": plant.registry, "tokens": plant.tokens})
-    service = Service(settings, Scorer(settings.pool, "cpu"), Measures())
+    service = Service(settings, ImageScorer(settings.pool, "cpu"), Measures())
     stop, statuses = threading.Event(), Counter[int]()
     with TestClient(create_api(service)) as client:
 

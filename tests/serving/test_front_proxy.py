@@ -48,8 +48,8 @@ class Service:
             body += len(message.get("body", b""))
         status = 200
         if scope["path"] == "/v1":
-            known = headers.get("authorization") in (f"Bearer {TOKEN}", f"Bearer {OTHER_TOKEN}")
-            status = 503 if not self.tokens_ready else 200 if known else 401
+            is_valid = headers.get("authorization") in (f"Bearer {TOKEN}", f"Bearer {OTHER_TOKEN}")
+            status = 503 if not self.tokens_ready else 200 if is_valid else 401
         else:
             self.requests.append({"path": scope["path"], "body": body, "headers": headers})
         answer_headers = [(b"content-type", b"text/plain")] + [(b"www-authenticate", b"Bearer")] * (status == 401)
@@ -278,8 +278,8 @@ def test_the_connections_of_one_address_are_limited(proxy: Proxy) -> None:
     with proxy.tls().wrap_socket(other, server_hostname="127.0.0.1") as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: plant\r\nConnection: close\r\n\r\n")
         assert read_until_closed(connection, 10.0).startswith(b"HTTP/1.1 200 ")
-    for one in connections:
-        one.close()
+    for connection in connections:
+        connection.close()
 
 
 def test_a_flood_by_one_token_gets_429_while_another_token_is_answered(client: httpx.Client, service: Service) -> None:

@@ -1,4 +1,4 @@
-"""What looking up and keeping costs as categories grow, and that nothing is missed for it: registry, folder and sink."""
+"""Look-ups and the sink with many categories: number of storage calls, and that no change is missed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from focus_ray.serving import sink as sink_module
 from focus_ray.serving import source as source_module
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.settings import Sink
-from focus_ray.serving.sink import ImageSink, remove_old
-from focus_ray.serving.source import TRUST_S, Directory, FolderSource, Source
+from focus_ray.serving.sink import ImageSink, delete_old_images
+from focus_ray.serving.source import MAX_LOOKUP_AGE_S, FolderSource, ModelSource, VersionDirectory
 from focus_ray.storage import create_bytes, join, list_names, write_bytes
 
 TEAM, REFRESH_S = "press", 2.0
@@ -41,7 +41,7 @@ def category(number: int) -> str:
 
 
 def add_version(registry: Registry, of: str, name: str) -> None:
-    """As `publish` does, without a bundle."""
+    """Publishes a version as `publish` does, but without a bundle."""
     now = datetime.now(timezone.utc).isoformat()
     record = {"sha256": f"{of}{name}".encode().hex().ljust(64, "0"), "published_at": now, "num_bytes": 1}
     write_bytes(join(registry.root, TEAM, of, "_published", f"{name}.json"), json.dumps(record).encode())
@@ -56,7 +56,7 @@ def make_registry(root: Path, num_categories: int) -> Registry:
 
 
 def write_manifest(bundle: str | Path, of: str, note: int = 0) -> None:
-    """A bundle's manifest, and no tensors."""
+    """Writes the manifest of a bundle, without tensors."""
     manifest = {"format": "focus_ray bundle", "format_version": FORMAT_VERSION, "category": of, "files": {}}
     manifest.update(created_at="2026-01-31T12:00:00+00:00", note=f"{note:04}")
     manifest["sha256"] = manifest_hash(manifest)
@@ -91,15 +91,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """What is asked of the storage: listings, and files read."""
-    counted: Counter[str] = Counter()
+def storage_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the calls of the storage: listings, and files read."""
+    calls: Counter[str] = Counter()
 
-    def count(module: Any, name: str, what: str) -> None:
+    def count(module: Any, name: str, kind: str) -> None:
         function = getattr(module, name)
 
         def counting(*arguments: Any) -> Any:
-            counted[what] += 1
+            calls[kind] += 1
             return function(*arguments)
 
         monkeypatch.setattr(module, name, counting)
@@ -108,31 +108,33 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(registry_module, "read_bytes", "files")
     count(source_module, "stamp_bundles", "listings")
     count(source_module, "read_manifest", "files")
-    return counted
+    return calls
 
 
 @dataclass
 class Line:
-    """A directory of a source, and what was warmed and told."""
+    """A version directory of a source; records the versions that it warmed and the messages that it logged."""
 
-    source: Source
+    source: ModelSource
     warmed: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.directory = Directory(
-            self.source, REFRESH_S, self._warm, lambda message, **facts: self.told.append(message)
+        self.directory = VersionDirectory(
+            self.source, REFRESH_S, self._warm, lambda message, **facts: self.messages.append(message)
         )
 
     async def _warm(self, version: Version) -> None:
         self.warmed.append(f"{version.category}/{version.name}")
 
     async def ask(self, num_categories: int, ref: str = "latest") -> list[str]:
-        """The versions that answer, once what that sets off behind the answers is done."""
-        found = [(await self.directory.resolve(TEAM, category(number), ref)).name for number in range(num_categories)]
+        """Returns the version of each category, after the checks in the background have ended."""
+        versions = [
+            (await self.directory.resolve(TEAM, category(number), ref)).name for number in range(num_categories)
+        ]
         tasks = [entry.task for entry in self.directory._entries.values() if entry.task]
         await asyncio.gather(*tasks)
-        return found
+        return versions
 
 
 # ---- a registry
@@ -140,30 +142,30 @@ class Line:
 
 @MANY
 def test_an_interval_costs_one_listing_however_many_categories_are_asked_for(
-    tmp_path: Path, clock: Clock, asked: Counter[str], num_categories: int
+    tmp_path: Path, clock: Clock, storage_calls: Counter[str], num_categories: int
 ) -> None:
     line = Line(make_registry(tmp_path, num_categories))
-    asked.clear()
+    storage_calls.clear()
 
     async def run() -> None:
         await line.ask(num_categories)
         clock.now += REFRESH_S
         await line.ask(num_categories)
         # each is looked up as the first of it comes, and once more with the marks that are asked for then
-        assert asked == {"listings": 2 * num_categories + 1, "files": 4 * num_categories}
-        asked.clear()
+        assert storage_calls == {"listings": 2 * num_categories + 1, "files": 4 * num_categories}
+        storage_calls.clear()
         for _ in range(5):
             clock.now += REFRESH_S
             await line.ask(num_categories)
             await line.ask(num_categories)
-        assert asked == {"listings": 5}
+        assert storage_calls == {"listings": 5}
 
     asyncio.run(run())
     assert line.warmed == []
 
 
 def test_what_has_moved_is_seen_after_an_interval_and_nothing_else_is_looked_up(
-    tmp_path: Path, clock: Clock, asked: Counter[str]
+    tmp_path: Path, clock: Clock, storage_calls: Counter[str]
 ) -> None:
     line, other = Line(make_registry(tmp_path, 10)), Registry(tmp_path)
 
@@ -178,13 +180,13 @@ def test_what_has_moved_is_seen_after_an_interval_and_nothing_else_is_looked_up(
             ("v0002", lambda: other.promote(TEAM, category(3), "v0002", "latest")),
         ):
             change()
-            asked.clear()
+            storage_calls.clear()
             clock.now += REFRESH_S - 0.1
             await line.ask(10)
-            assert asked == {}
+            assert storage_calls == {}
             clock.now += 0.1
             await line.ask(10)
-            assert asked == {"listings": 2, "files": 2}
+            assert storage_calls == {"listings": 2, "files": 2}
             assert (await line.ask(10))[3] == expected
 
     asyncio.run(run())
@@ -209,29 +211,29 @@ def test_an_answer_is_an_interval_old_at_most_though_categories_are_asked_for_at
 
     async def ask(of: int) -> str:
         version = await line.directory.resolve(TEAM, category(of), "latest")
-        await line.ask(0)  # what that set off
+        await line.ask(0)  # waits for the checks in the background
         return version.name
 
     async def run() -> None:
         for _ in range(2):
-            former = {of: await ask(of) for of in (0, 1, 3)}  # with marks of the time 0
+            previous = {of: await ask(of) for of in (0, 1, 3)}  # with marks of the time 0
         clock.now += 1.9
         change(2)
         change(1)
-        third = await ask(2)  # its first look-up
+        first_version_of_2 = await ask(2)  # its first look-up
         clock.now += 0.1
-        assert await ask(0) == former[0]  # marks of 2.0
+        assert await ask(0) == previous[0]  # marks of 2.0
         change(0)
         change(3)
         clock.now += 1.9
-        assert {of: await ask(of) for of in (0, 1, 3)} == former  # marks of 2.0 say that 1 has changed, and no other
-        assert await ask(1) != former[1]
+        assert {of: await ask(of) for of in (0, 1, 3)} == previous  # marks of 2.0 say that 1 has changed, and no other
+        assert await ask(1) != previous[1]
         await ask(2)
-        assert (await ask(2) != third) == (kind == "folder")
+        assert (await ask(2) != first_version_of_2) == (kind == "folder")
         clock.now += 0.1
         for of in (0, 3):
             await ask(of)
-            assert await ask(of) != former[of]
+            assert await ask(of) != previous[of]
 
     asyncio.run(run())
 
@@ -285,10 +287,10 @@ def test_a_mark_that_stays_stands_for_one_version_whoever_moves_the_alias_meanwh
     stop, failed = threading.Event(), []
 
     def move(names: tuple[str, str]) -> None:
-        mine = Registry(tmp_path)
+        own_registry = Registry(tmp_path)
         try:
             for turn in range(40):
-                mine.promote(TEAM, category(0), names[turn % 2], "production")
+                own_registry.promote(TEAM, category(0), names[turn % 2], "production")
         except BaseException as error:
             failed.append(error)
 
@@ -296,11 +298,11 @@ def test_a_mark_that_stays_stands_for_one_version_whoever_moves_the_alias_meanwh
     seen: dict[str, set[str]] = {}
 
     def read() -> None:
-        mine = Registry(tmp_path)
+        own_registry = Registry(tmp_path)
         while not stop.is_set():
-            before = mine.marks(TEAM).get(category(0))
-            version = mine.resolve(TEAM, category(0), "production").name
-            if before is not None and before == mine.marks(TEAM).get(category(0)):
+            before = own_registry.marks(TEAM).get(category(0))
+            version = own_registry.resolve(TEAM, category(0), "production").name
+            if before is not None and before == own_registry.marks(TEAM).get(category(0)):
                 seen.setdefault(before, set()).add(version)
 
     reader = threading.Thread(target=read)
@@ -322,10 +324,10 @@ def test_publishers_at_once_are_all_seen_after_an_interval(tmp_path: Path, clock
     line = Line(make_registry(tmp_path, 8))
 
     def publish(first: int) -> None:
-        mine = Registry(tmp_path)
+        own_registry = Registry(tmp_path)
         for number in range(2, 6):
             for of in range(8):
-                add_version(mine, category((of + first) % 8), f"v{10 * number + first:04}")
+                add_version(own_registry, category((of + first) % 8), f"v{10 * number + first:04}")
 
     async def run() -> None:
         publishers = [asyncio.create_task(asyncio.to_thread(publish, first)) for first in range(3)]
@@ -342,7 +344,7 @@ def test_publishers_at_once_are_all_seen_after_an_interval(tmp_path: Path, clock
 
 
 def test_a_registry_from_before_there_were_marks_is_looked_up_category_by_category(
-    tmp_path: Path, clock: Clock, asked: Counter[str]
+    tmp_path: Path, clock: Clock, storage_calls: Counter[str]
 ) -> None:
     registry = make_registry(tmp_path, 10)
     changes = tmp_path / TEAM / "_changes"
@@ -351,10 +353,10 @@ def test_a_registry_from_before_there_were_marks_is_looked_up_category_by_catego
 
     async def run() -> None:
         for _ in range(3):
-            asked.clear()
+            storage_calls.clear()
             await line.ask(10)
             clock.now += REFRESH_S
-        assert asked == {"listings": 11, "files": 20}
+        assert storage_calls == {"listings": 11, "files": 20}
         add_version(registry, category(3), "v0002")
         shutil.rmtree(changes)
         await line.ask(10)
@@ -363,9 +365,9 @@ def test_a_registry_from_before_there_were_marks_is_looked_up_category_by_catego
             registry.collect_garbage(TEAM, category(of), 5)
         for _ in range(2):
             clock.now += REFRESH_S
-            asked.clear()
+            storage_calls.clear()
             await line.ask(10)
-        assert asked == {"listings": 1}
+        assert storage_calls == {"listings": 1}
 
     asyncio.run(run())
 
@@ -379,14 +381,14 @@ def test_what_is_moved_without_marks_is_seen_all_the_same_though_later(tmp_path:
         for _ in range(3):
             await line.ask(1)
             clock.now += REFRESH_S
-        kept = {path.name: path.read_bytes() for path in changes.iterdir()}
+        records = {path.name: path.read_bytes() for path in changes.iterdir()}
         add_version(registry, category(0), "v0002")
         shutil.rmtree(changes)
-        for name, content in kept.items():
+        for name, content in records.items():
             write_bytes(changes / name, content)
         await line.ask(1)
         assert await line.ask(1) == ["v0001"]
-        clock.now += TRUST_S
+        clock.now += MAX_LOOKUP_AGE_S
         await line.ask(1)
         assert await line.ask(1) == ["v0002"]
 
@@ -463,7 +465,7 @@ def test_while_the_marks_cannot_be_read_what_is_known_goes_on_answering(
             clock.now += REFRESH_S
             await line.ask(2)
             assert await line.ask(2) == ["v0001", "v0001"]
-        assert line.told == ["version not refreshed"] * 2
+        assert line.messages == ["version not refreshed"] * 2
         clock.now += REFRESH_S
         await line.ask(2)
         assert await line.ask(2) == ["v0002", "v0001"]
@@ -476,7 +478,7 @@ def test_while_the_marks_cannot_be_read_what_is_known_goes_on_answering(
 
 @MANY
 def test_one_listing_serves_all_categories_of_a_folder_and_manifests_are_read_once(
-    tmp_path: Path, clock: Clock, asked: Counter[str], num_categories: int
+    tmp_path: Path, clock: Clock, storage_calls: Counter[str], num_categories: int
 ) -> None:
     source = FolderSource(str(make_folder(tmp_path, num_categories)), TEAM, REFRESH_S)
     line = Line(source)
@@ -487,12 +489,12 @@ def test_one_listing_serves_all_categories_of_a_folder_and_manifests_are_read_on
         assert len(source.categories(TEAM)) == num_categories
         for of in range(num_categories):
             assert source.aliases(TEAM, category(of)) == {"latest": source.resolve(TEAM, category(of)).name}
-        assert asked == {"listings": 2, "files": num_categories}
-        asked.clear()
+        assert storage_calls == {"listings": 2, "files": num_categories}
+        storage_calls.clear()
         for _ in range(5):
             clock.now += REFRESH_S
             await line.ask(num_categories)
-        assert asked == {"listings": 5}
+        assert storage_calls == {"listings": 5}
 
     asyncio.run(run())
 
@@ -531,7 +533,7 @@ def test_a_folder_s_new_replaced_and_removed_bundles_are_seen_after_an_interval(
 
 @pytest.mark.s3
 def test_a_folder_on_s3_is_listed_once_too(
-    s3: S3Server, clock: Clock, asked: Counter[str], monkeypatch: pytest.MonkeyPatch
+    s3: S3Server, clock: Clock, storage_calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = s3.new_uri()
     for number in range(3):
@@ -539,17 +541,17 @@ def test_a_folder_on_s3_is_listed_once_too(
         write_bytes(join(place, "bundles", category(number), "network-0.safetensors"), b"x")
     source = FolderSource(place, TEAM, REFRESH_S)
     assert source.categories(TEAM) == [category(of) for of in range(3)]
-    former = source.resolve(TEAM, category(1))
+    previous = source.resolve(TEAM, category(1))
     write_manifest(join(place, "bundles", category(1)), category(1), note=1)  # in the same second, of the same size
     clock.now += REFRESH_S
-    asked.clear()
-    assert source.resolve(TEAM, category(1)).name != former.name
-    assert asked == {"listings": 1, "files": 3}
+    storage_calls.clear()
+    assert source.resolve(TEAM, category(1)).name != previous.name
+    assert storage_calls == {"listings": 1, "files": 3}
     monkeypatch.setattr(source_module, "_SETTLED_S", -3600.0)
     source.marks(TEAM)
-    asked.clear()
+    storage_calls.clear()
     source.marks(TEAM)
-    assert asked == {"listings": 1}
+    assert storage_calls == {"listings": 1}
 
 
 def test_a_folder_is_a_bundle_a_run_or_bundles_side_by_side(tmp_path: Path) -> None:
@@ -695,6 +697,6 @@ def test_old_days_are_deleted_where_categories_had_folders_too(tmp_path: Path) -
     young = [f"team={TEAM}/date=2020-01-03", f"team={TEAM}/category=gear/date=2020-01-03", "team=mill/date=2020-01-03"]
     for place in (*old, *young, "else/date=2020-01-01"):
         write_bytes(tmp_path / place / "part-x.parquet", b"")
-    removed = remove_old(str(tmp_path), datetime(2020, 1, 3, tzinfo=timezone.utc))
+    removed = delete_old_images(str(tmp_path), datetime(2020, 1, 3, tzinfo=timezone.utc))
     assert sorted(removed) == sorted(str(tmp_path / place) for place in old)
     assert all((tmp_path / place).exists() for place in (*young, "else/date=2020-01-01"))

@@ -53,7 +53,7 @@ def test_the_builder_refuses_a_key_it_does_not_know() -> None:
 def test_the_manifest_leaves_replicas_time_to_finish_and_asks_for_what_its_pool_needs() -> None:
     spec = yaml.safe_load(MANIFEST.read_text())["spec"]
     arguments = parse_settings(serve_configs()["rayservice.yaml"]["applications"][0]["args"])
-    (group,) = (one for one in spec["rayClusterConfig"]["workerGroupSpecs"] if one["groupName"] == "gpu")
+    (group,) = (group for group in spec["rayClusterConfig"]["workerGroupSpecs"] if group["groupName"] == "gpu")
     pod = group["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > arguments.pool.graceful_shutdown_s + arguments.limits.timeout_s
     gpus = float(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
@@ -61,7 +61,7 @@ def test_the_manifest_leaves_replicas_time_to_finish_and_asks_for_what_its_pool_
 
 
 def exported() -> set[str]:
-    """Names in Prometheus of what `serving.metrics` counts: Ray puts `ray_` before and `_total` behind counters."""
+    """Returns the names of all metrics in Prometheus: Ray adds the prefix `ray_`, and `_total` to counters."""
     source = (REPOSITORY / "focus_ray" / "serving" / "metrics.py").read_text()
     names = set()
     for kind, name in re.findall(r"(Counter|Gauge|Histogram)\(\s*\"(focus_ray_\w+)\"", source):
@@ -73,15 +73,15 @@ def exported() -> set[str]:
 def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     rules = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"][0]["rules"]
     dashboard = json.loads((FOLDER / "grafana.json").read_text())
-    asked = [rule["expr"] for rule in rules]
-    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    found = {name for expression in asked for name in re.findall(r"ray_focus_ray_\w+", expression)}
-    assert found
-    assert found - exported() == set()
+    expressions = [rule["expr"] for rule in rules]
+    expressions += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    metric_names = {name for expression in expressions for name in re.findall(r"ray_focus_ray_\w+", expression)}
+    assert metric_names
+    assert metric_names - exported() == set()
     recorded = {rule["record"] for rule in rules if "record" in rule}
-    used = {name for expression in asked for name in re.findall(r"focus_ray:\S+?(?=[\s)]|$)", expression)}
+    used = {name for expression in expressions for name in re.findall(r"focus_ray:\S+?(?=[\s)]|$)", expression)}
     assert used <= recorded
-    for expression in asked:
+    for expression in expressions:
         assert expression.count("(") == expression.count(")")
 
 

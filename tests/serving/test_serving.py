@@ -44,15 +44,15 @@ from focus_ray.fitting.scoring import can_share_backbone_pass, score_together
 from focus_ray.serving.api import RegionAnswer, create_api
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.launch import check_host
-from focus_ray.serving.limits import announced_bytes, read_body
+from focus_ray.serving.limits import read_body, read_content_length
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.models import ModelCache
 from focus_ray.serving.problems import Problem
-from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.scorer import ImageScorer
 from focus_ray.serving.service import Service
-from focus_ray.serving.settings import MIB, Limits, Settings, parse_settings
-from focus_ray.serving.sink import remove_old
-from focus_ray.serving.source import Directory, FolderSource, version_key
+from focus_ray.serving.settings import MIB, Limits, ServiceSettings, parse_settings
+from focus_ray.serving.sink import delete_old_images
+from focus_ray.serving.source import FolderSource, VersionDirectory, version_key
 from focus_ray.serving.tokens import TokenStore, create_token, read_tokens, revoke_token
 from focus_ray.storage import open_filesystem
 
@@ -62,7 +62,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
     return make_plant(tmp_path_factory.mktemp("plant"))
 
 
-def settings_of(plant: Plant, **changes: Any) -> Settings:
+def settings_of(plant: Plant, **changes: Any) -> ServiceSettings:
     return parse_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.05, **changes})
 
 
@@ -88,10 +88,10 @@ class Seen(Measures):
         self.sunk[outcome] = self.sunk.get(outcome, 0) + count
 
 
-def client_of(settings: Settings, measures: Measures | None = None) -> TestClient:
+def client_of(settings: ServiceSettings, measures: Measures | None = None) -> TestClient:
     seen = measures or Measures()
     return TestClient(
-        create_api(Service(settings, Scorer(settings.pool, "cpu", seen), seen)),
+        create_api(Service(settings, ImageScorer(settings.pool, "cpu", seen), seen)),
         base_url="http://127.0.0.1",  # the only host that a service without tokens answers as
         raise_server_exceptions=False,
     )
@@ -137,7 +137,7 @@ def test_a_form_of_several_has_a_result_or_a_reason_for_each(http: TestClient, p
         ("POST", "/v1/press/gear/inspect?Version=candidate", "did you mean 'version'?"),
         ("POST", "/v1/press/gear/inspect?outputs=mask&version=v0001", "did you mean 'output'?"),
         ("POST", "/v1/press/gear/inspect?zzz=1", "this path takes include, output, version"),
-        ("POST", "/v1/press/gear/inspect?version=v0001&version=candidate", "'version' is given twice"),
+        ("POST", "/v1/press/gear/inspect?version=v0001&version=candidate", "'version' occurs twice"),
         ("POST", "/v1/press/gear/inspect?versoin=", "did you mean 'version'?"),
         ("GET", "/v1/press/gear?ref=v0001", "this path takes version"),
         ("GET", "/v1/press/gear/examples/0?versions=v0001", "did you mean 'version'?"),
@@ -331,13 +331,13 @@ def test_tokens_are_kept_hashed_and_read_again_and_expire(tmp_path: Path) -> Non
     store.log = told.append
     Path(file).write_text("tokens: [")
     store.refresh()
-    assert "the former ones stay in force" in told[0]
+    assert file in told[0]
     assert store.authenticate(f"Bearer {second}") is not None
 
 
 def test_token_files_that_cannot_be_are_refused_without_showing_them(tmp_path: Path) -> None:
     file = str(tmp_path / "tokens.yaml")
-    with pytest.raises(ConfigError, match=r"cannot read the tokens: .*`focus-ray token create` makes the file"):
+    with pytest.raises(ConfigError, match=r"tokens\.yaml: .*focus-ray token create"):
         read_tokens(file)
     for content, match in (
         ("a: [", "not valid YAML$"),
@@ -352,12 +352,12 @@ def test_token_files_that_cannot_be_are_refused_without_showing_them(tmp_path: P
     _, record = create_token(file, "press", ["read"])
     tree = yaml.safe_load(Path(file).read_text())
     Path(file).write_text(yaml.safe_dump({"tokens": tree["tokens"] * 2}))
-    with pytest.raises(ConfigError, match="a token id is there twice"):
+    with pytest.raises(ConfigError, match=r"tokens\.yaml: .*twice"):
         read_tokens(file)
-    with pytest.raises(ConfigError, match="a token id is there twice"):
+    with pytest.raises(ConfigError, match=r"tokens\.yaml: .*twice"):
         revoke_token(file, record.id)
     Path(file).write_text("{}")
-    with pytest.raises(ConfigError, match="no token 'abc'; there are none"):
+    with pytest.raises(ConfigError, match=r"'abc'.*none"):
         revoke_token(file, "abc")
     with pytest.raises(ConfigError, match=r"scopes\.0"):
         create_token(file, "press", ["all"])
@@ -384,7 +384,7 @@ def test_the_command_serves_neither_to_others_nor_what_is_not_there(
     plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", plant.registry, "--host", "0.0.0.0"]) == 1
-    assert "can be reached by others: set tokens=FILE" in capsys.readouterr().err
+    assert "'0.0.0.0'" in capsys.readouterr().err
     assert main(["serve", str(tmp_path)]) == 1
     assert "no bundle here" in capsys.readouterr().err
     assert main(["serve", plant.bundles["gear"], "pool.memry_mb=1"]) == 1
@@ -415,7 +415,7 @@ def test_what_is_too_much_is_refused_and_says_how_much_is_allowed(http: TestClie
     assert refused(content=iter([b"x" * MIB] * 3), headers=headers)[:2] == (413, "too-large")
     status, code, detail = refused(content=big_png(1001, 1000), headers=headers)
     assert (status, code) == (422, "image-too-large")
-    assert "1001 x 1000 is 1001000 pixels; at most 1000000" in detail
+    assert "1001 x 1000" in detail
     assert refused(content=big_png(20_000, 20_000), headers=headers)[:2] == (422, "image-too-large")
     assert refused(content=b"", headers=headers)[:2] == (422, "no-image")
     assert refused(content=b"no image", headers=headers)[:2] == (422, "image-not-an-image")
@@ -427,10 +427,10 @@ def test_what_is_too_much_is_refused_and_says_how_much_is_allowed(http: TestClie
     assert http.post("/v1/press/gear/inspect?output=mask", files=two, headers=form).status_code == 422
 
 
-class Stuck(Scorer):
+class Stuck(ImageScorer):
     """Scores when it is let."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServiceSettings) -> None:
         super().__init__(settings.pool, "cpu")
         self.may_go = threading.Event()
 
@@ -484,8 +484,8 @@ def test_a_body_that_is_slow_or_of_no_length_is_refused() -> None:
     with pytest.raises(Problem, match=r"408 body-timeout: the body did not arrive within 0\.05 s"):
         asyncio.run(read_body(request(b"5"), limits))
     with pytest.raises(Problem, match="400 bad-request: the Content-Length header is not a number of bytes"):
-        announced_bytes(request(b"-1"), limits)
-    assert announced_bytes(request(b"5"), limits) == 5
+        read_content_length(request(b"-1"), limits)
+    assert read_content_length(request(b"5"), limits) == 5
 
 
 def test_a_method_that_a_path_has_not_is_told(http: TestClient) -> None:
@@ -568,7 +568,7 @@ def test_every_answer_carries_the_security_headers_and_the_request_id_it_was_giv
 
 
 def test_an_error_of_ours_is_told_without_its_inside(plant: Plant) -> None:
-    class Broken(Scorer):
+    class Broken(ImageScorer):
         async def inspect(self, *arguments: Any, **options: Any) -> Any:
             raise RuntimeError("the secret inside")
 
@@ -701,7 +701,7 @@ def test_while_the_storage_fails_what_is_known_goes_on_answering(plant: Plant) -
 
         async def warm(version: Version) -> None: ...
 
-        directory = Directory(source, 0.0, warm, lambda message, **facts: told.append(message))  # type: ignore[arg-type]
+        directory = VersionDirectory(source, 0.0, warm, lambda message, **facts: told.append(message))  # type: ignore[arg-type]
         first = await directory.resolve(PRESS, "gear", "latest")
         source.broken = True
         for _ in range(20):
@@ -729,7 +729,7 @@ def test_models_are_held_within_their_budget_and_the_least_recently_used_goes(pl
             cache.budget_bytes = cache.num_bytes + 2 * one.num_bytes  # three, whose backbone is shared
             for number in (1, 2, 0, 3):
                 await cache.get(versions[number])
-            assert [key.partition("/")[0] for key in cache.keys] == ["team2", "team0", "team3"]
+            assert [key.partition("/")[0] for key in cache.loaded_keys] == ["team2", "team0", "team3"]
             assert cache.num_bytes <= cache.budget_bytes
             backbones = {id((await cache.get(versions[n])).inspector.bundle.detector.net.backbone) for n in (0, 2, 3)}
             assert len(backbones) == 1
@@ -754,7 +754,7 @@ def test_a_bundle_that_is_not_what_was_published_is_refused(plant: Plant) -> Non
 
 def test_two_categories_of_one_backbone_score_in_one_pass_as_each_alone(plant: Plant) -> None:
     seen = Seen()
-    scorer = Scorer(settings_of(plant).pool, "cpu", seen)
+    scorer = ImageScorer(settings_of(plant).pool, "cpu", seen)
     versions = [Registry(plant.registry).resolve(PRESS, category) for category in ("gear", "board")]
 
     async def run() -> list[Any]:
@@ -867,8 +867,8 @@ def test_the_sink_keeps_a_sample_and_deletes_it_after_its_time(plant: Plant, tmp
         **({"dropped": 8 - len(rows)} if len(rows) < 8 else {}),
     }
     now = datetime.now(timezone.utc)
-    assert remove_old(str(tmp_path), now - timedelta(days=1)) == []
-    assert len(remove_old(str(tmp_path), now + timedelta(days=2))) == 1
+    assert delete_old_images(str(tmp_path), now - timedelta(days=1)) == []
+    assert len(delete_old_images(str(tmp_path), now + timedelta(days=2))) == 1
     assert not file.exists()
 
 
@@ -910,7 +910,7 @@ def test_registry_tokens_and_sink_may_lie_on_s3(s3: S3Server, plant: Plant) -> N
     ("change", "match"),
     [
         ({"registry": None}, "set either registry or bundles, and not both"),
-        ({"tokens": None}, "tokens is not set, so anyone could ask"),
+        ({"tokens": None}, "tokens is not set"),
         ({"open_to_all": True}, "contradict each other"),
         ({"pool": {"max_batch": 1}}, r"pool\.max_batch: unknown key; did you mean 'max_batch_images'"),
         ({"pool": {"scaling": {"min_replicas": 3, "max_replicas": 2}}}, "min_replicas=3 is above max_replicas=2"),
@@ -929,7 +929,7 @@ def test_other_machines_may_ask_only_with_tokens(plant: Plant) -> None:
     check_host("127.0.0.1", open_settings)
     check_host("0.0.0.0", settings_of(plant))
     for host in ("0.0.0.0", "plant.example"):
-        with pytest.raises(ConfigError, match="can be reached by others: set tokens=FILE"):
+        with pytest.raises(ConfigError, match=rf"'{host}'.*tokens=FILE"):
             check_host(host, open_settings)
 
 
@@ -948,17 +948,17 @@ def test_one_replica_scores_what_it_takes_in_and_several_do_not(plant: Plant) ->
     assert not settings_of(plant, together=False).is_together
     assert not settings_of(plant, ingress={"max_replicas": 2}).is_together
     assert parse_settings(settings_of(plant).model_dump(mode="json")).is_together  # as a replica reads them
-    with pytest.raises(ConfigError, match="together=true leaves no replicas for pins: take it out"):
+    with pytest.raises(ConfigError, match=r"together=true.*pins"):
         settings_of(plant, together=True, pins=[pin])
 
 
 def test_only_the_pass_computes_in_parallel(plant: Plant) -> None:
     former = torch.get_num_threads()
     try:
-        scorer = Scorer(settings_of(plant, pool={"num_threads": 2}).pool, "cpu")
+        scorer = ImageScorer(settings_of(plant, pool={"num_threads": 2}).pool, "cpu")
         threads = [
             pool.submit(torch.get_num_threads).result()
-            for pool in (scorer._batcher.executor, scorer._workers, scorer.models.executor)
+            for pool in (scorer._batcher.executor, scorer._judging_threads, scorer.models.executor)
         ]
         assert threads == [2, 1, 1]
     finally:
