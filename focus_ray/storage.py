@@ -139,12 +139,17 @@ def read_file(filesystem: fs.FileSystem, path: str, max_bytes: int | None = None
         OSError: the read fails. Call the function inside ``storage_errors``.
         DataError: the file has more than `max_bytes`. It is not read.
     """
-    info = filesystem.get_file_info(path)
-    if info.type != fs.FileType.File:
+    try:
+        file = filesystem.open_input_file(path)  # sends one HEAD on S3, which also gives the size
+    except FileNotFoundError:
         return None
-    if max_bytes is not None and info.size > max_bytes:
-        raise DataError(f"{path}: the file has {info.size} bytes, expected at most {max_bytes}: it is not read")
-    with open_input(filesystem, path) as stream:
+    except OSError:
+        if filesystem.get_file_info(path).type != fs.FileType.File:  # a folder of this name
+            return None
+        raise
+    if max_bytes is not None and file.size() > max_bytes:
+        raise DataError(f"{path}: the file has {file.size()} bytes, expected at most {max_bytes}: it is not read")
+    with _add_retries(filesystem, file) as stream:
         return bytes(stream.read() if max_bytes is None else stream.read(max_bytes))
 
 
@@ -153,7 +158,11 @@ def open_input(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
 
     Raises: OSError: the file cannot be opened. Call the function inside ``storage_errors``.
     """
-    file = filesystem.open_input_file(path)
+    return _add_retries(filesystem, filesystem.open_input_file(path))
+
+
+def _add_retries(filesystem: fs.FileSystem, file: pa.NativeFile) -> pa.NativeFile:
+    """Returns a file whose reads are retried while an S3 server is busy; a local file is returned unchanged."""
     return file if isinstance(filesystem, fs.LocalFileSystem) else pa.PythonFile(_RetryingFile(file), mode="r")
 
 

@@ -23,7 +23,15 @@ from focus_ray.data.ingest import ingest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
 from focus_ray.data.schema import SCHEMA
 from focus_ray.errors import DataError
-from focus_ray.storage import check_access, create_bytes, list_names, open_filesystem, storage_errors
+from focus_ray.storage import (
+    check_access,
+    create_bytes,
+    list_names,
+    open_filesystem,
+    read_bytes,
+    storage_errors,
+    write_bytes,
+)
 
 pytestmark = pytest.mark.s3
 
@@ -220,3 +228,18 @@ def test_both_clients_retry_throttled_requests_also_in_another_process(s3: S3Ser
     assert process.returncode == 0, process.stderr[-2000:]
     assert proxy.refused > 5
     assert len(list_names(uri)) == 40
+
+
+def test_a_listing_of_many_categories_takes_one_request_and_a_small_file_two(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = s3.new_uri()
+    for number in range(12):
+        write_bytes(f"{uri}/category=c{number:02}/_commit.json", b"{}")
+    with faulty(s3.endpoint, share=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        assert list_categories(uri) == [f"c{number:02}" for number in range(12)]
+        assert [method for method, *_ in proxy.requests] == ["GET"]
+        proxy.requests.clear()
+        assert read_bytes(f"{uri}/category=c00/_commit.json") == b"{}"
+        assert [method for method, *_ in proxy.requests] == ["HEAD", "GET"]

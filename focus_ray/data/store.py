@@ -54,6 +54,7 @@ from focus_ray.storage import (
     open_filesystem,
     open_input,
     read_file,
+    read_stamps,
     storage_errors,
     sync_file,
     write_file,
@@ -108,15 +109,8 @@ class Store:
 
     def committed_categories(self) -> list[str]:
         """Returns the sorted names of the categories that have a commit; an empty list if there is no data set."""
-        with self.storage_errors("list the data set", self.path):
-            entries = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
-            names = [
-                info.base_name[len("category=") :]
-                for info in entries
-                if info.type == fs.FileType.Directory and info.base_name.startswith("category=")
-            ]
-            commits = self.filesystem.get_file_info([f"{self.category_folder(name)}/{COMMIT_NAME}" for name in names])
-        return sorted(name for name, info in zip(names, commits, strict=True) if info.type == fs.FileType.File)
+        folders = read_stamps(self.uri, COMMIT_NAME)  # one listing on S3, whatever the number of categories
+        return sorted(folder[len("category=") :] for folder in folders if folder.startswith("category="))
 
     def read_commit(self, category: str, version: str | None = None) -> Commit | None:
         """Returns the commit of a category, or None if the category has no current commit.

@@ -98,8 +98,10 @@ def read_records(root: str) -> list[TrialRecord]:
         try:
             records.append(_RECORD.validate_json(read_bytes(file)))
         except ValidationError as error:
+            first = error.errors()[0]
+            reason = ": ".join([*map(str, first["loc"]), first["msg"]])
             raise SweepError(
-                f"{file}: not a valid record of a trial ({error}): delete the file, then the trial is run again"
+                f"{file}: not a valid record of a trial ({reason}): delete the file, then the trial is run again"
             ) from None
     return sorted(records, key=lambda record: (record.stage or "", record.number))
 

@@ -833,7 +833,7 @@ def test_the_number_of_requests_for_an_index_does_not_depend_on_the_number_of_pa
         remove_index(out, "bolt")
         counts[num_parts] = (len(requests), len(requests_of(lambda out=out: read_index(out, "bolt"))))
     assert sorted(counts) == [1, 10]
-    assert counts[1][0] == counts[10][0] <= 6  # a lookup, an opening and a read each for commit and index
+    assert counts[1][0] == counts[10][0] <= 4  # an opening and a read each for commit and index
     assert counts[10][1] - counts[1][1] >= 9 * 2  # without an index every part file is opened and read
 
 

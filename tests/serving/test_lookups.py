@@ -59,6 +59,8 @@ def write_manifest(bundle: str | Path, of: str, note: int = 0) -> None:
     """Writes the manifest of a bundle, without tensors."""
     manifest = {"format": "focus_ray bundle", "format_version": FORMAT_VERSION, "category": of, "files": {}}
     manifest.update(created_at="2026-01-31T12:00:00+00:00", note=f"{note:04}")
+    manifest.update({name: {} for name in ("config", "data", "calibration", "metrics")})
+    manifest["moments"] = {"count": 2, "height": 8, "width": 8, "channels": 32}
     manifest["sha256"] = manifest_hash(manifest)
     write_bytes(join(bundle, MANIFEST), json.dumps(manifest).encode())
 
@@ -98,9 +100,9 @@ def storage_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def count(module: Any, name: str, kind: str) -> None:
         function = getattr(module, name)
 
-        def counting(*arguments: Any) -> Any:
+        def counting(*arguments: Any, **options: Any) -> Any:
             calls[kind] += 1
-            return function(*arguments)
+            return function(*arguments, **options)
 
         monkeypatch.setattr(module, name, counting)
 
