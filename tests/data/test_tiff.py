@@ -95,7 +95,7 @@ READ = {
 
 
 @pytest.mark.parametrize("name", READ)
-def test_it_is_read_as_it_looks(name: str) -> None:
+def test_supported_kinds_are_read_correctly(name: str) -> None:
     values, options, expected = READ[name]
     if "extrasamples" in options:
         options = {**options, "planarconfig": "contig"}
@@ -121,7 +121,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("byteorder", ["<", ">"])
-def test_it_is_refused_by_what_it_is(name: str, byteorder: str) -> None:
+def test_unsupported_kinds_are_refused_with_their_kind(name: str, byteorder: str) -> None:
     values, message = REFUSED[name]
     data = encode(values, photometric="minisblack", byteorder=byteorder)
     for read in (read_header, lambda data: decode_image(data, 16)):
@@ -131,7 +131,7 @@ def test_it_is_refused_by_what_it_is(name: str, byteorder: str) -> None:
         assert "copy it again" not in str(caught.value)
 
 
-def test_a_file_in_separate_planes_is_turned_upright() -> None:
+def test_a_file_in_separate_planes_is_rotated_upright() -> None:
     planes = RGB16.transpose(2, 0, 1)
     data = encode(planes, photometric="rgb", planarconfig="separate", extratags=[(274, "H", 1, 6, True)])
     info, pixels = read_image(data)
@@ -139,14 +139,14 @@ def test_a_file_in_separate_planes_is_turned_upright() -> None:
     assert np.array_equal(pixels, np.rot90(RGB8, -1))
 
 
-def test_a_truncated_file_is_called_so() -> None:
+def test_a_truncated_file_has_the_reason_truncated() -> None:
     data = encode(RGB8, photometric="rgb")
     with pytest.raises(ImageError) as caught:
         decode_image(data[: len(data) // 2], None)
     assert caught.value.reason == "truncated"
 
 
-def test_an_image_that_shows_nothing_is_told() -> None:
+def test_a_fully_transparent_image_is_marked() -> None:
     clear = np.dstack([RGB8, np.zeros_like(GREY8)])
     for data in (
         encode(clear, photometric="rgb", extrasamples=["unassalpha"]),
@@ -165,7 +165,7 @@ def test_an_image_that_shows_nothing_is_told() -> None:
         ("12-grey16.tif", "14-grey16-whiteiszero.tif"),
     ],
 )
-def test_one_picture_in_two_files_is_one_picture(first_name: str, second_name: str) -> None:
+def test_the_same_picture_in_two_formats_has_the_same_pixels(first_name: str, second_name: str) -> None:
     first, second = (decode_image((CASES / name).read_bytes(), None) for name in (first_name, second_name))
     assert np.array_equal(first, second)
 
@@ -294,7 +294,7 @@ def probe(folder: Path, files: dict[str, bytes]) -> dict[str, list[tuple[str | N
 
 
 @linux
-def test_a_small_file_costs_neither_memory_nor_time_and_is_refused(tmp_path: Path) -> None:
+def test_a_small_hostile_file_is_refused_with_little_memory_and_time(tmp_path: Path) -> None:
     bombs = make_bombs()
     for name, outcomes in probe(tmp_path, bombs).items():
         (_, header_mb, header_s), (reason, mb, seconds) = outcomes
@@ -321,7 +321,7 @@ def test_a_mask_of_very_many_pages_is_refused() -> None:
 
 @linux
 @pytest.mark.parametrize("compression", ["none", "deflate", "one strip", "planes", "tiles"])
-def test_a_large_image_of_16_bits_takes_three_times_its_bytes_at_most(tmp_path: Path, compression: str) -> None:
+def test_a_large_16_bit_image_needs_at_most_three_times_its_size(tmp_path: Path, compression: str) -> None:
     side = 1500
     values = np.zeros((side, side, 4), np.uint16)
     values[::7] = 40_000

@@ -128,7 +128,7 @@ def test_an_endless_body_without_a_token_is_refused_before_it_is_read(port: int,
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_PATHS)
-def test_an_endless_body_of_an_admin_is_cut_at_its_limit(port: int, plant: Plant, method: str, path: str) -> None:
+def test_an_endless_body_of_an_admin_is_refused_at_its_limit(port: int, plant: Plant, method: str, path: str) -> None:
     answer_start, num_bytes_sent = stream_body(port, method, path, plant.press_admin)
     assert answer_start.startswith(b"HTTP/1.1 413")
     assert num_bytes_sent < 1 << 20
@@ -137,7 +137,7 @@ def test_an_endless_body_of_an_admin_is_cut_at_its_limit(port: int, plant: Plant
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_PATHS)
-def test_a_body_that_stalls_is_cut_off(port: int, plant: Plant, method: str, path: str) -> None:
+def test_a_stalled_body_is_ended(port: int, plant: Plant, method: str, path: str) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {plant.press_admin}\r\n"
         connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 20\r\n\r\n{{".encode())
@@ -164,7 +164,7 @@ def test_malformed_json_is_a_401_without_a_token_a_403_without_the_scope_and_a_4
     assert [status({}), status(bearer(plant.press)), status(bearer(plant.press_admin))] == [401, 403, 422]
 
 
-def test_a_document_has_a_type_and_a_size(port: int, plant: Plant) -> None:
+def test_a_json_body_needs_the_right_type_and_size(port: int, plant: Plant) -> None:
     method, path = ADMIN_PATHS[0]
     url, admin = f"{LOOPBACK}:{port}{path}", bearer(plant.press_admin)
     text = httpx.request(method, url, content=b'{"version": "v0001"}', headers={**admin, "content-type": "text/plain"})
@@ -191,7 +191,7 @@ def test_no_path_is_validated_before_the_token(port: int, path: str) -> None:
     assert httpx.get(f"{LOOPBACK}:{port}{path}").status_code == 401
 
 
-def test_the_description_still_shows_the_documents(plant: Plant) -> None:
+def test_the_openapi_description_shows_the_json_bodies(plant: Plant) -> None:
     with client_of(settings_of(plant)) as client:
         paths = client.get("/openapi.json").json()["paths"]
     body = paths["/v1/{team}/{category}/aliases/{alias}"]["put"]["requestBody"]
@@ -266,14 +266,14 @@ def test_a_page_of_another_site_neither_reads_nor_scores_nor_changes(
         {"sec-fetch-site": "same-origin", "origin": LOOPBACK},
     ],
 )
-def test_the_service_s_own_page_and_programs_are_answered(plant: Plant, headers: dict[str, str]) -> None:
+def test_the_own_page_and_programs_are_answered(plant: Plant, headers: dict[str, str]) -> None:
     with client_of(open_settings(plant)) as client:
         assert client.get("/v1", headers=headers).status_code == 200
         image = {**headers, "content-type": "image/png"}
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=image).status_code == 200
 
 
-def test_the_page_works_behind_a_proxy_that_passes_on_another_port(plant: Plant) -> None:
+def test_the_page_works_behind_a_proxy_that_changes_the_port(plant: Plant) -> None:
     headers = {**bearer(plant.press), "host": "plant.example", "origin": "https://plant.example:8443"}
     with client_of(settings_of(plant)) as client:
         assert client.get("/v1", headers={**headers, "sec-fetch-site": "same-origin"}).status_code == 200
@@ -294,7 +294,7 @@ def test_without_tokens_another_host_name_is_refused(plant: Plant, host: str) ->
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:9", "[::1]", "[::1]:8000"])
-def test_without_tokens_loopback_names_are_taken(plant: Plant, host: str) -> None:
+def test_without_tokens_loopback_names_are_accepted(plant: Plant, host: str) -> None:
     with client_of(open_settings(plant)) as client:
         assert client.get("/v1", headers={"host": host}).status_code == 200
 
@@ -332,7 +332,7 @@ def hanging(plant: Plant, tmp_path: Path) -> Iterator[Hanging]:
     source.let_go.set()
 
 
-def test_while_the_storage_hangs_known_models_answer_and_unknown_ones_end_in_503(
+def test_while_the_storage_hangs_loaded_models_answer_and_others_are_a_503(
     plant: Plant, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("focus_ray.serving.source.LOOKUP_TIMEOUT_S", 1.0)
@@ -360,7 +360,7 @@ def test_while_the_storage_hangs_known_models_answer_and_unknown_ones_end_in_503
         assert hanging.num_waiting <= LOOKUPS_PER_TEAM + 8  # plus the checks in the background
 
 
-def test_one_team_s_hanging_look_ups_leave_another_s_their_threads(
+def test_hanging_look_ups_of_one_team_do_not_block_another_team(
     plant: Plant, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("focus_ray.serving.source.LOOKUP_TIMEOUT_S", 3.0)
@@ -381,7 +381,7 @@ def test_one_team_s_hanging_look_ups_leave_another_s_their_threads(
         assert {request.result().status_code for request in hanging_requests} == {503}
 
 
-def test_before_anything_was_listed_readiness_is_told_within_a_bounded_time(plant: Plant, hanging: Hanging) -> None:
+def test_readiness_answers_in_bounded_time_while_the_storage_hangs(plant: Plant, hanging: Hanging) -> None:
     hanging.hangs = True
     with client_of(settings_of(plant), hanging) as client, ThreadPoolExecutor(30) as pool:
         started = time.monotonic()
@@ -432,7 +432,7 @@ def black_hole() -> Iterator[tuple[str, list[socket.socket]]]:
                 connection.close()
 
 
-def test_tokens_are_known_while_their_storage_never_answers(
+def test_tokens_stay_valid_while_their_storage_never_answers(
     plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = service_of(settings_of(plant))
@@ -454,7 +454,7 @@ def test_tokens_are_known_while_their_storage_never_answers(
         assert time.monotonic() - started < 5.0  # nor does closing wait
 
 
-def test_a_revoked_token_is_refused_within_the_interval_whoever_asks_meanwhile(plant: Plant, tmp_path: Path) -> None:
+def test_a_revoked_token_is_refused_within_the_refresh_interval_under_load(plant: Plant, tmp_path: Path) -> None:
     file = str(tmp_path / "tokens.yaml")
     token, record = create_token(file, PRESS, ["read"])
     with client_of(settings_of(plant, tokens=file, refresh_s=0.5)) as client:
@@ -503,7 +503,7 @@ def example_of(plant: Plant, registry: str, examples: Any, team: str = PRESS) ->
         "s3://x/y",
     ],
 )
-def test_a_manifest_that_names_another_team_s_data_set_shows_nothing(
+def test_a_manifest_that_names_a_data_set_of_another_team_shows_nothing(
     plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
 ) -> None:
     press = tmp_path / "data-press"
@@ -521,9 +521,7 @@ def test_a_manifest_that_names_another_team_s_data_set_shows_nothing(
     assert any("not below" in error for error in logged_errors)
 
 
-def test_a_data_set_that_a_team_may_show_is_shown_wherever_it_lies_below_the_allowed_place(
-    plant: Plant, tmp_path: Path
-) -> None:
+def test_data_sets_below_an_allowed_location_are_shown(plant: Plant, tmp_path: Path) -> None:
     shutil.copytree(plant.data, tmp_path / "press" / "set")
     registry = publish_naming(plant, tmp_path / "registry", str(tmp_path / "press" / "set"))
     for allowed in (tmp_path / "press", tmp_path / "press" / "set", f"{tmp_path}/press/"):
@@ -533,7 +531,7 @@ def test_a_data_set_that_a_team_may_show_is_shown_wherever_it_lies_below_the_all
 
 
 @pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "name in the commit"])
-def test_a_data_set_whose_files_lie_in_another_team_s_folder_is_not_shown(
+def test_a_data_set_with_files_in_the_folder_of_another_team_is_not_shown(
     plant: Plant, tmp_path: Path, kind: str
 ) -> None:
     press, mill = tmp_path / "press", tmp_path / "mill"
@@ -569,7 +567,7 @@ def test_a_commit_that_names_a_file_outside_its_folder_is_refused(plant: Plant, 
 
 
 @pytest.mark.parametrize("uri", [None, 7, "", "~nobody-of-this-name/x", "a\0b", "s3://", "ftp://x", {"a": 1}])
-def test_a_manifest_that_names_no_place_shows_nothing(plant: Plant, tmp_path: Path, uri: Any) -> None:
+def test_a_manifest_without_a_valid_data_location_shows_nothing(plant: Plant, tmp_path: Path, uri: Any) -> None:
     registry = publish_naming(plant, tmp_path / "registry", uri)
     assert example_of(plant, registry, {PRESS: [str(tmp_path)]}).status_code == 404
 
@@ -599,7 +597,7 @@ def add_alias_entry(root: Path, version: str) -> None:
     write_bytes(join(root, PRESS, "gear", "_aliases", "evil", "00000001.json"), json.dumps(entry).encode())
 
 
-def test_an_alias_that_names_another_team_s_folder_opens_nothing(plant: Plant, tmp_path: Path) -> None:
+def test_an_alias_that_names_the_folder_of_another_team_is_refused(plant: Plant, tmp_path: Path) -> None:
     root = tmp_path / "registry"
     shutil.copytree(plant.registry, root)
     outside = root / PRESS / "mill" / "gear"  # where the record of the name would be read
@@ -615,7 +613,7 @@ def test_an_alias_that_names_another_team_s_folder_opens_nothing(plant: Plant, t
 
 
 @pytest.mark.parametrize("level", ["version", "category", "file"])
-def test_a_link_to_another_team_s_model_opens_nothing(plant: Plant, tmp_path: Path, level: str) -> None:
+def test_a_link_to_a_model_of_another_team_is_refused(plant: Plant, tmp_path: Path, level: str) -> None:
     root = tmp_path / "registry"
     shutil.copytree(plant.registry, root)
     own_folder, other_folder = root / PRESS / "gear", root / MILL / "gear"
@@ -634,7 +632,7 @@ def test_a_link_to_another_team_s_model_opens_nothing(plant: Plant, tmp_path: Pa
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).status_code == 404
 
 
-def test_a_team_s_folder_may_be_a_link_that_the_registry_s_owner_made(plant: Plant, tmp_path: Path) -> None:
+def test_the_folder_of_a_team_may_be_a_link(plant: Plant, tmp_path: Path) -> None:
     root = tmp_path / "registry"
     shutil.copytree(plant.registry, root)
     (root / PRESS).rename(tmp_path / "other-disk")

@@ -46,7 +46,7 @@ def reason_of(result: Any) -> str:
     return result.reason
 
 
-def test_a_process_decodes_as_this_one_does(decoders: Decoders) -> None:
+def test_a_decoder_process_gives_the_same_pixels(decoders: Decoders) -> None:
     frame = Frame(32, 40, "pad")
     images = [encode_png(PIXELS), b"no image", encode_png(PIXELS[:, ::-1])]
     results = asyncio.run(decoders.decode("press", images, frame, 10_000))
@@ -59,7 +59,7 @@ def test_a_process_decodes_as_this_one_does(decoders: Decoders) -> None:
     assert reason_of(result) == "too_large"
 
 
-def test_a_decoder_that_takes_too_long_is_killed_and_another_starts(
+def test_a_decoder_that_takes_too_long_is_killed_and_replaced(
     decoders: Decoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoders_module, "DECODE_TIMEOUT_S", 0.5)
@@ -76,7 +76,7 @@ def test_a_decoder_that_takes_too_long_is_killed_and_another_starts(
     assert isinstance(first, int)
 
 
-def test_a_decoder_that_takes_too_much_memory_or_dies_tells_so_and_another_starts(decoders: Decoders) -> None:
+def test_a_decoder_that_dies_or_exceeds_memory_gives_an_error_and_is_replaced(decoders: Decoders) -> None:
     async def run() -> list[Any]:
         return [await decoders._run("press", *work) for work in ((bytearray, 2**31), (os.abort,), (abs, -1))]
 
@@ -84,7 +84,7 @@ def test_a_decoder_that_takes_too_much_memory_or_dies_tells_so_and_another_start
     assert [reason_of(large), reason_of(aborted), next_result] == ["too_large", "too_large", 1]
 
 
-def test_a_request_that_is_given_up_leaves_nothing_in_the_queue(decoders: Decoders) -> None:
+def test_a_cancelled_request_leaves_nothing_in_the_queue(decoders: Decoders) -> None:
     async def run() -> None:
         tasks = [asyncio.create_task(decoders._run("press", time.sleep, 0.3)) for _ in range(20)]
         await asyncio.sleep(0.1)
@@ -97,7 +97,7 @@ def test_a_request_that_is_given_up_leaves_nothing_in_the_queue(decoders: Decode
     asyncio.run(run())
 
 
-def test_teams_take_turns_and_one_leaves_a_place_to_the_others() -> None:
+def test_teams_get_slots_in_turn_and_no_team_takes_all_slots() -> None:
     slots, order, num_held, max_held = TeamSlots(3, 2), [], Counter[str](), Counter[str]()
 
     async def work(team: str) -> None:
@@ -121,7 +121,7 @@ def test_teams_take_turns_and_one_leaves_a_place_to_the_others() -> None:
     assert len(order) == 109
 
 
-def test_one_team_leaves_room_for_a_body_of_another() -> None:
+def test_one_team_leaves_memory_for_a_body_of_another_team() -> None:
     gate = Gate(Limits(max_in_flight_mb=96, max_body_mb=32), Measures())
     with gate.admit("flood", 32 * MIB), gate.admit("flood", 32 * MIB):
         with pytest.raises(Problem) as caught, gate.admit("flood", MIB):

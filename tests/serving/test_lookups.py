@@ -143,7 +143,7 @@ class Line:
 
 
 @MANY
-def test_an_interval_costs_one_listing_however_many_categories_are_asked_for(
+def test_a_refresh_interval_costs_one_listing_for_any_number_of_categories(
     tmp_path: Path, clock: Clock, storage_calls: Counter[str], num_categories: int
 ) -> None:
     line = Line(make_registry(tmp_path, num_categories))
@@ -166,7 +166,7 @@ def test_an_interval_costs_one_listing_however_many_categories_are_asked_for(
     assert line.warmed == []
 
 
-def test_what_has_moved_is_seen_after_an_interval_and_nothing_else_is_looked_up(
+def test_a_moved_alias_is_seen_after_an_interval_and_only_it_is_looked_up(
     tmp_path: Path, clock: Clock, storage_calls: Counter[str]
 ) -> None:
     line, other = Line(make_registry(tmp_path, 10)), Registry(tmp_path)
@@ -196,9 +196,7 @@ def test_what_has_moved_is_seen_after_an_interval_and_nothing_else_is_looked_up(
 
 
 @pytest.mark.parametrize("kind", ["registry", "folder"])
-def test_an_answer_is_an_interval_old_at_most_though_categories_are_asked_for_at_other_times(
-    tmp_path: Path, clock: Clock, kind: str
-) -> None:
+def test_an_answer_is_at_most_one_interval_old(tmp_path: Path, clock: Clock, kind: str) -> None:
     def change(of: int) -> None:
         if kind == "registry":
             add_version(registry, category(of), "v0002")
@@ -240,7 +238,7 @@ def test_an_answer_is_an_interval_old_at_most_though_categories_are_asked_for_at
     asyncio.run(run())
 
 
-def test_a_category_is_looked_up_anew_while_its_alias_is_moved_and_after_its_mover_died(
+def test_a_category_is_looked_up_again_while_its_alias_moves_and_after_the_mover_died(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = make_registry(tmp_path, 2)
@@ -282,7 +280,7 @@ def test_a_category_is_looked_up_anew_while_its_alias_is_moved_and_after_its_mov
     assert len(list_names(join(registry.root, TEAM, "_changes"))) == 2
 
 
-def test_a_mark_that_stays_stands_for_one_version_whoever_moves_the_alias_meanwhile(tmp_path: Path) -> None:
+def test_an_unchanged_mark_means_an_unchanged_version_under_concurrent_moves(tmp_path: Path) -> None:
     registry = make_registry(tmp_path, 1)
     for name in ("v0002", "v0003"):
         add_version(registry, category(0), name)
@@ -322,7 +320,7 @@ def test_a_mark_that_stays_stands_for_one_version_whoever_moves_the_alias_meanwh
     assert seen[last] == {registry.resolve(TEAM, category(0), "production").name}
 
 
-def test_publishers_at_once_are_all_seen_after_an_interval(tmp_path: Path, clock: Clock) -> None:
+def test_simultaneous_publications_are_all_seen_after_an_interval(tmp_path: Path, clock: Clock) -> None:
     line = Line(make_registry(tmp_path, 8))
 
     def publish(first: int) -> None:
@@ -345,7 +343,7 @@ def test_publishers_at_once_are_all_seen_after_an_interval(tmp_path: Path, clock
     asyncio.run(run())
 
 
-def test_a_registry_from_before_there_were_marks_is_looked_up_category_by_category(
+def test_a_registry_without_marks_is_looked_up_by_category(
     tmp_path: Path, clock: Clock, storage_calls: Counter[str]
 ) -> None:
     registry = make_registry(tmp_path, 10)
@@ -374,7 +372,7 @@ def test_a_registry_from_before_there_were_marks_is_looked_up_category_by_catego
     asyncio.run(run())
 
 
-def test_what_is_moved_without_marks_is_seen_all_the_same_though_later(tmp_path: Path, clock: Clock) -> None:
+def test_an_alias_moved_without_marks_is_seen_later(tmp_path: Path, clock: Clock) -> None:
     registry = make_registry(tmp_path, 1)
     line = Line(Registry(tmp_path))
     changes = tmp_path / TEAM / "_changes"
@@ -397,9 +395,7 @@ def test_what_is_moved_without_marks_is_seen_all_the_same_though_later(tmp_path:
     asyncio.run(run())
 
 
-def test_a_version_that_is_deleted_is_seen_to_be_gone_and_an_alias_moved_here_is_seen_at_once(
-    tmp_path: Path, clock: Clock
-) -> None:
+def test_a_deleted_version_is_noticed_and_an_own_move_is_seen_immediately(tmp_path: Path, clock: Clock) -> None:
     registry = make_registry(tmp_path, 1)
     for name in ("v0002", "v0003"):
         add_version(registry, category(0), name)
@@ -426,7 +422,7 @@ def test_a_version_that_is_deleted_is_seen_to_be_gone_and_an_alias_moved_here_is
     asyncio.run(run())
 
 
-def test_marks_are_no_category_and_a_collection_of_nothing_makes_none(tmp_path: Path) -> None:
+def test_marks_are_not_listed_as_a_category_and_an_empty_collection_adds_none(tmp_path: Path) -> None:
     registry = make_registry(tmp_path, 2)
     assert registry.categories(TEAM) == [category(0), category(1)]
     assert registry.collect_garbage("weld", "gear", 1) == []
@@ -436,9 +432,7 @@ def test_marks_are_no_category_and_a_collection_of_nothing_makes_none(tmp_path: 
     assert registry.marks("weld") == {}
 
 
-def test_an_identity_that_may_delete_nothing_moves_aliases_and_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moves_of_an_identity_without_delete_rights_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = make_registry(tmp_path, 1)
 
     def refuse(uri: str) -> None:
@@ -450,7 +444,7 @@ def test_an_identity_that_may_delete_nothing_moves_aliases_and_is_seen(
     assert registry.marks(TEAM) == {}  # its beginning stays, so it is looked up
 
 
-def test_while_the_marks_cannot_be_read_what_is_known_goes_on_answering(
+def test_while_marks_cannot_be_read_cached_versions_answer(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = make_registry(tmp_path, 2)
@@ -479,7 +473,7 @@ def test_while_the_marks_cannot_be_read_what_is_known_goes_on_answering(
 
 
 @MANY
-def test_one_listing_serves_all_categories_of_a_folder_and_manifests_are_read_once(
+def test_a_folder_is_listed_once_for_all_categories_and_manifests_are_read_once(
     tmp_path: Path, clock: Clock, storage_calls: Counter[str], num_categories: int
 ) -> None:
     source = FolderSource(str(make_folder(tmp_path, num_categories)), TEAM, REFRESH_S)
@@ -502,7 +496,7 @@ def test_one_listing_serves_all_categories_of_a_folder_and_manifests_are_read_on
 
 
 @pytest.mark.parametrize("age_s", [3600.0, 0.0])
-def test_a_folder_s_new_replaced_and_removed_bundles_are_seen_after_an_interval(
+def test_new_replaced_and_removed_bundles_are_seen_after_an_interval(
     tmp_path: Path, clock: Clock, age_s: float
 ) -> None:
     bundles = make_folder(tmp_path, 3, age_s) / "bundles"
@@ -525,7 +519,7 @@ def test_a_folder_s_new_replaced_and_removed_bundles_are_seen_after_an_interval(
         after = await line.ask(2)
         assert (after[0] == before[0], after[1] == before[1]) == (True, False)
         assert source.categories(TEAM) == [category(of) for of in (0, 1, 3)]
-        with pytest.raises(RegistryError, match="there is no 'latest' of category 'part002'"):
+        with pytest.raises(RegistryError, match=r"'latest'.*'part002'"):
             await line.directory.resolve(TEAM, category(2), "latest")
         assert (await line.directory.resolve(TEAM, category(3), "latest")).category == category(3)
 
@@ -534,7 +528,7 @@ def test_a_folder_s_new_replaced_and_removed_bundles_are_seen_after_an_interval(
 
 
 @pytest.mark.s3
-def test_a_folder_on_s3_is_listed_once_too(
+def test_a_folder_on_s3_is_listed_once(
     s3: S3Server, clock: Clock, storage_calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = s3.new_uri()
@@ -574,7 +568,7 @@ def test_a_folder_is_a_bundle_a_run_or_bundles_side_by_side(tmp_path: Path) -> N
         source.categories(TEAM)
 
 
-def test_a_damaged_bundle_is_named_and_what_is_known_goes_on_answering(tmp_path: Path, clock: Clock) -> None:
+def test_a_damaged_bundle_is_named_and_cached_versions_answer(tmp_path: Path, clock: Clock) -> None:
     bundles = make_folder(tmp_path, 2) / "bundles"
     source = FolderSource(str(tmp_path), TEAM, REFRESH_S)
     line = Line(source)
@@ -639,7 +633,7 @@ def test_a_flush_writes_one_file_with_the_rows_of_all_categories(tmp_path: Path,
     assert set(table["team"].to_pylist()) == {TEAM}
 
 
-def test_teams_are_kept_apart_and_a_full_file_is_written_by_itself(tmp_path: Path) -> None:
+def test_each_team_has_its_own_files_and_a_full_file_is_written_without_a_flush(tmp_path: Path) -> None:
     sink, counts = sink_of(tmp_path, max_rows=4)
     for number in range(4):
         offer(sink, number, 4)
@@ -661,7 +655,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, after: Callable[[str, bytes], None]
 
 
 @pytest.mark.parametrize("after", [lambda uri, data: None, write_bytes], ids=["not written", "answer lost"])
-def test_what_could_not_be_written_is_written_by_a_later_flush_and_once(
+def test_files_that_failed_are_written_once_by_a_later_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: Callable[[str, bytes], None]
 ) -> None:
     sink, counts = sink_of(tmp_path)
@@ -680,7 +674,7 @@ def test_what_could_not_be_written_is_written_by_a_later_flush_and_once(
     assert sink._num_bytes == 0
 
 
-def test_what_waits_for_a_storage_that_fails_is_bounded_and_counted(
+def test_waiting_images_are_bounded_and_dropped_images_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink, counts = sink_of(tmp_path, max_buffer_mb=0.001)
@@ -694,7 +688,7 @@ def test_what_waits_for_a_storage_that_fails_is_bounded_and_counted(
     assert counts == {"kept": 10, "delayed": 10, "dropped": 10, "failed": 10}
 
 
-def test_old_days_are_deleted_where_categories_had_folders_too(tmp_path: Path) -> None:
+def test_old_days_are_deleted_in_the_layout_of_old_releases_too(tmp_path: Path) -> None:
     old = [f"team={TEAM}/date=2020-01-01", f"team={TEAM}/category=gear/date=2020-01-01"]
     young = [f"team={TEAM}/date=2020-01-03", f"team={TEAM}/category=gear/date=2020-01-03", "team=mill/date=2020-01-03"]
     for place in (*old, *young, "else/date=2020-01-01"):

@@ -46,7 +46,7 @@ def service_of(settings: ServiceSettings) -> Service:
 # Bundles
 
 
-def test_a_reader_whose_bundle_is_replaced_while_it_reads_gets_the_new_one_whole(
+def test_a_bundle_replaced_during_reading_is_read_completely_anew(
     plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = read_bundle(plant.bundles["gear"])
@@ -88,7 +88,7 @@ def test_a_reader_whose_bundle_is_replaced_while_it_reads_gets_the_new_one_whole
 # Tokens
 
 
-def test_tokens_made_at_once_are_all_kept(tmp_path: Path) -> None:
+def test_tokens_created_simultaneously_are_all_stored(tmp_path: Path) -> None:
     place = str(tmp_path / "tokens.yaml")
     with ThreadPoolExecutor(8) as pool:
         token_ids = list(pool.map(lambda number: create_token(place, f"team{number}", ["read"])[1].id, range(12)))
@@ -99,7 +99,7 @@ def test_tokens_made_at_once_are_all_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.yaml"]
 
 
-def test_a_change_of_the_tokens_that_never_ended_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_lock_of_the_token_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "tokens.yaml"
     (tmp_path / "tokens.yaml.lock").write_text("left")
     clock = iter([0.0, 100.0])
@@ -111,7 +111,7 @@ def test_a_change_of_the_tokens_that_never_ended_is_named(tmp_path: Path, monkey
 # Mistyped places
 
 
-def test_a_service_is_not_ready_where_nothing_is_published_and_looks_seldom(plant: Plant, tmp_path: Path) -> None:
+def test_a_service_without_models_is_not_ready_and_limits_its_look_ups(plant: Plant, tmp_path: Path) -> None:
     with TestClient(create_api(service_of(settings_of(plant, registry=str(tmp_path / "regisrty"))))) as client:
         assert client.get("/readyz").status_code == 503
     service = service_of(settings_of(plant, refresh_s=60))
@@ -126,15 +126,15 @@ def test_a_service_is_not_ready_where_nothing_is_published_and_looks_seldom(plan
 def test_serving_a_folder_of_runs_names_a_run(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
     runs = Path(plant.bundles["gear"]).parents[2]
     assert main(["serve", str(runs)]) == 1
-    assert "a folder of runs: give one of them, for instance" in capsys.readouterr().err
+    assert "a folder of runs" in capsys.readouterr().err
 
 
 # Models
 
 
-def test_a_score_that_is_no_number_is_told_as_what_it_is(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_that_is_not_finite_is_a_500(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     inspector = Inspector.load(plant.bundles["gear"], "cpu")
-    with pytest.raises(ScoreError, match=r"the model of 'gear' \(version .*\) gave no finite score for an image"):
+    with pytest.raises(ScoreError, match=r"'gear'.*version"):
         inspector.judge(float("nan"), np.full((4, 4), np.nan, np.float32), 4, 4)
     with pytest.raises(ScoreError):
         inspector.judge(1.0, np.full((4, 4), np.inf, np.float32), 4, 4)
@@ -151,7 +151,7 @@ def test_a_score_that_is_no_number_is_told_as_what_it_is(plant: Plant, monkeypat
     assert "cannot be read" not in answer.text
 
 
-def test_a_shadow_that_hangs_is_given_up(plant: Plant, tmp_path: Path) -> None:
+def test_a_hanging_shadow_is_cancelled(plant: Plant, tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     registry.publish(plant.bundles["gear"], PRESS, aliases=["production"])
     registry.publish(plant.bundles["gear"], PRESS, aliases=["candidate"])
@@ -179,7 +179,7 @@ def test_a_shadow_that_hangs_is_given_up(plant: Plant, tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_backbones_are_counted_while_loaders_put_some_in() -> None:
+def test_shared_backbones_can_be_counted_while_loaders_add_some() -> None:
     backbones, stop = SharedBackbones(), threading.Event()
     detectors: list[Any] = []
     errors: list[BaseException] = []
@@ -223,7 +223,7 @@ def test_backbones_are_counted_while_loaders_put_some_in() -> None:
     assert not errors
 
 
-def test_what_a_model_takes_counts_both_memories(plant: Plant) -> None:
+def test_the_size_of_a_model_includes_both_memories(plant: Plant) -> None:
     detector = read_bundle(plant.bundles["gear"]).detector
     density: Any = detector.density
     memory = getattr(density, "memory", density)  # without the Gaussians that check it

@@ -121,7 +121,7 @@ def test_a_service_that_is_open_to_all_opens_without_a_token(plant: Plant, tmp_p
 
 
 @pytest.mark.parametrize(("name", "width", "height"), [("desk", 1280, 1000), ("phone", 390, 844)])
-def test_from_the_token_to_a_finding(
+def test_a_user_gets_from_the_token_to_a_result(
     url: str, plant: Plant, tmp_path: Path, name: str, width: int, height: int
 ) -> None:
     from selenium.webdriver.common.keys import Keys
@@ -297,7 +297,7 @@ def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous
         assert not browser.find_element("id", "sign").is_displayed()
 
 
-def test_of_several_cameras_one_is_chosen(url: str, plant: Plant, tmp_path: Path) -> None:
+def test_the_user_can_choose_a_camera(url: str, plant: Plant, tmp_path: Path) -> None:
     camera = (FAKE_CAMERA[0], "--use-fake-device-for-media-stream=device-count=2")
     with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
         open_camera(browser)
@@ -311,9 +311,7 @@ def test_of_several_cameras_one_is_chosen(url: str, plant: Plant, tmp_path: Path
         take_screenshot(browser, "camera-choice")
 
 
-def test_pictures_go_on_with_a_camera_that_is_chosen_meanwhile_and_opens_slowly(
-    url: str, plant: Plant, tmp_path: Path
-) -> None:
+def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: Plant, tmp_path: Path) -> None:
     camera = (FAKE_CAMERA[0], "--use-fake-device-for-media-stream=device-count=2")
     with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
         open_camera(browser)

@@ -57,7 +57,7 @@ def url(ray_cluster: None, plant: Plant) -> Iterator[str]:
         yield at
 
 
-def test_many_clients_get_the_inspector_s_answers_and_share_batches(url: str, plant: Plant) -> None:
+def test_many_clients_get_correct_answers_and_share_batches(url: str, plant: Plant) -> None:
     expected = {
         category: Inspector.load(plant.bundles[category], "cpu").inspect(plant.images) for category in ("gear", "board")
     }
@@ -72,21 +72,21 @@ def test_many_clients_get_the_inspector_s_answers_and_share_batches(url: str, pl
 
     for category, image, answer in asyncio.run(ask_all()):
         inspection = expected[category][image]
-        # squares: a training image lies in the memory itself, and what is left of its squared distance is rounding
+        # squares: the memory contains the training images, so their squared distances are rounding errors
         assert answer.findings[0].score ** 2 == pytest.approx(
             inspection.score**2, rel=2e-4, abs=1e-4 * inspection.threshold**2
         )
         assert answer.version == "v0001"
 
 
-def test_the_client_tells_refusals_apart_and_gives_maps_and_pictures(url: str, plant: Plant) -> None:
+def test_the_client_distinguishes_errors_and_returns_maps_and_pictures(url: str, plant: Plant) -> None:
     with Client(url, plant.press) as client:
         answer = client.inspect(PRESS, "gear", [plant.images[0], b"no image"], include_map=True)
         assert answer.findings[0].map_png is not None
         assert answer.findings[1].error is not None
         assert client.picture(PRESS, "gear", plant.images[0], "overlay").startswith(b"\x89PNG")
         assert client.get("/v1/press")["categories"] == ["board", "gear"]
-        with pytest.raises(ServiceError, match=r"404 not-found: there is no category 'gear' of team 'mill' that"):
+        with pytest.raises(ServiceError, match=r"404 not-found: .*'gear'.*'mill'"):
             client.inspect(MILL, "gear", plant.images[:1])
         with pytest.raises(ServiceError, match=r"422 image-not-an-image: .*\(request [0-9a-f-]+\)"):
             client.inspect(PRESS, "gear", [b"no image"])
@@ -98,7 +98,7 @@ def test_the_client_tells_refusals_apart_and_gives_maps_and_pictures(url: str, p
     closed = f"http://127.0.0.1:{free_port()}"
     with (
         Client(closed, retries=1) as client,
-        pytest.raises(ServiceError, match=r"the service cannot be reached: .* see that it runs"),
+        pytest.raises(ServiceError, match="cannot be reached"),
     ):
         client.get("/v1")
 
@@ -171,7 +171,7 @@ def replica_pids(name: str) -> list[int]:
 @pytest.mark.cluster
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
 @pytest.mark.parametrize("name", ["scorer", "ingress"])
-def test_a_replica_killed_under_load_costs_no_client_its_answer(url: str, plant: Plant, name: str) -> None:
+def test_a_replica_killed_under_load_loses_no_answer(url: str, plant: Plant, name: str) -> None:
     expected = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
     with Load(url, plant) as load:
         load.wait_for(20)
@@ -186,7 +186,7 @@ def test_a_replica_killed_under_load_costs_no_client_its_answer(url: str, plant:
 
 
 @pytest.mark.cluster
-def test_promotions_and_roll_backs_under_load_fail_nothing_and_are_told(url: str, plant: Plant) -> None:
+def test_promotions_and_rollbacks_under_load_fail_no_request_and_are_logged(url: str, plant: Plant) -> None:
     registry = Registry(plant.registry)
     second = registry.publish(plant.bundles["gear"], PRESS)  # latest moves, and latest is what answers
     hashes = {version.name: version.sha256 for version in registry.versions(PRESS, "gear")}
@@ -204,7 +204,7 @@ def test_promotions_and_roll_backs_under_load_fail_nothing_and_are_told(url: str
 
 
 @pytest.mark.slow
-def test_prometheus_is_told_of_requests_batches_and_p_values(url: str, plant: Plant) -> None:
+def test_prometheus_gets_metrics_of_requests_batches_and_p_values(url: str, plant: Plant) -> None:
     import ray
 
     with Client(url, plant.press) as client:
@@ -223,7 +223,7 @@ def test_prometheus_is_told_of_requests_batches_and_p_values(url: str, plant: Pl
     assert re.search(r'^ray_focus_ray_images_total\{[^}]*category="gear"', text, re.M)
 
 
-def test_malformed_requests_over_http_get_problems_and_break_nothing(url: str, plant: Plant) -> None:
+def test_malformed_requests_over_http_get_problems_and_the_service_continues(url: str, plant: Plant) -> None:
     host, _, port = url.removeprefix("http://").partition(":")
     token = f"Authorization: Bearer {plant.press}".encode()
     raw = [
@@ -254,7 +254,7 @@ def test_malformed_requests_over_http_get_problems_and_break_nothing(url: str, p
 
 
 @pytest.mark.cluster
-def test_what_the_openapi_description_says_is_what_the_service_does(url: str, plant: Plant) -> None:
+def test_the_service_fits_its_openapi_description(url: str, plant: Plant) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, given, settings
 
@@ -285,7 +285,7 @@ def test_what_the_openapi_description_says_is_what_the_service_does(url: str, pl
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_interrupted_and_then_ends_well(plant: Plant, tmp_path: Path) -> None:
+def test_the_command_serves_until_it_is_interrupted_and_exits_with_0(plant: Plant, tmp_path: Path) -> None:
     port = free_port()
     environment = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="fr-", dir="/tmp")}
     command = [

@@ -89,7 +89,7 @@ def card_of(http: TestClient, team: str, token: str) -> dict[str, Any]:
     return card
 
 
-def test_a_shifted_stream_is_told_in_measures_and_card_and_a_usual_one_with_defects_is_not(
+def test_metrics_and_card_report_a_shifted_stream_but_not_a_few_defects(
     http: TestClient, plant: Plant, recorder: ShiftRecorder, usual: list[bytes]
 ) -> None:
     before = card_of(http, PRESS, plant.press)
@@ -111,7 +111,7 @@ def finding(score: float) -> Inspection:
     return Inspection(score, 0.5, False, 1.0, 1.0, np.empty((0, 0), np.float32), 1, 1, ())
 
 
-def test_each_version_has_its_own_scores_and_those_idle_for_longest_go(
+def test_each_version_has_its_own_scores_and_idle_versions_are_dropped(
     monkeypatch: pytest.MonkeyPatch, plant: Plant
 ) -> None:
     monkeypatch.setattr(stream_shift, "MAX_VERSIONS", 2)
