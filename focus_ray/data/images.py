@@ -513,9 +513,8 @@ def _check_jpeg(data: bytes) -> None:
     Raises: ImageError: there are too many.
     """
     offset, num_scans, num_segments, fill_bytes = 2, 0, 0, 0
-    while (marker := _JPEG_MARKER.search(data, offset)) is not None and data[
-        marker.end() - 1
-    ] != 0xD9:  # the end of the image
+    # marker D9 is the end of the image
+    while (marker := _JPEG_MARKER.search(data, offset)) is not None and data[marker.end() - 1] != 0xD9:
         if not num_scans:
             fill_bytes += marker.start() - offset
         num_segments += 1
@@ -529,7 +528,7 @@ def _check_jpeg(data: bytes) -> None:
                 "too_large", "a JPEG with too many segments, or too many bytes between them: save it again"
             )
         offset = marker.end()
-        if data[offset - 1] not in (0x01, 0xD8):  # all other markers are followed by the length of their segment
+        if data[offset - 1] not in (0x01, 0xD8):  # markers 01 and D8 have no length
             offset += max(2, int.from_bytes(data[offset : offset + 2], "big"))
     if not num_scans and len(data) - offset > _MAX_JPEG_FILL_BYTES:
         raise ImageError("truncated", "a JPEG without pixels in it: copy it again")

@@ -42,21 +42,8 @@ _MAX_LZMA_BYTES = 2**28  # memory of the LZMA decoder; the file chooses the size
 _MAX_JPEG_SCANS = 100  # libtiff (4.7) has this limit for new-style JPEG, but none for old-style JPEG
 _BLOCK_VALUES = 2**20  # samples converted at a time, so that wide integers need little memory
 
-_VALUE_BYTES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-}  # bytes of a value, by type of the tag
+# bytes of a value, by type of the tag
+_VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _BYTE_TYPES = (1, 2, 6, 7)  # libraries copy their values instead of converting them to Python objects
 _INTEGER_FORMATS = {1: "B", 3: "H", 4: "I"}
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR = 256, 257, 258, 259, 277, 278, 284

@@ -117,7 +117,10 @@ class RegionAnswer(Region):
 
 
 class MapAnswer(_AnswerBody):
-    """The anomaly map as an 8-bit grey PNG in base64. It covers the whole image; a pixel value v means high * v / 255."""
+    """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means high * v / 255.
+
+    The map is square. Stretch it over the whole image.
+    """
 
     png: str
     high: float

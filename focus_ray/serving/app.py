@@ -50,9 +50,8 @@ _ENVIRONMENT = {
 def _prepare_process() -> None:
     """Prepares the process of a replica: sets up the logs, and keeps decoder processes from running Ray's worker script."""
     configure_logging()
-    sys.modules["__main__"].__spec__ = ModuleSpec(
-        "__main__", None
-    )  # `multiprocessing` does not import a main module of this name in new processes
+    # `multiprocessing` does not import a main module of this name in new processes
+    sys.modules["__main__"].__spec__ = ModuleSpec("__main__", None)
 
 
 @serve.deployment
@@ -233,8 +232,8 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     ingress = Ingress.options(  # type: ignore[attr-defined]
         name="ingress",
         autoscaling_config=_autoscaling_config(pool.scaling if together else settings.ingress),
-        max_ongoing_requests=limits.max_in_flight
-        + 64,  # above the limit of `Gate`, which answers with a problem document
+        # above the limit of `Gate`, so that `Gate` refuses first, with a problem document
+        max_ongoing_requests=limits.max_in_flight + 64,
         max_queued_requests=4 * limits.max_in_flight,
         backpressure_config={"status_code": 503, "retry_after_s": limits.retry_after_s},
         ray_actor_options=actor,

@@ -117,9 +117,8 @@ class Decoders:
         self, team: str, images: Sequence[bytes], frame: Frame, max_pixels: int
     ) -> list[Decoded | ImageError]:
         """Decodes images as `decode_images`; the result of an image is an ImageError too if its decoder was killed."""
-        plain_frame = Frame(
-            frame.height, frame.width, frame.resize, frame.region, frame.cells
-        )  # without cached values, which would be copied to the process
+        # a frame without cached values, which would be copied to the process
+        plain_frame = Frame(frame.height, frame.width, frame.resize, frame.region, frame.cells)
         decodings = (self._run(team, decode_images, [image], plain_frame, max_pixels) for image in images)
         return [result if isinstance(result, ImageError) else result[0] for result in await asyncio.gather(*decodings)]
 

@@ -77,9 +77,8 @@ def running(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000
             build(settings.model_dump(mode="json")),
             name=APPLICATION,
             route_prefix="/",
-            logging_config=LoggingConfig(
-                enable_access_log=False, log_level="WARNING"
-            ),  # the service writes its own access log
+            # no access log of Serve: the service writes its own
+            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         )
         yield f"http://{host}:{port}"
         serve.delete(APPLICATION)  # waits for requests in flight

@@ -21,9 +21,8 @@ from focus_ray.serving.settings import MIB, Limits
 
 _MAX_FIELD_BYTES = 4096
 MAX_DOCUMENT_BYTES = 4096
-DOCUMENT_LIMITS = Limits(
-    max_body_mb=MAX_DOCUMENT_BYTES / MIB, body_timeout_s=5.0
-)  # for the JSON bodies of admin requests
+# for the JSON bodies of admin requests
+DOCUMENT_LIMITS = Limits(max_body_mb=MAX_DOCUMENT_BYTES / MIB, body_timeout_s=5.0)
 M = TypeVar("M", bound=BaseModel)
 _URL_PARAMETERS = ("version", "output", "include")  # of an inspection; in a form they would have no effect
 
