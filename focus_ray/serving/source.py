@@ -291,7 +291,7 @@ class VersionDirectory:
                 version = await self._call_in_refresh_thread(self.source.resolve, *key)
                 if version_key(version) != version_key(entry.version):
                     await self.warm(version)
-                    self.log("alias moved", previous=entry.version.name, version=version.name, **facts)
+                    self.log("alias moved", former=entry.version.name, version=version.name, **facts)
                     entry.version = version
                 entry.mark, entry.resolved_at = mark, now
             else:
