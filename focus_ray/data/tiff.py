@@ -421,10 +421,12 @@ def _inflated_too_large(limit: int) -> TiffError:
 
 
 def _read_stored(data: bytes, limit: int) -> bytes:
+    """Returns the uncompressed bytes of a strip or tile."""
     return data[:limit]
 
 
 def _inflate_deflate(data: bytes, limit: int) -> bytes:
+    """Inflates a Deflate strip or tile. Raises: TiffError: more than `limit` bytes."""
     inflater = zlib.decompressobj()
     inflated = inflater.decompress(data, limit)
     if inflater.unconsumed_tail and inflater.decompress(inflater.unconsumed_tail, 1):
@@ -433,6 +435,7 @@ def _inflate_deflate(data: bytes, limit: int) -> bytes:
 
 
 def _inflate_lzma(data: bytes, limit: int) -> bytes:
+    """Inflates an LZMA strip or tile. Raises: TiffError: more than `limit` bytes."""
     inflater = lzma.LZMADecompressor(memlimit=_MAX_LZMA_BYTES)
     inflated = inflater.decompress(data, limit)
     if not (inflater.eof or inflater.needs_input) and inflater.decompress(b"", 1):
@@ -441,6 +444,7 @@ def _inflate_lzma(data: bytes, limit: int) -> bytes:
 
 
 def _inflate_packbits(data: bytes, limit: int) -> bytes:
+    """Inflates a PackBits strip or tile. Raises: TiffError: more than `limit` bytes."""
     inflated, offset = bytearray(), 0
     while offset + 1 < len(data):
         code = data[offset]

@@ -88,16 +88,22 @@ class _AnswerBody(BaseModel):
 
 
 class WhoAmI(_AnswerBody):
+    """Teams and scopes of the token."""
+
     teams: list[str]
     scopes: list[str]
 
 
 class CategoryList(_AnswerBody):
+    """Categories of a team."""
+
     team: str
     categories: list[str]
 
 
 class VersionAnswer(_AnswerBody):
+    """A published version of a model."""
+
     version: str
     sha256: str
     published_at: str
@@ -105,6 +111,8 @@ class VersionAnswer(_AnswerBody):
 
 
 class VersionList(_AnswerBody):
+    """Versions of a category, and version names by alias."""
+
     team: str
     category: str
     versions: list[VersionAnswer]
@@ -127,6 +135,8 @@ class MapAnswer(_AnswerBody):
 
 
 class ImageProblem(_AnswerBody):
+    """The reason why an image cannot be read."""
+
     reason: str
     detail: str
 
@@ -149,6 +159,8 @@ class ResultAnswer(_AnswerBody):
 
 
 class InspectAnswer(_AnswerBody):
+    """Results of the images of a request, in order, and the version that scored them."""
+
     request_id: str
     team: str
     category: str
@@ -160,6 +172,8 @@ class InspectAnswer(_AnswerBody):
 
 
 class PromoteBody(BaseModel):
+    """The version to which an alias moves: a version name or an alias."""
+
     model_config = ConfigDict(extra="forbid")
     version: Name
 
@@ -173,12 +187,15 @@ class ThresholdsBody(BaseModel):
 
     @model_validator(mode="after")
     def _sets_a_threshold(self) -> ThresholdsBody:
+        """Raises: ValueError: neither threshold is set."""
         if self.image_threshold is None and self.pixel_threshold is None:
             raise ValueError("set image_threshold, pixel_threshold, or both")
         return self
 
 
 class AliasAnswer(_AnswerBody):
+    """An alias and the version to which it now points."""
+
     team: str
     category: str
     alias: str
@@ -186,6 +203,8 @@ class AliasAnswer(_AnswerBody):
 
 
 class Ready(_AnswerBody):
+    """The state of the replica."""
+
     status: str
 
 

@@ -140,10 +140,12 @@ class RemoteScoringBackend:
         include_map: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> Answer:
+        """Scores images in a replica, as `ImageScorer.inspect`. Raises: as `_call`."""
         answer: Answer = await self._call("inspect", version, list(images), output, include_map, max_pixels)
         return answer
 
     async def warm(self, version: Version) -> None:
+        """Loads a version in a replica. Raises: as `_call`."""
         await self._call("warm", version)
 
     async def _call(self, method: str, version: Version, *arguments: Any) -> Any:

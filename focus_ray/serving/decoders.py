@@ -73,6 +73,7 @@ class TeamSlots:
             self._release(team)
 
     def _release(self, team: str) -> None:
+        """Returns a slot of a team and assigns it to a waiting team."""
         self._num_free += 1
         self._slots_by_team[team] -= 1
         if not self._slots_by_team[team]:
@@ -201,6 +202,7 @@ async def _restart(pool: ProcessPool) -> ProcessPool:
 
 
 def _stop_pools(pools: list[ProcessPool]) -> None:
+    """Ends the processes of the pools."""
     for pool in pools:
         pool.stop()
         pool.join()
@@ -221,6 +223,7 @@ def _limit_process() -> None:
 
 
 def _do_nothing() -> None:
+    """Runs in a decoder process to find out that the process is ready."""
     pass
 
 

@@ -16,6 +16,7 @@ class JsonLines(logging.Formatter):
     """Formats a log record as JSON: time, level, event, the facts of the call, and the traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Returns the record as one line of JSON."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

@@ -58,33 +58,41 @@ class RayMeasures(Measures):
         self._sink = Counter("focus_ray_sink_images", "What became of images for the sink.", ("outcome",))
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Counts a request by route, method and status, and records its duration."""
         self._requests.inc(1, {"route": route, "method": method, "status": str(status)})
         self._seconds.observe(seconds, {"route": route})
 
     def stages(self, milliseconds: Mapping[str, float]) -> None:
+        """Records the milliseconds of each stage of an inspection."""
         for stage, value in milliseconds.items():
             self._stages.observe(value, {"stage": stage})
 
     def batch(self, num_images: int, num_categories: int, num_passes: int) -> None:
+        """Records images and categories of a batch, and counts its forward passes."""
         self._batch.observe(num_images)
         self._mixture.observe(num_categories)
         self._passes.inc(num_passes)
 
     def loaded(self, version: Version, seconds: float) -> None:
+        """Records how long a version took to load."""
         self._load.observe(seconds, {"team": version.team, "category": version.category})
 
     def dropped(self, version: Version) -> None:
+        """Counts a version that was dropped from memory."""
         self._dropped.inc(1, {"team": version.team, "category": version.category})
 
     def in_memory(self, num_models: int, num_bytes: int) -> None:
+        """Sets the number and size of the models in memory."""
         self._models.set(num_models)
         self._model_bytes.set(num_bytes)
 
     def in_flight(self, num_requests: int, num_bytes: int) -> None:
+        """Sets the number of requests in flight and the size of their bodies."""
         self._in_flight.set(num_requests)
         self._in_flight_bytes.set(num_bytes)
 
     def results(self, version: Version, results: Sequence[Inspection | ImageError], role: str) -> None:
+        """Counts images by verdict, and records p-values and scores relative to the threshold."""
         tags = {"team": version.team, "category": version.category, "version": version.name, "role": role}
         for result in results:
             if isinstance(result, ImageError):
@@ -95,16 +103,20 @@ class RayMeasures(Measures):
             self._score.observe(result.score_to_threshold, tags)
 
     def shift(self, version: Version, shift: Shift) -> None:
+        """Sets the p-values of the latest shift test of a version, for higher and lower scores."""
         tags = {"team": version.team, "category": version.category, "version": version.name}
         self._shift.set(shift.p_higher, {**tags, "direction": "higher"})
         self._shift.set(shift.p_lower, {**tags, "direction": "lower"})
 
     def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None:
+        """Counts an image of a shadow version, by whether its verdict differs."""
         tags = {"team": version.team, "category": version.category, "version": version.name}
         self._shadow.inc(1, {**tags, "differs": str(differs).lower()})
 
     def retried(self) -> None:
+        """Counts a retry after a replica was lost."""
         self._retries.inc(1)
 
     def sink(self, outcome: str, count: int) -> None:
+        """Counts images in the sink by outcome."""
         self._sink.inc(count, {"outcome": outcome})

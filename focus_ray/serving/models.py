@@ -169,9 +169,11 @@ def hash_module(module: nn.Module) -> str:
 
 
 def _module_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yields the parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()
 
 
 def _num_bytes(tensors: Iterator[Tensor]) -> int:
+    """Returns the size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -42,9 +42,11 @@ class ScoringBackend(Protocol):
         output: Output = ...,
         include_map: bool = ...,
         max_pixels: int = ...,
-    ) -> Answer: ...
+    ) -> Answer:
+        """Scores the images of a request, as `ImageScorer.inspect`."""
 
-    async def warm(self, version: Version) -> None: ...
+    async def warm(self, version: Version) -> None:
+        """Loads a version, so that its first request does not wait."""
 
 
 class InspectionOutcome(NamedTuple):
@@ -170,6 +172,7 @@ class Service:
         asyncio.get_running_loop().call_later(self.settings.refresh_s, self._allow_next_readiness_lookup)
 
     def _allow_next_readiness_lookup(self) -> None:
+        """Forgets the last look-up of models, so that the next probe starts a new one."""
         self._readiness_task = None
 
     def _has_models(self) -> bool:

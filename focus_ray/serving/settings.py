@@ -47,6 +47,7 @@ class Scaling(Section):
 
     @model_validator(mode="after")
     def _check_order(self) -> Scaling:
+        """Raises: ValueError: min_replicas is above max_replicas."""
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas={self.min_replicas} is above max_replicas={self.max_replicas}")
         return self
@@ -235,6 +236,7 @@ class ServiceSettings(Section):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> ServiceSettings:
+        """Raises: ValueError: settings contradict each other."""
         if (self.registry is None) == (self.bundles is None):
             raise ValueError("set either registry or bundles, and not both")
         if self.tokens is None and not self.open_to_all:

@@ -33,15 +33,20 @@ class ModelSource(Protocol):
     Methods raise RegistryError if the category, version or alias does not exist, and DataError if the storage fails.
     """
 
-    def teams(self) -> list[str]: ...
+    def teams(self) -> list[str]:
+        """Returns the teams."""
 
-    def categories(self, team: str) -> list[str]: ...
+    def categories(self, team: str) -> list[str]:
+        """Returns the categories of a team."""
 
-    def versions(self, team: str, category: str) -> list[Version]: ...
+    def versions(self, team: str, category: str) -> list[Version]:
+        """Returns the versions of a category; an empty list if there is no such category."""
 
-    def aliases(self, team: str, category: str) -> dict[str, str]: ...
+    def aliases(self, team: str, category: str) -> dict[str, str]:
+        """Returns version names by alias."""
 
-    def resolve(self, team: str, category: str, ref: str = ...) -> Version: ...
+    def resolve(self, team: str, category: str, ref: str = ...) -> Version:
+        """Returns the version of a ref: an alias or a version name."""
 
     def marks(self, team: str) -> dict[str, str]:
         """Returns a mark for each category, which changes whenever a version or alias of the category changes.
@@ -49,13 +54,16 @@ class ModelSource(Protocol):
         A category without a mark must be looked up.
         """
 
-    def promote(self, team: str, category: str, ref: str, alias: str) -> Version: ...
+    def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
+        """Moves an alias to the version of a ref, and returns the version."""
 
-    def roll_back(self, team: str, category: str, alias: str) -> Version: ...
+    def roll_back(self, team: str, category: str, alias: str) -> Version:
+        """Moves an alias back to its previous version, and returns the version."""
 
     def set_thresholds(
         self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
-    ) -> Version: ...
+    ) -> Version:
+        """Publishes the model of a version with other thresholds; `by` is the author. Returns the new version."""
 
 
 class FolderSource:
@@ -74,20 +82,25 @@ class FolderSource:
         find_bundles(place)  # searches few levels, so that a wrong folder fails immediately
 
     def teams(self) -> list[str]:
+        """Returns the only team."""
         return [self.team]
 
     def categories(self, team: str) -> list[str]:
+        """Returns the categories with a bundle; none for another team."""
         return sorted(self._versions_by_category(self.refresh_s)) if team == self.team else []
 
     def versions(self, team: str, category: str) -> list[Version]:
+        """Returns the only version of a category; an empty list if there is no such category."""
         version = self._versions_by_category(self.refresh_s).get(category) if team == self.team else None
         return [version] if version else []
 
     def aliases(self, team: str, category: str) -> dict[str, str]:
+        """Returns the alias `latest`, the only one."""
         versions = self.versions(team, category)
         return {LATEST: versions[0].name} if versions else {}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
+        """Returns the version of `latest` or of its name. Raises: RegistryError: there is no such version."""
         for version in self.versions(team, category):
             if ref in (LATEST, version.name):
                 return version
@@ -99,14 +112,17 @@ class FolderSource:
         return {category: version_key(version) for category, version in versions.items()}
 
     def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
+        """Raises: RegistryError: always, because a folder has no aliases to move."""
         raise RegistryError("a folder of bundles has no aliases to move: serve a registry")
 
     def roll_back(self, team: str, category: str, alias: str) -> Version:
+        """Raises: RegistryError: always, because a folder has no aliases to move."""
         raise RegistryError("a folder of bundles has no aliases to move: serve a registry")
 
     def set_thresholds(
         self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
     ) -> Version:
+        """Raises: RegistryError: always, because a folder has one version of each category."""
         raise RegistryError(
             "a folder of bundles keeps no versions, so thresholds are not saved in it: serve a registry"
         )
@@ -315,6 +331,7 @@ class VersionDirectory:
         return await asyncio.shield(task)
 
     async def _fetch_marks(self, team: str) -> _TeamMarks:
+        """Reads the marks of a team from the source and caches them."""
         marks = _TeamMarks(time.monotonic(), await self._call_in_refresh_thread(self.source.marks, team))
         self._marks[team] = marks
         return marks
@@ -339,6 +356,7 @@ class VersionDirectory:
         return manifest
 
     async def _call_in_refresh_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Returns `function(*arguments)`, called in a thread for checks in the background."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     def close(self) -> None:

@@ -163,6 +163,7 @@ def hash_secret(secret: str) -> str:
 
 
 def _write_tokens(uri: str, content: TokenFile) -> None:
+    """Writes a token file as YAML."""
     write_bytes(uri, yaml.safe_dump(content.model_dump(mode="json"), sort_keys=False).encode())
 
 
@@ -214,4 +215,5 @@ class TokenStore:
 
 
 def _tokens_by_id(content: TokenFile) -> dict[str, Token]:
+    """Returns the tokens of a file by their id."""
     return {token.id: token for token in content.tokens}
