@@ -29,7 +29,7 @@ from focus_ray.bundle.registry import Registry
 from focus_ray.client import AsyncClient, Client, Inspected
 from focus_ray.data.importers.base import IMAGE_SUFFIXES
 from focus_ray.serving.launch import running
-from focus_ray.serving.models import own_tensors
+from focus_ray.serving.models import tensors_without_backbone
 from focus_ray.serving.settings import MIB, parse_settings
 
 
@@ -64,7 +64,7 @@ def models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) 
     """2,000 requests for 50 models at random, with room for 10."""
     inspector = Inspector.load(bundle, "cpu")
     category = inspector.bundle.category
-    own = sum(tensor.numel() * tensor.element_size() for tensor in own_tensors(inspector.bundle.detector))
+    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors_without_backbone(inspector.bundle.detector))
     backbone = sum(t.numel() * t.element_size() for t in inspector.bundle.detector.net.backbone.parameters())
     with tempfile.TemporaryDirectory() as folder:
         registry = Registry(folder)

@@ -52,7 +52,7 @@ from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.profile import fit_profile
 from focus_ray.model.network import build_net
 from focus_ray.model.reduction import ChannelReduction
-from focus_ray.serving.models import own_tensors
+from focus_ray.serving.models import tensors_without_backbone
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
 Part = tuple[Tensor, Tensor | None]  # as `subsample_coreset` returns it
@@ -189,7 +189,7 @@ def sizes_of(num_images: int, per_place: int | None, precision: str) -> dict[str
         )
         read = read_bundle(Path(folder) / "bundle").detector
     files = {part: entry["num_bytes"] for part, entry in manifest["files"].items()}
-    return {"model": sum(one.numel() * one.element_size() for one in own_tensors(read)), **files}
+    return {"model": sum(one.numel() * one.element_size() for one in tensors_without_backbone(read)), **files}
 
 
 def print_sizes(counts: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes .env for compose.yaml: .env.example with a random secret for each name that is empty. Leaves an .env that is there.
+# Writes .env for compose.yaml: .env.example with a random secret for each empty name. Keeps an existing .env.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -e .env ]; then

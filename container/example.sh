@@ -1,4 +1,4 @@
-# From made-up parts to an answer of the service. Does nothing where it has run before.
+# Fits a model to synthetic parts and inspects an image with the service. Does nothing if it has run before.
 set -euo pipefail
 cd "$(mktemp --directory)"
 certificate=/home/focus/certificates/tls.crt

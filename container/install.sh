@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What the image holds, into a virtual environment: the Dockerfile's steps, and those of tests/container/test_image_install.py.
+# Installs the content of the image into a virtual environment. The Dockerfile and tests/container/test_image_install.py use it.
 #
-#   container/install.sh VENV dependencies [uv pip install's options]   the libraries, at the versions of requirements.lock
-#   container/install.sh VENV wheel FOLDER                              the package as a wheel, into FOLDER
-#   container/install.sh VENV package FOLDER                            the wheel of FOLDER
+#   container/install.sh VENV dependencies [options of uv pip install]   installs the libraries, at the versions of requirements.lock
+#   container/install.sh VENV wheel FOLDER                              builds the package as a wheel in FOLDER
+#   container/install.sh VENV package FOLDER                            installs the wheel of FOLDER
 #
-# VARIANT is cpu (torch from PyTorch's index of builds without CUDA) or cuda (torch as the package index has it).
-# PYPI_INDEX and TORCH_INDEX name mirrors, where the public indexes cannot be reached; else uv knows both indexes.
+# VARIANT is cpu (torch from PyTorch's index of builds without CUDA) or cuda (torch from the package index).
+# PYPI_INDEX and TORCH_INDEX name mirrors if the public indexes cannot be reached; by default, uv uses the public indexes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1 step=$2
@@ -16,8 +16,8 @@ packages=() torch=(--torch-backend cpu)
 [ -z "${PYPI_INDEX:-}" ] || packages=(--index-url "$PYPI_INDEX")
 [ -z "${TORCH_INDEX:-}" ] || torch=(--index-url "$TORCH_INDEX")
 extras=(--extra ray --extra offline --extra onnx)
-export UV_LINK_MODE=copy PYC_INVALIDATION_MODE=UNCHECKED_HASH  # a file's time says nothing in an image
-export UV_SYSTEM_CERTS=1  # a plant's own authority, where the base image has it
+export UV_LINK_MODE=copy PYC_INVALIDATION_MODE=UNCHECKED_HASH  # file times have no meaning in an image
+export UV_SYSTEM_CERTS=1  # uses the certificate authority of a plant if the base image has one
 
 # uv compares every package with the hashes of the lock
 install() {
@@ -27,8 +27,8 @@ install() {
 dependencies() {
     case $variant in
     cuda) ;;
-    # first and alone, so that the index of torch answers for nothing else; what follows finds the two there, at the locked versions
-    # the lock has the hashes of the other builds: what comes here is as trustworthy as that index
+    # torch is installed first and alone, so that its index provides no other package; the next step finds it installed
+    # the lock has the hashes of the CUDA builds, so these builds are only as trustworthy as the index of torch
     cpu) install --no-verify-hashes --no-deps "${torch[@]}" torch torchvision "$@" ;;
     *)
         echo "VARIANT=$variant: expected cpu or cuda" >&2

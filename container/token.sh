@@ -1,4 +1,4 @@
-# The service's first token, once, in a volume that it shares with the example.
+# Creates the first token of the service once, in a volume that the example can read.
 set -euo pipefail
 umask 077
 cd /home/focus/secrets

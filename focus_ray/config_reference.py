@@ -22,7 +22,7 @@ from focus_ray.config import Config
 from focus_ray.errors import ConfigError
 from focus_ray.kinds import Kinds
 from focus_ray.names import NAME_PATTERN, NAME_WORDS
-from focus_ray.serving.settings import Settings
+from focus_ray.serving.settings import ServiceSettings
 from focus_ray.sweep.settings import SweepConfig
 
 COMMAND = "python -m focus_ray.config_reference docs/reference/configuration.md"
@@ -51,7 +51,7 @@ ROOTS = (
     ),
     Root(
         "the service",
-        Settings,
+        ServiceSettings,
         "`focus-ray serve PLACE key=value ...` takes these settings ([serving](../use/serving.md)).",
     ),
 )

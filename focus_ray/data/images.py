@@ -467,7 +467,7 @@ def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
 
     Raises: ImageError: see `tiff.read_tags`. Also if the page has more than ``MAX_PIXELS`` pixels.
     """
-    if not data.startswith(tiff.SIGNS):
+    if not data.startswith(tiff.TIFF_SIGNATURES):
         return None
     try:
         tags = tiff.read_tags(data, page)
@@ -479,9 +479,9 @@ def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
 
 
 def _reader_of(tags: tiff.Tags) -> str:
-    """Returns `tiff.reader_of`. Raises: ImageError: no library reads a TIFF of this kind correctly."""
+    """Returns `tiff.choose_reader`. Raises: ImageError: no library reads a TIFF of this kind correctly."""
     try:
-        return tiff.reader_of(tags)
+        return tiff.choose_reader(tags)
     except tiff.TiffError as error:
         raise ImageError(error.reason, str(error)) from error
 
@@ -537,7 +537,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     except _DECODE_ERRORS as error:
         raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
     if image.format == "TIFF" and not data.startswith(
-        tiff.SIGNS
+        tiff.TIFF_SIGNATURES
     ):  # Pillow also opens TIFFs with other first bytes, whose tags `tiff` does not check
         raise _unidentified(data)
     _check_size(*image.size)

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
-SIGNS = (b"II*\x00", b"MM\x00*")
+TIFF_SIGNATURES = (b"II*\x00", b"MM\x00*")
 _PHOTOMETRIC = {
     0: "WhiteIsZero",
     1: "BlackIsZero",
@@ -118,7 +118,7 @@ class Tags:
     big_endian: bool
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The kind of the pixels in words, for error messages."""
         colours = _PHOTOMETRIC.get(self.photometric, f"photometric {self.photometric}")
         planes = " in separate planes" if self.planar and self.samples > 1 else ""
@@ -309,7 +309,7 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
         return None
 
 
-def reader_of(tags: Tags) -> Literal["Pillow", "Pillow, inverted", "tifffile"]:
+def choose_reader(tags: Tags) -> Literal["Pillow", "Pillow, inverted", "tifffile"]:
     """Returns the library that decodes a TIFF with these tags correctly.
 
     "Pillow, inverted" means that Pillow decodes the file, and that the values must then be inverted, because 0 is white.
@@ -317,16 +317,18 @@ def reader_of(tags: Tags) -> Literal["Pillow", "Pillow, inverted", "tifffile"]:
     Raises: TiffError: no library decodes this kind of TIFF correctly. The message names the kind and the remedy.
     """
     if tags.kind == "float" or tags.kind == "complex":
-        raise TiffError(f"a floating-point image has no set range ({tags.words}): save it as 8-bit or 16-bit")
+        raise TiffError(f"a floating-point image has no set range ({tags.description}): save it as 8-bit or 16-bit")
     if tags.kind == "signed":
-        raise TiffError(f"signed values have no set range ({tags.words}): save it as unsigned 8-bit or 16-bit")
+        raise TiffError(f"signed values have no set range ({tags.description}): save it as unsigned 8-bit or 16-bit")
     if tags.bits > 16:
-        raise TiffError(f"{tags.bits}-bit values have no set range ({tags.words}): save the image as 8-bit or 16-bit")
+        raise TiffError(
+            f"{tags.bits}-bit values have no set range ({tags.description}): save the image as 8-bit or 16-bit"
+        )
     if tags.photometric not in _PHOTOMETRIC:
-        raise TiffError(f"this kind of colour is not read ({tags.words}): save it as grey or RGB")
+        raise TiffError(f"this kind of colour is not read ({tags.description}): save it as grey or RGB")
     extra = tags.samples - _COLOURS[tags.photometric]
     if extra < 0 or extra > 3:
-        raise TiffError(f"{tags.samples} samples a pixel are not read ({tags.words}): save it as grey or RGB")
+        raise TiffError(f"{tags.samples} samples a pixel are not read ({tags.description}): save it as grey or RGB")
     if tags.bits == 16:
         if tags.photometric in (0, 1) and tags.samples == 1:
             if tags.photometric == 1:
@@ -345,7 +347,7 @@ def reader_of(tags: Tags) -> Literal["Pillow", "Pillow, inverted", "tifffile"]:
         tags.bits == 12 and tags.samples == 1 and tags.photometric == 1
     ):
         return "Pillow"
-    raise TiffError(f"this kind of TIFF is not read ({tags.words}): save it as 8-bit grey or RGB")
+    raise TiffError(f"this kind of TIFF is not read ({tags.description}): save it as 8-bit grey or RGB")
 
 
 def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.uint8], bool]:
@@ -362,11 +364,11 @@ def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.
     except TiffError:
         raise
     except Exception as error:  # tifffile raises many types of errors for damaged bytes
-        raise TiffError(f"{tags.words}: cannot be read here ({error}): save it without compression") from error
+        raise TiffError(f"{tags.description}: cannot be read here ({error}): save it without compression") from error
     is_planar = tags.planar and tags.samples > 1
     samples = np.moveaxis(samples[..., 0], 0, -1) if is_planar else samples[0]
     if samples.shape != (tags.height, tags.width, tags.samples):
-        raise TiffError(f"{tags.words}: its pixels have the shape {samples.shape}: save it as 8-bit grey or RGB")
+        raise TiffError(f"{tags.description}: its pixels have the shape {samples.shape}: save it as 8-bit grey or RGB")
     full = 2**tags.bits - 1
     colours = _COLOURS[tags.photometric]
     alpha = next((colours + number for number, kind in enumerate(tags.extras) if kind in _ALPHA), None)

@@ -1,1 +1,1 @@
-"""The inspection service: what answers HTTP requests with a registry's models, on Ray Serve. See docs/use/serving.md."""
+"""The inspection service: answers HTTP requests with the models of a registry, on Ray Serve. See docs/use/serving.md."""

@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, what they take and give, and its OpenAPI description. Thin: `service` does the work."""
+"""The HTTP interface: routes, their parameters and answers, and the OpenAPI description. Thin: `service` does the work."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from focus_ray.data.images import ImageError
 from focus_ray.evaluation.inspection import Inspection, Region
 from focus_ray.names import NAME_PATTERN
 from focus_ray.serving.envelope import Envelope, problem_response
-from focus_ray.serving.limits import announced_bytes, read_body, read_document, split_images
+from focus_ray.serving.limits import read_body, read_content_length, read_document, split_images
 from focus_ray.serving.origin import check_origin
 from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, Problem
 from focus_ray.serving.rendering import MapValues, Output
-from focus_ray.serving.service import Inspected, Service
+from focus_ray.serving.service import InspectionOutcome, Service
 from focus_ray.serving.settings import Name
 from focus_ray.serving.tokens import Caller
 
@@ -38,12 +38,16 @@ TeamPath = Annotated[str, Path(pattern=NAME_PATTERN)]
 CategoryPath = Annotated[str, Path(pattern=NAME_PATTERN)]
 AliasPath = Annotated[str, Path(pattern=NAME_PATTERN)]
 Ref = Annotated[
-    str | None, Query(alias="version", pattern=NAME_PATTERN, description="A version or an alias; none: as configured.")
+    str | None,
+    Query(alias="version", pattern=NAME_PATTERN, description="A version or an alias; without it, the configured one."),
 ]
 
 
-async def caller_of(request: Request) -> Caller:
-    """The dependency that authenticates. Raises: Problem: 401, 403 the page of another site, 421 another host name."""
+async def authenticate_request(request: Request) -> Caller:
+    """FastAPI dependency: returns the caller of a request.
+
+    Raises: Problem: 401, no valid token. 403, the request comes from the page of another site. 421, wrong host name.
+    """
     service: Service = request.app.state.service
     check_origin(request.headers, service.tokens is not None)
     caller = service.authenticate(request.headers.get("authorization"))
@@ -51,52 +55,64 @@ async def caller_of(request: Request) -> Caller:
     return caller
 
 
-Who = Annotated[Caller, Depends(caller_of)]
+AuthenticatedCaller = Annotated[Caller, Depends(authenticate_request)]
 
 
-async def check_query(request: Request, caller: Who) -> None:
-    """The dependency that refuses query parameters that a path does not take; a token is asked for first.
+async def check_query(request: Request, caller: AuthenticatedCaller) -> None:
+    """FastAPI dependency: refuses unknown and repeated query parameters, after the caller was authenticated.
 
-    Raises: Problem: 422, a parameter is unknown or given twice.
+    Raises: Problem: 422, a parameter is unknown or occurs twice.
     """
-    known = sorted(field.alias for field in request.scope["route"].dependant.query_params)
+    parameters = sorted(field.alias for field in request.scope["route"].dependant.query_params)
     names = [name for name, _ in request.query_params.multi_items()]
     for name in dict.fromkeys(names):
-        if name not in known:
-            shown = repr(name[:100])
-            if not known:
-                raise Problem(422, "unknown-parameter", f"query parameter {shown}: this path takes none: leave it out")
-            close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+        if name not in parameters:
+            quoted = repr(name[:100])
+            if not parameters:
+                raise Problem(422, "unknown-parameter", f"query parameter {quoted}: this path takes none: remove it")
+            close = difflib.get_close_matches(name.lower(), parameters, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise Problem(
-                422, "unknown-parameter", f"query parameter {shown}: unknown; {hint}this path takes {', '.join(known)}"
+                422,
+                "unknown-parameter",
+                f"query parameter {quoted}: unknown; {hint}this path takes {', '.join(parameters)}",
             )
         if names.count(name) > 1:
-            raise Problem(422, "repeated-parameter", f"query parameter {name!r} is given twice: give one value")
+            raise Problem(422, "repeated-parameter", f"query parameter {name!r} occurs twice: send one value")
 
 
-class _Answer(BaseModel):
+class _AnswerBody(BaseModel):
+    """Base of the documented answers: they have no other fields."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class WhoAmI(_Answer):
+class WhoAmI(_AnswerBody):
+    """Teams and scopes of the token."""
+
     teams: list[str]
     scopes: list[str]
 
 
-class CategoryList(_Answer):
+class CategoryList(_AnswerBody):
+    """Categories of a team."""
+
     team: str
     categories: list[str]
 
 
-class VersionAnswer(_Answer):
+class VersionAnswer(_AnswerBody):
+    """A published version of a model."""
+
     version: str
     sha256: str
     published_at: str
     num_bytes: int
 
 
-class VersionList(_Answer):
+class VersionList(_AnswerBody):
+    """Versions of a category, and version names by alias."""
+
     team: str
     category: str
     versions: list[VersionAnswer]
@@ -105,23 +121,28 @@ class VersionList(_Answer):
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class RegionAnswer(Region):
-    """`Region`, as a document: bounding box and area in pixels of the image; peak of the map."""
+    """An anomalous region: bounding box and area in pixels of the image, and the peak of the anomaly map."""
 
 
-class MapAnswer(_Answer):
-    """An 8-bit grey PNG in base64, a square stretched over the image; a pixel v stands for high * v / 255."""
+class MapAnswer(_AnswerBody):
+    """The anomaly map as an 8-bit grey PNG in base64. A pixel value v means high * v / 255.
+
+    The map is square. Stretch it over the whole image.
+    """
 
     png: str
     high: float
 
 
-class ImageProblem(_Answer):
+class ImageProblem(_AnswerBody):
+    """The reason why an image cannot be read."""
+
     reason: str
     detail: str
 
 
-class ResultAnswer(_Answer):
-    """What was found in one image, or why it could not be read: then `error` and nothing else."""
+class ResultAnswer(_AnswerBody):
+    """The result of one image. An image that cannot be read has only `name` and `error`."""
 
     name: str
     score: float | None = None
@@ -137,7 +158,9 @@ class ResultAnswer(_Answer):
     error: ImageProblem | None = None
 
 
-class InspectAnswer(_Answer):
+class InspectAnswer(_AnswerBody):
+    """Results of the images of a request, in order, and the version that scored them."""
+
     request_id: str
     team: str
     category: str
@@ -149,37 +172,44 @@ class InspectAnswer(_Answer):
 
 
 class PromoteBody(BaseModel):
+    """The version to which an alias moves: a version name or an alias."""
+
     model_config = ConfigDict(extra="forbid")
     version: Name
 
 
 class ThresholdsBody(BaseModel):
-    """Thresholds that a person chose; one that is left out stays."""
+    """Thresholds that a person chose. A threshold that is absent does not change."""
 
     model_config = ConfigDict(extra="forbid")
     image_threshold: float | None = Field(default=None, gt=0, le=1e30, allow_inf_nan=False)
     pixel_threshold: float | None = Field(default=None, gt=0, le=1e30, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _something(self) -> ThresholdsBody:
+    def _sets_a_threshold(self) -> ThresholdsBody:
+        """Raises: ValueError: neither threshold is set."""
         if self.image_threshold is None and self.pixel_threshold is None:
-            raise ValueError("give image_threshold, pixel_threshold, or both")
+            raise ValueError("set image_threshold, pixel_threshold, or both")
         return self
 
 
-class AliasAnswer(_Answer):
+class AliasAnswer(_AnswerBody):
+    """An alias and the version to which it now points."""
+
     team: str
     category: str
     alias: str
     version: str
 
 
-class Ready(_Answer):
+class Ready(_AnswerBody):
+    """The state of the replica."""
+
     status: str
 
 
 def create_api(service: Service) -> FastAPI:
-    """The application that answers with a service."""
+    """Creates the FastAPI application that answers requests with a service; it starts and closes the service."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -192,7 +222,7 @@ def create_api(service: Service) -> FastAPI:
         version=__version__,
         description="Scores images of parts with models that learnt from images of good parts only.",
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's pages load scripts from elsewhere
+        docs_url=None,  # FastAPI's own pages load scripts from other hosts
         redoc_url=None,
         responses={"default": {"description": "Problem (RFC 9457)", "content": {MEDIA_TYPE: {"schema": SCHEMA}}}},
     )
@@ -203,63 +233,81 @@ def create_api(service: Service) -> FastAPI:
     api.state.service = service
     security = [] if service.tokens is None else [Depends(HTTPBearer(auto_error=False))]
     checks = [*security, Depends(check_query)]
-    api.include_router(_reading(service), dependencies=checks)
-    api.include_router(_inspecting(service), dependencies=checks)
-    api.include_router(_administering(service), dependencies=checks)
+    api.include_router(_create_read_routes(service), dependencies=checks)
+    api.include_router(_create_inspect_routes(service), dependencies=checks)
+    api.include_router(_create_admin_routes(service), dependencies=checks)
     return api
 
 
-def _reading(service: Service) -> APIRouter:
+def _create_read_routes(service: Service) -> APIRouter:
+    """Creates the routes of the scope `read`."""
     router = APIRouter(prefix="/v1")
 
-    @router.get("", response_model=WhoAmI, responses=_problems(401, 422, 503), summary="Whose token this is")
-    async def who_am_i(caller: Who) -> Response:
-        return JSONResponse({"teams": await service.teams(caller), "scopes": list(caller.scopes)})
+    @router.get(
+        "",
+        response_model=WhoAmI,
+        responses=_problem_responses(401, 422, 503),
+        summary="The teams and scopes of the token",
+    )
+    async def who_am_i(caller: AuthenticatedCaller) -> Response:
+        return JSONResponse({"teams": await service.list_teams(caller), "scopes": list(caller.scopes)})
 
-    @router.get("/{team}", response_model=CategoryList, responses=_problems(401, 403, 404, 422, 503))
-    async def list_categories(caller: Who, team: TeamPath) -> Response:
-        service.check(caller, team, "", "read")
-        return JSONResponse({"team": team, "categories": await service.categories(team)})
+    @router.get("/{team}", response_model=CategoryList, responses=_problem_responses(401, 403, 404, 422, 503))
+    async def list_categories(caller: AuthenticatedCaller, team: TeamPath) -> Response:
+        service.check_access(caller, team, "", "read")
+        return JSONResponse({"team": team, "categories": await service.list_categories(team)})
 
-    @router.get("/{team}/{category}", responses=_problems(401, 403, 404, 422, 503), summary="The card of a version")
-    async def model_card(caller: Who, team: TeamPath, category: CategoryPath, version: Ref = None) -> dict[str, Any]:
-        service.check(caller, team, category, "read")
-        return await service.card(await service.resolve(team, category, version))
+    @router.get(
+        "/{team}/{category}", responses=_problem_responses(401, 403, 404, 422, 503), summary="The card of a version"
+    )
+    async def model_card(
+        caller: AuthenticatedCaller, team: TeamPath, category: CategoryPath, version: Ref = None
+    ) -> dict[str, Any]:
+        service.check_access(caller, team, category, "read")
+        return await service.describe_version(await service.resolve(team, category, version))
 
-    @router.get("/{team}/{category}/versions", response_model=VersionList, responses=_problems(401, 403, 404, 422, 503))
-    async def list_versions(caller: Who, team: TeamPath, category: CategoryPath) -> Response:
-        service.check(caller, team, category, "read")
-        versions, aliases = await service.versions(team, category)
-        content = {"team": team, "category": category, "versions": [_tell(v) for v in versions], "aliases": aliases}
+    @router.get(
+        "/{team}/{category}/versions", response_model=VersionList, responses=_problem_responses(401, 403, 404, 422, 503)
+    )
+    async def list_versions(caller: AuthenticatedCaller, team: TeamPath, category: CategoryPath) -> Response:
+        service.check_access(caller, team, category, "read")
+        versions, aliases = await service.list_versions(team, category)
+        content = {
+            "team": team,
+            "category": category,
+            "versions": [_version_body(version) for version in versions],
+            "aliases": aliases,
+        }
         return JSONResponse(content)
 
     @router.get(
         "/{team}/{category}/examples/{number}",
-        responses={**_problems(401, 403, 404, 422, 503), 200: {"content": {"image/jpeg": {}}}},
+        responses={**_problem_responses(401, 403, 404, 422, 503), 200: {"content": {"image/jpeg": {}}}},
         response_class=Response,
-        summary="A normal training image, to compare with",
+        summary="A normal training image, for comparison",
     )
     async def example(
-        caller: Who,
+        caller: AuthenticatedCaller,
         team: TeamPath,
         category: CategoryPath,
         number: Annotated[int, Path(ge=0, le=10_000)],
         version: Ref = None,
     ) -> Response:
-        service.check(caller, team, category, "read")
-        found = await service.resolve(team, category, version)
-        return Response(await service.example(found, number), media_type="image/jpeg")
+        service.check_access(caller, team, category, "read")
+        resolved = await service.resolve(team, category, version)
+        return Response(await service.read_example(resolved, number), media_type="image/jpeg")
 
     return router
 
 
-def _inspecting(service: Service) -> APIRouter:
+def _create_inspect_routes(service: Service) -> APIRouter:
+    """Creates the route of the scope `inspect`."""
     router = APIRouter(prefix="/v1")
     limits = service.settings.limits
     binary = {"schema": {"type": "string", "format": "binary"}}
     body = {
         "required": True,
-        "description": f"One image as it is, or a form with up to {limits.max_images} files. PNG, JPEG, BMP, TIFF, WebP "
+        "description": f"The bytes of one image, or a form with up to {limits.max_images} files. PNG, JPEG, BMP, TIFF, WebP "
         f"or PPM of at most {limits.max_pixels} pixels; {limits.max_body_mb:g} MiB in all.",
         "content": {
             "image/*": binary,
@@ -278,46 +326,56 @@ def _inspecting(service: Service) -> APIRouter:
         "/{team}/{category}/inspect",
         response_model=InspectAnswer,
         responses={
-            **_problems(400, 401, 403, 404, 406, 408, 413, 415, 422, 429, 503, 504),
-            200: {"description": "What was found, or a picture of it", "content": {PNG: binary}},
+            **_problem_responses(400, 401, 403, 404, 406, 408, 413, 415, 422, 429, 503, 504),
+            200: {"description": "The results, or a picture of the result", "content": {PNG: binary}},
         },
         openapi_extra={"requestBody": body},
         summary="Score one image or several",
     )
     async def inspect(
         request: Request,
-        caller: Who,
+        caller: AuthenticatedCaller,
         team: TeamPath,
         category: CategoryPath,
         version: Ref = None,
         output: Annotated[
             Output | None,
-            Query(description="A picture instead of JSON, of one image; without it, as the Accept header says."),
+            Query(description="A picture of one image instead of JSON. Without it, the Accept header decides."),
         ] = None,
-        include: Annotated[Literal["map"] | None, Query(description="map: the anomaly map's values too.")] = None,
+        include: Annotated[Literal["map"] | None, Query(description="map: adds the values of the anomaly map.")] = None,
     ) -> Response:
-        service.check(caller, team, category, "inspect")
-        wanted = output or _negotiate(request.headers.get("accept", ""))
-        with service.gate.admit(team, announced_bytes(request, limits)):
+        service.check_access(caller, team, category, "inspect")
+        chosen_output = output or _choose_output(request.headers.get("accept", ""))
+        with service.gate.admit(team, read_content_length(request, limits)):
             images = await split_images(request, await read_body(request, limits), limits)
             contents = [content for _, content in images]
-            if wanted != "json" and len(images) > 1:
-                raise Problem(422, "one-image-a-picture", f"{len(images)} images, and a picture shows one: send one")
+            if chosen_output != "json" and len(images) > 1:
+                raise Problem(
+                    422,
+                    "one-image-a-picture",
+                    f"the request has {len(images)} images, but a picture shows one: send one image",
+                )
             request_id = request.state.request_id
-            found = await service.inspect(team, category, version, contents, wanted, include == "map", request_id)
+            outcome = await service.inspect(
+                team, category, version, contents, chosen_output, include == "map", request_id
+            )
         request.state.facts.update(
-            category=category, version=found.version.name, num_images=len(images), timings_ms=found.answer.timings_ms
+            category=category,
+            version=outcome.version.name,
+            num_images=len(images),
+            timings_ms=outcome.answer.timings_ms,
         )
-        return _answer(found, [name for name, _ in images], wanted, request_id)
+        return _inspection_response(outcome, [name for name, _ in images], chosen_output, request_id)
 
     return router
 
 
-def _administering(service: Service) -> APIRouter:
+def _create_admin_routes(service: Service) -> APIRouter:
+    """Creates the routes of the scope `admin`."""
     router = APIRouter(prefix="/v1")
-    problems = _problems(400, 401, 403, 404, 408, 413, 415, 422, 503)
+    problems = _problem_responses(400, 401, 403, 404, 408, 413, 415, 422, 503)
 
-    def answer(version: Version, alias: str) -> Response:
+    def alias_response(version: Version, alias: str) -> Response:
         content = {"team": version.team, "category": version.category, "alias": alias, "version": version.name}
         return JSONResponse(content)
 
@@ -325,46 +383,54 @@ def _administering(service: Service) -> APIRouter:
         "/{team}/{category}/aliases/{alias}",
         response_model=AliasAnswer,
         responses=problems,
-        openapi_extra=_document(PromoteBody),
+        openapi_extra=_request_body(PromoteBody),
     )
     async def promote(
-        request: Request, caller: Who, team: TeamPath, category: CategoryPath, alias: AliasPath
+        request: Request, caller: AuthenticatedCaller, team: TeamPath, category: CategoryPath, alias: AliasPath
     ) -> Response:
-        service.check(caller, team, category, "admin")
+        service.check_access(caller, team, category, "admin")
         body = await read_document(request, PromoteBody)
-        return answer(await service.promote(team, category, body.version, alias), alias)
+        return alias_response(await service.promote(team, category, body.version, alias), alias)
 
     @router.post(
         "/{team}/{category}/versions/{version}/thresholds",
         response_model=VersionAnswer,
-        responses={**problems, **_problems(409)},
-        openapi_extra=_document(ThresholdsBody),
-        summary="A new version of a model, under thresholds that a person chose",
+        responses={**problems, **_problem_responses(409)},
+        openapi_extra=_request_body(ThresholdsBody),
+        summary="Publish a new version of a model with other thresholds",
     )
     async def set_thresholds(
-        request: Request, caller: Who, team: TeamPath, category: CategoryPath, version: AliasPath
+        request: Request, caller: AuthenticatedCaller, team: TeamPath, category: CategoryPath, version: AliasPath
     ) -> Response:
-        service.check(caller, team, category, "admin")
+        service.check_access(caller, team, category, "admin")
         body = await read_document(request, ThresholdsBody)
-        made = await service.set_thresholds(team, category, version, body.image_threshold, body.pixel_threshold, caller)
-        return JSONResponse(_tell(made))
+        new_version = await service.set_thresholds(
+            team, category, version, body.image_threshold, body.pixel_threshold, caller
+        )
+        return JSONResponse(_version_body(new_version))
 
     @router.post("/{team}/{category}/aliases/{alias}/rollback", response_model=AliasAnswer, responses=problems)
-    async def roll_back(caller: Who, team: TeamPath, category: CategoryPath, alias: AliasPath) -> Response:
-        service.check(caller, team, category, "admin")
-        return answer(await service.roll_back(team, category, alias), alias)
+    async def roll_back(
+        caller: AuthenticatedCaller, team: TeamPath, category: CategoryPath, alias: AliasPath
+    ) -> Response:
+        service.check_access(caller, team, category, "admin")
+        return alias_response(await service.roll_back(team, category, alias), alias)
 
     return router
 
 
 def _add_open_routes(api: FastAPI, service: Service) -> None:
+    """Adds the routes that need no token: the probes, and the files of the page."""
+
     @api.get("/healthz", response_model=Ready, summary="Whether this replica lives")
     async def healthz() -> Response:
         return JSONResponse({"status": "ok"})
 
-    @api.get("/readyz", response_model=Ready, responses=_problems(503), summary="Whether there are models to serve")
+    @api.get(
+        "/readyz", response_model=Ready, responses=_problem_responses(503), summary="Whether there are models to serve"
+    )
     async def readyz() -> Response:
-        await service.ready()
+        await service.check_ready()
         return JSONResponse({"status": "ok"})
 
     if not service.settings.page:
@@ -376,27 +442,33 @@ def _add_open_routes(api: FastAPI, service: Service) -> None:
     async def page() -> Response:
         return Response(files["index.html"], media_type="text/html; charset=utf-8")
 
-    for name, kind in _PAGE_FILES.items():
-        content, media_type = files[name], f"{kind}; charset=utf-8"
-        api.add_api_route(f"/{name}", _constant(content, media_type), methods=["GET"], include_in_schema=False)
+    for name, subtype in _PAGE_FILES.items():
+        content, media_type = files[name], f"{subtype}; charset=utf-8"
+        api.add_api_route(
+            f"/{name}", _create_file_endpoint(content, media_type), methods=["GET"], include_in_schema=False
+        )
 
 
-def _constant(content: bytes, media_type: str) -> Any:
-    async def give() -> Response:
+def _create_file_endpoint(content: bytes, media_type: str) -> Any:
+    """Returns an endpoint that always answers with the same bytes."""
+
+    async def send_file() -> Response:
         return Response(content, media_type=media_type)
 
-    return give
+    return send_file
 
 
 def _handle_errors(api: FastAPI) -> None:
+    """Answers every error with a problem document."""
+
     @api.exception_handler(Problem)
     async def on_problem(request: Request, problem: Problem) -> Response:
         return problem_response(problem, request.state.request_id)
 
     @api.exception_handler(RequestValidationError)
     async def on_validation(request: Request, error: RequestValidationError) -> Response:
-        told = "; ".join(f"{'.'.join(str(p) for p in item['loc'])}: {item['msg']}" for item in error.errors()[:5])
-        return problem_response(Problem(422, "invalid-request", told[:1000]), request.state.request_id)
+        detail = "; ".join(f"{'.'.join(str(key) for key in item['loc'])}: {item['msg']}" for item in error.errors()[:5])
+        return problem_response(Problem(422, "invalid-request", detail[:1000]), request.state.request_id)
 
     @api.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
@@ -404,24 +476,32 @@ def _handle_errors(api: FastAPI) -> None:
         if error.status_code == 404:
             problem = Problem(404, "not-found", "there is nothing at this path; /openapi.json says what there is")
         elif error.status_code == 405:
-            problem = Problem(405, "method-not-allowed", f"{request.method} is not for this path", headers=headers)
+            problem = Problem(
+                405, "method-not-allowed", f"this path does not support {request.method}", headers=headers
+            )
         else:
             problem = Problem(error.status_code, "bad-request", str(error.detail)[:300], headers=headers)
         return problem_response(problem, request.state.request_id)
 
 
-def _negotiate(accept: str) -> Output:
-    """JSON, or a heat map where only pictures are accepted. Raises: Problem: 406, neither is."""
-    kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",") if part.strip()]
-    if not kinds or any(kind in ("*/*", "application/*", "application/json") for kind in kinds):
+def _choose_output(accept: str) -> Output:
+    """Chooses JSON if an Accept header allows it, else a heat map. Raises: Problem: 406, it allows neither."""
+    media_types = [entry.partition(";")[0].strip().lower() for entry in accept.split(",") if entry.strip()]
+    if not media_types or any(name in ("*/*", "application/*", "application/json") for name in media_types):
         return "json"
-    if any(kind in (PNG, "image/*") for kind in kinds):
+    if any(name in (PNG, "image/*") for name in media_types):
         return "heatmap"
-    raise Problem(406, "not-acceptable", f"Accept {accept[:100]!r}: there is application/json and {PNG}")
+    raise Problem(406, "not-acceptable", f"Accept {accept[:100]!r}: this path offers application/json and {PNG}")
 
 
-def _answer(found: Inspected, names: list[str], output: Output, request_id: str) -> Response:
-    version, answer = found.version, found.answer
+def _inspection_response(outcome: InspectionOutcome, names: list[str], output: Output, request_id: str) -> Response:
+    """Returns the answer to an inspection: the picture with the score in headers, or JSON with the results of all images.
+
+    Args: names: file names of the images, in order.
+
+    Raises: Problem: 422, the only image cannot be read.
+    """
+    version, answer = outcome.version, outcome.answer
     first = answer.results[0]
     if len(answer.results) == 1 and isinstance(first, ImageError):
         raise Problem(422, f"image-{first.reason.replace('_', '-')}", str(first))
@@ -443,24 +523,25 @@ def _answer(found: Inspected, names: list[str], output: Output, request_id: str)
         "category": version.category,
         "version": version.name,
         "sha256": version.sha256,
-        "role": found.role,
-        "results": [_result(*told) for told in zip(names, answer.results, answer.maps, strict=True)],
+        "role": outcome.role,
+        "results": [_result_body(*entry) for entry in zip(names, answer.results, answer.maps, strict=True)],
         "timings_ms": answer.timings_ms,
     }
     return JSONResponse(content)
 
 
-def _result(name: str, result: Inspection | ImageError, values: MapValues | None) -> dict[str, Any]:
-    """As `ResultAnswer` has it."""
+def _result_body(name: str, result: Inspection | ImageError, values: MapValues | None) -> dict[str, Any]:
+    """Returns the fields of `ResultAnswer` for one image."""
     if isinstance(result, ImageError):
         return {"name": name, "error": {"reason": result.reason, "detail": str(result)}}
-    told = {"name": name, "verdict": result.verdict, **result.to_dict()}
+    body = {"name": name, "verdict": result.verdict, **result.to_dict()}
     if values is not None:
-        told["map"] = {"png": base64.b64encode(values.png).decode(), "high": values.high}
-    return told
+        body["map"] = {"png": base64.b64encode(values.png).decode(), "high": values.high}
+    return body
 
 
-def _tell(version: Version) -> dict[str, Any]:
+def _version_body(version: Version) -> dict[str, Any]:
+    """Returns the fields of `VersionAnswer`."""
     return {
         "version": version.name,
         "sha256": version.sha256,
@@ -469,11 +550,12 @@ def _tell(version: Version) -> dict[str, Any]:
     }
 
 
-def _document(model: type[BaseModel]) -> dict[str, Any]:
-    """The description of a JSON body that `read_document` reads."""
+def _request_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Returns the OpenAPI description of a JSON body that `read_document` reads."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def _problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Returns the OpenAPI description of problem documents with these HTTP statuses."""
     content = {MEDIA_TYPE: {"schema": SCHEMA}}
     return {status: {"description": "Problem (RFC 9457)", "content": content} for status in statuses}

@@ -1,7 +1,7 @@
-"""One pass at a time over whatever is waiting: the longer a pass takes, the more the next one carries.
+"""Dynamic batching: while a batch is computed, new items wait; together they are the next batch.
 
-Serve's own batching (2.60) closes a batch after a set wait, whether the device is idle (then the wait is lost) or busy
-(then small batches queue behind it), and never joins requests for different models. This waits for nothing and joins all.
+Serve's own batching (2.60) closes a batch after a fixed wait. If the device is idle, this wait is lost. If the device is busy,
+small batches queue up. It also never joins requests for different models. This batching has no fixed wait and joins all items.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ R = TypeVar("R")
 
 
 class Batcher(Generic[T, R]):
-    """Runs `run(items) -> results` in a thread, on the items that came in while it ran before."""
+    """Collects items and calls `run(items) -> results` on batches, in a thread, one batch at a time."""
 
     def __init__(self, run: Callable[[Sequence[T]], Sequence[R]], max_size: int, executor: Executor) -> None:
         """
         Args:
-            max_size: of a batch, in what items say they weigh; one item that weighs more goes alone.
-            executor: a thread of its own, so that passes do not compete.
+            run: returns one result for each item, in order.
+            max_size: largest sum of the sizes of the items of a batch; a larger item is a batch alone.
+            executor: an executor with one thread, so that batches do not compete.
         """
         self.run, self.max_size, self.executor = run, max_size, executor
         self._waiting: deque[tuple[T, int, asyncio.Future[R]]] = deque()
         self._runner: asyncio.Task[None] | None = None
 
     async def submit(self, item: T, size: int) -> R:
-        """The item's result. Raises: what `run` raises on this item alone."""
+        """Returns the result of an item of a given size. Raises: the error that `run` raises on this item alone."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, size, future))
         if self._runner is None:
@@ -38,32 +39,35 @@ class Batcher(Generic[T, R]):
         return await future
 
     async def _run_all(self) -> None:
+        """Computes batches until no item waits."""
         try:
             while self._waiting:
-                await self._run_batch(self._take())
+                await self._run_batch(self._take_batch())
         finally:
             self._runner = None
 
-    def _take(self) -> list[tuple[T, asyncio.Future[R]]]:
+    def _take_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
+        """Removes the items of the next batch from the queue: as many as fit, and at least one."""
         batch: list[tuple[T, asyncio.Future[R]]] = []
-        room = self.max_size
-        while self._waiting and (not batch or self._waiting[0][1] <= room):
+        free_size = self.max_size
+        while self._waiting and (not batch or self._waiting[0][1] <= free_size):
             item, size, future = self._waiting.popleft()
-            if not future.cancelled():  # given up while it waited
+            if not future.cancelled():  # the request was cancelled while the item waited
                 batch.append((item, future))
-                room -= size
+                free_size -= size
         return batch
 
     async def _run_batch(self, batch: list[tuple[T, asyncio.Future[R]]]) -> None:
+        """Computes a batch. After an error, computes each item alone, so that only the faulty item fails."""
         if not batch:
             return
         loop = asyncio.get_running_loop()
         try:
             results = await loop.run_in_executor(self.executor, self.run, [item for item, _ in batch])
         except Exception as error:
-            if len(batch) > 1:  # what one item breaks must not break for those beside it
-                for one in batch:
-                    await self._run_batch([one])
+            if len(batch) > 1:
+                for entry in batch:
+                    await self._run_batch([entry])
             elif not batch[0][1].done():
                 batch[0][1].set_exception(error)
             return

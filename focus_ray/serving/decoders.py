@@ -1,6 +1,7 @@
-"""Processes that decode images. A stranger's image can be slow or large in ways that no check foresees; a process can be killed.
+"""Decodes images in separate processes, which can be killed if an image is too slow or takes too much memory.
 
-Imports neither torch nor Ray: the process that decoders are forked from starts in a fraction of a second.
+No check of the header predicts the cost of every hostile image. This module imports neither torch nor Ray, so that the process
+from which decoders are forked starts in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -35,32 +36,37 @@ from focus_ray.data.images import (
     refuse_drawing,
 )
 
-DECODE_TIMEOUT_S = 10.0  # of one image; the slowest honest image, of 89 million pixels, takes about half as long
-DECODER_MEMORY_BYTES = 2**30  # of one image, beside the process itself; 16-bit RGBA of 25 million pixels takes 600 MB
-DECODER_NICENESS = 4  # a slow image must not take the CPU from scoring; Ray's workers have 15, and 19 is the most
+DECODE_TIMEOUT_S = 10.0  # for one image; the slowest honest image, of 89 million pixels, takes about half as long
+DECODER_MEMORY_BYTES = 2**30  # for one image, without the process itself; 16-bit RGBA of 25 million pixels takes 600 MB
+DECODER_NICENESS = 4  # a slow image must not take the CPU from scoring; the workers of Ray have 15, and 19 is the most
 
 T = TypeVar("T")
 Decoded = tuple[ImageInfo, NDArray[np.uint8]]
 
 
-class Turns:
-    """A number of places that teams hold for a while. Waiting teams are served in turn, each in the order of its requests."""
+class TeamSlots:
+    """A semaphore with a limit for each team. Waiting teams get free slots in turn, each team in the order of its requests."""
 
-    def __init__(self, num_places: int, max_per_team: int) -> None:
-        self._num_free, self._max_per_team = num_places, max_per_team
-        self._held: Counter[str] = Counter()
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of the teams' turns
+    def __init__(self, num_slots: int, max_per_team: int) -> None:
+        """
+        Args:
+            num_slots: number of slots.
+            max_per_team: most slots that one team may hold.
+        """
+        self._num_free, self._max_per_team = num_slots, max_per_team
+        self._slots_by_team: Counter[str] = Counter()
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the first team gets the next slot
 
     @asynccontextmanager
     async def hold(self, team: str) -> AsyncIterator[None]:
-        """Waits for a place and holds it as a context."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(team, deque()).append(turn)
-        self._give()
+        """Waits for a slot and holds it while the context is open."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(team, deque()).append(future)
+        self._assign_free_slots()
         try:
-            await turn
+            await future
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if future.done() and not future.cancelled():  # it got a slot just before the cancellation
                 self._release(team)
             raise
         try:
@@ -69,97 +75,98 @@ class Turns:
             self._release(team)
 
     def _release(self, team: str) -> None:
+        """Returns a slot of a team and assigns it to a waiting team."""
         self._num_free += 1
-        self._held[team] -= 1
-        if not self._held[team]:
-            del self._held[team]
-        self._give()
+        self._slots_by_team[team] -= 1
+        if not self._slots_by_team[team]:
+            del self._slots_by_team[team]
+        self._assign_free_slots()
 
-    def _give(self) -> None:
+    def _assign_free_slots(self) -> None:
+        """Gives each waiting team at most one free slot in turn, and repeats while slots can be given."""
         for team in list(self._waiting):
             if not self._num_free:
                 return
-            if self._held[team] >= self._max_per_team:
+            if self._slots_by_team[team] >= self._max_per_team:
                 continue
-            turns = self._waiting.pop(team)
-            while turns and turns[0].done():  # cancelled while it waited
-                turns.popleft()
-            if turns:
-                turns.popleft().set_result(None)
+            futures = self._waiting.pop(team)
+            while futures and futures[0].done():  # cancelled while it waited
+                futures.popleft()
+            if futures:
+                futures.popleft().set_result(None)
                 self._num_free -= 1
-                self._held[team] += 1
-            if turns:
-                self._waiting[team] = turns  # at the end: the other teams come first
-        if self._num_free and any(self._held[team] < self._max_per_team for team in self._waiting):
-            self._give()
+                self._slots_by_team[team] += 1
+            if futures:
+                self._waiting[team] = futures  # at the end, so that the other teams come first
+        if self._num_free and any(self._slots_by_team[team] < self._max_per_team for team in self._waiting):
+            self._assign_free_slots()
 
 
 class Decoders:
-    """Processes that decode one image each at a time, within `DECODE_TIMEOUT_S` and `DECODER_MEMORY_BYTES`.
+    """A pool of decoder processes. Each decodes one image at a time, within `DECODE_TIMEOUT_S` and `DECODER_MEMORY_BYTES`.
 
-    One team occupies all of them but one, if there are several. Each process has a pool of its own: in a shared pool the next
-    image of an attacker would go to the free process while the killed one starts anew.
+    If there are several processes, a single team can occupy all except one. Each process is a `ProcessPool` of its own. In a
+    shared pool, the next image of an attacker would go to the free process while the killed process restarts.
     """
 
     def __init__(self, count: int) -> None:
-        """count: processes; they start with the first image."""
-        self._turns = Turns(count, max(1, count - 1))
-        self._idle = [_create_pool() for _ in range(count)]
-        self._running: set[asyncio.Task[object]] = set()
-        weakref.finalize(self, _stop_pools, self._idle)
+        """Args: count: number of processes; they start with the first image."""
+        self._slots = TeamSlots(count, max(1, count - 1))
+        self._idle_pools = [_create_pool() for _ in range(count)]
+        self._running_tasks: set[asyncio.Task[object]] = set()
+        weakref.finalize(self, _stop_pools, self._idle_pools)
 
     async def decode(
         self, team: str, images: Sequence[bytes], frame: Frame, max_pixels: int
     ) -> list[Decoded | ImageError]:
-        """Returns, for each image, what `decode_images` returns, or the reason why its decoder was killed."""
-        bare = Frame(frame.height, frame.width, frame.resize, frame.region, frame.cells)  # without what it has cached
-        asked = (self._run(team, decode_images, [image], bare, max_pixels) for image in images)
-        return [result if isinstance(result, ImageError) else result[0] for result in await asyncio.gather(*asked)]
+        """Decodes images as `decode_images`; the result of an image is an ImageError too if its decoder was killed."""
+        # a frame without cached values, which would be copied to the process
+        plain_frame = Frame(frame.height, frame.width, frame.resize, frame.region, frame.cells)
+        decodings = (self._run(team, decode_images, [image], plain_frame, max_pixels) for image in images)
+        return [result if isinstance(result, ImageError) else result[0] for result in await asyncio.gather(*decodings)]
 
     async def decode_picture(self, team: str, image: bytes, width: int, height: int) -> NDArray[np.uint8] | ImageError:
-        """Returns (height, width, 3) RGB of the whole image."""
+        """Decodes the whole image to (height, width, 3) RGB; returns an ImageError if this fails."""
         return await self._run(team, decode_picture, image, width, height)
 
     def launch(self) -> None:
-        """Starts the processes, unless they run, and does not wait for them."""
-        for number, pool in enumerate(self._idle):
-            if (
-                not pool.active
-            ):  # `active` starts it; False: an idle process was killed from outside, which breaks its pool
-                self._idle[number] = _create_pool()
+        """Starts the idle processes that do not run, and does not wait for them."""
+        for number, pool in enumerate(self._idle_pools):
+            # reading `active` starts a pool; it is False after an idle process was killed from outside, which breaks the pool
+            if not pool.active:
+                self._idle_pools[number] = _create_pool()
                 pool.stop()
 
     async def start(self) -> None:
-        """Waits for one process to be ready."""
+        """Starts the processes and waits until one is ready."""
         await self._run("", _do_nothing)
 
     async def _run(self, team: str, function: Callable[..., T], *arguments: object) -> T | ImageError:
-        async with AsyncExitStack() as place:
-            await place.enter_async_context(self._turns.hold(team))
-            # A request that is given up leaves a decoder that is at work: the team holds its place until the decoder is free.
-            task = asyncio.create_task(self._run_at(place.pop_all(), function, arguments))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        """Waits for a slot of the team and calls a function in a decoder. Raises: as the function."""
+        async with AsyncExitStack() as slot:
+            await slot.enter_async_context(self._slots.hold(team))
+            # A cancelled request does not stop its decoder. The team therefore holds the slot until the decoder is free.
+            task = asyncio.create_task(self._run_in_slot(slot.pop_all(), function, arguments))
+        self._running_tasks.add(task)
+        task.add_done_callback(self._running_tasks.discard)
         return await asyncio.shield(task)
 
-    async def _run_at(
-        self, place: AsyncExitStack, function: Callable[..., T], arguments: tuple[object, ...]
+    async def _run_in_slot(
+        self, slot: AsyncExitStack, function: Callable[..., T], arguments: tuple[object, ...]
     ) -> T | ImageError:
-        async with place:
+        """Calls a function in an idle decoder and releases the slot; returns an ImageError if the decoder was killed."""
+        async with slot:
             self.launch()
-            pool = self._idle.pop(0)
+            pool = self._idle_pools.pop(0)
             try:
                 return await asyncio.wrap_future(pool.schedule(function, arguments, timeout=DECODE_TIMEOUT_S))
             except MemoryError:
-                return _describe_size()
-            except (
-                PoolTimeoutError,
-                asyncio.TimeoutError,
-                ProcessExpired,
-            ) as error:  # Python 3.11 made the first two one
+                return _too_large()
+            # from Python 3.11 on, the first two are the same class
+            except (PoolTimeoutError, asyncio.TimeoutError, ProcessExpired) as error:
                 pool = await _restart(pool)
                 if isinstance(error, ProcessExpired):
-                    return _describe_size()
+                    return _too_large()
                 return ImageError(
                     "too_slow", f"the image takes more than {DECODE_TIMEOUT_S:g} s to decode: save it as a plain PNG"
                 )
@@ -167,10 +174,11 @@ class Decoders:
                 pool = await _restart(pool)
                 raise
             finally:
-                self._idle.append(pool)
+                self._idle_pools.append(pool)
 
 
-def _describe_size() -> ImageError:
+def _too_large() -> ImageError:
+    """Returns the error of an image that exceeds the memory limit."""
     return ImageError(
         "too_large",
         f"the image takes more than {DECODER_MEMORY_BYTES >> 20} MiB to decode: cut it into tiles, or save it as a plain PNG",
@@ -178,14 +186,15 @@ def _describe_size() -> ImageError:
 
 
 def _create_pool() -> ProcessPool:
-    # A clean process imports this module once, and decoders are forked from it: a new one is ready in milliseconds.
+    """Creates a pool with one process."""
+    # A fork server imports this module once. Decoders are forked from it, so that a new one is ready in milliseconds.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    return ProcessPool(1, initializer=_confine, context=context)
+    return ProcessPool(1, initializer=_limit_process, context=context)
 
 
 async def _restart(pool: ProcessPool) -> ProcessPool:
-    """Returns the pool, or another, once its new process is ready."""
+    """Waits until a pool has a new process; returns this pool, or a new one if this pool is broken."""
     try:
         await asyncio.wrap_future(pool.schedule(_do_nothing))
         return pool
@@ -195,16 +204,17 @@ async def _restart(pool: ProcessPool) -> ProcessPool:
 
 
 def _stop_pools(pools: list[ProcessPool]) -> None:
+    """Ends the processes of the pools."""
     for pool in pools:
         pool.stop()
         pool.join()
 
 
-# ---- within a decoder
+# ---- functions that run in a decoder process
 
 
-def _confine() -> None:
-    """Limits the memory of this process, lets scoring go first, and lets it be ended within native code too."""
+def _limit_process() -> None:
+    """Limits the memory of this process, gives scoring the higher priority, and makes SIGTERM end it in native code too."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's own handler would wait for the native code
     if sys.platform == "linux":
         import resource
@@ -216,35 +226,39 @@ def _confine() -> None:
 
 
 def _do_nothing() -> None:
+    """Runs in a decoder process to find out that the process is ready."""
     pass
 
 
 def decode_images(images: Sequence[bytes], frame: Frame, max_pixels: int = MAX_PIXELS) -> list[Decoded | ImageError]:
-    """Returns info and pixels of the frame's shape for each image, or the reason why it is not decoded."""
+    """Decodes images to the shape of a frame.
+
+    Returns: for each image its `ImageInfo` and pixels (H, W, 3 or 4) uint8, or the error of an image that is not decoded.
+    """
     results: list[Decoded | ImageError] = []
     for image in images:
         try:
             refuse_drawing(image)
             if max_pixels < MAX_PIXELS:
-                _check_pixels(image, max_pixels)
+                _check_num_pixels(image, max_pixels)
             results.append(read_image(image, frame))
         except ImageError as error:
             results.append(error)
     return results
 
 
-def _check_pixels(image: bytes, max_pixels: int) -> None:
-    """Raises: ImageError: the header claims more pixels, or cannot be read."""
+def _check_num_pixels(image: bytes, max_pixels: int) -> None:
+    """Raises: ImageError: the header announces more than `max_pixels`, or cannot be read."""
     info = read_header(image)
     if info.width * info.height > max_pixels:
         raise ImageError(
             "too_large",
-            f"{info.width} x {info.height} is {info.width * info.height} pixels; at most {max_pixels} are taken: cut it into "
-            "tiles",
+            f"{info.width} x {info.height} is {info.width * info.height} pixels; the service accepts at most {max_pixels}: "
+            "cut the image into tiles",
         )
 
 
 def decode_picture(image: bytes, width: int, height: int) -> NDArray[np.uint8]:
-    """(height, width, 3) RGB of the whole image, resized by Pillow's bilinear filter. Raises: ImageError."""
+    """Decodes a whole image and resizes it to (height, width, 3) RGB with Pillow's bilinear filter. Raises: ImageError."""
     picture = Image.fromarray(decode_image(image, None)).resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(picture)

@@ -1,4 +1,4 @@
-"""What every request and answer is wrapped in: a request id, security headers, one log line, and no error left bare."""
+"""Middleware for every request: adds a request id and security headers, logs one line, and hides unexpected errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SECURITY_HEADERS = {
 
 
 class Envelope:
-    """ASGI middleware; the request id is in `scope["state"]["request_id"]`."""
+    """ASGI middleware; it stores the request id in `scope["state"]["request_id"]`."""
 
     def __init__(self, app: ASGIApp, measures: Measures) -> None:
         self.app, self.measures = app, measures
@@ -39,12 +39,12 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        asked = Headers(scope=scope).get("x-request-id", "")
-        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = client_id if _REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         started, status = time.perf_counter(), 0
 
-        async def send_wrapped(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -56,12 +56,14 @@ class Envelope:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_wrapped)
+            await self.app(scope, receive, send_with_headers)
         except Exception as error:
             log("request failed", level=logging.ERROR, error=error, request_id=request_id)
             if not status:
-                problem = Problem(500, "internal-error", "the service failed on this request; its logs have the reason")
-                await problem_response(problem, request_id)(scope, receive, send_wrapped)
+                problem = Problem(
+                    500, "internal-error", "the service failed on this request; its logs contain the reason"
+                )
+                await problem_response(problem, request_id)(scope, receive, send_with_headers)
         finally:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "other")
@@ -80,6 +82,7 @@ class Envelope:
 
 
 def problem_response(problem: Problem, request_id: str) -> JSONResponse:
+    """Returns a problem as an HTTP response."""
     return JSONResponse(
         problem.document(request_id), problem.status, media_type=MEDIA_TYPE, headers=problem.all_headers()
     )

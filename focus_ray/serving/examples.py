@@ -1,4 +1,4 @@
-"""Normal training images that the service shows, and the places that it may show them from."""
+"""Normal training images that the service shows as examples, from data sets that the settings allow."""
 
 from __future__ import annotations
 
@@ -17,61 +17,78 @@ MAX_EXAMPLES = 24
 _EXAMPLE_SIDE_PX = 512
 
 
-class Examples:
-    """Reads examples of data sets that manifests name. A manifest's author may not be allowed what the service may read."""
+class ExampleStore:
+    """Reads example images from the data sets that manifests name.
+
+    The author of a manifest may have fewer rights than the service. The store therefore reads only below allowed locations.
+    """
 
     def __init__(self, allowed: bool | Mapping[str, Sequence[str]]) -> None:
-        """allowed: as the setting `examples`. Raises: ConfigError: one is no path or URI."""
+        """
+        Args: allowed: value of the setting `examples`: locations by team; True allows every location.
+
+        Raises: ConfigError: a location is not a path or URI.
+        """
         self._allows_all = allowed is True
         try:
-            named = allowed if isinstance(allowed, Mapping) else {}
-            self._allowed = {team: [normalise_place(place) for place in places] for team, places in named.items()}
+            allowed_by_team = allowed if isinstance(allowed, Mapping) else {}
+            self._allowed_roots = {
+                team: [normalise_location(location) for location in locations]
+                for team, locations in allowed_by_team.items()
+            }
         except DataError as error:
             raise ConfigError(f"examples: {error}") from None
 
     def read(self, team: str, category: str, uri: object, number: int) -> bytes:
-        """A normal training image as JPEG, at most 512 px a side; evenly chosen among all. Blocks.
+        """Returns a normal training image as JPEG, at most 512 px a side. Blocks.
 
-        Args: uri: the data set that the model's manifest names.
+        Args:
+            uri: data set of the manifest of the model.
+            number: number of the example, from 0; the examples are evenly spread over the normal training images.
 
-        Raises: RegistryError: the team may not show the place, or has no such number.  DataError: it cannot be read.
+        Raises:
+            RegistryError: the team may not show this data set, or there is no example of this number.
+            DataError: the data set cannot be read.
         """
-        place = str(uri) if self._allows_all else self._allowed_place(team, category, uri)
-        index = read_index(place, category, split="train")
+        location = str(uri) if self._allows_all else self._check_location(team, category, uri)
+        index = read_index(location, category, split="train")
         labels = zip(index["row"].to_pylist(), index["label"].to_pylist(), strict=True)
         rows = [row for row, label in labels if label == 0]
         count = min(MAX_EXAMPLES, len(rows))
         if not 0 <= number < count:
-            raise RegistryError(f"example {number} of {count}")
-        chosen = [rows[number * len(rows) // count]]
-        (record,) = read_rows(place, category, chosen, columns=("image",), version=index_version(index))
+            raise RegistryError(f"there is no example {number}: category {category!r} has {count}, numbered from 0")
+        chosen_rows = [rows[number * len(rows) // count]]
+        (record,) = read_rows(location, category, chosen_rows, columns=("image",), version=index_version(index))
         image = Image.fromarray(decode_image(record["image"], None))
         image.thumbnail((_EXAMPLE_SIDE_PX, _EXAMPLE_SIDE_PX))
-        target = io.BytesIO()
-        image.save(target, "JPEG", quality=90)
-        return target.getvalue()
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=90)
+        return jpeg.getvalue()
 
-    def _allowed_place(self, team: str, category: str, uri: object) -> str:
+    def _check_location(self, team: str, category: str, uri: object) -> str:
+        """Returns the normalised location of a data set. Raises: RegistryError: the team may not show it."""
         try:
-            place = normalise_place(uri)
+            location = normalise_location(uri)
         except DataError as error:
             raise RegistryError(f"examples of team {team!r}: {error}") from None
-        root = next((root for root in self._allowed.get(team, ()) if is_below(place, root)), None)
-        if root is None or leads_out(join(place, f"category={category}"), root):
-            raise RegistryError(f"examples of team {team!r}: {uri!r} is not below the places that the setting names")
-        return place
+        root = next((root for root in self._allowed_roots.get(team, ()) if is_below(location, root)), None)
+        if root is None or leads_out(join(location, f"category={category}"), root):
+            raise RegistryError(
+                f"examples of team {team!r}: {uri!r} is not below an allowed location: add it to the setting `examples`"
+            )
+        return location
 
 
-def normalise_place(uri: object) -> str:
-    """A path without links and `..`, or an s3:// URI. Raises: DataError: it is neither."""
+def normalise_location(uri: object) -> str:
+    """Returns a path without links and `..`, or an s3:// URI. Raises: DataError: `uri` is neither a path nor an s3:// URI."""
     try:
         if not isinstance(uri, str):
             raise DataError(f"{uri!r}: expected a path or an s3:// URI")
         if not is_s3(uri):
             return os.path.realpath(open_filesystem(uri)[1])
-    except (RuntimeError, ValueError) as error:  # ~ of an unknown user, a zero byte
-        raise DataError(f"{uri!r}: no path: {error}") from None
+    except (RuntimeError, ValueError) as error:  # `~` with an unknown user, or a zero byte in the path
+        raise DataError(f"{uri!r} is not a path: {error}") from None
     names = uri.removeprefix("s3://").strip("/").split("/")
     if any(name in ("", ".", "..") or "?" in name for name in names):
-        raise DataError(f"{uri!r}: expected s3://bucket/prefix, without a query, `.` and `..`")
+        raise DataError(f"{uri!r}: expected s3://bucket/prefix without a query, `.` or `..`")
     return "s3://" + "/".join(names)

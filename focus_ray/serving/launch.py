@@ -1,4 +1,4 @@
-"""`focus-ray serve`: the service on this machine, until it is interrupted; bound to loopback unless told otherwise."""
+"""Runs the service on this machine (`focus-ray serve`), by default reachable only from this machine."""
 
 from __future__ import annotations
 
@@ -13,29 +13,31 @@ from contextlib import contextmanager
 from focus_ray.errors import ConfigError
 from focus_ray.serving.logs import log
 from focus_ray.serving.origin import is_loopback
-from focus_ray.serving.settings import Settings
+from focus_ray.serving.settings import ServiceSettings
 
 APPLICATION = "focus-ray"
 
 
-def check_host(host: str, settings: Settings) -> None:
+def check_host(host: str, settings: ServiceSettings) -> None:
     """Logs a warning if other machines can reach the host.
 
-    Raises: ConfigError: other machines can reach it, and the service asks for no token.
+    Raises: ConfigError: other machines can reach it, and the service requires no token.
     """
     if is_loopback(host):
         return
     if settings.tokens is None:
-        raise ConfigError(f"host {host!r} can be reached by others: set tokens=FILE, made by `focus-ray token create`")
+        raise ConfigError(
+            f"other machines can reach host {host!r}: set tokens=FILE; create it with `focus-ray token create`"
+        )
     log(
-        f"host {host!r} can be reached by other machines: put the front proxy before the service (serve/nginx.conf, "
-        "docs/operate/operations.md), and let nothing else reach this port",
+        f"other machines can reach host {host!r}: put the front proxy before the service (serve/nginx.conf, "
+        "docs/operate/operations.md), and let only the proxy reach this port",
         level=logging.WARNING,
     )
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises: ConfigError: something listens there already, or the port may not be used."""
+    """Checks that the service can listen at a port; 0 is always free. Raises: ConfigError: it cannot."""
     if port == 0:
         return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -45,15 +47,19 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen at {host}:{port}: {error.strerror or error}: give another --port, or end what is there"
+                f"cannot listen at {host}:{port}: {error.strerror or error}: choose another --port, or end the other program"
             ) from None
 
 
 @contextmanager
-def running(settings: Settings, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
-    """The service as a context. Starts a private Ray unless this process is connected or RAY_ADDRESS says where to go.
+def running(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000) -> Iterator[str]:
+    """Runs the service while the context is open.
 
-    Yields: its URL.  Raises: ConfigError: see `check_host`.
+    Uses the Ray that this process is connected to, else the one of RAY_ADDRESS, else starts a private Ray.
+
+    Yields: the URL of the service.
+
+    Raises: ConfigError: as `check_host`.
     """
     check_host(host, settings)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -64,32 +70,35 @@ def running(settings: Settings, host: str = "127.0.0.1", port: int = 8000) -> It
     from focus_ray.cluster.connect import connect
     from focus_ray.serving.app import build
 
-    mine = connect()
+    started_ray = connect()
     try:
         serve.start(http_options={"host": host, "port": port, "request_timeout_s": settings.limits.timeout_s + 30})
         serve.run(
             build(settings.model_dump(mode="json")),
             name=APPLICATION,
             route_prefix="/",
-            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),  # the service logs its own
+            # no access log of Serve: the service writes its own
+            logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         )
         yield f"http://{host}:{port}"
-        serve.delete(APPLICATION)  # lets requests under way finish
+        serve.delete(APPLICATION)  # waits for requests in flight
     finally:
         serve.shutdown()
-        if mine:
+        if started_ray:
             ray.shutdown()
 
 
-def serve_until_interrupted(settings: Settings, host: str, port: int, log: Callable[[str], None]) -> None:
-    """Serves until SIGINT or SIGTERM, then drains."""
+def serve_until_interrupted(settings: ServiceSettings, host: str, port: int, log: Callable[[str], None]) -> None:
+    """Runs the service until SIGINT or SIGTERM, then finishes the requests in flight."""
     stop = threading.Event()
     with running(settings, host, port) as url:
-        former = {kind: signal.signal(kind, lambda *_: stop.set()) for kind in (signal.SIGINT, signal.SIGTERM)}
+        previous_handlers = {
+            number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         log(f"serving at {url}  (Ctrl-C stops)")
         try:
             stop.wait()
         finally:
-            for kind, handler in former.items():
-                signal.signal(kind, handler)
-        log("stopping: requests under way are finished first")
+            for number, handler in previous_handlers.items():
+                signal.signal(number, handler)
+        log("stopping: requests in flight are finished first")

@@ -1,4 +1,4 @@
-"""Structured logs: one JSON object a line on stderr, which Ray keeps with the replica's logs."""
+"""Structured logs: one JSON object per line on stderr, which Ray stores with the logs of the replica."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from datetime import datetime, timezone
 from typing import Any
 
 LOGGER = "focus_ray.serving"
-_LIBRARY = "focus_ray.bundle"  # what it logs of damaged records goes the same way
+_LIBRARY = "focus_ray.bundle"  # its warnings about damaged records go to the same log
 
 
 class JsonLines(logging.Formatter):
-    """time, level, event and the facts of the call; a traceback where there is one."""
+    """Formats a log record as JSON: time, level, event, the facts of the call, and the traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Returns the record as one line of JSON."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -27,8 +28,8 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def set_up(level: int = logging.INFO) -> None:
-    """Sends this service's events to stderr, once a process."""
+def configure_logging(level: int = logging.INFO) -> None:
+    """Sends the events of the service to stderr; a second call in a process changes only the level."""
     for name in (LOGGER, _LIBRARY):
         logger = logging.getLogger(name)
         if not logger.handlers:
@@ -40,7 +41,7 @@ def set_up(level: int = logging.INFO) -> None:
 
 
 def log(event: str, *, level: int = logging.INFO, error: BaseException | str | None = None, **facts: Any) -> None:
-    """An event with its facts. error: an exception is logged with its traceback."""
+    """Logs an event with facts, which become JSON fields. An exception as `error` is logged with its traceback."""
     if isinstance(error, BaseException):
         facts["error"] = str(error)
     elif error is not None:

@@ -1,4 +1,4 @@
-"""What the service counts; by itself nowhere. `serving.metrics` hands it to Prometheus through Ray."""
+"""The interface through which the service reports metrics. `serving.metrics` exports them to Prometheus through Ray."""
 
 from __future__ import annotations
 
@@ -11,35 +11,40 @@ from focus_ray.evaluation.shift import Shift
 
 
 class Measures:
-    """Takes every figure and keeps none."""
+    """Receives metrics and ignores them; a subclass records them."""
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """A request was answered. route: the pattern, never the path."""
+        """Records an answered request. Args: route: the pattern of the path, which bounds the number of metric series."""
 
     def stages(self, milliseconds: Mapping[str, float]) -> None:
-        """Where an inspection's time went."""
+        """Records the milliseconds of each stage of an inspection."""
 
     def batch(self, num_images: int, num_categories: int, num_passes: int) -> None:
-        """A batch was scored, in so many passes through a backbone."""
+        """Records a scored batch. Args: num_passes: forward passes through a backbone."""
 
-    def loaded(self, version: Version, seconds: float) -> None: ...
+    def loaded(self, version: Version, seconds: float) -> None:
+        """Records that a version was loaded."""
 
-    def dropped(self, version: Version) -> None: ...
+    def dropped(self, version: Version) -> None:
+        """Records that a version was dropped from memory."""
 
-    def held(self, num_models: int, num_bytes: int) -> None: ...
+    def in_memory(self, num_models: int, num_bytes: int) -> None:
+        """Records the number and size of the models in memory."""
 
-    def in_flight(self, num_requests: int, num_bytes: int) -> None: ...
+    def in_flight(self, num_requests: int, num_bytes: int) -> None:
+        """Records the number of requests in flight and the size of their bodies."""
 
     def results(self, version: Version, results: Sequence[Inspection | ImageError], role: str) -> None:
-        """What was found, or could not be read. role: answer, canary or shadow."""
+        """Records the results of the images of a request. Args: role: answer, canary or shadow."""
 
     def shift(self, version: Version, shift: Shift) -> None:
-        """The latest scores of a version were compared with the scores that set its threshold."""
+        """Records a comparison of the latest scores of a version with its calibration scores."""
 
-    def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None: ...
+    def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None:
+        """Records whether the verdict of a shadow version differs, and the change of score / threshold."""
 
     def retried(self) -> None:
-        """A replica was lost while it scored, and another was asked."""
+        """Records a retry after a replica was lost."""
 
     def sink(self, outcome: str, count: int) -> None:
-        """outcome: kept or dropped, then written or failed; delayed too where the first attempt at writing failed."""
+        """Records an outcome of images in the sink: kept or dropped, then written or failed; delayed after a failed write."""

@@ -1,4 +1,4 @@
-"""The models a replica holds: within a budget of bytes, the least recently used going first; equal backbones held once."""
+"""A cache of loaded models with a limit in bytes: the least recently used model is dropped first; equal backbones are shared."""
 
 from __future__ import annotations
 
@@ -25,41 +25,46 @@ from focus_ray.serving.source import version_key
 
 
 @dataclass(frozen=True)
-class Model:
-    """A loaded version. num_bytes: its tensors, without the backbone, which others may share."""
+class LoadedModel:
+    """A loaded version. `num_bytes` counts its tensors without the backbone, which other models may share."""
 
     version: Version
     inspector: Inspector
     num_bytes: int
 
 
-class Backbones:
-    """Backbones by the hash of their tensors: models trained from one set of weights share one, and so one pass."""
+class SharedBackbones:
+    """Shares one backbone between models with equal backbone weights, which saves memory and lets them share a forward pass.
+
+    A backbone stays in memory while a model uses it.
+    """
 
     def __init__(self) -> None:
         self._by_hash: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()  # loader threads put in what the event loop counts
+        self._lock = threading.Lock()  # loader threads add backbones while the event loop counts them
 
     def share(self, detector: Detector, dtype: torch.dtype) -> None:
-        """Puts the one backbone of these tensors in the detector's place for it. To be called before batch norms are fused.
+        """Replaces the backbone of a detector by an equal backbone of another model, if there is one.
 
-        Args: dtype: what it is to compute in.
+        Call it before batch norms are fused, because fusing changes the weights.
+
+        Args: dtype: type in which the backbone computes; backbones are equal only with the same type.
         """
         digest = f"{hash_module(detector.net.backbone)} {dtype}"
         with self._lock:
-            known = self._by_hash.setdefault(digest, detector.net.backbone)
-        detector.net.backbone = known  # type: ignore[assignment]
+            shared = self._by_hash.setdefault(digest, detector.net.backbone)
+        detector.net.backbone = shared  # type: ignore[assignment]
 
     @property
     def num_bytes(self) -> int:
-        """Of all that some model still uses."""
+        """Size of all backbones that a model uses."""
         with self._lock:
-            there = list(self._by_hash.values())
-        return sum(_size(backbone.parameters()) + _size(backbone.buffers()) for backbone in there)
+            backbones = list(self._by_hash.values())
+        return sum(_num_bytes(backbone.parameters()) + _num_bytes(backbone.buffers()) for backbone in backbones)
 
 
 class ModelCache:
-    """Versions in memory."""
+    """Loaded versions, within `budget_bytes`; at least the version loaded last stays."""
 
     def __init__(
         self,
@@ -71,28 +76,33 @@ class ModelCache:
     ) -> None:
         """
         Args:
-            executor: that reads bundles; how many it reads at once bounds what loading costs beyond the budget.
-            on_load: told the seconds.
+            budget_bytes: largest size of all models and backbones together.
+            executor: reads bundles; its number of threads limits the memory that loading needs above the budget.
+            on_load: is called after a load, with its seconds.
+            on_drop: is called after a version was dropped.
         """
         self.budget_bytes, self.device, self.executor = budget_bytes, device, executor
         self.on_load, self.on_drop = on_load, on_drop
-        self._models: OrderedDict[str, Model] = OrderedDict()
-        self._loading: dict[str, asyncio.Task[Model]] = {}
-        self._backbones = Backbones()
+        self._models: OrderedDict[str, LoadedModel] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[LoadedModel]] = {}
+        self._backbones = SharedBackbones()
 
     @property
     def num_bytes(self) -> int:
+        """Size of all models and backbones in memory."""
         return sum(model.num_bytes for model in self._models.values()) + self._backbones.num_bytes
 
     @property
-    def keys(self) -> list[str]:
-        """Least recently used first."""
+    def loaded_keys(self) -> list[str]:
+        """Keys of the loaded versions, the least recently used first."""
         return list(self._models)
 
-    async def get(self, version: Version) -> Model:
-        """The model, loaded and verified first where it is not here; requests for one version share one load.
+    async def get(self, version: Version) -> LoadedModel:
+        """Returns the model of a version; loads and verifies it first if it is not in memory.
 
-        Raises: BundleError: missing, damaged, larger than the budget, or not what was published. The others stay.
+        Simultaneous calls for a version share one load.
+
+        Raises: BundleError: the bundle is missing, damaged, larger than the budget, or not the published one. Other models stay.
         """
         key = version_key(version)
         model = self._models.get(key)
@@ -103,11 +113,12 @@ class ModelCache:
         if task is None:
             task = self._loading[key] = asyncio.create_task(self._load(key, version))
             task.add_done_callback(lambda _: self._loading.pop(key, None))
-        return await asyncio.shield(task)  # one request that is given up must not take the load from the others
+        return await asyncio.shield(task)  # a cancelled request must not cancel the load of other requests
 
-    async def _load(self, key: str, version: Version) -> Model:
+    async def _load(self, key: str, version: Version) -> LoadedModel:
+        """Loads a model and drops the least recently used ones until all fit into the budget."""
         started = time.perf_counter()
-        model = await asyncio.get_running_loop().run_in_executor(self.executor, self._read, version)
+        model = await asyncio.get_running_loop().run_in_executor(self.executor, self._read_model, version)
         self._models[key] = model
         while self.num_bytes > self.budget_bytes and len(self._models) > 1:
             _, dropped = self._models.popitem(last=False)
@@ -115,40 +126,41 @@ class ModelCache:
         self.on_load(version, time.perf_counter() - started)
         return model
 
-    def _read(self, version: Version) -> Model:
+    def _read_model(self, version: Version) -> LoadedModel:
+        """Reads and verifies the bundle of a version and moves the model to the device. Blocks."""
         bundle = read_bundle(version.uri, self.device, max_bytes=self.budget_bytes)
         if bundle.version != version.sha256:
             raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}: publish it again")
         self._backbones.share(bundle.detector, compute_dtype(bundle.config.model.precision, self.device))
-        bundle.detector.net.projector = nn.Sequential()  # f and g do not score [kin]
+        bundle.detector.net.projector = nn.Sequential()  # projector and predictor are for training only [kin]
         bundle.detector.net.predictor = nn.Identity()
         inspector = Inspector(bundle, self.device)
-        return Model(version, inspector, _size(own_tensors(bundle.detector)))
+        return LoadedModel(version, inspector, _num_bytes(tensors_without_backbone(bundle.detector)))
 
 
-def own_tensors(detector: Detector) -> Iterator[Tensor]:
-    """All tensors of a detector but its backbone's."""
-    net, shared = detector.net, {id(tensor) for tensor in _tensors(detector.net.backbone)}
-    yield from (tensor for tensor in _tensors(net) if id(tensor) not in shared)
-    yield from _tensors(detector.reduction)
-    yield from _held_by(detector.density)
+def tensors_without_backbone(detector: Detector) -> Iterator[Tensor]:
+    """Yields the tensors of a detector without the tensors of its backbone."""
+    net, shared = detector.net, {id(tensor) for tensor in _module_tensors(detector.net.backbone)}
+    yield from (tensor for tensor in _module_tensors(net) if id(tensor) not in shared)
+    yield from _module_tensors(detector.reduction)
+    yield from _tensors_of(detector.density)
     yield from detector.map_generator
     if detector.seen_mask is not None:
         yield detector.seen_mask
     yield from detector.profile or ()
 
 
-def _held_by(thing: object) -> Iterator[Tensor]:
-    """The tensors of an object of ours and of those that it is made of."""
-    for value in vars(thing).values():
+def _tensors_of(component: object) -> Iterator[Tensor]:
+    """Yields the tensors in the attributes of a density, also in attributes that are parts of the density themselves."""
+    for value in vars(component).values():
         if isinstance(value, Tensor):
             yield value
         elif type(value).__module__.startswith("focus_ray.density"):
-            yield from _held_by(value)
+            yield from _tensors_of(value)
 
 
 def hash_module(module: nn.Module) -> str:
-    """SHA-256 of the type and of every tensor's name, type, shape and values."""
+    """Returns the SHA-256 of a module: its structure, and name, type, shape and values of every tensor."""
     digest = hashlib.sha256(repr(module).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -156,10 +168,12 @@ def hash_module(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def _module_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yields the parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()
 
 
-def _size(tensors: Iterator[Tensor]) -> int:
+def _num_bytes(tensors: Iterator[Tensor]) -> int:
+    """Returns the size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

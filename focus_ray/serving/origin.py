@@ -1,7 +1,7 @@
-"""Which web pages may ask the service: its own page alone. Programs other than browsers send neither header and pass.
+"""Refuses requests from web pages of other sites; only the page of the service itself may call the service.
 
-A browser adds `Sec-Fetch-Site` and `Origin` by itself, and no script can forge them. Without tokens the check of `Host` refuses
-DNS rebinding, where the name of an attacker's page is made to resolve to 127.0.0.1.
+Browsers add `Sec-Fetch-Site` and `Origin`, and scripts cannot forge them. Other programs send neither header and pass. Without
+tokens, the check of `Host` prevents DNS rebinding: the name of an attacker's page would resolve to 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from starlette.datastructures import Headers
 
 from focus_ray.serving.problems import Problem
 
-_OWN = ("same-origin", "none")  # none: typed into the address bar
+_ALLOWED_SITES = ("same-origin", "none")  # none: the user typed the URL
 
 
 def check_origin(headers: Headers, needs_token: bool) -> None:
-    """Refuses requests of other sites' pages, and without tokens all names of the host but loopback's.
+    """Refuses requests from the pages of other sites and, without tokens, requests to host names other than loopback names.
 
     Args:
-        needs_token: whether callers authenticate. A proxy may then stand in front, so `Host` is free, and the browser's word
-            `same-origin` counts where the proxy changes `Host`.
+        headers: headers of the request.
+        needs_token: whether callers authenticate. There may be a front proxy then, so every `Host` is allowed. If the proxy
+            changes `Host`, `Sec-Fetch-Site: same-origin` of the browser is sufficient.
 
-    Raises: Problem: 421 another host name, 403 another site.
+    Raises: Problem: 421, wrong host name. 403, the request comes from another site.
     """
     hosts, sites = headers.getlist("host"), headers.getlist("sec-fetch-site")
     if not needs_token and not (hosts and all(_is_loopback_name(host) for host in hosts)):
@@ -31,16 +32,16 @@ def check_origin(headers: Headers, needs_token: bool) -> None:
             "wrong-host",
             "without tokens this service answers only at localhost, 127.0.0.1 or [::1]: use one of these names, or set tokens",
         )
-    vouched = needs_token and sites == ["same-origin"]
-    is_own = vouched or all(origin.partition("://")[2] in hosts for origin in headers.getlist("origin"))
-    if not is_own or any(site not in _OWN for site in sites):
+    is_confirmed = needs_token and sites == ["same-origin"]
+    is_same_origin = is_confirmed or all(origin.partition("://")[2] in hosts for origin in headers.getlist("origin"))
+    if not is_same_origin or any(site not in _ALLOWED_SITES for site in sites):
         raise Problem(
-            403, "cross-site", "the page of another site may not ask this service: open the service's own page"
+            403, "cross-site", "a page of another site may not call this service: open the page of the service itself"
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or address, without a port, is this machine's alone."""
+    """Says whether a host name or address, without a port, can be reached only from this machine."""
     try:
         return host.lower() == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -48,7 +49,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_loopback_name(host: str) -> bool:
-    """`is_loopback` of a Host header, whose IPv6 addresses stand in brackets."""
+    """Says whether a `Host` header names this machine only; it may have a port, and brackets around an IPv6 address."""
     name, _, port = host.rpartition(":") if not host.endswith("]") and ":" in host else (host, "", "")
     is_address = name.startswith("[") and name.endswith("]")
     return (

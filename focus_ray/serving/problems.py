@@ -1,4 +1,4 @@
-"""What a client is told when a request is not answered: RFC 9457 problem documents, without anything of the inside."""
+"""Problem documents (RFC 9457) for requests that fail. They contain no paths or other internal information."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SCHEMA = {
     "type": "object",
     "required": ["type", "title", "status", "detail", "request_id"],
     "properties": {
-        "type": {"type": "string", "description": "urn:focus-ray:CODE; what a program should look at."},
+        "type": {"type": "string", "description": "urn:focus-ray:CODE; programs should use this field."},
         "title": {"type": "string"},
         "status": {"type": "integer"},
-        "detail": {"type": "string", "description": "For people: what came, what was expected, what to do."},
-        "request_id": {"type": "string", "description": "Names the request in the service's logs."},
+        "detail": {"type": "string", "description": "Text for people: the value, the expected value, and what to do."},
+        "request_id": {"type": "string", "description": "Identifies the request in the logs of the service."},
     },
 }
 
@@ -23,7 +23,12 @@ SCHEMA = {
 class Problem(Exception):
     """Ends a request with a problem document.
 
-    code: of `type`, such as "not-found".  retry_after_s: for Retry-After; the same request may then succeed.
+    Attributes:
+        status: HTTP status.
+        code: last part of the field `type`, for instance "not-found".
+        detail: text for people.
+        retry_after_s: value of the header Retry-After, after which the same request may succeed; None: no such header.
+        headers: further headers of the answer.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Problem(Exception):
         return f"{self.status} {self.code}: {self.detail}"
 
     def document(self, request_id: str) -> dict[str, Any]:
+        """Returns the fields of the problem document."""
         return {
             "type": f"urn:focus-ray:{self.code}",
             "title": HTTPStatus(self.status).phrase,
@@ -51,24 +57,30 @@ class Problem(Exception):
         }
 
     def all_headers(self) -> dict[str, str]:
+        """Returns the headers of the answer; Retry-After is rounded up to seconds."""
         if self.retry_after_s is None:
             return self.headers
         return {**self.headers, "retry-after": str(max(0, math.ceil(self.retry_after_s)))}
 
 
 def not_found(detail: str) -> Problem:
+    """Returns a problem with status 404."""
     return Problem(404, "not-found", detail)
 
 
 def no_such_category(team: str, category: str) -> Problem:
-    """The one answer to a category that is not there and to one that the token does not open: they cannot be told apart."""
+    """Returns the problem for a category that does not exist or that the token may not use.
+
+    Both have the same answer, so that a caller cannot find out the categories of other teams.
+    """
     return not_found(f"there is no category {category!r} of team {team!r} that this token opens")
 
 
 def unauthorised(detail: str) -> Problem:
+    """Returns a problem with status 401: the request has no valid token."""
     return Problem(401, "unauthorised", detail, headers={"www-authenticate": "Bearer"})
 
 
 def unavailable(detail: str, retry_after_s: float) -> Problem:
-    """The same request may succeed later."""
+    """Returns a problem with status 503: the same request may succeed later."""
     return Problem(503, "unavailable", detail, retry_after_s)

@@ -1,4 +1,4 @@
-"""What an inspection looks like as a picture: heat map, overlay, mask, or the map's values for a program to draw."""
+"""Draws an inspection as a PNG (heat map, overlay or mask), or encodes the anomaly map for programs that draw it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from focus_ray.evaluation.inspection import Inspection, resize_map
 from focus_ray.evaluation.report import heat_map, overlay
 
 Output = Literal["json", "heatmap", "overlay", "mask"]
-MAX_SIDE_PX = 1024  # of heat maps and overlays; a mask has the image's own size
+MAX_SIDE_PX = 1024  # of heat maps and overlays; a mask has the size of the image
 
 
 def picture_size(width: int, height: int) -> tuple[int, int]:
@@ -23,9 +23,12 @@ def picture_size(width: int, height: int) -> tuple[int, int]:
 
 
 def draw(output: Output, inspection: Inspection, data: bytes | NDArray[np.uint8]) -> bytes:
-    """A PNG. heatmap and overlay: at most `MAX_SIDE_PX` a side.  mask: white above the pixel threshold, full size.
+    """Draws an inspection as a PNG.
 
-    Args: data: the image, for the overlay: encoded, or decoded (H, W, 3) RGB.
+    Heat map and overlay have at most `MAX_SIDE_PX` a side. A mask has the size of the image and is white above the pixel
+    threshold.
+
+    Args: data: the image under an overlay: an encoded file, or (H, W, 3) RGB.
     """
     width, height = picture_size(inspection.width, inspection.height)
     if output == "mask":
@@ -46,14 +49,14 @@ def draw(output: Output, inspection: Inspection, data: bytes | NDArray[np.uint8]
 
 
 class MapValues(NamedTuple):
-    """A map as an 8-bit grey PNG; a pixel v stands for `high * v / 255`."""
+    """An anomaly map as an 8-bit grey PNG; a pixel value v means `high * v / 255`."""
 
     png: bytes
     high: float
 
 
 def map_values(inspection: Inspection) -> MapValues:
-    """`high` is twice the pixel threshold, or the map's highest value where that is more."""
+    """Encodes the anomaly map; `high` is twice the pixel threshold, or the maximum of the map if this is larger."""
     anomaly_map = inspection.anomaly_map
     high = max(2 * inspection.pixel_threshold, float(anomaly_map.max()), 1e-12)
     return MapValues(

@@ -1,7 +1,8 @@
-"""What a replica does with images: decode, wait for the next pass, one pass over all categories of a backbone, judge.
+"""Scores the images of requests in a replica: decodes them, waits for the next batch, scores the batch, judges the scores.
 
-Knows nothing of Serve. Decoding runs in processes and judging in threads of their own, so the event loop and the pass go on
-meanwhile. Teams take turns, so that the images of one do not hold up the others.
+Models of several categories that share a backbone share a forward pass. Decoding runs in processes and judging in threads, so
+that the event loop and the forward pass continue. Teams get their turns one after the other, so that no team blocks the others.
+This module does not use Serve.
 """
 
 from __future__ import annotations
@@ -23,79 +24,83 @@ from focus_ray.data.images import MAX_PIXELS, ImageError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.fitting.scoring import can_share_backbone_pass, score_together
 from focus_ray.serving.batching import Batcher
-from focus_ray.serving.decoders import Decoded, Decoders, Turns
+from focus_ray.serving.decoders import Decoded, Decoders, TeamSlots
 from focus_ray.serving.decoders import decode_images as _decode  # noqa: F401
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.models import ModelCache
 from focus_ray.serving.rendering import MapValues, Output, draw, map_values, picture_size
 from focus_ray.serving.settings import MIB, Pool
 
-Result = Inspection | ImageError
+ImageResult = Inspection | ImageError
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of the images of one request, in order.
+    """Results of the images of a request, in their order.
 
-    results: without their maps; an error where an image cannot be read.  pictures: PNG where one was asked for and can be.
-    maps: of the images that could be read, where they were asked for.  timings_ms: by stage.
+    Attributes:
+        results: inspections without anomaly maps; an error for an image that cannot be read.
+        pictures: PNG files; None if the request asks for JSON, or the image cannot be read.
+        maps: values of the anomaly maps; None if the request does not include them, or the image cannot be read.
+        timings_ms: milliseconds of each stage.
     """
 
-    results: list[Result]
+    results: list[ImageResult]
     pictures: list[bytes | None]
     maps: list[MapValues | None]
     timings_ms: dict[str, float]
 
 
-class Part(NamedTuple):
-    """Decoded images (B, H, W, 3 or 4) of one model, for a pass."""
+class ScoringPart(NamedTuple):
+    """Decoded images (B, H, W, 3 or 4) uint8 of a request, and the inspector of their model."""
 
     inspector: Inspector
     pixels: NDArray[np.uint8]
 
 
 class Scores(NamedTuple):
-    """Scores (B,), maps (B, H, W) of the frame, and when their pass began and ended (`time.perf_counter`)."""
+    """Scores (B,) and anomaly maps (B, H, W) in the frame, and the times (`time.perf_counter`) of their batch."""
 
     score: NDArray[np.float32]
     anomaly_map: NDArray[np.float32]
-    began: float
-    ended: float
+    started_at: float
+    ended_at: float
 
 
-class Scorer:
-    """Scores images with any version of a registry, within a pool's limits."""
+class ImageScorer:
+    """Scores images with any version of a registry, within the limits of a pool."""
 
     def __init__(self, pool: Pool, device: str = "auto", measures: Measures | None = None) -> None:
+        """Args: device: cpu or cuda; auto: cuda if there is a GPU."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pool, self.device, self.measures = pool, device, measures or Measures()
         self._decoders = Decoders(pool.num_decoders)
-        self._workers = ThreadPoolExecutor(pool.num_decoders, thread_name_prefix="judge")
-        self._judging = Turns(pool.num_decoders, max(1, pool.num_decoders - 1))
-        # requests with decoded images, which take memory; a team has half of them, and its others wait encoded
-        self._places = Turns(pool.max_ongoing_requests, max(1, pool.max_ongoing_requests // 2))
-        passes = ThreadPoolExecutor(1, thread_name_prefix="pass")
+        self._judging_threads = ThreadPoolExecutor(pool.num_decoders, thread_name_prefix="judge")
+        self._judging_slots = TeamSlots(pool.num_decoders, max(1, pool.num_decoders - 1))
+        # limits the requests whose decoded images are in memory; further images of a team wait as encoded files
+        self._decoding_slots = TeamSlots(pool.max_ongoing_requests, max(1, pool.max_ongoing_requests // 2))
+        pass_thread = ThreadPoolExecutor(1, thread_name_prefix="pass")
         if device == "cpu":
-            # every thread that computes in parallel has OpenMP threads of its own; with more of them than cores they go to
-            # sleep between operations, and a pass takes a third longer: so only the pass does
-            passes.submit(_take_threads, pool.num_threads).result()
-            _take_threads(1)
-        self._batcher: Batcher[Part, Scores] = Batcher(self._pass, pool.max_batch_images, passes)
+            # Every thread that computes in parallel has its own OpenMP threads. More OpenMP threads than cores sleep between
+            # operations, and a forward pass takes a third longer. Therefore only the thread of the pass computes in parallel.
+            pass_thread.submit(_set_num_threads, pool.num_threads).result()
+            _set_num_threads(1)
+        self._batcher: Batcher[ScoringPart, Scores] = Batcher(self._score_batch, pool.max_batch_images, pass_thread)
         self.models = ModelCache(
             int(pool.memory_mb * MIB),
             device,
             ThreadPoolExecutor(1, thread_name_prefix="load"),
-            on_load=self._loaded,
+            on_load=self._report_load,
             on_drop=self.measures.dropped,
         )
 
     async def warm(self, version: Version) -> None:
-        """Loads a version and lets it score once. Raises: BundleError: it cannot be loaded."""
+        """Loads a version and scores a blank image with it. Raises: BundleError: the version cannot be loaded."""
         inspector = (await self.models.get(version)).inspector
         blank = np.zeros((1, *inspector.frame.shape), dtype=np.uint8)
         await self._decoders.start()
-        await self._batcher.submit(Part(inspector, blank), 1)
+        await self._batcher.submit(ScoringPart(inspector, blank), 1)
 
     async def inspect(
         self,
@@ -105,16 +110,20 @@ class Scorer:
         include_map: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> Answer:
-        """Returns the answer to the images of one request.
+        """Scores the images of a request.
 
-        Args: max_pixels: an image that claims more is not decoded.
+        Args:
+            images: encoded files.
+            output: json, or the kind of picture.
+            include_map: adds the values of the anomaly maps.
+            max_pixels: larger images are not decoded; their result is an error.
 
         Raises: BundleError: the version cannot be loaded.
         """
         started = time.perf_counter()
-        self._decoders.launch()  # while the model is loaded
-        await self.models.get(version)  # before a place is taken: while the storage hangs, loaded models go on scoring
-        async with self._places.hold(version.team):
+        self._decoders.launch()  # the processes start while the model is loaded
+        await self.models.get(version)  # before it takes a slot: a storage that hangs must not block loaded models
+        async with self._decoding_slots.hold(version.team):
             return await self._inspect(version, images, output, include_map, max_pixels, started)
 
     async def _inspect(
@@ -126,15 +135,17 @@ class Scorer:
         max_pixels: int,
         started: float,
     ) -> Answer:
+        """Decodes, scores and judges images, with a slot for decoded images. `started`: start of the request."""
         inspector = (await self.models.get(version)).inspector
         loaded = time.perf_counter()
         loop = asyncio.get_running_loop()
         decoded = await self._decoders.decode(version.team, images, inspector.frame, max_pixels)
         pictures: list[bytes | NDArray[np.uint8]] = list(images)
         if output == "overlay":
-            for number, one in enumerate(decoded):
-                if not isinstance(one, ImageError):
-                    size = picture_size(one[0].width, one[0].height)
+            # an overlay shows the whole image at another size than the frame: it is decoded again, also in a decoder process
+            for number, entry in enumerate(decoded):
+                if not isinstance(entry, ImageError):
+                    size = picture_size(entry[0].width, entry[0].height)
                     picture = await self._decoders.decode_picture(version.team, images[number], *size)
                     if isinstance(picture, ImageError):
                         decoded[number] = picture
@@ -142,61 +153,67 @@ class Scorer:
                         pictures[number] = picture
         ready = time.perf_counter()
         timings = {"load": loaded - started, "decode": ready - loaded, "wait": 0.0, "score": 0.0, "judge": 0.0}
-        readable = [one for one in decoded if not isinstance(one, ImageError)]
+        readable = [entry for entry in decoded if not isinstance(entry, ImageError)]
         scores = None
         if readable:
             pixels = np.stack([pixels for _, pixels in readable])
-            scores = await self._batcher.submit(Part(inspector, pixels), len(pixels))
-            timings.update(wait=scores.began - ready, score=scores.ended - scores.began)
+            scores = await self._batcher.submit(ScoringPart(inspector, pixels), len(pixels))
+            timings.update(wait=scores.started_at - ready, score=scores.ended_at - scores.started_at)
         scored = time.perf_counter()
-        async with self._judging.hold(version.team):
+        async with self._judging_slots.hold(version.team):
             results, drawn, maps = await loop.run_in_executor(
-                self._workers, _judge, inspector, pictures, decoded, scores, output, include_map
+                self._judging_threads, _judge, inspector, pictures, decoded, scores, output, include_map
             )
         timings["judge"] = time.perf_counter() - scored
         return Answer(results, drawn, maps, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()})
 
-    def _pass(self, parts: Sequence[Part]) -> list[Scores]:
-        """Scores what waited: parts of one model as one, models that share a backbone in one pass."""
-        began = time.perf_counter()
-        groups: list[dict[int, list[int]]] = []  # of models that share a pass: model -> its parts' places
-        for place, part in enumerate(parts):
+    def _score_batch(self, parts: Sequence[ScoringPart]) -> list[Scores]:
+        """Scores a batch: parts of the same model are joined, and models that share a backbone share a forward pass.
+
+        Returns: the scores of each part, in order.
+        """
+        started_at = time.perf_counter()
+        groups: list[dict[int, list[int]]] = []  # each group shares a pass: id of the inspector -> indices of its parts
+        for index, part in enumerate(parts):
+            # a group is joined if it contains the model already, or if the model can share its backbone pass
             key, detector = id(part.inspector), part.inspector.bundle.detector
             for group in groups:
                 first = parts[next(iter(group.values()))[0]].inspector.bundle.detector
                 if key in group or can_share_backbone_pass(first, detector):
-                    group.setdefault(key, []).append(place)
+                    group.setdefault(key, []).append(index)
                     break
             else:
-                groups.append({key: [place]})
-        found: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+                groups.append({key: [index]})
+        scores_by_part: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         for group in groups:
-            together = [
+            detectors_and_pixels = [
                 (
-                    parts[places[0]].inspector.bundle.detector,
-                    torch.from_numpy(np.concatenate([parts[place].pixels for place in places])),
+                    parts[indices[0]].inspector.bundle.detector,
+                    torch.from_numpy(np.concatenate([parts[index].pixels for index in indices])),
                 )
-                for places in group.values()
+                for indices in group.values()
             ]
-            for places, scored in zip(group.values(), score_together(together), strict=True):
-                cuts = np.cumsum([len(parts[place].pixels) for place in places])[:-1]
+            # the scores of a model are split into the scores of its parts
+            for indices, scored in zip(group.values(), score_together(detectors_and_pixels), strict=True):
+                cuts = np.cumsum([len(parts[index].pixels) for index in indices])[:-1]
                 score = np.split(scored.score.float().cpu().numpy(), cuts)
                 maps = np.split(scored.anomaly_map.float().cpu().numpy(), cuts)
-                found.update(zip(places, zip(score, maps, strict=True), strict=True))
-        ended = time.perf_counter()
+                scores_by_part.update(zip(indices, zip(score, maps, strict=True), strict=True))
+        ended_at = time.perf_counter()
         categories = {id(part.inspector) for part in parts}
         self.measures.batch(sum(len(part.pixels) for part in parts), len(categories), len(groups))
-        return [Scores(*found[place], began, ended) for place in range(len(parts))]
+        return [Scores(*scores_by_part[index], started_at, ended_at) for index in range(len(parts))]
 
-    def _loaded(self, version: Version, seconds: float) -> None:
+    def _report_load(self, version: Version, seconds: float) -> None:
+        """Reports a loaded version and the size of the cache as metrics."""
         self.measures.loaded(version, seconds)
-        self.measures.held(len(self.models.keys), self.models.num_bytes)
+        self.measures.in_memory(len(self.models.loaded_keys), self.models.num_bytes)
 
 
-def _take_threads(count: int) -> None:
-    """Threads of torch for the calling thread, and for those that begin to compute after it."""
+def _set_num_threads(count: int) -> None:
+    """Sets the number of torch threads for the calling thread, and for threads that start to compute later."""
     torch.set_num_threads(count)
-    torch.get_num_threads()  # a thread takes the number that was set last when it first asks: this one asks now
+    torch.get_num_threads()  # a thread takes the number that was set last when it first reads it; this call makes it read now
 
 
 def _judge(
@@ -206,29 +223,36 @@ def _judge(
     scores: Scores | None,
     output: Output,
     include_map: bool,
-) -> tuple[list[Result], list[bytes | None], list[MapValues | None]]:
-    results: list[Result] = []
+) -> tuple[list[ImageResult], list[bytes | None], list[MapValues | None]]:
+    """Turns scores into results, pictures and map values of all images of a request, in order.
+
+    Args:
+        images: encoded files, or decoded pixels (H, W, 3) for an overlay.
+        decoded: decoded images; an error for an image that cannot be read.
+        scores: scores of the readable images, in order; None if there is none.
+    """
+    results: list[ImageResult] = []
     pictures: list[bytes | None] = []
     maps: list[MapValues | None] = []
     row = 0
-    for image, one in zip(images, decoded, strict=True):
-        if isinstance(one, ImageError):
-            results.append(one)
+    for image, entry in zip(images, decoded, strict=True):
+        if isinstance(entry, ImageError):
+            results.append(entry)
             pictures.append(None)
             maps.append(None)
             continue
         assert scores is not None
-        info = one[0]
+        info = entry[0]
         score, anomaly_map = float(scores.score[row]), scores.anomaly_map[row]
         row += 1
         try:
-            found = inspector.judge(score, anomaly_map, info.width, info.height)
+            inspection = inspector.judge(score, anomaly_map, info.width, info.height)
         except ImageError as error:
             results.append(error)
             pictures.append(None)
             maps.append(None)
             continue
-        results.append(found.without_map())
-        pictures.append(None if output == "json" else draw(output, found, image))
-        maps.append(map_values(found) if include_map else None)
+        results.append(inspection.without_map())
+        pictures.append(None if output == "json" else draw(output, inspection, image))
+        maps.append(map_values(inspection) if include_map else None)
     return results, pictures, maps

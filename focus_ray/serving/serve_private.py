@@ -1,7 +1,7 @@
-"""What is read of Serve's private parts, in one place; read in Ray 2.60.0, and looked for before a replica starts.
+"""All uses of private parts of Ray Serve (read in Ray 2.60.0); `check_serve_parts` checks them before a replica starts.
 
-Serve's router sends requests for a model to the replicas that say they hold it. No public call takes a model off that list
-when memory runs short, so its multiplexer is told directly.
+The router of Serve sends requests for a model to the replicas that list this model. No public function removes a model from the
+list when the model is dropped to free memory. `forget_model` therefore changes the list of the multiplexer.
 """
 
 from __future__ import annotations
@@ -13,37 +13,37 @@ from typing import Any
 from focus_ray.cluster.ray_private import READ_IN, check_private_parts
 from focus_ray.errors import TrainingError
 
-_ATTRIBUTE = "__serve_multiplex_wrapper"  # of a replica, once `serve.multiplexed` was called on it
-_PUSH = "_push_multiplexed_replica_info"  # set: the list is sent to the router soon
-PARTS = {"which models a replica holds": ("ray.serve.multiplex", "_ModelMultiplexWrapper")}
+_WRAPPER_ATTRIBUTE = "__serve_multiplex_wrapper"  # of replicas that have called a `serve.multiplexed` method
+_PUSH_FLAG = "_push_multiplexed_replica_info"  # if True, Serve soon sends the list to the router
+SERVE_PARTS = {"which models a replica holds": ("ray.serve.multiplex", "_ModelMultiplexWrapper")}
 
 
-def check_serve_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
-    """Looks whether all parts are where they were. Raises: TrainingError: the installed Ray has moved one."""
+def check_serve_parts(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
+    """Checks that the installed Ray still has all private parts. Raises: TrainingError: a part is missing."""
     check_private_parts(parts)
     import ray
     from ray.serve import api, multiplex
 
-    # they are set on instances, so the class does not have them, and only the source tells
-    for module, name in ((multiplex, "self.models"), (multiplex, _PUSH), (api, _ATTRIBUTE)):
+    # these attributes exist only on instances, not on the class, so the source is searched for them
+    for module, name in ((multiplex, "self.models"), (multiplex, _PUSH_FLAG), (api, _WRAPPER_ATTRIBUTE)):
         if not re.search(rf"{re.escape(name)}\b", inspect.getsource(module)):
             raise TrainingError(
-                f"Ray {ray.__version__}: {module.__name__} no longer knows {name!r}, which tells which models a replica "
-                f"holds; it was there in Ray {READ_IN}: install that version, or a newer focus_ray"
+                f"Ray {ray.__version__}: {module.__name__} no longer has {name!r}, which lists the models of a replica; "
+                f"Ray {READ_IN} has it: install that version, or a newer focus_ray"
             )
 
 
 def forget_model(replica: Any, key: str) -> None:
-    """Takes a model off the list of those that a replica holds, so that requests for it go where it still is.
+    """Removes a model from Serve's list of models of a replica, so that requests for it go to replicas that still have it.
 
-    Does nothing where the replica has loaded none through `serve.multiplexed` yet.
+    Does nothing if the replica has not loaded a model through `serve.multiplexed` yet.
 
-    Raises: AttributeError: Serve has changed; `check_serve_parts` says so beforehand.
+    Raises: AttributeError: Serve has changed; `check_serve_parts` finds this earlier.
     """
-    if not hasattr(replica, _ATTRIBUTE):
+    if not hasattr(replica, _WRAPPER_ATTRIBUTE):
         return
-    multiplexer = getattr(replica, _ATTRIBUTE)
+    multiplexer = getattr(replica, _WRAPPER_ATTRIBUTE)
     multiplexer.models.pop(key, None)
-    if not hasattr(multiplexer, _PUSH):
-        raise AttributeError(f"Serve's multiplexer has no {_PUSH}: Ray {READ_IN} had it")
-    setattr(multiplexer, _PUSH, True)
+    if not hasattr(multiplexer, _PUSH_FLAG):
+        raise AttributeError(f"Serve's multiplexer has no {_PUSH_FLAG}: Ray {READ_IN} had it")
+    setattr(multiplexer, _PUSH_FLAG, True)

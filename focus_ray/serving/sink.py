@@ -1,10 +1,10 @@
-"""Inspected images and scores kept as Parquet for retraining: sampled, bounded in memory, deleted after their time.
+"""Stores a sample of the inspected images and scores as Parquet for retraining, and deletes it after the retention time.
 
     <uri>/team=<team>/date=2026-01-31/part-<id>.parquet
 
-A flush writes one file a team, with what waits of all its categories. Columns: those of docs/use/serving.md. A file that cannot
-be written waits, within the same bound, for the next flush; for what comes beyond the bound there is no room: it is dropped and
-counted. A request never waits for the sink, nor fails. No error ends the writer: it logs the error and goes on.
+A flush writes one file for each team, with the waiting rows of all its categories. docs/use/serving.md lists the columns. If a
+file cannot be written, it waits for the next flush. Waiting rows and files share one memory limit; images above it are dropped
+and counted. A request never waits for the sink and never fails because of it. The writer logs errors and continues.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from focus_ray.storage import join, list_names, remove_folder, write_bytes
 
 SCHEMA = pa.schema(
     [
-        pa.field("id", pa.string(), nullable=False),  # request id and the image's place in it
+        pa.field("id", pa.string(), nullable=False),  # request id, and the number of the image in the request
         pa.field("category", pa.string(), nullable=False),
         pa.field("time", pa.timestamp("ms", tz="UTC"), nullable=False),
-        pa.field("image", pa.binary(), nullable=False),  # the file as it came
+        pa.field("image", pa.binary(), nullable=False),  # the file of the request, unchanged
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("score", pa.float64(), nullable=False),
@@ -50,7 +50,7 @@ _DATE = re.compile(r"date=(\d{4}-\d{2}-\d{2})")
 
 
 class _File(NamedTuple):
-    """What is to be written. size: of the images in it, as they count in the buffer."""
+    """A Parquet file to write. `size` is the number of bytes of its images, which counts towards the memory limit."""
 
     uri: str
     content: bytes
@@ -59,17 +59,17 @@ class _File(NamedTuple):
 
 
 class ImageSink:
-    """Takes what was inspected; a thread writes it."""
+    """Takes samples of inspected images; a thread writes them."""
 
     def __init__(self, settings: Sink, measures: Measures, log: Any = lambda message, **facts: None) -> None:
         self.settings, self.measures, self.log = settings, measures, log
         self._lock = threading.Lock()
-        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by team
-        self._num_bytes = 0  # of images that wait, as rows and in files
-        self._waiting: list[_File] = []  # could not be written so far; the writer's own
-        self._is_asked = False  # full, and the writer has been told
+        self._rows_by_team: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by team
+        self._num_bytes = 0  # of the images in waiting rows and files
+        self._unwritten_files: list[_File] = []  # of earlier flushes; only the writer thread uses it
+        self._is_write_requested = False  # a team has `max_rows` rows, and the writer will write them
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sink")
-        self._cleaned: datetime | None = None
+        self._last_cleanup: datetime | None = None
 
     def offer(
         self,
@@ -79,7 +79,12 @@ class ImageSink:
         results: Sequence[Inspection | ImageError],
         role: str = "answer",
     ) -> None:
-        """Keeps a sample; returns at once."""
+        """Adds a sample of the images of a request to the waiting rows. Does not block.
+
+        Args:
+            images: the files of the request.
+            role: answer, canary or shadow.
+        """
         now = datetime.now(timezone.utc)
         with self._lock:
             for number, (image, result) in enumerate(zip(images, results, strict=True)):
@@ -96,69 +101,75 @@ class ImageSink:
                 }
                 row.update(id=f"{request_id}/{number}", category=version.category, time=now, image=image)
                 row.update(version=version.name, bundle=version.sha256, role=role)
-                self._rows[version.team].append(row)
+                self._rows_by_team[version.team].append(row)
                 self._num_bytes += len(image)
                 self.measures.sink("kept", 1)
-            full = len(self._rows[version.team]) >= self.settings.max_rows and not self._is_asked
-            self._is_asked |= full
-        if full:
+            is_full = len(self._rows_by_team[version.team]) >= self.settings.max_rows and not self._is_write_requested
+            self._is_write_requested |= is_full
+        if is_full:
             self._writer.submit(self._write)
 
     def flush(self) -> None:
-        """Writes what is there, and deletes what is past its time; waits for both. Raises nothing: errors are logged."""
+        """Writes the waiting rows and deletes old images; waits for both. Logs errors instead of raising them."""
         try:
             self._writer.submit(self._write).result()
         except RuntimeError as error:  # after `close`
             self.log("the sink was flushed after its end", error=str(error))
 
     def close(self) -> None:
-        """Writes what is there; what cannot be written now is lost, and counted."""
+        """Writes the waiting rows and ends the writer. Files that cannot be written now are lost, and counted as failed."""
         self.flush()
         self._writer.shutdown()
-        if self._waiting:
-            self.measures.sink("failed", sum(file.num_images for file in self._waiting))
+        if self._unwritten_files:
+            self.measures.sink("failed", sum(file.num_images for file in self._unwritten_files))
 
     def _write(self) -> None:
-        for step in (self._write_files, self._clean):
+        """Runs a flush in the writer thread: writes files and deletes old images."""
+        for step in (self._write_files, self._delete_old_files):
             try:
                 step()
-            except Exception as error:  # whatever it is, the next flush must come
+            except Exception as error:  # any error: the next flush must still run
                 self.log("a flush of the sink failed", error=f"{type(error).__name__}: {error}")
 
     def _write_files(self) -> None:
+        """Writes the files of earlier flushes and a file for each team with waiting rows; keeps the files that fail."""
         with self._lock:
-            rows, self._rows, self._is_asked = self._rows, defaultdict(list), False
-        files, self._waiting = self._waiting, []
-        new = [file for team, waiting in rows.items() if waiting and (file := self._file(team, waiting))]
-        for number, file in enumerate([*files, *new]):
+            rows, self._rows_by_team, self._is_write_requested = self._rows_by_team, defaultdict(list), False
+        files, self._unwritten_files = self._unwritten_files, []
+        new_files = [
+            file for team, team_rows in rows.items() if team_rows and (file := self._encode_file(team, team_rows))
+        ]
+        for number, file in enumerate([*files, *new_files]):
             try:
-                # under the name of the first attempt: one whose answer alone was lost is written over and not doubled
+                # A retry uses the same name. If the file was written and only the answer was lost, the retry overwrites it.
                 write_bytes(file.uri, file.content)
-            except Exception as error:  # of any storage
+            except Exception as error:  # any error of any storage
                 if number >= len(files):
                     self.measures.sink("delayed", file.num_images)
                 self.log("the sink could not be written", error=str(error), num_images=file.num_images)
-                self._waiting.append(file)
+                self._unwritten_files.append(file)
                 continue
             self.measures.sink("written", file.num_images)
-            self._release(file.size)
+            self._subtract_bytes(file.size)
 
-    def _clean(self) -> None:
+    def _delete_old_files(self) -> None:
+        """Deletes images older than the retention time, at most once an hour."""
         now = datetime.now(timezone.utc)
-        if self._cleaned is None or now - self._cleaned > timedelta(hours=1):
-            self._cleaned = now
+        if self._last_cleanup is None or now - self._last_cleanup > timedelta(hours=1):
+            self._last_cleanup = now
             try:
-                before = now - timedelta(days=self.settings.retention_days)
-            except OverflowError:  # kept for longer than dates go back
+                limit = now - timedelta(days=self.settings.retention_days)
+            except OverflowError:  # the retention time is longer than dates can express: delete nothing
                 return
-            remove_old(self.settings.uri, before, self.log)
+            delete_old_images(self.settings.uri, limit, self.log)
 
-    def _release(self, size: int) -> None:
+    def _subtract_bytes(self, size: int) -> None:
+        """Frees the bytes of images that do not wait any more."""
         with self._lock:
             self._num_bytes -= size
 
-    def _file(self, team: str, rows: Sequence[dict[str, Any]]) -> _File | None:
-        """The file of a team's rows; None where they do not fit the schema: they are lost, and counted."""
+    def _encode_file(self, team: str, rows: Sequence[dict[str, Any]]) -> _File | None:
+        """Encodes the rows of a team as a file. Rows that do not fit the schema are lost and counted; the result is None."""
         size = sum(len(row["image"]) for row in rows)
         sink = pa.BufferOutputStream()
         try:
@@ -166,21 +177,26 @@ class ImageSink:
         except (pa.ArrowException, ValueError, OverflowError) as error:
             self.log("images do not fit the sink's columns", error=str(error), num_images=len(rows), team=team)
             self.measures.sink("failed", len(rows))
-            self._release(size)
+            self._subtract_bytes(size)
             return None
         folder = join(self.settings.uri, f"team={team}", f"date={rows[-1]['time'].date().isoformat()}")
         return _File(join(folder, f"part-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes(), len(rows), size)
 
 
-def remove_old(uri: str, before: datetime, log: Any = lambda message, **facts: None) -> list[str]:
-    """Deletes the days that end before a time. A folder that is no day stays; a day that cannot be deleted is logged.
+def delete_old_images(uri: str, limit: datetime, log: Any = lambda message, **facts: None) -> list[str]:
+    """Deletes the folders of days that ended before `limit`.
 
-    Returns: the folders that went.  Raises: DataError: the place cannot be listed.
+    Other folders stay. If a folder cannot be deleted, this is logged, and the next folders are deleted.
+
+    Returns: the deleted folders.
+
+    Raises: DataError: `uri` cannot be listed.
     """
-    removed = []
+    deleted = []
     for team in (join(uri, name) for name in list_names(uri) if name.startswith("team=")):
         days = [join(team, name) for name in list_names(team)]
-        for category in [place for place in days if "/category=" in place.removeprefix(team)]:  # so it once was
+        # old releases had a folder for each category
+        for category in [folder for folder in days if "/category=" in folder.removeprefix(team)]:
             days += [join(category, name) for name in list_names(category)]
         for day in days:
             match = _DATE.fullmatch(day.rpartition("/")[2])
@@ -188,11 +204,11 @@ def remove_old(uri: str, before: datetime, log: Any = lambda message, **facts: N
                 continue
             try:
                 ended = datetime.fromisoformat(match[1]).replace(tzinfo=timezone.utc) + timedelta(days=1)
-                if ended <= before:
+                if ended <= limit:
                     remove_folder(day)
-                    removed.append(day)
+                    deleted.append(day)
             except (ValueError, OverflowError) as error:
-                log("a folder of the sink names no day, and stays", folder=day, error=str(error))
+                log("a folder of the sink has an invalid date and stays", folder=day, error=str(error))
             except DataError as error:
                 log("old images could not be deleted from the sink", folder=day, error=str(error))
-    return removed
+    return deleted

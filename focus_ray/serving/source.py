@@ -1,4 +1,4 @@
-"""Where models come from: a registry, or a folder of bundles that is served as if it were one; and what is known of both."""
+"""Sources of models (a registry, or a folder of bundles), time-limited look-ups in them, and a cache of resolved aliases."""
 
 from __future__ import annotations
 
@@ -19,126 +19,158 @@ from focus_ray.errors import BundleError, DataError, RegistryError
 from focus_ray.storage import FileStamp
 
 T = TypeVar("T")
-TRUST_S = 600.0  # older look-ups are made again whatever the marks say: an older focus_ray publishes without any
-LOOKUP_TIMEOUT_S = 10.0  # a request waits this long for the storage; the storage itself may try for minutes
-LOOKUPS_PER_TEAM, _LOOKUP_THREADS = 4, 32  # at once
+MAX_LOOKUP_AGE_S = 600.0  # older look-ups are repeated even if marks did not change: old releases publish without marks
+LOOKUP_TIMEOUT_S = 10.0  # a request waits this long for the storage; the storage client itself may retry for minutes
+LOOKUPS_PER_TEAM, _LOOKUP_THREADS = 4, 32  # at the same time
 _REFRESH_THREADS = 4
-_SETTLED_S = 60.0  # a stamp tells a change once its file is older than what clocks differ by and S3's seconds hide
+# A file may change without a new stamp while it is younger than this: S3 stamps count whole seconds, and clocks differ.
+_SETTLED_S = 60.0
 
 
-class Source(Protocol):
-    """What the service asks of a registry. Raises: RegistryError: not there.  DataError: the storage fails."""
+class ModelSource(Protocol):
+    """Interface to published models. All methods block.
 
-    def teams(self) -> list[str]: ...
+    Methods raise RegistryError if the category, version or alias does not exist, and DataError if the storage fails.
+    """
 
-    def categories(self, team: str) -> list[str]: ...
+    def teams(self) -> list[str]:
+        """Returns the teams."""
 
-    def versions(self, team: str, category: str) -> list[Version]: ...
+    def categories(self, team: str) -> list[str]:
+        """Returns the categories of a team."""
 
-    def aliases(self, team: str, category: str) -> dict[str, str]: ...
+    def versions(self, team: str, category: str) -> list[Version]:
+        """Returns the versions of a category; an empty list if there is no such category."""
 
-    def resolve(self, team: str, category: str, ref: str = ...) -> Version: ...
+    def aliases(self, team: str, category: str) -> dict[str, str]:
+        """Returns version names by alias."""
+
+    def resolve(self, team: str, category: str, ref: str = ...) -> Version:
+        """Returns the version of a ref: an alias or a version name."""
 
     def marks(self, team: str) -> dict[str, str]:
-        """Category -> what stays the same while its names stand for what they did; without those that must be looked up."""
+        """Returns a mark for each category, which changes whenever a version or alias of the category changes.
 
-    def promote(self, team: str, category: str, ref: str, alias: str) -> Version: ...
+        A category without a mark must be looked up.
+        """
 
-    def roll_back(self, team: str, category: str, alias: str) -> Version: ...
+    def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
+        """Moves an alias to the version of a ref, and returns the version."""
+
+    def roll_back(self, team: str, category: str, alias: str) -> Version:
+        """Moves an alias back to its previous version, and returns the version."""
 
     def set_thresholds(
         self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
-    ) -> Version: ...
+    ) -> Version:
+        """Publishes the model of a version with other thresholds; `by` is the author. Returns the new version."""
 
 
 class FolderSource:
-    """A bundle, or a run's folder, as a registry of one team; a category's one version is named by its hash.
+    """Serves a bundle, or the folder of a run, like a registry of one team. Each category has one version, named by its hash.
 
-    One listing answers for all categories until it is `refresh_s` old; manifests are read once, and again where one has changed.
+    One listing serves all categories until it is `refresh_s` old. A manifest is read again only if its file has changed.
     """
 
     def __init__(self, place: str, team: str, refresh_s: float = 0.0) -> None:
-        """Raises: DataError: no bundle there."""
+        """Raises: DataError: `place` (path or URI) contains no bundle."""
         self.place, self.team, self.refresh_s = place, team, refresh_s
-        self._lock = threading.Lock()  # threads that ask at once share a listing
-        self._read: dict[str, _Read] = {}
+        self._lock = threading.Lock()  # threads that need a listing at the same time share it
+        self._entries: dict[str, _ManifestEntry] = {}
         self._versions: dict[str, Version] = {}
-        self._listed = float("-inf")
-        find_bundles(place)  # looks no deeper than bundles lie, so that a place named by mistake fails at once
+        self._listed_at = float("-inf")
+        find_bundles(place)  # searches few levels, so that a wrong folder fails immediately
 
     def teams(self) -> list[str]:
+        """Returns the only team."""
         return [self.team]
 
     def categories(self, team: str) -> list[str]:
-        return sorted(self._known(self.refresh_s)) if team == self.team else []
+        """Returns the categories with a bundle; none for another team."""
+        return sorted(self._versions_by_category(self.refresh_s)) if team == self.team else []
 
     def versions(self, team: str, category: str) -> list[Version]:
-        version = self._known(self.refresh_s).get(category) if team == self.team else None
+        """Returns the only version of a category; an empty list if there is no such category."""
+        version = self._versions_by_category(self.refresh_s).get(category) if team == self.team else None
         return [version] if version else []
 
     def aliases(self, team: str, category: str) -> dict[str, str]:
+        """Returns the alias `latest`, the only one."""
         versions = self.versions(team, category)
         return {LATEST: versions[0].name} if versions else {}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
+        """Returns the version of `latest` or of its name. Raises: RegistryError: there is no such version."""
         for version in self.versions(team, category):
             if ref in (LATEST, version.name):
                 return version
         raise RegistryError(f"{self.place}: there is no {ref!r} of category {category!r}")
 
     def marks(self, team: str) -> dict[str, str]:
-        """Looks now: who keeps the marks counts from when they were asked for."""
-        known = self._known(0.0) if team == self.team else {}
-        return {category: version_key(version) for category, version in known.items()}
+        """Returns marks from a new listing, because `VersionDirectory` counts their age from the time of this call."""
+        versions = self._versions_by_category(0.0) if team == self.team else {}
+        return {category: version_key(version) for category, version in versions.items()}
 
     def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
+        """Raises: RegistryError: always, because a folder has no aliases to move."""
         raise RegistryError("a folder of bundles has no aliases to move: serve a registry")
 
     def roll_back(self, team: str, category: str, alias: str) -> Version:
+        """Raises: RegistryError: always, because a folder has no aliases to move."""
         raise RegistryError("a folder of bundles has no aliases to move: serve a registry")
 
     def set_thresholds(
         self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
     ) -> Version:
+        """Raises: RegistryError: always, because a folder has one version of each category."""
         raise RegistryError(
             "a folder of bundles keeps no versions, so thresholds are not saved in it: serve a registry"
         )
 
-    def _known(self, max_age_s: float) -> dict[str, Version]:
-        """Category -> version, of a listing that is younger. Raises: DataError: no bundle there, or one is damaged."""
+    def _versions_by_category(self, max_age_s: float) -> dict[str, Version]:
+        """Returns the version of each category; lists the folder again if the last listing is `max_age_s` old.
+
+        Raises: DataError: there is no bundle, or a bundle is damaged.
+        """
         with self._lock:
             now = time.monotonic()
-            if now - self._listed >= max_age_s:
-                found = stamp_bundles(self.place)
-                if not found:
-                    find_bundles(self.place)  # says what is wrong with the place
-                self._read = {uri: self._read_again(uri, stamp) for uri, stamp in found.items()}
-                self._versions = {one.version.category: one.version for one in self._read.values()}
-                self._listed = now
+            if now - self._listed_at >= max_age_s:
+                stamps = stamp_bundles(self.place)
+                if not stamps:
+                    find_bundles(self.place)  # raises DataError with the reason
+                self._entries = {uri: self._read_changed_manifest(uri, stamp) for uri, stamp in stamps.items()}
+                self._versions = {entry.version.category: entry.version for entry in self._entries.values()}
+                self._listed_at = now
             return self._versions
 
-    def _read_again(self, uri: str, stamp: FileStamp) -> _Read:
-        former = self._read.get(uri)
-        if former is not None and former.is_settled and former.stamp == stamp:
-            return former
+    def _read_changed_manifest(self, uri: str, stamp: FileStamp) -> _ManifestEntry:
+        """Returns the entry of a bundle; reads the manifest unless the stamp shows that it has not changed."""
+        previous = self._entries.get(uri)
+        if previous is not None and previous.is_settled and previous.stamp == stamp:
+            return previous
         is_settled = time.time() - stamp.mtime_ns / 1e9 > _SETTLED_S
         manifest = read_manifest(uri)
         size = sum(int(entry["num_bytes"]) for entry in manifest["files"].values())
-        made, sha256 = datetime.fromisoformat(manifest["created_at"]), str(manifest["sha256"])
-        version = Version(self.team, str(manifest["category"]), sha256[:16], uri, sha256, made, size)
-        return _Read(stamp, is_settled, version)
+        created_at, sha256 = datetime.fromisoformat(manifest["created_at"]), str(manifest["sha256"])
+        version = Version(self.team, str(manifest["category"]), sha256[:16], uri, sha256, created_at, size)
+        return _ManifestEntry(stamp, is_settled, version)
 
 
-class _Read(NamedTuple):
-    """A manifest that was read. is_settled: with this stamp it cannot have changed since."""
+class _ManifestEntry(NamedTuple):
+    """The version of a manifest that was read.
+
+    Attributes:
+        stamp: stamp of the manifest file when it was read.
+        is_settled: the file was so old then that a later change must give another stamp.
+    """
 
     stamp: FileStamp
     is_settled: bool
     version: Version
 
 
-def open_source(registry: str | None, bundles: str | None, team: str, refresh_s: float) -> Source:
-    """Raises: DataError: no bundle in the folder."""
+def open_source(registry: str | None, bundles: str | None, team: str, refresh_s: float) -> ModelSource:
+    """Opens the registry, or the folder `bundles` as a source of one team. Raises: DataError: the folder has no bundle."""
     if registry is not None:
         return Registry(registry)
     assert bundles is not None
@@ -146,164 +178,187 @@ def open_source(registry: str | None, bundles: str | None, team: str, refresh_s:
 
 
 def version_key(version: Version) -> str:
-    """Names one artifact in one place: what a model is cached, routed and told apart by."""
+    """Returns the name of one published artifact; caches and routing use it as their key."""
     return f"{version.team}/{version.category}/{version.name}/{version.sha256[:16]}"
 
 
 class Lookups:
-    """Calls of the storage that requests wait for: on threads of their own, bounded in time and for each team."""
+    """Runs storage calls that requests wait for, in separate threads, with a time limit and a number limit for each team."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
-        self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # of teams that wait
+        self._slots: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()  # of teams with waiting calls
 
     async def call(self, team: str, function: Callable[..., T], *arguments: Any, timeout_s: float | None = None) -> T:
-        """Calls a function that blocks. A call that hangs keeps its place, so that a team never has more threads.
+        """Returns `function(*arguments)`, which may block.
 
-        Args: timeout_s: None takes LOOKUP_TIMEOUT_S.
+        A call that hangs keeps its slot after the timeout, so that a team never occupies more than LOOKUPS_PER_TEAM threads.
 
-        Raises: DataError: no answer in time, the wait for a place included.
+        Args: timeout_s: time limit; None: LOOKUP_TIMEOUT_S.
+
+        Raises: DataError: there was no answer within the time limit, which includes the wait for a slot.
         """
         limit_s, loop = timeout_s or LOOKUP_TIMEOUT_S, asyncio.get_running_loop()
-        places = self._places.get(team)
-        if places is None:
-            places = self._places[team] = asyncio.Semaphore(LOOKUPS_PER_TEAM)
+        slots = self._slots.get(team)
+        if slots is None:
+            slots = self._slots[team] = asyncio.Semaphore(LOOKUPS_PER_TEAM)
 
-        def leave(_: Future[T]) -> None:
-            with suppress(RuntimeError):  # the loop ended before the call
-                loop.call_soon_threadsafe(places.release)
+        def release_slot(_: Future[T]) -> None:
+            with suppress(RuntimeError):  # the event loop ended before the call
+                loop.call_soon_threadsafe(slots.release)
 
-        async def ask() -> T:
-            await places.acquire()
+        async def call_in_slot() -> T:
+            await slots.acquire()
             future = self._threads.submit(function, *arguments)
-            future.add_done_callback(leave)
+            future.add_done_callback(release_slot)
             return await asyncio.wrap_future(future)
 
         try:
-            return await asyncio.wait_for(ask(), limit_s)
+            return await asyncio.wait_for(call_in_slot(), limit_s)
         except asyncio.TimeoutError:
             raise DataError(f"the storage did not answer within {limit_s:g} s") from None
 
     def close(self) -> None:
-        """Waits for no call: one may hang."""
+        """Ends the threads. Does not wait for running calls, because one may hang."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
-class _Entry:
-    """mark: its category's, from before it was looked up; None: there was none.  resolved: when it was looked up.
-    checked: when it was last asked whether it holds."""
+class _ResolvedAlias:
+    """A resolved alias in the cache; times are those of `time.monotonic`.
+
+    Attributes:
+        mark: mark of the category, fetched before the look-up; None: there was no mark.
+        resolved_at: time of the look-up.
+        checked_at: time of the last check that the alias has not moved.
+        task: the check that runs now.
+    """
 
     version: Version
     mark: str | None
-    resolved: float
-    checked: float
+    resolved_at: float
+    checked_at: float
     task: asyncio.Task[None] | None = None
 
 
-class _Marks(NamedTuple):
-    asked: float
-    of: dict[str, str]
+class _TeamMarks(NamedTuple):
+    """Marks of the categories of a team, and the time of their request."""
+
+    fetched_at: float
+    by_category: dict[str, str]
 
 
-class Directory:
-    """Which version an alias stands for, checked every `refresh_s` behind the answers.
+class VersionDirectory:
+    """A cache of the version of each alias, checked every `refresh_s` in the background.
 
-    A check asks for the team's marks, once for all its categories, and looks up again what these say has changed. A request
-    never waits for a look-up that has been made before, and goes on with what is known while the storage fails.
-    When an alias has moved, the new version is warmed first and answers only then, so that a promotion costs no request.
+    A check fetches the marks of a team, once for all categories, and looks up the categories whose marks have changed. A
+    request waits only for the first look-up of an alias. While the storage fails, requests use the cached versions. When an
+    alias has moved, the new version is loaded before it answers, so that no request waits for a promotion.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: ModelSource,
         refresh_s: float,
         warm: Callable[[Version], Awaitable[None]],
         log: Callable[..., None] = lambda message, **facts: None,
         lookups: Lookups | None = None,
     ) -> None:
-        """lookups: for what requests wait for; refreshes have threads of their own."""
+        """
+        Args:
+            warm: loads a version before it answers for an alias that has moved.
+            lookups: runs the look-ups that requests wait for; checks in the background have their own threads.
+        """
         self.source, self.refresh_s, self.warm, self.log = source, refresh_s, warm, log
         self.lookups = lookups or Lookups()
         self._threads = ThreadPoolExecutor(_REFRESH_THREADS, thread_name_prefix="refresh")
-        self._entries: dict[tuple[str, str, str], _Entry] = {}
+        self._entries: dict[tuple[str, str, str], _ResolvedAlias] = {}
         self._manifests: dict[str, dict[str, Any]] = {}
-        self._marks: dict[str, _Marks] = {}  # of teams that have something: others are never asked for
-        self._asking: dict[str, asyncio.Task[_Marks]] = {}
+        self._marks: dict[str, _TeamMarks] = {}  # only of teams for which an alias was resolved
+        self._mark_tasks: dict[str, asyncio.Task[_TeamMarks]] = {}
 
     async def resolve(self, team: str, category: str, ref: str) -> Version:
-        """Raises: RegistryError: nothing of that name.  DataError: the storage fails, and nothing is known yet."""
+        """Returns the version of a ref: an alias or a version name.
+
+        Raises:
+            RegistryError: there is no such version or alias.
+            DataError: the storage fails and the cache has no entry.
+        """
         key = (team, category, ref)
         entry = self._entries.get(key)
         if entry is None:
-            known, now = self._marks.get(team), time.monotonic()
-            mark, checked = (known.of.get(category), known.asked) if known else (None, float("-inf"))
+            # the mark must be older than the look-up: then a change in between shows as a changed mark
+            marks, now = self._marks.get(team), time.monotonic()
+            mark, checked_at = (marks.by_category.get(category), marks.fetched_at) if marks else (None, float("-inf"))
             version = await self.lookups.call(team, self.source.resolve, team, category, ref)
-            entry = self._entries[key] = _Entry(version, mark, now, checked)
-        elif entry.task is None and time.monotonic() - entry.checked >= self.refresh_s:
+            entry = self._entries[key] = _ResolvedAlias(version, mark, now, checked_at)
+        elif entry.task is None and time.monotonic() - entry.checked_at >= self.refresh_s:
             entry.task = asyncio.create_task(self._refresh(key, entry))
         return entry.version
 
-    async def _refresh(self, key: tuple[str, str, str], entry: _Entry) -> None:
+    async def _refresh(self, key: tuple[str, str, str], entry: _ResolvedAlias) -> None:
+        """Checks an entry of the cache: fetches the marks, and looks the alias up if the mark has changed or is too old."""
         facts = dict(zip(("team", "category", "ref"), key, strict=True))
-        now = checked = time.monotonic()
+        now = checked_at = time.monotonic()
         try:
-            marks = await self._marks_of(key[0])
-            mark = marks.of.get(key[1])
-            if mark is None or mark != entry.mark or now - entry.resolved >= TRUST_S:
-                version = await self._call(self.source.resolve, *key)
+            marks = await self._current_marks(key[0])
+            mark = marks.by_category.get(key[1])
+            if mark is None or mark != entry.mark or now - entry.resolved_at >= MAX_LOOKUP_AGE_S:
+                version = await self._call_in_refresh_thread(self.source.resolve, *key)
                 if version_key(version) != version_key(entry.version):
                     await self.warm(version)
                     self.log("alias moved", former=entry.version.name, version=version.name, **facts)
                     entry.version = version
-                entry.mark, entry.resolved = mark, now
+                entry.mark, entry.resolved_at = mark, now
             else:
-                checked = marks.asked  # what has changed since is not in them
+                checked_at = marks.fetched_at  # the marks do not show later changes
         except RegistryError:
-            self._entries.pop(key, None)  # gone: the next request is told so
-        except Exception as error:  # whatever it is, what is known goes on answering
+            self._entries.pop(key, None)  # it was deleted: the next request gets this error
+        except Exception as error:  # any error: the cached version continues to answer
             self.log("version not refreshed", error=str(error), **facts)
         finally:
-            entry.checked, entry.task = checked, None
+            entry.checked_at, entry.task = checked_at, None
 
-    async def _marks_of(self, team: str) -> _Marks:
-        """The team's marks, not older than `refresh_s`; those who ask at once share an answer."""
-        known = self._marks.get(team)
-        if known is not None and time.monotonic() - known.asked < self.refresh_s:
-            return known
-        task = self._asking.get(team)
+    async def _current_marks(self, team: str) -> _TeamMarks:
+        """Returns the marks of a team, at most `refresh_s` old; simultaneous checks share one request."""
+        marks = self._marks.get(team)
+        if marks is not None and time.monotonic() - marks.fetched_at < self.refresh_s:
+            return marks
+        task = self._mark_tasks.get(team)
         if task is None:
-            task = self._asking[team] = asyncio.create_task(self._ask_for_marks(team))
-            task.add_done_callback(lambda _: self._asking.pop(team, None))
+            task = self._mark_tasks[team] = asyncio.create_task(self._fetch_marks(team))
+            task.add_done_callback(lambda _: self._mark_tasks.pop(team, None))
         return await asyncio.shield(task)
 
-    async def _ask_for_marks(self, team: str) -> _Marks:
-        marks = _Marks(time.monotonic(), await self._call(self.source.marks, team))
+    async def _fetch_marks(self, team: str) -> _TeamMarks:
+        """Reads the marks of a team from the source and caches them."""
+        marks = _TeamMarks(time.monotonic(), await self._call_in_refresh_thread(self.source.marks, team))
         self._marks[team] = marks
         return marks
 
     def forget(self, team: str, category: str) -> None:
-        """Lets the next look-up of a category come at once, after its alias was moved through this very process."""
-        for (of_team, of_category, _), entry in self._entries.items():
-            if (of_team, of_category) == (team, category):
-                entry.checked, entry.mark = float("-inf"), None
+        """Lets the next request of a category start a check, because this process has moved an alias of the category."""
+        for (entry_team, entry_category, _), entry in self._entries.items():
+            if (entry_team, entry_category) == (team, category):
+                entry.checked_at, entry.mark = float("-inf"), None
 
     async def manifest(self, version: Version) -> dict[str, Any]:
-        """The bundle's manifest. Raises: BundleError: not what was published, or unreadable."""
+        """Returns the manifest of the bundle of a version. Raises: BundleError: it is unreadable, or not the published one."""
         key = version_key(version)
-        found = self._manifests.get(key)
-        if found is None:
-            found = await self.lookups.call(version.team, read_manifest, version.uri)
-            if found["sha256"] != version.sha256:
+        manifest = self._manifests.get(key)
+        if manifest is None:
+            manifest = await self.lookups.call(version.team, read_manifest, version.uri)
+            if manifest["sha256"] != version.sha256:
                 raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}")
             while len(self._manifests) >= 256:
                 self._manifests.pop(next(iter(self._manifests)))
-            self._manifests[key] = found
-        return found
+            self._manifests[key] = manifest
+        return manifest
 
-    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+    async def _call_in_refresh_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Returns `function(*arguments)`, called in a thread for checks in the background."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
     def close(self) -> None:
-        """Waits for no call: one may hang."""
+        """Ends the threads. Does not wait for running calls, because one may hang."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,6 +1,6 @@
-"""Distribution shift in service: the latest scores of each version, compared with the scores that set its threshold.
+"""Detects distribution shift in service: compares the latest scores of each version with its calibration scores.
 
-Belongs to one ingress replica, which sees its share of the images. Tests run behind the answers.
+Each ingress replica tests its own share of the images. Tests run in the background.
 """
 
 from __future__ import annotations
@@ -18,55 +18,60 @@ from focus_ray.evaluation.shift import RecentScores, Shift, compare_stream
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.source import version_key
 
-MAX_VERSIONS = 1024  # whose scores are kept, about 10 kB each; the one that was idle for longest goes first
+MAX_VERSIONS = 1024  # with scores in memory, about 10 kB each; the version that was idle for longest is dropped first
 
 
 class StreamShifts:
-    """The latest scores of each version that answered, and what their last test showed."""
+    """The latest scores of each version that answered, and the result of their last test."""
 
     def __init__(
-        self, manifest: Callable[[Version], Awaitable[dict[str, Any]]], measures: Measures, log: Callable[..., None]
+        self,
+        read_manifest: Callable[[Version], Awaitable[dict[str, Any]]],
+        measures: Measures,
+        log: Callable[..., None],
     ) -> None:
         """
         Args:
-            manifest: gives a version's manifest, whose calibration scores are compared with.
-            measures: told of each test.  log: told once of each shift.
+            read_manifest: returns the manifest of a version, which contains its calibration scores.
+            measures: receives the result of each test.
+            log: receives one message for each shift.
         """
-        self._manifest, self._measures, self._log = manifest, measures, log
-        self._recent: OrderedDict[str, RecentScores] = OrderedDict()
+        self._read_manifest, self._measures, self._log = read_manifest, measures, log
+        self._recent_scores: OrderedDict[str, RecentScores] = OrderedDict()
         self._tests: dict[str, asyncio.Task[None]] = {}
 
     def add(self, version: Version, results: Sequence[Inspection | ImageError]) -> None:
-        """Takes the results of a request, and begins a test where one is due."""
+        """Adds the scores of a request, and starts a test if enough scores are new."""
         key = version_key(version)
-        recent = self._recent.setdefault(key, RecentScores())
-        self._recent.move_to_end(key)
-        if len(self._recent) > MAX_VERSIONS:
-            self._recent.popitem(last=False)
-        due = recent.add([result.score for result in results if not isinstance(result, ImageError)])
-        if due and key not in self._tests:
-            task = self._tests[key] = asyncio.create_task(self._test(version, recent))
+        recent_scores = self._recent_scores.setdefault(key, RecentScores())
+        self._recent_scores.move_to_end(key)
+        if len(self._recent_scores) > MAX_VERSIONS:
+            self._recent_scores.popitem(last=False)
+        is_test_due = recent_scores.add([result.score for result in results if not isinstance(result, ImageError)])
+        if is_test_due and key not in self._tests:
+            task = self._tests[key] = asyncio.create_task(self._run_test(version, recent_scores))
             task.add_done_callback(lambda _: self._tests.pop(key, None))
 
-    def of(self, version: Version) -> Shift | None:
-        """The last test of a version's images; None before the first."""
-        recent = self._recent.get(version_key(version))
-        return None if recent is None else recent.shift
+    def latest_shift(self, version: Version) -> Shift | None:
+        """Returns the result of the last test of a version; None before the first test."""
+        recent_scores = self._recent_scores.get(version_key(version))
+        return None if recent_scores is None else recent_scores.shift
 
     async def close(self) -> None:
-        """Waits for the tests under way."""
+        """Waits for running tests, at most 10 s."""
         if self._tests:
             await asyncio.wait(self._tests.values(), timeout=10)
 
-    async def _test(self, version: Version, recent: RecentScores) -> None:
+    async def _run_test(self, version: Version, recent_scores: RecentScores) -> None:
+        """Compares the latest scores of a version with its calibration scores; records and logs the result."""
         facts = {"team": version.team, "category": version.category, "version": version.name}
         try:
-            calibration = (await self._manifest(version))["calibration"]["image_scores"]
-            shift = await asyncio.to_thread(compare_stream, calibration, recent.take())
-        except Exception as error:  # whatever it is, the requests have their answers
+            calibration = (await self._read_manifest(version))["calibration"]["image_scores"]
+            shift = await asyncio.to_thread(compare_stream, calibration, recent_scores.take())
+        except Exception as error:  # any error: the requests already have their answers
             self._log("shift not tested", level=logging.WARNING, error=str(error) or type(error).__name__, **facts)
             return
-        notice = recent.tell(shift)
+        notice = recent_scores.tell(shift)
         if shift is not None:
             self._measures.shift(version, shift)
         if notice is not None:

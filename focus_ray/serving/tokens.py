@@ -1,7 +1,7 @@
-"""Who may ask what: bearer tokens of a team with scopes, kept as hashes in a YAML file that is read again when it changes.
+"""Authentication: bearer tokens with a team and scopes, stored as hashes in a YAML file that is read again regularly.
 
-A token is `frs_<id>_<secret>`; the secret is 32 random bytes, so a plain SHA-256 of it is as good as a slow hash would be
-for a password. Hashes are compared in constant time, with one that cannot match where the id is unknown.
+A token is `frs_<id>_<secret>`. The secret is 32 random bytes, so SHA-256 is sufficient; only passwords need a slow hash. Hashes
+are compared in constant time. If the id is unknown, the comparison uses a hash that cannot match.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from focus_ray.yaml_text import load_yaml
 Scope = Literal["inspect", "read", "admin"]
 SCOPES: tuple[Scope, ...] = ("inspect", "read", "admin")
 _TOKEN = re.compile(r"frs_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
-_NO_HASH = "0" * 64
+_IMPOSSIBLE_HASH = "0" * 64
 
 
 class Token(Section):
-    """What is kept of a token. sha256: of its secret.  expires: UTC; null never."""
+    """The record of a token. `sha256` is the hash of its secret; `expires` is in UTC, null means never."""
 
     id: str = Field(pattern=r"^[0-9a-f]{12}$")
     team: Name
@@ -46,11 +46,13 @@ class Token(Section):
 
 
 class TokenFile(Section):
+    """The content of a token file."""
+
     tokens: tuple[Token, ...] = ()
 
 
 class Caller(Section):
-    """Who asks. id: the token's."""
+    """The authenticated caller of a request. `id` is the id of the token; `team` "*" means all teams."""
 
     id: str
     team: str
@@ -58,37 +60,48 @@ class Caller(Section):
 
 
 def read_tokens(uri: str) -> TokenFile:
-    """Raises: ConfigError: no such file, or not a token file."""
+    """Reads a token file (path or URI). Raises: ConfigError: there is no such file, or it is not a token file."""
     try:
         content = read_bytes(uri)
     except (FileNotFoundError, DataError) as error:
-        raise ConfigError(f"{uri}: cannot read the tokens: {error}; `focus-ray token create` makes the file") from error
+        raise ConfigError(
+            f"{uri}: cannot read the tokens: {error}; create the file with `focus-ray token create`"
+        ) from error
     return parse_tokens(content, uri)
 
 
 def parse_tokens(content: bytes, source: str) -> TokenFile:
-    """Raises: ConfigError: not a token file; no part of it is shown, for it may be a secret in the wrong place."""
+    """Parses the content of a token file.
+
+    Args: source: name of the file in error messages. They show no part of the content, because it may be a secret.
+
+    Raises: ConfigError: the content is not a token file.
+    """
     try:
         tree = load_yaml(content) or {}
     except yaml.YAMLError:
         raise ConfigError(f"{source}: not valid YAML") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected a mapping with the key 'tokens'")
-    found = parse_model(TokenFile, tree, source)
-    ids = [token.id for token in found.tokens]
+    token_file = parse_model(TokenFile, tree, source)
+    ids = [token.id for token in token_file.tokens]
     if len(set(ids)) != len(ids):
-        raise ConfigError(f"{source}: a token id is there twice; remove one of the two")
-    return found
+        raise ConfigError(f"{source}: a token id occurs twice: remove one of the two tokens")
+    return token_file
 
 
 def create_token(
     uri: str, team: str, scopes: Sequence[str], expires_in: timedelta | None = None, note: str = ""
 ) -> tuple[str, Token]:
-    """Adds a token to the file, which is made where there is none.
+    """Creates a token and adds its record to a token file; creates the file if there is none.
 
-    Returns: the token, which is kept nowhere and cannot be shown again, and its record.
+    Args:
+        expires_in: time until the token expires; None: never.
+        note: free text in the record.
 
-    Raises: ConfigError: the file is not a token file, or a name or scope cannot be.
+    Returns: the token, which is stored nowhere and cannot be shown again, and its record.
+
+    Raises: ConfigError: the file is not a token file, or the team or a scope is invalid.
     """
     secret, token_id = secrets.token_urlsafe(32), secrets.token_hex(6)
     now = datetime.now(timezone.utc).replace(microsecond=0)
@@ -105,38 +118,38 @@ def create_token(
         },
         "token",
     )
-    with _alone_at(uri):
+    with _lock_file(uri):
         try:
-            former = parse_tokens(read_bytes(uri), uri)
+            token_file = parse_tokens(read_bytes(uri), uri)
         except FileNotFoundError:
-            former = TokenFile()
-        _write(uri, TokenFile(tokens=(*former.tokens, record)))
+            token_file = TokenFile()
+        _write_tokens(uri, TokenFile(tokens=(*token_file.tokens, record)))
     return f"frs_{token_id}_{secret}", record
 
 
 def revoke_token(uri: str, token_id: str) -> Token:
-    """Takes a token out of the file. Raises: ConfigError: it is not there."""
-    with _alone_at(uri):
-        former = read_tokens(uri)
-        found = [token for token in former.tokens if token.id == token_id]
-        if not found:
-            there = ", ".join(token.id for token in former.tokens) or "none"
-            raise ConfigError(f"{uri}: no token {token_id!r}; there are {there}")
-        _write(uri, TokenFile(tokens=tuple(token for token in former.tokens if token.id != token_id)))
-    return found[0]
+    """Removes a token from a token file and returns its record. Raises: ConfigError: the file has no such token."""
+    with _lock_file(uri):
+        token_file = read_tokens(uri)
+        revoked = [token for token in token_file.tokens if token.id == token_id]
+        if not revoked:
+            existing_ids = ", ".join(token.id for token in token_file.tokens) or "none"
+            raise ConfigError(f"{uri}: there is no token {token_id!r}; existing tokens: {existing_ids}")
+        _write_tokens(uri, TokenFile(tokens=tuple(token for token in token_file.tokens if token.id != token_id)))
+    return revoked[0]
 
 
 @contextmanager
-def _alone_at(uri: str, patience_s: float = 20.0) -> Iterator[None]:
-    """Two that change the file at once do so one after the other, so that neither's change is lost.
+def _lock_file(uri: str, timeout_s: float = 20.0) -> Iterator[None]:
+    """Holds a lock on a token file while the context is open, so that simultaneous changes are not lost.
 
-    Raises: ConfigError: another holds it for longer than any change takes.
+    Raises: ConfigError: another process holds the lock for longer than `timeout_s`, which no change needs.
     """
     lock = f"{uri}.lock"
-    until = time.monotonic() + patience_s
+    deadline = time.monotonic() + timeout_s
     while not create_bytes(lock, secrets.token_hex(16).encode()):
-        if time.monotonic() > until:
-            raise ConfigError(f"{lock}: another change of the tokens is under way; if none is, remove this file")
+        if time.monotonic() > deadline:
+            raise ConfigError(f"{lock}: another process changes the tokens; if there is none, remove this file")
         time.sleep(0.1)
     try:
         yield
@@ -145,24 +158,26 @@ def _alone_at(uri: str, patience_s: float = 20.0) -> Iterator[None]:
 
 
 def hash_secret(secret: str) -> str:
+    """Returns the SHA-256 of the secret part of a token, as hex."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _write(uri: str, content: TokenFile) -> None:
+def _write_tokens(uri: str, content: TokenFile) -> None:
+    """Writes a token file as YAML."""
     write_bytes(uri, yaml.safe_dump(content.model_dump(mode="json"), sort_keys=False).encode())
 
 
 class TokenStore:
-    """The tokens in force. A file that turns unreadable leaves the former ones in force, and is told to `log`."""
+    """The valid tokens of a token file. If the file becomes unreadable, the last tokens stay valid, and `log` gets a message."""
 
     def __init__(self, uri: str, refresh_s: float = 2.0, log: Callable[[str], None] = lambda message: None) -> None:
         """Raises: ConfigError: the file cannot be read at the start."""
         self.uri, self.refresh_s, self.log = uri, refresh_s, log
         self._content: bytes | None = None
-        self._by_id = _index(read_tokens(uri))
+        self._by_id = _tokens_by_id(read_tokens(uri))
 
     async def refresh_regularly(self) -> None:
-        """Reads the file every `refresh_s`, on a thread of its own, until it is cancelled; no request waits for it."""
+        """Reads the file every `refresh_s` in a separate thread, until it is cancelled. No request waits for it."""
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="tokens")
         try:
@@ -174,28 +189,31 @@ class TokenStore:
             thread.shutdown(wait=False, cancel_futures=True)
 
     def refresh(self) -> None:
-        """Reads the file again, blocking; call it in a thread."""
+        """Reads the file again. Blocks, so call it in a thread. Logs errors."""
         try:
             content = read_bytes(self.uri, is_quick=True)
             if content == self._content:
                 return
-            self._by_id = _index(parse_tokens(content, self.uri))
+            self._by_id = _tokens_by_id(parse_tokens(content, self.uri))
             self._content = content
-        except Exception as error:  # whatever it is, the next reading must come
-            self.log(f"the tokens were not read again, the former ones stay in force: {error}")
+        except Exception as error:  # any error: the next read must still happen
+            self.log(f"the tokens could not be read again, the previous ones stay valid: {error}")
 
     def authenticate(self, authorization: str | None) -> Caller | None:
-        """The caller of an Authorization header; None where it is none, or of no token in force."""
+        """Returns the caller of an Authorization header; None if the header has no valid token."""
         scheme, _, value = (authorization or "").partition(" ")
         match = _TOKEN.fullmatch(value.strip()) if scheme.lower() == "bearer" else None
         record = self._by_id.get(match[1]) if match else None
-        right = hmac.compare_digest(hash_secret(match[2] if match else ""), record.sha256 if record else _NO_HASH)
-        if record is None or not right:
+        is_secret_right = hmac.compare_digest(
+            hash_secret(match[2] if match else ""), record.sha256 if record else _IMPOSSIBLE_HASH
+        )
+        if record is None or not is_secret_right:
             return None
         if record.expires is not None and record.expires <= datetime.now(timezone.utc):
             return None
         return Caller(id=record.id, team=record.team, scopes=record.scopes)
 
 
-def _index(content: TokenFile) -> dict[str, Token]:
+def _tokens_by_id(content: TokenFile) -> dict[str, Token]:
+    """Returns the tokens of a file by their id."""
     return {token.id: token for token in content.tokens}

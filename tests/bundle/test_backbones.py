@@ -17,7 +17,7 @@ from focus_ray.data.images import decode_batch
 from focus_ray.data.read import iter_test_records
 from focus_ray.fitting.scoring import score_together
 from focus_ray.model.batch_norm import prepare_for_inference
-from focus_ray.serving.models import Backbones
+from focus_ray.serving.models import SharedBackbones
 
 SIZES = {"convnext_tiny": 64, "efficientnet_lite1": 64, "dinov2_vits14": 70, "dinov2_vits14_reg": 70}
 
@@ -78,7 +78,7 @@ def test_it_is_trained_by_both_losses_where_there_are_no_batch_norms_to_freeze(
 @pytest.mark.slow
 def test_models_of_one_transformer_share_it_and_a_pass(data: str, tmp_path: Path) -> None:
     name = "dinov2_vits14"
-    shared, detectors = Backbones(), []
+    shared, detectors = SharedBackbones(), []
     for category in ("gear", "board"):
         config = config_of(name, data, tmp_path, data={"categories": [category]}, density={"map_stride_px": 4})
         detectors.append(fit_alone(config, category).detector)

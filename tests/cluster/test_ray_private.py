@@ -35,8 +35,8 @@ def test_a_cluster_is_not_joined_with_a_ray_that_has_moved_a_part(monkeypatch: p
 
 
 def test_a_serve_that_keeps_its_models_elsewhere_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve_private, "_ATTRIBUTE", "__moved")
-    with pytest.raises(TrainingError, match=r"ray\.serve\.api no longer knows '__moved'"):
+    monkeypatch.setattr(serve_private, "_WRAPPER_ATTRIBUTE", "__moved")
+    with pytest.raises(TrainingError, match=r"ray\.serve\.api.*'__moved'"):
         serve_private.check_serve_parts()
 
 
@@ -52,7 +52,7 @@ def test_a_multiplexer_that_has_renamed_a_part_is_named_though_longer_names_begi
     renamed = re.sub(rf"{re.escape(name)}\b", f"{name}_elsewhere", source(multiplex))
     assert name in renamed
     monkeypatch.setattr(inspect, "getsource", lambda module: renamed if module is multiplex else source(module))
-    with pytest.raises(TrainingError, match=rf"ray\.serve\.multiplex no longer knows '{re.escape(name)}'"):
+    with pytest.raises(TrainingError, match=rf"ray\.serve\.multiplex.*'{re.escape(name)}'"):
         serve_private.check_serve_parts()
 
 

@@ -1,4 +1,4 @@
-"""Images and masks: sizes, colours and orientation are right, and every odd file has its decided outcome."""
+"""Images and masks: sizes, colours and orientation are correct, and every unusual file has a defined result."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_decoded_arrays_are_writable_uint8_rgb() -> None:
     assert (array.shape, array.dtype, array.flags.writeable) == ((40, 60, 3), np.uint8, True)
 
 
-def test_resizing_averages_what_it_shrinks() -> None:
+def test_reducing_an_image_averages_pixels() -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
     small = decode_image(encode(Image.fromarray(stripes)), 8)
@@ -93,7 +93,7 @@ def test_resizing_averages_what_it_shrinks() -> None:
     assert np.abs(inside - 127).max() <= 1  # without antialiasing: 0 or 255
 
 
-def test_resizing_stretches_to_the_square() -> None:
+def test_an_image_is_stretched_to_the_square() -> None:
     wide = decode_image(encode(Image.fromarray(pattern(20, 200))), 20)
     assert np.abs(wide[:, :, 1].astype(int) - pattern(20, 20)[:, :, 1]).max() <= 1
 
@@ -129,7 +129,7 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_damaged_exif_counts_as_none() -> None:
+def test_a_damaged_exif_block_is_ignored() -> None:
     data = encode(Image.fromarray(pattern()), exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert np.array_equal(decode_image(data, None), pattern())
 
@@ -151,7 +151,7 @@ def test_cmyk_becomes_rgb() -> None:
     assert decode_image(encode(cmyk, "TIFF"), None)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_a_palette_becomes_its_colours() -> None:
+def test_palette_indices_become_colours() -> None:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
     assert decode_image(encode(image), None)[0, 0].tolist() == [10, 20, 30]
@@ -169,7 +169,7 @@ def test_a_transparent_palette_colour_is_black() -> None:
     assert decode_image(encode(image, transparency=1), None)[0, 0].tolist() == [0, 0, 0]
 
 
-def test_probing_tells_the_files_own_mode_and_format() -> None:
+def test_probe_image_returns_mode_and_format_of_the_file() -> None:
     values = np.zeros((4, 6), np.uint16)
     assert probe_image(encode(Image.fromarray(values))) == ImageInfo(6, 4, "I;16", "PNG")
 
@@ -193,7 +193,7 @@ def test_probing_tells_the_files_own_mode_and_format() -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bytes_that_cannot_be_used_say_why(data: bytes, reason: str, message: str) -> None:
+def test_unusable_bytes_have_a_reason_and_a_message(data: bytes, reason: str, message: str) -> None:
     for read in (probe_image, lambda data: decode_image(data, 16), lambda data: decode_image(data, None)):
         with pytest.raises(ImageError, match=message) as caught:
             read(data)
@@ -202,7 +202,7 @@ def test_bytes_that_cannot_be_used_say_why(data: bytes, reason: str, message: st
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"])
 @pytest.mark.parametrize("cut", [3, 100, 0.5])
-def test_truncated_files_are_found(format: str, cut: float) -> None:
+def test_truncated_files_are_detected(format: str, cut: float) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     data = encode(Image.fromarray(noise), format)
     with pytest.raises(ImageError) as caught:
@@ -210,7 +210,7 @@ def test_truncated_files_are_found(format: str, cut: float) -> None:
     assert caught.value.reason == "truncated"
 
 
-def test_a_flipped_bit_in_a_png_is_found() -> None:
+def test_a_flipped_bit_in_a_png_is_detected() -> None:
     data = bytearray(encode(Image.fromarray(pattern())))
     data[len(data) // 2] ^= 1
     with pytest.raises(ImageError, match="damaged"):
@@ -220,7 +220,7 @@ def test_a_flipped_bit_in_a_png_is_found() -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow, on damaged TIFF tags
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_damage_is_an_image_error_or_an_image(data: st.DataObject) -> None:
+def test_any_damage_gives_an_image_or_an_image_error(data: st.DataObject) -> None:
     format = data.draw(st.sampled_from(["PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM"]))
     damaged = bytearray(encode(Image.fromarray(pattern(12, 16)), format))
     for _ in range(data.draw(st.integers(1, 8))):
@@ -231,7 +231,7 @@ def test_any_damage_is_an_image_error_or_an_image(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", [None, *range(1, 9)])
-def test_a_batch_knows_the_upright_size_of_the_files(format: str, orientation: int | None) -> None:
+def test_a_batch_has_the_sizes_of_the_files_after_rotation(format: str, orientation: int | None) -> None:
     exif = Image.Exif()
     if orientation is not None:
         exif[ORIENTATION] = orientation
@@ -259,7 +259,7 @@ def test_a_16_bit_mask_keeps_its_smallest_value() -> None:
     assert decode_mask(encode(Image.fromarray(values)), 4, 5).sum() == 1
 
 
-def test_a_palette_mask_goes_by_its_colours() -> None:
+def test_a_palette_mask_uses_colours_instead_of_indices() -> None:
     image = Image.new("P", (4, 4), 0)
     image.putpalette([255, 255, 255, 0, 0, 0])  # white at index 0
     image.putpixel((0, 0), 1)
@@ -272,7 +272,7 @@ def test_masks_are_resized_by_nearest_neighbour() -> None:
     assert np.array_equal(decode_mask(encode_png(mask), 8, 8), np.kron(mask, np.ones((2, 2))) > 0)
 
 
-def test_a_batch_is_its_images_in_order() -> None:
+def test_a_batch_has_the_images_in_order() -> None:
     arrays = [np.roll(pattern(), shift, axis=1) for shift in range(9)]
     files = [encode_png(array) for array in arrays]
     expected = np.stack([decode_image(data, 32) for data in files])
@@ -300,7 +300,7 @@ def test_arguments_out_of_range_are_refused() -> None:
 
 
 @pytest.mark.parametrize("damage", ["no end mark", "wrong checksum"])
-def test_every_way_to_decode_refuses_a_png_that_ingest_refuses(damage: str) -> None:
+def test_every_decoding_function_refuses_a_damaged_png(damage: str) -> None:
     whole = encode(Image.fromarray(pattern()))
     spoilt = whole[: -len(b"\x00\x00\x00\x00IEND\xaeB`\x82")] if damage == "no end mark" else None
     if spoilt is None:
@@ -352,7 +352,7 @@ def test_a_small_file_takes_little_time(name: str) -> None:
     assert time.process_time() - started < 1.0
 
 
-def test_a_jpeg_of_very_many_scans_is_refused_and_one_of_a_hundred_is_not() -> None:
+def test_a_jpeg_of_more_than_100_scans_is_refused() -> None:
     assert decode_image(jpeg_of(MAX_JPEG_SCANS), None).shape == (40, 60, 3)
     for read in (read_header, probe_image, read_mask):
         with pytest.raises(ImageError, match="more than 100 scans") as caught:
@@ -360,7 +360,7 @@ def test_a_jpeg_of_very_many_scans_is_refused_and_one_of_a_hundred_is_not() -> N
         assert caught.value.reason == "too_large"
 
 
-def test_scans_of_a_preview_and_bytes_behind_a_jpeg_do_not_count() -> None:
+def test_scans_of_a_preview_and_bytes_after_a_jpeg_do_not_count() -> None:
     preview = jpeg_of(MAX_JPEG_SCANS)[:60_000]
     data = JPEG[:2] + b"\xff\xe2" + struct.pack(">H", len(preview) + 2) + preview + JPEG[2:]
     assert np.array_equal(decode_image(data + jpeg_of(200), None), decode_image(JPEG, None))

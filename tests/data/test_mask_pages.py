@@ -143,7 +143,7 @@ def cut_off() -> bytes:
         (lambda: channels(2), "samples that are neither colours nor alpha: save each region as a page"),
         (lambda: channels(3), "samples that are neither colours nor alpha"),
         (truncated_stack, "a stack without a page for each image"),
-        (cut_off, "cut off after page 1: copy the file again"),
+        (cut_off, "after page 1"),
         (lambda: tiff_of([regions()[0], np.zeros((SIDE, SIDE + 8), np.float32)]), "a floating-point image"),
     ],
 )

@@ -289,14 +289,14 @@ def test_a_command_runs_on_ray(command: str, copied: Path) -> None:
 def service(plant: Path) -> Iterator[str]:
     """The address of a real service over the plant's registry."""
     from focus_ray.serving.api import create_api
-    from focus_ray.serving.scorer import Scorer
+    from focus_ray.serving.scorer import ImageScorer
     from focus_ray.serving.service import Service
 
     settings = parse_settings({"registry": str(plant / "plant/registry"), "tokens": str(plant / "tokens.yaml")})
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # so that a request that comes early waits
-        api = create_api(Service(settings, Scorer(settings.pool, "cpu")))
+        api = create_api(Service(settings, ImageScorer(settings.pool, "cpu")))
         server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

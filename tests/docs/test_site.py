@@ -50,12 +50,12 @@ def test_the_search_knows_every_part_of_the_documentation(site: Path) -> None:
 
 def test_every_path_of_the_service_is_on_its_page() -> None:
     from focus_ray.serving.api import create_api
-    from focus_ray.serving.scorer import Scorer
+    from focus_ray.serving.scorer import ImageScorer
     from focus_ray.serving.service import Service
     from focus_ray.serving.settings import parse_settings
 
     settings = parse_settings({"registry": "registry", "open_to_all": True})
-    paths = create_api(Service(settings, Scorer(settings.pool, "cpu"))).openapi()["paths"]
+    paths = create_api(Service(settings, ImageScorer(settings.pool, "cpu"))).openapi()["paths"]
     page = (REPOSITORY / "docs/reference/http.md").read_text(encoding="utf-8")
     named = {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods}
     assert named

@@ -29,9 +29,9 @@ from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.serving.api import create_api
 from focus_ray.serving.limits import DOCUMENT_LIMITS, MAX_DOCUMENT_BYTES
-from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.scorer import ImageScorer
 from focus_ray.serving.service import Service
-from focus_ray.serving.settings import Settings, parse_settings
+from focus_ray.serving.settings import ServiceSettings, parse_settings
 from focus_ray.serving.source import LOOKUP_TIMEOUT_S, LOOKUPS_PER_TEAM
 from focus_ray.serving.tokens import create_token, revoke_token
 from focus_ray.storage import join, write_bytes
@@ -54,15 +54,15 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
     return make_plant(tmp_path_factory.mktemp("plant"))
 
 
-def settings_of(plant: Plant, **changes: Any) -> Settings:
+def settings_of(plant: Plant, **changes: Any) -> ServiceSettings:
     return parse_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.1, **changes})
 
 
-def service_of(settings: Settings, source: Any = None) -> Service:
-    return Service(settings, Scorer(settings.pool, "cpu"), source=source)
+def service_of(settings: ServiceSettings, source: Any = None) -> Service:
+    return Service(settings, ImageScorer(settings.pool, "cpu"), source=source)
 
 
-def client_of(settings: Settings, source: Any = None) -> TestClient:
+def client_of(settings: ServiceSettings, source: Any = None) -> TestClient:
     return TestClient(create_api(service_of(settings, source)), base_url=LOOPBACK, raise_server_exceptions=False)
 
 
@@ -99,44 +99,44 @@ def stream_body(port: int, method: str, path: str, token: str | None = None, siz
     """Sends an endless chunked body until the server answers. Returns: the start of the answer, and the bytes sent."""
     head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     head += f"Authorization: Bearer {token}\r\n" if token else ""
-    chunk, sent, told = b"10000\r\n" + b" " * 65536 + b"\r\n", 0, b""
+    chunk, num_bytes_sent, answer_start = b"10000\r\n" + b" " * 65536 + b"\r\n", 0, b""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         try:
-            while sent < size:
+            while num_bytes_sent < size:
                 connection.settimeout(0.02)
                 try:
-                    told += connection.recv(4096)
+                    answer_start += connection.recv(4096)
                     break
                 except TimeoutError:
                     connection.settimeout(10)
                     connection.sendall(chunk)
-                    sent += 65536
-            if not told:
-                told = connection.recv(4096)
+                    num_bytes_sent += 65536
+            if not answer_start:
+                answer_start = connection.recv(4096)
         except ConnectionError:
             pass
-    return told, sent
+    return answer_start, num_bytes_sent
 
 
 @pytest.mark.parametrize(("method", "path"), [*ADMIN_PATHS, *BODILESS_PATHS])
 def test_an_endless_body_without_a_token_is_refused_before_it_is_read(port: int, method: str, path: str) -> None:
-    told, sent = stream_body(port, method, path)
-    assert told.startswith(b"HTTP/1.1 401")
-    assert sent < 1 << 20
+    answer_start, num_bytes_sent = stream_body(port, method, path)
+    assert answer_start.startswith(b"HTTP/1.1 401")
+    assert num_bytes_sent < 1 << 20
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_PATHS)
-def test_an_endless_body_of_an_admin_is_cut_at_its_limit(port: int, plant: Plant, method: str, path: str) -> None:
-    told, sent = stream_body(port, method, path, plant.press_admin)
-    assert told.startswith(b"HTTP/1.1 413")
-    assert sent < 1 << 20
-    told, _ = stream_body(port, method, path, plant.press)
-    assert told.startswith(b"HTTP/1.1 403")
+def test_an_endless_body_of_an_admin_is_refused_at_its_limit(port: int, plant: Plant, method: str, path: str) -> None:
+    answer_start, num_bytes_sent = stream_body(port, method, path, plant.press_admin)
+    assert answer_start.startswith(b"HTTP/1.1 413")
+    assert num_bytes_sent < 1 << 20
+    answer_start, _ = stream_body(port, method, path, plant.press)
+    assert answer_start.startswith(b"HTTP/1.1 403")
 
 
 @pytest.mark.parametrize(("method", "path"), ADMIN_PATHS)
-def test_a_body_that_stalls_is_cut_off(port: int, plant: Plant, method: str, path: str) -> None:
+def test_a_stalled_body_is_ended(port: int, plant: Plant, method: str, path: str) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {plant.press_admin}\r\n"
         connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 20\r\n\r\n{{".encode())
@@ -151,19 +151,19 @@ def test_malformed_json_is_a_401_without_a_token_a_403_without_the_scope_and_a_4
     port: int, plant: Plant, method: str, path: str, body: bytes
 ) -> None:
     def status(headers: dict[str, str]) -> int:
-        told = httpx.request(
+        answer = httpx.request(
             method,
             f"{LOOPBACK}:{port}{path}",
             content=body,
             headers={"content-type": "application/json", **headers},
         )
-        assert told.headers["content-type"] == "application/problem+json"
-        return told.status_code
+        assert answer.headers["content-type"] == "application/problem+json"
+        return answer.status_code
 
     assert [status({}), status(bearer(plant.press)), status(bearer(plant.press_admin))] == [401, 403, 422]
 
 
-def test_a_document_has_a_type_and_a_size(port: int, plant: Plant) -> None:
+def test_a_json_body_needs_the_right_type_and_size(port: int, plant: Plant) -> None:
     method, path = ADMIN_PATHS[0]
     url, admin = f"{LOOPBACK}:{port}{path}", bearer(plant.press_admin)
     text = httpx.request(method, url, content=b'{"version": "v0001"}', headers={**admin, "content-type": "text/plain"})
@@ -190,7 +190,7 @@ def test_no_path_is_validated_before_the_token(port: int, path: str) -> None:
     assert httpx.get(f"{LOOPBACK}:{port}{path}").status_code == 401
 
 
-def test_the_description_still_shows_the_documents(plant: Plant) -> None:
+def test_the_openapi_description_shows_the_json_bodies(plant: Plant) -> None:
     with client_of(settings_of(plant)) as client:
         paths = client.get("/openapi.json").json()["paths"]
     body = paths["/v1/{team}/{category}/aliases/{alias}"]["put"]["requestBody"]
@@ -204,7 +204,7 @@ def test_the_description_still_shows_the_documents(plant: Plant) -> None:
 # ---- pages of other sites
 
 
-def open_settings(plant: Plant) -> Settings:
+def open_settings(plant: Plant) -> ServiceSettings:
     return parse_settings({"registry": plant.registry, "open_to_all": True})
 
 
@@ -238,7 +238,7 @@ CROSS_SITE = [
 def test_a_page_of_another_site_neither_reads_nor_scores_nor_changes(
     plant: Plant, headers: dict[str, str], with_tokens: bool
 ) -> None:
-    own = {**headers, **(bearer(plant.press_admin) if with_tokens else {})}
+    sent_headers = {**headers, **(bearer(plant.press_admin) if with_tokens else {})}
     with client_of(settings_of(plant) if with_tokens else open_settings(plant)) as client:
         for method, path in (
             ("GET", "/v1"),
@@ -247,7 +247,7 @@ def test_a_page_of_another_site_neither_reads_nor_scores_nor_changes(
             ("POST", "/v1/press/gear/aliases/production/rollback"),
             *ADMIN_PATHS,
         ):
-            answer = client.request(method, path, headers=own)
+            answer = client.request(method, path, headers=sent_headers)
             assert (answer.status_code, answer.json()["type"]) == (403, "urn:focus-ray:cross-site"), (method, path)
         assert (
             client.get("/", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}).status_code == 200
@@ -265,14 +265,14 @@ def test_a_page_of_another_site_neither_reads_nor_scores_nor_changes(
         {"sec-fetch-site": "same-origin", "origin": LOOPBACK},
     ],
 )
-def test_the_service_s_own_page_and_programs_are_answered(plant: Plant, headers: dict[str, str]) -> None:
+def test_the_own_page_and_programs_are_answered(plant: Plant, headers: dict[str, str]) -> None:
     with client_of(open_settings(plant)) as client:
         assert client.get("/v1", headers=headers).status_code == 200
         image = {**headers, "content-type": "image/png"}
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=image).status_code == 200
 
 
-def test_the_page_works_behind_a_proxy_that_passes_on_another_port(plant: Plant) -> None:
+def test_the_page_works_behind_a_proxy_that_changes_the_port(plant: Plant) -> None:
     headers = {**bearer(plant.press), "host": "plant.example", "origin": "https://plant.example:8443"}
     with client_of(settings_of(plant)) as client:
         assert client.get("/v1", headers={**headers, "sec-fetch-site": "same-origin"}).status_code == 200
@@ -293,7 +293,7 @@ def test_without_tokens_another_host_name_is_refused(plant: Plant, host: str) ->
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:9", "[::1]", "[::1]:8000"])
-def test_without_tokens_loopback_names_are_taken(plant: Plant, host: str) -> None:
+def test_without_tokens_loopback_names_are_accepted(plant: Plant, host: str) -> None:
     with client_of(open_settings(plant)) as client:
         assert client.get("/v1", headers={"host": host}).status_code == 200
 
@@ -331,7 +331,7 @@ def hanging(plant: Plant, tmp_path: Path) -> Iterator[Hanging]:
     source.let_go.set()
 
 
-def test_while_the_storage_hangs_known_models_answer_and_unknown_ones_end_in_503(
+def test_while_the_storage_hangs_loaded_models_answer_and_others_are_a_503(
     plant: Plant, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("focus_ray.serving.source.LOOKUP_TIMEOUT_S", 1.0)
@@ -345,21 +345,21 @@ def test_while_the_storage_hangs_known_models_answer_and_unknown_ones_end_in_503
 
         assert inspect("/v1/press/gear/inspect", press)[0] == inspect("/v1/mill/gear/inspect", mill)[0] == 200
         hanging.hangs = True
-        time.sleep(0.2)  # what is known is due to be looked up again
-        unknown = [pool.submit(inspect, f"/v1/press/no{number}/inspect", press) for number in range(60)]
+        time.sleep(0.2)  # the cached versions must be checked again
+        requests = [pool.submit(inspect, f"/v1/press/no{number}/inspect", press) for number in range(60)]
         time.sleep(0.2)
-        known = [inspect("/v1/mill/gear/inspect", mill) for _ in range(10)]
-        known += [inspect("/v1/press/gear/inspect", press) for _ in range(10)]
-        assert [status for status, _ in known] == [200] * 20
-        assert max(seconds for _, seconds in known) < 1.0
+        answers = [inspect("/v1/mill/gear/inspect", mill) for _ in range(10)]
+        answers += [inspect("/v1/press/gear/inspect", press) for _ in range(10)]
+        assert [status for status, _ in answers] == [200] * 20
+        assert max(seconds for _, seconds in answers) < 1.0
         assert client.get("/readyz").status_code == 200
-        ended = [one.result() for one in unknown]
-        assert {status for status, _ in ended} == {503}
-        assert max(seconds for _, seconds in ended) < 5.0
-        assert hanging.num_waiting <= LOOKUPS_PER_TEAM + 8  # besides: what is looked up behind the answers
+        refusals = [request.result() for request in requests]
+        assert {status for status, _ in refusals} == {503}
+        assert max(seconds for _, seconds in refusals) < 5.0
+        assert hanging.num_waiting <= LOOKUPS_PER_TEAM + 8  # plus the checks in the background
 
 
-def test_one_team_s_hanging_look_ups_leave_another_s_their_threads(
+def test_hanging_look_ups_of_one_team_do_not_block_another_team(
     plant: Plant, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("focus_ray.serving.source.LOOKUP_TIMEOUT_S", 3.0)
@@ -372,20 +372,20 @@ def test_one_team_s_hanging_look_ups_leave_another_s_their_threads(
 
     monkeypatch.setattr(hanging.registry, "resolve", hang_for_press)
     with client_of(settings_of(plant), hanging) as client, ThreadPoolExecutor(80) as pool:
-        lost = [pool.submit(client.get, f"/v1/press/no{n}", headers=bearer(plant.press)) for n in range(70)]
+        hanging_requests = [pool.submit(client.get, f"/v1/press/no{n}", headers=bearer(plant.press)) for n in range(70)]
         time.sleep(0.3)
         started = time.monotonic()
         assert client.get("/v1/mill/gear", headers=bearer(plant.mill)).status_code == 200
         assert time.monotonic() - started < 1.0
-        assert {one.result().status_code for one in lost} == {503}
+        assert {request.result().status_code for request in hanging_requests} == {503}
 
 
-def test_before_anything_was_listed_readiness_is_told_within_a_bounded_time(plant: Plant, hanging: Hanging) -> None:
+def test_readiness_answers_in_bounded_time_while_the_storage_hangs(plant: Plant, hanging: Hanging) -> None:
     hanging.hangs = True
     with client_of(settings_of(plant), hanging) as client, ThreadPoolExecutor(30) as pool:
         started = time.monotonic()
-        asked = [pool.submit(client.get, "/readyz") for _ in range(30)]
-        assert {one.result().status_code for one in asked} == {503}
+        probes = [pool.submit(client.get, "/readyz") for _ in range(30)]
+        assert {probe.result().status_code for probe in probes} == {503}
         assert time.monotonic() - started < LOOKUP_TIMEOUT_S
         assert hanging.num_waiting == 1
         hanging.hangs = False
@@ -406,7 +406,7 @@ def test_ready_stays_true_once_a_model_has_answered(plant: Plant, hanging: Hangi
 @contextmanager
 def black_hole() -> Iterator[tuple[str, list[socket.socket]]]:
     """The URL of a server that takes connections and never answers."""
-    taken: list[socket.socket] = []
+    connections: list[socket.socket] = []
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
@@ -416,44 +416,44 @@ def black_hole() -> Iterator[tuple[str, list[socket.socket]]]:
         def take() -> None:
             while not ended.is_set():
                 try:
-                    taken.append(listener.accept()[0])
+                    connections.append(listener.accept()[0])
                 except TimeoutError:
                     continue
 
         thread = threading.Thread(target=take)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", taken
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}", connections
         finally:
             ended.set()
             thread.join()
-            for connection in taken:
+            for connection in connections:
                 connection.close()
 
 
-def test_tokens_are_known_while_their_storage_never_answers(
+def test_tokens_stay_valid_while_their_storage_never_answers(
     plant: Plant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = service_of(settings_of(plant))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
-    with black_hole() as (url, taken):
+    with black_hole() as (url, connections):
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         assert service.tokens is not None
         service.tokens.uri = "s3://plant/tokens.yaml"
         with TestClient(create_api(service), base_url=LOOPBACK) as client:
-            wait_for(lambda: taken, 5, "the tokens are asked for")
+            wait_for(lambda: connections, 5, "the service reads the tokens")
             started = time.monotonic()
             for _ in range(20):
                 assert client.get("/v1", headers=bearer(plant.press)).status_code == 200
                 assert client.get("/v1").status_code == 401
             assert time.monotonic() - started < 2.0
-            assert len(taken) <= 3  # one reading at a time
+            assert len(connections) <= 3  # one reading at a time
         assert time.monotonic() - started < 5.0  # nor does closing wait
 
 
-def test_a_revoked_token_is_refused_within_the_interval_whoever_asks_meanwhile(plant: Plant, tmp_path: Path) -> None:
+def test_a_revoked_token_is_refused_within_the_refresh_interval_under_load(plant: Plant, tmp_path: Path) -> None:
     file = str(tmp_path / "tokens.yaml")
     token, record = create_token(file, PRESS, ["read"])
     with client_of(settings_of(plant, tokens=file, refresh_s=0.5)) as client:
@@ -496,7 +496,7 @@ def example_of(plant: Plant, registry: str, examples: Any, team: str = PRESS) ->
         "s3://x/y",
     ],
 )
-def test_a_manifest_that_names_another_team_s_data_set_shows_nothing(
+def test_a_manifest_that_names_a_data_set_of_another_team_shows_nothing(
     plant: Plant, tmp_path: Path, caplog: pytest.LogCaptureFixture, form: str
 ) -> None:
     press = tmp_path / "data-press"
@@ -510,13 +510,11 @@ def test_a_manifest_that_names_another_team_s_data_set_shows_nothing(
     answer = example_of(plant, registry, {PRESS: [str(press)], MILL: [str(tmp_path / "data-mill")]})
     assert answer.status_code == 404
     assert str(tmp_path) not in answer.text
-    told = [getattr(record, "facts", {}).get("error", "") for record in caplog.records]
-    assert any("is not below the places" in error for error in told)
+    logged_errors = [getattr(record, "facts", {}).get("error", "") for record in caplog.records]
+    assert any("not below" in error for error in logged_errors)
 
 
-def test_a_data_set_that_a_team_may_show_is_shown_wherever_it_lies_below_the_allowed_place(
-    plant: Plant, tmp_path: Path
-) -> None:
+def test_data_sets_below_an_allowed_location_are_shown(plant: Plant, tmp_path: Path) -> None:
     shutil.copytree(plant.data, tmp_path / "press" / "set")
     registry = publish_naming(plant, tmp_path / "registry", str(tmp_path / "press" / "set"))
     for allowed in (tmp_path / "press", tmp_path / "press" / "set", f"{tmp_path}/press/"):
@@ -526,7 +524,7 @@ def test_a_data_set_that_a_team_may_show_is_shown_wherever_it_lies_below_the_all
 
 
 @pytest.mark.parametrize("kind", ["link to a file", "link to a folder", "name in the commit"])
-def test_a_data_set_whose_files_lie_in_another_team_s_folder_is_not_shown(
+def test_a_data_set_with_files_in_the_folder_of_another_team_is_not_shown(
     plant: Plant, tmp_path: Path, kind: str
 ) -> None:
     press, mill = tmp_path / "press", tmp_path / "mill"
@@ -562,7 +560,7 @@ def test_a_commit_that_names_a_file_outside_its_folder_is_refused(plant: Plant, 
 
 
 @pytest.mark.parametrize("uri", [None, 7, "", "~nobody-of-this-name/x", "a\0b", "s3://", "ftp://x", {"a": 1}])
-def test_a_manifest_that_names_no_place_shows_nothing(plant: Plant, tmp_path: Path, uri: Any) -> None:
+def test_a_manifest_without_a_valid_data_location_shows_nothing(plant: Plant, tmp_path: Path, uri: Any) -> None:
     registry = publish_naming(plant, tmp_path / "registry", uri)
     assert example_of(plant, registry, {PRESS: [str(tmp_path)]}).status_code == 404
 
@@ -592,7 +590,7 @@ def add_alias_entry(root: Path, version: str) -> None:
     write_bytes(join(root, PRESS, "gear", "_aliases", "evil", "00000001.json"), json.dumps(entry).encode())
 
 
-def test_an_alias_that_names_another_team_s_folder_opens_nothing(plant: Plant, tmp_path: Path) -> None:
+def test_an_alias_that_names_the_folder_of_another_team_is_refused(plant: Plant, tmp_path: Path) -> None:
     root = tmp_path / "registry"
     shutil.copytree(plant.registry, root)
     outside = root / PRESS / "mill" / "gear"  # where the record of the name would be read
@@ -607,27 +605,27 @@ def test_an_alias_that_names_another_team_s_folder_opens_nothing(plant: Plant, t
             assert answer.status_code == 404
 
 
-@pytest.mark.parametrize("what", ["version", "category", "file"])
-def test_a_link_to_another_team_s_model_opens_nothing(plant: Plant, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("level", ["version", "category", "file"])
+def test_a_link_to_a_model_of_another_team_is_refused(plant: Plant, tmp_path: Path, level: str) -> None:
     root = tmp_path / "registry"
     shutil.copytree(plant.registry, root)
-    own, other = root / PRESS / "gear", root / MILL / "gear"
-    if what == "category":
-        shutil.rmtree(own)
-        own.symlink_to(other)
-    elif what == "version":
-        shutil.rmtree(own / "v0001")
-        (own / "v0001").symlink_to(other / "v0001")
+    own_folder, other_folder = root / PRESS / "gear", root / MILL / "gear"
+    if level == "category":
+        shutil.rmtree(own_folder)
+        own_folder.symlink_to(other_folder)
+    elif level == "version":
+        shutil.rmtree(own_folder / "v0001")
+        (own_folder / "v0001").symlink_to(other_folder / "v0001")
     else:
-        file = next((own / "v0001").glob("density-*"))
+        file = next((own_folder / "v0001").glob("density-*"))
         file.unlink()
-        file.symlink_to(next((other / "v0001").glob("density-*")))
+        file.symlink_to(next((other_folder / "v0001").glob("density-*")))
     with client_of(settings_of(plant, registry=str(root))) as client:
         headers = plant.headers(plant.press)
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).status_code == 404
 
 
-def test_a_team_s_folder_may_be_a_link_that_the_registry_s_owner_made(plant: Plant, tmp_path: Path) -> None:
+def test_the_folder_of_a_team_may_be_a_link(plant: Plant, tmp_path: Path) -> None:
     root = tmp_path / "registry"
     shutil.copytree(plant.registry, root)
     (root / PRESS).rename(tmp_path / "other-disk")

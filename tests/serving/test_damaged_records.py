@@ -22,10 +22,10 @@ from focus_ray.errors import DataError, RegistryError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.serving.api import create_api
 from focus_ray.serving.measures import Measures
-from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.scorer import ImageScorer
 from focus_ray.serving.service import Service
-from focus_ray.serving.settings import Settings, Sink, parse_settings
-from focus_ray.serving.sink import ImageSink, remove_old
+from focus_ray.serving.settings import ServiceSettings, Sink, parse_settings
+from focus_ray.serving.sink import ImageSink, delete_old_images
 
 TIME = "2026-01-31T12:00:00+00:00"
 HASH = "ab" * 32
@@ -47,12 +47,12 @@ def registry(plant: Plant, tmp_path: Path) -> Registry:
     return registry
 
 
-def settings_of(plant: Plant, **changes: Any) -> Settings:
+def settings_of(plant: Plant, **changes: Any) -> ServiceSettings:
     return parse_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.05, **changes})
 
 
-def service_of(settings: Settings) -> Service:
-    return Service(settings, Scorer(settings.pool, "cpu", Measures()), Measures())
+def service_of(settings: ServiceSettings) -> Service:
+    return Service(settings, ImageScorer(settings.pool, "cpu", Measures()), Measures())
 
 
 def place(registry: Registry, *parts: str) -> Path:
@@ -100,7 +100,7 @@ DAMAGED_TARGETS = [
 
 
 @pytest.mark.parametrize("record", DAMAGED_RECORDS)
-def test_a_damaged_version_is_left_out_of_lists_and_named_when_it_is_asked_for(
+def test_a_damaged_version_is_missing_in_lists_and_its_look_up_names_it(
     registry: Registry, record: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = place(registry, "_published", "v0002.json")
@@ -108,7 +108,7 @@ def test_a_damaged_version_is_left_out_of_lists_and_named_when_it_is_asked_for(
     caplog.set_level(logging.WARNING)
     assert [version.name for version in registry.versions(PRESS, "gear")] == ["v0001", "v0003"]
     assert str(path) in caplog.text
-    with pytest.raises(RegistryError, match=r"v0002\.json: a damaged record of the registry"):
+    with pytest.raises(RegistryError, match=r"v0002\.json: a damaged record"):
         registry.resolve(PRESS, "gear", "v0002")
     with pytest.raises(RegistryError, match=r"v0002\.json: a damaged record"):
         registry.resolve(PRESS, "gear", "production")
@@ -117,7 +117,7 @@ def test_a_damaged_version_is_left_out_of_lists_and_named_when_it_is_asked_for(
     assert "v0002" not in registry.collect_garbage(PRESS, "gear", 0, min_age=timedelta(0))
 
 
-def test_a_damaged_version_is_a_404_and_the_list_is_answered(plant: Plant, registry: Registry) -> None:
+def test_a_damaged_version_is_a_404_and_does_not_break_the_list(plant: Plant, registry: Registry) -> None:
     place(registry, "_published", "v0002.json").write_bytes(b"{}")
     headers = plant.headers(plant.press)
     with TestClient(create_api(service_of(settings_of(plant, registry=registry.root)))) as client:
@@ -126,8 +126,8 @@ def test_a_damaged_version_is_a_404_and_the_list_is_answered(plant: Plant, regis
             200,
             ["v0001", "v0003"],
         )
-        asked = client.post("/v1/press/gear/inspect?version=v0002", content=plant.images[0], headers=headers)
-        assert asked.status_code == 404
+        answer = client.post("/v1/press/gear/inspect?version=v0002", content=plant.images[0], headers=headers)
+        assert answer.status_code == 404
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).status_code == 200
 
 
@@ -152,7 +152,7 @@ def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, pla
 
 
 @pytest.mark.parametrize("record", DAMAGED_TARGETS)
-def test_an_alias_with_a_damaged_record_stands_for_what_it_named_before(
+def test_an_alias_with_a_damaged_record_keeps_its_previous_version(
     registry: Registry, plant: Plant, record: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = place(registry, "_aliases", "production", "00000003.json")
@@ -168,19 +168,19 @@ def test_an_alias_with_a_damaged_record_stands_for_what_it_named_before(
 
 
 @pytest.mark.parametrize("record", DAMAGED_TARGETS)
-def test_an_alias_without_any_readable_record_is_absent_and_can_be_set_anew(
+def test_an_alias_without_a_readable_record_is_absent_and_can_be_set_again(
     registry: Registry, plant: Plant, record: bytes
 ) -> None:
     for path in place(registry, "_aliases", "latest").iterdir():
         path.write_bytes(record)
     assert registry.aliases(PRESS, "gear") == {"production": "v0002"}
-    with pytest.raises(RegistryError, match="has no 'latest'; there are v0001, v0002, v0003, production"):
+    with pytest.raises(RegistryError, match=r"'latest'.*v0001, v0002, v0003, production"):
         registry.resolve(PRESS, "gear")
     assert registry.publish(plant.bundles["gear"], PRESS).name == "v0004"
     assert registry.resolve(PRESS, "gear").name == "v0004"
 
 
-def test_promoting_the_version_that_a_damaged_alias_still_stands_for_mends_it(registry: Registry) -> None:
+def test_promoting_the_same_version_repairs_a_damaged_alias(registry: Registry) -> None:
     place(registry, "_aliases", "production", "00000003.json").write_bytes(b"{}")
     registry.promote(PRESS, "gear", "v0002", "production")
     assert registry.collect_garbage(PRESS, "gear", 0, min_age=timedelta(0)) == []
@@ -188,7 +188,7 @@ def test_promoting_the_version_that_a_damaged_alias_still_stands_for_mends_it(re
     assert registry.roll_back(PRESS, "gear", "production").name == "v0001"
 
 
-def test_an_alias_goes_on_after_a_record_with_the_largest_number_of_eight_digits(registry: Registry) -> None:
+def test_an_alias_moves_after_the_record_with_the_largest_8_digit_number(registry: Registry) -> None:
     content = json.dumps({"version": "v0001", "before": []})
     place(registry, "_aliases", "production", "99999999.json").write_text(content)
     for ref in ("v0002", "v0003", "v0002"):
@@ -212,7 +212,7 @@ def test_a_damaged_claim_fails_neither_publishing_nor_garbage_collection(
 
 
 @pytest.mark.parametrize("name", ["v" + "9" * 249, "v" + "1" * 30, "v٣٣٣٣", "vvvv"])
-def test_a_claim_with_an_absurd_number_is_passed_over(registry: Registry, plant: Plant, name: str) -> None:
+def test_a_claim_with_an_absurd_number_is_ignored(registry: Registry, plant: Plant, name: str) -> None:
     place(registry, "_claims", f"{name}.json").write_text("{}")
     place(registry, "_published", f"{name}.json").write_text("{}")
     assert registry.publish(plant.bundles["gear"], PRESS).name == "v0004"
@@ -251,7 +251,7 @@ def offer(sink: ImageSink, team: str = PRESS, width: int = 4) -> None:
     "name",
     ["date=2026-13-45", "date=0000-00-00", "date=9999-12-31", "date=2026-01-01T00", "date=", "date=１２３４-01-01"],
 )
-def test_a_folder_that_names_no_day_ends_neither_flushing_nor_cleaning(tmp_path: Path, name: str) -> None:
+def test_a_folder_with_an_invalid_date_stops_neither_flush_nor_cleanup(tmp_path: Path, name: str) -> None:
     for folder in (name, "date=2020-01-01"):
         (tmp_path / f"team={PRESS}" / folder).mkdir(parents=True)
     (tmp_path / "team=file").write_text("a file where a team would be")
@@ -265,7 +265,7 @@ def test_a_folder_that_names_no_day_ends_neither_flushing_nor_cleaning(tmp_path:
     assert (tmp_path / f"team={PRESS}" / name).exists()
 
 
-def test_a_folder_of_the_sink_that_names_no_day_is_logged(tmp_path: Path) -> None:
+def test_a_sink_folder_with_an_invalid_date_is_logged(tmp_path: Path) -> None:
     (tmp_path / "team=press" / "date=2026-13-45").mkdir(parents=True)
     sink, _, logged = sink_of(tmp_path)
     sink.flush()
@@ -273,7 +273,7 @@ def test_a_folder_of_the_sink_that_names_no_day_is_logged(tmp_path: Path) -> Non
     assert "date=2026-13-45" in logged[0]
 
 
-def test_images_that_fit_no_column_are_dropped_and_the_other_teams_are_written(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_the_schema_are_dropped_and_other_teams_are_written(tmp_path: Path) -> None:
     sink, counts, logged = sink_of(tmp_path)
     offer(sink, MILL, width=2**40)
     offer(sink, PRESS)
@@ -284,9 +284,7 @@ def test_images_that_fit_no_column_are_dropped_and_the_other_teams_are_written(t
 
 
 @pytest.mark.parametrize("error", [DataError("away"), OSError("odd"), KeyError("key"), MemoryError(), RecursionError()])
-def test_no_error_of_the_storage_comes_out_of_a_flush(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_a_flush_never_raises_storage_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     import focus_ray.serving.sink as sink_module
 
     def fail(*_: Any) -> None:
@@ -305,14 +303,16 @@ def test_no_error_of_the_storage_comes_out_of_a_flush(
     sink.flush()
 
 
-def test_a_retention_longer_than_the_calendar_is_no_error(tmp_path: Path) -> None:
+def test_a_retention_longer_than_the_calendar_is_allowed(tmp_path: Path) -> None:
     sink, _, logged = sink_of(tmp_path, retention_days=1e9)
     sink.flush()
     sink.close()
     assert logged == []
 
 
-def test_a_day_that_cannot_be_deleted_does_not_keep_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_day_that_cannot_be_deleted_does_not_stop_the_cleanup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import focus_ray.serving.sink as sink_module
 
     for number in (1, 2, 3):
@@ -325,7 +325,7 @@ def test_a_day_that_cannot_be_deleted_does_not_keep_the_others(tmp_path: Path, m
         remove(uri)
 
     monkeypatch.setattr(sink_module, "remove_folder", remove_some)
-    removed = remove_old(str(tmp_path), datetime(2021, 1, 1, tzinfo=timezone.utc))
+    removed = delete_old_images(str(tmp_path), datetime(2021, 1, 1, tzinfo=timezone.utc))
     assert [name[-2:] for name in removed] == ["01", "03"]
 
 
@@ -365,7 +365,7 @@ def test_a_model_above_memory_mb_is_a_503_with_a_log_line_and_the_other_models_s
         answer = client.post("/v1/press/board/inspect", content=plant.images[0], headers=headers)
         assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
         assert "limit" not in answer.text
-        assert [key.split("/")[1] for key in service.scorers.models.keys] == ["gear"]  # type: ignore[attr-defined]
+        assert [key.split("/")[1] for key in service.backend.models.loaded_keys] == ["gear"]  # type: ignore[attr-defined]
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).status_code == 200
     assert "model cannot be loaded" in caplog.text
     assert "and the limit is 67108864" in caplog.text

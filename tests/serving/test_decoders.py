@@ -20,11 +20,11 @@ from focus_ray.data.framing import Frame
 from focus_ray.data.images import ImageError, encode_png, read_image
 from focus_ray.serving import decoders as decoders_module
 from focus_ray.serving.api import create_api
-from focus_ray.serving.decoders import Decoders, Turns
+from focus_ray.serving.decoders import Decoders, TeamSlots
 from focus_ray.serving.limits import Gate
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.problems import Problem
-from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.scorer import ImageScorer
 from focus_ray.serving.service import Service
 from focus_ray.serving.settings import MIB, Limits, parse_settings
 
@@ -46,7 +46,7 @@ def reason_of(result: Any) -> str:
     return result.reason
 
 
-def test_a_process_decodes_as_this_one_does(decoders: Decoders) -> None:
+def test_a_decoder_process_gives_the_same_pixels(decoders: Decoders) -> None:
     frame = Frame(32, 40, "pad")
     images = [encode_png(PIXELS), b"no image", encode_png(PIXELS[:, ::-1])]
     results = asyncio.run(decoders.decode("press", images, frame, 10_000))
@@ -59,7 +59,7 @@ def test_a_process_decodes_as_this_one_does(decoders: Decoders) -> None:
     assert reason_of(result) == "too_large"
 
 
-def test_a_decoder_that_takes_too_long_is_killed_and_another_starts(
+def test_a_decoder_that_takes_too_long_is_killed_and_replaced(
     decoders: Decoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decoders_module, "DECODE_TIMEOUT_S", 0.5)
@@ -76,7 +76,7 @@ def test_a_decoder_that_takes_too_long_is_killed_and_another_starts(
     assert isinstance(first, int)
 
 
-def test_a_decoder_that_takes_too_much_memory_or_dies_tells_so_and_another_starts(decoders: Decoders) -> None:
+def test_a_decoder_that_dies_or_exceeds_memory_gives_an_error_and_is_replaced(decoders: Decoders) -> None:
     async def run() -> list[Any]:
         return [await decoders._run("press", *work) for work in ((bytearray, 2**31), (os.abort,), (abs, -1))]
 
@@ -84,11 +84,11 @@ def test_a_decoder_that_takes_too_much_memory_or_dies_tells_so_and_another_start
     assert [reason_of(large), reason_of(aborted), next_result] == ["too_large", "too_large", 1]
 
 
-def test_a_request_that_is_given_up_leaves_nothing_in_the_queue(decoders: Decoders) -> None:
+def test_a_cancelled_request_leaves_nothing_in_the_queue(decoders: Decoders) -> None:
     async def run() -> None:
-        asked = [asyncio.create_task(decoders._run("press", time.sleep, 0.3)) for _ in range(20)]
+        tasks = [asyncio.create_task(decoders._run("press", time.sleep, 0.3)) for _ in range(20)]
         await asyncio.sleep(0.1)
-        for task in asked:
+        for task in tasks:
             task.cancel()
         started = time.monotonic()
         assert await decoders._run("press", abs, -1) == 1
@@ -97,16 +97,16 @@ def test_a_request_that_is_given_up_leaves_nothing_in_the_queue(decoders: Decode
     asyncio.run(run())
 
 
-def test_teams_take_turns_and_one_leaves_a_place_to_the_others() -> None:
-    turns, order, held, most = Turns(3, 2), [], Counter[str](), Counter[str]()
+def test_teams_get_slots_in_turn_and_no_team_takes_all_slots() -> None:
+    slots, order, num_held, max_held = TeamSlots(3, 2), [], Counter[str](), Counter[str]()
 
     async def work(team: str) -> None:
-        async with turns.hold(team):
-            held[team] += 1
-            most[team] = max(most[team], held[team])
+        async with slots.hold(team):
+            num_held[team] += 1
+            max_held[team] = max(max_held[team], num_held[team])
             order.append(team)
             await asyncio.sleep(0.001)
-            held[team] -= 1
+            num_held[team] -= 1
 
     async def run() -> None:
         flood = [asyncio.create_task(work("flood")) for _ in range(100)]
@@ -116,12 +116,12 @@ def test_teams_take_turns_and_one_leaves_a_place_to_the_others() -> None:
         await asyncio.gather(*flood, return_exceptions=True)
 
     asyncio.run(run())
-    assert most["flood"] == 2
+    assert max_held["flood"] == 2
     assert Counter(order[:24])["press"] == Counter(order[:24])["mill"] == 5  # not behind the hundred
     assert len(order) == 109
 
 
-def test_one_team_leaves_room_for_a_body_of_another() -> None:
+def test_one_team_leaves_memory_for_a_body_of_another_team() -> None:
     gate = Gate(Limits(max_in_flight_mb=96, max_body_mb=32), Measures())
     with gate.admit("flood", 32 * MIB), gate.admit("flood", 32 * MIB):
         with pytest.raises(Problem) as caught, gate.admit("flood", MIB):
@@ -136,7 +136,7 @@ def test_bombs_of_one_team_do_not_slow_down_another(plant: Plant, monkeypatch: p
     monkeypatch.setattr(decoders_module, "DECODE_TIMEOUT_S", 2.0)
     bombs = [jpeg_of_scans(5000, 100), jpeg_of_scans(64, 16_000)]  # seconds of decoding; more scans than are read
     settings = parse_settings({"registry": plant.registry, "tokens": plant.tokens})
-    service = Service(settings, Scorer(settings.pool, "cpu"), Measures())
+    service = Service(settings, ImageScorer(settings.pool, "cpu"), Measures())
     statuses = Counter[int]()
     with TestClient(create_api(service)) as client:
 

@@ -48,8 +48,8 @@ class Service:
             body += len(message.get("body", b""))
         status = 200
         if scope["path"] == "/v1":
-            known = headers.get("authorization") in (f"Bearer {TOKEN}", f"Bearer {OTHER_TOKEN}")
-            status = 503 if not self.tokens_ready else 200 if known else 401
+            is_valid = headers.get("authorization") in (f"Bearer {TOKEN}", f"Bearer {OTHER_TOKEN}")
+            status = 503 if not self.tokens_ready else 200 if is_valid else 401
         else:
             self.requests.append({"path": scope["path"], "body": body, "headers": headers})
         answer_headers = [(b"content-type", b"text/plain")] + [(b"www-authenticate", b"Bearer")] * (status == 401)
@@ -108,7 +108,7 @@ def read_answer(connection: socket.socket) -> bytes:
     return data
 
 
-def test_a_body_arrives_whole_and_with_the_clients_address(client: httpx.Client, service: Service) -> None:
+def test_a_body_arrives_complete_and_with_the_address_of_the_client(client: httpx.Client, service: Service) -> None:
     headers = {**bearer(), "x-forwarded-for": "10.9.9.9", "x-request-id": "line-3.17"}
     answer = client.post(INSPECT, content=b"x" * 200_000, headers=headers)
     assert (answer.status_code, answer.text) == (200, "the service")
@@ -138,7 +138,7 @@ def test_old_tls_is_refused(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, bearer(f"frs_{'2' * 12}_{'c' * 43}")])
 @pytest.mark.parametrize("path", [INSPECT, "/v1/press/gear/aliases/production/rollback"])
-def test_a_body_without_a_token_in_force_is_never_read(
+def test_a_body_without_a_valid_token_is_never_read(
     proxy: Proxy, service: Service, headers: dict[str, str], path: str
 ) -> None:
     with proxy.connect() as connection:
@@ -171,7 +171,7 @@ def test_a_chunked_body_beyond_the_limit_never_reaches_the_service(client: httpx
     assert service.requests == []
 
 
-def test_a_body_that_is_announced_too_large_is_not_waited_for(proxy: Proxy, service: Service) -> None:
+def test_a_body_with_a_too_large_content_length_is_refused_immediately(proxy: Proxy, service: Service) -> None:
     with proxy.connect() as connection:
         lines = [
             f"POST {INSPECT} HTTP/1.1",
@@ -185,7 +185,7 @@ def test_a_body_that_is_announced_too_large_is_not_waited_for(proxy: Proxy, serv
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/openapi.json"])
-def test_paths_without_bodies_take_none(client: httpx.Client, service: Service, path: str) -> None:
+def test_paths_without_bodies_refuse_a_body(client: httpx.Client, service: Service, path: str) -> None:
     check_problem(client.request("GET", path, content=iter([b"x"])), 413, "too-large")
     assert service.requests == []
     assert client.get(path).status_code == 200
@@ -198,7 +198,7 @@ def test_a_large_header_is_refused_with_431(client: httpx.Client, service: Servi
     assert service.requests == []
 
 
-def test_a_header_that_grows_without_end_is_cut(proxy: Proxy, service: Service) -> None:
+def test_an_endless_header_is_refused(proxy: Proxy, service: Service) -> None:
     sent = 0
     with proxy.connect() as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: plant\r\nX-Large: ")
@@ -278,8 +278,8 @@ def test_the_connections_of_one_address_are_limited(proxy: Proxy) -> None:
     with proxy.tls().wrap_socket(other, server_hostname="127.0.0.1") as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: plant\r\nConnection: close\r\n\r\n")
         assert read_until_closed(connection, 10.0).startswith(b"HTTP/1.1 200 ")
-    for one in connections:
-        one.close()
+    for connection in connections:
+        connection.close()
 
 
 def test_a_flood_by_one_token_gets_429_while_another_token_is_answered(client: httpx.Client, service: Service) -> None:
@@ -322,7 +322,7 @@ def test_no_answer_names_the_version_of_the_proxy(client: httpx.Client) -> None:
         assert answer.headers["server"] == "nginx"
 
 
-def test_a_service_that_is_gone_is_a_problem_document(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_stopped_service_gives_a_problem_document(tmp_path_factory: pytest.TempPathFactory) -> None:
     with (
         running_proxy(tmp_path_factory.mktemp("gone"), f"127.0.0.1:{free_port()}") as proxy,
         httpx.Client(base_url=proxy.url, verify=proxy.tls()) as client,

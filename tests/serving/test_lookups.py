@@ -1,4 +1,4 @@
-"""What looking up and keeping costs as categories grow, and that nothing is missed for it: registry, folder and sink."""
+"""Look-ups and the sink with many categories: number of storage calls, and that no change is missed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from focus_ray.serving import sink as sink_module
 from focus_ray.serving import source as source_module
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.settings import Sink
-from focus_ray.serving.sink import ImageSink, remove_old
-from focus_ray.serving.source import TRUST_S, Directory, FolderSource, Source
+from focus_ray.serving.sink import ImageSink, delete_old_images
+from focus_ray.serving.source import MAX_LOOKUP_AGE_S, FolderSource, ModelSource, VersionDirectory
 from focus_ray.storage import create_bytes, join, list_names, write_bytes
 
 TEAM, REFRESH_S = "press", 2.0
@@ -41,7 +41,7 @@ def category(number: int) -> str:
 
 
 def add_version(registry: Registry, of: str, name: str) -> None:
-    """As `publish` does, without a bundle."""
+    """Publishes a version as `publish` does, but without a bundle."""
     now = datetime.now(timezone.utc).isoformat()
     record = {"sha256": f"{of}{name}".encode().hex().ljust(64, "0"), "published_at": now, "num_bytes": 1}
     write_bytes(join(registry.root, TEAM, of, "_published", f"{name}.json"), json.dumps(record).encode())
@@ -56,7 +56,7 @@ def make_registry(root: Path, num_categories: int) -> Registry:
 
 
 def write_manifest(bundle: str | Path, of: str, note: int = 0) -> None:
-    """A bundle's manifest, and no tensors."""
+    """Writes the manifest of a bundle, without tensors."""
     manifest = {"format": "focus_ray bundle", "format_version": FORMAT_VERSION, "category": of, "files": {}}
     manifest.update(created_at="2026-01-31T12:00:00+00:00", note=f"{note:04}")
     manifest.update({name: {} for name in ("config", "data", "calibration", "metrics")})
@@ -93,15 +93,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """What is asked of the storage: listings, and files read."""
-    counted: Counter[str] = Counter()
+def storage_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the calls of the storage: listings, and files read."""
+    calls: Counter[str] = Counter()
 
-    def count(module: Any, name: str, what: str) -> None:
+    def count(module: Any, name: str, kind: str) -> None:
         function = getattr(module, name)
 
         def counting(*arguments: Any, **options: Any) -> Any:
-            counted[what] += 1
+            calls[kind] += 1
             return function(*arguments, **options)
 
         monkeypatch.setattr(module, name, counting)
@@ -110,62 +110,64 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     count(registry_module, "read_bytes", "files")
     count(source_module, "stamp_bundles", "listings")
     count(source_module, "read_manifest", "files")
-    return counted
+    return calls
 
 
 @dataclass
 class Line:
-    """A directory of a source, and what was warmed and told."""
+    """A version directory of a source; records the versions that it warmed and the messages that it logged."""
 
-    source: Source
+    source: ModelSource
     warmed: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.directory = Directory(
-            self.source, REFRESH_S, self._warm, lambda message, **facts: self.told.append(message)
+        self.directory = VersionDirectory(
+            self.source, REFRESH_S, self._warm, lambda message, **facts: self.messages.append(message)
         )
 
     async def _warm(self, version: Version) -> None:
         self.warmed.append(f"{version.category}/{version.name}")
 
     async def ask(self, num_categories: int, ref: str = "latest") -> list[str]:
-        """The versions that answer, once what that sets off behind the answers is done."""
-        found = [(await self.directory.resolve(TEAM, category(number), ref)).name for number in range(num_categories)]
+        """Returns the version of each category, after the checks in the background have ended."""
+        versions = [
+            (await self.directory.resolve(TEAM, category(number), ref)).name for number in range(num_categories)
+        ]
         tasks = [entry.task for entry in self.directory._entries.values() if entry.task]
         await asyncio.gather(*tasks)
-        return found
+        return versions
 
 
 # ---- a registry
 
 
 @MANY
-def test_an_interval_costs_one_listing_however_many_categories_are_asked_for(
-    tmp_path: Path, clock: Clock, asked: Counter[str], num_categories: int
+def test_a_refresh_interval_costs_one_listing_for_any_number_of_categories(
+    tmp_path: Path, clock: Clock, storage_calls: Counter[str], num_categories: int
 ) -> None:
     line = Line(make_registry(tmp_path, num_categories))
-    asked.clear()
+    storage_calls.clear()
 
     async def run() -> None:
         await line.ask(num_categories)
         clock.now += REFRESH_S
         await line.ask(num_categories)
         # each is looked up as the first of it comes, and once more with the marks that are asked for then
-        assert asked == {"listings": 2 * num_categories + 1, "files": 4 * num_categories}
-        asked.clear()
+        assert storage_calls == {"listings": 2 * num_categories + 1, "files": 4 * num_categories}
+        storage_calls.clear()
         for _ in range(5):
             clock.now += REFRESH_S
             await line.ask(num_categories)
             await line.ask(num_categories)
-        assert asked == {"listings": 5}
+        assert storage_calls == {"listings": 5}
 
     asyncio.run(run())
     assert line.warmed == []
 
 
-def test_what_has_moved_is_seen_after_an_interval_and_nothing_else_is_looked_up(
-    tmp_path: Path, clock: Clock, asked: Counter[str]
+def test_a_moved_alias_is_seen_after_an_interval_and_only_it_is_looked_up(
+    tmp_path: Path, clock: Clock, storage_calls: Counter[str]
 ) -> None:
     line, other = Line(make_registry(tmp_path, 10)), Registry(tmp_path)
 
@@ -180,13 +182,13 @@ def test_what_has_moved_is_seen_after_an_interval_and_nothing_else_is_looked_up(
             ("v0002", lambda: other.promote(TEAM, category(3), "v0002", "latest")),
         ):
             change()
-            asked.clear()
+            storage_calls.clear()
             clock.now += REFRESH_S - 0.1
             await line.ask(10)
-            assert asked == {}
+            assert storage_calls == {}
             clock.now += 0.1
             await line.ask(10)
-            assert asked == {"listings": 2, "files": 2}
+            assert storage_calls == {"listings": 2, "files": 2}
             assert (await line.ask(10))[3] == expected
 
     asyncio.run(run())
@@ -194,9 +196,7 @@ def test_what_has_moved_is_seen_after_an_interval_and_nothing_else_is_looked_up(
 
 
 @pytest.mark.parametrize("kind", ["registry", "folder"])
-def test_an_answer_is_an_interval_old_at_most_though_categories_are_asked_for_at_other_times(
-    tmp_path: Path, clock: Clock, kind: str
-) -> None:
+def test_an_answer_is_at_most_one_interval_old(tmp_path: Path, clock: Clock, kind: str) -> None:
     def change(of: int) -> None:
         if kind == "registry":
             add_version(registry, category(of), "v0002")
@@ -211,34 +211,34 @@ def test_an_answer_is_an_interval_old_at_most_though_categories_are_asked_for_at
 
     async def ask(of: int) -> str:
         version = await line.directory.resolve(TEAM, category(of), "latest")
-        await line.ask(0)  # what that set off
+        await line.ask(0)  # waits for the checks in the background
         return version.name
 
     async def run() -> None:
         for _ in range(2):
-            former = {of: await ask(of) for of in (0, 1, 3)}  # with marks of the time 0
+            previous = {of: await ask(of) for of in (0, 1, 3)}  # with marks of the time 0
         clock.now += 1.9
         change(2)
         change(1)
-        third = await ask(2)  # its first look-up
+        first_version_of_2 = await ask(2)  # its first look-up
         clock.now += 0.1
-        assert await ask(0) == former[0]  # marks of 2.0
+        assert await ask(0) == previous[0]  # marks of 2.0
         change(0)
         change(3)
         clock.now += 1.9
-        assert {of: await ask(of) for of in (0, 1, 3)} == former  # marks of 2.0 say that 1 has changed, and no other
-        assert await ask(1) != former[1]
+        assert {of: await ask(of) for of in (0, 1, 3)} == previous  # marks of 2.0 say that 1 has changed, and no other
+        assert await ask(1) != previous[1]
         await ask(2)
-        assert (await ask(2) != third) == (kind == "folder")
+        assert (await ask(2) != first_version_of_2) == (kind == "folder")
         clock.now += 0.1
         for of in (0, 3):
             await ask(of)
-            assert await ask(of) != former[of]
+            assert await ask(of) != previous[of]
 
     asyncio.run(run())
 
 
-def test_a_category_is_looked_up_anew_while_its_alias_is_moved_and_after_its_mover_died(
+def test_a_category_is_looked_up_again_while_its_alias_moves_and_after_the_mover_died(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = make_registry(tmp_path, 2)
@@ -280,17 +280,17 @@ def test_a_category_is_looked_up_anew_while_its_alias_is_moved_and_after_its_mov
     assert len(list_names(join(registry.root, TEAM, "_changes"))) == 2
 
 
-def test_a_mark_that_stays_stands_for_one_version_whoever_moves_the_alias_meanwhile(tmp_path: Path) -> None:
+def test_an_unchanged_mark_means_an_unchanged_version_under_concurrent_moves(tmp_path: Path) -> None:
     registry = make_registry(tmp_path, 1)
     for name in ("v0002", "v0003"):
         add_version(registry, category(0), name)
     stop, failed = threading.Event(), []
 
     def move(names: tuple[str, str]) -> None:
-        mine = Registry(tmp_path)
+        own_registry = Registry(tmp_path)
         try:
             for turn in range(40):
-                mine.promote(TEAM, category(0), names[turn % 2], "production")
+                own_registry.promote(TEAM, category(0), names[turn % 2], "production")
         except BaseException as error:
             failed.append(error)
 
@@ -298,11 +298,11 @@ def test_a_mark_that_stays_stands_for_one_version_whoever_moves_the_alias_meanwh
     seen: dict[str, set[str]] = {}
 
     def read() -> None:
-        mine = Registry(tmp_path)
+        own_registry = Registry(tmp_path)
         while not stop.is_set():
-            before = mine.marks(TEAM).get(category(0))
-            version = mine.resolve(TEAM, category(0), "production").name
-            if before is not None and before == mine.marks(TEAM).get(category(0)):
+            before = own_registry.marks(TEAM).get(category(0))
+            version = own_registry.resolve(TEAM, category(0), "production").name
+            if before is not None and before == own_registry.marks(TEAM).get(category(0)):
                 seen.setdefault(before, set()).add(version)
 
     reader = threading.Thread(target=read)
@@ -320,14 +320,14 @@ def test_a_mark_that_stays_stands_for_one_version_whoever_moves_the_alias_meanwh
     assert seen[last] == {registry.resolve(TEAM, category(0), "production").name}
 
 
-def test_publishers_at_once_are_all_seen_after_an_interval(tmp_path: Path, clock: Clock) -> None:
+def test_simultaneous_publications_are_all_seen_after_an_interval(tmp_path: Path, clock: Clock) -> None:
     line = Line(make_registry(tmp_path, 8))
 
     def publish(first: int) -> None:
-        mine = Registry(tmp_path)
+        own_registry = Registry(tmp_path)
         for number in range(2, 6):
             for of in range(8):
-                add_version(mine, category((of + first) % 8), f"v{10 * number + first:04}")
+                add_version(own_registry, category((of + first) % 8), f"v{10 * number + first:04}")
 
     async def run() -> None:
         publishers = [asyncio.create_task(asyncio.to_thread(publish, first)) for first in range(3)]
@@ -343,8 +343,8 @@ def test_publishers_at_once_are_all_seen_after_an_interval(tmp_path: Path, clock
     asyncio.run(run())
 
 
-def test_a_registry_from_before_there_were_marks_is_looked_up_category_by_category(
-    tmp_path: Path, clock: Clock, asked: Counter[str]
+def test_a_registry_without_marks_is_looked_up_by_category(
+    tmp_path: Path, clock: Clock, storage_calls: Counter[str]
 ) -> None:
     registry = make_registry(tmp_path, 10)
     changes = tmp_path / TEAM / "_changes"
@@ -353,10 +353,10 @@ def test_a_registry_from_before_there_were_marks_is_looked_up_category_by_catego
 
     async def run() -> None:
         for _ in range(3):
-            asked.clear()
+            storage_calls.clear()
             await line.ask(10)
             clock.now += REFRESH_S
-        assert asked == {"listings": 11, "files": 20}
+        assert storage_calls == {"listings": 11, "files": 20}
         add_version(registry, category(3), "v0002")
         shutil.rmtree(changes)
         await line.ask(10)
@@ -365,14 +365,14 @@ def test_a_registry_from_before_there_were_marks_is_looked_up_category_by_catego
             registry.collect_garbage(TEAM, category(of), 5)
         for _ in range(2):
             clock.now += REFRESH_S
-            asked.clear()
+            storage_calls.clear()
             await line.ask(10)
-        assert asked == {"listings": 1}
+        assert storage_calls == {"listings": 1}
 
     asyncio.run(run())
 
 
-def test_what_is_moved_without_marks_is_seen_all_the_same_though_later(tmp_path: Path, clock: Clock) -> None:
+def test_an_alias_moved_without_marks_is_seen_later(tmp_path: Path, clock: Clock) -> None:
     registry = make_registry(tmp_path, 1)
     line = Line(Registry(tmp_path))
     changes = tmp_path / TEAM / "_changes"
@@ -381,23 +381,21 @@ def test_what_is_moved_without_marks_is_seen_all_the_same_though_later(tmp_path:
         for _ in range(3):
             await line.ask(1)
             clock.now += REFRESH_S
-        kept = {path.name: path.read_bytes() for path in changes.iterdir()}
+        records = {path.name: path.read_bytes() for path in changes.iterdir()}
         add_version(registry, category(0), "v0002")
         shutil.rmtree(changes)
-        for name, content in kept.items():
+        for name, content in records.items():
             write_bytes(changes / name, content)
         await line.ask(1)
         assert await line.ask(1) == ["v0001"]
-        clock.now += TRUST_S
+        clock.now += MAX_LOOKUP_AGE_S
         await line.ask(1)
         assert await line.ask(1) == ["v0002"]
 
     asyncio.run(run())
 
 
-def test_a_version_that_is_deleted_is_seen_to_be_gone_and_an_alias_moved_here_is_seen_at_once(
-    tmp_path: Path, clock: Clock
-) -> None:
+def test_a_deleted_version_is_noticed_and_an_own_move_is_seen_immediately(tmp_path: Path, clock: Clock) -> None:
     registry = make_registry(tmp_path, 1)
     for name in ("v0002", "v0003"):
         add_version(registry, category(0), name)
@@ -424,7 +422,7 @@ def test_a_version_that_is_deleted_is_seen_to_be_gone_and_an_alias_moved_here_is
     asyncio.run(run())
 
 
-def test_marks_are_no_category_and_a_collection_of_nothing_makes_none(tmp_path: Path) -> None:
+def test_marks_are_not_listed_as_a_category_and_an_empty_collection_adds_none(tmp_path: Path) -> None:
     registry = make_registry(tmp_path, 2)
     assert registry.categories(TEAM) == [category(0), category(1)]
     assert registry.collect_garbage("weld", "gear", 1) == []
@@ -434,9 +432,7 @@ def test_marks_are_no_category_and_a_collection_of_nothing_makes_none(tmp_path: 
     assert registry.marks("weld") == {}
 
 
-def test_an_identity_that_may_delete_nothing_moves_aliases_and_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moves_of_an_identity_without_delete_rights_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = make_registry(tmp_path, 1)
 
     def refuse(uri: str) -> None:
@@ -448,7 +444,7 @@ def test_an_identity_that_may_delete_nothing_moves_aliases_and_is_seen(
     assert registry.marks(TEAM) == {}  # its beginning stays, so it is looked up
 
 
-def test_while_the_marks_cannot_be_read_what_is_known_goes_on_answering(
+def test_while_marks_cannot_be_read_cached_versions_answer(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = make_registry(tmp_path, 2)
@@ -465,7 +461,7 @@ def test_while_the_marks_cannot_be_read_what_is_known_goes_on_answering(
             clock.now += REFRESH_S
             await line.ask(2)
             assert await line.ask(2) == ["v0001", "v0001"]
-        assert line.told == ["version not refreshed"] * 2
+        assert line.messages == ["version not refreshed"] * 2
         clock.now += REFRESH_S
         await line.ask(2)
         assert await line.ask(2) == ["v0002", "v0001"]
@@ -477,8 +473,8 @@ def test_while_the_marks_cannot_be_read_what_is_known_goes_on_answering(
 
 
 @MANY
-def test_one_listing_serves_all_categories_of_a_folder_and_manifests_are_read_once(
-    tmp_path: Path, clock: Clock, asked: Counter[str], num_categories: int
+def test_a_folder_is_listed_once_for_all_categories_and_manifests_are_read_once(
+    tmp_path: Path, clock: Clock, storage_calls: Counter[str], num_categories: int
 ) -> None:
     source = FolderSource(str(make_folder(tmp_path, num_categories)), TEAM, REFRESH_S)
     line = Line(source)
@@ -489,18 +485,18 @@ def test_one_listing_serves_all_categories_of_a_folder_and_manifests_are_read_on
         assert len(source.categories(TEAM)) == num_categories
         for of in range(num_categories):
             assert source.aliases(TEAM, category(of)) == {"latest": source.resolve(TEAM, category(of)).name}
-        assert asked == {"listings": 2, "files": num_categories}
-        asked.clear()
+        assert storage_calls == {"listings": 2, "files": num_categories}
+        storage_calls.clear()
         for _ in range(5):
             clock.now += REFRESH_S
             await line.ask(num_categories)
-        assert asked == {"listings": 5}
+        assert storage_calls == {"listings": 5}
 
     asyncio.run(run())
 
 
 @pytest.mark.parametrize("age_s", [3600.0, 0.0])
-def test_a_folder_s_new_replaced_and_removed_bundles_are_seen_after_an_interval(
+def test_new_replaced_and_removed_bundles_are_seen_after_an_interval(
     tmp_path: Path, clock: Clock, age_s: float
 ) -> None:
     bundles = make_folder(tmp_path, 3, age_s) / "bundles"
@@ -523,7 +519,7 @@ def test_a_folder_s_new_replaced_and_removed_bundles_are_seen_after_an_interval(
         after = await line.ask(2)
         assert (after[0] == before[0], after[1] == before[1]) == (True, False)
         assert source.categories(TEAM) == [category(of) for of in (0, 1, 3)]
-        with pytest.raises(RegistryError, match="there is no 'latest' of category 'part002'"):
+        with pytest.raises(RegistryError, match=r"'latest'.*'part002'"):
             await line.directory.resolve(TEAM, category(2), "latest")
         assert (await line.directory.resolve(TEAM, category(3), "latest")).category == category(3)
 
@@ -532,8 +528,8 @@ def test_a_folder_s_new_replaced_and_removed_bundles_are_seen_after_an_interval(
 
 
 @pytest.mark.s3
-def test_a_folder_on_s3_is_listed_once_too(
-    s3: S3Server, clock: Clock, asked: Counter[str], monkeypatch: pytest.MonkeyPatch
+def test_a_folder_on_s3_is_listed_once(
+    s3: S3Server, clock: Clock, storage_calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = s3.new_uri()
     for number in range(3):
@@ -541,17 +537,17 @@ def test_a_folder_on_s3_is_listed_once_too(
         write_bytes(join(place, "bundles", category(number), "network-0.safetensors"), b"x")
     source = FolderSource(place, TEAM, REFRESH_S)
     assert source.categories(TEAM) == [category(of) for of in range(3)]
-    former = source.resolve(TEAM, category(1))
+    previous = source.resolve(TEAM, category(1))
     write_manifest(join(place, "bundles", category(1)), category(1), note=1)  # in the same second, of the same size
     clock.now += REFRESH_S
-    asked.clear()
-    assert source.resolve(TEAM, category(1)).name != former.name
-    assert asked == {"listings": 1, "files": 3}
+    storage_calls.clear()
+    assert source.resolve(TEAM, category(1)).name != previous.name
+    assert storage_calls == {"listings": 1, "files": 3}
     monkeypatch.setattr(source_module, "_SETTLED_S", -3600.0)
     source.marks(TEAM)
-    asked.clear()
+    storage_calls.clear()
     source.marks(TEAM)
-    assert asked == {"listings": 1}
+    assert storage_calls == {"listings": 1}
 
 
 def test_a_folder_is_a_bundle_a_run_or_bundles_side_by_side(tmp_path: Path) -> None:
@@ -572,7 +568,7 @@ def test_a_folder_is_a_bundle_a_run_or_bundles_side_by_side(tmp_path: Path) -> N
         source.categories(TEAM)
 
 
-def test_a_damaged_bundle_is_named_and_what_is_known_goes_on_answering(tmp_path: Path, clock: Clock) -> None:
+def test_a_damaged_bundle_is_named_and_cached_versions_answer(tmp_path: Path, clock: Clock) -> None:
     bundles = make_folder(tmp_path, 2) / "bundles"
     source = FolderSource(str(tmp_path), TEAM, REFRESH_S)
     line = Line(source)
@@ -637,7 +633,7 @@ def test_a_flush_writes_one_file_with_the_rows_of_all_categories(tmp_path: Path,
     assert set(table["team"].to_pylist()) == {TEAM}
 
 
-def test_teams_are_kept_apart_and_a_full_file_is_written_by_itself(tmp_path: Path) -> None:
+def test_each_team_has_its_own_files_and_a_full_file_is_written_without_a_flush(tmp_path: Path) -> None:
     sink, counts = sink_of(tmp_path, max_rows=4)
     for number in range(4):
         offer(sink, number, 4)
@@ -659,7 +655,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, after: Callable[[str, bytes], None]
 
 
 @pytest.mark.parametrize("after", [lambda uri, data: None, write_bytes], ids=["not written", "answer lost"])
-def test_what_could_not_be_written_is_written_by_a_later_flush_and_once(
+def test_files_that_failed_are_written_once_by_a_later_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: Callable[[str, bytes], None]
 ) -> None:
     sink, counts = sink_of(tmp_path)
@@ -678,7 +674,7 @@ def test_what_could_not_be_written_is_written_by_a_later_flush_and_once(
     assert sink._num_bytes == 0
 
 
-def test_what_waits_for_a_storage_that_fails_is_bounded_and_counted(
+def test_waiting_images_are_bounded_and_dropped_images_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sink, counts = sink_of(tmp_path, max_buffer_mb=0.001)
@@ -692,11 +688,11 @@ def test_what_waits_for_a_storage_that_fails_is_bounded_and_counted(
     assert counts == {"kept": 10, "delayed": 10, "dropped": 10, "failed": 10}
 
 
-def test_old_days_are_deleted_where_categories_had_folders_too(tmp_path: Path) -> None:
+def test_old_days_are_deleted_in_the_layout_of_old_releases_too(tmp_path: Path) -> None:
     old = [f"team={TEAM}/date=2020-01-01", f"team={TEAM}/category=gear/date=2020-01-01"]
     young = [f"team={TEAM}/date=2020-01-03", f"team={TEAM}/category=gear/date=2020-01-03", "team=mill/date=2020-01-03"]
     for place in (*old, *young, "else/date=2020-01-01"):
         write_bytes(tmp_path / place / "part-x.parquet", b"")
-    removed = remove_old(str(tmp_path), datetime(2020, 1, 3, tzinfo=timezone.utc))
+    removed = delete_old_images(str(tmp_path), datetime(2020, 1, 3, tzinfo=timezone.utc))
     assert sorted(removed) == sorted(str(tmp_path / place) for place in old)
     assert all((tmp_path / place).exists() for place in (*young, "else/date=2020-01-01"))

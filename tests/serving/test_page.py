@@ -27,7 +27,7 @@ from serving_set import PRESS, Plant, make_plant
 from waiting import wait_for
 
 from focus_ray.serving.api import create_api
-from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.scorer import ImageScorer
 from focus_ray.serving.service import Service
 from focus_ray.serving.settings import parse_settings
 
@@ -57,7 +57,7 @@ def served(tree: dict[str, Any]) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(
-            uvicorn.Config(create_api(Service(settings, Scorer(settings.pool, "cpu"))), log_level="warning")
+            uvicorn.Config(create_api(Service(settings, ImageScorer(settings.pool, "cpu"))), log_level="warning")
         )
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -83,8 +83,8 @@ def start_browser(profile: Path, width: int, height: int, camera: Sequence[str] 
     for flag in camera:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    told = {name.replace("__", "."): value for name, value in prefs.items()}
-    options.add_experimental_option("prefs", {"download.default_directory": str(profile / "downloads"), **told})
+    preferences = {name.replace("__", "."): value for name, value in prefs.items()}
+    options.add_experimental_option("prefs", {"download.default_directory": str(profile / "downloads"), **preferences})
     if width < 500:
         metrics = {"width": width, "height": height, "pixelRatio": 2.0, "touch": True}
         options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
@@ -92,7 +92,7 @@ def start_browser(profile: Path, width: int, height: int, camera: Sequence[str] 
 
 
 def take_screenshot(browser: Any, name: str) -> None:
-    """Of the whole page, where a folder for it is given."""
+    """Saves a screenshot of the whole page if the environment names a folder for it."""
     folder = os.environ.get("FOCUS_RAY_SCREENSHOTS")
     if folder:
         width, height = browser.execute_script("return [window.innerWidth, document.documentElement.scrollHeight]")
@@ -101,8 +101,8 @@ def take_screenshot(browser: Any, name: str) -> None:
         (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
 
 
-def until(claim: Any, what: str) -> None:
-    wait_for(claim, 30.0, what, 0.05)
+def until(claim: Any, event: str) -> None:
+    wait_for(claim, 30.0, event, 0.05)
 
 
 def test_a_service_that_is_open_to_all_opens_without_a_token(plant: Plant, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_service_that_is_open_to_all_opens_without_a_token(plant: Plant, tmp_p
 
 
 @pytest.mark.parametrize(("name", "width", "height"), [("desk", 1280, 1000), ("phone", 390, 844)])
-def test_from_the_token_to_a_finding(
+def test_a_user_gets_from_the_token_to_a_result(
     url: str, plant: Plant, tmp_path: Path, name: str, width: int, height: int
 ) -> None:
     from selenium.webdriver.common.keys import Keys
@@ -200,7 +200,7 @@ def good_part(plant: Plant) -> NDArray[np.uint8]:
 
 
 def bad_part(plant: Plant) -> NDArray[np.uint8]:
-    """The same, a quarter of it covered by stripes."""
+    """The good part, with stripes on a quarter of it."""
     picture = good_part(plant).copy()
     picture[120:360, 120:360] = np.where(np.arange(240)[:, None, None] // 30 % 2, 255, 0)
     return picture
@@ -215,8 +215,8 @@ def write_film(path: Path, frames: Sequence[NDArray[np.uint8]], a_second: int) -
             red, green, blue = np.moveaxis(frame / 255, 2, 0)
             luma = 0.299 * red + 0.587 * green + 0.114 * blue
             planes = [16 + 219 * luma]
-            for colour, most in ((blue, 1.772), (red, 1.402)):
-                small = ((colour - luma) / most).reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
+            for colour, scale in ((blue, 1.772), (red, 1.402)):
+                small = ((colour - luma) / scale).reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
                 planes.append(128 + 224 * small)
             stream.write(b"FRAME\n" + b"".join(plane.round().astype(np.uint8).tobytes() for plane in planes))
     return path
@@ -297,7 +297,7 @@ def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous
         assert not browser.find_element("id", "sign").is_displayed()
 
 
-def test_of_several_cameras_one_is_chosen(url: str, plant: Plant, tmp_path: Path) -> None:
+def test_the_user_can_choose_a_camera(url: str, plant: Plant, tmp_path: Path) -> None:
     camera = (FAKE_CAMERA[0], "--use-fake-device-for-media-stream=device-count=2")
     with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
         open_camera(browser)
@@ -311,9 +311,7 @@ def test_of_several_cameras_one_is_chosen(url: str, plant: Plant, tmp_path: Path
         take_screenshot(browser, "camera-choice")
 
 
-def test_pictures_go_on_with_a_camera_that_is_chosen_meanwhile_and_opens_slowly(
-    url: str, plant: Plant, tmp_path: Path
-) -> None:
+def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: Plant, tmp_path: Path) -> None:
     camera = (FAKE_CAMERA[0], "--use-fake-device-for-media-stream=device-count=2")
     with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
         open_camera(browser)
@@ -338,7 +336,7 @@ def test_pictures_go_on_with_a_camera_that_is_chosen_meanwhile_and_opens_slowly(
 
 
 @pytest.mark.parametrize(
-    ("camera", "prefs", "told"),
+    ("camera", "prefs", "message"),
     [
         (
             FAKE_CAMERA[1:],
@@ -349,11 +347,11 @@ def test_pictures_go_on_with_a_camera_that_is_chosen_meanwhile_and_opens_slowly(
     ],
 )
 def test_a_camera_that_does_not_open_says_what_to_do(
-    url: str, plant: Plant, tmp_path: Path, camera: Sequence[str], prefs: dict[str, Any], told: str
+    url: str, plant: Plant, tmp_path: Path, camera: Sequence[str], prefs: dict[str, Any], message: str
 ) -> None:
     with page_of_gears(url, plant, tmp_path, PHONE, camera, **prefs) as browser:
         browser.find_element("id", "camera").click()
-        until(lambda: told in browser.find_element("id", "status").text, f"{told!r} is said")
+        until(lambda: message in browser.find_element("id", "status").text, f"{message!r} is said")
         assert browser.find_element("id", "camera").is_displayed()
         assert not browser.find_element("id", "capture").is_displayed()
-        take_screenshot(browser, f"camera-{told.split()[1]}")
+        take_screenshot(browser, f"camera-{message.split()[1]}")

@@ -57,7 +57,7 @@ def url(ray_cluster: None, plant: Plant) -> Iterator[str]:
         yield at
 
 
-def test_many_clients_get_the_inspector_s_answers_and_share_batches(url: str, plant: Plant) -> None:
+def test_many_clients_get_correct_answers_and_share_batches(url: str, plant: Plant) -> None:
     expected = {
         category: Inspector.load(plant.bundles[category], "cpu").inspect(plant.images) for category in ("gear", "board")
     }
@@ -71,32 +71,34 @@ def test_many_clients_get_the_inspector_s_answers_and_share_batches(url: str, pl
             return await asyncio.gather(*(ask(client, number) for number in range(64)))
 
     for category, image, answer in asyncio.run(ask_all()):
-        one = expected[category][image]
-        # squares: a training image lies in the memory itself, and what is left of its squared distance is rounding
-        assert answer.findings[0].score ** 2 == pytest.approx(one.score**2, rel=2e-4, abs=1e-4 * one.threshold**2)
+        inspection = expected[category][image]
+        # squares: the memory contains the training images, so their squared distances are rounding errors
+        assert answer.findings[0].score ** 2 == pytest.approx(
+            inspection.score**2, rel=2e-4, abs=1e-4 * inspection.threshold**2
+        )
         assert answer.version == "v0001"
 
 
-def test_the_client_tells_refusals_apart_and_gives_maps_and_pictures(url: str, plant: Plant) -> None:
+def test_the_client_distinguishes_errors_and_returns_maps_and_pictures(url: str, plant: Plant) -> None:
     with Client(url, plant.press) as client:
         answer = client.inspect(PRESS, "gear", [plant.images[0], b"no image"], include_map=True)
         assert answer.findings[0].map_png is not None
         assert answer.findings[1].error is not None
         assert client.picture(PRESS, "gear", plant.images[0], "overlay").startswith(b"\x89PNG")
         assert client.get("/v1/press")["categories"] == ["board", "gear"]
-        with pytest.raises(ServiceError, match=r"404 not-found: there is no category 'gear' of team 'mill' that"):
+        with pytest.raises(ServiceError, match=r"404 not-found: .*'gear'.*'mill'"):
             client.inspect(MILL, "gear", plant.images[:1])
         with pytest.raises(ServiceError, match=r"422 image-not-an-image: .*\(request [0-9a-f-]+\)"):
             client.inspect(PRESS, "gear", [b"no image"])
     with (
         Client(url, "frs_wrong") as client,
-        pytest.raises(ServiceError, match="401 unauthorised: send a token in force"),
+        pytest.raises(ServiceError, match="401 unauthorised"),
     ):
         client.get("/v1")
     closed = f"http://127.0.0.1:{free_port()}"
     with (
         Client(closed, retries=1) as client,
-        pytest.raises(ServiceError, match=r"the service cannot be reached: .* see that it runs"),
+        pytest.raises(ServiceError, match="cannot be reached"),
     ):
         client.get("/v1")
 
@@ -107,13 +109,13 @@ def test_a_pinned_category_is_loaded_before_its_first_request(ray_cluster: None,
 
     version = Registry(plant.registry).resolve(PRESS, "board")
     replica = ScorerReplica.func_or_class({}, "cpu", [version])  # type: ignore[attr-defined]
-    assert replica._scorer.models.keys == []
+    assert replica._scorer.models.loaded_keys == []
     asyncio.run(replica.check_health())  # what Serve awaits before it sends a request
-    assert replica._scorer.models.keys == [version_key(version)]
+    assert replica._scorer.models.loaded_keys == [version_key(version)]
 
 
 class Load:
-    """Clients that ask for gear until they are told to stop."""
+    """Clients that inspect gears until the context ends."""
 
     def __init__(self, url: str, plant: Plant, clients: int = 6) -> None:
         self.url, self.plant, self.clients = url, plant, clients
@@ -131,45 +133,45 @@ class Load:
         self._thread.join()
 
     async def _run(self) -> None:
-        async def one(client: AsyncClient) -> None:
+        async def send_requests(client: AsyncClient) -> None:
             while not self._stop.is_set():
                 self.answers.append(await client.inspect(PRESS, "gear", self.plant.images[:1]))
 
         async with AsyncClient(self.url, self.plant.press, retries=10) as client:
             try:
-                await asyncio.gather(*(one(client) for _ in range(self.clients)))
+                await asyncio.gather(*(send_requests(client) for _ in range(self.clients)))
             except BaseException as error:
                 self.failure = error
 
     def wait_for(self, count: int, timeout_s: float = 60.0) -> None:
-        wanted = len(self.answers) + count
+        num_expected = len(self.answers) + count
 
-        def there() -> bool:
+        def have_arrived() -> bool:
             assert self.failure is None, self.failure
-            return len(self.answers) >= wanted
+            return len(self.answers) >= num_expected
 
-        wait_for(there, timeout_s, f"{wanted} answers", 0.02)
+        wait_for(have_arrived, timeout_s, f"{num_expected} answers", 0.02)
 
 
 def replica_pids(name: str) -> list[int]:
-    """Processes of a deployment's replicas, which carry its name."""
-    found = []
+    """Returns the process ids of the replicas of a deployment, whose title contains its name."""
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             title = (folder / "cmdline").read_bytes().split(b"\0")[0].decode()
             environment = (folder / "environ").read_bytes()
         except OSError:
             continue
-        mine = os.environ["RAY_TMPDIR"].encode() in environment
-        if mine and title.startswith("ray::ServeReplica") and f":{name}" in title:
-            found.append(int(folder.name))
-    return found
+        is_of_this_test = os.environ["RAY_TMPDIR"].encode() in environment
+        if is_of_this_test and title.startswith("ray::ServeReplica") and f":{name}" in title:
+            pids.append(int(folder.name))
+    return pids
 
 
 @pytest.mark.cluster
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
 @pytest.mark.parametrize("name", ["scorer", "ingress"])
-def test_a_replica_killed_under_load_costs_no_client_its_answer(url: str, plant: Plant, name: str) -> None:
+def test_a_replica_killed_under_load_loses_no_answer(url: str, plant: Plant, name: str) -> None:
     expected = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
     with Load(url, plant) as load:
         load.wait_for(20)
@@ -179,12 +181,12 @@ def test_a_replica_killed_under_load_costs_no_client_its_answer(url: str, plant:
         load.wait_for(60)
     assert load.failure is None
     for answer in load.answers:
-        found = answer.findings[0]
-        assert found.score**2 == pytest.approx(expected.score**2, rel=2e-4, abs=1e-4 * expected.threshold**2)
+        finding = answer.findings[0]
+        assert finding.score**2 == pytest.approx(expected.score**2, rel=2e-4, abs=1e-4 * expected.threshold**2)
 
 
 @pytest.mark.cluster
-def test_promotions_and_roll_backs_under_load_fail_nothing_and_are_told(url: str, plant: Plant) -> None:
+def test_promotions_and_rollbacks_under_load_fail_no_request_and_are_logged(url: str, plant: Plant) -> None:
     registry = Registry(plant.registry)
     second = registry.publish(plant.bundles["gear"], PRESS)  # latest moves, and latest is what answers
     hashes = {version.name: version.sha256 for version in registry.versions(PRESS, "gear")}
@@ -202,26 +204,26 @@ def test_promotions_and_roll_backs_under_load_fail_nothing_and_are_told(url: str
 
 
 @pytest.mark.slow
-def test_prometheus_is_told_of_requests_batches_and_p_values(url: str, plant: Plant) -> None:
+def test_prometheus_gets_metrics_of_requests_batches_and_p_values(url: str, plant: Plant) -> None:
     import ray
 
     with Client(url, plant.press) as client:
         client.inspect(PRESS, "gear", plant.images)
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    wanted = ("requests_total", "batch_images_count", "p_value_bucket", "stage_milliseconds_bucket", "models")
+    metric_names = ("requests_total", "batch_images_count", "p_value_bucket", "stage_milliseconds_bucket", "models")
     text = ""
 
     def all_are_there() -> bool:
         nonlocal text
         text = urllib.request.urlopen(address, timeout=10).read().decode()
-        return all(re.search(rf"^ray_focus_ray_{name}\{{", text, re.M) for name in wanted)
+        return all(re.search(rf"^ray_focus_ray_{name}\{{", text, re.M) for name in metric_names)
 
-    wait_for(all_are_there, 60, f"all of {wanted} exported", 1.0)
+    wait_for(all_are_there, 60, f"all of {metric_names} exported", 1.0)
     assert re.search(r'^ray_focus_ray_images_total\{[^}]*category="gear"', text, re.M)
 
 
-def test_malformed_requests_over_http_get_problems_and_break_nothing(url: str, plant: Plant) -> None:
+def test_malformed_requests_over_http_get_problems_and_the_service_continues(url: str, plant: Plant) -> None:
     host, _, port = url.removeprefix("http://").partition(":")
     token = f"Authorization: Bearer {plant.press}".encode()
     raw = [
@@ -236,10 +238,10 @@ def test_malformed_requests_over_http_get_problems_and_break_nothing(url: str, p
         with socket.create_connection((host, int(port)), timeout=30) as connection:
             try:
                 connection.sendall(request)
-                told = connection.recv(65536)
+                answer = connection.recv(65536)
             except ConnectionError:  # closed while it was still being sent
                 continue
-            assert re.match(rb"HTTP/1.1 4\d\d", told) or told == b"", told[:200]
+            assert re.match(rb"HTTP/1.1 4\d\d", answer) or answer == b"", answer[:200]
     many = httpx.post(
         f"{url}/v1/press/gear/inspect",
         content=iter([b"x" * 2**20] * 3),
@@ -252,7 +254,7 @@ def test_malformed_requests_over_http_get_problems_and_break_nothing(url: str, p
 
 
 @pytest.mark.cluster
-def test_what_the_openapi_description_says_is_what_the_service_does(url: str, plant: Plant) -> None:
+def test_the_service_fits_its_openapi_description(url: str, plant: Plant) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, given, settings
 
@@ -283,7 +285,7 @@ def test_what_the_openapi_description_says_is_what_the_service_does(url: str, pl
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_interrupted_and_then_ends_well(plant: Plant, tmp_path: Path) -> None:
+def test_the_command_serves_until_it_is_interrupted_and_exits_with_0(plant: Plant, tmp_path: Path) -> None:
     port = free_port()
     environment = {**os.environ, "RAY_TMPDIR": tempfile.mkdtemp(prefix="fr-", dir="/tmp")}
     command = [
@@ -300,9 +302,9 @@ def test_the_command_serves_until_it_is_interrupted_and_then_ends_well(plant: Pl
         with Client(f"http://127.0.0.1:{port}", plant.press, retries=60) as client:
             assert client.inspect(PRESS, "gear", plant.images[:1]).version
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == 0, told[-2000:]
-        assert "stopping: requests under way are finished first" in told
+        _, output = process.communicate(timeout=120)
+        assert process.returncode == 0, output[-2000:]
+        assert "stopping: requests under way are finished first" in output
     finally:
         process.kill()
         shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)

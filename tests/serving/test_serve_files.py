@@ -1,4 +1,4 @@
-"""serve/ and the RayService manifest: what Serve and the service accept, and alerts and a dashboard of metrics that exist."""
+"""serve/ and the RayService manifest: Serve and the service accept them; alerts and dashboard use existing metrics."""
 
 from __future__ import annotations
 
@@ -18,11 +18,17 @@ FOLDER = REPOSITORY / "serve"
 MANIFEST = REPOSITORY / "configs" / "cluster" / "rayservice.yaml"
 
 
+def ray_service() -> dict[str, Any]:
+    """Returns the RayService of the manifest, which also has the front proxy."""
+    documents = yaml.safe_load_all(MANIFEST.read_text())
+    return next(document for document in documents if document["kind"] == "RayService")
+
+
 def serve_configs() -> dict[str, dict[str, Any]]:
-    manifest = yaml.safe_load(MANIFEST.read_text())
+    """Returns the Serve configurations by file name."""
     return {
         "deploy.yaml": yaml.safe_load((FOLDER / "deploy.yaml").read_text()),
-        "rayservice.yaml": yaml.safe_load(manifest["spec"]["serveConfigV2"]),
+        "rayservice.yaml": yaml.safe_load(ray_service()["spec"]["serveConfigV2"]),
     }
 
 
@@ -32,7 +38,7 @@ def test_serve_and_the_service_accept_the_deploy_yaml(name: str) -> None:
 
     tree = serve_configs()[name]
     ServeDeploySchema.model_validate(tree)
-    assert set(tree) <= set(ServeDeploySchema.model_fields)  # Serve ignores what it does not know
+    assert set(tree) <= set(ServeDeploySchema.model_fields)  # Serve ignores unknown keys
     for application in tree["applications"]:
         assert set(application) <= set(ServeApplicationSchema.model_fields)
         settings = parse_settings(application["args"])
@@ -41,7 +47,7 @@ def test_serve_and_the_service_accept_the_deploy_yaml(name: str) -> None:
         assert callable(getattr(importlib.import_module(module), builder))
 
 
-def test_the_builder_refuses_a_key_it_does_not_know() -> None:
+def test_build_refuses_an_unknown_key() -> None:
     from focus_ray.serving.app import build
 
     with pytest.raises(
@@ -50,10 +56,10 @@ def test_the_builder_refuses_a_key_it_does_not_know() -> None:
         build({"registry": "x", "tokens": "y", "pool": {"num_gpu": 1}})
 
 
-def test_the_manifest_leaves_replicas_time_to_finish_and_asks_for_what_its_pool_needs() -> None:
-    spec = yaml.safe_load(MANIFEST.read_text())["spec"]
+def test_the_manifest_gives_replicas_time_to_finish_and_enough_gpus() -> None:
+    spec = ray_service()["spec"]
     arguments = parse_settings(serve_configs()["rayservice.yaml"]["applications"][0]["args"])
-    (group,) = (one for one in spec["rayClusterConfig"]["workerGroupSpecs"] if one["groupName"] == "gpu")
+    (group,) = (group for group in spec["rayClusterConfig"]["workerGroupSpecs"] if group["groupName"] == "gpu")
     pod = group["template"]["spec"]
     assert pod["terminationGracePeriodSeconds"] > arguments.pool.graceful_shutdown_s + arguments.limits.timeout_s
     gpus = float(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
@@ -61,7 +67,7 @@ def test_the_manifest_leaves_replicas_time_to_finish_and_asks_for_what_its_pool_
 
 
 def exported() -> set[str]:
-    """Names in Prometheus of what `serving.metrics` counts: Ray puts `ray_` before and `_total` behind counters."""
+    """Returns the names of all metrics in Prometheus: Ray adds the prefix `ray_`, and `_total` to counters."""
     source = (REPOSITORY / "focus_ray" / "serving" / "metrics.py").read_text()
     names = set()
     for kind, name in re.findall(r"(Counter|Gauge|Histogram)\(\s*\"(focus_ray_\w+)\"", source):
@@ -70,22 +76,22 @@ def exported() -> set[str]:
     return names
 
 
-def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
+def test_alerts_and_dashboard_use_existing_metrics() -> None:
     rules = yaml.safe_load((FOLDER / "alerts.yaml").read_text())["groups"][0]["rules"]
     dashboard = json.loads((FOLDER / "grafana.json").read_text())
-    asked = [rule["expr"] for rule in rules]
-    asked += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    found = {name for expression in asked for name in re.findall(r"ray_focus_ray_\w+", expression)}
-    assert found
-    assert found - exported() == set()
+    expressions = [rule["expr"] for rule in rules]
+    expressions += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    metric_names = {name for expression in expressions for name in re.findall(r"ray_focus_ray_\w+", expression)}
+    assert metric_names
+    assert metric_names - exported() == set()
     recorded = {rule["record"] for rule in rules if "record" in rule}
-    used = {name for expression in asked for name in re.findall(r"focus_ray:\S+?(?=[\s)]|$)", expression)}
+    used = {name for expression in expressions for name in re.findall(r"focus_ray:\S+?(?=[\s)]|$)", expression)}
     assert used <= recorded
-    for expression in asked:
+    for expression in expressions:
         assert expression.count("(") == expression.count(")")
 
 
-def test_the_dashboard_s_panels_do_not_overlap() -> None:
+def test_the_panels_of_the_dashboard_do_not_overlap() -> None:
     panels = json.loads((FOLDER / "grafana.json").read_text())["panels"]
     places = [(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels]
     assert len(set(places)) == len(panels) == len({p["id"] for p in panels})

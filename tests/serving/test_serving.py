@@ -1,6 +1,6 @@
-"""The service without Serve: who may ask, limits, versions, models in memory, and answers equal to the inspector's.
+"""The service without Serve: access, limits, versions, models in memory, and answers equal to those of the inspector.
 
-Long, because its tests share fixtures that cost seconds.
+The file is long, because its tests share fixtures that take seconds.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from focus_ray.fitting.scoring import can_share_backbone_pass, score_together
 from focus_ray.serving.api import RegionAnswer, create_api
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.launch import check_host
-from focus_ray.serving.limits import announced_bytes, read_body
+from focus_ray.serving.limits import read_body, read_content_length
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.models import ModelCache
 from focus_ray.serving.problems import Problem
-from focus_ray.serving.scorer import Scorer
+from focus_ray.serving.scorer import ImageScorer
 from focus_ray.serving.service import Service
-from focus_ray.serving.settings import MIB, Limits, Settings, parse_settings
-from focus_ray.serving.sink import remove_old
-from focus_ray.serving.source import Directory, FolderSource, version_key
+from focus_ray.serving.settings import MIB, Limits, ServiceSettings, parse_settings
+from focus_ray.serving.sink import delete_old_images
+from focus_ray.serving.source import FolderSource, VersionDirectory, version_key
 from focus_ray.serving.tokens import TokenStore, create_token, read_tokens, revoke_token
 from focus_ray.storage import open_filesystem
 
@@ -62,12 +62,12 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
     return make_plant(tmp_path_factory.mktemp("plant"))
 
 
-def settings_of(plant: Plant, **changes: Any) -> Settings:
+def settings_of(plant: Plant, **changes: Any) -> ServiceSettings:
     return parse_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.05, **changes})
 
 
-class Seen(Measures):
-    """Keeps what it is told."""
+class MeasuresRecorder(Measures):
+    """Records the reported metrics."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int, int]] = []
@@ -88,10 +88,10 @@ class Seen(Measures):
         self.sunk[outcome] = self.sunk.get(outcome, 0) + count
 
 
-def client_of(settings: Settings, measures: Measures | None = None) -> TestClient:
+def client_of(settings: ServiceSettings, measures: Measures | None = None) -> TestClient:
     seen = measures or Measures()
     return TestClient(
-        create_api(Service(settings, Scorer(settings.pool, "cpu", seen), seen)),
+        create_api(Service(settings, ImageScorer(settings.pool, "cpu", seen), seen)),
         base_url="http://127.0.0.1",  # the only host that a service without tokens answers as
         raise_server_exceptions=False,
     )
@@ -106,22 +106,22 @@ def http(plant: Plant) -> Iterator[TestClient]:
 # ---- answers
 
 
-def test_an_answer_is_the_inspector_s_and_names_its_version(http: TestClient, plant: Plant) -> None:
+def test_an_answer_equals_the_inspector_and_names_its_version(http: TestClient, plant: Plant) -> None:
     expected = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
     answer = http.post("/v1/press/gear/inspect", content=plant.images[0], headers=plant.headers(plant.press))
     assert answer.status_code == 200
-    told = answer.json()
-    (result,) = told["results"]
+    body = answer.json()
+    (result,) = body["results"]
     assert result["score"] == pytest.approx(expected.score, rel=1e-4)
     assert (result["anomalous"], result["threshold"]) == (expected.anomalous, expected.threshold)
     assert (result["width"], result["height"]) == (expected.width, expected.height)
     assert [region["area"] for region in result["regions"]] == [region.area for region in expected.regions]
-    assert told["version"] == "v0001"
-    assert told["sha256"] == read_bundle(plant.bundles["gear"]).version
-    assert set(told["timings_ms"]) == {"load", "decode", "wait", "score", "judge"}
+    assert body["version"] == "v0001"
+    assert body["sha256"] == read_bundle(plant.bundles["gear"]).version
+    assert set(body["timings_ms"]) == {"load", "decode", "wait", "score", "judge"}
 
 
-def test_a_form_of_several_has_a_result_or_a_reason_for_each(http: TestClient, plant: Plant) -> None:
+def test_a_form_with_several_images_has_a_result_or_an_error_for_each_image(http: TestClient, plant: Plant) -> None:
     files = [("images", ("a.png", plant.images[0])), ("images", ("b.png", plant.images[1][:300])), ("x", ("c", b"no"))]
     headers = {"authorization": f"Bearer {plant.press}"}
     results = http.post("/v1/press/gear/inspect", files=files, headers=headers).json()["results"]
@@ -137,7 +137,7 @@ def test_a_form_of_several_has_a_result_or_a_reason_for_each(http: TestClient, p
         ("POST", "/v1/press/gear/inspect?Version=candidate", "did you mean 'version'?"),
         ("POST", "/v1/press/gear/inspect?outputs=mask&version=v0001", "did you mean 'output'?"),
         ("POST", "/v1/press/gear/inspect?zzz=1", "this path takes include, output, version"),
-        ("POST", "/v1/press/gear/inspect?version=v0001&version=candidate", "'version' is given twice"),
+        ("POST", "/v1/press/gear/inspect?version=v0001&version=candidate", "'version' occurs twice"),
         ("POST", "/v1/press/gear/inspect?versoin=", "did you mean 'version'?"),
         ("GET", "/v1/press/gear?ref=v0001", "this path takes version"),
         ("GET", "/v1/press/gear/examples/0?versions=v0001", "did you mean 'version'?"),
@@ -147,7 +147,7 @@ def test_a_form_of_several_has_a_result_or_a_reason_for_each(http: TestClient, p
         ("PUT", "/v1/press/gear/aliases/candidate?version=v0001", "this path takes none"),
     ],
 )
-def test_a_query_parameter_that_a_path_does_not_take_is_a_422(
+def test_an_unknown_or_repeated_query_parameter_is_a_422(
     http: TestClient, plant: Plant, method: str, path: str, words: str
 ) -> None:
     answer = http.request(method, path, content=plant.images[0], headers=plant.headers(plant.press))
@@ -167,7 +167,7 @@ def test_a_query_parameter_that_a_path_does_not_take_is_a_422(
         (["form-data; name=images", "Content-Type: image/png"], ""),
     ],
 )
-def test_a_part_of_a_form_is_a_file_by_its_extended_name_or_type(
+def test_a_form_part_with_an_extended_filename_or_image_type_is_a_file(
     http: TestClient, plant: Plant, lines: list[str], name: str
 ) -> None:
     assert len(plant.images[0]) > 4096
@@ -179,19 +179,19 @@ def test_a_part_of_a_form_is_a_file_by_its_extended_name_or_type(
     assert [result["name"] for result in answer.json()["results"]] == [name]
 
 
-def test_a_field_that_is_no_file_is_told_how_to_become_one(http: TestClient, plant: Plant) -> None:
+def test_a_form_field_in_place_of_a_file_gets_advice(http: TestClient, plant: Plant) -> None:
     headers = {"authorization": f"Bearer {plant.press}"}
     files = {"images": ("a.png", plant.images[0])}
     answer = http.post("/v1/press/gear/inspect", data={"images": "x" * 5000}, files={"y": b"y"}, headers=headers)
     assert answer.status_code == 400
-    assert "give each image a file name" in answer.json()["detail"]
+    assert "file name" in answer.json()["detail"]
     answer = http.post("/v1/press/gear/inspect", data={"version": "candidate"}, files=files, headers=headers)
     assert answer.status_code == 422
     assert "?version=" in answer.json()["detail"]
 
 
-def test_pictures_come_by_query_and_by_accept(http: TestClient, plant: Plant) -> None:
-    found = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
+def test_query_and_accept_header_choose_a_picture(http: TestClient, plant: Plant) -> None:
+    inspection = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
     headers = plant.headers(plant.press)
 
     def ask(query: str, accept: str = "*/*") -> Any:
@@ -201,27 +201,29 @@ def test_pictures_come_by_query_and_by_accept(http: TestClient, plant: Plant) ->
 
     mask = ask("?output=mask")
     white = np.asarray(Image.open(io.BytesIO(mask.content)))
-    assert np.array_equal(white > 0, resize_map(found.anomaly_map, found.height, found.width) > found.pixel_threshold)
-    assert float(mask.headers["x-score"]) == pytest.approx(found.score, rel=1e-4)
+    assert np.array_equal(
+        white > 0, resize_map(inspection.anomaly_map, inspection.height, inspection.width) > inspection.pixel_threshold
+    )
+    assert float(mask.headers["x-score"]) == pytest.approx(inspection.score, rel=1e-4)
     assert ask("", "image/png").content == ask("?output=heatmap").content
-    assert Image.open(io.BytesIO(ask("?output=overlay").content)).size == (found.width, found.height)
+    assert Image.open(io.BytesIO(ask("?output=overlay").content)).size == (inspection.width, inspection.height)
     assert (ask("", "text/html").status_code, ask("", "text/html").json()["type"]) == (
         406,
         "urn:focus-ray:not-acceptable",
     )
 
 
-def test_the_map_s_values_are_the_inspector_s_to_an_eighth_bit(http: TestClient, plant: Plant) -> None:
-    found = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
+def test_map_values_equal_the_inspector_up_to_8_bit_rounding(http: TestClient, plant: Plant) -> None:
+    inspection = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
     answer = http.post(
         "/v1/press/gear/inspect?include=map", content=plant.images[0], headers=plant.headers(plant.press)
     )
-    told = answer.json()["results"][0]["map"]
-    values = np.asarray(Image.open(io.BytesIO(base64.b64decode(told["png"])))) * (told["high"] / 255)
-    assert np.abs(values - found.anomaly_map).max() <= told["high"] / 255
+    map_values = answer.json()["results"][0]["map"]
+    values = np.asarray(Image.open(io.BytesIO(base64.b64decode(map_values["png"])))) * (map_values["high"] / 255)
+    assert np.abs(values - inspection.anomaly_map).max() <= map_values["high"] / 255
 
 
-def test_a_card_shows_calibration_and_no_place_of_storage(http: TestClient, plant: Plant) -> None:
+def test_a_model_card_shows_calibration_and_no_storage_path(http: TestClient, plant: Plant) -> None:
     answer = http.get("/v1/press/gear", headers=plant.headers(plant.press))
     card = answer.json()
     assert card["calibration"]["image_threshold"] == read_bundle(plant.bundles["gear"]).calibration.image_threshold
@@ -229,16 +231,16 @@ def test_a_card_shows_calibration_and_no_place_of_storage(http: TestClient, plan
     assert plant.data not in answer.text
 
 
-def test_lists_show_what_the_team_has(http: TestClient, plant: Plant) -> None:
+def test_lists_show_teams_categories_and_versions(http: TestClient, plant: Plant) -> None:
     headers = plant.headers(plant.press)
     assert http.get("/v1", headers=headers).json() == {"teams": [PRESS], "scopes": ["inspect", "read"]}
     assert http.get("/v1/press", headers=headers).json()["categories"] == ["board", "gear"]
-    told = http.get("/v1/press/gear/versions", headers=headers).json()
-    assert [version["version"] for version in told["versions"]] == ["v0001"]
-    assert told["aliases"] == {"latest": "v0001", "production": "v0001"}
+    body = http.get("/v1/press/gear/versions", headers=headers).json()
+    assert [version["version"] for version in body["versions"]] == ["v0001"]
+    assert body["aliases"] == {"latest": "v0001", "production": "v0001"}
 
 
-def test_examples_are_shown_only_where_that_is_set(http: TestClient, plant: Plant) -> None:
+def test_examples_are_shown_only_if_the_setting_allows_them(http: TestClient, plant: Plant) -> None:
     assert http.get("/v1/press/gear/examples/0", headers=plant.headers(plant.press)).status_code == 404
     with client_of(settings_of(plant, examples={PRESS: [plant.data]})) as client:
         shown = client.get("/v1/press/gear/examples/0", headers=plant.headers(plant.press))
@@ -254,24 +256,24 @@ def test_a_folder_of_bundles_is_served_without_a_registry(plant: Plant) -> None:
         assert client.get("/v1").json()["teams"] == ["me"]
         assert client.get("/v1/me").json()["categories"] == ["board", "gear"]
         headers = {"content-type": "application/octet-stream"}
-        told = client.post("/v1/me/board/inspect", content=plant.images[0], headers=headers).json()
-        assert told["version"] == read_bundle(plant.bundles["board"]).version[:16]
+        body = client.post("/v1/me/board/inspect", content=plant.images[0], headers=headers).json()
+        assert body["version"] == read_bundle(plant.bundles["board"]).version[:16]
     settings = parse_settings({"bundles": folder, "team": PRESS, "tokens": plant.tokens})
     with client_of(settings) as client:
         admin = {"authorization": f"Bearer {plant.press_admin}"}
         refused = client.put("/v1/press/board/aliases/x", json={"version": "latest"}, headers=admin)
         assert refused.status_code == 404
-    with pytest.raises(RegistryError, match=r"there is no 'v9' of category 'board'"):
+    with pytest.raises(RegistryError, match=r"'v9'.*'board'"):
         FolderSource(folder, "me").resolve("me", "board", "v9")
-    with pytest.raises(RegistryError, match="a folder of bundles has no aliases to move: serve a registry"):
+    with pytest.raises(RegistryError, match="a folder of bundles"):
         FolderSource(folder, "me").roll_back("me", "board", "latest")
 
 
 # ---- who may ask what
 
 
-def test_another_team_s_category_cannot_be_told_from_one_that_is_not_there(http: TestClient, plant: Plant) -> None:
-    told = []
+def test_categories_of_other_teams_and_missing_categories_get_the_same_answer(http: TestClient, plant: Plant) -> None:
+    details = []
     for team, category in ((PRESS, "gear"), (PRESS, "nothing"), ("nobody", "gear")):
         answers = [
             http.post(f"/v1/{team}/{category}/inspect", content=plant.images[0], headers=plant.headers(plant.mill)),
@@ -280,25 +282,25 @@ def test_another_team_s_category_cannot_be_told_from_one_that_is_not_there(http:
         ]
         assert {answer.status_code for answer in answers} == {404}
         text = answers[0].json()["detail"].replace(team, "T").replace(category, "C")
-        assert all(a.json()["detail"].replace(team, "T").replace(category, "C") == text for a in answers)
-        told.append(text)
-    own = http.get("/v1/mill/nothing", headers=plant.headers(plant.mill)).json()["detail"]
-    told.append(own.replace("mill", "T").replace("nothing", "C"))
-    assert len(set(told)) == 1
+        assert all(answer.json()["detail"].replace(team, "T").replace(category, "C") == text for answer in answers)
+        details.append(text)
+    own_detail = http.get("/v1/mill/nothing", headers=plant.headers(plant.mill)).json()["detail"]
+    details.append(own_detail.replace("mill", "T").replace("nothing", "C"))
+    assert len(set(details)) == 1
 
 
 @pytest.mark.parametrize(
     "authorization",
     [None, "", "Bearer", "Bearer x", "Basic {press}", "Bearer {press}x", "bearer frs_000000000000_" + "a" * 43],
 )
-def test_without_a_token_in_force_nothing_is_told(http: TestClient, plant: Plant, authorization: str | None) -> None:
+def test_without_a_valid_token_every_path_is_a_401(http: TestClient, plant: Plant, authorization: str | None) -> None:
     headers = {} if authorization is None else {"authorization": authorization.format(press=plant.press)}
     for path in ("/v1", "/v1/press", "/v1/press/gear", "/v1/nobody/at-all/versions"):
         answer = http.get(path, headers=headers)
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
 
 
-def test_a_scope_that_is_missing_is_named(http: TestClient, plant: Plant) -> None:
+def test_a_403_names_the_missing_scope(http: TestClient, plant: Plant) -> None:
     refused = http.get("/v1/press/gear", headers=plant.headers(plant.press_inspect_only))
     assert (refused.status_code, refused.json()["detail"]) == (
         403,
@@ -312,7 +314,7 @@ def test_a_scope_that_is_missing_is_named(http: TestClient, plant: Plant) -> Non
     )
 
 
-def test_tokens_are_kept_hashed_and_read_again_and_expire(tmp_path: Path) -> None:
+def test_tokens_are_stored_as_hashes_and_read_again_and_expire(tmp_path: Path) -> None:
     file = str(tmp_path / "tokens.yaml")
     first, record = create_token(file, "press", ["inspect", "inspect"])
     assert first.rpartition("_")[2] not in Path(file).read_text()
@@ -327,17 +329,17 @@ def test_tokens_are_kept_hashed_and_read_again_and_expire(tmp_path: Path) -> Non
     revoke_token(file, record.id)
     store.refresh()
     assert store.authenticate(f"Bearer {first}") is None
-    told: list[str] = []
-    store.log = told.append
+    messages: list[str] = []
+    store.log = messages.append
     Path(file).write_text("tokens: [")
     store.refresh()
-    assert "the former ones stay in force" in told[0]
+    assert file in messages[0]
     assert store.authenticate(f"Bearer {second}") is not None
 
 
-def test_token_files_that_cannot_be_are_refused_without_showing_them(tmp_path: Path) -> None:
+def test_invalid_token_files_are_refused_without_showing_their_content(tmp_path: Path) -> None:
     file = str(tmp_path / "tokens.yaml")
-    with pytest.raises(ConfigError, match=r"cannot read the tokens: .*`focus-ray token create` makes the file"):
+    with pytest.raises(ConfigError, match=r"tokens\.yaml: .*focus-ray token create"):
         read_tokens(file)
     for content, match in (
         ("a: [", "not valid YAML$"),
@@ -352,18 +354,18 @@ def test_token_files_that_cannot_be_are_refused_without_showing_them(tmp_path: P
     _, record = create_token(file, "press", ["read"])
     tree = yaml.safe_load(Path(file).read_text())
     Path(file).write_text(yaml.safe_dump({"tokens": tree["tokens"] * 2}))
-    with pytest.raises(ConfigError, match="a token id is there twice"):
+    with pytest.raises(ConfigError, match=r"tokens\.yaml: .*twice"):
         read_tokens(file)
-    with pytest.raises(ConfigError, match="a token id is there twice"):
+    with pytest.raises(ConfigError, match=r"tokens\.yaml: .*twice"):
         revoke_token(file, record.id)
     Path(file).write_text("{}")
-    with pytest.raises(ConfigError, match="no token 'abc'; there are none"):
+    with pytest.raises(ConfigError, match=r"'abc'.*none"):
         revoke_token(file, "abc")
     with pytest.raises(ConfigError, match=r"scopes\.0"):
         create_token(file, "press", ["all"])
 
 
-def test_the_command_makes_lists_and_revokes_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_creates_lists_and_revokes_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(tmp_path / "tokens.yaml")
     assert (
         main(["token", "create", file, "--team", "press", "--scope", "admin", "--days", "2", "--note", "cell 7"]) == 0
@@ -380,11 +382,11 @@ def test_the_command_makes_lists_and_revokes_tokens(tmp_path: Path, capsys: pyte
     assert TokenStore(file).authenticate(f"Bearer {token}") is None
 
 
-def test_the_command_serves_neither_to_others_nor_what_is_not_there(
+def test_the_command_refuses_other_hosts_without_tokens_and_missing_bundles(
     plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", plant.registry, "--host", "0.0.0.0"]) == 1
-    assert "can be reached by others: set tokens=FILE" in capsys.readouterr().err
+    assert "'0.0.0.0'" in capsys.readouterr().err
     assert main(["serve", str(tmp_path)]) == 1
     assert "no bundle here" in capsys.readouterr().err
     assert main(["serve", plant.bundles["gear"], "pool.memry_mb=1"]) == 1
@@ -398,7 +400,7 @@ def big_png(width: int, height: int) -> bytes:
     return encode_png(np.zeros((height, width), dtype=np.uint8))
 
 
-def test_what_is_too_much_is_refused_and_says_how_much_is_allowed(http: TestClient, plant: Plant) -> None:
+def test_requests_above_the_limits_get_a_problem_document(http: TestClient, plant: Plant) -> None:
     headers = plant.headers(plant.press)
     form = {"authorization": headers["authorization"]}
 
@@ -415,7 +417,7 @@ def test_what_is_too_much_is_refused_and_says_how_much_is_allowed(http: TestClie
     assert refused(content=iter([b"x" * MIB] * 3), headers=headers)[:2] == (413, "too-large")
     status, code, detail = refused(content=big_png(1001, 1000), headers=headers)
     assert (status, code) == (422, "image-too-large")
-    assert "1001 x 1000 is 1001000 pixels; at most 1000000" in detail
+    assert "1001 x 1000" in detail
     assert refused(content=big_png(20_000, 20_000), headers=headers)[:2] == (422, "image-too-large")
     assert refused(content=b"", headers=headers)[:2] == (422, "no-image")
     assert refused(content=b"no image", headers=headers)[:2] == (422, "image-not-an-image")
@@ -427,10 +429,10 @@ def test_what_is_too_much_is_refused_and_says_how_much_is_allowed(http: TestClie
     assert http.post("/v1/press/gear/inspect?output=mask", files=two, headers=form).status_code == 422
 
 
-class Stuck(Scorer):
-    """Scores when it is let."""
+class Stuck(ImageScorer):
+    """Scores after `may_go` is set."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServiceSettings) -> None:
         super().__init__(settings.pool, "cpu")
         self.may_go = threading.Event()
 
@@ -444,34 +446,36 @@ class Stuck(Scorer):
     ("limits", "status"),
     [({"max_in_flight": 2}, 503), ({"max_in_flight_per_team": 2}, 429), ({"max_in_flight_mb": 0.02}, 503)],
 )
-def test_more_at_once_than_allowed_is_told_to_come_again(plant: Plant, limits: dict[str, Any], status: int) -> None:
+def test_requests_above_the_limit_in_flight_get_retry_after(plant: Plant, limits: dict[str, Any], status: int) -> None:
     settings = settings_of(plant, limits={**limits, "retry_after_s": 1.5})
     stuck = Stuck(settings)
     headers = plant.headers(plant.press)
-    body = plant.images[0].ljust(10_000, b"\0")  # Pillow takes no notice
+    body = plant.images[0].ljust(10_000, b"\0")  # Pillow ignores the bytes after the image
     with TestClient(create_api(Service(settings, stuck))) as client, ThreadPoolExecutor(6) as pool:
-        asked = [pool.submit(client.post, "/v1/press/gear/inspect", content=body, headers=headers) for _ in range(6)]
+        requests = [pool.submit(client.post, "/v1/press/gear/inspect", content=body, headers=headers) for _ in range(6)]
         try:
-            wait_for(lambda: sum(one.done() for one in asked) >= 4, 20, "four of six are refused", 0.01)
+            wait_for(
+                lambda: sum(request.done() for request in requests) >= 4, 20, "four of six requests are refused", 0.01
+            )
         finally:
             stuck.may_go.set()  # the pool waits for all
-        statuses = sorted(one.result().status_code for one in asked)
+        statuses = sorted(request.result().status_code for request in requests)
         assert statuses[:2] == [200, 200]
         assert set(statuses[2:]) == {status}
-        refused = next(one.result() for one in asked if one.result().status_code == status)
+        refused = next(request.result() for request in requests if request.result().status_code == status)
         assert refused.headers["retry-after"] == "2"
         again = client.post("/v1/press/gear/inspect", content=body, headers=headers)
-        assert again.status_code == 200  # nothing is held by what has ended
+        assert again.status_code == 200  # ended requests do not count any more
 
 
-def test_an_answer_that_takes_too_long_is_given_up(plant: Plant) -> None:
+def test_an_answer_that_takes_too_long_is_a_504(plant: Plant) -> None:
     settings = settings_of(plant, limits={"timeout_s": 0.2})
     with TestClient(create_api(Service(settings, Stuck(settings)))) as client:
         answer = client.post("/v1/press/gear/inspect", content=plant.images[0], headers=plant.headers(plant.press))
         assert (answer.status_code, answer.headers["retry-after"]) == (504, "1")
 
 
-def test_a_body_that_is_slow_or_of_no_length_is_refused() -> None:
+def test_a_slow_body_and_an_invalid_content_length_are_refused() -> None:
     async def receive() -> dict[str, Any]:
         await asyncio.sleep(10)
         return {}
@@ -481,14 +485,14 @@ def test_a_body_that_is_slow_or_of_no_length_is_refused() -> None:
         return Request(scope, receive)
 
     limits = Limits(body_timeout_s=0.05)
-    with pytest.raises(Problem, match=r"408 body-timeout: the body did not arrive within 0\.05 s"):
+    with pytest.raises(Problem, match=r"408 body-timeout: .*0\.05 s"):
         asyncio.run(read_body(request(b"5"), limits))
-    with pytest.raises(Problem, match="400 bad-request: the Content-Length header is not a number of bytes"):
-        announced_bytes(request(b"-1"), limits)
-    assert announced_bytes(request(b"5"), limits) == 5
+    with pytest.raises(Problem, match=r"400 bad-request: .*Content-Length"):
+        read_content_length(request(b"-1"), limits)
+    assert read_content_length(request(b"5"), limits) == 5
 
 
-def test_a_method_that_a_path_has_not_is_told(http: TestClient) -> None:
+def test_an_unsupported_method_is_a_405(http: TestClient) -> None:
     answer = http.delete("/healthz")
     assert (answer.status_code, answer.json()["type"]) == (405, "urn:focus-ray:method-not-allowed")
     assert answer.headers["allow"] == "GET"
@@ -509,7 +513,7 @@ MALFORMED_NAMES = (
 )
 
 
-def test_a_thousand_malformed_requests_get_no_error_of_ours_and_learn_nothing(http: TestClient, plant: Plant) -> None:
+def test_malformed_requests_cause_no_server_error_and_reveal_no_paths(http: TestClient, plant: Plant) -> None:
     draw = random.Random(0)
     good = plant.images[0]
     headers = plant.headers(plant.press)
@@ -558,7 +562,7 @@ def test_a_thousand_malformed_requests_get_no_error_of_ours_and_learn_nothing(ht
     assert http.post("/v1/press/gear/inspect", content=good, headers=headers).status_code == 200
 
 
-def test_every_answer_carries_the_security_headers_and_the_request_id_it_was_given(http: TestClient) -> None:
+def test_every_answer_has_security_headers_and_the_request_id(http: TestClient) -> None:
     for path in ("/", "/healthz", "/nothing", "/v1"):
         answer = http.get(path, headers={"x-request-id": "line-7.42"})
         assert answer.headers["x-request-id"] == "line-7.42"
@@ -567,8 +571,8 @@ def test_every_answer_carries_the_security_headers_and_the_request_id_it_was_giv
     assert http.get("/healthz", headers={"x-request-id": "a b"}).headers["x-request-id"] != "a b"
 
 
-def test_an_error_of_ours_is_told_without_its_inside(plant: Plant) -> None:
-    class Broken(Scorer):
+def test_an_unexpected_error_is_a_500_without_its_message(plant: Plant) -> None:
+    class Broken(ImageScorer):
         async def inspect(self, *arguments: Any, **options: Any) -> Any:
             raise RuntimeError("the secret inside")
 
@@ -580,7 +584,7 @@ def test_an_error_of_ours_is_told_without_its_inside(plant: Plant) -> None:
     assert "secret" not in answer.text
 
 
-def test_a_bundle_that_was_changed_is_not_served(plant: Plant, tmp_path: Path) -> None:
+def test_a_changed_bundle_is_not_served(plant: Plant, tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry")
     version = registry.publish(plant.bundles["gear"], PRESS)
     (file,) = Path(version.uri).glob("density-*")
@@ -605,63 +609,59 @@ def two_versions(plant: Plant, tmp_path: Path) -> Registry:
     return registry
 
 
-def test_a_promotion_and_a_roll_back_change_who_answers_and_fail_no_request(
-    plant: Plant, two_versions: Registry
-) -> None:
+def test_promotion_and_rollback_change_the_version_and_fail_no_request(plant: Plant, two_versions: Registry) -> None:
     settings = settings_of(plant, registry=two_versions.root, default_ref="production")
     headers = plant.headers(plant.press)
     admin = {"authorization": f"Bearer {plant.press_admin}"}
 
     def ask_until(client: TestClient, version: str) -> None:
-        def it_answers() -> bool:
+        def is_answering() -> bool:
             answer = client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers)
             assert answer.status_code == 200
             return bool(answer.json()["version"] == version)
 
-        wait_for(it_answers, 20, f"{version} answers", 0.0)
+        wait_for(is_answering, 20, f"{version} answers", 0.0)
 
     with client_of(settings) as client:
         ask_until(client, "v0001")
-        told = client.put("/v1/press/gear/aliases/production", json={"version": "candidate"}, headers=admin).json()
-        assert told == {"team": PRESS, "category": "gear", "alias": "production", "version": "v0002"}
+        body = client.put("/v1/press/gear/aliases/production", json={"version": "candidate"}, headers=admin).json()
+        assert body == {"team": PRESS, "category": "gear", "alias": "production", "version": "v0002"}
         ask_until(client, "v0002")
         assert client.post("/v1/press/gear/aliases/production/rollback", headers=admin).json()["version"] == "v0001"
         ask_until(client, "v0001")
-        named = client.post("/v1/press/gear/inspect?version=candidate", content=plant.images[0], headers=headers)
-        assert named.json()["version"] == "v0002"
+        by_alias = client.post("/v1/press/gear/inspect?version=candidate", content=plant.images[0], headers=headers)
+        assert by_alias.json()["version"] == "v0002"
         missing = client.post("/v1/press/gear/inspect?version=v0009", content=plant.images[0], headers=headers)
         assert missing.status_code == 404
 
 
-def test_thresholds_that_an_admin_sets_are_the_next_version_and_no_alias_but_latest_moves(
-    plant: Plant, two_versions: Registry
-) -> None:
+def test_thresholds_of_an_admin_are_a_new_version_and_only_latest_moves(plant: Plant, two_versions: Registry) -> None:
     settings = settings_of(plant, registry=two_versions.root, default_ref="production")
     admin = {"authorization": f"Bearer {plant.press_admin}"}
     reader = {"authorization": f"Bearer {plant.press}"}
-    place = "/v1/press/gear/versions/v0001/thresholds"
+    path = "/v1/press/gear/versions/v0001/thresholds"
     with client_of(settings) as client:
         before = client.get("/v1/press/gear?version=v0001", headers=admin).json()["calibration"]
-        made = client.post(place, json={"image_threshold": 2.5}, headers=admin)
-        assert made.status_code == 200
-        version = made.json()["version"]
+        created = client.post(path, json={"image_threshold": 2.5}, headers=admin)
+        assert created.status_code == 200
+        version = created.json()["version"]
         after = client.get(f"/v1/press/gear?version={version}", headers=admin).json()
         assert after["calibration"]["image_threshold"] == 2.5
         assert after["calibration"]["pixel_threshold"] == before["pixel_threshold"]
         assert any("set by hand" in line for line in after["caveats"])
         assert client.get("/v1/press/gear", headers=admin).json()["version"] == "v0001"
         for body in ({}, {"image_threshold": -1}, {"image_threshold": 1, "other": 2}, {"pixel_threshold": "nan"}):
-            assert client.post(place, json=body, headers=admin).status_code == 422
-        assert client.post(place, json={"image_threshold": 2}, headers=reader).status_code == 403
+            assert client.post(path, json=body, headers=admin).status_code == 422
+        assert client.post(path, json={"image_threshold": 2}, headers=reader).status_code == 403
         gone = client.post("/v1/press/gear/versions/v0099/thresholds", json={"image_threshold": 2}, headers=admin)
         assert gone.status_code == 404
     folder = parse_settings({"bundles": plant.bundles["gear"], "team": PRESS, "tokens": plant.tokens})
     with client_of(folder) as client:
-        place = "/v1/press/gear/versions/latest/thresholds"
-        assert client.post(place, json={"image_threshold": 2}, headers=admin).status_code == 409
+        path = "/v1/press/gear/versions/latest/thresholds"
+        assert client.post(path, json={"image_threshold": 2}, headers=admin).status_code == 409
 
 
-def test_a_canary_answers_its_share_and_a_shadow_only_scores(plant: Plant, two_versions: Registry) -> None:
+def test_a_canary_answers_its_share_and_a_shadow_never_answers(plant: Plant, two_versions: Registry) -> None:
     route = {"team": PRESS, "category": "gear", "ref": "production"}
     headers = plant.headers(plant.press)
     cases: list[tuple[dict[str, Any], set[str]]] = [
@@ -669,22 +669,22 @@ def test_a_canary_answers_its_share_and_a_shadow_only_scores(plant: Plant, two_v
         ({"shadow": "candidate"}, {"v0001"}),
     ]
     for change, answering in cases:
-        seen = Seen()
+        seen = MeasuresRecorder()
         settings = settings_of(plant, registry=two_versions.root, routes=[{**route, **change}])
         with client_of(settings, seen) as client:
-            told = [
+            answers = [
                 client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).json()
                 for _ in range(24)
             ]
-        assert {one["version"] for one in told} == answering
-        assert all((one["role"] == "canary") == (one["version"] == "v0002") for one in told)
+        assert {answer["version"] for answer in answers} == answering
+        assert all((answer["role"] == "canary") == (answer["version"] == "v0002") for answer in answers)
         if "shadow" in change:
             assert ("shadow", "v0002") in seen.roles
             assert seen.shadows
             assert not any(seen.shadows)  # both versions hold the same bundle
 
 
-def test_while_the_storage_fails_what_is_known_goes_on_answering(plant: Plant) -> None:
+def test_while_the_storage_fails_cached_versions_answer(plant: Plant) -> None:
     class Failing:
         broken = False
 
@@ -697,17 +697,17 @@ def test_while_the_storage_fails_what_is_known_goes_on_answering(plant: Plant) -
             return {}
 
     async def run() -> None:
-        source, told = Failing(), []
+        source, messages = Failing(), []
 
         async def warm(version: Version) -> None: ...
 
-        directory = Directory(source, 0.0, warm, lambda message, **facts: told.append(message))  # type: ignore[arg-type]
+        directory = VersionDirectory(source, 0.0, warm, lambda message, **facts: messages.append(message))  # type: ignore[arg-type]
         first = await directory.resolve(PRESS, "gear", "latest")
         source.broken = True
         for _ in range(20):
             assert await directory.resolve(PRESS, "gear", "latest") == first
             await asyncio.sleep(0.005)
-        assert "version not refreshed" in told
+        assert "version not refreshed" in messages
         with pytest.raises(DataError, match="the storage is away"):
             await directory.resolve(PRESS, "board", "latest")
 
@@ -717,7 +717,7 @@ def test_while_the_storage_fails_what_is_known_goes_on_answering(plant: Plant) -
 # ---- models in memory, and passes
 
 
-def test_models_are_held_within_their_budget_and_the_least_recently_used_goes(plant: Plant, tmp_path: Path) -> None:
+def test_the_model_cache_drops_the_least_recently_used_model_above_its_budget(plant: Plant, tmp_path: Path) -> None:
     registry = Registry(tmp_path)
     versions = [registry.publish(plant.bundles["gear"], f"team{number}") for number in range(5)]
 
@@ -725,11 +725,11 @@ def test_models_are_held_within_their_budget_and_the_least_recently_used_goes(pl
         loads: list[str] = []
         with ThreadPoolExecutor(1) as executor:
             cache = ModelCache(10**9, "cpu", executor, on_load=lambda version, seconds: loads.append(version.team))
-            one = await cache.get(versions[0])
-            cache.budget_bytes = cache.num_bytes + 2 * one.num_bytes  # three, whose backbone is shared
+            model = await cache.get(versions[0])
+            cache.budget_bytes = cache.num_bytes + 2 * model.num_bytes  # three, whose backbone is shared
             for number in (1, 2, 0, 3):
                 await cache.get(versions[number])
-            assert [key.partition("/")[0] for key in cache.keys] == ["team2", "team0", "team3"]
+            assert [key.partition("/")[0] for key in cache.loaded_keys] == ["team2", "team0", "team3"]
             assert cache.num_bytes <= cache.budget_bytes
             backbones = {id((await cache.get(versions[n])).inspector.bundle.detector.net.backbone) for n in (0, 2, 3)}
             assert len(backbones) == 1
@@ -740,7 +740,7 @@ def test_models_are_held_within_their_budget_and_the_least_recently_used_goes(pl
     asyncio.run(run())
 
 
-def test_a_bundle_that_is_not_what_was_published_is_refused(plant: Plant) -> None:
+def test_a_bundle_that_differs_from_the_published_one_is_refused(plant: Plant) -> None:
     version = Registry(plant.registry).resolve(PRESS, "gear")
     other = Version(PRESS, "gear", "v0001", plant.bundles["board"], version.sha256, version.published_at, 0)
 
@@ -748,13 +748,13 @@ def test_a_bundle_that_is_not_what_was_published_is_refused(plant: Plant) -> Non
         with ThreadPoolExecutor(1) as executor:
             await ModelCache(10**9, "cpu", executor).get(other)
 
-    with pytest.raises(BundleError, match="not the bundle that was published as v0001: publish it again"):
+    with pytest.raises(BundleError, match="published as v0001"):
         asyncio.run(run())
 
 
-def test_two_categories_of_one_backbone_score_in_one_pass_as_each_alone(plant: Plant) -> None:
-    seen = Seen()
-    scorer = Scorer(settings_of(plant).pool, "cpu", seen)
+def test_two_categories_with_one_backbone_share_a_pass_with_equal_scores(plant: Plant) -> None:
+    seen = MeasuresRecorder()
+    scorer = ImageScorer(settings_of(plant).pool, "cpu", seen)
     versions = [Registry(plant.registry).resolve(PRESS, category) for category in ("gear", "board")]
 
     async def run() -> list[Any]:
@@ -764,28 +764,28 @@ def test_two_categories_of_one_backbone_score_in_one_pass_as_each_alone(plant: P
         hold = threading.Event()
         first = asyncio.create_task(scorer._batcher.submit(Blocker(hold), 1))  # type: ignore[arg-type]
         await asyncio.sleep(0.05)
-        asked = [
+        inspections = [
             asyncio.create_task(scorer.inspect(version, plant.images[:3])) for version in versions for _ in range(2)
         ]
         await asyncio.sleep(0.5)
         hold.set()
         await asyncio.gather(first, return_exceptions=True)
-        return await asyncio.gather(*asked)
+        return await asyncio.gather(*inspections)
 
     answers = asyncio.run(run())
     assert seen.batches == [(12, 2, 1)]
     for number, version in enumerate(versions):
         expected = Inspector.load(version.uri, "cpu").inspect(plant.images[:3])
         for answer in answers[2 * number : 2 * number + 2]:
-            # squares: a training image lies in the memory itself, and what is left of its squared distance is rounding
+            # squares: the memory contains the training images, so their squared distances are rounding errors
             tolerance = 1e-4 * expected[0].threshold ** 2
-            for result, one in zip(answer.results, expected, strict=True):
+            for result, inspection in zip(answer.results, expected, strict=True):
                 assert isinstance(result, Inspection)
-                assert result.score**2 == pytest.approx(one.score**2, rel=2e-4, abs=tolerance)
+                assert result.score**2 == pytest.approx(inspection.score**2, rel=2e-4, abs=tolerance)
 
 
 class Blocker:
-    """An item that keeps the pass busy, and then fails."""
+    """An item that blocks the pass until `hold` is set, and then fails."""
 
     def __init__(self, hold: threading.Event) -> None:
         self.hold = hold
@@ -796,7 +796,7 @@ class Blocker:
         raise RuntimeError("let go")
 
 
-def test_detectors_that_share_no_backbone_share_no_pass(plant: Plant) -> None:
+def test_detectors_with_different_backbones_share_no_pass(plant: Plant) -> None:
     gear, board = (read_bundle(plant.bundles[name]).detector for name in ("gear", "board"))
     assert not can_share_backbone_pass(gear, board)
     images = torch.from_numpy(decode_batch(plant.images, 64))
@@ -804,7 +804,7 @@ def test_detectors_that_share_no_backbone_share_no_pass(plant: Plant) -> None:
     assert torch.equal(alone.score, gear(images).score)
 
 
-def test_what_waits_while_a_batch_runs_becomes_the_next_and_a_failure_stays_its_own() -> None:
+def test_items_that_wait_are_the_next_batch_and_an_error_fails_only_its_item() -> None:
     batches: list[list[int]] = []
 
     def run(items: Any) -> list[int]:
@@ -819,30 +819,32 @@ def test_what_waits_while_a_batch_runs_becomes_the_next_and_a_failure_stays_its_
             batcher: Batcher[int, int] = Batcher(run, 8, executor)
             first = asyncio.create_task(batcher.submit(0, 1))
             await asyncio.sleep(0.005)
-            others = [asyncio.create_task(batcher.submit(number, 4 if number == 9 else 1)) for number in range(1, 10)]
-            given_up = asyncio.create_task(batcher.submit(99, 1))
+            next_items = [
+                asyncio.create_task(batcher.submit(number, 4 if number == 9 else 1)) for number in range(1, 10)
+            ]
+            cancelled = asyncio.create_task(batcher.submit(99, 1))
             await asyncio.sleep(0.005)
-            given_up.cancel()
-            return await asyncio.gather(first, *others, return_exceptions=True)
+            cancelled.cancel()
+            return await asyncio.gather(first, *next_items, return_exceptions=True)
 
     results = asyncio.run(ask())
-    assert [r for r in results if not isinstance(r, Exception)] == [0, 10, 20, 30, 40, 50, 60, 80, 90]
+    assert [result for result in results if not isinstance(result, Exception)] == [0, 10, 20, 30, 40, 50, 60, 80, 90]
     assert str(results[7]) == "seven"
     assert batches[:2] == [[0], [1, 2, 3, 4, 5, 6, 7, 8]]
     assert batches[-1] == [9]
 
 
 @pytest.mark.parametrize("name", ["png", "jpeg", "exif", "tiff"])
-def test_one_decoding_gives_what_two_gave(name: str) -> None:
+def test_read_image_equals_probe_image_and_decode_image(name: str) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8))
-    target = io.BytesIO()
+    buffer = io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = 6
     if name == "exif":
-        picture.save(target, "JPEG", exif=exif)
+        picture.save(buffer, "JPEG", exif=exif)
     else:
-        picture.save(target, name, **({"exif": exif} if name == "tiff" else {}))
-    data = target.getvalue()
+        picture.save(buffer, name, **({"exif": exif} if name == "tiff" else {}))
+    data = buffer.getvalue()
     info, pixels = read_image(data, 64)
     assert info == probe_image(data)
     assert np.array_equal(pixels, decode_image(data, 64))
@@ -851,8 +853,8 @@ def test_one_decoding_gives_what_two_gave(name: str) -> None:
 # ---- sink
 
 
-def test_the_sink_keeps_a_sample_and_deletes_it_after_its_time(plant: Plant, tmp_path: Path) -> None:
-    seen = Seen()
+def test_the_sink_stores_a_sample_and_deletes_it_after_the_retention(plant: Plant, tmp_path: Path) -> None:
+    seen = MeasuresRecorder()
     sink = {"uri": str(tmp_path), "share": 1.0, "share_anomalous": 1.0, "max_buffer_mb": 0.05}
     with client_of(settings_of(plant, sink=sink), seen) as client:
         for image in plant.images:
@@ -867,14 +869,14 @@ def test_the_sink_keeps_a_sample_and_deletes_it_after_its_time(plant: Plant, tmp
         **({"dropped": 8 - len(rows)} if len(rows) < 8 else {}),
     }
     now = datetime.now(timezone.utc)
-    assert remove_old(str(tmp_path), now - timedelta(days=1)) == []
-    assert len(remove_old(str(tmp_path), now + timedelta(days=2))) == 1
+    assert delete_old_images(str(tmp_path), now - timedelta(days=1)) == []
+    assert len(delete_old_images(str(tmp_path), now + timedelta(days=2))) == 1
     assert not file.exists()
 
 
 def test_a_sink_that_cannot_be_written_fails_no_request(plant: Plant, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    seen = Seen()
+    seen = MeasuresRecorder()
     with client_of(settings_of(plant, sink={"uri": str(tmp_path / "file"), "share": 1.0}), seen) as client:
         headers = plant.headers(plant.press)
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).status_code == 200
@@ -882,22 +884,26 @@ def test_a_sink_that_cannot_be_written_fails_no_request(plant: Plant, tmp_path: 
 
 
 @pytest.mark.s3
-def test_registry_tokens_and_sink_may_lie_on_s3(s3: S3Server, plant: Plant) -> None:
+def test_registry_tokens_and_sink_work_on_s3(s3: S3Server, plant: Plant) -> None:
     root = s3.new_uri()
     registry = Registry(f"{root}/registry")
     registry.publish(plant.bundles["gear"], PRESS, aliases=["production"])
     token, _ = create_token(f"{root}/tokens.yaml", PRESS, ["inspect", "admin"])
-    places = {"registry": registry.root, "tokens": f"{root}/tokens.yaml", "sink": {"uri": f"{root}/sink", "share": 1.0}}
+    locations = {
+        "registry": registry.root,
+        "tokens": f"{root}/tokens.yaml",
+        "sink": {"uri": f"{root}/sink", "share": 1.0},
+    }
     headers = plant.headers(token)
-    with client_of(settings_of(plant, **places)) as client:
-        told = client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).json()
+    with client_of(settings_of(plant, **locations)) as client:
+        body = client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).json()
         registry.publish(plant.bundles["gear"], PRESS)
-        mine = {"authorization": headers["authorization"]}
-        moved = client.put("/v1/press/gear/aliases/production", json={"version": "v0002"}, headers=mine)
+        admin = {"authorization": headers["authorization"]}
+        moved = client.put("/v1/press/gear/aliases/production", json={"version": "v0002"}, headers=admin)
         assert moved.json()["version"] == "v0002"
     (expected,) = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])
-    slack = 1e-4 * expected.threshold**2  # near a training image what is left of a squared distance is rounding
-    assert told["results"][0]["score"] ** 2 == pytest.approx(expected.score**2, rel=2e-4, abs=slack)
+    slack = 1e-4 * expected.threshold**2  # near a training image, the squared distance is a rounding error
+    assert body["results"][0]["score"] ** 2 == pytest.approx(expected.score**2, rel=2e-4, abs=slack)
     assert registry.aliases(PRESS, "gear")["production"] == "v0002"
     filesystem, path = open_filesystem(f"{root}/sink")
     assert pq.read_table(path, filesystem=filesystem)["image"].to_pylist() == plant.images[:1]
@@ -910,7 +916,7 @@ def test_registry_tokens_and_sink_may_lie_on_s3(s3: S3Server, plant: Plant) -> N
     ("change", "match"),
     [
         ({"registry": None}, "set either registry or bundles, and not both"),
-        ({"tokens": None}, "tokens is not set, so anyone could ask"),
+        ({"tokens": None}, "tokens is not set"),
         ({"open_to_all": True}, "contradict each other"),
         ({"pool": {"max_batch": 1}}, r"pool\.max_batch: unknown key; did you mean 'max_batch_images'"),
         ({"pool": {"scaling": {"min_replicas": 3, "max_replicas": 2}}}, "min_replicas=3 is above max_replicas=2"),
@@ -919,27 +925,27 @@ def test_registry_tokens_and_sink_may_lie_on_s3(s3: S3Server, plant: Plant) -> N
         ({"pins": [{"name": "x", "team": "../a", "categories": ["b"]}]}, r"pins\.0\.team"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(plant: Plant, change: dict[str, Any], match: str) -> None:
+def test_contradictory_settings_are_refused(plant: Plant, change: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         settings_of(plant, **change)
 
 
-def test_other_machines_may_ask_only_with_tokens(plant: Plant) -> None:
+def test_other_machines_are_served_only_with_tokens(plant: Plant) -> None:
     open_settings = parse_settings({"registry": plant.registry, "open_to_all": True})
     check_host("127.0.0.1", open_settings)
     check_host("0.0.0.0", settings_of(plant))
     for host in ("0.0.0.0", "plant.example"):
-        with pytest.raises(ConfigError, match="can be reached by others: set tokens=FILE"):
+        with pytest.raises(ConfigError, match=rf"'{host}'.*tokens=FILE"):
             check_host(host, open_settings)
 
 
-def test_version_keys_tell_artifacts_apart(plant: Plant) -> None:
+def test_different_artifacts_have_different_version_keys(plant: Plant) -> None:
     registry = Registry(plant.registry)
-    keys = {version_key(registry.resolve(*of)) for of in ((PRESS, "gear"), (PRESS, "board"), (MILL, "gear"))}
+    keys = {version_key(registry.resolve(*names)) for names in ((PRESS, "gear"), (PRESS, "board"), (MILL, "gear"))}
     assert len(keys) == 3
 
 
-def test_one_replica_scores_what_it_takes_in_and_several_do_not(plant: Plant) -> None:
+def test_only_a_single_replica_both_receives_requests_and_scores(plant: Plant) -> None:
     pin = {"name": "boards", "team": PRESS, "categories": ["board"]}
     assert settings_of(plant).is_together
     assert not settings_of(plant, pins=[pin]).is_together
@@ -948,34 +954,34 @@ def test_one_replica_scores_what_it_takes_in_and_several_do_not(plant: Plant) ->
     assert not settings_of(plant, together=False).is_together
     assert not settings_of(plant, ingress={"max_replicas": 2}).is_together
     assert parse_settings(settings_of(plant).model_dump(mode="json")).is_together  # as a replica reads them
-    with pytest.raises(ConfigError, match="together=true leaves no replicas for pins: take it out"):
+    with pytest.raises(ConfigError, match=r"together=true.*pins"):
         settings_of(plant, together=True, pins=[pin])
 
 
 def test_only_the_pass_computes_in_parallel(plant: Plant) -> None:
-    former = torch.get_num_threads()
+    previous = torch.get_num_threads()
     try:
-        scorer = Scorer(settings_of(plant, pool={"num_threads": 2}).pool, "cpu")
+        scorer = ImageScorer(settings_of(plant, pool={"num_threads": 2}).pool, "cpu")
         threads = [
             pool.submit(torch.get_num_threads).result()
-            for pool in (scorer._batcher.executor, scorer._workers, scorer.models.executor)
+            for pool in (scorer._batcher.executor, scorer._judging_threads, scorer.models.executor)
         ]
         assert threads == [2, 1, 1]
     finally:
-        torch.set_num_threads(former)
+        torch.set_num_threads(previous)
 
 
-def test_a_region_is_the_same_in_the_package_in_documents_and_in_the_client() -> None:
-    own = {field.name: field.type for field in dataclasses.fields(Region)}
-    assert {field.name: field.type for field in dataclasses.fields(FoundRegion)} == own
-    assert {field.name: field.type for field in dataclasses.fields(RegionAnswer)} == own
+def test_regions_have_the_same_fields_in_package_http_and_client() -> None:
+    region_fields = {field.name: field.type for field in dataclasses.fields(Region)}
+    assert {field.name: field.type for field in dataclasses.fields(FoundRegion)} == region_fields
+    assert {field.name: field.type for field in dataclasses.fields(RegionAnswer)} == region_fields
     document = TypeAdapter(RegionAnswer).json_schema()
-    assert set(document["properties"]) == set(document["required"]) == set(own)
+    assert set(document["properties"]) == set(document["required"]) == set(region_fields)
     assert document["additionalProperties"] is False
 
 
-def test_what_a_scorer_answers_crosses_processes_without_its_maps(plant: Any) -> None:
-    found = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
-    sent = pickle.dumps(found.without_map())
-    assert len(sent) < 10_000
-    assert pickle.loads(sent).to_dict() == found.to_dict()
+def test_an_inspection_without_its_map_is_small_when_pickled(plant: Any) -> None:
+    inspection = Inspector.load(plant.bundles["gear"], "cpu").inspect(plant.images[:1])[0]
+    pickled = pickle.dumps(inspection.without_map())
+    assert len(pickled) < 10_000
+    assert pickle.loads(pickled).to_dict() == inspection.to_dict()
