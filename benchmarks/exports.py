@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from benchmarks.harness import add_arguments, keep_json, open_data, print_table
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.data.images import decode_image
-from focus_ray.export.check import TOLERANCE, check, expected_of
+from focus_ray.export.check import TOLERANCE, check_export, score_reference
 from focus_ray.export.examples import gather_examples
-from focus_ray.export.formats import MODEL, open_model, quantise, trace, write_onnx, write_openvino
-from focus_ray.export.scorer import OUTPUTS, Scorer
+from focus_ray.export.formats import MODEL_FILES, open_model, quantise, trace, write_onnx, write_openvino
+from focus_ray.export.scorer import OUTPUTS, ExportableScorer
 
 HEADER = (
     *("category", "to", "precision", "score", "score, median", "map", "verdicts", "AUROC", "of the export"),
@@ -52,18 +52,18 @@ def trained(arguments: argparse.Namespace) -> list[str]:
 def written(uri: str, folder: Path, scaling: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[str, str, Path]]:
     """Each format and precision, and the folder that holds it; as `write_model` writes them, but traced once a precision."""
     for half, precision in ((False, "fp32"), (True, "fp16")):
-        program = trace(Scorer(read_bundle(uri, precision="fp32"), half))
-        places = {to: folder / f"{to}-{precision}" for to in MODEL}
+        program = trace(ExportableScorer(read_bundle(uri, precision="fp32"), half))
+        places = {to: folder / f"{to}-{precision}" for to in MODEL_FILES}
         for place in places.values():
             place.mkdir()
-        torch.export.save(program, places["torch"] / MODEL["torch"])
-        backbone = write_onnx(program, places["onnx"] / MODEL["onnx"], OUTPUTS)
-        write_openvino(places["onnx"] / MODEL["onnx"], places["openvino"] / MODEL["openvino"])
+        torch.export.save(program, places["torch"] / MODEL_FILES["torch"])
+        backbone = write_onnx(program, places["onnx"] / MODEL_FILES["onnx"], OUTPUTS)
+        write_openvino(places["onnx"] / MODEL_FILES["onnx"], places["openvino"] / MODEL_FILES["openvino"])
         for to, place in places.items():
             yield to, precision, place
         if precision == "fp32":
-            quantise(places["onnx"] / MODEL["onnx"], scaling, backbone)
-            write_openvino(places["onnx"] / MODEL["onnx"], places["openvino"] / MODEL["openvino"])
+            quantise(places["onnx"] / MODEL_FILES["onnx"], scaling, backbone)
+            write_openvino(places["onnx"] / MODEL_FILES["onnx"], places["openvino"] / MODEL_FILES["openvino"])
             for to in ("onnx", "openvino"):
                 yield to, "int8", places[to]
 
@@ -71,20 +71,20 @@ def written(uri: str, folder: Path, scaling: Sequence[NDArray[np.uint8]]) -> Ite
 def measure(uri: str, most: int) -> list[dict[str, Any]]:
     bundle = read_bundle(uri, precision="fp32")
     examples = gather_examples(bundle, (), most)
-    expected = expected_of(bundle, examples.checking)
-    scaling = [decode_image(image, None) for image in examples.scaling]
+    reference = score_reference(bundle, examples.to_check)
+    scaling = [decode_image(image, None) for image in examples.for_int8]
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for to, precision, place in written(uri, Path(folder), scaling):
             num_bytes = sum(path.stat().st_size for path in place.iterdir())
-            one = check(open_model(place, to, torch.get_num_threads()), expected)
+            one = check_export(open_model(place, to, torch.get_num_threads()), reference)
             found.append(
                 {
                     "category": bundle.category,
                     "to": to,
                     "precision": precision,
                     "num_bytes": num_bytes,
-                    "image_px": sorted({pixels.shape[:2] for pixels in expected.pixels})[:3],
+                    "image_px": sorted({pixels.shape[:2] for pixels in reference.pixels})[:3],
                     "refused": one.failures(TOLERANCE[precision]),
                     **one.to_dict(),
                 }

@@ -66,7 +66,7 @@ class StreamShifts:
         except Exception as error:  # whatever it is, the requests have their answers
             self._log("shift not tested", level=logging.WARNING, error=str(error) or type(error).__name__, **facts)
             return
-        notice = recent.tell(shift)
+        notice = recent.report_once(shift)
         if shift is not None:
             self._measures.shift(version, shift)
         if notice is not None:

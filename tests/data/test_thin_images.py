@@ -21,7 +21,7 @@ from focus_ray.data.split import split_category
 from focus_ray.density.tiles import Tiles
 from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
-from focus_ray.export.scorer import Scorer
+from focus_ray.export.scorer import ExportableScorer
 from focus_ray.fitting.scoring import embed, shown_locations, to_images
 from focus_ray.serving.scorer import Scores, _decode, _judge
 
@@ -148,7 +148,7 @@ def test_an_image_without_a_cell_after_alignment_has_no_score(data: str, tmp_pat
 
 
 def test_an_export_calls_an_image_without_inspected_cells_anomalous_and_gives_no_score(bundle: str) -> None:
-    scorer = Scorer(read_bundle(bundle, precision="fp32"))
+    scorer = ExportableScorer(read_bundle(bundle, precision="fp32"))
     for size, is_inspected in (((512, 8), False), ((512, 128), True)):
         score, _, anomalous, _, _ = scorer(torch.from_numpy(strip(*size))[None])
         assert bool(torch.isfinite(score[0])) == is_inspected
