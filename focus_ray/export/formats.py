@@ -64,7 +64,7 @@ def write_model(
             torch.export.save(program, content)
         (folder / MODEL_FILES[to]).write_bytes(content.getbuffer())
         return
-    outputs = (*OUTPUTS, BOX) if scorer.to_frame.pads else OUTPUTS
+    outputs = (*OUTPUTS, BOX) if scorer.to_frame.has_padding else OUTPUTS
     path = folder / MODEL_FILES["onnx"]
     backbone = write_onnx(program, path, outputs)
     if precision == "int8":

@@ -10,7 +10,7 @@ import inspect
 import re
 from typing import Any
 
-from focus_ray.cluster.ray_private import READ_IN, check_private_parts
+from focus_ray.cluster.ray_private import RAY_VERSION, check_private_parts
 from focus_ray.errors import TrainingError
 
 _ATTRIBUTE = "__serve_multiplex_wrapper"  # of a replica, once `serve.multiplexed` was called on it
@@ -29,7 +29,7 @@ def check_serve_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
         if not re.search(rf"{re.escape(name)}\b", inspect.getsource(module)):
             raise TrainingError(
                 f"Ray {ray.__version__}: {module.__name__} no longer knows {name!r}, which tells which models a replica "
-                f"holds; it was there in Ray {READ_IN}: install that version, or a newer focus_ray"
+                f"holds; it was there in Ray {RAY_VERSION}: install that version, or a newer focus_ray"
             )
 
 
@@ -45,5 +45,5 @@ def forget_model(replica: Any, key: str) -> None:
     multiplexer = getattr(replica, _ATTRIBUTE)
     multiplexer.models.pop(key, None)
     if not hasattr(multiplexer, _PUSH):
-        raise AttributeError(f"Serve's multiplexer has no {_PUSH}: Ray {READ_IN} had it")
+        raise AttributeError(f"Serve's multiplexer has no {_PUSH}: Ray {RAY_VERSION} had it")
     setattr(multiplexer, _PUSH, True)

@@ -12,7 +12,7 @@ from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.batch import findings
+from focus_ray.cluster.batch import inspect_records
 from focus_ray.config import Config
 from focus_ray.data.images import ImageError, decode_image, encode_png
 from focus_ray.data.ingest import ingest
@@ -94,7 +94,7 @@ def test_inspection_of_a_thin_image_gives_an_error_and_no_verdict(bundle: str, d
     assert isinstance(finding, Inspection)
     assert finding.anomalous
     record = {"id": "gear/bad/thin", "label": 1, "defect_type": "bad", "site": "", "image": thin.read_bytes()}
-    assert "512 x 8" in findings(inspector, [record])["error"][0].as_py()
+    assert "512 x 8" in inspect_records(inspector, [record])["error"][0].as_py()
     labelled_record = {**record, "mask": None, "width": 512, "height": 8}
     with pytest.raises(DataError, match=r"^gear/bad/thin: .*512 x 8"):
         inspector.evaluate([labelled_record])
