@@ -97,8 +97,8 @@ class Model:
         """Computes metrics on labelled images, as `focus-ray evaluate` does.
 
         Args:
-            images: a folder with a layout that `focus-ray ingest` accepts, of which only the test images are used; or a list of
-                images; None: the test images of the folder that the model was fitted on.
+            images: the test images of a folder that `focus-ray ingest` can read; or a list of images; None: the test images
+                of the folder that the model was fitted on.
             labels: 0 good or 1 bad for each image of a list.
 
         Images that the model was trained on are left out of all metrics. "trained_on" of the result has their number.
@@ -160,8 +160,8 @@ def fit(
     """Fits a model on good images in this process, with the standard configuration.
 
     Args:
-        images: a folder of good images; a folder with a layout that `focus-ray ingest` accepts, of which only the good training
-            images are used; an ingested data set of one category; a list of images; or an array (N, H, W, 3), uint8.
+        images: a folder of good images; the good training images of a folder that `focus-ray ingest` can read; an ingested data
+            set of one category; a list of images; or an array (N, H, W, 3), uint8.
         groups: name of the part that each image of a list or array shows. Images of a part never judge each other. None or "":
             the only image of its part.
         group_by: rule that gives the parts of the images of a folder, as for `focus-ray ingest --group-by`: name:REGEX,

@@ -160,10 +160,10 @@ class PixelCurve:
         inside = int(np.searchsorted(fpr, fpr_limit, side="right"))
         area = float(np.sum(0.5 * (pro[1:inside] + pro[: inside - 1]) * np.diff(fpr[:inside])))
         if inside < fpr.size:
-            left, right = inside - 1, inside
-            slope = (pro[right] - pro[left]) / (fpr[right] - fpr[left])
-            width = fpr_limit - fpr[left]
-            area += float(width * (pro[left] + 0.5 * slope * width))
+            last_inside, first_outside = inside - 1, inside
+            slope = (pro[first_outside] - pro[last_inside]) / (fpr[first_outside] - fpr[last_inside])
+            width = fpr_limit - fpr[last_inside]
+            area += float(width * (pro[last_inside] + 0.5 * slope * width))
         return min(area / fpr_limit, 1.0)
 
     def auroc_bound(self) -> float:
@@ -186,10 +186,10 @@ class PixelCurve:
 
     def aupro_bound(self, fpr_limit: float) -> float:
         """Returns the error bound of `aupro`: inside a bin, the exact curve may deviate from the line between the corners."""
-        left, right = self.normals_above / self.num_normal, self.normals_at_or_above / self.num_normal
+        bin_start, bin_end = self.normals_above / self.num_normal, self.normals_at_or_above / self.num_normal
         rise = np.diff(self.overlap, prepend=0.0)
-        width = np.clip(fpr_limit - left, 0.0, right - left)
-        crossed_share = np.divide(width, right - left, out=np.zeros_like(width), where=right > left)
+        width = np.clip(fpr_limit - bin_start, 0.0, bin_end - bin_start)
+        crossed_share = np.divide(width, bin_end - bin_start, out=np.zeros_like(width), where=bin_end > bin_start)
         return float(np.sum(width * rise * (1.0 - 0.5 * crossed_share)) / fpr_limit)
 
 

@@ -169,7 +169,7 @@ def test_a_ray_cluster_that_is_gone_is_told_at_once(
     assert main([command, *words]) == 1
     assert time.monotonic() - started < 30
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"RAY_ADDRESS={place} does not answer (Connection refused): see that the cluster runs" in message
+    assert f"RAY_ADDRESS={place} does not answer (Connection refused): check that the cluster runs" in message
 
 
 def test_a_server_that_never_answers_is_no_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
