@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from benchmarks.harness import add_arguments, keep_json, open_data, print_table
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.data.images import decode_image
-from focus_ray.export.check import TOLERANCE, check, expected_of
+from focus_ray.export.check import TOLERANCE, check_export, score_reference
 from focus_ray.export.examples import gather_examples
-from focus_ray.export.formats import MODEL, open_model, quantise, trace, write_onnx, write_openvino
-from focus_ray.export.scorer import OUTPUTS, Scorer
+from focus_ray.export.formats import MODEL_FILES, open_model, quantise, trace, write_onnx, write_openvino
+from focus_ray.export.scorer import OUTPUTS, ExportableScorer
 
 HEADER = (
     *("category", "to", "precision", "score", "score, median", "map", "verdicts", "AUROC", "of the export"),
@@ -49,58 +49,64 @@ def trained(arguments: argparse.Namespace) -> list[str]:
     return found
 
 
-def written(uri: str, folder: Path, scaling: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[str, str, Path]]:
-    """Each format and precision, and the folder that holds it; as `write_model` writes them, but traced once a precision."""
+def write_all_formats(
+    uri: str, folder: Path, int8_images: Sequence[NDArray[np.uint8]]
+) -> Iterator[tuple[str, str, Path]]:
+    """Writes a bundle in all formats, as `write_model` does, but traces only once for each precision.
+
+    Yields: format, precision, folder.
+    """
     for half, precision in ((False, "fp32"), (True, "fp16")):
-        program = trace(Scorer(read_bundle(uri, precision="fp32"), half))
-        places = {to: folder / f"{to}-{precision}" for to in MODEL}
-        for place in places.values():
-            place.mkdir()
-        torch.export.save(program, places["torch"] / MODEL["torch"])
-        backbone = write_onnx(program, places["onnx"] / MODEL["onnx"], OUTPUTS)
-        write_openvino(places["onnx"] / MODEL["onnx"], places["openvino"] / MODEL["openvino"])
-        for to, place in places.items():
-            yield to, precision, place
+        program = trace(ExportableScorer(read_bundle(uri, precision="fp32"), half))
+        folders = {to: folder / f"{to}-{precision}" for to in MODEL_FILES}
+        for folder_of_format in folders.values():
+            folder_of_format.mkdir()
+        torch.export.save(program, folders["torch"] / MODEL_FILES["torch"])
+        backbone = write_onnx(program, folders["onnx"] / MODEL_FILES["onnx"], OUTPUTS)
+        write_openvino(folders["onnx"] / MODEL_FILES["onnx"], folders["openvino"] / MODEL_FILES["openvino"])
+        for to, folder_of_format in folders.items():
+            yield to, precision, folder_of_format
         if precision == "fp32":
-            quantise(places["onnx"] / MODEL["onnx"], scaling, backbone)
-            write_openvino(places["onnx"] / MODEL["onnx"], places["openvino"] / MODEL["openvino"])
+            quantise(folders["onnx"] / MODEL_FILES["onnx"], int8_images, backbone)
+            write_openvino(folders["onnx"] / MODEL_FILES["onnx"], folders["openvino"] / MODEL_FILES["openvino"])
             for to in ("onnx", "openvino"):
-                yield to, "int8", places[to]
+                yield to, "int8", folders[to]
 
 
-def measure(uri: str, most: int) -> list[dict[str, Any]]:
+def measure(uri: str, max_examples: int) -> list[dict[str, Any]]:
+    """Exports a bundle in all formats and returns a comparison with PyTorch for each."""
     bundle = read_bundle(uri, precision="fp32")
-    examples = gather_examples(bundle, (), most)
-    expected = expected_of(bundle, examples.checking)
-    scaling = [decode_image(image, None) for image in examples.scaling]
-    found = []
+    examples = gather_examples(bundle, (), max_examples)
+    reference = score_reference(bundle, examples.to_check)
+    int8_images = [decode_image(example.image, None) for example in examples.for_int8]
+    comparisons = []
     with tempfile.TemporaryDirectory() as folder:
-        for to, precision, place in written(uri, Path(folder), scaling):
-            num_bytes = sum(path.stat().st_size for path in place.iterdir())
-            one = check(open_model(place, to, torch.get_num_threads()), expected)
-            found.append(
+        for to, precision, folder_of_format in write_all_formats(uri, Path(folder), int8_images):
+            num_bytes = sum(path.stat().st_size for path in folder_of_format.iterdir())
+            comparison = check_export(open_model(folder_of_format, to, torch.get_num_threads()), reference)
+            comparisons.append(
                 {
                     "category": bundle.category,
                     "to": to,
                     "precision": precision,
                     "num_bytes": num_bytes,
-                    "image_px": sorted({pixels.shape[:2] for pixels in expected.pixels})[:3],
-                    "refused": one.failures(TOLERANCE[precision]),
-                    **one.to_dict(),
+                    "image_px": sorted({pixels.shape[:2] for pixels in reference.pixels})[:3],
+                    "refused": comparison.failures(TOLERANCE[precision]),
+                    **comparison.to_dict(),
                 }
             )
-            print(found[-1], flush=True)
-    return found
+            print(comparisons[-1], flush=True)
+    return comparisons
 
 
-def row(one: dict[str, Any]) -> list[Any]:
+def row(comparison: dict[str, Any]) -> list[Any]:
     return [
-        *(one[key] for key in ("category", "to", "precision")),
-        *(f"{one[key]:.1g}" for key in ("score_difference", "score_difference_median", "map_difference")),
-        f"{one['verdict_changes']} of {one['num_images']}",
-        *(one[key] for key in ("auroc_torch", "auroc_export")),
-        f"{one['num_bytes'] / 1e6:.0f}",
-        *(f"{one[key]:.0f}" for key in ("ms_torch", "ms_export")),
+        *(comparison[key] for key in ("category", "to", "precision")),
+        *(f"{comparison[key]:.1g}" for key in ("score_difference", "score_difference_median", "map_difference")),
+        f"{comparison['verdict_changes']} of {comparison['num_images']}",
+        *(comparison[key] for key in ("auroc_torch", "auroc_export")),
+        f"{comparison['num_bytes'] / 1e6:.0f}",
+        *(f"{comparison[key]:.0f}" for key in ("ms_torch", "ms_export")),
     ]
 
 

@@ -29,7 +29,7 @@ from focus_ray.data.read import iter_test_records
 from focus_ray.data.shards import MemoryShard, build_shard
 from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.density.base import sample_evenly
-from focus_ray.evaluation.evaluate import evaluation_size, summarise
+from focus_ray.evaluation.evaluate import compute_metrics_of_arrays, evaluation_size
 from focus_ray.evaluation.inspection import resize_map
 from focus_ray.fitting.anomaly_map import AnomalyMapGenerator, smooth, upsample
 from focus_ray.fitting.profile import MAX_IMAGES, compute_profile
@@ -138,7 +138,7 @@ def patchcore(
         has_mask = record["mask"] is not None
         mask = decode_mask(record["mask"], height, width) if has_mask else np.zeros((height, width), dtype=bool)
         masks.append(mask if has_mask or not record["label"] else None)
-    figures = summarise(labels, types, scores, maps, masks, 0.0, 0.05)
+    figures = compute_metrics_of_arrays(labels, types, scores, maps, masks, 0.0, 0.05)
     ms = 1e3 * (time.perf_counter() - start) / len(labels)
     images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixels(labels, masks, maps)}
     return {**figures, **images, "fit_s": fit_s, "features_s": features_s, "ms": ms}

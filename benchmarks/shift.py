@@ -83,7 +83,7 @@ def images_until_notice(calibration: Scores, stream: Scores) -> int | None:
     recent = RecentScores()
     for end in range(STREAM_BATCH, stream.size + 1, STREAM_BATCH):
         due = recent.add(stream[end - STREAM_BATCH : end].tolist())
-        if due and recent.tell(compare_stream(calibration, recent.take())):
+        if due and recent.report_once(compare_stream(calibration, recent.take())):
             return end
     return None
 

@@ -1,4 +1,4 @@
-"""Three lines of Python: fit good images, inspect new ones, save. The same path as the commands, without a cluster.
+"""Python interface: fit a model on good images, inspect new images, save the model. Same code as the commands, without a cluster.
 
 model = focus_ray.fit("photographs/", weights="resnet18.pth")
 print(model.inspect("new.png").verdict)
@@ -42,50 +42,51 @@ from focus_ray.standard import find_config
 from focus_ray.storage import join, read_bytes
 
 Image = str | Path | bytes | NDArray[Any] | Pillow.Image
-"""A path of an image file, its encoded bytes, a Pillow image, or pixels: uint8 (H, W) grey or (H, W, 3) RGB."""
+"""An image: the path or the bytes of an image file, a Pillow image, or pixels as uint8 (H, W) grey or (H, W, 3) RGB."""
 
-_NAME = "images"  # of the category that images in no folder of a category make
+_DEFAULT_CATEGORY = "images"  # name of a category whose images have no folder with a name
 
 
 class Model:
-    """A fitted model of one category. Made by `fit` or `load`.
+    """A fitted model of one category. `fit` and `load` return it.
 
     Attributes:
-        inspector: what scores.  category: its name.
+        inspector: scores images with the bundle.
+        category: name of the category.
     """
 
     def __init__(
         self, inspector: Inspector, place: str, scratch: tempfile.TemporaryDirectory[str] | None = None
     ) -> None:
         self.inspector, self.category = inspector, inspector.bundle.category
-        self._place, self._scratch = place, scratch  # the folder lives as long as the model
+        self._place, self._scratch = place, scratch  # the temporary folder must live as long as the model
 
     @property
     def threshold(self) -> float:
-        """Of image scores."""
+        """The image threshold: an image with a higher score is anomalous."""
         return self.inspector.bundle.calibration.image_threshold
 
     @property
     def caveats(self) -> list[str]:
-        """What a reader of verdicts has to be told, in plain sentences."""
+        """Sentences about the limits of the verdicts for the user."""
         return self.inspector.bundle.calibration.caveats()
 
     def inspect(self, image: Image) -> Inspection:
-        """What is found in one image. Raises: DataError: it cannot be read, or is none of the kinds of `Image`."""
-        return self.inspector.inspect([image if isinstance(image, (str, Path)) else _encoded(image)])[0]
+        """Inspects one image. Raises: DataError: the image cannot be read, or has none of the types of `Image`."""
+        return self.inspector.inspect([image if isinstance(image, (str, Path)) else _encode(image)])[0]
 
     def inspect_all(self, images: str | Path | Sequence[Image] | NDArray[Any]) -> list[Inspection]:
-        """One `Inspection` for each image, in order.
+        """Inspects images and returns one `Inspection` for each, in order.
 
         Args: images: a folder; a list; an array (N, H, W, 3), or (N, H, W) of grey images; or one image, (H, W, 3) or (H, W).
 
-        Raises: DataError: as `inspect`; the message names the image by its path or its place in the list.
+        Raises: DataError: as `inspect`; the message names the path or the number of the image.
         """
         if isinstance(images, (str, Path)):
             return self.inspector.inspect(find_image_files(Path(images).expanduser()))
         return self.inspector.inspect(
             [
-                image if isinstance(image, (str, Path)) else _encoded(image, f"image {number}")
+                image if isinstance(image, (str, Path)) else _encode(image, f"image {number}")
                 for number, image in enumerate(_as_list(images))
             ]
         )
@@ -93,53 +94,55 @@ class Model:
     def evaluate(
         self, images: str | Path | Sequence[Image] | None = None, labels: Sequence[int] | None = None
     ) -> dict[str, Any]:
-        """Metrics on labelled images, as `focus-ray evaluate` gives them.
+        """Computes metrics on labelled images, as `focus-ray evaluate` does.
 
         Args:
-            images: a folder in a shape that ingest knows, of which the test images count; or a list of images, with
-                labels, 0 good or 1 bad; None: the test images that lay beside the good ones when this was fitted.
+            images: the test images of a folder that `focus-ray ingest` can read; or a list of images; None: the test images
+                of the folder that the model was fitted on.
+            labels: 0 good or 1 bad for each image of a list.
 
-        Images that the model was trained on are left out of all metrics; "trained_on" of the result counts them.
+        Images that the model was trained on are left out of all metrics. "trained_on" of the result has their number.
 
-        Raises: DataError: no labelled image that the model was not trained on, a label other than 0 and 1, or the counts differ.
+        Raises: DataError: there is no labelled image that the model was not trained on, a label is not 0 or 1, or the numbers of
+            images and labels differ.
         """
         if labels is not None:
             if images is None:
-                raise DataError("evaluate needs images beside labels: give the images that the labels belong to")
-            given = [images] if isinstance(images, (str, Path)) else _as_list(images)
-            if len(given) != len(labels):
-                raise DataError(f"{len(given)} images, but {len(labels)} labels: give one label an image")
-            return self.inspector.evaluate(_records(given, _checked_labels(labels)))
+                raise DataError("evaluate got labels without images: give the images that the labels belong to")
+            image_list = [images] if isinstance(images, (str, Path)) else _as_list(images)
+            if len(image_list) != len(labels):
+                raise DataError(f"{len(image_list)} images, but {len(labels)} labels: give one label for each image")
+            return self.inspector.evaluate(_records(image_list, _checked_labels(labels)))
         if images is None:
             data = str(self.inspector.bundle.config.data.uri)
             if not Path(data).expanduser().exists() and "://" not in data:
                 raise DataError(
-                    "the images that this model was fitted on are not here any more: give a folder, or images and labels"
+                    f"{data}: the images that this model was fitted on do not exist any more: give a folder, or images and labels"
                 )
             return self.inspector.evaluate(iter_test_records(data, self.category))
         if not isinstance(images, (str, Path)):
-            raise DataError("evaluate needs labels beside images: 0 for a good part, 1 for a bad one")
+            raise DataError("evaluate needs labels for a list of images: 0 for a good part, 1 for a bad part")
         with tempfile.TemporaryDirectory() as folder:
-            data, category = _ingested(Path(images).expanduser(), Path(folder))
+            data, category = _ingest_or_use(Path(images).expanduser(), Path(folder))
             return self.inspector.evaluate(iter_test_records(data, category))
 
     def save(self, place: str | Path) -> str:
-        """Writes the bundle, which `load`, `focus-ray inspect` and `focus-ray serve` read. Returns: its place.
+        """Writes the model as a bundle for `load`, `focus-ray inspect` and `focus-ray serve`. Returns the place as text.
 
-        Args: place: a folder's path, or an s3:// URI; a bundle that is there is replaced.
+        Args: place: path of a folder, or an s3:// URI. An existing bundle is replaced.
         """
         copy_bundle(self._place, read_manifest(self._place), place)
         return str(place)
 
     def to_files(self) -> dict[str, bytes]:
-        """The bundle's files by name, for what carries bytes, such as a pickle."""
+        """Returns the content of all files of the bundle by name, for instance to pickle the model."""
         manifest = read_manifest(self._place)
         names = [MANIFEST, *(str(entry["name"]) for entry in manifest["files"].values())]
         return {name: read_bytes(join(self._place, name)) for name in names}
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes]) -> Model:
-        """Undoes `to_files`. Raises: BundleError: they are no bundle."""
+        """Makes a model from the result of `to_files`. Raises: BundleError: the files are no bundle."""
         scratch = tempfile.TemporaryDirectory(prefix="focus-ray-")
         for name, content in files.items():
             (Path(scratch.name) / Path(name).name).write_bytes(content)
@@ -154,36 +157,39 @@ def fit(
     log: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Model:
-    """A model of good images, fitted in this process by the standard configuration.
+    """Fits a model on good images in this process, with the standard configuration.
 
     Args:
-        images: a folder of good images, or one in a shape that ingest knows, whose good training images count; an ingested data
-            set of one category; or images: a list, or an array (N, H, W, 3), uint8.
-        groups: name of the part that each image of a list or array shows; images of one part never judge each other. None or ""
-            is an image that is its own part.
-        group_by: the same for a folder, by a rule as of `focus-ray ingest --group-by`: name:REGEX, folder:LEVEL,
-            table:FILE:COLUMN or time:SECONDS.
-        log: told of each step, in a line.
-        settings: of the configuration, by their key's last part where it is one setting's (`image_size_px=224`), or in full
-            with `__` for the dots (`model__weights="resnet18.pth"`); `focus-ray config explain` tells of them.
+        images: a folder of good images; the good training images of a folder that `focus-ray ingest` can read; an ingested data
+            set of one category; a list of images; or an array (N, H, W, 3), uint8.
+        groups: name of the part that each image of a list or array shows. Images of a part never judge each other. None or "":
+            the only image of its part.
+        group_by: rule that gives the parts of the images of a folder, as for `focus-ray ingest --group-by`: name:REGEX,
+            folder:LEVEL, table:FILE:COLUMN or time:SECONDS.
+        log: receives a line for each step.
+        settings: settings of the configuration. The name is the last part of the key if only one key ends with it
+            (`image_size_px=224`), or the full key with `__` for the dots (`model__weights="resnet18.pth"`).
+            `focus-ray config explain` explains all settings.
 
     Raises:
-        DataError: no usable image, or fewer than 4 images or parts; groups that do not fit the images.
-        ConfigError: a setting is not known or does not fit.
-        WeightsError: the backbone's weights cannot be had.
+        DataError: there are fewer than 4 usable images or parts, or the groups do not fit the images.
+        ConfigError: a setting is unknown or has a wrong value.
+        WeightsError: the weights of the backbone are not available.
         MissingPackageError: the extra `train` is not installed.
     """
     require_extra("train", "focus_ray.fit")
     scratch = tempfile.TemporaryDirectory(prefix="focus-ray-")
     root = Path(scratch.name)
-    tree = _settings(settings)
+    tree = _merge_settings(settings)
     tree.setdefault("data", {})
-    config = _parse(tree, str(root / "data"))
+    config = _parse_tree(tree, str(root / "data"))
     if config.trackers:
-        raise ConfigError("trackers: fit records nothing; `focus-ray fit` and `focus-ray train` do: leave it out")
+        raise ConfigError(
+            "trackers: focus_ray.fit supports no trackers: leave them out, or use `focus-ray fit` or `focus-ray train`"
+        )
     check_prerequisites(config)
-    data, category = _ingested(images, root, groups, group_by)
-    config = _parse(tree, data)
+    data, category = _ingest_or_use(images, root, groups, group_by)
+    config = _parse_tree(tree, data)
     split = split_category(config, category)
     train_here(config, [split], str(root), log or (lambda message: None), raise_at_once=True)
     place = bundle_place(str(root), category)
@@ -191,97 +197,112 @@ def fit(
 
 
 def load(place: str | Path) -> Model:
-    """A model that was saved, or a bundle that `focus-ray train` made. Raises: DataError: several categories; BundleError."""
-    found = find_bundles(str(place))
-    if len(found) > 1:
+    """Loads a saved model or a bundle of `focus-ray train`.
+
+    Raises:
+        DataError: the place has bundles of several categories.
+        BundleError: the bundle is missing or damaged.
+    """
+    bundles = find_bundles(str(place))
+    if len(bundles) > 1:
         raise DataError(
-            f"{place}: bundles of {', '.join(found)}: give one of them, for instance {next(iter(found.values()))}"
+            f"{place}: has bundles of {', '.join(bundles)}: give a single bundle, for instance {next(iter(bundles.values()))}"
         )
-    (uri,) = found.values()
+    (uri,) = bundles.values()
     return Model(Inspector.load(uri), uri)
 
 
-def _parse(tree: Mapping[str, Any], data: str) -> Config:
+def _parse_tree(tree: Mapping[str, Any], data: str) -> Config:
+    """Parses a tree of settings with the data set `data`."""
     return parse_config({**tree, "data": {**tree["data"], "uri": data}}, "settings")
 
 
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The standard configuration with settings by name. Raises: ConfigError: a name is no key, or several keys' end."""
+def _merge_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the standard configuration with changed settings. Raises: ConfigError: a name matches no key, or several keys."""
     tree = read_mapping(find_config("default", "run"))
     for section in ("data", "cluster"):
         tree.pop(section, None)
     tree.pop("name", None)
-    keys = list(_keys(Config))
-    for name, value in given.items():
+    keys = list(_setting_keys(Config))
+    for name, value in changes.items():
         dotted = name.replace("__", ".")
         matching = [key for key in keys if key == dotted or key.endswith(f".{dotted}")]
         if dotted in keys:
             matching = [dotted]
         if not matching:
-            ends = {key.rpartition(".")[2] for key in keys}
-            close = difflib.get_close_matches(dotted.rpartition(".")[2], ends, n=1)
+            last_parts = {key.rpartition(".")[2] for key in keys}
+            close = difflib.get_close_matches(dotted.rpartition(".")[2], last_parts, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "`focus-ray config explain` lists them"
             raise ConfigError(f"{name}: no such setting; {hint}")
         if len(matching) > 1:
-            raise ConfigError(f"{name}: could be {' or '.join(matching)}: write {matching[0].replace('.', '__')}")
-        part = tree
-        *sections, last = matching[0].split(".")
+            raise ConfigError(f"{name}: matches {' and '.join(matching)}: write {matching[0].replace('.', '__')}")
+        section_tree = tree
+        *sections, last_part = matching[0].split(".")
         for section in sections:
-            part = part.setdefault(section, {})
-        part[last] = str(value) if isinstance(value, Path) else value
+            section_tree = section_tree.setdefault(section, {})
+        section_tree[last_part] = str(value) if isinstance(value, Path) else value
     return tree
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings and sections."""
+def _setting_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of all settings and sections."""
     for name, field in model.model_fields.items():
         yield f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+            yield from _setting_keys(field.annotation, f"{prefix}{name}.")
 
 
-def _ingested(
+def _ingest_or_use(
     images: Any, root: Path, groups: Sequence[str | int | None] | None = None, group_by: str | None = None
 ) -> tuple[str, str]:
-    """The Parquet set of these images below `root`, or the one given, and its category. Raises: DataError."""
+    """Ingests images into a data set below `root`. An ingested data set is used directly.
+
+    Returns: URI of the data set, name of its category.
+
+    Raises: DataError: the images cannot be ingested, or there are several categories.
+    """
     if groups is not None and isinstance(images, (str, Path)):
-        raise DataError(f"{images}: groups belong to a list or array of images: give group_by for a folder")
+        raise DataError(f"{images}: groups is for a list or array of images: give group_by for a folder")
     if group_by is not None and not isinstance(images, (str, Path)):
-        raise DataError(f"group_by={group_by!r} belongs to a folder: give groups for a list or array of images")
+        raise DataError(f"group_by={group_by!r} is for a folder: give groups for a list or array of images")
     source = Path(images).expanduser() if isinstance(images, (str, Path)) and "://" not in str(images) else None
     if isinstance(images, (str, Path)) and (source is None or any(source.glob("category=*"))):
         uri = str(images)
         if group_by is not None:
-            raise DataError(f"group_by={group_by!r}: {uri} is ingested already: give --group-by to `focus-ray ingest`")
-        return uri, _only(list_categories(uri), uri)
+            raise DataError(f"group_by={group_by!r}: {uri} is already ingested: give --group-by to `focus-ray ingest`")
+        return uri, _only_category(list_categories(uri), uri)
     rule: str | GroupRule | None = group_by
     if source is None:
-        source = _written(images, root / _NAME)
-        rule = _rule_of_groups(groups, source)
+        source = _write_images(images, root / _DEFAULT_CATEGORY)
+        rule = _make_group_rule(groups, source)
     elif not source.is_dir():
         raise DataError(f"{source}: no such folder: give a folder of good images")
     else:
-        source = as_good(source, root)
+        source = link_into_good_folder(source, root)
     report = ingest(source, root / "data", progress=False, group_by=rule)
-    name = _only([category.name for category in report.categories], str(source))
+    name = _only_category([category.name for category in report.categories], str(source))
     return str(root / "data"), name
 
 
-def _only(categories: Sequence[str], place: str) -> str:
+def _only_category(categories: Sequence[str], place: str) -> str:
+    """Returns the only category. Raises: DataError: there is none, or there are several."""
     if len(categories) != 1:
         raise DataError(
-            f"{place}: holds {len(categories)} categories ({', '.join(categories) or 'none'}): give the folder of one, or use "
-            "`focus-ray train` for all"
+            f"{place}: has {len(categories)} categories ({', '.join(categories) or 'none'}): give the folder of one category, or "
+            "use `focus-ray train` for all categories"
         )
     return categories[0]
 
 
-def as_good(source: Path, root: Path) -> Path:
-    """A folder of nothing but images, as one below `root` whose good/ they are, by links, or copies; any other as it is."""
+def link_into_good_folder(source: Path, root: Path) -> Path:
+    """Returns a folder with the images of a flat folder in good/, made below `root` with links or copies.
+
+    A source folder with subfolders, or without images, is returned unchanged.
+    """
     if not list_image_files(source) or list_subfolders(source):
         return source
     name = source.resolve().name
-    folder = root / (name if is_name(name) else _NAME) / "good"
+    folder = root / (name if is_name(name) else _DEFAULT_CATEGORY) / "good"
     folder.mkdir(parents=True)
     for path in (Path(str(item)) for item in list_image_files(source)):
         try:
@@ -291,27 +312,27 @@ def as_good(source: Path, root: Path) -> Path:
     return folder.parent
 
 
-def _written(images: Any, folder: Path) -> Path:
-    """Images, as files of folder/good/."""
+def _write_images(images: Any, folder: Path) -> Path:
+    """Writes images as files into folder/good/ and returns the folder."""
     (folder / "good").mkdir(parents=True)
     for number, image in enumerate(_as_list(images)):
         name = f"{number:06}"
         if isinstance(image, (str, Path)):
             path = Path(image).expanduser()
             suffix = path.suffix if path.suffix.lower() in IMAGE_SUFFIXES else ".png"
-            (folder / "good" / f"{name}{suffix}").write_bytes(_encoded(path))
+            (folder / "good" / f"{name}{suffix}").write_bytes(_encode(path))
         else:
-            (folder / "good" / f"{name}.png").write_bytes(_encoded(image, f"image {number}"))
+            (folder / "good" / f"{name}.png").write_bytes(_encode(image, f"image {number}"))
     return folder
 
 
-def _rule_of_groups(groups: Sequence[str | int | None] | None, folder: Path) -> GroupRule | None:
-    """Returns the rule that gives each image of `_written` its group. Raises: DataError: another number of groups than images."""
+def _make_group_rule(groups: Sequence[str | int | None] | None, folder: Path) -> GroupRule | None:
+    """Returns the rule that gives each file of `_write_images` its group. Raises: DataError: the groups do not fit the images."""
     if groups is None:
         return None
     files = list_image_files(folder / "good")
     if len(groups) != len(files):
-        raise DataError(f"{len(files)} images, but {len(groups)} groups: give one group an image")
+        raise DataError(f"{len(files)} images, but {len(groups)} groups: give one group for each image")
     names: dict[str, str] = {}
     for file, group in zip(files, groups, strict=True):
         if group is not None and (isinstance(group, bool) or not isinstance(group, (str, int, np.integer))):
@@ -320,20 +341,20 @@ def _rule_of_groups(groups: Sequence[str | int | None] | None, folder: Path) -> 
     return TableRule("groups", names, folder) if any(names.values()) else None
 
 
-_MOST_CHANNELS = 4
+_MAX_CHANNELS = 4
 
 
 def _as_list(images: Any) -> list[Any]:
-    """The images of a list or of an array, NumPy's or another library's; one image is a list of one."""
+    """Returns the images of a list or an array of any library as a list. A single image becomes a list with one item."""
     if isinstance(images, (bytes, bytearray, Pillow.Image)):
         return [images]
     if hasattr(images, "__array__") and hasattr(images, "ndim"):
         array = np.asarray(images)
-        if array.ndim == 2 or (array.ndim == 3 and array.shape[2] <= _MOST_CHANNELS):
+        if array.ndim == 2 or (array.ndim == 3 and array.shape[2] <= _MAX_CHANNELS):
             return [array]
         if array.ndim == 3 and array.shape[0] == 3:
             warnings.warn(
-                f"an array of shape {array.shape} is taken as 3 grey images: if it is one RGB image with its channels first, "
+                f"an array of shape {array.shape} is read as 3 grey images: for one RGB image with the channels first, "
                 "give images.transpose(1, 2, 0)",
                 stacklevel=3,
             )
@@ -341,15 +362,21 @@ def _as_list(images: Any) -> list[Any]:
     return list(images)
 
 
-def _is_one(image: NDArray[Any]) -> bool:
-    """Whether an array is one image: (H, W), or (H, W, 3). A grey image 4 pixels wide at most is a row of pixels by mistake."""
+def _is_single_image(image: NDArray[Any]) -> bool:
+    """Returns whether an array is one image: (H, W), (H, W, 1) or (H, W, 3).
+
+    An array (H, W) with W up to 4 is more likely a row of pixels, so it does not count as an image.
+    """
     if image.ndim == 2:
-        return image.shape[1] > _MOST_CHANNELS
+        return image.shape[1] > _MAX_CHANNELS
     return image.ndim == 3 and image.shape[2] in (1, 3)
 
 
-def _encoded(image: Any, name: str = "") -> bytes:
-    """Bytes of an image file. name: of the image, for errors. Raises: DataError: none of the kinds of `Image`."""
+def _encode(image: Any, name: str = "") -> bytes:
+    """Returns the bytes of an image file for an image of any type. Raises: DataError: the type is none of `Image`.
+
+    Args: name: name of the image for error messages.
+    """
     if isinstance(image, (bytes, bytearray)):
         return bytes(image)
     prefix = f"{name}: " if name else ""
@@ -364,7 +391,7 @@ def _encoded(image: Any, name: str = "") -> bytes:
         except OSError as error:
             raise DataError(f"{image}: cannot be read: {error.strerror or error}") from None
     pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or not _is_one(pixels):
+    if pixels.dtype != np.uint8 or not _is_single_image(pixels):
         raise DataError(
             f"{prefix}an image has shape {pixels.shape} and type {pixels.dtype}: expected uint8 of shape (H, W) or (H, W, 3), a "
             "Pillow image, or a path or the bytes of an image file"
@@ -381,15 +408,16 @@ def _checked_labels(labels: Sequence[Any]) -> list[int]:
         except (TypeError, ValueError):
             value = float("nan")
         if value not in (0.0, 1.0):
-            raise DataError(f"label {label!r} of image {number}: expected 0 for a good part, 1 for a bad one")
+            raise DataError(f"label {label!r} of image {number}: expected 0 for a good part, 1 for a bad part")
         checked.append(int(value))
     return checked
 
 
 def _records(images: Sequence[Image], labels: Sequence[int]) -> Iterator[Row]:
+    """Yields images with labels as test records without masks. Raises: DataError: an image cannot be read."""
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         name = str(image) if isinstance(image, (str, Path)) else f"image {number}"
-        data = _encoded(image, name)
+        data = _encode(image, name)
         try:
             info, pixels = read_image(data)
         except ImageError as error:

@@ -1,4 +1,4 @@
-"""scikit-learn's conventions for a model of good images: fit, predict, score_samples, decision_function."""
+"""Outlier detector of images with the interface of scikit-learn: fit, predict, score_samples, decision_function."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
     """Outlier detector of images; X is a list of images, an array (N, H, W, 3) or (N, H, W) of uint8, or one image.
 
     Args:
-        image_size_px: side that images are brought to.  weights: of the backbone, as model.weights.
-        target_fpr: share of good images that may be called outliers, scikit-learn's contamination of new good data.
-        settings: others, as `focus_ray.fit` takes them.
+        image_size_px: side length to which images are resized.
+        weights: weights of the backbone, as model.weights.
+        target_fpr: share of good images that may be called outliers.
+        settings: further settings, as `focus_ray.fit` takes them.
 
     Attributes:
-        model_: the fitted `Model`.  offset_: of `decision_function`; -offset_ is the image threshold.
+        model_: the fitted `Model`.
+        offset_: offset of `decision_function`, the negative image threshold.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
         self.image_size_px, self.weights, self.target_fpr, self.settings = image_size_px, weights, target_fpr, settings
 
     def fit(self, X: Sequence[Image] | NDArray[Any], y: object = None) -> AnomalyDetector:
-        """X: images of good parts alone; y is not looked at. Raises: as `focus_ray.fit`."""
+        """Fits the model on images X of good parts. y is ignored. Raises: as `focus_ray.fit`."""
         settings = {
             "model__image_size_px": self.image_size_px,
             "model__weights": self.weights,
@@ -47,26 +49,26 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
         return self
 
     def score_samples(self, X: Sequence[Image] | NDArray[Any]) -> NDArray[np.float64]:
-        """(N,), the higher the more normal: minus the image scores."""
+        """Returns the negative image scores (N,). Higher is more normal."""
         check_is_fitted(self)
-        return -np.array([one.score for one in self.model_.inspect_all(X)], dtype=np.float64)
+        return -np.array([inspection.score for inspection in self.model_.inspect_all(X)], dtype=np.float64)
 
     def decision_function(self, X: Sequence[Image] | NDArray[Any]) -> NDArray[np.float64]:
-        """(N,), negative for outliers: how far a score lies below the threshold."""
+        """Returns threshold minus score (N,), which is negative for outliers."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Sequence[Image] | NDArray[Any]) -> NDArray[np.int64]:
-        """(N,), 1 for good images and -1 for outliers: the verdicts of `Model.inspect`."""
+        """Returns the verdicts of `Model.inspect` (N,): 1 for good images, -1 for outliers."""
         check_is_fitted(self)
-        return np.where([one.anomalous for one in self.model_.inspect_all(X)], -1, 1).astype(np.int64)
+        return np.where([inspection.anomalous for inspection in self.model_.inspect_all(X)], -1, 1).astype(np.int64)
 
     def p_values(self, X: Sequence[Image] | NDArray[Any]) -> NDArray[np.float64]:
-        """(N,), in (0, 1]: small where an image is unlike the good ones, see docs/learn/verdicts.md."""
+        """Returns p-values (N,) in (0, 1], small if an image differs from the good images; see docs/learn/verdicts.md."""
         check_is_fitted(self)
-        return np.array([one.p_value for one in self.model_.inspect_all(X)], dtype=np.float64)
+        return np.array([inspection.p_value for inspection in self.model_.inspect_all(X)], dtype=np.float64)
 
     def __getstate__(self) -> dict[str, Any]:
-        """With the bundle's files in place of the model: folders do not travel."""
+        """Returns the state with the content of the bundle instead of the model, because a pickle cannot contain folders."""
         state = dict(super().__getstate__())
         if "model_" in state:
             state["model_"] = self.model_.to_files()

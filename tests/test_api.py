@@ -1,4 +1,4 @@
-"""Python without a cluster: fit, inspect, evaluate, save; scikit-learn's conventions."""
+"""The Python interface without a cluster: fit, inspect, evaluate, save; conventions of scikit-learn."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_folder_an_array_and_a_list_of_paths_make_the_same_model(parts: Path, 
     assert model.category == "gear"
 
 
-def test_it_is_the_model_that_the_commands_make(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+def test_the_model_equals_the_bundle_of_the_commands(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
     uri = ingest_parts(tmp_path)
     words = [
         f"data.uri={uri}",
@@ -91,17 +91,17 @@ def test_it_is_the_model_that_the_commands_make(parts: Path, model: focus_ray.Mo
 def test_images_are_inspected_by_path_bytes_and_pixels_alike(parts: Path, model: focus_ray.Model) -> None:
     path = sorted((parts / "test/good").iterdir())[0]
     pixels = np.asarray(Image.open(path).convert("RGB"))
-    found = [model.inspect(image) for image in (path, str(path), path.read_bytes(), pixels)]
-    assert len({one.score for one in found}) == 1
-    assert found[0].verdict in ("normal", "anomalous")
-    assert model.inspect_all(np.stack([pixels, pixels]))[1].score == pytest.approx(found[0].score, rel=1e-5)
+    inspections = [model.inspect(image) for image in (path, str(path), path.read_bytes(), pixels)]
+    assert len({inspection.score for inspection in inspections}) == 1
+    assert inspections[0].verdict in ("normal", "anomalous")
+    assert model.inspect_all(np.stack([pixels, pixels]))[1].score == pytest.approx(inspections[0].score, rel=1e-5)
     assert len(model.inspect_all(parts / "test/good")) == 4
     assert any("training images set the threshold" in line for line in model.caveats)
 
 
 @pytest.fixture(scope="module")
 def photograph(parts: Path) -> Image.Image:
-    """Oblong, so that a turned image shows."""
+    """Makes an image that is wider than high, so that a rotation changes its size."""
     return Image.open(sorted((parts / "test/good").iterdir())[0]).convert("RGB").crop((0, 0, 64, 48))
 
 
@@ -109,37 +109,40 @@ def photograph(parts: Path) -> Image.Image:
 def test_one_array_is_one_image(shape: tuple[int, ...], model: focus_ray.Model, photograph: Image.Image) -> None:
     colour = np.asarray(photograph)
     pixels = colour if shape[2:] == (3,) else np.asarray(photograph.convert("L")).reshape(shape)
-    (found,) = model.inspect_all(pixels)
-    assert found.score == model.inspect(pixels).score
-    assert (found.width, found.height) == (64, 48)
+    (inspection,) = model.inspect_all(pixels)
+    assert inspection.score == model.inspect(pixels).score
+    assert (inspection.width, inspection.height) == (64, 48)
     (tensor,) = model.inspect_all(torch.from_numpy(pixels.copy()))  # type: ignore[arg-type]
-    assert tensor.score == found.score
+    assert tensor.score == inspection.score
     assert model.evaluate(pixels, [0])["num_normal"] == 1
     several = model.inspect_all(np.stack([pixels, pixels]))
-    assert [one.score for one in several] == pytest.approx([found.score] * 2, rel=1e-5)
+    assert [copy_inspection.score for copy_inspection in several] == pytest.approx([inspection.score] * 2, rel=1e-5)
 
 
 def test_the_estimator_gives_one_prediction_for_one_array(model: focus_ray.Model, photograph: Image.Image) -> None:
     detector = focus_ray.AnomalyDetector()
     detector.model_, detector.offset_ = model, -model.threshold
-    for one in (np.asarray(photograph), photograph):
-        assert detector.predict(one).shape == detector.score_samples(one).shape == detector.p_values(one).shape == (1,)
+    for image in (np.asarray(photograph), photograph):
+        assert (
+            detector.predict(image).shape
+            == detector.score_samples(image).shape
+            == detector.p_values(image).shape
+            == (1,)
+        )
 
 
 @pytest.mark.parametrize(
     "shape", [(64, 64, 4), (64, 64, 2), (2, 3, 64, 64), (2, 64, 64, 4), (2, 2, 64, 64, 3), (64, 3), (64,)]
 )
 def test_an_array_of_another_shape_is_refused(shape: tuple[int, ...], model: focus_ray.Model) -> None:
-    with pytest.raises(
-        DataError, match=r"^image 0: an image has shape .*: expected uint8 of shape \(H, W\) or \(H, W, 3\)"
-    ):
+    with pytest.raises(DataError, match=r"^image 0: .*uint8"):
         model.inspect_all(np.zeros(shape, np.uint8))
     with pytest.raises(DataError, match="expected uint8 of shape"):
         model.inspect_all(list(np.zeros((64, 48, 3), np.uint8)))  # rows of one image
 
 
 def test_an_array_that_may_be_one_image_with_its_channels_first_gives_a_warning(model: focus_ray.Model) -> None:
-    with pytest.warns(UserWarning, match="taken as 3 grey images: if it is one RGB image"):
+    with pytest.warns(UserWarning, match="3 grey images"):
         assert len(model.inspect_all(np.zeros((3, 48, 64), np.uint8))) == 3
 
 
@@ -172,10 +175,14 @@ def test_a_pillow_image_scores_as_its_file_or_as_what_it_shows(
         exif[0x0112] = 6
         shown.get(mode, image).save(path, exif=exif)
     from_file = model.inspect(path)
-    found = model.inspect(image)
-    assert (found.width, found.height) == (from_file.width, from_file.height) == ((48, 64) if turned else (64, 48))
-    assert found.score == from_file.score
-    assert model.inspect_all([image])[0].score == found.score
+    inspection = model.inspect(image)
+    assert (
+        (inspection.width, inspection.height)
+        == (from_file.width, from_file.height)
+        == ((48, 64) if turned else (64, 48))
+    )
+    assert inspection.score == from_file.score
+    assert model.inspect_all([image])[0].score == inspection.score
     opened = Image.open(path)
     if turned and suffix == "tif":
         with pytest.raises(DataError, match="TIFF"):
@@ -201,9 +208,9 @@ def test_a_pillow_image_of_which_the_values_have_no_set_range_is_refused(
 
 
 @pytest.mark.skipif(not (SHARED / "cases/api").is_dir(), reason="../shared/cases is not there")
-def test_known_files_score_alike_as_files_and_as_pillow_images(model: focus_ray.Model) -> None:
+def test_shared_files_score_alike_as_files_and_as_pillow_images(model: focus_ray.Model) -> None:
     files = sorted((SHARED / "cases/api").iterdir())
-    scores = [one.score for one in model.inspect_all(files)]
+    scores = [inspection.score for inspection in model.inspect_all(files)]
     assert [model.inspect(Image.open(path)).score for path in files] == pytest.approx(scores, rel=1e-5)
 
 
@@ -227,7 +234,7 @@ def test_a_corrupt_image_among_many_is_named(parts: Path, model: focus_ray.Model
         model.inspect_all([path.read_bytes() for path in files])
 
 
-def test_a_saved_model_is_loaded_as_it_was(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+def test_a_loaded_model_equals_the_saved_one(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
     place = model.save(tmp_path / "model")
     again = focus_ray.load(place)
     image = sorted((parts / "test/good").iterdir())[0]
@@ -235,18 +242,18 @@ def test_a_saved_model_is_loaded_as_it_was(parts: Path, model: focus_ray.Model, 
     assert model.save(place) == place
 
 
-def test_it_is_evaluated_on_what_lay_beside_the_good_images_and_on_what_is_given(
+def test_a_model_is_evaluated_on_the_test_images_of_its_folder_and_on_given_images(
     parts: Path, model: focus_ray.Model, tmp_path: Path
 ) -> None:
-    own = model.evaluate()
-    assert (own["num_normal"], own["image_auroc"] is not None) == (4, True)
-    assert model.evaluate(parts)["image_auroc"] == own["image_auroc"]
+    folder_metrics = model.evaluate()
+    assert (folder_metrics["num_normal"], folder_metrics["image_auroc"] is not None) == (4, True)
+    assert model.evaluate(parts)["image_auroc"] == folder_metrics["image_auroc"]
     good, bad = (
         sorted((parts / "test/good").iterdir()),
         [p for p in (parts / "test").rglob("*.png") if p.parent.name != "good"],
     )
-    given = model.evaluate([*good, *bad], [0] * len(good) + [1] * len(bad))
-    assert given["image_auroc"] == pytest.approx(own["image_auroc"])
+    list_metrics = model.evaluate([*good, *bad], [0] * len(good) + [1] * len(bad))
+    assert list_metrics["image_auroc"] == pytest.approx(folder_metrics["image_auroc"])
     with pytest.raises(DataError, match="2 images, but 1 labels"):
         model.evaluate(good[:2], [0])
     with pytest.raises(DataError, match="label 3 of image 0: expected 0"):
@@ -254,19 +261,19 @@ def test_it_is_evaluated_on_what_lay_beside_the_good_images_and_on_what_is_given
     with pytest.raises(DataError, match="evaluate needs labels"):
         model.evaluate(good)
     elsewhere = focus_ray.load(model.save(tmp_path / "saved"))
-    assert elsewhere.evaluate(parts)["image_auroc"] == own["image_auroc"]
+    assert elsewhere.evaluate(parts)["image_auroc"] == folder_metrics["image_auroc"]
 
 
 def test_a_misspelt_or_ambiguous_setting_is_refused_by_name(parts: Path) -> None:
-    with pytest.raises(ConfigError, match="image_size: no such setting; did you mean 'image_size_px'"):
+    with pytest.raises(ConfigError, match="image_size_px"):
         focus_ray.fit(parts, image_size=64)
-    with pytest.raises(ConfigError, match=r"max_images: could be .*: write model__image_alignment__max_images"):
+    with pytest.raises(ConfigError, match="model__image_alignment__max_images"):
         focus_ray.fit(parts, max_images=64)
     with pytest.raises(ConfigError, match=r"model\.image_size_px"):
         focus_ray.fit(parts, image_size_px=63)
 
 
-def test_what_is_no_image_is_refused(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+def test_inputs_that_are_no_images_are_refused(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"shape \(4, 4, 5\).*expected uint8"):
         model.inspect(np.zeros((4, 4, 5), np.uint8))
     with pytest.raises(DataError, match="type float64: expected uint8"):
@@ -277,7 +284,7 @@ def test_what_is_no_image_is_refused(parts: Path, model: focus_ray.Model, tmp_pa
         focus_ray.fit(tmp_path / "gone", **QUICK)
     with pytest.raises(DataError, match="2 normal training images; at least 4"):
         focus_ray.fit(pixels_of(parts / "train/good")[:2], **QUICK)
-    with pytest.raises(DataError, match=r"holds 2 categories \(board, gear\)"):
+    with pytest.raises(DataError, match=r"2 categories \(board, gear\)"):
         focus_ray.fit(parts.parent, **QUICK)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no image in this folder"):
@@ -368,16 +375,16 @@ def test_training_images_are_left_out_of_an_evaluation(parts: Path) -> None:
     new = sorted((parts / "test").rglob("*.png"))
     labels = [int(path.parent.name != "good") for path in new]
     alone = model.evaluate(new, labels)
-    both = model.evaluate([*trained_on, *new], [0] * len(trained_on) + labels)
+    metrics_of_all = model.evaluate([*trained_on, *new], [0] * len(trained_on) + labels)
     assert alone["trained_on"] == {"num_images": 0, "notice": None}
-    assert both["trained_on"]["num_images"] == len(trained_on)
-    assert {**both, "trained_on": None} == {**alone, "trained_on": None}
-    with pytest.raises(DataError, match="are among those that the model was trained on"):
+    assert metrics_of_all["trained_on"]["num_images"] == len(trained_on)
+    assert {**metrics_of_all, "trained_on": None} == {**alone, "trained_on": None}
+    with pytest.raises(DataError, match="the model was trained on"):
         model.evaluate(trained_on, [0] * len(trained_on))
 
 
 @pytest.mark.parametrize("label", [0.6, 0.9, 2, -1, float("nan"), "good", None])
-def test_a_label_that_is_neither_0_nor_1_is_refused_by_its_place(
+def test_a_label_that_is_neither_0_nor_1_is_refused_with_its_number(
     parts: Path, model: focus_ray.Model, label: Any
 ) -> None:
     image = next((parts / "train/good").iterdir())

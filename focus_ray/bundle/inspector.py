@@ -29,11 +29,11 @@ from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.evaluation.evaluate import (
     EXACT_PIXELS,
     MAX_SIDE_PX,
-    Gathered,
-    Labelled,
+    EvaluationCollector,
+    LabelledImages,
+    compute_metrics,
     describe_training_images,
     evaluation_size,
-    figures,
 )
 from focus_ray.evaluation.inspection import Inspection, find_regions, resize_map
 from focus_ray.evaluation.shift import compare_scores, describe_test_shift
@@ -195,17 +195,17 @@ class Inspector:
 
         Images that the model was trained on are left out; "trained_on" holds their number and a notice (a sentence, or None).
 
-        Returns: see `evaluation.figures`; besides "trained_on", "reduced", whether maps were compared at a reduced size, and
-            "shift", whether good images score as those that set the threshold: counts, p-value, direction and notice (a
+        Returns: see `evaluation.compute_metrics`; besides "trained_on", "reduced", whether maps were compared at a reduced size,
+            and "shift", whether good images score as those that set the threshold: counts, p-value, direction and notice (a
             sentence, or None); None for fewer than 5 good images that the model was not trained on.
 
         Raises: DataError: no record that the model was not trained on, or an image cannot be decoded.
         """
         return self.figures(self.measure(records, max_side_px, exact_pixels))
 
-    def figures(self, labelled: Labelled) -> dict[str, Any]:
+    def figures(self, labelled: LabelledImages) -> dict[str, Any]:
         """What `evaluate` returns, of images that `measure` scored."""
-        found = figures(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
+        found = compute_metrics(labelled.measured, labelled.types, self.bundle.calibration.target_fpr)
         try:
             shift = compare_scores(self.bundle.calibration.image_scores, labelled.good_scores)
         except DataError as error:
@@ -225,7 +225,7 @@ class Inspector:
 
     def measure(
         self, records: Iterable[Row], max_side_px: int = MAX_SIDE_PX, exact_pixels: int = EXACT_PIXELS
-    ) -> Labelled:
+    ) -> LabelledImages:
         """Scores labelled images, and keeps maps and masks at the size at which they are compared, while they fit.
 
         Images that the model was trained on are left out and counted.
@@ -238,13 +238,13 @@ class Inspector:
 
         Raises: DataError: no record, or an image cannot be decoded.
         """
-        gathered, ids = Gathered(exact_pixels), []
+        gathered, ids = EvaluationCollector(exact_pixels), []
         for record, _ in self.gather(records, gathered, max_side_px):
             ids.append(str(record.get("id", "")))
         return gathered.labelled(float(self.bundle.calibration.image_threshold), tuple(ids))
 
     def gather(
-        self, records: Iterable[Row], into: Gathered, max_side_px: int = MAX_SIDE_PX
+        self, records: Iterable[Row], into: EvaluationCollector, max_side_px: int = MAX_SIDE_PX
     ) -> Iterator[tuple[Row, float]]:
         """Scores labelled images one after the other, and adds each to what was gathered. Records as of `measure`.
 

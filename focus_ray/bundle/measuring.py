@@ -25,7 +25,15 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import TEST_COLUMNS, index_version, read_index, read_rows
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError
-from focus_ray.evaluation.evaluate import EXACT_PIXELS, MAX_SIDE_PX, Gathered, Labelled, Part, evaluation_size, joined
+from focus_ray.evaluation.evaluate import (
+    EXACT_PIXELS,
+    MAX_SIDE_PX,
+    EvaluationCollector,
+    EvaluationPart,
+    LabelledImages,
+    evaluation_size,
+    join_evaluation_parts,
+)
 from focus_ray.evaluation.pixels import PixelBins
 from focus_ray.storage import exists, join, read_bytes, remove_file, remove_folder, write_bytes
 
@@ -169,9 +177,9 @@ def cut_rows(uri: str, category: str, rows: Rows, size: int, version: str | None
     return {first: rows[first:last] for first, last in itertools.pairwise(bounds)}
 
 
-def measure_whole(inspector: Inspector, plan: Plan, tell: Callable[[], None] = lambda: None) -> Labelled:
+def measure_whole(inspector: Inspector, plan: Plan, tell: Callable[[], None] = lambda: None) -> LabelledImages:
     """All parts of a job whose maps are kept. tell: called an image.  Raises: as `measure_part`."""
-    gathered = Gathered(sys.maxsize)
+    gathered = EvaluationCollector(sys.maxsize)
     for first, rows in plan.parts.items():
         _score(inspector, plan.job, first, rows, gathered, tell)
     ids = TestIds(plan.job)
@@ -180,17 +188,19 @@ def measure_whole(inspector: Inspector, plan: Plan, tell: Callable[[], None] = l
 
 def measure_part(
     inspector: Inspector, job: Job, first: int, rows: Rows, tell: Callable[[], None] = lambda: None
-) -> Part:
+) -> EvaluationPart:
     """One part of a job whose pixels go into bins. tell: called an image.
 
     Raises: DataError: an image cannot be decoded; the bundle was replaced, or the images' version is gone.
     """
-    gathered = Gathered(0)
+    gathered = EvaluationCollector(0)
     _score(inspector, job, first, rows, gathered, tell)
     return gathered.part()
 
 
-def _score(inspector: Inspector, job: Job, first: int, rows: Rows, into: Gathered, tell: Callable[[], None]) -> None:
+def _score(
+    inspector: Inspector, job: Job, first: int, rows: Rows, into: EvaluationCollector, tell: Callable[[], None]
+) -> None:
     """Adds a part to what was gathered, and writes its images' results."""
     if inspector.bundle.version != job.version:
         raise DataError(f"{job.bundle}: replaced since the evaluation began: evaluate it again")
@@ -253,10 +263,10 @@ class Sum:
     """
 
     job: Job
-    scores: dict[int, Part] = field(default_factory=dict)
+    scores: dict[int, EvaluationPart] = field(default_factory=dict)
     bins: dict[str, PixelBins] = field(default_factory=dict)
 
-    def add(self, first: int, part: Part) -> None:
+    def add(self, first: int, part: EvaluationPart) -> None:
         """Counts a part, once: one that is there already changes nothing."""
         if first in self.scores:
             return
@@ -269,10 +279,10 @@ class Sum:
     def num_images(self) -> int:
         return sum(len(part.labels) for part in self.scores.values())
 
-    def total(self) -> Part:
+    def total(self) -> EvaluationPart:
         """All parts as one, in the images' order."""
         parts = [self.scores[first] for first in sorted(self.scores)]
-        return Part(
+        return EvaluationPart(
             labels=np.concatenate([part.labels for part in parts]),
             scores=np.concatenate([part.scores for part in parts]),
             types=tuple(kind for part in parts for kind in part.types),
@@ -325,7 +335,7 @@ def load_sum(job: Job) -> Sum | None:
             labels, scores = part["label"].to_numpy(), part["score"].to_numpy()
             types = tuple(map(sys.intern, part["defect_type"].to_pylist()))
             trained_on = part["trained_on"].to_numpy(zero_copy_only=False)
-            found.scores[int(first)] = Part(
+            found.scores[int(first)] = EvaluationPart(
                 labels, scores, types, {}, facts["reduced"], trained_on, facts.get("repeats", {}).get(first, 0)
             )
     except (pa.ArrowException, KeyError, ValueError, FileNotFoundError) as error:
@@ -356,9 +366,9 @@ def write_record(job: Job, **facts: Any) -> None:
     write_bytes(job.record, (json.dumps(content, ensure_ascii=False) + "\n").encode())
 
 
-def join_parts(job: Job, total: Part, threshold: float) -> Labelled:
+def join_parts(job: Job, total: EvaluationPart, threshold: float) -> LabelledImages:
     """A job's parts, added, as one set. threshold: of the image score."""
-    return joined([total], threshold, TestIds(job))
+    return join_evaluation_parts([total], threshold, TestIds(job))
 
 
 def begin_anew(job: Job) -> None:

@@ -50,14 +50,16 @@ def _fit(arguments: argparse.Namespace) -> int:
     words = [*arguments.override, *(f"{key}={json.dumps(text, ensure_ascii=False)}" for key, text in places.items())]
     config = load_config(find_config("default", "run"), words)
     say(f"fit: {arguments.source} -> {output}")
-    from focus_ray.api import as_good
+    from focus_ray.api import link_into_good_folder
     from focus_ray.cli.inspect import evaluate_run
     from focus_ray.cli.train import print_threshold_caveats
     from focus_ray.cluster.training import train
     from focus_ray.data.ingest import ingest
 
     with tempfile.TemporaryDirectory() as scratch:
-        ingested = ingest(as_good(Path(arguments.source), Path(scratch)), data, group_by=arguments.group_by)
+        ingested = ingest(
+            link_into_good_folder(Path(arguments.source), Path(scratch)), data, group_by=arguments.group_by
+        )
     say(str(ingested))
     bundles = train(config, log=say)
     tested = any(category.num_test_normal + category.num_test_anomalous for category in ingested.categories)

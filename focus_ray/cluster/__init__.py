@@ -1,1 +1,1 @@
-"""What runs on Ray: joining a cluster, preflight, training, batch inspection."""
+"""Runs work on Ray: joins a cluster, checks its resources, trains, evaluates, inspects and ingests on its workers."""

@@ -1,4 +1,4 @@
-"""Addresses of Ray clusters: whether a cluster answers, asked before Ray itself is, which waits for minutes."""
+"""Checks whether a Ray cluster answers at an address, before Ray itself is called, which waits for minutes."""
 
 from __future__ import annotations
 
@@ -11,54 +11,56 @@ from urllib.parse import urlsplit
 from focus_ray.cluster.ray_private import find_local_cluster, is_token_refused
 
 TIMEOUT_S = 4.0
-ANSWER_TIMEOUT_S = 20.0  # a busy head node accepts connections at once, and answers later
+ANSWER_TIMEOUT_S = 20.0  # a busy head node accepts connections at once, but answers later
 TOKEN_REFUSED = (
-    "it asks for another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token"
+    "it requires another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token"
 )
-ADVICE = "see that the cluster runs, or unset RAY_ADDRESS, and a private Ray starts on this machine"
+ADVICE = "check that the cluster runs, or unset RAY_ADDRESS to start a private Ray on this machine"
 
 
-def why_no_cluster(address: str) -> str:
-    """Why no cluster can be joined at an address of RAY_ADDRESS, within 25 s; empty if one answers.
+def explain_no_cluster(address: str) -> str:
+    """Returns the reason why no cluster can be joined at an address, within 25 s; an empty string if a cluster answers.
 
     Args:
-        address: HOST:PORT, ray://HOST:PORT, auto or local, as `ray.init` takes them.
+        address: value of RAY_ADDRESS: HOST:PORT, ray://HOST:PORT, auto or local.
     """
     if address == "local":
         return ""
     if address == "auto":
-        place = find_local_cluster()
-        if place is None:
+        host_and_port = find_local_cluster()
+        if host_and_port is None:
             return "no cluster runs on this machine"
     else:
-        place = address.removeprefix("ray://")
-    if place_of(place) is None:
+        host_and_port = address.removeprefix("ray://")
+    if split_address(host_and_port) is None:
         return "not an address: give HOST:6379, ray://HOST:10001 or auto"
-    return unreachable(place) or _why_no_answer(place, is_token_known=address != "auto")
+    return explain_unreachable(host_and_port) or _explain_no_answer(host_and_port, is_token_known=address != "auto")
 
 
-def _why_no_answer(host_and_port: str, is_token_known: bool) -> str:
-    """Why what takes connections there is no Ray that lets us in: Ray's servers speak gRPC; empty if they do.
+def _explain_no_answer(host_and_port: str, is_token_known: bool) -> str:
+    """Returns the reason why the server is no Ray server, or refuses the token; an empty string if Ray accepts us.
 
-    Args: is_token_known: whether Ray would send the token of RAY_AUTH_TOKEN, and not look for one itself.
+    Ray's servers speak gRPC.
+
+    Args: is_token_known: whether Ray would send the token of RAY_AUTH_TOKEN, instead of looking for another one.
     """
     if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-        return ""  # needs Ray's own certificates
+        return ""  # a check would need Ray's certificates
     import grpc
 
-    options = [("grpc.enable_http_proxy", 0)]  # Ray goes past proxies too
+    options = [("grpc.enable_http_proxy", 0)]  # Ray ignores proxies too
     with grpc.insecure_channel(host_and_port, options=options) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_S)
         except grpc.FutureTimeoutError:
-            return f"something takes connections there, and does not answer as Ray does within {ANSWER_TIMEOUT_S:g} s"
+            return f"a server accepts connections there, but does not answer as Ray does within {ANSWER_TIMEOUT_S:g} s"
         if is_token_known and is_token_refused(channel, ANSWER_TIMEOUT_S):
             return TOKEN_REFUSED
     return ""
 
 
 def current_cluster() -> str | None:
-    """The address in Ray's own note of the cluster started last on this machine; None without a note."""
+    """Returns the address of the cluster that was started last on this machine, as Ray recorded it; None without a record."""
     try:
         text = (ray_folder() / "ray_current_cluster").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
@@ -67,13 +69,13 @@ def current_cluster() -> str | None:
 
 
 def ray_folder() -> Path:
-    """Where Ray keeps sessions of this user: its own rule."""
-    top = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp"
-    return Path(top) / "ray"
+    """Returns the folder in which Ray stores sessions, by the same rule as Ray."""
+    parent = os.environ.get("RAY_TMPDIR") or (os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp"
+    return Path(parent) / "ray"
 
 
-def place_of(host_and_port: str) -> tuple[str, int] | None:
-    """Host and port of HOST:PORT; None for text of another form."""
+def split_address(host_and_port: str) -> tuple[str, int] | None:
+    """Splits HOST:PORT into host and port. Returns None for text of another form."""
     try:
         parts = urlsplit(f"//{host_and_port}")
         return (parts.hostname, parts.port) if parts.hostname and parts.port else None
@@ -81,13 +83,13 @@ def place_of(host_and_port: str) -> tuple[str, int] | None:
         return None
 
 
-def unreachable(host_and_port: str) -> str:
-    """Why no connection can be made, within TIMEOUT_S; empty where one can."""
-    place = place_of(host_and_port)
-    if place is None:
+def explain_unreachable(host_and_port: str) -> str:
+    """Returns the reason why no connection is possible, within TIMEOUT_S; an empty string if it is possible."""
+    host_port_pair = split_address(host_and_port)
+    if host_port_pair is None:
         return "not of the form HOST:PORT"
     try:
-        socket.create_connection(place, timeout=TIMEOUT_S).close()
+        socket.create_connection(host_port_pair, timeout=TIMEOUT_S).close()
     except OSError as error:
         return error.strerror or str(error) or type(error).__name__
     return ""

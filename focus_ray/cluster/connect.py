@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and what of it a worker asks for."""
+"""Joins or starts a Ray cluster, and computes the resources of a worker."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from focus_ray.cluster.address import ADVICE, why_no_cluster
+from focus_ray.cluster.address import ADVICE, explain_no_cluster
 from focus_ray.cluster.messages import is_verbose
-from focus_ray.cluster.ray_private import KINDS, autoscaler_limits, check_private_parts, require_token
+from focus_ray.cluster.ray_private import RESOURCE_KINDS, autoscaler_limits, check_private_parts, require_token
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import TrainingError
 
 
 def runs_here(config: ClusterConfig) -> bool:
-    """Whether one worker in this process does: as asked, or where nothing calls for a cluster.
+    """Returns whether the work runs in this process, because cluster.local says so or because nothing requires a cluster.
 
-    Raises: TrainingError: it is asked for, and so are several workers.
+    Raises: TrainingError: cluster.local=true and cluster.num_workers above 1.
     """
     if config.local != "auto":
         if config.local and config.num_workers > 1:
@@ -28,23 +28,24 @@ def runs_here(config: ClusterConfig) -> bool:
             )
         return config.local
     ray = sys.modules.get("ray")
-    joined = bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
-    asked = config.num_workers > 1 or config.labels or (config.max_concurrent_categories or 1) > 1
-    return not (joined or asked)
+    has_cluster = bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+    needs_cluster = config.num_workers > 1 or config.labels or (config.max_concurrent_categories or 1) > 1
+    return not (has_cluster or needs_cluster)
 
 
 def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
-    """Joins the cluster of RAY_ADDRESS or of the job that runs this, or starts a private one on this machine.
+    """Joins the cluster of RAY_ADDRESS or of the current job, or starts a private cluster on this machine.
 
-    A private cluster asks for a token (`require_token`). To join one that does, the user sets RAY_AUTH_MODE=token and
-    RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
+    A private cluster requires a token (`require_token`). To join another cluster with a token, the user sets
+    RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH.
 
     Args:
-        namespace: of named actors; None gives this process one of its own.
+        num_cpus: number of CPUs of a private cluster; None: all.
+        namespace: namespace of named actors; None: a new one for this process.
 
     Returns: whether the cluster is private to this process.
 
-    Raises: TrainingError: the installed Ray has moved a part that is read of it, or Ray does not start or answer.
+    Raises: TrainingError: the installed Ray lacks a private function that focus_ray uses, or Ray does not start or answer.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1.0")
     import ray
@@ -53,16 +54,16 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     if ray.is_initialized():
         return False
     if address := os.environ.get("RAY_ADDRESS"):
-        what = f"the Ray cluster at RAY_ADDRESS={address} does not answer"
-        if reason := why_no_cluster(address):
-            raise TrainingError(f"{what} ({reason}): {ADVICE}")
-        _init(what, namespace=namespace)
+        failure = f"the Ray cluster at RAY_ADDRESS={address} does not answer"
+        if reason := explain_no_cluster(address):
+            raise TrainingError(f"{failure} ({reason}): {ADVICE}")
+        _init(failure, namespace=namespace)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line twice
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # otherwise every line is shown twice
     require_token()
-    # a bare ray.init would join whatever cluster a killed driver left in /tmp/ray (seen with Ray 2.60)
-    # without the dashboard Train cannot tell that a controller lives, warns every second, and may leak placement groups
+    # ray.init without address would join a cluster that a killed driver left in /tmp/ray (seen with Ray 2.60). Without the
+    # dashboard, Ray Train cannot detect that a controller is alive, warns every second, and may leak placement groups.
     _init(
         "Ray does not start on this machine",
         address="local",
@@ -74,50 +75,57 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     return True
 
 
-def _init(what: str, **settings: Any) -> None:
+def _init(failure: str, **settings: Any) -> None:
+    """Calls `ray.init`. Raises: TrainingError: Ray does not start; the message begins with `failure`."""
     import ray
 
     try:
         ray.init(logging_level="warning" if is_verbose() else "error", log_to_driver=is_verbose(), **settings)
-    except Exception as error:  # of many types, with many lines
+    except Exception as error:  # Ray raises many types, with messages of many lines
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TrainingError(
-            f"{what}: {type(error).__name__}: {reason[:300]}; a busy machine may need longer: try again with less running on "
-            "it, or a larger RAY_raylet_start_wait_time_s"
+            f"{failure}: {type(error).__name__}: {reason[:300]}; a busy machine may need longer: try again with fewer "
+            "programs on it, or raise RAY_raylet_start_wait_time_s"
         ) from error
 
 
 def has_gpus() -> bool:
+    """Returns whether the joined cluster has a GPU now."""
     import ray
 
     return float(ray.cluster_resources().get("GPU", 0)) > 0
 
 
 def uses_gpu(config: ClusterConfig) -> bool:
-    """Resolves cluster.use_gpu=auto against what the cluster has or can grow to."""
+    """Returns cluster.use_gpu. auto means: whether the cluster has a GPU or can grow to have one."""
     return (
-        ceiling_of(config, {}).get("GPU", 0.0) > 0 or has_gpus() if config.use_gpu == "auto" else bool(config.use_gpu)
+        growth_limits(config, {}).get("GPU", 0.0) > 0 or has_gpus()
+        if config.use_gpu == "auto"
+        else bool(config.use_gpu)
     )
 
 
 def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
-    """What Ray keeps for a worker; memory in bytes. use_gpu: of `uses_gpu`."""
-    asked = {"CPU": config.cpus_per_worker}
+    """Returns the resources that Ray reserves for a worker by kind; memory in bytes. use_gpu: result of `uses_gpu`."""
+    resources = {"CPU": config.cpus_per_worker}
     if use_gpu:
-        asked["GPU"] = config.gpus_per_worker
+        resources["GPU"] = config.gpus_per_worker
     if config.memory_gib_per_worker is not None:
-        asked["memory"] = config.memory_gib_per_worker * 2**30
-    return asked
+        resources["memory"] = config.memory_gib_per_worker * 2**30
+    return resources
 
 
-def ceiling_of(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:
-    """What the cluster can grow to; empty where it is not known to grow."""
-    found: dict[str, float] = {}
-    told = autoscaler_limits()
+def growth_limits(config: ClusterConfig, total: Mapping[str, float]) -> dict[str, float]:
+    """Returns the resources that the cluster can grow to by kind; empty if nothing says that it can grow.
+
+    Args: total: resources of the cluster now.
+    """
+    limits: dict[str, float] = {}
+    autoscaler = autoscaler_limits()
     for kind, configured in (("CPU", config.max_cpus), ("GPU", config.max_gpus)):
-        amount = configured if configured is not None else told.get(kind)
+        amount = configured if configured is not None else autoscaler.get(kind)
         if amount is not None:
-            found[kind] = max(amount, total.get(kind, 0.0))
-    if found and config.memory_gib_per_worker is not None:
-        found["memory"] = told.get("memory", math.inf)  # nobody said: no reason to refuse
-    return {**{kind: total.get(kind, 0.0) for kind in KINDS if kind in total}, **found} if found else {}
+            limits[kind] = max(amount, total.get(kind, 0.0))
+    if limits and config.memory_gib_per_worker is not None:
+        limits["memory"] = autoscaler.get("memory", math.inf)  # no limit is known
+    return {**{kind: total.get(kind, 0.0) for kind in RESOURCE_KINDS if kind in total}, **limits} if limits else {}

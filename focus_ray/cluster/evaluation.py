@@ -1,4 +1,4 @@
-"""Evaluation of many categories, in this process or by a pool of workers, part by part; a run that dies can be gone on with."""
+"""Evaluates many categories in this process or on a pool of workers, in parts, so that an interrupted run can continue."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from focus_ray.reporting.evaluation import (
 )
 from focus_ray.storage import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
 
-WHOLE_PAGE = 20  # categories with all their pictures on one page; of more, each has a page of its own
-_SAVE_S = 30.0  # of parts, between two times that what is known is saved
-_WRITE_S = 10.0  # between two times that the tables are written while categories finish
+MAX_CATEGORIES_ON_PAGE = 20  # with more categories, each category has its own page with pictures
+_SAVE_INTERVAL_S = 30.0  # between two saves of the results of parts
+_WRITE_INTERVAL_S = 10.0  # between two writes of the tables
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of an evaluation; see `evaluate_bundles`."""
+class EvaluationSettings:
+    """Settings of an evaluation, with the same meaning as the arguments of `evaluate_bundles`."""
 
     output: str
     data: str | None
@@ -64,10 +64,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A piece of a job: all of it where maps are kept; else a part of its images, or its figures and pictures at the end.
+class EvaluationPiece:
+    """A piece of the evaluation of a category.
 
-    total: of all parts, for the figures.
+    Attributes:
+        kind: "whole": all images, if maps fit into memory. "part": some of the images. "figures": metrics and pictures after
+            all parts.
+        parts: number of the first image -> row numbers.
+        total: joined result of all parts, for the kind "figures".
     """
 
     kind: Literal["whole", "part", "figures"]
@@ -76,20 +80,22 @@ class Piece:
     total: Any = None
 
 
-def run_piece(piece: Piece, tell: Callable[[], None] = lambda: None) -> Any:
-    """Returns: of a part, `Part`; else the figures, which are then written with their part of the page.
+def run_piece(piece: EvaluationPiece, on_image: Callable[[], None] = lambda: None) -> Any:
+    """Evaluates a piece. Writes metrics and the section of the page to the record of the job, except for the kind "part".
 
     Args:
-        tell: is called after each scored image.
+        on_image: is called after each scored image.
+
+    Returns: `EvaluationPart` for the kind "part", otherwise the metrics.
 
     Raises: BundleError, DataError: the bundle or an image cannot be used.
     """
     inspector = load_inspector(piece.job.bundle, piece.job.version)
     if piece.kind == "part":
         ((first, rows),) = piece.parts.items()
-        return measure_part(inspector, piece.job, first, rows, tell)
+        return measure_part(inspector, piece.job, first, rows, on_image)
     if piece.kind == "whole":
-        labelled = measure_whole(inspector, Plan(piece.job, piece.parts), tell)
+        labelled = measure_whole(inspector, Plan(piece.job, piece.parts), on_image)
     else:
         labelled = join_parts(piece.job, piece.total, float(inspector.bundle.calibration.image_threshold))
     job = piece.job
@@ -100,84 +106,90 @@ def run_piece(piece: Piece, tell: Callable[[], None] = lambda: None) -> Any:
 
 
 class Evaluation:
-    """What is left to do, what is known, and what of it is written. Gives out pieces, and takes what comes of them."""
+    """State of an evaluation: supplies the pieces of work, records their results, and writes the report.
 
-    def __init__(self, bundles: Mapping[str, str], settings: Settings, log: Callable[[str], None]) -> None:
+    Attributes:
+        results: category -> metrics, or 'error'.
+        jobs: category -> its planned evaluation.
+    """
+
+    def __init__(self, bundles: Mapping[str, str], settings: EvaluationSettings, log: Callable[[str], None]) -> None:
         self.bundles, self.settings, self.log = bundles, settings, log
         self.results: dict[str, dict[str, Any]] = {}
         self.jobs: dict[str, Job] = {}
-        self.to_score = 0  # images of categories that were begun, without those that were known
+        self.num_to_score = 0  # number of images of all started categories, without reused results
         self.progress: Progress | None = None
         self._sums: dict[str, Sum] = {}
-        self._waiting: dict[str, set[int]] = {}  # category -> parts that are not in its sum
-        self._ready: deque[Piece] = deque()
-        self._planned = self._plan_all()
+        self._unfinished_parts: dict[str, set[int]] = {}  # category -> parts without a result
+        self._ready: deque[EvaluationPiece] = deque()
+        self._pieces = self._plan_all()
         self._saved_at: dict[str, float] = {}
         self._written_at = 0.0
 
-    def more(self) -> Piece | None:
-        """The next piece; None where none is left but for what those under way lead to."""
+    def next_piece(self) -> EvaluationPiece | None:
+        """Returns the next piece; None if there is none now. Running pieces may lead to more."""
         while self._ready:
             piece = self._ready.popleft()
-            if piece.job.category not in self.results:  # it may have failed meanwhile
+            if piece.job.category not in self.results:  # the category may have failed meanwhile
                 return piece
-        return next(self._planned, None)
+        return next(self._pieces, None)
 
-    def _plan_all(self) -> Iterator[Piece]:
-        """One category after the other, planned when its turn comes: of a million rows a plan has 8 MB."""
+    def _plan_all(self) -> Iterator[EvaluationPiece]:
+        """Yields the pieces of all categories. Each category is planned at its turn: the plan of a million rows takes 8 MB."""
         for category in self.bundles:
             try:
                 yield from self._plan(category)
-            except FocusRayError as error:  # of this category: the others are measured all the same
+            except FocusRayError as error:  # other categories are still evaluated
                 self._finish(category, {"error": str(error), "bundle": self.bundles[category]})
 
-    def _plan(self, category: str) -> Iterator[Piece]:
-        given = self.settings
+    def _plan(self, category: str) -> Iterator[EvaluationPiece]:
+        """Yields the pieces of a category. With `resume`, reuses the results of an earlier run."""
+        settings = self.settings
         plan = plan_evaluation(
             category,
             self.bundles[category],
-            given.output,
-            given.data,
-            given.max_side_px,
-            given.exact_pixels,
-            given.part_images,
+            settings.output,
+            settings.data,
+            settings.max_side_px,
+            settings.exact_pixels,
+            settings.part_images,
         )
         job = self.jobs[category] = plan.job
-        known = None
-        if given.resume:
+        saved_sum = None
+        if settings.resume:
             record = read_record(job)
             if record is not None:
                 self.log(f"{category}: measured already")
                 self._finish(category, record["result"])
                 return
-            known = load_sum(job)
-        if known is None:
+            saved_sum = load_sum(job)
+        if saved_sum is None:
             begin_anew(job)
-        self.to_score += job.num_images - (known.num_images if known else 0)
+        self.num_to_score += job.num_images - (saved_sum.num_images if saved_sum else 0)
         self.log(f"{category}: evaluating {job.bundle} on {job.num_images} images")
         if job.exact:
             self.progress = Progress(f"{category}: scoring", job.num_images, self.log)
-            yield Piece("whole", job, plan.parts)
+            yield EvaluationPiece("whole", job, plan.parts)
             return
         self.log(
-            f"{category}: too many pixels to keep: pixel metrics come of counts in bins, with a bound on the difference"
+            f"{category}: too many pixels for the memory: pixel metrics come from counts in bins, with an error bound"
         )
-        total = self._sums[category] = known or Sum(job)
-        if total.scores:
-            self.log(f"{category}: going on after {total.num_images} images")
-        todo = {first: rows for first, rows in plan.parts.items() if first not in total.scores}
-        self.progress = Progress(f"{category}: scoring", job.num_images, self.log, num_before=total.num_images)
-        self._waiting[category] = set(todo)
+        category_sum = self._sums[category] = saved_sum or Sum(job)
+        if category_sum.scores:
+            self.log(f"{category}: continuing after {category_sum.num_images} images")
+        remaining_parts = {first: rows for first, rows in plan.parts.items() if first not in category_sum.scores}
+        self.progress = Progress(f"{category}: scoring", job.num_images, self.log, num_before=category_sum.num_images)
+        self._unfinished_parts[category] = set(remaining_parts)
         self._saved_at[category] = time.monotonic()
-        if not todo:
-            yield Piece("figures", job, {}, total.total())
-        for first, rows in todo.items():
-            if category in self.results:  # it has failed
+        if not remaining_parts:
+            yield EvaluationPiece("figures", job, {}, category_sum.total())
+        for first, rows in remaining_parts.items():
+            if category in self.results:  # the category has failed
                 return
-            yield Piece("part", job, {first: rows})
+            yield EvaluationPiece("part", job, {first: rows})
 
-    def done(self, piece: Piece, outcome: Any) -> None:
-        """Takes what came of a piece."""
+    def record_result(self, piece: EvaluationPiece, outcome: Any) -> None:
+        """Records the result of a piece."""
         category = piece.job.category
         if category in self.results:
             return
@@ -186,20 +198,20 @@ class Evaluation:
             self._finish(category, {"error": outcome.reason, "bundle": piece.job.bundle})
         elif piece.kind == "part":
             (first,) = piece.parts
-            total, waiting = self._sums[category], self._waiting[category]
-            total.add(first, outcome)
-            waiting.discard(first)
-            if not waiting:
+            category_sum, unfinished = self._sums[category], self._unfinished_parts[category]
+            category_sum.add(first, outcome)
+            unfinished.discard(first)
+            if not unfinished:
                 self._save(category)
-                self._ready.append(Piece("figures", piece.job, {}, total.total()))
-            elif time.monotonic() - self._saved_at[category] >= _SAVE_S:
+                self._ready.append(EvaluationPiece("figures", piece.job, {}, category_sum.total()))
+            elif time.monotonic() - self._saved_at[category] >= _SAVE_INTERVAL_S:
                 self._save(category)
         else:
-            remove_file(piece.job.state)  # the record says it all
+            remove_file(piece.job.state)  # the record has everything
             self._finish(category, outcome)
 
     def save(self) -> None:
-        """Saves what is known of categories that are not done."""
+        """Saves the results of parts of unfinished categories."""
         for category in self._sums:
             self._save(category)
 
@@ -211,18 +223,18 @@ class Evaluation:
     def _finish(self, category: str, result: dict[str, Any]) -> None:
         self.results[category] = result
         self._sums.pop(category, None)
-        self._waiting.pop(category, None)
-        told = f"not measured: {result['error']}" if "error" in result else summary_of(result)
-        self.log(f"{category}: {told} ({len(self.results)} of {len(self.bundles)})")
-        if time.monotonic() - self._written_at >= _WRITE_S:
+        self._unfinished_parts.pop(category, None)
+        summary = f"not measured: {result['error']}" if "error" in result else summary_of(result)
+        self.log(f"{category}: {summary} ({len(self.results)} of {len(self.bundles)})")
+        if time.monotonic() - self._written_at >= _WRITE_INTERVAL_S:
             self.write_tables()
 
     def ordered(self) -> dict[str, dict[str, Any]]:
-        """Results in the bundles' order."""
+        """Returns the results in the order of the bundles."""
         return {category: self.results[category] for category in self.bundles if category in self.results}
 
     def write_tables(self) -> str:
-        """Writes report.json and report.md. Returns: the tables."""
+        """Writes report.json and report.md. Returns the Markdown text."""
         table, content = results_table(self.ordered())
         write_bytes(join(self.settings.output, "report.json"), content)
         write_bytes(join(self.settings.output, "report.md"), table.encode())
@@ -230,13 +242,13 @@ class Evaluation:
         return table
 
     def write_pages(self) -> dict[str, list[str]]:
-        """Writes report.html, and pages of categories where there are many. Returns: category -> caveats."""
+        """Writes report.html, and a page for each category if there are many. Returns category -> caveats."""
         results, sections = self.ordered(), {}
         measured = [category for category, result in results.items() if "error" not in result]
         pages = {}
         for category in measured:
             section = self.section(category)
-            if len(results) > WHOLE_PAGE:
+            if len(results) > MAX_CATEGORIES_ON_PAGE:
                 pages[category] = f"{CATEGORIES}/{category}.html"
                 page = evaluation_page({category: results[category]}, {category: section})
                 write_bytes(join(self.settings.output, pages[category]), page)
@@ -246,13 +258,19 @@ class Evaluation:
         return {category: section.caveats for category, section in sections.items()}
 
     def section(self, category: str) -> Section:
-        """A measured category's part of the page, with its pictures."""
+        """Returns the section of an evaluated category, with its pictures."""
         return section_from_dict(json.loads(read_bytes(self.jobs[category].record))["section"])
 
 
 @dataclass(frozen=True)
-class Report:
-    """Of an evaluation. results: category -> metrics, or an 'error'.  table: Markdown.  caveats: of each category."""
+class EvaluationReport:
+    """Result of an evaluation.
+
+    Attributes:
+        results: category -> metrics, or 'error'.
+        table: Markdown text.
+        caveats: category -> sentences.
+    """
 
     results: dict[str, dict[str, Any]]
     table: str
@@ -271,59 +289,64 @@ def evaluate_bundles(
     resume: bool = False,
     trackers: Sequence[str] = (),
     log: Callable[[str], None] = lambda message: None,
-) -> Report:
-    """Measures bundles on their labelled test images, and writes report.html, .md and .json, and results image by image.
+) -> EvaluationReport:
+    """Evaluates bundles on their labelled test images. Writes report.html, report.md, report.json and results of each image.
 
-    In this process, or on the cluster of RAY_ADDRESS, as training decides it (`runs_here`); `num_workers` above 1 starts
-    Ray on this machine.
+    The evaluation runs in this process or on the cluster of RAY_ADDRESS, by the same rule as training (`runs_here`). With
+    `num_workers` above 1 it starts Ray on this machine.
 
     Args:
-        bundles: category -> bundle.  data: None for the set that each was trained from.
-        exact_pixels: of a category's maps, up to which all are kept; of more, pixels are counted in bins.
-        part_images: scored together, about.  num_workers: None for one here, or as many as the cluster has room for.
-        resume: go on with the evaluation in `output`: what is of the same bundles, images and settings stays.
-        trackers: trackers.KIND.KEY=value, where it is not to be recorded as the training was.
+        bundles: category -> bundle.
+        data: data set with test images; None: the data set that each bundle was trained on.
+        exact_pixels: a category with more pixels is counted in bins.
+        part_images: approximate number of images of a part.
+        num_workers: None: one in this process, or as many as the cluster has room for.
+        resume: continue the evaluation in `output` and reuse results of the same bundles, images and settings.
+        trackers: settings trackers.KIND.KEY=value that override the trackers of the training.
 
-    Raises: DataError, TrainingError: the output cannot be written, or the cluster has no room for a worker. ConfigError: a
-        tracker that is asked for cannot be used. What is wrong with one category stands in its result.
+    Raises:
+        DataError, TrainingError: the output cannot be written, or the cluster has no room for a worker.
+        ConfigError: a requested tracker cannot be used.
+        The failure of a category is no exception, but the 'error' of its result.
     """
     bundles = {category: make_absolute(uri) for category, uri in bundles.items()}
-    settings = Settings(
+    settings = EvaluationSettings(
         make_absolute(output), data and make_absolute(data), max_side_px, exact_pixels, part_images, resume
     )
     recorder = evaluation_recorder(bundles, settings.output, trackers, log)
     evaluation = Evaluation(bundles, settings, log)
     try:
         _run(evaluation, num_workers)
-    finally:  # interrupted, or the storage went away: what is known stays
+    finally:  # also after an interruption or a failure of the storage
         evaluation.save()
-    report = Report(evaluation.ordered(), evaluation.write_tables(), evaluation.write_pages())
+    report = EvaluationReport(evaluation.ordered(), evaluation.write_tables(), evaluation.write_pages())
     record_results(recorder, bundles, report.results, evaluation.section, log)
     return report
 
 
 def _run(evaluation: Evaluation, num_workers: int | None) -> None:
+    """Evaluates all pieces in this process or on a pool of workers."""
     if runs_here(ClusterConfig(num_workers=num_workers or 1)):
         check_access(evaluation.settings.output)
         _run_here(evaluation)
     else:
-        private = connect()
-        one = next(iter(evaluation.bundles.values()))  # they lie together
-        probe_nodes([join(one, MANIFEST)], [evaluation.settings.output])
-        workers: WorkerPool[Piece] = scoring_pool(num_workers, private, evaluation.log)
+        is_private = connect()
+        first_bundle = next(iter(evaluation.bundles.values()))  # all bundles are in the same storage
+        probe_nodes([join(first_bundle, MANIFEST)], [evaluation.settings.output])
+        workers: WorkerPool[EvaluationPiece] = scoring_pool(num_workers, is_private, evaluation.log)
         with workers as pool:
             progress = Progress("scoring", 0, evaluation.log)
-            for piece, outcome in pool.run(run_piece, evaluation.more):
-                progress.total = evaluation.to_score  # over all categories that have begun
+            for piece, outcome in pool.run(run_piece, evaluation.next_piece):
+                progress.total = evaluation.num_to_score  # of all started categories
                 progress.add(sum(len(rows) for rows in piece.parts.values()))
-                evaluation.done(piece, outcome)
+                evaluation.record_result(piece, outcome)
 
 
 def _run_here(evaluation: Evaluation) -> None:
-    while (piece := evaluation.more()) is not None:
+    while (piece := evaluation.next_piece()) is not None:
         progress = evaluation.progress
         try:
             outcome = run_piece(piece, progress.add if progress is not None else lambda: None)
         except FocusRayError as error:
             outcome = Failed(str(error), error)
-        evaluation.done(piece, outcome)
+        evaluation.record_result(piece, outcome)

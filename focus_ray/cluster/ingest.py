@@ -1,4 +1,4 @@
-"""Ingestion on a Ray cluster: pieces of the source are read, checked and written by tasks on its nodes."""
+"""Ingestion on a Ray cluster: workers read, check and write pieces of the source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from focus_ray.storage import is_s3
 
 T = TypeVar("T")
 R = TypeVar("R")
-MAX_RETRIES = 5  # of a piece whose worker or node was lost
+MAX_RETRIES = 5  # of a piece after the loss of its worker or node
 
 
 class ClusterMapper:
@@ -47,7 +47,7 @@ class ClusterMapper:
 
 
 def _error_of(failed: Failed) -> Exception:
-    """Returns the error of the function itself, or one that says that the workers died."""
+    """Returns the DataError of the function itself, or a TrainingError that says that the workers died."""
     if isinstance(getattr(failed.error, "cause", None), DataError):
         return failed.error.cause  # type: ignore[attr-defined,no-any-return]
     return TrainingError(
@@ -57,25 +57,27 @@ def _error_of(failed: Failed) -> Exception:
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    """Yields the absolute paths of all files below a folder."""
     return (path.absolute() for path in folder.rglob("*") if path.is_file())
 
 
 def ingest_on_cluster(
     source: str | Path, destination: str | Path, num_workers: int | str = "auto", **options: Any
 ) -> IngestReport:
-    """`ingest` with the reading, checking and writing in tasks of a Ray cluster; the report and the data are the same.
+    """Runs `ingest` on the workers of a Ray cluster. Report and data are the same.
 
     Args:
-        num_workers: pieces at a time, a CPU each; auto takes as many as the cluster has CPUs.  options: of `ingest`.
+        num_workers: number of workers with one CPU each; auto: as many as the cluster has CPUs.
+        options: further arguments of `ingest`.
 
-    Raises: DataError: as `ingest`; a node that does not see source or destination.
+    Raises: DataError: as `ingest`, or a node cannot access the source or the destination.
     """
     import ray
 
     if num_workers != "auto" and (not isinstance(num_workers, int) or num_workers < 1):
         raise DataError(f"num_workers={num_workers!r}: expected a number of tasks, 1 or more, or auto")
     connect()
-    reads = [] if is_s3(source) else [str(path) for path in islice(_files(Path(source)), 1)]
-    probe_nodes(reads, [str(destination)])
+    files_to_read = [] if is_s3(source) else [str(path) for path in islice(_files(Path(source)), 1)]
+    probe_nodes(files_to_read, [str(destination)])
     count = max(1, int(ray.cluster_resources().get("CPU", 1))) if num_workers == "auto" else int(num_workers)
     return ingest(source, destination, run=ClusterMapper(count), **options)

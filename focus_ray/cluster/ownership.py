@@ -1,6 +1,6 @@
-"""Whose a run's or a sweep's folder is: a driver's sign of life, and the images that it was begun with. No Ray.
+"""Ownership of the folder of a run or a sweep: the heartbeat of its driver, and the fingerprints of its images. Without Ray.
 
-state.json  data.json
+The files are state.json and data.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HEARTBEAT_S = 3.0
 
 
 def write_fingerprints(root: str, fingerprints: Mapping[str, str]) -> None:
-    """Category -> `data_fingerprint` of the images that the folder's results come from."""
+    """Writes data.json: category -> `data_fingerprint` of the images behind the results."""
     write_bytes(join(root, FINGERPRINTS), (json.dumps(dict(fingerprints), indent=1) + "\n").encode())
 
 
@@ -33,41 +33,47 @@ def check_resumable(
     binding: Collection[str] | None = None,
     watch: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Raises: `error`: another driver is at it.  DataError: the images are no longer those that the folder began with.
+    """Checks that no driver uses the folder and that its images have not changed.
 
     Args:
-        binding: the categories whose images must be the same; others may have changed, joined or been left out. None: all, and
-            none may join or be left out.
+        error: exception type to raise if another driver uses the folder.
+        binding: categories whose images must be the same. Other categories may be new, missing or changed. None: all categories
+            must be the same.
+        watch: waits a number of seconds.
+
+    Raises:
+        error: another driver uses the folder.
+        DataError: the images have changed since the folder was created.
     """
     state = read_state(root, watch)
     if state["state"] == "running":
         raise error(
-            f"{root}: still running, as process {state['pid']} on {state['host']}: wait for it, or end it first"
+            f"{root}: still running, as process {state['pid']} on {state['host']}: wait for its end, or stop it first"
         )
     check_fingerprints(root, fingerprints, binding)
 
 
 def check_fingerprints(root: str, fingerprints: Mapping[str, str], binding: Collection[str] | None = None) -> None:
-    """Raises: DataError: the images are no longer those that the folder began with."""
-    if not exists(join(root, FINGERPRINTS)):  # its driver died as it began
+    """Checks the images; `binding` as in `check_resumable`. Raises: DataError: the images have changed."""
+    if not exists(join(root, FINGERPRINTS)):  # the driver died before it wrote the file
         write_fingerprints(root, fingerprints)
-    former = json.loads(read_bytes(join(root, FINGERPRINTS)))
-    looked_at = {*former, *fingerprints} if binding is None else {*former} & {*fingerprints} & {*binding}
-    changed = sorted(name for name in looked_at if former.get(name) != fingerprints.get(name))
+    stored = json.loads(read_bytes(join(root, FINGERPRINTS)))
+    checked_names = {*stored, *fingerprints} if binding is None else {*stored} & {*fingerprints} & {*binding}
+    changed = sorted(name for name in checked_names if stored.get(name) != fingerprints.get(name))
     if changed:
         raise DataError(
-            f"{root}: the images of {', '.join(changed)} have changed since it began, and its results would be of two sets: "
-            "start anew under another name, or bring the former data set back"
+            f"{root}: the images of {', '.join(changed)} have changed since the run began, and its results would mix two "
+            "data sets: start a new run under another name, or restore the previous data set"
         )
-    if binding is not None and {**former, **fingerprints} != former:
-        write_fingerprints(root, {**former, **fingerprints})
+    if binding is not None and {**stored, **fingerprints} != stored:
+        write_fingerprints(root, {**stored, **fingerprints})
 
 
 class Heartbeat:
-    """Writes state.json every few seconds, so that others can tell a running driver from one that was killed."""
+    """Writes state.json every few seconds, so that other processes can see whether this driver is still running."""
 
     def __init__(self, root: str) -> None:
-        self.place = join(root, STATE)
+        self.path = join(root, STATE)
         self.owner, self.beat = uuid.uuid4().hex, 0
         self._end = threading.Event()
         self._write("running")
@@ -75,7 +81,7 @@ class Heartbeat:
         self._thread.start()
 
     def close(self, state: str, **facts: Any) -> None:
-        """Says how it ended: finished, stopped or failed."""
+        """Stops the heartbeat and writes the final state: finished, stopped or failed, with further facts."""
         self._end.set()
         self._thread.join()
         self._write(state, **facts)
@@ -85,7 +91,7 @@ class Heartbeat:
             try:
                 self._write("running")
             except DataError:
-                continue  # the storage is away for a moment; the records are what counts, and they are retried
+                continue  # the storage is briefly not available; only the records matter, and their writes are retried
 
     def _write(self, state: str, **facts: Any) -> None:
         self.beat += 1
@@ -98,14 +104,14 @@ class Heartbeat:
             "time": time.time(),
             **facts,
         }
-        write_bytes(self.place, (json.dumps(content, indent=1) + "\n").encode())
+        write_bytes(self.path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def read_state(root: str, watch: Callable[[float], None] | None = time.sleep) -> dict[str, Any]:
-    """state.json, where 'running' becomes 'lost' if no sign of life follows within two and a half beats.
+    """Reads state.json. The state 'running' becomes 'lost' if no heartbeat follows within two and a half intervals.
 
     Args:
-        watch: waits that many seconds; None takes what is written as it is.
+        watch: waits a number of seconds; None: do not wait for a heartbeat.
     """
     try:
         first: dict[str, Any] = json.loads(read_bytes(join(root, STATE)))
@@ -113,7 +119,7 @@ def read_state(root: str, watch: Callable[[float], None] | None = time.sleep) ->
         return {"state": "lost"}
     if first["state"] != "running" or watch is None:
         return first
-    watch(2.5 * HEARTBEAT_S)  # not the clock: that of another machine may be off
+    watch(2.5 * HEARTBEAT_S)  # compares heartbeats and not times, because clocks of two machines may differ
     second: dict[str, Any] = json.loads(read_bytes(join(root, STATE)))
     if second["state"] == "running" and (second["owner"], second["beat"]) == (first["owner"], first["beat"]):
         return {**second, "state": "lost"}

@@ -24,27 +24,28 @@ from focus_ray.config import ClusterConfig
 from focus_ray.errors import TrainingError
 from focus_ray.names import Log
 
-_POLL_S = 1.0  # between two calls of `listen`
-_NOTICE_S = 60.0  # without a running worker, between two lines that say so
+_POLL_INTERVAL_S = 1.0  # between two calls of `listen`
+_NOTICE_INTERVAL_S = 60.0  # between two log lines while no worker runs
 
 Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
 class Failed:
-    """Stands in place of a result. `reason` is for people."""
+    """The outcome of a piece that failed. reason: text for the log and the report."""
 
     reason: str
     error: Exception
 
 
-class _Worker:
-    """The actor."""
+class _WorkerActor:
+    """The worker actor."""
 
     def start(self) -> None:
-        """Answers as soon as the actor runs."""
+        """Does nothing; the call returns as soon as the actor runs."""
 
     def run(self, function: Callable[[Any], Any], piece: Any) -> Any:
+        """Returns the result of the function for a piece."""
         return function(piece)
 
 
@@ -73,13 +74,14 @@ class WorkerPool(Generic[Piece]):
         Args:
             actor_options: options of `ray.remote`, for instance from `options_per_worker`.
             max_retries: how often a piece is repeated after the loss of its worker, or after an error.
+            log: receives a line for each retry.
             listen: is called about once a second.
             retry_errors: False repeats a piece only after the loss of its worker. Permanent errors are never repeated.
         """
         import ray
 
-        self._class = ray.remote(**actor_options)(_Worker)
-        self._workers = [self._class.remote() for _ in range(num_workers)]
+        self._actor_class = ray.remote(**actor_options)(_WorkerActor)
+        self._workers = [self._actor_class.remote() for _ in range(num_workers)]
         self._max_retries, self._log, self._listen = max_retries, log, listen
         self._retry_errors = retry_errors
 
@@ -114,9 +116,9 @@ class WorkerPool(Generic[Piece]):
             is_working = any(call.piece is not None for call in calls.values())
             if idle_workers and not is_working and not retries:
                 return
-            answers, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_S)
+            answers, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_INTERVAL_S)
             self._listen()
-            if not answers and not is_working and time.monotonic() - noticed_at >= _NOTICE_S:
+            if not answers and not is_working and time.monotonic() - noticed_at >= _NOTICE_INTERVAL_S:
                 self._log(f"waiting until the cluster has room for one of {len(self._workers)} worker(s)")
                 noticed_at = time.monotonic()
             for answer in answers:
@@ -133,7 +135,7 @@ class WorkerPool(Generic[Piece]):
                         num_failed_starts += 1
                         if num_failed_starts > self._max_retries:
                             raise TrainingError(f"workers do not start: {reason_of(error)}") from error
-                    elif (failure := self._judge(call, error)) is None:
+                    elif (failure := self._failure_or_retry(call, error)) is None:
                         retries.append(call)
                     else:
                         yield call.piece, failure
@@ -142,8 +144,8 @@ class WorkerPool(Generic[Piece]):
                     if call.piece is not None:
                         yield call.piece, result
 
-    def _judge(self, call: _Call[Piece], error: Exception) -> Failed | None:
-        """Returns None if the piece is worth another attempt."""
+    def _failure_or_retry(self, call: _Call[Piece], error: Exception) -> Failed | None:
+        """Returns None if the piece should be retried, otherwise its failure."""
         import ray
 
         call.num_failures += 1
@@ -156,12 +158,12 @@ class WorkerPool(Generic[Piece]):
         return Failed(reason + attempts, error)
 
     def _replace(self, lost_worker: Any) -> Any:
-        """Starts a worker in place of one that was lost or cannot be reached, and returns it."""
+        """Starts and returns a new worker for a worker that was lost or cannot be reached."""
         import ray
 
         ray.kill(lost_worker)
         self._workers.remove(lost_worker)
-        self._workers.append(self._class.remote())
+        self._workers.append(self._actor_class.remote())
         return self._workers[-1]
 
     def __enter__(self) -> WorkerPool[Piece]:

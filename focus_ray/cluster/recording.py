@@ -1,4 +1,4 @@
-"""Experiment trackers of an evaluation: those of its bundles' training, or what is asked for; and what they are told."""
+"""Records the results of an evaluation in experiment trackers: those of the training, or those of the command line."""
 
 from __future__ import annotations
 
@@ -16,30 +16,33 @@ from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 
 
 def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequence[str], log: Log) -> Recorder:
-    """
+    """Returns the recorder of an evaluation. A tracker of the training that cannot be used gives a warning only.
+
     Args:
-        bundles: category -> bundle; the first that can be read says what its training recorded to.
-        output: of the evaluation, beside which trackers keep their files where the bundles are in no run's folder.
+        bundles: category -> bundle. The first readable bundle names the trackers of the training.
+        output: folder of the evaluation. Trackers store their files next to it if the bundles are in no folder of a run.
         overrides: trackers.KIND.KEY=value.
 
-    Raises: ConfigError, MissingPackageError: one is of another section, or does not fit, or a tracker that one asks for cannot be
-        used. One that only the training asked for is told of, and done without.
+    Raises: ConfigError, MissingPackageError: an override is of another section or has a wrong value, or its tracker cannot be
+        used.
     """
-    wrong = [word for word in overrides if word.partition("=")[0].strip().partition(".")[0] != "trackers"]
-    if wrong:
+    other_settings = [
+        override for override in overrides if override.partition("=")[0].strip().partition(".")[0] != "trackers"
+    ]
+    if other_settings:
         raise ConfigError(
-            f"{wrong[0]!r}: an evaluation takes settings of trackers alone, as in trackers.mlflow.uri=PLACE"
+            f"{other_settings[0]!r}: an evaluation accepts only settings of trackers, such as trackers.mlflow.uri=PLACE"
         )
     for bundle in bundles.values():
         try:
             tree = read_manifest(bundle)["config"]
             break
-        except (BundleError, FileNotFoundError):  # the evaluation tells of it
+        except (BundleError, FileNotFoundError):  # the evaluation reports this error
             continue
     else:
         return Recorder({}, output, log)
-    asked = override_tree({"data": {"uri": "-"}, "trackers": dict(tree.get("trackers", {}))}, list(overrides))
-    trackers = parse_config(asked, "trackers").trackers
+    requested = override_tree({"data": {"uri": "-"}, "trackers": dict(tree.get("trackers", {}))}, list(overrides))
+    trackers = parse_config(requested, "trackers").trackers
     root = bundle.rstrip("/").rpartition("/bundles/")[0]
     storage = root.rpartition("/")[0] or output
     try:
@@ -47,20 +50,25 @@ def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequ
     except FocusRayError as error:
         if overrides:
             raise
-        log(f"WARNING: not recorded as the training was: {error}")
+        log(f"WARNING: the evaluation is not recorded in the trackers of the training: {error}")
         return Recorder({}, output, log)
 
 
 def record_results(
     recorder: Recorder, bundles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]], section: Any, log: Log
 ) -> None:
-    """section: gives a category's part of the page. What fails here is told, and fails nothing else."""
+    """Records the results. A failure gives a warning only.
+
+    Args: section: function that returns the section of the page of a category.
+    """
     if not recorder:
         return
     with recorder:
         try:
             measured = {
-                category: _measured(bundles[category], result, lambda category=category: _cards(section(category)))
+                category: _to_evaluated_category(
+                    bundles[category], result, lambda category=category: _cards(section(category))
+                )
                 for category, result in results.items()
                 if "error" not in result
             }
@@ -69,10 +77,12 @@ def record_results(
             log(f"WARNING: not everything was recorded: {error}")
 
 
-def _measured(bundle: str, result: Mapping[str, Any], cards: Any) -> EvaluatedCategory:
+def _to_evaluated_category(bundle: str, result: Mapping[str, Any], cards: Any) -> EvaluatedCategory:
+    """Returns the result of a category with the configuration of its bundle, for the trackers."""
     manifest = read_manifest(bundle)
     return EvaluatedCategory(bundle, manifest, parse_config(config_as_made(manifest), bundle), result, cards)
 
 
 def _cards(section: Section) -> list[list[Any]]:
+    """Returns the cards of each part of the gallery of a section."""
     return [list(part.cards) for part in section.gallery]

@@ -7,17 +7,17 @@ from functools import lru_cache
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.cluster.connect import uses_gpu
 from focus_ray.cluster.pool import Piece, WorkerPool, options_per_worker
-from focus_ray.cluster.preflight import concurrent_runs
+from focus_ray.cluster.preflight import count_concurrent_runs
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import DataError
 from focus_ray.names import Log
 
-MAX_LOADED_BUNDLES = 2  # in a process: the previous category is still needed for its pictures
+MAX_LOADED_BUNDLES = 2  # per process; the previous bundle is still needed for the pictures of its category
 
 
 @lru_cache(MAX_LOADED_BUNDLES)
 def load_inspector(uri: str, version: str) -> Inspector:
-    """Returns the inspector of a bundle, which the process keeps for the next pieces.
+    """Returns the inspector of a bundle. The process caches it for the next pieces.
 
     Args:
         version: SHA-256 of the manifest.
@@ -30,7 +30,7 @@ def load_inspector(uri: str, version: str) -> Inspector:
     return inspector
 
 
-def scoring_pool(num_workers: int | None, private: bool, log: Log) -> WorkerPool[Piece]:
+def scoring_pool(num_workers: int | None, is_private: bool, log: Log) -> WorkerPool[Piece]:
     """Returns a pool on the cluster that this process has joined.
 
     Args:
@@ -40,5 +40,5 @@ def scoring_pool(num_workers: int | None, private: bool, log: Log) -> WorkerPool
     Raises: TrainingError: the cluster has no room for a worker.
     """
     config = ClusterConfig()
-    count = concurrent_runs(config, private, log=log, limit=num_workers)
+    count = count_concurrent_runs(config, is_private, log=log, limit=num_workers)
     return WorkerPool(count, options_per_worker(config, uses_gpu(config)), config.max_failures, log)

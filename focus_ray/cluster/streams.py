@@ -1,4 +1,4 @@
-"""Data sets as Ray Data reads them."""
+"""Reads data sets with Ray Data."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def ray_dataset(
     columns: Sequence[str] | None = None,
     version: str | None = None,
 ) -> ray.data.Dataset:
-    """A Ray data set of exactly the committed files of a category.
+    """Returns a Ray data set of the committed files of a category.
 
-    Turns DataSourceV2 off in this process's DataContext: with Ray 2.60 it starts 32 footer actors an epoch and reads
+    Switches DataSourceV2 off in the DataContext of this process: with Ray 2.60 it starts 32 footer actors per epoch and reads
     small image sets about three times slower. On S3 each node uses its own credentials.
 
     Args:
-        split: train or test; None takes both.
-        columns: of ``SCHEMA``; None takes all. `group` is null in rows of part files that lack this column.
-        version: None takes the current one.
+        split: train or test; None: both.
+        columns: columns of ``SCHEMA``; None: all. `group` is null in rows of part files without this column.
+        version: version of the data set; None: the current version.
 
     Raises: DataError: as ``read_index``.
     """
@@ -57,7 +57,7 @@ def ray_dataset(
 
 
 def stream_training_images(config: Config, split: Split) -> Any:
-    """A Ray data set of the decoded images that train, told by the rule where their rows are read."""
+    """Returns a Ray data set of the decoded training images. The rule of the split selects them while rows are read."""
     frame = load_frame(config, split.category)
 
     def decode(batch: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def stream_training_images(config: Config, split: Split) -> Any:
 
 
 def worker_stream(batch_size: int, seed: int) -> Iterable[Mapping[str, Any]]:
-    """This worker's part of the trainer's stream, shuffled within a buffer, as `StreamShard` trains from it."""
+    """Returns the batches of this worker from the stream of its trainer, shuffled within a buffer, for `StreamShard`."""
     import ray.train
 
     stream = ray.train.get_dataset_shard("train")

@@ -1,4 +1,4 @@
-"""Training on Ray: one model a category, DDP over its workers, categories side by side as the cluster allows."""
+"""Trains one model for each category on Ray: workers of a category use DDP, and several categories run at the same time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, 
 from focus_ray.cluster.messages import Messages, epoch_callback
 from focus_ray.cluster.ownership import Heartbeat, check_resumable, write_fingerprints
 from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
-from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
+from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
 from focus_ray.cluster.streams import stream_training_images, worker_stream
 from focus_ray.config import Config, config_to_yaml, mapping_of, parse_config
 from focus_ray.data.read import list_categories
@@ -53,15 +53,21 @@ from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import CLAIM, TrainingRecorder
 
 RUN_CONFIG = "config.yaml"
-# settings that change how a run goes, not what comes of a category
-_FREE = ("cluster.", "trackers", "data.memory_budget_mb", "data.categories", "train.checkpoint_every_epochs")
-MAX_TRAINER_RESTARTS = 2  # of the process that waits for a trainer; Ray Train itself repeats what its workers lost
+# settings that do not change the result of a category
+_SETTINGS_WITHOUT_EFFECT = (
+    "cluster.",
+    "trackers",
+    "data.memory_budget_mb",
+    "data.categories",
+    "train.checkpoint_every_epochs",
+)
+MAX_TRAINER_RESTARTS = 2  # of the process that waits for a trainer; Ray Train restarts the workers of a trainer
 SHARED_METRIC = "metric.safetensors"
 
 
 @dataclass(frozen=True)
 class TrainerJob:
-    """What a trainer of one category is told; crosses to its workers as it is."""
+    """The work of a trainer of one category. It is sent to the workers."""
 
     config: Config
     split: Split
@@ -69,17 +75,19 @@ class TrainerJob:
 
     @property
     def category(self) -> str:
+        """Name of the category."""
         return self.split.category
 
 
 @dataclass(frozen=True)
 class CategoryJob(TrainerJob):
-    """root: of the run, below which checkpoints and the bundle go.  messages: takes what workers tell."""
+    """A job of a run. root: folder of the run, for checkpoints and the bundle.  messages: queue for lines of the workers."""
 
     root: str
     messages: Messages
 
-    def tell(self, text: str) -> None:
+    def send_line(self, text: str) -> None:
+        """Sends a line to the driver."""
         self.messages.put(f"{self.category}: {text}")
 
 
@@ -87,29 +95,31 @@ J = TypeVar("J", bound=TrainerJob)
 
 
 def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = lambda message: None) -> dict[str, str]:
-    """Trains every category of the config; writes <storage>/<name>/bundles/<category>.
+    """Trains every category of the configuration and writes <storage>/<name>/bundles/<category>.
 
     Args:
-        resume: go on with a run of the same name: finished categories stay, others start at their last checkpoint.
+        resume: continue a run of the same name: finished categories are kept, others start at their last checkpoint.
 
-    Returns: category -> the bundle's place.
+    Returns: category -> path of its bundle.
 
-    Raises: TrainingError: the run's folder exists and `resume` is not asked for, or categories failed, each named with
-        its reason; the bundles of the others are there. DataError: the data set cannot be used.
+    Raises:
+        TrainingError: the folder of the run exists and `resume` is False, or categories failed. The message names each failed
+            category with its reason. The bundles of the other categories are complete.
+        DataError: the data set cannot be used.
     """
     config = resolve_paths(config)
     if config.name == "auto":
         if resume:
-            raise TrainingError("--resume needs the name of the run to go on with: name=...")
+            raise TrainingError("--resume needs the name of the run to continue: name=...")
         config = config.model_copy(update={"name": unique_name(config.cluster.team or "run")})
         log(f"name: {config.name}")
     check_prerequisites(config)
-    there = list_categories(config.data.uri)
-    categories = list(config.data.categories or there)
-    unknown = sorted(set(categories) - set(there))
+    available = list_categories(config.data.uri)
+    categories = list(config.data.categories or available)
+    unknown = sorted(set(categories) - set(available))
     if unknown:
-        raise DataError(f"{config.data.uri} has no category {', '.join(unknown)}; it has {', '.join(there)}")
-    check_regions(config, there)
+        raise DataError(f"{config.data.uri} has no category {', '.join(unknown)}; it has {', '.join(available)}")
+    check_regions(config, available)
     root = join(config.storage, config.name)
     splits = {category: split_category(config, category) for category in categories}
     for category, split in splits.items():
@@ -120,35 +130,39 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     _check_claim(config, root, resume, fingerprints)
     bundles = {category: bundle_place(root, category) for category in categories}
-    todo = [c for c in categories if not (resume and exists(join(bundles[c], "manifest.json")))]
-    for category in sorted(set(categories) - set(todo)):
-        log(f"{category}: already there, {bundles[category]}")
-    if todo:
+    remaining = [
+        category for category in categories if not (resume and exists(join(bundles[category], "manifest.json")))
+    ]
+    for category in sorted(set(categories) - set(remaining)):
+        log(f"{category}: already trained, {bundles[category]}")
+    if remaining:
         recorder = Recorder(config.trackers, config.storage, log)
-        here = runs_here(config.cluster)
+        is_local = runs_here(config.cluster)
         limit = 1
-        if here:
+        if is_local:
             check_access(root)
         else:
-            limit = _join_cluster(config, root, {c: splits[c] for c in todo}, log)
+            limit = _join_cluster(config, root, {category: splits[category] for category in remaining}, log)
         _claim(root, resume, fingerprints)
         write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
-        told = TrainingRecorder(recorder, config, root, fingerprints, has_group=len(categories) > 1)
-        alive = Heartbeat(root)
+        training_recorder = TrainingRecorder(recorder, config, root, fingerprints, has_group=len(categories) > 1)
+        heartbeat = Heartbeat(root)
         state = "failed"
         try:
-            mine = [splits[c] for c in todo]
-            run = train_here if here else functools.partial(_train_on_cluster, limit=limit)
-            failed = run(config, mine, root, log, told=told)
+            remaining_splits = [splits[category] for category in remaining]
+            run = functools.partial(train_here, told=training_recorder)
+            if not is_local:
+                run = functools.partial(_train_on_cluster, training_recorder=training_recorder, limit=limit)
+            failed = run(config, remaining_splits, root, log)
             state = "failed" if failed else "finished"
         finally:
-            told.close(failed=state == "failed")
-            alive.close(state)
+            training_recorder.close(failed=state == "failed")
+            heartbeat.close(state)
         if failed:
             raise TrainingError(
                 f"{len(failed)} of {len(categories)} categories failed; "
                 + "; ".join(f"{category}: {reason}" for category, reason in sorted(failed.items()))
-                + ". Mend the cause and run again with --resume"
+                + ". Fix the cause and run again with --resume"
             )
     if len(bundles) > 1 and learns_metric(config):
         shared = join(root, SHARED_METRIC)
@@ -159,13 +173,16 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
 
 
 def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Callable[[str], None]) -> int:
-    """Returns: how many categories fit side by side. Raises: TrainingError, DataError: what preflight and probes find."""
+    """Joins the cluster, checks its resources and its storage, and returns how many categories can run at the same time.
+
+    Raises: TrainingError, DataError: a check failed.
+    """
     team = config.cluster.team
-    private = connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
+    is_private = connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
     streams = config.train.epochs > 0 and any(not fits_memory(config, split) for split in splits.values())
-    limit = concurrent_runs(
+    limit = count_concurrent_runs(
         config.cluster,
-        private,
+        is_private,
         streams,
         log,
         limit=config.cluster.max_concurrent_categories,
@@ -176,7 +193,7 @@ def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: C
 
 
 def learns_metric(config: Config) -> bool:
-    """Whether each category learns a metric of its own, and its bundle keeps what others can share."""
+    """Returns whether each category learns a discriminant projection that its bundle can share with others."""
     density = config.density
     return density.reduction == "discriminant" and density.metric is None and density.keep_moments
 
@@ -186,7 +203,7 @@ def _train_on_cluster(
     splits: Sequence[Split],
     root: str,
     log: Callable[[str], None],
-    told: TrainingRecorder,
+    training_recorder: TrainingRecorder,
     limit: int,
 ) -> dict[str, str]:
     """Trains the categories, `limit` at a time, and returns category -> reason for those that failed."""
@@ -200,30 +217,31 @@ def _train_on_cluster(
         run_job, options = _fit_category, options_per_worker(config.cluster, use_gpu)
         max_retries = config.cluster.max_failures
     else:
-        # a trainer waits beside the driver, so that the loss of another node ends no training; Ray Train repeats its workers
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        run_job, options = _run_trainer, {"num_cpus": 0, "scheduling_strategy": here}
+        # A trainer waits on the node of the driver, so that the loss of another node ends no training. Ray Train restarts
+        # the workers of a trainer.
+        on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        run_job, options = _run_trainer, {"num_cpus": 0, "scheduling_strategy": on_this_node}
         max_retries = MAX_TRAINER_RESTARTS
     num_at_once = min(limit, len(splits))
     log(f"{len(splits)} categories, {num_at_once} at a time, {config.cluster.num_workers} worker(s) each")
     failed: dict[str, str] = {}
 
     def listen() -> None:
-        messages.show(log, told.log_epoch)
+        messages.show(log, training_recorder.log_epoch)
 
     with WorkerPool[CategoryJob](
         num_at_once, options, max_retries, log, listen, retry_errors=fits_without_trainer(config)
     ) as pool:
         for job, outcome in pool.run(run_job, lambda: next(jobs, None)):
-            listen()  # the lines of a category come before its end
+            listen()  # shows the lines of a category before its end
             category, place = job.category, bundle_place(job.root, job.category)
             if isinstance(outcome, Failed):
                 failed[category] = outcome.reason
                 log(f"{category}: FAILED: {outcome.reason}")
-                told.fail_category(category, outcome.reason)
+                training_recorder.fail_category(category, outcome.reason)
             else:
                 log(f"{category}: done in {outcome:.0f} s, {place}")
-                told.finish_category(category, place)
+                training_recorder.finish_category(category, place)
     return failed
 
 
@@ -237,11 +255,11 @@ def _fit_category(job: CategoryJob) -> float:
     start = time.monotonic()
     set_reproducible()
     device = torch.device("cuda" if job.use_gpu else "cpu")
-    make_bundle(job.config, job.split, job.root, device, num_threads=decoders(job.config), log=job.tell)
+    make_bundle(job.config, job.split, job.root, device, num_threads=num_decoder_threads(job.config), log=job.send_line)
     return time.monotonic() - start
 
 
-def decoders(config: Config) -> int:
+def num_decoder_threads(config: Config) -> int:
     """Returns the number of threads that decode images in a worker: one for each of its CPUs."""
     return max(1, int(config.cluster.cpus_per_worker))
 
@@ -250,16 +268,17 @@ def _run_trainer(job: CategoryJob) -> float:
     """Trains one category with Ray Train and returns the seconds it took."""
     start = time.monotonic()
     callbacks = [epoch_callback(job.messages, job.category)] if job.config.trackers else []
-    make_trainer(_worker, job, join(job.root, "train"), job.category, callbacks).fit()
+    make_trainer(_train_worker, job, join(job.root, "train"), job.category, callbacks).fit()
     return time.monotonic() - start
 
 
 def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str, callbacks: Sequence[Any] = ()) -> Any:
-    """A TorchTrainer of one category as its configuration asks.
+    """Returns the TorchTrainer of one category.
 
     Args:
-        worker: what every worker runs, given the job.  place: where the trainer keeps checkpoints, below `name`.
-        callbacks: of Ray Train.
+        worker: function that every worker calls with the job.
+        place: folder of checkpoints, which the trainer stores below `name`.
+        callbacks: callbacks of Ray Train.
     """
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -267,7 +286,7 @@ def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str, call
     from focus_ray.cluster import failure_policy, ray_private
 
     failure_policy.install()
-    ray_private.tell_trainers_their_cluster()
+    ray_private.pass_address_to_trainers()
     config = job.config
     workers = config.cluster.num_workers
     datasets = {}
@@ -298,16 +317,15 @@ def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str, call
     )
 
 
-def _run_worker(given: dict[str, Any]) -> Any:
-    """What Ray Train calls on every worker: it gives a mapping only."""
-
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it reports every report
+def _run_worker(loop_config: dict[str, Any]) -> Any:
+    """Runs the job on a worker. Ray Train can pass a mapping only."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # otherwise it logs every report
     set_reproducible()
-    return given["worker"](given["job"])
+    return loop_config["worker"](loop_config["job"])
 
 
-def _worker(job: CategoryJob) -> None:
-    """What every Ray Train worker runs."""
+def _train_worker(job: CategoryJob) -> None:
+    """Trains and reports the metrics of each epoch on a Ray Train worker."""
     import ray.train
     import ray.train.torch
 
@@ -317,8 +335,8 @@ def _worker(job: CategoryJob) -> None:
     device = ray.train.torch.get_device()
 
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
-        due = (epoch + 1) % config.train.checkpoint_every_epochs == 0 or epoch + 1 == config.train.epochs
-        if not due:
+        is_checkpoint_due = (epoch + 1) % config.train.checkpoint_every_epochs == 0 or epoch + 1 == config.train.epochs
+        if not is_checkpoint_due:
             return ray.train.report(figures)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
@@ -335,17 +353,17 @@ def _worker(job: CategoryJob) -> None:
         rank=rank,
         num_workers=num_workers,
         stream=worker_stream,
-        num_threads=decoders(config),
+        num_threads=num_decoder_threads(config),
         wrap=data_parallel(num_workers, device),
         state=retry_while_busy(lambda: _last_state(ray.train.get_checkpoint(), device)),
         on_epoch=on_epoch,
-        log=job.tell,
+        log=job.send_line,
     )
     ray.train.report({"num_images": count})
 
 
 def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:
-    """What makes a module data-parallel; None for one worker."""
+    """Returns the function that makes a module data-parallel; None for one worker."""
     if num_workers == 1:
         return None
 
@@ -357,6 +375,7 @@ def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.
 
 
 def _last_state(checkpoint: Any, device: torch.device) -> TrainState | None:
+    """Reads the training state of a checkpoint; None without a checkpoint."""
     if checkpoint is None:
         return None
     with checkpoint.as_directory() as folder:
@@ -364,9 +383,11 @@ def _last_state(checkpoint: Any, device: torch.device) -> TrainState | None:
 
 
 def resolve_paths(config: Config) -> Config:
-    """Local paths made absolute: workers run in other folders."""
+    """Makes local paths of the configuration absolute, because workers run in other folders."""
     weights, metric = config.model.weights, config.density.metric
-    regions = {name: make_absolute(one) if isinstance(one, str) else one for name, one in config.data.regions.items()}
+    regions = {
+        name: make_absolute(entry) if isinstance(entry, str) else entry for name, entry in config.data.regions.items()
+    }
     if weights not in ("default", "random"):
         weights = make_absolute(weights)
     return config.model_copy(
@@ -376,57 +397,67 @@ def resolve_paths(config: Config) -> Config:
             "model": config.model.model_copy(update={"weights": weights}),
             "density": config.density.model_copy(update={"metric": metric and make_absolute(metric)}),
             "trackers": {
-                kind: one.model_copy(update={"uri": one.uri and make_absolute(one.uri)})
-                for kind, one in config.trackers.items()
+                kind: entry.model_copy(update={"uri": entry.uri and make_absolute(entry.uri)})
+                for kind, entry in config.trackers.items()
             },
         }
     )
 
 
 def _claim(root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
-    """Makes the folder this run's. Raises: TrainingError: another run of the name, started at the same time, was first."""
-    mine = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
-    if create_bytes(join(root, CLAIM), mine):
+    """Claims the folder for this run. Raises: TrainingError: another run of this name, started at the same time, was first."""
+    claim = json.dumps({"token": uuid.uuid4().hex, "host": socket.gethostname()}).encode()
+    if create_bytes(join(root, CLAIM), claim):
         write_fingerprints(root, fingerprints)
     elif not resume:
         raise TrainingError(
-            f"{root} was taken by a run started at the same time: give another name (name=auto makes one)"
+            f"{root} is used by a run that started at the same time: give another name (name=auto makes a unique name)"
         )
 
 
 def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
-    """Raises: TrainingError: the folder is another run's, one that a driver is at, or, to resume, one of another
-    configuration.  DataError: the images have changed since it began."""
-    place = join(root, RUN_CONFIG)
-    if not exists(place):
+    """Checks that this run may use the folder.
+
+    Raises:
+        TrainingError: the folder belongs to another run, a driver uses it, or the run to resume has another configuration.
+        DataError: the images have changed since the run began.
+    """
+    path = join(root, RUN_CONFIG)
+    if not exists(path):
         return
     if not resume:
-        raise TrainingError(f"{root} holds a run already: give another name (name=...), or --resume to go on with it")
-    begun = _begun(root)  # of other categories nothing has come yet
-    check_resumable(root, fingerprints, TrainingError, binding=begun)
-    former = read_bytes(place).decode()
-    changed = differing_keys(parse_config(mapping_of(former, place), source=place), config)
-    if changed and begun:
+        raise TrainingError(
+            f"{root} already holds a run: give another name (name=...), or continue this run with --resume"
+        )
+    started = _started_categories(root)  # other categories have no results yet
+    check_resumable(root, fingerprints, TrainingError, binding=started)
+    stored_yaml = read_bytes(path).decode()
+    changed = differing_keys(parse_config(mapping_of(stored_yaml, path), source=path), config)
+    if changed and started:
         raise TrainingError(
             f"{root}: categories that are finished, or have checkpoints, were made with other settings: "
             + "; ".join(changed)
-            + ". Go on with those, or start anew under another name"
+            + ". Continue with the same settings, or start a new run under another name"
         )
 
 
-def _begun(root: str) -> set[str]:
-    """Categories that are finished or have a checkpoint."""
-    places = {name: list_names(join(root, "train", name)) for name in list_names(join(root, "train"))}
-    begun = {name for name, inside in places.items() if any(one.startswith("checkpoint") for one in inside)}
-    return begun | {*list_names(join(root, "bundles"))}
+def _started_categories(root: str) -> set[str]:
+    """Returns the categories that are finished or have a checkpoint."""
+    checkpoint_names = {name: list_names(join(root, "train", name)) for name in list_names(join(root, "train"))}
+    started = {
+        name
+        for name, names in checkpoint_names.items()
+        if any(name_inside.startswith("checkpoint") for name_inside in names)
+    }
+    return started | {*list_names(join(root, "bundles"))}
 
 
 def differing_keys(former: Config, config: Config) -> list[str]:
-    """Settings that change a result and are not the same, each with both values."""
-    was, now = (dict(flatten_dict(one.model_dump(mode="json"))) for one in (former, config))
+    """Returns a text with both values for each setting that changes a result and differs."""
+    former_values, values = (dict(flatten_dict(settings.model_dump(mode="json"))) for settings in (former, config))
     return [
-        f"{key} was {was.get(key)}, is {now.get(key)}"
-        for key in sorted({*was, *now})
-        if was.get(key) != now.get(key)
-        and (not key.startswith(_FREE) or (key == "cluster.num_workers" and config.train.epochs > 0))
+        f"{key} was {former_values.get(key)}, is {values.get(key)}"
+        for key in sorted({*former_values, *values})
+        if former_values.get(key) != values.get(key)
+        and (not key.startswith(_SETTINGS_WITHOUT_EFFECT) or (key == "cluster.num_workers" and config.train.epochs > 0))
     ]

@@ -8,7 +8,7 @@ import os
 import urllib.error
 import urllib.request
 
-from focus_ray.cluster.address import TIMEOUT_S, current_cluster, place_of, ray_folder, unreachable
+from focus_ray.cluster.address import TIMEOUT_S, current_cluster, explain_unreachable, ray_folder, split_address
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok, warning
 from focus_ray.doctor.software import installed_version
 
@@ -28,12 +28,12 @@ def check_address(context: CheckContext) -> CheckResult:
     if address.startswith(("http://", "https://")):
         return _check_jobs_server(address)
     host_and_port = address.removeprefix("ray://")
-    if place_of(host_and_port) is None:
+    if split_address(host_and_port) is None:
         return failed(
             f"RAY_ADDRESS={address} is not an address",
             f"set it to HOST:6379, ray://HOST:10001, http://HOST:8265 or auto, {UNSET_ADVICE}",
         )
-    reason = unreachable(host_and_port)
+    reason = explain_unreachable(host_and_port)
     if reason:
         return failed(
             f"RAY_ADDRESS={address} does not answer ({reason})", f"check that the cluster runs, {UNSET_ADVICE}"
@@ -44,7 +44,7 @@ def check_address(context: CheckContext) -> CheckResult:
 def _check_local_cluster() -> CheckResult:
     """Checks that a Ray cluster runs on this machine, as RAY_ADDRESS=auto requires."""
     address = current_cluster()
-    if address is None or unreachable(address):
+    if address is None or explain_unreachable(address):
         problem = "no cluster runs" if address is None else f"the cluster at {address} does not answer"
         return failed(f"RAY_ADDRESS=auto, but {problem} on this machine", f"run `ray start --head`, {UNSET_ADVICE}")
     return ok(f"RAY_ADDRESS=auto: the cluster at {address} accepts connections")
@@ -91,7 +91,7 @@ def check_stale_cluster_file(context: CheckContext) -> CheckResult:
     file, address = ray_folder() / "ray_current_cluster", current_cluster()
     if address is None:
         return ok("no other Ray cluster is recorded on this machine")
-    reason = unreachable(address)
+    reason = explain_unreachable(address)
     if reason:
         return warning(
             f"{file} names {address}, which does not answer ({reason}): a cluster was killed",

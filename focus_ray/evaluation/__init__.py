@@ -1,1 +1,1 @@
-"""How good scores are and what they mean: metrics, calibration, synthetic defects, reports."""
+"""Measures how good scores are (metrics, reports) and what a score means (calibration). Makes synthetic defects."""

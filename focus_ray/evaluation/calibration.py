@@ -1,7 +1,7 @@
-"""Thresholds and p-values from normal images: what a score means, and how often a good part is called bad.
+"""Computes thresholds and p-values from the scores of normal images.
 
-Everything here comes from normal images that the density has not seen, or whose own part of it was left out, never from test
-images. docs/learn/verdicts.md says what is guaranteed with how many images and what is not.
+The images are normal images that the density has not seen, or that were left out of the density while they were scored. Test
+images are never used. docs/learn/verdicts.md explains which guarantees hold with which number of images.
 """
 
 from __future__ import annotations
@@ -22,56 +22,56 @@ from focus_ray.evaluation.tail import Tail, fit_tail
 
 Method = Literal["split", "cross", "leave_one_out"]
 
-TIE = (
-    1e-5  # relative: the last digits of a score hang on how images were batched; closer than this, two scores are equal
-)
+# Scores with a smaller relative difference count as equal, because the last digits of a score depend on the batches.
+TIE = 1e-5
 
-# relative: bfloat16 in place of float32 moved image scores of real images by 0.6 % at most, maxima of their maps by 1.4 %
+# Relative. bfloat16 instead of float32 changed image scores of real images by at most 0.6 %, and maxima of maps by 1.4 %.
 PRECISION_SHIFT = 0.015
 
-# scores above the threshold, at least, for it to be counted where no guarantee is lost by a model of the tail, which is steadier
-_STEADY = 5
-# fields that calibrations of former bundles lack
-_FORMER_DEFAULTS = {"tail": None, "by_hand": False, "num_groups": None, "precision": None, "converted_from": None}
-_ROUNDING = 1e-12  # relative; sums of pixel shares such as 1/50176 that should equal the budget count as equal
+# With fewer scores above the threshold, the model of the tail sets the threshold, because it varies less. For the method
+# "split" it does so only where counting cannot reach the target, because it would lose the guarantee.
+_MIN_SCORES_ABOVE = 5
+# values of the fields that calibrations of older bundles lack
+_OLD_DEFAULTS = {"tail": None, "by_hand": False, "num_groups": None, "precision": None, "converted_from": None}
+_ROUNDING = 1e-12  # relative rounding error of a sum of pixel shares such as 1/50176, when it is compared with a budget
 
 
 def certain_part(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scores less what rounding may have added to them."""
+    """Returns the lowest values that the scores can have without rounding errors (`TIE`)."""
     return scores - TIE * np.abs(scores)
 
 
 def is_above(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
-    """Whether scores are above a threshold, however images were batched: one as high as it, to `TIE`, is not."""
+    """Returns whether scores exceed a threshold by more than `TIE`, so that the result does not depend on the batches."""
     return np.asarray(certain_part(scores) > threshold)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scores of n normal images and the thresholds drawn from them. An image or pixel is anomalous above them.
+    """Scores of n normal images and the thresholds computed from them. An image or pixel above its threshold is anomalous.
 
     Attributes:
-        method: "split": images kept out of training and density; "leave_one_out": each training image scored with its own
-            embedding left out of the density; "cross": each scored without its fold.
+        method: how the images were scored. "split": images that were held out of training and density. "leave_one_out":
+            each training image with its own embedding left out of the density. "cross": each image without its fold.
         image_scores: n scores of normal images, ascending.
         target_fpr: share of good images that may be called bad.
-        image_threshold: on the scale of the image scores.
-        image_guaranteed: whether P(a good image is called bad) <= target_fpr holds for exchangeable images: "split" alone,
-            with n >= 1/target_fpr - 1 images, or groups of equal size.
-        target_pixel_fpr: share of a good image's pixels that may be called bad, on average over images.
-        pixel_threshold: on the scale of the anomaly maps.
-        pixel_guaranteed: whether that share is <= target_pixel_fpr in expectation over held-out and future images.
-            "split" alone, with n >= 1/target_pixel_fpr - 1 images that are each a group of its own; with fewer the threshold
-            is the plain quantile, and what holds for "split" is `pixel_fpr_bound`.
-        tail: a model of the highest scores, from which threshold and small p-values come where n < 1/target_fpr - 1 images
-            cannot show the target themselves, and, but for "split", where they leave fewer than 5 scores above the
-            threshold. None: they are counted; three images or fewer leave the highest score as the threshold, whose rate is
+        image_threshold: threshold of the image scores.
+        image_guaranteed: whether P(a good image is called bad) <= target_fpr holds for exchangeable images. This needs
+            "split" with n >= 1/target_fpr - 1 images, or groups of equal size.
+        target_pixel_fpr: share of the pixels of a good image that may be called bad, on average over images.
+        pixel_threshold: threshold of the anomaly maps.
+        pixel_guaranteed: whether this share is <= target_pixel_fpr in expectation over held-out and future images. This needs
+            "split" with n >= 1/target_pixel_fpr - 1 independent images. With fewer images the threshold is the plain
+            quantile, and `pixel_fpr_bound` holds for "split".
+        tail: model of the highest scores, which gives threshold and small p-values. It is used if n < 1/target_fpr - 1, because
+            then scores cannot show the target rate. Except for "split", it is also used if fewer than 5 scores lie above the
+            threshold. None: scores are counted. With three images or fewer, the highest score is the threshold, with the rate
             `smallest_fpr`.
-        by_hand: whether a person set a threshold; target_fpr is then what the good images say of it.
-        num_groups: independent groups (parts, or bursts) that the n images show; None: every image is a group of its own. All
-            statements about uncertainty count groups, because photographs of one part say little more than one photograph.
-        precision: number format that the scores were computed in (`precision.describe_precision`); None: unknown.
-        converted_from: the recorded precision, where `at_precision` moved thresholds to another one; else None.
+        by_hand: whether a person set a threshold. target_fpr is then estimated from the good images.
+        num_groups: number of independent groups (parts, or bursts) among the n images; None: every image is independent. All
+            statements about uncertainty count groups, because several photographs of a part say little more than a single one.
+        precision: number format of the computation of the scores (`precision.describe_precision`); None: unknown.
+        converted_from: the original precision, if `at_precision` converted the thresholds; otherwise None.
     """
 
     method: Method
@@ -104,34 +104,35 @@ class Calibration:
 
     @property
     def num_images(self) -> int:
-        """n, the normal images that were scored."""
+        """n, the number of scored normal images."""
         return len(self.image_scores)
 
     @property
     def num_independent(self) -> int:
-        """Independent observations: the groups, or the images where each is a group of its own."""
+        """Number of independent observations: of groups, or of images if there are no groups."""
         return self.num_images if self.num_groups is None else self.num_groups
 
     @cached_property
     def _scores(self) -> NDArray[np.float64]:
-        """Not to be made at every p-value."""
+        """`image_scores` as an array, cached for the p-values."""
         return np.asarray(self.image_scores)
 
     @property
     def smallest_fpr(self) -> float:
-        """1/(n + 1): the smallest share that n independent images can show."""
+        """1/(n + 1), the smallest false positive rate that n independent images can show."""
         return 1.0 / (self.num_independent + 1)
 
     @property
     def effective_fpr(self) -> float:
-        """The level at which `is_anomalous` works: target_fpr; without a tail smallest_fpr where that is higher."""
+        """The level of the verdicts of `is_anomalous`: target_fpr, but without a tail at least smallest_fpr."""
         return self.target_fpr if self.tail is not None else max(self.target_fpr, self.smallest_fpr)
 
     @property
     def pixel_fpr_bound(self) -> float:
-        """Upper bound on the expected share of a good image's pixels called bad ("split", exchangeable images).
+        """Upper bound on the expected share of the pixels of a good image that are called bad ("split", exchangeable images).
 
-        target_pixel_fpr if guaranteed; else (n t + 1)/(n + 1) for n groups, which the plain quantile at t satisfies.
+        The bound is target_pixel_fpr if guaranteed. Otherwise it is (n t + 1)/(n + 1) for n groups, which the plain quantile
+        at t satisfies.
         """
         if self.pixel_guaranteed:
             return self.target_pixel_fpr
@@ -158,66 +159,67 @@ class Calibration:
     def fpr_interval(self, mass: float = 0.9) -> tuple[float, float]:
         """Returns the central interval that holds the long-run false alarm rate with probability `mass`.
 
-        The law of the rate is that of `probability_above`.
+        The rate has the distribution that `probability_above` describes.
         """
         return _interval(self.probability_above, mass)
 
     def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
-        """(1 + #{normal scores >= score, ties by `TIE` counted}) / (n + 1): small where the image is unlike the normal ones.
+        """Computes the conformal p-value of each score, which is small if the image differs from the normal images.
 
-        The n scores of g groups count g/n each, and n + 1 becomes g + 1.
-
-        Under exchangeability P(p <= a) <= a for a new normal image and any a (Vovk et al., Algorithmic Learning in a
-        Random World, 2005); with a tail, what that says of scores above its start. `p <= effective_fpr` if and only if
-        `is_anomalous`.
+        p = (1 + number of normal scores >= score) / (n + 1), and ties within `TIE` count. With g groups each of the n scores
+        counts g/n, and n + 1 becomes g + 1. If the images are exchangeable, P(p <= a) <= a for a new normal image and any a
+        (Vovk et al., Algorithmic Learning in a Random World, 2005). With a tail, the tail gives the p-values of scores above
+        its start. `p <= effective_fpr` holds if and only if `is_anomalous`.
 
         Args:
             scores: any shape.
 
-        Returns: the same shape, in [1/(n + 1), 1], with a tail in (0, 1].
+        Returns: same shape as scores, in [1/(n + 1), 1], with a tail in (0, 1].
 
         Raises: DataError: a score is NaN.
         """
-        values = certain_part(_without_nan(scores))
+        values = certain_part(_check_no_nan(scores))
         below = np.searchsorted(self._scores, values, side="left")
         n, groups = self.num_images, self.num_independent
-        counted = np.asarray((1.0 + (n - below) * groups / n) / (groups + 1))
+        p_values = np.asarray((1.0 + (n - below) * groups / n) / (groups + 1))
         if self.tail is not None:
-            counted = np.where(values > self.tail.start, self.tail.share_above(values), counted)
-        # at the threshold itself a model says the target to rounding: the verdict decides on which side that is
+            p_values = np.where(values > self.tail.start, self.tail.share_above(values), p_values)
+        # At the threshold, the tail gives the target rate only up to rounding. The verdict decides the side of the level.
         just_above = np.nextafter(self.effective_fpr, 2.0)
         return np.where(
             values > self.image_threshold,
-            np.minimum(counted, self.effective_fpr),
-            np.maximum(counted, just_above),
+            np.minimum(p_values, self.effective_fpr),
+            np.maximum(p_values, just_above),
         )
 
     def is_anomalous(self, scores: ArrayLike) -> NDArray[np.bool_]:
-        """score > image_threshold by more than `TIE`, of the same shape as scores. Raises: DataError: a score is NaN."""
-        return is_above(_without_nan(scores), self.image_threshold)
+        """Returns whether each score exceeds image_threshold by more than `TIE`. Raises: DataError: a score is NaN."""
+        return is_above(_check_no_nan(scores), self.image_threshold)
 
     def with_thresholds(self, image: float | None, pixel: float | None) -> Calibration:
-        """These scores with thresholds that a person chose; None keeps one. They hold as given at any precision.
+        """Returns a copy with thresholds that a person chose, which stay unchanged at any precision.
 
-        Raises: DataError: neither is given, or one is not a finite number above 0.
+        Args: image, pixel: new image threshold and new pixel threshold; None: unchanged.
+
+        Raises: DataError: both are None, or a threshold is not a finite number above 0.
         """
-        given = [value for value in (image, pixel) if value is not None]
-        if not given:
-            raise DataError("no threshold to set: give an image threshold, a pixel threshold, or both")
-        if not all(math.isfinite(value) and value > 0 for value in given):
-            raise DataError(f"thresholds {given}; expected finite numbers above 0")
-        changed = replace(self, by_hand=True, precision=None)
+        thresholds = [value for value in (image, pixel) if value is not None]
+        if not thresholds:
+            raise DataError("no threshold to set: give an image threshold, a pixel threshold or both")
+        if not all(math.isfinite(value) and value > 0 for value in thresholds):
+            raise DataError(f"thresholds {thresholds}; expected finite numbers above 0")
+        calibration = replace(self, by_hand=True, precision=None)
         if pixel is not None:
-            changed = replace(changed, pixel_threshold=float(pixel), pixel_guaranteed=False)
+            calibration = replace(calibration, pixel_threshold=float(pixel), pixel_guaranteed=False)
         if image is None:
-            return changed
+            return calibration
         if self.tail is not None and image > self.tail.start:
-            share = float(self.tail.share_above(image))
+            share_above = float(self.tail.share_above(image))
         else:
             num_above, groups = sum(score > image for score in self.image_scores), self.num_independent
-            share = (1 + num_above * groups / self.num_images) / (groups + 1)
-        share = min(max(share, 1e-9), 1 - 1e-9)
-        return replace(changed, image_threshold=float(image), target_fpr=share, image_guaranteed=False)
+            share_above = (1 + num_above * groups / self.num_images) / (groups + 1)
+        share_above = min(max(share_above, 1e-9), 1 - 1e-9)
+        return replace(calibration, image_threshold=float(image), target_fpr=share_above, image_guaranteed=False)
 
     def at_precision(self, precision: str) -> Calibration:
         """Returns thresholds that are safe for scores of another precision; the calibration itself if the precision is the same.
@@ -240,7 +242,7 @@ class Calibration:
         )
 
     def caveats(self) -> list[str]:
-        """Returns what a reader of the thresholds must know, in plain sentences; empty if there is nothing to add."""
+        """Returns sentences about the limits of the thresholds for the user; empty if there are no limits to mention."""
         n, sentences = self.num_independent, []
         grouped = n < self.num_images
         images = f"{self.num_images} photographs of about {n} part{'s' if n > 1 else ''}"
@@ -268,37 +270,37 @@ class Calibration:
                 f"All {training_images} set the threshold, each scored without its fold (cross); this approximates the "
                 "false alarm rate and carries no guarantee."
             )
-        needed = _images_needed(self.target_fpr)
-        if n < needed and not self.by_hand:
-            how = (
+        num_needed = _images_needed(self.target_fpr)
+        if n < num_needed and not self.by_hand:
+            method_note = (
                 "the threshold is extrapolated from their scores by a model of the tail, and is an estimate"
                 if self.tail is not None
                 else f"the threshold is their highest score, good for a rate of {self.smallest_fpr:.2g}"
             )
             sentences.append(
                 f"{good_images} {'are' if self.num_images > 1 else 'is'} too few to show a false alarm rate of "
-                f"{self.target_fpr:g}: {how}; {needed} {unit} would do."
+                f"{self.target_fpr:g}: {method_note}; {num_needed} {unit} would do."
             )
         low, high = self.fpr_interval()
-        steady = math.ceil(_STEADY / self.target_fpr)
-        if high > 2 * self.target_fpr and n < steady and not self.by_hand:
+        num_steady = math.ceil(_MIN_SCORES_ABOVE / self.target_fpr)
+        if high > 2 * self.target_fpr and n < num_steady and not self.by_hand:
             risk = self.probability_above_twice_target
-            lower, higher = _interval(lambda rate: _counted_probability_above(rate, steady, self.target_fpr), 0.9)
+            lower, higher = _interval(lambda rate: _counted_probability_above(rate, num_steady, self.target_fpr), 0.9)
             sentences.append(
                 f"With {good_images} the false alarm rate of this one threshold lies between {low:.1%} and {high:.1%} in 9 "
                 f"of 10 cases. With probability {risk:.2f} the false alarm rate is above {100 * 2 * self.target_fpr:g} %. "
-                f"{steady} {unit} would bring it between {lower:.1%} and {higher:.1%}."
+                f"{num_steady} {unit} would bring it between {lower:.1%} and {higher:.1%}."
             )
-        pixel_needed = _images_needed(self.target_pixel_fpr)
-        if not self.pixel_guaranteed and n < pixel_needed:
+        num_needed_for_pixels = _images_needed(self.target_pixel_fpr)
+        if not self.pixel_guaranteed and n < num_needed_for_pixels:
             sentences.append(
                 f"Outlined areas are a guide: {good_images} cannot show a pixel rate of {self.target_pixel_fpr:g} "
-                f"({pixel_needed} {unit} would do)."
+                f"({num_needed_for_pixels} {unit} would do)."
             )
         return sentences
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` gives back an equal calibration."""
+        """Returns all attributes as JSON types. `from_dict` makes an equal calibration from them."""
         return {
             **asdict(self),
             "image_scores": list(self.image_scores),
@@ -307,12 +309,12 @@ class Calibration:
 
     @staticmethod
     def from_dict(tree: Mapping[str, Any]) -> Calibration:
-        """Raises: DataError: a key is unknown or missing, or a value does not fit."""
-        known = {field.name for field in fields(Calibration)}
-        tree = {**_FORMER_DEFAULTS, **tree}
-        if set(tree) != known:
+        """Makes a calibration from the result of `to_dict`. Raises: DataError: a key is unknown or missing, or a value wrong."""
+        field_names = {field.name for field in fields(Calibration)}
+        tree = {**_OLD_DEFAULTS, **tree}
+        if set(tree) != field_names:
             raise DataError(
-                f"calibration: unknown keys {sorted(set(tree) - known)}, missing keys {sorted(known - set(tree))}; "
+                f"calibration: unknown keys {sorted(set(tree) - field_names)}, missing keys {sorted(field_names - set(tree))}; "
                 "expected the keys that Calibration.to_dict writes"
             )
         try:
@@ -321,12 +323,12 @@ class Calibration:
                 image_scores=tuple(float(score) for score in tree["image_scores"]),
                 target_fpr=float(tree["target_fpr"]),
                 image_threshold=float(tree["image_threshold"]),
-                image_guaranteed=_bool(tree, "image_guaranteed"),
+                image_guaranteed=_read_bool(tree, "image_guaranteed"),
                 target_pixel_fpr=float(tree["target_pixel_fpr"]),
                 pixel_threshold=float(tree["pixel_threshold"]),
-                pixel_guaranteed=_bool(tree, "pixel_guaranteed"),
+                pixel_guaranteed=_read_bool(tree, "pixel_guaranteed"),
                 tail=None if tree["tail"] is None else Tail(**tree["tail"]),
-                by_hand=_bool(tree, "by_hand"),
+                by_hand=_read_bool(tree, "by_hand"),
                 num_groups=None if tree["num_groups"] is None else int(tree["num_groups"]),
                 precision=None if tree["precision"] is None else str(tree["precision"]),
                 converted_from=None if tree["converted_from"] is None else str(tree["converted_from"]),
@@ -336,12 +338,12 @@ class Calibration:
 
 
 class CalibrationBuilder:
-    """Gathers scores and maps of held-out normal images batch by batch; builders of several workers merge.
+    """Collects scores and maps of held-out normal images batch by batch. Builders of several workers can be merged.
 
-    Memory stays bounded because an image leaves only its highest `kept_fraction` of pixel scores behind. The pixel
-    threshold is exact while no image alone holds that share of its pixels above it, which with fewer than
-    kept_fraction/target_pixel_fpr images (100 by default) cannot happen. Beyond, an image that does counts as wholly
-    above, so the threshold comes out too high at worst, and the guarantee stands.
+    The builder stores only the highest `kept_fraction` of the pixel scores of each image, so memory is bounded. The pixel
+    threshold is exact unless all stored pixels of an image lie above it. This cannot happen with fewer than
+    kept_fraction/target_pixel_fpr images (100 by default). With more images, such an image counts as completely above the
+    threshold. So the threshold can only be too high, and the guarantee still holds.
     """
 
     def __init__(
@@ -349,7 +351,7 @@ class CalibrationBuilder:
     ) -> None:
         """
         Args:
-            kept_fraction: in (0, 1], share of each map's pixels kept; None keeps 100 target_pixel_fpr, at least 0.01.
+            kept_fraction: in (0, 1], share of the pixels of each map to store; None: 100 * target_pixel_fpr, at least 0.01.
 
         Raises: DataError: a share lies outside its range.
         """
@@ -371,6 +373,7 @@ class CalibrationBuilder:
 
     @property
     def num_images(self) -> int:
+        """Number of added images."""
         return len(self._scores)
 
     def add(
@@ -380,10 +383,10 @@ class CalibrationBuilder:
 
         Args:
             scores: (B,) image scores.  maps: (B, H, W) anomaly maps, or B arrays of (H, W) that may differ in size.
-            groups: (B,) group numbers; images of one number show one part, also across batches and merged builders. None:
-                every image of the batch is a group of its own.
+            groups: (B,) group numbers. Images with the same number show the same part, also across batches and merged
+                builders. None: every image of the batch is independent.
 
-        Raises: DataError: counts differ, a map is empty, or a value is NaN or infinite. Nothing is added then.
+        Raises: DataError: counts differ, a map is empty, or a value is NaN or infinite. Then no image is added.
         """
         values = np.asarray(scores, dtype=np.float64)
         images = [np.asarray(image) for image in maps]
@@ -408,14 +411,14 @@ class CalibrationBuilder:
             self._num_pixels.append(image.size)
 
     def merge(self, other: CalibrationBuilder) -> CalibrationBuilder:
-        """A new builder holding both; the same as if all images had been added to one, in any order.
+        """Returns a new builder with the images of both. It equals a builder to which all images were added, in any order.
 
         Raises: DataError: the two have different settings.
         """
-        mine, theirs = self._settings(), other._settings()
-        if mine != theirs:
-            raise DataError(f"cannot merge calibrations of different settings: {mine} and {theirs}")
-        merged = CalibrationBuilder(**mine)
+        settings, other_settings = self._settings(), other._settings()
+        if settings != other_settings:
+            raise DataError(f"cannot merge calibrations with different settings: {settings} and {other_settings}")
+        merged = CalibrationBuilder(**settings)
         merged._scores = self._scores + other._scores
         merged._tops = self._tops + other._tops
         merged._num_pixels = self._num_pixels + other._num_pixels
@@ -423,37 +426,38 @@ class CalibrationBuilder:
         return merged
 
     def finish(self) -> Calibration:
-        """Raises: DataError: no image was added."""
+        """Computes the calibration from all added images. Raises: DataError: no image was added."""
         if not self._scores:
             raise DataError(
-                "no normal image to calibrate with; set data.holdout_fraction above 0, or "
+                "there is no normal image for the calibration; set data.holdout_fraction above 0, or "
                 "calibration.method=leave_one_out"
             )
         image_scores = np.sort(np.array(self._scores))
         sizes = Counter(group for group in self._groups if group is not None)
         num_groups = len(sizes) + self._groups.count(None)
         image_threshold, image_attained = _image_threshold(image_scores, num_groups, self.target_fpr)
-        counted = image_attained and (
-            self.method == "split" or _num_extreme(num_groups, num_groups, self.target_fpr) >= _STEADY
+        is_counted = image_attained and (
+            self.method == "split"
+            or _num_scores_at_threshold_or_above(num_groups, num_groups, self.target_fpr) >= _MIN_SCORES_ABOVE
         )
-        tail = None if counted else fit_tail(image_scores, num_groups)
+        tail = None if is_counted else fit_tail(image_scores, num_groups)
         if tail is not None:
             image_threshold = tail.score_at(self.target_fpr)
-        # the bound is over groups drawn alike; each counts once only where all are of one size
-        equal_groups = len(set(sizes.values()) | ({1} if None in self._groups else set())) == 1
-        all_independent = num_groups == self.num_images
+        # The guarantee needs exchangeable groups. Groups count equally only if all have the same size.
+        has_equal_groups = len(set(sizes.values()) | ({1} if None in self._groups else set())) == 1
+        are_all_independent = num_groups == self.num_images
         pixel_threshold, pixel_attained = self._pixel_threshold()
         return Calibration(
             method=self.method,
             image_scores=tuple(image_scores.tolist()),
             target_fpr=self.target_fpr,
             image_threshold=image_threshold,
-            image_guaranteed=image_attained and self.method == "split" and equal_groups,
+            image_guaranteed=image_attained and self.method == "split" and has_equal_groups,
             target_pixel_fpr=self.target_pixel_fpr,
             pixel_threshold=pixel_threshold,
-            pixel_guaranteed=pixel_attained and self.method == "split" and all_independent,
+            pixel_guaranteed=pixel_attained and self.method == "split" and are_all_independent,
             tail=tail,
-            num_groups=None if all_independent else num_groups,
+            num_groups=None if are_all_independent else num_groups,
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -465,40 +469,48 @@ class CalibrationBuilder:
         }
 
     def _pixel_threshold(self) -> tuple[float, bool]:
-        """The smallest lambda with (n R(lambda) + 1)/(n + 1) <= target, R the mean over images of the share of pixels
-        above lambda (conformal risk control, arXiv 2208.02814, with a loss bounded by 1); R <= target if there is none.
+        """Computes the pixel threshold by conformal risk control (arXiv 2208.02814) with a loss bounded by 1.
+
+        R(lambda) is the mean over images of the share of pixels above lambda. The threshold is the smallest lambda with
+        (n R(lambda) + 1)/(n + 1) <= target, or with R(lambda) <= target if n is too small for the first condition.
+
+        Returns: threshold, and whether the first condition holds.
         """
         n, target = self.num_images, self.target_pixel_fpr
-        budget = target * (n + 1) - 1.0  # of n R
+        budget = target * (n + 1) - 1.0  # upper limit of n R(lambda)
         attained = budget >= 0.0
         if not attained:
             budget = n * target
         values = np.concatenate(self._tops)
         shares = np.repeat(1.0 / np.array(self._num_pixels), [top.size for top in self._tops])
-        # Below its lowest kept score an image's share above is not known: take it as 1.
+        # Below the lowest stored score of an image, the share above is unknown. It counts as 1.
         floors = np.array([top.min() for top in self._tops], dtype=values.dtype)
-        unknown = 1.0 - np.array([top.size for top in self._tops]) / np.array(self._num_pixels)
-        values, shares = np.concatenate([values, floors]), np.concatenate([shares, unknown])
+        unknown_shares = 1.0 - np.array([top.size for top in self._tops]) / np.array(self._num_pixels)
+        values, shares = np.concatenate([values, floors]), np.concatenate([shares, unknown_shares])
         order = np.argsort(-values, kind="stable")
         values, above = values[order], np.cumsum(shares[order])
-        last = np.flatnonzero(np.append(values[1:] != values[:-1], True))
-        values, above = values[last], above[last]  # distinct scores, descending, and n R just below each
+        last_of_ties = np.flatnonzero(np.append(values[1:] != values[:-1], True))
+        values, above = (
+            values[last_of_ties],
+            above[last_of_ties],
+        )  # distinct scores, descending, and n R(lambda) just below each score
         affordable = int(np.searchsorted(above, budget * (1.0 + _ROUNDING), side="right"))
         return float(values[min(affordable, values.size - 1)]), attained
 
 
 def _image_threshold(scores: NDArray[np.float64], num_groups: int, target_fpr: float) -> tuple[float, bool]:
-    """Returns the ceil((1 - a)(n + 1))-th smallest score, so that score > threshold iff p <= a; the highest if there is none.
+    """Returns the image threshold, and whether the images can show the target rate a.
 
-    The rank is found by comparing the p-value of the next higher score with a as floats, so rounding cannot part the two.
+    The threshold is the ceil((1 - a)(n + 1))-th smallest score, or the highest score if n is too small. Then score > threshold
+    holds if and only if p <= a. The rank is found by comparing p-values with a as floats, so rounding cannot contradict this.
     """
-    num_extreme = _num_extreme(scores.size, num_groups, target_fpr)
+    num_extreme = _num_scores_at_threshold_or_above(scores.size, num_groups, target_fpr)
     if num_extreme == 0:
         return float(scores[-1]), False
     return float(scores[scores.size - num_extreme]), True
 
 
-def _num_extreme(num_images: int, num_groups: int, target_fpr: float) -> int:
+def _num_scores_at_threshold_or_above(num_images: int, num_groups: int, target_fpr: float) -> int:
     """Returns m, the largest count of scores with (1 + (m - 1) g/n)/(g + 1) <= target_fpr; 0 if there is none.
 
     n scores of g groups count g/n each. With g = n the condition is m/(n + 1) <= target_fpr.
@@ -516,6 +528,7 @@ def _num_extreme(num_images: int, num_groups: int, target_fpr: float) -> int:
 
 
 def _images_needed(target: float) -> int:
+    """Returns the smallest number n of images with 1/(n + 1) <= target."""
     n = max(1, math.ceil(1.0 / target) - 2)
     while 1.0 / (n + 1) > target:
         n += 1
@@ -523,8 +536,8 @@ def _images_needed(target: float) -> int:
 
 
 def _counted_probability_above(rate: float, n: int, target_fpr: float) -> float:
-    """P(Beta(m, n + 1 - m) > rate): the rate of a threshold at the m-th highest of n scores."""
-    m = max(1, _num_extreme(n, n, target_fpr))
+    """Returns P(Beta(m, n + 1 - m) > rate), the distribution of the rate above the m-th highest of n scores."""
+    m = max(1, _num_scores_at_threshold_or_above(n, n, target_fpr))
     return float(1 - betainc(m, n + 1 - m, rate))
 
 
@@ -540,14 +553,16 @@ def _interval(probability_above: Callable[[float], float], mass: float) -> tuple
     return bounds[0], bounds[1]
 
 
-def _without_nan(scores: ArrayLike) -> NDArray[np.float64]:
+def _check_no_nan(scores: ArrayLike) -> NDArray[np.float64]:
+    """Returns scores as an array. Raises: DataError: a score is NaN."""
     values = np.asarray(scores, dtype=np.float64)
     if np.isnan(values).any():
-        raise DataError("a score is NaN; expected a number: the image or the model's weights hold NaN")
+        raise DataError("a score is NaN; expected a number: check the image and the weights of the model for NaN")
     return values
 
 
-def _bool(tree: Mapping[str, Any], key: str) -> bool:
+def _read_bool(tree: Mapping[str, Any], key: str) -> bool:
+    """Returns a boolean of a mapping. Raises: DataError: the value is not a boolean."""
     if not isinstance(tree[key], (bool, np.bool_)):
         raise DataError(f"calibration: {key}={tree[key]!r}; expected true or false")
     return bool(tree[key])

@@ -1,9 +1,8 @@
-"""Synthetic defects on normal images: a validation set without labels, to rank configurations by.
+"""Draws synthetic defects on normal images. They make a validation set without labels, which ranks configurations.
 
-Cut-and-paste patches and scars follow CutPaste (arXiv 2104.04015), noise-shaped stains DRAEM (arXiv 2108.07610);
-ranges and the other kinds are ours, set so that sizes and contrasts run from plain to barely visible. Real defects
-differ: such a set ranks configurations of one category, and its figures are never reported as the detection rate of
-real defects.
+Cut-and-paste patches and scars follow CutPaste (arXiv 2104.04015), noise-shaped stains follow DRAEM (arXiv 2108.07610). The
+other kinds and all ranges are our own: sizes and contrasts range from obvious to barely visible. Real defects differ. So such
+a set ranks configurations of one category, but its metrics are never reported as the detection rate of real defects.
 """
 
 from __future__ import annotations
@@ -20,27 +19,27 @@ from focus_ray.errors import DataError
 Patch = NDArray[np.float32]  # (h, w, 3), 0 to 255
 
 VISIBLE_CHANGE = 8
-"""Of 255, in any channel: a pixel that changed by more belongs to the mask."""
+"""A pixel belongs to the mask if one of its channels changed by more than this, on a scale of 0 to 255."""
 
 AREA_RANGE = (0.0006, 0.03)
-"""Nominal share of the image that a compact defect covers, drawn log-uniformly; MVTec AD's lie mostly in it."""
+"""Nominal share of the image that a compact defect covers, drawn log-uniformly. Most defects of MVTec AD lie in this range."""
 
 SCAR_LENGTH_RANGE, SCAR_WIDTH_RANGE = (0.05, 0.30), (0.005, 0.018)
-"""Of the shorter image side, drawn log-uniformly."""
+"""Length and width of a scar as a share of the shorter image side, drawn log-uniformly."""
 
 CONTRAST_RANGE = (14.0, 110.0)
-"""Change of brightness or colour of a stain, scar or shift, of 255, drawn log-uniformly."""
+"""Change of brightness or colour of a stain, scar or shift, on a scale of 0 to 255, drawn log-uniformly."""
 
 ON_OBJECT = 0.9
-"""Share of defects centred on the object, where one can be told from its background."""
+"""Share of defects that are centred on the object, on images whose object differs from the background."""
 
 CUT_TO_OBJECT = 0.7
-"""Share of those that end where the object ends; the others spill over its edge."""
+"""Share of the defects on the object that end at its edge; the others extend over the edge."""
 
 _ATTEMPTS = 12
-_GREY_CHROMA = 10.0  # of 255: below this mean spread of the channels a picture counts as grey
+_GREY_CHROMA = 10.0  # a picture with a smaller mean spread of its channels (0 to 255) counts as grey
 _MIN_SIDE_PX = 32
-_APART_PX = 8  # defects that share a copy
+_MIN_DISTANCE_PX = 8  # between two defects that share a copy
 
 
 def synthesize_defect(
@@ -49,38 +48,39 @@ def synthesize_defect(
     kind: str | None = None,
     donor: NDArray[np.uint8] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """One defect on a copy of a normal image.
+    """Draws one defect on a copy of a normal image.
 
     Args:
         image: (H, W, 3) uint8, sides of at least 32.
         kind: one of `KINDS`, or None to draw one.
-            cut_paste: a patch from elsewhere, turned, scaled, with a feathered edge.
-            scar: a long thin bent mark, filled from elsewhere or with another brightness.
-            blob: a stain of uneven shape with another colour.
+            cut_paste: a patch from another location, rotated, scaled, with a soft edge.
+            scar: a long thin bent mark, filled with a patch from another location or with another brightness.
+            blob: a stain of irregular shape with another colour.
             texture: added grain, a blur or a sharpening.
             colour: a shift of hue or gain that keeps the texture.
-            missing: a piece of the object gone, filled with what surrounds it or with the background.
-        donor: (H', W', 3) uint8, another normal image of the category to take patches from; None takes the image.
+            missing: a removed piece of the object, filled with its surroundings or with the background.
+        donor: (H', W', 3) uint8, another normal image of the category, the source of patches; None: the image itself.
 
-    Returns: (H, W, 3) uint8 and the (H, W) mask of pixels that changed by more than `VISIBLE_CHANGE` in any channel,
-        gaps of up to two pixels between them closed. Pixels outside may have changed by less. Never empty.
+    Returns: the image (H, W, 3) uint8, and the mask (H, W) of pixels that changed by more than `VISIBLE_CHANGE` in any
+        channel. Gaps of up to two pixels in the mask are closed. The mask is never empty. Pixels outside the mask may have
+        changed by less.
 
-    Raises: DataError: the input does not fit, or a kind was asked for that cannot be seen on this image (a patch of a
-        uniform picture for instance).
+    Raises: DataError: the input has a wrong shape or type, or the requested kind is not visible on this image, such as a
+        patch on a uniform picture.
     """
     _check_image(image, "image")
     if donor is not None:
         _check_image(donor, "donor")
     if kind is not None and kind not in _KINDS:
         raise DataError(f"kind={kind!r}; expected one of {KINDS}")
-    places = find_foreground(image)
+    foreground = find_foreground(image)
     source = image if donor is None else donor
-    source_places = places if donor is None else find_foreground(donor)
-    order = [kind] if kind else [KINDS[index] for index in rng.permutation(len(KINDS))]
-    for name in [*order, *([] if kind else ["blob"])]:
-        made = _attempt(image, places, source, source_places, rng, name)
-        if made is not None:
-            return made
+    source_foreground = foreground if donor is None else find_foreground(donor)
+    kinds_to_try = [kind] if kind else [KINDS[index] for index in rng.permutation(len(KINDS))]
+    for name in [*kinds_to_try, *([] if kind else ["blob"])]:
+        defect = _draw_defect(image, foreground, source, source_foreground, rng, name)
+        if defect is not None:
+            return defect
     raise DataError(
         f"no visible defect of kind {kind!r} in {_ATTEMPTS} attempts on this image; use kind='blob' or kind=None"
     )
@@ -93,90 +93,102 @@ def synthetic_validation_set(
     only: range | None = None,
     foregrounds: dict[int, NDArray[np.bool_]] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[str]]:
-    """Defects on every image: kinds in turn, so that they are balanced, and donors drawn from the other images.
+    """Makes defective copies of every image. The kinds of defects take turns, so that all are equally frequent.
 
-    Score them together with the images themselves, or with other normal ones, as the good part of the set.
+    Each copy takes patches from another image, drawn at random. For a validation set, add normal images as the good part.
 
     Args:
-        images: (N, H, W, 3) uint8 normal images.  seed: 0 or more.  per_image: defective copies of each, 1 or more.
-        only: of all images, whose copies are made, each as it would be with all; None makes all.
-        foregrounds: image's number -> where the object is, kept from one call to the next.
+        images: (N, H, W, 3) uint8 normal images.
+        seed: 0 or more.
+        per_image: number of defective copies of each image, 1 or more.
+        only: numbers of the images to copy; None: all. A copy does not depend on this selection.
+        foregrounds: cache of `find_foreground` by image number, which the call extends.
 
-    Returns: (N per_image, H, W, 3) uint8 in the order of the images, (N per_image, H, W) masks, none empty, and the
-        kind of each. A kind that cannot be seen on an image gives way to the next one.
+    Returns: copies (N * per_image, H, W, 3) uint8 in the order of the images; their masks (N * per_image, H, W), never
+        empty; the kind of each defect. If a kind is not visible on an image, the next kind is drawn.
 
-    Raises: DataError: the input does not fit.
+    Raises: DataError: the input has a wrong shape or type, or a number is out of range.
     """
     if images.ndim != 4 or not len(images):
         raise DataError(f"images has shape {images.shape}; expected (N, H, W, 3) with N of at least 1")
     if per_image < 1 or seed < 0:
         raise DataError(f"per_image={per_image}, seed={seed}; expected at least 1 and at least 0")
     _check_image(images[0], "images[0]")
-    wanted = range(len(images)) if only is None else only
-    places = {} if foregrounds is None else foregrounds
+    image_numbers = range(len(images)) if only is None else only
+    cache = {} if foregrounds is None else foregrounds
 
-    def place_of(number: int) -> NDArray[np.bool_]:
-        if number not in places:
-            places[number] = find_foreground(images[number])
-        return places[number]
+    def foreground_of(number: int) -> NDArray[np.bool_]:
+        if number not in cache:
+            cache[number] = find_foreground(images[number])
+        return cache[number]
 
-    num = len(wanted) * per_image
-    made_images, masks = np.empty((num, *images.shape[1:]), np.uint8), np.empty((num, *images.shape[1:3]), bool)
+    num_copies = len(image_numbers) * per_image
+    copies, masks = (
+        np.empty((num_copies, *images.shape[1:]), np.uint8),
+        np.empty((num_copies, *images.shape[1:3]), bool),
+    )
     kinds: list[str] = []
-    for row, index in enumerate(at * per_image + copy for at in wanted for copy in range(per_image)):
+    for row, index in enumerate(number * per_image + copy for number in image_numbers for copy in range(per_image)):
         rng = np.random.default_rng([seed, index])
-        at = index // per_image
-        other = int(rng.integers(len(images) - 1)) if len(images) > 1 else 0
-        other += int(len(images) > 1 and other >= at)
-        for turn in range(len(KINDS) + 1):
-            kind = KINDS[(index + turn) % len(KINDS)] if turn < len(KINDS) else "blob"
-            made = _attempt(images[at], place_of(at), images[other], place_of(other), rng, kind)
-            if made is not None:
-                made_images[row], masks[row] = made
+        number = index // per_image
+        donor = int(rng.integers(len(images) - 1)) if len(images) > 1 else 0
+        donor += int(len(images) > 1 and donor >= number)
+        for attempt in range(len(KINDS) + 1):
+            kind = KINDS[(index + attempt) % len(KINDS)] if attempt < len(KINDS) else "blob"
+            defect = _draw_defect(images[number], foreground_of(number), images[donor], foreground_of(donor), rng, kind)
+            if defect is not None:
+                copies[row], masks[row] = defect
                 kinds.append(kind)
                 break
         else:
             raise AssertionError("a blob is visible on any image")
-    return made_images, masks, kinds
+    return copies, masks, kinds
 
 
-def overlaid(
+def merge_copies(
     image: NDArray[np.uint8], copies: NDArray[np.uint8], masks: NDArray[np.bool_]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Copies of one image with a defect each, as fewer copies with several: those that lie apart share one.
+    """Merges copies of an image with one defect each into fewer copies with several defects.
+
+    Defects share a copy if they are more than `_MIN_DISTANCE_PX` pixels apart.
 
     Args:
-        image: (H, W, 3) uint8.  copies: (N, H, W, 3) uint8, masks: (N, H, W), of that image.
+        image: (H, W, 3) uint8.
+        copies: (N, H, W, 3) uint8.
+        masks: (N, H, W), mask of the defect of each copy.
 
-    Returns: (M, H, W, 3) uint8 and the masks (M, H, W) of their defects together, 1 <= M <= N.
+    Returns: merged copies (M, H, W, 3) uint8 and the masks (M, H, W) of all their defects, 1 <= M <= N.
     """
-    made: list[NDArray[np.uint8]] = []
-    together: list[NDArray[np.bool_]] = []
-    taken: list[NDArray[np.bool_]] = []
+    merged: list[NDArray[np.uint8]] = []
+    merged_masks: list[NDArray[np.bool_]] = []
+    occupied: list[NDArray[np.bool_]] = []
     for copy, mask in zip(copies, masks, strict=True):
         changed = (copy != image).any(axis=2)
-        place = next((place for place, other in enumerate(taken) if not (other & changed).any()), len(made))
-        if place == len(made):
-            made.append(copy)
-            together.append(mask)
-            taken.append(_grown(changed))
+        index = next(
+            (index for index, occupied_area in enumerate(occupied) if not (occupied_area & changed).any()), len(merged)
+        )
+        if index == len(merged):
+            merged.append(copy)
+            merged_masks.append(mask)
+            occupied.append(_dilate(changed))
         else:
-            made[place] = np.where(changed[:, :, None], copy, made[place])
-            together[place] = together[place] | mask
-            taken[place] = taken[place] | _grown(changed)
-    return np.stack(made), np.stack(together)
+            merged[index] = np.where(changed[:, :, None], copy, merged[index])
+            merged_masks[index] = merged_masks[index] | mask
+            occupied[index] = occupied[index] | _dilate(changed)
+    return np.stack(merged), np.stack(merged_masks)
 
 
-def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    return np.asarray(ndimage.maximum_filter(mask, 2 * _APART_PX + 1))
+def _dilate(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Returns a mask (H, W) whose areas are `_MIN_DISTANCE_PX` pixels wider on each side."""
+    return np.asarray(ndimage.maximum_filter(mask, 2 * _MIN_DISTANCE_PX + 1))
 
 
 def find_foreground(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Where the object is, by a rule that needs no labels: what differs in colour from the picture's border.
+    """Finds the pixels of the object: those whose colour differs from the colour of the picture's border.
 
-    The border's median colour stands for the background. A split of the colour distances (Otsu's) is believed if it
-    leaves most of the border in the background, takes 2 to 90 % of the picture and separates clearly; otherwise, on
-    textures for instance, all of the picture counts.
+    The median colour of the border stands for the background. Otsu's threshold splits the colour distances. The split is
+    accepted if most of the border is background, if the object covers 2 to 90 % of the picture, and if the two classes
+    are clearly separate. Otherwise, for instance on textures, all pixels count as object.
 
     Args:
         image: (H, W, 3) uint8.
@@ -186,32 +198,44 @@ def find_foreground(image: NDArray[np.uint8]) -> NDArray[np.bool_]:
     height, width = image.shape[:2]
     step = max(1, min(height, width) // 128)
     small = ndimage.uniform_filter(image[::step, ::step].astype(np.float32), (3, 3, 0))
-    ring = np.ones(small.shape[:2], bool)
-    ring[3:-3, 3:-3] = False
-    distance = np.abs(small - np.median(small[ring], axis=0)).max(axis=2)
+    border = np.ones(small.shape[:2], bool)
+    border[3:-3, 3:-3] = False
+    distance = np.abs(small - np.median(small[border], axis=0)).max(axis=2)
     object_ = distance > _otsu(distance)
     share = object_.mean()
-    apart = distance[object_].mean() - distance[~object_].mean() if 0 < share < 1 else 0.0
-    if object_[ring].mean() > 0.3 or not 0.02 <= share <= 0.9 or apart < max(20.0, 4.0 * float(distance[ring].std())):
+    separation = distance[object_].mean() - distance[~object_].mean() if 0 < share < 1 else 0.0
+    if (
+        object_[border].mean() > 0.3
+        or not 0.02 <= share <= 0.9
+        or separation < max(20.0, 4.0 * float(distance[border].std()))
+    ):
         return np.ones((height, width), bool)
     object_ = ndimage.binary_fill_holes(ndimage.binary_opening(ndimage.binary_closing(object_, iterations=2)))
     if not object_.any():
         return np.ones((height, width), bool)
-    grown = np.repeat(np.repeat(object_, step, axis=0), step, axis=1)[:height, :width]
-    return np.asarray(np.pad(grown, ((0, height - grown.shape[0]), (0, width - grown.shape[1])), mode="edge"))
+    upsampled = np.repeat(np.repeat(object_, step, axis=0), step, axis=1)[:height, :width]
+    return np.asarray(
+        np.pad(upsampled, ((0, height - upsampled.shape[0]), (0, width - upsampled.shape[1])), mode="edge")
+    )
 
 
-def _attempt(
+def _draw_defect(
     image: NDArray[np.uint8],
-    places: NDArray[np.bool_],
+    foreground: NDArray[np.bool_],
     source: NDArray[np.uint8],
-    source_places: NDArray[np.bool_],
+    source_foreground: NDArray[np.bool_],
     rng: np.random.Generator,
     kind: str,
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]] | None:
-    """Tries until the change can be seen, the smallest sizes falling away with each attempt; None if it never can.
+    """Draws one defect of a kind, and tries again with larger sizes while the change is not visible.
 
-    Works in a window around the defect, so the cost does not grow with the picture.
+    The drawing happens in a window around the defect, so the cost does not grow with the size of the picture.
+
+    Args:
+        image, foreground: (H, W, 3) and (H, W), the image to change and its object pixels.
+        source, source_foreground: (H', W', 3) and (H', W'), the image that patches come from and its object pixels.
+
+    Returns: the changed image (H, W, 3) and the mask (H, W); None if no attempt was visible.
     """
     height, width = image.shape[:2]
     smallest = max(AREA_RANGE[0], 24 / (height * width))
@@ -221,27 +245,30 @@ def _attempt(
         else:
             area = _log_uniform(rng, (min(smallest * 1.4**attempt, AREA_RANGE[1]), AREA_RANGE[1]))
             radius = float(np.sqrt(height * width * area / np.pi))
-        y, x = _draw_place(places, rng, 1.0 if kind == "missing" else ON_OBJECT)
+        y, x = _draw_location(foreground, rng, 1.0 if kind == "missing" else ON_OBJECT)
         reach = int(1.8 * radius) + 4
         top, bottom = max(0, y - reach), min(height, y + reach + 1)
         left, right = max(0, x - reach), min(width, x + reach + 1)
         patch = image[top:bottom, left:right].astype(np.float32)
-        site = _Site(patch, (y - top, x - left), radius, source, source_places, image, places, rng)
+        site = _Site(patch, (y - top, x - left), radius, source, source_foreground, image, foreground, rng)
         filling, cover = _KINDS[kind](site)
-        here = places[top:bottom, left:right]
-        if here[y - top, x - left] and rng.random() < CUT_TO_OBJECT:
-            cover = cover * ndimage.uniform_filter(here.astype(np.float32), 3)
-        changed = np.clip(np.round(patch + cover[..., None] * (filling - patch)), 0, 255).astype(np.uint8)
-        mask = _changed(image[top:bottom, left:right], changed)
+        window_foreground = foreground[top:bottom, left:right]
+        if window_foreground[y - top, x - left] and rng.random() < CUT_TO_OBJECT:
+            cover = cover * ndimage.uniform_filter(window_foreground.astype(np.float32), 3)
+        changed_window = np.clip(np.round(patch + cover[..., None] * (filling - patch)), 0, 255).astype(np.uint8)
+        mask = _visible_change(image[top:bottom, left:right], changed_window)
         if mask.sum() >= max(6, 1e-4 * height * width):
-            made, whole = image.copy(), np.zeros((height, width), bool)
-            made[top:bottom, left:right], whole[top:bottom, left:right] = changed, mask
-            return made, whole
+            changed_image, image_mask = image.copy(), np.zeros((height, width), bool)
+            changed_image[top:bottom, left:right], image_mask[top:bottom, left:right] = changed_window, mask
+            return changed_image, image_mask
     return None
 
 
 class _Site:
-    """The window a defect is made in, and what it may draw on."""
+    """The window in which a defect is drawn, and everything that the drawing functions use.
+
+    Coordinates are relative to the centre of the defect. Masks of a shape are (h, w) in [0, 1].
+    """
 
     def __init__(
         self,
@@ -249,49 +276,56 @@ class _Site:
         centre: tuple[int, int],
         radius: float,
         source: NDArray[np.uint8],
-        source_places: NDArray[np.bool_],
+        source_foreground: NDArray[np.bool_],
         image: NDArray[np.uint8],
-        places: NDArray[np.bool_],
+        foreground: NDArray[np.bool_],
         rng: np.random.Generator,
     ) -> None:
         self.patch, self.radius, self.rng = patch, radius, rng
-        self.source, self.source_places, self.image, self.places = source, source_places, image, places
+        self.source, self.source_foreground, self.image, self.foreground = source, source_foreground, image, foreground
         height, width = patch.shape[:2]
         y, x = np.mgrid[0:height, 0:width].astype(np.float32)
         self.dy, self.dx = y - centre[0], x - centre[1]
-        self.grey = float(np.ptp(patch, axis=2).mean()) < _GREY_CHROMA  # colours on grey parts are rare, and too easy
+        self.is_grey = (
+            float(np.ptp(patch, axis=2).mean()) < _GREY_CHROMA
+        )  # coloured defects on grey parts are rare, and too easy to detect
 
     def blob(self, softness_px: tuple[float, float], roughness: float = 0.35) -> Patch:
-        """An uneven disc of about the drawn radius. (h, w) in [0, 1], its edge softness_px wide."""
+        """Draws the mask of an irregular disc of about `radius`, with an edge of `softness_px` width."""
         stretch, angle = np.sqrt(_log_uniform(self.rng, (0.4, 2.5))), self.rng.uniform(0, np.pi)
         u = (self.dx * np.cos(angle) + self.dy * np.sin(angle)) / stretch
         v = (self.dy * np.cos(angle) - self.dx * np.sin(angle)) * stretch
         noise = ndimage.gaussian_filter(self.rng.normal(size=self.dx.shape), max(0.8, 0.3 * self.radius))
         noise /= noise.std() + 1e-9
         inside = 1 - np.hypot(u, v) / self.radius + roughness * self.rng.uniform(0.3, 1) * noise
-        # Nothing reaches the window's edge, where it would be cut straight.
+        # The disc must not reach the edge of the window, where it would be cut straight.
         inside = np.minimum(inside, 1.5 - np.hypot(self.dx, self.dy) / self.radius)
         return _ramp(inside * self.radius, self.rng.uniform(*softness_px))
 
     def rectangle(self, softness_px: tuple[float, float]) -> Patch:
+        """Draws the mask of a rotated rectangle, with an edge of `softness_px` width."""
         aspect, angle = np.sqrt(_log_uniform(self.rng, (0.3, 3.3))), self.rng.uniform(0, np.pi)
         u = np.abs(self.dx * np.cos(angle) + self.dy * np.sin(angle)) - 0.85 * self.radius * aspect
         v = np.abs(self.dy * np.cos(angle) - self.dx * np.sin(angle)) - 0.85 * self.radius / aspect
         return _ramp(-np.maximum(u, v), self.rng.uniform(*softness_px))
 
     def bar(self) -> Patch:
-        """A long thin bent shape that tapers to its ends."""
+        """Draws the mask of a long thin bent shape that becomes thinner towards its ends."""
         angle, bend = self.rng.uniform(0, np.pi), self.rng.uniform(-0.35, 0.35)
         half_width = 0.5 * min(self.image.shape[:2]) * _log_uniform(self.rng, SCAR_WIDTH_RANGE)
         u = (self.dx * np.cos(angle) + self.dy * np.sin(angle)) / self.radius
         v = self.dy * np.cos(angle) - self.dx * np.sin(angle) + bend * self.radius * (u**2 - 0.4)
-        waver = ndimage.gaussian_filter1d(self.rng.normal(size=64), 3.0) * 1.5
-        local = half_width * (np.sqrt(np.clip(1 - u**2, 0, 1)) + np.interp(u, np.linspace(-1, 1, 64), waver) * 0.4)
-        return np.where(np.abs(u) < 1, _ramp(local - np.abs(v), self.rng.uniform(1.0, 1.6)), 0).astype(np.float32)
+        width_noise = ndimage.gaussian_filter1d(self.rng.normal(size=64), 3.0) * 1.5
+        local_half_width = half_width * (
+            np.sqrt(np.clip(1 - u**2, 0, 1)) + np.interp(u, np.linspace(-1, 1, 64), width_noise) * 0.4
+        )
+        return np.where(np.abs(u) < 1, _ramp(local_half_width - np.abs(v), self.rng.uniform(1.0, 1.6)), 0).astype(
+            np.float32
+        )
 
-    def elsewhere(self) -> Patch:
-        """What the source shows at another place, turned and scaled by 0.7 to 1.4."""
-        y, x = _draw_place(self.source_places, self.rng, ON_OBJECT)
+    def patch_from_elsewhere(self) -> Patch:
+        """Returns a patch (h, w, 3) of the source from another location, rotated and scaled by 0.7 to 1.4."""
+        y, x = _draw_location(self.source_foreground, self.rng, ON_OBJECT)
         angle, scale = self.rng.uniform(-np.pi, np.pi), _log_uniform(self.rng, (0.7, 1.4))
         at_y = y + (self.dy * np.cos(angle) - self.dx * np.sin(angle)) / scale
         at_x = x + (self.dx * np.cos(angle) + self.dy * np.sin(angle)) / scale
@@ -302,14 +336,14 @@ class _Site:
         return np.stack(channels, axis=2)
 
     def local_colour(self, cover: Patch) -> Patch:
-        """(3,) mean under the cover."""
+        """Returns the mean colour (3,) under a mask."""
         weight = cover[..., None] + np.float32(1e-6)
         return np.asarray((self.patch * weight).sum(axis=(0, 1)) / weight.sum(axis=(0, 1)), np.float32)
 
     def other_colour(self, cover: Patch) -> Patch:
-        """(3,) a change of colour of a drawn contrast, turned around where it would leave the range. Grey or tinted."""
+        """Draws a change of colour (3,), grey or tinted. Its sign is inverted if the new colour would leave 0 to 255."""
         contrast = _log_uniform(self.rng, CONTRAST_RANGE)
-        tint = self.rng.uniform(-1, 1, size=3) * (self.rng.random() < (0.12 if self.grey else 0.5))
+        tint = self.rng.uniform(-1, 1, size=3) * (self.rng.random() < (0.12 if self.is_grey else 0.5))
         change = self.rng.choice([-1.0, 1.0]) + tint
         change *= contrast / np.abs(change).max()
         colour = self.local_colour(cover)
@@ -317,29 +351,32 @@ class _Site:
         return np.asarray(change if loss[0] <= loss[1] else -change, np.float32)
 
 
+# Each function below draws one kind of defect. It returns the new pixels (h, w, 3) and the mask (h, w) that blends them in.
+
+
 def _cut_paste(site: _Site) -> tuple[Patch, Patch]:
-    filling = site.elsewhere() * np.float32(site.rng.uniform(0.85, 1.15))
+    filling = site.patch_from_elsewhere() * np.float32(site.rng.uniform(0.85, 1.15))
     return filling, site.rectangle((0.8, 3.0)) if site.rng.random() < 0.5 else site.blob((0.8, 3.0))
 
 
 def _scar(site: _Site) -> tuple[Patch, Patch]:
     cover = site.bar()
     if site.rng.random() < 0.35:
-        return site.elsewhere(), cover
+        return site.patch_from_elsewhere(), cover
     return site.patch + site.other_colour(cover), cover
 
 
 def _blob(site: _Site) -> tuple[Patch, Patch]:
     cover = site.blob((1.5, 6.0))
     colour = site.local_colour(cover) + site.other_colour(cover)
-    opaque = np.float32(site.rng.uniform(0.0, 0.9))  # how much of the texture beneath the stain hides
+    opaque = np.float32(site.rng.uniform(0.0, 0.9))  # share of the texture below that the stain hides
     return (1 - opaque) * (site.patch + colour - site.local_colour(cover)) + opaque * colour, cover
 
 
 def _texture(site: _Site) -> tuple[Patch, Patch]:
     cover = site.blob((1.0, 4.0))
-    way = site.rng.integers(3)
-    if way == 0:
+    variant = site.rng.integers(3)
+    if variant == 0:
         grain = (
             site.rng.normal(size=site.dx.shape) if site.rng.random() < 0.5 else site.rng.normal(size=site.patch.shape)
         )
@@ -348,33 +385,33 @@ def _texture(site: _Site) -> tuple[Patch, Patch]:
         grain *= _log_uniform(site.rng, (8.0, 45.0)) / (grain.std() + 1e-9)
         return (site.patch + grain).astype(np.float32), cover
     soft = ndimage.gaussian_filter(site.patch, (*[site.rng.uniform(1.2, 4.0)] * 2, 0))
-    return (soft if way == 1 else site.patch + np.float32(site.rng.uniform(1.0, 4.0)) * (site.patch - soft)), cover
+    return (soft if variant == 1 else site.patch + np.float32(site.rng.uniform(1.0, 4.0)) * (site.patch - soft)), cover
 
 
 def _colour(site: _Site) -> tuple[Patch, Patch]:
     cover = site.blob((2.0, 10.0), roughness=0.2)
-    if site.rng.random() < (0.7 if site.grey else 0.4):
+    if site.rng.random() < (0.7 if site.is_grey else 0.4):
         gain = 1 + site.rng.choice([-1, 1]) * _log_uniform(site.rng, (0.10, 0.45))
         return site.patch * np.float32(gain), cover
     shift = site.rng.normal(size=3)
     shift -= shift.mean()
-    shift *= _log_uniform(site.rng, CONTRAST_RANGE) * (0.3 if site.grey else 0.6) / np.abs(shift).max()
+    shift *= _log_uniform(site.rng, CONTRAST_RANGE) * (0.3 if site.is_grey else 0.6) / np.abs(shift).max()
     return site.patch + shift.astype(np.float32), cover
 
 
 def _missing(site: _Site) -> tuple[Patch, Patch]:
     cover = site.blob((0.8, 2.5))
     outside = (1 - ndimage.grey_dilation(cover, size=(5, 5)))[..., None]
-    if site.rng.random() < 0.5 and not site.places.all():
-        # The background: its texture from elsewhere in the picture.
-        bare = np.argwhere(~site.places)
-        y, x = bare[site.rng.integers(len(bare))]
+    if site.rng.random() < 0.5 and not site.foreground.all():
+        # fill with the background: its texture from another location of the picture
+        background_pixels = np.argwhere(~site.foreground)
+        y, x = background_pixels[site.rng.integers(len(background_pixels))]
         rows = np.clip(np.round(y + site.dy).astype(int), 0, site.image.shape[0] - 1)
         columns = np.clip(np.round(x + site.dx).astype(int), 0, site.image.shape[1] - 1)
-        here = site.places[rows, columns]
+        is_object = site.foreground[rows, columns]
         filling = site.image[rows, columns].astype(np.float32)
-        if here.any():
-            filling[here] = np.median(site.image[~site.places], axis=0)
+        if is_object.any():
+            filling[is_object] = np.median(site.image[~site.foreground], axis=0)
         return filling, cover
     sigma = (max(1.5, 0.5 * site.radius),) * 2 + (0,)
     weight = ndimage.gaussian_filter(outside, sigma) + 1e-4
@@ -393,48 +430,55 @@ _KINDS: dict[str, Callable[[_Site], tuple[Patch, Patch]]] = {
 }
 
 KINDS: tuple[str, ...] = tuple(_KINDS)
-"""What `synthesize_defect` can make."""
+"""The kinds of defects that `synthesize_defect` draws."""
 
 
-def _changed(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _visible_change(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Returns the mask (H, W) of visibly changed pixels, with gaps of up to two pixels closed."""
     differ = np.abs(before.astype(np.int16) - after.astype(np.int16)).max(axis=2)
     disc = ndimage.iterate_structure(ndimage.generate_binary_structure(2, 1), 2)
     closed = ndimage.binary_closing(np.pad(differ > VISIBLE_CHANGE, 2), structure=disc)[2:-2, 2:-2]
     return np.asarray(closed & (differ > 0))
 
 
-def _draw_place(places: NDArray[np.bool_], rng: np.random.Generator, on_object: float) -> tuple[int, int]:
-    height, width = places.shape
+def _draw_location(foreground: NDArray[np.bool_], rng: np.random.Generator, on_object: float) -> tuple[int, int]:
+    """Draws row and column of a pixel: of the object with probability `on_object`, otherwise of the whole picture."""
+    height, width = foreground.shape
     if rng.random() < on_object:
-        inside = np.flatnonzero(places)
+        inside = np.flatnonzero(foreground)
         y, x = divmod(int(inside[rng.integers(inside.size)]), width)
         return y, x
     return int(rng.integers(height)), int(rng.integers(width))
 
 
 def _ramp(distance_px: NDArray[Any], softness_px: float) -> Patch:
+    """Maps signed distances to the edge of a shape (positive inside) to mask values in [0, 1] with a smooth step."""
     t = np.clip(distance_px / softness_px + 0.5, 0, 1)
     return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
 def _otsu(values: NDArray[np.float32]) -> float:
-    """The threshold that parts the values into two classes of the largest variance between (Otsu, 1979)."""
+    """Returns the threshold that splits the values into two classes with the largest variance between them (Otsu, 1979)."""
     counts, edges = np.histogram(values, bins=128)
     middles = 0.5 * (edges[1:] + edges[:-1])
     below, total = np.cumsum(counts), np.cumsum(counts * middles)
     above = below[-1] - below
-    safe = (below > 0) & (above > 0)
-    between = np.where(
-        safe, below * above * (total / np.maximum(below, 1) - (total[-1] - total) / np.maximum(above, 1)) ** 2, 0
+    both_classes_exist = (below > 0) & (above > 0)
+    variance_between = np.where(
+        both_classes_exist,
+        below * above * (total / np.maximum(below, 1) - (total[-1] - total) / np.maximum(above, 1)) ** 2,
+        0,
     )
-    return float(edges[int(np.argmax(between)) + 1])
+    return float(edges[int(np.argmax(variance_between)) + 1])
 
 
 def _log_uniform(rng: np.random.Generator, bounds: Sequence[float]) -> float:
+    """Draws a number between two bounds, uniform on a logarithmic scale."""
     return float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1]))))
 
 
 def _check_image(image: Any, name: str) -> None:
+    """Raises: DataError: the image is not uint8 (H, W, 3), or a side is shorter than `_MIN_SIDE_PX`."""
     shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
     if dtype != np.uint8 or shape is None or len(shape) != 3 or shape[2] != 3:
         raise DataError(f"{name} is {dtype} of shape {shape}; expected uint8 of (H, W, 3)")

@@ -1,4 +1,4 @@
-"""What is known of an image that was inspected: score, verdict, map at the image's own size, and the areas in it."""
+"""The result of the inspection of an image: score, verdict, anomaly map and regions."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from scipy import ndimage
 
 @dataclass(frozen=True)
 class Region:
-    """A connected area of the map above the pixel threshold.
+    """A connected area of the anomaly map above the pixel threshold.
 
-    x, y, width, height: bounding box, pixels of the original image.  area: pixels.  peak: highest value of the map in it.
+    Attributes:
+        x, y, width, height: bounding box in pixels of the original image.
+        area: number of pixels.
+        peak: highest value of the map in the area.
     """
 
     x: int
@@ -27,17 +30,25 @@ class Region:
     peak: float
 
     def to_dict(self) -> dict[str, float]:
+        """Returns the attributes by name."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of one image.
+    """Result of the inspection of one image.
 
-    score: higher is more anomalous.  p_value: conformal, see docs/learn/verdicts.md.  anomalous: the verdict.
-    threshold: of the score.  pixel_threshold: of the map.  anomaly_map: (H, W), the image at the size at which it was scored,
-    which for model.resize=stretch need not have its shape.  regions: in pixels of the original, width x height.
-    trained_on: whether it is one of the images that the density was made of, so that its score says nothing of new parts.
+    Attributes:
+        score: higher is more anomalous.
+        p_value: conformal p-value, see docs/learn/verdicts.md.
+        anomalous: the verdict.
+        threshold: image threshold.
+        pixel_threshold: threshold of the anomaly map.
+        anomaly_map: (H, W), at the size at which the image was scored. With model.resize=stretch its aspect ratio may differ
+            from that of the image.
+        width, height: size of the original image in pixels.
+        regions: in pixels of the original image.
+        trained_on: whether the model was trained on this image. Its score then says nothing about new parts.
     """
 
     score: float
@@ -53,19 +64,20 @@ class Inspection:
 
     @property
     def verdict(self) -> Literal["normal", "anomalous"]:
+        """The verdict as a word."""
         return "anomalous" if self.anomalous else "normal"
 
     @property
     def score_to_threshold(self) -> float:
-        """What can be compared between versions, whose scores are on scales of their own."""
+        """Score divided by threshold. Only this ratio is comparable between versions of a model."""
         return self.score / max(self.threshold, 1e-12)
 
     def without_map(self) -> Inspection:
-        """Small enough to be sent about: its map has no place."""
+        """Returns a copy with an empty map, which is small enough to send between processes."""
         return replace(self, anomaly_map=np.empty((0, 0), np.float32))
 
     def scaled(self, factor: float) -> Inspection:
-        """With its regions in pixels of a picture `factor` times as large."""
+        """Returns a copy with regions in pixels of a picture that is `factor` times as large."""
         regions = tuple(
             replace(
                 region,
@@ -79,7 +91,7 @@ class Inspection:
         return replace(self, regions=regions)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; without the map."""
+        """Returns all attributes except the map as JSON types."""
         return {
             "score": self.score,
             "p_value": self.p_value,
@@ -94,12 +106,15 @@ class Inspection:
 
 
 def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int, height: int) -> tuple[Region, ...]:
-    """Connected areas (8 neighbours) above the threshold, highest peak first, in pixels of a width x height image."""
-    full = resize_map(anomaly_map, height, width)
-    numbered, _ = ndimage.label(full > threshold, structure=np.ones((3, 3)))
+    """Finds connected areas (8 neighbours) above the threshold, highest peak first.
+
+    Args: anomaly_map: (H, W).  width, height: size of the original image, in whose pixels the regions are.
+    """
+    full_map = resize_map(anomaly_map, height, width)
+    numbered_areas, _ = ndimage.label(full_map > threshold, structure=np.ones((3, 3)))
     regions = []
-    for number, box in enumerate(ndimage.find_objects(numbered), start=1):
-        inside = numbered[box] == number
+    for number, box in enumerate(ndimage.find_objects(numbered_areas), start=1):
+        inside = numbered_areas[box] == number
         rows, columns = box
         regions.append(
             Region(
@@ -108,14 +123,14 @@ def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int,
                 width=int(columns.stop - columns.start),
                 height=int(rows.stop - rows.start),
                 area=int(inside.sum()),
-                peak=float(full[box][inside].max()),
+                peak=float(full_map[box][inside].max()),
             )
         )
     return tuple(sorted(regions, key=lambda region: -region.peak))
 
 
 def resize_map(anomaly_map: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """(H, W) -> (height, width), bilinear."""
+    """Resizes a map (H, W) to (height, width) with bilinear interpolation."""
     if anomaly_map.shape == (height, width):
         return anomaly_map
     resized = F.interpolate(torch.from_numpy(anomaly_map)[None, None], size=(height, width), mode="bilinear")

@@ -1,8 +1,8 @@
-"""Pixels of masks and anomaly maps, and the curve that pixel metrics are read from: of all scores, or of bins that add up.
+"""Computes pixel metrics from masks and anomaly maps, either exactly from all scores or from counts in bins.
 
-Sorting all scores gives a metric exactly, and needs them all at once. Counted in bins, images of any number, scored
-anywhere, add to a table of some megabytes; the curve then has a corner a bin, the true one runs between the same corners,
-and how far a metric may lie from its exact value is computed from them.
+Sorting all scores gives exact metrics, but needs all scores in memory. Counts in bins add up over any number of images and
+workers in a table of a few megabytes. The curve of the bins has one corner per bin. The exact curve passes through the same
+corners, so the largest error of each metric can be computed from the bins.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from scipy import ndimage
 from focus_ray.errors import DataError
 
 Stack = NDArray[Any] | Sequence[NDArray[Any]]
-"""(N, H, W), or N arrays of (H, W) that may differ in size."""
+"""Masks or maps of N images: an array (N, H, W), or N arrays (H, W) whose sizes may differ."""
 
 _EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
 _DROPPED_BITS = (
-    10  # of a float32's 32: 13 bits of its fraction are left, so a bin is 1/8192 to 1/16384 of its score wide
+    10  # of 32 bits of a float32; 13 bits of the fraction remain, so a bin is 1/8192 to 1/16384 of its score wide
 )
 _SIGN = np.uint32(1 << 31)
 _NO_ANOMALOUS = "no anomalous pixel in any mask; pixel metrics need both classes, so skip them for this set"
@@ -30,10 +30,13 @@ _NO_NORMAL = "no normal pixel in any mask; pixel metrics need both classes, so s
 
 
 class ImagePixels(NamedTuple):
-    """One image's pixels that count.
+    """Scores of the pixels of one image that count in metrics.
 
-    normal: (n,) scores.  anomalous: (m,) scores.  region: (m,), the number of each one's region, from 0; zeros where regions
-    were not asked for.  num_regions: in the image.
+    Attributes:
+        normal: (n,) scores of normal pixels.
+        anomalous: (m,) scores of anomalous pixels.
+        region: (m,) region number of each anomalous pixel, from 0; zeros if regions were not requested.
+        num_regions: number of regions in the image.
     """
 
     normal: NDArray[Any]
@@ -45,11 +48,14 @@ class ImagePixels(NamedTuple):
 def split_image(
     mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None, regions: bool, name: str
 ) -> ImagePixels:
-    """Parts normal from anomalous pixels.
+    """Separates the normal from the anomalous pixels of an image.
 
     Args:
-        mask: (H, W) bool or integer, non-zero where anomalous.  scores: (H, W).  inside: (H, W), the pixels that count,
-            beyond which no mask reaches; None: all.  regions: whether they are told apart.  name: for errors.
+        mask: (H, W) bool or integer, non-zero where anomalous.
+        scores: (H, W).
+        inside: (H, W), pixels that count; the mask must lie inside. None: all.
+        regions: whether to number the regions of the mask.
+        name: name of the image for error messages.
 
     Raises: DataError: sizes differ, a score is NaN or infinite, or the mask is not bool or integer.
     """
@@ -76,98 +82,130 @@ def split_image(
 
 @dataclass(frozen=True)
 class PixelCurve:
-    """The curve's corners: one row per distinct score of an anomalous pixel, highest score first.
+    """Corners of the curves behind all pixel metrics: one row per distinct score of an anomalous pixel, highest score first.
 
-    Between two such scores only the false positives move, so the curve is flat there, and a normal score equal to an
-    anomalous one makes one slanted step. That is why the normal scores (nearly all pixels) need only a plain sort.
-    Of bins, scores in one bin are equal; `*_bound` tell how far a metric may be from what their true order gives.
+    Between two such scores only the number of false positives grows, so the curve is flat there. A normal score equal to an
+    anomalous score makes one slanted step. So the normal scores, nearly all pixels, need only a plain sort.
+
+    A curve of bins treats all scores in a bin as equal. The `*_bound` methods return the largest difference between a metric
+    of the bins and the exact metric.
     """
 
-    above: NDArray[np.int64]  # (K,) normal pixels that score higher
-    at_or_above: NDArray[np.int64]  # (K,) the same, ties included
-    found: NDArray[np.int64]  # (K,) anomalous pixels at or above
-    overlap: NDArray[np.float64]  # (K,) mean over regions of the share at or above; zeros if regions were not asked for
+    normals_above: NDArray[np.int64]  # (K,) number of normal pixels with a higher score
+    normals_at_or_above: NDArray[np.int64]  # (K,) number of normal pixels with this score or a higher one
+    num_found: NDArray[np.int64]  # (K,) number of anomalous pixels with this score or a higher one
+    overlap: NDArray[
+        np.float64
+    ]  # (K,) mean over regions of the share of pixels with this score or higher; zeros without regions
     num_normal: int
 
     @staticmethod
     def of(
         masks: Stack, maps: Stack, regions: bool, inside: Sequence[NDArray[np.bool_] | None] | None = None
     ) -> PixelCurve:
+        """Computes the exact curve of images.
+
+        Args: regions: whether to compute `overlap`.  inside: pixels that count in each image; None: all.
+
+        Raises: DataError: as `split_image`, or all pixels are of one class.
+        """
         normal, anomalous, weights = _split_pixels(masks, maps, regions, inside)
         num_normal = normal.size
         order = np.argsort(anomalous)[::-1]
         anomalous = anomalous[order]
         last = np.flatnonzero(np.append(anomalous[1:] != anomalous[:-1], True))
-        rising = anomalous[last][::-1]  # in which order a search goes through memory once
-        normal = normal[normal >= rising[0]]  # the others are at or above none
+        ascending = anomalous[last][::-1]  # a search for ascending values passes through memory once
+        normal = normal[normal >= ascending[0]]  # lower normal scores do not change the curve
         normal.sort()
         return PixelCurve(
-            above=normal.size - np.searchsorted(normal, rising, side="right")[::-1],
-            at_or_above=normal.size - np.searchsorted(normal, rising, side="left")[::-1],
-            found=last + 1,
+            normals_above=normal.size - np.searchsorted(normal, ascending, side="right")[::-1],
+            normals_at_or_above=normal.size - np.searchsorted(normal, ascending, side="left")[::-1],
+            num_found=last + 1,
             overlap=np.cumsum(weights[order])[last] if regions else np.zeros(last.size),
             num_normal=num_normal,
         )
 
     def auroc(self) -> float:
-        gained = np.diff(self.found, prepend=0) / self.found[-1]
-        return float(np.sum(gained * (1.0 - (self.above + self.at_or_above) / (2.0 * self.num_normal))))
+        """Returns the area under the ROC curve over all pixels of all images together; ties count half."""
+        recall_steps = np.diff(self.num_found, prepend=0) / self.num_found[-1]
+        return float(
+            np.sum(recall_steps * (1.0 - (self.normals_above + self.normals_at_or_above) / (2.0 * self.num_normal)))
+        )
 
     def average_precision(self) -> float:
-        gained = np.diff(self.found, prepend=0) / self.found[-1]
-        return float(np.sum(gained * self.found / (self.found + self.at_or_above)))
+        """Returns the average precision over all pixels of all images together."""
+        recall_steps = np.diff(self.num_found, prepend=0) / self.num_found[-1]
+        return float(np.sum(recall_steps * self.num_found / (self.num_found + self.normals_at_or_above)))
 
     def pro(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The per-region-overlap curve's corners from (0, 0) to (1, 1): false positive rate, mean overlap."""
-        fpr = np.empty(2 * self.found.size + 2)
+        """Returns false positive rate and mean overlap at the corners of the per-region-overlap curve, from (0, 0) to (1, 1)."""
+        fpr = np.empty(2 * self.num_found.size + 2)
         pro = np.empty_like(fpr)
-        fpr[0], fpr[1:-1:2], fpr[2:-1:2], fpr[-1] = 0.0, self.above, self.at_or_above, self.num_normal
+        fpr[0], fpr[1:-1:2], fpr[2:-1:2], fpr[-1] = 0.0, self.normals_above, self.normals_at_or_above, self.num_normal
         pro[0], pro[1], pro[3:-1:2], pro[2:-1:2], pro[-1] = 0.0, 0.0, self.overlap[:-1], self.overlap, 1.0
         return fpr / self.num_normal, pro
 
     def aupro(self, fpr_limit: float) -> float:
+        """Returns the area under the per-region-overlap curve (PRO) up to a false positive rate, divided by this rate.
+
+        At a threshold, the overlap of a region is the share of its pixels at or above it. PRO is the mean over all regions of
+        all images. The false positive rate is taken over all normal pixels of all images. Every distinct score is a
+        threshold. The curve starts at (0, 0) and is integrated by the trapezoid rule, with linear interpolation at
+        `fpr_limit`. Regions are 8-connected, as in MVTec's own evaluation code (Bergmann et al., MVTec AD, IJCV 2021). Tools
+        with 4-connectivity split diagonal scratches and give other values.
+
+        Args: fpr_limit: in (0, 1].
+        """
         fpr, pro = self.pro()
         inside = int(np.searchsorted(fpr, fpr_limit, side="right"))
         area = float(np.sum(0.5 * (pro[1:inside] + pro[: inside - 1]) * np.diff(fpr[:inside])))
         if inside < fpr.size:
-            left, right = inside - 1, inside
-            slope = (pro[right] - pro[left]) / (fpr[right] - fpr[left])
-            width = fpr_limit - fpr[left]
-            area += float(width * (pro[left] + 0.5 * slope * width))
+            last_inside, first_outside = inside - 1, inside
+            slope = (pro[first_outside] - pro[last_inside]) / (fpr[first_outside] - fpr[last_inside])
+            width = fpr_limit - fpr[last_inside]
+            area += float(width * (pro[last_inside] + 0.5 * slope * width))
         return min(area / fpr_limit, 1.0)
 
     def auroc_bound(self) -> float:
-        """Each pair of a normal and an anomalous pixel in one bin counts half, and would count 0 or 1."""
-        pairs = np.diff(self.found, prepend=0) * (self.at_or_above - self.above).astype(np.float64)
-        return float(0.5 * pairs.sum() / (float(self.found[-1]) * self.num_normal))
+        """Returns the error bound of `auroc`: a normal and an anomalous pixel in one bin count 0.5 instead of 0 or 1."""
+        pairs = np.diff(self.num_found, prepend=0) * (self.normals_at_or_above - self.normals_above).astype(np.float64)
+        return float(0.5 * pairs.sum() / (float(self.num_found[-1]) * self.num_normal))
 
     def average_precision_bound(self) -> float:
-        """Normal pixels of a bin may all come after its anomalous ones, or all before, one anomalous after the other."""
-        gained = np.diff(self.found, prepend=0) / self.found[-1]
-        here = self.found / (self.found + self.at_or_above)
-        all_after = self.found / (self.found + self.above)
-        first = np.append(0, self.found[:-1]) + 1  # the precision rises from here as more are found, ever less steeply
-        all_before = 0.5 * (here + first / (first + self.at_or_above))
-        return float(max(np.sum(gained * (all_after - here)), np.sum(gained * (here - all_before))))
+        """Returns the error bound of `average_precision`: normal pixels of a bin may rank before or after the anomalous ones."""
+        recall_steps = np.diff(self.num_found, prepend=0) / self.num_found[-1]
+        precision = self.num_found / (self.num_found + self.normals_at_or_above)
+        all_after = self.num_found / (self.num_found + self.normals_above)
+        first = (
+            np.append(0, self.num_found[:-1]) + 1
+        )  # from here, precision is a concave rising function of the number of anomalous pixels
+        all_before = 0.5 * (precision + first / (first + self.normals_at_or_above))
+        return float(
+            max(np.sum(recall_steps * (all_after - precision)), np.sum(recall_steps * (precision - all_before)))
+        )
 
     def aupro_bound(self, fpr_limit: float) -> float:
-        """The true curve rises somehow from a bin's lower left corner to its upper right one, this one straight."""
-        left, right = self.above / self.num_normal, self.at_or_above / self.num_normal
+        """Returns the error bound of `aupro`: inside a bin, the exact curve may deviate from the line between the corners."""
+        bin_start, bin_end = self.normals_above / self.num_normal, self.normals_at_or_above / self.num_normal
         rise = np.diff(self.overlap, prepend=0.0)
-        width = np.clip(fpr_limit - left, 0.0, right - left)
-        part = np.divide(width, right - left, out=np.zeros_like(width), where=right > left)
-        return float(np.sum(width * rise * (1.0 - 0.5 * part)) / fpr_limit)
+        width = np.clip(fpr_limit - bin_start, 0.0, bin_end - bin_start)
+        crossed_share = np.divide(width, bin_end - bin_start, out=np.zeros_like(width), where=bin_end > bin_start)
+        return float(np.sum(width * rise * (1.0 - 0.5 * crossed_share)) / fpr_limit)
 
 
 @dataclass(frozen=True)
 class PixelBins:
-    """Counts of pixels by score, in bins of constant relative width that need no range: they add, image by image.
+    """Counts of pixels by score. Counts of several images add up.
 
-    A bin is the leading 22 bits of a float32, mapped so that they rise with the score. Only bins that hold a pixel have a
-    row: scores of three orders of magnitude have 82,000 at most, 2.3 MB.
+    A bin is given by the leading 22 bits of a float32 score, so all bins have about the same relative width, and no range is
+    needed. Only bins that contain a pixel have a row: scores over three orders of magnitude have at most 82,000 rows, 2.3 MB.
 
-    keys: (K,) uint32, ascending.  normal, anomalous: (K,) pixels.  overlap: (K,), of each anomalous pixel, 1 / its region's
-    area, added.  num_regions: in all images.  num_images: whose truth is known.
+    Attributes:
+        keys: (K,) uint32, ascending bin numbers.
+        normal, anomalous: (K,) number of pixels.
+        overlap: (K,) sum over anomalous pixels of 1 / (area of the pixel's region).
+        num_regions: number of regions in all images.
+        num_images: number of images with a known mask.
     """
 
     keys: NDArray[np.uint32]
@@ -181,76 +219,85 @@ class PixelBins:
     def of_image(
         mask: NDArray[Any], scores: NDArray[Any], inside: NDArray[np.bool_] | None = None, name: str = "an image"
     ) -> PixelBins:
-        """Args and raises as of `split_image`; here a mask may reach beyond `inside`, and is cut."""
+        """Counts the pixels of an image. Arguments and errors as in `split_image`, but a mask is clipped to `inside`."""
         mask = np.asarray(mask) if inside is None else np.asarray(mask) * inside
         pixels = split_image(mask, scores, inside, True, name)
-        normal, anomalous = bin_of(pixels.normal), bin_of(pixels.anomalous)
+        normal, anomalous = score_bins(pixels.normal), score_bins(pixels.anomalous)
         if not normal.size + anomalous.size:
             return PixelBins(*_NO_ROWS, num_images=1)
-        low = min(int(keys.min()) for keys in (normal, anomalous) if keys.size)
+        lowest = min(int(keys.min()) for keys in (normal, anomalous) if keys.size)
         share = (1.0 / np.bincount(pixels.region))[pixels.region] if anomalous.size else np.empty(0)
-        length = max(int(keys.max()) for keys in (normal, anomalous) if keys.size) - low + 1
-        counts = np.bincount(normal - np.uint32(low), minlength=length)
-        bad = np.bincount(anomalous - np.uint32(low), minlength=length)
-        overlap = np.bincount(anomalous - np.uint32(low), weights=share, minlength=length)
-        held = np.flatnonzero(counts + bad)
-        keys = (held + low).astype(np.uint32)
-        return PixelBins(keys, counts[held], bad[held], overlap[held].astype(np.float64), pixels.num_regions, 1)
+        length = max(int(keys.max()) for keys in (normal, anomalous) if keys.size) - lowest + 1
+        normal_counts = np.bincount(normal - np.uint32(lowest), minlength=length)
+        anomalous_counts = np.bincount(anomalous - np.uint32(lowest), minlength=length)
+        overlap = np.bincount(anomalous - np.uint32(lowest), weights=share, minlength=length)
+        occupied = np.flatnonzero(normal_counts + anomalous_counts)
+        keys = (occupied + lowest).astype(np.uint32)
+        return PixelBins(
+            keys,
+            normal_counts[occupied],
+            anomalous_counts[occupied],
+            overlap[occupied].astype(np.float64),
+            pixels.num_regions,
+            1,
+        )
 
     @staticmethod
     def total(parts: Iterable[PixelBins]) -> PixelBins:
-        """The sum of all."""
-        found = list(parts)
-        keys = np.unique(np.concatenate([_NO_ROWS[0], *(part.keys for part in found)]))
+        """Adds the counts of several bins."""
+        all_bins = list(parts)
+        keys = np.unique(np.concatenate([_NO_ROWS[0], *(bins.keys for bins in all_bins)]))
         normal, anomalous = np.zeros(keys.size, np.int64), np.zeros(keys.size, np.int64)
         overlap = np.zeros(keys.size, np.float64)
-        for part in found:
-            at = np.searchsorted(keys, part.keys)
-            normal[at] += part.normal
-            anomalous[at] += part.anomalous
-            overlap[at] += part.overlap
-        regions, images = sum(part.num_regions for part in found), sum(part.num_images for part in found)
+        for bins in all_bins:
+            rows = np.searchsorted(keys, bins.keys)
+            normal[rows] += bins.normal
+            anomalous[rows] += bins.anomalous
+            overlap[rows] += bins.overlap
+        regions, images = sum(bins.num_regions for bins in all_bins), sum(bins.num_images for bins in all_bins)
         return PixelBins(keys, normal, anomalous, overlap, regions, images)
 
     def __add__(self, other: PixelBins) -> PixelBins:
         return PixelBins.total([self, other])
 
     def curve(self) -> PixelCurve | None:
-        """None where no anomalous pixel is known. Raises: DataError: there is no normal pixel."""
-        bad = self.anomalous[::-1]
-        if not bad.any():
+        """Returns the curve of the bins; None without an anomalous pixel. Raises: DataError: there is no normal pixel."""
+        anomalous = self.anomalous[::-1]
+        if not anomalous.any():
             return None
         if not self.normal.any():
             raise DataError(_NO_NORMAL)
-        corners = bad > 0
-        at_or_above = np.cumsum(self.normal[::-1])
+        corners = anomalous > 0
+        normals_at_or_above = np.cumsum(self.normal[::-1])
         return PixelCurve(
-            above=(at_or_above - self.normal[::-1])[corners],
-            at_or_above=at_or_above[corners],
-            found=np.cumsum(bad)[corners],
+            normals_above=(normals_at_or_above - self.normal[::-1])[corners],
+            normals_at_or_above=normals_at_or_above[corners],
+            num_found=np.cumsum(anomalous)[corners],
             overlap=np.cumsum(self.overlap[::-1])[corners] / self.num_regions,
-            num_normal=int(at_or_above[-1]),
+            num_normal=int(normals_at_or_above[-1]),
         )
 
 
 _NO_ROWS = (np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float64))
 
 
-def bin_of(scores: NDArray[Any]) -> NDArray[np.uint32]:
-    """Finite scores of any shape -> the number of each one's bin: a higher score never has a lower number."""
-    bits = (np.asarray(scores, dtype=np.float32) + np.float32(0.0)).view(np.uint32)  # -0 becomes 0
+def score_bins(scores: NDArray[Any]) -> NDArray[np.uint32]:
+    """Returns the bin numbers of finite scores of any shape. A higher score never has a lower bin number."""
+    bits = (np.asarray(scores, dtype=np.float32) + np.float32(0.0)).view(np.uint32)  # adding 0 turns -0 into 0
     return np.asarray(np.where(bits & _SIGN, ~bits, bits | _SIGN) >> np.uint32(_DROPPED_BITS))
 
 
 def _split_pixels(
     masks: Stack, maps: Stack, regions: bool, inside: Sequence[NDArray[np.bool_] | None] | None = None
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.float64]]:
-    """Scores of normal pixels, scores of anomalous pixels, and each anomalous pixel's share of the PRO.
+    """Returns scores of normal pixels, scores of anomalous pixels, and the weight of each anomalous pixel in the mean overlap.
 
-    inside: the pixels that count, beyond which no mask reaches.
+    Arguments and errors as in `PixelCurve.of`. Without regions, the weights are empty.
     """
     if len(masks) != len(maps):
-        raise DataError(f"{len(masks)} masks for {len(maps)} maps; expected a mask per map, all-zero for a good image")
+        raise DataError(
+            f"{len(masks)} masks for {len(maps)} maps; expected one mask per map, all-zero for a good image"
+        )
     normal, anomalous, region_of = [], [], []
     num_regions = 0
     for index, (mask, scores) in enumerate(zip(masks, maps, strict=True)):
@@ -269,5 +316,5 @@ def _split_pixels(
         normal_scores, anomalous_scores = normal_scores.astype(np.float64), anomalous_scores.astype(np.float64)
     if not regions:
         return normal_scores, anomalous_scores, np.empty(0)
-    joined = np.concatenate(region_of)
-    return normal_scores, anomalous_scores, (1.0 / (np.bincount(joined) * num_regions))[joined]
+    regions_of_pixels = np.concatenate(region_of)
+    return normal_scores, anomalous_scores, (1.0 / (np.bincount(regions_of_pixels) * num_regions))[regions_of_pixels]

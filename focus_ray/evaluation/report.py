@@ -1,4 +1,4 @@
-"""What people look at: metric tables in Markdown, heat-map overlays, contact sheets."""
+"""Makes metric tables in Markdown, heat maps and overlays."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from PIL import Image, ImageDraw
 from focus_ray.evaluation.inspection import Inspection, resize_map
 from focus_ray.kinds import METRICS
 
-# dark blue, violet, red, orange, pale yellow: the luminance rises throughout, so it reads without colour too
+# dark blue, violet, red, orange, pale yellow: the luminance rises steadily, so the map is readable without colour too
 _HEAT = np.array([[8, 6, 60], [96, 20, 120], [196, 50, 70], [250, 150, 30], [255, 250, 190]], dtype=np.float64)
 
 
 def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Category -> metrics (as `Inspector.evaluate` gives) -> a Markdown table with a mean row, and one of defect types.
+    """Returns a Markdown text with a table of the metrics of each category and a table of the metrics of each defect type.
 
-    A metric that a category's test set cannot give is shown as '-' and left out of the mean; where something stood in its way,
-    and where a category could not be measured at all (its result is an 'error' alone), the reason follows below the tables. So
-    does a notice of a distribution shift. Images left out because the model was trained on them are told first.
+    A missing metric is shown as '-' and left out of the mean row. The text begins with notices about images that the model was
+    trained on. Below the tables follow the reasons of failed metrics and failed categories, and notices of a distribution
+    shift.
+
+    Args: results: category -> metrics, as `Inspector.evaluate` returns them, or a mapping with the key 'error' alone.
     """
     metrics = {key: METRICS[key] for key in METRICS}
     notices = [(category, (result.get("trained_on") or {}).get("notice")) for category, result in results.items()]
-    first = [f"- {markdown_text(category)}: {markdown_text(notice)}" for category, notice in notices if notice]
-    lines = [*first, ""] if first else []
+    notice_lines = [f"- {markdown_text(category)}: {markdown_text(notice)}" for category, notice in notices if notice]
+    lines = [*notice_lines, ""] if notice_lines else []
     lines += [
         _row(["category", "good", "bad", *(metric.title for metric in metrics.values())]),
         _rule(3 + len(metrics)),
@@ -40,17 +42,19 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     if len(results) > 1:
         means = mean_metrics(results)
         lines.append(_row(["**mean**", "", "", *(_number(means[key]) for key in metrics)]))
-    told = {key: metric.title for key, metric in metrics.items() if metric.per_defect}
-    lines += ["", _row(["category", "defect type", "images", *told.values()]), _rule(3 + len(told))]
+    defect_metrics = {key: metric.title for key, metric in metrics.items() if metric.per_defect}
+    lines += ["", _row(["category", "defect type", "images", *defect_metrics.values()]), _rule(3 + len(defect_metrics))]
     for category, result in results.items():
-        for kind, part in result.get("defect_types", {}).items():
-            values = [_number(part.get(key), part.get("bounds", {}).get(key)) for key in told]
-            lines.append(_row([markdown_text(category), markdown_text(kind), str(part["num_images"]), *values]))
+        for defect_type, type_result in result.get("defect_types", {}).items():
+            values = [_number(type_result.get(key), type_result.get("bounds", {}).get(key)) for key in defect_metrics]
+            lines.append(
+                _row([markdown_text(category), markdown_text(defect_type), str(type_result["num_images"]), *values])
+            )
     reasons = [
         f"{category}: not measured: {result['error']}" for category, result in results.items() if "error" in result
     ]
     for category, result in results.items():
-        reasons += [f"{category}: {where}: {reason}" for where, reason in result.get("reasons", {}).items()]
+        reasons += [f"{category}: {metric_key}: {reason}" for metric_key, reason in result.get("reasons", {}).items()]
     for category, result in results.items():
         for finding in ("shift", "repeats"):
             if notice := (result.get(finding) or {}).get("notice"):
@@ -61,21 +65,20 @@ def evaluation_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     if binned:
         lines += [
             "",
-            f"Pixels counted in bins ({markdown_text(', '.join(binned))}): the exact figure lies within the ± that stands beside "
-            "it.",
+            f"Pixels counted in bins ({markdown_text(', '.join(binned))}): the exact value lies within the ± next to each value.",
         ]
     reduced = [category for category, result in results.items() if result.get("reduced")]
     if reduced:
         lines += [
             "",
-            f"Compared at a reduced size ({markdown_text(', '.join(reduced))}): a reduced pixel is defective where any that it "
-            "stands for is, so defects are up to a pixel wider there.",
+            f"Compared at a reduced size ({markdown_text(', '.join(reduced))}): a reduced pixel is defective if any of its "
+            "original pixels is defective, so defects are up to one pixel wider.",
         ]
     return "\n".join(lines) + "\n"
 
 
 def mean_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Unweighted means over categories, of those that have the metric."""
+    """Returns the unweighted mean of each metric over the categories that have it; None if no category has it."""
     means: dict[str, float | None] = {}
     for key in METRICS:
         values = [result[key] for result in results.values() if result.get(key) is not None]
@@ -84,17 +87,17 @@ def mean_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float | 
 
 
 def heat_map(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
-    """(H, W) -> (H, W, 3) RGB; `low` and below is the darkest, `high` and above the lightest."""
+    """Colours values (H, W) as RGB (H, W, 3) uint8, from dark at `low` and below to light at `high` and above."""
     position = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(_HEAT) - 1)
     index = np.minimum(position.astype(int), len(_HEAT) - 2)
-    part = (position - index)[..., None]
-    return (_HEAT[index] * (1 - part) + _HEAT[index + 1] * part).astype(np.uint8)
+    fraction = (position - index)[..., None]
+    return (_HEAT[index] * (1 - fraction) + _HEAT[index + 1] * fraction).astype(np.uint8)
 
 
 def overlay(image: NDArray[np.uint8], inspection: Inspection) -> NDArray[np.uint8]:
-    """The image (H, W, 3) under its heat map: the scale's middle is the pixel threshold, regions are outlined.
+    """Draws the heat map over an image (H, W, 3) and outlines the regions. Returns (H, W, 3) uint8.
 
-    Returns: (H, W, 3) uint8.
+    The pixel threshold has the colour in the middle of the scale.
     """
     height, width = image.shape[:2]
     full = resize_map(inspection.anomaly_map, height, width)
@@ -111,25 +114,8 @@ def overlay(image: NDArray[np.uint8], inspection: Inspection) -> NDArray[np.uint
     return np.asarray(picture)
 
 
-def contact_sheet(
-    rows: Sequence[Sequence[NDArray[np.uint8]]], titles: Sequence[str], cell_px: int = 192
-) -> Image.Image:
-    """Rows of pictures (H, W, 3), each row with a title above it."""
-    bar = 18
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (cell_px + 4), len(rows) * (cell_px + bar + 4)), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    for number, (row, title) in enumerate(zip(rows, titles, strict=True)):
-        top = number * (cell_px + bar + 4)
-        draw.text((4, top + 3), title, fill=(0, 0, 0))
-        for column, picture in enumerate(row):
-            scaled = Image.fromarray(picture).resize((cell_px, cell_px), Image.Resampling.BILINEAR)
-            sheet.paste(scaled, (column * (cell_px + 4), top + bar))
-    return sheet
-
-
 def markdown_text(text: object) -> str:
-    """Text of a record as one line of Markdown that shows it letter by letter: no markup, no further column."""
+    """Returns a text as one line of Markdown that is shown literally, without markup and without new table columns."""
     return re.sub(r"([\\|<`\[\]])", r"\\\1", " ".join(str(text).split()))
 
 
@@ -144,11 +130,11 @@ def _rule(columns: int) -> str:
 def _number(value: float | None, bound: float | None = None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if bound is None else f"{value:.4f} {within(bound)}"
+    return f"{value:.4f}" if bound is None else f"{value:.4f} {format_bound(bound)}"
 
 
-def within(bound: float) -> str:
-    """'±2e-05': a bound to one digit, rounded up."""
+def format_bound(bound: float) -> str:
+    """Returns an error bound as text such as '±2e-05', rounded up to one digit."""
     if bound <= 0:
         return "±0"
     unit = 10.0 ** math.floor(math.log10(bound))

@@ -1,7 +1,7 @@
-"""A validation score from normal images alone: held-out normals against themselves with synthetic defects.
+"""Computes a validation score from normal images alone: held-out normal images against copies with synthetic defects.
 
-It ranks configurations of one category (alignment groups, epochs, densities); it is not a detection rate, and no test
-image or label enters it. docs/learn/selection.md says how well it ranks on real defects.
+The score ranks configurations of one category (alignment groups, epochs, densities). It is not a detection rate, and it uses
+no test image and no label. docs/learn/selection.md says how well it ranks configurations on real defects.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation.defects import synthetic_validation_set
-from focus_ray.evaluation.metrics import Measured
+from focus_ray.evaluation.metrics import ScoredImages
 from focus_ray.kinds import METRICS
 
 DEFECTS_PER_IMAGE = 3
-# figure of a validation -> metric
+# name of a validation metric -> key of the metric in METRICS
 JUDGED_BY = {
     "image_auroc": "image_auroc",
     "pixel_auroc": "pixel_auroc",
@@ -27,11 +27,13 @@ JUDGED_BY = {
 def validation_images(
     normals: NDArray[np.uint8], seed: int, per_image: int = DEFECTS_PER_IMAGE
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Normal images and their defective copies, with masks: (N (1 + per_image), H, W, C) and (..., H, W).
+    """Returns normal images followed by defective copies, (N * (1 + per_image), H, W, C), and their masks (..., H, W).
 
     Args:
-        normals: (N, H, W, C) uint8, that the density has not seen. A fourth channel, what is scored (`data.framing`), is kept,
-            and no mask reaches beyond it.
+        normals: (N, H, W, C) uint8 images that the density has not seen. A fourth channel marks the scored pixels
+            (`data.framing`). The copies keep this channel, and masks lie inside the scored pixels.
+        seed: 0 or more.
+        per_image: number of defective copies of each image.
 
     Raises: DataError: fewer than two images.
     """
@@ -40,25 +42,27 @@ def validation_images(
     defective, masks, _ = synthetic_validation_set(normals[..., :3], seed, per_image)
     clean = np.zeros(normals.shape[:3], dtype=bool)
     if normals.shape[3] > 3:
-        shown = np.repeat(normals[..., 3:], per_image, axis=0)
-        defective, masks = np.concatenate([defective, shown], axis=3), masks & (shown[..., 0] > 0)
+        scored_pixels = np.repeat(normals[..., 3:], per_image, axis=0)
+        defective, masks = np.concatenate([defective, scored_pixels], axis=3), masks & (scored_pixels[..., 0] > 0)
     return np.concatenate([normals, defective]), np.concatenate([clean, masks])
 
 
 def validation_figures(
     masks: NDArray[np.bool_], scores: NDArray[np.float32], maps: NDArray[np.float32]
 ) -> dict[str, float]:
-    """How well scores (N,) and maps (N, S, S) find the synthetic defects of masks (N, S, S).
+    """Measures how well scores (N,) and maps (N, S, S) detect the synthetic defects of masks (N, S, S).
 
-    Returns: score, what configurations are ranked by: the mean of image AUROC and AUPRO (limit 0.3); and image_auroc,
-        pixel_auroc, pixel_average_precision, aupro.
+    Returns: 'score', which ranks configurations: the mean of image AUROC and AUPRO (limit 0.3). Also 'image_auroc',
+        'pixel_auroc', 'pixel_average_precision' and 'aupro'.
+
+    Raises: DataError: the masks contain no defect.
     """
     labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
-    measured = Measured(labels, scores.astype(np.float64), list(masks), list(maps), 0.0)
-    found: dict[str, float] = {}
+    measured = ScoredImages(labels, scores.astype(np.float64), list(masks), list(maps), 0.0)
+    metrics: dict[str, float] = {}
     for name, key in JUDGED_BY.items():
         value = METRICS[key].value(measured)
         if value is None:
-            raise DataError(f"the validation images cannot give {key}: there is no synthetic defect among them")
-        found[name] = value
-    return {"score": (found["image_auroc"] + found["aupro"]) / 2, **found}
+            raise DataError(f"{key} cannot be computed: the validation images have no synthetic defect")
+        metrics[name] = value
+    return {"score": (metrics["image_auroc"] + metrics["aupro"]) / 2, **metrics}

@@ -1,4 +1,4 @@
-"""Verdicts as a table: a row of a JSON line, the same from `inspect --csv` and from `watch --csv`."""
+"""Writes verdicts as a CSV table, the same for `inspect --csv` and for `watch --csv`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ COLUMNS = (
 
 
 def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
-    """COLUMNS of a line: an image's name and category, and its error or all that `Inspection.to_dict` gives.
+    """Returns the table row of an image: values of COLUMNS, without the columns that have no value.
 
-    The largest region is that of the most pixels, in pixels of the image. What is not known has no entry.
+    The largest region is the region with the most pixels.
+
+    Args: line: 'image', 'category', and either 'error' or the entries of `Inspection.to_dict`.
     """
     row = {key: line[key] for key in ("image", "category", "score", "threshold", "p_value", "error") if key in line}
     if "error" in line:
@@ -32,12 +34,14 @@ def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS, header: bool = True) -> str:
-    """Rows as CSV, below a line of column names where a header is asked for; what a row does not have is empty.
+    """Returns rows as CSV text; a missing value becomes an empty cell.
 
-    Text that a spreadsheet would take for a formula is escaped (`csv_cells`).
+    Text that a spreadsheet would read as a formula is escaped (`csv_cells`).
+
+    Args: header: whether the text begins with the column names.
     """
     buffer = _Lines(newline="")
-    # with these ends of lines the writer quotes a cell that holds a carriage return alone, which would begin a row too
+    # with the line end "\r\n" the writer also quotes a cell with a single carriage return, which would start a new row
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\r\n")
     if header:
         writer.writeheader()
@@ -46,7 +50,7 @@ def table_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUM
 
 
 class _Lines(io.StringIO):
-    """Takes rows, and ends each with a newline alone."""
+    """Text buffer that ends each row with a newline only."""
 
     def write(self, row: str) -> int:
         return super().write(row.removesuffix("\r\n") + "\n")

@@ -1,4 +1,4 @@
-"""What each threshold would cost: good parts called bad against defects let through."""
+"""Trade-off of each image threshold: good parts called bad against missed defects."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from focus_ray.errors import DataError
 
 @dataclass(frozen=True)
 class TradeOff:
-    """Of every threshold that parts the images otherwise, ascending: a part is called bad above it.
+    """Rates of false alarms and misses at every threshold that changes a verdict. A part is called bad above a threshold.
 
-    thresholds, false_alarms, misses: (T,); shares of the good images above, and of the bad ones not above.
-    num_good, num_bad: images.
+    Attributes:
+        thresholds: (T,), ascending.
+        false_alarms: (T,), share of good images above each threshold.
+        misses: (T,), share of bad images at or below each threshold.
+        num_good, num_bad: number of images.
     """
 
     thresholds: NDArray[np.float64]
@@ -27,12 +30,13 @@ class TradeOff:
     num_bad: int
 
     def cost(self, false_alarm: float, miss: float, defect_rate: float) -> NDArray[np.float64]:
-        """(T,), a part's expected cost.
+        """Computes the expected cost (T,) of a part at each threshold.
 
         Args:
-            false_alarm, miss: what one of each costs, in one unit.  defect_rate: share of parts that are defective.
+            false_alarm, miss: cost of one false alarm and of one miss, in the same unit.
+            defect_rate: share of parts that are defective.
 
-        Raises: DataError: a cost is negative, or the rate no share.
+        Raises: DataError: a cost is negative, or the rate is outside [0, 1].
         """
         if false_alarm < 0 or miss < 0:
             raise DataError(
@@ -43,11 +47,12 @@ class TradeOff:
         return (1 - defect_rate) * false_alarm * self.false_alarms + defect_rate * miss * self.misses
 
     def at(self, threshold: float) -> tuple[float, float]:
-        """Shares of false alarms and of misses at a threshold."""
-        place = int(np.searchsorted(self.thresholds, threshold, side="right")) - 1
-        return float(self.false_alarms[max(place, 0)]), float(self.misses[max(place, 0)])
+        """Returns the share of false alarms and the share of misses at a threshold."""
+        index = int(np.searchsorted(self.thresholds, threshold, side="right")) - 1
+        return float(self.false_alarms[max(index, 0)]), float(self.misses[max(index, 0)])
 
     def to_csv(self) -> bytes:
+        """Returns thresholds and rates as a CSV file."""
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(["threshold", "false_alarm_rate", "miss_rate"])
@@ -56,7 +61,14 @@ class TradeOff:
 
 
 def trade_off(good: NDArray[np.float64], bad: NDArray[np.float64]) -> TradeOff:
-    """good: (N,) scores of good images.  bad: (M,) of bad ones. Raises: DataError: one of them is empty."""
+    """Computes the trade-off of all thresholds.
+
+    Args:
+        good: (N,), scores of good images.
+        bad: (M,), scores of bad images.
+
+    Raises: DataError: there is no good image, or no bad image.
+    """
     if not good.size or not bad.size:
         raise DataError(f"a trade-off needs good and bad images, got {good.size} and {bad.size}")
     thresholds = np.unique(np.concatenate([[0.0], good, bad]))

@@ -1,1 +1,1 @@
-"""The whole scorer of a bundle as one file for other runtimes: made, checked against PyTorch, described."""
+"""Exports the whole scorer of a bundle to one file for another runtime, and checks the export against PyTorch."""

@@ -1,4 +1,4 @@
-"""What an export costs: its scores, maps and verdicts of real images beside those of PyTorch in float32."""
+"""Checks an export: compares its scores, maps and verdicts of real images with those of PyTorch in float32."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ from focus_ray.data.split import short_hash
 from focus_ray.errors import DataError, ExportError
 from focus_ray.evaluation.calibration import Calibration
 from focus_ray.evaluation.metrics import image_auroc
-from focus_ray.export.examples import Example
-from focus_ray.export.formats import Run
+from focus_ray.export.examples import ExportExample
+from focus_ray.export.formats import RunModel
 
-FEWEST = 4  # examples that the model was not trained on
-_ROUNDING = 1e-6  # relative, of a score in float32
-_P_ROUNDING = 1e-3  # relative, of a p-value in float32
+MIN_EXAMPLES = 4  # number of examples that the model was not trained on
+_ROUNDING = 1e-6  # relative rounding error of a score in float32
+_P_ROUNDING = 1e-3  # relative rounding error of a p-value in float32
 
 
 class Tolerance(NamedTuple):
-    """What an export may cost; None: not looked at.
+    """The largest deviations from PyTorch in float32 that an export may have; None: no limit.
 
-    score: largest difference, as a share of the spread of the examples' scores.  anomaly_map: the same of pixels.
-    auroc: image AUROC lost, where it is measured.
+    Attributes:
+        score: largest score difference, as a share of the spread of the examples' scores.
+        anomaly_map: largest pixel difference, as a share of the spread of all pixels of all maps.
+        auroc: loss of image AUROC.
     """
 
     score: float
@@ -46,16 +48,22 @@ TOLERANCE = {
 
 
 @dataclass(frozen=True)
-class Check:
-    """How an export scores the examples beside PyTorch in float32, both of the same decoded pixels.
+class ExportCheck:
+    """Comparison of an export with PyTorch in float32 on the examples. Both score the same decoded pixels.
 
-    num_images, num_good, num_bad: examples, and those of them that are told good or bad.
-    score_spread: highest less lowest score.  map_spread: the same of all pixels of all maps.
-    score_difference, score_difference_median: share of the spread.  map_difference: the largest of a pixel, share of its spread.
-    p_value_difference: the largest.  verdict_changes: images that are called otherwise.
-    verdict_errors: images whose verdict or p-value is not what the calibration says of the export's own score.
-    auroc_torch, auroc_export: image AUROC; None without good and bad examples.
-    ms_torch, ms_export: an image at a time, median, with torch's threads; of this machine. From decoded pixels of any size.
+    Attributes:
+        num_images: number of examples.
+        num_good, num_bad: number of examples with the label good and with the label bad.
+        score_spread: highest minus lowest score of PyTorch.
+        map_spread: highest minus lowest value of all pixels of all maps of PyTorch.
+        score_difference, score_difference_median: largest and median score difference, as a share of `score_spread`.
+        map_difference: largest pixel difference, as a share of `map_spread`.
+        p_value_difference: largest difference of a p-value.
+        verdict_changes: number of images with a different verdict.
+        verdict_errors: number of images whose verdict or p-value contradicts the calibration at the export's score.
+        auroc_torch, auroc_export: image AUROC; None without good and bad examples.
+        ms_torch, ms_export: median milliseconds for one image on this machine, from decoded pixels, with torch's number of
+            threads.
     """
 
     num_images: int
@@ -76,36 +84,44 @@ class Check:
 
     @property
     def auroc_lost(self) -> float | None:
+        """Image AUROC of PyTorch minus image AUROC of the export; None without good and bad examples."""
         if self.auroc_torch is None or self.auroc_export is None:
             return None
         return self.auroc_torch - self.auroc_export
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns all attributes and `auroc_lost` by name, as JSON types."""
         return {**asdict(self), "auroc_lost": self.auroc_lost}
 
     def failures(self, tolerance: Tolerance) -> list[str]:
-        """What is beyond the tolerance, in words."""
-        found = []
+        """Returns one sentence for each deviation that exceeds the tolerance; empty if the export passes."""
+        sentences = []
         if not self.score_difference <= tolerance.score:
-            found.append(
+            sentences.append(
                 f"scores differ by up to {self.score_difference:.2g} of their spread, more than {tolerance.score:g}"
             )
         if tolerance.anomaly_map is not None and not self.map_difference <= tolerance.anomaly_map:
-            found.append(
+            sentences.append(
                 f"maps differ by up to {self.map_difference:.2g} of their spread, more than {tolerance.anomaly_map:g}"
             )
         if self.verdict_errors:
-            found.append(f"{self.verdict_errors} verdicts or p-values are not those of their scores")
+            sentences.append(f"{self.verdict_errors} verdicts or p-values do not follow from their scores")
         if tolerance.auroc is not None and self.auroc_lost is not None and not self.auroc_lost <= tolerance.auroc:
-            found.append(
+            sentences.append(
                 f"image AUROC falls from {self.auroc_torch:.4f} to {self.auroc_export:.4f}, more than {tolerance.auroc:g}"
             )
-        return found
+        return sentences
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What PyTorch makes of the examples in float32. scores, p_values, verdicts: (N,).  maps: (N, H, W).  ms: an image."""
+class ReferenceScores:
+    """Examples that the model was not trained on, and how PyTorch in float32 scores them.
+
+    Attributes:
+        pixels: N arrays (H, W, 3).  labels: 0 good, 1 bad, None unknown.
+        scores, p_values, verdicts: (N,).  maps: (N, H, W).
+        ms: median milliseconds for one image.
+    """
 
     pixels: list[NDArray[np.uint8]]
     labels: list[int | None]
@@ -117,98 +133,112 @@ class Expected:
     calibration: Calibration
 
 
-def expected_of(bundle: Bundle, examples: Sequence[Example]) -> Expected:
-    """Scores the examples that the model was not trained on. bundle: read with precision fp32.
+def score_reference(bundle: Bundle, examples: Sequence[ExportExample]) -> ReferenceScores:
+    """Scores the examples that the model was not trained on with PyTorch.
 
-    Raises: ExportError: too few are left.  DataError: one cannot be decoded or inspected; the message names it.
+    Args: bundle: must be read with precision fp32.
+
+    Raises:
+        ExportError: fewer than `MIN_EXAMPLES` examples were not used in training.
+        DataError: an example cannot be decoded or inspected; the message names the example.
     """
-    decoded = [(one, decode_example(one)) for one in examples]
-    new = [(one, pixels) for one, pixels in decoded if short_hash(content_hash(pixels)) not in bundle.known]
-    if len(new) < FEWEST:
+    decoded = [(example, decode_example(example)) for example in examples]
+    new = [(example, pixels) for example, pixels in decoded if short_hash(content_hash(pixels)) not in bundle.known]
+    if len(new) < MIN_EXAMPLES:
         raise ExportError(
-            f"{len(new)} of {len(examples)} examples are not among the images that the model was trained on, and {FEWEST} are "
-            "needed to check an export: give others of the category with --examples, best good and bad ones"
+            f"{len(new)} of {len(examples)} examples are not among the images that the model was trained on, but the check of "
+            f"an export needs {MIN_EXAMPLES}: give other images of the category with --examples, if possible good and bad ones"
         )
-    inspector, placed, times = Inspector(bundle, "cpu"), [], []
-    for one, pixels in new:
+    inspector, outputs, times = Inspector(bundle, "cpu"), [], []
+    for example, pixels in new:
         start = time.perf_counter()
         try:
             framed = bundle.frame.place_image(Image.fromarray(pixels), pixels.shape[1], pixels.shape[0])
         except DataError as error:
-            raise DataError(f"{one.name}: {error}") from error
-        scored = inspector.score(framed[None])
+            raise DataError(f"{example.name}: {error}") from error
+        output = inspector.score(framed[None])
         times.append(time.perf_counter() - start)
-        placed.append(scored)
-    scores = np.array([score[0] for score, _ in placed], dtype=np.float64)
-    return Expected(
+        outputs.append(output)
+    scores = np.array([score[0] for score, _ in outputs], dtype=np.float64)
+    return ReferenceScores(
         [pixels for _, pixels in new],
-        [one.label for one, _ in new],
+        [example.label for example, _ in new],
         scores,
         bundle.calibration.conformal_p_value(scores),
         bundle.calibration.is_anomalous(scores),
-        np.stack([anomaly_map[0] for _, anomaly_map in placed]),
+        np.stack([anomaly_map[0] for _, anomaly_map in outputs]),
         1e3 * float(np.median(times)),
         bundle.calibration,
     )
 
 
-def decode_example(example: Example) -> NDArray[np.uint8]:
-    """(H, W, 3). Raises: DataError: it cannot be decoded; the message names it."""
+def decode_example(example: ExportExample) -> NDArray[np.uint8]:
+    """Decodes an example to pixels (H, W, 3). Raises: DataError: the image cannot be decoded; the message names it."""
     try:
         return decode_image(example.image, None)
     except DataError as error:
         raise DataError(f"{example.name}: {error}") from error
 
 
-def check(run: Run, expected: Expected) -> Check:
-    """Runs an export over the examples, one at a time. Raises: ExportError: all examples score alike."""
-    spread, map_spread = float(np.ptp(expected.scores)), float(np.ptp(expected.maps))
-    if not spread > 0:
-        raise ExportError("all examples have the same score, so that no difference can be told: give others")
-    run(expected.pixels[0][None])  # the first is slower
-    found, times = [], []
-    for pixels in expected.pixels:
+def check_export(run: RunModel, reference: ReferenceScores) -> ExportCheck:
+    """Runs an export on each example alone and compares. Raises: ExportError: PyTorch gives all examples the same score."""
+    score_spread, map_spread = float(np.ptp(reference.scores)), float(np.ptp(reference.maps))
+    if not score_spread > 0:
+        raise ExportError(
+            "all examples have the same score, so differences have no scale: give other images with --examples"
+        )
+    run(reference.pixels[0][None])  # warm-up: the first call is slower
+    outputs, times = [], []
+    for pixels in reference.pixels:
         start = time.perf_counter()
-        found.append(run(pixels[None]))
+        outputs.append(run(pixels[None]))
         times.append(time.perf_counter() - start)
-    scores = np.array([float(one["score"][0]) for one in found])
-    away = np.abs(scores - expected.scores) / spread
-    maps = [np.abs(one["anomaly_map"][0] - theirs).max() for one, theirs in zip(found, expected.maps, strict=True)]
-    p_values = np.array([float(one["p_value"][0]) for one in found])
-    verdicts = np.array([bool(one["anomalous"][0]) for one in found])
-    told = np.array([label is not None for label in expected.labels])
-    labels = np.array([label or 0 for label in expected.labels])
-    both = len(set(labels[told].tolist())) == 2 and bool(np.isfinite(scores).all())
-    return Check(
+    scores = np.array([float(output["score"][0]) for output in outputs])
+    differences = np.abs(scores - reference.scores) / score_spread
+    map_differences = [
+        np.abs(output["anomaly_map"][0] - reference_map).max()
+        for output, reference_map in zip(outputs, reference.maps, strict=True)
+    ]
+    p_values = np.array([float(output["p_value"][0]) for output in outputs])
+    verdicts = np.array([bool(output["anomalous"][0]) for output in outputs])
+    is_labelled = np.array([label is not None for label in reference.labels])
+    labels = np.array([label or 0 for label in reference.labels])
+    has_both_labels = len(set(labels[is_labelled].tolist())) == 2 and bool(np.isfinite(scores).all())
+    return ExportCheck(
         num_images=len(scores),
-        num_good=int((told & (labels == 0)).sum()),
-        num_bad=int((told & (labels == 1)).sum()),
-        score_spread=spread,
+        num_good=int((is_labelled & (labels == 0)).sum()),
+        num_bad=int((is_labelled & (labels == 1)).sum()),
+        score_spread=score_spread,
         map_spread=map_spread,
-        score_difference=float(away.max()),
-        score_difference_median=float(np.median(away)),
-        map_difference=float(np.max(maps)) / map_spread,
-        p_value_difference=float(np.abs(p_values - expected.p_values).max()),
-        verdict_changes=int((verdicts != expected.verdicts).sum()),
-        verdict_errors=_verdict_errors(expected.calibration, scores, p_values, verdicts),
-        auroc_torch=image_auroc(labels[told], expected.scores[told]) if both else None,
-        auroc_export=image_auroc(labels[told], scores[told]) if both else None,
-        ms_torch=expected.ms,
+        score_difference=float(differences.max()),
+        score_difference_median=float(np.median(differences)),
+        map_difference=float(np.max(map_differences)) / map_spread,
+        p_value_difference=float(np.abs(p_values - reference.p_values).max()),
+        verdict_changes=int((verdicts != reference.verdicts).sum()),
+        verdict_errors=_count_verdict_errors(reference.calibration, scores, p_values, verdicts),
+        auroc_torch=image_auroc(labels[is_labelled], reference.scores[is_labelled]) if has_both_labels else None,
+        auroc_export=image_auroc(labels[is_labelled], scores[is_labelled]) if has_both_labels else None,
+        ms_torch=reference.ms,
         ms_export=1e3 * float(np.median(times)),
     )
 
 
-def _verdict_errors(
+def _count_verdict_errors(
     calibration: Calibration,
     scores: NDArray[np.float64],
     p_values: NDArray[np.float64],
     verdicts: NDArray[np.bool_],
 ) -> int:
-    """Images whose verdict or p-value is not what the calibration says of their score, to rounding; one without is anomalous."""
-    known = np.isfinite(scores)
-    lower, higher = (scores[known] * (1 + change) for change in (-_ROUNDING, _ROUNDING))
-    p_value, verdict = p_values[known], verdicts[known]
-    right = (verdict >= calibration.is_anomalous(lower)) & (verdict <= calibration.is_anomalous(higher))
-    right &= p_value >= calibration.conformal_p_value(higher) * (1 - _P_ROUNDING)
-    right &= p_value <= calibration.conformal_p_value(lower) * (1 + _P_ROUNDING)
-    return int((~right).sum() + (~verdicts[~known]).sum())
+    """Counts the images whose verdict or p-value contradicts the calibration at their score by more than rounding.
+
+    An image whose score is not a finite number must be anomalous.
+    """
+    is_finite = np.isfinite(scores)
+    lower_scores, higher_scores = (scores[is_finite] * (1 + change) for change in (-_ROUNDING, _ROUNDING))
+    finite_p_values, finite_verdicts = p_values[is_finite], verdicts[is_finite]
+    is_consistent = (finite_verdicts >= calibration.is_anomalous(lower_scores)) & (
+        finite_verdicts <= calibration.is_anomalous(higher_scores)
+    )
+    is_consistent &= finite_p_values >= calibration.conformal_p_value(higher_scores) * (1 - _P_ROUNDING)
+    is_consistent &= finite_p_values <= calibration.conformal_p_value(lower_scores) * (1 + _P_ROUNDING)
+    return int((~is_consistent).sum() + (~verdicts[~is_finite]).sum())

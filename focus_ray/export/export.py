@@ -1,4 +1,4 @@
-"""Exports a bundle: written beside its place, checked against PyTorch, described, and only then put where it was asked for."""
+"""Exports a bundle: writes it to a temporary folder, checks it against PyTorch, and moves it to its place if it passes."""
 
 from __future__ import annotations
 
@@ -16,23 +16,29 @@ import torch
 
 from focus_ray.bundle.bundle import Bundle, library_versions, read_bundle
 from focus_ray.errors import DataError, ExportError
-from focus_ray.export.check import TOLERANCE, Check, check, decode_example, expected_of
+from focus_ray.export.check import TOLERANCE, ExportCheck, check_export, decode_example, score_reference
 from focus_ray.export.examples import gather_examples
-from focus_ray.export.formats import INPUT, MODEL, OPENVINO_SETTINGS, check_format, open_model, write_model
-from focus_ray.export.scorer import BOX, Scorer, longest_side
+from focus_ray.export.formats import INPUT, MODEL_FILES, OPENVINO_SETTINGS, check_format, open_model, write_model
+from focus_ray.export.scorer import BOX, ExportableScorer, max_side_px
 from focus_ray.extras import require_extra
 
 FORMAT, FORMAT_VERSION = "focus_ray export", 1
 SIDECAR = "model.json"
-MOST_EXAMPLES = 200
+MAX_EXAMPLES = 200
 
 
-class Exported(NamedTuple):
-    """folder: with the model's files and `SIDECAR`.  sidecar: what that says.  check: what it costs."""
+class ExportResult(NamedTuple):
+    """A finished export.
+
+    Attributes:
+        folder: holds the files of the model and `SIDECAR`.
+        sidecar: content of `SIDECAR`.
+        check: comparison with PyTorch.
+    """
 
     folder: Path
     sidecar: dict[str, Any]
-    check: Check
+    check: ExportCheck
 
 
 def export_bundle(
@@ -42,76 +48,92 @@ def export_bundle(
     precision: str = "fp32",
     examples: Sequence[str] = (),
     accept_cost: bool = False,
-    most_examples: int = MOST_EXAMPLES,
+    most_examples: int = MAX_EXAMPLES,
     log: Callable[[str], None] = lambda message: None,
-) -> Exported:
-    """Writes a bundle's whole scorer for another runtime.
+) -> ExportResult:
+    """Writes the whole scorer of a bundle for another runtime.
 
     Args:
         to: onnx, torch or openvino.  precision: fp32, fp16 or int8.
-        output: a folder that is not there, is empty or holds a former export; None: <category>-<to>-<precision> here.
-        examples: as `gather_examples` takes them, by which it is checked.
-        accept_cost: take fp16 or int8 whatever it costs; fp32 is never taken that scores otherwise.
+        output: a new or empty folder, or one that holds an earlier export; None: <category>-<to>-<precision> in the current
+            folder.
+        examples: sources of the images that check the export, as `gather_examples` takes them.
+        accept_cost: accept fp16 or int8 even if it exceeds `TOLERANCE`. fp32 is never accepted beyond it.
+        most_examples: largest number of images to check.
+        log: receives a line for each step.
 
-    Raises: ConfigError: no such format or precision.  MissingPackageError: an extra is needed.  BundleError: as `read_bundle`.
-        ExportError: it cannot be exported, or costs more than `TOLERANCE`; nothing is written then, and a former export stays.
-        DataError: the output is no place for it, or examples cannot be read.
+    Raises:
+        ConfigError: the format or the precision is unknown.
+        MissingPackageError: an extra is not installed.
+        BundleError: as `read_bundle`.
+        ExportError: the bundle cannot be exported, or the export exceeds `TOLERANCE`. Nothing is written, and an earlier export
+            stays.
+        DataError: the output folder cannot hold an export, or an example cannot be read.
     """
     check_format(to, precision)
     bundle = read_bundle(uri, "cpu", precision="fp32")
-    target = _target(output or f"{bundle.category}-{to}-{precision}")
-    gathered = gather_examples(bundle, examples, most_examples)
-    if len({one.label for one in gathered.checking} - {None}) == 2:
+    target = _output_folder(output or f"{bundle.category}-{to}-{precision}")
+    export_examples = gather_examples(bundle, examples, most_examples)
+    if len({example.label for example in export_examples.to_check} - {None}) == 2:
         require_extra("train", "the image AUROC of good and bad examples")
-    log(f"export: scoring {len(gathered.checking)} examples with PyTorch in float32")
-    expected = expected_of(bundle, gathered.checking)
-    if precision == "int8" and not gathered.scaling:
-        raise ExportError("--precision int8 is scaled by images of good parts, and no example is one: give some")
+    log(f"export: scoring {len(export_examples.to_check)} examples with PyTorch in float32")
+    reference = score_reference(bundle, export_examples.to_check)
+    if precision == "int8" and not export_examples.for_int8:
+        raise ExportError(
+            "--precision int8 needs images of good parts, but no example is good: give good images with --examples"
+        )
     log(f"export: tracing {bundle.category!r} for {to} in {precision}")
-    scaling = [decode_example(one) for one in gathered.scaling] if precision == "int8" else []
+    int8_images = [decode_example(example) for example in export_examples.for_int8] if precision == "int8" else []
     with _new_folder(target) as folder:
-        scorer = Scorer(read_bundle(uri, "cpu", precision="fp32"), half=precision == "fp16")
-        write_model(scorer, to, precision, folder, scaling)
-        log(f"export: checking {len(expected.pixels)} examples")
-        found = check(open_model(folder, to, torch.get_num_threads()), expected)
-        failures = found.failures(TOLERANCE[precision])
+        scorer = ExportableScorer(read_bundle(uri, "cpu", precision="fp32"), half=precision == "fp16")
+        write_model(scorer, to, precision, folder, int8_images)
+        log(f"export: checking {len(reference.pixels)} examples")
+        comparison = check_export(open_model(folder, to, torch.get_num_threads()), reference)
+        failures = comparison.failures(TOLERANCE[precision])
         if failures and (precision == "fp32" or not accept_cost):
-            raise ExportError(_refused(precision, failures, bundle))
-        sidecar = _described(bundle, to, precision, folder, found, failures)
+            raise ExportError(_refusal_message(precision, failures, bundle))
+        sidecar = _make_sidecar(bundle, to, precision, folder, comparison, failures)
         (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Exported(target, sidecar, found)
+    return ExportResult(target, sidecar, comparison)
 
 
-def _refused(precision: str, failures: Sequence[str], bundle: Bundle) -> str:
-    what = f"the export of {bundle.category!r} in {precision} does not score as PyTorch does in float32: "
+def _refusal_message(precision: str, failures: Sequence[str], bundle: Bundle) -> str:
+    """Returns the message of an export that exceeds the tolerance, with advice."""
+    failure = f"the export of {bundle.category!r} in {precision} does not score as PyTorch in float32: "
     if precision == "fp32":
         hint = "run the bundle with focus_ray, and report this with the bundle's model.json"
     else:
-        hint = "give --precision fp32, or --accept-cost to take it as it is"
-    return f"{what}{'; '.join(failures)}: {hint}"
+        hint = "give --precision fp32, or accept the deviation with --accept-cost"
+    return f"{failure}{'; '.join(failures)}: {hint}"
 
 
-def _target(output: str | Path) -> Path:
-    """Raises: DataError: it is no place of this machine, or something other than an export is there."""
+def _output_folder(output: str | Path) -> Path:
+    """Returns the output folder, which is new, empty or holds an earlier export.
+
+    Raises: DataError: the output is a URI, or the folder holds something other than an export.
+    """
     if "://" in str(output):
         raise DataError(
-            f"--output {output}: an export goes to a folder of this machine: give one, and copy it from there"
+            f"--output {output}: an export is written to a local folder: give a local folder, and copy the export from there"
         )
     target = Path(output).expanduser()
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target
     try:
-        known = json.loads((target / SIDECAR).read_text(encoding="utf-8")).get("format") == FORMAT
+        is_export = json.loads((target / SIDECAR).read_text(encoding="utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
-        known = False
-    if not known:
-        raise DataError(f"{target}: there, and no export of focus_ray: give --output a new or an empty folder")
+        is_export = False
+    if not is_export:
+        raise DataError(f"{target}: exists, but is no export of focus_ray: give --output a new or an empty folder")
     return target
 
 
 @contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the target, which takes its place at the end; gone where something is raised, and the target untouched."""
+    """Yields a temporary folder that replaces the target at the end.
+
+    After an exception the temporary folder is removed, and the target is unchanged.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -120,21 +142,22 @@ def _new_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)
-        former = folder.with_name(f"{folder.name}-former")
+        earlier_export = folder.with_name(f"{folder.name}-former")
         if target.exists():
-            target.rename(former)
+            target.rename(earlier_export)
         folder.rename(target)
-        shutil.rmtree(former, ignore_errors=True)
+        shutil.rmtree(earlier_export, ignore_errors=True)
     except OSError as error:
-        place = f" ({error.filename})" if error.filename else ""
-        raise DataError(f"{target}: cannot be written: {error.strerror or error}{place}") from error
+        file_hint = f" ({error.filename})" if error.filename else ""
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}{file_hint}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _described(
-    bundle: Bundle, to: str, precision: str, folder: Path, found: Check, failures: Sequence[str]
+def _make_sidecar(
+    bundle: Bundle, to: str, precision: str, folder: Path, comparison: ExportCheck, failures: Sequence[str]
 ) -> dict[str, Any]:
+    """Returns the content of `SIDECAR`: everything that a user of the exported model needs to know."""
     frame, calibration = bundle.frame, bundle.calibration
     files = {
         path.name: {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "num_bytes": path.stat().st_size}
@@ -148,14 +171,14 @@ def _described(
         "exported_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "to": to,
         "precision": precision,
-        "model": MODEL[to],
+        "model": MODEL_FILES[to],
         "files": files,
         "input": {
             "name": INPUT,
             "type": "uint8",
             "shape": ["batch", "height", "width", 3],
             "colours": "RGB, 0 to 255; grey repeated three times, transparency composed over black, EXIF orientation applied",
-            "sizes": f"2 to {longest_side(frame.height, frame.width)} pixels a side, one size a batch: the model resizes",
+            "sizes": f"2 to {max_side_px(frame.height, frame.width)} pixels a side, one size a batch: the model resizes",
         },
         "frame": {
             "height": frame.height,
@@ -165,7 +188,7 @@ def _described(
             "how": "done by the model, as Pillow's bilinear filter does it, the width first; pad: scaled to fit, in the middle, "
             "mirrored outwards",
         },
-        "outputs": _outputs(bundle),
+        "outputs": _describe_outputs(bundle),
         "thresholds": {
             "image": calibration.image_threshold,
             "pixel": calibration.pixel_threshold,
@@ -182,7 +205,7 @@ def _described(
         },
         "check": {
             "against": "PyTorch in float32, the same decoded pixels",
-            **found.to_dict(),
+            **comparison.to_dict(),
             "tolerance": TOLERANCE[precision]._asdict(),
             "accepted_beyond_tolerance": list(failures),
         },
@@ -191,7 +214,8 @@ def _described(
     }
 
 
-def _outputs(bundle: Bundle) -> dict[str, Any]:
+def _describe_outputs(bundle: Bundle) -> dict[str, Any]:
+    """Returns type, shape and meaning of each output of the model, by name."""
     size = ["batch", bundle.frame.height, bundle.frame.width]
     outputs: dict[str, Any] = {
         "score": {

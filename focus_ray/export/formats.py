@@ -1,4 +1,4 @@
-"""The formats of an export: how a scorer is written in each, and how each is run."""
+"""Export formats: writes a scorer in each format and runs an export of each format."""
 
 from __future__ import annotations
 
@@ -15,98 +15,113 @@ from numpy.typing import NDArray
 
 from focus_ray.bundle.engine import QUANTISED, quantise, quietly
 from focus_ray.errors import ConfigError, ExportError
-from focus_ray.export.scorer import BOX, OUTPUTS, Scorer, longest_side
+from focus_ray.export.scorer import BOX, OUTPUTS, ExportableScorer, max_side_px
 from focus_ray.extras import require_extra
 from focus_ray.storage import find_os_error
 
-MODEL = {"onnx": "model.onnx", "torch": "model.pt2", "openvino": "model.xml"}
+MODEL_FILES = {"onnx": "model.onnx", "torch": "model.pt2", "openvino": "model.xml"}
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "torch": ("fp32", "fp16"), "openvino": ("fp32", "fp16", "int8")}
-# of OpenVINO, which would take bfloat16 by itself where a CPU has it
+# Without this setting OpenVINO computes in bfloat16 on CPUs that support it.
 OPENVINO_SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 INPUT = "images"
 
-_NEEDS = {"torch": (), "onnx": ("onnx",), "openvino": ("onnx", "openvino")}
-_MOST_IMAGES = 1024  # of a batch
+_REQUIRED_EXTRAS = {"torch": (), "onnx": ("onnx",), "openvino": ("onnx", "openvino")}
+_MAX_BATCH_SIZE = 1024
 
-Run = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
-"""uint8 images (B, H, W, 3) -> an export's outputs, by name."""
+RunModel = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
+"""Function of uint8 images (B, H, W, 3) that returns the outputs of an export by name."""
 
 
 def check_format(to: str, precision: str) -> None:
-    """Raises: ConfigError: no such format, or not in this precision.  MissingPackageError: an extra is not installed."""
-    if to not in MODEL:
-        raise ConfigError(f"--to {to}: expected one of {', '.join(MODEL)}")
+    """Checks that the format exists in this precision and that its packages are installed.
+
+    Raises:
+        ConfigError: the format is unknown, or it does not support the precision.
+        MissingPackageError: an extra is not installed.
+    """
+    if to not in MODEL_FILES:
+        raise ConfigError(f"--to {to}: expected one of {', '.join(MODEL_FILES)}")
     if precision not in PRECISIONS[to]:
         hint = ": for int8, give --to onnx or openvino" if precision == "int8" else ""
         raise ConfigError(f"--to {to} --precision {precision}: expected one of {', '.join(PRECISIONS[to])}{hint}")
-    for extra in _NEEDS[to]:
+    for extra in _REQUIRED_EXTRAS[to]:
         require_extra(extra, f"focus-ray export --to {to}")
 
 
-def write_model(scorer: Scorer, to: str, precision: str, folder: Path, scaling: Sequence[NDArray[np.uint8]]) -> None:
-    """Writes the model's files.
+def write_model(
+    scorer: ExportableScorer, to: str, precision: str, folder: Path, int8_images: Sequence[NDArray[np.uint8]]
+) -> None:
+    """Writes the files of the model to a folder.
 
-    Args: scaling: images of good parts (H, W, 3), by which int8 is scaled.
+    Args: int8_images: images of good parts (H, W, 3), which set the value ranges of int8.
 
-    Raises: ExportError: the scorer cannot be traced, or the format does not have what it does.
+    Raises: ExportError: the scorer cannot be traced, or it uses an operation that the format does not support.
     """
     program = trace(scorer)
     if to == "torch":
-        content = io.BytesIO()  # torch's own writing does not say that a disk is full
+        content = io.BytesIO()  # torch's own writer does not report a full disk
         with quietly():
             torch.export.save(program, content)
-        (folder / MODEL[to]).write_bytes(content.getbuffer())
+        (folder / MODEL_FILES[to]).write_bytes(content.getbuffer())
         return
-    outputs = (*OUTPUTS, BOX) if scorer.to_frame.pads else OUTPUTS
-    path = folder / MODEL["onnx"]
+    outputs = (*OUTPUTS, BOX) if scorer.to_frame.has_padding else OUTPUTS
+    path = folder / MODEL_FILES["onnx"]
     backbone = write_onnx(program, path, outputs)
     if precision == "int8":
         quantised = path.with_name("int8.onnx")
-        with _told("its backbone cannot be brought to int8"):
-            quantise(path, quantised, scaling, backbone)
+        with _as_export_error("the backbone cannot be converted to int8"):
+            quantise(path, quantised, int8_images, backbone)
         quantised.replace(path)
     if to == "openvino":
-        write_openvino(path, folder / MODEL[to])
+        write_openvino(path, folder / MODEL_FILES[to])
         path.unlink()
 
 
-def open_model(folder: Path, to: str, num_threads: int = 1) -> Run:
-    """An export as its users run it, on the CPU."""
-    return {"onnx": _open_onnx, "torch": _open_torch, "openvino": _open_openvino}[to](folder / MODEL[to], num_threads)
+def open_model(folder: Path, to: str, num_threads: int = 1) -> RunModel:
+    """Opens an export on the CPU, as its users run it."""
+    return {"onnx": _open_onnx, "torch": _open_torch, "openvino": _open_openvino}[to](
+        folder / MODEL_FILES[to], num_threads
+    )
 
 
-def trace(scorer: Scorer) -> torch.export.ExportedProgram:
+def trace(scorer: ExportableScorer) -> torch.export.ExportedProgram:
+    """Traces a scorer for any batch size and any image size up to `max_side_px`. Raises: ExportError: it cannot be traced."""
     frame, dim = scorer.to_frame, torch.export.Dim
-    longest = longest_side(frame.height, frame.width)
+    max_px = max_side_px(frame.height, frame.width)
     sizes = {
-        0: dim("batch", min=1, max=_MOST_IMAGES),
-        1: dim("height", min=2, max=longest),
-        2: dim("width", min=2, max=longest),
+        0: dim("batch", min=1, max=_MAX_BATCH_SIZE),
+        1: dim("height", min=2, max=max_px),
+        2: dim("width", min=2, max=max_px),
     }
     example = torch.zeros(2, frame.height + 7, frame.width + 5, 3, dtype=torch.uint8)
-    with quietly(), torch.no_grad(), _told("it cannot be traced"):
+    with quietly(), torch.no_grad(), _as_export_error("the scorer cannot be traced"):
         program = torch.export.export(scorer, (example,), dynamic_shapes=(sizes,))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # which names this machine's files
+        node.meta.pop("stack_trace", None)  # it names files of this machine
     return program
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Sequence[str]) -> list[str]:
-    """Returns: the names of the backbone's nodes, of the kinds that int8 takes."""
+    """Writes a traced program as an ONNX file.
+
+    Returns: names of the nodes of the backbone that int8 quantises.
+
+    Raises: ExportError: the program uses an operation that ONNX does not support.
+    """
     import onnx_ir
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants_ir
 
-    with quietly(), torch.no_grad(), _told("ONNX does not have all that it does"):
-        # its own optimiser takes minutes over the alignment's thousands of nodes
-        made = torch.onnx.export(
+    with quietly(), torch.no_grad(), _as_export_error("ONNX does not support an operation of the scorer"):
+        # the optimiser of torch.onnx takes minutes for the thousands of nodes of the alignment
+        onnx_program = torch.onnx.export(
             program, (), dynamo=True, input_names=[INPUT], output_names=list(outputs), optimize=False, verbose=False
         )
-        assert made is not None
-        model = made.model
+        assert onnx_program is not None
+        model = onnx_program.model
         common.InlinePass()(model)
         fold_constants_ir(model)
-        for one in (
+        for apply_pass in (
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedFunctionsPass(),
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -115,7 +130,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
             common.RemoveUnusedNodesPass(),
             common.NameFixPass(),
         ):
-            one(model)
+            apply_pass(model)
         model.graph.inputs[0].shape = onnx_ir.Shape(["batch", "height", "width", 3])
         for output in model.graph.outputs:
             if output.name != BOX and output.shape is not None:
@@ -126,24 +141,27 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
             if node.op_type in QUANTISED
             and "'net.backbone." in node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         ]
-        common.ClearMetadataAndDocStringPass()(model)  # which name this machine's files
-        made.save(str(path))
+        common.ClearMetadataAndDocStringPass()(model)  # the metadata name files of this machine
+        onnx_program.save(str(path))
     return backbone
 
 
 def write_openvino(source: Path, path: Path) -> None:
+    """Converts an ONNX file to OpenVINO files. Raises: ExportError: OpenVINO does not support an operation; OSError."""
     import openvino
 
-    with quietly(), _told("OpenVINO does not have all that it does"):
+    with quietly(), _as_export_error("OpenVINO does not support an operation of the scorer"):
         model = openvino.convert_model(source)
     try:
         with quietly():
             openvino.save_model(model, path, compress_to_fp16=False)
-    except RuntimeError as error:  # of a full disk OpenVINO 2026 says "iostream error"
-        raise OSError(errno.EIO, f"OpenVINO cannot write it ({error}); see that the disk has room") from error
+    except RuntimeError as error:  # OpenVINO 2026 reports a full disk as "iostream error"
+        raise OSError(
+            errno.EIO, f"OpenVINO cannot write the model ({error}): check that the disk has free space"
+        ) from error
 
 
-def _open_onnx(path: Path, num_threads: int) -> Run:
+def _open_onnx(path: Path, num_threads: int) -> RunModel:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -153,34 +171,34 @@ def _open_onnx(path: Path, num_threads: int) -> Run:
     return lambda images: dict(zip(names, session.run(None, {INPUT: images}), strict=True))
 
 
-def _open_openvino(path: Path, num_threads: int) -> Run:
+def _open_openvino(path: Path, num_threads: int) -> RunModel:
     import openvino
 
     settings: Mapping[str, Any] = {**OPENVINO_SETTINGS, "INFERENCE_NUM_THREADS": num_threads}
     compiled = openvino.Core().compile_model(path, "CPU", settings)
 
     def run(images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        found = compiled(images)
-        return {output.get_any_name(): np.array(found[output]) for output in compiled.outputs}
+        outputs = compiled(images)
+        return {output.get_any_name(): np.array(outputs[output]) for output in compiled.outputs}
 
     return run
 
 
-def _open_torch(path: Path, num_threads: int) -> Run:
+def _open_torch(path: Path, num_threads: int) -> RunModel:
     with quietly():
         module = torch.export.load(path).module()
 
     def run(images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         with torch.inference_mode():
-            found = module(torch.from_numpy(np.ascontiguousarray(images)))
-        return {name: value.numpy() for name, value in zip((*OUTPUTS, BOX), found, strict=False)}
+            outputs = module(torch.from_numpy(np.ascontiguousarray(images)))
+        return {name: value.numpy() for name, value in zip((*OUTPUTS, BOX), outputs, strict=False)}
 
     return run
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """What a converter raises, of whatever type, as an `ExportError`; but an `OSError`, such as a full disk, as it is."""
+def _as_export_error(failure: str) -> Iterator[None]:
+    """Turns any exception of a converter into an `ExportError`, but leaves an `OSError`, such as a full disk, unchanged."""
     try:
         yield
     except Exception as error:
@@ -188,6 +206,6 @@ def _told(what: str) -> Iterator[None]:
             raise cause from None
         lines = str(error).strip().splitlines() or [""]
         raise ExportError(
-            f"the model cannot be exported: {what} ({type(error).__name__}: {lines[0][:300]}). A density, backbone or aligner "
-            "of your own must be plain tensor arithmetic without branches on values; else run the bundle with focus_ray"
+            f"the model cannot be exported: {failure} ({type(error).__name__}: {lines[0][:300]}). A density, backbone or aligner "
+            "of your own must use plain tensor arithmetic without branches on values; otherwise run the bundle with focus_ray"
         ) from error

@@ -32,7 +32,7 @@ from focus_ray.density.base import sample_evenly
 from focus_ray.density.nearest import whitening_matrix
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.tiles import Tiles
-from focus_ray.evaluation.defects import overlaid, synthetic_validation_set
+from focus_ray.evaluation.defects import merge_copies, synthetic_validation_set
 from focus_ray.fitting.distributed import gather_rows, worker_range, world_size
 from focus_ray.fitting.duplicates import ImageOrigins, find_relations
 from focus_ray.fitting.scoring import describe_embedding, embed_tiles, shown_locations, to_images
@@ -225,7 +225,7 @@ def _paint_defects(
     for number in numbers:
         only = range(number, number + 1)
         copies, covered, _ = synthetic_validation_set(images, seed, defects_per_image, only, foregrounds)
-        combined, covered = overlaid(images[number], copies, covered)
+        combined, covered = merge_copies(images[number], copies, covered)
         painted.append(combined)
         masks.append(covered)
         sources += [number] * len(combined)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from focus_ray.evaluation.calibration import is_above
-from focus_ray.evaluation.metrics import Measured
-from focus_ray.evaluation.report import within
+from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.report import format_bound
 from focus_ray.kinds import METRICS
 
 FEW_IMAGES = 20  # of a kind: below, one image moves a rate by 5 % or more
@@ -42,7 +42,7 @@ class Share:
         return f"{self.count} of {self.total} ({100 * self.share:.0f} %; {100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def called_bad(measured: Measured, label: int) -> Share:
+def called_bad(measured: ScoredImages, label: int) -> Share:
     """How many of the images of a label lie above the threshold."""
     scores = measured.scores[measured.labels == label]
     return Share(int(np.sum(is_above(scores, measured.threshold))), len(scores))
@@ -90,7 +90,7 @@ def evaluation_caveats(
     if result.get("bounds"):
         told.append(
             f"There are too many pixels to sort them all: they were counted in bins, which moves no pixel metric by more than "
-            f"{within(max(result['bounds'].values())).removeprefix('±')}."
+            f"{format_bound(max(result['bounds'].values())).removeprefix('±')}."
         )
     return [*told, *(f"{_in_words(where)} is missing: {reason}" for where, reason in result.get("reasons", {}).items())]
 

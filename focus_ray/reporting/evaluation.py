@@ -11,8 +11,8 @@ from urllib.parse import quote
 import numpy as np
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.evaluation.evaluate import Labelled
-from focus_ray.evaluation.metrics import Measured
+from focus_ray.evaluation.evaluate import LabelledImages
+from focus_ray.evaluation.metrics import ScoredImages
 from focus_ray.evaluation.report import evaluation_table, mean_metrics
 from focus_ray.kinds import METRICS
 from focus_ray.reporting import plots
@@ -47,7 +47,7 @@ class Section:
     gallery: list[Pictures]
 
 
-def describe(inspector: Inspector, labelled: Labelled, result: Mapping[str, Any], data: str) -> Section:
+def describe(inspector: Inspector, labelled: LabelledImages, result: Mapping[str, Any], data: str) -> Section:
     """What a page shows of one category.
 
     Args:
@@ -141,7 +141,7 @@ def evaluation_page(
     )
 
 
-def roc(measured: Measured) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def roc(measured: ScoredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """False and true positive rates, over all thresholds."""
     from sklearn.metrics import roc_curve  # a second of imports, which other commands can do without
 
@@ -149,7 +149,7 @@ def roc(measured: Measured) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
     return false, true
 
 
-def precision_recall(measured: Measured) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def precision_recall(measured: ScoredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Recall, rising, and the precision there, over all thresholds."""
     from sklearn.metrics import precision_recall_curve
 
@@ -157,7 +157,7 @@ def precision_recall(measured: Measured) -> tuple[np.ndarray[Any, Any], np.ndarr
     return recall[::-1], precision[::-1]
 
 
-def pro(measured: Measured, limit: float = PRO_LIMIT) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+def pro(measured: ScoredImages, limit: float = PRO_LIMIT) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
     """False positive rate of pixels, up to the limit, and the mean overlap of regions; None where no mask tells."""
     if measured.curve is None:
         return None
@@ -172,7 +172,7 @@ def _total(shares: Any) -> Share:
 
 
 def _plots(
-    measured: Measured, calibration_scores: Sequence[float], result: Mapping[str, Any], good: Share, bad: Share
+    measured: ScoredImages, calibration_scores: Sequence[float], result: Mapping[str, Any], good: Share, bad: Share
 ) -> list[plots.Plot]:
     drawn = [
         plots.score_histograms(

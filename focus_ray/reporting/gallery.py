@@ -18,9 +18,9 @@ from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import index_version, read_index, read_rows
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import is_above
-from focus_ray.evaluation.evaluate import Labelled
+from focus_ray.evaluation.evaluate import LabelledImages
 from focus_ray.evaluation.inspection import Inspection
-from focus_ray.evaluation.metrics import Measured
+from focus_ray.evaluation.metrics import ScoredImages
 from focus_ray.evaluation.report import overlay
 from focus_ray.reporting.page import jpeg_uri
 
@@ -47,7 +47,7 @@ class Card:
     views: dict[str, str]
 
 
-def choose(measured: Measured, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
+def choose(measured: ScoredImages, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
     """Numbers of the images to show, at most `per_kind` of each: no image twice.
 
     misses: the bad images that score lowest, lowest first.  false_alarms: the good ones that score highest, highest first;
@@ -63,7 +63,7 @@ def choose(measured: Measured, per_kind: int = PER_KIND) -> dict[Kind, list[int]
     return {"misses": misses.tolist(), "false_alarms": false_alarms.tolist(), "finds": finds.tolist()}
 
 
-def make_cards(inspector: Inspector, data: str, labelled: Labelled) -> dict[Kind, list[Card]]:
+def make_cards(inspector: Inspector, data: str, labelled: LabelledImages) -> dict[Kind, list[Card]]:
     """Reads the chosen images of the data set at `data` again, one at a time, and draws them.
 
     Raises: DataError: one is not there any more, or cannot be read.
@@ -73,7 +73,7 @@ def make_cards(inspector: Inspector, data: str, labelled: Labelled) -> dict[Kind
     return {kind: [cards[number] for number in numbers] for kind, numbers in picked.items()}
 
 
-def _draw_all(inspector: Inspector, data: str, labelled: Labelled, numbers: Sequence[int]) -> dict[int, Card]:
+def _draw_all(inspector: Inspector, data: str, labelled: LabelledImages, numbers: Sequence[int]) -> dict[int, Card]:
     category = inspector.bundle.category
     names = [labelled.ids[number] for number in numbers]
     index = read_index(data, category, split="test")

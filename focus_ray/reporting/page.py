@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from focus_ray.evaluation.report import within
+from focus_ray.evaluation.report import format_bound
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _JPEG_QUALITY = 82
@@ -72,7 +72,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(figure=_figure, short=_short, percent=_percent, within=within)
+    environment.filters.update(figure=_figure, short=_short, percent=_percent, within=format_bound)
     environment.filters.update(picture=_picture, svg_uri=svg_uri)
     return environment
 

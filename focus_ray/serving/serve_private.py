@@ -10,7 +10,7 @@ import inspect
 import re
 from typing import Any
 
-from focus_ray.cluster.ray_private import READ_IN, check_private_parts
+from focus_ray.cluster.ray_private import RAY_VERSION, check_private_parts
 from focus_ray.errors import TrainingError
 
 _WRAPPER_ATTRIBUTE = "__serve_multiplex_wrapper"  # of replicas that have called a `serve.multiplexed` method
@@ -29,7 +29,7 @@ def check_serve_parts(parts: dict[str, tuple[str, str]] = SERVE_PARTS) -> None:
         if not re.search(rf"{re.escape(name)}\b", inspect.getsource(module)):
             raise TrainingError(
                 f"Ray {ray.__version__}: {module.__name__} no longer has {name!r}, which lists the models of a replica; "
-                f"Ray {READ_IN} has it: install that version, or a newer focus_ray"
+                f"Ray {RAY_VERSION} has it: install that version, or a newer focus_ray"
             )
 
 
@@ -45,5 +45,5 @@ def forget_model(replica: Any, key: str) -> None:
     multiplexer = getattr(replica, _WRAPPER_ATTRIBUTE)
     multiplexer.models.pop(key, None)
     if not hasattr(multiplexer, _PUSH_FLAG):
-        raise AttributeError(f"Serve's multiplexer has no {_PUSH_FLAG}: Ray {READ_IN} had it")
+        raise AttributeError(f"Serve's multiplexer has no {_PUSH_FLAG}: Ray {RAY_VERSION} had it")
     setattr(multiplexer, _PUSH_FLAG, True)

@@ -71,7 +71,7 @@ class StreamShifts:
         except Exception as error:  # any error: the requests already have their answers
             self._log("shift not tested", level=logging.WARNING, error=str(error) or type(error).__name__, **facts)
             return
-        notice = recent_scores.tell(shift)
+        notice = recent_scores.report_once(shift)
         if shift is not None:
             self._measures.shift(version, shift)
         if notice is not None:

@@ -23,7 +23,7 @@ from typing import Any
 from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
 from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.ownership import Heartbeat, check_resumable
-from focus_ray.cluster.preflight import concurrent_runs, probe_nodes
+from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
 from focus_ray.cluster.ray_private import remove_working_folders
 from focus_ray.cluster.training import resolve_paths
 from focus_ray.config import Config
@@ -195,7 +195,7 @@ def _run_and_report(
     try:
         trains = config.max_epochs > 0
         streams = trains and any(not fits_memory(base, split) for split in splits.values())
-        limit = concurrent_runs(
+        limit = count_concurrent_runs(
             base.cluster,
             is_private,
             streams,

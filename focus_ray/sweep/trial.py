@@ -22,7 +22,7 @@ from focus_ray.config import Config
 from focus_ray.data.shards import Shard
 from focus_ray.density.base import Statistics, choose_bank_images
 from focus_ray.errors import DataError
-from focus_ray.evaluation.evaluate import summarise
+from focus_ray.evaluation.evaluate import compute_metrics_of_arrays
 from focus_ray.evaluation.selection import validation_figures
 from focus_ray.fitting.distributed import gather_objects, world_size
 from focus_ray.fitting.fit import CategoryFit, build_detector
@@ -323,7 +323,7 @@ def _compute_metrics(
         return {**validation_figures(judged.masks, scores, maps)}
     masks = [mask if has_mask else None for mask, has_mask in zip(judged.masks, judged.has_mask, strict=True)]
     kinds = ["anomalous" if label else "good" for label in judged.labels]
-    metrics = summarise(judged.labels.tolist(), kinds, scores.tolist(), list(maps), masks, 0.0, 0.0)
+    metrics = compute_metrics_of_arrays(judged.labels.tolist(), kinds, scores.tolist(), list(maps), masks, 0.0, 0.0)
     score = metrics[key]
     if score is None:
         raise DataError(

@@ -215,7 +215,9 @@ class Watch:
             self._recent_scores, self._recent_version = RecentScores(), bundle.version
         if not self._recent_scores.add(scores):
             return
-        notice = self._recent_scores.tell(compare_stream(bundle.calibration.image_scores, self._recent_scores.take()))
+        notice = self._recent_scores.report_once(
+            compare_stream(bundle.calibration.image_scores, self._recent_scores.take())
+        )
         if notice is not None:
             self._log(f"watch: {notice}")
 

@@ -17,7 +17,7 @@ from benchmarks.intervals import (
     show_interval,
     show_mean,
 )
-from focus_ray.evaluation.metrics import aupro, pixel_auroc
+from focus_ray.evaluation.pixels import PixelCurve
 
 
 def simulate_scores(
@@ -94,8 +94,9 @@ def test_a_pixel_draw_is_the_figure_of_resampled_images() -> None:
     draws = bootstrap_pixels(labels.tolist(), list(masks), list(maps), num_draws=10, seed=3)
     for number, times in enumerate(resample_images(labels, 10, 3)):
         chosen = np.repeat(np.arange(9), times)
-        assert draws["pixel_auroc"][number] == pytest.approx(pixel_auroc(masks[chosen], maps[chosen]), abs=1e-3)
-        assert draws["aupro_0.3"][number] == pytest.approx(aupro(masks[chosen], maps[chosen]), abs=1e-3)
+        curve = PixelCurve.of(masks[chosen], maps[chosen], regions=True)
+        assert draws["pixel_auroc"][number] == pytest.approx(curve.auroc(), abs=1e-3)
+        assert draws["aupro_0.3"][number] == pytest.approx(curve.aupro(0.3), abs=1e-3)
 
 
 def test_images_without_a_mask_are_left_out_of_pixel_draws() -> None:

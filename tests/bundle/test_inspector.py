@@ -19,8 +19,9 @@ from focus_ray.data.images import decode_batch, decode_mask, encode_png
 from focus_ray.data.read import iter_test_records, read_index, read_rows
 from focus_ray.errors import BundleError, DataError
 from focus_ray.evaluation import metrics
-from focus_ray.evaluation.evaluate import evaluation_size, summarise
+from focus_ray.evaluation.evaluate import compute_metrics_of_arrays, evaluation_size
 from focus_ray.evaluation.inspection import find_regions, resize_map
+from focus_ray.evaluation.pixels import PixelCurve
 from focus_ray.evaluation.report import overlay
 
 
@@ -192,8 +193,9 @@ def test_an_evaluation_gives_the_metrics_of_its_arrays(
     # batches of another size round differently, and so may swap pixels that are all but equal
     assert result["pixel_auroc"] == pytest.approx(roc_auc_score(flat_masks, flat_maps), abs=1e-4)
     assert result["pixel_average_precision"] == pytest.approx(average_precision_score(flat_masks, flat_maps), abs=1e-4)
-    assert result["aupro_0.3"] == pytest.approx(metrics.aupro(masks, maps, 0.3), abs=1e-3)
-    assert result["aupro_0.05"] == pytest.approx(metrics.aupro(masks, maps, 0.05), abs=1e-3)
+    curve = PixelCurve.of(masks, maps, regions=True)
+    assert result["aupro_0.3"] == pytest.approx(curve.aupro(0.3), abs=1e-3)
+    assert result["aupro_0.05"] == pytest.approx(curve.aupro(0.05), abs=1e-3)
     threshold = inspector.bundle.calibration.image_threshold
     assert result["threshold"] == threshold
     assert result["false_positive_rate"] == float((scores[labels == 0] > threshold).mean())
@@ -237,14 +239,16 @@ def test_a_set_of_good_images_alone_has_a_false_positive_rate_and_no_auroc(
 
 
 def test_a_set_without_test_images_is_refused(inspector: Inspector) -> None:
-    with pytest.raises(DataError, match=r"no test image to evaluate: ingest a set that has some"):
+    with pytest.raises(DataError, match=r"no test image to evaluate"):
         inspector.evaluate([])
 
 
 def test_the_verdict_at_the_threshold_itself_is_normal() -> None:
     masks: list[Any] = [None, None]
     empty = np.zeros((2, 2), np.float32)
-    result = summarise([0, 1], ["good", "crack"], [1.0, 1.0], [empty, empty], masks, threshold=1.0, target_fpr=0.05)
+    result = compute_metrics_of_arrays(
+        [0, 1], ["good", "crack"], [1.0, 1.0], [empty, empty], masks, threshold=1.0, target_fpr=0.05
+    )
     assert (result["false_positive_rate"], result["recall"]) == (0.0, 0.0)
 
 

@@ -160,10 +160,10 @@ def test_evaluate_beyond_its_budget_of_pixels_says_so_and_bounds_its_figures(
     place = str(tmp_path / "out")
     assert main(["evaluate", bundle, "--output", place, "--exact-megapixels", "0.01"]) == 0
     captured = capsys.readouterr()
-    assert "gear: too many pixels to keep: pixel metrics come of counts in bins" in captured.err
+    assert "gear: too many pixels for the memory: pixel metrics come from counts in bins" in captured.err
     assert "note: There are too many pixels to sort them all" in captured.err
     assert "±" in captured.out
-    assert "the exact figure lies within the ± that stands beside it" in captured.out
+    assert "the exact value lies within the ±" in captured.out
     assert len(list((tmp_path / "out/images/category=gear").iterdir())) == 1
     assert main(["evaluate", bundle, "--output", place, "--exact-megapixels", "0.01", "--resume"]) == 0
     captured_again = capsys.readouterr()

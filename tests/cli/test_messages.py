@@ -169,19 +169,19 @@ def test_a_ray_cluster_that_is_gone_is_told_at_once(
     assert main([command, *words]) == 1
     assert time.monotonic() - started < 30
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"RAY_ADDRESS={place} does not answer (Connection refused): see that the cluster runs" in message
+    assert f"RAY_ADDRESS={place} does not answer (Connection refused): check that the cluster runs" in message
 
 
 def test_a_server_that_never_answers_is_no_ray_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address, "ANSWER_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         place = f"127.0.0.1:{server.getsockname()[1]}"
-        assert "does not answer as Ray does" in address.why_no_cluster(place)
+        assert "does not answer as Ray does" in address.explain_no_cluster(place)
 
 
 @pytest.mark.parametrize("text", ["junk", "http://127.0.0.1:8265", "127.0.0.1", "127.0.0.1:port"])
 def test_text_that_is_no_ray_address_is_told_with_the_forms(text: str) -> None:
-    assert "give HOST:6379" in address.why_no_cluster(text)
+    assert "give HOST:6379" in address.explain_no_cluster(text)
 
 
 def test_weights_that_are_not_there_are_told_before_ray_starts(

@@ -1,4 +1,4 @@
-"""Batch inspection on Ray Data: every row once, as the inspector scores it; damaged images; storage on S3."""
+"""Batch inspection on Ray scores every row once, like the inspector; damaged images; storage on S3."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from small_set import NUM_TEST, NUM_TRAIN, draw_parts, ingest_parts, make_bundle
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.batch import UNFINISHED, Batch, findings, inspect_dataset, inspect_piece
+from focus_ray.cluster.batch import UNFINISHED, Batch, inspect_dataset, inspect_piece, inspect_records
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.errors import DataError
@@ -28,7 +28,7 @@ PLAIN = {"image_alignment": {"group": "none"}}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A set with one image that cannot be decoded."""
+    """Ingests a data set with one image that cannot be decoded."""
     uri = ingest_parts(tmp_path_factory.mktemp("parts"))
     spoil_an_image(uri, "gear", DAMAGED)
     return uri
@@ -44,7 +44,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 def results(
     ray_cluster: None, data: str, bundle: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
-    """Where they lie, the counts, and the rows."""
+    """Returns folder, counts and rows of the results."""
     output = str(tmp_path_factory.mktemp("results"))
     counts = inspect_dataset({"gear": bundle}, data, output, batch_size=5)
     return output, counts["gear"], pq.read_table(f"{output}/category=gear", partitioning=None).to_pylist()
@@ -65,12 +65,12 @@ def test_every_image_of_both_splits_is_scored_as_the_inspector_scores_it(
         if row["error"]:
             continue
         (alone,) = inspector.inspect([records[row["id"]]["image"]])
-        # squares: a training image lies in the memory itself, and what is left of its squared distance is rounding
+        # compares squares, because the squared distance of a training image is only rounding error
         assert row["score"] ** 2 == pytest.approx(alone.score**2, rel=2e-4, abs=1e-3 * row["threshold"] ** 2)
         # the held-out images are in the set and tie with their own calibration scores up to rounding, which decides nothing
         assert row["p_value"] == pytest.approx(
             alone.p_value, rel=1e-2
-        )  # of a tail it moves with the score's last digits
+        )  # with a tail, the p-value depends on the last digits of the score
         assert row["anomalous"] == alone.anomalous
         assert len(json.loads(row["regions"])) == len(alone.regions)
     assert counts["num_images"] == NUM_TRAIN + NUM_TEST
@@ -78,7 +78,7 @@ def test_every_image_of_both_splits_is_scored_as_the_inspector_scores_it(
 
 
 @pytest.mark.ray
-def test_a_damaged_image_has_its_reason_and_no_score_and_stops_nothing(
+def test_a_damaged_image_has_its_reason_and_no_score_and_does_not_stop_the_run(
     results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str
 ) -> None:
     _, counts, rows = results
@@ -92,16 +92,16 @@ def test_a_damaged_image_has_its_reason_and_no_score_and_stops_nothing(
 
 
 @pytest.mark.ray
-def test_results_that_are_there_are_not_written_over(
+def test_existing_results_are_not_overwritten(
     results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str
 ) -> None:
     output, _, _ = results
-    with pytest.raises(DataError, match=r"/category=gear holds results already: give another output folder, or remove"):
+    with pytest.raises(DataError, match="/category=gear"):
         inspect_dataset({"gear": bundle}, data, output)
 
 
 @pytest.mark.ray
-def test_what_a_failed_write_left_is_begun_anew(
+def test_incomplete_results_are_replaced(
     results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str, tmp_path: Path
 ) -> None:
     place = tmp_path / "category=gear"
@@ -110,26 +110,25 @@ def test_what_a_failed_write_left_is_begun_anew(
     (place / "half.parquet").write_bytes(b"PAR1")
     said: list[str] = []
     assert inspect_dataset({"gear": bundle}, data, str(tmp_path), log=said.append)["gear"] == results[1]
-    assert any("left unfinished by an earlier run: begun anew" in line for line in said)
+    assert any("results of another unfinished run are removed" in line for line in said)
     assert not (place / UNFINISHED).exists()
     assert pq.read_table(place, partitioning=None).num_rows == results[1]["num_images"]
 
 
 @pytest.mark.ray
-def test_a_run_that_died_is_gone_on_with_and_its_parts_stay(
+def test_an_interrupted_run_continues_and_keeps_its_parts(
     results: tuple[str, dict[str, Any], list[dict[str, Any]]], data: str, bundle: str, tmp_path: Path
 ) -> None:
     batch = Batch({"gear": bundle}, data, str(tmp_path), None, 32, 8, print)
-    pieces = list(iter(batch.more, None))
+    pieces = list(iter(batch.next_piece, None))
     assert [len(piece.rows) for piece in pieces] == [8] * 4
-    inspector = Inspector.load(bundle, "cpu")
-    counts = [inspect_piece(piece, inspector) for piece in pieces[1:3]]  # and then it dies
+    counts = [inspect_piece(piece) for piece in pieces[1:3]]  # then the run is interrupted
     place = tmp_path / "category=gear"
     before = {path.name: path.stat().st_mtime_ns for path in place.glob("*.parquet")}
     said: list[str] = []
-    found = inspect_dataset({"gear": bundle}, data, str(tmp_path), log=said.append, part_images=8)["gear"]
-    assert any("going on, 2 of 4 parts are there" in line for line in said)
-    assert found == results[1]
+    resumed_counts = inspect_dataset({"gear": bundle}, data, str(tmp_path), log=said.append, part_images=8)["gear"]
+    assert any("2 of 4 parts are complete" in line for line in said)
+    assert resumed_counts == results[1]
     assert sum(count.num_images for count in counts) == 16
     assert {name: (place / name).stat().st_mtime_ns for name in before} == before
     rows = pq.read_table(place, partitioning=None)
@@ -138,7 +137,7 @@ def test_a_run_that_died_is_gone_on_with_and_its_parts_stay(
 
 
 @pytest.mark.ray
-def test_categories_that_fail_are_named_and_the_others_are_whole(
+def test_failed_categories_are_named_and_the_others_are_complete(
     ray_cluster: None, data: str, bundle: str, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"^1 of 2 categories failed; board: .*gone: no manifest\.json there"):
@@ -151,11 +150,11 @@ def test_a_category_that_the_set_lacks_is_named_before_anything_starts(data: str
         inspect_dataset({"nut": bundle}, data, str(tmp_path))
 
 
-def test_a_batch_of_damaged_images_alone_is_told_row_by_row(bundle: str) -> None:
+def test_each_row_of_a_batch_of_damaged_images_has_an_error(bundle: str) -> None:
     records = [{"id": "x", "label": 0, "defect_type": "good", "site": "a", "image": image} for image in (b"", b"no")]
-    found = findings(Inspector.load(bundle, "cpu"), records)
-    assert found.num_rows == 2
-    assert all(found["error"].to_pylist())
+    table = inspect_records(Inspector.load(bundle, "cpu"), records)
+    assert table.num_rows == 2
+    assert all(table["error"].to_pylist())
 
 
 ON_S3 = """

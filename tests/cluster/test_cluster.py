@@ -1,4 +1,4 @@
-"""The preflight: what fits, what never will, with the arithmetic; labels; storage tried on every node."""
+"""Checks before a run: how many trainings fit, with the arithmetic; node labels; access to storage from every node."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from s3_server import S3Server
 
 from focus_ray.cluster.connect import resources_per_worker, uses_gpu
-from focus_ray.cluster.preflight import RESERVED, concurrent_runs, matches, probe_nodes
+from focus_ray.cluster.preflight import RESERVED, count_concurrent_runs, matches, probe_nodes
 from focus_ray.config import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
 
@@ -22,29 +22,27 @@ pytestmark = pytest.mark.ray
 # The session's cluster is one node of four CPUs and no GPU.
 
 
-def test_what_fits_side_by_side_is_counted_with_the_streams_cpu(ray_cluster: None) -> None:
-    assert concurrent_runs(ClusterConfig(num_workers=4), private=True) == 1
-    assert concurrent_runs(ClusterConfig(num_workers=1), private=True) == 4
-    assert concurrent_runs(ClusterConfig(num_workers=1), private=True, streams=True) == 2
-    assert concurrent_runs(ClusterConfig(num_workers=1), private=True, limit=3) == 3
+def test_concurrent_trainings_are_counted_with_the_cpu_of_the_stream(ray_cluster: None) -> None:
+    assert count_concurrent_runs(ClusterConfig(num_workers=4), is_private=True) == 1
+    assert count_concurrent_runs(ClusterConfig(num_workers=1), is_private=True) == 4
+    assert count_concurrent_runs(ClusterConfig(num_workers=1), is_private=True, streams=True) == 2
+    assert count_concurrent_runs(ClusterConfig(num_workers=1), is_private=True, limit=3) == 3
 
 
-def test_a_share_of_the_cluster_is_filled_and_the_arithmetic_is_told(ray_cluster: None) -> None:
+def test_a_share_of_the_cluster_is_used_and_the_arithmetic_is_logged(ray_cluster: None) -> None:
     said: list[str] = []
-    assert concurrent_runs(ClusterConfig(num_workers=1), True, False, said.append, share=0.5) == 2
+    assert count_concurrent_runs(ClusterConfig(num_workers=1), True, False, said.append, share=0.5) == 2
     assert said == ["side by side: 2 of 1 worker(s) of 1 CPU, in 0.5 of 4 CPU"]
-    assert concurrent_runs(ClusterConfig(num_workers=1), True, False, said.append, share=0.5, limit=1) == 1
+    assert count_concurrent_runs(ClusterConfig(num_workers=1), True, False, said.append, share=0.5, limit=1) == 1
     assert said[1] == "side by side: 1 as set; room for 2"
     with pytest.raises(
         TrainingError,
-        match=r"^0\.5 of the cluster is too little for one of 3 worker\(s\), which need 3 CPU of its 4 CPU",
+        match=r"^0\.5 of the cluster .* 3 worker\(s\), which need 3 CPU of its 4 CPU",
     ):
-        concurrent_runs(ClusterConfig(num_workers=3), private=True, share=0.5)
-    assert concurrent_runs(ClusterConfig(num_workers=3, max_cpus=8), private=False, share=0.5) == 1
-    with pytest.raises(
-        TrainingError, match=r"can grow to 8 CPU, of which 0\.5 may be filled: lower base\.cluster\.num_w"
-    ):
-        concurrent_runs(ClusterConfig(num_workers=5, max_cpus=8), private=False, share=0.5, prefix="base.")
+        count_concurrent_runs(ClusterConfig(num_workers=3), is_private=True, share=0.5)
+    assert count_concurrent_runs(ClusterConfig(num_workers=3, max_cpus=8), is_private=False, share=0.5) == 1
+    with pytest.raises(TrainingError, match=r"grow to 8 CPU, .* 0\.5 .*: lower base\.cluster\.num_w"):
+        count_concurrent_runs(ClusterConfig(num_workers=5, max_cpus=8), is_private=False, share=0.5, prefix="base.")
 
 
 @pytest.mark.parametrize(
@@ -74,46 +72,40 @@ def test_a_share_of_the_cluster_is_filled_and_the_arithmetic_is_told(ray_cluster
         ),
     ],
 )
-def test_what_never_fits_is_refused_with_the_arithmetic(
+def test_a_training_that_never_fits_is_refused_with_the_arithmetic(
     ray_cluster: None, config: dict[str, object], streams: bool, message: str
 ) -> None:
     with pytest.raises(TrainingError, match=message):
-        concurrent_runs(ClusterConfig(**config), private=True, streams=streams)  # type: ignore[arg-type]
+        count_concurrent_runs(ClusterConfig(**config), is_private=True, streams=streams)  # type: ignore[arg-type]
 
 
-def test_a_cluster_that_nobody_says_can_grow_refuses_too(ray_cluster: None) -> None:
-    with pytest.raises(
-        TrainingError, match=r"the cluster has 4 CPU.*nothing says that it grows: .* or set cluster\.max_cpus"
-    ):
-        concurrent_runs(ClusterConfig(num_workers=5), private=False)
+def test_a_cluster_without_known_growth_refuses(ray_cluster: None) -> None:
+    with pytest.raises(TrainingError, match=r"the cluster has 4 CPU.* or set cluster\.max_cpus"):
+        count_concurrent_runs(ClusterConfig(num_workers=5), is_private=False)
 
 
 def test_a_cluster_that_can_grow_enough_waits_and_one_that_cannot_refuses(ray_cluster: None) -> None:
     said: list[str] = []
-    assert concurrent_runs(ClusterConfig(num_workers=8, max_cpus=8), False, False, said.append) == 1
+    assert count_concurrent_runs(ClusterConfig(num_workers=8, max_cpus=8), False, False, said.append) == 1
     assert len(said) == 1
     assert "WARNING: 8 worker(s) of 1 CPU need 8 CPU; the cluster has 4 CPU" in said[0]
     assert "waiting for it to grow; otherwise stop, and lower cluster.num_workers" in said[0]
     with pytest.raises(TrainingError, match=r"need 9 CPU; .* and can grow to 8 CPU: lower cluster\.num_workers"):
-        concurrent_runs(ClusterConfig(num_workers=9, max_cpus=8), private=False)
+        count_concurrent_runs(ClusterConfig(num_workers=9, max_cpus=8), is_private=False)
 
 
 def test_gpus_that_the_cluster_can_grow_to_are_used(ray_cluster: None) -> None:
     assert not uses_gpu(ClusterConfig())
     assert uses_gpu(ClusterConfig(max_gpus=2))
-    asked = resources_per_worker(ClusterConfig(max_gpus=2, memory_gib_per_worker=2), use_gpu=True)
-    assert asked == {"CPU": 1.0, "GPU": 1.0, "memory": 2 * 2**30}
+    resources = resources_per_worker(ClusterConfig(max_gpus=2, memory_gib_per_worker=2), use_gpu=True)
+    assert resources == {"CPU": 1.0, "GPU": 1.0, "memory": 2 * 2**30}
 
 
-def test_what_is_kept_for_the_jobs_own_process_is_not_counted(
-    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resources_of_the_jobs_own_process_are_not_counted(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESERVED, json.dumps({"CPU": 1}))
-    assert concurrent_runs(ClusterConfig(num_workers=3), private=False) == 1
-    with pytest.raises(
-        TrainingError, match=r"the cluster has 4 CPU, of which 1 CPU for the job's own process, and room"
-    ):
-        concurrent_runs(ClusterConfig(num_workers=4), private=False)
+    assert count_concurrent_runs(ClusterConfig(num_workers=3), is_private=False) == 1
+    with pytest.raises(TrainingError, match=r"the cluster has 4 CPU, .* process uses 1 CPU, and room"):
+        count_concurrent_runs(ClusterConfig(num_workers=4), is_private=False)
 
 
 @given(

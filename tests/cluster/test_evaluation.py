@@ -1,4 +1,4 @@
-"""Evaluation part by part: here and on a pool of workers the figures are the inspector's; what dies is gone on with."""
+"""Evaluation in parts agrees with the inspector, in this process and on workers, and continues after an interruption."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from PIL import Image
 from small_set import CATEGORIES, NUM_TEST, NUM_TRAIN, ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.measuring import Part, Sum, cut_rows, plan_evaluation
+from focus_ray.bundle.measuring import EvaluationPart, Sum, cut_rows, plan_evaluation
 from focus_ray.cluster import evaluation as module
-from focus_ray.cluster.evaluation import Evaluation, Report, Settings, evaluate_bundles, run_piece
+from focus_ray.cluster.evaluation import Evaluation, EvaluationReport, EvaluationSettings, evaluate_bundles, run_piece
 from focus_ray.cluster.scoring import scoring_pool
 from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records, read_index
@@ -42,32 +42,32 @@ def bundles(data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     return {category: make_bundle(config, category) for category in CATEGORIES}
 
 
-def evaluated(bundles: dict[str, str], output: Path, exact_pixels: int = 0, **options: Any) -> Report:
+def evaluate(bundles: dict[str, str], output: Path, exact_pixels: int = 0, **options: Any) -> EvaluationReport:
     return evaluate_bundles(bundles, str(output), max_side_px=SIDE, exact_pixels=exact_pixels, part_images=3, **options)
 
 
-def assert_same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Figures alike, but for the order in which floats were added, and for batches that were cut otherwise."""
-    for key, value in wanted.items():
+def assert_same(metrics: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Asserts equal metrics up to rounding, because the order of sums and the batches may differ."""
+    for key, value in expected.items():
         if isinstance(value, dict):
-            assert_same(found[key], value)
+            assert_same(metrics[key], value)
         elif isinstance(value, float):
-            assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+            assert metrics[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
         else:
-            assert found[key] == value, key
+            assert metrics[key] == value, key
 
 
 @pytest.mark.parametrize("exact_pixels", [0, ALL])
-def test_parts_give_the_figures_of_the_whole(
+def test_parts_give_the_metrics_of_the_whole(
     bundles: dict[str, str], data: str, tmp_path: Path, exact_pixels: int
 ) -> None:
-    report = evaluated(bundles, tmp_path, exact_pixels)
+    report = evaluate(bundles, tmp_path, exact_pixels)
     for category, bundle in bundles.items():
         records = iter_test_records(data, category)
-        wanted = Inspector.load(bundle, "cpu").evaluate(records, SIDE, exact_pixels=exact_pixels)
+        expected = Inspector.load(bundle, "cpu").evaluate(records, SIDE, exact_pixels=exact_pixels)
         assert report.results[category]["binned"] is (exact_pixels == 0)
         assert bool(report.results[category]["bounds"]) is (exact_pixels == 0)
-        assert_same(report.results[category], wanted)
+        assert_same(report.results[category], expected)
     text = (tmp_path / "report.md").read_text()
     assert ("Pixels counted in bins (board, gear)" in text) is (exact_pixels == 0)
     assert json.loads((tmp_path / "report.json").read_text())["categories"] == report.results
@@ -77,7 +77,7 @@ def test_parts_give_the_figures_of_the_whole(
 
 
 def test_every_image_has_its_row(bundles: dict[str, str], data: str, tmp_path: Path) -> None:
-    evaluated({"gear": bundles["gear"]}, tmp_path)
+    evaluate({"gear": bundles["gear"]}, tmp_path)
     table = pq.read_table(tmp_path / "images/category=gear", partitioning=None)
     assert table["id"].to_pylist() == read_index(data, "gear", split="test")["id"].to_pylist()
     inspector = Inspector.load(bundles["gear"], "cpu")
@@ -89,42 +89,42 @@ def test_every_image_has_its_row(bundles: dict[str, str], data: str, tmp_path: P
         assert row["bundle"] == inspector.bundle.version
 
 
-def begun(bundles: dict[str, str], output: Path, num_pieces: int) -> None:
-    """An evaluation that dies after some pieces, and a save."""
-    run = Evaluation(bundles, Settings(str(output), None, SIDE, 0, 3, False), print)
+def run_first_pieces(bundles: dict[str, str], output: Path, num_pieces: int) -> None:
+    """Runs and saves the first pieces of an evaluation, as if it was interrupted."""
+    run = Evaluation(bundles, EvaluationSettings(str(output), None, SIDE, 0, 3, False), print)
     for _ in range(num_pieces):
-        piece = run.more()
+        piece = run.next_piece()
         assert piece is not None
-        run.done(piece, run_piece(piece))
+        run.record_result(piece, run_piece(piece))
     run.save()
 
 
-def test_an_evaluation_that_died_is_gone_on_with(bundles: dict[str, str], tmp_path: Path) -> None:
-    begun(bundles, tmp_path / "died", 6)  # three parts and the figures of board, two of three parts of gear
+def test_an_interrupted_evaluation_continues(bundles: dict[str, str], tmp_path: Path) -> None:
+    run_first_pieces(bundles, tmp_path / "died", 6)  # three parts and the figures of board, two of three parts of gear
     files = sorted((tmp_path / "died/images").glob("*/*.parquet"))
     before = [path.stat().st_mtime_ns for path in files]
     assert len(files) == 5
     said: list[str] = []
-    report = evaluated(bundles, tmp_path / "died", resume=True, log=said.append)
+    report = evaluate(bundles, tmp_path / "died", resume=True, log=said.append)
     assert "board: measured already" in said
-    assert "gear: going on after 6 images" in said
+    assert "gear: continuing after 6 images" in said
     assert [path.stat().st_mtime_ns for path in files] == before
-    assert_same(report.results, evaluated(bundles, tmp_path / "whole").results)
+    assert_same(report.results, evaluate(bundles, tmp_path / "whole").results)
     assert (tmp_path / "died/report.html").read_bytes().count(b"data:image/svg+xml") == 8
 
 
-def test_other_settings_and_no_resume_begin_anew(bundles: dict[str, str], tmp_path: Path) -> None:
-    begun(bundles, tmp_path, 6)
+def test_other_settings_or_no_resume_start_a_new_evaluation(bundles: dict[str, str], tmp_path: Path) -> None:
+    run_first_pieces(bundles, tmp_path, 6)
     for options in ({"resume": True, "exact_pixels": ALL}, {}):
         said: list[str] = []
-        evaluated(bundles, tmp_path, log=said.append, **options)  # type: ignore[arg-type]
-        assert not [line for line in said if "already" in line or "going on" in line]
+        evaluate(bundles, tmp_path, log=said.append, **options)  # type: ignore[arg-type]
+        assert not [line for line in said if "already" in line or "continuing" in line]
 
 
 def test_a_part_counts_once() -> None:
     mask = np.eye(4, dtype=bool)
     bins = {"": PixelBins.of_image(mask, np.ones((4, 4), np.float32))}
-    part = Part(np.zeros(1, np.int8), np.ones(1), ("good",), bins, False, np.zeros(1, bool))
+    part = EvaluationPart(np.zeros(1, np.int8), np.ones(1), ("good",), bins, False, np.zeros(1, bool))
     total = Sum(job=None)  # type: ignore[arg-type]
     for _ in range(3):
         total.add(0, part)
@@ -132,7 +132,7 @@ def test_a_part_counts_once() -> None:
     assert total.total().bins[""].normal.sum() == 12
 
 
-def test_parts_are_cut_where_files_are_and_hold_every_row_once(data: str) -> None:
+def test_parts_follow_file_borders_and_contain_every_row_once(data: str) -> None:
     rows = read_index(data, "gear", split="test")["row"].to_numpy()
     for size in (1, 3, NUM_TEST, 100):
         parts = cut_rows(data, "gear", rows, size)
@@ -147,11 +147,11 @@ def test_maps_that_exceed_the_budget_by_a_pixel_are_binned(bundles: dict[str, st
     assert [plan.job.exact for plan in plans] == [True, False]
 
 
-def test_of_many_categories_each_has_its_own_page(
+def test_each_of_many_categories_has_its_own_page(
     bundles: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WHOLE_PAGE", 1)
-    evaluated(bundles, tmp_path, ALL)
+    monkeypatch.setattr(module, "MAX_CATEGORIES_ON_PAGE", 1)
+    evaluate(bundles, tmp_path, ALL)
     page = (tmp_path / "report.html").read_text()
     assert "data:image/svg+xml" not in page
     for category in bundles:
@@ -160,14 +160,16 @@ def test_of_many_categories_each_has_its_own_page(
 
 
 @pytest.mark.ray
-def test_workers_give_the_figures_of_one_process(ray_cluster: None, bundles: dict[str, str], tmp_path: Path) -> None:
+def test_workers_give_the_metrics_of_one_process(ray_cluster: None, bundles: dict[str, str], tmp_path: Path) -> None:
     said: list[str] = []
     for exact_pixels in (0, ALL):
-        found = evaluated(bundles, tmp_path / "ray", exact_pixels, num_workers=2, log=said.append)
-        local = Evaluation(bundles, Settings(str(tmp_path / "here"), None, SIDE, exact_pixels, 3, False), print)
+        report = evaluate(bundles, tmp_path / "ray", exact_pixels, num_workers=2, log=said.append)
+        local = Evaluation(
+            bundles, EvaluationSettings(str(tmp_path / "here"), None, SIDE, exact_pixels, 3, False), print
+        )
         module._run_here(local)
-        assert_same(found.results, local.ordered())
-        assert list(found.results) == list(bundles)
+        assert_same(report.results, local.ordered())
+        assert list(report.results) == list(bundles)
     assert any("side by side: 2 as set" in line for line in said)
     assert sum("(2 of 2)" in line for line in said) == 2
     for category in bundles:
@@ -176,7 +178,7 @@ def test_workers_give_the_figures_of_one_process(ray_cluster: None, bundles: dic
 
 
 @pytest.mark.ray
-def test_a_worker_that_is_killed_changes_nothing_and_work_that_always_kills_ends(
+def test_a_killed_worker_changes_no_result_and_a_piece_that_always_kills_fails(
     ray_cluster: None, bundles: dict[str, str], tmp_path: Path
 ) -> None:
     marks, output = str(tmp_path / "marks"), str(tmp_path / "out")
@@ -184,7 +186,7 @@ def test_a_worker_that_is_killed_changes_nothing_and_work_that_always_kills_ends
     os.mkdir(marks)
 
     def deadly(piece: Any) -> Any:
-        """Kills its worker: once after a part of gear is written, and at every part of board."""
+        """Kills its worker once after a part of gear, and at every part of board."""
         result = run_piece(piece)
         mark = os.path.join(marks, "gear-died")
         if piece.job.category == "board" or (3 in piece.parts and not os.path.exists(mark)):
@@ -194,10 +196,10 @@ def test_a_worker_that_is_killed_changes_nothing_and_work_that_always_kills_ends
         return result
 
     said: list[str] = []
-    run = Evaluation(bundles, Settings(output, None, SIDE, 0, 3, False), said.append)
+    run = Evaluation(bundles, EvaluationSettings(output, None, SIDE, 0, 3, False), said.append)
     with scoring_pool(2, True, said.append) as pool:
-        for piece, outcome in pool.run(deadly, run.more):
-            run.done(piece, outcome)
+        for piece, outcome in pool.run(deadly, run.next_piece):
+            run.record_result(piece, outcome)
     assert any(line.startswith("retry 1 of 3: ActorDiedError") for line in said)
     assert os.listdir(marks) == ["gear-died"]
     assert re.search(r"ActorDiedError: .* \(4 attempts\)", run.results["board"]["error"])
@@ -208,7 +210,7 @@ def test_a_worker_that_is_killed_changes_nothing_and_work_that_always_kills_ends
 
 @pytest.fixture(scope="module")
 def usual_and_dark(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two data sets of one category with the same training images; the good test images of `dark` have half the light."""
+    """Makes two data sets with the same training images; the good test images of `dark` have half the brightness."""
     sets = {}
     for name in ("usual", "dark"):
         folder = tmp_path_factory.mktemp(name)
@@ -221,7 +223,7 @@ def usual_and_dark(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("exact_pixels", [0, ALL])
-def test_changed_light_is_told_in_figures_tables_and_page_and_usual_light_is_not(
+def test_only_changed_light_is_reported_in_metrics_tables_and_page(
     usual_and_dark: dict[str, str], tmp_path: Path, exact_pixels: int
 ) -> None:
     usual, dark = usual_and_dark["usual"], usual_and_dark["dark"]
@@ -230,7 +232,7 @@ def test_changed_light_is_told_in_figures_tables_and_page_and_usual_light_is_not
     sentence = "The 14 good test images score higher than the 24 images that set the threshold"
     for data, direction in ((usual, None), (dark, "higher")):
         output = tmp_path / Path(data).parent.name
-        report = evaluated({"gear": bundle}, output, exact_pixels, data=data)
+        report = evaluate({"gear": bundle}, output, exact_pixels, data=data)
         shift = report.results["gear"]["shift"]
         assert (shift["num_new"], shift["num_calibrating"], shift["direction"]) == (14, 24, direction)
         assert (shift["notice"] is None) is (direction is None)
@@ -241,16 +243,16 @@ def test_changed_light_is_told_in_figures_tables_and_page_and_usual_light_is_not
 
 
 @pytest.mark.parametrize("exact_pixels", [0, ALL])
-def test_test_images_that_the_model_was_trained_on_are_left_out_of_all_figures_and_told_first(
+def test_training_images_among_test_images_are_left_out_and_reported_first(
     usual_and_dark: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], exact_pixels: int
 ) -> None:
     data = usual_and_dark["usual"]
     tests = read_index(data, "gear", split="test").to_pylist()
     good, bad = ([row for row in tests if row["label"] == label] for label in (0, 1))
     trained_on = [*good[:10], bad[0]]
-    known = [short_hash(row["content_hash"]) for row in trained_on]
-    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=known)
-    report = evaluated({"gear": bundle}, tmp_path / "report", exact_pixels)
+    hashes = [short_hash(row["content_hash"]) for row in trained_on]
+    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=hashes)
+    report = evaluate({"gear": bundle}, tmp_path / "report", exact_pixels)
     result = report.results["gear"]
     ids = {row["id"] for row in trained_on}
     inspector = Inspector.load(bundle, "cpu")
@@ -259,7 +261,7 @@ def test_test_images_that_the_model_was_trained_on_are_left_out_of_all_figures_a
     assert result["trained_on"]["num_images"] == 11
     assert_same({**result, "trained_on": None}, {**alone, "trained_on": None})
     assert result["shift"] is None  # of 14 good images 4 are new
-    sentence = f"11 of {len(tests)} test images are among those that the model was trained on."
+    sentence = f"The model was trained on 11 of {len(tests)} test images."
     assert report.caveats["gear"][0].startswith(sentence)
     assert (tmp_path / "report/report.md").read_text().startswith(f"- gear: {sentence}")
     assert sentence in (tmp_path / "report/report.html").read_text()
@@ -268,18 +270,15 @@ def test_test_images_that_the_model_was_trained_on_are_left_out_of_all_figures_a
     assert categories["gear"]["trained_on"]["notice"].startswith(sentence)
     rows = pq.read_table(tmp_path / "report/images/category=gear", partitioning=None).to_pylist()
     assert {row["id"] for row in rows if row["trained_on"]} == ids
-    again = evaluated({"gear": bundle}, tmp_path / "report", exact_pixels, resume=True)
+    again = evaluate({"gear": bundle}, tmp_path / "report", exact_pixels, resume=True)
     assert_same(again.results["gear"], result)
 
 
-def test_an_evaluation_with_training_images_alone_is_an_error(usual_and_dark: dict[str, str], tmp_path: Path) -> None:
+def test_an_evaluation_of_only_training_images_is_an_error(usual_and_dark: dict[str, str], tmp_path: Path) -> None:
     data = usual_and_dark["usual"]
     tests = read_index(data, "gear", split="test").to_pylist()
-    known = [short_hash(row["content_hash"]) for row in tests]
-    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=known)
+    hashes = [short_hash(row["content_hash"]) for row in tests]
+    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=hashes)
     for exact_pixels in (0, ALL):
-        report = evaluated({"gear": bundle}, tmp_path / f"report{exact_pixels}", exact_pixels)
-        assert (
-            f"all {len(tests)} test images are among those that the model was trained on"
-            in report.results["gear"]["error"]
-        )
+        report = evaluate({"gear": bundle}, tmp_path / f"report{exact_pixels}", exact_pixels)
+        assert f"the model was trained on all {len(tests)} test images" in report.results["gear"]["error"]

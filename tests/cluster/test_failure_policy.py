@@ -1,4 +1,4 @@
-"""Which failures of a training are tried again."""
+"""Which failures of a training are retried."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def as_ray_tells(error: BaseException) -> BaseException:
 @pytest.mark.parametrize(
     "error", [DataError("a"), ConfigError("b"), WeightsError("c"), FloatingPointError("the loss is nan")]
 )
-def test_what_will_come_again_is_not_tried_again(error: BaseException) -> None:
+def test_permanent_errors_are_not_retried(error: BaseException) -> None:
     assert decide(as_ray_tells(error)) == FailureDecision.RAISE
     # the other workers fail of its going, which is no reason to go on
     assert decide(as_ray_tells(RuntimeError("connection closed by peer")), as_ray_tells(error)) == FailureDecision.RAISE
@@ -49,23 +49,23 @@ def test_what_will_come_again_is_not_tried_again(error: BaseException) -> None:
         WorkerHealthCheckFailedError("lost", RayActorError()),
     ],
 )
-def test_what_may_pass_is_tried_again(error: BaseException) -> None:
+def test_temporary_errors_are_retried(error: BaseException) -> None:
     assert decide(error) == FailureDecision.RETRY
 
 
-def test_causes_are_found_under_any_name_and_once() -> None:
+def test_each_cause_is_found_once_under_any_attribute_name() -> None:
     inner = DataError("inner")
     outer = RuntimeError("outer")
     outer.__cause__ = inner
     inner.__cause__ = outer  # a circle, as re-raising makes
-    assert {type(one) for one in iter_causes(as_ray_tells(outer))} == {
+    assert {type(cause) for cause in iter_causes(as_ray_tells(outer))} == {
         UserExceptionWithTraceback,
         RuntimeError,
         DataError,
     }
 
 
-def test_trainers_use_it_once_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainers_use_the_policy_after_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_parallel_trainer, "create_failure_policy", None)
     install()
     assert isinstance(

@@ -1,4 +1,4 @@
-"""An S3 server that throttles and dies: training and batch inspection lose no row and count none twice."""
+"""If an S3 server throttles and dies, training and batch inspection lose no row and count no row twice."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if __name__ == "__main__":
 @pytest.mark.s3
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-def test_a_server_that_is_killed_and_throttles_costs_no_row_and_repeats_none(
+def test_a_server_that_is_killed_and_throttles_loses_and_repeats_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program, folder, ports = find_program(), tmp_path / "s3", free_ports(5)

@@ -41,7 +41,7 @@ def test_tasks_on_a_cluster_give_the_groups_of_one_process(ray_cluster: None, so
 
 
 def drop_group_of_a_part(root: Path) -> None:
-    """Takes the column out of the first part file, and makes its rows groups of their own in the index."""
+    """Removes the column `group` from the first part file and from its rows in the index."""
     folder = root / "category=bolt"
     commit = open_store(root).require_commit("bolt")
     entry = commit["files"][0]

@@ -1,4 +1,4 @@
-"""Ingestion on a cluster: the data of one process, exactly once, though workers die after they have written."""
+"""Ingestion on a cluster gives the data of one process exactly once, even if workers die after a write."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Two categories with a copy, a broken file and stems that clash."""
+    """Makes two categories with a duplicate, a broken file and equal file stems."""
     for number, name in enumerate(("bolt", "nut")):
         root = make_mvtec(tmp_path / "parts" / name, num_train=21, seed=1000 * number)
         save(root / "train/good/zz.png", pixels(1000 * number + 3))
@@ -48,7 +48,7 @@ def rows_of(root: Path, category: str) -> list[dict[str, Any]]:
     return list(read_rows(root, category, index["row"].to_numpy(), SCHEMA.names))
 
 
-def test_a_cluster_gives_the_data_of_one_process_though_each_worker_dies_once_after_it_has_written(
+def test_a_cluster_gives_the_data_of_one_process_even_if_each_worker_dies_once_after_a_write(
     ray_cluster: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "MAX_CHUNK_IMAGES", 7)
@@ -58,14 +58,14 @@ def test_a_cluster_gives_the_data_of_one_process_though_each_worker_dies_once_af
     class Deadly(ClusterMapper):
         def __call__(self, function: Callable[[Any], Any], items: Sequence[Any], /) -> Iterator[tuple[int, Any]]:
             def die_once(item: Any) -> Any:
-                done = function(item)
+                result = function(item)
                 place = deaths / f"{function.__name__}-{zlib.crc32(repr(item).encode())}"
                 if place.exists():
-                    return done
+                    return result
                 place.touch()
                 if len(list(deaths.iterdir())) <= 3:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return done
+                return result
 
             return super().__call__(die_once, items)
 
@@ -93,7 +93,7 @@ def test_a_cluster_gives_the_data_of_one_process_though_each_worker_dies_once_af
     assert again.status == "unchanged"
 
 
-def test_what_fails_on_a_worker_is_told_as_it_is_here(ray_cluster: None, tmp_path: Path) -> None:
+def test_an_error_of_a_worker_is_raised_unchanged(ray_cluster: None, tmp_path: Path) -> None:
     def fail(item: int) -> int:
         if item:
             raise DataError(f"{item}: no such thing")
@@ -105,7 +105,7 @@ def test_what_fails_on_a_worker_is_told_as_it_is_here(ray_cluster: None, tmp_pat
         list(mapper(fail, [0, 7]))
 
 
-def test_a_piece_whose_workers_keep_dying_is_told(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_whose_workers_always_die_is_reported(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_ingest, "MAX_RETRIES", 1)
 
     def die(item: int) -> None:
@@ -122,9 +122,9 @@ def test_the_command_appends_with_workers(
     ingest(source, out, progress=False)
     save(source / "nut/train/good/new.png", pixels(5000))
     status = main(["ingest", str(source), str(out), "--append", "--workers", "auto"])
-    told = capsys.readouterr().out
-    assert "nut: appended, 23 train" in told
-    assert "bolt: unchanged, 22 train" in told
+    printed = capsys.readouterr().out
+    assert "nut: appended, 23 train" in printed
+    assert "bolt: unchanged, 22 train" in printed
     assert status == 3  # the broken files
     assert store.open_store(out).require_commit("nut")["num_rows"] == 26
 
@@ -145,8 +145,8 @@ def test_from_s3_to_s3_each_object_is_read_once_by_some_worker(s3: S3Server, sou
             text=True,
             timeout=200,
         )
-        asked = [path for method, path, _, _ in proxy.requests if "/parts/" in path and method == "GET"]
+        requested_paths = [path for method, path, _, _ in proxy.requests if "/parts/" in path and method == "GET"]
     assert (ended.returncode, ended.stdout) == (expected.exit_status, f"{expected}\n"), ended.stderr[-2000:]
-    assert len(asked) == len(set(asked)) == len(objects)
+    assert len(requested_paths) == len(set(requested_paths)) == len(objects)
     for category in ("bolt", "nut"):
         assert read_index(f"{root}/data", category).equals(read_index(tmp_path / "alone", category))

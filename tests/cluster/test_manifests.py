@@ -114,7 +114,7 @@ def test_a_ray_cluster_has_known_keys_and_valid_pods(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
-def test_every_container_has_the_token_and_cannot_rise_above_itself(kind: str) -> None:
+def test_every_container_has_the_token_and_cannot_gain_privileges(kind: str) -> None:
     spec = ray_cluster_specs()[kind]
     assert spec["authOptions"] == {"mode": "token", "secretName": "focus-ray-token"}  # the operator's own way to it
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
@@ -128,7 +128,7 @@ def test_every_container_has_the_token_and_cannot_rise_above_itself(kind: str) -
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
-def test_only_an_autoscaler_may_ask_kubernetes(kind: str) -> None:
+def test_only_an_autoscaler_may_call_the_kubernetes_api(kind: str) -> None:
     spec = ray_cluster_specs()[kind]
     assert not any(account["automountServiceAccountToken"] for account in of_kind("ServiceAccount"))
     head = spec["headGroupSpec"]["template"]["spec"]
@@ -165,15 +165,15 @@ def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
     pods = [(1, spec["headGroupSpec"]["template"]), (1, job["spec"]["submitterPodTemplate"])]
     pods += [(group["replicas"], group["template"]) for group in spec["workerGroupSpecs"]]
     for name, limit in quota.items():
-        asked = sum(
+        requested = sum(
             count * quantity(container["resources"]["requests"].get(name, 0))
             for count, template in pods
             for container in template["spec"]["containers"]
         )
-        assert 0 < asked <= limit, name
+        assert 0 < requested <= limit, name
 
 
-def test_the_jobs_command_is_one_that_focus_ray_understands() -> None:
+def test_the_command_of_the_job_is_valid() -> None:
     from focus_ray.cli.main import build_parser
     from focus_ray.config import load_config
     from focus_ray.standard import find_config
@@ -215,12 +215,12 @@ def test_every_team_has_queues_flavors_and_a_namespace_that_exist() -> None:
         assert isinstance(item["value"], int)
 
 
-def test_every_namespace_that_is_used_is_made_with_its_account_and_policy() -> None:
-    made = {item["metadata"]["name"] for item in of_kind("Namespace")}
+def test_every_used_namespace_is_created_with_its_account_and_policy() -> None:
+    created = {item["metadata"]["name"] for item in of_kind("Namespace")}
     used = {item["metadata"]["namespace"] for item in everything() if "namespace" in item["metadata"]}
-    assert used <= made
+    assert used <= created
     for kind in ("ServiceAccount", "NetworkPolicy", "ConfigMap"):
-        assert {item["metadata"]["namespace"] for item in of_kind(kind)} == made
+        assert {item["metadata"]["namespace"] for item in of_kind(kind)} == created
 
 
 def policy(name: str, namespace: str) -> dict[str, Any]:
@@ -232,7 +232,7 @@ def policy(name: str, namespace: str) -> dict[str, Any]:
 
 
 def admits(rule: dict[str, Any], port: int, protocol: str = "TCP") -> bool:
-    """Whether a rule of a network policy is about a port; a rule without ports is about all."""
+    """Returns whether a rule of a network policy covers a port; a rule without ports covers all ports."""
     return "ports" not in rule or any(
         item["protocol"] == protocol and item["port"] <= port <= item.get("endPort", item["port"])
         for item in rule["ports"]
@@ -246,9 +246,9 @@ def test_clients_reach_the_port_of_serve_through_the_front_proxy_alone() -> None
     peers = [peer for rule in policy("ray-pods", "vision")["ingress"] if admits(rule, 8000) for peer in rule["from"]]
     operator = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}}}
     assert peers == [operator, {"podSelector": {"matchLabels": labels}}]
-    own = policy("focus-ray-proxy", "vision")
-    assert own["podSelector"]["matchLabels"] == labels
-    assert [port for port in (80, 8000, 8080, 8443, 8444) if admits(own["ingress"][0], port)] == [8443]
+    proxy_policy = policy("focus-ray-proxy", "vision")
+    assert proxy_policy["podSelector"]["matchLabels"] == labels
+    assert [port for port in (80, 8000, 8080, 8443, 8444) if admits(proxy_policy["ingress"][0], port)] == [8443]
 
 
 def test_the_front_proxy_reads_its_configuration_and_certificate_where_nginx_looks_for_them() -> None:
@@ -349,7 +349,7 @@ def test_nodes_with_gpus_and_only_they_run_the_cuda_variant_as_the_images_user(k
         templates.append(of_kind("RayJob")[0]["spec"]["submitterPodTemplate"])
     for template in templates:
         for container in template["spec"]["containers"]:
-            wanted = "cuda" if "nvidia.com/gpu" in container["resources"]["limits"] else "cpu"
-            assert container["image"].endswith(f"-{wanted}")
+            variant = "cuda" if "nvidia.com/gpu" in container["resources"]["limits"] else "cpu"
+            assert container["image"].endswith(f"-{variant}")
             security = container["securityContext"]
             assert (security["runAsNonRoot"], security["runAsUser"], security["runAsGroup"]) == (True, 1000, 0)

@@ -1,4 +1,4 @@
-"""The pool of single workers: every category once, lost actors' categories again, certain errors not."""
+"""The worker pool fits every category once, retries after the loss of an actor, and never retries permanent errors."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def run(function: Callable[[Job], Any], names: Sequence[str], place: Path) -> tu
 
 
 def attempts_of(place: Path) -> list[str]:
-    """Names in alphabetical order, one an attempt."""
+    """Returns the names of all attempts in alphabetical order."""
     return sorted(file.name.partition("-")[0] for file in place.iterdir())
 
 
 def note(job: Job) -> int:
-    """Leaves a file of this attempt. Returns: which attempt it is."""
+    """Writes a file for this attempt and returns the number of the attempt."""
     number = sum(name == job.category for name in attempts_of(job.place))
     (job.place / f"{job.category}-{number}").write_text("")
     return number
@@ -60,7 +60,7 @@ def fit_or_die(job: Job) -> bool:
     return True
 
 
-def test_a_lost_actors_category_is_fitted_again_and_the_others_once(ray_cluster: None, tmp_path: Path) -> None:
+def test_the_category_of_a_lost_actor_is_fitted_again_and_the_others_once(ray_cluster: None, tmp_path: Path) -> None:
     assert run(fit_or_die, list("abcde"), tmp_path) == (dict.fromkeys("abcde", True), {})
     assert attempts_of(tmp_path) == ["a", "b", "b", "c", "d", "e"]
 
@@ -75,16 +75,14 @@ def fit_or_fail(job: Job) -> None:
         raise RuntimeError("always")
 
 
-def test_what_will_fail_again_is_not_tried_again_and_a_storage_that_comes_back_is(
-    ray_cluster: None, tmp_path: Path
-) -> None:
+def test_permanent_errors_are_not_retried_but_storage_errors_are(ray_cluster: None, tmp_path: Path) -> None:
     _, failed = run(fit_or_fail, list("abcd"), tmp_path)
     retries = small_config("unused", tmp_path).cluster.max_failures
     assert failed == {"b": "DataError: no such image", "d": f"RuntimeError: always ({retries + 1} attempts)"}
     assert attempts_of(tmp_path) == ["a", "b", "c", "c", "c", *["d"] * (retries + 1)]
 
 
-def test_categories_fitted_in_a_pool_are_those_fitted_in_this_process(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_pool_gives_the_bundles_of_this_process(ray_cluster: None, tmp_path: Path) -> None:
     images = draw_parts(tmp_path / "images")
     (images / "wheel").symlink_to(images / "gear", target_is_directory=True)
     data = str(tmp_path / "data")
@@ -94,21 +92,23 @@ def test_categories_fitted_in_a_pool_are_those_fitted_in_this_process(ray_cluste
         sections = {"data": {"uri": data, "categories": ["gear", "wheel"]}, "cluster": {"use_gpu": False, **cluster}}
         return small_config(data, tmp_path, **sections).model_copy(update={"name": name})
 
-    pooled, here = config("pooled", local=False), config("here", local=True)
+    pooled, local = config("pooled", local=False), config("here", local=True)
     assert fits_without_trainer(pooled)
     said: list[str] = []
     train(pooled, log=said.append)
-    train(here)
+    train(local)
     assert "2 categories, 2 at a time, 1 worker(s) each" in said
-    made = [find_bundles(str(tmp_path / name)) for name in ("pooled", "here")]
-    assert [list(bundles) for bundles in made] == [["gear", "wheel"]] * 2
+    bundles_of_runs = [find_bundles(str(tmp_path / name)) for name in ("pooled", "here")]
+    assert [list(bundles) for bundles in bundles_of_runs] == [["gear", "wheel"]] * 2
     for category in ("gear", "wheel"):
-        one, other = (read_manifest(bundles[category]) for bundles in made)
-        assert one["files"]["network"]["sha256"] == other["files"]["network"]["sha256"]
-        assert one["calibration"]["image_threshold"] == pytest.approx(other["calibration"]["image_threshold"], rel=1e-5)
+        pooled_manifest, local_manifest = (read_manifest(bundles[category]) for bundles in bundles_of_runs)
+        assert pooled_manifest["files"]["network"]["sha256"] == local_manifest["files"]["network"]["sha256"]
+        assert pooled_manifest["calibration"]["image_threshold"] == pytest.approx(
+            local_manifest["calibration"]["image_threshold"], rel=1e-5
+        )
 
 
-def test_training_by_gradient_or_by_several_workers_is_not_pooled(tmp_path: Path) -> None:
+def test_epochs_or_several_workers_need_a_trainer(tmp_path: Path) -> None:
     data = ingest_parts(tmp_path)
     assert not fits_without_trainer(small_config(data, tmp_path, train={"epochs": 1}))
     assert not fits_without_trainer(small_config(data, tmp_path, cluster={"num_workers": 2}))

@@ -1,4 +1,4 @@
-"""A private cluster asks for a token, and who joins a cluster without its token is told which variables to set."""
+"""A private cluster requires a token. Without the token, the error message names the variables to set."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ sys.stdin.readline()
 """
 JOIN = """
 import sys
-from focus_ray.cluster.address import why_no_cluster
-print(why_no_cluster(sys.argv[1]))
+from focus_ray.cluster.address import explain_no_cluster
+print(explain_no_cluster(sys.argv[1]))
 """
 
 
 def ray_folder(folder: Path) -> Path:
-    """Short, because the paths of Ray's sockets lie below it."""
+    """Returns a folder with a short path, because the paths of the sockets of Ray are below it."""
     return Path("/tmp") / f"ray-{folder.name[:16]}-{os.getpid()}"
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """Of a user without any token."""
+    """Returns the environment of a user without a token."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     (folder / "home").mkdir(exist_ok=True)
     return {**clean, "HOME": str(folder / "home"), "RAY_TMPDIR": str(ray_folder(folder)), **variables}
@@ -50,7 +50,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A private cluster in a process of its own: gcs, dashboard, mode, token; and its user's folder."""
+    """Starts a private cluster in another process. Returns gcs, dashboard, mode, token and the folder of its user."""
     folder = tmp_path_factory.mktemp("t")
     with subprocess.Popen(
         [sys.executable, "-c", START],
@@ -75,7 +75,7 @@ def status_of(url: str, token: str | None = None, body: bytes | None = None) -> 
         return error.code
 
 
-def test_a_private_cluster_has_a_random_token_that_is_nowhere_on_the_disk(private: dict[str, Any]) -> None:
+def test_the_random_token_of_a_private_cluster_is_not_on_the_disk(private: dict[str, Any]) -> None:
     assert private["mode"] == "token"
     assert len(private["token"]) == 64
     assert not (private["folder"] / "home/.ray/auth_token").exists()
@@ -98,7 +98,7 @@ def test_a_request_without_the_token_to_the_jobs_of_a_private_cluster_is_refused
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "the cluster's"}, False),
     ],
 )
-def test_who_joins_without_the_token_of_a_cluster_is_told_what_to_set(
+def test_joining_without_the_token_names_the_variables_to_set(
     private: dict[str, Any], variables: dict[str, str], is_refused: bool
 ) -> None:
     if not is_refused:
@@ -120,10 +120,10 @@ def test_who_joins_without_the_token_of_a_cluster_is_told_what_to_set(
         ({"RAY_AUTH_TOKEN": "of the user"}, "token of the user"),
     ],
 )
-def test_what_the_user_has_set_stays(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
+def test_token_settings_of_the_user_are_kept(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
     code = (
         "import os, ray\nfrom focus_ray.cluster.ray_private import require_token\nrequire_token()\n"
         "print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
     )
-    found = subprocess.check_output([sys.executable, "-c", code], env=environment(tmp_path, **variables), text=True)
-    assert found.strip() == expected
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment(tmp_path, **variables), text=True)
+    assert printed.strip() == expected

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from focus_ray.api import as_good
+from focus_ray.api import link_into_good_folder
 from focus_ray.cli.output import image_paths
 from focus_ray.data.images import ImageError, decode_batch, decode_mask, encode_png
 from focus_ray.data.ingest import ingest
@@ -71,7 +71,7 @@ def test_ingest_uses_the_same_files(folder: Path, tmp_path: Path) -> None:
 
 def test_a_folder_with_images_and_hidden_folders_counts_as_a_folder_of_images(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "part")
-    assert [path.name for path in (as_good(folder, tmp_path / "scratch") / "good").iterdir()] == ["a.png"]
+    assert [path.name for path in (link_into_good_folder(folder, tmp_path / "scratch") / "good").iterdir()] == ["a.png"]
 
 
 def test_a_listing_reports_the_number_of_skipped_files(folder: Path) -> None:

@@ -23,7 +23,7 @@ from focus_ray.data.regions import check_regions, draw_polygons, load_frame, rea
 from focus_ray.data.shards import build_shard
 from focus_ray.data.split import plan_category
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.evaluation import metrics
+from focus_ray.evaluation.pixels import PixelCurve
 from focus_ray.fitting.fit import CategoryFit, FitResult
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.sweep.settings import parse_sweep
@@ -233,7 +233,7 @@ def test_only_pixels_of_the_region_are_measured(inspector: Inspector, data: str)
     assert inside.any()
     assert inside.sum() < masks.sum()
     assert results["pixel_auroc"] == pytest.approx(roc_auc_score(inside.ravel(), scores.ravel()), abs=1e-4)
-    assert results["aupro_0.3"] == pytest.approx(metrics.aupro(inside, scores, 0.3), abs=1e-3)
+    assert results["aupro_0.3"] == pytest.approx(PixelCurve.of(inside, scores, regions=True).aupro(0.3), abs=1e-3)
 
 
 # The bundle

@@ -12,7 +12,7 @@ from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.batch import findings
+from focus_ray.cluster.batch import inspect_records
 from focus_ray.config import Config
 from focus_ray.data.images import ImageError, decode_image, encode_png
 from focus_ray.data.ingest import ingest
@@ -21,7 +21,7 @@ from focus_ray.data.split import split_category
 from focus_ray.density.tiles import Tiles
 from focus_ray.errors import DataError
 from focus_ray.evaluation.inspection import Inspection
-from focus_ray.export.scorer import Scorer
+from focus_ray.export.scorer import ExportableScorer
 from focus_ray.fitting.scoring import embed, shown_locations, to_images
 from focus_ray.serving.scorer import Scores, _decode, _judge
 
@@ -94,7 +94,7 @@ def test_inspection_of_a_thin_image_gives_an_error_and_no_verdict(bundle: str, d
     assert isinstance(finding, Inspection)
     assert finding.anomalous
     record = {"id": "gear/bad/thin", "label": 1, "defect_type": "bad", "site": "", "image": thin.read_bytes()}
-    assert "512 x 8" in findings(inspector, [record])["error"][0].as_py()
+    assert "512 x 8" in inspect_records(inspector, [record])["error"][0].as_py()
     labelled_record = {**record, "mask": None, "width": 512, "height": 8}
     with pytest.raises(DataError, match=r"^gear/bad/thin: .*512 x 8"):
         inspector.evaluate([labelled_record])
@@ -148,7 +148,7 @@ def test_an_image_without_a_cell_after_alignment_has_no_score(data: str, tmp_pat
 
 
 def test_an_export_calls_an_image_without_inspected_cells_anomalous_and_gives_no_score(bundle: str) -> None:
-    scorer = Scorer(read_bundle(bundle, precision="fp32"))
+    scorer = ExportableScorer(read_bundle(bundle, precision="fp32"))
     for size, is_inspected in (((512, 8), False), ((512, 128), True)):
         score, _, anomalous, _, _ = scorer(torch.from_numpy(strip(*size))[None])
         assert bool(torch.isfinite(score[0])) == is_inspected

@@ -10,7 +10,7 @@ from focus_ray.density.checked_memory import MIN_IMAGES, CheckedMemory
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import JointMemory, to_bank_rows
 from focus_ray.density.relations import Relations
-from focus_ray.export.densities import as_module
+from focus_ray.export.densities import to_traceable_module
 
 HEIGHT, WIDTH, LOCATION_CHANNELS, CORESET_CHANNELS = 3, 4, 6, 5
 CONFIG = DensityConfig(coreset=30, precision="fp32")
@@ -106,4 +106,6 @@ def test_a_density_loaded_from_its_tensors_scores_the_same() -> None:
 def test_the_exported_module_scores_the_same() -> None:
     density, _ = build_checked(make_embeddings(40))
     queries = make_embeddings(5, seed=1)
-    torch.testing.assert_close(as_module(density, half=False)(queries), density.score(queries), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        to_traceable_module(density, half=False)(queries), density.score(queries), rtol=1e-4, atol=1e-4
+    )

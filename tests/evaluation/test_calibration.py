@@ -1,4 +1,4 @@
-"""Calibration: the guarantees in simulation, the laws between p-value and verdict, merging, and a slow reference."""
+"""Calibration: simulated guarantees, laws between p-value and verdict, merging, and a slow reference."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from focus_ray.errors import DataError
-from focus_ray.evaluation.calibration import PRECISION_SHIFT, Calibration, CalibrationBuilder
-from focus_ray.evaluation.metrics import false_positive_rate
+from focus_ray.evaluation.calibration import PRECISION_SHIFT, Calibration, CalibrationBuilder, is_above
 
 
 def calibrate(
@@ -28,7 +27,7 @@ def calibrate(
 
 
 def slow_pixel_threshold(maps: list[np.ndarray], target: Fraction) -> float:
-    """The smallest pixel score lambda with (n R(lambda) + 1)/(n + 1) <= target, or with R <= target, in fractions."""
+    """Returns the smallest pixel score lambda with (n R(lambda) + 1)/(n + 1) <= target, or R <= target, in fractions."""
     n = len(maps)
 
     def total_share_above(threshold: float) -> Fraction:
@@ -79,7 +78,7 @@ def test_the_image_threshold_is_the_textbook_order_statistic(scores, percent):
     ),
     st.integers(1, 60),
 )
-def test_the_pixel_threshold_is_its_definition(maps, percent):
+def test_the_pixel_threshold_agrees_with_its_definition(maps, percent):
     maps = [scores.astype(np.float32) for scores in maps]
     calibration = calibrate(np.zeros(len(maps)), maps, target_pixel_fpr=percent / 100, kept_fraction=1.0)
     assert calibration.pixel_threshold == slow_pixel_threshold(maps, Fraction(percent, 100))
@@ -91,7 +90,7 @@ def test_the_pixel_threshold_is_its_definition(maps, percent):
     st.sampled_from([0.05, 0.1, 0.3, 0.6]),
     st.sampled_from([0.02, 0.1, 0.25]),
 )
-def test_keeping_a_part_of_the_pixels_never_lowers_the_pixel_threshold(maps, kept_fraction, target):
+def test_storing_a_part_of_the_pixels_never_lowers_the_pixel_threshold(maps, kept_fraction, target):
     whole = calibrate(np.zeros(7), maps, target_pixel_fpr=target, kept_fraction=1.0)
     part = calibrate(np.zeros(7), maps, target_pixel_fpr=target, kept_fraction=kept_fraction)
     assert part.pixel_threshold >= whole.pixel_threshold
@@ -106,7 +105,7 @@ def test_the_default_part_of_the_pixels_gives_the_exact_threshold_when_one_image
 
 
 @given(st.integers(0, 6), hnp.arrays(np.int64, (6, 3, 4), elements=st.integers(0, 9)))
-def test_merged_builders_equal_one_that_saw_everything(cut, maps):
+def test_merged_builders_equal_a_single_builder(cut, maps):
     scores = maps.max(axis=(1, 2))
     parts = []
     for batch in (slice(cut, None), slice(None, cut)):
@@ -135,17 +134,17 @@ def test_over_many_calibrations_the_pixel_rate_stays_below_its_bound_for_images_
     bounds = {}
     for _ in range(runs):
         maps = rng.normal(size=(n + 1, 8, 8)) + 2.0 * rng.normal(size=(n + 1, 1, 1))  # whole images are high or low
-        for target, found in shares.items():
+        for target, target_shares in shares.items():
             calibration = calibrate(np.zeros(n), maps[:n], target_pixel_fpr=target)
-            found.append(np.mean(maps[n] > calibration.pixel_threshold))
+            target_shares.append(np.mean(maps[n] > calibration.pixel_threshold))
             bounds[target] = calibration.pixel_fpr_bound
             assert calibration.pixel_guaranteed == (target == 0.1)
     assert bounds == {0.1: 0.1, 0.01: pytest.approx((30 * 0.01 + 1) / 31)}
-    for target, found in shares.items():
-        assert np.mean(found) <= bounds[target] + 3 * np.std(found) / math.sqrt(runs)
+    for target, target_shares in shares.items():
+        assert np.mean(target_shares) <= bounds[target] + 3 * np.std(target_shares) / math.sqrt(runs)
 
 
-def test_three_images_give_their_highest_score_and_say_so():
+def test_three_images_give_their_highest_score_with_a_caveat():
     calibration = calibrate([3.0, 1.0, 2.0], target_fpr=0.05)
     assert calibration.image_threshold == 3.0
     assert not calibration.image_guaranteed
@@ -155,7 +154,7 @@ def test_three_images_give_their_highest_score_and_say_so():
     )
 
 
-def test_too_few_images_give_a_threshold_of_a_model_and_say_so():
+def test_too_few_images_give_a_threshold_of_the_tail_model_with_a_caveat():
     calibration = calibrate(np.arange(10.0, 20.0), target_fpr=0.05)
     assert calibration.tail is not None
     assert calibration.image_threshold > 19.0
@@ -187,14 +186,14 @@ def test_the_interval_of_the_rate_narrows_with_images_and_holds_its_share_of_dra
     assert np.mean([(low <= rate <= high) for rate in rates]) == pytest.approx(0.9, abs=0.03)
 
 
-def test_leaving_one_out_tells_what_is_known_of_its_rate():
+def test_leave_one_out_has_a_caveat_about_its_rate():
     calibration = calibrate(np.arange(200.0), method="leave_one_out")
     assert not calibration.image_guaranteed
     assert calibration.tail is None
     assert any("All 200 training images set the threshold" in line for line in calibration.caveats())
 
 
-def test_enough_images_leave_nothing_to_tell():
+def test_enough_images_give_no_caveats():
     calibration = calibrate(np.arange(1000.0), target_fpr=0.05, target_pixel_fpr=0.001)
     assert (calibration.image_guaranteed, calibration.pixel_guaranteed) == (True, True)
     assert calibration.caveats() == []
@@ -207,24 +206,24 @@ def test_the_cross_method_claims_no_guarantee():
     assert ["cross" in line for line in calibration.caveats()] == [True]
 
 
-def test_calibrations_of_former_bundles_lack_the_newer_fields():
+def test_calibrations_of_older_bundles_may_lack_newer_fields():
     calibration = calibrate([1.0, 2.0])
     newer = ("tail", "by_hand", "num_groups", "precision", "converted_from")
-    former = {key: value for key, value in calibration.to_dict().items() if key not in newer}
-    assert Calibration.from_dict(former) == calibration
+    older = {key: value for key, value in calibration.to_dict().items() if key not in newer}
+    assert Calibration.from_dict(older) == calibration
 
 
-def test_a_former_calibration_keeps_its_threshold_and_p_values():
-    """A calibration of twelve scores, written before the tail had a prior."""
+def test_an_older_calibration_keeps_its_threshold_and_p_values():
+    """The calibration of twelve scores was written before the tail had a prior."""
     scores = [0.91, 0.95, 0.97, 0.99, 1.0, 1.02, 1.03, 1.05, 1.08, 1.12, 1.2, 1.31]
-    former = {
+    older = {
         "method": "leave_one_out", "image_scores": scores, "target_fpr": 0.05,
         "image_threshold": 1.371431254225292, "image_guaranteed": False, "target_pixel_fpr": 0.001,
         "pixel_threshold": 2.0, "pixel_guaranteed": False,
         "tail": {"start": 1.03, "share": 6 / 13, "scale": 0.122, "shape": 0.2}, "by_hand": False,
     }  # fmt: skip
-    calibration = Calibration.from_dict(former)
-    assert calibration.image_threshold == former["image_threshold"]
+    calibration = Calibration.from_dict(older)
+    assert calibration.image_threshold == older["image_threshold"]
     expected = [13 / 13, 9 / 13, 6 / 13 * (1 + 0.2 * 0.17 / 0.122) ** -5, 6 / 13 * (1 + 0.2 * 0.97 / 0.122) ** -5]
     np.testing.assert_allclose(calibration.conformal_p_value([0.5, 1.0, 1.2, 2.0]), expected, rtol=1e-3)
     assert calibration.is_anomalous([1.37, 1.38]).tolist() == [False, True]
@@ -384,10 +383,10 @@ def test_the_last_digits_of_a_score_decide_nothing() -> None:
     p_values = calibration.conformal_p_value(scores)
     assert p_values[0] == p_values[1] > p_values[2]
     assert (p_values <= calibration.effective_fpr).tolist() == [False, False, True]
-    assert false_positive_rate(scores, calibration.image_threshold) == pytest.approx(1 / 3)
+    assert is_above(scores, calibration.image_threshold).mean() == pytest.approx(1 / 3)
 
 
-def test_at_the_recorded_or_an_unknown_precision_a_calibration_stays_as_it_is():
+def test_a_calibration_does_not_change_at_its_own_or_an_unknown_precision():
     calibration = calibrate(np.arange(10.0))
     assert calibration.precision is None
     assert calibration.at_precision("bfloat16") is calibration

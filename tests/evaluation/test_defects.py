@@ -14,7 +14,7 @@ from focus_ray.evaluation.defects import (
     KINDS,
     VISIBLE_CHANGE,
     find_foreground,
-    overlaid,
+    merge_copies,
     synthesize_defect,
     synthetic_validation_set,
 )
@@ -24,7 +24,7 @@ MVTEC = SHARED / "data" / "mvtec"
 
 
 def textured(seed: int, height: int = 64, width: int = 80) -> np.ndarray:
-    """A grainy disc on a plain light ground."""
+    """Draws a grainy disc on a plain light background."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     disc = np.hypot(y - height / 2, x - width / 2) < 0.35 * height
@@ -38,10 +38,10 @@ def textured(seed: int, height: int = 64, width: int = 80) -> np.ndarray:
 def test_the_mask_holds_every_noticeable_change_and_nothing_unchanged(seed, kind, with_donor):
     image = textured(seed % 7)
     before = image.copy()
-    made, mask = synthesize_defect(image, np.random.default_rng(seed), kind, textured(8) if with_donor else None)
-    change = np.abs(made.astype(int) - image.astype(int)).max(axis=2)
+    changed, mask = synthesize_defect(image, np.random.default_rng(seed), kind, textured(8) if with_donor else None)
+    change = np.abs(changed.astype(int) - image.astype(int)).max(axis=2)
     assert np.array_equal(image, before)
-    assert made.dtype == np.uint8
+    assert changed.dtype == np.uint8
     assert mask.dtype == np.bool_
     assert mask.any()
     assert mask[change > VISIBLE_CHANGE].all()
@@ -56,34 +56,36 @@ def test_the_same_generator_state_makes_the_same_defect(kind):
     assert not np.array_equal(first[0], other[0])
 
 
-def test_a_set_has_the_kinds_in_turn_and_every_image_its_copies():
+def test_kinds_take_turns_and_every_image_has_its_copies():
     images = np.stack([textured(seed) for seed in range(6)])
-    made, masks, kinds = synthetic_validation_set(images, seed=1, per_image=2)
-    assert made.shape == (12, 64, 80, 3)
+    copies, masks, kinds = synthetic_validation_set(images, seed=1, per_image=2)
+    assert copies.shape == (12, 64, 80, 3)
     assert masks.shape == (12, 64, 80)
     assert kinds == [*KINDS, *KINDS]
     assert masks.any(axis=(1, 2)).all()
     for index in range(12):
         untouched = ~masks[index]
-        change = np.abs(made[index].astype(int) - images[index // 2].astype(int)).max(axis=2)
+        change = np.abs(copies[index].astype(int) - images[index // 2].astype(int)).max(axis=2)
         assert change[untouched].max() <= VISIBLE_CHANGE
 
 
-def test_copies_laid_over_one_another_keep_every_defect_apart_from_the_others():
+def test_merged_copies_keep_every_defect_separate():
     image = draw_sample("board", 0, "train", 0)[0]
     copies, masks, _ = synthetic_validation_set(image[None], seed=1, per_image=6)
-    made, together = overlaid(image, copies, masks)
-    assert 1 <= len(made) < 6
+    merged, merged_masks = merge_copies(image, copies, masks)
+    assert 1 <= len(merged) < 6
     for copy, mask in zip(copies, masks, strict=True):
-        (place,) = [place for place, other in enumerate(together) if (other & mask).sum() == mask.sum()][:1]
-        assert (made[place][mask] == copy[mask]).all()
-    assert together.sum() == masks.sum()  # those that overlap have a copy each
+        (index,) = [
+            index for index, merged_mask in enumerate(merged_masks) if (merged_mask & mask).sum() == mask.sum()
+        ][:1]
+        assert (merged[index][mask] == copy[mask]).all()
+    assert merged_masks.sum() == masks.sum()  # overlapping defects are on different copies
     assert (
-        made[:, ~masks.any(axis=0)] == np.where(masks.any(axis=0)[..., None], 0, image)[~masks.any(axis=0)]
+        merged[:, ~masks.any(axis=0)] == np.where(masks.any(axis=0)[..., None], 0, image)[~masks.any(axis=0)]
     ).mean() > 0.9
 
 
-def test_a_set_depends_on_its_seed_alone():
+def test_a_set_depends_on_its_seed_only():
     images = np.stack([textured(seed) for seed in range(3)])
     first, again, other = (synthetic_validation_set(images, seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(first[0], again[0])
@@ -102,9 +104,9 @@ def test_a_set_of_one_image_and_of_uniform_images_can_be_made():
 
 def test_defects_reach_from_barely_visible_to_plain_and_from_small_to_large():
     images = np.stack([draw_sample("board", 0, "train", index)[0] for index in range(4)])
-    made, masks, _ = synthetic_validation_set(images, seed=0, per_image=30)
-    change = np.abs(made.astype(int) - np.repeat(images, 30, axis=0)).max(axis=3)
-    contrast = np.array([np.median(one[mask]) for one, mask in zip(change, masks, strict=True)])
+    copies, masks, _ = synthetic_validation_set(images, seed=0, per_image=30)
+    change = np.abs(copies.astype(int) - np.repeat(images, 30, axis=0)).max(axis=3)
+    contrast = np.array([np.median(change_of_copy[mask]) for change_of_copy, mask in zip(change, masks, strict=True)])
     area = masks.mean(axis=(1, 2))
     assert np.quantile(contrast, 0.15) < 25
     assert np.quantile(contrast, 0.85) > 60
@@ -116,15 +118,15 @@ def test_the_foreground_of_a_disc_is_the_disc():
     image = textured(0, 128, 160)
     y, x = np.mgrid[0:128, 0:160]
     disc = np.hypot(y - 64, x - 80) < 0.35 * 128
-    found = find_foreground(image)
-    assert (found & disc).sum() / (found | disc).sum() > 0.9
+    foreground = find_foreground(image)
+    assert (foreground & disc).sum() / (foreground | disc).sum() > 0.9
 
 
 def test_the_foreground_of_a_large_picture_has_its_size():
     image = np.kron(textured(0, 100, 130), np.ones((3, 3, 1), np.uint8))[:299, :387]
-    found = find_foreground(image)
-    assert found.shape == (299, 387)
-    assert 0.15 < found.mean() < 0.45
+    foreground = find_foreground(image)
+    assert foreground.shape == (299, 387)
+    assert 0.15 < foreground.mean() < 0.45
 
 
 @pytest.mark.parametrize("texture", ["noise", "uniform"])
@@ -137,37 +139,39 @@ def test_a_texture_without_an_object_counts_as_all_foreground(texture):
 def test_defects_fall_on_the_object_more_often_than_beside_it():
     image = draw_sample("gear", 0, "train", 0)[0]
     object_ = find_foreground(image)
-    on = [object_[synthesize_defect(image, np.random.default_rng(seed))[1]].mean() > 0.5 for seed in range(60)]
+    is_on_object = [
+        object_[synthesize_defect(image, np.random.default_rng(seed))[1]].mean() > 0.5 for seed in range(60)
+    ]
     assert object_.mean() < 0.6
-    assert np.mean(on) > 0.75
+    assert np.mean(is_on_object) > 0.75
 
 
 @pytest.mark.skipif(not MVTEC.exists(), reason="needs ../shared/data/mvtec")
 @pytest.mark.parametrize(("category", "share"), [("bottle", (0.5, 0.75)), ("screw", (0.08, 0.25))])
-def test_real_parts_are_told_from_their_background(category, share):
+def test_real_parts_are_separated_from_their_background(category, share):
     for path in sorted((MVTEC / category / "train" / "good").glob("*"))[:5]:
-        found = find_foreground(np.asarray(Image.open(path).convert("RGB")))
-        assert share[0] < found.mean() < share[1]
-        assert not found[0, 0]
+        foreground = find_foreground(np.asarray(Image.open(path).convert("RGB")))
+        assert share[0] < foreground.mean() < share[1]
+        assert not foreground[0, 0]
 
 
-def test_what_cannot_be_seen_is_refused_by_its_kind():
-    with pytest.raises(DataError, match=r"no visible defect of kind 'cut_paste' in .* use kind='blob'"):
+def test_an_invisible_kind_is_refused():
+    with pytest.raises(DataError, match="cut_paste"):
         synthesize_defect(np.zeros((40, 40, 3), np.uint8), np.random.default_rng(0), "cut_paste")
     assert synthesize_defect(np.zeros((40, 40, 3), np.uint8), np.random.default_rng(0))[1].any()
 
 
 def test_bad_input_is_refused():
     rng = np.random.default_rng(0)
-    with pytest.raises(DataError, match="kind='hole'; expected one of"):
+    with pytest.raises(DataError, match="hole"):
         synthesize_defect(textured(0), rng, "hole")
-    with pytest.raises(DataError, match=r"image is float64 of shape .*expected uint8 of \(H, W, 3\)"):
+    with pytest.raises(DataError, match="image is float64"):
         synthesize_defect(textured(0).astype(float), rng)
     with pytest.raises(DataError, match=r"donor is uint8 of shape \(64, 80\)"):
         synthesize_defect(textured(0), rng, donor=textured(0)[..., 0])
-    with pytest.raises(DataError, match="image has 20x80 pixels; expected sides of at least 32"):
+    with pytest.raises(DataError, match=r"20x80 .* 32"):
         synthesize_defect(textured(0)[:20], rng)
     with pytest.raises(DataError, match="images has shape"):
         synthetic_validation_set(textured(0), seed=0)
-    with pytest.raises(DataError, match="per_image=0, seed=0; expected at least 1"):
+    with pytest.raises(DataError, match="per_image=0"):
         synthetic_validation_set(textured(0)[None], seed=0, per_image=0)

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and a slow AUPRO written from its definition; laws and edge cases."""
+"""Metrics agree with scikit-learn and with a slow AUPRO written from its definition; laws and edge cases."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation import metrics
+from focus_ray.evaluation.pixels import PixelCurve
 
 
 def slow_regions(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """8-connected regions by flood fill."""
-    left = set(zip(*np.nonzero(mask), strict=True))
+    """Finds 8-connected regions by flood fill."""
+    unvisited = set(zip(*np.nonzero(mask), strict=True))
     regions = []
-    while left:
-        queue, region = deque([left.pop()]), []
+    while unvisited:
+        queue, region = deque([unvisited.pop()]), []
         while queue:
             i, j = queue.popleft()
             region.append((i, j))
-            for near in [(i + di, j + dj) for di in (-1, 0, 1) for dj in (-1, 0, 1)]:
-                if near in left:
-                    left.remove(near)
-                    queue.append(near)
+            for neighbour in [(i + di, j + dj) for di in (-1, 0, 1) for dj in (-1, 0, 1)]:
+                if neighbour in unvisited:
+                    unvisited.remove(neighbour)
+                    queue.append(neighbour)
         regions.append(region)
     return regions
 
 
 def slow_aupro(masks: list[np.ndarray], maps: list[np.ndarray], fpr_limit: float) -> float:
-    """Every distinct score in turn as the threshold, the mean overlap and the false positives counted anew."""
+    """Computes AUPRO from its definition: mean overlap and false positives at every distinct score."""
     regions = [
         np.array([scores[i, j] for i, j in region])
         for mask, scores in zip(masks, maps, strict=True)
@@ -57,7 +58,7 @@ def slow_aupro(masks: list[np.ndarray], maps: list[np.ndarray], fpr_limit: float
 
 
 def random_set(seed: int, levels: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Six images of differing sizes with regions of differing sizes; few levels make many ties."""
+    """Makes masks and maps of six images of different sizes with regions of different sizes; few levels make many ties."""
     rng = np.random.default_rng(seed)
     masks, maps = [], []
     for index in range(6):
@@ -72,30 +73,35 @@ def random_set(seed: int, levels: int | None) -> tuple[list[np.ndarray], list[np
     return masks, maps
 
 
-def flat(masks: list[np.ndarray], maps: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def curve_of(masks: list[np.ndarray] | np.ndarray, maps: list[np.ndarray] | np.ndarray) -> PixelCurve:
+    return PixelCurve.of(masks, maps, regions=True)
+
+
+def pixel_metrics(masks: np.ndarray, maps: np.ndarray) -> list[float]:
+    curve = curve_of(masks, maps)
+    return [curve.auroc(), curve.average_precision(), curve.aupro(0.3), curve.aupro(0.05)]
+
+
+def flatten(masks: list[np.ndarray], maps: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([m.ravel() for m in masks]), np.concatenate([m.ravel() for m in maps])
 
 
 @pytest.mark.parametrize("levels", [None, 12, 2])
 @pytest.mark.parametrize("fpr_limit", [0.01, 0.05, 0.3, 1.0])
-def test_aupro_is_its_definition(levels, fpr_limit):
+def test_aupro_agrees_with_its_definition(levels, fpr_limit):
     for seed in range(3):
         masks, maps = random_set(seed, levels)
-        assert metrics.aupro(masks, maps, fpr_limit) == pytest.approx(slow_aupro(masks, maps, fpr_limit), abs=1e-9)
+        assert curve_of(masks, maps).aupro(fpr_limit) == pytest.approx(slow_aupro(masks, maps, fpr_limit), abs=1e-9)
 
 
 @pytest.mark.parametrize("levels", [None, 12, 2])
 def test_pixel_metrics_agree_with_scikit_learn(levels):
     for seed in range(5):
         masks, maps = random_set(seed, levels)
-        truth, scores = flat(masks, maps)
-        found = metrics.pixel_metrics(masks, maps, fpr_limits=(0.3, 0.05))
-        assert found["pixel_auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-9)
-        assert found["pixel_average_precision"] == pytest.approx(average_precision_score(truth, scores), abs=1e-9)
-        assert found["pixel_auroc"] == metrics.pixel_auroc(masks, maps)
-        assert found["pixel_average_precision"] == metrics.pixel_average_precision(masks, maps)
-        assert found["aupro_0.3"] == metrics.aupro(masks, maps)
-        assert found["aupro_0.05"] == metrics.aupro(masks, maps, 0.05)
+        truth, scores = flatten(masks, maps)
+        curve = curve_of(masks, maps)
+        assert curve.auroc() == pytest.approx(roc_auc_score(truth, scores), abs=1e-9)
+        assert curve.average_precision() == pytest.approx(average_precision_score(truth, scores), abs=1e-9)
 
 
 def test_image_auroc_of_a_hand_counted_set():
@@ -125,26 +131,23 @@ MASKS = hnp.arrays(np.bool_, (2, 6, 5)).filter(lambda masks: masks.any() and not
 
 
 @given(MASKS, MAPS)
-def test_pixel_metrics_are_unmoved_by_any_strictly_increasing_map_of_scores(masks, maps):
-    before = metrics.pixel_metrics(masks, maps)
-    after = metrics.pixel_metrics(masks, np.exp(maps / 3.0) - 7.0)
-    assert after == before
+def test_pixel_metrics_do_not_change_under_a_strictly_increasing_map_of_scores(masks, maps):
+    assert pixel_metrics(masks, np.exp(maps / 3.0) - 7.0) == pixel_metrics(masks, maps)
 
 
 @given(MASKS, MAPS)
 def test_pixel_metrics_lie_in_the_unit_interval_and_perfect_maps_reach_one(masks, maps):
-    assert all(0.0 <= value <= 1.0 for value in metrics.pixel_metrics(masks, maps).values())
-    perfect = metrics.pixel_metrics(masks, maps + 100 * masks)
-    assert all(value == pytest.approx(1.0) for value in perfect.values())
+    assert all(0.0 <= value <= 1.0 for value in pixel_metrics(masks, maps))
+    assert pixel_metrics(masks, maps + 100 * masks) == pytest.approx([1.0] * 4)
 
 
 @given(MASKS, MAPS)
 def test_reversed_scores_reverse_the_pixel_auroc(masks, maps):
-    assert metrics.pixel_auroc(masks, -maps) == pytest.approx(1.0 - metrics.pixel_auroc(masks, maps))
+    assert curve_of(masks, -maps).auroc() == pytest.approx(1.0 - curve_of(masks, maps).auroc())
 
 
 @given(hnp.arrays(np.int64, 12, elements=st.integers(-20, 20)))
-def test_image_auroc_is_unmoved_by_any_strictly_increasing_map_of_scores(scores):
+def test_image_auroc_does_not_change_under_a_strictly_increasing_map_of_scores(scores):
     labels = np.arange(12) % 2
     assert metrics.image_auroc(labels, scores) == pytest.approx(metrics.image_auroc(labels, scores**3 + 2.0 * scores))
 
@@ -152,10 +155,10 @@ def test_image_auroc_is_unmoved_by_any_strictly_increasing_map_of_scores(scores)
 def test_a_constant_map_has_auroc_one_half_and_the_diagonal_as_its_pro_curve():
     masks = np.zeros((1, 8, 8), dtype=bool)
     masks[0, 2:4, 2:4] = True
-    found = metrics.pixel_metrics(masks, np.ones((1, 8, 8)), fpr_limits=(0.3, 1.0))
-    assert found["pixel_auroc"] == pytest.approx(0.5)
-    assert found["aupro_0.3"] == pytest.approx(0.15)
-    assert found["aupro_1"] == pytest.approx(0.5)
+    curve = curve_of(masks, np.ones((1, 8, 8)))
+    assert curve.auroc() == pytest.approx(0.5)
+    assert curve.aupro(0.3) == pytest.approx(0.15)
+    assert curve.aupro(1.0) == pytest.approx(0.5)
 
 
 def test_aupro_weighs_a_small_region_like_a_large_one():
@@ -163,8 +166,8 @@ def test_aupro_weighs_a_small_region_like_a_large_one():
     masks[0, :10, :10] = True
     masks[0, 15, 15] = True
     maps = np.zeros((1, 20, 20))
-    maps[0, :10, :10] = 1.0  # the large region is found, the single pixel is not
-    assert metrics.aupro(masks, maps, 0.3) == pytest.approx(0.5 + 0.5 * 0.15)
+    maps[0, :10, :10] = 1.0  # detects the large region, but not the single pixel
+    assert curve_of(masks, maps).aupro(0.3) == pytest.approx(0.5 + 0.5 * 0.15)
 
 
 def test_regions_that_touch_at_a_corner_are_one_region():
@@ -173,33 +176,29 @@ def test_regions_that_touch_at_a_corner_are_one_region():
     masks[0, 3, 3] = True
     maps = np.zeros((1, 9, 9))
     maps[0, 0:3, 0:3] = 1.0  # nine of the ten pixels of one region
-    assert metrics.aupro(masks, maps, 1.0) == pytest.approx(0.9 + 0.1 * 0.5)
+    assert curve_of(masks, maps).aupro(1.0) == pytest.approx(0.9 + 0.1 * 0.5)
 
 
-def test_a_mask_of_0_and_255_is_the_mask_of_false_and_true():
+def test_masks_of_0_and_255_count_like_boolean_masks():
     masks, maps = random_set(1, None)
     grey = [mask.astype(np.uint8) * 255 for mask in masks]
-    assert metrics.pixel_metrics(grey, maps) == metrics.pixel_metrics(masks, maps)
+    assert pixel_metrics(grey, maps) == pixel_metrics(masks, maps)
 
 
-def test_the_maps_given_are_not_changed():
+def test_maps_are_not_modified():
     masks, maps = random_set(2, None)
     before = [scores.copy() for scores in maps]
-    metrics.pixel_metrics(masks, maps)
-    assert all(np.array_equal(one, other) for one, other in zip(before, maps, strict=True))
-
-
-def test_false_positive_rate_counts_scores_above_the_threshold_only():
-    assert metrics.false_positive_rate([1.0, 2.0, 3.0, 4.0], 3.0) == 0.25
+    pixel_metrics(masks, maps)
+    assert all(np.array_equal(copy, scores) for copy, scores in zip(before, maps, strict=True))
 
 
 @pytest.mark.parametrize("metric", [metrics.image_auroc, metrics.average_precision, metrics.f1_max])
 def test_image_metrics_refuse_bad_input(metric):
-    with pytest.raises(DataError, match=r"all 3 images are normal.*both classes"):
+    with pytest.raises(DataError, match="all 3 images are normal"):
         metric([0, 0, 0], [1, 2, 3])
     with pytest.raises(DataError, match="all 2 images are anomalous"):
         metric([1, 1], [1, 2])
-    with pytest.raises(DataError, match=r"scores\[1\] is nan; expected finite"):
+    with pytest.raises(DataError, match=r"scores\[1\] is nan"):
         metric([0, 1], [1.0, np.nan])
     with pytest.raises(DataError, match=r"scores\[0\] is inf"):
         metric([0, 1], [np.inf, 1.0])
@@ -207,14 +206,15 @@ def test_image_metrics_refuse_bad_input(metric):
         metric([0, 1, 1], [1.0, 2.0])
     with pytest.raises(DataError, match=r"labels hold \[0, 2\]"):
         metric([0, 2], [1.0, 2.0])
-    with pytest.raises(DataError, match="non-empty vector"):
+    with pytest.raises(DataError, match=r"\(0,\)"):
         metric([], [])
 
 
-@pytest.mark.parametrize(
-    "metric", [metrics.pixel_auroc, metrics.pixel_average_precision, metrics.aupro, metrics.pixel_metrics]
-)
-def test_pixel_metrics_refuse_bad_input(metric):
+@pytest.mark.parametrize("regions", [False, True])
+def test_pixel_curves_refuse_bad_input(regions):
+    def metric(masks, maps):
+        return PixelCurve.of(masks, maps, regions)
+
     mask, scores = np.eye(4, dtype=bool), np.zeros((4, 4))
     with pytest.raises(DataError, match="2 masks for 1 maps"):
         metric([mask, mask], [scores])
@@ -222,22 +222,9 @@ def test_pixel_metrics_refuse_bad_input(metric):
         metric([mask], [scores[:3]])
     with pytest.raises(DataError, match="image 1: the map has NaN"):
         metric([mask, mask], [scores, scores + np.nan])
-    with pytest.raises(DataError, match="mask of float64; expected bool or integer"):
+    with pytest.raises(DataError, match="float64"):
         metric([mask * 0.5], [scores])
     with pytest.raises(DataError, match="no anomalous pixel"):
         metric([mask & False], [scores])
     with pytest.raises(DataError, match="no normal pixel"):
         metric([mask | True], [scores])
-
-
-@pytest.mark.parametrize("fpr_limit", [0.0, -0.1, 1.5, float("nan")])
-def test_an_fpr_limit_outside_its_range_is_refused(fpr_limit):
-    with pytest.raises(DataError, match="expected a share in"):
-        metrics.aupro([np.eye(4, dtype=bool)], [np.zeros((4, 4))], fpr_limit)
-
-
-def test_false_positive_rate_refuses_bad_input():
-    with pytest.raises(DataError, match="scores_of_normals has shape"):
-        metrics.false_positive_rate([], 1.0)
-    with pytest.raises(DataError, match="threshold is NaN"):
-        metrics.false_positive_rate([1.0], float("nan"))

@@ -1,4 +1,4 @@
-"""Distribution shift: p-values hold their level, ranks alone decide, and the sentence names direction and remedy."""
+"""Distribution shift: p-values keep their level, only ranks count, and the sentence names direction and advice."""
 
 from __future__ import annotations
 
@@ -34,22 +34,20 @@ SIZES = [(4, 12), (10, 5), (20, 40), (60, 40)]
 
 
 def draws(num_calibrating: int, num_new: int, count: int, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of exchangeable samples with a heavy tail."""
+    """Draws pairs of exchangeable samples with a heavy tail."""
     random = np.random.default_rng(seed)
     return [(random.lognormal(size=num_calibrating), random.lognormal(size=num_new)) for _ in range(count)]
 
 
 @pytest.mark.parametrize(("num_calibrating", "num_new"), SIZES)
-def test_p_values_of_exchangeable_images_lie_below_a_level_no_more_often_than_it_says(
-    num_calibrating: int, num_new: int
-) -> None:
+def test_p_values_of_exchangeable_images_keep_their_level(num_calibrating: int, num_new: int) -> None:
     p_values = [compare_scores(*pair).p_value for pair in draws(num_calibrating, num_new, 500)]
     for level in (0.01, 0.05, 0.2, 0.5):
         assert np.mean(np.array(p_values) <= level) <= level + 3 * np.sqrt(level * (1 - level) / 500)
-    assert np.mean(np.array(p_values) <= 0.5) > 0.25  # a test that never speaks would hold its level too
+    assert np.mean(np.array(p_values) <= 0.5) > 0.25  # a test without any notice would also keep its level
 
 
-def test_the_rank_sum_is_scipy_s_and_the_tail_count_is_hypergeometric() -> None:
+def test_the_rank_sum_agrees_with_scipy_and_the_tail_count_is_hypergeometric() -> None:
     random = np.random.default_rng(1)
     calibration, lower = random.normal(size=12), random.normal(size=9) - 0.5
     expected = 2 * mannwhitneyu(lower, calibration, alternative="less", method="exact").pvalue
@@ -80,9 +78,9 @@ def test_a_monotone_map_of_both_samples_changes_nothing(seed: int, change: objec
 def test_the_direction_is_that_of_the_new_scores(factor: float, direction: str | None) -> None:
     random = np.random.default_rng(2)
     calibration, new = random.normal(1, 0.1, 20), factor * random.normal(1, 0.1, 60)
-    for found in (compare_scores(calibration, new), compare_stream(calibration, new)):
-        assert found.direction == direction
-        assert (found.num_new, found.num_calibrating) == (60, 20)
+    for shift in (compare_scores(calibration, new), compare_stream(calibration, new)):
+        assert shift.direction == direction
+        assert (shift.num_new, shift.num_calibrating) == (60, 20)
 
 
 def test_a_share_of_changed_images_is_found_by_the_tail() -> None:
@@ -95,8 +93,8 @@ def test_a_share_of_changed_images_is_found_by_the_tail() -> None:
 def test_scores_that_differ_by_less_than_a_tie_are_equal() -> None:
     calibration = np.full(50, 2.0)
     for change in (0.0, 5e-6, -5e-6):
-        found = compare_scores(calibration, calibration * (1 + change))
-        assert (found.p_value, found.direction) == (1.0, None)
+        shift = compare_scores(calibration, calibration * (1 + change))
+        assert (shift.p_value, shift.direction) == (1.0, None)
     assert compare_scores(np.zeros(50), np.zeros(50)).p_value == 1.0
     assert compare_scores(calibration, calibration * (1 + 1e-4)).direction == "higher"
 
@@ -104,12 +102,12 @@ def test_scores_that_differ_by_less_than_a_tie_are_equal() -> None:
 def test_a_difference_too_small_to_matter_is_no_notice_however_certain() -> None:
     random = np.random.default_rng(4)
     calibration, new = random.normal(size=20000), random.normal(size=20000) + 0.06
-    found = compare_scores(calibration, new)
-    assert found.p_value < ALPHA
-    assert found.direction is None
+    shift = compare_scores(calibration, new)
+    assert shift.p_value < ALPHA
+    assert shift.direction is None
 
 
-def test_a_tenth_of_defects_in_a_stream_is_no_notice_but_a_shift_beside_them_is() -> None:
+def test_defects_in_a_tenth_of_a_stream_cause_no_notice_but_an_additional_shift_does() -> None:
     random = np.random.default_rng(5)
     for seed in range(20):
         calibration, recent = draws(60, WINDOW, 1, seed)[0]
@@ -120,7 +118,7 @@ def test_a_tenth_of_defects_in_a_stream_is_no_notice_but_a_shift_beside_them_is(
 
 
 @pytest.mark.parametrize("num_calibrating", [1, 3, 10, 200])
-def test_defects_at_any_height_cannot_lower_a_stream_s_p_value_below_that_of_its_good_images(
+def test_scores_of_defects_cannot_lower_the_p_value_of_a_stream_below_that_of_its_good_images(
     num_calibrating: int,
 ) -> None:
     calibration, recent = draws(num_calibrating, 100, 1, 6)[0]
@@ -140,7 +138,7 @@ def test_few_images_and_impossible_scores() -> None:
 
 def test_sentences_name_counts_direction_and_commands_that_exist() -> None:
     calibration = np.linspace(1, 2, 20)
-    higher, same = compare_scores(calibration, calibration + 5), compare_scores(calibration, calibration)
+    higher, unshifted = compare_scores(calibration, calibration + 5), compare_scores(calibration, calibration)
     lower = compare_stream(calibration, np.linspace(0, 0.5, 60))
     sentences = [describe_test_shift(higher), describe_stream_shift(lower), describe_new_calibration(higher)]
     assert sentences[0].startswith(
@@ -148,33 +146,33 @@ def test_sentences_name_counts_direction_and_commands_that_exist() -> None:
     )
     assert sentences[1].startswith("The last 60 images score lower than the 20 images")
     for describe in (describe_test_shift, describe_stream_shift, describe_new_calibration):
-        assert describe(same) is None
+        assert describe(unshifted) is None
     commands = {command for sentence in sentences for command in re.findall(r"`focus-ray ([^`]+)`", sentence)}
     assert len(commands) == 2
     for command in commands:
         build_parser().parse_args(shlex.split(command))
 
 
-def test_a_window_tells_a_shift_once_and_again_after_scores_were_as_usual() -> None:
+def test_a_window_reports_a_shift_once_and_again_after_normal_scores() -> None:
     random = np.random.default_rng(7)
     calibration, window = random.normal(1, 0.1, 60), RecentScores()
 
-    def told(level: float, count: int) -> list[str]:
+    def sentences_after(level: float, count: int) -> list[str]:
         sentences = []
         for _ in range(count):
             if window.add([float(random.normal(level, 0.1))]):
-                sentences.append(window.tell(compare_stream(calibration, window.take())))
+                sentences.append(window.report_once(compare_stream(calibration, window.take())))
         return [sentence for sentence in sentences if sentence]
 
-    assert told(1.0, 400) == []
-    assert len(told(1.3, 1000)) == 1
-    assert told(1.0, 2 * WINDOW) == []
-    assert len(told(1.3, 1000)) == 1
+    assert sentences_after(1.0, 400) == []
+    assert len(sentences_after(1.3, 1000)) == 1
+    assert sentences_after(1.0, 2 * WINDOW) == []
+    assert len(sentences_after(1.3, 1000)) == 1
     assert window.shift is not None
     assert window.shift.num_new == WINDOW
 
 
-def test_a_window_is_tested_every_so_many_images() -> None:
+def test_a_window_is_tested_at_a_fixed_interval() -> None:
     window = RecentScores()
     due = [window.add([1.5]) for _ in range(MIN_STREAM)]
     assert due == [False] * (MIN_STREAM - 1) + [True]

@@ -1,4 +1,4 @@
-"""An overlay's strip: below the picture, readable for the narrowest and the widest, and saying what was found."""
+"""The strip of an overlay lies below the picture, is readable for narrow and wide pictures, and shows the verdict."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def inspection_of(width: int, height: int, anomalous: bool = True) -> Inspection
 )
 def test_the_strip_covers_nothing_of_the_picture(width: int, height: int, factor: int) -> None:
     image = np.full((height, width, 3), 128, np.uint8)
-    found = inspection_of(width, height)
-    drawn = overlay_with_strip(image, found)
+    inspection = inspection_of(width, height)
+    picture = overlay_with_strip(image, inspection)
     large = image.repeat(factor, axis=0).repeat(factor, axis=1)
     np.testing.assert_array_equal(
-        drawn[: height * factor, : width * factor], overlay(large, found.scaled(factor)), strict=True
+        picture[: height * factor, : width * factor], overlay(large, inspection.scaled(factor)), strict=True
     )
-    assert drawn.shape[0] >= height * factor + 100
-    assert drawn.shape[1] == max(width * factor, MIN_WIDTH_PX)
+    assert picture.shape[0] >= height * factor + 100
+    assert picture.shape[1] == max(width * factor, MIN_WIDTH_PX)
 
 
-def test_words_grow_with_the_picture() -> None:
+def test_text_grows_with_the_picture() -> None:
     small, large = (
         overlay_with_strip(np.zeros((side, side, 3), np.uint8), inspection_of(side, side)) for side in (400, 4000)
     )

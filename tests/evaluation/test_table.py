@@ -1,4 +1,4 @@
-"""Tables of verdicts: no cell is a formula to a spreadsheet, and names come back as they were."""
+"""Tables of verdicts: no cell is a formula in a spreadsheet, and names are read back unchanged."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_no_cell_of_a_table_begins_like_a_formula_however_a_spreadsheet_splits_i
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_a_name_comes_back_from_a_table(name: str) -> None:
+def test_a_name_is_read_back_from_a_table(name: str) -> None:
     (row,) = csv.DictReader(io.StringIO(table_text([{"image": name}]), newline=""))
     assert csv_text(row["image"]) == name
 
 
 @given(st.text(st.sampled_from("'=+-@\t\r\n ;,\"a＝")))
-def test_every_text_comes_back(text: str) -> None:
+def test_every_text_is_read_back(text: str) -> None:
     assert csv_text(csv_cell(text)) == text
 
 

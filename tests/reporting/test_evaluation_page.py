@@ -16,8 +16,8 @@ from small_set import ingest_parts, make_bundle, small_config
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
 from focus_ray.errors import DataError
-from focus_ray.evaluation.evaluate import Labelled
-from focus_ray.evaluation.metrics import Measured
+from focus_ray.evaluation.evaluate import LabelledImages
+from focus_ray.evaluation.metrics import ScoredImages
 from focus_ray.kinds import METRICS
 from focus_ray.reporting.caveats import Share, evaluation_caveats
 from focus_ray.reporting.evaluation import describe, evaluation_page, precision_recall, pro, roc
@@ -38,19 +38,19 @@ def inspector(data: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
 
 
 @pytest.fixture(scope="module")
-def labelled(inspector: Inspector, data: str) -> Labelled:
+def labelled(inspector: Inspector, data: str) -> LabelledImages:
     return inspector.measure(iter_test_records(data, "gear"), 64)
 
 
 @pytest.fixture(scope="module")
-def page(inspector: Inspector, labelled: Labelled, data: str) -> str:
+def page(inspector: Inspector, labelled: LabelledImages, data: str) -> str:
     result = {**inspector.figures(labelled), "bundle": ODD, "version": "0123", "data": data}
     section = describe(inspector, labelled, result, data)
     results: dict[str, dict[str, Any]] = {ODD: result, "board": {"error": "<script>gone</script>"}}
     return evaluation_page(results, {ODD: section}).decode()
 
 
-def a_set(seed: int = 0, num: int = 200) -> Measured:
+def a_set(seed: int = 0, num: int = 200) -> ScoredImages:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, num)
     scores = np.round(rng.normal(labels, 1.0), 2)  # with ties
@@ -58,7 +58,7 @@ def a_set(seed: int = 0, num: int = 200) -> Measured:
     for mask, label in zip(masks, labels, strict=True):
         mask[3:7, 2:9] = bool(label)
     maps = [rng.normal(mask * 1.0, 1.0).astype(np.float32) for mask in masks]
-    return Measured(labels.astype(np.int64), scores, masks, maps, 1.0)
+    return ScoredImages(labels.astype(np.int64), scores, masks, maps, 1.0)
 
 
 def test_the_page_fetches_nothing(page: str) -> None:
@@ -126,22 +126,22 @@ def test_the_pro_curve_has_aupro_as_its_area() -> None:
 def test_there_is_no_pro_curve_without_a_mask() -> None:
     measured = a_set()
     masks = [None if label else mask for mask, label in zip(measured.masks, measured.labels, strict=True)]
-    assert pro(Measured(measured.labels, measured.scores, masks, measured.maps, 1.0)) is None
+    assert pro(ScoredImages(measured.labels, measured.scores, masks, measured.maps, 1.0)) is None
 
 
 def test_the_gallery_picks_worst_misses_worst_false_alarms_and_typical_finds() -> None:
     scores = np.array([0.1, 0.2, 1.5, 0.9, 0.3, 1.2, 5.0, 2.0, 3.0, 2.6, 2.7])
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1])
-    measured = Measured(labels, scores, [None] * 11, [np.zeros((2, 2), np.float32)] * 11, 1.0)
+    measured = ScoredImages(labels, scores, [None] * 11, [np.zeros((2, 2), np.float32)] * 11, 1.0)
     assert choose(measured, per_kind=2) == {"misses": [4, 5], "false_alarms": [2, 3], "finds": [9, 10]}  # median 2.6
 
 
 def test_the_gallery_of_one_class_has_the_other_kinds_empty() -> None:
-    measured = Measured(np.zeros(3, np.int64), np.arange(3.0), [None] * 3, [np.zeros((2, 2), np.float32)] * 3, 1.0)
+    measured = ScoredImages(np.zeros(3, np.int64), np.arange(3.0), [None] * 3, [np.zeros((2, 2), np.float32)] * 3, 1.0)
     assert choose(measured) == {"misses": [], "false_alarms": [2, 1, 0], "finds": []}
 
 
-def test_cards_tell_of_the_images_that_were_picked(inspector: Inspector, labelled: Labelled, data: str) -> None:
+def test_cards_tell_of_the_images_that_were_picked(inspector: Inspector, labelled: LabelledImages, data: str) -> None:
     cards = make_cards(inspector, data, labelled)
     for kind, numbers in choose(labelled.measured).items():
         assert [card.name for card in cards[kind]] == [labelled.ids[number] for number in numbers]
@@ -158,7 +158,7 @@ def test_cards_tell_of_the_images_that_were_picked(inspector: Inspector, labelle
                 assert max(picture.size) <= PICTURE_PX
 
 
-def test_an_image_that_is_gone_is_named(inspector: Inspector, labelled: Labelled, data: str) -> None:
+def test_an_image_that_is_gone_is_named(inspector: Inspector, labelled: LabelledImages, data: str) -> None:
     renamed = labelled._replace(ids=tuple(f"{name}-former" for name in labelled.ids))
     with pytest.raises(
         DataError, match=r"category 'gear' has no image 'gear/test/.*-former' any more: evaluate it again"
