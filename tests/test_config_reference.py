@@ -65,7 +65,7 @@ def test_a_section_that_its_field_sets_otherwise_shows_what_the_field_sets() -> 
         ("name", "name"),
     ],
 )
-def test_what_a_setting_may_be_is_said_in_words(key: str, values: str) -> None:
+def test_the_allowed_values_of_a_setting_are_described_in_words(key: str, values: str) -> None:
     assert RUN[key].values == values
 
 
@@ -75,7 +75,7 @@ def test_sections_in_lists_and_mappings_have_their_keys() -> None:
     assert SWEEP["space.KEY.uniform"].values == "[number, number], or null"
 
 
-def test_a_unit_is_read_off_a_fields_name() -> None:
+def test_the_unit_comes_from_the_name_of_a_field() -> None:
     assert [unit_of(name) for name in ("timeout_s", "memory_gib_per_worker", "max_rotation_deg", "epochs")] == [
         "seconds",
         "GiB",
@@ -88,9 +88,11 @@ def test_a_unit_is_read_off_a_fields_name() -> None:
 
 
 def test_a_key_is_explained_with_its_values_default_and_meaning() -> None:
-    told = explain("train.epochs")
-    assert "train.epochs (of a run)" in told
-    assert all(words in told for words in ("integer from 0 to 10000", "default: 0", "Passes over the training images"))
+    explanation = explain("train.epochs")
+    assert "train.epochs (of a run)" in explanation
+    assert all(
+        words in explanation for words in ("integer from 0 to 10000", "default: 0", "Passes over the training images")
+    )
 
 
 def test_a_key_of_a_run_is_found_as_sweeps_write_it() -> None:
@@ -106,10 +108,10 @@ def test_a_key_of_several_configurations_is_explained_for_each() -> None:
 
 
 def test_a_section_lists_the_keys_in_it_and_in_its_sections() -> None:
-    told = explain("model")
-    assert "model.backbone " in told
-    assert "model.image_alignment.group " in told
-    assert "train." not in told
+    explanation = explain("model")
+    assert "model.backbone " in explanation
+    assert "model.image_alignment.group " in explanation
+    assert "train." not in explanation
 
 
 @pytest.mark.parametrize(

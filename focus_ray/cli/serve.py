@@ -63,14 +63,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 def _kind_of(place: str) -> str:
     """Returns "bundles" or "registry", the setting for a place. Raises: DataError: the place has neither bundles nor versions."""
-    from focus_ray.bundle.bundle import find_bundles, runs_in
+    from focus_ray.bundle.bundle import find_bundles, list_runs
     from focus_ray.bundle.registry import Registry
     from focus_ray.errors import DataError
 
     try:
         find_bundles(place)
     except DataError as error:
-        if runs_in(place):
+        if list_runs(place):
             raise
         registry = Registry(place)
         published = (registry.versions(team, name) for team in registry.teams() for name in registry.categories(team))

@@ -13,15 +13,15 @@ from focus_ray.bundle.bundle import MANIFEST
 from focus_ray.bundle.measuring import (
     CATEGORIES,
     PART_IMAGES,
-    Job,
-    Plan,
+    EvaluationJob,
+    EvaluationPlan,
+    EvaluationProgress,
     Rows,
-    Sum,
-    begin_anew,
+    discard_progress,
     join_parts,
-    load_sum,
+    load_progress,
     measure_part,
-    measure_whole,
+    measure_plan,
     plan_evaluation,
     read_record,
     write_record,
@@ -35,13 +35,13 @@ from focus_ray.config import ClusterConfig
 from focus_ray.errors import FocusRayError
 from focus_ray.progress import Progress
 from focus_ray.reporting.evaluation import (
-    Section,
-    describe,
+    EvaluationSection,
+    build_section,
     evaluation_page,
     results_table,
     section_from_dict,
     section_to_dict,
-    summary_of,
+    summarize_result,
     without_pictures,
 )
 from focus_ray.storage import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
@@ -71,7 +71,7 @@ class Piece:
     """
 
     kind: Literal["whole", "part", "figures"]
-    job: Job
+    job: EvaluationJob
     parts: dict[int, Rows]
     total: Any = None
 
@@ -89,12 +89,12 @@ def run_piece(piece: Piece, tell: Callable[[], None] = lambda: None) -> Any:
         ((first, rows),) = piece.parts.items()
         return measure_part(inspector, piece.job, first, rows, tell)
     if piece.kind == "whole":
-        labelled = measure_whole(inspector, Plan(piece.job, piece.parts), tell)
+        labelled = measure_plan(inspector, EvaluationPlan(piece.job, piece.parts), tell)
     else:
         labelled = join_parts(piece.job, piece.total, float(inspector.bundle.calibration.image_threshold))
     job = piece.job
     result = {**inspector.figures(labelled), "bundle": job.bundle, "version": job.version, "data": job.data}
-    section = describe(inspector, labelled, result, job.data)
+    section = build_section(inspector, labelled, result, job.data)
     write_record(job, result=result, section=section_to_dict(section))
     return result
 
@@ -105,10 +105,10 @@ class Evaluation:
     def __init__(self, bundles: Mapping[str, str], settings: Settings, log: Callable[[str], None]) -> None:
         self.bundles, self.settings, self.log = bundles, settings, log
         self.results: dict[str, dict[str, Any]] = {}
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, EvaluationJob] = {}
         self.to_score = 0  # images of categories that were begun, without those that were known
         self.progress: Progress | None = None
-        self._sums: dict[str, Sum] = {}
+        self._sums: dict[str, EvaluationProgress] = {}
         self._waiting: dict[str, set[int]] = {}  # category -> parts that are not in its sum
         self._ready: deque[Piece] = deque()
         self._planned = self._plan_all()
@@ -150,9 +150,9 @@ class Evaluation:
                 self.log(f"{category}: measured already")
                 self._finish(category, record["result"])
                 return
-            known = load_sum(job)
+            known = load_progress(job)
         if known is None:
-            begin_anew(job)
+            discard_progress(job)
         self.to_score += job.num_images - (known.num_images if known else 0)
         self.log(f"{category}: evaluating {job.bundle} on {job.num_images} images")
         if job.exact:
@@ -162,7 +162,7 @@ class Evaluation:
         self.log(
             f"{category}: too many pixels to keep: pixel metrics come of counts in bins, with a bound on the difference"
         )
-        total = self._sums[category] = known or Sum(job)
+        total = self._sums[category] = known or EvaluationProgress(job)
         if total.scores:
             self.log(f"{category}: going on after {total.num_images} images")
         todo = {first: rows for first, rows in plan.parts.items() if first not in total.scores}
@@ -212,7 +212,7 @@ class Evaluation:
         self.results[category] = result
         self._sums.pop(category, None)
         self._waiting.pop(category, None)
-        told = f"not measured: {result['error']}" if "error" in result else summary_of(result)
+        told = f"not measured: {result['error']}" if "error" in result else summarize_result(result)
         self.log(f"{category}: {told} ({len(self.results)} of {len(self.bundles)})")
         if time.monotonic() - self._written_at >= _WRITE_S:
             self.write_tables()
@@ -245,7 +245,7 @@ class Evaluation:
         write_bytes(join(self.settings.output, "report.html"), evaluation_page(results, sections, pages))
         return {category: section.caveats for category, section in sections.items()}
 
-    def section(self, category: str) -> Section:
+    def section(self, category: str) -> EvaluationSection:
         """A measured category's part of the page, with its pictures."""
         return section_from_dict(json.loads(read_bytes(self.jobs[category].record))["section"])
 

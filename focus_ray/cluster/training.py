@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from focus_ray.bundle.make import STATE_FILE, bundle_place, make_bundle, set_reproducible, train_here
+from focus_ray.bundle.make import STATE_FILE, bundle_uri, make_bundle, set_reproducible, train_locally
 from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, uses_gpu
 from focus_ray.cluster.messages import Messages, epoch_callback
@@ -119,7 +119,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
             raise DataError(f"category {category!r}: {error}") from None
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     _check_claim(config, root, resume, fingerprints)
-    bundles = {category: bundle_place(root, category) for category in categories}
+    bundles = {category: bundle_uri(root, category) for category in categories}
     todo = [c for c in categories if not (resume and exists(join(bundles[c], "manifest.json")))]
     for category in sorted(set(categories) - set(todo)):
         log(f"{category}: already there, {bundles[category]}")
@@ -138,8 +138,8 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         state = "failed"
         try:
             mine = [splits[c] for c in todo]
-            run = train_here if here else functools.partial(_train_on_cluster, limit=limit)
-            failed = run(config, mine, root, log, told=told)
+            run = train_locally if here else functools.partial(_train_on_cluster, limit=limit)
+            failed = run(config, mine, root, log, recorder=told)
             state = "failed" if failed else "finished"
         finally:
             told.close(failed=state == "failed")
@@ -186,7 +186,7 @@ def _train_on_cluster(
     splits: Sequence[Split],
     root: str,
     log: Callable[[str], None],
-    told: TrainingRecorder,
+    recorder: TrainingRecorder,
     limit: int,
 ) -> dict[str, str]:
     """Trains the categories, `limit` at a time, and returns category -> reason for those that failed."""
@@ -209,21 +209,21 @@ def _train_on_cluster(
     failed: dict[str, str] = {}
 
     def listen() -> None:
-        messages.show(log, told.log_epoch)
+        messages.show(log, recorder.log_epoch)
 
     with WorkerPool[CategoryJob](
         num_at_once, options, max_retries, log, listen, retry_errors=fits_without_trainer(config)
     ) as pool:
         for job, outcome in pool.run(run_job, lambda: next(jobs, None)):
             listen()  # the lines of a category come before its end
-            category, place = job.category, bundle_place(job.root, job.category)
+            category, place = job.category, bundle_uri(job.root, job.category)
             if isinstance(outcome, Failed):
                 failed[category] = outcome.reason
                 log(f"{category}: FAILED: {outcome.reason}")
-                told.fail_category(category, outcome.reason)
+                recorder.fail_category(category, outcome.reason)
             else:
                 log(f"{category}: done in {outcome:.0f} s, {place}")
-                told.finish_category(category, place)
+                recorder.finish_category(category, place)
     return failed
 
 

@@ -123,7 +123,7 @@ def expected_of(bundle: Bundle, examples: Sequence[Example]) -> Expected:
     Raises: ExportError: too few are left.  DataError: one cannot be decoded or inspected; the message names it.
     """
     decoded = [(one, decode_example(one)) for one in examples]
-    new = [(one, pixels) for one, pixels in decoded if short_hash(content_hash(pixels)) not in bundle.known]
+    new = [(one, pixels) for one, pixels in decoded if short_hash(content_hash(pixels)) not in bundle.fit_hashes]
     if len(new) < FEWEST:
         raise ExportError(
             f"{len(new)} of {len(examples)} examples are not among the images that the model was trained on, and {FEWEST} are "

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focus_ray.bundle.engine import QUANTISED, quantise, quietly
+from focus_ray.bundle.engine import QUANTISED, quantise, suppress_exporter_messages
 from focus_ray.errors import ConfigError, ExportError
 from focus_ray.export.scorer import BOX, OUTPUTS, Scorer, longest_side
 from focus_ray.extras import require_extra
@@ -53,7 +53,7 @@ def write_model(scorer: Scorer, to: str, precision: str, folder: Path, scaling: 
     program = trace(scorer)
     if to == "torch":
         content = io.BytesIO()  # torch's own writing does not say that a disk is full
-        with quietly():
+        with suppress_exporter_messages():
             torch.export.save(program, content)
         (folder / MODEL[to]).write_bytes(content.getbuffer())
         return
@@ -84,7 +84,7 @@ def trace(scorer: Scorer) -> torch.export.ExportedProgram:
         2: dim("width", min=2, max=longest),
     }
     example = torch.zeros(2, frame.height + 7, frame.width + 5, 3, dtype=torch.uint8)
-    with quietly(), torch.no_grad(), _told("it cannot be traced"):
+    with suppress_exporter_messages(), torch.no_grad(), _told("it cannot be traced"):
         program = torch.export.export(scorer, (example,), dynamic_shapes=(sizes,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # which names this machine's files
@@ -97,7 +97,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants_ir
 
-    with quietly(), torch.no_grad(), _told("ONNX does not have all that it does"):
+    with suppress_exporter_messages(), torch.no_grad(), _told("ONNX does not have all that it does"):
         # its own optimiser takes minutes over the alignment's thousands of nodes
         made = torch.onnx.export(
             program, (), dynamo=True, input_names=[INPUT], output_names=list(outputs), optimize=False, verbose=False
@@ -134,10 +134,10 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
 def write_openvino(source: Path, path: Path) -> None:
     import openvino
 
-    with quietly(), _told("OpenVINO does not have all that it does"):
+    with suppress_exporter_messages(), _told("OpenVINO does not have all that it does"):
         model = openvino.convert_model(source)
     try:
-        with quietly():
+        with suppress_exporter_messages():
             openvino.save_model(model, path, compress_to_fp16=False)
     except RuntimeError as error:  # of a full disk OpenVINO 2026 says "iostream error"
         raise OSError(errno.EIO, f"OpenVINO cannot write it ({error}); see that the disk has room") from error
@@ -167,7 +167,7 @@ def _open_openvino(path: Path, num_threads: int) -> Run:
 
 
 def _open_torch(path: Path, num_threads: int) -> Run:
-    with quietly():
+    with suppress_exporter_messages():
         module = torch.export.load(path).module()
 
     def run(images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:

@@ -16,7 +16,7 @@ from PIL import Image
 from small_set import CATEGORIES, NUM_TEST, NUM_TRAIN, ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.measuring import Part, Sum, cut_rows, plan_evaluation
+from focus_ray.bundle.measuring import EvaluationProgress, Part, plan_evaluation, split_rows
 from focus_ray.cluster import evaluation as module
 from focus_ray.cluster.evaluation import Evaluation, Report, Settings, evaluate_bundles, run_piece
 from focus_ray.cluster.scoring import scoring_pool
@@ -125,7 +125,7 @@ def test_a_part_counts_once() -> None:
     mask = np.eye(4, dtype=bool)
     bins = {"": PixelBins.of_image(mask, np.ones((4, 4), np.float32))}
     part = Part(np.zeros(1, np.int8), np.ones(1), ("good",), bins, False, np.zeros(1, bool))
-    total = Sum(job=None)  # type: ignore[arg-type]
+    total = EvaluationProgress(job=None)  # type: ignore[arg-type]
     for _ in range(3):
         total.add(0, part)
     assert total.num_images == 1
@@ -135,10 +135,10 @@ def test_a_part_counts_once() -> None:
 def test_parts_are_cut_where_files_are_and_hold_every_row_once(data: str) -> None:
     rows = read_index(data, "gear", split="test")["row"].to_numpy()
     for size in (1, 3, NUM_TEST, 100):
-        parts = cut_rows(data, "gear", rows, size)
+        parts = split_rows(data, "gear", rows, size)
         assert np.concatenate(list(parts.values())).tolist() == rows.tolist()
         assert list(parts) == np.cumsum([0, *map(len, parts.values())])[:-1].tolist()
-    assert [len(part) for part in cut_rows(data, "gear", rows, 3).values()] == [3, 3, 2]
+    assert [len(part) for part in split_rows(data, "gear", rows, 3).values()] == [3, 3, 2]
 
 
 def test_maps_that_exceed_the_budget_by_a_pixel_are_binned(bundles: dict[str, str], tmp_path: Path) -> None:
@@ -248,8 +248,8 @@ def test_test_images_that_the_model_was_trained_on_are_left_out_of_all_figures_a
     tests = read_index(data, "gear", split="test").to_pylist()
     good, bad = ([row for row in tests if row["label"] == label] for label in (0, 1))
     trained_on = [*good[:10], bad[0]]
-    known = [short_hash(row["content_hash"]) for row in trained_on]
-    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=known)
+    fit_hashes = [short_hash(row["content_hash"]) for row in trained_on]
+    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), fit_hashes=fit_hashes)
     report = evaluated({"gear": bundle}, tmp_path / "report", exact_pixels)
     result = report.results["gear"]
     ids = {row["id"] for row in trained_on}
@@ -275,8 +275,8 @@ def test_test_images_that_the_model_was_trained_on_are_left_out_of_all_figures_a
 def test_an_evaluation_with_training_images_alone_is_an_error(usual_and_dark: dict[str, str], tmp_path: Path) -> None:
     data = usual_and_dark["usual"]
     tests = read_index(data, "gear", split="test").to_pylist()
-    known = [short_hash(row["content_hash"]) for row in tests]
-    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=known)
+    fit_hashes = [short_hash(row["content_hash"]) for row in tests]
+    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), fit_hashes=fit_hashes)
     for exact_pixels in (0, ALL):
         report = evaluated({"gear": bundle}, tmp_path / f"report{exact_pixels}", exact_pixels)
         assert (
