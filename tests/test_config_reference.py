@@ -1,4 +1,4 @@
-"""The reference of settings: whole, up to date, in words that hold, and without anything heavy."""
+"""The reference of settings is complete, up to date and correct, and needs no heavy import."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_setting_has_a_description(title: str) -> None:
     assert [key for key, setting in SETTINGS[title].items() if not setting.description] == []
 
 
-def test_every_key_of_a_run_is_there_and_no_other() -> None:
+def test_the_reference_has_exactly_the_keys_of_a_run() -> None:
     assert {key for key in RUN if ".KEY." not in key} == set(setting_keys())
     assert {key for key in RUN if ".KEY." in key} == {f"trackers.KEY.{key}" for key in TrackerConfig.model_fields}
 
@@ -43,7 +43,7 @@ def test_defaults_are_those_that_a_run_gets() -> None:
     assert (RUN["data.uri"].default, RUN["data.categories"].default) == (None, "null")
 
 
-def test_a_section_that_its_field_sets_otherwise_shows_what_the_field_sets() -> None:
+def test_a_default_that_the_field_of_a_section_overrides_is_shown() -> None:
     assert (SERVICE["ingress.max_replicas"].default, SERVICE["pool.scaling.max_replicas"].default) == ("4", "1")
 
 
@@ -84,7 +84,7 @@ def test_the_unit_comes_from_the_name_of_a_field() -> None:
     ]
 
 
-# One key
+# The explanation of a key
 
 
 def test_a_key_is_explained_with_its_values_default_and_meaning() -> None:
@@ -95,7 +95,7 @@ def test_a_key_is_explained_with_its_values_default_and_meaning() -> None:
     )
 
 
-def test_a_key_of_a_run_is_found_as_sweeps_write_it() -> None:
+def test_a_key_of_a_run_is_explained_in_the_form_of_a_sweep() -> None:
     assert explain("base.train.epochs") == explain("train.epochs")
 
 

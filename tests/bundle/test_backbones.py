@@ -1,4 +1,4 @@
-"""Backbones of every family the whole way: fitted, written, read again, inspected with; trained, shared, in tiles, compiled."""
+"""Every family of backbones is fitted, written, read and inspected with; trained, shared, used with tiles, and compiled."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def bundle(tmp_path: Path, gaussian: FitResult) -> Path:
     return tmp_path / "bundle"
 
 
-# Out and in
+# Writing and reading
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "nearest"])
@@ -94,7 +94,7 @@ def test_a_bundle_scores_as_the_fitted_model(kind: str, tmp_path: Path) -> None:
     scored = bundle.detector(queries)
     torch.testing.assert_close(scored.score, expected.score, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(scored.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=1e-5)
-    assert bundle.calibration.precision is not None  # recorded as the bundle is written
+    assert bundle.calibration.precision is not None  # `write_bundle` records it
     as_written = dataclasses.replace(result.calibration, precision=bundle.calibration.precision)
     assert (bundle.config, bundle.calibration, bundle.category) == (config, as_written, "bolt")
     assert bundle.version == manifest["sha256"]
@@ -135,7 +135,7 @@ def test_the_density_file_has_the_subsampled_bank_and_the_moments_file_the_rest(
     bank = read_statistics(tmp_path).bank
     assert bank is not None
     assert torch.equal(bank, result.statistics.bank)
-    (tmp_path / files["moments"]["name"]).unlink()  # scoring needs none of it
+    (tmp_path / files["moments"]["name"]).unlink()  # scoring does not need this file
     read, queries = read_bundle(tmp_path).detector, images(3, 7)
     torch.testing.assert_close(read(queries).score, result.detector(queries).score, rtol=1e-5, atol=1e-6)
 
@@ -197,7 +197,7 @@ def test_the_projector_and_predictor_are_left_out(bundle: Path) -> None:
     assert [name for name in names if name.startswith("feature_aligners.layer2")]
 
 
-# What is refused
+# Refused bundles
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
@@ -243,7 +243,7 @@ def test_no_changed_byte_of_a_manifest_goes_unnoticed(bundle: Path) -> None:
         changed[position] ^= 1
         path.write_bytes(changed)
         with contextlib.suppress(BundleError):
-            assert read_manifest(bundle) == manifest  # white space, at most
+            assert read_manifest(bundle) == manifest  # the byte was white space
 
 
 def test_another_format_version_is_refused(bundle: Path) -> None:
@@ -257,7 +257,7 @@ def test_another_format_version_is_refused(bundle: Path) -> None:
 
 
 def test_a_bundle_of_format_1_scores_as_before(bundle: Path) -> None:
-    """It had no choice of padding and of the image score: zeros, and the map's maximum."""
+    """Format 1 has no settings for padding and image score: they were zeros, and the maximum of the map."""
     path = bundle / MANIFEST
     manifest = json.loads(path.read_text())
     old_manifest = {**manifest, "format_version": 1, "config": json.loads(json.dumps(manifest["config"]))}
@@ -316,7 +316,7 @@ def test_a_failed_write_leaves_the_old_bundle_complete(
 ) -> None:
     before = read_manifest(bundle)
     broken = trained(config_of(), seed=5)
-    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: 1 / 0)  # after the tensors, before the manifest
+    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: 1 / 0)  # fails after the tensors and before the manifest
     with pytest.raises(ZeroDivisionError):
         write(bundle, config_of(), broken)
     monkeypatch.undo()

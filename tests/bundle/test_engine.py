@@ -35,7 +35,7 @@ def bundle(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def examples() -> list[bytes]:
-    """Good parts that no bundle has seen."""
+    """Images of good parts that are in no bundle."""
     return [encode_png(draw_sample("gear", 7, "good", index)[0]) for index in range(6)]
 
 
@@ -65,7 +65,7 @@ def test_an_engine_with_different_scores_is_refused(
     ("engine", "count", "message"),
     [
         ("tensorrt", 6, "expected one of torch, onnxruntime, onnxruntime-int8"),
-        ("onnxruntime-int8", 3, "at least 4, got 3: give examples"),
+        ("onnxruntime-int8", 3, "at least 4 .* got 3"),
     ],
 )
 def test_an_unusable_engine_is_refused_with_the_reason(

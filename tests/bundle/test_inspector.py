@@ -1,4 +1,4 @@
-"""The inspector: batches, verdicts, regions, and an evaluation whose every figure is computed again from the arrays."""
+"""The inspector: batches, verdicts and regions; the test computes every metric of an evaluation again from arrays."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_region_is_in_pixels_of_the_original_image() -> None:
 
 
 def bilinear(values: NDArray[np.float32], height: int, width: int) -> NDArray[np.float64]:
-    """The slow definition: pixel centres at half integers, values held beyond the outermost centres."""
+    """Slow bilinear resizing from the definition: pixel centres are at half integers, and edge values continue outside."""
     out = np.empty((height, width))
     for row in range(height):
         for column in range(width):
@@ -189,7 +189,7 @@ def test_an_evaluation_gives_the_metrics_of_its_arrays(
     assert result["image_average_precision"] == pytest.approx(average_precision_score(labels, scores))
     assert result["image_f1_max"] == pytest.approx(metrics.f1_max(labels, scores)[0])
     flat_masks, flat_maps = np.stack(masks).ravel(), np.stack(maps).ravel()
-    # batches of another size round differently, and so may swap pixels that are all but equal
+    # batches of another size round differently, which may swap the order of nearly equal pixels
     assert result["pixel_auroc"] == pytest.approx(roc_auc_score(flat_masks, flat_maps), abs=1e-4)
     assert result["pixel_average_precision"] == pytest.approx(average_precision_score(flat_masks, flat_maps), abs=1e-4)
     assert result["aupro_0.3"] == pytest.approx(metrics.aupro(masks, maps, 0.3), abs=1e-3)

@@ -1,4 +1,4 @@
-"""New thresholds without training: from good images, by hand; what they cost; training images are stderr."""
+"""New thresholds without training, from good images or by hand; their cost; training images are reported and left out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from focus_ray.samples.write import write_samples
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/, images/ they were ingested from, runs/small/bundles/gear, and new/ images that no model has seen."""
+    """A folder with images/, the data set data/ of them, runs/small/bundles/gear, and new/ with images that no model has seen."""
     folder = tmp_path_factory.mktemp("recalibrate")
     write_samples(folder / "new", seed=7, size_px=64, num_train=24, num_test_good=1, num_bad_per_type=3)
     config = small_config(ingest_parts(folder), folder / "runs", cluster={"local": True})
@@ -76,7 +76,7 @@ def test_a_shift_from_the_previous_calibration_images_is_reported(
     for folder, is_told in ((usual, False), (dark, True)):
         assert main(["calibrate", bundle_of(work), str(tmp_path / "new"), "--good", str(folder)]) == 0
         assert (notice in capsys.readouterr().err) is is_told
-    # against the new thresholds the same images are no longer a shift, and the usual ones score lower
+    # compared with the new calibration the same images are no shift, and the original good images score lower
     recalibration = calibrate_bundle(tmp_path / "new", tmp_path / "newer", sorted(usual.iterdir()))
     assert recalibration.shift is not None
     assert recalibration.shift.direction == "lower"

@@ -42,7 +42,7 @@ def bundle(original: str, tmp_path: Path) -> Path:
 
 
 def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes the manifest and signs it with its own hash, as an attacker can."""
+    """Changes a manifest and updates its hash, as an attacker can."""
     manifest = read_manifest(bundle)
     change(manifest)
     manifest["sha256"] = manifest_hash(manifest)
@@ -50,7 +50,7 @@ def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> No
 
 
 def replace_part(bundle: Path, part: str, content: bytes) -> None:
-    """Puts other bytes in the place of a tensor file; manifest, size and hashes agree with them."""
+    """Replaces the content of a tensor file, and updates size and hashes in the manifest."""
     entry = read_manifest(bundle)["files"][part]
     (bundle / entry["name"]).write_bytes(content)
     changed = {**entry, "sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
@@ -78,8 +78,8 @@ def test_a_valid_bundle_is_read_within_the_limit(bundle: Path) -> None:
 
 def test_a_file_that_is_larger_than_its_manifest_says_is_not_read(bundle: Path) -> None:
     entry = read_manifest(bundle)["files"]["density"]
-    os.truncate(bundle / entry["name"], 2**40)  # sparse: takes no room on the disk
-    with pytest.raises(BundleError, match=rf"the file has {2**40} bytes, expected {entry['num_bytes']} at most"):
+    os.truncate(bundle / entry["name"], 2**40)  # a sparse file, which takes no disk space
+    with pytest.raises(BundleError, match=rf"the file has {2**40} bytes, expected at most {entry['num_bytes']}"):
         read_bundle(bundle)
 
 
@@ -151,7 +151,7 @@ def test_a_section_of_the_configuration_that_is_no_mapping_is_refused(bundle: Pa
 
 
 def set_tiles(manifest: dict[str, Any], grid: list[int], size_px: int) -> None:
-    """Makes the images huge, and the map of the density agree with them."""
+    """Sets a huge image size, and the matching size of the density's map."""
     tiling = {"grid": grid, "overlap": 0.0, "density": "shared"}
     manifest["config"]["model"].update(image_size_px=size_px, tiling=tiling)
 
@@ -159,7 +159,7 @@ def set_tiles(manifest: dict[str, Any], grid: list[int], size_px: int) -> None:
 def test_images_of_four_gigapixels_are_refused_before_anything_is_allocated(bundle: Path) -> None:
     change_manifest(bundle, lambda manifest: set_tiles(manifest, [32, 32], 64))
     change_tensors(bundle, "density", **{"profile.weight": torch.ones(256, 256)})
-    read_bundle(bundle)  # as small as the honest one but for its images
+    read_bundle(bundle)  # without a limit it is read: its files are small
     with pytest.raises(BundleError, match=r"a batch of 32 images of 2048 x 2048 pixels would take 512 MiB of memory"):
         read_bundle(bundle, max_bytes=LIMIT)
     change_manifest(bundle, lambda manifest: set_tiles(manifest, [32, 32], 2048))
@@ -246,7 +246,7 @@ def test_a_region_of_another_size_is_refused(bundle: Path) -> None:
 
 
 def test_the_limit_counts_the_memory_of_tensors_and_not_their_file_size(bundle: Path) -> None:
-    """A memory of bytes is held as float32, four times as large."""
+    """A bank of bytes becomes float32 in memory, which is four times as large."""
     change_tensors(bundle, "density", bank=torch.zeros(20_000, 64, 32, dtype=torch.uint8))
     assert len(part_bytes(bundle, "density")) < 50 * MIB
     with pytest.raises(BundleError, match=r"the tensors would take \d+ MiB .* 100 MiB"):

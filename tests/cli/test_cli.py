@@ -1,4 +1,4 @@
-"""The command line: exit statuses, what goes to which stream, and files that it writes."""
+"""The command line: exit statuses, standard output and standard error, and the files that commands write."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with one bundle, of gears that were not aligned."""
+    """The folder of a run with a bundle of the category gear, without image alignment."""
     root = tmp_path_factory.mktemp("runs")
     ingest(images, root / "data", progress=False)
     make_bundle(small_config(str(root / "data"), root, model={"image_alignment": {"group": "none"}}))
@@ -174,7 +174,7 @@ def test_evaluate_with_binned_pixels_reports_bounds_of_its_metrics(
 def test_evaluate_skips_a_defect_type_or_category_that_cannot_be_measured(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One defect has masks of whole images; one category has no test images; their reasons stand in their own places."""
+    """A defect type has masks of the complete image, and a category has no test images; each gets its own reason."""
     for category in ("gear", "board"):
         shutil.copytree(images / category, tmp_path / "images" / category)
     for mask in (tmp_path / "images/gear/ground_truth/scratch").glob("*.png"):
@@ -224,7 +224,7 @@ def test_inspect_prints_a_json_line_for_each_image_and_writes_overlays_with_a_st
     alone = Inspector.load(bundle, "cpu").inspect([(pictures / "a.png").read_bytes()])[0]
     assert lines[0]["score"] == pytest.approx(alone.score, rel=1e-4)
     sizes = [Image.open(str(line["overlay"])).size for line in lines]
-    assert [width for width, _ in sizes] == [5 * 64, 4 * 90]  # whole times as large, wide enough for words
+    assert [width for width, _ in sizes] == [5 * 64, 4 * 90]  # an integer scale that makes room for the text
     assert all(height > factor * side for (_, height), factor, side in zip(sizes, (5, 4), (64, 60), strict=True))
 
 

@@ -1,7 +1,7 @@
-"""Every command and code block of the documents holds: it runs in a small plant, or is checked as far as it can be without one.
+"""Every command and code block of the documents works: it runs in a small workspace, or is checked without running it.
 
-A command that is not run is in NOT_RUN with its reason; its command line is parsed all the same by the real parser, its settings
-by the real models, and the repository's files that it names are looked for.
+NOT_RUN contains the commands that do not run here, with the reason. The real parser still parses their command lines, the real
+models validate their settings, and the files of the repository that they name must exist.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from focus_ray.serving.settings import parse_settings
 from focus_ray.standard import find_config, standard_folder
 from focus_ray.sweep.settings import load_sweep
 
-# start of a focus-ray command -> why it is not run here, and what runs it
+# start of a focus-ray command -> why this module does not run it, and which test does
 NOT_RUN = {
     "samples": "draws for a quarter of a minute; tests/samples draws smaller ones",
     "serve": "serves until it is interrupted; tests/serving asks the service",
@@ -51,7 +51,7 @@ NOT_RUN = {
     "train fyd": "trains by gradient for minutes; tests/test_config.py loads it, tests/fitting trains so",
     "fit photographs/ model-offline/": "a backbone that takes many times as long; `make quickstart` trains it",
 }
-NOT_RUN_WORDS = {  # a word of a focus-ray command -> the same
+NOT_RUN_WORDS = {  # a word of a focus-ray command -> why this module does not run it
     "cluster.num_workers=4": "starts Ray with four workers; tests/cluster/test_training.py",
     "trackers.tensorboard={}": "trains by gradient, and needs a tracker's package; tests/tracking",
     "trackers.mlflow.uri=http://tracking.plant:5000": "needs a server; tests/tracking",
@@ -59,7 +59,7 @@ NOT_RUN_WORDS = {  # a word of a focus-ray command -> the same
     "selection.enabled=true": "trains by gradient; tests/evaluation/test_selection.py",
     "--engine": "compiles a network; tests/bundle/test_engine.py",
 }
-# program -> why its commands are not run
+# program -> why this module does not run its commands
 PROGRAMS = {
     "make": "each target takes minutes; the Makefile has the target",
     "python": "benchmarks and entry scripts take minutes or a cluster; the module is there, and knows the options",
@@ -88,7 +88,7 @@ CODES_RUN_ELSEWHERE = {
     "CONTRIBUTING.md": "tests/test_kinds.py runs them",
     "docs/use/export.md": "of an export; tests/export loads one so",
 }
-STATUSES = {"doctor": (0, 1)}  # 1: it has found something on this machine
+STATUSES = {"doctor": (0, 1)}  # 1: the doctor reports a problem of this machine
 SHELL = blocks("bash")
 COMMANDS = [(block.page, command) for block in SHELL for command in commands_of(block)]
 IDS = [f"{page}: {command[:60]}" for page, command in COMMANDS]
@@ -124,7 +124,7 @@ def test_every_exception_applies_to_a_command() -> None:
     assert set(PROGRAMS) <= {words_of(command)[0] for _, command in COMMANDS}
 
 
-# What is not run
+# Checks without running
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=IDS)
@@ -206,7 +206,7 @@ def test_a_wrong_command_is_refused() -> None:
         check(words_of("kubectl apply -f configs/cluster/nothing.yaml"))
 
 
-# What is run
+# Commands that run
 
 
 @pytest.fixture(scope="session")
@@ -265,7 +265,7 @@ NEEDS_A_SWEEP = (
     "sweep resume",
     "sweep report",
     "train quickstart",
-)  # of a folder that no test has made
+)  # these commands need the folder of a run, which no test makes
 
 
 @pytest.mark.slow
@@ -372,7 +372,7 @@ def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
         load_sweep(tmp_path / "sweep.yaml")
     elif {"registry", "bundles"} & set(tree):
         parse_settings(tree, block.page)
-    else:  # a part of one may leave out where the images are
+    else:  # a block may show a part of a configuration, without the address of the images
         parse_config({"data": {"uri": "data"}, **tree}, block.page)
 
 
