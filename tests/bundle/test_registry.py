@@ -69,7 +69,7 @@ def test_a_registry_resolves_to_the_bundles_of_a_version_or_alias(
 
 def test_a_place_without_bundles_or_versions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"no bundle here: .*, or a registry that `focus-ray registry publish` names_by_process"
+        DataError, match=r"no bundle here: .*, or a registry that `focus-ray registry publish` made"
     ):
         resolve_bundles(str(tmp_path))
 
