@@ -98,7 +98,7 @@ def measure_fit(name: str, num_images: int, folder: Path) -> dict[str, Any]:
     place = folder / name
     write_bundle(
         str(place), config=config, category="gear", detector=found.detector, statistics=found.statistics,
-        calibration=found.calibration, data={"uri": "samples"}, metrics={}, known=(),
+        calibration=found.calibration, data={"uri": "samples"}, metrics={}, fit_hashes=(),
     )  # fmt: skip
     return {"fit_s": seconds, "bundle_bytes": sum(file.stat().st_size for file in place.rglob("*") if file.is_file())}
 

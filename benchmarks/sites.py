@@ -27,7 +27,7 @@ from scipy.ndimage import gaussian_filter
 from benchmarks.harness import add_arguments, base_tree, keep_json, merged, open_data, print_table
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.make import bundle_place, train_here
+from focus_ray.bundle.make import bundle_uri, train_locally
 from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site
 from focus_ray.bundle.update import update_bundle
 from focus_ray.config import Config, parse_config
@@ -96,8 +96,8 @@ def ingested(images: Sequence[tuple[str, bytes]], category: str, folder: Path, s
 
 def fitted(config: Config, category: str, place: Path) -> str:
     """The bundle of a category, fitted."""
-    train_here(config, [split_category(config, category)], str(place), print, raise_at_once=True)
-    return bundle_place(str(place), category)
+    train_locally(config, [split_category(config, category)], str(place), print, raise_at_once=True)
+    return bundle_uri(str(place), category)
 
 
 def seen_by(place: str, records: Sequence[Row]) -> tuple[ScoredImages, dict[str, Any]]:

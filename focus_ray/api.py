@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles, read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.make import bundle_place, train_here
+from focus_ray.bundle.make import bundle_uri, train_locally
 from focus_ray.config import Config, parse_config, read_mapping
 from focus_ray.data.images import ImageError, content_hash, encode_opened, encode_png, read_image
 from focus_ray.data.importers.base import list_image_files, list_subfolders
@@ -191,8 +191,8 @@ def fit(
     data, category = _ingest_or_use(images, root, groups, group_by)
     config = _parse_tree(tree, data)
     split = split_category(config, category)
-    train_here(config, [split], str(root), log or (lambda message: None), raise_at_once=True)
-    place = bundle_place(str(root), category)
+    train_locally(config, [split], str(root), log or (lambda message: None), raise_at_once=True)
+    place = bundle_uri(str(root), category)
     return Model(Inspector.load(place), place, scratch)
 
 

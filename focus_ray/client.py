@@ -1,7 +1,8 @@
-"""A client of the inspection service, sync and async: typed answers, and retries of what may succeed later.
+"""Clients of the inspection service, synchronous and asynchronous, with typed answers and retries.
 
-Needs httpx alone of what the package brings; no torch and no Ray. Scoring changes nothing, so every request may be sent
-again: after a lost connection, 429, 503, 504, or a 500 without a problem document, which comes from a proxy whose replica died.
+The module needs httpx, but no torch and no Ray. Scoring has no side effects, so every request can be sent again. Clients retry
+after a lost connection, after the status codes `RETRIED`, and after a 500 without a problem document, which comes from a proxy
+whose replica died.
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ import httpx
 from focus_ray.errors import FocusRayError
 
 Output = Literal["heatmap", "overlay", "mask"]
-RETRIED = (408, 429, 502, 503, 504)
+RETRIED = (408, 429, 502, 503, 504)  # status codes of temporary failures
 
 
 class ServiceError(FocusRayError, RuntimeError):
-    """The service refused a request, or could not be reached. status: 0 where there was no answer.  code: of its `type`."""
+    """The service refused a request or could not be reached.
+
+    Attributes:
+        status: HTTP status code; 0 without an answer.
+        code: last part of the `type` in the problem document; empty without one.
+        request_id: id of the request in the logs of the service; empty without a problem document.
+    """
 
     def __init__(self, message: str, status: int = 0, code: str = "", request_id: str = "") -> None:
         super().__init__(message, status, code, request_id)
@@ -35,7 +42,13 @@ class ServiceError(FocusRayError, RuntimeError):
 
 @dataclass(frozen=True)
 class FoundRegion:
-    """Pixels of the image; peak of the map."""
+    """A region of an image that the model marks as defective.
+
+    Attributes:
+        x, y, width, height: bounding box in pixels of the image.
+        area: number of pixels.
+        peak: highest value of the anomaly map in the region.
+    """
 
     x: int
     y: int
@@ -47,7 +60,13 @@ class FoundRegion:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found in one image. error: why it could not be read; the figures mean nothing then."""
+    """The result of an image.
+
+    Attributes:
+        map_png: anomaly map as a PNG; None unless the request asked for it.
+        map_high: value of the anomaly map that is white in `map_png`.
+        error: why the image could not be read; the other values then have no meaning. None: no error.
+    """
 
     name: str
     score: float = float("nan")
@@ -65,7 +84,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Inspected:
-    """Findings in the order of the images, and which version made them."""
+    """The answer to an inspection.
+
+    Attributes:
+        findings: in the order of the images.
+        version, sha256: name and manifest hash of the model that scored the images.
+        role: role of this model in the service.
+        request_id: id of the request in the logs of the service.
+        timings_ms: step -> milliseconds.
+    """
 
     findings: tuple[Finding, ...]
     version: str
@@ -75,13 +102,15 @@ class Inspected:
     timings_ms: dict[str, float]
 
 
-class _Place(TypedDict):
+class _Route(TypedDict):
+    """The arguments of httpx's `request` that every request has."""
+
     method: str
     url: str
 
 
-class _Request(_Place, total=False):
-    """What of httpx's `request` is used."""
+class _Request(_Route, total=False):
+    """Arguments of httpx's `request`."""
 
     params: dict[str, str]
     content: bytes
@@ -90,13 +119,16 @@ class _Request(_Place, total=False):
 
 
 class Client:
-    """Asks a service; close it, or use it as a context."""
+    """A synchronous client of the service. Close it after use, or use it as a context manager."""
 
     def __init__(self, url: str, token: str | None = None, *, retries: int = 8, timeout_s: float = 90.0) -> None:
         """
         Args:
-            url: such as http://127.0.0.1:8000.  retries: of a request, with pauses from 0.1 s that double up to 5 s,
-                or what Retry-After says where that is longer.
+            url: address of the service, such as http://127.0.0.1:8000.
+            token: access token; None: no authentication.
+            retries: maximum number of retries of a request. The backoff starts at 0.1 s and doubles up to 5 s; a longer
+                Retry-After of the service has priority.
+            timeout_s: timeout of each attempt.
         """
         self._retries = retries
         self._http = httpx.Client(base_url=url, headers=_headers(token), timeout=timeout_s)
@@ -108,6 +140,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
+        """Closes the connections."""
         self._http.close()
 
     def inspect(
@@ -119,29 +152,38 @@ class Client:
         version: str | None = None,
         include_map: bool = False,
     ) -> Inspected:
-        """Scores encoded images. Raises: ServiceError: refused, or not answered within the retries."""
-        return _inspected(self._send(_inspection(team, category, images, version, include_map)))
+        """Inspects encoded images.
+
+        Args:
+            version: version name or alias of the model; None: the service chooses.
+            include_map: ask for the anomaly maps.
+
+        Raises: ServiceError: the service refused the request, or did not answer within the retries.
+        """
+        return _parse_answer(self._send(_inspection_request(team, category, images, version, include_map)))
 
     def picture(self, team: str, category: str, image: bytes, output: Output, *, version: str | None = None) -> bytes:
-        """A PNG of one image's findings. Raises: ServiceError."""
-        return self._send(_picture(team, category, image, output, version)).content
+        """Returns a PNG with the heat map, overlay or mask of an image. Raises: ServiceError: see `inspect`."""
+        return self._send(_picture_request(team, category, image, output, version)).content
 
     def get(self, path: str) -> Any:
-        """The JSON of any path, such as /v1/press/bolt. Raises: ServiceError."""
+        """Returns the JSON of a path, such as /v1/press/bolt. Raises: ServiceError: see `inspect`."""
         return self._send({"method": "GET", "url": path}).json()
 
     def _send(self, request: _Request) -> httpx.Response:
+        """Sends a request with retries, by the coroutine that the asynchronous client uses too."""
+
         async def send() -> httpx.Response:
             return self._http.request(**request)
 
         async def sleep(seconds: float) -> None:
             time.sleep(seconds)
 
-        return _finish(_exchange(send, sleep, self._retries))
+        return _run_blocking(_send_with_retries(send, sleep, self._retries))
 
 
 class AsyncClient:
-    """`Client` for asyncio."""
+    """A client of the service for asyncio, with the arguments and methods of `Client`."""
 
     def __init__(self, url: str, token: str | None = None, *, retries: int = 8, timeout_s: float = 90.0) -> None:
         self._retries = retries
@@ -155,6 +197,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
+        """Closes the connections."""
         await self._http.aclose()
 
     async def inspect(
@@ -166,28 +209,31 @@ class AsyncClient:
         version: str | None = None,
         include_map: bool = False,
     ) -> Inspected:
-        """Scores encoded images. Raises: ServiceError: refused, or not answered within the retries."""
-        return _inspected(await self._send(_inspection(team, category, images, version, include_map)))
+        """Inspects encoded images, as `Client.inspect` does."""
+        return _parse_answer(await self._send(_inspection_request(team, category, images, version, include_map)))
 
     async def picture(
         self, team: str, category: str, image: bytes, output: Output, *, version: str | None = None
     ) -> bytes:
-        """A PNG of one image's findings. Raises: ServiceError."""
-        return (await self._send(_picture(team, category, image, output, version))).content
+        """Returns a PNG with the heat map, overlay or mask of an image. Raises: ServiceError: see `Client.inspect`."""
+        return (await self._send(_picture_request(team, category, image, output, version))).content
 
     async def get(self, path: str) -> Any:
-        """The JSON of any path, such as /v1/press/bolt. Raises: ServiceError."""
+        """Returns the JSON of a path, such as /v1/press/bolt. Raises: ServiceError: see `Client.inspect`."""
         return (await self._send({"method": "GET", "url": path})).json()
 
     async def _send(self, request: _Request) -> httpx.Response:
-        return await _exchange(lambda: self._http.request(**request), asyncio.sleep, self._retries)
+        return await _send_with_retries(lambda: self._http.request(**request), asyncio.sleep, self._retries)
 
 
 def _headers(token: str | None) -> dict[str, str]:
     return {} if token is None else {"authorization": f"Bearer {token}"}
 
 
-def _inspection(team: str, category: str, images: Sequence[bytes], version: str | None, include_map: bool) -> _Request:
+def _inspection_request(
+    team: str, category: str, images: Sequence[bytes], version: str | None, include_map: bool
+) -> _Request:
+    """Returns the request that inspects images: a single image as the body, several images as multipart files."""
     params = {**({"version": version} if version else {}), **({"include": "map"} if include_map else {})}
     request: _Request = {"method": "POST", "url": f"/v1/{team}/{category}/inspect", "params": params}
     if len(images) == 1:
@@ -198,18 +244,22 @@ def _inspection(team: str, category: str, images: Sequence[bytes], version: str 
     return request
 
 
-def _picture(team: str, category: str, image: bytes, output: Output, version: str | None) -> _Request:
-    request = _inspection(team, category, [image], version, False)
+def _picture_request(team: str, category: str, image: bytes, output: Output, version: str | None) -> _Request:
+    request = _inspection_request(team, category, [image], version, False)
     request["params"]["output"] = output
     return request
 
 
-async def _exchange(
+async def _send_with_retries(
     send: Callable[[], Awaitable[httpx.Response]], sleep: Callable[[float], Awaitable[None]], retries: int
 ) -> httpx.Response:
-    """Sends until the answer is one to keep: the one loop of both clients, which only send and sleep.
+    """Sends a request until it succeeds, is refused, or has no retries left. Both clients use this loop.
 
-    Raises: ServiceError: refused, or not answered within the retries.
+    Args:
+        send: sends the request once.
+        sleep: waits for some seconds.
+
+    Raises: ServiceError: the service refused the request, or did not answer within the retries.
     """
     attempt = 0
     while True:
@@ -218,39 +268,41 @@ async def _exchange(
             outcome = await send()
         except httpx.TransportError as error:
             outcome = error
-        pause = _pause_after(outcome, attempt) if attempt < retries else None
-        if pause is None:
+        pause_s = _retry_pause_s(outcome, attempt) if attempt < retries else None
+        if pause_s is None:
             return _accept(outcome)
-        await sleep(pause)
+        await sleep(pause_s)
         attempt += 1
 
 
-def _finish(exchange: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
-    """The answer of an exchange whose `send` and `sleep` block, so that it never waits for an event loop."""
+def _run_blocking(coroutine: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
+    """Runs a `_send_with_retries` whose `send` and `sleep` block, without an event loop, and returns the response."""
     try:
-        exchange.send(None)
-    except StopIteration as done:
-        response: httpx.Response = done.value
+        coroutine.send(None)  # a coroutine that never suspends runs to its end at the first step
+    except StopIteration as stop:
+        response: httpx.Response = stop.value
         return response
-    raise AssertionError("an exchange that blocks has waited for an event loop")
+    raise AssertionError("the coroutine suspended, although its send and sleep block")
 
 
-def _pause_after(outcome: httpx.Response | httpx.TransportError, attempt: int) -> float | None:
-    """Seconds to wait before a request is sent again; None where that would change nothing. attempt: from 0."""
-    pause = min(5.0, 0.1 * 2.0**attempt) * random.uniform(0.5, 1.0)
+def _retry_pause_s(outcome: httpx.Response | httpx.TransportError, attempt: int) -> float | None:
+    """Returns the seconds until the next retry; None if a retry cannot help. attempt: number of the attempt, from 0."""
+    # exponential backoff; the random factor spreads the retries of many clients
+    pause_s = min(5.0, 0.1 * 2.0**attempt) * random.uniform(0.5, 1.0)
     if isinstance(outcome, httpx.TransportError):
-        return pause
-    from_proxy = outcome.status_code == 500 and not _is_problem(outcome)
-    if outcome.status_code not in RETRIED and not from_proxy:
+        return pause_s
+    is_from_proxy = outcome.status_code == 500 and not _is_problem(outcome)
+    if outcome.status_code not in RETRIED and not is_from_proxy:
         return None
-    told = outcome.headers.get("retry-after", "")
-    return max(pause, min(30.0, float(told))) if told.isdigit() else pause
+    retry_after = outcome.headers.get("retry-after", "")
+    return max(pause_s, min(30.0, float(retry_after))) if retry_after.isdigit() else pause_s
 
 
 def _accept(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
+    """Returns a successful response. Raises: ServiceError: for any other outcome."""
     if isinstance(outcome, httpx.TransportError):
         raise ServiceError(
-            f"the service cannot be reached: {outcome!r}: see that it runs and that the URL is right"
+            f"the service cannot be reached: {outcome!r}: check that it runs and that the URL is right"
         ) from (outcome)
     if outcome.is_success:
         return outcome
@@ -263,13 +315,14 @@ def _accept(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
 
 
 def _is_problem(response: httpx.Response) -> bool:
+    """Whether the response is a problem document (RFC 9457) of the service itself."""
     return response.headers.get("content-type", "").startswith("application/problem+json")
 
 
-def _inspected(response: httpx.Response) -> Inspected:
+def _parse_answer(response: httpx.Response) -> Inspected:
     answer = response.json()
     return Inspected(
-        findings=tuple(_finding(result) for result in answer["results"]),
+        findings=tuple(_parse_finding(result) for result in answer["results"]),
         version=answer["version"],
         sha256=answer["sha256"],
         role=answer["role"],
@@ -278,11 +331,11 @@ def _inspected(response: httpx.Response) -> Inspected:
     )
 
 
-def _finding(result: dict[str, Any]) -> Finding:
+def _parse_finding(result: dict[str, Any]) -> Finding:
     if "error" in result:
         return Finding(result["name"], error=result["error"]["detail"])
-    plain = ("name", "score", "p_value", "anomalous", "threshold", "pixel_threshold", "width", "height")
-    values = {name: result[name] for name in plain}
+    scalars = ("name", "score", "p_value", "anomalous", "threshold", "pixel_threshold", "width", "height")
+    values = {name: result[name] for name in scalars}
     if "map" in result:
         values.update(map_png=base64.b64decode(result["map"]["png"]), map_high=result["map"]["high"])
     return Finding(**values, regions=tuple(FoundRegion(**region) for region in result["regions"]))

@@ -1,11 +1,11 @@
-"""The mark of pictures that focus_ray draws (heat maps, overlays, plots), so that no command takes one for a photograph."""
+"""Marks the pictures that focus_ray draws (heat maps, overlays, plots), so that no command inspects one as a photograph."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-MARK = "focus_ray drawing"  # text "Software" of a PNG, comment of a JPEG
-MARK_WITHIN_BYTES = 4096  # from the start of the file: encoders write the mark before the pixels
+MARK = "focus_ray drawing"  # value of the text field "Software" of a PNG, or the comment of a JPEG
+MARK_WITHIN_BYTES = 4096  # encoders write the mark before the pixels, so it is near the start of the file
 _SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff")
 
 

@@ -1,4 +1,4 @@
-"""What tests share: threads, a private place for Ray, the S3 server, real images and weights where they are."""
+"""Settings and fixtures of all tests: threads, a private folder for Ray, the S3 server, real images and weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# before torch or Ray is imported, and inherited by every process that a test starts
+# set before torch and Ray are imported; every process that a test starts inherits these variables
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # short tails of training runs
-os.environ.pop("RAY_ADDRESS", None)  # never a cluster that someone else runs
-# short: Ray keeps Unix sockets below it, whose paths may have 107 characters
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # so that training runs end quickly
+os.environ.pop("RAY_ADDRESS", None)  # tests must not use an existing cluster
+# short, because Ray creates Unix sockets in this folder, and their paths have at most 107 characters
 _RAY_FOLDER = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="fr-", dir="/tmp" if os.path.isdir("/tmp") else None)
 
 import pytest
@@ -21,18 +21,18 @@ from hypothesis import settings
 from places import SHARED
 from s3_server import s3, s3_server  # noqa: F401
 
-settings.register_profile("focus_ray", deadline=None)  # a busy machine is no failure
+settings.register_profile("focus_ray", deadline=None)  # a test may be slow on a busy machine
 settings.load_profile("focus_ray")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Removes Ray's folder once everything that used it has ended."""
+    """Removes Ray's folder after the last test."""
     shutil.rmtree(_RAY_FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real images and weights beside the repository."""
+    """The folder of real images and weights next to the repository."""
     if not SHARED.is_dir():
         pytest.skip(f"real images and weights are not at {SHARED}")
     return SHARED
@@ -40,7 +40,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def resnet18_weights(shared: Path) -> Path:
-    """ImageNet weights of ResNet-18's layers 1 to 3, batch norm folded: right in evaluation mode only."""
+    """ImageNet weights of the layers 1 to 3 of ResNet-18. Batch norms are folded, so they are valid only in evaluation mode."""
     path = shared / "weights" / "resnet18_imagenet_layers1-3_bnfolded.pth"
     if not path.is_file():
         pytest.skip(f"there are no weights at {path}")
@@ -49,14 +49,14 @@ def resnet18_weights(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A private local cluster with four CPUs, whatever the machine has, for all tests marked `ray`."""
+    """A private local cluster for all tests marked `ray`. It offers four CPUs, independent of the machine."""
     import ray
 
-    mine = not ray.is_initialized()
-    if mine:
+    is_started_here = not ray.is_initialized()
+    if is_started_here:
         ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error")
     try:
         yield
     finally:
-        if mine:
+        if is_started_here:
             ray.shutdown()

@@ -1,4 +1,4 @@
-"""A Ray cluster that jobs come to over HTTP, with tokens on and an S3 server's credentials in its nodes' environment."""
+"""Starts a Ray cluster that accepts jobs over HTTP with a token. Its nodes have the credentials of an S3 server."""
 
 from __future__ import annotations
 
@@ -24,8 +24,15 @@ TOKEN = "a-token-for-tests-0123456789abcdef"
 
 @dataclass(frozen=True)
 class Nodes:
-    """address: of its Jobs API.  environment: of whoever submits, without keys.  access: the keys, for a test's own use.
-    root: where data and results lie, on S3."""
+    """A running Ray cluster.
+
+    Attributes:
+        address: address of the Jobs API.
+        environment: environment of the submitter, which has no S3 keys.
+        access: environment variables with the S3 keys, for the test itself.
+        root: S3 URI for data and results.
+        process: process of `ray_nodes.py`.
+    """
 
     address: str
     environment: Mapping[str, str]
@@ -34,13 +41,13 @@ class Nodes:
     process: subprocess.Popen[str]
 
     def run(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        """focus-ray on the submitter's side."""
+        """Runs a focus-ray command as the submitter, and waits for its end. changes: more environment variables."""
         process = self.start(*words, **changes)
         out, err = process.communicate(timeout=250)
         return subprocess.CompletedProcess(words, process.returncode, out, err)
 
     def start(self, *words: str, **changes: str) -> subprocess.Popen[str]:
-        """The same, without waiting for its end."""
+        """Starts a focus-ray command as the submitter. changes: more environment variables."""
         return subprocess.Popen(
             [sys.executable, "-m", "focus_ray.cli", *words],
             env={**self.environment, "RAY_ADDRESS": self.address, **changes},
@@ -48,13 +55,14 @@ class Nodes:
         )  # fmt: skip
 
     def ingest(self, images: str | Path, categories: Sequence[str]) -> None:
+        """Ingests categories into the data set `root`/data."""
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self.access.items():
                 patch.setenv(name, value)
             ingest(images, f"{self.root}/data", categories=list(categories), progress=False)
 
     def kill_a_worker_node(self) -> None:
-        """SIGKILL to the processes of the node that was added last."""
+        """Kills the processes of the node that was added last with SIGKILL."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write("kill\n")
@@ -64,7 +72,7 @@ class Nodes:
 
 @contextmanager
 def run_nodes(s3_server: S3Server, num_nodes: int = 2) -> Iterator[Nodes]:
-    """A head and further nodes of two CPUs each, in a process of its own."""
+    """Runs a head node and further nodes with two CPUs each in another process."""
     temporary = tempfile.mkdtemp(prefix="frn-", dir="/tmp")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "RAY_AUTH", "RAY_API"))}
     clean.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2")
@@ -78,9 +86,9 @@ def run_nodes(s3_server: S3Server, num_nodes: int = 2) -> Iterator[Nodes]:
     try:
         assert process.stdout is not None
         address = json.loads(process.stdout.readline())["address"]
-        # the submitter knows where the server is, and has no key
-        mine = {**clean, "AWS_ENDPOINT_URL": access["AWS_ENDPOINT_URL"], "AWS_REGION": access["AWS_REGION"]}
-        yield Nodes(address, mine, access, s3_server.new_uri(), process)
+        # the submitter knows the address of the S3 server, but has no keys
+        submitter = {**clean, "AWS_ENDPOINT_URL": access["AWS_ENDPOINT_URL"], "AWS_REGION": access["AWS_REGION"]}
+        yield Nodes(address, submitter, access, s3_server.new_uri(), process)
     finally:
         assert process.stdin is not None
         process.stdin.close()

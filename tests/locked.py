@@ -1,4 +1,4 @@
-"""What requirements.lock has for this Python, and the programs of the development environment."""
+"""Reads requirements.lock, finds programs of the development environment, and copies files as the Dockerfile does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from places import REPOSITORY
 
 
 def locked() -> dict[str, str]:
-    """Name -> version of what requirements.lock has for this Python."""
+    """Returns name -> version of the packages in requirements.lock that apply to this Python version."""
     text = (REPOSITORY / "requirements.lock").read_text()
     lines = (Requirement(line.removesuffix(" \\")) for line in text.splitlines() if not line.startswith(" "))
     return {
@@ -24,23 +24,23 @@ def locked() -> dict[str, str]:
 
 
 def program(name: str) -> str:
-    """A program of the development environment; skips the test where there is none."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.is_file() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"no {name} here: install it")
-    return found
+    """Returns the path of a program of the development environment; skips the test if it is not installed."""
+    sibling = Path(sys.executable).parent / name
+    path = str(sibling) if sibling.is_file() else shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
 
 
 def copy_as_the_build_does(folder: Path) -> Path:
-    """What the Dockerfile copies from the checkout, and nothing else, into a new folder."""
+    """Copies the files that the Dockerfile copies from the checkout to a new folder, and returns the folder."""
     for line in re.findall(r"^COPY (?!--from)(.+)$", (REPOSITORY / "Dockerfile").read_text(), re.MULTILINE):
         *sources, target = line.split()
         for source in sources:
-            place = folder / (f"{target}/{source}" if target == "./" else target)
-            place.parent.mkdir(parents=True, exist_ok=True)
+            path = folder / (f"{target}/{source}" if target == "./" else target)
+            path.parent.mkdir(parents=True, exist_ok=True)
             if (REPOSITORY / source).is_dir():
-                shutil.copytree(REPOSITORY / source, place, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(REPOSITORY / source, path, ignore=shutil.ignore_patterns("__pycache__"))
             else:
-                shutil.copy(REPOSITORY / source, place)
+                shutil.copy(REPOSITORY / source, path)
     return folder

@@ -1,4 +1,4 @@
-"""Where the repository's own files are, and the real images and weights beside it."""
+"""Paths of the repository, its package and configurations, and of the real images and weights next to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHARED = REPOSITORY.parent / "shared"
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens at."""
+    """Returns a free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

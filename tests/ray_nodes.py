@@ -1,7 +1,7 @@
-"""Runs a Ray cluster of a few nodes on this machine until its stdin closes; tests start it as a process of its own.
+"""Runs a Ray cluster of a few nodes on this machine until stdin closes.
 
-So the cluster has an environment of its own, tokens on, and jobs come to it as they come to any cluster: over HTTP.
-A line "kill" on stdin ends the node that was added last, by force.
+Tests start this module as a separate process, so that the cluster has its own environment with tokens, and receives jobs over
+HTTP as a real cluster does. A line "kill" on stdin kills the node that was added last.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ HOST = "127.0.0.1"
 
 
 def main(num_nodes: int) -> None:
-    # with 127.0.0.1 for its address, or the agent's usual port taken, the head has no job agent (Ray 2.60)
-    # each node unpacks jobs in a folder of its own, as it would on a machine of its own
+    # Ray 2.60: the head starts no job agent if its address is 127.0.0.1 or the default port of the agent is in use.
+    # Each node unpacks jobs in its own folder, as nodes on separate machines do.
     def node(**options: Any) -> dict[str, Any]:
         port = free_port()
         return {"num_cpus": 2, "dashboard_agent_listen_port": port, "runtime_env_dir_name": f"envs-{port}", **options}

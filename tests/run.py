@@ -1,6 +1,7 @@
-"""Runs the quick tests as `make test` does: those without Ray, in two halves, beside those with it, which mostly wait.
+"""Runs the quick tests for `make test`: two processes run the tests without Ray, and a third process the tests with Ray.
 
-A part that fails, or of which no test ran, fails the whole. The ten slowest tests are told at the end.
+The three parts run at the same time, because tests with Ray mostly wait. The run fails if a part fails or runs no test. It
+prints the ten slowest tests at the end.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ FIRST = (
     "sweep",
     "tracking",
     "watching",
-)  # folders of the first half, alike in length
+)  # folders of the first half; both halves take about the same time
 WITHOUT, WITH = "not slow and not cluster and not ray", "ray and not slow and not cluster"
-# name -> marks, niceness, places. Ray's workers have a niceness of 15: the other parts stand no further back
+# name -> marks, niceness, paths. Ray's workers have a niceness of 15, so the other parts get the same niceness
 PARTS = {
     "without Ray, first half": (WITHOUT, 15, [TESTS / name for name in FIRST]),
     "without Ray, second half": (
@@ -48,12 +49,12 @@ PARTS = {
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
     status = 0
-    # one thread each: two that wait for one another spin, and take from Ray's workers, which run at a lower priority
+    # a single OpenMP thread: threads that wait for each other spin, and take CPU time from Ray's workers
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     slowest: list[tuple[float, str]] = []
     with tempfile.TemporaryDirectory() as folder:
         running = {}
-        for number, (name, (marks, nice, places)) in enumerate(PARTS.items()):
+        for number, (name, (marks, nice, paths)) in enumerate(PARTS.items()):
             report, log = Path(folder, f"{number}.xml"), Path(folder, f"{number}.log")
             command = [
                 "nice",
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
                 "-m",
                 marks,
                 f"--junit-xml={report}",
-                *map(str, places),
+                *map(str, paths),
                 *arguments,
             ]
             with log.open("wb") as sink:
@@ -80,7 +81,7 @@ def main(arguments: list[str]) -> int:
             cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
             if not cases:
                 print(f"no test {name} has run", file=sys.stderr)
-            if code or not cases:  # a signal's code is negative
+            if code or not cases:  # the exit code is negative after a signal
                 status = 1
             slowest += [(float(case.get("time", 0)), f"{case.get('classname')}::{case.get('name')}") for case in cases]
     print("---- the ten slowest")

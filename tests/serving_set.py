@@ -1,4 +1,4 @@
-"""What the tests of the service share: a registry of small models of two teams, tokens, and images."""
+"""Creates the registry, tokens and images that the tests of the service use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ PRESS, MILL = "press", "mill"
 
 @dataclass(frozen=True)
 class Plant:
-    """Team press has gear and board, team mill has gear alone; a token of each kind."""
+    """A registry with small models of two teams, and a token of each kind.
+
+    Team press has the categories gear and board. Team mill has only gear.
+    """
 
     registry: str
     bundles: dict[str, str]

@@ -1,4 +1,4 @@
-"""A tiny data set of made-up parts, a configuration that is done with it in seconds, and a bundle made without Ray."""
+"""A tiny data set of synthetic parts, a configuration that trains on it in seconds, and a bundle that is made without Ray."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from focus_ray.samples.write import write_samples
 from focus_ray.storage import join
 
 CATEGORIES = ("board", "gear")
-NUM_TRAIN = 24  # a category
-NUM_TEST = 8  # 4 good, and 4 defects of which each has a mask
+NUM_TRAIN = 24  # good training images of each category
+NUM_TEST = 8  # of each category: 4 good images, and 4 images with a defect and a mask
 
 
 def draw_parts(folder: Path) -> Path:
-    """The images, in MVTec AD's layout; 64 px."""
+    """Draws images of 64 px in the folder layout of MVTec AD, and returns the folder."""
     write_samples(folder, size_px=64, num_train=NUM_TRAIN, num_test_good=4, num_bad_per_type=1)
     return folder
 
 
 def ingest_parts(folder: Path) -> str:
-    """Draws and ingests the parts. Returns: the data set's root."""
+    """Draws and ingests images of parts, and returns the root of the data set."""
     ingest(draw_parts(folder / "images"), folder / "data", progress=False)
     return str(folder / "data")
 
 
 def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> Config:
-    """An untrained ResNet-18 at 64 px, without what takes the default seconds: its metric and its profile of good images.
+    """Returns the configuration of an untrained ResNet-18 at 64 px, without the slow metric and profile of good images.
 
-    A section's keys replace or join those here.
+    Args:
+        sections: settings of a section, such as model={"padding": "zeros"}, which override the settings below.
     """
-    tree: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "name": "small",
         "storage": str(storage),
         "data": {"uri": uri, "categories": ["gear"]},
@@ -50,7 +51,7 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
             "image_size_px": 64,
             "projector_width": 16,
             "predictor_width": 8,
-            "precision": "fp32",  # figures then hang on no machine
+            "precision": "fp32",  # so that results do not depend on the machine
         },
         "train": {"epochs": 0, "batch_size_per_worker": 4, "learning_rate": 1e-3},
         "density": {"num_channels": 32, "reduction": "semi_orthogonal", "precision": "fp32"},
@@ -59,12 +60,12 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
         "cluster": {"use_gpu": False, "local": False},
     }
     for name, section in sections.items():
-        tree[name] = {**tree.get(name, {}), **section}
-    return parse_config(tree)
+        settings[name] = {**settings.get(name, {}), **section}
+    return parse_config(settings)
 
 
 def fit_alone(config: Config, category: str = "gear") -> FitResult:
-    """Trains one category in this process."""
+    """Trains a category in this process."""
     plan = plan_category(config, category)
     shard = build_shard(config, category, plan, 0, 1)
     return fit(config, shard, len(plan.fit_rows), torch.device("cpu"))
@@ -75,21 +76,26 @@ def make_bundle(
     category: str = "gear",
     place: Path | str | None = None,
     fingerprint: str = "",
-    known: Sequence[int] = (),
+    fit_hashes: Sequence[int] = (),
 ) -> str:
-    """Trains one category in this process and writes its bundle, where `train` would unless told. Returns: its place."""
-    return keep_bundle(fit_alone(config, category), config, category, place, fingerprint, known)
+    """Trains a category in this process, writes its bundle and returns its address.
+
+    Args:
+        place: address of the bundle; None: the address that the command `train` uses.
+        fit_hashes: hashes of the training images, for the bundle.
+    """
+    return write_fitted_bundle(fit_alone(config, category), config, category, place, fingerprint, fit_hashes)
 
 
-def keep_bundle(
+def write_fitted_bundle(
     result: FitResult,
     config: Config,
     category: str = "gear",
     place: Path | str | None = None,
     fingerprint: str = "",
-    known: Sequence[int] = (),
+    fit_hashes: Sequence[int] = (),
 ) -> str:
-    """`make_bundle` of what was fitted before."""
+    """Writes the bundle of a training result and returns its address. Arguments are those of `make_bundle`."""
     place = join(config.storage, config.name, "bundles", category) if place is None else str(place)
     write_bundle(
         place,
@@ -105,13 +111,13 @@ def keep_bundle(
             "num_holdout": 0,
         },
         metrics={"history": result.notes.history},
-        known=known,
+        fit_hashes=fit_hashes,
     )
     return place
 
 
-def spoil_an_image(uri: str, category: str, row: int) -> None:
-    """Puts bytes that are no image in a row's place, leaving all else as it was."""
+def corrupt_image(uri: str, category: str, row: int) -> None:
+    """Replaces the encoded image of a row by bytes that are no image."""
     (path,) = (Path(uri) / f"category={category}").glob("part-*.parquet")
     table = pq.read_table(path, partitioning=None)
     images = table["image"].to_pylist()

@@ -1,4 +1,4 @@
-"""The Python interface without a cluster: fit, inspect, evaluate, save; conventions of scikit-learn."""
+"""The Python API without a cluster: fit, inspect, evaluate and save; and the conventions of scikit-learn."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_folder_an_array_and_a_list_of_paths_make_the_same_model(parts: Path, 
     assert model.category == "gear"
 
 
-def test_the_model_equals_the_bundle_of_the_commands(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+def test_fit_makes_the_same_model_as_the_commands(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
     uri = ingest_parts(tmp_path)
     words = [
         f"data.uri={uri}",
@@ -92,21 +92,22 @@ def test_images_are_inspected_by_path_bytes_and_pixels_alike(parts: Path, model:
     path = sorted((parts / "test/good").iterdir())[0]
     pixels = np.asarray(Image.open(path).convert("RGB"))
     inspections = [model.inspect(image) for image in (path, str(path), path.read_bytes(), pixels)]
-    assert len({inspection.score for inspection in inspections}) == 1
+    score = inspections[0].score
+    assert {inspection.score for inspection in inspections} == {score}
     assert inspections[0].verdict in ("normal", "anomalous")
-    assert model.inspect_all(np.stack([pixels, pixels]))[1].score == pytest.approx(inspections[0].score, rel=1e-5)
+    assert model.inspect_all(np.stack([pixels, pixels]))[1].score == pytest.approx(score, rel=1e-5)
     assert len(model.inspect_all(parts / "test/good")) == 4
     assert any("training images set the threshold" in line for line in model.caveats)
 
 
 @pytest.fixture(scope="module")
 def photograph(parts: Path) -> Image.Image:
-    """Makes an image that is wider than high, so that a rotation changes its size."""
+    """An oblong image, so that a rotation changes its size."""
     return Image.open(sorted((parts / "test/good").iterdir())[0]).convert("RGB").crop((0, 0, 64, 48))
 
 
 @pytest.mark.parametrize("shape", [(48, 64, 3), (48, 64), (48, 64, 1)])
-def test_one_array_is_one_image(shape: tuple[int, ...], model: focus_ray.Model, photograph: Image.Image) -> None:
+def test_an_array_is_a_single_image(shape: tuple[int, ...], model: focus_ray.Model, photograph: Image.Image) -> None:
     colour = np.asarray(photograph)
     pixels = colour if shape[2:] == (3,) else np.asarray(photograph.convert("L")).reshape(shape)
     (inspection,) = model.inspect_all(pixels)
@@ -116,19 +117,15 @@ def test_one_array_is_one_image(shape: tuple[int, ...], model: focus_ray.Model, 
     assert tensor.score == inspection.score
     assert model.evaluate(pixels, [0])["num_normal"] == 1
     several = model.inspect_all(np.stack([pixels, pixels]))
-    assert [copy_inspection.score for copy_inspection in several] == pytest.approx([inspection.score] * 2, rel=1e-5)
+    assert [single.score for single in several] == pytest.approx([inspection.score] * 2, rel=1e-5)
 
 
 def test_the_estimator_gives_one_prediction_for_one_array(model: focus_ray.Model, photograph: Image.Image) -> None:
     detector = focus_ray.AnomalyDetector()
     detector.model_, detector.offset_ = model, -model.threshold
     for image in (np.asarray(photograph), photograph):
-        assert (
-            detector.predict(image).shape
-            == detector.score_samples(image).shape
-            == detector.p_values(image).shape
-            == (1,)
-        )
+        results = detector.predict(image), detector.score_samples(image), detector.p_values(image)
+        assert [result.shape for result in results] == [(1,)] * 3
 
 
 @pytest.mark.parametrize(
@@ -147,9 +144,9 @@ def test_an_array_that_may_be_one_image_with_its_channels_first_gives_a_warning(
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "LA", "RGBA", "PA", "CMYK", "YCbCr", "LAB", "HSV", "I;16", "I"])
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_pillow_image_scores_as_its_file_or_as_what_it_shows(
-    mode: str, turned: bool, model: focus_ray.Model, photograph: Image.Image, tmp_path: Path
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_pillow_image_scores_as_its_file(
+    mode: str, rotated: bool, model: focus_ray.Model, photograph: Image.Image, tmp_path: Path
 ) -> None:
     if mode in ("I;16", "I"):
         deep = np.asarray(photograph.convert("L")).astype(np.uint16) * 257
@@ -169,7 +166,7 @@ def test_a_pillow_image_scores_as_its_file_or_as_what_it_shows(
     if mode == "I":
         shown[mode] = Image.fromarray(deep)
     (shown.get(mode, image)).save(path)
-    if turned:
+    if rotated:
         image.getexif()[0x0112] = 6
         exif = Image.Exif()
         exif[0x0112] = 6
@@ -179,22 +176,20 @@ def test_a_pillow_image_scores_as_its_file_or_as_what_it_shows(
     assert (
         (inspection.width, inspection.height)
         == (from_file.width, from_file.height)
-        == ((48, 64) if turned else (64, 48))
+        == ((48, 64) if rotated else (64, 48))
     )
     assert inspection.score == from_file.score
     assert model.inspect_all([image])[0].score == inspection.score
     opened = Image.open(path)
-    if turned and suffix == "tif":
-        with pytest.raises(DataError, match="TIFF"):
+    if rotated and suffix == "tif":
+        with pytest.raises(DataError, match="Pillow misreads this kind of TIFF: give the path"):
             model.inspect(opened)
     else:
         assert model.inspect(opened).score == from_file.score
 
 
-def test_a_pillow_image_of_which_the_values_have_no_set_range_is_refused(
-    model: focus_ray.Model, tmp_path: Path
-) -> None:
-    with pytest.raises(DataError, match="image 1: a floating-point image"):
+def test_a_pillow_image_without_a_fixed_range_of_values_is_refused(model: focus_ray.Model, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="image 1: a floating-point image has no set range"):
         model.inspect_all([np.zeros((64, 64), np.uint8), Image.new("F", (64, 64))])
     deep = np.full((64, 64), 1000, np.uint16)
     tifffile.imwrite(tmp_path / "inverted.tif", deep, photometric="miniswhite")
@@ -208,7 +203,7 @@ def test_a_pillow_image_of_which_the_values_have_no_set_range_is_refused(
 
 
 @pytest.mark.skipif(not (SHARED / "cases/api").is_dir(), reason="../shared/cases is not there")
-def test_shared_files_score_alike_as_files_and_as_pillow_images(model: focus_ray.Model) -> None:
+def test_recorded_files_score_equally_as_files_and_as_pillow_images(model: focus_ray.Model) -> None:
     files = sorted((SHARED / "cases/api").iterdir())
     scores = [inspection.score for inspection in model.inspect_all(files)]
     assert [model.inspect(Image.open(path)).score for path in files] == pytest.approx(scores, rel=1e-5)
@@ -234,7 +229,7 @@ def test_a_corrupt_image_among_many_is_named(parts: Path, model: focus_ray.Model
         model.inspect_all([path.read_bytes() for path in files])
 
 
-def test_a_loaded_model_equals_the_saved_one(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+def test_a_loaded_model_scores_as_the_saved_model(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
     place = model.save(tmp_path / "model")
     again = focus_ray.load(place)
     image = sorted((parts / "test/good").iterdir())[0]
@@ -242,26 +237,26 @@ def test_a_loaded_model_equals_the_saved_one(parts: Path, model: focus_ray.Model
     assert model.save(place) == place
 
 
-def test_a_model_is_evaluated_on_the_test_images_of_its_folder_and_on_given_images(
+def test_a_model_is_evaluated_on_its_test_images_or_on_labelled_images(
     parts: Path, model: focus_ray.Model, tmp_path: Path
 ) -> None:
-    folder_metrics = model.evaluate()
-    assert (folder_metrics["num_normal"], folder_metrics["image_auroc"] is not None) == (4, True)
-    assert model.evaluate(parts)["image_auroc"] == folder_metrics["image_auroc"]
+    result = model.evaluate()
+    assert (result["num_normal"], result["image_auroc"] is not None) == (4, True)
+    assert model.evaluate(parts)["image_auroc"] == result["image_auroc"]
     good, bad = (
         sorted((parts / "test/good").iterdir()),
         [p for p in (parts / "test").rglob("*.png") if p.parent.name != "good"],
     )
-    list_metrics = model.evaluate([*good, *bad], [0] * len(good) + [1] * len(bad))
-    assert list_metrics["image_auroc"] == pytest.approx(folder_metrics["image_auroc"])
+    labelled_result = model.evaluate([*good, *bad], [0] * len(good) + [1] * len(bad))
+    assert labelled_result["image_auroc"] == pytest.approx(result["image_auroc"])
     with pytest.raises(DataError, match="2 images, but 1 labels"):
         model.evaluate(good[:2], [0])
     with pytest.raises(DataError, match="label 3 of image 0: expected 0"):
         model.evaluate(good[:1], [3])
     with pytest.raises(DataError, match="evaluate needs labels"):
         model.evaluate(good)
-    elsewhere = focus_ray.load(model.save(tmp_path / "saved"))
-    assert elsewhere.evaluate(parts)["image_auroc"] == folder_metrics["image_auroc"]
+    loaded = focus_ray.load(model.save(tmp_path / "saved"))
+    assert loaded.evaluate(parts)["image_auroc"] == result["image_auroc"]
 
 
 def test_a_misspelt_or_ambiguous_setting_is_refused_by_name(parts: Path) -> None:
@@ -273,7 +268,7 @@ def test_a_misspelt_or_ambiguous_setting_is_refused_by_name(parts: Path) -> None
         focus_ray.fit(parts, image_size_px=63)
 
 
-def test_inputs_that_are_no_images_are_refused(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
+def test_invalid_images_are_refused(parts: Path, model: focus_ray.Model, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"shape \(4, 4, 5\).*expected uint8"):
         model.inspect(np.zeros((4, 4, 5), np.uint8))
     with pytest.raises(DataError, match="type float64: expected uint8"):
@@ -330,7 +325,7 @@ def test_scikit_learns_own_checks_that_need_no_table_pass(check: Any) -> None:
     check("AnomalyDetector", focus_ray.AnomalyDetector())
 
 
-def test_the_package_imports_at_once_and_without_torch() -> None:
+def test_the_package_is_imported_without_torch() -> None:
     show = "'torch' in sys.modules, f.fit.__name__, 'torch' in sys.modules, 'ray' in sys.modules"
     code = f"import sys, focus_ray as f; print({show})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -342,13 +337,13 @@ def groups_of_the_ingested(model: focus_ray.Model) -> list[str]:
     return read_index(data, model.category)["group"].to_pylist()
 
 
-def test_a_list_of_images_takes_a_group_for_each(parts: Path) -> None:
+def test_a_list_of_images_accepts_a_group_for_each_image(parts: Path) -> None:
     images = list(pixels_of(parts / "train/good")[:8])
     model = focus_ray.fit(images, groups=["a", "a", 2, np.int64(2), "b", None, "", "c"], **QUICK)
     assert groups_of_the_ingested(model) == ["a", "a", "2", "2", "b", "", "", "c"]
 
 
-def test_a_folder_takes_a_rule_for_its_groups(parts: Path) -> None:
+def test_a_folder_accepts_a_rule_for_its_groups(parts: Path) -> None:
     model = focus_ray.fit(parts / "train/good", group_by=r"name:(\d)\.png$", **QUICK)
     names = sorted(path.name for path in (parts / "train/good").iterdir())
     assert groups_of_the_ingested(model) == [name[-5] for name in names]
@@ -375,11 +370,11 @@ def test_training_images_are_left_out_of_an_evaluation(parts: Path) -> None:
     new = sorted((parts / "test").rglob("*.png"))
     labels = [int(path.parent.name != "good") for path in new]
     alone = model.evaluate(new, labels)
-    metrics_of_all = model.evaluate([*trained_on, *new], [0] * len(trained_on) + labels)
+    result = model.evaluate([*trained_on, *new], [0] * len(trained_on) + labels)
     assert alone["trained_on"] == {"num_images": 0, "notice": None}
-    assert metrics_of_all["trained_on"]["num_images"] == len(trained_on)
-    assert {**metrics_of_all, "trained_on": None} == {**alone, "trained_on": None}
-    with pytest.raises(DataError, match="the model was trained on"):
+    assert result["trained_on"]["num_images"] == len(trained_on)
+    assert {**result, "trained_on": None} == {**alone, "trained_on": None}
+    with pytest.raises(DataError, match="are among those that the model was trained on"):
         model.evaluate(trained_on, [0] * len(trained_on))
 
 

@@ -1,4 +1,4 @@
-"""Configurations: unknown keys, every range's message, overrides, YAML out and in, every shipped file."""
+"""Configurations: unknown keys, invalid values, overrides, writing and reading YAML, and every shipped file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def file(tmp_path: Path) -> Path:
         ("scoring.zzz", r"scoring\.zzz: unknown key; known keys: .*smoothing_sigma_px"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, message: str) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_valid_key(key: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(tree_with(key, 1))
 
@@ -62,7 +62,7 @@ def test_a_missing_key_is_named() -> None:
         parse_config({"data": {}})
 
 
-def test_every_error_of_a_file_is_told_at_once(file: Path) -> None:
+def test_all_errors_of_a_file_are_in_a_single_message(file: Path) -> None:
     file.write_text("data: {uri: images}\ntrain: {epochs: -1, momentum: 2}\n")
     with pytest.raises(ConfigError, match=r"run\.yaml: train\.epochs: .*got -1.*; train\.momentum: .*got 2"):
         load_config(file)
@@ -106,9 +106,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("train", None, r"^configuration: train: .*\(got None\)"),
     ],
 )
-def test_a_value_that_does_not_fit_is_named_with_what_came_and_what_was_expected(
-    key: str, value: Any, message: str
-) -> None:
+def test_an_invalid_value_is_quoted_with_the_expected_values(key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(tree_with(key, value))
 
@@ -135,7 +133,7 @@ def test_a_value_that_does_not_fit_is_named_with_what_came_and_what_was_expected
         ),
     ],
 )
-def test_a_setting_that_a_backbone_cannot_have_is_refused(
+def test_a_setting_that_a_backbone_does_not_support_is_refused(
     backbone: str, settings: dict[str, Any], message: str
 ) -> None:
     tree = {"data": {"uri": "x"}, "model": {"backbone": backbone, **settings}}
@@ -143,7 +141,7 @@ def test_a_setting_that_a_backbone_cannot_have_is_refused(
         parse_config(tree)
 
 
-def test_the_default_size_suits_every_backbone_and_the_map_has_its_places() -> None:
+def test_the_default_size_is_valid_for_every_backbone_and_gives_the_expected_map() -> None:
     for name in BACKBONES:
         model = parse_config({"data": {"uri": "x"}, "model": {"backbone": name}}).model
         places = {stride: model.place_px(DensityConfig(map_stride_px=stride)) for stride in (4, 8)}
@@ -171,7 +169,7 @@ def test_cross_calibration_needs_no_held_out_images() -> None:
         ("", r"run\.yaml: data: missing"),
     ],
 )
-def test_a_file_that_is_no_configuration_says_why(file: Path, text: str, message: str) -> None:
+def test_an_invalid_file_gets_an_error_with_the_reason(file: Path, text: str, message: str) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(file)
@@ -185,7 +183,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.yaml")
 
 
-def test_overrides_take_the_types_of_yaml(file: Path) -> None:
+def test_overrides_have_the_types_of_yaml(file: Path) -> None:
     config = load_config(
         file,
         [
@@ -238,12 +236,12 @@ def test_an_override_of_an_empty_section_fills_it(file: Path) -> None:
         ("storage=", r"storage: .*\(got ''\)"),
     ],
 )
-def test_an_override_that_cannot_be_used_says_why(file: Path, override: str, message: str) -> None:
+def test_an_invalid_override_gets_an_error_with_the_reason(file: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(file, [override])
 
 
-# Text that YAML reads otherwise than its writer meant
+# Text that YAML reads differently than the writer meant
 
 
 @pytest.mark.parametrize(
@@ -272,7 +270,7 @@ def test_a_key_that_appears_twice_in_an_override_is_refused(file: Path) -> None:
         load_config(file, ["train={seed: 1, seed: 2}"])
 
 
-def test_a_key_may_override_one_of_a_merged_mapping(tmp_path: Path) -> None:
+def test_a_key_may_override_a_key_of_a_merged_mapping(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("data: &first {uri: a, holdout_fraction: 0.3}\nname: x\n")
     assert load_config(path).data.uri == "a"
@@ -326,12 +324,12 @@ def test_quoted_numbers_are_text_and_plain_numbers_are_numbers(file: Path) -> No
 
 
 @pytest.mark.parametrize("value", ["2024-13-45", "0x_", "[" * 5000])
-def test_a_value_that_yaml_cannot_build_is_no_valid_yaml(file: Path, value: str) -> None:
+def test_a_value_that_yaml_cannot_construct_is_invalid_yaml(file: Path, value: str) -> None:
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(file, [f"name={value}"])
 
 
-# Out and in
+# Writing and reading
 
 
 @given(
@@ -359,7 +357,7 @@ def test_a_resolved_configuration_read_again_is_the_same(
     assert load_config(path) == config
 
 
-def test_the_resolved_configuration_writes_every_default_out() -> None:
+def test_the_resolved_configuration_contains_every_default() -> None:
     tree = yaml.safe_load(config_to_yaml(parse_config({"data": {"uri": "images"}})))
     assert set(tree) == set(Config.model_fields)
     assert (tree["train"]["momentum"], tree["model"]["feature_alignment"]["layer3"]) == (0.9, "none")

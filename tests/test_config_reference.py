@@ -1,4 +1,4 @@
-"""The reference of settings: whole, up to date, in words that hold, and without anything heavy."""
+"""The reference of settings is complete, up to date and correct, and needs no heavy import."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_every_setting_has_a_description(title: str) -> None:
     assert [key for key, setting in SETTINGS[title].items() if not setting.description] == []
 
 
-def test_every_key_of_a_run_is_there_and_no_other() -> None:
+def test_the_reference_has_exactly_the_keys_of_a_run() -> None:
     assert {key for key in RUN if ".KEY." not in key} == set(setting_keys())
     assert {key for key in RUN if ".KEY." in key} == {f"trackers.KEY.{key}" for key in TrackerConfig.model_fields}
 
@@ -43,7 +43,7 @@ def test_defaults_are_those_that_a_run_gets() -> None:
     assert (RUN["data.uri"].default, RUN["data.categories"].default) == (None, "null")
 
 
-def test_a_section_that_its_field_sets_otherwise_shows_what_the_field_sets() -> None:
+def test_a_default_that_the_field_of_a_section_overrides_is_shown() -> None:
     assert (SERVICE["ingress.max_replicas"].default, SERVICE["pool.scaling.max_replicas"].default) == ("4", "1")
 
 
@@ -65,7 +65,7 @@ def test_a_section_that_its_field_sets_otherwise_shows_what_the_field_sets() -> 
         ("name", "name"),
     ],
 )
-def test_what_a_setting_may_be_is_said_in_words(key: str, values: str) -> None:
+def test_the_allowed_values_of_a_setting_are_described_in_words(key: str, values: str) -> None:
     assert RUN[key].values == values
 
 
@@ -75,7 +75,7 @@ def test_sections_in_lists_and_mappings_have_their_keys() -> None:
     assert SWEEP["space.KEY.uniform"].values == "[number, number], or null"
 
 
-def test_a_unit_is_read_off_a_fields_name() -> None:
+def test_the_unit_comes_from_the_name_of_a_field() -> None:
     assert [unit_of(name) for name in ("timeout_s", "memory_gib_per_worker", "max_rotation_deg", "epochs")] == [
         "seconds",
         "GiB",
@@ -84,16 +84,18 @@ def test_a_unit_is_read_off_a_fields_name() -> None:
     ]
 
 
-# One key
+# The explanation of a key
 
 
 def test_a_key_is_explained_with_its_values_default_and_meaning() -> None:
-    told = explain("train.epochs")
-    assert "train.epochs (of a run)" in told
-    assert all(words in told for words in ("integer from 0 to 10000", "default: 0", "Passes over the training images"))
+    explanation = explain("train.epochs")
+    assert "train.epochs (of a run)" in explanation
+    assert all(
+        words in explanation for words in ("integer from 0 to 10000", "default: 0", "Passes over the training images")
+    )
 
 
-def test_a_key_of_a_run_is_found_as_sweeps_write_it() -> None:
+def test_a_key_of_a_run_is_explained_in_the_form_of_a_sweep() -> None:
     assert explain("base.train.epochs") == explain("train.epochs")
 
 
@@ -106,10 +108,10 @@ def test_a_key_of_several_configurations_is_explained_for_each() -> None:
 
 
 def test_a_section_lists_the_keys_in_it_and_in_its_sections() -> None:
-    told = explain("model")
-    assert "model.backbone " in told
-    assert "model.image_alignment.group " in told
-    assert "train." not in told
+    explanation = explain("model")
+    assert "model.backbone " in explanation
+    assert "model.image_alignment.group " in explanation
+    assert "train." not in explanation
 
 
 @pytest.mark.parametrize(

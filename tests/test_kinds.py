@@ -1,4 +1,4 @@
-"""The tables of kinds: every entry can be imported, and a new kind needs one file and one line."""
+"""The tables of kinds: every entry can be imported, and a new kind needs a new file and a line in a table."""
 
 from __future__ import annotations
 

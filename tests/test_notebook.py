@@ -1,4 +1,4 @@
-"""The notebook of first steps runs from its first cell to its last, in one namespace."""
+"""All cells of the notebook of first steps run in a single namespace."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def test_every_cell_runs_and_the_last_lines_have_values(path: Path) -> None:
         exec(compile(tree, str(path), "exec"), namespace)
         if isinstance(last, ast.Expr):
             values.append(eval(compile(ast.Expression(last.value), str(path), "eval"), namespace))
-    assert True in [value is True for value in values]  # the loaded model gives the saved one's score
+    assert True in [value is True for value in values]  # the loaded model gives the score of the saved model
     assert any(isinstance(value, dict) and value["image_auroc"] > 0.8 for value in values)

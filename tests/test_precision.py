@@ -1,4 +1,4 @@
-"""bfloat16 where a device is quick at it: what it changes, and what it must not."""
+"""bfloat16 on devices that support it natively: it halves memory and changes scores by less than thresholds allow for."""
 
 from __future__ import annotations
 
@@ -25,25 +25,24 @@ from focus_ray.samples.write import write_samples
 CPU = torch.device("cpu")
 
 
-def test_auto_is_bfloat16_only_where_the_device_is_quick_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for quick, found in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("focus_ray.precision.has_native_bfloat16", lambda device, quick=quick: quick)
-        assert compute_dtype("auto", CPU) == found
+def test_auto_is_bfloat16_only_on_devices_with_native_support(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("focus_ray.precision.has_native_bfloat16", lambda device, is_native=is_native: is_native)
+        assert compute_dtype("auto", CPU) == dtype
         assert compute_dtype("fp32", "cpu") == torch.float32
         assert compute_dtype("bf16", "cpu") == torch.bfloat16
 
 
 @pytest.mark.parametrize("window", [1, 3])
-def test_a_memory_in_bfloat16_takes_half_the_bytes_and_gives_nearly_the_same_distances(window: int) -> None:
+def test_a_bank_in_bfloat16_takes_half_the_memory_and_gives_nearly_the_same_distances(window: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    means = 30 * torch.randn(
-        16, 6, 5, generator=generator
-    )  # far apart, as features are: rounding must not hang on them
+    # as large as the means of real features: they must not make rounding errors larger
+    means = 30 * torch.randn(16, 6, 5, generator=generator)
     images, queries = (means + torch.randn(count, 16, 6, 5, generator=generator) for count in (12, 4))
     moments = Moments(6, 5, 16)
     moments.update(images)
     statistics = Statistics(moments, to_bank_rows(images))
-    found = {}
+    densities = {}
     for precision in ("fp32", "bf16"):
         config = DensityConfig(coreset=0, window=window, precision=precision)
         density = build_density(config, statistics)
@@ -51,16 +50,16 @@ def test_a_memory_in_bfloat16_takes_half_the_bytes_and_gives_nearly_the_same_dis
         assert isinstance(density, NearestMemory)
         assert isinstance(read, NearestMemory)
         assert torch.equal(density.score(queries), read.score(queries))
-        found[precision] = density
-    assert found["bf16"].bank.nbytes * 2 == found["fp32"].bank.nbytes
-    exact = found["fp32"].score(queries)
-    torch.testing.assert_close(found["bf16"].score(queries), exact, rtol=0.02, atol=0)
-    own = torch.tensor([2, 7])
-    left_out = found["fp32"].score(images[own], own)
-    torch.testing.assert_close(found["bf16"].score(images[own], own), left_out, rtol=0.02, atol=0)
+        densities[precision] = density
+    assert densities["bf16"].bank.nbytes * 2 == densities["fp32"].bank.nbytes
+    exact = densities["fp32"].score(queries)
+    torch.testing.assert_close(densities["bf16"].score(queries), exact, rtol=0.02, atol=0)
+    excluded = torch.tensor([2, 7])
+    exact = densities["fp32"].score(images[excluded], excluded)
+    torch.testing.assert_close(densities["bf16"].score(images[excluded], excluded), exact, rtol=0.02, atol=0)
 
 
-def test_a_bundle_in_bfloat16_judges_as_one_in_float32(tmp_path: Path) -> None:
+def test_a_bundle_in_bfloat16_scores_nearly_as_in_float32(tmp_path: Path) -> None:
     write_samples(tmp_path / "images", size_px=64, num_train=16, num_test_good=4, num_bad_per_type=2)
     uri = str(tmp_path / "data")
     ingest(tmp_path / "images", uri, progress=False)
@@ -82,10 +81,10 @@ def test_a_bundle_in_bfloat16_judges_as_one_in_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("category", "precision"), [("real/circuit_board", "fp32"), ("mvtec/bottle", "bf16")])
-def test_on_real_images_another_precision_moves_scores_by_less_than_thresholds_allow_for(
+def test_another_precision_changes_scores_of_real_images_by_less_than_thresholds_allow_for(
     category: str, precision: str, shared: Path, resnet18_weights: Path, tmp_path: Path
 ) -> None:
-    """A bundle used at another precision than its own calls no good image bad that was good at its own."""
+    """With another precision than in its calibration, a bundle calls no further good image bad."""
     if not (shared / "data" / category).is_dir():
         pytest.skip(f"there are no images at {shared / 'data' / category}")
     uri, name = str(tmp_path / "data"), category.rpartition("/")[2]
@@ -105,14 +104,16 @@ def test_on_real_images_another_precision_moves_scores_by_less_than_thresholds_a
         calibration={"method": "leave_one_out"},
     )
     place = make_bundle(config, name)
-    own, other = (read_bundle(place, precision=one) for one in (precision, {"fp32": "bf16", "bf16": "fp32"}[precision]))
-    assert own.calibration == Calibration.from_dict(read_manifest(place)["calibration"])
-    assert own.calibration.precision == {"fp32": "float32", "bf16": "bfloat16"}[precision]
-    assert other.calibration.converted_from == own.calibration.precision
-    assert other.calibration.image_threshold == own.calibration.image_threshold * (1 + PRECISION_SHIFT)
-    scores = [Inspector(bundle).measure(iter_test_records(uri, name)).measured.scores for bundle in (own, other)]
+    native, other = (
+        read_bundle(place, precision=name) for name in (precision, {"fp32": "bf16", "bf16": "fp32"}[precision])
+    )
+    assert native.calibration == Calibration.from_dict(read_manifest(place)["calibration"])
+    assert native.calibration.precision == {"fp32": "float32", "bf16": "bfloat16"}[precision]
+    assert other.calibration.converted_from == native.calibration.precision
+    assert other.calibration.image_threshold == native.calibration.image_threshold * (1 + PRECISION_SHIFT)
+    scores = [Inspector(bundle).measure(iter_test_records(uri, name)).measured.scores for bundle in (native, other)]
     assert 1e-5 < np.abs(scores[1] / scores[0] - 1).max() < PRECISION_SHIFT
-    verdicts = [bundle.calibration.is_anomalous(each) for bundle, each in zip((own, other), scores, strict=True)]
+    verdicts = [bundle.calibration.is_anomalous(each) for bundle, each in zip((native, other), scores, strict=True)]
     assert not (verdicts[1] & ~verdicts[0]).any()
 
 
@@ -121,8 +122,8 @@ def test_a_coreset_in_bfloat16_gives_nearly_the_same_distances() -> None:
     patches = (5 + torch.randn(200, 24, generator=generator)).half().float()
     images, queries = torch.arange(200) % 10, 5 + torch.randn(3, 24, 4, 4, generator=generator)
     exact, rounded = Coreset(patches, images), Coreset(patches, images, torch.bfloat16)
-    for own in (None, torch.tensor([1, 4, 9])):
-        torch.testing.assert_close(rounded.score(queries, own), exact.score(queries, own), rtol=0.02, atol=0)
+    for excluded in (None, torch.tensor([1, 4, 9])):
+        torch.testing.assert_close(rounded.score(queries, excluded), exact.score(queries, excluded), rtol=0.02, atol=0)
     assert torch.equal(rounded.stored_patches, exact.stored_patches)
     again = Coreset(rounded.stored_patches.float(), images, torch.bfloat16)
     assert torch.equal(again.score(queries), rounded.score(queries))

@@ -1,4 +1,4 @@
-"""Real parts, end to end: what the shipped settings reach on the images beside the repository."""
+"""The shipped configurations reach their metrics on the real images next to the repository."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def ingested(source: Path, folder: Path) -> str:
 
 
 def shipped(name: str, data: str, weights: Path, folder: Path) -> Config:
-    """A shipped configuration, of other data and weights and nothing else."""
+    """Loads a shipped configuration and changes only data, weights and storage."""
     places = [f"data.uri={data}", f"model.weights={weights}", f"storage={folder / 'runs'}"]
     return load_config(CONFIGS / f"{name}.yaml", places)
 
 
 def evaluated_alone(config: Config, category: str) -> dict[str, Any]:
-    """Trains in this process, writes and reads the bundle, and evaluates it."""
+    """Trains a category in this process, writes and reads the bundle, and returns its metrics."""
     return evaluated(make_bundle(config, category), config, category)
 
 
@@ -44,13 +44,13 @@ def evaluated(place: str | Path, config: Config, category: str) -> dict[str, Any
 
 
 @pytest.mark.ray
-def test_hazelnuts_are_told_apart_with_the_default_configuration(
+def test_the_default_configuration_separates_hazelnuts(
     shared: Path, resnet18_weights: Path, ray_cluster: None, tmp_path: Path
 ) -> None:
     data = ingested(shared / "data" / "hazelnut_toy", tmp_path)
     config = shipped("default", data, resnet18_weights, tmp_path)
-    (category, place), *rest = train(config).items()
-    assert not rest
+    (category, place), *other_bundles = train(config).items()
+    assert not other_bundles
     result = evaluated(place, config, category)
     assert (result["num_normal"], result["num_anomalous"]) == (6, 17)
     assert result["num_masks"] == 17
@@ -76,10 +76,10 @@ def test_screws_reach_the_published_figure_of_padim(shared: Path, resnet18_weigh
 
 
 @pytest.mark.slow
-def test_aligned_screws_are_told_apart_with_the_default_configuration(
+def test_the_default_configuration_separates_aligned_screws(
     shared: Path, resnet18_weights: Path, tmp_path: Path
 ) -> None:
-    """Lying at any angle, they are what a density per location cannot do without alignment (PaDiM: 0.80)."""
+    """Screws lie at any angle. Without alignment, a density for each location fails on them (PaDiM: 0.80)."""
     data = ingested(shared / "data" / "mvtec" / "screw", tmp_path)
     result = evaluated_alone(shipped("default", data, resnet18_weights, tmp_path), "screw")
     assert result["image_auroc"] >= 0.97

@@ -1,4 +1,4 @@
-"""What a package index and a reader of the repository's front files get."""
+"""The long description of the package, the links of the README, the release notes and the citation are right."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 DEAD = re.compile(r"\]\((?!https?://|#)")
 
 
-def test_without_an_address_the_long_description_has_words_in_place_of_links() -> None:
+def test_without_an_address_the_long_description_has_text_instead_of_links() -> None:
     text = "![a picture](docs/a.png)see [the guide](docs/a.md#b), [Ray](https://ray.io), [up](#up)"
     text = LONG.long_description(text, None, "1")
     assert text == "see the guide, [Ray](https://ray.io), [up](#up)"
@@ -65,12 +65,12 @@ def test_release_notes_are_the_first_part_of_the_changelog() -> None:
         ("# Changelog\n\n## 2\n\n## 1\n\n- old\n", "says nothing of 2"),
     ],
 )
-def test_a_version_of_which_the_changelog_says_nothing_is_not_released(changelog: str, message: str) -> None:
+def test_a_version_without_an_entry_in_the_changelog_is_not_released(changelog: str, message: str) -> None:
     with pytest.raises(RELEASE.ReleaseError, match=re.escape(message)):
         RELEASE.notes_of(changelog, "2")
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_the_citation_names_this_version() -> None:
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == __version__
     assert {"cff-version", "message", "title", "authors"} <= set(citation)

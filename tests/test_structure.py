@@ -1,4 +1,7 @@
-"""The rooms of the package: imports point one way, the method knows nothing of Ray, the command line starts at once."""
+"""The imports between the rooms (top-level packages and modules) of focus_ray.
+
+Imports point in one direction, the method does not import Ray, and the command line starts quickly.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from pathlib import Path
 import pytest
 from places import PACKAGE
 
-# room -> the rooms that it may import from; what none of them lists here stands on the ground
+# rooms that every other room may import
 GROUND = {
     "progress",
     "precision",
@@ -29,6 +32,7 @@ GROUND = {
     "config",
     "drawings",
 }
+# room -> rooms that it may import
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "extras": {"errors"},
@@ -69,7 +73,7 @@ ROOMS: dict[str, set[str]] = {
     | {"data", "samples", "evaluation", "bundle", "reporting", "cluster", "sweep", "submission", "serving"}
     | {"watching", "api", "config_reference", "doctor", "export"},
 }
-# library -> the rooms and modules that may import it
+# library -> rooms and modules that may import it
 MAY_IMPORT = {
     "ray": {"cluster", "submission", "sweep.driver", "sweep.shared_work", "sweep.tune", "sweep.worker"}
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"},
@@ -101,35 +105,37 @@ def room_of(name: str) -> str:
     return name.partition(".")[0]
 
 
-def may(name: str, library: str) -> bool:
-    """Whether a module may import a library: it, or its room, is listed."""
+def may_import(name: str, library: str) -> bool:
+    """Whether MAY_IMPORT lists the module or its room for the library."""
     return not {name, room_of(name)}.isdisjoint(MAY_IMPORT[library])
 
 
-WITHOUT_RAY = [name_of(path) for path in MODULES if not may(name_of(path), "ray") and not path.stem.startswith("__")]
+WITHOUT_RAY = [
+    name_of(path) for path in MODULES if not may_import(name_of(path), "ray") and not path.stem.startswith("__")
+]
 
 
 def imports_of(path: Path) -> list[tuple[int, str]]:
-    """(line, dotted name) of every import in a file, those inside functions included, those for type checkers not."""
-    found = []
+    """Returns (line, dotted name) of every import in a file, also inside functions, but not for type checkers only."""
+    imports = []
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in list(ast.walk(tree)):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
+            imports += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name}:{node.lineno}: a relative import; write focus_ray.{node.module}"
-            found.append((node.lineno, str(node.module)))
-            if node.module == "focus_ray":  # of the package itself: the names are modules, or its version
+            imports.append((node.lineno, str(node.module)))
+            if node.module == "focus_ray":  # the imported names are modules or the version
                 names = {alias.name for alias in node.names} - {"__version__"}
-                found += [(node.lineno, f"focus_ray.{name}") for name in sorted(names)]
-    return found
+                imports += [(node.lineno, f"focus_ray.{name}") for name in sorted(names)]
+    return imports
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_keep_to_the_rooms(path: Path) -> None:
+def test_a_module_imports_only_allowed_rooms(path: Path) -> None:
     room = room_of(name_of(path))
     assert room in ROOMS, "give the new room its line in ROOMS"
     wrong = [
@@ -140,17 +146,17 @@ def test_imports_keep_to_the_rooms(path: Path) -> None:
     assert wrong == []
 
 
-def test_the_rooms_have_no_circle() -> None:
+def test_the_allowed_imports_have_no_cycle() -> None:
     assert list(graphlib.TopologicalSorter(ROOMS).static_order())
 
 
 @pytest.mark.parametrize("library", MAY_IMPORT)
-def test_only_the_rooms_that_may_import_a_library_do(library: str) -> None:
-    found = {name_of(path) for path in MODULES for _, name in imports_of(path) if name.partition(".")[0] == library}
-    assert [name for name in sorted(found) if not may(name, library)] == []
+def test_only_allowed_modules_import_a_library(library: str) -> None:
+    imports = {name_of(path) for path in MODULES for _, name in imports_of(path) if name.partition(".")[0] == library}
+    assert [name for name in sorted(imports) if not may_import(name, library)] == []
 
 
-def test_the_package_itself_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_nothing_heavy() -> None:
     assert {name for _, name in imports_of(PACKAGE / "__init__.py")} == {
         "os",
         "typing",
@@ -173,9 +179,9 @@ for name in sys.argv[1:]:
 """
 
 
-def test_the_method_is_imported_where_there_is_no_ray() -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCK, *WITHOUT_RAY], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_the_method_can_be_imported_without_ray() -> None:
+    finished = subprocess.run([sys.executable, "-c", BLOCK, *WITHOUT_RAY], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
 
 
 @pytest.mark.parametrize(

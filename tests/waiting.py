@@ -1,4 +1,4 @@
-"""Waiting in tests: for something to become true, or a process to get somewhere, with a limit and a reason."""
+"""Waits until a condition holds or a sweep has written records, with a timeout and a message."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Callable
 from focus_ray.sweep.records import read_records
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float, what: str, every_s: float = 0.1) -> None:
-    """Asks until the condition holds. Raises: AssertionError: it did not in time; it says what was awaited."""
+def wait_for(condition: Callable[[], object], timeout_s: float, description: str, every_s: float = 0.1) -> None:
+    """Polls until the condition holds. Raises: AssertionError with the description, if it does not hold in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {description}"
         time.sleep(every_s)
 
 
 def wait_for_records(root: str, count: int, process: subprocess.Popen[str], timeout_s: float) -> None:
-    """Until a sweep that runs as a process has so many records."""
+    """Waits until a sweep in another process has written at least `count` records."""
 
-    def there() -> bool:
+    def has_records() -> bool:
         assert process.poll() is None, process.communicate()
         return len(read_records(root)) >= count
 
-    wait_for(there, timeout_s, f"{count} trial(s) of {root}")
+    wait_for(has_records, timeout_s, f"{count} trial(s) of {root}")

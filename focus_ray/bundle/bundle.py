@@ -1,9 +1,9 @@
-"""The trained artifact: a directory of manifest.json and safetensors, local or on S3; verified byte by byte, no pickle.
+"""Writes and reads bundles: a trained model as a folder of manifest.json and safetensors files, local or on S3.
 
-The manifest is the commit point. Tensor files carry their own hash in their name and are written first; the manifest,
-which lists them and carries a hash of itself, replaces the former one in a single step. A reader therefore sees the old
-bundle or the new one, whole, on a disk as on S3: one that finds a file gone because the bundle was replaced while it read takes
-the new one.
+Every byte is verified by its hash, and nothing is pickled. The manifest is the commit point. Tensor files carry their hash in
+their name and are written first. The manifest lists them and carries a hash of itself. It replaces the previous manifest in a
+single step. A reader therefore sees the complete old bundle or the complete new bundle, on a disk and on S3. If a file
+disappears because the bundle is replaced during reading, the reader starts again with the new bundle.
 """
 
 from __future__ import annotations
@@ -67,34 +67,37 @@ from focus_ray.storage import (
 T = TypeVar("T")
 
 FORMAT_VERSION = 6
-# what bundles of a former format had no choice of, and how they were made; what is left out here was as the defaults are
+# Format version -> settings that this format did not have yet, with the values that its bundles were trained with.
+# A setting that is missing here too had its current default value.
 _FP32 = {"precision": "fp32"}
-_WHOLE = {"per_place": None}
-_FORMER: dict[int, dict[str, dict[str, Any]]] = {
+_NO_PER_PLACE = {"per_place": None}
+_MISSING_SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "model": {"padding": "zeros", **_FP32},
         "scoring": {"image_score": "maximum"},
-        "density": {"coreset": 0, **_WHOLE, **_FP32},
+        "density": {"coreset": 0, **_NO_PER_PLACE, **_FP32},
     },
-    2: {"model": _FP32, "density": {"coreset": 0, **_WHOLE, **_FP32}},
-    3: {"model": _FP32, "density": {**_WHOLE, **_FP32}},  # without tiling, padding and regions
-    4: {"model": _FP32, "density": {**_WHOLE, **_FP32}},
-    5: {"density": _WHOLE},
+    2: {"model": _FP32, "density": {"coreset": 0, **_NO_PER_PLACE, **_FP32}},
+    3: {"model": _FP32, "density": {**_NO_PER_PLACE, **_FP32}},  # without tiling, padding and regions
+    4: {"model": _FP32, "density": {**_NO_PER_PLACE, **_FP32}},
+    5: {"density": _NO_PER_PLACE},
     FORMAT_VERSION: {},
 }
 MANIFEST = "manifest.json"
-_KNOWN = "known_images"
+_FIT_HASHES = "known_images"  # name of a tensor
 _NOT_FOR_SCORING = ("projector.", "predictor.")  # f and g are dropped [kin]
 
 
 class Bundle(NamedTuple):
-    """What a bundle holds once it is read.
+    """The content of a bundle in memory.
 
-    manifest: see docs/reference/bundle.md.  detector: on the device asked for.
-    calibration: thresholds and p-values, moved to the precision that the detector computes in (`Calibration.at_precision`).
-    frame: what images are brought to, the region of interest included.
-    known: `short_hash` of the images that the density was made of; empty where that was not kept.
-    descriptors, same_part_distance: of the images of the density, as of `Statistics`; None where they were not kept.
+    Attributes:
+        manifest: described in docs/reference/bundle.md.
+        detector: on the device that the caller of `read_bundle` chose.
+        calibration: thresholds and p-values, for the precision in which the detector computes (`Calibration.at_precision`).
+        frame: size, padding and region of interest that every image gets before it is scored.
+        fit_hashes: `short_hash` of every image in the density; empty if the bundle does not store them.
+        descriptors, same_part_distance: see `Statistics`; None if the bundle does not store them.
     """
 
     manifest: dict[str, Any]
@@ -102,17 +105,18 @@ class Bundle(NamedTuple):
     detector: Detector
     calibration: Calibration
     frame: Frame
-    known: frozenset[int] = frozenset()
+    fit_hashes: frozenset[int] = frozenset()
     descriptors: Tensor | None = None
     same_part_distance: float | None = None
 
     @property
     def category(self) -> str:
+        """Name of the category that the model inspects."""
         return str(self.manifest["category"])
 
     @property
     def version(self) -> str:
-        """The manifest's hash: names this very artifact."""
+        """SHA-256 of the manifest, which identifies this bundle."""
         return str(self.manifest["sha256"])
 
 
@@ -126,22 +130,21 @@ def write_bundle(
     calibration: Calibration,
     data: dict[str, Any],
     metrics: dict[str, Any],
-    known: Sequence[int] | NDArray[np.int64] = (),
+    fit_hashes: Sequence[int] | NDArray[np.int64] = (),
     frame: Frame | None = None,
 ) -> dict[str, Any]:
-    """Writes everything; replaces a bundle that is there in one step.
+    """Writes a bundle and returns its manifest. An existing bundle at this address is replaced in one step.
 
     Args:
-        frame: what images are brought to; None: as the config says.
-        known: `short_hash` of the images that the density was made of, so that they are told when they are inspected, and
-            counted once when bundles are joined.
-        detector: as `build_detector` makes it of the statistics.
+        uri: folder of the bundle, a local path or an s3:// URI.
+        detector: built from `statistics` with `build_detector`.
         data: provenance of the images: uri, fingerprint, num_fit, num_holdout.
-        metrics: figures worth keeping: losses, collapse figures, timings.
+        metrics: records of the training: losses, collapse figures, timings.
+        fit_hashes: `short_hash` of every image in the density. An inspection then recognises these images, and joining two
+            bundles counts a shared image once.
+        frame: size, padding and region of interest of the images; None: the frame of the configuration.
 
-    Returns: the manifest.
-
-    Raises: DataError: the place cannot be written.
+    Raises: DataError: the folder cannot be written.
     """
     moments = statistics.moments
     if calibration.precision is None:
@@ -161,15 +164,16 @@ def write_bundle(
         density["region"] = torch.from_numpy(region)
     if detector.profile is not None:
         density.update({f"profile.{name}": value for name, value in detector.profile._asdict().items()})
-    if len(known):
-        density[_KNOWN] = torch.tensor(sorted(known), dtype=torch.int64)
+    if len(fit_hashes):
+        density[_FIT_HASHES] = torch.tensor(sorted(fit_hashes), dtype=torch.int64)
     parts: dict[str, dict[str, Tensor]] = {"network": network, "density": density}
     if config.density.keep_moments:
         parts["moments"] = moments_tensors(moments)
         tiles = statistics.per_tile
         if "bank.images" in density and tiles.bank is not None:
-            whole = tiles.bank[:, :, : moments.channels]
-            parts["moments"]["bank.rest"] = select_unused_embeddings(whole, density["bank.images"])
+            # the density file holds the subsampled bank, so that the two files together hold every embedding once
+            complete_bank = tiles.bank[:, :, : moments.channels]
+            parts["moments"]["bank.rest"] = select_unused_embeddings(complete_bank, density["bank.images"])
         if config.density.keeps_coreset and statistics.bank is not None:
             parts["moments"]["coreset_bank"] = statistics.bank[:, :, moments.channels :]
         if statistics.scatter is not None:
@@ -202,20 +206,24 @@ def write_bundle(
     }
     manifest["sha256"] = manifest_hash(manifest)
     write_bytes(join(uri, MANIFEST), json.dumps(manifest, indent=1).encode())
-    kept = {entry["name"] for entry in files.values()}
+    # the manifest is committed: now the tensor files of the previous bundle can go
+    listed_names = {entry["name"] for entry in files.values()}
     for name in list_names(uri):
-        if name.endswith(".safetensors") and name not in kept:
+        if name.endswith(".safetensors") and name not in listed_names:
             remove_file(join(uri, name))
     return manifest
 
 
 def read_manifest(uri: str | Path) -> dict[str, Any]:
-    """Raises: BundleError: none there, of another format version, or changed since it was written."""
+    """Reads a bundle's manifest and checks its format version, hash and entries.
+
+    Raises: BundleError: the manifest is missing, has an unsupported format version, or was changed after it was written.
+    """
     try:
         text = read_bytes(join(uri, MANIFEST), max_bytes=MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         raise BundleError(
-            f"{uri}: no {MANIFEST} there, so this is no bundle: give the folder that `focus-ray train` names"
+            f"{uri}: this folder has no {MANIFEST}, so it is no bundle: give the bundle folder that `focus-ray train` printed"
         ) from None
     except DataError as error:
         raise BundleError(str(error)) from error
@@ -226,51 +234,54 @@ def read_manifest(uri: str | Path) -> dict[str, Any]:
             f"{uri}/{MANIFEST}: not valid JSON ({error}): the bundle is damaged; fetch it again"
         ) from None
     if not isinstance(manifest, dict) or manifest.get("format") != "focus_ray bundle":
-        raise BundleError(f"{uri}/{MANIFEST}: not the manifest of a focus_ray bundle")
-    if manifest.get("format_version") not in _FORMER:
+        raise BundleError(f"{uri}/{MANIFEST}: this file is not the manifest of a focus_ray bundle")
+    if manifest.get("format_version") not in _MISSING_SETTINGS:
         raise BundleError(
-            f"{uri}: bundle format {manifest.get('format_version')!r}, this focus_ray ({__version__}) reads "
-            f"{', '.join(map(str, sorted(_FORMER)[:-1]))} and {FORMAT_VERSION}: install the version that wrote it, or train again"
+            f"{uri}: the bundle has format {manifest.get('format_version')!r}, but this focus_ray ({__version__}) reads formats "
+            f"{', '.join(map(str, sorted(_MISSING_SETTINGS)[:-1]))} and {FORMAT_VERSION}: install the focus_ray version that "
+            "wrote the bundle, or train again"
         )
     if manifest.get("sha256") != manifest_hash(manifest):
-        raise BundleError(f"{uri}/{MANIFEST}: changed since it was written (its hash differs): fetch the bundle again")
+        raise BundleError(
+            f"{uri}/{MANIFEST}: the file was changed after it was written (its hash differs): fetch the bundle again"
+        )
     check_manifest(manifest, str(uri))
     return manifest
 
 
 def find_bundles(place: str) -> dict[str, str]:
-    """Category -> bundle, of a bundle, a run's folder or a folder of bundles.
+    """Maps each category to the URI of its bundle, for a bundle, a run's folder or a folder of bundles.
 
-    Raises: DataError: none there.
+    Raises: DataError: `place` contains no bundle.
     """
     if exists(join(place, MANIFEST)):
         return {str(read_manifest(place)["category"]): place}
     for root in (join(place, "bundles"), place):
-        found = [join(root, name) for name in list_names(root) if exists(join(root, name, MANIFEST))]
-        if found:
-            return {str(read_manifest(uri)["category"]): uri for uri in found}
-    runs = runs_in(place)
+        uris = [join(root, name) for name in list_names(root) if exists(join(root, name, MANIFEST))]
+        if uris:
+            return {str(read_manifest(uri)["category"]): uri for uri in uris}
+    runs = list_runs(place)
     if runs:
-        raise DataError(f"{place}: a folder of runs: give one of them, for instance {join(place, runs[0])}")
+        raise DataError(f"{place}: this is a folder of runs: give a single run, for instance {join(place, runs[0])}")
     raise DataError(f"{place}: no bundle here: give a bundle, or the folder of a run that `focus-ray train` made")
 
 
 def stamp_bundles(place: str) -> dict[str, FileStamp]:
-    """Bundle -> its manifest's stamp, of the bundles that `find_bundles` finds; empty where there is none.
+    """Maps the URI of each bundle of `find_bundles` to the file stamp of its manifest; empty if there is no bundle.
 
-    Reads no manifest: asked often, it shows which have to be read again.
+    No manifest is read. A caller that polls compares the stamps and reads only the manifests that changed.
     """
-    if (own := read_stamp(join(place, MANIFEST))) is not None:
-        return {place: own}
+    if (stamp := read_stamp(join(place, MANIFEST))) is not None:
+        return {place: stamp}
     for root in (join(place, "bundles"), place):
-        found = {join(root, name): one for name, one in read_stamps(root, MANIFEST).items()}
-        if found:
-            return found
+        stamps = {join(root, name): stamp for name, stamp in read_stamps(root, MANIFEST).items()}
+        if stamps:
+            return stamps
     return {}
 
 
-def runs_in(place: str) -> list[str]:
-    """Names of the runs in a folder."""
+def list_runs(place: str) -> list[str]:
+    """Returns the names of the runs in a folder, which are the subfolders that contain bundles."""
     return [name for name in list_names(place) if list_names(join(place, name, "bundles"))]
 
 
@@ -280,28 +291,28 @@ def read_bundle(
     precision: str | None = None,
     max_bytes: int | None = None,
 ) -> Bundle:
-    """Reads and verifies a bundle. Needs no weights, no Ray and no network besides the bundle's own place.
+    """Reads and verifies a bundle. It needs no pretrained weights, no Ray, and no network except for a bundle on S3.
 
     Args:
-        precision: auto, fp32 or bf16, in place of model.precision and density.precision; None: as the bundle says.
-        max_bytes: of memory that the model may take; a larger bundle is refused before it is read. None: no limit.
+        precision: auto, fp32 or bf16; overrides model.precision and density.precision. None: the bundle's settings.
+        max_bytes: memory that the model may take. A larger bundle is refused before its tensors are allocated. None: no limit.
 
-    Raises: BundleError: missing, damaged, changed, too large, or of another format version.
+    Raises: BundleError: the bundle is missing, damaged, changed, too large, or has an unsupported format version.
     """
-    return _whole(uri, lambda manifest: _read_bundle(uri, manifest, device, precision, max_bytes))
+    return _read_consistently(uri, lambda manifest: _read_bundle(uri, manifest, device, precision, max_bytes))
 
 
-def _whole(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
-    """What `read` makes of the bundle; once more where it was replaced meanwhile, and its former files were gone."""
+def _read_consistently(uri: str | Path, read: Callable[[dict[str, Any]], T]) -> T:
+    """Returns the result of `read` for the bundle's manifest. It retries if the bundle was replaced during reading."""
     manifest = read_manifest(uri)
     while True:
         try:
             return read(manifest)
         except BundleError:
-            now = read_manifest(uri)
-            if now["sha256"] == manifest["sha256"]:
-                raise
-            manifest = now
+            current_manifest = read_manifest(uri)
+            if current_manifest["sha256"] == manifest["sha256"]:
+                raise  # the same bundle: the error is real
+            manifest = current_manifest
 
 
 def _read_bundle(
@@ -311,26 +322,31 @@ def _read_bundle(
     precision: str | None = None,
     max_bytes: int | None = None,
 ) -> Bundle:
-    place = str(uri)
+    """Reads the bundle that `manifest` describes. Arguments and errors are those of `read_bundle`."""
+    address = str(uri)
     try:
-        tree = config_as_made(manifest)
+        settings = complete_settings(manifest)
         if precision is not None:
-            tree = {**tree, **{part: {**tree[part], "precision": precision} for part in ("model", "density")}}
-        config = parse_config(tree, source=f"{uri}/{MANIFEST}")
+            settings = {
+                **settings,
+                **{part: {**settings[part], "precision": precision} for part in ("model", "density")},
+            }
+        config = parse_config(settings, source=f"{uri}/{MANIFEST}")
         calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
         category = str(manifest["category"])
         entries = {part: manifest["files"][part] for part in ("network", "density")}
     except (ConfigError, DataError, KeyError, TypeError) as error:
-        raise BundleError(f"{uri}: its manifest does not fit this version of focus_ray: {error}") from error
+        raise BundleError(f"{uri}: the manifest does not fit this version of focus_ray: {error}") from error
     num_bytes = sum(entry["num_bytes"] for entry in entries.values())
     if max_bytes is not None and num_bytes > max_bytes:
-        raise BundleError(f"{uri}: its tensor files have {num_bytes} bytes, and the limit is {max_bytes}")
+        raise BundleError(f"{uri}: the tensor files have {num_bytes} bytes, but the limit is {max_bytes}")
     contents = {part: _read_file(uri, entry) for part, entry in entries.items()}
-    headers = {part: read_header(content, place) for part, content in contents.items()}
+    # shapes and sizes are checked from the headers, before any tensor is allocated: the bundle may be hostile
+    headers = {part: read_header(content, address) for part, content in contents.items()}
     try:
-        check_shapes(config, manifest["moments"], headers["network"], headers["density"], place)
+        check_shapes(config, manifest["moments"], headers["network"], headers["density"], address)
         if max_bytes is not None:
-            check_memory(config, headers["network"], headers["density"], max_bytes, place)
+            check_memory(config, headers["network"], headers["density"], max_bytes, address)
         network, density = (load_tensors(contents.pop(part)) for part in ("network", "density"))
         net = FocusNet(config.model, build_meta_backbone(config.model.backbone), head=False)
         reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
@@ -351,45 +367,47 @@ def _read_bundle(
         if config.scoring.image_score == "profile" and "profile.weight" in density:
             profile = Profile(*(density[f"profile.{name}"].to(device) for name in Profile._fields))
         detector = Detector(net, reduction.to(device), fitted, config.scoring, profile)
-        known = frozenset(density[_KNOWN].tolist()) if _KNOWN in density else frozenset()
+        fit_hashes = frozenset(density[_FIT_HASHES].tolist()) if _FIT_HASHES in density else frozenset()
         _, descriptors, distance = _read_origins(density)
     except BundleError:
         raise
     except (RuntimeError, LookupError, ValueError, TypeError, SafetensorError) as error:
-        raise BundleError(f"{uri}: its tensors do not fit its config: {error}") from error
-    return Bundle(manifest, config, detector, calibration, frame, known, descriptors, distance)
+        raise BundleError(f"{uri}: the tensors do not fit the bundle's configuration: {error}") from error
+    return Bundle(manifest, config, detector, calibration, frame, fit_hashes, descriptors, distance)
 
 
-def config_as_made(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a manifest, with what its format did not name yet."""
+def complete_settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a manifest, plus the settings that its format version did not have yet."""
     config = dict(manifest["config"])
-    for section, values in _FORMER[manifest["format_version"]].items():
+    for section, values in _MISSING_SETTINGS[manifest["format_version"]].items():
         config[section] = {**values, **config[section]}
     return config
 
 
 def read_statistics(uri: str | Path) -> Statistics:
-    """What a bundle keeps of its images, to add images to, to take images from, or to join with another site's.
+    """Reads the statistics of a bundle's images. Images can be added to them or removed, and they join with other statistics.
 
-    Raises: BundleError: it keeps none, or as `read_manifest`.
+    Raises: BundleError: the bundle stores no statistics, or it is missing, damaged or changed.
     """
-    return _whole(uri, lambda manifest: _read_statistics(uri, manifest))
+    return _read_consistently(uri, lambda manifest: _read_statistics(uri, manifest))
 
 
 def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     if "moments" not in manifest["files"]:
-        raise BundleError(f"{uri}: keeps no moments: train with density.keep_moments=true to update a bundle later")
+        raise BundleError(
+            f"{uri}: the bundle stores no moments, so it cannot be updated: train with density.keep_moments=true"
+        )
     shape = manifest["moments"]
     content = _read_file(uri, manifest["files"]["moments"])
     check_moments(shape, read_header(content, str(uri)), str(uri))
     tensors = load_tensors(content)
-    del content
+    del content  # frees the file's bytes before the bank is assembled
     moments = Moments(0, 0, 0)
     moments.height, moments.width, moments.channels = shape["height"], shape["width"], shape["channels"]
     moments.count = shape["count"]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
     density = _read_part(uri, manifest, "density")
-    grid = parse_config(config_as_made(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
+    grid = parse_config(complete_settings(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
     bank = density.get("bank")
     if bank is not None and "bank.rest" in tensors:
         bank = restore_bank(bank, density["bank.images"], tensors["bank.rest"])
@@ -402,7 +420,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
 
 
 def _origin_tensors(statistics: Statistics) -> dict[str, Tensor]:
-    """What a bundle keeps to tell which images show the same part: relations, descriptors and their distance."""
+    """Returns the tensors that identify images of the same part: relations, descriptors and their distance."""
     tensors = {}
     if statistics.relations is not None:
         tensors["relations.related"] = statistics.relations.related.to(torch.uint8)
@@ -414,7 +432,7 @@ def _origin_tensors(statistics: Statistics) -> dict[str, Tensor]:
 
 
 def _read_origins(density: dict[str, Tensor]) -> tuple[Relations | None, Tensor | None, float | None]:
-    """Inverse of `_origin_tensors`; each is None where the bundle does not keep it."""
+    """Returns relations, descriptors and distance from the tensors of `_origin_tensors`; None for a missing value."""
     relations = None
     if "relations.related" in density:
         relations = Relations(density["relations.related"].bool(), density["relations.groups"])
@@ -423,10 +441,17 @@ def _read_origins(density: dict[str, Tensor]) -> tuple[Relations | None, Tensor 
 
 
 def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -> int:
-    """Copies the files that a manifest of a bundle lists, each verified, and the manifest last; it may say other things than
-    the bundle's own. Where both places are one, only the manifest is written.
+    """Copies a bundle, verifies every file, and writes `manifest` last.
 
-    Returns: bytes.  Raises: BundleError: a file is missing or damaged.  DataError: the place cannot be written.
+    Args:
+        manifest: the bundle's manifest, or a changed one that lists the same files.
+        output: folder of the copy; if it is the bundle itself, only the manifest is written.
+
+    Returns: number of bytes written.
+
+    Raises:
+        BundleError: a file is missing or damaged.
+        DataError: the output cannot be written.
     """
     num_bytes = 0
     for entry in manifest["files"].values() if str(output) != str(uri) else ():
@@ -439,13 +464,14 @@ def copy_bundle(uri: str | Path, manifest: dict[str, Any], output: str | Path) -
 
 
 def _read_part(uri: str | Path, manifest: dict[str, Any], part: str) -> dict[str, Tensor]:
+    """Reads and verifies the tensors of a file of the bundle: network, density or moments."""
     content = _read_file(uri, manifest["files"][part])
     read_header(content, str(uri))
     return load_tensors(content)
 
 
 def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
-    """A file that a checked manifest lists, verified. Its size is compared before a byte of it is read."""
+    """Reads a file that a checked manifest lists, and verifies its size before reading and its hash afterwards."""
     name, num_bytes = str(entry["name"]), int(entry["num_bytes"])
     try:
         content = read_bytes(join(uri, name), max_bytes=num_bytes)
@@ -456,22 +482,22 @@ def _read_file(uri: str | Path, entry: dict[str, Any]) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     if digest != entry["sha256"]:
         raise BundleError(
-            f"{uri}/{name}: its SHA-256 is {digest[:16]}..., the manifest says {entry['sha256'][:16]}...: "
+            f"{uri}/{name}: the SHA-256 is {digest[:16]}..., but the manifest says {entry['sha256'][:16]}...: "
             "the file was changed or cut short; fetch the bundle again"
         )
     return content
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
-    """Of all that a manifest says but the hash itself."""
+    """Returns the SHA-256 of a manifest without its own entry "sha256"."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree the package runs from, with '+changes' where it differs; None when unknown."""
+    """Returns the git commit of the running source code, with '+changes' after local changes; None if it is unknown."""
     folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():  # installed: a repository further up would be someone else's
+    if not (folder / ".git").exists():  # an installed package: a repository in a parent folder is another project's
         return None
     try:
         commit = subprocess.run(
@@ -487,7 +513,7 @@ def git_commit() -> str | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what shapes a result."""
+    """Returns the versions of focus_ray, Python and the libraries that influence scores."""
     versions = {"focus_ray": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for name in ("torchvision", "numpy", "ray"):
         try:

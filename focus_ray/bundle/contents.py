@@ -1,6 +1,7 @@
 """Checks of a bundle's manifest and tensor files before any tensor is allocated: a bundle may come from a stranger.
 
-A file's hash says that the file is the one that the manifest names. It says nothing about the sizes that both of them claim.
+The hash of a file proves that the manifest names this file. It proves nothing about the sizes that the file and the manifest
+claim.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _FILE_NAME = r"^[A-Za-z0-9_-]+\.safetensors$"
 _MAX_COUNT = 2**40
 _VALUE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 _FLOAT_BYTES = 4  # floats narrower than float32 are widened while a bundle is read
-_PACKED = "precision_factor"  # end of a name: one triangle of each matrix; held as whole matrices
+_PACKED = "precision_factor"  # end of a tensor's name: the file holds a triangle of each matrix, memory the full matrix
 
 _Size = Annotated[StrictInt, Field(ge=1, le=_MAX_COUNT)]
 
@@ -74,13 +75,14 @@ class _Manifest(BaseModel):
 
 
 class TensorShape(NamedTuple):
-    """Of a tensor in a file. value_bytes: of one value, as stored."""
+    """Shape of a tensor in a file, and the number of bytes of each value in the file."""
 
     shape: tuple[int, ...]
     value_bytes: int
 
     @property
     def num_values(self) -> int:
+        """Number of values in the tensor."""
         return math.prod(self.shape)
 
 
@@ -88,25 +90,34 @@ Header = Mapping[str, TensorShape]
 
 
 def check_manifest(manifest: Mapping[str, Any], uri: str) -> None:
-    """Checks the types and ranges of the entries that readers of bundles rely on. Raises: BundleError: naming the entry."""
+    """Checks types and ranges of a manifest's entries.
+
+    Raises: BundleError: an entry cannot be used; the message names the entry.
+    """
     try:
         _Manifest.model_validate(manifest)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        entry = ".".join(map(str, first["loc"]))
         raise BundleError(
-            f"{uri}: the entry {place!r} of its manifest cannot be used: {first['msg']}; got {first['input']!r:.80}"
+            f"{uri}: the entry {entry!r} of the manifest cannot be used: {first['msg']}; got {first['input']!r:.80}"
         ) from None
 
 
 def read_header(content: bytes, uri: str) -> dict[str, TensorShape]:
-    """Name -> shape of the tensors in a safetensors file.
+    """Returns name -> shape for the tensors in a safetensors file.
 
-    Raises: BundleError: the header is too long or malformed, or its tensors do not fill the file exactly.
+    Args:
+        content: the complete file.
+        uri: address of the bundle, for messages.
+
+    Raises: BundleError: the header is too long or malformed, or the tensors do not fill the file exactly.
     """
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > min(MAX_HEADER_BYTES, len(content) - 8):
-        raise BundleError(f"{uri}: a tensor file's header of {length} bytes, expected {MAX_HEADER_BYTES} at most")
+        raise BundleError(
+            f"{uri}: a tensor file has a header of {length} bytes, expected at most {MAX_HEADER_BYTES}: fetch the bundle again"
+        )
     try:
         tree = json.loads(content[8 : 8 + length])
         tree.pop("__metadata__", None)
@@ -115,14 +126,15 @@ def read_header(content: bytes, uri: str) -> dict[str, TensorShape]:
         sizes = sum(tensor.num_values * tensor.value_bytes for tensor in tensors.values())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise BundleError(f"{uri}: the header of a tensor file is damaged: {error!r:.200}") from None
+    # every tensor must start where the previous one ends: no gaps, no overlaps, nothing after the last tensor
     starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), len(content) - 8 - length]
     if starts != ends or sizes != ends[-1]:
-        raise BundleError(f"{uri}: the tensors of its header do not fill the file of {len(content)} bytes")
+        raise BundleError(f"{uri}: the tensors in a header do not fill their file of {len(content)} bytes exactly")
     return tensors
 
 
 def _read_entry(entry: Mapping[str, Any], file_bytes: int) -> TensorShape:
-    """Raises: ValueError, TypeError, KeyError: an entry of a header that cannot be used."""
+    """Returns shape and value size of a header's entry. Raises: ValueError, TypeError, KeyError: the entry is malformed."""
     shape = tuple(entry["shape"])
     if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size <= file_bytes for size in shape):
         raise ValueError(f"shape {shape[:MAX_DIMENSIONS]}")
@@ -134,17 +146,19 @@ def _read_entry(entry: Mapping[str, Any], file_bytes: int) -> TensorShape:
 
 
 def check_shapes(config: Config, moments: Mapping[str, int], network: Header, density: Header, uri: str) -> None:
-    """Compares tensor shapes with the shapes that the configuration calls for.
+    """Checks that every tensor has the shape that the configuration requires.
 
-    Args: moments: height and width of the density's map, as the manifest has them.
+    Args:
+        moments: the manifest's entry with height and width of the density's map, in cells.
+        network, density: headers of these two files.
 
-    Raises: BundleError: naming the first that differs.
+    Raises: BundleError: a shape differs; the message names the first such tensor.
     """
-    places = map_cells(config)
+    cells = map_cells(config)
     grid = config.model.shared_grid
-    size = len(places.tops) // grid[0], len(places.lefts) // grid[1]
+    size = len(cells.tops) // grid[0], len(cells.lefts) // grid[1]
     if (moments["height"], moments["width"]) != size:
-        raise BundleError(f"{uri}: its map has {moments['height']} x {moments['width']} places, expected {size}")
+        raise BundleError(f"{uri}: the map has {moments['height']} x {moments['width']} cells, expected {size}")
     with torch.device("meta"):  # shapes without memory
         net = FocusNet(config.model, build_meta_backbone(config.model.backbone), head=False)
         reduction = ChannelReduction(net.backbone.spec.channels, config.density, config.train.seed)
@@ -157,46 +171,47 @@ def check_shapes(config: Config, moments: Mapping[str, int], network: Header, de
         if name in expected and tensor.shape != expected[name]:
             raise BundleError(f"{uri}: tensor {name} has the shape {tensor.shape}, expected {expected[name]}")
     if "coreset.patches" in density and density["coreset.patches"].shape[:1] > (config.density.coreset,):
-        raise BundleError(f"{uri}: its coreset is larger than density.coreset={config.density.coreset}")
+        raise BundleError(f"{uri}: the coreset has more patches than density.coreset={config.density.coreset}")
 
 
 def check_moments(moments: Mapping[str, int], header: Header, uri: str) -> None:
-    """Compares the shapes of stored moments with their sizes in the manifest. Raises: BundleError: they differ."""
-    num_places, channels = moments["height"] * moments["width"], moments["channels"]
-    expected = {"mean": (num_places, channels), "scatter": (num_places, channels * (channels + 1) // 2)}
+    """Checks that stored moments have the shapes that the manifest states. Raises: BundleError: a shape differs."""
+    num_locations, channels = moments["height"] * moments["width"], moments["channels"]
+    # a scatter matrix is symmetric, so the file holds its lower triangle
+    expected = {"mean": (num_locations, channels), "scatter": (num_locations, channels * (channels + 1) // 2)}
     for name, shape in expected.items():
         if name not in header or header[name].shape != shape:
-            raise BundleError(f"{uri}: its moments lack a tensor {name} of the shape {shape}")
+            raise BundleError(f"{uri}: the moments file has no tensor {name} of the shape {shape}")
 
 
 def check_memory(config: Config, network: Header, density: Header, max_bytes: int, uri: str) -> None:
-    """Compares the memory that a model holds, and the memory of its largest steps, with a limit.
+    """Checks that the tensors of a model, and the temporary memory of its largest steps, fit into `max_bytes` each.
 
-    Raises: BundleError: naming what is too large.
+    Raises: BundleError: the tensors or a step need more memory; the message names which.
     """
     height, width = config.model.frame_px
-    places, grid = map_cells(config), config.model.shared_grid
-    rows, columns = len(places.tops), len(places.lefts)
-    num_places = rows * columns // (grid[0] * grid[1])
+    cells, grid = map_cells(config), config.model.shared_grid
+    rows, columns = len(cells.tops), len(cells.lefts)
+    num_locations = rows * columns // (grid[0] * grid[1])
     patches = density["coreset.patches"].shape[0] if "coreset.patches" in density else 0
     bank = density["bank"].shape if "bank" in density else (0, 0, 0)
     row_bytes = columns // grid[1] * config.density.window**2 * (bank[0] + bank[-1]) * _FLOAT_BYTES
-    needs = {
-        "its tensors": sum(held_bytes(name, tensor) for name, tensor in [*network.items(), *density.items()]),
+    required_bytes = {
+        "the tensors": sum(_memory_bytes(name, tensor) for name, tensor in [*network.items(), *density.items()]),
         f"a batch of {FRAMES_AT_ONCE} images of {height} x {width} pixels": height * width * 4 * FRAMES_AT_ONCE,
         # float64, in three copies while they are smoothed
-        "the matrices that draw its maps": 24 * (height * rows + width * columns),
-        "distances to its coreset": num_places * patches * _FLOAT_BYTES,
-        "distances to the memory of a row of places": row_bytes * FRAMES_AT_ONCE,
+        "the matrices that upsample anomaly maps": 24 * (height * rows + width * columns),
+        "the distances to the coreset": num_locations * patches * _FLOAT_BYTES,
+        "the distances to the bank for a row of locations": row_bytes * FRAMES_AT_ONCE,
     }
-    for what, num_bytes in needs.items():
+    for step, num_bytes in required_bytes.items():
         if num_bytes > max_bytes:
             raise BundleError(
-                f"{uri}: {what} would take {num_bytes / 2**20:.0f} MiB of memory, and the limit is {max_bytes / 2**20:.0f} MiB"
+                f"{uri}: {step} would take {num_bytes / 2**20:.0f} MiB of memory, and the limit is {max_bytes / 2**20:.0f} MiB"
             )
 
 
-def held_bytes(name: str, tensor: TensorShape) -> int:
-    """Memory of a stored tensor once a bundle is read, at most."""
+def _memory_bytes(name: str, tensor: TensorShape) -> int:
+    """Returns an upper bound of the memory that a stored tensor takes after reading."""
     value_bytes = max(tensor.value_bytes, _FLOAT_BYTES)
     return tensor.num_values * value_bytes * (2 if name.endswith(_PACKED) else 1)

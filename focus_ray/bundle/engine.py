@@ -1,7 +1,7 @@
 """Compiled engines that compute a network's features on a CPU: ONNX Runtime, in float32 or in int8.
 
-The backbone alone is compiled, to which most of an inspection's time goes; alignment, density and calibration stay what they are.
-An engine is kept only if it scores example images as the network does, within `TOLERANCE`.
+Only the backbone is compiled, because it takes most of an inspection's time. Alignment, density and calibration do not change.
+An engine is used only if its scores of example images agree with the network's scores within `TOLERANCE`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from focus_ray.model.network import FocusNet
 
 TORCH = "torch"
 ENGINES = (TORCH, "onnxruntime", "onnxruntime-int8")
-TOLERANCE = {"onnxruntime": 0.01, "onnxruntime-int8": 0.05}  # of a score, at the median of the examples
-FEWEST_EXAMPLES = 4
-MOST_EXAMPLES = 32
-QUANTISED = ("Conv", "Add", "MaxPool", "Pad", "Relu")  # kinds of nodes that int8 takes
+TOLERANCE = {"onnxruntime": 0.01, "onnxruntime-int8": 0.05}  # median relative change of the examples' scores
+MIN_EXAMPLES = 4
+MAX_EXAMPLES = 32
+QUANTISED = ("Conv", "Add", "MaxPool", "Pad", "Relu")  # ONNX operators that are computed in int8
 
 Levels = tuple[Tensor, Tensor, Tensor]
 Compiled = Callable[[Tensor], Levels]
 
 
 class _Features(nn.Module):
-    """Images (B, 3, H, W) in 0..1, aligned -> the three levels."""
+    """Maps aligned images (B, 3, H, W) in 0..1 to three feature levels."""
 
     def __init__(self, net: FocusNet) -> None:
         super().__init__()
@@ -46,33 +46,38 @@ class _Features(nn.Module):
 
 
 def check_engine(engine: str, net: FocusNet, device: torch.device | str, num_examples: int) -> None:
-    """Raises: ConfigError: no such engine, not on this device or for this network, too few examples.
-    MissingPackageError: the extra `onnx` is not installed."""
+    """Checks that an engine can compute the features of a network.
+
+    Raises:
+        ConfigError: the engine does not exist or does not support this device or network, or there are too few examples.
+        MissingPackageError: the extra `onnx` is not installed.
+    """
     if engine not in ENGINES:
         raise ConfigError(f"engine={engine!r}: expected one of {', '.join(ENGINES)}")
     if engine == TORCH:
         return
     if torch.device(device).type != "cpu":
         raise ConfigError(
-            f"engine={engine} computes on a CPU, and the device is {device}: give device=cpu, or engine=torch"
+            f"engine={engine} computes on a CPU, but the device is {device}: give device=cpu, or engine=torch"
         )
     if len(net.feature_aligners):
         raise ConfigError(
             f"engine={engine} cannot align features between layers, as this model does: give engine=torch"
         )
-    if num_examples < FEWEST_EXAMPLES:
+    if num_examples < MIN_EXAMPLES:
         raise ConfigError(
-            f"engine={engine} is checked, and for int8 scaled, by images of good parts of the category, at least "
-            f"{FEWEST_EXAMPLES}, got {num_examples}: give examples, paths or bytes of image files"
+            f"engine={engine} needs at least {MIN_EXAMPLES} example images of good parts of the category, for a check of its "
+            f"scores and for the scales of int8, got {num_examples}: give examples, as paths or bytes of image files"
         )
     require_extra("onnx", f"engine={engine}")
 
 
 def compile_features(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
-    """The features of a network with float32 weights, by an engine that `check_engine` accepts.
+    """Returns a function that computes a network's features with an engine that `check_engine` accepts.
 
     Args:
-        examples: (N, 3, S, S) in 0..1, aligned, by which int8 is scaled.
+        net: a network with float32 weights.
+        examples: (N, 3, S, S) in 0..1, aligned; their activations set the scales of int8.
     """
     import onnxruntime
 
@@ -80,23 +85,24 @@ def compile_features(net: FocusNet, engine: str, examples: Tensor) -> Compiled:
         path = Path(folder) / "features.onnx"
         _export(net, path, examples[:2])
         if engine == "onnxruntime-int8":
-            path = _quantised(path, examples.numpy())
+            path = _quantise_network(path, examples.numpy())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # between its calls torch needs the cores
+        # between two calls of the session torch needs the cores
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
 
     def features(images: Tensor) -> Levels:
-        found = session.run(None, {"images": images.contiguous().numpy()})
-        return cast(Levels, tuple(torch.from_numpy(level) for level in found))
+        levels = session.run(None, {"images": images.contiguous().numpy()})
+        return cast(Levels, tuple(torch.from_numpy(level) for level in levels))
 
     return features
 
 
 def _export(net: FocusNet, path: Path, example: Tensor) -> None:
+    """Writes the feature extractor as an ONNX file with a dynamic batch size. example: images (B, 3, S, S)."""
     batch = torch.export.Dim("batch")
-    with quietly(), torch.no_grad():
+    with suppress_exporter_messages(), torch.no_grad():
         program = torch.onnx.export(
             _Features(net).eval(),
             (example,),
@@ -110,33 +116,39 @@ def _export(net: FocusNet, path: Path, example: Tensor) -> None:
     program.save(str(path))
 
 
-def _quantised(path: Path, examples: NDArray[np.float32]) -> Path:
-    """The network of a file in int8, in another file."""
+def _quantise_network(path: Path, examples: NDArray[np.float32]) -> Path:
+    """Quantises the network of an ONNX file to int8, and returns the path of the new file in the same folder."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared, quantised = path.with_name("prepared.onnx"), path.with_name("int8.onnx")
-    with quietly():
+    with suppress_exporter_messages():
         quant_pre_process(str(path), str(prepared))
     quantise(prepared, quantised, examples)
     return quantised
 
 
 def quantise(source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: Sequence[str] | None = None) -> None:
-    """Writes a model in int8: weights a channel each, activations by their range over the images [onnxruntime's QDQ].
+    """Writes an int8 copy of an ONNX model [onnxruntime's QDQ].
 
-    Args: images: each as the model's input "images" takes it, without the batch.  nodes: names of those it is done to; None: all.
+    Weights get a scale for each channel. Activations get a scale from their range over the images.
+
+    Args:
+        source: ONNX file of the model.
+        target: path of the int8 file.
+        images: inputs of the model's input "images", without the batch dimension.
+        nodes: names of the nodes to quantise; None: all nodes of the kinds `QUANTISED`.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Images(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.rest = iter(images)
+            self.remaining = iter(images)
 
         def get_next(self) -> dict[str, Any] | None:
-            image = next(self.rest, None)
+            image = next(self.remaining, None)
             return None if image is None else {"images": image[None]}
 
-    with quietly():
+    with suppress_exporter_messages():
         quantize_static(
             str(source),
             str(target),
@@ -151,8 +163,8 @@ def quantise(source: Path, target: Path, images: Iterable[NDArray[Any]], nodes: 
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without what exporters tell of their own affairs."""
+def suppress_exporter_messages() -> Iterator[None]:
+    """Suppresses the warnings and log messages of exporters within the context."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

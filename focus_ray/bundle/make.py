@@ -1,7 +1,8 @@
-"""From a category's images to its bundle: on one worker or, in a torch.distributed group, on every one. No Ray."""
+"""Trains a category and writes its bundle, in a single process or as a worker of a torch.distributed group. No Ray."""
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import time
@@ -21,20 +22,21 @@ from focus_ray.storage import exists, join, list_names, read_bytes, remove_file,
 from focus_ray.tracking.runs import TrainingRecorder
 
 STATE_FILE = "state.pt"
-_DECODERS = 8  # threads, at most, of a training in this process
+_MAX_DECODE_THREADS = 8  # of a training in this process
 
 
 def set_reproducible() -> None:
-    """Results that are the same at every run, on a GPU too."""
+    """Makes cuDNN deterministic, so that training on a GPU gives the same result at every run."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
 
 
-def bundle_place(root: str, category: str) -> str:
+def bundle_uri(root: str, category: str) -> str:
+    """Returns the URI of a category's bundle in the folder `root` of a run."""
     return join(root, "bundles", category)
 
 
-def _say_nothing(message: str) -> None:
+def _discard_message(message: str) -> None:
     pass
 
 
@@ -51,25 +53,30 @@ def make_bundle(
     wrap: Callable[[torch.nn.Module], Any] | None = None,
     state: TrainState | None = None,
     on_epoch: OnEpoch | None = None,
-    log: Callable[[str], None] = _say_nothing,
+    log: Callable[[str], None] = _discard_message,
 ) -> int:
-    """Fits one category, with every worker calling; the first writes <root>/bundles/<category>. Other arguments as of `fit`.
+    """Fits a category and writes <root>/bundles/<category>. Every worker of a group calls it; the worker of rank 0 writes.
 
     Args:
-        stream: what this worker trains from where its share does not fit its memory; None: its own reading of the rows.
-        num_threads: that decode images.
+        split: the category's images for fitting and calibration.
+        root: folder of the run, a local path or an s3:// URI.
+        stream: source of training batches if the worker's share of the images does not fit into memory; None: the worker
+            reads the rows itself.
+        num_threads: threads that decode images.
+        wrap, state, on_epoch: see `fitting.fit.fit`.
+        log: receives progress messages on rank 0.
 
-    Returns: images in the density.
+    Returns: number of images in the density.
     """
     category = split.category
     start = time.perf_counter()
     if rank > 0:
-        log = _say_nothing
+        log = _discard_message
     log(f"reading {split.num_images} images")
     plan = split.plan(config)
     stream = stream or local_stream(config, category, plan, num_threads)
     shard = build_shard(config, category, plan, rank, num_workers, stream, num_threads)
-    loading = time.perf_counter() - start
+    load_s = time.perf_counter() - start
     result = fit(
         config,
         shard,
@@ -84,7 +91,7 @@ def make_bundle(
     count = result.statistics.num_images
     if rank == 0:
         write_bundle(
-            bundle_place(root, category),
+            bundle_uri(root, category),
             config=config,
             category=category,
             detector=result.detector,
@@ -98,30 +105,33 @@ def make_bundle(
             },
             metrics={
                 **asdict(result.notes),
-                "seconds": {"load": loading, **result.seconds},
+                "seconds": {"load": load_s, **result.seconds},
                 "num_workers": num_workers,
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             },
-            known=plan.fit_hashes,
+            fit_hashes=plan.fit_hashes,
         )
     return count
 
 
-def train_here(
+def train_locally(
     config: Config,
     splits: Sequence[Split],
     root: str,
     log: Callable[[str], None],
     raise_at_once: bool = False,
-    told: TrainingRecorder | None = None,
+    recorder: TrainingRecorder | None = None,
 ) -> dict[str, str]:
-    """Trains categories one after the other in this process, as one worker on a cluster would, to the last digit.
+    """Trains categories one after the other in this process. A single cluster worker writes identical bundles.
 
     Args:
-        raise_at_once: let a category's error through, in place of going on with the others.
-        told: of epochs and of how each category ends.
+        splits: the images of each category.
+        root: folder of the run.
+        log: receives progress messages.
+        raise_at_once: raise a category's error immediately instead of continuing with the next category.
+        recorder: receives the figures of every epoch, and the result or failure of every category.
 
-    Returns: category -> reason, of those that failed.
+    Returns: category -> error message, for each category that failed.
     """
     set_reproducible()
     device = torch.device("cuda" if config.cluster.use_gpu and torch.cuda.is_available() else "cpu")
@@ -129,55 +139,63 @@ def train_here(
     for number, split in enumerate(splits, start=1):
         category, start = split.category, time.monotonic()
         log(f"{category}: training in this process, category {number} of {len(splits)}")
+        log_category = functools.partial(_log_with_prefix, log, category)
         try:
-            _train_one(config, split, root, device, lambda text, name=category: log(f"{name}: {text}"), told)  # type: ignore[misc]
-        except Exception as error:  # one category's failure must not end the others; it is reported at the end
+            _train_category(config, split, root, device, log_category, recorder)
+        except Exception as error:  # a failed category must not stop the next ones; it is reported at the end
             if raise_at_once:
                 raise
             failed[category] = f"{type(error).__name__}: {error}"
             log(f"{category}: FAILED: {failed[category]}")
-            if told is not None:
-                told.fail_category(category, failed[category])
+            if recorder is not None:
+                recorder.fail_category(category, failed[category])
         else:
-            log(f"{category}: done in {time.monotonic() - start:.0f} s, {bundle_place(root, category)}")
-            if told is not None:
-                told.finish_category(category, bundle_place(root, category))
+            log(f"{category}: done in {time.monotonic() - start:.0f} s, {bundle_uri(root, category)}")
+            if recorder is not None:
+                recorder.finish_category(category, bundle_uri(root, category))
     return failed
 
 
-def _train_one(
+def _log_with_prefix(log: Callable[[str], None], category: str, message: str) -> None:
+    """Logs a message that begins with the name of the category."""
+    log(f"{category}: {message}")
+
+
+def _train_category(
     config: Config,
     split: Split,
     root: str,
     device: torch.device,
     log: Callable[[str], None],
-    told: TrainingRecorder | None,
+    recorder: TrainingRecorder | None,
 ) -> None:
-    place = join(root, "train", split.category)
+    """Trains a category from its latest checkpoint, if there is one, and writes checkpoints to <root>/train/<category>."""
+    folder = join(root, "train", split.category)
 
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
-        if told is not None:
-            told.log_epoch(split.category, figures)
+        if recorder is not None:
+            recorder.log_epoch(split.category, figures)
         if (epoch + 1) % config.train.checkpoint_every_epochs and epoch + 1 != config.train.epochs:
             return
         content = io.BytesIO()
         torch.save(snapshot().to_dict(), content)
         name = f"checkpoint_{epoch:06}"
-        write_bytes(join(place, name, STATE_FILE), content.getvalue())
-        for former in list_names(place):
-            if former.startswith("checkpoint_") and former != name:
-                remove_file(join(place, former, STATE_FILE))
+        write_bytes(join(folder, name, STATE_FILE), content.getvalue())
+        # older checkpoints go only after the new one is complete
+        for old_name in list_names(folder):
+            if old_name.startswith("checkpoint_") and old_name != name:
+                remove_file(join(folder, old_name, STATE_FILE))
 
-    state = latest_state(place, device)
-    threads = min(_DECODERS, os.cpu_count() or 1)
-    make_bundle(config, split, root, device, num_threads=threads, state=state, on_epoch=on_epoch, log=log)
+    state = _load_latest_state(folder, device)
+    num_threads = min(_MAX_DECODE_THREADS, os.cpu_count() or 1)
+    make_bundle(config, split, root, device, num_threads=num_threads, state=state, on_epoch=on_epoch, log=log)
 
 
-def latest_state(place: str, device: torch.device) -> TrainState | None:
-    """Of the checkpoint that a training of this category left last; None where there is none."""
-    for name in sorted((name for name in list_names(place) if name.startswith("checkpoint")), reverse=True):
-        file = join(place, name, STATE_FILE)
+def _load_latest_state(folder: str, device: torch.device) -> TrainState | None:
+    """Loads the training state of the latest checkpoint in a folder; None if there is no checkpoint."""
+    for name in sorted((name for name in list_names(folder) if name.startswith("checkpoint")), reverse=True):
+        file = join(folder, name, STATE_FILE)
         if exists(file):
-            tree = torch.load(io.BytesIO(read_bytes(file)), map_location=device, weights_only=True)
-            return TrainState.from_dict(tree)
+            state_dict = torch.load(io.BytesIO(read_bytes(file)), map_location=device, weights_only=True)
+            return TrainState.from_dict(state_dict)
     return None

@@ -1,7 +1,8 @@
-"""Measuring a category part by part: rows that lie together are scored together, by whichever process; nothing counts twice.
+"""Evaluates a category in parts: any process can score a part, and no image counts twice.
 
-A part's images go into a Parquet file of their own, named by the part and written whole, so that a part which is scored
-again replaces itself. What figures need of it, scores and pixels in bins, adds to the category's sum, once a part.
+A part is a range of consecutive rows. Its results go into a Parquet file that is named after the part and written in a single
+step, so a part that is scored again replaces its file. The scores and pixel bins of each part are added once to the
+category's progress, from which the metrics are computed.
 """
 
 from __future__ import annotations
@@ -37,9 +38,8 @@ from focus_ray.evaluation.evaluate import (
 from focus_ray.evaluation.pixels import PixelBins
 from focus_ray.storage import exists, join, read_bytes, remove_file, remove_folder, write_bytes
 
-PART_IMAGES = 512  # in a part, about
-READ_AHEAD = 32  # encoded images that wait to be decoded
-IMAGES, CATEGORIES = "images", "categories"  # folders of a report: image by image; what is known of each category
+PART_IMAGES = 512  # approximate number of images in a part
+IMAGES, CATEGORIES = "images", "categories"  # folders of a report: results of images, results of categories
 IMAGE_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -59,7 +59,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Record(BaseModel):
-    """A category's figures, and its part of the page."""
+    """A category's file: identity of the job, metrics, and section of the page."""
 
     identity: dict[str, Any]
     result: dict[str, Any]
@@ -67,11 +67,19 @@ class _Record(BaseModel):
 
 
 @dataclass(frozen=True)
-class Job:
-    """A category to be measured; small, for it goes with every part.
+class EvaluationJob:
+    """The evaluation of a category. The object is small, because every part is sent to a worker with it.
 
-    version: of the bundle.  commit: of the images, their version.  num_images: to be scored.  exact: whether maps are kept,
-    so that all parts are measured in one place.  output: the report's folder.
+    Attributes:
+        bundle: URI of the bundle.
+        version: hash of the bundle's manifest.
+        data: URI of the data set.
+        commit: version of the category in the data set.
+        num_images: number of test images.
+        exact: whether all maps are stored in memory, so that the same process measures all parts.
+        max_side_px: longest side at which maps and masks are compared.
+        part_images: approximate number of images in a part.
+        output: folder of the report.
     """
 
     category: str
@@ -87,33 +95,34 @@ class Job:
 
     @property
     def images(self) -> str:
-        """The folder of its images' results."""
+        """Folder of the results of images."""
         return join(self.output, IMAGES, f"category={self.category}")
 
     @property
     def record(self) -> str:
-        """The file of its figures and its part of the page."""
+        """File of the category's metrics and its section of the page."""
         return join(self.output, CATEGORIES, f"{self.category}.json")
 
     @property
     def state(self) -> str:
-        """The file of what has been measured so far."""
+        """File of the progress: pixel bins, and the list of measured parts."""
         return join(self.output, CATEGORIES, f"{self.category}.bins.parquet")
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a later run to go on from here."""
+        """Returns the properties that must be equal for a later run to continue from this job's files."""
         names = ("version", "data", "commit", "num_images", "exact", "max_side_px", "part_images")
         return {name: getattr(self, name) for name in names}
 
     def part_file(self, first: int, count: int) -> str:
+        """Returns the file of a part's results. first: number of its first image; count: number of its images."""
         return join(self.images, f"part-{first:09d}-{first + count:09d}.parquet")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A job and its parts: the number of the first image, of the category's test images, -> rows of the data set."""
+class EvaluationPlan:
+    """A job and its parts. parts: number of a part's first image among the test images -> rows of the data set."""
 
-    job: Job
+    job: EvaluationJob
     parts: dict[int, Rows]
 
 
@@ -125,14 +134,20 @@ def plan_evaluation(
     max_side_px: int = MAX_SIDE_PX,
     exact_pixels: int = EXACT_PIXELS,
     part_images: int = PART_IMAGES,
-) -> Plan:
-    """Reads a category's index, and the bundle's manifest.
+) -> EvaluationPlan:
+    """Plans the evaluation of a category from its index and the bundle's manifest.
 
     Args:
-        data: None for the data set that the bundle was trained from.  exact_pixels: of all maps, up to which they are kept.
-        part_images: in a part, about.
+        bundle: URI of the bundle.
+        output: folder of the report.
+        data: URI of the data set; None: the data set that the bundle was trained with.
+        max_side_px: longest side at which maps and masks are compared.
+        exact_pixels: maps are stored in memory if they have at most this many pixels together, otherwise counted in bins.
+        part_images: approximate number of images in a part.
 
-    Raises: BundleError: no bundle.  DataError: no data set or category, or it has no test image.
+    Raises:
+        BundleError: there is no bundle.
+        DataError: the data set or category does not exist or has no test image.
     """
     manifest = read_manifest(bundle)
     uri = data or str(manifest["config"]["data"]["uri"])
@@ -141,10 +156,10 @@ def plan_evaluation(
         raise DataError("there is no test image to evaluate: ingest a set that has some")
     rows = index["row"].to_numpy()
     sizes = np.stack([index["height"].to_numpy(), index["width"].to_numpy()], axis=1)
-    different, counts = np.unique(sizes, axis=0, return_counts=True)
-    compared = (evaluation_size(height, width, max_side_px) for height, width in different.tolist())
-    areas = [height * width for height, width in compared]
-    job = Job(
+    distinct_sizes, counts = np.unique(sizes, axis=0, return_counts=True)
+    map_sizes = (evaluation_size(height, width, max_side_px) for height, width in distinct_sizes.tolist())
+    areas = [height * width for height, width in map_sizes]
+    job = EvaluationJob(
         category=category,
         bundle=bundle,
         version=str(manifest["sha256"]),
@@ -156,64 +171,89 @@ def plan_evaluation(
         part_images=part_images,
         output=output,
     )
-    return Plan(job, cut_rows(uri, category, rows, part_images, index_version(index)))
+    return EvaluationPlan(job, split_rows(uri, category, rows, part_images, index_version(index)))
 
 
-def cut_rows(uri: str, category: str, rows: Rows, size: int, version: str | None = None) -> dict[int, Rows]:
-    """Parts of about `size` rows each, which lie together, so that of a file each row group is read once.
+def split_rows(uri: str, category: str, rows: Rows, size: int, version: str | None = None) -> dict[int, Rows]:
+    """Splits rows of a category into consecutive parts, preferably between row groups, so that a row group is read once.
 
     Args:
-        rows: of the category, ascending.  version: of the category, that they are of; None for the current one.
+        rows: ascending row numbers of the category.
+        size: approximate number of rows in a part.
+        version: version of the category that the row numbers belong to; None: the current version.
 
-    Returns: number of a part's first row among `rows` -> its rows.  Raises: DataError: no such category.
+    Returns: index of a part's first row in `rows` -> the rows of the part.
+
+    Raises: DataError: the category does not exist.
     """
     files = open_store(uri).require_commit(category, version)["files"]
     ends = np.cumsum([count for entry in files for count in entry["row_group_rows"]])
-    groups = np.searchsorted(rows, ends)
-    wanted = np.arange(size, len(rows), size)
-    near = groups[np.abs(groups[None] - wanted[:, None]).argmin(axis=1)] if len(groups) else wanted
-    cuts = np.where(np.abs(near - wanted) <= size // 2, near, wanted)
+    group_ends = np.searchsorted(rows, ends)  # as indices into `rows`
+    equal_cuts = np.arange(size, len(rows), size)
+    # each cut moves to the nearest end of a row group, unless this end is more than half a part away
+    nearest = (
+        group_ends[np.abs(group_ends[None] - equal_cuts[:, None]).argmin(axis=1)] if len(group_ends) else equal_cuts
+    )
+    cuts = np.where(np.abs(nearest - equal_cuts) <= size // 2, nearest, equal_cuts)
     bounds = np.unique(np.concatenate([[0], cuts, [len(rows)]])).tolist()
     return {first: rows[first:last] for first, last in itertools.pairwise(bounds)}
 
 
-def measure_whole(inspector: Inspector, plan: Plan, tell: Callable[[], None] = lambda: None) -> LabelledImages:
-    """All parts of a job whose maps are kept. tell: called an image.  Raises: as `measure_part`."""
+def measure_plan(
+    inspector: Inspector, plan: EvaluationPlan, on_image: Callable[[], None] = lambda: None
+) -> LabelledImages:
+    """Measures all parts of a job whose maps are stored in memory.
+
+    Args:
+        on_image: called after each image.
+
+    Raises: DataError: see `measure_part`.
+    """
     gathered = EvaluationCollector(sys.maxsize)
     for first, rows in plan.parts.items():
-        _score(inspector, plan.job, first, rows, gathered, tell)
+        _score(inspector, plan.job, first, rows, gathered, on_image)
     ids = TestIds(plan.job)
     return gathered.labelled(float(inspector.bundle.calibration.image_threshold), ids)
 
 
 def measure_part(
-    inspector: Inspector, job: Job, first: int, rows: Rows, tell: Callable[[], None] = lambda: None
+    inspector: Inspector, job: EvaluationJob, first: int, rows: Rows, on_image: Callable[[], None] = lambda: None
 ) -> EvaluationPart:
-    """One part of a job whose pixels go into bins. tell: called an image.
+    """Measures a part of a job whose pixels are counted in bins.
 
-    Raises: DataError: an image cannot be decoded; the bundle was replaced, or the images' version is gone.
+    Args:
+        first: number of the part's first image among the test images.
+        rows: rows of the data set.
+        on_image: called after each image.
+
+    Raises: DataError: an image cannot be decoded, the bundle was replaced, or the version of the images was deleted.
     """
     gathered = EvaluationCollector(0)
-    _score(inspector, job, first, rows, gathered, tell)
+    _score(inspector, job, first, rows, gathered, on_image)
     return gathered.part()
 
 
 def _score(
-    inspector: Inspector, job: Job, first: int, rows: Rows, into: EvaluationCollector, tell: Callable[[], None]
+    inspector: Inspector,
+    job: EvaluationJob,
+    first: int,
+    rows: Rows,
+    into: EvaluationCollector,
+    on_image: Callable[[], None],
 ) -> None:
-    """Adds a part to what was gathered, and writes its images' results."""
+    """Scores a part's images, adds them to `into`, and writes the Parquet file of the part."""
     if inspector.bundle.version != job.version:
-        raise DataError(f"{job.bundle}: replaced since the evaluation began: evaluate it again")
+        raise DataError(f"{job.bundle}: the bundle was replaced after the evaluation began: evaluate it again")
     records = read_rows(job.data, job.category, rows, columns=TEST_COLUMNS, version=job.commit)
-    found = []
+    scored = []
     for record, score in inspector.gather(records, into, job.max_side_px):
-        found.append((record, score))
-        tell()
+        scored.append((record, score))
+        on_image()
     calibration = inspector.bundle.calibration
-    scores = np.array([score for _, score in found], dtype=np.float64)
+    scores = np.array([score for _, score in scored], dtype=np.float64)
     table = pa.table(
         {
-            **{name: [record[name] for record, _ in found] for name in ("id", "label", "defect_type", "trained_on")},
+            **{name: [record[name] for record, _ in scored] for name in ("id", "label", "defect_type", "trained_on")},
             "score": scores,
             "p_value": calibration.conformal_p_value(scores),
             "anomalous": calibration.is_anomalous(scores),
@@ -228,16 +268,17 @@ def _score(
 
 
 class TestIds(Sequence[str]):
-    """Ids of a category's test images, in order; read when first asked for, and packed."""
+    """Sequence of the ids of a category's test images. The ids are read at first use and stay in an Arrow array."""
 
-    __test__ = False  # no test, for pytest
+    __test__ = False  # pytest would collect the class because of its name
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EvaluationJob) -> None:
         self._job = job
         self._ids: pa.ChunkedArray | None = None
 
     @property
     def packed(self) -> pa.ChunkedArray:
+        """All ids as an Arrow array."""
         if self._ids is None:
             job = self._job
             self._ids = read_index(job.data, job.category, split="test", version=job.commit)["id"]
@@ -247,45 +288,48 @@ class TestIds(Sequence[str]):
         return len(self.packed)
 
     @overload
-    def __getitem__(self, place: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        found = self.packed[place]
-        return found.to_pylist() if isinstance(place, slice) else str(found.as_py())
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        value = self.packed[index]
+        return value.to_pylist() if isinstance(index, slice) else str(value.as_py())
 
 
 @dataclass
-class Sum:
-    """What is known of a job, part by part: scores of each, and the bins of all.
+class EvaluationProgress:
+    """The measured parts of a job.
 
-    scores: number of a part's first image -> the part without its bins.
+    Attributes:
+        scores: number of a part's first image -> the part without its bins.
+        bins: defect type ("" for good images) -> the bins of all parts together.
     """
 
-    job: Job
+    job: EvaluationJob
     scores: dict[int, EvaluationPart] = field(default_factory=dict)
     bins: dict[str, PixelBins] = field(default_factory=dict)
 
     def add(self, first: int, part: EvaluationPart) -> None:
-        """Counts a part, once: one that is there already changes nothing."""
+        """Adds a part. A part that was added before changes nothing, because two workers may have measured it."""
         if first in self.scores:
             return
         for group, bins in part.bins.items():
             self.bins[group] = self.bins[group] + bins if group in self.bins else bins
-        types = tuple(map(sys.intern, part.types))
+        types = tuple(map(sys.intern, part.types))  # interned: few different names, many images
         self.scores[first] = replace(part, types=types, bins={})
 
     @property
     def num_images(self) -> int:
+        """Number of images in the measured parts."""
         return sum(len(part.labels) for part in self.scores.values())
 
     def total(self) -> EvaluationPart:
-        """All parts as one, in the images' order."""
+        """Returns a part with the images of all measured parts, in the order of the images."""
         parts = [self.scores[first] for first in sorted(self.scores)]
         return EvaluationPart(
             labels=np.concatenate([part.labels for part in parts]),
             scores=np.concatenate([part.scores for part in parts]),
-            types=tuple(kind for part in parts for kind in part.types),
+            types=tuple(defect_type for part in parts for defect_type in part.types),
             bins=self.bins,
             reduced=any(part.reduced for part in parts),
             trained_on=np.concatenate([part.trained_on for part in parts]),
@@ -293,11 +337,14 @@ class Sum:
         )
 
     def save(self) -> None:
-        """Writes bins, and which parts are in them; the scores lie in the parts' own files. Raises: DataError."""
-        columns = {name: [getattr(bins, name) for bins in self.bins.values()] for name in _COLUMNS}
+        """Writes the bins and the list of measured parts to the job's state file. The scores are in the files of the parts.
+
+        Raises: DataError: the file cannot be written.
+        """
+        arrays = {name: [getattr(bins, name) for bins in self.bins.values()] for name in _COLUMNS}
         counts = [bins.keys.size for bins in self.bins.values()]
         groups = pa.array(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
-        arrays = {name: np.concatenate(parts) if parts else np.empty(0, np.int64) for name, parts in columns.items()}
+        columns = {name: np.concatenate(parts) if parts else np.empty(0, np.int64) for name, parts in arrays.items()}
         facts = {
             "identity": self.job.identity(),
             "parts": {str(first): len(part.labels) for first, part in self.scores.items()},
@@ -305,7 +352,7 @@ class Sum:
             "reduced": any(part.reduced for part in self.scores.values()),
             "repeats": {str(first): part.num_repeats for first, part in self.scores.items()},
         }
-        table = pa.table({"group": groups, **arrays}).replace_schema_metadata({_FACTS: json.dumps(facts)})
+        table = pa.table({"group": groups, **columns}).replace_schema_metadata({_FACTS: json.dumps(facts)})
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
         write_bytes(self.job.state, sink.getvalue().to_pybytes())
@@ -315,8 +362,11 @@ _COLUMNS = ("keys", "normal", "anomalous", "overlap")
 _FACTS = b"focus_ray.measured"
 
 
-def load_sum(job: Job) -> Sum | None:
-    """What an earlier run of the same job has saved; None where there is none. Raises: DataError: it cannot be read."""
+def load_progress(job: EvaluationJob) -> EvaluationProgress | None:
+    """Loads the progress that an earlier run of the same job saved; None if there is none.
+
+    Raises: DataError: the state file or the file of a part is damaged or missing.
+    """
     if not exists(job.state):
         return None
     try:
@@ -324,55 +374,60 @@ def load_sum(job: Job) -> Sum | None:
         facts = json.loads((table.schema.metadata or {})[_FACTS])
         if facts["identity"] != job.identity():
             return None
-        found = Sum(job)
+        progress = EvaluationProgress(job)
         group_of = table["group"].to_numpy()
         for number, (group, num_regions, num_images) in enumerate(facts["groups"]):
             rows = group_of == number
             keys, normal, anomalous, overlap = (table[name].to_numpy()[rows] for name in _COLUMNS)
-            found.bins[group] = PixelBins(keys, normal, anomalous, overlap, num_regions, num_images)
+            progress.bins[group] = PixelBins(keys, normal, anomalous, overlap, num_regions, num_images)
         for first, count in facts["parts"].items():
             part = pq.read_table(pa.BufferReader(read_bytes(job.part_file(int(first), count))))
             labels, scores = part["label"].to_numpy(), part["score"].to_numpy()
             types = tuple(map(sys.intern, part["defect_type"].to_pylist()))
             trained_on = part["trained_on"].to_numpy(zero_copy_only=False)
-            found.scores[int(first)] = EvaluationPart(
+            progress.scores[int(first)] = EvaluationPart(
                 labels, scores, types, {}, facts["reduced"], trained_on, facts.get("repeats", {}).get(first, 0)
             )
     except (pa.ArrowException, KeyError, ValueError, FileNotFoundError) as error:
         raise DataError(
-            f"{job.state}: damaged, or the images' results are gone ({error}): begin without --resume"
+            f"{job.state}: the file is damaged, or results of images are missing ({error}): start again without --resume"
         ) from error
-    return found
+    return progress
 
 
-def read_record(job: Job) -> dict[str, Any] | None:
-    """What an earlier run of the same job has found, as `write_record` was given it; None where it has not.
+def read_record(job: EvaluationJob) -> dict[str, Any] | None:
+    """Reads the record that an earlier run of the same job wrote with `write_record`; None if there is none.
 
-    A damaged record is logged and counts as none: the category is then measured again.
+    A damaged record is logged and ignored: the category is then measured again.
     """
     if not exists(job.record):
         return None
     try:
         record = _Record.model_validate_json(read_bytes(job.record))
     except ValidationError as error:
-        _LOG.warning("%s: a damaged record, so %s is measured again: %s", job.record, job.category, error)
+        _LOG.warning("%s: the record is damaged, so %s is measured again: %s", job.record, job.category, error)
         return None
     return record.model_dump() if record.identity == job.identity() else None
 
 
-def write_record(job: Job, **facts: Any) -> None:
-    """Keeps what was found of a category, for the page and for a run that goes on. facts: JSON types."""
+def write_record(job: EvaluationJob, **facts: Any) -> None:
+    """Writes the results of a category, for the page and for a resumed run. facts: result and section, in JSON types."""
     content = {"identity": job.identity(), **facts}
     write_bytes(job.record, (json.dumps(content, ensure_ascii=False) + "\n").encode())
 
 
-def join_parts(job: Job, total: EvaluationPart, threshold: float) -> LabelledImages:
-    """A job's parts, added, as one set. threshold: of the image score."""
+def join_parts(job: EvaluationJob, total: EvaluationPart, threshold: float) -> LabelledImages:
+    """Returns the images of a job, ready for metrics.
+
+    Args:
+        total: all parts of the job as a single part (`EvaluationProgress.total`).
+        threshold: threshold of the image score.
+    """
     return join_evaluation_parts([total], threshold, TestIds(job))
 
 
-def begin_anew(job: Job) -> None:
-    """Removes what an earlier run left of a job."""
+def discard_progress(job: EvaluationJob) -> None:
+    """Deletes the files that an earlier run of a job wrote."""
     for file in (job.state, job.record):
         remove_file(file)
     remove_folder(job.images)

@@ -1,4 +1,4 @@
-"""The metrics of many bundles to one that a new category can be given."""
+"""Averages the metrics of many bundles into a shared metric for new categories."""
 
 from __future__ import annotations
 
@@ -11,34 +11,42 @@ from focus_ray.fitting.shared_metric import matching_settings, write_shared_metr
 
 
 def share_metric(places: Sequence[str], output: str) -> list[str]:
-    """Averages the metrics of bundles, runs' folders or folders of bundles into a file for density.metric.
+    """Averages the metrics of bundles and writes a file for the setting density.metric.
 
-    Returns: the categories that it is made of.
+    Args:
+        places: bundles, folders of runs or folders of bundles.
+        output: address of the file.
 
-    Raises: DataError: a place holds no bundle, or the file cannot be written.  BundleError: a bundle keeps no metric of its own,
-        two are of one category, or of two kinds of network.
+    Returns: the sorted categories of the bundles.
+
+    Raises:
+        DataError: an address contains no bundle, or the file cannot be written.
+        BundleError: a bundle stores no metric of its own, two bundles have the same category, or the networks differ.
     """
     scatters = {}
-    first: tuple[str, Config] | None = None
+    reference: tuple[str, Config] | None = None  # the first bundle: all others must have matching settings
     for uri in (uri for place in places for uri in find_bundles(place).values()):
         manifest = read_manifest(uri)
         config = parse_config(manifest["config"], source=uri)
         scatter = read_statistics(uri).scatter
         if scatter is None or config.density.metric is not None:
             raise BundleError(
-                f"{uri}: keeps no metric of its own: train it with density.reduction=discriminant, without density.metric"
+                f"{uri}: the bundle stores no metric of its own: train it with density.reduction=discriminant and without "
+                "density.metric"
             )
         if manifest["category"] in scatters:
-            raise BundleError(f"{uri}: category {manifest['category']!r} is there twice: name each category once")
-        first = first or (uri, config)
-        if matching_settings(config) != matching_settings(first[1]):
+            raise BundleError(
+                f"{uri}: another bundle has the same category {manifest['category']!r}: give a single bundle for each category"
+            )
+        reference = reference or (uri, config)
+        if matching_settings(config) != matching_settings(reference[1]):
             differing = [
-                key for key, value in matching_settings(config).items() if matching_settings(first[1])[key] != value
+                key for key, value in matching_settings(config).items() if matching_settings(reference[1])[key] != value
             ]
             raise BundleError(
-                f"{uri}: another {', '.join(differing)} than {first[0]}: share metrics of one kind of network"
+                f"{uri}: {', '.join(differing)} differs from {reference[0]}: give bundles with the same network settings"
             )
         scatters[str(manifest["category"])] = scatter
-    assert first is not None
-    write_shared_metric(output, scatters, first[1])
+    assert reference is not None
+    write_shared_metric(output, scatters, reference[1])
     return sorted(scatters)

@@ -1,4 +1,4 @@
-"""The bundles of a place that a command is given: a bundle, a run, a folder of bundles, a registry, or a team's part of one."""
+"""Finds the bundles at the address that a user gives: a bundle, a run, a folder of bundles, a registry, or a team's folder."""
 
 from __future__ import annotations
 
@@ -9,51 +9,56 @@ from focus_ray.bundle.registry import LATEST, Registry
 from focus_ray.errors import DataError, RegistryError
 from focus_ray.names import is_name
 
+_NUM_PROBED = 3  # categories of a folder that are looked up to recognise the folder of a team
 
-def bundles_at(place: str, version: str = LATEST, log: Callable[[str], None] = lambda message: None) -> dict[str, str]:
-    """Category -> bundle.
+
+def resolve_bundles(
+    place: str, version: str = LATEST, log: Callable[[str], None] = lambda message: None
+) -> dict[str, str]:
+    """Maps each category to the URI of its bundle.
 
     Args:
-        version: of a registry's models, a version's name or an alias; a category that has none of it is told and left out.
+        place: a bundle, a run, a folder of bundles, a registry, or the folder of a team in a registry.
+        version: name of a version or an alias, for models of a registry. A category without this version is left out.
+        log: receives a message for each category that is left out.
 
-    Raises: DataError: nothing there, or teams of a registry have categories of one name.
+    Raises: DataError: the address has no bundle, or several teams of a registry have a category of the same name.
     """
     try:
         return find_bundles(place)
     except DataError as error:
-        found = _published(place, version, log)
-        if not found:
+        bundles = _resolve_published(place, version, log)
+        if not bundles:
             raise DataError(f"{error}, or a registry that `focus-ray registry publish` made") from None
-        return found
+        return bundles
 
 
-def _published(place: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
+def _resolve_published(place: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
+    """Maps each category to its bundle, for a registry or the folder of a team in it; empty for any other folder."""
     registry = Registry(place)
     parent, _, name = registry.root.rpartition("/")
-    if is_name(name) and not parent.endswith(":/"):  # of a bucket there is no folder above
-        within = Registry(parent)
-        if any(within.versions(name, category) for category in within.categories(name)[:_LOOKED_AT]):
-            return _of_team(within, name, version, log)
-    found: dict[str, str] = {}
+    if is_name(name) and not parent.endswith(":/"):  # a bucket has no parent folder
+        parent_registry = Registry(parent)
+        if any(parent_registry.versions(name, category) for category in parent_registry.categories(name)[:_NUM_PROBED]):
+            return _resolve_team(parent_registry, name, version, log)
+    bundles: dict[str, str] = {}
     for team in registry.teams():
-        new = _of_team(registry, team, version, log)
-        twice = sorted(set(found) & set(new))
-        if twice:
+        team_bundles = _resolve_team(registry, team, version, log)
+        duplicates = sorted(set(bundles) & set(team_bundles))
+        if duplicates:
             raise DataError(
-                f"{place}: several teams have a category {twice[0]!r}: give one team's folder, {place}/{team}"
+                f"{place}: several teams have a category {duplicates[0]!r}: give the folder of a single team, {place}/{team}"
             )
-        found.update(new)
-    return found
+        bundles.update(team_bundles)
+    return bundles
 
 
-_LOOKED_AT = 3  # names in a folder, to tell a team's from others
-
-
-def _of_team(registry: Registry, team: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
-    found = {}
+def _resolve_team(registry: Registry, team: str, version: str, log: Callable[[str], None]) -> dict[str, str]:
+    """Maps each category of a team to the bundle of `version`; logs and skips a category without this version."""
+    bundles = {}
     for category in registry.categories(team):
         try:
-            found[category] = registry.resolve(team, category, version).uri
+            bundles[category] = registry.resolve(team, category, version).uri
         except RegistryError as error:
             log(f"{team}/{category}: left out: {error}")
-    return found
+    return bundles

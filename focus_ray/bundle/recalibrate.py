@@ -1,5 +1,7 @@
-"""New thresholds for a bundle, without training: from new good images, from those of one site that it is made of, or set by a
-person. The tensors stay as they are."""
+"""Sets new thresholds for a bundle without training: from new good images, from the images of a site, or by a person.
+
+Only the manifest changes. The tensors stay the same.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from focus_ray import __version__
 from focus_ray.bundle.bundle import copy_bundle, manifest_hash, read_manifest, read_statistics
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.update import rows_in_common
+from focus_ray.bundle.update import find_shared_rows
 from focus_ray.density.base import supports_leave_one_out
 from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
@@ -29,18 +31,24 @@ from focus_ray.precision import describe_precision
 
 
 @dataclass(frozen=True)
-class Recalibrated:
-    """manifest: of the new bundle.  calibration: its.  num_known: good images left out, being what the density was made of.
-    curve: where bad images were given; None otherwise.  taught: whether the metric was learnt from the very images that
-    calibrate, so few that it lowers their scores.  shift: of the good images' scores from the former calibration scores; None
-    for too few good images, or where none were given.  copies: the images left out because their pixels are those of another
-    image, which is the value."""
+class Recalibration:
+    """The result of a calibration with images.
+
+    Attributes:
+        manifest: manifest of the new bundle.
+        calibration: calibration of the new bundle.
+        num_trained_on: number of good images that were left out because the density contains them.
+        curve: shows the cost of each threshold; None without bad images.
+        is_metric_biased: whether the metric was learnt from the calibration images, and from so few that it lowers their scores.
+        shift: compares the scores of the good images with the previous calibration scores; None for too few good images.
+        copies: image that was left out -> image with the same pixels that counts instead.
+    """
 
     manifest: dict[str, Any]
     calibration: Calibration
-    num_known: int
+    num_trained_on: int
     curve: TradeOff | None
-    taught: bool = False
+    is_metric_biased: bool = False
     shift: Shift | None = None
     copies: Mapping[Path, Path] = field(default_factory=dict)
 
@@ -54,59 +62,64 @@ def calibrate_bundle(
     target_fpr: float | None = None,
     target_pixel_fpr: float | None = None,
     device: str = "auto",
-) -> Recalibrated:
-    """Writes a copy of a bundle whose thresholds come from these good images.
+) -> Recalibration:
+    """Writes a copy of a bundle whose thresholds come from new good images.
+
+    Images with the same pixels count once.
 
     Args:
-        output: may be the bundle itself: it is replaced in one step.
-        good: image files that the density has not seen; those that it has are left out, since they score near zero.
-        bad: image files of defective parts: nothing is set by them, they show what a threshold costs.
-            Images with the same pixels count once, both among the good and among the bad ones.
-        target_fpr, target_pixel_fpr: None keeps the bundle's.
+        output: address of the copy. It may be the bundle itself, which is then replaced in one step.
+        good: image files of good parts. Images in the density are left out, because they score near zero.
+        bad: image files of defective parts. They do not influence the thresholds; they only show the cost of each threshold.
+        target_fpr, target_pixel_fpr: None: the bundle's targets.
 
-    Raises: DataError: no usable good image, or a file cannot be read; an image is both good and bad; a share out of range.
-        BundleError: no such bundle.
+    Raises:
+        DataError: no good image is usable, a file cannot be read, an image is both good and bad, or a target is out of range.
+        BundleError: the bundle is missing or damaged.
     """
     inspector = Inspector.load(uri, device)
-    old = inspector.bundle.calibration
+    current = inspector.bundle.calibration
     builder = CalibrationBuilder(
         "split",
-        old.target_fpr if target_fpr is None else target_fpr,
-        old.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
+        current.target_fpr if target_fpr is None else target_fpr,
+        current.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
     )
     copies: dict[Path, Path] = {}
-    originals = {"good": _inspect_once(inspector, good, copies), "bad": _inspect_once(inspector, bad, copies)}
+    originals = {"good": _inspect_distinct(inspector, good, copies), "bad": _inspect_distinct(inspector, bad, copies)}
     _refuse_contradictions(originals["good"], originals["bad"])
-    found, bad_found = ([one for _, one in originals[kind].values()] for kind in ("good", "bad"))
-    new = [one for one in found if not one.trained_on]
+    good_inspections, bad_inspections = ([entry for _, entry in originals[kind].values()] for kind in ("good", "bad"))
+    new = [inspection for inspection in good_inspections if not inspection.trained_on]
     if not new:
         raise DataError(
-            f"{uri}: all {len(found)} good images are among those that the model was trained on, and score near zero: "
-            "give images that it has not seen, or of a model joined of several sites the site's own bundle (--site)"
+            f"{uri}: the model was trained on all {len(good_inspections)} good images, so they score near zero: give images "
+            "that the model has not seen; or for a model that was joined from several sites, the site's own bundle (--site)"
         )
-    shift = compare_scores(old.image_scores, [one.score for one in new])
-    builder.add([one.score for one in new], [inspector.frame.scored_values(one.anomaly_map) for one in new])
+    shift = compare_scores(current.image_scores, [inspection.score for inspection in new])
+    new_values = [inspector.frame.scored_values(inspection.anomaly_map) for inspection in new]
+    builder.add([inspection.score for inspection in new], new_values)
     calibration = replace(builder.finish(), precision=describe_precision(inspector.bundle.config, inspector.device))
     curve = None
     if bad:
-        curve = trade_off(np.array([one.score for one in new]), np.array([one.score for one in bad_found]))
+        bad_scores = np.array([inspection.score for inspection in bad_inspections])
+        curve = trade_off(np.array([inspection.score for inspection in new]), bad_scores)
     fingerprint = _fingerprint([path for path, _ in originals["good"].values()])
-    note = {"how": "good images", "num_good": len(new), "num_bad": len(bad_found), "images_sha256": fingerprint}
-    manifest = rewrite(uri, output, calibration, note)
-    return Recalibrated(manifest, calibration, len(found) - len(new), curve, shift=shift, copies=copies)
+    note = {"how": "good images", "num_good": len(new), "num_bad": len(bad_inspections), "images_sha256": fingerprint}
+    manifest = rewrite_calibration(uri, output, calibration, note)
+    num_trained_on = len(good_inspections) - len(new)
+    return Recalibration(manifest, calibration, num_trained_on, curve, shift=shift, copies=copies)
 
 
-def _inspect_once(
+def _inspect_distinct(
     inspector: Inspector, paths: Sequence[Path], copies: dict[Path, Path]
 ) -> dict[str, tuple[Path, Inspection]]:
-    """Inspects image files, and keeps the first of those with the same pixels; the others go to `copies`.
+    """Inspects image files. Of several files with the same pixels the first counts, and the others are added to `copies`.
 
-    Returns: content hash -> the file that counts, and its inspection.
+    Returns: content hash -> (file that counts, its inspection).
     """
     originals: dict[str, tuple[Path, Inspection]] = {}
-    distinct = list(dict.fromkeys(paths))
-    for path, (inspection, content) in zip(distinct, inspector.inspect_hashed(distinct), strict=True):
-        original, _ = originals.setdefault(content, (path, inspection))
+    distinct_paths = list(dict.fromkeys(paths))
+    for path, (inspection, content_hash) in zip(distinct_paths, inspector.inspect_hashed(distinct_paths), strict=True):
+        original, _ = originals.setdefault(content_hash, (path, inspection))
         if original != path:
             copies[path] = original
     return originals
@@ -115,11 +128,11 @@ def _inspect_once(
 def _refuse_contradictions(
     good: Mapping[str, tuple[Path, Inspection]], bad: Mapping[str, tuple[Path, Inspection]]
 ) -> None:
-    """Raises: DataError: an image is among the good and among the bad ones; the files are named."""
-    pairs = [f"{good[content][0]} and {bad[content][0]}" for content in good if content in bad]
+    """Checks that no image is both good and bad. Raises: DataError: such images exist; the message names their files."""
+    pairs = [f"{good[key][0]} and {bad[key][0]}" for key in good if key in bad]
     if pairs:
         raise DataError(
-            f"{len(pairs)} images are given both as good and as bad ({'; '.join(pairs)}): remove the wrong one of each"
+            f"{len(pairs)} images are given both as good and as bad ({'; '.join(pairs)}): remove the wrong file of each pair"
         )
 
 
@@ -131,43 +144,48 @@ def calibrate_for_site(
     target_fpr: float | None = None,
     target_pixel_fpr: float | None = None,
     device: str = "auto",
-) -> Recalibrated:
-    """Writes a copy of a bundle whose thresholds come from the images of one of the sites that it was joined of, each left out.
+) -> Recalibration:
+    """Writes a copy of a joined bundle whose thresholds come from leave-one-out scores of a single site's images.
 
-    No image is needed: both bundles hold the same embeddings of them.
+    No image file is needed, because both bundles store the same embeddings of these images.
 
     Args:
-        output, target_fpr, target_pixel_fpr: as of `calibrate_bundle`.  site: the bundle of the site's own images.
+        uri: a bundle that was joined from the bundles of several sites.
+        output: see `calibrate_bundle`.
+        site: bundle of the site's own images.
+        target_fpr, target_pixel_fpr: see `calibrate_bundle`.
 
-    Raises: BundleError: no such bundle, or one keeps no statistics.  DataError: none of the site's images is in the bundle, or
-        its density keeps no embeddings or cannot leave one out; a share out of range.
+    Raises:
+        BundleError: a bundle is missing or stores no statistics.
+        DataError: the bundle has no image of the site, its density does not support leave-one-out, or a target is out of range.
     """
     bundle = Inspector.load(uri, device).bundle
     statistics = read_statistics(uri)
     if statistics.bank is None or not supports_leave_one_out(bundle.config.density, bundle.config.model.shared_grid):
         raise DataError(
-            f"{uri}: a density of kind {bundle.config.density.kind} keeps no images to leave out: give good images of the site"
+            f"{uri}: a density of kind {bundle.config.density.kind} does not support leave-one-out: give good images of the site"
         )
-    rows = rows_in_common(site, statistics)
+    rows = find_shared_rows(site, statistics)
     if not rows:
         raise DataError(
-            f"{uri}: holds none of the images of {site}: join it first (`focus-ray update {uri} NEW --join {site}`), or give "
+            f"{uri}: the bundle has no image of {site}: join it first (`focus-ray update {uri} NEW --join {site}`), or give "
             "good images of the site"
         )
-    old = bundle.calibration
+    current = bundle.calibration
     targets = {
-        "target_fpr": old.target_fpr if target_fpr is None else target_fpr,
-        "target_pixel_fpr": old.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
+        "target_fpr": current.target_fpr if target_fpr is None else target_fpr,
+        "target_pixel_fpr": current.target_pixel_fpr if target_pixel_fpr is None else target_pixel_fpr,
     }
-    asked = bundle.config.calibration.model_copy(update=targets)
-    config = bundle.config.model_copy(update={"calibration": asked})
+    settings = bundle.config.calibration.model_copy(update=targets)
+    config = bundle.config.model_copy(update={"calibration": settings})
     builder = collect_leave_one_out_scores(bundle.detector, statistics, config, images=rows)
     calibration = replace(builder.finish(), precision=describe_precision(config, bundle.detector.density.device))
-    made = read_manifest(site)
-    note = {"how": "images of a site, each left out", "site": made["sha256"], "num_good": len(rows)}
-    own_metric = config.density.reduction == "discriminant" and config.density.metric is None
-    taught = own_metric and "network_of" not in made["data"] and len(rows) <= MAX_NEIGHBOURS
-    return Recalibrated(rewrite(uri, output, calibration, note), calibration, 0, None, taught)
+    site_manifest = read_manifest(site)
+    note = {"how": "images of a site, each left out", "site": site_manifest["sha256"], "num_good": len(rows)}
+    # the metric was learnt from the site's images if the bundle was trained on them, not made with another bundle's network
+    learns_metric = config.density.reduction == "discriminant" and config.density.metric is None
+    is_biased = learns_metric and "network_of" not in site_manifest["data"] and len(rows) <= MAX_NEIGHBOURS
+    return Recalibration(rewrite_calibration(uri, output, calibration, note), calibration, 0, None, is_biased)
 
 
 def set_thresholds(
@@ -178,38 +196,47 @@ def set_thresholds(
     pixel_threshold: float | None = None,
     by: str = "",
 ) -> dict[str, Any]:
-    """Writes a copy of a bundle with thresholds that a person chose; None keeps one. Returns: its manifest.
+    """Writes a copy of a bundle with thresholds that a person chose, and returns its manifest.
 
-    Args: by: who, for people.
+    Args:
+        image_threshold, pixel_threshold: None: the bundle's threshold.
+        by: name of the person, for the provenance.
 
-    Raises: DataError: neither is given, or one is not a finite number above 0.
+    Raises: DataError: both thresholds are None, or a threshold is not a finite number above 0.
     """
     manifest = read_manifest(uri)
     calibration = Calibration.from_dict(manifest["calibration"]).with_thresholds(image_threshold, pixel_threshold)
-    return rewrite(uri, output, calibration, {"how": "set by hand", "by": by})
+    return rewrite_calibration(uri, output, calibration, {"how": "set by hand", "by": by})
 
 
-def rewrite(uri: str | Path, output: str | Path, calibration: Calibration, note: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a bundle with another calibration; what it was calibrated by before stays in its provenance.
+def rewrite_calibration(
+    uri: str | Path, output: str | Path, calibration: Calibration, note: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes a copy of a bundle with another calibration, and returns its manifest.
+
+    The provenance gets an entry with the previous thresholds.
+
+    Args:
+        note: facts about the new calibration, for the provenance.
 
     Raises: BundleError: a file of the bundle is missing or damaged.
     """
-    former = read_manifest(uri)
-    changes = list(former["data"].get("calibrations", []))
+    previous = read_manifest(uri)
+    changes = list(previous["data"].get("calibrations", []))
     changes.append(
         {
             **note,
             "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "version": former["sha256"],
+            "version": previous["sha256"],
             "focus_ray": __version__,
-            "image_threshold": former["calibration"]["image_threshold"],
-            "pixel_threshold": former["calibration"]["pixel_threshold"],
+            "image_threshold": previous["calibration"]["image_threshold"],
+            "pixel_threshold": previous["calibration"]["pixel_threshold"],
         }
     )
     manifest = {
-        **former,
+        **previous,
         "calibration": calibration.to_dict(),
-        "data": {**former["data"], "calibrations": changes},
+        "data": {**previous["data"], "calibrations": changes},
     }
     manifest["sha256"] = manifest_hash(manifest)
     copy_bundle(uri, manifest, output)
@@ -217,6 +244,6 @@ def rewrite(uri: str | Path, output: str | Path, calibration: Calibration, note:
 
 
 def _fingerprint(paths: Sequence[Path]) -> str:
-    """Of the files' contents, whatever their names and order."""
+    """Returns a SHA-256 of the contents of files. It does not depend on their names and order."""
     digests: NDArray[np.bytes_] = np.sort([hashlib.sha256(path.read_bytes()).hexdigest().encode() for path in paths])
     return hashlib.sha256(b"\n".join(digests.tolist())).hexdigest()

@@ -1,22 +1,23 @@
-"""The registry: published bundles by team and category, numbered for ever, with aliases that move in one step and back.
+"""The registry: published bundles of each team and category, with permanent version numbers and movable aliases.
 
     <root>/<team>/<category>/
       v0007/                            the bundle, as training wrote it
-      _claims/v0007.json                who took the number; stays when the version goes, so no number is given twice
-      _published/v0007.json             makes the version count; written last
-      _aliases/production/00000003.json the alias's third target and those before it; the highest number counts
+      _claims/v0007.json                who took the number; stays after the version is deleted: no number is used twice
+      _published/v0007.json             makes the version visible; written last
+      _aliases/production/00000003.json the third target of the alias, and its earlier targets; the highest number counts
     <root>/<team>/_changes/
-      bolt@begun-20260131T120000-<token>.json  someone is changing what a name of the category stands for
-      bolt@done-<token>.json                   when that was last done; goes once a newer one is there
+      bolt@begun-20260131T120000-<token>.json  a process is changing the target of a name in category bolt
+      bolt@done-<token>.json                   the last finished change; deleted when a newer one is written
 
-Every file is created and never written over, and claims and alias entries are created on the condition that there is none
-(a hard link on a disk, `If-None-Match: *` on S3). So of several publishers each gets a number of its own, of several that
-move one alias each sees the others' moves, and readers see a version whole or not at all. There is no lock to be left behind.
+No file is ever overwritten. Claims and alias records are created only if they do not exist yet (a hard link on a disk,
+`If-None-Match: *` on S3). So concurrent publishers get different numbers, processes that move the same alias see each other's
+moves, and readers see a version completely or not at all. There are no locks, so a dead process cannot leave one behind.
 
-A record may be damaged, by a disk, a person or an attacker. Lists leave it out and log its path, an alias stands for what it
-named before, and only who asks for that very version gets an error, which names the record.
+A disk, a person or an attacker may damage a record. Listings skip a damaged record and log its path. An alias with a damaged
+last record keeps its previous target. Only `resolve` of the damaged version raises an error, which names the record.
 
-Who reads often lists a team's `_changes`, one request a thousand categories, and looks up only what has changed (`marks`).
+A process that polls lists a team's `_changes`, with a request for each thousand categories, and looks up only changed
+categories (`marks`).
 """
 
 from __future__ import annotations
@@ -53,21 +54,21 @@ from focus_ray.storage import (
 )
 
 LATEST = "latest"
-MAX_STEPS_BACK = 32  # an alias remembers so many former targets
-CLAIM_LASTS = timedelta(hours=12)  # a publisher that takes longer is refused; its leftovers go after twice as long
+MAX_STEPS_BACK = 32  # number of earlier targets in an alias record
+CLAIM_LASTS = timedelta(hours=12)  # a slower publication is refused; its files are deleted after twice this time
 _CHANGES, _TIME = "_changes", "%Y%m%dT%H%M%S"
 _MAX_RECORD_BYTES = 65536  # a record of this registry has 2 KiB at most
 _VERSION = re.compile(r"v[0-9]{4,18}")
 _ENTRY = re.compile(r"[0-9]{8,18}\.json")
-_BEGUN, _DONE = "begun-", "done-"  # a listing comes in this order: see `marks`
-_ATTEMPTS = 1000  # at a number that others take first; each failure means that someone else has come through
+_BEGUN, _DONE = "begun-", "done-"  # in the alphabetical order of a listing: see `marks`
+_ATTEMPTS = 1000  # at creating the next number; each failure means that another process succeeded, so there is progress
 
 _LOG = logging.getLogger(__name__)
 _VersionName = Annotated[StrictStr, Field(pattern=f"^{_VERSION.pattern}$")]
 
 
 class _Publication(BaseModel):
-    """A record of `_published`."""
+    """A file in `_published`."""
 
     sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")]
     published_at: AwareDatetime
@@ -75,14 +76,14 @@ class _Publication(BaseModel):
 
 
 class _Target(BaseModel):
-    """A record of `_aliases`."""
+    """A file in `_aliases`. before: earlier targets, latest first."""
 
     version: _VersionName
     before: list[_VersionName]
 
 
 class _Claim(BaseModel):
-    """A record of `_claims`."""
+    """A file in `_claims`. at: time of the claim."""
 
     at: AwareDatetime
 
@@ -91,9 +92,12 @@ _Record = TypeVar("_Record", bound=BaseModel)
 
 
 class _Head(NamedTuple):
-    """Where an alias stands. number: of its last record, 0 without one.  target: of the last record that can be read.
+    """The current state of an alias.
 
-    is_damaged: whether the last record cannot.
+    Attributes:
+        number: number of the last record; 0 without a record.
+        target: content of the last readable record; None if there is none.
+        is_damaged: whether the last record is unreadable.
     """
 
     number: int
@@ -105,7 +109,12 @@ class _Head(NamedTuple):
 class Version:
     """A published bundle.
 
-    uri: the bundle's directory, for `Inspector.load`.  sha256: of its manifest, `Bundle.version`.  published_at: UTC.
+    Attributes:
+        name: such as v0007.
+        uri: folder of the bundle, for `Inspector.load`.
+        sha256: hash of the bundle's manifest (`Bundle.version`).
+        published_at: time in UTC.
+        num_bytes: size of the bundle.
     """
 
     team: str
@@ -117,116 +126,135 @@ class Version:
     num_bytes: int
 
 
-def check_name(name: str, what: str = "name") -> str:
-    """Returns: the name. Raises: RegistryError: it is none of team, category, version or alias."""
+def check_name(name: str, kind: str = "name") -> str:
+    """Returns `name` if it is allowed as a name of a team, category, version or alias.
+
+    Args:
+        kind: team, category or alias, for the message.
+
+    Raises: RegistryError: the name is not allowed.
+    """
     if not is_name(name):
-        raise RegistryError(f"{what} {name!r}: expected {NAME_WORDS}")
+        raise RegistryError(f"{kind} {name!r}: expected {NAME_WORDS}")
     return name
 
 
 class Registry:
-    """The registry under a local path or s3:// URI. Holds no state but the place; safe to use from many processes."""
+    """A registry in a local folder or under an s3:// URI. The object has no state, and many processes may use a registry."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root).rstrip("/") if "://" in str(root) else str(Path(root).expanduser().absolute())
 
     # ---- reading
     def teams(self) -> list[str]:
+        """Returns the names of the teams."""
         return [name for name in list_names(self.root) if is_name(name)]
 
     def categories(self, team: str) -> list[str]:
-        """Those that something was published to, or is being published to for the first time."""
+        """Returns the categories of a team, including a category whose first version is being published."""
         return [name for name in list_names(join(self.root, check_name(team, "team"))) if is_name(name)]
 
     def versions(self, team: str, category: str) -> list[Version]:
-        """Oldest first; empty where there is no such team or category. A damaged record is logged and left out."""
+        """Returns the versions of a category, oldest first; empty if there is no such team or category.
+
+        A damaged record is logged and left out.
+        """
         return [
             version for name in self._names(team, category) if (version := self._find_readable(team, category, name))
         ]
 
     def aliases(self, team: str, category: str) -> dict[str, str]:
-        """Alias -> version name."""
-        folder = join(self._place(team, category), "_aliases")
+        """Returns alias -> name of its version, for the aliases of a category."""
+        folder = join(self._folder(team, category), "_aliases")
         heads = ((name, self._head(team, category, name)) for name in list_names(folder) if is_name(name))
         return {name: head.target.version for name, head in heads if head.target}
 
     def resolve(self, team: str, category: str, ref: str = LATEST) -> Version:
-        """What a version name or an alias stands for.
+        """Returns the version of a version name or an alias.
 
-        Raises: RegistryError: nothing; it says what is there. Or the version's record is damaged; its path is told.
+        Raises: RegistryError: there is no such version or alias (the message lists those that exist), or the record of the
+            version is damaged (the message has its path).
         """
         check_name(ref, "version or alias")
         name = ref
         if not _VERSION.fullmatch(ref):
             target = self._head(team, category, ref).target
             if target is None:
-                raise RegistryError(self._absent(team, category, ref))
+                raise RegistryError(self._missing_message(team, category, ref))
             name = target.version
         version = self._find(team, category, name)
         if version is None:
-            raise RegistryError(self._absent(team, category, ref))
+            raise RegistryError(self._missing_message(team, category, ref))
         return version
 
     def marks(self, team: str) -> dict[str, str]:
-        """Category -> its mark: while it stays, every name of the category stands for what it did. One listing.
+        """Returns category -> mark, with a single listing. While a category's mark is equal, its names have the same targets.
 
-        A category has none while someone changes it (or died doing so), and where it was last changed by a focus_ray that
-        made no marks; it has to be looked up.
+        A category has no mark during a change, after a process died during a change, and after a change by an old focus_ray
+        that wrote no marks. The caller must then look up the names of this category.
         """
         folder = join(self.root, check_name(team, "team"), _CHANGES)
-        found: dict[str, list[str]] = {}
-        for category, kind in (_split_mark(name) for name in list_names(folder)):
+        marks_of: dict[str, list[str]] = {}
+        for category, mark in (_split_mark(name) for name in list_names(folder)):
             if is_name(category):
-                found.setdefault(category, []).append(kind)
-        # The mark of a change is done before its beginning goes, and S3 lists in the names' order, beginnings first: so a
-        # listing of several pages shows one of the two. A mark goes only for a newer one, so what changed never looks as before.
+                marks_of.setdefault(category, []).append(mark)
+        # A change writes "done" before it deletes "begun", and S3 lists "begun" names first. So a listing of several pages
+        # shows at least one of the two. A "done" mark is deleted only after a newer one exists, so a changed category never
+        # gets an earlier mark again.
         return {
-            category: " ".join(sorted(kinds))
-            for category, kinds in found.items()
-            if all(kind.startswith(_DONE) for kind in kinds)
+            category: " ".join(sorted(marks))
+            for category, marks in marks_of.items()
+            if all(mark.startswith(_DONE) for mark in marks)
         }
 
     # ---- writing
     def publish(
         self, bundle: str | Path, team: str, category: str | None = None, *, aliases: Sequence[str] = ()
     ) -> Version:
-        """Copies a bundle in, verified byte by byte, under the next number, and then moves `latest` forward to it.
+        """Copies a bundle into the registry under the next version number, and moves the alias `latest` forward to it.
 
         Args:
-            bundle: a bundle's directory.  category: refuse a bundle of another one; None takes the bundle's own.
-            aliases: moved too, once the version is there.
+            bundle: folder of the bundle; every byte is verified.
+            category: expected category of the bundle; None: any category.
+            aliases: more aliases to move to the version after it is published.
 
-        Raises: BundleError: damaged or no bundle.  RegistryError: of another category, or a name that cannot be.
+        Raises:
+            BundleError: the bundle is missing or damaged.
+            RegistryError: the bundle has another category, or a name is not allowed.
         """
         manifest = read_manifest(bundle)
-        own = str(manifest["category"])
-        if category not in (None, own):
-            raise RegistryError(f"{bundle}: a bundle of category {own!r} cannot be published as {category!r}")
-        place = self._place(team, own)
+        bundle_category = str(manifest["category"])
+        if category not in (None, bundle_category):
+            raise RegistryError(
+                f"{bundle}: a bundle of category {bundle_category!r} cannot be published as {category!r}"
+            )
+        folder = self._folder(team, bundle_category)
         for alias in aliases:
             _check_alias(alias)
-        name = self._claim(place)
-        claimed = datetime.now(timezone.utc)
-        target = join(place, name)
+        name = self._claim(folder)
+        claimed_at = datetime.now(timezone.utc)
+        target = join(folder, name)
         try:
             num_bytes = copy_bundle(bundle, manifest, target)
         except BundleError as error:
             raise RegistryError(f"not published: {error}") from error
         now = datetime.now(timezone.utc)
-        if now - claimed > CLAIM_LASTS:
+        if now - claimed_at > CLAIM_LASTS:  # garbage collection may delete the files of an older claim
             remove_folder(target)
-            raise RegistryError(f"{target}: copying took {now - claimed}, {CLAIM_LASTS} at most: publish again")
+            raise RegistryError(
+                f"{target}: copying the bundle took {now - claimed_at}, but the limit is {CLAIM_LASTS}: publish again"
+            )
         record = {"sha256": manifest["sha256"], "published_at": now.isoformat(), "num_bytes": num_bytes, **_author()}
-        write_bytes(join(place, "_published", f"{name}.json"), _encode(record))
-        self._move(team, own, LATEST, name, only_forward=True)
+        write_bytes(join(folder, "_published", f"{name}.json"), _encode(record))
+        self._move(team, bundle_category, LATEST, name, only_forward=True)
         for alias in aliases:
-            self._move(team, own, alias, name)
-        return Version(team, own, name, target, str(manifest["sha256"]), now, num_bytes)
+            self._move(team, bundle_category, alias, name)
+        return Version(team, bundle_category, name, target, str(manifest["sha256"]), now, num_bytes)
 
     def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
-        """Points an alias at a version, or at what another alias stands for.
+        """Moves an alias to a version and returns the version. ref: name of the version, or another alias of it.
 
-        Raises: RegistryError: `ref` is not there, or the alias's name is a version's.
+        Raises: RegistryError: `ref` does not exist, or the alias has the form of a version name.
         """
         _check_alias(alias)
         version = self.resolve(team, category, ref)
@@ -234,29 +262,31 @@ class Registry:
         return version
 
     def roll_back(self, team: str, category: str, alias: str) -> Version:
-        """Points an alias at what it named before its last promotion; once more, at what it named before that.
+        """Moves an alias back to its previous version, and returns this version. Each further call goes back another step.
 
-        Raises: RegistryError: no such alias, or no former version is left.
+        Raises: RegistryError: the alias does not exist, or none of its earlier versions exists any more.
         """
         _check_alias(alias)
         for _ in range(_ATTEMPTS):
             number, target, _ = self._head(team, category, alias)
             if target is None:
-                raise RegistryError(self._absent(team, category, alias))
-            former = list(target.before)
-            while former and self._find_readable(team, category, former[0]) is None:
-                former.pop(0)
-            if not former:
+                raise RegistryError(self._missing_message(team, category, alias))
+            earlier = list(target.before)
+            while earlier and self._find_readable(team, category, earlier[0]) is None:
+                earlier.pop(0)
+            if not earlier:
                 raise RegistryError(
-                    f"team {team!r}, category {category!r}: alias {alias!r} names {target.version} and no version "
-                    f"that it named before is left: promote one of "
+                    f"team {team!r}, category {category!r}: alias {alias!r} names {target.version}, and none of its earlier "
+                    f"versions exists: promote another version; the category has "
                     f"{', '.join(self._names(team, category)) or 'none'}"
                 )
-            if self._append(team, category, alias, number + 1, former[0], former[1:], "rolled back"):
-                version = self._find(team, category, former[0])
+            if self._append(team, category, alias, number + 1, earlier[0], earlier[1:], "rolled back"):
+                version = self._find(team, category, earlier[0])
                 if version is not None:
                     return version
-        raise RegistryError(f"alias {alias!r} of {team}/{category} kept being moved by others: try again")
+        raise RegistryError(
+            f"alias {alias!r} of {team}/{category}: other processes moved it at every attempt: try again"
+        )
 
     def collect_garbage(
         self,
@@ -267,28 +297,36 @@ class Registry:
         min_age: timedelta = timedelta(hours=1),
         log: Callable[[str], None] = lambda message: None,
     ) -> list[str]:
-        """Deletes old versions, and what publishers that died have left.
+        """Deletes old versions of a category, and the files of publishers that died.
 
-        Kept are the `keep` newest, those published less than `min_age` ago (someone may be loading them), what an alias
-        names, and what it would roll back to. While the last record of an alias is damaged, nothing is deleted: nobody knows what
-        the alias names.
+        These versions stay: the newest `keep` versions, versions that are younger than `min_age` (a process may be loading
+        them), and the current and the previous version of every alias. No version is deleted while the last record of an
+        alias is damaged, because the alias may name any version.
 
-        Returns: the names of the versions that went.
+        Args:
+            log: receives a message for each deletion.
+
+        Returns: names of the deleted versions.
+
+        Raises: RegistryError: `keep` is negative.
         """
         if keep < 0:
-            raise RegistryError(f"keep={keep}: expected 0 or more versions to keep besides those that an alias names")
-        place = self._place(team, category)
+            raise RegistryError(
+                f"keep={keep}: expected 0 or more versions to keep in addition to versions with an alias"
+            )
+        folder = self._folder(team, category)
         now = datetime.now(timezone.utc)
         versions = self.versions(team, category)
         removed = []
-        with self._changing(team, category) if versions else nullcontext():
+        with self._mark_change(team, category) if versions else nullcontext():
             for version in versions[: max(0, len(versions) - keep)]:
                 if now - version.published_at < min_age or self._is_named(team, category, version.name):
                     continue
-                marker = join(place, "_published", f"{version.name}.json")
+                marker = join(folder, "_published", f"{version.name}.json")
                 record = read_bytes(marker, max_bytes=_MAX_RECORD_BYTES)
                 remove_file(marker)
-                # an alias may have been moved here meanwhile: its mover looks for the marker after it has moved the alias
+                # another process may have moved an alias here since the check above. It looks for the marker after its move,
+                # so either it finds the marker missing, or this second check finds the alias.
                 if self._is_named(team, category, version.name):
                     write_bytes(marker, record)
                     continue
@@ -296,61 +334,66 @@ class Registry:
                 removed.append(version.name)
                 log(f"{team}/{category}/{version.name}: deleted, {version.num_bytes} bytes")
         published = set(self._names(team, category))
-        folders = set(list_names(place))
-        for file in list_names(join(place, "_claims")):
+        folders = set(list_names(folder))
+        for file in list_names(join(folder, "_claims")):
             name = file.removesuffix(".json")
             if _VERSION.fullmatch(name) and name in folders - published:
-                claim = _read_or_log(join(place, "_claims", file), _Claim)
-                if claim and now - claim.at > 2 * CLAIM_LASTS and list_names(join(place, name)):
-                    remove_folder(join(place, name))
-                    log(f"{team}/{category}/{name}: deleted, never finished by its publisher")
+                claim = _read_or_log(join(folder, "_claims", file), _Claim)
+                if claim and now - claim.at > 2 * CLAIM_LASTS and list_names(join(folder, name)):
+                    remove_folder(join(folder, name))
+                    log(f"{team}/{category}/{name}: deleted, its publisher never finished")
         return removed
 
     def set_thresholds(
         self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
     ) -> Version:
-        """Publishes a version's model under thresholds that a person chose, as the next version.
+        """Publishes a copy of a version with thresholds that a person chose, and returns the new version.
 
-        Raises: DataError, BundleError, RegistryError: as `recalibrate.set_thresholds` and `publish`.
+        Args:
+            image_threshold, pixel_threshold: None: the threshold of `version`.
+            by: name of the person.
+
+        Raises: DataError, BundleError, RegistryError: see `recalibrate.set_thresholds` and `publish`.
         """
         with tempfile.TemporaryDirectory() as folder:
             set_thresholds(version.uri, folder, image_threshold=image_threshold, pixel_threshold=pixel_threshold, by=by)
             return self.publish(folder, version.team, version.category)
 
-    # ---- within
-    def _place(self, team: str, category: str) -> str:
+    # ---- implementation
+    def _folder(self, team: str, category: str) -> str:
+        """Returns the folder of a category. Raises: RegistryError: a name is not allowed."""
         return join(self.root, check_name(team, "team"), check_name(category, "category"))
 
     def _names(self, team: str, category: str) -> list[str]:
-        """Published versions, oldest first."""
-        found = (name.removesuffix(".json") for name in list_names(join(self._place(team, category), "_published")))
-        return sorted((name for name in found if _VERSION.fullmatch(name)), key=_number)
+        """Returns the names of the published versions, oldest first."""
+        names = (name.removesuffix(".json") for name in list_names(join(self._folder(team, category), "_published")))
+        return sorted((name for name in names if _VERSION.fullmatch(name)), key=_number)
 
     def _find(self, team: str, category: str, name: str) -> Version | None:
-        """Returns a published version, or None if there is none or if its name or a link in it leads out of the team's folder.
+        """Returns a published version; None if there is none, or if its path or a link in it leaves the team's folder.
 
-        Raises: RegistryError: its record is damaged.
+        Raises: RegistryError: the record of the version is damaged.
         """
-        place = self._place(team, category)
-        if not _VERSION.fullmatch(name) or leads_out(join(place, name), join(self.root, team)):
+        folder = self._folder(team, category)
+        if not _VERSION.fullmatch(name) or leads_out(join(folder, name), join(self.root, team)):
             return None
         try:
-            record = _read_record(join(place, "_published", f"{name}.json"), _Publication)
+            record = _read_record(join(folder, "_published", f"{name}.json"), _Publication)
         except FileNotFoundError:
             return None
-        return Version(team, category, name, join(place, name), record.sha256, record.published_at, record.num_bytes)
+        return Version(team, category, name, join(folder, name), record.sha256, record.published_at, record.num_bytes)
 
     def _find_readable(self, team: str, category: str, name: str) -> Version | None:
-        """As `_find`; None too where the record is damaged, which is logged."""
+        """Returns a published version as `_find` does, but logs a damaged record and returns None."""
         try:
             return self._find(team, category, name)
         except RegistryError as error:
             _LOG.warning("left out: %s", error)
             return None
 
-    def _claim(self, place: str) -> str:
-        """Takes the next number for good. Returns: the version's name."""
-        folder = join(place, "_claims")
+    def _claim(self, category_folder: str) -> str:
+        """Reserves the next version number permanently, and returns the name of the version."""
+        folder = join(category_folder, "_claims")
         names = (name.removesuffix(".json") for name in list_names(folder))
         number = max((_number(name) for name in names if _VERSION.fullmatch(name)), default=0)
         for _ in range(_ATTEMPTS):
@@ -359,11 +402,11 @@ class Registry:
             record = {"at": datetime.now(timezone.utc).isoformat(), **_author()}
             if create_bytes(join(folder, f"{name}.json"), _encode(record)):
                 return name
-        raise RegistryError(f"{place}: other publishers kept taking the next number: publish again")
+        raise RegistryError(f"{category_folder}: other publishers took the next number at every attempt: publish again")
 
     def _head(self, team: str, category: str, alias: str) -> _Head:
-        """Reads the alias's last record, and while records are damaged the record before, `MAX_STEPS_BACK` at most."""
-        folder = join(self._place(team, category), "_aliases", alias)
+        """Reads the last record of an alias. If it is damaged, reads up to `MAX_STEPS_BACK` records back to a readable one."""
+        folder = join(self._folder(team, category), "_aliases", alias)
         entries = sorted((name for name in list_names(folder) if _ENTRY.fullmatch(name)), key=_entry_number)
         number = _entry_number(entries[-1]) if entries else 0
         for steps, name in enumerate(reversed(entries[-MAX_STEPS_BACK:])):
@@ -373,55 +416,72 @@ class Registry:
         return _Head(number, None, bool(entries))
 
     def _move(self, team: str, category: str, alias: str, name: str, only_forward: bool = False) -> None:
-        """Points an alias at a published version. Raises: RegistryError: the version was deleted meanwhile."""
+        """Moves an alias to the published version `name`.
+
+        Args:
+            only_forward: do nothing if the alias names a newer version.
+
+        Raises: RegistryError: the version was deleted during the move, or other processes moved the alias at every attempt.
+        """
         for _ in range(_ATTEMPTS):
             number, target, is_damaged = self._head(team, category, alias)
             current = target.version if target else None
             is_ahead = only_forward and current is not None and _number(current) > _number(name)
             if (current == name and not is_damaged) or is_ahead:
                 return
-            former: list[str] = []
+            earlier: list[str] = []
             if target is not None:
-                former = target.before if current == name else [target.version, *target.before]
-            if self._append(team, category, alias, number + 1, name, former, "promoted"):
+                earlier = target.before if current == name else [target.version, *target.before]
+            if self._append(team, category, alias, number + 1, name, earlier, "promoted"):
                 break
         else:
-            raise RegistryError(f"alias {alias!r} of {team}/{category} kept being moved by others: try again")
+            raise RegistryError(
+                f"alias {alias!r} of {team}/{category}: other processes moved it at every attempt: try again"
+            )
+        # a garbage collection may have deleted the version before it could see the new alias record: undo the move
         if self._find(team, category, name) is None:
-            if former:
-                self._append(team, category, alias, number + 2, former[0], former[1:], "rolled back")
-            raise RegistryError(f"{team}/{category}/{name}: deleted by a garbage collection while it was promoted")
+            if earlier:
+                self._append(team, category, alias, number + 2, earlier[0], earlier[1:], "rolled back")
+            raise RegistryError(
+                f"{team}/{category}/{name}: a garbage collection deleted the version during its promotion"
+            )
 
     def _append(
-        self, team: str, category: str, alias: str, number: int, name: str, former: Sequence[str], action: str
+        self, team: str, category: str, alias: str, number: int, name: str, earlier: Sequence[str], action: str
     ) -> bool:
-        """Whether the entry could be made: False where another has taken the number."""
+        """Creates the record `number` of an alias. Returns False if another process has created this number.
+
+        Args:
+            name: version that the alias moves to.
+            earlier: earlier versions of the alias, latest first.
+            action: "promoted" or "rolled back", for people.
+        """
         record = {
             "version": name,
-            "before": list(former[:MAX_STEPS_BACK]),
+            "before": list(earlier[:MAX_STEPS_BACK]),
             "action": action,
             "at": datetime.now(timezone.utc).isoformat(),
             **_author(),
         }
-        place = join(self._place(team, category), "_aliases", alias, f"{number:08}.json")
-        with self._changing(team, category):
-            return create_bytes(place, _encode(record))
+        file = join(self._folder(team, category), "_aliases", alias, f"{number:08}.json")
+        with self._mark_change(team, category):
+            return create_bytes(file, _encode(record))
 
     @contextmanager
-    def _changing(self, team: str, category: str) -> Iterator[None]:
-        """Around all that changes what a name stands for: marks the category before and after (`marks`).
+    def _mark_change(self, team: str, category: str) -> Iterator[None]:
+        """Marks a category before and after a change to the targets of its names, so that `marks` shows the change.
 
-        Raises: DataError: the beginning cannot be marked; nothing is changed then.
+        Raises: DataError: the mark "begun" cannot be written. The body of the context then does not run.
         """
         folder = join(self.root, team, _CHANGES)
         now, token = datetime.now(timezone.utc), uuid.uuid4().hex
-        # a beginning that is older was left by one who died; a younger one is another's, who is still at it
-        dead = f"{_BEGUN}{now - 2 * CLAIM_LASTS:{_TIME}}"
-        former = [
+        # an older "begun" belongs to a process that died; a younger one to a process that is still changing the category
+        oldest_live_mark = f"{_BEGUN}{now - 2 * CLAIM_LASTS:{_TIME}}"
+        obsolete_marks = [
             name
             for name in list_names(folder)
-            for of, kind in [_split_mark(name)]
-            if of == category and (kind.startswith(_DONE) or kind < dead)
+            for marked_category, mark in [_split_mark(name)]
+            if marked_category == category and (mark.startswith(_DONE) or mark < oldest_live_mark)
         ]
         begun = f"{category}@{_BEGUN}{now:{_TIME}}-{token}.json"
         record = _encode({"at": now.isoformat(), **_author()})
@@ -429,80 +489,91 @@ class Registry:
         try:
             yield
         finally:
-            # what was to be changed is changed by now; with a beginning left behind readers only look up more often
+            # the change is complete, so errors are ignored: a remaining "begun" only makes readers look up the category
             with suppress(DataError):
                 write_bytes(join(folder, f"{category}@{_DONE}{token}.json"), record)
-                for name in [begun, *former]:
-                    with suppress(DataError):  # another has deleted it first, or this identity may not delete
+                for name in [begun, *obsolete_marks]:
+                    with suppress(DataError):  # another process deleted the mark, or this process may not delete files
                         remove_file(join(folder, name))
 
     def _is_named(self, team: str, category: str, version: str) -> bool:
-        """Whether an alias names a version or would roll back to it; true too while the last record of an alias is damaged."""
-        aliases = [name for name in list_names(join(self._place(team, category), "_aliases")) if is_name(name)]
+        """Whether an alias names a version, or would roll back to it, or has a damaged last record and may name it."""
+        aliases = [name for name in list_names(join(self._folder(team, category), "_aliases")) if is_name(name)]
         for _, target, is_damaged in (self._head(team, category, alias) for alias in aliases):
             if is_damaged or (target and version in [target.version, *target.before[:1]]):
                 return True
         return False
 
-    def _absent(self, team: str, category: str, ref: str) -> str:
+    def _missing_message(self, team: str, category: str, ref: str) -> str:
+        """Returns an error message for an unknown version or alias, with the names that exist."""
         names, aliases = self._names(team, category), self.aliases(team, category)
         if not names:
             return f"{self.root}: nothing is published for team {team!r}, category {category!r}"
-        known = ", ".join([*names[-10:], *sorted(aliases)])
-        more = f" and {len(names) - 10} older" if len(names) > 10 else ""
-        return f"team {team!r}, category {category!r} has no {ref!r}; there are {known}{more}"
+        existing_names = ", ".join([*names[-10:], *sorted(aliases)])
+        older = f" and {len(names) - 10} older" if len(names) > 10 else ""
+        return f"team {team!r}, category {category!r} has no {ref!r}; there are {existing_names}{older}"
 
 
 def _check_alias(alias: str) -> None:
+    """Checks a name for a new alias. Raises: RegistryError: it is not allowed, or it looks like a version name."""
     check_name(alias, "alias")
     if re.fullmatch(r"v[0-9]+", alias):
-        raise RegistryError(f"alias {alias!r}: v and digits name a version: give another name")
+        raise RegistryError(f"alias {alias!r}: v with digits is the name of a version: give another name")
 
 
 def _split_mark(name: str) -> tuple[str, str]:
-    """A file of `_changes`: its category, and which mark it is."""
-    category, _, kind = name.partition("@")
-    return category, kind
+    """Splits the name of a file in `_changes` into category and mark."""
+    category, _, mark = name.partition("@")
+    return category, mark
 
 
 def _number(version: str) -> int:
+    """Returns the number of a version name, such as 7 for v0007."""
     return int(version[1:])
 
 
 def _author() -> dict[str, str]:
-    """Who and where, for people; and a random part, which `create_bytes` needs."""
+    """Returns user and machine, for people, and a random token, which makes the content unique as `create_bytes` needs."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # the user of a container may have no name
         user = "unknown"
     return {"by": f"{user}@{socket.gethostname()}", "token": uuid.uuid4().hex}
 
 
 def _encode(record: dict[str, Any]) -> bytes:
+    """Returns a record as a line of JSON."""
     return (json.dumps(record) + "\n").encode()
 
 
 def _entry_number(file: str) -> int:
+    """Returns the number in the file name of an alias record, such as 3 for 00000003.json."""
     return int(file.removesuffix(".json"))
 
 
 def _read_record(uri: str, kind: type[_Record]) -> _Record:
-    """Raises: FileNotFoundError: none there.  RegistryError: the record is damaged.  StorageError: the storage fails."""
+    """Reads and validates a record.
+
+    Raises:
+        FileNotFoundError: there is no record.
+        RegistryError: the record is damaged.
+        StorageError: the storage fails.
+    """
     try:
         return kind.model_validate_json(read_bytes(uri, max_bytes=_MAX_RECORD_BYTES))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole record"
-        reason = f"{place}: {first['msg']}"
+        entry = ".".join(map(str, first["loc"])) or "the whole record"
+        reason = f"{entry}: {first['msg']}"
     except StorageError:
         raise
-    except DataError as error:  # too large
+    except DataError as error:  # the file is too large
         reason = str(error)
-    raise RegistryError(f"{uri}: a damaged record of the registry ({reason}): write it anew or delete it")
+    raise RegistryError(f"{uri}: this record of the registry is damaged ({reason}): write it again or delete it")
 
 
 def _read_or_log(uri: str, kind: type[_Record]) -> _Record | None:
-    """As `_read_record`; None where the record is damaged or gone, which is logged."""
+    """Reads a record as `_read_record` does, but logs a damaged or missing record and returns None."""
     try:
         return _read_record(uri, kind)
     except (RegistryError, FileNotFoundError) as error:

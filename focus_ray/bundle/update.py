@@ -1,8 +1,8 @@
-"""Later changes to a bundle's density, without training: take images in or out, join other sites, or make a site's own bundle.
+"""Changes a bundle's density without training: adds or removes images, joins other sites, or makes a site's own bundle.
 
-The network stays as it is, with the aligner and the metric that it was made with. Statistics add, so the result is what a fresh
-density pass over the remaining images would give; thresholds are set anew, because the old ones belong to the old density.
-An image counts once: a bundle names its images by a hash of their pixels, and what is there already is not taken in again.
+The network, the aligner and the metric stay the same. Statistics add up, so the result equals a fresh density pass over the
+remaining images. Thresholds are set again, because the old thresholds belong to the old density. An image counts once: a bundle
+stores a hash of the pixels of each image, and an image in the density is not added a second time.
 """
 
 from __future__ import annotations
@@ -35,38 +35,50 @@ from focus_ray.model.batch_norm import prepared_for_inference
 from focus_ray.precision import compute_dtype
 
 ONLY = "focus-ray update BUNDLE NEW --only DATA"
-# settings that shape an embedding or what is kept of it, which two bundles must have in common beside the network's tensors
-_SHARED = {
+# Two bundles join only if these settings are equal: they decide how an embedding is computed and stored. The tensors of the
+# network must be equal too.
+_JOINABLE_SETTINGS = {
     "model": ("image_size_px", "resize", "tiling", "padding", "batch_norm"),
     "density": ("kind", "layers", "map_stride_px", "smooth_layers", "coreset_channels"),
 }
 
 
-class _Normals(NamedTuple):
-    """Normal training images of a data set: where, and which version of it.
+class _NormalImages(NamedTuple):
+    """Normal training images of a category.
 
-    known: row number -> `short_hash`.  groups: row number -> name of the group, empty if the image is its own group.
+    Attributes:
+        uri: address of the data set.
+        version: version of the category.
+        hashes: row number -> `short_hash`.
+        groups: row number -> name of the group; empty if the image is its own group.
     """
 
     uri: str
     version: str
-    known: dict[int, int]
+    hashes: dict[int, int]
     groups: dict[int, str]
 
-    def among(self, hashes: frozenset[int], there: bool) -> _Normals:
-        """Those that are among the hashes, or those that are not."""
-        return self._replace(known={row: one for row, one in self.known.items() if (one in hashes) == there})
+    def select_included(self, hashes: frozenset[int]) -> _NormalImages:
+        """Returns the images whose hash is in `hashes`."""
+        return self._replace(hashes={row: value for row, value in self.hashes.items() if value in hashes})
+
+    def select_missing(self, hashes: frozenset[int]) -> _NormalImages:
+        """Returns the images whose hash is not in `hashes`."""
+        return self._replace(hashes={row: value for row, value in self.hashes.items() if value not in hashes})
 
 
 @dataclass
-class _Growing:
-    """What a bundle is made of, while it changes.
+class _DensityUpdate:
+    """The content of a bundle during an update.
 
-    known: `short_hash` of the images; empty: not kept.  changes: for the manifest.
+    Attributes:
+        statistics: statistics of the images in the density.
+        fit_hashes: `short_hash` of these images; empty if the bundle does not store hashes.
+        changes: provenance entries for the manifest.
     """
 
     statistics: Statistics
-    known: frozenset[int]
+    fit_hashes: frozenset[int]
     changes: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -82,34 +94,35 @@ def update_bundle(
     device: torch.device | str = "cpu",
     log: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Writes a changed copy of a bundle.
+    """Writes a changed copy of a bundle, and returns its manifest.
 
     Args:
-        add, remove: ingested data sets whose normal training images of the category are taken in, or out again. Images that are
-            in already are not taken in again, and those that are not in are passed over when others are taken out.
-        join: other bundles of the same network, whose statistics are added; images that are in already count once.
-        only: an ingested data set whose normal training images take the place of all that the bundle holds: another site's
-            bundle of the same network. Goes with none of the others.
-        calibrate: an ingested data set whose normal training images of the category set the thresholds, less those that are in
-            the density; None leaves each of the images kept out in turn, where the bundle was calibrated so, or is joined or made
-            anew and keeps embeddings, or takes the images that the bundle's own data set held out, if that is still what the
-            bundle was made from.
-        log: told of images that were left out.
+        add: an ingested data set. Its normal training images of the category are added, unless the density has them already.
+        remove: an ingested data set. Its normal training images of the category are removed; images that the density does not
+            have are ignored.
+        join: other bundles with the same network. Their statistics are added; a shared image counts once.
+        only: an ingested data set. Its normal training images replace all images of the bundle, which gives another site's
+            bundle of the same network. It cannot be combined with add, remove and join.
+        calibrate: an ingested data set. Its normal training images that are not in the density set the thresholds.
+            None: leave-one-out scores of the stored embeddings, if the bundle was calibrated this way, or if images were joined
+            or replaced and the density supports it; otherwise the holdout images of the bundle's data set, if this data set has
+            not changed.
+        log: receives a message about images that were ignored.
 
-    Returns: the new manifest.
-
-    Raises: BundleError: the bundle keeps no statistics, or those to be joined do not share a network, or do not say which
-        images they are made of. DataError: no new image to add or join, none to remove or calibrate with, or more removed than
-        there are.
+    Raises:
+        BundleError: the bundle stores no statistics, or a bundle to join has another network or stores no image hashes.
+        DataError: there is no new image to add or join, or no image to remove or calibrate with, or too few images would remain.
     """
-    joined = [str(join)] if isinstance(join, (str, Path)) else [str(one) for one in join]
+    joined = [str(join)] if isinstance(join, (str, Path)) else [str(address) for address in join]
     if only is not None and (add is not None or remove is not None or joined):
-        raise DataError(f"--only {only} makes a bundle of these images alone: join others to it in a second step")
+        raise DataError(
+            f"--only {only} makes a bundle of these images alone: join, add or remove images in a second update of the new bundle"
+        )
     bundle = read_bundle(uri, device)
     provenance = dict(bundle.manifest["data"])
     if only is not None:
-        growing = _only(bundle, only)
-        growing.statistics.same_part_distance = bundle.same_part_distance
+        update = _replace_images(bundle, only)
+        update.statistics.same_part_distance = bundle.same_part_distance
         config = bundle.config.model_copy(update={"data": bundle.config.data.model_copy(update={"uri": only})})
         provenance = {
             "uri": only,
@@ -118,32 +131,32 @@ def update_bundle(
         }
     else:
         config = bundle.config
-        growing = _Growing(read_statistics(uri), bundle.known, list(provenance.get("updates", [])))
+        update = _DensityUpdate(read_statistics(uri), bundle.fit_hashes, list(provenance.get("updates", [])))
         for other in joined:
-            _join(growing, bundle, other)
+            _join(update, bundle, other)
         if add is not None:
-            _add(growing, bundle, add)
+            _add(update, bundle, add)
         if remove is not None:
-            _remove(growing, bundle, remove)
-        for change in growing.changes[len(provenance.get("updates", [])) :]:
-            if left := change.get("left_out"):
-                what, place = next(iter(change.items()))
-                there = "none of the bundle" if what == "remove" else "in the bundle already"
-                log(f"{what} {place}: {left} of its images {'is' if left == 1 else 'are'} {there}, and left out")
-        provenance["updates"] = growing.changes
-    statistics = growing.statistics
+            _remove(update, bundle, remove)
+        for change in update.changes[len(provenance.get("updates", [])) :]:
+            if num_ignored := change.get("left_out"):
+                action, source = next(iter(change.items()))  # the first entry of a change
+                reason = "not in the bundle" if action == "remove" else "already in the bundle"
+                log(f"{action} {source}: {num_ignored} {'image' if num_ignored == 1 else 'images'} left out: {reason}")
+        provenance["updates"] = update.changes
+    statistics = update.statistics
     statistics.limit_bank(config.density.max_images)
     relate_duplicates(statistics)
-    detector = build_detector(config, bundle.detector.net, bundle.detector.reduction, _on(statistics, device))
-    anew = bool(joined) or only is not None
-    num_held = 0
-    if calibrate is None and _can_leave_out(bundle, statistics, anew):
+    detector = build_detector(config, bundle.detector.net, bundle.detector.reduction, _move_moments(statistics, device))
+    has_new_sources = bool(joined) or only is not None
+    num_holdout = 0
+    if calibrate is None and _calibrates_by_leave_one_out(bundle, statistics, has_new_sources):
         builder = collect_leave_one_out_scores(detector, statistics, config)
     else:
-        held = _calibrating(bundle, calibrate, growing.known, only is not None)
-        num_held = len(held.known)
+        holdout = _choose_calibration_images(bundle, calibrate, update.fit_hashes, only is not None)
+        num_holdout = len(holdout.hashes)
         with prepared_for_inference(bundle.detector.net, compute_dtype(config.model.precision, device)):
-            images = _images(bundle, held)
+            images = _decode_images(bundle, holdout)
             builder = collect_calibration_scores(detector, images, config.calibration, "split", torch.device(device))
     return write_bundle(
         output,
@@ -152,247 +165,303 @@ def update_bundle(
         detector=detector,
         statistics=statistics,
         calibration=builder.finish(),
-        data={**provenance, "num_fit": statistics.num_images, "num_holdout": num_held},
+        data={**provenance, "num_fit": statistics.num_images, "num_holdout": num_holdout},
         metrics=bundle.manifest["metrics"],
-        known=sorted(growing.known),
+        fit_hashes=sorted(update.fit_hashes),
         frame=bundle.frame,
     )
 
 
-def _can_leave_out(bundle: Bundle, statistics: Statistics, anew: bool) -> bool:
+def _calibrates_by_leave_one_out(bundle: Bundle, statistics: Statistics, has_new_sources: bool) -> bool:
+    """Whether leave-one-out scores set the thresholds. has_new_sources: whether images were joined or replaced."""
     if statistics.bank is None or not supports_leave_one_out(bundle.config.density, bundle.config.model.shared_grid):
         return False
-    return anew or bundle.calibration.method == "leave_one_out"
+    return has_new_sources or bundle.calibration.method == "leave_one_out"
 
 
-# ---- a site's own
-def _only(bundle: Bundle, source: str) -> _Growing:
-    images = _normal_images(source, bundle.category)
-    if len(images.known) < 2:
-        raise DataError(f"{source}: {len(images.known)} normal training image of {bundle.category!r}; 2 at least")
-    return _Growing(_statistics_of(bundle, images), frozenset(images.known.values()))
+# ---- replacing all images
+def _replace_images(bundle: Bundle, source: str) -> _DensityUpdate:
+    """Returns statistics of the normal images of `source` alone. Raises: DataError: there are fewer than 2 images."""
+    images = _read_normal_images(source, bundle.category)
+    if len(images.hashes) < 2:
+        raise DataError(
+            f"{source}: category {bundle.category!r} has {len(images.hashes)} normal training image, expected at least 2"
+        )
+    return _DensityUpdate(_compute_statistics(bundle, images), frozenset(images.hashes.values()))
 
 
-# ---- join
-def _join(growing: _Growing, bundle: Bundle, place: str) -> None:
-    """Adds another bundle's images, each that is in both once. Raises: BundleError, DataError: as `update_bundle`."""
+# ---- joining bundles
+def _join(update: _DensityUpdate, bundle: Bundle, place: str) -> None:
+    """Adds the images of the bundle at `place`. A shared image counts once.
+
+    Raises: BundleError, DataError: see `update_bundle`.
+    """
     other = read_bundle(place)
     _check_same_network(bundle, other, place)
-    for known, name in ((growing.known, "the bundle to be changed"), (other.known, place)):
-        if not known:
+    for hashes, name in ((update.fit_hashes, "the bundle to be changed"), (other.fit_hashes, place)):
+        if not hashes:
             raise BundleError(
-                f"{name}: does not say which images it was made of, so an image that is in both would count twice: make it anew "
-                f"with `{ONLY}`, or train it anew"
+                f"{name}: the bundle stores no hashes of its images, so an image in both bundles would count twice: make the "
+                f"bundle again with `{ONLY}`, or train it again"
             )
-    both = growing.known & other.known
-    if both == other.known:
-        raise DataError(f"{place}: all of its {len(both)} images are in the bundle already: nothing to join")
-    theirs = read_statistics(place)
-    if both:
-        _take_out_shared(theirs, growing.statistics, len(both), place)
-    count = theirs.num_images
-    growing.statistics.join(theirs)
-    growing.known |= other.known
+    shared_hashes = update.fit_hashes & other.fit_hashes
+    if shared_hashes == other.fit_hashes:
+        raise DataError(f"{place}: all of its {len(shared_hashes)} images are in the bundle already: nothing to join")
+    other_statistics = read_statistics(place)
+    if shared_hashes:
+        _remove_shared(other_statistics, update.statistics, len(shared_hashes), place)
+    count = other_statistics.num_images
+    update.statistics.join(other_statistics)
+    update.fit_hashes |= other.fit_hashes
     change = {"join": place, "version": other.version, "num_images": count}
-    growing.changes.append({**change, "left_out": len(both)} if both else change)
+    update.changes.append({**change, "left_out": len(shared_hashes)} if shared_hashes else change)
 
 
-def _check_same_network(mine: Bundle, other: Bundle, name: str) -> None:
-    files = [bundle.manifest["files"]["network"]["sha256"] for bundle in (mine, other)]
-    if mine.category != other.category or files[0] != files[1]:
+def _check_same_network(bundle: Bundle, other: Bundle, name: str) -> None:
+    """Checks that category, network, settings and region of two bundles are equal. name: of `other`, for messages.
+
+    Raises: BundleError: one of them differs.
+    """
+    files = [entry.manifest["files"]["network"]["sha256"] for entry in (bundle, other)]
+    if bundle.category != other.category or files[0] != files[1]:
         raise BundleError(
-            f"{name}: another category or network than the bundle it is to join; statistics add only where the network is "
-            f"the same: start all sites from one bundle, by `{ONLY}` with each site's own images"
+            f"{name}: this bundle has another category or network than the bundle to be changed, so their statistics do not "
+            f"add: start all sites from the same bundle, with `{ONLY}` and each site's own images"
         )
-    for section, keys in _SHARED.items():
+    for section, keys in _JOINABLE_SETTINGS.items():
         for key in keys:
-            values = [getattr(getattr(bundle.config, section), key) for bundle in (mine, other)]
+            values = [getattr(getattr(entry.config, section), key) for entry in (bundle, other)]
             if values[0] != values[1]:
                 raise BundleError(
-                    f"{name}: made with {section}.{key}={values[1]}, the bundle it is to join with {values[0]}: start all sites "
-                    f"from one bundle, by `{ONLY}` with each site's own images"
+                    f"{name}: this bundle was made with {section}.{key}={values[1]}, but the bundle to be changed with "
+                    f"{values[0]}: start all sites from the same bundle, with `{ONLY}` and each site's own images"
                 )
-    if not _same_region(mine.frame.region, other.frame.region):
+    if not _is_same_region(bundle.frame.region, other.frame.region):
         raise BundleError(
-            f"{name}: another region of interest than the bundle it is to join: start both from one bundle"
+            f"{name}: this bundle has another region of interest than the bundle to be changed: start both from the same bundle"
         )
 
 
-def _same_region(mine: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
-    if mine is None or other is None:
-        return mine is other
-    return bool((mine == other).all())
+def _is_same_region(region: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
+    """Whether two regions of interest are equal; None is the whole image."""
+    if region is None or other is None:
+        return region is other
+    return bool((region == other).all())
 
 
-def _take_out_shared(theirs: Statistics, mine: Statistics, count: int, place: str) -> None:
-    """Takes the `count` images that both hold out of `theirs`, by their embeddings. Raises: BundleError: some are not kept."""
+def _remove_shared(other: Statistics, statistics: Statistics, count: int, place: str) -> None:
+    """Removes the images from `other` that `statistics` contains too. The images are found by their embeddings.
+
+    Args:
+        count: number of shared images, which is known from their hashes.
+        place: address of the other bundle, for messages.
+
+    Raises: BundleError: the embedding of a shared image is not stored.
+    """
     shared: list[int] = []
-    if theirs.bank is not None and mine.bank is not None:
-        shared = _rows_of(theirs.bank, mine.bank)
-        if len(shared) < count:  # an image that both sites put in by themselves is equal to rounding
-            apart = [number for number in range(len(theirs.bank)) if number not in set(shared)]
-            left = _rows_left(theirs.bank[apart], mine.bank, count - len(shared))
-            shared = sorted({*shared, *(apart[n] for n in set(range(len(apart))) - set(left))})
+    if other.bank is not None and statistics.bank is not None:
+        # images that came from an earlier join have identical embeddings
+        shared = _find_equal_rows(other.bank, statistics.bank)
+        if len(shared) < count:
+            # both sites computed the embedding of the same image: it is equal except for rounding
+            candidates = [number for number in range(len(other.bank)) if number not in set(shared)]
+            unmatched = _find_unmatched_rows(other.bank[candidates], statistics.bank, count - len(shared))
+            shared = sorted({*shared, *(candidates[n] for n in set(range(len(candidates))) - set(unmatched))})
     if len(shared) != count:
         raise BundleError(
-            f"{place}: {count} of its images are in the bundle already, and the embeddings of {len(shared)} of them are kept, so "
-            f"they cannot be taken out: join a bundle of the site's own images, as `{ONLY}` makes it"
+            f"{place}: {count} of its images are in the bundle already, but only {len(shared)} of their embeddings are stored, "
+            f"so these images cannot be subtracted: join a bundle of the site's own images, made with `{ONLY}`"
         )
-    assert theirs.bank is not None
-    theirs.moments.remove(_moments_of(theirs, shared))
-    gone = set(shared)
-    theirs.select_bank_images([number for number in range(len(theirs.bank)) if number not in gone])
+    assert other.bank is not None
+    other.moments.remove(_compute_moments(other, shared))
+    removed = set(shared)
+    other.select_bank_images([number for number in range(len(other.bank)) if number not in removed])
 
 
-def _moments_of(statistics: Statistics, rows: Sequence[int]) -> Moments:
-    """Of some images of the bank."""
-    like, grid = statistics.moments, statistics.grid
+def _compute_moments(statistics: Statistics, rows: Sequence[int]) -> Moments:
+    """Computes the moments of some images of the bank. rows: their numbers in the bank."""
+    all_moments, grid = statistics.moments, statistics.grid
     assert statistics.bank is not None
-    found = Moments(like.height, like.width, like.channels)
-    for start in range(0, len(rows), 8):
-        part = statistics.bank[list(rows[start : start + 8]), :, : like.channels].float().transpose(1, 2)
-        places = part.unflatten(2, (like.height * grid[0], like.width * grid[1]))
-        found.update(split_maps(places, *grid))
-    return found
+    moments = Moments(all_moments.height, all_moments.width, all_moments.channels)
+    for start in range(0, len(rows), 8):  # 8 images at a time bound the memory
+        # (8, H * W, C) -> (8, C, H * W) -> (8, C, H, W)
+        part = statistics.bank[list(rows[start : start + 8]), :, : all_moments.channels].float().transpose(1, 2)
+        maps = part.unflatten(2, (all_moments.height * grid[0], all_moments.width * grid[1]))
+        moments.update(split_maps(maps, *grid))
+    return moments
 
 
-def rows_in_common(uri: str | Path, statistics: Statistics) -> list[int]:
-    """Numbers of the bank's images that another bundle of the same network holds too. Raises: BundleError."""
+def find_shared_rows(uri: str | Path, statistics: Statistics) -> list[int]:
+    """Returns the numbers of the bank's images that the bundle at `uri`, with the same network, stores too.
+
+    Raises: BundleError: the bundle is missing or stores no statistics.
+    """
     bank = read_statistics(uri).bank
-    return [] if statistics.bank is None or bank is None else _rows_of(statistics.bank, bank)
+    return [] if statistics.bank is None or bank is None else _find_equal_rows(statistics.bank, bank)
 
 
-def _rows_of(bank: Tensor, others: Tensor) -> list[int]:
-    """Numbers of the bank's images whose embeddings are among the others to the last bit, as joining leaves them."""
-    known = {_digest(row) for row in others}
-    return [number for number, row in enumerate(bank) if _digest(row) in known]
+def _find_equal_rows(bank: Tensor, other_bank: Tensor) -> list[int]:
+    """Returns the numbers of the bank's images (N, L, C) that have exactly the embedding of an image of `other_bank`."""
+    digests = {_digest(row) for row in other_bank}
+    return [number for number, row in enumerate(bank) if _digest(row) in digests]
 
 
 def _digest(row: Tensor) -> bytes:
+    """Returns the SHA-256 of a tensor's bytes."""
     return hashlib.sha256(row.contiguous().view(torch.uint8).numpy().tobytes()).digest()
 
 
-# ---- images in and out
-def _add(growing: _Growing, bundle: Bundle, source: str) -> None:
-    images = _normal_images(source, bundle.category)
-    new, given = images.among(growing.known, there=False), len(images.known)
-    if not new.known:
-        raise DataError(f"{source}: all of its {given} normal images are in the bundle already: nothing to add")
-    growing.statistics.join(_statistics_of(bundle, new))
-    if growing.known:
-        growing.known |= set(new.known.values())
-    growing.changes.append(_change("add", source, len(new.known), given))
+# ---- adding and removing images
+def _add(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
+    """Adds the normal images of `source` that are not in the density yet. Raises: DataError: there is none."""
+    images = _read_normal_images(source, bundle.category)
+    new, num_images = images.select_missing(update.fit_hashes), len(images.hashes)
+    if not new.hashes:
+        raise DataError(f"{source}: all of its {num_images} normal images are in the bundle already: nothing to add")
+    update.statistics.join(_compute_statistics(bundle, new))
+    if update.fit_hashes:
+        update.fit_hashes |= set(new.hashes.values())
+    update.changes.append(_change_entry("add", source, len(new.hashes), num_images))
 
 
-def _remove(growing: _Growing, bundle: Bundle, source: str) -> None:
-    images = _normal_images(source, bundle.category)
-    there, given = images.among(growing.known, there=True) if growing.known else images, len(images.known)
-    if not there.known:
-        raise DataError(f"{source}: none of its {given} normal images is in the bundle: nothing to remove")
-    statistics, count = growing.statistics, len(there.known)
+def _remove(update: _DensityUpdate, bundle: Bundle, source: str) -> None:
+    """Removes the normal images of `source` from the density.
+
+    Raises: DataError: the density has no image of `source`, or fewer than 2 images would remain.
+    """
+    images = _read_normal_images(source, bundle.category)
+    included, num_images = (
+        images.select_included(update.fit_hashes) if update.fit_hashes else images,
+        len(images.hashes),
+    )
+    if not included.hashes:
+        raise DataError(f"{source}: none of its {num_images} normal images is in the bundle: nothing to remove")
+    statistics, count = update.statistics, len(included.hashes)
     if count > statistics.num_images - 2:
-        raise DataError(f"{source}: {count} images to take out of {statistics.num_images}; at least 2 must remain")
-    part = _statistics_of(bundle, there)
+        raise DataError(
+            f"{source}: {count} of {statistics.num_images} images would be removed, but at least 2 must remain"
+        )
+    part = _compute_statistics(bundle, included)
     statistics.moments.remove(part.moments)
     if statistics.bank is not None and part.bank is not None:
-        statistics.select_bank_images(_rows_left(statistics.bank, part.bank))
-    growing.known -= set(there.known.values())
-    growing.changes.append(_change("remove", source, count, given))
+        statistics.select_bank_images(_find_unmatched_rows(statistics.bank, part.bank))
+    update.fit_hashes -= set(included.hashes.values())
+    update.changes.append(_change_entry("remove", source, count, num_images))
 
 
-def _change(what: str, source: str, count: int, given: int) -> dict[str, Any]:
-    change: dict[str, Any] = {what: source, "num_images": count}
-    return {**change, "left_out": given - count} if given > count else change
+def _change_entry(action: str, source: str, count: int, num_images: int) -> dict[str, Any]:
+    """Returns a provenance entry: `count` of the source's `num_images` images were added or removed."""
+    change: dict[str, Any] = {action: source, "num_images": count}
+    return {**change, "left_out": num_images - count} if num_images > count else change
 
 
-def _normal_images(uri: str, category: str) -> _Normals:
-    """Raises: DataError: none."""
+def _read_normal_images(uri: str, category: str) -> _NormalImages:
+    """Reads rows, hashes and groups of a category's normal training images. Raises: DataError: there is none."""
     index = read_index(uri, category, split="train")
     columns = (index[name].to_pylist() for name in ("row", "label", "content_hash"))
-    found = {row: short_hash(content) for row, label, content in zip(*columns, strict=True) if label == 0}
+    hashes = {row: short_hash(content_hash) for row, label, content_hash in zip(*columns, strict=True) if label == 0}
     groups = dict(zip(index["row"].to_pylist(), index["group"].to_pylist(), strict=True))
-    if not found:
+    if not hashes:
         raise DataError(f"{uri}: category {category!r} has no normal training image")
-    return _Normals(uri, index_version(index), found, groups)
+    return _NormalImages(uri, index_version(index), hashes, groups)
 
 
-def _images(bundle: Bundle, images: _Normals) -> Iterator[Tensor]:
-    rows = list(images.known)
+def _decode_images(bundle: Bundle, images: _NormalImages) -> Iterator[Tensor]:
+    """Yields the images in batches, uint8 (B, H, W, 3 or 4), in the bundle's frame."""
+    rows = list(images.hashes)
     for batch in decode_rows(images.uri, bundle.category, rows, bundle.frame, version=images.version):
         yield torch.from_numpy(batch)
 
 
-def _statistics_of(bundle: Bundle, images: _Normals) -> Statistics:
-    keep = range(len(images.known)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
+def _compute_statistics(bundle: Bundle, images: _NormalImages) -> Statistics:
+    """Computes the statistics of images with the bundle's network, on the CPU at the end."""
+    bank_images = range(len(images.hashes)) if DENSITIES[bundle.config.density.kind].keeps_bank else None
     net, reduction, device = bundle.detector.net, bundle.detector.reduction, bundle.detector.density.device
     with prepared_for_inference(net, compute_dtype(bundle.config.model.precision, device)):
-        found = _on(compute_statistics(net, reduction, _images(bundle, images), device, keep), "cpu")
-    if found.bank is not None:
-        found.descriptors = describe_statistics(found, reduction)
-        found.relations = _named_relations([images.groups[row] for row in images.known])
-    return found
+        batches = _decode_images(bundle, images)
+        statistics = _move_moments(compute_statistics(net, reduction, batches, device, bank_images), "cpu")
+    if statistics.bank is not None:
+        statistics.descriptors = describe_statistics(statistics, reduction)
+        statistics.relations = _relate_groups([images.groups[row] for row in images.hashes])
+    return statistics
 
 
-def _named_relations(names: Sequence[str]) -> Relations | None:
-    """Relations between images by the names of their groups."""
+def _relate_groups(names: Sequence[str]) -> Relations | None:
+    """Relates images that have the same group name. An empty name is a group of its own. None: no two images are related."""
     numbers: dict[str, int] = {}
-    groups = [numbers.setdefault(name or f"/{place}", len(numbers)) for place, name in enumerate(names)]
+    groups = [numbers.setdefault(name or f"/{index}", len(numbers)) for index, name in enumerate(names)]
     relations = Relations.from_groups(torch.tensor(groups, dtype=torch.long))
     return None if relations.is_trivial else relations
 
 
-def _on(statistics: Statistics, device: torch.device | str) -> Statistics:
+def _move_moments(statistics: Statistics, device: torch.device | str) -> Statistics:
+    """Moves the moments of statistics to a device in place, and returns the statistics."""
     moments = statistics.moments
     moments.mean, moments.scatter = moments.mean.to(device), moments.scatter.to(device)
     return statistics
 
 
-def _rows_left(bank: Tensor, gone: Tensor, most: int | None = None) -> list[int]:
-    """Numbers of the bank's images that are none of the given ones; one that was never kept is passed over.
+def _find_unmatched_rows(bank: Tensor, removed: Tensor, max_matches: int | None = None) -> list[int]:
+    """Returns the numbers of the bank's images that match no image of `removed`.
 
-    An image's embedding comes out the same to rounding, of bfloat16 where a machine computes in it, and far from any other's.
+    Two embeddings of the same image differ only by rounding, with bfloat16 too, and are far from the embeddings of all other
+    images. An image of `removed` that matches no image of the bank is ignored.
 
-    Args: most: so many of the bank's are found, at most; None: any number.
+    Args:
+        bank: (N, L, C), the embeddings to choose from.
+        removed: (M, L, C), the embeddings to find.
+        max_matches: stop after this number of matches; None: no limit.
     """
     rows = bank.flatten(1).float()
-    keep = torch.ones(len(rows), dtype=torch.bool)
-    for one in gone.flatten(1).float():
-        if not keep.any() or (most is not None and int((~keep).sum()) == most):
+    is_unmatched = torch.ones(len(rows), dtype=torch.bool)
+    for embedding in removed.flatten(1).float():
+        if not is_unmatched.any() or (max_matches is not None and int((~is_unmatched).sum()) == max_matches):
             break
-        distance = (rows - one).norm(dim=1)
-        distance[~keep] = torch.inf
+        distance = (rows - embedding).norm(dim=1)
+        distance[~is_unmatched] = torch.inf  # every image of the bank matches once
         nearest = int(distance.argmin())
-        if distance[nearest] <= 0.02 * one.norm():
-            keep[nearest] = False
-    return [int(number) for number in keep.nonzero()]
+        if distance[nearest] <= 0.02 * embedding.norm():
+            is_unmatched[nearest] = False
+    return [int(number) for number in is_unmatched.nonzero()]
 
 
 # ---- calibration
-def _calibrating(bundle: Bundle, calibrate: str | None, known: frozenset[int], anew: bool) -> _Normals:
-    """The images that calibrate: none that the density has seen."""
+def _choose_calibration_images(
+    bundle: Bundle, calibrate: str | None, fit_hashes: frozenset[int], is_replaced: bool
+) -> _NormalImages:
+    """Returns normal images outside the density, for the calibration.
+
+    Args:
+        calibrate: see `update_bundle`.
+        fit_hashes: `short_hash` of the images in the density.
+        is_replaced: whether all images of the bundle were replaced, so that its data set cannot calibrate it.
+
+    Raises: DataError: there is no such image.
+    """
     if calibrate is not None:
-        given = _normal_images(calibrate, bundle.category)
-        new = given.among(known, there=False)
-        if not new.known:
+        images = _read_normal_images(calibrate, bundle.category)
+        new = images.select_missing(fit_hashes)
+        if not new.hashes:
             raise DataError(
-                f"{calibrate}: all of its {len(given.known)} normal images are in the density, and score near zero: give others"
+                f"{calibrate}: all of its {len(images.hashes)} normal images are in the density and score near zero: "
+                "give other images"
             )
         return new
     uri = bundle.config.data.uri
     hint = "give --calibrate DATA, an ingested set of normal images that are not in the density"
-    if anew:
-        raise DataError(f"a density of kind {bundle.config.density.kind} keeps no images to leave out: {hint}")
+    if is_replaced:
+        raise DataError(f"a density of kind {bundle.config.density.kind} does not support leave-one-out: {hint}")
     if bundle.calibration.method != "split":
-        raise DataError(f"the bundle was calibrated by {bundle.calibration.method!r} and holds no images out: {hint}")
+        raise DataError(f"the bundle was calibrated by {bundle.calibration.method!r} and has no holdout images: {hint}")
     try:
-        same = data_fingerprint(uri, bundle.category) == bundle.manifest["data"]["fingerprint"]
+        is_unchanged = data_fingerprint(uri, bundle.category) == bundle.manifest["data"]["fingerprint"]
     except DataError as error:
         raise DataError(f"the bundle's own held-out images cannot be read ({error}): {hint}") from None
-    if not same:
-        raise DataError(f"{uri} has changed since the bundle was made, so its held-out images are not known: {hint}")
-    held = set(plan_category(bundle.config, bundle.category).holdout_rows.tolist())
-    own = _normal_images(uri, bundle.category).among(known, there=False)
-    own = own._replace(known={row: one for row, one in own.known.items() if row in held})
-    if not own.known:
-        raise DataError(f"all images that the bundle held out are in the density by now: {hint}")
-    return own
+    if not is_unchanged:
+        raise DataError(f"{uri} has changed since the bundle was made, so its holdout images are unknown: {hint}")
+    holdout_rows = set(plan_category(bundle.config, bundle.category).holdout_rows.tolist())
+    holdout = _read_normal_images(uri, bundle.category).select_missing(fit_hashes)
+    holdout = holdout._replace(hashes={row: value for row, value in holdout.hashes.items() if row in holdout_rows})
+    if not holdout.hashes:
+        raise DataError(f"all holdout images of the bundle are in the density now: {hint}")
+    return holdout

@@ -94,7 +94,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             device=arguments.device,
         )
         manifest, calibration = outcome.manifest, outcome.calibration
-        if outcome.taught:
+        if outcome.is_metric_biased:
             say(
                 "note: the metric was learnt from these few images, so their scores are slightly low, and the false "
                 "alarm rate may be above the target: calibrate with new good images (--good)"
@@ -112,8 +112,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         manifest, calibration = outcome.manifest, outcome.calibration
         for line in _describe_copies(outcome.copies):
             say(f"note: {line}")
-        if outcome.num_known:
-            say(f"{outcome.num_known} of the good images are among those that the model was trained on: left out")
+        if outcome.num_trained_on:
+            say(f"{outcome.num_trained_on} of the good images are among those that the model was trained on: left out")
         if outcome.shift is not None and (notice := describe_new_calibration(outcome.shift)):
             say(f"note: {notice}")
         if outcome.curve is not None:

@@ -48,13 +48,13 @@ def evaluate_run(
 ) -> int:
     """Measures all bundles of a place, prints the metrics and writes the reports. Returns the exit status."""
     say(f"evaluate: {place}")
-    from focus_ray.bundle.published import bundles_at
+    from focus_ray.bundle.published import resolve_bundles
     from focus_ray.cluster.evaluation import evaluate_bundles
     from focus_ray.storage import join
 
     output = output or join(place, "report")
     report = evaluate_bundles(
-        bundles_at(place, version, say),
+        resolve_bundles(place, version, say),
         output,
         data=data,
         max_side_px=max_side_px,
@@ -224,11 +224,11 @@ def _inspect_batch(arguments: argparse.Namespace) -> int:
     """Runs `inspect-batch`: inspects a data set on Ray and prints the counts as JSON. Returns the exit status."""
     require(arguments.bundles, arguments.data)
     say(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
-    from focus_ray.bundle.published import bundles_at
+    from focus_ray.bundle.published import resolve_bundles
     from focus_ray.cluster.batch import inspect_dataset
 
     counts = inspect_dataset(
-        bundles_at(arguments.bundles, arguments.version_of, say),
+        resolve_bundles(arguments.bundles, arguments.version_of, say),
         arguments.data,
         arguments.output,
         split=arguments.split,

@@ -69,14 +69,14 @@ def _find_kind(place: str) -> str:
     Raises:
         DataError: The place has neither bundles nor published versions.
     """
-    from focus_ray.bundle.bundle import find_bundles, runs_in
+    from focus_ray.bundle.bundle import find_bundles, list_runs
     from focus_ray.bundle.registry import Registry
     from focus_ray.errors import DataError
 
     try:
         find_bundles(place)
     except DataError as error:
-        if runs_in(place):
+        if list_runs(place):
             raise
         registry = Registry(place)
         published = (registry.versions(team, name) for team in registry.teams() for name in registry.categories(team))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.measuring import PART_IMAGES, Rows, cut_rows
+from focus_ray.bundle.measuring import PART_IMAGES, Rows, split_rows
 from focus_ray.cluster.connect import connect
 from focus_ray.cluster.pool import Failed, WorkerPool
 from focus_ray.cluster.preflight import probe_nodes
@@ -208,7 +208,7 @@ class Batch:
             category, bundle, version, self.uri, commit, self.split, place, self.part_images, self.batch_size
         )
         rows = index["row"].to_numpy()
-        parts = cut_rows(self.uri, category, rows, self.part_images, commit)
+        parts = split_rows(self.uri, category, rows, self.part_images, commit)
         self.counts[category] = InspectionCounts()
         self._progress.total += len(rows)
         remaining_parts = self._remaining_parts(job, parts)

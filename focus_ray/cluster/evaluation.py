@@ -13,15 +13,15 @@ from focus_ray.bundle.bundle import MANIFEST
 from focus_ray.bundle.measuring import (
     CATEGORIES,
     PART_IMAGES,
-    Job,
-    Plan,
+    EvaluationJob,
+    EvaluationPlan,
+    EvaluationProgress,
     Rows,
-    Sum,
-    begin_anew,
+    discard_progress,
     join_parts,
-    load_sum,
+    load_progress,
     measure_part,
-    measure_whole,
+    measure_plan,
     plan_evaluation,
     read_record,
     write_record,
@@ -35,13 +35,13 @@ from focus_ray.config import ClusterConfig
 from focus_ray.errors import FocusRayError
 from focus_ray.progress import Progress
 from focus_ray.reporting.evaluation import (
-    Section,
-    describe,
+    EvaluationSection,
+    build_section,
     evaluation_page,
     results_table,
     section_from_dict,
     section_to_dict,
-    summary_of,
+    summarize_result,
     without_pictures,
 )
 from focus_ray.storage import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
@@ -75,7 +75,7 @@ class EvaluationPiece:
     """
 
     kind: Literal["whole", "part", "figures"]
-    job: Job
+    job: EvaluationJob
     parts: dict[int, Rows]
     total: Any = None
 
@@ -95,12 +95,12 @@ def run_piece(piece: EvaluationPiece, on_image: Callable[[], None] = lambda: Non
         ((first, rows),) = piece.parts.items()
         return measure_part(inspector, piece.job, first, rows, on_image)
     if piece.kind == "whole":
-        labelled = measure_whole(inspector, Plan(piece.job, piece.parts), on_image)
+        labelled = measure_plan(inspector, EvaluationPlan(piece.job, piece.parts), on_image)
     else:
         labelled = join_parts(piece.job, piece.total, float(inspector.bundle.calibration.image_threshold))
     job = piece.job
     result = {**inspector.figures(labelled), "bundle": job.bundle, "version": job.version, "data": job.data}
-    section = describe(inspector, labelled, result, job.data)
+    section = build_section(inspector, labelled, result, job.data)
     write_record(job, result=result, section=section_to_dict(section))
     return result
 
@@ -116,10 +116,10 @@ class Evaluation:
     def __init__(self, bundles: Mapping[str, str], settings: EvaluationSettings, log: Callable[[str], None]) -> None:
         self.bundles, self.settings, self.log = bundles, settings, log
         self.results: dict[str, dict[str, Any]] = {}
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, EvaluationJob] = {}
         self.num_to_score = 0  # number of images of all started categories, without reused results
         self.progress: Progress | None = None
-        self._sums: dict[str, Sum] = {}
+        self._sums: dict[str, EvaluationProgress] = {}
         self._unfinished_parts: dict[str, set[int]] = {}  # category -> parts without a result
         self._ready: deque[EvaluationPiece] = deque()
         self._pieces = self._plan_all()
@@ -162,9 +162,9 @@ class Evaluation:
                 self.log(f"{category}: measured already")
                 self._finish(category, record["result"])
                 return
-            saved_sum = load_sum(job)
+            saved_sum = load_progress(job)
         if saved_sum is None:
-            begin_anew(job)
+            discard_progress(job)
         self.num_to_score += job.num_images - (saved_sum.num_images if saved_sum else 0)
         self.log(f"{category}: evaluating {job.bundle} on {job.num_images} images")
         if job.exact:
@@ -174,7 +174,7 @@ class Evaluation:
         self.log(
             f"{category}: too many pixels for the memory: pixel metrics come from counts in bins, with an error bound"
         )
-        category_sum = self._sums[category] = saved_sum or Sum(job)
+        category_sum = self._sums[category] = saved_sum or EvaluationProgress(job)
         if category_sum.scores:
             self.log(f"{category}: continuing after {category_sum.num_images} images")
         remaining_parts = {first: rows for first, rows in plan.parts.items() if first not in category_sum.scores}
@@ -224,7 +224,7 @@ class Evaluation:
         self.results[category] = result
         self._sums.pop(category, None)
         self._unfinished_parts.pop(category, None)
-        summary = f"not measured: {result['error']}" if "error" in result else summary_of(result)
+        summary = f"not measured: {result['error']}" if "error" in result else summarize_result(result)
         self.log(f"{category}: {summary} ({len(self.results)} of {len(self.bundles)})")
         if time.monotonic() - self._written_at >= _WRITE_INTERVAL_S:
             self.write_tables()
@@ -257,7 +257,7 @@ class Evaluation:
         write_bytes(join(self.settings.output, "report.html"), evaluation_page(results, sections, pages))
         return {category: section.caveats for category, section in sections.items()}
 
-    def section(self, category: str) -> Section:
+    def section(self, category: str) -> EvaluationSection:
         """Returns the section of an evaluated category, with its pictures."""
         return section_from_dict(json.loads(read_bytes(self.jobs[category].record))["section"])
 

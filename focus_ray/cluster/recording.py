@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from focus_ray.bundle.bundle import config_as_made, read_manifest
+from focus_ray.bundle.bundle import complete_settings, read_manifest
 from focus_ray.config import override_tree, parse_config
 from focus_ray.errors import BundleError, ConfigError, FocusRayError
 from focus_ray.evaluation.report import mean_metrics
 from focus_ray.names import Log
-from focus_ray.reporting.evaluation import Section
+from focus_ray.reporting.evaluation import EvaluationSection
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 
@@ -80,9 +80,9 @@ def record_results(
 def _to_evaluated_category(bundle: str, result: Mapping[str, Any], cards: Any) -> EvaluatedCategory:
     """Returns the result of a category with the configuration of its bundle, for the trackers."""
     manifest = read_manifest(bundle)
-    return EvaluatedCategory(bundle, manifest, parse_config(config_as_made(manifest), bundle), result, cards)
+    return EvaluatedCategory(bundle, manifest, parse_config(complete_settings(manifest), bundle), result, cards)
 
 
-def _cards(section: Section) -> list[list[Any]]:
+def _cards(section: EvaluationSection) -> list[list[Any]]:
     """Returns the cards of each part of the gallery of a section."""
     return [list(part.cards) for part in section.gallery]

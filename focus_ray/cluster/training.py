@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from focus_ray.bundle.make import STATE_FILE, bundle_place, make_bundle, set_reproducible, train_here
+from focus_ray.bundle.make import STATE_FILE, bundle_uri, make_bundle, set_reproducible, train_locally
 from focus_ray.bundle.metric import share_metric
 from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, uses_gpu
 from focus_ray.cluster.messages import Messages, epoch_callback
@@ -129,7 +129,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
             raise DataError(f"category {category!r}: {error}") from None
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     _check_claim(config, root, resume, fingerprints)
-    bundles = {category: bundle_place(root, category) for category in categories}
+    bundles = {category: bundle_uri(root, category) for category in categories}
     remaining = [
         category for category in categories if not (resume and exists(join(bundles[category], "manifest.json")))
     ]
@@ -150,7 +150,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
         state = "failed"
         try:
             remaining_splits = [splits[category] for category in remaining]
-            run = functools.partial(train_here, told=training_recorder)
+            run = functools.partial(train_locally, recorder=training_recorder)
             if not is_local:
                 run = functools.partial(_train_on_cluster, training_recorder=training_recorder, limit=limit)
             failed = run(config, remaining_splits, root, log)
@@ -234,7 +234,7 @@ def _train_on_cluster(
     ) as pool:
         for job, outcome in pool.run(run_job, lambda: next(jobs, None)):
             listen()  # shows the lines of a category before its end
-            category, place = job.category, bundle_place(job.root, job.category)
+            category, place = job.category, bundle_uri(job.root, job.category)
             if isinstance(outcome, Failed):
                 failed[category] = outcome.reason
                 log(f"{category}: FAILED: {outcome.reason}")

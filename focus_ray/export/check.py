@@ -143,7 +143,9 @@ def score_reference(bundle: Bundle, examples: Sequence[ExportExample]) -> Refere
         DataError: an example cannot be decoded or inspected; the message names the example.
     """
     decoded = [(example, decode_example(example)) for example in examples]
-    new = [(example, pixels) for example, pixels in decoded if short_hash(content_hash(pixels)) not in bundle.known]
+    new = [
+        (example, pixels) for example, pixels in decoded if short_hash(content_hash(pixels)) not in bundle.fit_hashes
+    ]
     if len(new) < MIN_EXAMPLES:
         raise ExportError(
             f"{len(new)} of {len(examples)} examples are not among the images that the model was trained on, but the check of "

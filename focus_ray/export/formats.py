@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from focus_ray.bundle.engine import QUANTISED, quantise, quietly
+from focus_ray.bundle.engine import QUANTISED, quantise, suppress_exporter_messages
 from focus_ray.errors import ConfigError, ExportError
 from focus_ray.export.scorer import BOX, OUTPUTS, ExportableScorer, max_side_px
 from focus_ray.extras import require_extra
@@ -60,7 +60,7 @@ def write_model(
     program = trace(scorer)
     if to == "torch":
         content = io.BytesIO()  # torch's own writer does not report a full disk
-        with quietly():
+        with suppress_exporter_messages():
             torch.export.save(program, content)
         (folder / MODEL_FILES[to]).write_bytes(content.getbuffer())
         return
@@ -94,7 +94,7 @@ def trace(scorer: ExportableScorer) -> torch.export.ExportedProgram:
         2: dim("width", min=2, max=max_px),
     }
     example = torch.zeros(2, frame.height + 7, frame.width + 5, 3, dtype=torch.uint8)
-    with quietly(), torch.no_grad(), _as_export_error("the scorer cannot be traced"):
+    with suppress_exporter_messages(), torch.no_grad(), _as_export_error("the scorer cannot be traced"):
         program = torch.export.export(scorer, (example,), dynamic_shapes=(sizes,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it names files of this machine
@@ -112,7 +112,11 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, outputs: Seque
     from onnx_ir.passes import common
     from onnxscript.optimizer import fold_constants_ir
 
-    with quietly(), torch.no_grad(), _as_export_error("ONNX does not support an operation of the scorer"):
+    with (
+        suppress_exporter_messages(),
+        torch.no_grad(),
+        _as_export_error("ONNX does not support an operation of the scorer"),
+    ):
         # the optimiser of torch.onnx takes minutes for the thousands of nodes of the alignment
         onnx_program = torch.onnx.export(
             program, (), dynamo=True, input_names=[INPUT], output_names=list(outputs), optimize=False, verbose=False
@@ -150,10 +154,10 @@ def write_openvino(source: Path, path: Path) -> None:
     """Converts an ONNX file to OpenVINO files. Raises: ExportError: OpenVINO does not support an operation; OSError."""
     import openvino
 
-    with quietly(), _as_export_error("OpenVINO does not support an operation of the scorer"):
+    with suppress_exporter_messages(), _as_export_error("OpenVINO does not support an operation of the scorer"):
         model = openvino.convert_model(source)
     try:
-        with quietly():
+        with suppress_exporter_messages():
             openvino.save_model(model, path, compress_to_fp16=False)
     except RuntimeError as error:  # OpenVINO 2026 reports a full disk as "iostream error"
         raise OSError(
@@ -185,7 +189,7 @@ def _open_openvino(path: Path, num_threads: int) -> RunModel:
 
 
 def _open_torch(path: Path, num_threads: int) -> RunModel:
-    with quietly():
+    with suppress_exporter_messages():
         module = torch.export.load(path).module()
 
     def run(images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:

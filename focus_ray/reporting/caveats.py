@@ -1,4 +1,4 @@
-"""What has to be known before figures are relied on, in plain sentences."""
+"""Writes the caveats of an evaluation: sentences that a reader must know before trusting its figures."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from focus_ray.evaluation.metrics import ScoredImages
 from focus_ray.evaluation.report import format_bound
 from focus_ray.kinds import METRICS
 
-FEW_IMAGES = 20  # of a kind: below, one image moves a rate by 5 % or more
+FEW_IMAGES = 20  # below this number, a single image changes a rate by 5 % or more
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Share:
-    """`count` of `total` images, and between which shares (`low`, `high`) the true one lies, at 95 % (Clopper, Pearson)."""
+    """A share of images, `count` of `total`, with a 95 % confidence interval (Clopper, Pearson)."""
 
     count: int
     total: int
 
     @property
     def share(self) -> float:
+        """`count` divided by `total`, in 0..1."""
         return self.count / self.total
 
     @property
     def bounds(self) -> tuple[float, float]:
-        from scipy.stats import binomtest  # a second of imports, which pages without shares can do without
+        """Lower and upper bound of the confidence interval, in 0..1."""
+        from scipy.stats import binomtest  # this import takes a second, so only pages with shares do it
 
-        found = binomtest(self.count, self.total).proportion_ci(CONFIDENCE, method="exact")
-        return float(found.low), float(found.high)
+        interval = binomtest(self.count, self.total).proportion_ci(CONFIDENCE, method="exact")
+        return float(interval.low), float(interval.high)
 
     def __str__(self) -> str:
         if not self.total:
@@ -42,8 +44,8 @@ class Share:
         return f"{self.count} of {self.total} ({100 * self.share:.0f} %; {100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def called_bad(measured: ScoredImages, label: int) -> Share:
-    """How many of the images of a label lie above the threshold."""
+def count_called_bad(measured: ScoredImages, label: int) -> Share:
+    """Returns the share of the images with a label (0 good, 1 bad) whose score is above the threshold."""
     scores = measured.scores[measured.labels == label]
     return Share(int(np.sum(is_above(scores, measured.threshold))), len(scores))
 
@@ -51,52 +53,57 @@ def called_bad(measured: ScoredImages, label: int) -> Share:
 def evaluation_caveats(
     calibration: Sequence[str], warnings: Sequence[str], result: Mapping[str, Any], good: Share, bad: Share
 ) -> list[str]:
-    """Of one category.
+    """Returns the caveats of a category's evaluation, as sentences.
 
     Args:
-        calibration: its calibration's own.  warnings: of its training.  result: as `Inspector.evaluate` gives.
-        good, bad: how many of the good and of the bad test images are called bad.
+        calibration: caveats of the calibration.
+        warnings: warnings of the training.
+        result: the result of `Inspector.evaluate`.
+        good, bad: share of the good and of the bad test images that are called bad.
     """
     trained_on = (result.get("trained_on") or {}).get("notice")
-    told = [*([trained_on] if trained_on else []), *calibration, *warnings]
-    for share, kind, what in ((good, "good", "false alarm rate"), (bad, "bad", "share of defects found")):
+    caveats = [*([trained_on] if trained_on else []), *calibration, *warnings]
+    for share, kind, rate in ((good, "good", "false alarm rate"), (bad, "bad", "share of defects found")):
         if not share.total:
-            told.append(f"There is no {kind} test image: nothing is known of the {what}.")
+            caveats.append(f"There is no {kind} test image: nothing is known of the {rate}.")
         elif share.total < FEW_IMAGES:
             low, high = share.bounds
-            told.append(
-                f"Only {share.total} {kind} test images: the {what} may be anywhere from {100 * low:.0f} to {100 * high:.0f} %."
+            caveats.append(
+                f"Only {share.total} {kind} test images: the {rate} may be anywhere from {100 * low:.0f} to {100 * high:.0f} %."
             )
     target = float(result["target_fpr"])
     if good.total and good.bounds[0] > target:
-        told.append(
+        caveats.append(
             f"{100 * good.share:.0f} % of the good test images are called bad, more than chance makes of the target of "
             f"{100 * target:.3g} %. Calibrate with more images like them."
         )
     for finding in ("shift", "repeats"):
         notice = (result.get(finding) or {}).get("notice")
         if notice:
-            told.append(notice)
-    without = int(result["num_anomalous"]) - int(result["num_masks"])
-    if without:
-        told.append(
-            f"{without} of {result['num_anomalous']} bad test images have no mask: pixel metrics and AUPRO leave them out."
+            caveats.append(notice)
+    num_unmasked = int(result["num_anomalous"]) - int(result["num_masks"])
+    if num_unmasked:
+        caveats.append(
+            f"{num_unmasked} of {result['num_anomalous']} bad test images have no mask: pixel metrics and AUPRO leave them out."
         )
     if result.get("reduced"):
-        told.append(
+        caveats.append(
             "Masks were compared at a reduced size, where a reduced pixel is defective if any that it stands for is: "
             "defects are up to a pixel wider there."
         )
     if result.get("bounds"):
-        told.append(
+        caveats.append(
             f"There are too many pixels to sort them all: they were counted in bins, which moves no pixel metric by more than "
             f"{format_bound(max(result['bounds'].values())).removeprefix('±')}."
         )
-    return [*told, *(f"{_in_words(where)} is missing: {reason}" for where, reason in result.get("reasons", {}).items())]
+    return [
+        *caveats,
+        *(f"{_metric_title(key)} is missing: {reason}" for key, reason in result.get("reasons", {}).items()),
+    ]
 
 
-def _in_words(where: str) -> str:
-    """'crack: aupro_0.3' -> 'AUPRO 0.3 of crack'."""
-    kind, _, key = where.rpartition(": ")
+def _metric_title(metric: str) -> str:
+    """Returns the title of a metric, such as 'AUPRO 0.3 of crack' for 'crack: aupro_0.3'."""
+    defect_type, _, key = metric.rpartition(": ")
     title = METRICS[key].title if key in METRICS.import_paths else key
-    return f"{title} of {kind}" if kind else title
+    return f"{title} of {defect_type}" if defect_type else title

@@ -1,9 +1,9 @@
-"""The page of an evaluation: what would happen at the thresholds, what to know first, then plots, tables and pictures."""
+"""Builds the page of an evaluation: error rates at the thresholds, caveats, plots, tables and pictures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import quote
@@ -16,17 +16,17 @@ from focus_ray.evaluation.metrics import ScoredImages
 from focus_ray.evaluation.report import evaluation_table, mean_metrics
 from focus_ray.kinds import METRICS
 from focus_ray.reporting import plots
-from focus_ray.reporting.caveats import Share, called_bad, evaluation_caveats
+from focus_ray.reporting.caveats import Share, count_called_bad, evaluation_caveats
 from focus_ray.reporting.gallery import PER_KIND, Card, Kind, make_cards
 from focus_ray.reporting.page import render
 
-PRO_LIMIT = 0.3  # false positive rate to which the PRO curve is drawn and AUPRO 0.3 taken
-_PRO_POINTS = 400  # of a curve with a corner a pixel
+PRO_LIMIT = 0.3  # largest false positive rate of the PRO curve and of AUPRO 0.3
+_PRO_POINTS = 400  # points of the drawn curve; the exact curve has a corner for each pixel
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """A part of the gallery. title and note: what these images are."""
+class GalleryGroup:
+    """A group of pictures in the gallery, with a title and a note that explain the group."""
 
     title: str
     note: str
@@ -34,8 +34,15 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Section:
-    """One category, ready to be shown. good, bad: how many of the good and bad test images are called bad."""
+class EvaluationSection:
+    """The section of a category on the page.
+
+    Attributes:
+        good, bad: share of the good and of the bad test images that are called bad.
+        target_fpr: target false positive rate of the calibration.
+        num_calibration: number of calibration images.
+        method: method of the calibration.
+    """
 
     good: Share
     bad: Share
@@ -44,22 +51,25 @@ class Section:
     method: str
     caveats: list[str]
     plots: list[plots.Plot]
-    gallery: list[Pictures]
+    gallery: list[GalleryGroup]
 
 
-def describe(inspector: Inspector, labelled: LabelledImages, result: Mapping[str, Any], data: str) -> Section:
-    """What a page shows of one category.
+def build_section(
+    inspector: Inspector, labelled: LabelledImages, result: Mapping[str, Any], data: str
+) -> EvaluationSection:
+    """Builds the section of a category.
 
     Args:
-        labelled: as `inspector.measure` gives.  result: as `inspector.figures` gives of it.
-        data: the data set that the images came from; those of the gallery are read again.
+        labelled: the result of `inspector.measure`.
+        result: the result of `inspector.figures` for `labelled`.
+        data: URI of the data set of the images. The images of the gallery are read again from it.
 
     Raises: DataError: an image of the gallery cannot be read again.
     """
     calibration, measured = inspector.bundle.calibration, labelled.measured
-    good, bad = called_bad(measured, 0), called_bad(measured, 1)
+    good, bad = count_called_bad(measured, 0), count_called_bad(measured, 1)
     warnings = inspector.bundle.manifest.get("metrics", {}).get("warnings", [])
-    return Section(
+    return EvaluationSection(
         good=good,
         bad=bad,
         target_fpr=calibration.target_fpr,
@@ -71,53 +81,56 @@ def describe(inspector: Inspector, labelled: LabelledImages, result: Mapping[str
     )
 
 
-def section_to_dict(section: Section) -> dict[str, Any]:
-    """JSON types."""
+def section_to_dict(section: EvaluationSection) -> dict[str, Any]:
+    """Returns a section in JSON types."""
     return asdict(section)
 
 
-def section_from_dict(tree: Mapping[str, Any]) -> Section:
-    """What `section_to_dict` gave."""
-    gallery = [{**part, "cards": [Card(**card) for card in part["cards"]]} for part in tree["gallery"]]
-    return Section(
+def section_from_dict(fields: Mapping[str, Any]) -> EvaluationSection:
+    """Returns the section of a result of `section_to_dict`."""
+    gallery = [{**group, "cards": [Card(**card) for card in group["cards"]]} for group in fields["gallery"]]
+    return EvaluationSection(
         **{
-            **tree,
-            "good": Share(**tree["good"]),
-            "bad": Share(**tree["bad"]),
-            "plots": [plots.Plot(**plot) for plot in tree["plots"]],
-            "gallery": [Pictures(**part) for part in gallery],
+            **fields,
+            "good": Share(**fields["good"]),
+            "bad": Share(**fields["bad"]),
+            "plots": [plots.Plot(**plot) for plot in fields["plots"]],
+            "gallery": [GalleryGroup(**group) for group in gallery],
         }
     )
 
 
-def without_pictures(section: Section) -> Section:
-    """Its figures and caveats alone: small."""
+def without_pictures(section: EvaluationSection) -> EvaluationSection:
+    """Returns a small copy of a section, with figures and caveats but without plots and gallery."""
     return replace(section, plots=[], gallery=[])
 
 
-def summary_of(result: Mapping[str, Any]) -> str:
-    """A line of a category's first figures."""
+def summarize_result(result: Mapping[str, Any]) -> str:
+    """Returns a line with the most important metrics of a category."""
     shown = [(METRICS[key].title, result.get(key)) for key in ("image_auroc", "pixel_auroc", "aupro_0.3", "recall")]
     num_left_out = (result.get("trained_on") or {}).get("num_images", 0)
-    before = f"without {num_left_out} images that the model was trained on: " if num_left_out else ""
+    prefix = f"without {num_left_out} images that the model was trained on: " if num_left_out else ""
     figures = ", ".join(f"{title} {value:.4f}" for title, value in shown if value is not None)
-    return before + (figures or "no metric can be had")
+    return prefix + (figures or "no metric can be computed")
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[str, bytes]:
-    """report.md and report.json of what is known so far."""
+    """Returns the content of report.md (text) and report.json (bytes) for the categories measured so far."""
     content = {"categories": results, "mean": mean_metrics(results)}
     return evaluation_table(results), (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def evaluation_page(
-    results: Mapping[str, Mapping[str, Any]], sections: Mapping[str, Section], pages: Mapping[str, str] | None = None
+    results: Mapping[str, Mapping[str, Any]],
+    sections: Mapping[str, EvaluationSection],
+    pages: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The page.
+    """Renders the HTML page of an evaluation.
 
     Args:
-        results: category -> metrics, or an 'error' alone.  sections: of those that could be measured.
-        pages: category -> its own page, beside this one, where plots and pictures are.
+        results: category -> metrics, or an entry 'error' only.
+        sections: category -> section, for each category without an error.
+        pages: category -> file name of the category's own page, which has its plots and pictures.
     """
     errors = {category: result["error"] for category, result in results.items() if "error" in result}
     caveats = {
@@ -142,15 +155,15 @@ def evaluation_page(
 
 
 def roc(measured: ScoredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """False and true positive rates, over all thresholds."""
-    from sklearn.metrics import roc_curve  # a second of imports, which other commands can do without
+    """Returns the false positive rates and the true positive rates of images over all thresholds."""
+    from sklearn.metrics import roc_curve  # this import takes a second, so other commands avoid it
 
-    false, true, _ = roc_curve(measured.labels, measured.scores)
-    return false, true
+    false_positive_rate, true_positive_rate, _ = roc_curve(measured.labels, measured.scores)
+    return false_positive_rate, true_positive_rate
 
 
 def precision_recall(measured: ScoredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Recall, rising, and the precision there, over all thresholds."""
+    """Returns recall, in ascending order, and precision of images over all thresholds."""
     from sklearn.metrics import precision_recall_curve
 
     precision, recall, _ = precision_recall_curve(measured.labels, measured.scores)
@@ -158,22 +171,24 @@ def precision_recall(measured: ScoredImages) -> tuple[np.ndarray[Any, Any], np.n
 
 
 def pro(measured: ScoredImages, limit: float = PRO_LIMIT) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """False positive rate of pixels, up to the limit, and the mean overlap of regions; None where no mask tells."""
+    """Returns false positive rates of pixels up to `limit`, and the mean overlap of regions; None without masks."""
     if measured.curve is None:
         return None
-    false, overlap = measured.curve.pro()
-    places = limit * np.linspace(0.0, 1.0, _PRO_POINTS) ** 2  # dense where the curve is steep
-    return places, np.interp(places, false, overlap)
+    exact_rates, overlap = measured.curve.pro()
+    rates = limit * np.linspace(0.0, 1.0, _PRO_POINTS) ** 2  # squared: dense near 0, where the curve is steep
+    return rates, np.interp(rates, exact_rates, overlap)
 
 
-def _total(shares: Any) -> Share:
-    every = list(shares)
-    return Share(sum(share.count for share in every), sum(share.total for share in every))
+def _total(shares: Iterable[Share]) -> Share:
+    """Returns the share of all categories together."""
+    share_list = list(shares)
+    return Share(sum(share.count for share in share_list), sum(share.total for share in share_list))
 
 
 def _plots(
     measured: ScoredImages, calibration_scores: Sequence[float], result: Mapping[str, Any], good: Share, bad: Share
 ) -> list[plots.Plot]:
+    """Draws score histograms, and the curves that the labels and masks allow."""
     drawn = [
         plots.score_histograms(
             {
@@ -197,7 +212,7 @@ def _plots(
                 point=(good.share, bad.share),
             )
         )
-        called = good.count + bad.count
+        num_called_bad = good.count + bad.count
         drawn.append(
             plots.curve(
                 "Precision and recall",
@@ -205,7 +220,7 @@ def _plots(
                 f"hangs on how many are bad: here {bad.total} of {good.total + bad.total}.",
                 precision_recall(measured),
                 ("recall: bad images found", "precision"),
-                point=(bad.share, bad.count / called) if called else None,
+                point=(bad.share, bad.count / num_called_bad) if num_called_bad else None,
                 steps=True,
             )
         )
@@ -224,24 +239,28 @@ def _plots(
     return drawn
 
 
-def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[Pictures]:
-    missed = bad.total - bad.count
-    parts = [
-        Pictures(
-            "Worst misses" if missed else "Bad images that came closest to being missed",
-            _of(missed, "bad images were called good") if missed else "Every bad test image is found.",
+def _gallery(cards: Mapping[Kind, list[Card]], good: Share, bad: Share) -> list[GalleryGroup]:
+    """Groups the cards into misses, false alarms and correct finds, and leaves out empty groups."""
+    num_missed = bad.total - bad.count
+    groups = [
+        GalleryGroup(
+            "Worst misses" if num_missed else "Bad images that came closest to being missed",
+            _count_note(num_missed, "bad images were called good") if num_missed else "Every bad test image is found.",
             cards["misses"],
         ),
-        Pictures(
+        GalleryGroup(
             "Worst false alarms" if good.count else "Good images that came closest to a false alarm",
-            _of(good.count, "good images were called bad") if good.count else "No good test image is called bad.",
+            _count_note(good.count, "good images were called bad")
+            if good.count
+            else "No good test image is called bad.",
             cards["false_alarms"],
         ),
-        Pictures("Typical finds", "Bad images called bad, with scores about the median.", cards["finds"]),
+        GalleryGroup("Typical finds", "Bad images called bad, with scores about the median.", cards["finds"]),
     ]
-    return [part for part in parts if part.cards]
+    return [group for group in groups if group.cards]
 
 
-def _of(count: int, what: str) -> str:
-    words = f"{count} {what}" if count != 1 else f"1 {what.replace('images were', 'image was')}"
-    return f"{words}; the worst {PER_KIND} are shown." if count > PER_KIND else f"{words}."
+def _count_note(count: int, statement: str) -> str:
+    """Returns a sentence such as '2 bad images were called good.', and adds if only the worst images are shown."""
+    sentence = f"{count} {statement}" if count != 1 else f"1 {statement.replace('images were', 'image was')}"
+    return f"{sentence}; the worst {PER_KIND} are shown." if count > PER_KIND else f"{sentence}."

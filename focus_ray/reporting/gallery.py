@@ -1,4 +1,4 @@
-"""Which test images a report shows, and their pictures. Only these are read again; no others are held."""
+"""Chooses the test images that a report shows, and draws their pictures. Only the chosen images are read again."""
 
 from __future__ import annotations
 
@@ -26,14 +26,17 @@ from focus_ray.reporting.page import jpeg_uri
 
 Kind = Literal["misses", "false_alarms", "finds"]
 PER_KIND = 4
-PICTURE_PX = 320  # a side, at most
+PICTURE_PX = 320  # longest side of a picture
 
 
 @dataclass(frozen=True)
 class Card:
-    """One image. name: its id.  mistake: 'missed' or 'false alarm'; empty where the verdict is right.
+    """An image in the gallery.
 
-    views: what is seen -> picture as a data URI.
+    Attributes:
+        name: id of the image.
+        mistake: 'missed' or 'false alarm'; empty if the verdict is right.
+        views: title of a view, such as 'heat map' -> picture as a data URI.
     """
 
     name: str
@@ -47,11 +50,12 @@ class Card:
     views: dict[str, str]
 
 
-def choose(measured: ScoredImages, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
-    """Numbers of the images to show, at most `per_kind` of each: no image twice.
+def choose_images(measured: ScoredImages, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
+    """Returns kind -> numbers of the images to show, at most `per_kind` of each kind and no image twice.
 
-    misses: the bad images that score lowest, lowest first.  false_alarms: the good ones that score highest, highest first;
-    both whether or not they lie on the wrong side of the threshold.  finds: bad images above it, next to the bad ones' median.
+    misses: the bad images with the lowest scores, lowest first, even if they are above the threshold.
+    false_alarms: the good images with the highest scores, highest first, even if they are below the threshold.
+    finds: bad images above the threshold whose scores are nearest to the median of the bad images.
     """
     scores, bad = measured.scores, np.flatnonzero(measured.labels == 1)
     good = np.flatnonzero(measured.labels == 0)
@@ -64,29 +68,32 @@ def choose(measured: ScoredImages, per_kind: int = PER_KIND) -> dict[Kind, list[
 
 
 def make_cards(inspector: Inspector, data: str, labelled: LabelledImages) -> dict[Kind, list[Card]]:
-    """Reads the chosen images of the data set at `data` again, one at a time, and draws them.
+    """Chooses images, reads them again from the data set at `data` one by one, and draws them.
 
-    Raises: DataError: one is not there any more, or cannot be read.
+    Raises: DataError: an image does not exist any more or cannot be read.
     """
-    picked = choose(labelled.measured)
-    cards = _draw_all(inspector, data, labelled, sorted({number for some in picked.values() for number in some}))
-    return {kind: [cards[number] for number in numbers] for kind, numbers in picked.items()}
+    numbers_of = choose_images(labelled.measured)
+    cards = _draw_cards(
+        inspector, data, labelled, sorted({number for chosen in numbers_of.values() for number in chosen})
+    )
+    return {kind: [cards[number] for number in numbers] for kind, numbers in numbers_of.items()}
 
 
-def _draw_all(inspector: Inspector, data: str, labelled: LabelledImages, numbers: Sequence[int]) -> dict[int, Card]:
+def _draw_cards(inspector: Inspector, data: str, labelled: LabelledImages, numbers: Sequence[int]) -> dict[int, Card]:
+    """Returns image number -> card. numbers: ascending numbers in `labelled`."""
     category = inspector.bundle.category
     names = [labelled.ids[number] for number in numbers]
     index = read_index(data, category, split="test")
-    places = pc.index_in(pa.array(names, pa.string()), value_set=index["id"])
-    if places.null_count:
-        gone = names[places.is_null().to_pylist().index(True)]
-        raise DataError(f"{data}: category {category!r} has no image {gone!r} any more: evaluate it again")
-    number_at = dict(zip(index["row"].take(places).to_pylist(), numbers, strict=True))
-    rows = sorted(number_at)
+    positions = pc.index_in(pa.array(names, pa.string()), value_set=index["id"])
+    if positions.null_count:
+        missing = names[positions.is_null().to_pylist().index(True)]
+        raise DataError(f"{data}: category {category!r} has no image {missing!r} any more: evaluate the category again")
+    number_of_row = dict(zip(index["row"].take(positions).to_pylist(), numbers, strict=True))
+    rows = sorted(number_of_row)
     cards = {}
     records = read_rows(data, category, rows, columns=("id", "image", "mask"), version=index_version(index))
     for row, record in zip(rows, records, strict=True):
-        number = number_at[row]
+        number = number_of_row[row]
         (inspection,) = inspector.inspect([record["image"]])
         cards[number] = Card(
             name=record["id"],
@@ -102,31 +109,36 @@ def _draw_all(inspector: Inspector, data: str, labelled: LabelledImages, numbers
     return cards
 
 
-def _mistake(bad: bool, called_bad: bool) -> str:
-    return "" if bad == called_bad else "missed" if bad else "false alarm"
+def _mistake(is_bad: bool, is_called_bad: bool) -> str:
+    """Returns the kind of mistake of a verdict; empty if the verdict is right."""
+    return "" if is_bad == is_called_bad else "missed" if is_bad else "false alarm"
 
 
 def _views(inspector: Inspector, inspection: Inspection, image: bytes, mask: bytes | None) -> dict[str, str]:
-    whole = Image.fromarray(decode_image(image, None))
-    scale = min(1.0, PICTURE_PX / max(whole.size))
-    size = max(1, round(whole.width * scale)), max(1, round(whole.height * scale))
-    picture = np.asarray(whole.resize(size, Image.Resampling.BILINEAR))
-    heat = overlay(picture, inspection.scaled(scale))
+    """Draws the image, its heat map with the outline of the mask, and the aligned image if the model aligns images."""
+    full_image = Image.fromarray(decode_image(image, None))
+    scale = min(1.0, PICTURE_PX / max(full_image.size))
+    size = max(1, round(full_image.width * scale)), max(1, round(full_image.height * scale))
+    picture = np.asarray(full_image.resize(size, Image.Resampling.BILINEAR))
+    heat_map = overlay(picture, inspection.scaled(scale))
     if mask is not None:
-        heat = outlined(heat, decode_mask(mask, size[1], size[0]))
-    views = {"image": jpeg_uri(picture), "heat map": jpeg_uri(heat)}
-    aligned = inspector.aligned(image)
+        heat_map = draw_outline(heat_map, decode_mask(mask, size[1], size[0]))
+    views = {"image": jpeg_uri(picture), "heat map": jpeg_uri(heat_map)}
+    aligned = inspector.align(image)
     if aligned is not None:
-        square = Image.fromarray(aligned)
-        square.thumbnail((PICTURE_PX, PICTURE_PX))
-        views["as aligned"] = jpeg_uri(np.asarray(square))
+        thumbnail = Image.fromarray(aligned)
+        thumbnail.thumbnail((PICTURE_PX, PICTURE_PX))
+        views["as aligned"] = jpeg_uri(np.asarray(thumbnail))
     return views
 
 
-def outlined(picture: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The picture (H, W, 3) with the mask's (H, W) outline: white outside of it, black within, seen on any colour."""
-    drawn = picture.copy()
-    around = np.ones((3, 3), dtype=bool)
-    drawn[mask & ~ndimage.binary_erosion(mask, around, border_value=1)] = 0
-    drawn[ndimage.binary_dilation(mask, around) & ~mask] = 255
-    return drawn
+def draw_outline(picture: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Returns a copy of a picture (H, W, 3) with the outline of a mask (H, W).
+
+    The outline is black inside the mask and white outside, so that it is visible on every colour.
+    """
+    outlined = picture.copy()
+    neighbourhood = np.ones((3, 3), dtype=bool)
+    outlined[mask & ~ndimage.binary_erosion(mask, neighbourhood, border_value=1)] = 0
+    outlined[ndimage.binary_dilation(mask, neighbourhood) & ~mask] = 255
+    return outlined

@@ -1,7 +1,8 @@
-"""Pages of one file: templates with escaping on, one style sheet, pictures as data URIs. Nothing is fetched to show them.
+"""Renders HTML pages that consist of a single file and load nothing from the network.
 
-Pages are made of records that others may have written: names, reasons, plots. So no text of a record becomes markup, plots are
-pictures (a browser runs no script in a picture), and each page forbids scripts and requests by its Content-Security-Policy.
+A page contains its style sheet, and its pictures as data URIs. The records on a page (names, reasons, plots) may come from a
+stranger. So templates escape all text, plots are embedded as pictures, in which a browser runs no script, and the
+Content-Security-Policy of every page forbids scripts and requests.
 """
 
 from __future__ import annotations
@@ -26,45 +27,47 @@ _PICTURE = re.compile(r"data:image/(jpeg|png|svg\+xml);base64,[A-Za-z0-9+/]*={0,
 
 
 def render(template: str, **facts: Any) -> bytes:
-    """A page of `templates/`, UTF-8. All text in `facts` is escaped."""
+    """Renders a template of the folder `templates` as UTF-8. All text in `facts` is escaped."""
     return _environment().get_template(template).render(**facts).encode(errors="replace")
 
 
 def jpeg_uri(picture: NDArray[np.uint8]) -> str:
-    """(H, W, 3) -> a data URI."""
+    """Returns a picture (H, W, 3) as the data URI of a JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def png_uri(data: bytes) -> str:
-    """An encoded PNG -> a data URI."""
+    """Returns an encoded PNG as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def svg_uri(svg: str) -> str:
-    """An SVG element, of any origin -> a data URI for `<img>`, in which a browser runs no script and fetches nothing.
+    """Returns an untrusted SVG element as a data URI for `<img>`, in which a browser runs no script and loads nothing.
 
-    The element gets the namespace and the colours of the page, which a picture does not inherit.
+    The element gets the SVG namespace and the colours of the page, because a picture does not inherit them.
     """
-    head, end, rest = svg.partition(">")
+    head, end, body = svg.partition(">")
     head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"', 1)
-    content = f"{head}{end}<style>{_colours()} text {{ font-family: system-ui, sans-serif; }}</style>{rest}"
+    content = f"{head}{end}<style>{_colours()} text {{ font-family: system-ui, sans-serif; }}</style>{body}"
     return f"data:image/svg+xml;base64,{base64.b64encode(content.encode(errors='replace')).decode()}"
 
 
 @cache
 def _colours() -> str:
+    """Returns the style sheet with the colours of pages and plots."""
     return (_TEMPLATES / "colours.css").read_text(encoding="utf-8")
 
 
 def _picture(uri: Any) -> str:
-    """The data URI of a picture; nothing in place of any other address, which would be fetched."""
+    """Returns `uri` if it is the data URI of a picture, otherwise an empty data URI, so that a browser loads nothing."""
     return uri if isinstance(uri, str) and _PICTURE.fullmatch(uri) else "data:,"
 
 
 @cache
 def _environment() -> jinja2.Environment:
+    """Returns the template environment, which escapes text and refuses undefined names."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -78,14 +81,15 @@ def _environment() -> jinja2.Environment:
 
 
 def _figure(value: float | None) -> str:
-    """A metric, as the Markdown tables show it."""
+    """Returns a metric with four decimals, as in the Markdown tables; '-' for None."""
     return "-" if value is None else f"{value:.4f}"
 
 
 def _short(value: Any) -> str:
-    """A number to four places that count; other values as they are."""
+    """Returns a float with four significant digits, and any other value as text."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _percent(value: float) -> str:
+    """Returns a share as a percentage, such as '1 %' for 0.01."""
     return f"{100 * value:.3g} %"

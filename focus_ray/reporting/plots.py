@@ -1,4 +1,4 @@
-"""Plots as SVG, transparent, in the page's colours (`page.svg_uri`): one drawing for a light page, a dark one and paper."""
+"""Draws plots as transparent SVG with the colours of the page (`page.svg_uri`), for light and dark screens and for paper."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# drawn in colours that no plot has, which then become variables of the style sheet
+# Plots are drawn in these placeholder colours, which `_svg` then replaces by variables of the style sheet.
 _INK, _LINE, _GOOD, _BAD, _CALIBRATION, _THRESHOLD = (f"#0102{number:02x}" for number in range(6))
 _VARIABLES = {
     _INK: "var(--ink)",
@@ -23,12 +23,18 @@ _VARIABLES = {
 }
 _WIDTH_IN = 3.4
 _NUM_BINS = 30
-_LOG_FROM = 8.0  # times the threshold: scores that reach further are told on a logarithmic axis
+_LOG_FROM = 8.0  # the score axis is logarithmic if the highest score exceeds this multiple of the threshold
 
 
 @dataclass(frozen=True)
 class Plot:
-    """svg: an element, for `page.svg_uri`.  title: for those who cannot see it.  caption: below it."""
+    """A plot on a page.
+
+    Attributes:
+        title: alternative text for readers who cannot see the picture.
+        caption: text below the plot.
+        svg: an SVG element, for `page.svg_uri`.
+    """
 
     title: str
     caption: str
@@ -45,9 +51,14 @@ def curve(
     steps: bool = False,
     x_limit: float = 1.0,
 ) -> Plot:
-    """A curve in the unit square, or its part to x_limit.
+    """Draws a curve in the unit square.
 
-    Args: point: where the calibrated threshold stands, marked.  steps: whether y holds from its x to the next.
+    Args:
+        xy: x and y of the curve, (N,) each.
+        axes_names: labels of the x and y axis.
+        point: (x, y) of the calibrated threshold, which gets a dot.
+        steps: draw steps: y is constant from its x to the next x.
+        x_limit: right end of the x axis.
     """
     figure, (axes,) = _figure(2.8, 1)
     axes.plot(*xy, color=_GOOD, linewidth=1.8, drawstyle="steps-post" if steps else "default")
@@ -62,13 +73,14 @@ def curve(
 
 
 def score_histograms(groups: Mapping[str, Sequence[float]], threshold: float, title: str, caption: str) -> Plot:
-    """A row a group of scores, on one axis, with the threshold through all of them.
+    """Draws a histogram for each group of scores, below each other on a common axis, with the threshold.
 
-    Args: groups: name -> scores, in the order of the rows; a name is of bad images where it starts with "bad".
+    Args:
+        groups: name -> scores, in the order of the rows. A name that starts with "bad" or "calibration" has its own colour.
     """
     shown = {name: np.asarray(scores, dtype=np.float64) for name, scores in groups.items() if len(scores)}
-    everything = np.concatenate([*shown.values(), [threshold]])
-    edges, is_log = _bins(everything, threshold)
+    all_values = np.concatenate([*shown.values(), [threshold]])
+    edges, is_log = _bin_edges(all_values, threshold)
     figure, rows = _figure(0.7 + 0.8 * len(shown), len(shown))
     for axes, (name, scores) in zip(rows, shown.items(), strict=True):
         colour = _BAD if name.startswith("bad") else _CALIBRATION if name.startswith("calibration") else _GOOD
@@ -82,32 +94,44 @@ def score_histograms(groups: Mapping[str, Sequence[float]], threshold: float, ti
     return Plot(title, caption, _svg(figure))
 
 
-def by_epoch(title: str, caption: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Plot:
-    """Name -> (epochs, values); names are told apart by dashes as well as by colour."""
+def plot_by_epoch(title: str, caption: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Plot:
+    """Draws values by epoch. Lines differ in dashes and colour, so that colour is not needed.
+
+    Args:
+        lines: name -> (epochs, values).
+    """
     figure, (axes,) = _figure(2.5, 1)
-    looks = [(_GOOD, "-"), (_BAD, "--"), (_CALIBRATION, ":"), (_INK, "-.")]
+    styles = [(_GOOD, "-"), (_BAD, "--"), (_CALIBRATION, ":"), (_INK, "-.")]
     for number, (name, (epochs, values)) in enumerate(lines.items()):
-        colour, dashes = looks[number % len(looks)]
+        colour, dashes = styles[number % len(styles)]
         axes.plot(
-            epochs, values, color=colour, linestyle=dashes, marker="o", markersize=3, linewidth=1.6, label=plain(name)
+            epochs,
+            values,
+            color=colour,
+            linestyle=dashes,
+            marker="o",
+            markersize=3,
+            linewidth=1.6,
+            label=escape_text(name),
         )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epochs trained")
-    axes.set_title(plain(title), fontsize=10, color=_INK)
+    axes.set_title(escape_text(title), fontsize=10, color=_INK)
     if len(lines) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=_INK)
     return Plot(title, caption, _svg(figure))
 
 
-def plain(text: str) -> str:
-    """Text of a record as matplotlib draws it letter by letter.
+def escape_text(text: str) -> str:
+    """Escapes untrusted text so that matplotlib draws it literally.
 
-    Between two dollars matplotlib reads a formula, and may fail; it fails at half of a surrogate pair too.
+    matplotlib parses text between two dollar signs as a formula, which may fail. It also fails at half of a surrogate pair.
     """
     return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text).replace("$", r"\$")
 
 
-def _bins(values: NDArray[np.float64], threshold: float) -> tuple[NDArray[np.float64], bool]:
+def _bin_edges(values: NDArray[np.float64], threshold: float) -> tuple[NDArray[np.float64], bool]:
+    """Returns the edges of histogram bins, and whether they are logarithmic."""
     low, high = float(values.min()), float(values.max())
     if low > 0 and high > _LOG_FROM * threshold:
         return np.geomspace(low, high, _NUM_BINS + 1), True
@@ -117,7 +141,8 @@ def _bins(values: NDArray[np.float64], threshold: float) -> tuple[NDArray[np.flo
 
 
 def _figure(height_in: float, num_rows: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # no pyplot: it keeps figures, and may look for a display
+    """Creates a figure with `num_rows` axes below each other, in the placeholder colours."""
+    from matplotlib.figure import Figure  # not pyplot, which stores figures and may look for a display
 
     figure = Figure(figsize=(_WIDTH_IN, height_in), layout="constrained")
     rows = figure.subplots(num_rows, 1, squeeze=False, sharex=True)[:, 0]
@@ -136,9 +161,9 @@ def _figure(height_in: float, num_rows: int) -> tuple[Any, list[Any]]:
 
 
 def _svg(figure: Any) -> str:
-    """The drawing alone: no XML head, no namespaces (`page.svg_uri` adds them), no size of its own.
+    """Returns a figure as a small SVG element, without XML header, namespaces (`page.svg_uri` adds them) and size.
 
-    Ids are hashes of what they name: two plots that share one mean the same by it.
+    Ids are hashes of the content that they name, so an id that occurs in two plots of a page means the same content.
     """
     import matplotlib
 
@@ -148,10 +173,10 @@ def _svg(figure: Any) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    head, _, rest = text.partition(">")
+    head, _, body = text.partition(">")
     head = re.sub(r'\s(xmlns(:xlink)?|width|height|version)="[^"]*"', "", head)
-    rest = re.sub(r'<g id="[a-z]+_?\d*(\.[a-z]+\d*)?(_\d+)*">', "<g>", rest)
-    rest = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", rest)
-    for drawn, variable in _VARIABLES.items():
-        rest = rest.replace(drawn, variable)
-    return head + ">" + rest
+    body = re.sub(r'<g id="[a-z]+_?\d*(\.[a-z]+\d*)?(_\d+)*">', "<g>", body)
+    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", body)
+    for placeholder, variable in _VARIABLES.items():
+        body = body.replace(placeholder, variable)
+    return head + ">" + body

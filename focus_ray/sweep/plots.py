@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from focus_ray.drawings import MARK
-from focus_ray.reporting.plots import plain
+from focus_ray.reporting.plots import escape_text
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig
@@ -83,10 +83,10 @@ def parallel_coordinates(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> b
         axes.axvline(column_index, color="#5f6b76", linewidth=1.0, zorder=1)
         for height, text in ticks:
             axes.text(
-                column_index + 0.05, height, plain(text), fontsize=8, va="center", zorder=4,
+                column_index + 0.05, height, escape_text(text), fontsize=8, va="center", zorder=4,
                 bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
             )  # fmt: skip
-    axes.set_xticks(range(len(columns)), [plain(column[0]) for column in columns], fontsize=9)
+    axes.set_xticks(range(len(columns)), [escape_text(column[0]) for column in columns], fontsize=9)
     axes.set_yticks([])
     axes.set_xlim(-0.2, len(columns) - 1 + 0.55)
     axes.set_ylim(-0.08, 1.12)
@@ -130,7 +130,7 @@ def learning_curves(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> bytes 
             )  # fmt: skip
         low, high = score_axis(panel_scores)
         panel.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        panel.set_title(f"{plain(category)}\n{describe_range(panel_scores)}", fontsize=10)
+        panel.set_title(f"{escape_text(category)}\n{describe_range(panel_scores)}", fontsize=10)
         panel.set_xlabel("epochs")
         panel.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(records.describe_objective(sweep), fontsize=9)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from focus_ray.bundle.bundle import MANIFEST
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.published import bundles_at
+from focus_ray.bundle.published import resolve_bundles
 from focus_ray.bundle.registry import LATEST
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.storage import FileStamp, join, read_stamp
@@ -86,7 +86,7 @@ class WatchedModel:
         """
         if (manifest_stamp := read_stamp(join(self.uri, MANIFEST))) is not None:
             return self.uri, manifest_stamp
-        bundles = bundles_at(self.uri, self.version, log)
+        bundles = resolve_bundles(self.uri, self.version, log)
         if self.category is None and len(bundles) > 1:
             raise DataError(f"{self.uri}: has models of {', '.join(sorted(bundles))}: choose one with --category")
         name = self.category or next(iter(bundles))

@@ -1,4 +1,4 @@
-"""Backbones of every family the whole way: fitted, written, read again, inspected with; trained, shared, in tiles, compiled."""
+"""Every family of backbones is fitted, written, read and inspected with; trained, shared, used with tiles, and compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_set import fit_alone, ingest_parts, keep_bundle, make_bundle, small_config
+from small_set import fit_alone, ingest_parts, make_bundle, small_config, write_fitted_bundle
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.config import Config
@@ -39,7 +39,7 @@ def photographs(data: str, name: str, category: str = "gear") -> NDArray[np.uint
 def check_the_whole_way(config: Config, images: NDArray[np.uint8]) -> None:
     result = fit_alone(config)
     expected = result.detector(torch.from_numpy(images))
-    inspector = Inspector.load(keep_bundle(result, config), "cpu")
+    inspector = Inspector.load(write_fitted_bundle(result, config), "cpu")
     scores, maps = inspector.score(images)
     np.testing.assert_allclose(scores, expected.score.numpy(), rtol=1e-3)
     np.testing.assert_allclose(maps, expected.anomaly_map.numpy(), atol=1e-3 * float(maps.max()))
@@ -49,34 +49,32 @@ def check_the_whole_way(config: Config, images: NDArray[np.uint8]) -> None:
 
 
 @pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14"])
-def test_a_bundle_scores_as_what_was_fitted_and_in_bfloat16_nearly_so(name: str, data: str, tmp_path: Path) -> None:
+def test_a_bundle_scores_as_the_fitted_model_and_nearly_so_in_bfloat16(name: str, data: str, tmp_path: Path) -> None:
     check_the_whole_way(config_of(name, data, tmp_path), photographs(data, name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
-def test_so_it_does_with_a_metric_and_a_profile(name: str, data: str, tmp_path: Path) -> None:
+def test_a_bundle_with_a_metric_and_a_profile_scores_as_the_fitted_model(name: str, data: str, tmp_path: Path) -> None:
     density, scoring = {"reduction": "discriminant"}, {"image_score": "profile"}
     check_the_whole_way(config_of(name, data, tmp_path, density=density, scoring=scoring), photographs(data, name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14"])
-def test_it_is_trained_by_both_losses_where_there_are_no_batch_norms_to_freeze(
-    name: str, data: str, tmp_path: Path
-) -> None:
-    found = fit_alone(config_of(name, data, tmp_path, train={"epochs": 2, "batch_size_per_worker": 12}))
-    assert len(found.notes.history) == 2
-    assert all(np.isfinite(epoch["loss"]) for epoch in found.notes.history)
+def test_a_backbone_without_batch_norms_is_trained_by_both_losses(name: str, data: str, tmp_path: Path) -> None:
+    result = fit_alone(config_of(name, data, tmp_path, train={"epochs": 2, "batch_size_per_worker": 12}))
+    assert len(result.notes.history) == 2
+    assert all(np.isfinite(epoch["loss"]) for epoch in result.notes.history)
     torch.manual_seed(0)
     untrained = fit_alone(config_of(name, data, tmp_path)).detector.net.backbone.state_dict()
-    trained = found.detector.net.backbone.state_dict()
+    trained = result.detector.net.backbone.state_dict()
     changed = {key.partition(".")[0] for key, value in trained.items() if not torch.equal(value, untrained[key])}
     assert changed == {"layer1", "layer2", "layer3"}
 
 
 @pytest.mark.slow
-def test_models_of_one_transformer_share_it_and_a_pass(data: str, tmp_path: Path) -> None:
+def test_models_with_the_same_transformer_share_its_forward_pass(data: str, tmp_path: Path) -> None:
     name = "dinov2_vits14"
     shared, detectors = SharedBackbones(), []
     for category in ("gear", "board"):
@@ -86,11 +84,11 @@ def test_models_of_one_transformer_share_it_and_a_pass(data: str, tmp_path: Path
     assert detectors[0].net.backbone is detectors[1].net.backbone
     parts = [torch.from_numpy(photographs(data, name, category)) for category in ("gear", "board")]
     together = score_together(list(zip(detectors, parts, strict=True)))
-    for detector, images, found in zip(detectors, parts, together, strict=True):
-        torch.testing.assert_close(found.score, detector(images).score, rtol=1e-4, atol=1e-4)
+    for detector, images, scored in zip(detectors, parts, together, strict=True):
+        torch.testing.assert_close(scored.score, detector(images).score, rtol=1e-4, atol=1e-4)
 
 
-def test_tiles_and_regions_go_with_places_of_14_pixels(data: str, tmp_path: Path) -> None:
+def test_tiles_and_regions_work_with_patches_of_14_pixels(data: str, tmp_path: Path) -> None:
     tiling = {"grid": [2, 2], "overlap": 0.125, "density": "shared"}
     config = config_of(
         "dinov2_vits14", data, tmp_path,
@@ -100,7 +98,9 @@ def test_tiles_and_regions_go_with_places_of_14_pixels(data: str, tmp_path: Path
     inspector = Inspector.load(make_bundle(config), "cpu")
     assert (inspector.bundle.detector.density.height, inspector.bundle.detector.density.width) == (6, 6)
     records = list(iter_test_records(data, "gear"))
-    maps = np.concatenate([found for _, found in inspector.score_batches(record["image"] for record in records)])
+    maps = np.concatenate(
+        [batch_maps for _, batch_maps in inspector.score_batches(record["image"] for record in records)]
+    )
     height, width = config.model.frame_px
     assert maps.shape == (len(records), height, width)
     assert maps[:, :, : width // 4].max() > 0
@@ -110,7 +110,7 @@ def test_tiles_and_regions_go_with_places_of_14_pixels(data: str, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-int8"])
 @pytest.mark.parametrize("name", ["convnext_tiny", "dinov2_vits14", "dinov2_vits14_reg"])
-def test_an_engine_computes_it(name: str, engine: str, data: str, tmp_path: Path) -> None:
+def test_an_engine_computes_the_backbone(name: str, engine: str, data: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     place = make_bundle(config_of(name, data, tmp_path))
     examples = [record["image"] for record in iter_test_records(data, "gear") if record["label"] == 0]

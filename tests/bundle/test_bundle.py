@@ -1,4 +1,4 @@
-"""Bundles: what is written is read, what was changed is refused, replacing is one step, nothing is pickled."""
+"""Bundles: a bundle is read as it was written, a changed file is refused, replacing is a single step, no file is a pickle."""
 
 from __future__ import annotations
 
@@ -80,28 +80,28 @@ def bundle(tmp_path: Path, gaussian: FitResult) -> Path:
     return tmp_path / "bundle"
 
 
-# Out and in
+# Writing and reading
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "nearest"])
-def test_a_bundle_that_is_read_scores_as_what_was_written(kind: str, tmp_path: Path) -> None:
+def test_a_bundle_scores_as_the_fitted_model(kind: str, tmp_path: Path) -> None:
     config = config_of(kind)
     result = trained(config)
     manifest = write(tmp_path, config, result)
     bundle = read_bundle(tmp_path)
     queries = images(3, 7)
     expected = build_detector(config, result.net, result.reduction, result.statistics)(queries)
-    found = bundle.detector(queries)
-    torch.testing.assert_close(found.score, expected.score, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=1e-5)
-    assert bundle.calibration.precision is not None  # recorded as the bundle is written
+    scored = bundle.detector(queries)
+    torch.testing.assert_close(scored.score, expected.score, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scored.anomaly_map, expected.anomaly_map, rtol=1e-4, atol=1e-5)
+    assert bundle.calibration.precision is not None  # `write_bundle` records it
     as_written = dataclasses.replace(result.calibration, precision=bundle.calibration.precision)
     assert (bundle.config, bundle.calibration, bundle.category) == (config, as_written, "bolt")
     assert bundle.version == manifest["sha256"]
     assert bundle.manifest == manifest == json.loads((tmp_path / MANIFEST).read_text())
 
 
-def test_the_manifest_says_what_made_the_bundle(bundle: Path) -> None:
+def test_the_manifest_contains_the_provenance(bundle: Path) -> None:
     manifest = read_manifest(bundle)
     assert manifest["data"] == DATA
     assert manifest["versions"]["torch"] == torch.__version__
@@ -110,13 +110,13 @@ def test_the_manifest_says_what_made_the_bundle(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "nearest"])
-def test_statistics_that_are_read_and_joined_are_those_of_all_images(kind: str, tmp_path: Path) -> None:
+def test_stored_statistics_join_to_the_statistics_of_all_images(kind: str, tmp_path: Path) -> None:
     config = config_of(kind)
     for number in range(2):
         write(tmp_path / str(number), config, trained(config, seed=number))
     joined = read_statistics(tmp_path / "0").join(read_statistics(tmp_path / "1"))
-    both = MemoryShard(torch.cat([images(10, 0), images(10, 1)]), images(4, 100))
-    fresh = fit(config, both, 20, CPU).statistics
+    all_images = MemoryShard(torch.cat([images(10, 0), images(10, 1)]), images(4, 100))
+    fresh = fit(config, all_images, 20, CPU).statistics
     assert joined.moments.count == 20
     scale = float(fresh.moments.scatter.abs().max())
     torch.testing.assert_close(joined.moments.mean, fresh.moments.mean, rtol=1e-5, atol=1e-6)
@@ -126,7 +126,7 @@ def test_statistics_that_are_read_and_joined_are_those_of_all_images(kind: str, 
         torch.testing.assert_close(joined.bank, fresh.bank, rtol=0, atol=2e-3)
 
 
-def test_a_bundle_holds_for_scoring_what_places_keep_and_for_updates_all(tmp_path: Path) -> None:
+def test_the_density_file_has_the_subsampled_bank_and_the_moments_file_the_rest(tmp_path: Path) -> None:
     part = config_of("nearest", per_place=4, reduction="discriminant", coreset_channels=16)
     result = trained(part)
     files = write(tmp_path, part, result)["files"]
@@ -135,7 +135,7 @@ def test_a_bundle_holds_for_scoring_what_places_keep_and_for_updates_all(tmp_pat
     bank = read_statistics(tmp_path).bank
     assert bank is not None
     assert torch.equal(bank, result.statistics.bank)
-    (tmp_path / files["moments"]["name"]).unlink()  # scoring needs none of it
+    (tmp_path / files["moments"]["name"]).unlink()  # scoring does not need this file
     read, queries = read_bundle(tmp_path).detector, images(3, 7)
     torch.testing.assert_close(read(queries).score, result.detector(queries).score, rtol=1e-5, atol=1e-6)
 
@@ -143,11 +143,11 @@ def test_a_bundle_holds_for_scoring_what_places_keep_and_for_updates_all(tmp_pat
 def test_a_bundle_without_moments_scores_but_cannot_be_updated(tmp_path: Path, gaussian: FitResult) -> None:
     write(tmp_path, config_of(keep_moments=False), gaussian)
     assert read_bundle(tmp_path).detector(images(1, 0)).score.shape == (1,)
-    with pytest.raises(BundleError, match=r"keeps no moments: train with density\.keep_moments=true"):
+    with pytest.raises(BundleError, match=r"density\.keep_moments=true"):
         read_statistics(tmp_path)
 
 
-def test_a_bundle_is_read_where_there_is_no_ray(bundle: Path) -> None:
+def test_a_bundle_can_be_read_without_ray(bundle: Path) -> None:
     code = """
 import sys
 
@@ -161,18 +161,18 @@ import torch
 from focus_ray.bundle.bundle import read_bundle
 print(float(read_bundle(sys.argv[1]).detector(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).score))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    finished = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
     expected = read_bundle(bundle).detector(torch.zeros(1, 32, 32, 3, dtype=torch.uint8)).score
-    assert float(done.stdout) == pytest.approx(float(expected), rel=1e-5)
+    assert float(finished.stdout) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_bundle_on_s3_scores_as_one_on_disk(s3, bundle: Path, gaussian: FitResult) -> None:
     uri = s3.new_uri()
     write(uri, config_of(), gaussian)  # type: ignore[arg-type]
     queries = images(2, 7)
-    found = read_bundle(uri).detector(queries).score
-    torch.testing.assert_close(found, read_bundle(bundle).detector(queries).score)
+    scored = read_bundle(uri).detector(queries).score
+    torch.testing.assert_close(scored, read_bundle(bundle).detector(queries).score)
 
 
 def test_no_file_of_a_bundle_is_a_pickle(bundle: Path) -> None:
@@ -197,7 +197,7 @@ def test_the_projector_and_predictor_are_left_out(bundle: Path) -> None:
     assert [name for name in names if name.startswith("feature_aligners.layer2")]
 
 
-# What is refused
+# Refused bundles
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
@@ -208,9 +208,7 @@ def test_a_changed_byte_in_a_tensor_file_is_refused(bundle: Path, part: str, pla
     content[{"first": 0, "middle": len(content) // 2, "last": -1}[place]] ^= 1
     path.write_bytes(content)
     read = read_statistics if part == "moments" else read_bundle
-    with pytest.raises(
-        BundleError, match=rf"{path.name}: its SHA-256 is .* changed or cut short; fetch the bundle again"
-    ):
+    with pytest.raises(BundleError, match=rf"{path.name}: the SHA-256 is "):
         read(bundle)
 
 
@@ -225,10 +223,10 @@ def test_a_changed_manifest_is_refused(bundle: Path) -> None:
     path = bundle / MANIFEST
     text = path.read_text()
     path.write_text(text.replace('"category": "bolt"', '"category": "nuts"'))
-    with pytest.raises(BundleError, match=rf"{MANIFEST}: changed since it was written \(its hash differs\)"):
+    with pytest.raises(BundleError, match=rf"{MANIFEST}: .*hash differs"):
         read_bundle(bundle)
     path.write_text(text[:-1])
-    with pytest.raises(BundleError, match=r"not valid JSON .*: the bundle is damaged; fetch it again"):
+    with pytest.raises(BundleError, match=r"not valid JSON"):
         read_bundle(bundle)
     for other in ("[]", "{}", '{"format": "another"}'):
         path.write_text(other)
@@ -245,7 +243,7 @@ def test_no_changed_byte_of_a_manifest_goes_unnoticed(bundle: Path) -> None:
         changed[position] ^= 1
         path.write_bytes(changed)
         with contextlib.suppress(BundleError):
-            assert read_manifest(bundle) == manifest  # white space, at most
+            assert read_manifest(bundle) == manifest  # the byte was white space
 
 
 def test_another_format_version_is_refused(bundle: Path) -> None:
@@ -253,52 +251,52 @@ def test_another_format_version_is_refused(bundle: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
     with pytest.raises(
         BundleError,
-        match=r"bundle format 99, this focus_ray .* reads 1, 2, 3, 4, 5 and 6: install the version that wrote it",
+        match=r"format 99, .* formats 1, 2, 3, 4, 5 and 6",
     ):
         read_bundle(bundle)
 
 
-def test_a_bundle_of_the_former_format_scores_as_it_did(bundle: Path) -> None:
-    """It had no choice of padding and of the image score: zeros, and the map's maximum."""
+def test_a_bundle_of_format_1_scores_as_before(bundle: Path) -> None:
+    """Format 1 has no settings for padding and image score: they were zeros, and the maximum of the map."""
     path = bundle / MANIFEST
     manifest = json.loads(path.read_text())
-    former = {**manifest, "format_version": 1, "config": json.loads(json.dumps(manifest["config"]))}
-    del former["config"]["model"]["padding"], former["config"]["scoring"]["image_score"]
-    del former["config"]["density"]["coreset"]
-    del former["sha256"]
-    text = json.dumps(former, sort_keys=True, separators=(",", ":"))
-    path.write_text(json.dumps({**former, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
+    old_manifest = {**manifest, "format_version": 1, "config": json.loads(json.dumps(manifest["config"]))}
+    del old_manifest["config"]["model"]["padding"], old_manifest["config"]["scoring"]["image_score"]
+    del old_manifest["config"]["density"]["coreset"]
+    del old_manifest["sha256"]
+    text = json.dumps(old_manifest, sort_keys=True, separators=(",", ":"))
+    path.write_text(json.dumps({**old_manifest, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
     read = read_bundle(bundle)
     assert (read.config.model.padding, read.config.scoring.image_score) == ("zeros", "maximum")
     assert read.detector.profile is None
 
 
-def test_places_of_a_bundle_of_format_5_keep_all_images(tmp_path: Path) -> None:
+def test_locations_of_a_bundle_of_format_5_store_all_images(tmp_path: Path) -> None:
     config = config_of("nearest", per_place=None)
     write(tmp_path, config, trained(config))
     path = tmp_path / MANIFEST
-    former = {**json.loads(path.read_text()), "format_version": 5}
-    del former["config"]["density"]["per_place"], former["sha256"]
-    path.write_text(json.dumps({**former, "sha256": manifest_hash(former)}))
+    old_manifest = {**json.loads(path.read_text()), "format_version": 5}
+    del old_manifest["config"]["density"]["per_place"], old_manifest["sha256"]
+    path.write_text(json.dumps({**old_manifest, "sha256": manifest_hash(old_manifest)}))
     assert read_bundle(tmp_path).config == config
 
 
 def test_a_missing_file_is_named(bundle: Path) -> None:
     (path,) = bundle.glob("density-*.safetensors")
     path.unlink()
-    with pytest.raises(BundleError, match=rf"{path.name} is missing: copy the whole folder again"):
+    with pytest.raises(BundleError, match=rf"{path.name} is missing"):
         read_bundle(bundle)
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"no manifest\.json there, so this is no bundle: give the folder that"):
+    with pytest.raises(BundleError, match=r"no manifest\.json"):
         read_bundle(tmp_path)
 
 
 # Replacing
 
 
-def test_replacing_a_bundle_leaves_only_the_new_one(bundle: Path) -> None:
+def test_replacing_a_bundle_deletes_its_old_files(bundle: Path) -> None:
     before = read_manifest(bundle)
     after = write(bundle, config_of(), trained(config_of(), seed=5))
     assert read_manifest(bundle) == after
@@ -307,18 +305,18 @@ def test_replacing_a_bundle_leaves_only_the_new_one(bundle: Path) -> None:
     assert {path.name for path in bundle.iterdir()} == {MANIFEST, *stored}
 
 
-def test_writing_the_same_again_keeps_the_same_tensor_files(bundle: Path, gaussian: FitResult) -> None:
+def test_writing_the_same_bundle_again_changes_no_tensor_file(bundle: Path, gaussian: FitResult) -> None:
     before = read_manifest(bundle)
     assert write(bundle, config_of(), gaussian)["files"] == before["files"]
     read_bundle(bundle)
 
 
-def test_a_write_that_fails_leaves_the_former_bundle_whole(
+def test_a_failed_write_leaves_the_old_bundle_complete(
     bundle: Path, gaussian: FitResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = read_manifest(bundle)
     broken = trained(config_of(), seed=5)
-    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: 1 / 0)  # after the tensors, before the manifest
+    monkeypatch.setattr(json, "dumps", lambda *args, **kwargs: 1 / 0)  # fails after the tensors and before the manifest
     with pytest.raises(ZeroDivisionError):
         write(bundle, config_of(), broken)
     monkeypatch.undo()

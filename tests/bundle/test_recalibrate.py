@@ -1,4 +1,4 @@
-"""New thresholds without training: from good images, by hand; what they cost; training images are told."""
+"""New thresholds without training, from good images or by hand; their cost; training images are reported and left out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from focus_ray.samples.write import write_samples
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """data/, images/ they were ingested from, runs/small/bundles/gear, and new/ images that no model has seen."""
+    """A folder with images/, the data set data/ of them, runs/small/bundles/gear, and new/ with images that no model has seen."""
     folder = tmp_path_factory.mktemp("recalibrate")
     write_samples(folder / "new", seed=7, size_px=64, num_train=24, num_test_good=1, num_bad_per_type=3)
     config = small_config(ingest_parts(folder), folder / "runs", cluster={"local": True})
@@ -45,13 +45,15 @@ def bad_images(work: Path) -> list[Path]:
     return sorted(path for path in (work / "new/gear/test").rglob("*.png") if path.parent.name != "good")
 
 
-def test_new_good_images_set_the_threshold_that_their_scores_give(work: Path, tmp_path: Path) -> None:
+def test_the_threshold_is_a_quantile_of_the_new_good_scores(work: Path, tmp_path: Path) -> None:
     before = read_manifest(bundle_of(work))
-    done = calibrate_bundle(bundle_of(work), tmp_path / "new", good_images(work), target_fpr=0.2)
-    scores = sorted(one.score for one in Inspector.load(bundle_of(work)).inspect(good_images(work)))
-    assert done.calibration.image_scores == pytest.approx(scores, rel=1e-5)
-    assert done.calibration.image_threshold == done.calibration.image_scores[24 - 5]  # m = floor(0.2 * 25) = 5
-    assert done.calibration.image_guaranteed
+    recalibration = calibrate_bundle(bundle_of(work), tmp_path / "new", good_images(work), target_fpr=0.2)
+    scores = sorted(inspection.score for inspection in Inspector.load(bundle_of(work)).inspect(good_images(work)))
+    assert recalibration.calibration.image_scores == pytest.approx(scores, rel=1e-5)
+    assert (
+        recalibration.calibration.image_threshold == recalibration.calibration.image_scores[24 - 5]
+    )  # m = floor(0.2 * 25) = 5
+    assert recalibration.calibration.image_guaranteed
     after = read_manifest(tmp_path / "new")
     assert after["files"] == before["files"]
     assert after["sha256"] != before["sha256"]
@@ -59,10 +61,10 @@ def test_new_good_images_set_the_threshold_that_their_scores_give(work: Path, tm
     assert change["version"] == before["sha256"]
     assert change["image_threshold"] == before["calibration"]["image_threshold"]
     assert read_manifest(bundle_of(work)) == before
-    assert read_bundle(tmp_path / "new").calibration == done.calibration
+    assert read_bundle(tmp_path / "new").calibration == recalibration.calibration
 
 
-def test_good_images_unlike_those_that_set_the_former_thresholds_are_told(
+def test_a_shift_from_the_previous_calibration_images_is_reported(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "dark").mkdir()
@@ -74,39 +76,43 @@ def test_good_images_unlike_those_that_set_the_former_thresholds_are_told(
     for folder, is_told in ((usual, False), (dark, True)):
         assert main(["calibrate", bundle_of(work), str(tmp_path / "new"), "--good", str(folder)]) == 0
         assert (notice in capsys.readouterr().err) is is_told
-    # against the new thresholds the same images are no longer a shift, and the usual ones score lower
-    done = calibrate_bundle(tmp_path / "new", tmp_path / "newer", sorted(usual.iterdir()))
-    assert done.shift is not None
-    assert done.shift.direction == "lower"
+    # compared with the new calibration the same images are no shift, and the original good images score lower
+    recalibration = calibrate_bundle(tmp_path / "new", tmp_path / "newer", sorted(usual.iterdir()))
+    assert recalibration.shift is not None
+    assert recalibration.shift.direction == "lower"
 
 
-def test_images_that_the_model_was_trained_on_are_told_and_set_nothing(work: Path, tmp_path: Path) -> None:
+def test_training_images_are_reported_and_do_not_set_thresholds(work: Path, tmp_path: Path) -> None:
     trained_on = sorted((work / "images/gear/train/good").iterdir())
-    found = Inspector.load(bundle_of(work)).inspect([*trained_on, *good_images(work)])
+    inspections = Inspector.load(bundle_of(work)).inspect([*trained_on, *good_images(work)])
     manifest = read_manifest(bundle_of(work))
-    assert sum(one.trained_on for one in found) == manifest["moments"]["count"]
-    assert not any(one.trained_on for one in found[len(trained_on) :])
-    assert any("trained_on" in one.to_dict() for one in found)
-    done = calibrate_bundle(bundle_of(work), tmp_path / "new", [*trained_on, *good_images(work)])
-    assert done.num_known == manifest["moments"]["count"]
-    assert done.calibration.num_images == len(trained_on) + len(good_images(work)) - done.num_known
-    known = [path for path, one in zip(trained_on, found, strict=False) if one.trained_on]
-    with pytest.raises(DataError, match=r"all \d+ good images are among those that the model was trained on"):
-        calibrate_bundle(bundle_of(work), tmp_path / "none", known)
+    assert sum(inspection.trained_on for inspection in inspections) == manifest["moments"]["count"]
+    assert not any(inspection.trained_on for inspection in inspections[len(trained_on) :])
+    assert any("trained_on" in inspection.to_dict() for inspection in inspections)
+    recalibration = calibrate_bundle(bundle_of(work), tmp_path / "new", [*trained_on, *good_images(work)])
+    assert recalibration.num_trained_on == manifest["moments"]["count"]
+    assert (
+        recalibration.calibration.num_images == len(trained_on) + len(good_images(work)) - recalibration.num_trained_on
+    )
+    trained_on_images = [
+        path for path, inspection in zip(trained_on, inspections, strict=False) if inspection.trained_on
+    ]
+    with pytest.raises(DataError, match=r"all \d+ good images"):
+        calibrate_bundle(bundle_of(work), tmp_path / "none", trained_on_images)
     assert not (tmp_path / "none").exists()
 
 
-def test_bad_images_show_what_a_threshold_costs_and_set_nothing(work: Path, tmp_path: Path) -> None:
+def test_bad_images_show_the_cost_of_a_threshold_and_do_not_set_it(work: Path, tmp_path: Path) -> None:
     without = calibrate_bundle(bundle_of(work), tmp_path / "a", good_images(work))
-    done = calibrate_bundle(bundle_of(work), tmp_path / "b", good_images(work), bad_images(work))
-    assert done.calibration == without.calibration
+    recalibration = calibrate_bundle(bundle_of(work), tmp_path / "b", good_images(work), bad_images(work))
+    assert recalibration.calibration == without.calibration
     assert without.curve is None
-    assert done.curve is not None
-    assert (done.curve.num_good, done.curve.num_bad) == (24, len(bad_images(work)))
-    assert done.curve.to_csv().decode().splitlines()[0] == "threshold,false_alarm_rate,miss_rate"
+    assert recalibration.curve is not None
+    assert (recalibration.curve.num_good, recalibration.curve.num_bad) == (24, len(bad_images(work)))
+    assert recalibration.curve.to_csv().decode().splitlines()[0] == "threshold,false_alarm_rate,miss_rate"
 
 
-def test_a_trade_off_counts_what_lies_above_each_threshold() -> None:
+def test_a_trade_off_counts_the_scores_above_each_threshold() -> None:
     rng = np.random.default_rng(0)
     good, bad = rng.integers(0, 9, 30).astype(float), rng.integers(3, 12, 20).astype(float)
     curve = trade_off(good, bad)
@@ -124,9 +130,7 @@ def test_a_trade_off_counts_what_lies_above_each_threshold() -> None:
         curve.cost(1.0, 1.0, 2.0)
 
 
-def test_thresholds_set_by_hand_are_kept_with_who_set_them_and_what_they_say_of_good_parts(
-    work: Path, tmp_path: Path
-) -> None:
+def test_thresholds_set_by_hand_are_stored_with_the_name_of_the_person(work: Path, tmp_path: Path) -> None:
     scores = read_bundle(bundle_of(work)).calibration.image_scores
     middle = float(np.mean(scores[1:3]))
     manifest = set_thresholds(bundle_of(work), tmp_path / "new", image_threshold=middle, by="ann")
@@ -152,39 +156,39 @@ def test_a_registry_publishes_thresholds_as_its_next_version(work: Path, tmp_pat
     assert read_bundle(second.uri).calibration.image_threshold == 3.5
 
 
-def test_the_command_says_what_changed_and_refuses_what_it_cannot_do(
+def test_the_command_reports_the_change_and_refuses_invalid_arguments(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new, good = str(tmp_path / "new"), str(work / "new/gear/train/good")
     bad = [str(path) for path in bad_images(work)]
     curve = str(tmp_path / "curve.csv")
     assert main(["calibrate", bundle_of(work), new, "--good", good, "--bad", *bad, "--trade-off", curve]) == 0
-    told = capsys.readouterr()
-    assert "cheapest" in told.out
-    assert "image threshold" in told.err
+    captured = capsys.readouterr()
+    assert "cheapest" in captured.out
+    assert "image threshold" in captured.err
     assert Path(curve).read_text().startswith("threshold,")
     assert main(["calibrate", new, new]) == 1
-    assert "give one of --good" in capsys.readouterr().err
+    assert "give inspection of --good" in capsys.readouterr().err
     assert main(["calibrate", new, new, "--good", good, "--trade-off", curve]) == 1
     assert "--trade-off needs --bad" in capsys.readouterr().err
     assert main(["calibrate", new, new, "--good", str(tmp_path / "gone")]) == 1
     assert "no such file or folder" in capsys.readouterr().err
 
 
-def test_inspect_says_that_images_were_trained_on_and_what_its_threshold_is_worth(
+def test_inspect_reports_training_images_and_the_quality_of_the_threshold(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw_parts(work / "again")
     table, new = tmp_path / "table.csv", good_images(work)[0]
     assert main(["inspect", bundle_of(work), str(work / "again/gear/train/good"), str(new), "--csv", str(table)]) == 0
     captured = capsys.readouterr()
-    told, lines = captured.err, [json.loads(line) for line in captured.out.splitlines()]
+    stderr, lines = captured.err, [json.loads(line) for line in captured.out.splitlines()]
     with table.open(newline="", encoding="utf-8") as stream:
         rows = {row["image"]: row["trained_on"] for row in csv.DictReader(stream)}
     assert rows == {line["image"]: "true" if line.get("trained_on") else "false" for line in lines}
     assert (rows[str(new)], set(rows.values())) == ("false", {"true", "false"})
-    assert "images are among those that the model was trained on" in told
-    assert "good images are too few" in told
+    assert "images are among those that the model was trained on" in stderr
+    assert "good images are too few" in stderr
 
 
 def test_copies_of_an_image_count_once_and_are_named(
@@ -200,8 +204,8 @@ def test_copies_of_an_image_count_once_and_are_named(
     assert "copies" not in capsys.readouterr().err
     bad = [*map(str, bad_images(work)), str(bad_images(work)[0])]
     assert main(["calibrate", bundle_of(work), str(tmp_path / "new"), *words, *copies, "--bad", *bad]) == 0
-    told = capsys.readouterr().err
-    assert f"{good[0]} counts once; left out as copies with the same pixels: {', '.join(copies[:2])}\n" in told
+    stderr = capsys.readouterr().err
+    assert f"{good[0]} counts once; left out as copies with the same pixels: {', '.join(copies[:2])}\n" in stderr
     assert read_bundle(tmp_path / "new").calibration == read_bundle(alone).calibration
     (change,) = read_manifest(tmp_path / "new")["data"]["calibrations"]
     assert (change["num_good"], change["num_bad"]) == (len(good), len(bad_images(work)))
@@ -227,9 +231,7 @@ def test_hidden_images_set_no_threshold(work: Path, tmp_path: Path) -> None:
     assert read_bundle(tmp_path / "new").calibration.num_images == len(good_images(work))
 
 
-def test_inspect_takes_no_overlay_of_its_own_for_an_image(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_ignores_its_own_overlays(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new, heat = tmp_path / "new", tmp_path / "new/heat"
     new.mkdir()
     for path in good_images(work)[:2]:

@@ -1,4 +1,4 @@
-"""Bundles made by an attacker: sizes, shapes and numbers that would exhaust memory are refused before any tensor is allocated."""
+"""Hostile bundles: sizes, shapes and numbers that would exhaust memory are refused before any tensor is allocated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIMIT = 256 * MIB
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> str:
+def original(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("parts")
     config = small_config(
         ingest_parts(folder),
@@ -37,12 +37,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def bundle(made: str, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
+def bundle(original: str, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "bundle"))
 
 
 def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes the manifest and signs it with its own hash, as an attacker can."""
+    """Changes a manifest and updates its hash, as an attacker can."""
     manifest = read_manifest(bundle)
     change(manifest)
     manifest["sha256"] = manifest_hash(manifest)
@@ -50,7 +50,7 @@ def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], Any]) -> No
 
 
 def replace_part(bundle: Path, part: str, content: bytes) -> None:
-    """Puts other bytes in the place of a tensor file; manifest, size and hashes agree with them."""
+    """Replaces the content of a tensor file, and updates size and hashes in the manifest."""
     entry = read_manifest(bundle)["files"][part]
     (bundle / entry["name"]).write_bytes(content)
     changed = {**entry, "sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)}
@@ -69,7 +69,7 @@ def file_of(header: bytes, data: bytes = b"", length: int | None = None) -> byte
     return (len(header) if length is None else length).to_bytes(8, "little") + header + data
 
 
-def test_an_honest_bundle_is_read_within_the_limit(bundle: Path) -> None:
+def test_a_valid_bundle_is_read_within_the_limit(bundle: Path) -> None:
     assert read_bundle(bundle, max_bytes=LIMIT).version == read_manifest(bundle)["sha256"]
 
 
@@ -78,7 +78,7 @@ def test_an_honest_bundle_is_read_within_the_limit(bundle: Path) -> None:
 
 def test_a_file_that_is_larger_than_its_manifest_says_is_not_read(bundle: Path) -> None:
     entry = read_manifest(bundle)["files"]["density"]
-    os.truncate(bundle / entry["name"], 2**40)  # sparse: takes no room on the disk
+    os.truncate(bundle / entry["name"], 2**40)  # a sparse file, which takes no disk space
     with pytest.raises(BundleError, match=rf"the file has {2**40} bytes, expected at most {entry['num_bytes']}"):
         read_bundle(bundle)
 
@@ -89,10 +89,10 @@ def test_a_manifest_of_a_terabyte_is_not_read(bundle: Path) -> None:
         read_manifest(bundle)
 
 
-def test_a_bundle_above_the_limit_is_refused_before_its_files_are_looked_at(bundle: Path) -> None:
+def test_a_bundle_above_the_limit_is_refused_before_its_files_are_read(bundle: Path) -> None:
     for path in bundle.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(BundleError, match=r"its tensor files have \d+ bytes, and the limit is 1048576"):
+    with pytest.raises(BundleError, match=r"tensor files have \d+ bytes, .* 1048576"):
         read_bundle(bundle, max_bytes=MIB)
 
 
@@ -139,7 +139,7 @@ def test_a_manifest_entry_of_a_wrong_kind_is_named(bundle: Path, path: str, valu
 
     change_manifest(bundle, change)
     for read in (read_manifest, read_bundle, read_statistics):
-        with pytest.raises(BundleError, match=rf"the entry '{path}[^']*' of its manifest cannot be used"):
+        with pytest.raises(BundleError, match=rf"the entry '{path}[^']*'"):
             read(bundle)
 
 
@@ -151,7 +151,7 @@ def test_a_section_of_the_configuration_that_is_no_mapping_is_refused(bundle: Pa
 
 
 def set_tiles(manifest: dict[str, Any], grid: list[int], size_px: int) -> None:
-    """Makes the images huge, and the map of the density agree with them."""
+    """Sets a huge image size, and the matching size of the density's map."""
     tiling = {"grid": grid, "overlap": 0.0, "density": "shared"}
     manifest["config"]["model"].update(image_size_px=size_px, tiling=tiling)
 
@@ -159,7 +159,7 @@ def set_tiles(manifest: dict[str, Any], grid: list[int], size_px: int) -> None:
 def test_images_of_four_gigapixels_are_refused_before_anything_is_allocated(bundle: Path) -> None:
     change_manifest(bundle, lambda manifest: set_tiles(manifest, [32, 32], 64))
     change_tensors(bundle, "density", **{"profile.weight": torch.ones(256, 256)})
-    read_bundle(bundle)  # as small as the honest one but for its images
+    read_bundle(bundle)  # without a limit it is read: its files are small
     with pytest.raises(BundleError, match=r"a batch of 32 images of 2048 x 2048 pixels would take 512 MiB of memory"):
         read_bundle(bundle, max_bytes=LIMIT)
     change_manifest(bundle, lambda manifest: set_tiles(manifest, [32, 32], 2048))
@@ -169,7 +169,7 @@ def test_images_of_four_gigapixels_are_refused_before_anything_is_allocated(bund
 
 def test_a_map_of_another_size_than_the_configuration_gives_is_refused(bundle: Path) -> None:
     change_manifest(bundle, lambda manifest: manifest["moments"].update(height=1, width=64))
-    with pytest.raises(BundleError, match=r"its map has 1 x 64 places, expected \(8, 8\)"):
+    with pytest.raises(BundleError, match=r"1 x 64 cells, expected \(8, 8\)"):
         read_bundle(bundle)
 
 
@@ -208,7 +208,7 @@ def test_a_header_above_a_mebibyte_is_refused(bundle: Path) -> None:
     length = int.from_bytes(content[:8], "little")
     header = content[8 : 8 + length].ljust(MIB + 1)
     replace_part(bundle, "density", file_of(header, content[8 + length :]))
-    with pytest.raises(BundleError, match="header of 1048577 bytes, expected 1048576 at most"):
+    with pytest.raises(BundleError, match=r"header of 1048577 bytes, .* 1048576"):
         read_bundle(bundle)
 
 
@@ -228,7 +228,7 @@ def test_a_header_above_a_mebibyte_is_refused(bundle: Path) -> None:
         ("network", "reduction.projection", (33, 448)),
     ],
 )
-def test_a_tensor_of_another_shape_than_the_configuration_calls_for_is_refused(
+def test_a_tensor_of_another_shape_than_the_configuration_requires_is_refused(
     bundle: Path, part: str, name: str, shape: tuple[int, ...]
 ) -> None:
     extra = {"coreset.images": torch.zeros(shape[0], dtype=torch.int32)} if name == "coreset.patches" else {}
@@ -245,15 +245,15 @@ def test_a_region_of_another_size_is_refused(bundle: Path) -> None:
         read_bundle(bundle)
 
 
-def test_tensors_that_take_more_memory_than_their_file_are_counted_as_they_are_held(bundle: Path) -> None:
-    """A memory of bytes is held as float32, four times as large."""
+def test_the_limit_counts_the_memory_of_tensors_and_not_their_file_size(bundle: Path) -> None:
+    """A bank of bytes becomes float32 in memory, which is four times as large."""
     change_tensors(bundle, "density", bank=torch.zeros(20_000, 64, 32, dtype=torch.uint8))
     assert len(part_bytes(bundle, "density")) < 50 * MIB
-    with pytest.raises(BundleError, match=r"its tensors would take \d+ MiB of memory, and the limit is 100 MiB"):
+    with pytest.raises(BundleError, match=r"the tensors would take \d+ MiB .* 100 MiB"):
         read_bundle(bundle, max_bytes=100 * MIB)
 
 
-def test_distances_to_a_large_coreset_are_counted_before_an_image_comes(bundle: Path) -> None:
+def test_distances_to_a_large_coreset_count_before_the_first_image(bundle: Path) -> None:
     change_manifest(bundle, lambda manifest: manifest["config"]["density"].update(coreset=65536, coreset_channels=1))
     count = 65536
     change_tensors(
@@ -263,11 +263,11 @@ def test_distances_to_a_large_coreset_are_counted_before_an_image_comes(bundle: 
     )
     change_tensors(bundle, "network", **{"reduction.coreset_projection": torch.zeros(1, 384)})
     read_bundle(bundle, max_bytes=LIMIT)
-    with pytest.raises(BundleError, match=r"distances to its coreset would take 16 MiB"):
+    with pytest.raises(BundleError, match=r"coreset would take 16 MiB"):
         read_bundle(bundle, max_bytes=MIB * 15)
 
 
 def test_moments_of_another_shape_than_the_manifest_says_are_refused(bundle: Path) -> None:
     change_tensors(bundle, "moments", scatter=torch.zeros(64, 5000))
-    with pytest.raises(BundleError, match=r"its moments lack a tensor scatter of the shape \(64, 528\)"):
+    with pytest.raises(BundleError, match=r"no tensor scatter of the shape \(64, 528\)"):
         read_statistics(bundle)

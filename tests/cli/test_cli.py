@@ -1,4 +1,4 @@
-"""The command line: exit statuses, what goes to which stream, and files that it writes."""
+"""The command line: exit statuses, standard output and standard error, and the files that commands write."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with one bundle, of gears that were not aligned."""
+    """The folder of a run with a bundle of the category gear, without image alignment."""
     root = tmp_path_factory.mktemp("runs")
     ingest(images, root / "data", progress=False)
     make_bundle(small_config(str(root / "data"), root, model={"image_alignment": {"group": "none"}}))
@@ -46,7 +46,7 @@ def bundle(run: Path) -> str:
 
 @pytest.fixture
 def pictures(images: Path, tmp_path: Path) -> Path:
-    """A folder of a good and a bad gear, of which one is oblong."""
+    """A folder with an image of a good gear, and an oblong image of a bad gear in a subfolder."""
     folder = tmp_path / "pictures"
     (folder / "inner").mkdir(parents=True)
     shutil.copy(images / "gear/test/good/000.png", folder / "a.png")
@@ -66,7 +66,7 @@ def test_ingest_reports_and_exits_with_0(images: Path, tmp_path: Path, capsys: p
     assert "gear: written, 24 train, 4 normal and 4 anomalous test images, 4 masks" in capsys.readouterr().out
 
 
-def test_ingest_exits_with_3_where_a_file_was_rejected(
+def test_ingest_exits_with_3_if_a_file_was_rejected(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(images / "gear", tmp_path / "gear")
@@ -75,7 +75,7 @@ def test_ingest_exits_with_3_where_a_file_was_rejected(
     assert "rejected (not_an_image): train/good/broken.png" in capsys.readouterr().out
 
 
-def test_ingest_of_nothing_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ingest_of_an_empty_folder_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ingest", str(tmp_path / "nowhere"), str(tmp_path / "data")]) == 1
     captured = capsys.readouterr()
     assert captured.err.endswith(
@@ -87,7 +87,7 @@ def test_ingest_of_nothing_exits_with_1(tmp_path: Path, capsys: pytest.CaptureFi
 # train
 
 
-def test_a_misspelt_key_exits_with_1_and_the_key_that_was_meant(
+def test_a_misspelt_key_exits_with_1_and_suggests_the_right_key(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text("data: {uri: images}\ntrain: {epoch: 3}\n")
@@ -103,7 +103,7 @@ def test_a_misspelt_override_exits_with_1(tmp_path: Path, capsys: pytest.Capture
     assert "train.epochs: " in capsys.readouterr().err
 
 
-def test_the_command_tells_a_users_error_in_one_line(tmp_path: Path) -> None:
+def test_a_users_error_is_a_single_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "focus_ray.cli", "train", str(tmp_path / "run.yaml")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
@@ -111,13 +111,13 @@ def test_the_command_tells_a_users_error_in_one_line(tmp_path: Path) -> None:
     assert len(ended.stderr.splitlines()) == 1
 
 
-def test_help_and_version_are_quick_because_nothing_heavy_is_imported() -> None:
+def test_help_and_version_import_no_heavy_module() -> None:
     code = "import sys, focus_ray.cli.main as c; c.build_parser(); print([m for m in ('torch', 'ray') if m in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout.strip() == "[]"
 
 
-def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
         main(["--version"])
     assert capsys.readouterr().out == f"focus-ray {__version__}\n"
@@ -126,7 +126,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 # evaluate
 
 
-def test_evaluate_writes_its_report_beside_the_bundles(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_writes_its_report_next_to_the_bundles(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(run)]) == 0
     table = capsys.readouterr().out
     report = json.loads((run / "report/report.json").read_text())
@@ -143,7 +143,7 @@ def test_evaluate_writes_its_report_beside_the_bundles(run: Path, capsys: pytest
     assert "of 4 defective parts are found" in page
 
 
-def test_evaluate_takes_one_bundle_other_data_and_another_folder(
+def test_evaluate_accepts_a_single_bundle_other_data_and_another_folder(
     run: Path, bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = str(run.parent / "data")
@@ -154,7 +154,7 @@ def test_evaluate_takes_one_bundle_other_data_and_another_folder(
     assert "no data set here" in capsys.readouterr().err
 
 
-def test_evaluate_beyond_its_budget_of_pixels_says_so_and_bounds_its_figures(
+def test_evaluate_with_binned_pixels_reports_bounds_of_its_metrics(
     bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = str(tmp_path / "out")
@@ -171,10 +171,10 @@ def test_evaluate_beyond_its_budget_of_pixels_says_so_and_bounds_its_figures(
     assert captured_again.out == captured.out
 
 
-def test_evaluate_measures_the_other_defects_and_categories_where_one_cannot_be(
+def test_evaluate_skips_a_defect_type_or_category_that_cannot_be_measured(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One defect has masks of whole images; one category has no test images; their reasons stand in their own places."""
+    """A defect type has masks of the complete image, and a category has no test images; each gets its own reason."""
     for category in ("gear", "board"):
         shutil.copytree(images / category, tmp_path / "images" / category)
     for mask in (tmp_path / "images/gear/ground_truth/scratch").glob("*.png"):
@@ -193,9 +193,9 @@ def test_evaluate_measures_the_other_defects_and_categories_where_one_cannot_be(
     assert "there is no test image to evaluate" in report["board"]["error"]
     gear = report["gear"]
     assert gear["image_auroc"] is not None
-    others = [kind for kind in gear["defect_types"] if kind != "scratch"]
-    assert others
-    assert all(gear["defect_types"][kind]["aupro_0.3"] is not None for kind in others)
+    other_types = [kind for kind in gear["defect_types"] if kind != "scratch"]
+    assert other_types
+    assert all(gear["defect_types"][kind]["aupro_0.3"] is not None for kind in other_types)
     assert any(where.startswith("scratch: ") for where in gear["reasons"]), gear["reasons"]
     text = (tmp_path / "small/report/report.md").read_text()
     assert "| board | - | - |" in text
@@ -214,7 +214,7 @@ def test_evaluate_of_a_folder_without_bundles_exits_with_1(tmp_path: Path, capsy
 # inspect
 
 
-def test_inspect_prints_a_json_line_an_image_and_writes_overlays_with_a_strip_below(
+def test_inspect_prints_a_json_line_for_each_image_and_writes_overlays_with_a_strip(
     bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", bundle, str(pictures), "--overlays", str(tmp_path / "overlays"), "--device", "cpu"]) == 0
@@ -224,11 +224,11 @@ def test_inspect_prints_a_json_line_an_image_and_writes_overlays_with_a_strip_be
     alone = Inspector.load(bundle, "cpu").inspect([(pictures / "a.png").read_bytes()])[0]
     assert lines[0]["score"] == pytest.approx(alone.score, rel=1e-4)
     sizes = [Image.open(str(line["overlay"])).size for line in lines]
-    assert [width for width, _ in sizes] == [5 * 64, 4 * 90]  # whole times as large, wide enough for words
+    assert [width for width, _ in sizes] == [5 * 64, 4 * 90]  # an integer scale that makes room for the text
     assert all(height > factor * side for (_, height), factor, side in zip(sizes, (5, 4), (64, 60), strict=True))
 
 
-def test_inspect_writes_a_table_with_a_row_an_image_and_the_reason_where_one_cannot_be_read(
+def test_inspect_writes_a_table_with_a_row_for_each_image_also_for_an_unreadable_one(
     bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (pictures / "cut.png").write_bytes((pictures / "a.png").read_bytes()[:100])
@@ -255,14 +255,14 @@ def test_inspect_writes_a_table_with_a_row_an_image_and_the_reason_where_one_can
     assert [path.name for path in table.parent.iterdir()] == ["table.csv"]
 
 
-def test_a_table_that_is_to_go_into_a_folder_exits_with_1(
+def test_a_table_path_that_is_a_folder_exits_with_1(
     bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", bundle, str(pictures), "--csv", str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"focus-ray: {tmp_path}: a folder: give a file for --csv\n"
 
 
-def test_inspect_scores_the_other_images_where_one_is_damaged_and_exits_with_1(
+def test_inspect_scores_the_other_images_if_an_image_is_damaged_and_exits_with_1(
     bundle: str, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = (pictures / "a.png").read_bytes()
@@ -274,7 +274,7 @@ def test_inspect_scores_the_other_images_where_one_is_damaged_and_exits_with_1(
     assert "Traceback" not in captured.err
 
 
-def test_inspect_passes_over_a_folder_that_is_called_like_an_image_and_tells_a_dead_link(
+def test_inspect_ignores_a_folder_with_an_image_name_and_reports_a_dead_link(
     bundle: str, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (pictures / "folder.png").mkdir()
@@ -285,7 +285,7 @@ def test_inspect_passes_over_a_folder_that_is_called_like_an_image_and_tells_a_d
     assert "cannot read" in str(lines[2]["error"])
 
 
-def test_overlays_of_images_with_one_name_do_not_replace_each_other(
+def test_overlays_of_images_with_the_same_name_do_not_replace_each_other(
     bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for place in ("inner/a.png", "one/inner/a.png", "two/one/inner/a.png"):
@@ -306,7 +306,7 @@ def test_overlays_of_images_with_one_name_do_not_replace_each_other(
         ("empty", "empty: no image in this folder; image files end"),
     ],
 )
-def test_inspect_of_no_image_exits_with_1(
+def test_inspect_without_an_image_exits_with_1(
     bundle: str, tmp_path: Path, place: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -314,7 +314,7 @@ def test_inspect_of_no_image_exits_with_1(
     assert message in capsys.readouterr().err
 
 
-def test_an_overlay_that_cannot_be_written_costs_no_verdict_and_no_table(
+def test_a_failed_overlay_keeps_the_verdicts_and_the_table(
     bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heat, table = tmp_path / "heat", tmp_path / "table.csv"
@@ -331,7 +331,7 @@ def test_an_overlay_that_cannot_be_written_costs_no_verdict_and_no_table(
     assert sorted(path.name for path in heat.iterdir()) == ["a.png", "b.png"]
 
 
-def test_a_disk_that_is_full_in_an_overlay_leaves_no_piece_of_it(
+def test_a_full_disk_leaves_no_partial_overlay(
     bundle: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -348,7 +348,7 @@ def test_a_disk_that_is_full_in_an_overlay_leaves_no_piece_of_it(
 
 
 @pytest.mark.parametrize("letter", ["n", "ü", "部"])
-def test_images_with_the_longest_names_get_overlays_of_their_own(
+def test_images_with_the_longest_names_get_different_overlays(
     bundle: str, pictures: Path, tmp_path: Path, letter: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = tmp_path / "long"
@@ -372,7 +372,7 @@ def test_overlays_do_not_replace_the_images_that_are_inspected(
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_standard_output_of_any_encoding_takes_any_name_as_json(
+def test_json_prints_any_name_in_any_encoding_of_standard_output(
     bundle: str, pictures: Path, tmp_path: Path, encoding: str
 ) -> None:
     names = ["Gehäuse.png", "部品.png", "\U0001f600.png"]
@@ -393,7 +393,7 @@ def test_standard_output_of_any_encoding_takes_any_name_as_json(
     assert len(table.read_text(encoding="utf-8").splitlines()) == 4
 
 
-def test_ingest_tells_of_names_that_standard_output_cannot_show(images: Path, tmp_path: Path) -> None:
+def test_ingest_reports_names_that_standard_output_cannot_encode(images: Path, tmp_path: Path) -> None:
     shutil.copytree(images, tmp_path / "Prüfung")
     (tmp_path / "Prüfung/gear/train/good/größe.png").write_bytes(b"no image")
     ended = subprocess.run(
@@ -407,7 +407,7 @@ def test_ingest_tells_of_names_that_standard_output_cannot_show(images: Path, tm
     assert "gr\\u00f6\\u00dfe.png" in ended.stdout
 
 
-def test_paths_that_begin_with_a_tilde_lie_in_the_home_folder(
+def test_a_tilde_at_the_start_of_a_path_is_the_home_folder(
     bundle: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "home").mkdir()
@@ -444,7 +444,7 @@ def test_every_path_of_a_command_line_may_begin_with_a_tilde(monkeypatch: pytest
     assert parse_words(build_parser(), ["submit", "inspect", "~/b"]).words == ["inspect", "~/b"]
 
 
-def test_overlays_that_are_to_go_into_a_file_exit_with_1(
+def test_an_overlay_folder_that_is_a_file_exits_with_1(
     bundle: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -465,7 +465,7 @@ def test_inspect_with_a_missing_bundle_exits_with_1(
 # samples
 
 
-def test_samples_draws_into_a_new_folder_only(
+def test_samples_refuses_an_existing_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = partial(write_samples, size_px=64, num_train=2, num_test_good=1, num_bad_per_type=1)

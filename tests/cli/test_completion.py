@@ -1,4 +1,4 @@
-"""Completion, by a real bash."""
+"""A real bash completes the words of commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from focus_ray.cli.completion import SHELLS
 from focus_ray.cli.main import main
 
-# what bash does when TAB is pressed at the end of a line
+# does what bash does when a user presses TAB at the end of a line
 TAB = """
 eval "$(focus-ray completion bash)"
 COMP_LINE="$1" COMP_POINT=${#1} COMP_TYPE=9

@@ -25,21 +25,21 @@ from focus_ray.sweep.settings import SweepConfig, load_sweep
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """Configurations that `train` was given, in place of a training."""
-    given: list[Config] = []
+    """Replaces `train`, and returns the list of the configurations that it receives."""
+    received_configs: list[Config] = []
 
     def train(config: Config, **options: object) -> dict[str, str]:
-        given.append(config)
+        received_configs.append(config)
         return {}
 
     monkeypatch.setattr("focus_ray.cluster.training.train", train)
-    return given
+    return received_configs
 
 
 # config
 
 
-def test_show_writes_every_default_out_and_applies_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_every_default_and_applies_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", "default", "train.epochs=7"]) == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert set(tree) == set(Config.model_fields)
@@ -53,7 +53,7 @@ def test_show_of_a_sweep_resolves_its_base_file(capsys: pytest.CaptureFixture[st
     assert (tree["num_trials"], tree["base"]["density"]["kind"], tree["base_file"]) == (3, "gaussian", None)
 
 
-def test_show_reads_what_it_has_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_reads_its_own_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", "padim"]) == 0
     (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
     assert load_config(tmp_path / "shown.yaml") == load_config(CONFIGS / "padim.yaml")
@@ -114,7 +114,7 @@ def test_a_file_wins_over_a_name_and_a_folder_does_not(
         ("default", "sweep", "^default .*`focus-ray train default`"),
     ],
 )
-def test_what_is_neither_a_file_nor_a_name_names_both_possibilities(
+def test_an_unknown_configuration_gets_an_error_about_files_and_names(
     text: str, kind: standard.ConfigKind | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -138,7 +138,7 @@ def test_a_package_without_the_standard_configurations_says_so(tmp_path: Path, m
 # A wheel
 
 
-def test_a_wheel_holds_the_standard_configurations(tmp_path: Path) -> None:
+def test_a_wheel_contains_the_standard_configurations(tmp_path: Path) -> None:
     with zipfile.ZipFile(_wheel(tmp_path)) as archive:
         archive.extractall(tmp_path / "installed")
     folder = tmp_path / "installed/focus_ray/configs"
@@ -151,7 +151,7 @@ def test_a_wheel_holds_the_standard_configurations(tmp_path: Path) -> None:
 
 
 def _wheel(folder: Path) -> Path:
-    """Builds the wheel from a copy of what it is made of. Skips: nothing here builds one."""
+    """Builds the wheel from a copy of its sources. Skips the test if neither hatchling nor uv is installed."""
     source = folder / "source"
     for name in ("focus_ray", "configs", "release"):
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -176,7 +176,7 @@ def _wheel(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("words", [["train", "padim"], ["train", "--config", "padim"], ["train", "--config=padim"]])
-def test_a_job_takes_a_name_and_its_configuration_goes_along(words: list[str], tmp_path: Path) -> None:
+def test_a_job_with_a_named_configuration_contains_its_file(words: list[str], tmp_path: Path) -> None:
     places = ["data.uri=s3://plant/parts", "storage=s3://plant/runs"]
     job = build_job([*words, *places], commands=command_names(), team="press", working_dir=tmp_path)
     assert job.entrypoint.endswith("storage=s3://plant/runs cluster.team=press")
@@ -190,7 +190,7 @@ def test_a_job_of_a_named_sweep_is_checked_before_it_is_sent(tmp_path: Path) -> 
         build_job(words, commands=command_names(), working_dir=tmp_path)
 
 
-def test_a_checkout_sends_its_configurations_as_they_are() -> None:
+def test_a_checkout_sends_its_configurations_unchanged() -> None:
     names = build_package(REPOSITORY).names
     assert "configs/default.yaml" in names
     assert "focus_ray/configs/default.yaml" not in names

@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from places import free_port
 from s3_server import S3Server
-from small_set import ingest_parts, small_config, spoil_an_image
+from small_set import corrupt_image, ingest_parts, small_config
 
 from focus_ray.cli.main import main
 from focus_ray.config import Config, parse_config
@@ -454,7 +454,7 @@ def test_a_data_set_is_reported_with_its_counts_and_a_missing_one_with_advice(co
 def test_a_damaged_data_set_fails(config: Config, tmp_path: Path) -> None:
     shutil.copytree(config.data.uri, tmp_path / "data")
     damaged = with_sections(config, data={"uri": str(tmp_path / "data")})
-    spoil_an_image(str(tmp_path / "data"), "gear", 0)
+    corrupt_image(str(tmp_path / "data"), "gear", 0)
     assert run_check(resources.check_data, damaged).status == "FAILED"
     for part in (tmp_path / "data/category=gear").glob("part-*"):
         part.unlink()

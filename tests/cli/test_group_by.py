@@ -1,4 +1,4 @@
-"""--group-by of `ingest` and `fit`."""
+"""The option --group-by of `ingest` and `fit`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ QUICK = [
 ]
 
 
-def test_ingest_takes_a_rule_and_tells_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ingest_applies_a_rule_and_prints_the_number_of_parts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number in range(10):
         save(tmp_path / f"bolt/good/p{number // 2}_v{number}.png", pixels(number))
     command = ["ingest", str(tmp_path / "bolt"), str(tmp_path / "out"), "--group-by"]
@@ -44,7 +46,7 @@ def test_unknown_options_and_superfluous_words_are_refused(words: list[str]) -> 
         parse_words(build_parser(), words)
 
 
-def test_fit_takes_a_rule_for_a_plain_folder_of_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_applies_a_rule_to_a_folder_of_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = draw_parts(tmp_path / "images") / "gear/train/good"
     model = tmp_path / "model"
     assert main(["fit", str(good), str(model), *QUICK, "--group-by", r"name:(\d)\.png$"]) == 0

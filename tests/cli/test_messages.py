@@ -1,4 +1,4 @@
-"""What a person reads who makes a slip: one line, at once, that names the thing and the mend."""
+"""A user's mistake gives a single line immediately, which names the mistake and its correction."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def picture() -> np.ndarray:
 
 def test_the_bare_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
-    told = capsys.readouterr().out
-    assert all(name in told for name in ("ingest", "train", "evaluate", "inspect", "metric", "serve"))
+    output = capsys.readouterr().out
+    assert all(name in output for name in ("ingest", "train", "evaluate", "inspect", "metric", "serve"))
 
 
-def test_a_folder_of_no_shape_names_the_folder_to_make(tmp_path: Path, picture: np.ndarray) -> None:
+def test_a_folder_with_an_unknown_layout_names_the_folder_to_make(tmp_path: Path, picture: np.ndarray) -> None:
     for place in (tmp_path / "nut", tmp_path / "set" / "nut"):
         place.mkdir(parents=True)
         (place / "a.png").write_bytes(encode_png(picture))
@@ -54,36 +54,34 @@ def test_a_folder_of_no_shape_names_the_folder_to_make(tmp_path: Path, picture: 
         ingest(tmp_path / "set", tmp_path / "out", progress=False)
 
 
-def test_one_category_may_be_named_without_brackets() -> None:
+def test_a_single_category_needs_no_brackets() -> None:
     assert DataConfig(uri="data", categories="nut").categories == ("nut",)
     assert parse_config({"data": {"uri": "data", "categories": "nut"}}).data.categories == ("nut",)
 
 
-def test_an_inspector_takes_paths_and_says_what_it_does_not_take(
-    bundle: str, picture: np.ndarray, tmp_path: Path
-) -> None:
+def test_an_inspector_accepts_paths_and_refuses_other_types(bundle: str, picture: np.ndarray, tmp_path: Path) -> None:
     inspector = Inspector.load(bundle, "cpu")
     (tmp_path / "a.png").write_bytes(encode_png(picture))
     path = tmp_path / "a.png"
-    scores = [one.score for one in inspector.inspect([path.read_bytes(), str(path), path])]
+    scores = [inspection.score for inspection in inspector.inspect([path.read_bytes(), str(path), path])]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6) == pytest.approx(scores[2], rel=1e-6)
     with pytest.raises(DataError, match=r"image 0 is numpy\.ndarray: expected the bytes of an image file, or its path"):
         inspector.inspect([picture])  # type: ignore[list-item]
-    with pytest.raises(DataError, match="takes a list of images, got one str: put it into brackets"):
+    with pytest.raises(DataError, match="a list of images, got a single str"):
         inspector.inspect(str(path))
-    with pytest.raises(DataError, match=r"nowhere\.png: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"nowhere\.png: .*No such file"):
         inspector.inspect([tmp_path / "nowhere.png"])
 
 
-def test_json_keeps_umlauts_and_odd_bytes_are_shown(
+def test_json_contains_umlauts_and_escapes_invalid_bytes(
     bundle: str, picture: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "Schlüssel.png").write_bytes(encode_png(picture))
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/Br\xfccke.png")).write_bytes(encode_png(picture))
     assert main(["inspect", bundle, str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "Schlüssel.png" in told
-    assert {Path(json.loads(line)["image"]).name for line in told.splitlines()} == {"Schlüssel.png", "Br\\xfccke.png"}
+    output = capsys.readouterr().out
+    assert "Schlüssel.png" in output
+    assert {Path(json.loads(line)["image"]).name for line in output.splitlines()} == {"Schlüssel.png", "Br\\xfccke.png"}
 
 
 def test_a_list_of_versions_has_titles(bundle: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,28 +102,28 @@ def test_a_list_of_versions_has_titles(bundle: str, tmp_path: Path, capsys: pyte
         ["inspect-batch", "nowhere", "data", "out"],
     ],
 )
-def test_a_misspelt_place_is_told_before_anything_heavy_is_imported(words: list[str], tmp_path: Path) -> None:
+def test_a_misspelt_path_is_reported_before_heavy_imports(words: list[str], tmp_path: Path) -> None:
     code = "import sys; from focus_ray.cli.main import main; status = main(sys.argv[1:]); "
     code += "assert not {'torch', 'ray'} & set(sys.modules); sys.exit(status)"
     start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.strip() == "focus-ray: nowhere: no such file or folder"
+    finished = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 1, finished.stderr
+    assert finished.stderr.strip() == "focus-ray: nowhere: no such file or folder"
     assert time.monotonic() - start < 10  # on a busy machine
 
 
-def test_a_busy_port_is_told_in_one_line(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+def test_a_busy_port_is_reported_in_a_single_line(bundle: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
         assert main(["serve", bundle, "--port", str(port)]) == 1
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 2
-    assert f"cannot listen at 127.0.0.1:{port}: Address already in use: give another --port" in told[1]
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 2
+    assert f"cannot listen at 127.0.0.1:{port}: Address already in use: give another --port" in output[1]
 
 
-def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_of_ray_is_reported_in_a_single_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     from focus_ray.cluster.connect import connect
@@ -144,7 +142,7 @@ def test_a_ray_that_does_not_start_is_told_in_one_line(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("prefix", ["", "ray://"])
 @pytest.mark.parametrize("command", ["train", "inspect-batch", "evaluate", "ingest", "sweep"])
-def test_a_ray_cluster_that_is_gone_is_told_at_once(
+def test_a_stopped_ray_cluster_is_reported_immediately(
     bundle: str,
     command: str,
     prefix: str,
@@ -180,11 +178,11 @@ def test_a_server_that_never_answers_is_no_ray_cluster(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("text", ["junk", "http://127.0.0.1:8265", "127.0.0.1", "127.0.0.1:port"])
-def test_text_that_is_no_ray_address_is_told_with_the_forms(text: str) -> None:
+def test_an_invalid_ray_address_is_refused_with_the_valid_forms(text: str) -> None:
     assert "give HOST:6379" in address.explain_no_cluster(text)
 
 
-def test_weights_that_are_not_there_are_told_before_ray_starts(
+def test_missing_weights_are_reported_before_ray_starts(
     bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("focus_ray.cluster.training.connect", None)  # must not be reached
@@ -194,14 +192,14 @@ def test_weights_that_are_not_there_are_told_before_ray_starts(
         f"name: lost\nstorage: {tmp_path}\ndata:\n  uri: {data}\nmodel:\n  weights: {tmp_path}/nowhere.pth\n"
     )
     assert main(["train", str(config)]) == 1
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 2  # what is done, and why not
-    assert "nowhere.pth" in told[1]
-    assert "give an existing file" in told[1]
+    output = capsys.readouterr().err.strip().splitlines()
+    assert len(output) == 2  # the action, and the reason of its failure
+    assert "nowhere.pth" in output[1]
+    assert "give an existing file" in output[1]
     assert not (tmp_path / "lost").exists()  # so that the corrected configuration needs no --resume
 
 
-def test_ctrl_c_in_a_training_names_how_to_go_on(
+def test_ctrl_c_in_a_training_explains_how_to_resume(
     bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(config: object, resume: bool, log: object) -> None:
@@ -214,7 +212,7 @@ def test_ctrl_c_in_a_training_names_how_to_go_on(
     assert f"`focus-ray train {config} train.epochs=3 name=parts --resume` goes on" in capsys.readouterr().err
 
 
-def test_a_name_that_is_not_utf_8_is_told_where_a_job_is_packed(tmp_path: Path) -> None:
+def test_packing_a_job_refuses_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/Br\xfccke.yaml")).write_text("")
     with pytest.raises(SubmissionError, match=r"cke\.yaml.*: a name that is not valid UTF-8 cannot be sent: rename it"):
         build_package(tmp_path)

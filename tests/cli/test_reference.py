@@ -1,4 +1,4 @@
-"""The page of all commands: up to date, and nothing in it without words."""
+"""The reference of commands is up to date and describes every argument."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def test_every_command_has_its_heading() -> None:
     assert [name for name in command_names() if f"\n## `focus-ray {name}`\n" not in markdown()] == []
 
 
-def test_every_argument_has_a_meaning() -> None:
+def test_every_argument_has_a_description() -> None:
     assert re.findall(r"^\| (`[^|]+`) \|\s*\|$", markdown(), re.MULTILINE) == []

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from s3_server import S3Server
-from small_set import NUM_TEST, NUM_TRAIN, draw_parts, ingest_parts, make_bundle, small_config, spoil_an_image
+from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
@@ -30,7 +30,7 @@ PLAIN = {"image_alignment": {"group": "none"}}
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Ingests a data set with one image that cannot be decoded."""
     uri = ingest_parts(tmp_path_factory.mktemp("parts"))
-    spoil_an_image(uri, "gear", DAMAGED)
+    corrupt_image(uri, "gear", DAMAGED)
     return uri
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from small_set import CATEGORIES, NUM_TEST, NUM_TRAIN, ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.measuring import EvaluationPart, Sum, cut_rows, plan_evaluation
+from focus_ray.bundle.measuring import EvaluationPart, EvaluationProgress, plan_evaluation, split_rows
 from focus_ray.cluster import evaluation as module
 from focus_ray.cluster.evaluation import Evaluation, EvaluationReport, EvaluationSettings, evaluate_bundles, run_piece
 from focus_ray.cluster.scoring import scoring_pool
@@ -125,7 +125,7 @@ def test_a_part_counts_once() -> None:
     mask = np.eye(4, dtype=bool)
     bins = {"": PixelBins.of_image(mask, np.ones((4, 4), np.float32))}
     part = EvaluationPart(np.zeros(1, np.int8), np.ones(1), ("good",), bins, False, np.zeros(1, bool))
-    total = Sum(job=None)  # type: ignore[arg-type]
+    total = EvaluationProgress(job=None)  # type: ignore[arg-type]
     for _ in range(3):
         total.add(0, part)
     assert total.num_images == 1
@@ -135,10 +135,10 @@ def test_a_part_counts_once() -> None:
 def test_parts_follow_file_borders_and_contain_every_row_once(data: str) -> None:
     rows = read_index(data, "gear", split="test")["row"].to_numpy()
     for size in (1, 3, NUM_TEST, 100):
-        parts = cut_rows(data, "gear", rows, size)
+        parts = split_rows(data, "gear", rows, size)
         assert np.concatenate(list(parts.values())).tolist() == rows.tolist()
         assert list(parts) == np.cumsum([0, *map(len, parts.values())])[:-1].tolist()
-    assert [len(part) for part in cut_rows(data, "gear", rows, 3).values()] == [3, 3, 2]
+    assert [len(part) for part in split_rows(data, "gear", rows, 3).values()] == [3, 3, 2]
 
 
 def test_maps_that_exceed_the_budget_by_a_pixel_are_binned(bundles: dict[str, str], tmp_path: Path) -> None:
@@ -250,8 +250,8 @@ def test_training_images_among_test_images_are_left_out_and_reported_first(
     tests = read_index(data, "gear", split="test").to_pylist()
     good, bad = ([row for row in tests if row["label"] == label] for label in (0, 1))
     trained_on = [*good[:10], bad[0]]
-    hashes = [short_hash(row["content_hash"]) for row in trained_on]
-    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=hashes)
+    fit_hashes = [short_hash(row["content_hash"]) for row in trained_on]
+    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), fit_hashes=fit_hashes)
     report = evaluate({"gear": bundle}, tmp_path / "report", exact_pixels)
     result = report.results["gear"]
     ids = {row["id"] for row in trained_on}
@@ -277,8 +277,8 @@ def test_training_images_among_test_images_are_left_out_and_reported_first(
 def test_an_evaluation_of_only_training_images_is_an_error(usual_and_dark: dict[str, str], tmp_path: Path) -> None:
     data = usual_and_dark["usual"]
     tests = read_index(data, "gear", split="test").to_pylist()
-    hashes = [short_hash(row["content_hash"]) for row in tests]
-    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), known=hashes)
+    fit_hashes = [short_hash(row["content_hash"]) for row in tests]
+    bundle = make_bundle(small_config(data, tmp_path / "runs", model=PLAIN), fit_hashes=fit_hashes)
     for exact_pixels in (0, ALL):
         report = evaluate({"gear": bundle}, tmp_path / f"report{exact_pixels}", exact_pixels)
         assert f"the model was trained on all {len(tests)} test images" in report.results["gear"]["error"]

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from places import free_port
-from small_set import NUM_TEST, NUM_TRAIN, draw_parts, fit_alone, ingest_parts, small_config, spoil_an_image
+from small_set import NUM_TEST, NUM_TRAIN, corrupt_image, draw_parts, fit_alone, ingest_parts, small_config
 from torch import Tensor
 from waiting import wait_for
 
@@ -551,7 +551,7 @@ def test_a_failing_category_is_named_with_its_reason_and_the_other_is_trained_an
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     row = plan_category(small_config(str(copy), runs), "gear").fit_rows[3]
-    spoil_an_image(str(copy), "gear", row)
+    corrupt_image(str(copy), "gear", row)
     config = small_config(
         str(copy), tmp_path, data={"uri": str(copy), "categories": None}, cluster={"max_failures": 0, "use_gpu": False}
     )

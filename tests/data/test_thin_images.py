@@ -143,7 +143,7 @@ def test_an_image_without_a_cell_after_alignment_has_no_score(data: str, tmp_pat
     embedding, _ = embed(detector.net, detector.reduction, to_images(batch, "cpu"))
     scored = detector.score_embedding(embedding, theta, batch[..., 3] > 0)
     assert torch.isnan(scored.score).tolist() == [True, False]
-    with pytest.raises(ImageError, match="no place of the anomaly map"):
+    with pytest.raises(ImageError, match="no location of the anomaly map"):
         inspector.judge(float(scored.score[0]), scored.anomaly_map[0].numpy(), 64, 8)
 
 

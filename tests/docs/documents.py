@@ -1,4 +1,4 @@
-"""What stands in the documents: code blocks by kind, and the commands of shell blocks."""
+"""Reads the code blocks of the documents, and the commands in shell blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. page: its path in the repository.  kind: the word after the fence."""
+    """A fenced block. page: path of the document in the repository.  kind: the word after the fence, such as bash."""
 
     page: str
     kind: str
@@ -25,7 +25,7 @@ class Block:
 
 
 def blocks(*kinds: str) -> list[Block]:
-    """Of these kinds, or all, in the order of pages."""
+    """Returns all blocks of the given kinds, or of every kind, in the order of the pages."""
     return [block for page in PAGES for block in blocks_of(page) if not kinds or block.kind in kinds]
 
 
@@ -36,17 +36,17 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 
 def commands_of(block: Block) -> list[str]:
-    """The commands of a shell block, one a line: continued lines joined, comments and loops' own words gone."""
+    """Returns the commands of a shell block. Continued lines are joined; comments and the lines of loops are removed."""
     joined = re.sub(r"\\\n\s*", " ", block.text)
-    found = []
+    commands = []
     for line in joined.splitlines():
         words = shlex.split(line, comments=True)
         if not words or words[0] in ("for", "done"):
             continue
         line = re.sub(r"\s+#\s.*$", "", line)  # comment
-        line = re.sub(r'^eval "\$\((.*)\)"$', r"\1", line)  # what it runs
-        found.append(re.sub(r"\s+>\s+\S+$|&$", "", line).strip())
-    return found
+        line = re.sub(r'^eval "\$\((.*)\)"$', r"\1", line)  # the command inside eval
+        commands.append(re.sub(r"\s+>\s+\S+$|&$", "", line).strip())
+    return commands
 
 
 def words_of(command: str) -> list[str]:

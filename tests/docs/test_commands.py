@@ -1,7 +1,7 @@
-"""Every command and code block of the documents holds: it runs in a small plant, or is checked as far as it can be without one.
+"""Every command and code block of the documents works: it runs in a small workspace, or is checked without running it.
 
-A command that is not run is in NOT_RUN with its reason; its command line is parsed all the same by the real parser, its settings
-by the real models, and the repository's files that it names are looked for.
+NOT_RUN contains the commands that do not run here, with the reason. The real parser still parses their command lines, the real
+models validate their settings, and the files of the repository that they name must exist.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from focus_ray.serving.settings import parse_settings
 from focus_ray.standard import find_config, standard_folder
 from focus_ray.sweep.settings import load_sweep
 
-# start of a focus-ray command -> why it is not run here, and what runs it
+# start of a focus-ray command -> why this module does not run it, and which test does
 NOT_RUN = {
     "samples": "draws for a quarter of a minute; tests/samples draws smaller ones",
     "serve": "serves until it is interrupted; tests/serving asks the service",
@@ -51,7 +51,7 @@ NOT_RUN = {
     "train fyd": "trains by gradient for minutes; tests/test_config.py loads it, tests/fitting trains so",
     "fit photographs/ model-offline/": "a backbone that takes many times as long; `make quickstart` trains it",
 }
-NOT_RUN_WORDS = {  # a word of a focus-ray command -> the same
+NOT_RUN_WORDS = {  # a word of a focus-ray command -> why this module does not run it
     "cluster.num_workers=4": "starts Ray with four workers; tests/cluster/test_training.py",
     "trackers.tensorboard={}": "trains by gradient, and needs a tracker's package; tests/tracking",
     "trackers.mlflow.uri=http://tracking.plant:5000": "needs a server; tests/tracking",
@@ -59,7 +59,7 @@ NOT_RUN_WORDS = {  # a word of a focus-ray command -> the same
     "selection.enabled=true": "trains by gradient; tests/evaluation/test_selection.py",
     "--engine": "compiles a network; tests/bundle/test_engine.py",
 }
-# program -> why its commands are not run
+# program -> why this module does not run its commands
 PROGRAMS = {
     "make": "each target takes minutes; the Makefile has the target",
     "python": "benchmarks and entry scripts take minutes or a cluster; the module is there, and knows the options",
@@ -88,7 +88,7 @@ CODES_RUN_ELSEWHERE = {
     "CONTRIBUTING.md": "tests/test_kinds.py runs them",
     "docs/use/export.md": "of an export; tests/export loads one so",
 }
-STATUSES = {"doctor": (0, 1)}  # 1: it has found something on this machine
+STATUSES = {"doctor": (0, 1)}  # 1: the doctor reports a problem of this machine
 SHELL = blocks("bash")
 COMMANDS = [(block.page, command) for block in SHELL for command in commands_of(block)]
 IDS = [f"{page}: {command[:60]}" for page, command in COMMANDS]
@@ -98,75 +98,78 @@ def reason_not_to_run(command: str) -> str | None:
     words = words_of(command)
     if words[0] != "focus-ray":
         return PROGRAMS.get(words[0])
-    rest = " ".join(words[1:])
-    starts = (
-        why for start, why in NOT_RUN.items() if f"{rest} ".startswith(start if start.endswith("/") else f"{start} ")
+    arguments = " ".join(words[1:])
+    reasons_by_start = (
+        reason
+        for start, reason in NOT_RUN.items()
+        if f"{arguments} ".startswith(start if start.endswith("/") else f"{start} ")
     )
-    named = (why for word, why in NOT_RUN_WORDS.items() if word in words)
-    return next(iter([*starts, *named]), None)
+    reasons_by_word = (reason for word, reason in NOT_RUN_WORDS.items() if word in words)
+    return next(iter([*reasons_by_start, *reasons_by_word]), None)
 
 
-def test_every_block_says_what_it_is() -> None:
+def test_every_block_has_a_known_kind() -> None:
     assert [(block.page, block.kind, block.text[:40]) for block in blocks() if block.kind not in KINDS] == []
 
 
-def test_every_program_is_one_that_is_checked() -> None:
+def test_every_program_has_a_check() -> None:
     programs = {words_of(command)[0] for _, command in COMMANDS}
     assert programs <= {"focus-ray", "curl", *PROGRAMS}
 
 
-def test_no_reason_is_left_over() -> None:
-    told = [" ".join(words_of(command)[1:]) for _, command in COMMANDS if words_of(command)[0] == "focus-ray"]
-    assert [start for start in NOT_RUN if not any(f"{words} ".startswith(start) for words in told)] == []
-    assert [word for word in NOT_RUN_WORDS if not any(word in words.split() for words in told)] == []
+def test_every_exception_applies_to_a_command() -> None:
+    commands = [" ".join(words_of(command)[1:]) for _, command in COMMANDS if words_of(command)[0] == "focus-ray"]
+    assert [start for start in NOT_RUN if not any(f"{words} ".startswith(start) for words in commands)] == []
+    assert [word for word in NOT_RUN_WORDS if not any(word in words.split() for words in commands)] == []
     assert set(PROGRAMS) <= {words_of(command)[0] for _, command in COMMANDS}
 
 
-# What is not run
+# Checks without running
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=IDS)
-def test_a_command_is_one_that_its_program_takes(page: str, command: str) -> None:
+def test_a_command_is_valid_for_its_program(page: str, command: str) -> None:
     check(words_of(command))
 
 
 def check(words: list[str]) -> None:
-    """Holds a command against the program that it is for. Raises: AssertionError, or the program's own error."""
-    program, rest = words[0], words[1:]
+    """Checks the words of a command. Raises: AssertionError or the error of the program: a word is not valid."""
+    program, arguments = words[0], words[1:]
     if program == "focus-ray":
-        check_focus_ray(rest)
+        check_focus_ray(arguments)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
-        assert [word for word in rest if "=" not in word and word not in targets] == []
+        assert [word for word in arguments if "=" not in word and word not in targets] == []
     elif program == "python":
-        check_python(rest)
+        check_python(arguments)
     elif program == "pip":
         extras = re.findall(r"^([a-z]+) = \[", (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
-        asked = [extra for word in rest for extra in "".join(re.findall(r"\[(.*)\]", word)).split(",") if extra]
-        assert [extra for extra in asked if extra not in extras] == []
+        named = [extra for word in arguments for extra in "".join(re.findall(r"\[(.*)\]", word)).split(",") if extra]
+        assert [extra for extra in named if extra not in extras] == []
     elif program == "ray":
-        check(rest[rest.index("--") + 1 :])
+        check(arguments[arguments.index("--") + 1 :])
     else:
-        files = [word for word in rest if re.fullmatch(r"[\w/.-]+/[\w.-]+\.ya?ml", word)]
+        files = [word for word in arguments if re.fullmatch(r"[\w/.-]+/[\w.-]+\.ya?ml", word)]
         assert [name for name in files if not (REPOSITORY / name).is_file()] == []
 
 
-def check_python(rest: list[str]) -> None:
-    if rest[0] == "-m":
-        module = REPOSITORY / (rest[1].replace(".", "/"))
+def check_python(words: list[str]) -> None:
+    """Checks that the module or script of a Python command exists and has its options."""
+    if words[0] == "-m":
+        module = REPOSITORY / (words[1].replace(".", "/"))
         source = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
-        texts = [path.read_text() for path in (REPOSITORY / rest[1].partition(".")[0]).rglob("*.py")]
+        texts = [path.read_text() for path in (REPOSITORY / words[1].partition(".")[0]).rglob("*.py")]
     else:
-        source = REPOSITORY / rest[0]
+        source = REPOSITORY / words[0]
         texts = [source.read_text()]
     assert source.is_file(), source
-    options = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
     shared = (REPOSITORY / "focus_ray/cli/main.py").read_text()
     assert [option for option in options if not any(f'"{option}"' in text for text in [*texts, shared])] == []
 
 
 def check_focus_ray(words: list[str]) -> None:
-    """Parses a command line and validates its settings, as the command itself does before it begins."""
+    """Parses a command line and validates its settings, as the command does at its start."""
     parser = build_parser()
     parser.exit = lambda status=0, message=None: None  # type: ignore[method-assign, assignment]
     parser.error = _refuse  # type: ignore[method-assign]
@@ -185,8 +188,8 @@ def check_focus_ray(words: list[str]) -> None:
         load_sweep(find_config(arguments.what), arguments.rest)
     elif arguments.command == "serve":
         tree = read_tree(standard_folder() / "default.yaml", arguments.override)
-        given = {key: value for key, value in tree.items() if key not in ("name", "data", "model")}
-        parse_settings({"registry": "registry", "open_to_all": "tokens" not in given, **given})
+        settings = {key: value for key, value in tree.items() if key not in ("name", "data", "model")}
+        parse_settings({"registry": "registry", "open_to_all": "tokens" not in settings, **settings})
     elif arguments.command == "config" and arguments.action == "explain":
         assert focus_ray(words) == 0
 
@@ -203,7 +206,7 @@ def test_a_wrong_command_is_refused() -> None:
         check(words_of("kubectl apply -f configs/cluster/nothing.yaml"))
 
 
-# What is run
+# Commands that run
 
 
 @pytest.fixture(scope="session")
@@ -213,7 +216,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(plant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A plant of one's own, which is the working folder."""
+    """A copy of the plant for a single test, which is the working folder."""
     folder = tmp_path / "plant"
     shutil.copytree(plant, folder)
     monkeypatch.chdir(folder)
@@ -221,15 +224,15 @@ def copied(plant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def run_words(command: str) -> list[str]:
-    """Words of a focus-ray command in the plant: places mapped, patterns of files resolved, tiny where it trains."""
+    """Returns the words of a focus-ray command for the plant: with its paths, existing files, and settings for a tiny model."""
     words = [workspace.place(word) for word in words_of(command)[1:]]
     words = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
     if words[0] == "sweep":
         return [*words, *(f"base.{setting}" for setting in (*workspace.TINY, "model.weights=resnet18.pth"))]
     if words[0] in ("train", "fit"):
         words += workspace.TINY
-        given = {word.partition("=")[0] for word in words}
-        words += [] if "model.weights" in given else ["model.weights=resnet18.pth"]
+        keys = {word.partition("=")[0] for word in words}
+        words += [] if "model.weights" in keys else ["model.weights=resnet18.pth"]
     return words
 
 
@@ -240,8 +243,8 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
             focus_ray(words)
         return
     status = focus_ray(words)
-    told = capsys.readouterr()
-    assert status in STATUSES.get(words[0], (0,)), f"{command}\nran as {words}\n{told.err[-2000:]}"
+    captured = capsys.readouterr()
+    assert status in STATUSES.get(words[0], (0,)), f"{command}\nran as {words}\n{captured.err[-2000:]}"
 
 
 RUN_ON = sorted(
@@ -251,8 +254,8 @@ RUN_ON = sorted(
 
 @pytest.mark.parametrize("page", RUN_ON)
 def test_the_commands_of_a_page_run_in_its_order(page: str, copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for own, command in COMMANDS:
-        if own == page and command.startswith("focus-ray") and not reason_not_to_run(command):
+    for command_page, command in COMMANDS:
+        if command_page == page and command.startswith("focus-ray") and not reason_not_to_run(command):
             run(command, capsys)
 
 
@@ -262,7 +265,7 @@ NEEDS_A_SWEEP = (
     "sweep resume",
     "sweep report",
     "train quickstart",
-)  # of a folder that no test has made
+)  # these commands need the folder of a run, which no test makes
 
 
 @pytest.mark.slow
@@ -271,9 +274,9 @@ NEEDS_A_SWEEP = (
     "command", [command for command in ON_RAY if not any(words in command for words in NEEDS_A_SWEEP)]
 )
 def test_a_command_runs_on_ray(command: str, copied: Path) -> None:
-    words = [word.replace("name=line3", "name=line4") for word in run_words(command)]  # line3 is there already
+    words = [word.replace("name=line3", "name=line4") for word in run_words(command)]  # line3 exists already
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(  # a process of its own, which starts a cluster of its own where it stands
+    finished = subprocess.run(  # a separate process, which starts its own local cluster
         [sys.executable, "-m", "focus_ray.cli", *words],
         cwd=copied,
         env={**os.environ, "PYTHONPATH": path},
@@ -282,12 +285,12 @@ def test_a_command_runs_on_ray(command: str, copied: Path) -> None:
         timeout=800,
         check=False,
     )
-    assert done.returncode == 0, f"{command}\nran as {words}\n{done.stderr[-3000:]}"
+    assert finished.returncode == 0, f"{command}\nran as {words}\n{finished.stderr[-3000:]}"
 
 
 @pytest.fixture(scope="module")
 def service(plant: Path) -> Iterator[str]:
-    """The address of a real service over the plant's registry."""
+    """The address of a running service with the registry of the plant."""
     from focus_ray.serving.api import create_api
     from focus_ray.serving.scorer import ImageScorer
     from focus_ray.serving.service import Service
@@ -295,7 +298,7 @@ def service(plant: Path) -> Iterator[str]:
     settings = parse_settings({"registry": str(plant / "plant/registry"), "tokens": str(plant / "tokens.yaml")})
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        listener.listen()  # so that a request that comes early waits
+        listener.listen()  # so that a request before the start of the server waits
         api = create_api(Service(settings, ImageScorer(settings.pool, "cpu")))
         server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listener],))
@@ -315,7 +318,7 @@ CURL = sorted({command for _, command in COMMANDS if command.startswith("curl")}
 def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
     direct = command.replace("--cacert proxy.crt ", "").replace("https://127.0.0.1:8443", service)  # without the proxy
     line = direct.replace("http://127.0.0.1:8000", service).replace("/press/gear/", "/press/bolt/")
-    done = subprocess.run(
+    finished = subprocess.run(
         ["bash", "-c", f"{line} --silent --show-error --fail-with-body"],
         cwd=plant,
         env={"TOKEN": (plant / "token.txt").read_text(), "PATH": "/usr/bin:/bin"},
@@ -323,11 +326,11 @@ def test_a_request_is_answered(command: str, service: str, plant: Path) -> None:
         timeout=60,
         check=False,
     )
-    assert done.returncode == 0, (done.stderr, done.stdout)
+    assert finished.returncode == 0, (finished.stderr, finished.stdout)
     if "--output" in command:
         assert (plant / command.partition("--output ")[2].split()[0]).read_bytes().startswith(b"\x89PNG")
     else:
-        assert json.loads(done.stdout)["results"]
+        assert json.loads(finished.stdout)["results"]
 
 
 # Code
@@ -336,11 +339,13 @@ CODE = [block for block in blocks("python") if block.page not in CODES_RUN_ELSEW
 
 
 def small(text: str, service: str) -> str:
-    """A block with the service's real address, and of 64 px in place of 256."""
+    """Returns a block with the address of the running service, and with images of 64 px instead of 256 px."""
     text = text.replace("http://127.0.0.1:8000", service).replace("image_size_px=256", "image_size_px=64")
-    added = [f'fit({what}, weights="resnet18.pth")' for what in ('"photographs/"', '"bottle/"', "paths, groups=parts")]
-    added.append('fit("views/", group_by="name:^(part[0-9]+)_", weights="resnet18.pth")')
-    for call in added:
+    calls = [
+        f'fit({images}, weights="resnet18.pth")' for images in ('"photographs/"', '"bottle/"', "paths, groups=parts")
+    ]
+    calls.append('fit("views/", group_by="name:^(part[0-9]+)_", weights="resnet18.pth")')
+    for call in calls:
         text = text.replace(call, f"{call[:-1]}, image_size_px=64, coreset=32)")
     return text
 
@@ -363,11 +368,11 @@ def test_a_yaml_block_is_a_configuration(block: Block, tmp_path: Path) -> None:
     if "space" in tree:
         for path in standard_folder().glob("*.yaml"):
             shutil.copy(path, tmp_path)
-        (tmp_path / "own.yaml").write_text(block.text)
-        load_sweep(tmp_path / "own.yaml")
+        (tmp_path / "sweep.yaml").write_text(block.text)
+        load_sweep(tmp_path / "sweep.yaml")
     elif {"registry", "bundles"} & set(tree):
         parse_settings(tree, block.page)
-    else:  # a part of one may leave out where the images are
+    else:  # a block may show a part of a configuration, without the address of the images
         parse_config({"data": {"uri": "data"}, **tree}, block.page)
 
 

@@ -1,4 +1,4 @@
-"""The documentation's site builds without a warning, has every page, and fetches nothing."""
+"""The site of the documentation builds without a warning, has every page, and loads nothing from other servers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(
+    finished = subprocess.run(
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 0, f"the site has warnings; a page that is not in mkdocs.yml's nav is one:\n{done.stderr}"
+    assert finished.returncode == 0, (
+        f"the site has warnings; a page that is not in mkdocs.yml's nav is one:\n{finished.stderr}"
+    )
     return folder
 
 
@@ -34,21 +36,23 @@ def test_every_page_is_built(site: Path) -> None:
     assert [str(page) for page in pages if not (site / page).is_file()] == []
 
 
-def test_no_page_fetches_anything_from_elsewhere(site: Path) -> None:
+def test_no_page_loads_anything_from_other_servers(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert pages
-    found = [(page.name, match) for page in pages for match in FETCHED.findall(page.read_text(encoding="utf-8"))]
-    assert found == []
+    external_resources = [
+        (page.name, match) for page in pages for match in FETCHED.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert external_resources == []
     styles = [path.name for path in site.rglob("*.css") if re.search(r"url\(\s*[\"']?https?:", path.read_text())]
     assert styles == []
 
 
-def test_the_search_knows_every_part_of_the_documentation(site: Path) -> None:
+def test_the_search_index_has_every_part_of_the_documentation(site: Path) -> None:
     index = (site / "search/search_index.json").read_text(encoding="utf-8")
     assert all(f'"location":"{name}' in index for name in ("start/", "learn/", "use/", "operate/", "reference/"))
 
 
-def test_every_path_of_the_service_is_on_its_page() -> None:
+def test_the_http_reference_lists_every_path_of_the_service() -> None:
     from focus_ray.serving.api import create_api
     from focus_ray.serving.scorer import ImageScorer
     from focus_ray.serving.service import Service

@@ -1,7 +1,7 @@
-"""A small plant in which the documents' commands run: made-up parts under the names that the pages use, tiny models of them.
+"""Makes a folder in which the commands of the documents run: synthetic parts with the names of the pages, and tiny models.
 
-The pages speak of S3 and of photographs; MAP says what stands for each here. Commands run in the folder itself, so that relative
-paths need no map.
+The pages use S3 addresses and photographs. MAP replaces them by files in the folder. Commands run inside the folder, so that
+relative paths need no replacement.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from focus_ray.cli.main import main as focus_ray
 from focus_ray.samples.write import write_samples
 from focus_ray.serving.tokens import create_token
 
-# words of a page -> what they stand for in the workspace; the longest that begins a word counts
+# beginning of a word on a page -> its replacement in the workspace; the longest matching beginning counts
 MAP = {
     "s3://plant/": "plant/",
     "s3://raw/parts": "mvtec",
@@ -31,12 +31,12 @@ MAP = {
     "DATA": "plant/newparts",
     "FILE": "ids.txt",
 }
-# after the settings of every command that trains: the standard network, of a size that a test has time for
+# settings that are added to every training command: the standard network in a size that trains in seconds
 TINY = (
     "model.image_size_px=64",
     "model.image_alignment.group=none",
     "model.image_alignment.method=congealing",
-    "density.reduction=semi_orthogonal",  # no metric, whose synthetic defects take the most time
+    "density.reduction=semi_orthogonal",  # no metric, because its synthetic defects are slow
     "density.num_channels=16",
     "density.coreset=32",
     "model.precision=fp32",
@@ -46,19 +46,19 @@ TINY = (
 
 
 def place(word: str) -> str:
-    """A word of a command as the workspace has it; also behind the = of a setting."""
+    """Replaces the address in a word of a command by its path in the workspace; also after the = of a setting."""
     key, equals, value = word.partition("=")
     if equals and not key.startswith("-"):
         return f"{key}={place(value)}"
     for start in sorted(MAP, key=len, reverse=True):
-        plain = start.isupper() or not start.endswith("/")
-        if word == start or (word.startswith(start) and (not plain or word[len(start)] == "/")):
+        is_complete_name = start.isupper() or not start.endswith("/")
+        if word == start or (word.startswith(start) and (not is_complete_name or word[len(start)] == "/")):
             return MAP[start] + word[len(start) :]
     return word
 
 
 def make(folder: Path) -> Path:
-    """Draws, ingests, trains and publishes. Returns: the folder."""
+    """Draws, ingests, trains and publishes the parts, and returns the folder."""
     parts = folder / "mvtec"
     write_samples(parts, size_px=64, num_train=20, num_test_good=4, num_bad_per_type=1)
     (parts / "board").rename(parts / "bolt")
@@ -120,7 +120,7 @@ def _copy(paths: list[Path], folder: Path) -> None:
 
 
 def _views(paths: list[Path], folder: Path) -> None:
-    """Six parts photographed twice: views/good/part0_left.jpg, with EXIF times; the same in boxes/good/part0/; parts.csv."""
+    """Writes two views of six parts to views/good/part0_left.jpg with EXIF times, to boxes/good/part0/, and to parts.csv."""
     lines = ["file,serial"]
     for number, path in enumerate(paths):
         part, view = number // 2, ("left", "right")[number % 2]
@@ -135,7 +135,7 @@ def _views(paths: list[Path], folder: Path) -> None:
 
 
 def _brighter(paths: list[Path], folder: Path) -> None:
-    """The same parts in a little more light: images that no other folder has."""
+    """Writes slightly brighter copies of images, which differ from the images of all other folders."""
     folder.mkdir(parents=True)
     for path in paths:
         Image.open(path).convert("RGB").point(lambda value: min(255, value + 3)).save(folder / f"bright_{path.name}")

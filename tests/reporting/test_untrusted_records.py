@@ -1,4 +1,4 @@
-"""Pages made of hostile records: no name, reason or plot becomes markup, and the page forbids scripts and requests."""
+"""Pages of hostile records: no name, reason or plot becomes markup, and the page forbids scripts and requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from focus_ray.kinds import METRICS
 from focus_ray.reporting import plots
 from focus_ray.reporting.evaluation import evaluation_page, section_from_dict
 from focus_ray.reporting.page import svg_uri
-from focus_ray.reporting.training import describe, training_page
+from focus_ray.reporting.training import build_training_section, training_page
 from focus_ray.sweep import report
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig, parse_sweep
@@ -55,7 +55,7 @@ class Markup(HTMLParser):
 
 
 def assert_harmless(content: bytes) -> list[tuple[str, dict[str, str]]]:
-    """Checks a page's elements, attributes, addresses and policy. Returns: its elements."""
+    """Asserts that elements, attributes, addresses and policy of a page are harmless, and returns its elements."""
     elements = Markup(content.decode()).elements
     assert {tag for tag, _ in elements} <= TAGS
     assert {name for _, attributes in elements for name in attributes} <= ATTRIBUTES
@@ -139,7 +139,7 @@ def test_a_manifest_puts_no_markup_into_the_page_of_a_training(manifest: dict[st
     }
     manifest.update(git_commit=ATTACK, created_at=ATTACK, versions={"torch": ATTACK})
     manifest["data"].update(uri=ATTACK, fingerprint=ATTACK)
-    assert_harmless(training_page({ATTACK: describe(ATTACK, manifest)}, ATTACK))
+    assert_harmless(training_page({ATTACK: build_training_section(ATTACK, manifest)}, ATTACK))
 
 
 def test_a_trial_puts_no_markup_into_the_page_of_a_sweep(tmp_path: Path) -> None:
@@ -153,25 +153,25 @@ def test_a_trial_puts_no_markup_into_the_page_of_a_sweep(tmp_path: Path) -> None
     )
     attack = " ".join(ATTACKS[:-1])  # JSON of a record cannot hold half of a surrogate pair
     part = {attack: {"score": 0.5, "curve": [[0, 0.5], [1, 0.6]]}, "gear": {"score": 0.4, "curve": [[0, 0.5]]}}
-    found = [
+    trials = [
         TrialRecord(number, None, {"density.num_channels": 50}, status, score, part, attack)
         for number, (status, score) in enumerate([("finished", 0.5), ("failed", None)])
     ]
-    report.write_report(str(tmp_path), sweep, found)
+    report.write_report(str(tmp_path), sweep, trials)
     assert_harmless((tmp_path / "report.html").read_bytes())
 
 
-def test_a_plot_is_a_picture_that_stands_alone_in_the_colours_of_the_page() -> None:
-    drawn = plots.by_epoch(ATTACKS[0], "", {name: ([1.0, 2.0], [0.5, 0.4]) for name in ATTACKS[:-1]})
-    tree = ElementTree.fromstring(base64.b64decode(svg_uri(drawn.svg).partition(",")[2]))
+def test_a_plot_is_a_self_contained_picture_with_the_colours_of_the_page() -> None:
+    plot = plots.plot_by_epoch(ATTACKS[0], "", {name: ([1.0, 2.0], [0.5, 0.4]) for name in ATTACKS[:-1]})
+    tree = ElementTree.fromstring(base64.b64decode(svg_uri(plot.svg).partition(",")[2]))
     assert tree.tag == "{http://www.w3.org/2000/svg}svg"
     (style,) = [element.text or "" for element in tree if element.tag.endswith("style")][:1]
-    for name in set(re.findall(r"var\((--[a-z]+)\)", drawn.svg)):
+    for name in set(re.findall(r"var\((--[a-z]+)\)", plot.svg)):
         assert f"{name}:" in style
     assert "prefers-color-scheme: dark" in style
 
 
-def test_names_are_no_markup_in_the_markdown_tables() -> None:
+def test_names_become_no_markup_in_markdown_tables() -> None:
     table = evaluation_table(
         {"a|b <img src=x onerror=alert(1)>\n# c": stored_result(), "d": {"error": "[x](http://y)"}}
     )

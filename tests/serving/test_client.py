@@ -1,4 +1,4 @@
-"""Both clients against a real server that says what it was told to: they send alike, wait alike, and give up alike."""
+"""Both clients retry, wait and give up in the same way, with a real server that answers with given status codes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,28 @@ from focus_ray.client import AsyncClient, Client, ServiceError
 
 @dataclass
 class Script:
-    """Statuses to answer with, the last one for ever; and the requests that came."""
+    """The behaviour of the server.
+
+    Attributes:
+        url: address of the server.
+        statuses: status codes of the next answers; the last code is repeated.
+        media_type: content type of the answers.
+        requested_paths: paths of the received requests.
+    """
 
     url: str = ""
     statuses: list[int] = field(default_factory=list)
     media_type: str = "text/plain"
-    asked: list[str] = field(default_factory=list)
+    requested_paths: list[str] = field(default_factory=list)
 
 
 @pytest.fixture
 def script() -> Iterator[Script]:
     script = Script()
 
-    class Handler(BaseHTTPRequestHandler):
+    class ScriptHandler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            script.asked.append(self.path)
+            script.requested_paths.append(self.path)
             status = script.statuses.pop(0) if len(script.statuses) > 1 else script.statuses[0]
             body = b"{}" if status == 200 else b'{"type": "x:no", "status": 500, "detail": "d", "request_id": "r"}'
             self.send_response(status)
@@ -41,7 +48,7 @@ def script() -> Iterator[Script]:
 
         def log_message(self, *_: Any) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ScriptHandler)
     script.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -64,35 +71,35 @@ def ask_async(url: str, retries: int) -> Any:
     return asyncio.run(run())
 
 
-both = pytest.mark.parametrize("ask", [ask, ask_async], ids=["sync", "async"])
+with_both_clients = pytest.mark.parametrize("ask", [ask, ask_async], ids=["sync", "async"])
 Ask = Callable[[str, int], Any]
 
 
-@both
-def test_what_may_succeed_later_is_sent_again(script: Script, ask: Ask) -> None:
-    script.statuses = [503, 500, 429, 200]  # the 500 has no problem document: of a proxy
+@with_both_clients
+def test_temporary_failures_are_retried(script: Script, ask: Ask) -> None:
+    script.statuses = [503, 500, 429, 200]  # the 500 has no problem document, so it comes from a proxy
     assert ask(script.url, 3) == {}
-    assert len(script.asked) == 4
+    assert len(script.requested_paths) == 4
 
 
-@both
-def test_after_its_retries_a_client_gives_up(script: Script, ask: Ask) -> None:
+@with_both_clients
+def test_a_client_gives_up_after_its_retries(script: Script, ask: Ask) -> None:
     script.statuses = [503]
-    with pytest.raises(ServiceError, match="503") as caught:
+    with pytest.raises(ServiceError, match="503") as error:
         ask(script.url, 2)
-    assert (len(script.asked), caught.value.status) == (3, 503)
+    assert (len(script.requested_paths), error.value.status) == (3, 503)
 
 
-@both
-def test_what_the_service_itself_says_no_to_is_not_sent_again(script: Script, ask: Ask) -> None:
+@with_both_clients
+def test_a_refusal_of_the_service_is_not_retried(script: Script, ask: Ask) -> None:
     script.statuses, script.media_type = [500], "application/problem+json"
-    with pytest.raises(ServiceError, match=r"500 no: d \(request r\)") as caught:
+    with pytest.raises(ServiceError, match=r"500 no: d \(request r\)") as error:
         ask(script.url, 5)
-    assert (len(script.asked), caught.value.code) == (1, "no")
+    assert (len(script.requested_paths), error.value.code) == (1, "no")
 
 
-@both
-def test_where_nobody_listens_it_is_said_after_the_retries(ask: Ask) -> None:
-    with pytest.raises(ServiceError, match="cannot be reached") as caught:
+@with_both_clients
+def test_an_unreachable_service_is_reported_after_the_retries(ask: Ask) -> None:
+    with pytest.raises(ServiceError, match="cannot be reached") as error:
         ask("http://127.0.0.1:9", 1)
-    assert caught.value.status == 0
+    assert error.value.status == 0

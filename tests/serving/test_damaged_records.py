@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from serving_set import MILL, PRESS, Plant, make_plant
 
 from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest
-from focus_ray.bundle.published import bundles_at
+from focus_ray.bundle.published import resolve_bundles
 from focus_ray.bundle.registry import Registry, Version
 from focus_ray.errors import DataError, RegistryError
 from focus_ray.evaluation.inspection import Inspection
@@ -108,7 +108,7 @@ def test_a_damaged_version_is_missing_in_lists_and_its_look_up_names_it(
     caplog.set_level(logging.WARNING)
     assert [version.name for version in registry.versions(PRESS, "gear")] == ["v0001", "v0003"]
     assert str(path) in caplog.text
-    with pytest.raises(RegistryError, match=r"v0002\.json: a damaged record"):
+    with pytest.raises(RegistryError, match=r"v0002\.json: .*damaged"):
         registry.resolve(PRESS, "gear", "v0002")
     with pytest.raises(RegistryError, match=r"v0002\.json: a damaged record"):
         registry.resolve(PRESS, "gear", "production")
@@ -144,7 +144,7 @@ def test_files_and_folders_of_other_kinds_change_no_list(registry: Registry, pla
     assert (registry.versions(PRESS, "gear"), registry.aliases(PRESS, "gear"), registry.marks(PRESS)) == before
     assert registry.versions(PRESS, "readme") == []
     assert [registry.categories(team) for team in registry.teams()] == [[], ["gear", "readme"]]
-    assert set(bundles_at(registry.root)) == {"gear"}
+    assert set(resolve_bundles(registry.root)) == {"gear"}
     assert registry.publish(plant.bundles["gear"], PRESS, aliases=["gold"]).name == "v0004"
 
 

@@ -135,7 +135,7 @@ def test_lines_and_rows_mark_images_that_the_model_was_trained_on(
 ) -> None:
     training_hashes = [short_hash(content_hash(decode_image(pictures[0], None)))]
     config = small_config(str(root / "data"), tmp_path / "runs", model={"image_alignment": {"group": "none"}})
-    bundle = make_bundle(config, place=tmp_path / "bundle", known=training_hashes)
+    bundle = make_bundle(config, place=tmp_path / "bundle", fit_hashes=training_hashes)
     for number in range(2):
         (folder / f"{number}.png").write_bytes(pictures[number])
     (folder / "2.png").write_bytes(b"no image")
