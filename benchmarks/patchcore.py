@@ -31,7 +31,7 @@ from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.density.base import sample_evenly
 from focus_ray.evaluation.evaluate import compute_metrics_of_arrays, evaluation_size
 from focus_ray.evaluation.inspection import resize_map
-from focus_ray.fitting.anomaly_map import AnomalyMapGenerator, smooth, upsample
+from focus_ray.fitting.anomaly_map import AnomalyMapGenerator, build_upsampling_matrix, smooth_columns
 from focus_ray.fitting.profile import MAX_IMAGES, compute_profile
 from focus_ray.fitting.scoring import to_images
 from focus_ray.model.backbones.base import Backbone, build_backbone, set_padding
@@ -119,7 +119,12 @@ def patchcore(
     features_s = time.perf_counter() - start
     rows = greedy_coreset(embeddings.flatten(0, 1), share, seed)
     coreset = embeddings.flatten(0, 1)[rows]
-    side = smooth(upsample(size // 8, size), config.scoring.smoothing_sigma_px).float().contiguous().to(device)
+    side = (
+        smooth_columns(build_upsampling_matrix(size // 8, size), config.scoring.smoothing_sigma_px)
+        .float()
+        .contiguous()
+        .to(device)
+    )
     spread = AnomalyMapGenerator(side, side)
     profile = compute_profile(left_out_distances(embeddings, rows), spread) if image_score == "profile" else None
     fit_s = time.perf_counter() - start

