@@ -103,8 +103,9 @@ class Model:
 
         Images that the model was trained on are left out of all metrics. "trained_on" of the result has their number.
 
-        Raises: DataError: there is no labelled image that the model was not trained on, a label is not 0 or 1, or the numbers of
-            images and labels differ.
+        Raises:
+            DataError: there is no labelled image that the model was not trained on, a label is not 0 or 1, or the numbers of
+                images and labels differ.
         """
         if labels is not None:
             if images is None:

@@ -1,4 +1,4 @@
-"""Ingestion on a Ray cluster: workers read, check and write pieces of the source."""
+"""Ingestion on a Ray cluster: tasks read, check and write pieces of the source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from focus_ray.cluster.connect import connect
-from focus_ray.cluster.pool import Failed, WorkerPool
 from focus_ray.cluster.preflight import probe_nodes
 from focus_ray.data.ingest import ingest
 from focus_ray.data.ingestion.report import IngestReport
@@ -21,39 +20,61 @@ MAX_RETRIES = 5  # of a piece after the loss of its worker or node
 
 
 class ClusterMapper:
-    """Calls a function for each item on the workers of a pool.
+    """Calls a function for each item in a Ray task of its own.
 
-    Ray Data does not fit here: a worker writes part files under names of its attempt, and the caller must count exactly the
-    attempt that answered. Ray Data yields the blocks of one item singly, and a repeated item may mix blocks of two attempts.
+    Several mappers run at the same time, one for each category. Tasks share the CPUs of the cluster; the actors of a pool would
+    keep them while another mapper waits. Ray Data does not fit here either: a task writes part files under names of its attempt,
+    and the caller must count exactly the attempt that answered. Ray Data yields the blocks of one item singly, and a repeated
+    item may mix blocks of two attempts.
     """
 
     def __init__(self, num_workers: int) -> None:
+        """
+        Args: num_workers: number of tasks at the same time.
+        """
         self.num_workers = num_workers
 
     def __call__(self, function: Callable[[T], R], items: Sequence[T], /) -> Iterator[tuple[int, R]]:
         """Yields the number of each item and the result of the function, in the order in which they finish.
 
-        Raises: DataError: from the function.  TrainingError: an item failed on every attempt.
+        Raises: DataError: from the function.  TrainingError: the workers of an item died on every attempt.
         """
-        numbered_items = iter(enumerate(items))
-        num_workers = min(self.num_workers, len(items))
-        with WorkerPool[tuple[int, T]](num_workers, {"num_cpus": 1}, MAX_RETRIES, lambda line: None) as pool:
-            for (number, _), outcome in pool.run(
-                lambda numbered: function(numbered[1]), lambda: next(numbered_items, None)
-            ):
-                if isinstance(outcome, Failed):
-                    raise _error_of(outcome)
-                yield number, outcome
+        import ray
+
+        # Ray repeats a task after the loss of its worker or node, but not after an error of the function
+        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
+        item_numbers: dict[Any, int] = {}  # of the running tasks
+        remaining_numbers = iter(range(len(items)))
+        try:
+            while True:
+                while len(item_numbers) < self.num_workers and (number := next(remaining_numbers, None)) is not None:
+                    item_numbers[task.remote(items[number])] = number
+                if not item_numbers:
+                    return
+                (answer,), _ = ray.wait(list(item_numbers), num_returns=1)
+                number = item_numbers.pop(answer)
+                yield number, _get_result(answer)
+        finally:
+            for unfinished_task in item_numbers:
+                ray.cancel(unfinished_task, force=True)
 
 
-def _error_of(failed: Failed) -> Exception:
-    """Returns the DataError of the function itself, or a TrainingError that says that the workers died."""
-    if isinstance(getattr(failed.error, "cause", None), DataError):
-        return failed.error.cause  # type: ignore[attr-defined,no-any-return]
-    return TrainingError(
-        f"a piece of the source failed on every worker that tried it: {failed.reason}. If memory is short, lower --workers. "
-        "Published data stays, and the same command continues"
-    )
+def _get_result(answer: Any) -> Any:
+    """Returns the result of a task. Raises: DataError, TrainingError: see `ClusterMapper.__call__`."""
+    import ray
+
+    try:
+        return ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DataError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"the workers of one piece of the source died on all {MAX_RETRIES + 1} attempts ({reason}): if memory is short, "
+            "lower --workers. Published data stays, and the same command continues"
+        ) from error
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -64,10 +85,10 @@ def _files(folder: Path) -> Iterator[Path]:
 def ingest_on_cluster(
     source: str | Path, destination: str | Path, num_workers: int | str = "auto", **options: Any
 ) -> IngestReport:
-    """Runs `ingest` on the workers of a Ray cluster. Report and data are the same.
+    """Runs `ingest` in tasks on a Ray cluster. Report and data are the same.
 
     Args:
-        num_workers: number of workers with one CPU each; auto: as many as the cluster has CPUs.
+        num_workers: number of tasks at the same time, with one CPU each; auto: as many as the cluster has CPUs.
         options: further arguments of `ingest`.
 
     Raises: DataError: as `ingest`, or a node cannot access the source or the destination.

@@ -1,6 +1,6 @@
 """A pool of worker actors that take one piece of work after another.
 
-Fits, trainers, evaluation, batch inspection and ingestion all run through it. Ray 2.60 has no feature that does the same:
+Fits, trainers, evaluation and batch inspection all run through it. Ray 2.60 has no feature that does the same:
 
 - A restarted actor keeps its call, so that the piece of a lost node waits for a new node while other workers are idle. Here
   the piece goes to the next free worker.

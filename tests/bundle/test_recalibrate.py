@@ -168,7 +168,7 @@ def test_the_command_reports_the_change_and_refuses_invalid_arguments(
     assert "image threshold" in captured.err
     assert Path(curve).read_text().startswith("threshold,")
     assert main(["calibrate", new, new]) == 1
-    assert "give inspection of --good" in capsys.readouterr().err
+    assert "give one of --good" in capsys.readouterr().err
     assert main(["calibrate", new, new, "--good", good, "--trade-off", curve]) == 1
     assert "--trade-off needs --bad" in capsys.readouterr().err
     assert main(["calibrate", new, new, "--good", str(tmp_path / "gone")]) == 1

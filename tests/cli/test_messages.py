@@ -120,7 +120,7 @@ def test_a_busy_port_is_reported_in_a_single_line(bundle: str, capsys: pytest.Ca
         assert main(["serve", bundle, "--port", str(port)]) == 1
     output = capsys.readouterr().err.strip().splitlines()
     assert len(output) == 2
-    assert f"cannot listen at 127.0.0.1:{port}: Address already in use: give another --port" in output[1]
+    assert f"cannot listen at 127.0.0.1:{port}: Address already in use: choose another --port" in output[1]
 
 
 def test_a_failed_start_of_ray_is_reported_in_a_single_line(monkeypatch: pytest.MonkeyPatch) -> None:

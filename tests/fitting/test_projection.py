@@ -256,7 +256,7 @@ def test_a_metric_of_another_network_or_a_file_that_is_no_metric_is_refused(
     with_shared = make_bundle(with_metric(config, place), CATEGORIES[0], place=tmp_path / "with_shared")
     with pytest.raises(BundleError, match="with_shared"):
         share_metric([with_shared], str(tmp_path / "other"))
-    with pytest.raises(BundleError, match="is there twice: name each category once"):
+    with pytest.raises(BundleError, match="another bundle has the same category"):
         share_metric([bundles[0], bundles[0]], str(tmp_path / "other"))
 
 

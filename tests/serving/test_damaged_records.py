@@ -110,7 +110,7 @@ def test_a_damaged_version_is_missing_in_lists_and_its_look_up_names_it(
     assert str(path) in caplog.text
     with pytest.raises(RegistryError, match=r"v0002\.json: .*damaged"):
         registry.resolve(PRESS, "gear", "v0002")
-    with pytest.raises(RegistryError, match=r"v0002\.json: a damaged record"):
+    with pytest.raises(RegistryError, match=r"v0002\.json: .*damaged"):
         registry.resolve(PRESS, "gear", "production")
     assert registry.resolve(PRESS, "gear").name == "v0003"
     assert registry.roll_back(PRESS, "gear", "production").name == "v0001"
@@ -368,4 +368,4 @@ def test_a_model_above_memory_mb_is_a_503_with_a_log_line_and_the_other_models_s
         assert [key.split("/")[1] for key in service.backend.models.loaded_keys] == ["gear"]  # type: ignore[attr-defined]
         assert client.post("/v1/press/gear/inspect", content=plant.images[0], headers=headers).status_code == 200
     assert "model cannot be loaded" in caplog.text
-    assert "and the limit is 67108864" in caplog.text
+    assert "limit is 67108864" in caplog.text
