@@ -21,7 +21,7 @@ from focus_ray.config import parse_config
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.checked_memory import CheckedMemory
 from focus_ray.density.nearest import JointMemory, NearestMemory
-from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.metrics import MeasuredImages
 from focus_ray.fitting.scoring import embed, to_images
 from focus_ray.kinds import METRICS
 
@@ -85,7 +85,7 @@ def measure(inspector: Any, records: list[Any], times: int) -> list[dict[str, An
     scores = np.concatenate([one.ravel() for one in measured.maps])
 
     def aupro() -> float | None:  # of a fresh one: it keeps its curve
-        fresh = ScoredImages(measured.labels, measured.scores, measured.masks, measured.maps, measured.threshold)
+        fresh = MeasuredImages(measured.labels, measured.scores, measured.masks, measured.maps, measured.threshold)
         return METRICS["aupro_0.3"].value(fresh)
 
     found = interleaved({"ours": aupro, "limit": lambda: np.sort(scores)}, 3)

@@ -37,7 +37,7 @@ from focus_ray.data.read import TEST_COLUMNS, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.data.split import split_category
 from focus_ray.evaluation.calibration import Calibration
-from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.metrics import MeasuredImages
 from focus_ray.kinds import METRICS
 from focus_ray.seeds import derive_seed
 
@@ -100,7 +100,7 @@ def fitted(config: Config, category: str, place: Path) -> str:
     return bundle_uri(str(place), category)
 
 
-def seen_by(place: str, records: Sequence[Row]) -> tuple[ScoredImages, dict[str, Any]]:
+def seen_by(place: str, records: Sequence[Row]) -> tuple[MeasuredImages, dict[str, Any]]:
     """Scores of a site's images, and how well they rank."""
     measured = Inspector.load(place).measure([dict(record) for record in records], MAP_PX).measured
     return measured, {
@@ -109,7 +109,7 @@ def seen_by(place: str, records: Sequence[Row]) -> tuple[ScoredImages, dict[str,
     }
 
 
-def verdicts(place: str, measured: ScoredImages) -> dict[str, Any]:
+def verdicts(place: str, measured: MeasuredImages) -> dict[str, Any]:
     """Shares above the thresholds of a bundle, of scores that its tensors gave."""
     calibration = Calibration.from_dict(read_manifest(place)["calibration"])
     above, bad = calibration.is_anomalous(measured.scores), measured.labels > 0

@@ -22,7 +22,7 @@ from focus_ray.config import parse_config
 from focus_ray.data.images import decode_batch
 from focus_ray.data.schema import Row
 from focus_ray.data.shards import MemoryShard
-from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.metrics import MeasuredImages
 from focus_ray.fitting.fit import fit
 from focus_ray.kinds import METRICS
 
@@ -69,7 +69,7 @@ def test() -> dict[str, float | None]:
 
 def metrics_alone() -> None:
     """Writes maps and masks for a peer's metrics, and times ours: pixel AUROC and AUPRO, of a fresh set each time."""
-    held: ScoredImages = made["measured"]
+    held: MeasuredImages = made["measured"]
     kept = [number for number, mask in enumerate(held.masks) if mask is not None]
     np.savez(
         asked["maps"],
@@ -78,7 +78,7 @@ def metrics_alone() -> None:
     )
     taken = []
     for _ in range(5):
-        fresh = ScoredImages(held.labels, held.scores, held.masks, held.maps, held.threshold)
+        fresh = MeasuredImages(held.labels, held.scores, held.masks, held.maps, held.threshold)
         start = time.perf_counter()
         for key in ("pixel_auroc", "aupro_0.3"):
             METRICS[key].value(fresh)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from focus_ray.errors import DataError
-from focus_ray.evaluation.metrics import Metric, ScoredImages, UnavailableMaps
+from focus_ray.evaluation.metrics import MeasuredImages, Metric, UnavailableMaps
 from focus_ray.evaluation.pixels import PixelBins
 from focus_ray.kinds import METRICS
 
@@ -31,7 +31,7 @@ class LabelledImages(NamedTuple):
         num_repeats: number of images that are almost equal to a training image: photographs of the same part.
     """
 
-    measured: ScoredImages
+    measured: MeasuredImages
     types: tuple[str, ...]
     ids: Sequence[str]
     reduced: bool
@@ -169,7 +169,7 @@ class EvaluationCollector:
             return join_evaluation_parts([self.part()], threshold, ids)
         labels, scores = np.asarray(self.labels, dtype=np.int64), np.asarray(self.scores, dtype=np.float64)
         maps, masks, inside = (list(column) for column in zip(*self._stored_images, strict=True))
-        measured = ScoredImages(labels, scores, masks, maps, threshold, inside)
+        measured = MeasuredImages(labels, scores, masks, maps, threshold, inside)
         num_omitted = len(labels) - len(indices)
         if num_omitted:
             measured = measured.only(~np.asarray(self.trained_on, dtype=bool), [])
@@ -191,7 +191,7 @@ def join_evaluation_parts(parts: Sequence[EvaluationPart], threshold: float, ids
     trained_on = np.concatenate([part.trained_on for part in parts]) if parts else np.zeros(0, dtype=bool)
     indices = _untrained_indices(trained_on)
     groups = {group for part in parts for group in part.bins}
-    measured = ScoredImages(
+    measured = MeasuredImages(
         labels=np.concatenate([part.labels for part in parts]).astype(np.int64)[indices],
         scores=np.concatenate([part.scores for part in parts])[indices],
         masks=UnavailableMaps(),
@@ -277,13 +277,13 @@ def compute_metrics_of_arrays(
             image metrics only.
         threshold: image threshold.
     """
-    measured = ScoredImages(
+    measured = MeasuredImages(
         np.asarray(labels, dtype=np.int64), np.asarray(scores, dtype=np.float64), masks, maps, float(threshold)
     )
     return compute_metrics(measured, types, target_fpr)
 
 
-def compute_metrics(measured: ScoredImages, types: Sequence[str], target_fpr: float) -> dict[str, Any]:
+def compute_metrics(measured: MeasuredImages, types: Sequence[str], target_fpr: float) -> dict[str, Any]:
     """Computes all metrics of one category.
 
     Returns: metric values by key, counts of images, 'threshold', 'target_fpr', and:
@@ -313,7 +313,7 @@ def compute_metrics(measured: ScoredImages, types: Sequence[str], target_fpr: fl
     return {**result, "reasons": reasons}
 
 
-def _value_or_reason(metric: Metric, measured: ScoredImages, reasons: dict[str, str], where: str) -> float | None:
+def _value_or_reason(metric: Metric, measured: MeasuredImages, reasons: dict[str, str], where: str) -> float | None:
     """Returns the value of a metric. If the metric fails, returns None and stores the reason under the key `where`."""
     try:
         return metric.value(measured)
@@ -322,7 +322,7 @@ def _value_or_reason(metric: Metric, measured: ScoredImages, reasons: dict[str, 
         return None
 
 
-def _bounds(measured: ScoredImages, keys: Sequence[str]) -> dict[str, float]:
+def _bounds(measured: MeasuredImages, keys: Sequence[str]) -> dict[str, float]:
     """Returns the error bounds of pixel metrics on binned pixels, by key; without metrics that have no value."""
     bounds: dict[str, float] = {}
     for key in keys:
@@ -336,7 +336,7 @@ def _bounds(measured: ScoredImages, keys: Sequence[str]) -> dict[str, float]:
 
 
 def _metrics_of_type(
-    measured: ScoredImages, chosen: NDArray[np.bool_], kind: str, reasons: dict[str, str]
+    measured: MeasuredImages, chosen: NDArray[np.bool_], kind: str, reasons: dict[str, str]
 ) -> dict[str, Any]:
     """Computes the metrics of one defect type. chosen: (N,), which images have this type."""
     parts = {

@@ -76,7 +76,7 @@ _UNAVAILABLE = (
 
 
 @dataclass(frozen=True)
-class ScoredImages:
+class MeasuredImages:
     """Scored images of one category, the input of a metric.
 
     Attributes:
@@ -129,16 +129,16 @@ class ScoredImages:
             return None
         return PixelCurve.of(clipped_masks, [self.maps[index] for index in indices], regions=True, inside=inside)
 
-    def only(self, chosen: NDArray[np.bool_], kinds: Sequence[str]) -> ScoredImages:
+    def only(self, chosen: NDArray[np.bool_], kinds: Sequence[str]) -> MeasuredImages:
         """Returns the chosen images. `chosen` (N,) must hold exactly the images of the defect types `kinds`; "" is good."""
         labels, scores = self.labels[chosen], self.scores[chosen]
         if self.bins is not None:
             bins = {kind: self.bins[kind] for kind in kinds if kind in self.bins}
-            return ScoredImages(labels, scores, self.masks, self.maps, self.threshold, bins=bins)
+            return MeasuredImages(labels, scores, self.masks, self.maps, self.threshold, bins=bins)
         indices = np.flatnonzero(chosen).tolist()
         masks, maps = [self.masks[index] for index in indices], [self.maps[index] for index in indices]
         inside = None if self.inside is None else [self.inside[index] for index in indices]
-        return ScoredImages(labels, scores, masks, maps, self.threshold, inside)
+        return MeasuredImages(labels, scores, masks, maps, self.threshold, inside)
 
 
 class Metric(NamedTuple):
@@ -155,10 +155,10 @@ class Metric(NamedTuple):
     """
 
     title: str
-    value: Callable[[ScoredImages], float | None]
+    value: Callable[[MeasuredImages], float | None]
     per_defect: Literal["", "with_normals", "alone"] = ""
     higher_is_better: bool = True
-    bound: Callable[[ScoredImages], float | None] | None = None
+    bound: Callable[[MeasuredImages], float | None] | None = None
 
 
 def _check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -192,12 +192,12 @@ def _finite_vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
 
 def _image_metric_value(
     function: Callable[[NDArray[Any], NDArray[Any]], float],
-) -> Callable[[ScoredImages], float | None]:
+) -> Callable[[MeasuredImages], float | None]:
     """Turns a function of labels and scores into `Metric.value`."""
     return lambda measured: function(measured.labels, measured.scores) if measured.has_both else None
 
 
-def _pixel_metric_value(function: Callable[[PixelCurve], float]) -> Callable[[ScoredImages], float | None]:
+def _pixel_metric_value(function: Callable[[PixelCurve], float]) -> Callable[[MeasuredImages], float | None]:
     """Turns a function of a pixel curve into `Metric.value`."""
     return lambda measured: None if measured.curve is None else function(measured.curve)
 
@@ -206,10 +206,10 @@ def _pixel_metric(title: str, value: Callable[[PixelCurve], float], bound: Calla
     return Metric(title, _pixel_metric_value(value), "alone", bound=_pixel_metric_value(bound))
 
 
-def _share_called_bad(label: int) -> Callable[[ScoredImages], float | None]:
+def _share_called_bad(label: int) -> Callable[[MeasuredImages], float | None]:
     """Returns the function of the share of images with this label whose score is above the threshold."""
 
-    def share(measured: ScoredImages) -> float | None:
+    def share(measured: MeasuredImages) -> float | None:
         scores = measured.scores[measured.labels == label]
         return float(is_above(scores, measured.threshold).mean()) if len(scores) else None
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation.defects import synthetic_validation_set
-from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.metrics import MeasuredImages
 from focus_ray.kinds import METRICS
 
 DEFECTS_PER_IMAGE = 3
@@ -58,7 +58,7 @@ def validation_figures(
     Raises: DataError: the masks contain no defect.
     """
     labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
-    measured = ScoredImages(labels, scores.astype(np.float64), list(masks), list(maps), 0.0)
+    measured = MeasuredImages(labels, scores.astype(np.float64), list(masks), list(maps), 0.0)
     metrics: dict[str, float] = {}
     for name, key in JUDGED_BY.items():
         value = METRICS[key].value(measured)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from focus_ray.evaluation.calibration import is_above
-from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.metrics import MeasuredImages
 from focus_ray.evaluation.report import format_bound
 from focus_ray.kinds import METRICS
 
@@ -44,7 +44,7 @@ class Share:
         return f"{self.count} of {self.total} ({100 * self.share:.0f} %; {100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def count_called_bad(measured: ScoredImages, label: int) -> Share:
+def count_called_bad(measured: MeasuredImages, label: int) -> Share:
     """Returns the share of the images with a label (0 good, 1 bad) whose score is above the threshold."""
     scores = measured.scores[measured.labels == label]
     return Share(int(np.sum(is_above(scores, measured.threshold))), len(scores))

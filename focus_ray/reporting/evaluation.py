@@ -12,7 +12,7 @@ import numpy as np
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.evaluation.evaluate import LabelledImages
-from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.metrics import MeasuredImages
 from focus_ray.evaluation.report import evaluation_table, mean_metrics
 from focus_ray.kinds import METRICS
 from focus_ray.reporting import plots
@@ -154,7 +154,7 @@ def evaluation_page(
     )
 
 
-def roc(measured: ScoredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def roc(measured: MeasuredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Returns the false positive rates and the true positive rates of images over all thresholds."""
     from sklearn.metrics import roc_curve  # this import takes a second, so other commands avoid it
 
@@ -162,7 +162,7 @@ def roc(measured: ScoredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, A
     return false_positive_rate, true_positive_rate
 
 
-def precision_recall(measured: ScoredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def precision_recall(measured: MeasuredImages) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Returns recall, in ascending order, and precision of images over all thresholds."""
     from sklearn.metrics import precision_recall_curve
 
@@ -170,7 +170,7 @@ def precision_recall(measured: ScoredImages) -> tuple[np.ndarray[Any, Any], np.n
     return recall[::-1], precision[::-1]
 
 
-def pro(measured: ScoredImages, limit: float = PRO_LIMIT) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+def pro(measured: MeasuredImages, limit: float = PRO_LIMIT) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
     """Returns false positive rates of pixels up to `limit`, and the mean overlap of regions; None without masks."""
     if measured.curve is None:
         return None
@@ -186,7 +186,7 @@ def _total(shares: Iterable[Share]) -> Share:
 
 
 def _plots(
-    measured: ScoredImages, calibration_scores: Sequence[float], result: Mapping[str, Any], good: Share, bad: Share
+    measured: MeasuredImages, calibration_scores: Sequence[float], result: Mapping[str, Any], good: Share, bad: Share
 ) -> list[plots.Plot]:
     """Draws score histograms, and the curves that the labels and masks allow."""
     drawn = [

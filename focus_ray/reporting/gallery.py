@@ -20,7 +20,7 @@ from focus_ray.errors import DataError
 from focus_ray.evaluation.calibration import is_above
 from focus_ray.evaluation.evaluate import LabelledImages
 from focus_ray.evaluation.inspection import Inspection
-from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.metrics import MeasuredImages
 from focus_ray.evaluation.report import overlay
 from focus_ray.reporting.page import jpeg_uri
 
@@ -50,7 +50,7 @@ class Card:
     views: dict[str, str]
 
 
-def choose_images(measured: ScoredImages, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
+def choose_images(measured: MeasuredImages, per_kind: int = PER_KIND) -> dict[Kind, list[int]]:
     """Returns kind -> numbers of the images to show, at most `per_kind` of each kind and no image twice.
 
     misses: the bad images with the lowest scores, lowest first, even if they are above the threshold.

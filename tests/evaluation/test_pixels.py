@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation.evaluate import EvaluationCollector, compute_metrics, join_evaluation_parts
-from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.metrics import MeasuredImages
 from focus_ray.evaluation.pixels import PixelBins, score_bins
 from focus_ray.evaluation.report import format_bound
 from focus_ray.kinds import METRICS
@@ -31,7 +31,7 @@ def bins_of(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray) -> PixelBin
     return PixelBins.total(PixelBins.of_image(*image) for image in zip(masks, maps, inside, strict=True))
 
 
-def scored_images(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray, exact_pixels: int) -> ScoredImages:
+def scored_images(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray, exact_pixels: int) -> MeasuredImages:
     """Collects images of two defect types. An image is anomalous if its mask has a pixel."""
     collector = EvaluationCollector(exact_pixels)
     for number, (mask, scores, counted_pixels) in enumerate(zip(masks, maps, inside, strict=True)):

@@ -17,7 +17,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
 from focus_ray.errors import DataError
 from focus_ray.evaluation.evaluate import LabelledImages
-from focus_ray.evaluation.metrics import ScoredImages
+from focus_ray.evaluation.metrics import MeasuredImages
 from focus_ray.kinds import METRICS
 from focus_ray.reporting.caveats import Share, evaluation_caveats
 from focus_ray.reporting.evaluation import build_section, evaluation_page, precision_recall, pro, roc
@@ -50,7 +50,7 @@ def page(inspector: Inspector, labelled: LabelledImages, data: str) -> str:
     return evaluation_page(results, {ODD: section}).decode()
 
 
-def random_measured(seed: int = 0, num: int = 200) -> ScoredImages:
+def random_measured(seed: int = 0, num: int = 200) -> MeasuredImages:
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, num)
     scores = np.round(rng.normal(labels, 1.0), 2)  # rounded, so that there are ties
@@ -58,7 +58,7 @@ def random_measured(seed: int = 0, num: int = 200) -> ScoredImages:
     for mask, label in zip(masks, labels, strict=True):
         mask[3:7, 2:9] = bool(label)
     maps = [rng.normal(mask * 1.0, 1.0).astype(np.float32) for mask in masks]
-    return ScoredImages(labels.astype(np.int64), scores, masks, maps, 1.0)
+    return MeasuredImages(labels.astype(np.int64), scores, masks, maps, 1.0)
 
 
 def test_the_page_loads_nothing_from_the_network(page: str) -> None:
@@ -126,13 +126,13 @@ def test_the_area_below_the_pro_curve_is_aupro() -> None:
 def test_there_is_no_pro_curve_without_a_mask() -> None:
     measured = random_measured()
     masks = [None if label else mask for mask, label in zip(measured.masks, measured.labels, strict=True)]
-    assert pro(ScoredImages(measured.labels, measured.scores, masks, measured.maps, 1.0)) is None
+    assert pro(MeasuredImages(measured.labels, measured.scores, masks, measured.maps, 1.0)) is None
 
 
 def test_the_gallery_has_worst_misses_worst_false_alarms_and_typical_finds() -> None:
     scores = np.array([0.1, 0.2, 1.5, 0.9, 0.3, 1.2, 5.0, 2.0, 3.0, 2.6, 2.7])
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1])
-    measured = ScoredImages(labels, scores, [None] * 11, [np.zeros((2, 2), np.float32)] * 11, 1.0)
+    measured = MeasuredImages(labels, scores, [None] * 11, [np.zeros((2, 2), np.float32)] * 11, 1.0)
     assert choose_images(measured, per_kind=2) == {
         "misses": [4, 5],
         "false_alarms": [2, 3],
@@ -141,7 +141,9 @@ def test_the_gallery_has_worst_misses_worst_false_alarms_and_typical_finds() -> 
 
 
 def test_without_bad_images_the_gallery_has_only_false_alarms() -> None:
-    measured = ScoredImages(np.zeros(3, np.int64), np.arange(3.0), [None] * 3, [np.zeros((2, 2), np.float32)] * 3, 1.0)
+    measured = MeasuredImages(
+        np.zeros(3, np.int64), np.arange(3.0), [None] * 3, [np.zeros((2, 2), np.float32)] * 3, 1.0
+    )
     assert choose_images(measured) == {"misses": [], "false_alarms": [2, 1, 0], "finds": []}
 
 
