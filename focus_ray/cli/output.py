@@ -47,7 +47,7 @@ def image_paths(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir() and len(names) > 1 and is_system_folder(path.name):
-            say(f"note: {readable_name(path)}: a folder of the system, passed over")
+            say(f"note: {readable_name(path)}: a system folder, skipped")
         elif path.is_dir():
             paths += find_image_files(path, say)
         elif path.is_file():

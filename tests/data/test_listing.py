@@ -84,7 +84,7 @@ def test_a_listing_reports_the_number_of_skipped_files(folder: Path) -> None:
 def test_a_system_folder_among_several_names_is_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [str(folder / name) for name in sorted(os.listdir(folder)) if not name.startswith(".")]
     assert image_paths(names) == sorted(folder / name for name in VISIBLE)
-    assert "@eaDir: a folder of the system, passed over" in capsys.readouterr().err
+    assert "@eaDir: a system folder, skipped" in capsys.readouterr().err
 
 
 def test_a_folder_with_only_hidden_images_is_refused(tmp_path: Path) -> None:
