@@ -337,7 +337,7 @@ def test_resuming_a_finished_run_returns_at_once(trained: Config, runs: Path) ->
     start = time.monotonic()
     train(trained, resume=True, log=said.append)
     assert time.monotonic() - start < 2
-    assert said == [f"gear: already there, {runs}/small/bundles/gear", f"report: {runs}/small/report.html"]
+    assert said == [f"gear: already trained, {runs}/small/bundles/gear", f"report: {runs}/small/report.html"]
     assert read_manifest(f"{runs}/small/bundles/gear")["sha256"] == version
 
 
