@@ -165,7 +165,7 @@ def statuses(ended: subprocess.CompletedProcess[str]) -> list[str]:
         (
             ("ray",),
             "sweep sweep base.data.uri=d",
-            "sweep needs aiohttp, fastapi, grpc, optuna, python_multipart, ray, starlette,",
+            "sweep needs aiohttp, fastapi, grpc, optuna, pebble, python_multipart, ray, starlette,",
         ),
         (("ray",), "ingest {made} {out} --workers 2", "this needs ray, which is not installed here"),
         (

@@ -223,7 +223,7 @@ def test_a_labelled_objective_is_marked_in_table_yaml_and_page(data: str, tmp_pa
     best = (tmp_path / "best.yaml").read_text()
     assert "pixel_auroc on LABELLED test images" in best
     assert "no longer a fair test" in best
-    assert "<span class=mark>labelled</span>" in (tmp_path / "report.html").read_text()
+    assert '<span class="mark">labelled</span>' in (tmp_path / "report.html").read_text()
     assert "LABELLED" in (tmp_path / "report.md").read_text()
     assert pq.read_schema(tmp_path / "trials.parquet").metadata[b"labelled"] == b"True"
 
