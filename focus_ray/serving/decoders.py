@@ -7,6 +7,7 @@ from which decoders are forked starts in a fraction of a second.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -38,7 +39,6 @@ from focus_ray.data.images import (
 
 DECODE_TIMEOUT_S = 10.0  # for one image; the slowest honest image, of 89 million pixels, takes about half as long
 DECODER_MEMORY_BYTES = 2**30  # for one image, without the process itself; 16-bit RGBA of 25 million pixels takes 600 MB
-DECODER_NICENESS = 4  # a slow image must not take the CPU from scoring; the workers of Ray have 15, and 19 is the most
 
 T = TypeVar("T")
 Decoded = tuple[ImageInfo, NDArray[np.uint8]]
@@ -219,7 +219,9 @@ def _limit_process() -> None:
     if sys.platform == "linux":
         import resource
 
-        os.nice(DECODER_NICENESS)
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            # a slow image must not take the CPU from scoring; niceness is too weak, because Ray's workers already have 15 of 19
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")]
         limit = 1024 * int(line.split()[1]) + DECODER_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))

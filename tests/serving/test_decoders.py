@@ -153,5 +153,6 @@ def test_bombs_of_one_team_do_not_slow_down_another(plant: Plant, monkeypatch: p
         with Probe(inspect) as probe:
             probe.wait_for(20)  # the model is loaded
         quiet_s, busy_s = compare_waits(inspect, attack)
-    assert set(statuses) == {422}
+    assert statuses[422]
+    assert set(statuses) <= {200, 422}  # an idle machine decodes some of these images in time
     assert busy_s < max(2 * quiet_s, NOISE_S)

@@ -262,7 +262,7 @@ def test_a_submitted_run_trains_over_two_nodes_from_s3_to_s3(
     nodes: Nodes, trained: subprocess.CompletedProcess[str], s3: S3Server
 ) -> None:
     assert trained.returncode == 0, trained.stdout[-2000:] + trained.stderr[-2000:]
-    assert "gear: training with 2 worker(s)" in trained.stdout
+    assert "2 worker(s) each" in trained.stdout
     bundle = read_bundle(f"{nodes.root}/runs/wide/bundles/gear")
     assert bundle.manifest["metrics"]["num_workers"] == 2
     assert bundle.config.cluster.team == "press"
