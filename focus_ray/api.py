@@ -7,7 +7,6 @@ model.save("model")
 
 from __future__ import annotations
 
-import difflib
 import os
 import shutil
 import tempfile
@@ -37,7 +36,7 @@ from focus_ray.errors import ConfigError, DataError
 from focus_ray.evaluation.inspection import Inspection
 from focus_ray.extras import require_extra
 from focus_ray.fitting.fit import check_prerequisites
-from focus_ray.names import is_name
+from focus_ray.names import is_name, suggest_name
 from focus_ray.standard import find_config
 from focus_ray.storage import join, read_bytes
 
@@ -232,8 +231,7 @@ def _merge_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
             matching = [dotted]
         if not matching:
             last_parts = {key.rpartition(".")[2] for key in keys}
-            close = difflib.get_close_matches(dotted.rpartition(".")[2], last_parts, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "`focus-ray config explain` lists them"
+            hint = suggest_name(dotted.rpartition(".")[2], last_parts) or "`focus-ray config explain` lists them"
             raise ConfigError(f"{name}: no such setting; {hint}")
         if len(matching) > 1:
             raise ConfigError(f"{name}: matches {' and '.join(matching)}: write {matching[0].replace('.', '__')}")

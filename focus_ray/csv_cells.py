@@ -13,13 +13,13 @@ _UNESCAPED, _ESCAPED = re.compile(_BEGIN + _FORMULA), re.compile(f"{_BEGIN}'{_FO
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet runs: an apostrophe stands before text that could be a formula (OWASP, CSV injection).
+    """Returns a cell that no spreadsheet runs: text that could be a formula begins with an apostrophe (OWASP, CSV injection).
 
-    Numbers stay numbers, negative ones too. `csv_text` gives back every text.
+    Numbers are returned unchanged. `csv_text` restores every text.
     """
     return _UNESCAPED.sub("'", value) if isinstance(value, str) else value
 
 
 def csv_text(cell: str) -> str:
-    """Undoes `csv_cell`."""
+    """Returns the text from which `csv_cell` made a cell."""
     return _ESCAPED.sub("", cell)

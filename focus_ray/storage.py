@@ -182,8 +182,13 @@ def retry_while_busy(action: Callable[[], T]) -> T:
         except OSError as error:
             if attempt == max_attempts() or not any(sign in str(error) for sign in _BUSY_SIGNS):
                 raise
-            time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
+            _pause_before_retry(attempt)
     raise AssertionError("max_attempts is at least 1")
+
+
+def _pause_before_retry(attempt: int) -> None:
+    """Waits after a failed attempt (1, 2, ...); the pauses double up to 5 s, and vary so that clients do not retry together."""
+    time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
 
 
 class _RetryingFile(io.RawIOBase):
@@ -591,7 +596,7 @@ class ObjectReader:
                 except BotoCoreError as error:  # the body was interrupted, and boto3 does not retry that
                     if attempt == max_attempts():
                         raise OSError(str(error)) from error
-                    time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
+                    _pause_before_retry(attempt)
         raise AssertionError("max_attempts is at least 1")
 
 

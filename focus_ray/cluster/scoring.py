@@ -35,7 +35,7 @@ def scoring_pool(num_workers: int | None, is_private: bool, log: Log) -> WorkerP
 
     Args:
         num_workers: None takes as many as the cluster has room for.
-        private: whether the cluster belongs to this process alone.
+        is_private: whether the cluster belongs to this process alone.
 
     Raises: TrainingError: the cluster has no room for a worker.
     """

@@ -213,7 +213,8 @@ def _train_on_cluster(
     messages = Messages()
     use_gpu = uses_gpu(config.cluster)
     jobs = iter([CategoryJob(config, split, use_gpu, root, messages) for split in splits])
-    if fits_without_trainer(config):
+    needs_trainer = not fits_without_trainer(config)
+    if not needs_trainer:
         run_job, options = _fit_category, options_per_worker(config.cluster, use_gpu)
         max_retries = config.cluster.max_failures
     else:
@@ -230,7 +231,7 @@ def _train_on_cluster(
         messages.show(log, training_recorder.log_epoch)
 
     with WorkerPool[CategoryJob](
-        num_at_once, options, max_retries, log, listen, retry_errors=fits_without_trainer(config)
+        num_at_once, options, max_retries, log, listen, retry_errors=not needs_trainer
     ) as pool:
         for job, outcome in pool.run(run_job, lambda: next(jobs, None)):
             listen()  # shows the lines of a category before its end

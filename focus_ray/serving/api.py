@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import difflib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
@@ -21,7 +20,7 @@ from focus_ray import __version__
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
 from focus_ray.evaluation.inspection import Inspection, Region
-from focus_ray.names import NAME_PATTERN
+from focus_ray.names import NAME_PATTERN, suggest_name
 from focus_ray.serving.envelope import Envelope, problem_response
 from focus_ray.serving.limits import read_body, read_content_length, read_document, split_images
 from focus_ray.serving.origin import check_origin
@@ -70,8 +69,8 @@ async def check_query(request: Request, caller: AuthenticatedCaller) -> None:
             quoted = repr(name[:100])
             if not parameters:
                 raise Problem(422, "unknown-parameter", f"query parameter {quoted}: this path takes none: remove it")
-            close = difflib.get_close_matches(name.lower(), parameters, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            suggestion = suggest_name(name.lower(), parameters, min_similarity=0.5)
+            hint = f"{suggestion} " if suggestion else ""
             raise Problem(
                 422,
                 "unknown-parameter",

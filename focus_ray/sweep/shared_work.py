@@ -6,8 +6,8 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from focus_ray.cluster.connect import resources_per_worker
 from focus_ray.cluster.failures import reason_of
+from focus_ray.cluster.pool import options_per_worker
 from focus_ray.config import Config
 from focus_ray.data.shards import fits_memory
 from focus_ray.data.split import Split
@@ -70,7 +70,7 @@ class SharedWork:
                 self.log(_too_large_message(f"decoded images of {category} at {size} px", num_bytes, budget))
                 continue
             budget -= num_bytes
-            task = ray.remote(num_returns=2, **self._task_resources(gpu=False))(load_task)
+            task = ray.remote(num_returns=2, **options_per_worker(self.base.cluster, use_gpu=False))(load_task)
             self.images[category, size], end_markers[category, size] = task.remote(
                 self.reference_config(), self.splits[category], self.config.objective, size
             )
@@ -84,20 +84,10 @@ class SharedWork:
                 self.log(_too_large_message(f"features of {category}", num_bytes, budget))
                 continue
             budget -= num_bytes
-            embed = ray.remote(num_returns=2, **self._task_resources(self.use_gpu))(embed_task)
+            embed = ray.remote(num_returns=2, **options_per_worker(self.base.cluster, self.use_gpu))(embed_task)
             self.features[key], end_markers[key] = embed.remote(config, self.images[category, size])
             self.log(f"shared work: features of {category}, {num_bytes / 2**20:.0f} MiB")
         self._wait_for_tasks(end_markers)
-
-    def _task_resources(self, gpu: bool) -> dict[str, Any]:
-        """Returns the Ray resources of a task that does the work of a worker."""
-        worker = resources_per_worker(self.base.cluster, gpu)
-        return {
-            "num_cpus": worker["CPU"],
-            "num_gpus": worker.get("GPU", 0.0),
-            "memory": worker.get("memory"),
-            "label_selector": dict(self.base.cluster.labels) or None,
-        }
 
     def _budget_bytes(self) -> float:
         """Returns the number of bytes that shared inputs may take."""
