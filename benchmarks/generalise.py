@@ -51,10 +51,10 @@ from benchmarks.intervals import (
 from benchmarks.patchcore import patchcore
 from benchmarks.spine import padim_tree
 from focus_ray.bundle.bundle import git_commit
-from focus_ray.config import override_tree, parse_config
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.density.base import sample_evenly
+from focus_ray.settings.config import override_tree, parse_config
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
 TEST_IMAGES = ("labels", "scores", "pixel_draws")  # of a sample, too long for the JSON line at the end

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from focus_ray.evaluation.pixels import PixelBins
+from focus_ray.metrics.pixels import PixelBins
 
 NUM_DRAWS = 2000
 NUM_PIXEL_DRAWS = 500  # these are stored with every sample

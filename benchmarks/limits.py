@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from benchmarks.harness import add_arguments, base_tree, fit_category, keep_json, open_data, print_table
-from focus_ray.config import parse_config
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.checked_memory import CheckedMemory
 from focus_ray.density.nearest import JointMemory, NearestMemory
-from focus_ray.evaluation.metrics import MeasuredImages
-from focus_ray.fitting.scoring import embed, to_images
-from focus_ray.kinds import METRICS
+from focus_ray.detect.detector import embed, to_images
+from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.settings.config import parse_config
+from focus_ray.settings.kinds import METRICS
 
 BATCHES = (1, 4, 8, 32)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.training import train
-from focus_ray.config import load_config, parse_config
 from focus_ray.data.read import iter_test_records
 from focus_ray.evaluation.report import mean_metrics
+from focus_ray.settings.config import load_config, parse_config
+from focus_ray.training.training import train
 
 
 def main(name: str, description: str, published: Mapping[str, Mapping[str, tuple[float | None, float | None]]]) -> None:

@@ -34,12 +34,12 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import add_arguments, base_tree, keep_json, merged, open_data, print_table
 from benchmarks.limits import interleaved
 from focus_ray.bundle.bundle import read_manifest
-from focus_ray.config import Config, config_to_yaml, parse_config
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.data.regions import load_frame
 from focus_ray.data.shards import BatchSchedule, build_shard, local_stream
 from focus_ray.data.split import plan_category
+from focus_ray.settings.config import Config, config_to_yaml, parse_config
 
 FYD = Path(__file__).resolve().parents[1] / "configs" / "fyd.yaml"
 BARE, RAY = "in one process", "Ray Train, 1 worker"

@@ -20,7 +20,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from benchmarks.harness import print_json, print_table
-from focus_ray.evaluation.shift import RecentScores, compare_scores, compare_stream
+from focus_ray.detect.shift import RecentScores, compare_scores, compare_stream
 from focus_ray.reporting.caveats import Share
 
 Scores = NDArray[np.float64]

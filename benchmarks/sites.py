@@ -27,19 +27,19 @@ from scipy.ndimage import gaussian_filter
 from benchmarks.harness import add_arguments, base_tree, keep_json, merged, open_data, print_table
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.bundle.make import bundle_uri, train_locally
 from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site
 from focus_ray.bundle.update import update_bundle
-from focus_ray.config import Config, parse_config
 from focus_ray.data.images import decode_batch, encode_png
-from focus_ray.data.ingest import ingest
 from focus_ray.data.read import TEST_COLUMNS, read_index, read_rows
 from focus_ray.data.schema import Row
 from focus_ray.data.split import split_category
-from focus_ray.evaluation.calibration import Calibration
-from focus_ray.evaluation.metrics import MeasuredImages
-from focus_ray.kinds import METRICS
+from focus_ray.detect.calibration import Calibration
+from focus_ray.ingestion.ingest import ingest
+from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.seeds import derive_seed
+from focus_ray.settings.config import Config, parse_config
+from focus_ray.settings.kinds import METRICS
+from focus_ray.training.local import bundle_uri, train_locally
 
 Pixels = NDArray[np.uint8]
 MOST_FIT, MOST_GOOD, MOST_BAD = 180, 60, 60  # good images that fit and that are kept, at most, and defects

@@ -35,7 +35,6 @@ from benchmarks.harness import (
     print_table,
 )
 from focus_ray.bundle.bundle import read_bundle, write_bundle
-from focus_ray.config import parse_config
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.base import Statistics, sample_evenly
 from focus_ray.density.coreset import greedy_coreset
@@ -47,12 +46,13 @@ from focus_ray.density.nearest import (
     subsample_coreset,
     unwrap_memory,
 )
-from focus_ray.evaluation.calibration import CalibrationBuilder
+from focus_ray.detect.calibration import CalibrationBuilder
+from focus_ray.detect.profile import fit_profile
+from focus_ray.features.network import build_net
+from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.fit import build_detector
-from focus_ray.fitting.profile import fit_profile
-from focus_ray.model.network import build_net
-from focus_ray.model.reduction import ChannelReduction
 from focus_ray.serving.models import tensors_without_backbone
+from focus_ray.settings.config import parse_config
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
 Part = tuple[Tensor, Tensor | None]  # as `subsample_coreset` returns it

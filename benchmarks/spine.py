@@ -20,13 +20,13 @@ import torch
 import yaml
 
 from benchmarks.harness import add_arguments, base_tree, fit_category, merged, open_data, print_json, print_table, run
-from focus_ray.config import parse_config
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
 from focus_ray.density.base import build_density
 from focus_ray.density.moments import Moments
-from focus_ray.fitting.scoring import embed, to_images
-from focus_ray.model.backbones.base import build_backbone
+from focus_ray.detect.detector import embed, to_images
+from focus_ray.features.backbones.base import build_backbone
+from focus_ray.settings.config import parse_config
 
 ROUNDS = 5
 

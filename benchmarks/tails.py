@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from scipy.special import gammaln
 
 from benchmarks.harness import print_table
-from focus_ray.evaluation.tail import NO_PRIOR, SHIPPED_PRIOR, TailPrior, fit_tail
+from focus_ray.detect.tail import NO_PRIOR, SHIPPED_PRIOR, TailPrior, fit_tail
 
 Draw = dict[str, Any]
 Threshold = Callable[[Draw, float], float]

@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         from importlib import import_module
 
-        from focus_ray.extras import explain_missing_module
+        from focus_ray.errors import explain_missing_module
 
         try:
             return getattr(import_module(f"focus_ray.{_MODULES[name]}"), name)

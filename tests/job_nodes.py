@@ -17,7 +17,7 @@ import pytest
 from places import REPOSITORY
 from s3_server import S3Server
 
-from focus_ray.data.ingest import ingest
+from focus_ray.ingestion.ingest import ingest
 
 TOKEN = "a-token-for-tests-0123456789abcdef"
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from places import CONFIGS
 from pydantic import ValidationError
 
-from focus_ray.config import Config, DensityConfig, config_to_yaml, load_config, parse_config
 from focus_ray.errors import ConfigError
-from focus_ray.kinds import BACKBONES
-from focus_ray.yaml_text import load_yaml
+from focus_ray.settings.config import Config, DensityConfig, config_to_yaml, load_config, parse_config
+from focus_ray.settings.kinds import BACKBONES
+from focus_ray.settings.yaml_text import load_yaml
 
 CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("sweep*.yaml")))  # test_search loads those
 

@@ -9,10 +9,10 @@ import sys
 import pytest
 from places import REPOSITORY
 
-from focus_ray.config import TrackerConfig, parse_config
-from focus_ray.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
+from focus_ray.cli.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
 from focus_ray.errors import ConfigError
-from focus_ray.kinds import BACKBONES
+from focus_ray.settings.config import TrackerConfig, parse_config
+from focus_ray.settings.kinds import BACKBONES
 from focus_ray.sweep.settings import setting_keys
 
 SETTINGS: dict[str, dict[str, Setting]] = {
@@ -129,6 +129,6 @@ def test_a_misspelt_key_is_refused_with_the_nearest(key: str, message: str) -> N
 
 
 def test_neither_torch_nor_ray_is_imported() -> None:
-    code = "import sys, focus_ray.config_reference as c; c.markdown(); print({'torch', 'ray'} & set(sys.modules))"
+    code = "import sys, focus_ray.cli.config_reference as c; c.markdown(); print({'torch', 'ray'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.strip() == "set()"

@@ -21,9 +21,8 @@ else:
 from small_set import draw_parts, make_bundle, small_config
 
 from focus_ray.cli.main import NEEDS, command_names
-from focus_ray.data.ingest import ingest
-from focus_ray.errors import MissingPackageError
-from focus_ray.extras import EXTRA_MODULES, explain_missing_module, require_extra
+from focus_ray.errors import EXTRA_MODULES, MissingPackageError, explain_missing_module, require_extra
+from focus_ray.ingestion.ingest import ingest
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # module -> package that always installs it
@@ -72,7 +71,7 @@ def test_every_imported_package_is_a_requirement_of_the_right_extra() -> None:
             required |= extras["train"]
         if {named.lower(), *(name.lower() for name in distributions.get(named, ()))}.isdisjoint(required):
             wrong.append(module)
-    assert wrong == [], "in pyproject.toml, or in focus_ray/extras.py"
+    assert wrong == [], "in pyproject.toml, or in focus_ray/errors.py"
 
 
 def test_an_incomplete_extra_gives_an_error_with_the_command_that_installs_it(

@@ -19,11 +19,11 @@ from s3_server import IDENTITIES, S3Server
 
 from focus_ray.data.commits import referenced_files
 from focus_ray.data.images import encode_png
-from focus_ray.data.ingest import ingest
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
 from focus_ray.data.schema import SCHEMA
 from focus_ray.errors import DataError
-from focus_ray.storage import (
+from focus_ray.ingestion.ingest import ingest
+from focus_ray.storage.files import (
     check_access,
     create_bytes,
     list_names,
@@ -212,7 +212,7 @@ def test_an_invalid_number_of_attempts_is_refused(s3: S3Server, monkeypatch: pyt
 def test_both_clients_retry_throttled_requests_also_in_another_process(s3: S3Server) -> None:
     with faulty(s3.endpoint, share=0.3) as proxy:
         code = (
-            "import pickle, sys; from focus_ray.storage import *\n"
+            "import pickle, sys; from focus_ray.storage.files import *\n"
             "filesystem, path = open_filesystem(sys.argv[1])\n"
             "filesystem = pickle.loads(pickle.dumps(filesystem))\n"
             "for n in range(20):\n"

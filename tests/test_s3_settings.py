@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from focus_ray import storage
 from focus_ray.errors import DataError, StorageError
-from focus_ray.s3_settings import ADDRESSING_VARIABLE, load_s3_settings
-from focus_ray.storage import exists, open_filesystem
+from focus_ray.storage import files as storage
+from focus_ray.storage.files import exists, open_filesystem
+from focus_ray.storage.s3_settings import ADDRESSING_VARIABLE, load_s3_settings
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from benchmarks.plant.made import name_of, put_plant
 from benchmarks.plant.nodes import Nodes
 from benchmarks.plant.server import BUCKET
 from benchmarks.plant.watch import ROOT, cost_of
-from focus_ray.storage import list_names
+from focus_ray.storage.files import list_names
 from focus_ray.sweep.records import read_records
 
 EACH = 12  # training images of a category: twelve are enough to sweep on

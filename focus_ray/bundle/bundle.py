@@ -36,7 +36,6 @@ from focus_ray.bundle.contents import (
     check_shapes,
     read_header,
 )
-from focus_ray.config import Config, parse_config
 from focus_ray.data.framing import Frame
 from focus_ray.data.regions import load_frame, make_frame
 from focus_ray.density.base import Statistics, density_tensors, load_density
@@ -44,15 +43,16 @@ from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
 from focus_ray.density.nearest import restore_bank, select_unused_embeddings
 from focus_ray.density.relations import Relations
 from focus_ray.density.tiles import join_bank_of_tiles
+from focus_ray.detect.calibration import Calibration
+from focus_ray.detect.detector import Detector
+from focus_ray.detect.profile import Profile
 from focus_ray.errors import BundleError, ConfigError, DataError
-from focus_ray.evaluation.calibration import Calibration
-from focus_ray.fitting.profile import Profile
-from focus_ray.fitting.scoring import Detector
-from focus_ray.model.backbones.base import build_meta_backbone
-from focus_ray.model.network import FocusNet
-from focus_ray.model.reduction import ChannelReduction
-from focus_ray.precision import describe_precision
-from focus_ray.storage import (
+from focus_ray.features.backbones.base import build_meta_backbone
+from focus_ray.features.network import FocusNet
+from focus_ray.features.precision import describe_precision
+from focus_ray.features.reduction import ChannelReduction
+from focus_ray.settings.config import Config, parse_config
+from focus_ray.storage.files import (
     FileStamp,
     exists,
     join,

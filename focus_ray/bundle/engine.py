@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from focus_ray.errors import ConfigError
-from focus_ray.extras import require_extra
-from focus_ray.model.network import FocusNet
+from focus_ray.errors import ConfigError, require_extra
+from focus_ray.features.network import FocusNet
 
 TORCH = "torch"
 ENGINES = (TORCH, "onnxruntime", "onnxruntime-int8")

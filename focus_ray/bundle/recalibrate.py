@@ -20,14 +20,14 @@ from focus_ray.bundle.bundle import copy_bundle, manifest_hash, read_manifest, r
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import find_shared_rows
 from focus_ray.density.base import supports_leave_one_out
+from focus_ray.detect.calibration import Calibration, CalibrationBuilder
+from focus_ray.detect.inspection import Inspection
+from focus_ray.detect.shift import Shift, compare_scores
 from focus_ray.errors import DataError
-from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder
-from focus_ray.evaluation.inspection import Inspection
-from focus_ray.evaluation.shift import Shift, compare_scores
-from focus_ray.evaluation.trade_off import TradeOff, trade_off
+from focus_ray.features.precision import describe_precision
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.projection import MAX_NEIGHBOURS
-from focus_ray.precision import describe_precision
+from focus_ray.metrics.trade_off import TradeOff, trade_off
 
 
 @dataclass(frozen=True)

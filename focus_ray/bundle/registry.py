@@ -42,7 +42,7 @@ from focus_ray.bundle.bundle import copy_bundle, read_manifest
 from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.errors import BundleError, DataError, RegistryError, StorageError
 from focus_ray.names import NAME_WORDS, is_name
-from focus_ray.storage import (
+from focus_ray.storage.files import (
     create_bytes,
     join,
     leads_out,

@@ -72,9 +72,9 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     how = f"with {len(good)} good and {len(bad)} bad images" if good else f"for the site of {arguments.site}"
     say(f"calibrate: {arguments.bundle} {'by hand' if by_hand else how}")
     from focus_ray.bundle.recalibrate import calibrate_bundle, calibrate_for_site, set_thresholds
-    from focus_ray.evaluation.calibration import Calibration
-    from focus_ray.evaluation.shift import describe_new_calibration
-    from focus_ray.storage import write_bytes
+    from focus_ray.detect.calibration import Calibration
+    from focus_ray.detect.shift import describe_new_calibration
+    from focus_ray.storage.files import write_bytes
 
     if by_hand:
         manifest = set_thresholds(

@@ -83,7 +83,7 @@ class _ConfigCompleter:
     def __call__(self, prefix: str, **request: Any) -> list[str]:
         from argcomplete.completers import FilesCompleter
 
-        from focus_ray.standard import standard_names
+        from focus_ray.settings.standard import standard_names
 
         names = standard_names(self.kind)  # type: ignore[arg-type]
         return [*names, *FilesCompleter(("yaml", "yml"))(prefix, **request)]
@@ -96,7 +96,7 @@ class _KeyCompleter:
         self.of = of  # title of a configuration; None: keys of all, without values
 
     def __call__(self, prefix: str, **request: Any) -> list[str]:
-        from focus_ray.config_reference import ROOTS, parts_of
+        from focus_ray.cli.config_reference import ROOTS, parts_of
 
         values_by_key = {
             setting.key: setting.values

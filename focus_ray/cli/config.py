@@ -26,8 +26,8 @@ def add_config_parser(commands: Any) -> None:
 
 def _show_config(arguments: argparse.Namespace) -> int:
     """Runs `config show`: prints a complete configuration as YAML. Returns the exit status."""
-    from focus_ray.config import config_to_yaml, override_tree, parse_config, read_mapping
-    from focus_ray.standard import find_config
+    from focus_ray.settings.config import config_to_yaml, override_tree, parse_config, read_mapping
+    from focus_ray.settings.standard import find_config
 
     path = find_config(arguments.config)
     tree = read_mapping(path)
@@ -42,7 +42,7 @@ def _show_config(arguments: argparse.Namespace) -> int:
 
 def _explain_key(arguments: argparse.Namespace) -> int:
     """Runs `config explain`: prints the description of a key or a section. Returns the exit status."""
-    from focus_ray.config_reference import explain
+    from focus_ray.cli.config_reference import explain
 
     print(explain(arguments.key))
     return 0
@@ -50,7 +50,7 @@ def _explain_key(arguments: argparse.Namespace) -> int:
 
 def _list_configs(arguments: argparse.Namespace) -> int:
     """Runs `config list`: prints name, command and summary of each standard configuration. Returns the exit status."""
-    from focus_ray.standard import COMMANDS, config_kind, standard_names, standard_summary
+    from focus_ray.settings.standard import COMMANDS, config_kind, standard_names, standard_summary
 
     for name in standard_names():
         print(name, COMMANDS[config_kind(name)], standard_summary(name), sep="\t")

@@ -91,11 +91,11 @@ def _ingest(arguments: argparse.Namespace) -> int:
         "group_by": arguments.group_by,
     }
     if arguments.workers is None:
-        from focus_ray.data.ingest import ingest
+        from focus_ray.ingestion.ingest import ingest
 
         report = ingest(arguments.source, arguments.destination, **options)
     else:
-        from focus_ray.cluster.ingest import ingest_on_cluster
+        from focus_ray.ingestion.cluster import ingest_on_cluster
 
         report = ingest_on_cluster(arguments.source, arguments.destination, arguments.workers, **options)
     print(report)
@@ -104,7 +104,7 @@ def _ingest(arguments: argparse.Namespace) -> int:
 
 def _remove(arguments: argparse.Namespace) -> int:
     """Runs `data remove`: removes images from a category and prints the report. Returns the exit status."""
-    from focus_ray.data.ingestion.change import remove_rows
+    from focus_ray.ingestion.change import remove_rows
 
     ids = _read_ids(arguments.ids) if arguments.ids is not None else arguments.id or ()
     hashes = arguments.content_hash or ()
@@ -132,7 +132,7 @@ def _read_ids(name: str) -> list[str]:
 
 def _compact(arguments: argparse.Namespace) -> int:
     """Runs `data compact`: joins small part files and prints a report per category. Returns the exit status."""
-    from focus_ray.data.ingestion.change import compact
+    from focus_ray.ingestion.change import compact
 
     for report in compact(arguments.data, arguments.category):
         print(report)

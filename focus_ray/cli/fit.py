@@ -34,10 +34,10 @@ def _fit(arguments: argparse.Namespace) -> int:
     Returns the exit status.
     """
     require(arguments.source)
-    from focus_ray.config import load_config
     from focus_ray.errors import DataError
     from focus_ray.names import NAME_WORDS, is_name
-    from focus_ray.standard import find_config
+    from focus_ray.settings.config import load_config
+    from focus_ray.settings.standard import find_config
 
     output = Path(arguments.output).absolute()
     if not is_name(output.name):
@@ -53,8 +53,8 @@ def _fit(arguments: argparse.Namespace) -> int:
     from focus_ray.api import link_into_good_folder
     from focus_ray.cli.inspect import evaluate_run
     from focus_ray.cli.train import print_threshold_caveats
-    from focus_ray.cluster.training import train
-    from focus_ray.data.ingest import ingest
+    from focus_ray.ingestion.ingest import ingest
+    from focus_ray.training.training import train
 
     with tempfile.TemporaryDirectory() as scratch:
         ingested = ingest(

@@ -49,8 +49,8 @@ def evaluate_run(
     """Measures all bundles of a place, prints the metrics and writes the reports. Returns the exit status."""
     say(f"evaluate: {place}")
     from focus_ray.bundle.published import resolve_bundles
-    from focus_ray.cluster.evaluation import evaluate_bundles
-    from focus_ray.storage import join
+    from focus_ray.evaluation.run import evaluate_bundles
+    from focus_ray.storage.files import join
 
     output = output or join(place, "report")
     report = evaluate_bundles(
@@ -103,9 +103,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         _check_overlays(Path(arguments.overlays), names)
     say(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the paths first
-    from focus_ray.evaluation.strip import overlay_with_strip
+    from focus_ray.drawing.strip import overlay_with_strip
     from focus_ray.evaluation.table import table_row, table_text
-    from focus_ray.storage import write_bytes
+    from focus_ray.storage.files import write_bytes
 
     examples = image_paths(arguments.examples) if arguments.examples else []
     if arguments.engine != "torch":
@@ -183,7 +183,7 @@ def _check_overlays(folder: Path, names: Mapping[Path, str]) -> None:
     Raises:
         DataError: An overlay would replace such a file.
     """
-    from focus_ray.drawings import is_drawing_file
+    from focus_ray.drawing.mark import is_drawing_file
 
     images = {os.path.realpath(path): path for path in names}
     for path, name in names.items():
@@ -225,7 +225,7 @@ def _inspect_batch(arguments: argparse.Namespace) -> int:
     require(arguments.bundles, arguments.data)
     say(f"inspect-batch: {arguments.data} with {arguments.bundles} -> {arguments.output}")
     from focus_ray.bundle.published import resolve_bundles
-    from focus_ray.cluster.batch import inspect_dataset
+    from focus_ray.evaluation.batch_inspection import inspect_dataset
 
     counts = inspect_dataset(
         resolve_bundles(arguments.bundles, arguments.version_of, say),

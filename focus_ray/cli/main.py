@@ -25,8 +25,7 @@ from focus_ray.cli.sweep import _sweep
 from focus_ray.cli.train import _metric, _train, _update
 from focus_ray.cli.watch import add_watch_parser
 from focus_ray.cluster.messages import VERBOSE
-from focus_ray.errors import FocusRayError
-from focus_ray.extras import explain_missing_module, require_extra
+from focus_ray.errors import FocusRayError, explain_missing_module, require_extra
 
 # Command -> the extra that it always needs. Other commands name a missing package when they need it.
 NEEDS = {

@@ -16,7 +16,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
         if len(arguments.rest) != 1:
             raise ConfigError(f"focus-ray sweep {arguments.what}: expected one sweep's folder, got {arguments.rest}")
         return _use_existing_sweep(arguments.what, arguments.rest[0])
-    from focus_ray.standard import find_config
+    from focus_ray.settings.standard import find_config
     from focus_ray.sweep.settings import load_sweep
 
     config = load_sweep(find_config(arguments.what, "sweep"), arguments.rest)

@@ -11,7 +11,7 @@ from focus_ray.cli.output import EXIT_INTERRUPTED, require, say
 from focus_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from focus_ray.config import Config
+    from focus_ray.settings.config import Config
 
 _SHOWN_CATEGORIES = 3  # with more categories, only the report shows the caveats
 
@@ -22,12 +22,12 @@ def read_config(place: str, overrides: list[str]) -> Config:
     Raises:
         ConfigError: The configuration cannot be read, or is not valid.
     """
-    from focus_ray.config import load_config, mapping_of, override_tree, parse_config
-    from focus_ray.standard import find_config
+    from focus_ray.settings.config import load_config, mapping_of, override_tree, parse_config
+    from focus_ray.settings.standard import find_config
 
     if "://" not in place:
         return load_config(find_config(place, "run"), overrides)
-    from focus_ray.storage import read_bytes
+    from focus_ray.storage.files import read_bytes
 
     try:
         text = read_bytes(place).decode()
@@ -41,7 +41,7 @@ def _train(arguments: argparse.Namespace) -> int:
     name_or_path, overrides = _split_config(arguments)
     config = read_config(name_or_path, overrides)
     say(f"train: {config.data.uri} -> {config.storage}/{config.name}")
-    from focus_ray.cluster.training import train  # takes seconds to import, so check the keys first
+    from focus_ray.training.training import train  # takes seconds to import, so check the keys first
 
     names: list[str] = []
 
@@ -71,7 +71,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def print_threshold_caveats(bundles: Mapping[str, str]) -> None:
     """Prints the caveats of the thresholds, if there are at most _SHOWN_CATEGORIES categories."""
     from focus_ray.bundle.bundle import read_manifest
-    from focus_ray.evaluation.calibration import Calibration
+    from focus_ray.detect.calibration import Calibration
 
     if len(bundles) <= _SHOWN_CATEGORIES:
         for category, place in bundles.items():
@@ -88,7 +88,7 @@ def _split_config(arguments: argparse.Namespace) -> tuple[str, list[str]]:
     if arguments.named is not None:
         return arguments.named, [*([] if arguments.config is None else [arguments.config]), *arguments.override]
     if arguments.config is None or ("=" in arguments.config and not Path(arguments.config).exists()):
-        from focus_ray.standard import standard_names
+        from focus_ray.settings.standard import standard_names
 
         raise ConfigError(
             "train needs a configuration, before any key=value: the path of a YAML file, or one of "

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from focus_ray.errors import DataError, FocusRayError
-from focus_ray.storage import exists, join, read_bytes, write_bytes
+from focus_ray.storage.files import exists, join, read_bytes, write_bytes
 
 STATE, FINGERPRINTS = "state.json", "data.json"
 HEARTBEAT_S = 3.0

@@ -34,7 +34,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from focus_ray.data import tiff
 from focus_ray.data.framing import Frame
-from focus_ray.drawings import MARK, is_drawing
+from focus_ray.drawing.mark import MARK, is_drawing
 from focus_ray.errors import DataError
 
 # Largest image that is read, in pixels (about 9459 x 9459). Above this size, Pillow warns of decompression bombs: a file of a few

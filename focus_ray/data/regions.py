@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from focus_ray.config import Config, Polygon
 from focus_ray.data.framing import Frame, MapCells
 from focus_ray.data.images import ImageError, decode_image
 from focus_ray.errors import DataError
-from focus_ray.storage import read_bytes
+from focus_ray.settings.config import Config, Polygon
+from focus_ray.storage.files import read_bytes
 
 # Polygons are drawn on a canvas that is this many times larger per side. A pixel is inside if half of its subpixels are inside.
 _OVERSAMPLING = 4

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from focus_ray.errors import DataError
-from focus_ray.storage import ListedObject, ObjectReader, is_s3, list_objects
+from focus_ray.storage.files import ListedObject, ObjectReader, is_s3, list_objects
 
 
 class SourcePath(Protocol):

@@ -48,7 +48,7 @@ from focus_ray.data.schema import (
     fill_group_column,
 )
 from focus_ray.errors import DataError, StorageError
-from focus_ray.storage import (
+from focus_ray.storage.files import (
     create_bytes,
     join,
     open_filesystem,

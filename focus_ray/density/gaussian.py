@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from focus_ray.config import DensityConfig
 from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics, absolute_ridge
 from focus_ray.density.moments import (
     Moments,
@@ -18,6 +17,7 @@ from focus_ray.density.moments import (
     pooled_covariance,
     unpack_lower,
 )
+from focus_ray.settings.config import DensityConfig
 
 
 class Gaussian:

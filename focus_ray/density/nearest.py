@@ -19,7 +19,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from focus_ray.config import DensityConfig
 from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics, absolute_ridge, sample_evenly
 from focus_ray.density.checked_memory import (
     CheckedMemory,
@@ -33,7 +32,8 @@ from focus_ray.density.checked_memory import (
 from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coresets
 from focus_ray.density.moments import Moments, check_num_images, locations_first, pooled_covariance
 from focus_ray.density.relations import Relations
-from focus_ray.precision import compute_dtype
+from focus_ray.features.precision import compute_dtype
+from focus_ray.settings.config import DensityConfig
 
 _CHUNK_BYTES = 64 * 2**20  # of distances that are in memory at the same time
 _TYPICAL_IMAGES = 16

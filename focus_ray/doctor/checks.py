@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from focus_ray.config import Config, override_tree, parse_config, read_mapping
 from focus_ray.doctor import cluster, machine, resources, software
 from focus_ray.doctor.diagnosis import Check, CheckContext, Diagnosis, run_checks
 from focus_ray.errors import ConfigError
-from focus_ray.standard import find_config
+from focus_ray.settings.config import Config, override_tree, parse_config, read_mapping
+from focus_ray.settings.standard import find_config
 
 CHECKS: dict[str, Check] = {
     "Python": software.check_python,

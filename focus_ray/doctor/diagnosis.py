@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from focus_ray.config import Config
 from focus_ray.errors import FocusRayError
+from focus_ray.settings.config import Config
 
 Status = Literal["ok", "warning", "FAILED"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from focus_ray.cluster.address import ray_folder
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok, warning
-from focus_ray.storage import is_s3, open_filesystem
+from focus_ray.storage.files import is_s3, open_filesystem
 
 GIB, MIB = 2**30, 2**20
 LOW_MEMORY_BYTES = 2 * GIB

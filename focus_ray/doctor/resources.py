@@ -6,7 +6,6 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from focus_ray.config import ModelConfig
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import list_categories, read_rows
@@ -14,8 +13,9 @@ from focus_ray.data.regions import load_frame
 from focus_ray.data.store import Store, open_store
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok
 from focus_ray.doctor.machine import nearest_existing_folder
-from focus_ray.kinds import TRACKERS
-from focus_ray.storage import check_access, is_s3, open_filesystem
+from focus_ray.settings.config import ModelConfig
+from focus_ray.settings.kinds import TRACKERS
+from focus_ray.storage.files import check_access, is_s3, open_filesystem
 
 TIMEOUT_S = 5.0
 
@@ -99,7 +99,7 @@ def check_weights(context: CheckContext) -> CheckResult:
     Raises:
         WeightsError: The file cannot be read, or the weights do not fit the backbone.
     """
-    from focus_ray.model.backbones.base import build_backbone
+    from focus_ray.features.backbones.base import build_backbone
 
     model = context.config.model
     settings = f"model.backbone={model.backbone}, model.weights={model.weights}"
@@ -122,7 +122,7 @@ def check_weights(context: CheckContext) -> CheckResult:
 
 def _download_location(model: ModelConfig) -> tuple[str | None, Path | None]:
     """Returns (URL, local file) of weights that are downloaded; (None, None) for weights that are not downloaded."""
-    from focus_ray.model.backbones.weights import download_path, find_hub_weights, hub_cache_path
+    from focus_ray.features.backbones.weights import download_path, find_hub_weights, hub_cache_path
 
     if model.weights.startswith(("http://", "https://")):
         return model.weights, download_path(model.weights)

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from focus_ray.evaluation.inspection import Inspection, resize_map
-from focus_ray.kinds import METRICS
+from focus_ray.detect.inspection import Inspection, resize_map
+from focus_ray.settings.kinds import METRICS
 
 # dark blue, violet, red, orange, pale yellow: the luminance rises steadily, so the map is readable without colour too
 _HEAT = np.array([[8, 6, 60], [96, 20, 120], [196, 50, 70], [250, 150, 30], [255, 250, 190]], dtype=np.float64)

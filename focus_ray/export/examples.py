@@ -13,7 +13,7 @@ from focus_ray.data.listing import find_image_files, is_hidden
 from focus_ray.data.read import index_version, list_categories, read_index, read_rows
 from focus_ray.density.base import sample_evenly
 from focus_ray.errors import DataError, ExportError
-from focus_ray.storage import is_s3
+from focus_ray.storage.files import is_s3
 
 MAX_INT8_EXAMPLES = 32  # number of images that set the value ranges of int8
 

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from focus_ray.bundle.bundle import Bundle, library_versions, read_bundle
-from focus_ray.errors import DataError, ExportError
+from focus_ray.errors import DataError, ExportError, require_extra
 from focus_ray.export.check import TOLERANCE, ExportCheck, check_export, decode_example, score_reference
 from focus_ray.export.examples import gather_examples
 from focus_ray.export.formats import INPUT, MODEL_FILES, OPENVINO_SETTINGS, check_format, open_model, write_model
 from focus_ray.export.scorer import BOX, ExportableScorer, max_side_px
-from focus_ray.extras import require_extra
 
 FORMAT, FORMAT_VERSION = "focus_ray export", 1
 SIDECAR = "model.json"

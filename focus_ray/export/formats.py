@@ -14,10 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from focus_ray.bundle.engine import QUANTISED, quantise, suppress_exporter_messages
-from focus_ray.errors import ConfigError, ExportError
+from focus_ray.errors import ConfigError, ExportError, require_extra
 from focus_ray.export.scorer import BOX, OUTPUTS, ExportableScorer, max_side_px
-from focus_ray.extras import require_extra
-from focus_ray.storage import find_os_error
+from focus_ray.storage.files import find_os_error
 
 MODEL_FILES = {"onnx": "model.onnx", "torch": "model.pt2", "openvino": "model.xml"}
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "torch": ("fp32", "fp16"), "openvino": ("fp32", "fp16", "int8")}

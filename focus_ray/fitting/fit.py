@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.config import Config
 from focus_ray.data.shards import BatchSchedule, Shard
 from focus_ray.density.base import (
     Statistics,
@@ -32,10 +31,16 @@ from focus_ray.density.base import (
 from focus_ray.density.moments import Moments
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.tiles import Tiles
+from focus_ray.detect.calibration import Calibration, CalibrationBuilder, Method
+from focus_ray.detect.detector import GRID, Detector, to_images
+from focus_ray.detect.profile import fit_profile
+from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.evaluation.calibration import Calibration, CalibrationBuilder, Method
-from focus_ray.evaluation.selection import validation_images
-from focus_ray.fitting.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
+from focus_ray.features.alignment.congealing import CongealingAligner
+from focus_ray.features.batch_norm import prepared_for_inference
+from focus_ray.features.network import FocusNet, build_net
+from focus_ray.features.precision import compute_dtype
+from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
@@ -45,26 +50,21 @@ from focus_ray.fitting.duplicates import (
     measure_same_part_distance,
 )
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
-from focus_ray.fitting.objective import TrainingObjective, build_optimizer, build_schedule, has_collapsed, train_epoch
 from focus_ray.fitting.passes import (
     collect_calibration_scores,
     compute_statistics,
     compute_validation_figures,
     fit_aligner,
 )
-from focus_ray.fitting.profile import fit_profile
 from focus_ray.fitting.projection import DiscriminantProjection, choose_projection_images, learn_projection
-from focus_ray.fitting.scoring import GRID, Detector, to_images
+from focus_ray.fitting.selection import validation_images
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import BestNetwork, FitNotes, OnEpoch, TrainState
-from focus_ray.kinds import DENSITIES
-from focus_ray.model.alignment.congealing import CongealingAligner
-from focus_ray.model.batch_norm import prepared_for_inference
-from focus_ray.model.network import FocusNet, build_net
-from focus_ray.model.reduction import ChannelReduction
-from focus_ray.precision import compute_dtype
+from focus_ray.fyd.objective import TrainingObjective, build_optimizer, build_schedule, has_collapsed, train_epoch
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
+from focus_ray.settings.config import Config
+from focus_ray.settings.kinds import DENSITIES
 
 _MAX_CALIBRATION_IMAGES = 128  # images that a density without a bank keeps for leave-one-out
 # Cross calibration searches for photographs of one part among at most this many images, because it compares all pairs.

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from focus_ray.config import Config, DensityConfig
 from focus_ray.density.base import LeaveOneOutScorer, Statistics, build_density, leave_one_out_scorer, sample_evenly
 from focus_ray.density.checked_memory import CheckedMemory, leave_one_out_gaussian, measure_scale
 from focus_ray.density.moments import Moments
@@ -30,13 +29,14 @@ from focus_ray.density.nearest import (
     whiten,
 )
 from focus_ray.density.tiles import TiledDensity, split_bank_into_tiles, split_maps
-from focus_ray.evaluation.calibration import CalibrationBuilder
-from focus_ray.fitting.distributed import worker_range
+from focus_ray.detect.calibration import CalibrationBuilder
+from focus_ray.detect.detector import Detector, ScoredImages, shown_pixels
+from focus_ray.detect.profile import MAX_IMAGES, compute_profile, leave_one_out_distances
+from focus_ray.distributed import worker_range
 from focus_ray.fitting.passes import calibration_pixels, merge_over_workers
-from focus_ray.fitting.profile import MAX_IMAGES, compute_profile, leave_one_out_distances
 from focus_ray.fitting.projection import NUM_FOLDS, DiscriminantProjection
-from focus_ray.fitting.scoring import Detector, ScoredImages, shown_pixels
 from focus_ray.progress import track
+from focus_ray.settings.config import Config, DensityConfig
 
 LeaveOneOutResult = tuple[Tensor, ScoredImages, Tensor | None]
 """Numbers (B,) of images in the bank; their scores; and the pixels (B, H, W), bool, that are scored, or None for all pixels."""

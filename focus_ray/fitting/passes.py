@@ -10,19 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.config import CalibrationConfig
 from focus_ray.density.base import Statistics
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import to_bank_rows
 from focus_ray.density.tiles import Tiles, split_maps
-from focus_ray.evaluation.calibration import CalibrationBuilder, Method
-from focus_ray.evaluation.selection import validation_figures
-from focus_ray.fitting.distributed import broadcast_from_rank0, gather_objects, gather_rows, reduce_moments
+from focus_ray.detect.calibration import CalibrationBuilder, Method
+from focus_ray.detect.detector import Detector, ScoredImages, embed, shown_locations, shown_mask, to_images
+from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, reduce_moments
+from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
+from focus_ray.features.network import FocusNet
+from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.projection import CachedEmbeddings
-from focus_ray.fitting.scoring import Detector, ScoredImages, embed, shown_locations, shown_mask, to_images
-from focus_ray.model.alignment.congealing import AlignmentReport, CongealingAligner
-from focus_ray.model.network import FocusNet
-from focus_ray.model.reduction import ChannelReduction
+from focus_ray.fitting.selection import validation_figures
+from focus_ray.settings.config import CalibrationConfig
 
 
 @torch.no_grad()  # not inference_mode: statistics are joined in place later

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from focus_ray.model.alignment.congealing import AlignmentReport
+from focus_ray.features.alignment.congealing import AlignmentReport
 
 Figures = dict[str, float]
 """Figures of an epoch or of a validation, by name."""

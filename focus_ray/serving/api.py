@@ -19,13 +19,13 @@ from starlette.exceptions import HTTPException
 from focus_ray import __version__
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
-from focus_ray.evaluation.inspection import Inspection, Region
+from focus_ray.detect.inspection import Inspection, Region
+from focus_ray.drawing.rendering import MapValues, Output
 from focus_ray.names import NAME_PATTERN, suggest_name
 from focus_ray.serving.envelope import Envelope, problem_response
 from focus_ray.serving.limits import read_body, read_content_length, read_document, split_images
 from focus_ray.serving.origin import check_origin
 from focus_ray.serving.problems import MEDIA_TYPE, SCHEMA, Problem
-from focus_ray.serving.rendering import MapValues, Output
 from focus_ray.serving.service import InspectionOutcome, Service
 from focus_ray.serving.settings import Name
 from focus_ray.serving.tokens import Caller

@@ -21,12 +21,12 @@ from ray.serve.handle import DeploymentHandle
 
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import MAX_PIXELS
+from focus_ray.drawing.rendering import Output
 from focus_ray.errors import FocusRayError
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import configure_logging, log
 from focus_ray.serving.metrics import RayMeasures
 from focus_ray.serving.problems import unavailable
-from focus_ray.serving.rendering import Output
 from focus_ray.serving.scorer import Answer, ImageScorer
 from focus_ray.serving.serve_private import check_serve_parts, forget_model
 from focus_ray.serving.service import ScoringBackend, Service

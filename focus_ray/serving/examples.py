@@ -11,7 +11,7 @@ from PIL import Image
 from focus_ray.data.images import decode_image
 from focus_ray.data.read import index_version, read_index, read_rows
 from focus_ray.errors import ConfigError, DataError, RegistryError
-from focus_ray.storage import is_below, is_s3, join, leads_out, open_filesystem
+from focus_ray.storage.files import is_below, is_s3, join, leads_out, open_filesystem
 
 MAX_EXAMPLES = 24
 _EXAMPLE_SIDE_PX = 512

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
-from focus_ray.evaluation.inspection import Inspection
-from focus_ray.evaluation.shift import Shift
+from focus_ray.detect.inspection import Inspection
+from focus_ray.detect.shift import Shift
 
 
 class Measures:

@@ -8,8 +8,8 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
-from focus_ray.evaluation.inspection import Inspection
-from focus_ray.evaluation.shift import Shift
+from focus_ray.detect.inspection import Inspection
+from focus_ray.detect.shift import Shift
 from focus_ray.serving.measures import Measures
 
 _SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60]

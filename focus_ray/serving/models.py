@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
+from focus_ray.detect.detector import Detector
 from focus_ray.errors import BundleError
-from focus_ray.fitting.scoring import Detector
-from focus_ray.precision import compute_dtype
+from focus_ray.features.precision import compute_dtype
 from focus_ray.serving.source import version_key
 
 

@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import MAX_PIXELS, ImageError
-from focus_ray.evaluation.inspection import Inspection
-from focus_ray.fitting.scoring import can_share_backbone_pass, score_together
+from focus_ray.detect.detector import can_share_backbone_pass, score_together
+from focus_ray.detect.inspection import Inspection
+from focus_ray.drawing.rendering import MapValues, Output, draw, map_values, picture_size
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.decoders import Decoded, Decoders, TeamSlots
 from focus_ray.serving.decoders import decode_images as _decode  # noqa: F401
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.models import ModelCache
-from focus_ray.serving.rendering import MapValues, Output, draw, map_values, picture_size
 from focus_ray.serving.settings import MIB, Pool
 
 ImageResult = Inspection | ImageError

@@ -10,15 +10,15 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
+from focus_ray.detect.calibration import Calibration
+from focus_ray.detect.shift import describe_stream_shift
+from focus_ray.drawing.rendering import Output
 from focus_ray.errors import BundleError, DataError, RegistryError, ScoreError
-from focus_ray.evaluation.calibration import Calibration
-from focus_ray.evaluation.shift import describe_stream_shift
 from focus_ray.serving.examples import ExampleStore
 from focus_ray.serving.limits import Gate
 from focus_ray.serving.logs import log
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.problems import Problem, no_such_category, not_found, unauthorised, unavailable
-from focus_ray.serving.rendering import Output
 from focus_ray.serving.scorer import Answer
 from focus_ray.serving.settings import Route, ServiceSettings
 from focus_ray.serving.sink import ImageSink

@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
+from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
-from focus_ray.evaluation.inspection import Inspection
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.settings import MIB, Sink
-from focus_ray.storage import join, list_names, remove_folder, write_bytes
+from focus_ray.storage.files import join, list_names, remove_folder, write_bytes
 
 SCHEMA = pa.schema(
     [

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 from focus_ray.bundle.bundle import find_bundles, read_manifest, stamp_bundles
 from focus_ray.bundle.registry import LATEST, Registry, Version
 from focus_ray.errors import BundleError, DataError, RegistryError
-from focus_ray.storage import FileStamp
+from focus_ray.storage.files import FileStamp
 
 T = TypeVar("T")
 MAX_LOOKUP_AGE_S = 600.0  # older look-ups are repeated even if marks did not change: old releases publish without marks

@@ -13,8 +13,8 @@ from typing import Any
 
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import ImageError
-from focus_ray.evaluation.inspection import Inspection
-from focus_ray.evaluation.shift import RecentScores, Shift, compare_stream
+from focus_ray.detect.inspection import Inspection
+from focus_ray.detect.shift import RecentScores, Shift, compare_stream
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.source import version_key
 

@@ -21,11 +21,11 @@ from typing import Literal
 import yaml
 from pydantic import Field
 
-from focus_ray.config import Section, parse_model
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.serving.settings import Name
-from focus_ray.storage import create_bytes, read_bytes, remove_file, write_bytes
-from focus_ray.yaml_text import load_yaml
+from focus_ray.settings.config import Section, parse_model
+from focus_ray.settings.yaml_text import load_yaml
+from focus_ray.storage.files import create_bytes, read_bytes, remove_file, write_bytes
 
 Scope = Literal["inspect", "read", "admin"]
 SCOPES: tuple[Scope, ...] = ("inspect", "read", "admin")

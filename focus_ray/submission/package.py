@@ -12,7 +12,7 @@ from pathlib import Path
 
 from focus_ray.errors import SubmissionError
 from focus_ray.names import is_utf8
-from focus_ray.standard import standard_folder
+from focus_ray.settings.standard import standard_folder
 
 MAX_PACKAGE_MIB = 64  # Ray allows less than 512; but every node fetches the package through the head node
 

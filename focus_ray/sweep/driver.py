@@ -25,8 +25,6 @@ from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.ownership import Heartbeat, check_resumable
 from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
 from focus_ray.cluster.ray_private import remove_working_folders
-from focus_ray.cluster.training import resolve_paths
-from focus_ray.config import Config
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
 from focus_ray.data.shards import BatchSchedule, fits_memory
@@ -34,7 +32,8 @@ from focus_ray.data.split import Split
 from focus_ray.errors import ConfigError, DataError, SweepError
 from focus_ray.fitting.fit import check_prerequisites
 from focus_ray.names import unique_name
-from focus_ray.storage import join, read_bytes, remove_folder
+from focus_ray.settings.config import Config
+from focus_ray.storage.files import join, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.race import Judge
@@ -49,6 +48,7 @@ from focus_ray.sweep.tune import Log, make_searcher, make_stopper, placement_gro
 from focus_ray.sweep.worker import STOPPED, StageJob, score_steps
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.trials import SweepRecorder
+from focus_ray.training.training import resolve_paths
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from focus_ray.drawing.sweep_plots import importance_plot, learning_curves, parallel_coordinates
 from focus_ray.reporting.page import png_uri, render
-from focus_ray.storage import join, write_bytes
+from focus_ray.storage.files import join, write_bytes
 from focus_ray.sweep import records, summary
-from focus_ray.sweep.plots import importance_plot, learning_curves, parallel_coordinates
 from focus_ray.sweep.proposer import optuna_distributions
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig

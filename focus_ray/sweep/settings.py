@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from focus_ray.config import Config, Section, apply_override, parse_config, parse_model, read_mapping
 from focus_ray.errors import ConfigError
-from focus_ray.kinds import METRICS
 from focus_ray.names import NAME_PATTERN, suggest_name
+from focus_ray.settings.config import Config, Section, apply_override, parse_config, parse_model, read_mapping
+from focus_ray.settings.kinds import METRICS
 
 Point = dict[str, Any]  # dotted key of Config -> value
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from focus_ray.storage import join
+from focus_ray.storage.files import join
 from focus_ray.sweep import records
 from focus_ray.sweep.records import DECIMALS, TrialRecord
 from focus_ray.sweep.settings import SweepConfig

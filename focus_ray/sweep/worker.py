@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from focus_ray.cluster.failures import reason_of
-from focus_ray.cluster.streams import worker_stream
-from focus_ray.cluster.training import TrainerJob, data_parallel, make_trainer
-from focus_ray.config import Config
 from focus_ray.data.shards import Shard, StreamShard, build_shard, fits_memory
 from focus_ray.data.split import NO_ROWS, Split, SplitPlan
-from focus_ray.storage import join, remove_folder
+from focus_ray.settings.config import Config
+from focus_ray.storage.files import join, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Objective, SweepConfig
 from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_images, features_key, load_images
+from focus_ray.training.streams import worker_stream
+from focus_ray.training.training import TrainerJob, data_parallel, make_trainer
 
 STOPPED = "the sweep was stopped"
 SHARED_TIMEOUT_S = (

@@ -1,7 +1,7 @@
 """The interface of an experiment tracker. A tracker keeps runs; each run has parameters, tags, metrics, curves and pictures.
 
-A new tracker is a file with a `TrackerKind` and a line in `focus_ray.kinds.TRACKERS`. The file imports the package of the
-tracker inside functions.
+A new tracker is a file with a `TrackerKind` and a line in `focus_ray.settings.kinds.TRACKERS`. The file imports the package of
+the tracker inside functions.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.storage import check_access, is_s3, join
+from focus_ray.settings.config import TrackerConfig
+from focus_ray.storage.files import check_access, is_s3, join
 
 ParameterValue = str | int | float | bool
 MAX_PARAMETER_CHARS = 500  # some trackers limit the length of a parameter
@@ -84,7 +84,7 @@ class Tracker(Protocol):
 
 
 class TrackerKind(Protocol):
-    """A kind of tracker. `focus_ray.kinds.TRACKERS` lists all kinds."""
+    """A kind of tracker. `focus_ray.settings.kinds.TRACKERS` lists all kinds."""
 
     def check(self, settings: TrackerConfig, storage: str) -> str:
         """Checks that the tracker can be used, without heavy imports.

@@ -17,9 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from focus_ray.config import TrackerConfig
-from focus_ray.errors import ConfigError
-from focus_ray.extras import require_extra
+from focus_ray.errors import ConfigError, require_extra
+from focus_ray.settings.config import TrackerConfig
 from focus_ray.tracking.base import ParameterValue, Picture, RunDescription, local_folder, without_secrets
 
 _KEY = "focus_ray.key"

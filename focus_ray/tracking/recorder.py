@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from focus_ray.config import TrackerConfig
 from focus_ray.errors import ConfigError
-from focus_ray.kinds import TRACKERS
 from focus_ray.names import Log
+from focus_ray.settings.config import TrackerConfig
+from focus_ray.settings.kinds import TRACKERS
 from focus_ray.tracking.base import Picture, RunDescription, Tracker, TrackerRun
 
 CLOSE_TIMEOUT_S = 60.0  # longest time that the end of a run waits for trackers with unsent records

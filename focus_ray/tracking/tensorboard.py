@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_ray.config import TrackerConfig
-from focus_ray.extras import require_extra
+from focus_ray.errors import require_extra
+from focus_ray.settings.config import TrackerConfig
 from focus_ray.tracking.base import Picture, RunDescription, local_folder
 
 _KEY = "subject.key"  # file next to the events with the key of their run

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from focus_ray.config import TrackerConfig
-from focus_ray.errors import ConfigError
-from focus_ray.extras import require_extra
+from focus_ray.errors import ConfigError, require_extra
+from focus_ray.settings.config import TrackerConfig
 from focus_ray.tracking.base import Picture, RunDescription, local_folder
 
 STEP = "step"  # metric on the x axis of curves

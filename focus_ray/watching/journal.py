@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from focus_ray.errors import DataError
 from focus_ray.evaluation.table import COLUMNS, table_row, table_text
-from focus_ray.storage import write_bytes
+from focus_ray.storage.files import write_bytes
 from focus_ray.watching.processed_keys import ProcessedKeys
 
 TABLE_COLUMNS = ("time", *COLUMNS, "bundle", "sha256", "milliseconds")

@@ -10,7 +10,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.published import resolve_bundles
 from focus_ray.bundle.registry import LATEST
 from focus_ray.errors import DataError, FocusRayError
-from focus_ray.storage import FileStamp, join, read_stamp
+from focus_ray.storage.files import FileStamp, join, read_stamp
 
 CHECK_INTERVAL_S = 5.0
 

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
 from focus_ray.data.images import decode_image, encode_png
-from focus_ray.drawings import MARK_WITHIN_BYTES, is_drawing
+from focus_ray.detect.inspection import Inspection
+from focus_ray.detect.shift import RecentScores, compare_stream
+from focus_ray.drawing.mark import MARK_WITHIN_BYTES, is_drawing
+from focus_ray.drawing.strip import overlay_with_strip
 from focus_ray.errors import DataError
-from focus_ray.evaluation.inspection import Inspection
-from focus_ray.evaluation.shift import RecentScores, compare_stream
-from focus_ray.evaluation.strip import overlay_with_strip
-from focus_ray.storage import is_storage_full
+from focus_ray.storage.files import is_storage_full
 from focus_ray.watching.folder import PendingFile, PendingFiles, list_images
 from focus_ray.watching.journal import Journal, key_text
 from focus_ray.watching.model import WatchedModel

@@ -17,7 +17,7 @@ from benchmarks.intervals import (
     show_interval,
     show_mean,
 )
-from focus_ray.evaluation.pixels import PixelCurve
+from focus_ray.metrics.pixels import PixelCurve
 
 
 def simulate_scores(

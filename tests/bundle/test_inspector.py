@@ -17,12 +17,12 @@ from small_set import ingest_parts, make_bundle, small_config
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch, decode_mask, encode_png
 from focus_ray.data.read import iter_test_records, read_index, read_rows
+from focus_ray.detect.inspection import find_regions, resize_map
 from focus_ray.errors import BundleError, DataError
-from focus_ray.evaluation import metrics
-from focus_ray.evaluation.evaluate import compute_metrics_of_arrays, evaluation_size
-from focus_ray.evaluation.inspection import find_regions, resize_map
-from focus_ray.evaluation.pixels import PixelCurve
 from focus_ray.evaluation.report import overlay
+from focus_ray.metrics import metrics
+from focus_ray.metrics.evaluate import compute_metrics_of_arrays, evaluation_size
+from focus_ray.metrics.pixels import PixelCurve
 
 
 @pytest.fixture(scope="module")

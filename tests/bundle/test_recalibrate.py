@@ -17,10 +17,10 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.recalibrate import calibrate_bundle, set_thresholds
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
-from focus_ray.cluster.training import train
 from focus_ray.errors import DataError
-from focus_ray.evaluation.trade_off import trade_off
+from focus_ray.metrics.trade_off import trade_off
 from focus_ray.samples.write import write_samples
+from focus_ray.training.training import train
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from focus_ray.bundle.published import resolve_bundles
 from focus_ray.bundle.registry import CLAIM_LASTS, Registry, check_name
 from focus_ray.cli.main import main
 from focus_ray.errors import BundleError, DataError, RegistryError
-from focus_ray.storage import create_bytes, join, list_names, read_bytes, write_bytes
+from focus_ray.storage.files import create_bytes, join, list_names, read_bytes, write_bytes
 
 NO_AGE = timedelta(0)
 

@@ -21,7 +21,7 @@ from small_set import draw_parts, make_bundle, small_config
 from focus_ray import __version__
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import build_parser, main, parse_words
-from focus_ray.data.ingest import ingest
+from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import draw_sample, write_samples
 
 

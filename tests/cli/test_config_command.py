@@ -13,11 +13,11 @@ import pytest
 import yaml
 from places import CONFIGS, REPOSITORY
 
-from focus_ray import standard
 from focus_ray.cli.main import command_names, main
-from focus_ray.config import Config, load_config
 from focus_ray.errors import ConfigError, SubmissionError
-from focus_ray.standard import find_config, standard_names
+from focus_ray.settings import standard
+from focus_ray.settings.config import Config, load_config
+from focus_ray.settings.standard import find_config, standard_names
 from focus_ray.submission.job_request import build_job
 from focus_ray.submission.package import build_package
 from focus_ray.sweep.settings import SweepConfig, load_sweep
@@ -32,7 +32,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         received_configs.append(config)
         return {}
 
-    monkeypatch.setattr("focus_ray.cluster.training.train", train)
+    monkeypatch.setattr("focus_ray.training.training.train", train)
     return received_configs
 
 

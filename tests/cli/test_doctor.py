@@ -22,10 +22,10 @@ from s3_server import S3Server
 from small_set import corrupt_image, ingest_parts, small_config
 
 from focus_ray.cli.main import main
-from focus_ray.config import Config, parse_config
 from focus_ray.doctor import checks, cluster, machine, resources, software
 from focus_ray.doctor.diagnosis import Check, CheckContext, Diagnosis, ok, run_checks
 from focus_ray.errors import DataError
+from focus_ray.settings.config import Config, parse_config
 
 GIB = 2**30
 

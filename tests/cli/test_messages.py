@@ -19,10 +19,10 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
 from focus_ray.cluster import address
-from focus_ray.config import DataConfig, parse_config
 from focus_ray.data.images import encode_png
-from focus_ray.data.ingest import ingest
 from focus_ray.errors import DataError, SubmissionError, TrainingError
+from focus_ray.ingestion.ingest import ingest
+from focus_ray.settings.config import DataConfig, parse_config
 from focus_ray.submission.package import build_package
 
 
@@ -185,7 +185,7 @@ def test_an_invalid_ray_address_is_refused_with_the_valid_forms(text: str) -> No
 def test_missing_weights_are_reported_before_ray_starts(
     bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("focus_ray.cluster.training.connect", None)  # must not be reached
+    monkeypatch.setattr("focus_ray.training.training.connect", None)  # must not be reached
     data = str(Path(bundle).parents[2] / "data")
     config = tmp_path / "config.yaml"
     config.write_text(
@@ -205,7 +205,7 @@ def test_ctrl_c_in_a_training_explains_how_to_resume(
     def interrupted(config: object, resume: bool, log: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("focus_ray.cluster.training.train", interrupted)
+    monkeypatch.setattr("focus_ray.training.training.train", interrupted)
     config = tmp_path / "config.yaml"
     config.write_text("name: parts\ndata:\n  uri: data\n")
     assert main(["train", str(config), "train.epochs=3"]) == 130

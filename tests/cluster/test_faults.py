@@ -17,17 +17,17 @@ from small_set import NUM_TEST, NUM_TRAIN, draw_parts, small_config
 from waiting import wait_for
 
 from focus_ray.bundle.bundle import read_bundle
-from focus_ray.data.ingest import ingest
 from focus_ray.data.read import read_index
-from focus_ray.storage import list_names, open_filesystem
+from focus_ray.ingestion.ingest import ingest
+from focus_ray.storage.files import list_names, open_filesystem
 
 EPOCHS = 5
 RUN = """
 import json, sys
 import ray
-from focus_ray.cluster.batch import inspect_dataset
-from focus_ray.config import parse_config
-from focus_ray.cluster.training import train
+from focus_ray.evaluation.batch_inspection import inspect_dataset
+from focus_ray.settings.config import parse_config
+from focus_ray.training.training import train
 if __name__ == "__main__":
     config, output = parse_config(json.loads(sys.argv[1])), sys.argv[2]
     ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="error")

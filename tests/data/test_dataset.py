@@ -27,16 +27,16 @@ from places import REPOSITORY, SHARED
 from pyarrow import fs
 from small_set import small_config
 
-from focus_ray.cluster.streams import ray_dataset
-from focus_ray.data import ingest as ingest_module
 from focus_ray.data import store
 from focus_ray.data.images import decode_image, decode_mask, encode_png
-from focus_ray.data.ingest import ingest
-from focus_ray.data.ingestion.report import IngestReport
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
 from focus_ray.data.split import plan_category, split_category
 from focus_ray.errors import DataError
+from focus_ray.ingestion import ingest as ingest_module
+from focus_ray.ingestion.ingest import ingest
+from focus_ray.ingestion.report import IngestReport
+from focus_ray.training.streams import ray_dataset
 
 IMAGES = SHARED / "data"
 
@@ -552,7 +552,8 @@ def test_a_run_that_is_killed_while_publishing_leaves_the_old_data(tmp_path: Pat
     save(root / "train/good/new.png", pixels(999))
     program = f"""
 import os, sys
-from focus_ray.data import ingest, store
+from focus_ray.data import store
+from focus_ray.ingestion import ingest
 def die(*args, **kwargs):
     os._exit(9)
 store.Store.check_writable = lambda self: None

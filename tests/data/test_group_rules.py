@@ -15,11 +15,11 @@ from s3_server import S3Server
 
 from focus_ray.data.images import read_capture_time
 from focus_ray.data.importers.groups import parse_group_rule
-from focus_ray.data.ingest import ingest
-from focus_ray.data.ingestion.report import IngestReport
 from focus_ray.data.read import read_index
 from focus_ray.errors import DataError
-from focus_ray.storage import write_bytes
+from focus_ray.ingestion.ingest import ingest
+from focus_ray.ingestion.report import IngestReport
+from focus_ray.storage.files import write_bytes
 
 
 def make_parts(root: Path, num_parts: int = 5, views: int = 2, bad: bool = False) -> Path:

@@ -13,13 +13,13 @@ from made_sources import make_mvtec, pixels, save
 from small_set import small_config
 
 from focus_ray.data.images import encode_png
-from focus_ray.data.ingest import ingest
-from focus_ray.data.ingestion.change import compact, remove_rows
 from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
 from focus_ray.data.split import plan_category, split_category, split_key
 from focus_ray.data.store import CommitDraft, open_store
 from focus_ray.errors import DataError
+from focus_ray.ingestion.change import compact, remove_rows
+from focus_ray.ingestion.ingest import ingest
 
 
 def drop_group_column(path: Path) -> None:

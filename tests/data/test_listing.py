@@ -14,11 +14,11 @@ from PIL import Image
 from focus_ray.api import link_into_good_folder
 from focus_ray.cli.output import image_paths
 from focus_ray.data.images import ImageError, decode_batch, decode_mask, encode_png
-from focus_ray.data.ingest import ingest
 from focus_ray.data.listing import find_image_files
 from focus_ray.data.read import list_categories, read_index
-from focus_ray.drawings import is_drawing_file
+from focus_ray.drawing.mark import is_drawing_file
 from focus_ray.errors import DataError
+from focus_ray.ingestion.ingest import ingest
 from focus_ray.watching.folder import list_images
 
 HIDDEN = (

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from focus_ray.data.images import ImageError, decode_image, decode_mask, encode_png, probe_mask, read_mask
-from focus_ray.data.ingest import ingest
 from focus_ray.data.read import iter_test_records
+from focus_ray.ingestion.ingest import ingest
 
 SIDE = 120
 

@@ -12,10 +12,10 @@ from PIL import Image
 
 from focus_ray.data.images import decode_mask, encode_png, resize_mask
 from focus_ray.data.importers.vocabulary import is_bad_name, is_good_name, is_unclear_name
-from focus_ray.data.ingest import ingest
-from focus_ray.data.ingestion.report import IngestReport
 from focus_ray.data.read import read_index
 from focus_ray.errors import DataError
+from focus_ray.ingestion.ingest import ingest
+from focus_ray.ingestion.report import IngestReport
 
 SIZE = (24, 32)
 

@@ -15,13 +15,13 @@ from s3_server import S3Server
 
 from focus_ray.cli.main import main
 from focus_ray.data import store
-from focus_ray.data.ingest import ingest
 from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import SCHEMA
 from focus_ray.data.source import S3Path, S3Tree, open_source
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError
-from focus_ray.storage import ListedObject, write_bytes
+from focus_ray.ingestion.ingest import ingest
+from focus_ray.storage.files import ListedObject, write_bytes
 
 pytestmark = pytest.mark.s3
 

@@ -12,18 +12,18 @@ from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.cluster.batch import inspect_records
-from focus_ray.config import Config
 from focus_ray.data.images import ImageError, decode_image, encode_png
-from focus_ray.data.ingest import ingest
 from focus_ray.data.regions import load_frame
 from focus_ray.data.split import split_category
 from focus_ray.density.tiles import Tiles
+from focus_ray.detect.detector import embed, shown_locations, to_images
+from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
-from focus_ray.evaluation.inspection import Inspection
+from focus_ray.evaluation.batch_inspection import inspect_records
 from focus_ray.export.scorer import ExportableScorer
-from focus_ray.fitting.scoring import embed, shown_locations, to_images
+from focus_ray.ingestion.ingest import ingest
 from focus_ray.serving.scorer import Scores, _decode, _judge
+from focus_ray.settings.config import Config
 
 NO_ALIGNMENT = {"image_alignment": {"group": "none"}}
 BAND = [[0, 0.4], [1, 0.4], [1, 0.6], [0, 0.6]]

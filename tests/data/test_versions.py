@@ -13,9 +13,9 @@ from made_sources import make_mvtec, pixels, save
 
 from focus_ray.data import store
 from focus_ray.data.commits import referenced_files
-from focus_ray.data.ingest import ingest
 from focus_ray.data.read import data_version, decode_rows, index_version, iter_test_records, read_index, read_rows
 from focus_ray.errors import DataError
+from focus_ray.ingestion.ingest import ingest
 
 
 @pytest.fixture

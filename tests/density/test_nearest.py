@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from focus_ray.config import DensityConfig
 from focus_ray.density.base import (
     Statistics,
     absolute_ridge,
@@ -29,6 +28,7 @@ from focus_ray.density.nearest import (
     to_bank_rows,
     whiten,
 )
+from focus_ray.settings.config import DensityConfig
 
 HEIGHT, WIDTH, CHANNELS = 5, 4, 6
 

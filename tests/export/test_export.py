@@ -24,8 +24,8 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import main
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import encode_png
+from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.errors import ConfigError, DataError, ExportError, MissingPackageError
-from focus_ray.evaluation.calibration import CalibrationBuilder
 from focus_ray.export.export import export_bundle
 from focus_ray.export.formats import RunModel, check_format, open_model, write_onnx, write_openvino
 from focus_ray.export.resize import ToFrame

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from places import free_port
 
-from focus_ray.fitting.distributed import broadcast_from_rank0
+from focus_ray.distributed import broadcast_from_rank0
+from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.fitting.passes import fit_aligner
-from focus_ray.model.alignment.congealing import AlignmentReport, CongealingAligner
 
 
 def test_without_a_group_the_decision_is_made_locally() -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from focus_ray.detect.detector import describe_embedding
 from focus_ray.fitting.duplicates import (
     ImageOrigins,
     RepeatFinder,
@@ -16,7 +17,6 @@ from focus_ray.fitting.duplicates import (
     find_duplicates,
     find_relations,
 )
-from focus_ray.fitting.scoring import describe_embedding
 
 
 def make_parts(num_parts: int, photographs: int, noise: float, seed: int = 0) -> torch.Tensor:

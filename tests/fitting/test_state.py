@@ -6,8 +6,8 @@ import io
 
 import torch
 
+from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.fitting.state import BestNetwork, FitNotes, TrainState
-from focus_ray.model.alignment.congealing import AlignmentReport
 
 
 def test_saving_and_loading_preserves_the_state_with_all_notes() -> None:

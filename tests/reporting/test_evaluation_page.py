@@ -16,12 +16,12 @@ from small_set import ingest_parts, make_bundle, small_config
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
 from focus_ray.errors import DataError
-from focus_ray.evaluation.evaluate import LabelledImages
-from focus_ray.evaluation.metrics import MeasuredImages
-from focus_ray.kinds import METRICS
+from focus_ray.metrics.evaluate import LabelledImages
+from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.reporting.caveats import Share, evaluation_caveats
 from focus_ray.reporting.evaluation import build_section, evaluation_page, precision_recall, pro, roc
 from focus_ray.reporting.gallery import PICTURE_PX, choose_images, draw_outline, make_cards
+from focus_ray.settings.kinds import METRICS
 
 ODD = "<b>gear</b> & co"
 

@@ -12,7 +12,7 @@ from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.errors import BundleError
-from focus_ray.reporting.training import build_training_section, training_page, write_training_report
+from focus_ray.training.report import build_training_section, training_page, write_training_report
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_the_report_is_written_to_the_returned_address(bundle: str, tmp_path: Pa
 
 def test_training_writes_the_report_to_the_folder_of_the_run(bundle: str) -> None:
     """All categories of this run are finished, so that it needs no Ray."""
-    from focus_ray.cluster.training import train
-    from focus_ray.config import parse_config
+    from focus_ray.settings.config import parse_config
+    from focus_ray.training.training import train
 
     config = parse_config(read_manifest(bundle)["config"])
     messages: list[str] = []

@@ -13,15 +13,15 @@ import pytest
 from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_manifest
+from focus_ray.drawing import plots
 from focus_ray.evaluation.report import evaluation_table
-from focus_ray.kinds import METRICS
-from focus_ray.reporting import plots
 from focus_ray.reporting.evaluation import evaluation_page, section_from_dict
 from focus_ray.reporting.page import svg_uri
-from focus_ray.reporting.training import build_training_section, training_page
+from focus_ray.settings.kinds import METRICS
 from focus_ray.sweep import report
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import SweepConfig, parse_sweep
+from focus_ray.training.report import build_training_section, training_page
 
 ATTACKS = (
     "<script>alert(1)</script>",

@@ -34,7 +34,7 @@ from focus_ray.serving.service import Service
 from focus_ray.serving.settings import ServiceSettings, parse_settings
 from focus_ray.serving.source import LOOKUP_TIMEOUT_S, LOOKUPS_PER_TEAM
 from focus_ray.serving.tokens import create_token, revoke_token
-from focus_ray.storage import join, write_bytes
+from focus_ray.storage.files import join, write_bytes
 
 LOOPBACK = "http://127.0.0.1"
 ADMIN_PATHS = [

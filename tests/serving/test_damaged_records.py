@@ -18,8 +18,8 @@ from serving_set import MILL, PRESS, Plant, make_plant
 from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_manifest
 from focus_ray.bundle.published import resolve_bundles
 from focus_ray.bundle.registry import Registry, Version
+from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError, RegistryError
-from focus_ray.evaluation.inspection import Inspection
 from focus_ray.serving.api import create_api
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.scorer import ImageScorer

@@ -30,7 +30,7 @@ from focus_ray.serving.measures import Measures
 from focus_ray.serving.settings import Sink
 from focus_ray.serving.sink import ImageSink, delete_old_images
 from focus_ray.serving.source import MAX_LOOKUP_AGE_S, FolderSource, ModelSource, VersionDirectory
-from focus_ray.storage import create_bytes, join, list_names, write_bytes
+from focus_ray.storage.files import create_bytes, join, list_names, write_bytes
 
 TEAM, REFRESH_S = "press", 2.0
 MANY = pytest.mark.parametrize("num_categories", [10, 300])

@@ -38,9 +38,9 @@ from focus_ray.bundle.registry import Registry, Version
 from focus_ray.cli.main import main
 from focus_ray.client import FoundRegion
 from focus_ray.data.images import decode_batch, decode_image, encode_png, probe_image, read_image
+from focus_ray.detect.detector import can_share_backbone_pass, score_together
+from focus_ray.detect.inspection import Inspection, Region, resize_map
 from focus_ray.errors import BundleError, ConfigError, DataError, RegistryError
-from focus_ray.evaluation.inspection import Inspection, Region, resize_map
-from focus_ray.fitting.scoring import can_share_backbone_pass, score_together
 from focus_ray.serving.api import RegionAnswer, create_api
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.launch import check_host
@@ -54,7 +54,7 @@ from focus_ray.serving.settings import MIB, Limits, ServiceSettings, parse_setti
 from focus_ray.serving.sink import delete_old_images
 from focus_ray.serving.source import FolderSource, VersionDirectory, version_key
 from focus_ray.serving.tokens import TokenStore, create_token, read_tokens, revoke_token
-from focus_ray.storage import open_filesystem
+from focus_ray.storage.files import open_filesystem
 
 
 @pytest.fixture(scope="module")

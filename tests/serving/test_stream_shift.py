@@ -17,9 +17,9 @@ from waiting import wait_for
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.bundle.registry import Registry, Version
 from focus_ray.data.images import ImageError
+from focus_ray.detect.inspection import Inspection
+from focus_ray.detect.shift import MIN_STREAM, STREAM_ALPHA, WINDOW, Shift
 from focus_ray.errors import DataError
-from focus_ray.evaluation.inspection import Inspection
-from focus_ray.evaluation.shift import MIN_STREAM, STREAM_ALPHA, WINDOW, Shift
 from focus_ray.samples.write import write_samples
 from focus_ray.serving import stream_shift
 from focus_ray.serving.api import create_api

@@ -11,10 +11,10 @@ import pytest
 import torch
 from small_set import NUM_TEST, ingest_parts, small_config
 
-from focus_ray.config import Config
 from focus_ray.data.read import decode_rows
 from focus_ray.errors import DataError
-from focus_ray.evaluation.selection import DEFECTS_PER_IMAGE
+from focus_ray.fitting.selection import DEFECTS_PER_IMAGE
+from focus_ray.settings.config import Config
 from focus_ray.sweep.settings import Objective
 from focus_ray.sweep.trial import clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import (

@@ -28,10 +28,10 @@ from small_set import CATEGORIES, draw_parts, ingest_parts, small_config
 from waiting import wait_for_records
 
 from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat, check_fingerprints, read_state
-from focus_ray.config import load_config
-from focus_ray.data.ingest import ingest
 from focus_ray.errors import ConfigError, DataError, SweepError, TrainingError
-from focus_ray.storage import list_names
+from focus_ray.ingestion.ingest import ingest
+from focus_ray.settings.config import load_config
+from focus_ray.storage.files import list_names
 from focus_ray.sweep import records
 from focus_ray.sweep.driver import SweepOutcome, run_sweep
 from focus_ray.sweep.proposer import Proposer
@@ -458,7 +458,7 @@ STOP_IN_A_RUNNING_CLUSTER = """
 import json, os, sys, threading, time
 import ray
 from focus_ray.sweep.settings import parse_sweep
-from focus_ray.storage import list_names
+from focus_ray.storage.files import list_names
 from focus_ray.sweep.driver import run_sweep
 from ray.util.state import list_actors, list_placement_groups
 

@@ -9,7 +9,7 @@ from focus_ray.data.importers.base import ImportPlan, ImportSettings, list_image
 from focus_ray.data.schema import SPLITS
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
-from focus_ray.kinds import IMPORTERS
+from focus_ray.settings.kinds import IMPORTERS
 
 
 def _suggest_good_folder(source: SourcePath) -> str:

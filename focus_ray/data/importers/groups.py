@@ -22,7 +22,7 @@ from focus_ray.csv_cells import csv_text
 from focus_ray.data.images import read_capture_time
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
-from focus_ray.storage import read_bytes
+from focus_ray.storage.files import read_bytes
 
 RULE_FORMS = "name:REGEX, folder:LEVEL, table:FILE:COLUMN or time:SECONDS"
 FILE_COLUMNS = (

@@ -1,0 +1,321 @@
+"""Writes the reference of all settings from the fields of the models, and the text of `focus-ray config explain`.
+
+`python -m focus_ray.cli.config_reference docs/reference/configuration.md` writes the page. Imports neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from focus_ray.errors import ConfigError
+from focus_ray.names import NAME_PATTERN, NAME_WORDS
+from focus_ray.serving.settings import ServiceSettings
+from focus_ray.settings.config import Config
+from focus_ray.settings.kinds import Kinds
+from focus_ray.sweep.settings import SweepConfig
+
+COMMAND = "python -m focus_ray.cli.config_reference docs/reference/configuration.md"
+
+
+@dataclass(frozen=True)
+class Root:
+    """A kind of configuration. title: for people.  usage: the command that takes it, in Markdown."""
+
+    title: str
+    model: type[BaseModel]
+    usage: str
+
+
+ROOTS = (
+    Root(
+        "a run",
+        Config,
+        "`focus-ray train CONFIG key=value ...` takes these settings; `focus-ray config list` lists the standard configurations.",
+    ),
+    Root(
+        "a sweep",
+        SweepConfig,
+        "`focus-ray sweep CONFIG key=value ...` takes these settings ([sweeps](../use/sweeps.md)). Settings of the base "
+        "configuration come after `base.`, as in `base.train.epochs=5`.",
+    ),
+    Root(
+        "the service",
+        ServiceSettings,
+        "`focus-ray serve PLACE key=value ...` takes these settings ([serving](../use/serving.md)).",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting. key: dotted; `[]` means each item of a list, KEY each key of a mapping.  default: YAML, or None if the
+    setting is required."""
+
+    key: str
+    values: str
+    default: str | None
+    description: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section with its own settings, without inner sections. key: empty at the top of a configuration."""
+
+    key: str
+    description: str
+    settings: tuple[Setting, ...]
+
+
+def parts_of(
+    model: type[BaseModel], key: str = "", value: BaseModel | None = None, field_description: str | None = None
+) -> Iterator[Part]:
+    """Yields the section of a model, then its inner sections in the order of the fields.
+
+    Args:
+        key: dotted key of the section.  value: default of the section, if the field above has one.
+        field_description: description of the field above.
+    """
+    prefix = f"{key}." if key else ""
+    settings, inner = [], []
+    for name, field in model.model_fields.items():
+        default = getattr(value, name) if value is not None else field.get_default(call_default_factory=True)
+        below, suffix = _model_in(field.annotation)
+        description = field.description or _first_words(below)
+        if below is not None:
+            inner_value = default if isinstance(default, BaseModel) else None
+            inner.append((below, f"{prefix}{name}{suffix}", inner_value, field.description))
+        if below is None or suffix or _takes_null(field.annotation):
+            required = field.is_required()
+            settings.append(
+                Setting(prefix + name, _values(name, field), None if required else _yaml(default), description)
+            )
+    yield Part(key, field_description or _first_words(model), tuple(settings))
+    for below, inner_key, inner_value, inner_description in inner:
+        yield from parts_of(below, inner_key, inner_value, inner_description)
+
+
+def _first_words(model: type[BaseModel] | None) -> str:
+    """Returns the first paragraph of a section's docstring."""
+    docstring = "" if model is None else inspect.getdoc(model) or ""
+    return " ".join(docstring.split("\n\n")[0].split())
+
+
+def _model_in(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """Returns the section in a field's type and the suffix of its key: "" alone, "[]" in a list, ".KEY" in a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, ""
+    origin: Any = get_origin(annotation)
+    end = "[]" if origin is tuple else ".KEY" if origin is dict else ""
+    for argument in get_args(annotation):
+        section, inner = _model_in(argument)
+        if section is not None:
+            return section, end + inner
+    return None, ""
+
+
+def _takes_null(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
+
+
+# the values of a setting, in words
+
+_PLAIN = {bool: "true, false", int: "integer", float: "number", str: "text", type(None): "null", Any: "anything"}
+_UNITS = {"px": "pixels", "s": "seconds", "mb": "MiB", "gib": "GiB", "deg": "degrees", "days": "days"}
+
+
+def unit_of(name: str) -> str | None:
+    """Returns the unit in a field's name, as in timeout_s and memory_gib_per_worker, or None."""
+    words = name.split("_")[1:]
+    return next((_UNITS[word] for word in words if word in _UNITS), None)
+
+
+def _values(name: str, field: FieldInfo) -> str:
+    text = _words(field.annotation, field.metadata)
+    unit = unit_of(name)
+    return f"{text}; {unit}" if unit else text
+
+
+def _words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Returns the values that a type and its constraints allow, in words. In a union, the constraints do not apply to null."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [item for extra in annotation.__metadata__ for item in getattr(extra, "metadata", [extra])]
+        return _words(arguments[0], [*inner, *metadata])
+    if origin in (Union, types.UnionType):
+        choices = [_words(item, metadata if item is not type(None) else ()) for item in arguments]
+        return (", or " if "," in "".join(choices) else " or ").join(choices)
+    if origin is Literal:
+        return ", ".join(_yaml(value) for value in arguments)
+    limits = "".join(_limits(metadata))
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {_plural(_words(arguments[0]))}{limits}"
+        return f"[{', '.join(_words(item) for item in arguments)}]"
+    if origin is dict:
+        return f"mapping of {' to '.join(_plural(_words(item)) for item in arguments)}{limits}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    kinds = next((table for table in map(_kinds_in, metadata) if table), None)
+    if kinds is not None:
+        return ", ".join(kinds)
+    if any(getattr(item, "pattern", None) == NAME_PATTERN for item in metadata):
+        return "name"
+    return _PLAIN[annotation] + limits
+
+
+def _plural(words: str) -> str:
+    return {"section": "sections", "name": "names"}.get(words, f"({words})" if "," in words else words)
+
+
+def _kinds_in(constraint: Any) -> Kinds[Any] | None:
+    """Returns the table of kinds whose names a validator allows, or None."""
+    owner = getattr(getattr(constraint, "func", None), "__self__", None)
+    return owner if isinstance(owner, Kinds) else None
+
+
+def _limits(metadata: Sequence[Any]) -> Iterator[str]:
+    """Yields the limits of a type in words, as in " from 0 to 1"."""
+
+    def limit_of(constraint: str) -> Any:
+        return next((value for item in metadata if (value := getattr(item, constraint, None)) is not None), None)
+
+    limits = {name: value for name in ("ge", "gt", "le", "lt") if (value := limit_of(name)) is not None}
+    words = {"ge": " from ", "gt": " above ", "le": " to ", "lt": " below "}
+    if len(limits) == 2 and list(limits) != ["ge", "le"]:
+        words.update(le=", up to ", lt=", below ")
+    for name, value in limits.items():
+        yield f"{words[name]}{int(value) if value == int(value) else value}"
+    if (length := limit_of("min_length")) is not None:
+        yield ", not empty" if length == 1 else f", {length} at least"
+    if (pattern := limit_of("pattern")) is not None:
+        yield f" of the form {pattern}"
+
+
+def _yaml(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return str(yaml.safe_dump(plain, default_flow_style=True, width=1000)).removesuffix("...\n").strip()
+
+
+# the page
+
+
+def markdown() -> str:
+    """Returns the text of docs/reference/configuration.md."""
+    lines = [
+        "# Settings",
+        "",
+        "This page lists every setting of trainings, sweeps and the service, with its values, default and meaning. `focus-ray "
+        "config explain KEY` prints one setting. `focus-ray config show CONFIG` prints a configuration with every default.",
+        "",
+        "In a YAML file each dot of a key opens a section: `train.epochs` is `epochs` below `train`. Put text that looks like a "
+        'number, or like yes, no, true, false or null, into quotes: `name: "007"` in a file, `\'name="007"\'` in a shell. A key '
+        "that appears twice in a section is an error.",
+        "",
+        "```bash",
+        "focus-ray config explain calibration.target_fpr",
+        "focus-ray config show default data.uri=data model.image_size_px=512",
+        "```",
+        "",
+        f"`{COMMAND}` writes this page from the settings themselves, and a test fails if the page is out of date.",
+        "",
+        f"A name is {NAME_WORDS}. A limit after *from*, *to* or *up to* is allowed; a limit after *above* or *below* is not. "
+        "[paper] is arXiv 2110.04538, [kin] its published relatives, [ours] a choice of this project.",
+    ]
+    for root in ROOTS:
+        lines += ["", f"## Of {root.title}", "", root.usage]
+        for part in parts_of(root.model):
+            if part.key:
+                lines += ["", f"### `{part.key}`", "", part.description]
+            if part.settings:
+                lines += ["", "| key | value | default | meaning |", "|---|---|---|---|"]
+                lines += [_row(setting) for setting in part.settings]
+    return "\n".join(lines) + "\n"
+
+
+def _row(setting: Setting) -> str:
+    default = "to be set" if setting.default is None else f"`{setting.default}`"
+    cells = (f"`{setting.key}`", setting.values, default, setting.description)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+# one key
+
+
+def explain(key: str) -> str:
+    """Explains a key or a section, for every configuration that has it. Returns plain text.
+
+    Args:
+        key: dotted; a leading `base.`, as in a sweep, is ignored.
+
+    Raises: ConfigError: the key does not exist; the error names similar keys.
+    """
+    full_key = key.strip().strip(".")
+    if full_key.startswith("base."):
+        full_key = full_key.removeprefix("base.")
+    explanations = [text for root in ROOTS for text in _explained(root, full_key)]
+    if not explanations:
+        near = _nearest(full_key)
+        hint = f"did you mean {', '.join(near)}?" if near else "docs/reference/configuration.md has all there are"
+        raise ConfigError(f"{key}: no such key; {hint}")
+    return "\n\n".join(explanations)
+
+
+def _explained(root: Root, key: str) -> Iterator[str]:
+    parts = list(parts_of(root.model))
+    settings = [setting for part in parts for setting in part.settings]
+    yield from (_explain_setting(root, setting) for setting in settings if setting.key == key)
+    for part in parts:
+        if part.key in (key, f"{key}[]", f"{key}.KEY"):
+            inside = [item for item in settings if item.key.startswith(f"{part.key}.")]
+            yield _explain_part(root, part, inside)
+
+
+def _explain_setting(root: Root, setting: Setting) -> str:
+    default = "none: it must be set" if setting.default is None else setting.default
+    lines = [
+        f"{setting.key} (of {root.title})",
+        f"  value:   {setting.values}",
+        f"  default: {default}",
+        f"  {setting.description}",
+    ]
+    return "\n".join(lines)
+
+
+def _explain_part(root: Root, part: Part, settings: Sequence[Setting]) -> str:
+    width = max(len(setting.key) for setting in settings)
+    lines = [f"{part.key} (a section of {root.title}): {part.description}"]
+    lines += [f"  {item.key:{width}}  {'to be set' if item.default is None else item.default}" for item in settings]
+    return "\n".join(lines)
+
+
+def _nearest(key: str) -> list[str]:
+    """Returns up to four similar keys."""
+    keys = dict.fromkeys(name for root in ROOTS for part in parts_of(root.model) for name in _keys(part))
+    last = key.rpartition(".")[2]
+    same_end = [name for name in keys if name.rpartition(".")[2] == last]
+    ends = dict.fromkeys(name.rpartition(".")[2] for name in keys)
+    close_ends = difflib.get_close_matches(last, ends, n=1)
+    close = [name for name in keys if name.rpartition(".")[2] in close_ends]
+    similar = difflib.get_close_matches(key, keys, n=3)
+    return list(dict.fromkeys([*same_end, *similar, *close]))[:4]
+
+
+def _keys(part: Part) -> Iterator[str]:
+    if part.key:
+        yield part.key
+    yield from (setting.key for setting in part.settings)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(markdown(), encoding="utf-8")

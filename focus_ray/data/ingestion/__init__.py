@@ -1,1 +1,0 @@
-"""Ingestion: checks the source files, removes duplicates, writes part files in chunks, and changes categories later."""

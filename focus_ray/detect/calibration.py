@@ -1,0 +1,578 @@
+"""Computes thresholds and p-values from the scores of normal images.
+
+The images are normal images that the density has not seen, or that were left out of the density while they were scored. Test
+images are never used. docs/learn/verdicts.md explains which guarantees hold with which number of images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import betainc
+
+from focus_ray.detect.tail import Tail, fit_tail
+from focus_ray.errors import DataError
+
+Method = Literal["split", "cross", "leave_one_out"]
+
+# Scores with a smaller relative difference count as equal, because the last digits of a score depend on the batches.
+TIE = 1e-5
+
+# Relative. bfloat16 instead of float32 changed image scores of real images by at most 0.6 %, and maxima of maps by 1.4 %.
+PRECISION_SHIFT = 0.015
+
+# With fewer scores above the threshold, the model of the tail sets the threshold, because it varies less. For the method
+# "split" it does so only where counting cannot reach the target, because it would lose the guarantee.
+_MIN_SCORES_ABOVE = 5
+# values of the fields that calibrations of older bundles lack
+_OLD_DEFAULTS = {"tail": None, "by_hand": False, "num_groups": None, "precision": None, "converted_from": None}
+_ROUNDING = 1e-12  # relative rounding error of a sum of pixel shares such as 1/50176, when it is compared with a budget
+
+
+def certain_part(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns the lowest values that the scores can have without rounding errors (`TIE`)."""
+    return scores - TIE * np.abs(scores)
+
+
+def is_above(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
+    """Returns whether scores exceed a threshold by more than `TIE`, so that the result does not depend on the batches."""
+    return np.asarray(certain_part(scores) > threshold)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of n normal images and the thresholds computed from them. An image or pixel above its threshold is anomalous.
+
+    Attributes:
+        method: how the images were scored. "split": images that were held out of training and density. "leave_one_out":
+            each training image with its own embedding left out of the density. "cross": each image without its fold.
+        image_scores: n scores of normal images, ascending.
+        target_fpr: share of good images that may be called bad.
+        image_threshold: threshold of the image scores.
+        image_guaranteed: whether P(a good image is called bad) <= target_fpr holds for exchangeable images. This needs
+            "split" with n >= 1/target_fpr - 1 images, or groups of equal size.
+        target_pixel_fpr: share of the pixels of a good image that may be called bad, on average over images.
+        pixel_threshold: threshold of the anomaly maps.
+        pixel_guaranteed: whether this share is <= target_pixel_fpr in expectation over held-out and future images. This needs
+            "split" with n >= 1/target_pixel_fpr - 1 independent images. With fewer images the threshold is the plain
+            quantile, and `pixel_fpr_bound` holds for "split".
+        tail: model of the highest scores, which gives threshold and small p-values. It is used if n < 1/target_fpr - 1, because
+            then scores cannot show the target rate. Except for "split", it is also used if fewer than 5 scores lie above the
+            threshold. None: scores are counted. With three images or fewer, the highest score is the threshold, with the rate
+            `smallest_fpr`.
+        by_hand: whether a person set a threshold. target_fpr is then estimated from the good images.
+        num_groups: number of independent groups (parts, or bursts) among the n images; None: every image is independent. All
+            statements about uncertainty count groups, because several photographs of a part say little more than a single one.
+        precision: number format of the computation of the scores (`precision.describe_precision`); None: unknown.
+        converted_from: the original precision, if `at_precision` converted the thresholds; otherwise None.
+    """
+
+    method: Method
+    image_scores: tuple[float, ...]
+    target_fpr: float
+    image_threshold: float
+    image_guaranteed: bool
+    target_pixel_fpr: float
+    pixel_threshold: float
+    pixel_guaranteed: bool
+    tail: Tail | None = None
+    by_hand: bool = False
+    num_groups: int | None = None
+    precision: str | None = None
+    converted_from: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_method(self.method)
+        _check_share(self.target_fpr, "target_fpr")
+        _check_share(self.target_pixel_fpr, "target_pixel_fpr")
+        if not self.image_scores:
+            raise DataError("image_scores is empty; calibration needs at least one held-out normal image")
+        if self.num_groups is not None and not 1 <= self.num_groups <= self.num_images:
+            raise DataError(f"num_groups={self.num_groups}; expected 1 to {self.num_images}, the number of images")
+        numbers = np.array([*self.image_scores, self.image_threshold, self.pixel_threshold], dtype=np.float64)
+        if not np.isfinite(numbers).all():
+            raise DataError("a calibration score or threshold is NaN or infinite; expected finite numbers")
+        if np.any(np.diff(numbers[:-2]) < 0):
+            raise DataError("image_scores are not in ascending order; they were changed since the calibration was made")
+
+    @property
+    def num_images(self) -> int:
+        """n, the number of scored normal images."""
+        return len(self.image_scores)
+
+    @property
+    def num_independent(self) -> int:
+        """Number of independent observations: of groups, or of images if there are no groups."""
+        return self.num_images if self.num_groups is None else self.num_groups
+
+    @cached_property
+    def _scores(self) -> NDArray[np.float64]:
+        """`image_scores` as an array, cached for the p-values."""
+        return np.asarray(self.image_scores)
+
+    @property
+    def smallest_fpr(self) -> float:
+        """1/(n + 1), the smallest false positive rate that n independent images can show."""
+        return 1.0 / (self.num_independent + 1)
+
+    @property
+    def effective_fpr(self) -> float:
+        """The level of the verdicts of `is_anomalous`: target_fpr, but without a tail at least smallest_fpr."""
+        return self.target_fpr if self.tail is not None else max(self.target_fpr, self.smallest_fpr)
+
+    @property
+    def pixel_fpr_bound(self) -> float:
+        """Upper bound on the expected share of the pixels of a good image that are called bad ("split", exchangeable images).
+
+        The bound is target_pixel_fpr if guaranteed. Otherwise it is (n t + 1)/(n + 1) for n groups, which the plain quantile
+        at t satisfies.
+        """
+        if self.pixel_guaranteed:
+            return self.target_pixel_fpr
+        return (self.num_independent * self.target_pixel_fpr + 1.0) / (self.num_independent + 1)
+
+    def probability_above(self, rate: float) -> float:
+        """Returns the probability that the long-run false alarm rate of this one threshold exceeds `rate`.
+
+        The probability is over the draw of the n independent images. A counted threshold is an order statistic, so its rate
+        follows Beta(m, n + 1 - m) with m = floor(target_fpr (n + 1)), at least 1. With a tail, the rate follows the posterior
+        of the tail's scale (`Tail.probability_above`); that holds as far as real tails are exponential.
+        """
+        if not 0.0 < rate < 1.0:
+            return float(rate <= 0.0)
+        if self.tail is not None and self.image_threshold >= self.tail.start:
+            return self.tail.probability_above(rate, self.image_threshold, self.num_independent)
+        return _counted_probability_above(rate, self.num_independent, self.target_fpr)
+
+    @property
+    def probability_above_twice_target(self) -> float:
+        """Probability that the long-run false alarm rate of this one threshold is above 2 target_fpr."""
+        return self.probability_above(2 * self.target_fpr)
+
+    def fpr_interval(self, mass: float = 0.9) -> tuple[float, float]:
+        """Returns the central interval that holds the long-run false alarm rate with probability `mass`.
+
+        The rate has the distribution that `probability_above` describes.
+        """
+        return _interval(self.probability_above, mass)
+
+    def conformal_p_value(self, scores: ArrayLike) -> NDArray[np.float64]:
+        """Computes the conformal p-value of each score, which is small if the image differs from the normal images.
+
+        p = (1 + number of normal scores >= score) / (n + 1), and ties within `TIE` count. With g groups each of the n scores
+        counts g/n, and n + 1 becomes g + 1. If the images are exchangeable, P(p <= a) <= a for a new normal image and any a
+        (Vovk et al., Algorithmic Learning in a Random World, 2005). With a tail, the tail gives the p-values of scores above
+        its start. `p <= effective_fpr` holds if and only if `is_anomalous`.
+
+        Args:
+            scores: any shape.
+
+        Returns: same shape as scores, in [1/(n + 1), 1], with a tail in (0, 1].
+
+        Raises: DataError: a score is NaN.
+        """
+        values = certain_part(_check_no_nan(scores))
+        below = np.searchsorted(self._scores, values, side="left")
+        n, groups = self.num_images, self.num_independent
+        p_values = np.asarray((1.0 + (n - below) * groups / n) / (groups + 1))
+        if self.tail is not None:
+            p_values = np.where(values > self.tail.start, self.tail.share_above(values), p_values)
+        # At the threshold, the tail gives the target rate only up to rounding. The verdict decides the side of the level.
+        just_above = np.nextafter(self.effective_fpr, 2.0)
+        return np.where(
+            values > self.image_threshold,
+            np.minimum(p_values, self.effective_fpr),
+            np.maximum(p_values, just_above),
+        )
+
+    def is_anomalous(self, scores: ArrayLike) -> NDArray[np.bool_]:
+        """Returns whether each score exceeds image_threshold by more than `TIE`. Raises: DataError: a score is NaN."""
+        return is_above(_check_no_nan(scores), self.image_threshold)
+
+    def with_thresholds(self, image: float | None, pixel: float | None) -> Calibration:
+        """Returns a copy with thresholds that a person chose, which stay unchanged at any precision.
+
+        Args: image, pixel: new image threshold and new pixel threshold; None: unchanged.
+
+        Raises: DataError: both are None, or a threshold is not a finite number above 0.
+        """
+        thresholds = [value for value in (image, pixel) if value is not None]
+        if not thresholds:
+            raise DataError("no threshold to set: give an image threshold, a pixel threshold or both")
+        if not all(math.isfinite(value) and value > 0 for value in thresholds):
+            raise DataError(f"thresholds {thresholds}; expected finite numbers above 0")
+        calibration = replace(self, by_hand=True, precision=None)
+        if pixel is not None:
+            calibration = replace(calibration, pixel_threshold=float(pixel), pixel_guaranteed=False)
+        if image is None:
+            return calibration
+        if self.tail is not None and image > self.tail.start:
+            share_above = float(self.tail.share_above(image))
+        else:
+            num_above, groups = sum(score > image for score in self.image_scores), self.num_independent
+            share_above = (1 + num_above * groups / self.num_images) / (groups + 1)
+        share_above = min(max(share_above, 1e-9), 1 - 1e-9)
+        return replace(calibration, image_threshold=float(image), target_fpr=share_above, image_guaranteed=False)
+
+    def at_precision(self, precision: str) -> Calibration:
+        """Returns thresholds that are safe for scores of another precision; the calibration itself if the precision is the same.
+
+        Another number format moves each score by up to `PRECISION_SHIFT`. Scores, thresholds and tail rise by that share, so
+        that no good image is called bad because of the number format. Where the precision is unknown, nothing changes.
+        """
+        if self.precision is None or self.precision == precision:
+            return self
+        factor = 1 + PRECISION_SHIFT
+        tail = self.tail and self.tail._replace(start=self.tail.start * factor, scale=self.tail.scale * factor)
+        return replace(
+            self,
+            image_scores=tuple(score * factor for score in self.image_scores),
+            image_threshold=self.image_threshold * factor,
+            pixel_threshold=self.pixel_threshold * factor,
+            tail=tail,
+            precision=precision,
+            converted_from=self.converted_from or self.precision,
+        )
+
+    def caveats(self) -> list[str]:
+        """Returns sentences about the limits of the thresholds for the user; empty if there are no limits to mention."""
+        n, sentences = self.num_independent, []
+        grouped = n < self.num_images
+        images = f"{self.num_images} photographs of about {n} part{'s' if n > 1 else ''}"
+        good_images = images if grouped else f"{n} good image{'s' if n > 1 else ''}"
+        training_images = images if grouped else f"{n} training images"
+        unit = "parts" if grouped else "good images"
+        if self.converted_from is not None:
+            sentences.append(
+                f"The thresholds come from {self.converted_from} scores, but this machine computes in {self.precision}. Scores "
+                f"may differ by {PRECISION_SHIFT:.1%}, so the thresholds are raised by this share. Calibrate on this machine to "
+                "avoid it."
+            )
+        if self.by_hand:
+            sentences.append(
+                f"A threshold was set by hand; by the {good_images}, about {self.target_fpr:.2g} of good parts lie above it."
+            )
+        if self.method == "leave_one_out":
+            sentences.append(
+                f"All {training_images} set the threshold, each scored with {'its part' if grouped else 'itself'} left out"
+                + (", by a model of the highest scores" if self.tail is not None else "")
+                + "; the rate is then close to the target in trials, which is no guarantee."
+            )
+        elif self.method == "cross":
+            sentences.append(
+                f"All {training_images} set the threshold, each scored without its fold (cross); this approximates the "
+                "false alarm rate and carries no guarantee."
+            )
+        num_needed = _images_needed(self.target_fpr)
+        if n < num_needed and not self.by_hand:
+            method_note = (
+                "the threshold is extrapolated from their scores by a model of the tail, and is an estimate"
+                if self.tail is not None
+                else f"the threshold is their highest score, good for a rate of {self.smallest_fpr:.2g}"
+            )
+            sentences.append(
+                f"{good_images} {'are' if self.num_images > 1 else 'is'} too few to show a false alarm rate of "
+                f"{self.target_fpr:g}: {method_note}; {num_needed} {unit} would do."
+            )
+        low, high = self.fpr_interval()
+        num_steady = math.ceil(_MIN_SCORES_ABOVE / self.target_fpr)
+        if high > 2 * self.target_fpr and n < num_steady and not self.by_hand:
+            risk = self.probability_above_twice_target
+            lower, higher = _interval(lambda rate: _counted_probability_above(rate, num_steady, self.target_fpr), 0.9)
+            sentences.append(
+                f"With {good_images} the false alarm rate of this one threshold lies between {low:.1%} and {high:.1%} in 9 "
+                f"of 10 cases. With probability {risk:.2f} the false alarm rate is above {100 * 2 * self.target_fpr:g} %. "
+                f"{num_steady} {unit} would bring it between {lower:.1%} and {higher:.1%}."
+            )
+        num_needed_for_pixels = _images_needed(self.target_pixel_fpr)
+        if not self.pixel_guaranteed and n < num_needed_for_pixels:
+            sentences.append(
+                f"Outlined areas are a guide: {good_images} cannot show a pixel rate of {self.target_pixel_fpr:g} "
+                f"({num_needed_for_pixels} {unit} would do)."
+            )
+        return sentences
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all attributes as JSON types. `from_dict` makes an equal calibration from them."""
+        return {
+            **asdict(self),
+            "image_scores": list(self.image_scores),
+            "tail": None if self.tail is None else self.tail._asdict(),
+        }
+
+    @staticmethod
+    def from_dict(tree: Mapping[str, Any]) -> Calibration:
+        """Makes a calibration from the result of `to_dict`. Raises: DataError: a key is unknown or missing, or a value wrong."""
+        field_names = {field.name for field in fields(Calibration)}
+        tree = {**_OLD_DEFAULTS, **tree}
+        if set(tree) != field_names:
+            raise DataError(
+                f"calibration: unknown keys {sorted(set(tree) - field_names)}, missing keys {sorted(field_names - set(tree))}; "
+                "expected the keys that Calibration.to_dict writes"
+            )
+        try:
+            return Calibration(
+                method=cast(Method, tree["method"]),
+                image_scores=tuple(float(score) for score in tree["image_scores"]),
+                target_fpr=float(tree["target_fpr"]),
+                image_threshold=float(tree["image_threshold"]),
+                image_guaranteed=_read_bool(tree, "image_guaranteed"),
+                target_pixel_fpr=float(tree["target_pixel_fpr"]),
+                pixel_threshold=float(tree["pixel_threshold"]),
+                pixel_guaranteed=_read_bool(tree, "pixel_guaranteed"),
+                tail=None if tree["tail"] is None else Tail(**tree["tail"]),
+                by_hand=_read_bool(tree, "by_hand"),
+                num_groups=None if tree["num_groups"] is None else int(tree["num_groups"]),
+                precision=None if tree["precision"] is None else str(tree["precision"]),
+                converted_from=None if tree["converted_from"] is None else str(tree["converted_from"]),
+            )
+        except TypeError as error:
+            raise DataError(f"calibration: a value has the wrong type: {error}") from error
+
+
+class CalibrationBuilder:
+    """Collects scores and maps of held-out normal images batch by batch. Builders of several workers can be merged.
+
+    The builder stores only the highest `kept_fraction` of the pixel scores of each image, so memory is bounded. The pixel
+    threshold is exact unless all stored pixels of an image lie above it. This cannot happen with fewer than
+    kept_fraction/target_pixel_fpr images (100 by default). With more images, such an image counts as completely above the
+    threshold. So the threshold can only be too high, and the guarantee still holds.
+    """
+
+    def __init__(
+        self, method: Method, target_fpr: float, target_pixel_fpr: float, kept_fraction: float | None = None
+    ) -> None:
+        """
+        Args:
+            kept_fraction: in (0, 1], share of the pixels of each map to store; None: 100 * target_pixel_fpr, at least 0.01.
+
+        Raises: DataError: a share lies outside its range.
+        """
+        _check_method(method)
+        _check_share(target_fpr, "target_fpr")
+        _check_share(target_pixel_fpr, "target_pixel_fpr")
+        if kept_fraction is None:
+            kept_fraction = min(1.0, max(0.01, 100.0 * target_pixel_fpr))
+        if not 0.0 < kept_fraction <= 1.0:
+            raise DataError(f"kept_fraction={kept_fraction}; expected a share in (0, 1]")
+        self.method: Method = method
+        self.target_fpr = target_fpr
+        self.target_pixel_fpr = target_pixel_fpr
+        self.kept_fraction = kept_fraction
+        self._scores: list[float] = []
+        self._tops: list[NDArray[Any]] = []
+        self._num_pixels: list[int] = []
+        self._groups: list[int | None] = []
+
+    @property
+    def num_images(self) -> int:
+        """Number of added images."""
+        return len(self._scores)
+
+    def add(
+        self, scores: ArrayLike, maps: NDArray[Any] | Sequence[NDArray[Any]], groups: NDArray[np.int64] | None = None
+    ) -> None:
+        """Adds a batch of normal images.
+
+        Args:
+            scores: (B,) image scores.  maps: (B, H, W) anomaly maps, or B arrays of (H, W) that may differ in size.
+            groups: (B,) group numbers. Images with the same number show the same part, also across batches and merged
+                builders. None: every image of the batch is independent.
+
+        Raises: DataError: counts differ, a map is empty, or a value is NaN or infinite. Then no image is added.
+        """
+        values = np.asarray(scores, dtype=np.float64)
+        images = [np.asarray(image) for image in maps]
+        if values.shape != (len(images),):
+            raise DataError(f"scores {values.shape} for {len(images)} maps; expected one score per map")
+        if not np.isfinite(values).all():
+            raise DataError(f"calibration scores hold {values[~np.isfinite(values)][0]}; expected finite numbers")
+        for index, image in enumerate(images):
+            if image.ndim != 2 or not image.size:
+                raise DataError(f"calibration map {index} has shape {image.shape}; expected a non-empty (H, W)")
+            if not np.isfinite(image).all():
+                raise DataError(f"calibration map {index} has NaN or infinite values; expected finite scores")
+        if groups is not None and groups.shape != values.shape:
+            raise DataError(f"groups {groups.shape} for scores {values.shape}; expected one group number per score")
+        self._scores.extend(values.tolist())
+        self._groups.extend([None] * len(images) if groups is None else groups.tolist())
+        for image in images:
+            if not np.issubdtype(image.dtype, np.floating):
+                image = image.astype(np.float64)
+            num_kept = math.ceil(image.size * self.kept_fraction)
+            self._tops.append(np.partition(image.ravel(), image.size - num_kept)[image.size - num_kept :].copy())
+            self._num_pixels.append(image.size)
+
+    def merge(self, other: CalibrationBuilder) -> CalibrationBuilder:
+        """Returns a new builder with the images of both. It equals a builder to which all images were added, in any order.
+
+        Raises: DataError: the two have different settings.
+        """
+        settings, other_settings = self._settings(), other._settings()
+        if settings != other_settings:
+            raise DataError(f"cannot merge calibrations with different settings: {settings} and {other_settings}")
+        merged = CalibrationBuilder(**settings)
+        merged._scores = self._scores + other._scores
+        merged._tops = self._tops + other._tops
+        merged._num_pixels = self._num_pixels + other._num_pixels
+        merged._groups = self._groups + other._groups
+        return merged
+
+    def finish(self) -> Calibration:
+        """Computes the calibration from all added images. Raises: DataError: no image was added."""
+        if not self._scores:
+            raise DataError(
+                "there is no normal image for the calibration; set data.holdout_fraction above 0, or "
+                "calibration.method=leave_one_out"
+            )
+        image_scores = np.sort(np.array(self._scores))
+        sizes = Counter(group for group in self._groups if group is not None)
+        num_groups = len(sizes) + self._groups.count(None)
+        image_threshold, image_attained = _image_threshold(image_scores, num_groups, self.target_fpr)
+        is_counted = image_attained and (
+            self.method == "split"
+            or _num_scores_at_threshold_or_above(num_groups, num_groups, self.target_fpr) >= _MIN_SCORES_ABOVE
+        )
+        tail = None if is_counted else fit_tail(image_scores, num_groups)
+        if tail is not None:
+            image_threshold = tail.score_at(self.target_fpr)
+        # The guarantee needs exchangeable groups. Groups count equally only if all have the same size.
+        has_equal_groups = len(set(sizes.values()) | ({1} if None in self._groups else set())) == 1
+        are_all_independent = num_groups == self.num_images
+        pixel_threshold, pixel_attained = self._pixel_threshold()
+        return Calibration(
+            method=self.method,
+            image_scores=tuple(image_scores.tolist()),
+            target_fpr=self.target_fpr,
+            image_threshold=image_threshold,
+            image_guaranteed=image_attained and self.method == "split" and has_equal_groups,
+            target_pixel_fpr=self.target_pixel_fpr,
+            pixel_threshold=pixel_threshold,
+            pixel_guaranteed=pixel_attained and self.method == "split" and are_all_independent,
+            tail=tail,
+            num_groups=None if are_all_independent else num_groups,
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "target_fpr": self.target_fpr,
+            "target_pixel_fpr": self.target_pixel_fpr,
+            "kept_fraction": self.kept_fraction,
+        }
+
+    def _pixel_threshold(self) -> tuple[float, bool]:
+        """Computes the pixel threshold by conformal risk control (arXiv 2208.02814) with a loss bounded by 1.
+
+        R(lambda) is the mean over images of the share of pixels above lambda. The threshold is the smallest lambda with
+        (n R(lambda) + 1)/(n + 1) <= target, or with R(lambda) <= target if n is too small for the first condition.
+
+        Returns: threshold, and whether the first condition holds.
+        """
+        n, target = self.num_images, self.target_pixel_fpr
+        budget = target * (n + 1) - 1.0  # upper limit of n R(lambda)
+        attained = budget >= 0.0
+        if not attained:
+            budget = n * target
+        values = np.concatenate(self._tops)
+        shares = np.repeat(1.0 / np.array(self._num_pixels), [top.size for top in self._tops])
+        # Below the lowest stored score of an image, the share above is unknown. It counts as 1.
+        floors = np.array([top.min() for top in self._tops], dtype=values.dtype)
+        unknown_shares = 1.0 - np.array([top.size for top in self._tops]) / np.array(self._num_pixels)
+        values, shares = np.concatenate([values, floors]), np.concatenate([shares, unknown_shares])
+        order = np.argsort(-values, kind="stable")
+        values, above = values[order], np.cumsum(shares[order])
+        last_of_ties = np.flatnonzero(np.append(values[1:] != values[:-1], True))
+        values, above = (
+            values[last_of_ties],
+            above[last_of_ties],
+        )  # distinct scores, descending, and n R(lambda) just below each score
+        affordable = int(np.searchsorted(above, budget * (1.0 + _ROUNDING), side="right"))
+        return float(values[min(affordable, values.size - 1)]), attained
+
+
+def _image_threshold(scores: NDArray[np.float64], num_groups: int, target_fpr: float) -> tuple[float, bool]:
+    """Returns the image threshold, and whether the images can show the target rate a.
+
+    The threshold is the ceil((1 - a)(n + 1))-th smallest score, or the highest score if n is too small. Then score > threshold
+    holds if and only if p <= a. The rank is found by comparing p-values with a as floats, so rounding cannot contradict this.
+    """
+    num_extreme = _num_scores_at_threshold_or_above(scores.size, num_groups, target_fpr)
+    if num_extreme == 0:
+        return float(scores[-1]), False
+    return float(scores[scores.size - num_extreme]), True
+
+
+def _num_scores_at_threshold_or_above(num_images: int, num_groups: int, target_fpr: float) -> int:
+    """Returns m, the largest count of scores with (1 + (m - 1) g/n)/(g + 1) <= target_fpr; 0 if there is none.
+
+    n scores of g groups count g/n each. With g = n the condition is m/(n + 1) <= target_fpr.
+    """
+
+    def p_value(m: int) -> float:
+        return (1 + (m - 1) * num_groups / num_images) / (num_groups + 1)
+
+    m = max(0, 1 + int((target_fpr * (num_groups + 1) - 1) * num_images / num_groups))
+    while m < num_images and p_value(m + 1) <= target_fpr:
+        m += 1
+    while m and p_value(m) > target_fpr:
+        m -= 1
+    return m
+
+
+def _images_needed(target: float) -> int:
+    """Returns the smallest number n of images with 1/(n + 1) <= target."""
+    n = max(1, math.ceil(1.0 / target) - 2)
+    while 1.0 / (n + 1) > target:
+        n += 1
+    return n
+
+
+def _counted_probability_above(rate: float, n: int, target_fpr: float) -> float:
+    """Returns P(Beta(m, n + 1 - m) > rate), the distribution of the rate above the m-th highest of n scores."""
+    m = max(1, _num_scores_at_threshold_or_above(n, n, target_fpr))
+    return float(1 - betainc(m, n + 1 - m, rate))
+
+
+def _interval(probability_above: Callable[[float], float], mass: float) -> tuple[float, float]:
+    """Returns the central interval that holds a rate in [0, 1] with probability `mass`."""
+    bounds = []
+    for share in ((1 + mass) / 2, (1 - mass) / 2):
+        low, high = 0.0, 1.0
+        while high - low > 1e-7:
+            middle = (low + high) / 2
+            low, high = (middle, high) if probability_above(middle) > share else (low, middle)
+        bounds.append(low)
+    return bounds[0], bounds[1]
+
+
+def _check_no_nan(scores: ArrayLike) -> NDArray[np.float64]:
+    """Returns scores as an array. Raises: DataError: a score is NaN."""
+    values = np.asarray(scores, dtype=np.float64)
+    if np.isnan(values).any():
+        raise DataError("a score is NaN; expected a number: check the image and the weights of the model for NaN")
+    return values
+
+
+def _read_bool(tree: Mapping[str, Any], key: str) -> bool:
+    """Returns a boolean of a mapping. Raises: DataError: the value is not a boolean."""
+    if not isinstance(tree[key], (bool, np.bool_)):
+        raise DataError(f"calibration: {key}={tree[key]!r}; expected true or false")
+    return bool(tree[key])
+
+
+def _check_method(method: str) -> None:
+    if method not in get_args(Method):
+        raise DataError(f"method={method!r}; expected one of {', '.join(get_args(Method))}")
+
+
+def _check_share(value: float, name: str) -> None:
+    if not 0.0 < value < 1.0:
+        raise DataError(f"{name}={value}; expected a share between 0 and 1, both excluded")

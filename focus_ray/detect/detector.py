@@ -1,0 +1,313 @@
+"""The detector: computes anomaly maps and scores of images with a network, a channel reduction and a density."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focus_ray.density.base import Density
+from focus_ray.density.tiles import Tiles
+from focus_ray.detect.anomaly_map import AnomalyMapGenerator
+from focus_ray.detect.profile import Profile, zero_unscored
+from focus_ray.features.alignment.theta import invert_theta, warp
+from focus_ray.features.network import AlignedFeatures, FocusNet, compute_seen_mask, warp_to_common_frame
+from focus_ray.features.reduction import ChannelReduction
+from focus_ray.settings.config import ScoringConfig
+
+# Images per forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms per image in batches of 4 to 8, 7.1 ms in batches of 16, and
+# 7.8 ms in batches of 32 (two cores of an EPYC with 32 MiB of cache).
+_CPU_IMAGES = 8
+_GPU_PADDED_IMAGES = 32  # images per forward pass on a GPU if batches are padded to a fixed size
+_GPU_IMAGES = 256  # largest batch on a GPU: bounds the memory of a batch of many tiles
+
+
+class ScoredImages(NamedTuple):
+    """Scores and anomaly maps of B images. If no location of an image can be inspected, its score is nan and its map is 0.
+
+    score: (B,), maximum of the map [kin], or score relative to the profile of good images.
+    anomaly_map: (B, H, W), in the frame of the input images.
+    descriptors: (B, P, K), see `describe_embedding`; None unless they were requested.
+    """
+
+    score: Tensor
+    anomaly_map: Tensor
+    descriptors: Tensor | None = None
+
+
+class Detector:
+    """Computes scores and anomaly maps of images, without files, thresholds or Ray.
+
+    Attributes:
+        profile: profile of good images for image scores; None: the score is the maximum of the map.
+        profile_distances: (n, H, W), leave-one-out distances from which the profile was fitted; None for a loaded detector.
+        seen_mask: (H, W) bool, locations that enough training images showed; None: all locations.
+        map_generator: computes anomaly maps from distances.
+    """
+
+    def __init__(
+        self,
+        net: FocusNet,
+        reduction: ChannelReduction,
+        density: Density,
+        scoring: ScoringConfig,
+        profile: Profile | None = None,
+    ) -> None:
+        self.profile = profile
+        self.profile_distances: Tensor | None = None
+        self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
+        self.seen_mask = compute_seen_mask(net, density.height, density.width)
+        self.tiles = Tiles.from_config(net.config)
+        locations_per_side = density.height // self.tiles.rows
+        self.map_generator = AnomalyMapGenerator.for_tiles(
+            self.tiles, locations_per_side, scoring.smoothing_sigma_px, density.device
+        )
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, describe: bool = False) -> ScoredImages:
+        """Scores a batch of images that have been resized to the input size.
+
+        Args:
+            images: uint8 (B, H, W, 3 or 4), whose fourth channel is above 0 at pixels that are scored; or float (B, 3, H, W) in
+                0..1, of which all pixels are scored.
+            describe: also return descriptors.
+        """
+        device = self.density.device
+        embedding, theta = embed(self.net, self.reduction, to_images(images, device))
+        scored = self.score_embedding(embedding, theta, shown_mask(images, device))
+        if not describe:
+            return scored
+        return scored._replace(descriptors=describe_embedding(descriptor_channels(embedding, self.reduction)))
+
+    @torch.inference_mode()
+    def score_features(self, aligned: AlignedFeatures, shown: Tensor | None = None) -> ScoredImages:
+        """Scores B images from the network's features of all their tiles.
+
+        Args:
+            aligned: result of the network for the tiles (B * num_tiles, ...), the tiles of an image row by row.
+            shown: (B, H, W) bool, pixels of the input images that are scored, from `shown_mask`; None: all pixels.
+        """
+        levels, theta = warp_to_common_frame(aligned)
+        return self.score_embedding(self.tiles.join(self.reduction(levels)), theta, shown)
+
+    @torch.inference_mode()
+    def score_embedding(self, embedding: Tensor, theta: Tensor | None, shown: Tensor | None = None) -> ScoredImages:
+        """Scores the embeddings of B images.
+
+        Args:
+            embedding: (B, C + K, H, W), in the aligned frame, from `embed`.
+            theta: (B, 2, 3), alignment of each image; None without image alignment.
+            shown: (B, H, W) bool, pixels of the input images that are scored, from `shown_mask`; None: all pixels.
+        """
+        distance = self.density.score(embedding)
+        inspected = torch.ones_like(distance)
+        if shown is not None:
+            inspected = shown_locations(shown, theta, self.tiles, distance.shape[1:]).to(distance.dtype)
+        scored = self.score_distance(distance * inspected, theta, shown=shown)
+        return scored._replace(score=score_if_inspected(scored.score, zero_unscored(inspected, theta, self.seen_mask)))
+
+    @torch.inference_mode()
+    def score_distance(
+        self, distance: Tensor, theta: Tensor | None, profile: Profile | None = None, shown: Tensor | None = None
+    ) -> ScoredImages:
+        """Scores distances (B, H, W) of a density in the aligned frame.
+
+        Args:
+            theta: (B, 2, 3), alignment of each image; None without image alignment.
+            profile: used for image scores instead of the detector's profile; None: the detector's profile.
+            shown: (B, H, W) bool, pixels of the input images that are scored; the map is 0 at all other pixels. None: all pixels.
+        """
+        profile = profile or self.profile
+        # pixels outside the image are invented by padding, and the density has not learnt locations that training rarely showed
+        distance = zero_unscored(distance, theta, self.seen_mask)
+        aligned_map = self.map_generator(distance)
+        score = aligned_map.flatten(1).amax(dim=1) if profile is None else profile.score(distance, self.map_generator)
+        if theta is not None:
+            aligned_map = warp(aligned_map[:, None], invert_theta(theta), "zeros")[:, 0]
+        return ScoredImages(score, aligned_map if shown is None else aligned_map * shown)
+
+
+def score_if_inspected(score: Tensor, inspected: Tensor) -> Tensor:
+    """Replaces scores (B,) by nan for images without any inspected location, which must not count as normal.
+
+    Args: inspected: (B, H, W), 1 at inspected locations, otherwise 0.
+    """
+    return torch.where(inspected.flatten(1).amax(dim=1) > 0, score, float("nan"))
+
+
+def can_share_backbone_pass(first: Detector, second: Detector) -> bool:
+    """Returns whether one forward pass of the backbone can compute the features of both detectors.
+
+    This needs the same backbone object, the same input size, and no alignment between the layers.
+    """
+    first_net, second_net = first.net, second.net
+    return (
+        first_net.backbone is second_net.backbone
+        and first_net.compiled is second_net.compiled
+        and not len(first_net.feature_aligners)
+        and not len(second_net.feature_aligners)
+        and first_net.config.image_size_px == second_net.config.image_size_px
+    )
+
+
+@torch.inference_mode()
+def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImages]:
+    """Scores images of several categories in one pass through their common backbone.
+
+    The aligner of each category aligns its images before the pass. Its reduction and density score them after the pass. Each
+    detector alone gives the same results, up to rounding.
+
+    Args:
+        parts: detectors that pairwise satisfy `can_share_backbone_pass`, each with its images (see `Detector.__call__`).
+
+    Returns: the scores of each part, in the same order.
+    """
+    if len(parts) == 1:
+        return [parts[0][0](parts[0][1])]
+    assert all(can_share_backbone_pass(parts[0][0], detector) for detector, _ in parts)
+    aligned = [
+        detector.net.align_image(detector.tiles.cut(to_images(images, detector.density.device)))
+        for detector, images in parts
+    ]
+    passes = [
+        parts[0][0].net.features(part) for part in split_for_inference(torch.cat([image for image, _ in aligned]))
+    ]
+    levels, level_thetas = (  # the thetas between layers are None, because there are no feature aligners
+        tuple(torch.cat(level) for level in zip(*(part_levels for part_levels, _ in passes), strict=True)),
+        passes[0][1],
+    )
+    sizes = [len(image) for image, _ in aligned]
+    levels_by_part = zip(*(level.split(sizes) for level in levels), strict=True)
+    return [
+        detector.score_features(
+            AlignedFeatures(part_levels, level_thetas, image, theta), shown_mask(images, detector.density.device)
+        )
+        for (detector, images), part_levels, (image, theta) in zip(parts, levels_by_part, aligned, strict=True)
+    ]
+
+
+def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
+    """Converts uint8 (B, H, W, 3 or 4) to float (B, 3, H, W) in 0..1, channels last in memory; a float batch is unchanged."""
+    batch = batch.to(device, non_blocking=True)
+    if batch.dtype != torch.uint8:
+        return batch
+    return batch[..., :3].permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+
+
+def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
+    """Returns which pixels of a batch are scored: the pixels whose fourth channel is above 0 (`data.framing`).
+
+    Args: batch: uint8 (B, H, W, 3 or 4), or float (B, 3, H, W).
+
+    Returns: (B, H, W) bool. None if the batch is float or has no fourth channel; all pixels are then scored.
+    """
+    if batch.dtype != torch.uint8 or batch.shape[3] < 4:
+        return None
+    return batch[..., 3].to(device) > 0
+
+
+def shown_pixels(locations: Tensor, theta: Tensor | None, tiles: Tiles) -> Tensor:
+    """Returns which pixels of the input images are scored, computed from the locations that are scored.
+
+    It is an approximate inverse of `shown_locations`. It is needed for images of a bank, which stores locations and no pixels.
+
+    Args:
+        locations: (B, h, w) bool, locations of the aligned frame that are scored.
+        theta: (B, 2, 3), alignment of each image; None without image alignment.
+        tiles: grid of tiles of an image.
+
+    Returns: (B, H, W) bool.
+    """
+    map_generator = AnomalyMapGenerator.for_tiles(tiles, locations.shape[1] // tiles.rows, 0.0, locations.device)
+    pixels = map_generator(locations.float())
+    return (pixels if theta is None else warp(pixels[:, None], invert_theta(theta), "zeros")[:, 0]) >= 0.5
+
+
+def shown_locations(shown: Tensor, theta: Tensor | None, tiles: Tiles, size: Sequence[int]) -> Tensor:
+    """Returns which locations of the aligned frame are scored. At least half of the pixels of such a location are scored.
+
+    Args:
+        shown: (B, H, W) bool, pixels of the input images that are scored.
+        theta: (B, 2, 3), alignment of each image; None without image alignment.
+        tiles: grid of tiles of an image.
+        size: rows and columns of locations of all tiles together.
+
+    Returns: (B, *size) bool.
+    """
+    pixels = shown[:, None].float()
+    if theta is not None:
+        pixels = warp(pixels, theta, "zeros")
+    shares = F.adaptive_avg_pool2d(tiles.cut(pixels), (size[0] // tiles.rows, size[1] // tiles.columns))
+    return tiles.join(shares)[:, 0] >= 0.5
+
+
+def embed(
+    net: FocusNet, reduction: ChannelReduction, images: Tensor, pad_batches: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Computes embeddings of whole images in the aligned frame, for inference.
+
+    Args:
+        images: (B, 3, H, W) in 0..1.
+        pad_batches: see `embed_tiles`.
+
+    Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without image
+        alignment.
+    """
+    tiles = Tiles.from_config(net.config)
+    embedding, theta = embed_tiles(net, reduction, tiles.cut(images), pad_batches)
+    return tiles.join(embedding), theta
+
+
+def embed_tiles(
+    net: FocusNet, reduction: ChannelReduction, images: Tensor, pad_batches: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Computes embeddings of single tiles, or of images without tiles, in the aligned frame, for inference.
+
+    Args:
+        images: (B, 3, S, S) in 0..1, of the network's input size S.
+        pad_batches: pad every batch to a fixed size. Rounding depends on the batch size, and choices such as a nearest neighbour
+            or a coreset depend on rounding. With a fixed batch size, they do not depend on the number of workers.
+
+    Returns: embedding (B, C + K, S/stride, S/stride); theta (B, 2, 3), or None without image alignment.
+    """
+    embeddings: list[Tensor] = []
+    thetas: list[Tensor] = []
+    batch_size = _CPU_IMAGES if images.device.type == "cpu" else _GPU_PADDED_IMAGES
+    for part in images.split(batch_size) if pad_batches else split_for_inference(images):
+        count = len(part)
+        if pad_batches and count < batch_size:
+            part = torch.cat([part, part[:1].expand(batch_size - count, *part.shape[1:])])
+        levels, theta = warp_to_common_frame(net(part))
+        embeddings.append(reduction(levels)[:count])
+        if theta is not None:
+            thetas.append(theta[:count])
+    return _concatenate(embeddings), _concatenate(thetas) if thetas else None
+
+
+GRID = 8  # cells of a descriptor along each side; a shift by a few pixels hardly changes the average over a cell
+
+
+def describe_embedding(embedding: Tensor) -> Tensor:
+    """Computes descriptors (N, GRID * GRID, C), float32, of images from embeddings (N, C, H, W): averages over a coarse grid."""
+    return F.adaptive_avg_pool2d(embedding.float(), GRID).flatten(2).transpose(1, 2).contiguous()
+
+
+def descriptor_channels(embedding: Tensor, reduction: ChannelReduction) -> Tensor:
+    """Returns the channels (N, K, H, W) of an embedding (N, C + K, H, W) from which descriptors are computed.
+
+    These are the channels of the coreset, which do not depend on a learnt projection. Without a coreset, they are all channels.
+    """
+    return embedding[:, reduction.num_channels :] if reduction.num_coreset_channels else embedding
+
+
+def split_for_inference(images: Tensor) -> tuple[Tensor, ...]:
+    """Splits a batch for inference: small parts on a CPU, so that activations stay in its caches; large parts on a GPU."""
+    return images.split(_CPU_IMAGES if images.device.type == "cpu" else _GPU_IMAGES)
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    """Concatenates tensors; returns a single tensor without a copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,1 @@
+"""Heat maps, overlays and plots."""

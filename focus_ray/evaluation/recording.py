@@ -1,0 +1,88 @@
+"""Records the results of an evaluation in experiment trackers: those of the training, or those of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from focus_ray.bundle.bundle import complete_settings, read_manifest
+from focus_ray.errors import BundleError, ConfigError, FocusRayError
+from focus_ray.evaluation.report import mean_metrics
+from focus_ray.names import Log
+from focus_ray.reporting.evaluation import EvaluationSection
+from focus_ray.settings.config import override_tree, parse_config
+from focus_ray.tracking.recorder import Recorder
+from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
+
+
+def evaluation_recorder(bundles: Mapping[str, str], output: str, overrides: Sequence[str], log: Log) -> Recorder:
+    """Returns the recorder of an evaluation. A tracker of the training that cannot be used gives a warning only.
+
+    Args:
+        bundles: category -> bundle. The first readable bundle names the trackers of the training.
+        output: folder of the evaluation. Trackers store their files next to it if the bundles are in no folder of a run.
+        overrides: trackers.KIND.KEY=value.
+
+    Raises: ConfigError, MissingPackageError: an override is of another section or has a wrong value, or its tracker cannot be
+        used.
+    """
+    other_settings = [
+        override for override in overrides if override.partition("=")[0].strip().partition(".")[0] != "trackers"
+    ]
+    if other_settings:
+        raise ConfigError(
+            f"{other_settings[0]!r}: an evaluation accepts only settings of trackers, such as trackers.mlflow.uri=PLACE"
+        )
+    for bundle in bundles.values():
+        try:
+            tree = read_manifest(bundle)["config"]
+            break
+        except (BundleError, FileNotFoundError):  # the evaluation reports this error
+            continue
+    else:
+        return Recorder({}, output, log)
+    requested = override_tree({"data": {"uri": "-"}, "trackers": dict(tree.get("trackers", {}))}, list(overrides))
+    trackers = parse_config(requested, "trackers").trackers
+    root = bundle.rstrip("/").rpartition("/bundles/")[0]
+    storage = root.rpartition("/")[0] or output
+    try:
+        return Recorder(trackers, storage, log)
+    except FocusRayError as error:
+        if overrides:
+            raise
+        log(f"WARNING: the evaluation is not recorded in the trackers of the training: {error}")
+        return Recorder({}, output, log)
+
+
+def record_results(
+    recorder: Recorder, bundles: Mapping[str, str], results: Mapping[str, Mapping[str, Any]], section: Any, log: Log
+) -> None:
+    """Records the results. A failure gives a warning only.
+
+    Args: section: function that returns the section of the page of a category.
+    """
+    if not recorder:
+        return
+    with recorder:
+        try:
+            measured = {
+                category: _to_evaluated_category(
+                    bundles[category], result, lambda category=category: _cards(section(category))
+                )
+                for category, result in results.items()
+                if "error" not in result
+            }
+            record_evaluation(recorder, measured, mean_metrics(results))
+        except FocusRayError as error:
+            log(f"WARNING: not everything was recorded: {error}")
+
+
+def _to_evaluated_category(bundle: str, result: Mapping[str, Any], cards: Any) -> EvaluatedCategory:
+    """Returns the result of a category with the configuration of its bundle, for the trackers."""
+    manifest = read_manifest(bundle)
+    return EvaluatedCategory(bundle, manifest, parse_config(complete_settings(manifest), bundle), result, cards)
+
+
+def _cards(section: EvaluationSection) -> list[list[Any]]:
+    """Returns the cards of each part of the gallery of a section."""
+    return [list(part.cards) for part in section.gallery]

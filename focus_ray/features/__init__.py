@@ -1,0 +1,1 @@
+"""Pretrained backbones, alignment of images and features, and channel reduction."""

@@ -1,0 +1,1 @@
+"""Spatial transformations: congealing, and transformers that a loss trains."""

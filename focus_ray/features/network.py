@@ -1,0 +1,220 @@
+"""FocusNet: image alignment, a backbone with feature alignment between its layers, projector and predictor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from focus_ray.features.alignment.congealing import CongealingAligner
+from focus_ray.features.alignment.theta import TransformBounds, compose_theta, valid_mask, warp
+from focus_ray.features.alignment.transformer import LocalisedAligner, SpatialTransformer
+from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
+from focus_ray.features.batch_norm import use_global_batch_norm
+from focus_ray.settings.config import ModelConfig
+
+LAYERS = ("layer1", "layer2", "layer3")
+
+
+class AlignedFeatures(NamedTuple):
+    """The result of a forward pass.
+
+    levels: features of layers 1 to 3, (B, C, H/stride, W/stride) each, strides mostly 4 to 16, each in its own aligned frame.
+    thetas: for each level, the transform (B, 2, 3) from the frame of the previous level; None without feature alignment there.
+    image: (B, 3, H, W), the images after image alignment.
+    theta_image: (B, 2, 3), the transform of the image alignment; None without it.
+    """
+
+    levels: tuple[Tensor, Tensor, Tensor]
+    thetas: tuple[Tensor | None, Tensor | None, Tensor | None]
+    image: Tensor
+    theta_image: Tensor | None
+
+
+class FocusNet(nn.Module):
+    """The network of FYD, without its losses. Inputs are square images (B, 3, H, W), RGB in 0..1, of the configured size."""
+
+    def __init__(self, config: ModelConfig, backbone: Backbone, head: bool = True) -> None:
+        """
+        Args:
+            backbone: with its weights; `build_net` loads the configured weights.
+            head: whether to build projector and predictor, which training needs and scoring does not.
+        """
+        super().__init__()
+        self.config, self.backbone = config, backbone
+        # a compiled function that replaces the backbone for scoring, only without feature aligners (`bundle.engine`)
+        self.compiled: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
+        set_padding(backbone, config.padding)
+        spec = self.backbone.spec
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self.image_aligner = build_image_aligner(config)
+        features = config.feature_alignment
+        bounds = TransformBounds(math.radians(features.max_rotation_deg), features.max_translation, features.max_scale)
+        self.feature_aligners = nn.ModuleDict(
+            {
+                layer: SpatialTransformer(channels, config.image_size_px // stride, group, bounds)
+                for layer, channels, stride in zip(LAYERS, spec.channels, config.geometry.strides, strict=True)
+                if (group := getattr(features, layer)) != "none"
+            }
+        )
+        self.projector = build_projector(spec.channels[2], config) if head else None
+        self.predictor = build_predictor(config) if head else None
+        use_global_batch_norm(self)
+
+    def train(self, mode: bool = True) -> FocusNet:
+        """Switches between training and evaluation mode; frozen batch norms of the backbone stay in evaluation mode."""
+        super().train(mode)
+        if self.config.batch_norm == "frozen":
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def align_image(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Aligns images (B, 3, H, W). Returns: the aligned images, and theta (B, 2, 3), or None without image alignment."""
+        aligner = self.image_aligner
+        if aligner is None or (isinstance(aligner, CongealingAligner) and not bool(aligner.enabled)):
+            return images, None
+        theta = aligner(images)
+        return warp(images, theta, self.config.image_alignment.padding), theta
+
+    def forward(self, images: Tensor) -> AlignedFeatures:
+        """Aligns images (B, 3, H, W), RGB in 0..1, and computes their features."""
+        image, theta_image = self.align_image(images)
+        levels, thetas = self.features(image)
+        return AlignedFeatures(levels, thetas, image, theta_image)
+
+    def features(
+        self, image: Tensor
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Computes the features of the three layers from images that are already aligned.
+
+        Args: image: (B, 3, H, W), RGB in 0..1.
+
+        Returns:
+            The features of layers 1 to 3, (B, C, H/stride, W/stride) each, where C and stride differ between layers.
+            For each layer, the transform (B, 2, 3) of its feature alignment, from the frame of the previous layer; None if the
+            layer has no feature aligner.
+        """
+        if self.compiled is not None:
+            return self.compiled(image), (None, None, None)
+        x = (image - self.pixel_mean) / self.pixel_std
+        levels: list[Tensor] = []
+        thetas: list[Tensor | None] = []
+        dtype = next(self.backbone.parameters()).dtype  # not float32 inside `prepared_for_inference`
+        for layer in LAYERS:
+            x = getattr(self.backbone, layer)(x if dtype == torch.float32 else x.to(dtype))
+            level = self.backbone.spec.to_map(x)
+            level = level if dtype == torch.float32 else level.float()
+            theta = self.feature_aligners[layer](level) if layer in self.feature_aligners else None
+            if theta is not None:
+                level = x = warp(level, theta)
+            levels.append(level)
+            thetas.append(theta)
+        return (levels[0], levels[1], levels[2]), (thetas[0], thetas[1], thetas[2])
+
+    def project(self, aligned: AlignedFeatures) -> tuple[Tensor, Tensor]:
+        """Applies projector f and predictor g to the last level. Returns: f(x) and g(f(x)), both (B, C, H/stride, W/stride)."""
+        assert self.projector is not None, "this network was built with head=False and has no projector and predictor"
+        assert self.predictor is not None
+        projected = self.projector(aligned.levels[2])
+        return projected, self.predictor(projected)
+
+
+def build_net(config: ModelConfig) -> FocusNet:
+    """Builds the network and loads the configured backbone weights. Raises: WeightsError: see `build_backbone`."""
+    return FocusNet(config, build_backbone(config.backbone, config.weights, config.weights_sha256))
+
+
+def build_projector(channels: int, config: ModelConfig) -> nn.Module:
+    """Builds the projector f, from (B, channels, H, W) to (B, projector_width, H, W) [kin: the encoder of RegAD]."""
+    width = config.projector_width
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 1),
+    )
+
+
+def build_predictor(config: ModelConfig) -> nn.Module:
+    """Builds the predictor g, which keeps the shape (B, projector_width, H, W). Without model.predictor, g is the identity."""
+    if not config.predictor:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.Conv2d(config.projector_width, config.predictor_width, 1, bias=False),
+        nn.BatchNorm2d(config.predictor_width),
+        nn.ReLU(),
+        nn.Conv2d(config.predictor_width, config.projector_width, 1),
+    )
+
+
+def build_image_aligner(config: ModelConfig) -> nn.Module | None:
+    """Builds the configured image aligner; None if model.image_alignment.group is none."""
+    alignment = config.image_alignment
+    if alignment.group == "none":
+        return None
+    if alignment.method == "congealing":
+        return CongealingAligner(alignment.group, alignment.max_translation, alignment.max_scale, alignment.min_drop)
+    return LocalisedAligner(alignment.group, TransformBounds(math.pi, alignment.max_translation, alignment.max_scale))
+
+
+def warp_to_common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
+    """Warps every level to the frame of the last level [ours], so that a location means the same position in all levels.
+
+    Returns: the levels, and theta (B, 2, 3) that maps this frame to the input image; None without any alignment.
+    """
+    first, second, third = aligned.levels
+    onward: Tensor | None = None  # from the last frame to the frame of the current level
+    levels = [third]
+    for level, theta in ((second, aligned.thetas[2]), (first, aligned.thetas[1])):
+        onward = _chain(theta, onward)
+        levels.append(level if onward is None else warp(level, onward))
+    total = _chain(aligned.theta_image, _chain(aligned.thetas[0], onward))
+    return (levels[2], levels[1], levels[0]), total
+
+
+def _chain(outer: Tensor | None, inner: Tensor | None) -> Tensor | None:
+    """Composes two transforms (see `compose_theta`); None is the identity."""
+    if outer is None or inner is None:
+        return outer if inner is None else inner
+    return compose_theta(outer, inner)
+
+
+def inside_mask(theta: Tensor | None, like: Tensor) -> Tensor | None:
+    """Returns the pixels (B, H, W), bool, of aligned images that come from inside the input images.
+
+    Args:
+        theta: (B, 2, 3), the transform of the image alignment. Without image alignment (None), the result is None.
+        like: (B, C, H, W), a tensor of the size of the aligned images.
+    """
+    return None if theta is None else valid_mask(theta, like.shape[2], like.shape[3])
+
+
+def compute_seen_mask(net: FocusNet, height: int, width: int, share: float = 0.5) -> Tensor | None:
+    """Returns which locations of the aligned frame at least a certain share of the training images showed.
+
+    Args:
+        height, width: rows and columns of locations.
+        share: smallest share of the training images.
+
+    Returns: (height, width) bool. The result is None, which means all locations, in two cases. First, no congealing aligner is
+        enabled, so it is not known which locations the images showed. Second, the network aligns features: distances are then in
+        a frame that differs between images, and the shares that the aligner stores are not in that frame.
+    """
+    aligner = net.image_aligner
+    if len(net.feature_aligners):
+        return None
+    if not isinstance(aligner, CongealingAligner) or not bool(aligner.enabled):
+        return None
+    return F.adaptive_avg_pool2d(aligner.weight[None, None], (height, width))[0, 0] >= share

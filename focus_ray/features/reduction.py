@@ -1,0 +1,122 @@
+"""Channel reduction: combines the features of three levels into one embedding with fewer channels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from focus_ray.features.network import LAYERS
+from focus_ray.settings.config import DensityConfig
+
+
+class ChannelReduction(nn.Module):
+    """Combines three levels into one embedding with fewer channels, on the grid of layer 1 (map_stride_px 4) or layer 2 (8).
+
+    The reduction is a random choice of channels [kin, PaDiM], a semi-orthogonal projection, or a projection that
+    `fitting.projection` learns. All are linear in the channels. So each level is reduced at its own resolution before it is
+    resampled to the map, and the result is the same as after concatenating all levels first.
+
+    If the density has a coreset, the channels for it come last: a semi-orthogonal projection of layers 2 and 3, averaged over
+    3x3 locations including the zero padding, like in PatchCore [kin].
+
+    Attributes:
+        num_channels: C, channels for the location memory or the Gaussians.
+        num_coreset_channels: K, channels for the coreset; 0 without a coreset.
+        chosen: (C,), numbers of the chosen channels; only with density.reduction=random.
+        projection: (C, channels of all used levels); only with a projection.
+        coreset_projection: (K, channels of layers 2 and 3); only with a coreset.
+    """
+
+    def __init__(self, channels: tuple[int, ...], config: DensityConfig, seed: int) -> None:
+        """
+        Args: channels: numbers of channels of layers 1 to 3.
+
+        Raises: ValueError: density.num_channels exceeds the channels of the used layers.
+        """
+        super().__init__()
+        self.config = config
+        self.chosen: Tensor
+        self.projection: Tensor
+        self.used = [LAYERS.index(layer) for layer in config.layers]
+        widths = [channels[index] for index in self.used]
+        total = sum(widths)
+        if config.reduction != "none" and config.num_channels > total:
+            raise ValueError(
+                f"density.num_channels={config.num_channels}, but {', '.join(config.layers)} have {total} channels: "
+                "lower density.num_channels, or set density.reduction=none"
+            )
+        self.num_channels = total if config.reduction == "none" else config.num_channels
+        generator = torch.Generator().manual_seed(seed)
+        if config.reduction == "random":
+            chosen = torch.randperm(total, generator=generator)[: config.num_channels].sort().values
+            self.register_buffer("chosen", chosen)
+        # a discriminant projection is semi-orthogonal until it is learnt
+        self.has_projection = config.reduction in ("semi_orthogonal", "discriminant")
+        if self.has_projection:
+            gaussian = torch.randn(total, config.num_channels, generator=generator, dtype=torch.float64)
+            basis = torch.linalg.qr(gaussian).Q.to(torch.float32)
+            self.register_buffer("projection", basis.t().contiguous())
+        self.widths = widths
+        self.num_coreset_channels = 0
+        if config.keeps_coreset:
+            total = sum(channels[1:])
+            self.num_coreset_channels = min(config.coreset_channels, total)
+            gaussian = torch.randn(total, self.num_coreset_channels, generator=generator, dtype=torch.float64)
+            self.coreset_projection: Tensor
+            self.register_buffer("coreset_projection", torch.linalg.qr(gaussian).Q.float().t().contiguous())
+
+    def forward(self, levels: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Computes the embedding (B, C + K, H/stride, W/stride) from three levels (B, C_i, H_i, W_i) in one frame."""
+        height, width = levels[self.config.map_layer].shape[2:]
+        size = int(height), int(width)
+        parts = [self._reduce_for_locations(levels, size)]
+        if self.num_coreset_channels:
+            parts.append(self._reduce_for_coreset(levels, size))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _reduce_for_locations(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
+        """Computes the C channels for the location memory or the Gaussians: (B, C, *size)."""
+        reduced: list[Tensor] = []
+        start = 0
+        for index, width in zip(self.used, self.widths, strict=True):
+            level = levels[index]
+            if self.config.reduction == "random":
+                is_in_level = (self.chosen >= start) & (self.chosen < start + width)
+                # index_select on the last dimension is fast, because features are channels-last in memory
+                channels_last = level.permute(0, 2, 3, 1).index_select(3, self.chosen[is_in_level] - start)
+                level = channels_last.permute(0, 3, 1, 2)
+            elif self.has_projection:  # the part of the projection for this level's channels
+                level = F.conv2d(level, self.projection[:, start : start + width, None, None].to(level.dtype))
+            if LAYERS[index] in self.config.smooth_layers:
+                level = F.avg_pool2d(level, 3, stride=1, padding=1, count_include_pad=False)
+            reduced.append(self._resample(level, size))
+            start += width
+        if self.has_projection:
+            total_sum = reduced[0]
+            for part in reduced[1:]:
+                total_sum = total_sum + part
+            return total_sum
+        return torch.cat(reduced, dim=1)
+
+    def _reduce_for_coreset(self, levels: tuple[Tensor, Tensor, Tensor], size: tuple[int, int]) -> Tensor:
+        """Computes the K channels for the coreset: (B, K, *size)."""
+        total_sum: Tensor | None = None
+        start = 0
+        for level in levels[1:]:
+            weight = self.coreset_projection[:, start : start + level.shape[1], None, None].to(level.dtype)
+            start += level.shape[1]
+            part = self._resample(F.avg_pool2d(F.conv2d(level, weight), 3, stride=1, padding=1), size)
+            total_sum = part if total_sum is None else total_sum + part
+        assert total_sum is not None
+        return total_sum
+
+    def _resample(self, level: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resamples a level (B, C, h, w) to the map's size: (B, C, *size)."""
+        if level.shape[2:] == size:
+            return level
+        if self.config.map_stride_px == 4:
+            return F.interpolate(level, size=size, mode="nearest")
+        if level.shape[2] > size[0]:
+            return F.adaptive_avg_pool2d(level, size)
+        return F.interpolate(level, size=size, mode="bilinear", align_corners=False)

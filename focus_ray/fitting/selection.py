@@ -1,0 +1,68 @@
+"""Computes a validation score from normal images alone: held-out normal images against copies with synthetic defects.
+
+The score ranks configurations of one category (alignment groups, epochs, densities). It is not a detection rate, and it uses
+no test image and no label. docs/learn/selection.md says how well it ranks configurations on real defects.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from focus_ray.defects import synthetic_validation_set
+from focus_ray.errors import DataError
+from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.settings.kinds import METRICS
+
+DEFECTS_PER_IMAGE = 3
+# name of a validation metric -> key of the metric in METRICS
+JUDGED_BY = {
+    "image_auroc": "image_auroc",
+    "pixel_auroc": "pixel_auroc",
+    "pixel_average_precision": "pixel_average_precision",
+    "aupro": "aupro_0.3",
+}
+
+
+def validation_images(
+    normals: NDArray[np.uint8], seed: int, per_image: int = DEFECTS_PER_IMAGE
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Returns normal images followed by defective copies, (N * (1 + per_image), H, W, C), and their masks (..., H, W).
+
+    Args:
+        normals: (N, H, W, C) uint8 images that the density has not seen. A fourth channel marks the scored pixels
+            (`data.framing`). The copies keep this channel, and masks lie inside the scored pixels.
+        seed: 0 or more.
+        per_image: number of defective copies of each image.
+
+    Raises: DataError: fewer than two images.
+    """
+    if len(normals) < 2:
+        raise DataError(f"a validation score needs at least 2 held-out normal images, got {len(normals)}")
+    defective, masks, _ = synthetic_validation_set(normals[..., :3], seed, per_image)
+    clean = np.zeros(normals.shape[:3], dtype=bool)
+    if normals.shape[3] > 3:
+        scored_pixels = np.repeat(normals[..., 3:], per_image, axis=0)
+        defective, masks = np.concatenate([defective, scored_pixels], axis=3), masks & (scored_pixels[..., 0] > 0)
+    return np.concatenate([normals, defective]), np.concatenate([clean, masks])
+
+
+def validation_figures(
+    masks: NDArray[np.bool_], scores: NDArray[np.float32], maps: NDArray[np.float32]
+) -> dict[str, float]:
+    """Measures how well scores (N,) and maps (N, S, S) detect the synthetic defects of masks (N, S, S).
+
+    Returns: 'score', which ranks configurations: the mean of image AUROC and AUPRO (limit 0.3). Also 'image_auroc',
+        'pixel_auroc', 'pixel_average_precision' and 'aupro'.
+
+    Raises: DataError: the masks contain no defect.
+    """
+    labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
+    measured = MeasuredImages(labels, scores.astype(np.float64), list(masks), list(maps), 0.0)
+    metrics: dict[str, float] = {}
+    for name, key in JUDGED_BY.items():
+        value = METRICS[key].value(measured)
+        if value is None:
+            raise DataError(f"{key} cannot be computed: the validation images have no synthetic defect")
+        metrics[name] = value
+    return {"score": (metrics["image_auroc"] + metrics["aupro"]) / 2, **metrics}

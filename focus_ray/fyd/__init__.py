@@ -1,0 +1,1 @@
+"""The FYD training: losses, objective, optimiser and the loop over one epoch."""

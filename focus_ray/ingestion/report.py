@@ -1,0 +1,183 @@
+"""The report of an ingestion: counts, interpretation of the folders, notes on implausible data, and rejected files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from focus_ray.data.importers.base import ImportSettings
+from focus_ray.data.schema import Reject
+from focus_ray.ingestion.check import CheckedSample
+
+
+@dataclass(frozen=True)
+class CategoryReport:
+    """The content of one category after an ingestion. All counts are numbers of rows.
+
+    Attributes:
+        num_masks: anomalous rows with a mask.
+        folders: for each folder of the source, a text with its interpretation.
+        num_added: images that an append added.
+        num_existing: images of the source that an append found in the category.
+        num_train_groups: groups of the training images, where each image without a group counts as one group; None if no image
+            has a group.
+    """
+
+    name: str
+    status: Literal["written", "appended", "unchanged"]
+    num_train: int
+    num_test_normal: int
+    num_test_anomalous: int
+    num_masks: int
+    folders: tuple[str, ...] = ()
+    num_added: int = 0
+    num_existing: int = 0
+    num_train_groups: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of the category."""
+        return self.num_train + self.num_test_normal + self.num_test_anomalous
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """The result of ``ingest``. ``str()`` returns the text for the user.
+
+    Attributes: format: name of the importer.
+    """
+
+    format: str
+    categories: tuple[CategoryReport, ...]
+    rejects: tuple[Reject, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of all categories."""
+        return sum(category.num_rows for category in self.categories)
+
+    @property
+    def exit_status(self) -> int:
+        """0 if no file was rejected, otherwise 3. Rejects of unchanged categories count as well."""
+        return 3 if self.rejects else 0
+
+    def __str__(self) -> str:
+        lines = [f"format: {self.format}"]
+        for item in self.categories:
+            lines.append(
+                f"{item.name}: {item.status}, {item.num_train} train, {item.num_test_normal} normal and "
+                f"{item.num_test_anomalous} anomalous test images, {item.num_masks} masks"
+            )
+            if item.num_added or item.num_existing:
+                lines.append(f"  {item.num_added} images are new, {item.num_existing} existed already")
+            if item.num_train_groups is not None:
+                lines.append(f"{item.name}: {item.num_train} training images of {item.num_train_groups} parts")
+            lines += [f"  {folder}" for folder in item.folders]
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"rejected ({item.reason}): {item.path}: {item.detail}" for item in self.rejects]
+        if self.rejects:
+            counts = Counter(item.reason for item in self.rejects)
+            lines.append(f"{len(self.rejects)} rejected: " + ", ".join(f"{n} {r}" for r, n in sorted(counts.items())))
+        return "\n".join(lines)
+
+
+CategoryOutcome = tuple[CategoryReport | None, list[Reject], list[str]]
+"""The result for one category: its report (None if no image is usable), the rejected files, and notes."""
+
+
+def count_rows(items: Sequence[CheckedSample]) -> dict[str, int]:
+    """Returns the row counts of `CategoryReport` by name, for the images of one category."""
+    return {
+        "num_train": sum(item.sample.split == "train" for item in items),
+        "num_test_normal": sum(item.sample.split == "test" and not item.sample.label for item in items),
+        "num_test_anomalous": sum(item.sample.label for item in items),
+        "num_masks": sum(item.mask is not None for item in items),
+    }
+
+
+@dataclass(frozen=True)
+class GroupCounts:
+    """Counts of the groups of a category.
+
+    Attributes:
+        num_train: groups of the training images, where each image without a group counts as one group; None if no image of the
+            category has a group.
+        shared: sorted names of the groups with both training images and good test images.
+    """
+
+    num_train: int | None
+    shared: tuple[str, ...]
+
+
+def count_groups(index: pa.Table) -> GroupCounts:
+    """Counts the groups of a category. index: of the category, with the columns split, label and group."""
+    names: dict[str, set[str]] = {"train": set(), "good test": set(), "bad test": set()}
+    num_ungrouped = 0
+    for split, label, group in zip(*(index[name].to_pylist() for name in ("split", "label", "group")), strict=True):
+        if group:
+            names["train" if split == "train" else "bad test" if label else "good test"].add(group)
+        elif split == "train":
+            num_ungrouped += 1
+    if not any(names.values()):
+        return GroupCounts(None, ())
+    return GroupCounts(len(names["train"]) + num_ungrouped, tuple(sorted(names["train"] & names["good test"])))
+
+
+def shared_groups_note(category: str, groups: GroupCounts) -> list[str]:
+    """Returns a note if training images and good test images show the same part; otherwise an empty list."""
+    if not groups.shared:
+        return []
+    count = len(groups.shared)
+    return [
+        f"{category}: {count} {'part is' if count == 1 else 'parts are'} in both the training images and the good test images "
+        f"(the first: {groups.shared[0]!r}): false alarms on known parts say little about new parts"
+    ]
+
+
+def find_implausible_data(
+    category: str, counts: dict[str, int], items: Sequence[CheckedSample], settings: ImportSettings
+) -> list[str]:
+    """Returns notes on data that was ingested but is probably wrong. There is one note per problem, not one per file.
+
+    Args:
+        counts: from `count_rows`.
+        items: the ingested images of the category.
+    """
+    notes = []
+
+    def add_note(affected: list[CheckedSample], text: str) -> None:
+        if affected:
+            first = settings.relative((affected[0].sample.masks or (affected[0].sample.path,))[0])
+            notes.append(f"{category}: {text.format(count=len(affected))} (the first: {first})")
+
+    if counts["num_test_anomalous"] and not counts["num_test_normal"]:
+        notes.append(
+            f"{category}: no good test image: false alarms and image AUROC cannot be measured; put good parts that are not for "
+            "training into test/good"
+        )
+    if items and max(item.num_levels for item in items) <= 3:
+        problem = (
+            "have a single colour"
+            if max(item.num_levels for item in items) == 1
+            else "have only two or three pixel values"
+        )
+        notes.append(f"{category}: all {len(items)} images {problem}: are they masks, or exported with a wrong range?")
+    masked = [item for item in items if item.mask is not None]
+    add_note(
+        [item for item in masked if item.num_mask_values > MAX_MASK_VALUES],
+        "{count} masks have many values above 0, as after JPEG, blur or scaling; every value above 0 means defective: save masks "
+        "as PNG with 0 and 255",
+    )
+    add_note(
+        [item for item in masked if item.mask_share > 0.5],
+        "{count} masks mark more than half of their image; values above 0 mean defective: are the masks inverted?",
+    )
+    return notes
+
+
+MAX_MASK_VALUES = 16  # masks that distinguish types of defects use fewer values

@@ -1,0 +1,1 @@
+"""AUROC, AUPRO and other metrics of labelled images."""

@@ -1,0 +1,227 @@
+"""Metrics of scores and anomaly maps: image and pixel AUROC, average precision, F1-max, AUPRO. Input numpy, output float.
+
+A metric that needs both classes raises DataError if one is missing. The caller decides whether to skip the set or to stop.
+The metric never returns a silent 0 or 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from focus_ray.detect.calibration import is_above
+from focus_ray.errors import DataError
+from focus_ray.metrics.pixels import PixelBins, PixelCurve
+
+
+def image_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Computes the area under the ROC curve of image scores; ties count half.
+
+    Args:
+        labels: (N,), 0 normal or 1 anomalous.  scores: (N,), higher is more anomalous, any finite range.
+
+    Raises: DataError: lengths differ, a score is NaN or infinite, a label is not 0 or 1, or only one class is present.
+    """
+    from sklearn.metrics import roc_auc_score  # takes a second to import, and a fit does not need it
+
+    return float(roc_auc_score(*_check_labels_and_scores(labels, scores)))
+
+
+def average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Computes the area under the precision-recall curve of image scores, without interpolation (scikit-learn's definition).
+
+    Args and raises as for `image_auroc`.
+    """
+    from sklearn.metrics import average_precision_score  # takes a second to import, and a fit does not need it
+
+    return float(average_precision_score(*_check_labels_and_scores(labels, scores)))
+
+
+def f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
+    """Computes the best F1 over all thresholds and its threshold. An image counts as bad if score >= threshold.
+
+    The threshold uses the labels of the measured set. So the best F1 is an upper bound for reports, and the threshold must not
+    be deployed; `focus_ray.detect.calibration` sets thresholds. Of several best thresholds the lowest is returned.
+
+    Args and raises as for `image_auroc`.
+    """
+    from sklearn.metrics import precision_recall_curve  # takes a second to import, and a fit does not need it
+
+    precision, recall, thresholds = precision_recall_curve(*_check_labels_and_scores(labels, scores))
+    total = precision + recall
+    f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)[:-1]
+    best = int(np.argmax(f1))
+    return float(f1[best]), float(thresholds[best])
+
+
+class UnavailableMaps(Sequence[Any]):
+    """Placeholder for masks and maps of a set that was counted in bins. Any access raises DataError."""
+
+    def __len__(self) -> int:
+        raise DataError(_UNAVAILABLE)
+
+    def __getitem__(self, index: Any) -> Any:
+        raise DataError(_UNAVAILABLE)
+
+
+_UNAVAILABLE = (
+    "maps and masks are not available, because the set is too large and its pixels were counted in bins: evaluate fewer images, "
+    "or raise the limit with --exact-megapixels"
+)
+
+
+@dataclass(frozen=True)
+class MeasuredImages:
+    """Scored images of one category, the input of a metric.
+
+    Attributes:
+        labels: (N,), 0 normal or 1 anomalous.
+        scores: (N,).
+        masks: N arrays (H, W) bool. None: the mask of an anomalous image is unknown, and the image counts in image metrics only.
+        maps: N arrays (H, W), each as large as its mask.
+        threshold: image threshold.
+        inside: N arrays (H, W) bool, pixels that count because they lie in the region of interest; None: all.
+        bins: pixel counts by defect type, "" for good images. With bins, masks and maps are `UnavailableMaps`.
+    """
+
+    labels: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    masks: Sequence[NDArray[np.bool_] | None]
+    maps: Sequence[NDArray[np.float32]]
+    threshold: float
+    inside: Sequence[NDArray[np.bool_] | None] | None = None
+    bins: Mapping[str, PixelBins] | None = None
+
+    @property
+    def has_both(self) -> bool:
+        """Whether there are normal and anomalous images."""
+        return bool(0 < self.labels.sum() < len(self.labels))
+
+    @property
+    def num_masks(self) -> int:
+        """Number of anomalous images with a known mask."""
+        if self.bins is not None:
+            return sum(bins.num_images for kind, bins in self.bins.items() if kind)
+        return sum(mask is not None for mask, label in zip(self.masks, self.labels, strict=True) if label)
+
+    @cached_property
+    def curve(self) -> PixelCurve | None:
+        """Curve of all pixels with a known mask, computed once for all metrics; None without an anomalous pixel."""
+        if self.bins is not None:
+            return PixelBins.total(self.bins.values()).curve()
+        indices = [index for index, mask in enumerate(self.masks) if mask is not None]
+        masks = [np.asarray(self.masks[index]) for index in indices]
+        inside = None if self.inside is None else [self.inside[index] for index in indices]
+        clipped_masks = (
+            masks
+            if inside is None
+            else [
+                mask if pixels_inside is None else mask & pixels_inside
+                for mask, pixels_inside in zip(masks, inside, strict=True)
+            ]
+        )
+        if not any(mask.any() for mask in clipped_masks):
+            return None
+        return PixelCurve.of(clipped_masks, [self.maps[index] for index in indices], regions=True, inside=inside)
+
+    def only(self, chosen: NDArray[np.bool_], kinds: Sequence[str]) -> MeasuredImages:
+        """Returns the chosen images. `chosen` (N,) must hold exactly the images of the defect types `kinds`; "" is good."""
+        labels, scores = self.labels[chosen], self.scores[chosen]
+        if self.bins is not None:
+            bins = {kind: self.bins[kind] for kind in kinds if kind in self.bins}
+            return MeasuredImages(labels, scores, self.masks, self.maps, self.threshold, bins=bins)
+        indices = np.flatnonzero(chosen).tolist()
+        masks, maps = [self.masks[index] for index in indices], [self.maps[index] for index in indices]
+        inside = None if self.inside is None else [self.inside[index] for index in indices]
+        return MeasuredImages(labels, scores, masks, maps, self.threshold, inside)
+
+
+class Metric(NamedTuple):
+    """A metric. Its name in `METRICS` is its key in reports and sweeps.
+
+    Attributes:
+        title: name in reports.
+        value: function that computes the metric; it returns None if the images lack a class or masks.
+        per_defect: whether reports show the metric for each defect type too: "with_normals" on the images of the type and all
+            normal images, "alone" on the images of the type only, "" not at all.
+        higher_is_better: whether a sweep may maximise the metric.
+        bound: function that computes the largest error of the metric if pixels are counted in bins; None for a metric without
+            pixels, or one that needs the maps themselves.
+    """
+
+    title: str
+    value: Callable[[MeasuredImages], float | None]
+    per_defect: Literal["", "with_normals", "alone"] = ""
+    higher_is_better: bool = True
+    bound: Callable[[MeasuredImages], float | None] | None = None
+
+
+def _check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Returns labels (N,) and scores (N,) as arrays. Raises: DataError: see `image_auroc`."""
+    values = _finite_vector(scores, "scores")
+    truth = np.asarray(labels)
+    if truth.shape != values.shape:
+        raise DataError(f"labels {truth.shape} and scores {values.shape}; expected one label per score")
+    if not np.isin(truth, (0, 1)).all():
+        raise DataError(f"labels hold {sorted(set(truth.tolist()))[:5]}; expected 0 (normal) or 1 (anomalous) only")
+    truth = truth.astype(np.int64)
+    if truth.min() == truth.max():
+        kind = "anomalous" if truth[0] else "normal"
+        raise DataError(f"all {truth.size} images are {kind}; this metric needs both classes, so skip it for this set")
+    return truth, values
+
+
+def _finite_vector(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    """Returns values as a vector. Raises: DataError: they are no vector, are empty, or contain NaN or infinity."""
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1 or not vector.size:
+        raise DataError(f"{name} has shape {vector.shape}; expected a non-empty vector, one number per image")
+    bad_indices = np.flatnonzero(~np.isfinite(vector))
+    if bad_indices.size:
+        raise DataError(f"{name}[{bad_indices[0]}] is {vector[bad_indices[0]]}; expected finite numbers")
+    return vector
+
+
+# Entries of the table `focus_ray.settings.kinds.METRICS`
+
+
+def _image_metric_value(
+    function: Callable[[NDArray[Any], NDArray[Any]], float],
+) -> Callable[[MeasuredImages], float | None]:
+    """Turns a function of labels and scores into `Metric.value`."""
+    return lambda measured: function(measured.labels, measured.scores) if measured.has_both else None
+
+
+def _pixel_metric_value(function: Callable[[PixelCurve], float]) -> Callable[[MeasuredImages], float | None]:
+    """Turns a function of a pixel curve into `Metric.value`."""
+    return lambda measured: None if measured.curve is None else function(measured.curve)
+
+
+def _pixel_metric(title: str, value: Callable[[PixelCurve], float], bound: Callable[[PixelCurve], float]) -> Metric:
+    return Metric(title, _pixel_metric_value(value), "alone", bound=_pixel_metric_value(bound))
+
+
+def _share_called_bad(label: int) -> Callable[[MeasuredImages], float | None]:
+    """Returns the function of the share of images with this label whose score is above the threshold."""
+
+    def share(measured: MeasuredImages) -> float | None:
+        scores = measured.scores[measured.labels == label]
+        return float(is_above(scores, measured.threshold).mean()) if len(scores) else None
+
+    return share
+
+
+IMAGE_AUROC = Metric("image AUROC", _image_metric_value(image_auroc), "with_normals")
+IMAGE_AVERAGE_PRECISION = Metric("image AP", _image_metric_value(average_precision))
+IMAGE_F1_MAX = Metric("image F1-max", _image_metric_value(lambda labels, scores: f1_max(labels, scores)[0]))
+PIXEL_AUROC = _pixel_metric("pixel AUROC", PixelCurve.auroc, PixelCurve.auroc_bound)
+PIXEL_AVERAGE_PRECISION = _pixel_metric("pixel AP", PixelCurve.average_precision, PixelCurve.average_precision_bound)
+AUPRO_03 = _pixel_metric("AUPRO 0.3", lambda curve: curve.aupro(0.3), lambda curve: curve.aupro_bound(0.3))
+AUPRO_005 = _pixel_metric("AUPRO 0.05", lambda curve: curve.aupro(0.05), lambda curve: curve.aupro_bound(0.05))
+FALSE_POSITIVE_RATE = Metric("FPR at threshold", _share_called_bad(0), higher_is_better=False)
+RECALL = Metric("recall at threshold", _share_called_bad(1), "alone")

@@ -1,1 +1,0 @@
-"""Image alignment: geometric transforms, and the aligners that estimate them."""

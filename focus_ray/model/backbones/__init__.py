@@ -1,1 +1,0 @@
-"""ImageNet backbones: one file a family."""

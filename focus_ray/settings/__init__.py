@@ -1,0 +1,1 @@
+"""Configurations: load, override, check."""

@@ -1,0 +1,676 @@
+"""Reads and writes files on local disks and on S3 through one pyarrow filesystem, and turns every failure into one clear error.
+
+S3 is configured by the standard variables and AWS files (`s3_settings`): AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
+AWS_SESSION_TOKEN or AWS_PROFILE; AWS_REGION or AWS_DEFAULT_REGION; AWS_ENDPOINT_URL (or AWS_ENDPOINT_URL_S3) for servers
+other than Amazon's; AWS_CA_BUNDLE; HTTPS_PROXY and NO_PROXY; FOCUS_RAY_S3_ADDRESSING=virtual for servers that expect the
+bucket in the host name. Credentials are never copied into a URI, a log or a pickled filesystem.
+
+A request that is throttled, refused temporarily or interrupted is retried with exponential backoff. AWS_MAX_ATTEMPTS sets the
+number of attempts; the default of ten is enough to outlast the restart of a server.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import random
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
+
+from focus_ray.errors import DataError, StorageError, require_extra
+from focus_ray.storage.s3_settings import S3Settings, load_s3_settings
+
+T = TypeVar("T")
+CONNECT_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 60.0
+MAX_ATTEMPTS = 10  # attempts for one request; the pauses between them double and add up to about 25 s
+QUICK_ATTEMPTS, QUICK_TIMEOUT_S = 2, 10.0  # for callers that retry by themselves, or that only check the access
+
+_BUSY_SIGNS = ("Failed to flush response stream", "INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "status 503")
+
+
+class FileStamp(NamedTuple):
+    """Time of the last change of a file, in ns since 1970 (S3 rounds to seconds), and its size in bytes."""
+
+    mtime_ns: int
+    num_bytes: int
+
+
+def is_s3(uri: str | Path) -> bool:
+    """Returns whether a location is an s3:// URI."""
+    return str(uri).startswith("s3://")
+
+
+def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSystem, str]:
+    """Returns the filesystem of a location, and the path inside that filesystem without a closing slash.
+
+    The function creates nothing. It contacts a server in one case only: to look up the region of a bucket when neither a region
+    nor an endpoint is set.
+
+    Args:
+        uri: a local path (a leading ``~`` is resolved), ``file:///path`` or ``s3://bucket/prefix``.
+        is_quick: requests to S3 fail after QUICK_ATTEMPTS and QUICK_TIMEOUT_S instead of minutes.
+
+    Returns:
+        The filesystem and the path. The path is ``bucket/prefix`` on S3; local paths are absolute.
+
+    Raises:
+        DataError: the scheme is unknown, or the S3 URI has no bucket, an empty folder name or a query.
+        MissingPackageError: the location is on S3 and boto3 is not installed.
+    """
+    text = str(uri)
+    scheme = text.partition("://")[0] if "://" in text else ""
+    if is_s3(text):
+        path = text[len("s3://") :].strip("/")
+        if not path or "?" in path:
+            raise DataError(
+                f"{text}: expected s3://bucket/prefix without a query; set the server with AWS_ENDPOINT_URL"
+            )
+        if "//" in path:
+            raise DataError(f"{text}: two slashes in a row make an empty folder name: remove one of them")
+        require_extra("s3", text)
+        return _make_s3(_find_region(path.partition("/")[0]), load_s3_settings().endpoint, is_quick), path
+    if scheme == "file":
+        parsed = urllib.parse.urlparse(text)
+        if parsed.netloc not in ("", "localhost"):
+            raise DataError(f"{text}: expected a file URI with three slashes, as in file:///data/parts")
+        text = urllib.parse.unquote(parsed.path)
+    elif scheme or not text:
+        raise DataError(f"{text!r}: expected a local path, file:///path or s3://bucket/prefix")
+    return fs.LocalFileSystem(), str(Path(text).expanduser().absolute())
+
+
+def write_file(filesystem: fs.FileSystem, path: str, data: bytes) -> None:
+    """Writes a small file atomically: readers see the old content or the new content, even after a crash or a power cut.
+
+    Raises: OSError: the write fails. Call the function inside ``storage_errors``.
+    """
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        with filesystem.open_output_stream(path) as stream:  # S3 shows an object only when it is complete
+            stream.write(data)
+        return
+    with _temporary_file(Path(path), data) as temporary:
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _temporary_file(target: Path, data: bytes) -> Iterator[Path]:
+    """Yields a temporary file with the data, in the folder of the target, so that the caller can rename or link it.
+
+    The data is synced to disk before the file is yielded. The file is removed afterwards.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # the name does not contain the target's name, which may already have the maximum length
+    temporary = target.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        temporary.write_bytes(data)
+        sync_file(fs.LocalFileSystem(), str(temporary))
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_file(filesystem: fs.FileSystem, path: str) -> None:
+    """Waits until a local file is on disk. On S3 a written object is already stored, so the function does nothing."""
+    if isinstance(filesystem, fs.LocalFileSystem):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def read_file(filesystem: fs.FileSystem, path: str, max_bytes: int | None = None) -> bytes | None:
+    """Returns the bytes of a small file, or None if the file does not exist.
+
+    Raises:
+        OSError: the read fails. Call the function inside ``storage_errors``.
+        DataError: the file has more than `max_bytes`. It is not read.
+    """
+    try:
+        file = filesystem.open_input_file(path)  # sends one HEAD on S3, which also gives the size
+    except FileNotFoundError:
+        return None
+    except OSError:
+        if filesystem.get_file_info(path).type != fs.FileType.File:  # a folder of this name
+            return None
+        raise
+    if max_bytes is not None and file.size() > max_bytes:
+        raise DataError(f"{path}: the file has {file.size()} bytes, expected at most {max_bytes}: it is not read")
+    with _add_retries(filesystem, file) as stream:
+        return bytes(stream.read() if max_bytes is None else stream.read(max_bytes))
+
+
+def open_input(filesystem: fs.FileSystem, path: str) -> pa.NativeFile:
+    """Opens a file for reading at any position.
+
+    Raises: OSError: the file cannot be opened. Call the function inside ``storage_errors``.
+    """
+    return _add_retries(filesystem, filesystem.open_input_file(path))
+
+
+def _add_retries(filesystem: fs.FileSystem, file: pa.NativeFile) -> pa.NativeFile:
+    """Returns a file whose reads are retried while an S3 server is busy; a local file is returned unchanged."""
+    return file if isinstance(filesystem, fs.LocalFileSystem) else pa.PythonFile(_RetryingFile(file), mode="r")
+
+
+def retry_while_busy(action: Callable[[], T]) -> T:
+    """Calls a function that reads from S3, and calls it again while the server is busy.
+
+    pyarrow retries a busy server itself, except here (26.0): the error response of a busy server is longer than a small range
+    of bytes. It does not fit into pyarrow's buffer and appears as a failure that pyarrow does not retry.
+
+    Args: action: reads from S3; may be called several times.
+
+    Raises: OSError: the error of the last attempt, after ``max_attempts`` attempts.
+    """
+    for attempt in range(1, max_attempts() + 1):
+        try:
+            return action()
+        except OSError as error:
+            if attempt == max_attempts() or not any(sign in str(error) for sign in _BUSY_SIGNS):
+                raise
+            _pause_before_retry(attempt)
+    raise AssertionError("max_attempts is at least 1")
+
+
+def _pause_before_retry(attempt: int) -> None:
+    """Waits after a failed attempt (1, 2, ...); the pauses double up to 5 s, and vary so that clients do not retry together."""
+    time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
+
+
+class _RetryingFile(io.RawIOBase):
+    """A file on S3 that retries its reads while the server is busy."""
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        super().__init__()
+        self._file, self._position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size()}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        num_available = max(0, self._file.size() - self._position)
+        count = num_available if size is None or size < 0 else min(size, num_available)
+        content: bytes = retry_while_busy(lambda: self._file.read_at(count, self._position)) if count else b""
+        self._position += len(content)
+        return content
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Iterator[None]:
+    """Turns an OSError of the filesystem into a StorageError that names the action, the location and the remedy.
+
+    Args:
+        action: the action that fails, as in "write the commit file".
+        uri: the root of the data set.
+        path: the path inside the filesystem, if it is known.
+
+    Raises: StorageError: the code inside raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(_explain(error, action, str(uri), path)) from error
+
+
+def find_os_error(error: BaseException | None) -> OSError | None:
+    """Returns the first `OSError` in the chain of an error and its causes, or None if the chain has none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def is_storage_full(error: BaseException) -> bool:
+    """Returns whether an error was caused by a full disk, an exhausted quota or the limit for the size of a file."""
+    cause = find_os_error(error)
+    return cause is not None and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _RetryingS3(fs.S3FileSystem):
+    """pyarrow's S3 filesystem that keeps its retry settings when it is pickled; pyarrow 26.0 loses them.
+
+    The pickle contains no credentials: the receiving process reads its own.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        _, (options,) = super().__reduce__()
+        return _make_s3, (options["region"], options["endpoint_override"] or None)
+
+
+def _make_s3(region: str | None, endpoint: str | None, is_quick: bool = False) -> fs.S3FileSystem:
+    """Returns an S3 filesystem with the settings of this process."""
+    return _RetryingS3(
+        region=region,
+        endpoint_override=endpoint,
+        **load_s3_settings().for_pyarrow(),
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=QUICK_TIMEOUT_S if is_quick else REQUEST_TIMEOUT_S,
+        allow_delayed_open=True,  # a small file is one PUT, not the three requests of a multipart upload
+        retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=QUICK_ATTEMPTS if is_quick else max_attempts()),
+    )
+
+
+def max_attempts() -> int:
+    """Returns how many times a request to S3 is sent before it counts as failed.
+
+    Raises: DataError: AWS_MAX_ATTEMPTS is not a whole number of at least 1.
+    """
+    text = os.environ.get("AWS_MAX_ATTEMPTS") or str(MAX_ATTEMPTS)
+    if not text.isdigit() or not int(text):
+        raise DataError(f"AWS_MAX_ATTEMPTS={text!r}: expected a number of attempts, at least 1")
+    return int(text)
+
+
+def _find_region(bucket: str) -> str:
+    """Returns the region of a bucket: from the settings, a default for other servers, or Amazon's answer."""
+    settings = load_s3_settings()
+    region = settings.region
+    if region is None and settings.endpoint:
+        return "us-east-1"  # servers other than Amazon's accept this region
+    if region is None:
+        with storage_errors("find the region of the bucket (or set AWS_REGION)", f"s3://{bucket}", bucket):
+            return str(fs.resolve_s3_region(bucket))
+    return region
+
+
+@lru_cache(maxsize=4)
+def _boto_client(region: str, settings: S3Settings, attempts: int, identity: tuple[str | None, ...]) -> Any:
+    """Returns a boto3 client. It serves requests that pyarrow does not offer: a conditional PUT, and the server's error text.
+
+    Args: identity: the credentials of the environment. The cache key contains them, so that changed credentials get a new client.
+    """
+    import boto3
+    from botocore.config import Config
+
+    options = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=REQUEST_TIMEOUT_S,
+        retries={"mode": "standard", "total_max_attempts": attempts},
+        max_pool_connections=32,  # at most this many threads read at once
+        # the same choice as pyarrow makes
+        s3={"addressing_style": "virtual" if settings.virtual else "path" if settings.endpoint else "auto"},
+        proxies={"http": settings.proxy, "https": settings.proxy} if settings.proxy else None,
+        request_checksum_calculation="when_required",  # some servers do not know the newer checksums
+    )
+    return boto3.Session().client(
+        "s3", region_name=region, endpoint_url=settings.endpoint, config=options, verify=settings.ca_file
+    )
+
+
+def _open_client(bucket: str, attempts: int | None = None) -> Any:
+    """Returns the boto3 client for a bucket, with the current settings and credentials."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+    identity = tuple(os.environ.get(name) for name in names)
+    return _boto_client(_find_region(bucket), load_s3_settings(), attempts or max_attempts(), identity)
+
+
+def _server_reason(bucket: str) -> str:
+    """Returns the server's own explanation of a refused request, or an empty text.
+
+    pyarrow sends a HEAD request, and its response has no body. This function sends a GET request to get the explanation.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        _open_client(bucket, attempts=1).list_objects_v2(Bucket=bucket, MaxKeys=1)
+    except ClientError as error:
+        details = error.response.get("Error", {})
+        return f"{details.get('Code', '')}: {details.get('Message', '')} {error.response.get('Region', '')}".strip(": ")
+    except (BotoCoreError, DataError):
+        return ""
+    return ""
+
+
+def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
+    """Returns the message for a failed action: the location, the action, the reason and the remedy."""
+    if not is_s3(uri):
+        detail = error.strerror or str(error)
+        return f"{path or uri}: cannot {action}: {detail}"
+    bucket, _, key = (path or uri[len("s3://") :]).partition("/")
+    text = str(error)
+    endpoint = load_s3_settings().endpoint
+    server = endpoint.rpartition("@")[2] if endpoint else "Amazon S3 (AWS_ENDPOINT_URL is not set)"
+    hint = _hint(text)
+    if hint in (_DENIED, _FAILED) and (reason := _server_reason(bucket)):
+        text = f"{text}; the server says: {reason}"
+        hint = _hint(reason) if _hint(reason) != _FAILED else hint
+    return f"S3 bucket {bucket!r}, key {key!r} at {server}: cannot {action}: {hint} [{text}]"
+
+
+_DENIED = (
+    "access denied: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, to an identity that the policy of "
+    "the bucket allows to do this"
+)
+_FAILED = "the request failed"
+
+
+def _hint(text: str) -> str:
+    """Returns the reason and the remedy for the error text of pyarrow or boto3; `_FAILED` if the text is not recognised."""
+    text = text.upper().replace("_", "")  # pyarrow writes ACCESS_DENIED, boto3 AccessDenied
+    if "TOOSKEWED" in text or "SKEWED" in text:
+        return "the clocks of this machine and of the server differ too much: set this clock (timedatectl set-ntp true)"
+    if any(sign in text for sign in ("QUOTA", "STORAGEFULL", "INSUFFICIENTSTORAGE", "NOSPACELEFT", "STATUS 507")):
+        return "the storage or its quota is full: free space, or raise the quota"
+    if any(
+        sign in text
+        for sign in (
+            "AUTHORIZATIONHEADERMALFORMED",
+            "PERMANENTREDIRECT",
+            "ILLEGALLOCATION",
+            "STATUS 301",
+            "IS WRONG; EXPECTING",
+        )
+    ):
+        return "the bucket is in another region: set AWS_REGION to the region that the server names"
+    if "UNABLE TO LOCATE CREDENTIALS" in text:
+        return "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+    if any(sign in text for sign in ("SIGNATURE", "INVALIDACCESSKEY", "INVALIDCLIENTTOKEN", "EXPIRED")):
+        return (
+            "the credentials are wrong or expired: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
+            "(with AWS_SESSION_TOKEN if they are temporary), or AWS_PROFILE"
+        )
+    if "ACCESSDENIED" in text:
+        return _DENIED
+    if "NOSUCHBUCKET" in text:
+        return "the bucket does not exist: create it, or correct the URI or AWS_ENDPOINT_URL"
+    if any(
+        sign in text for sign in ("NETWORKCONNECTION", "REQUESTTIMEOUT", "CURLCODE", "COULD NOT CONNECT", "TIMEOUT")
+    ):
+        return "no connection: set AWS_ENDPOINT_URL to the address of the server, and check that the server runs"
+    if "PERMANENTREDIRECT" in text or "MOVED" in text:
+        return "the bucket is in another region: set AWS_REGION"
+    return _FAILED
+
+
+def leads_out(location: str, root: str) -> bool:
+    """Returns whether a folder or anything in it links to a place outside `root`, or is no regular file. False on S3."""
+    if is_s3(location):
+        return False
+    limit, top = (os.path.realpath(open_filesystem(uri)[1]) for uri in (root, location))
+    if not is_below(top, limit):
+        return True
+    for folder, folders, files in os.walk(top):
+        for name in (*folders, *files):
+            target = os.path.realpath(f"{folder}/{name}")
+            if not is_below(target, limit) or not (os.path.isdir(target) or os.path.isfile(target)):
+                return True
+    return False
+
+
+def is_below(location: str, root: str) -> bool:
+    """Returns whether a normal path or URI is `root` or lies below it."""
+    return f"{location}/".startswith(f"{root.rstrip('/')}/")
+
+
+def join(root: str | Path, *names: str) -> str:
+    """Joins names to a local path or a URI with slashes."""
+    return "/".join([str(root).rstrip("/"), *names])
+
+
+def make_absolute(location: str) -> str:
+    """Returns a local path as an absolute path, because workers run in other folders. A URI is returned unchanged."""
+    return location if "://" in location else str(Path(location).expanduser().absolute())
+
+
+def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = None) -> bytes:
+    """Returns the bytes of a file.
+
+    Args:
+        is_quick: as for `open_filesystem`.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        DataError: the file cannot be read, or has more than `max_bytes`.
+    """
+    filesystem, path = open_filesystem(uri, is_quick)
+    with storage_errors("read", uri, path):
+        data = read_file(filesystem, path, max_bytes)
+    if data is None:
+        raise FileNotFoundError(f"{uri}: no such file")
+    return data
+
+
+def write_bytes(uri: str | Path, data: bytes) -> None:
+    """Writes a file completely or not at all. Raises: DataError: the file cannot be written."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("write", uri, path):
+        write_file(filesystem, path, data)
+
+
+def check_access(uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete")) -> None:
+    """Checks with a small temporary file that a job may write, read, list and delete in a folder.
+
+    Each request is sent at most twice, so that the check fails within seconds.
+
+    Args:
+        actions: a selection of "write", "read", "list" and "delete". Without "write" only "list" is checked.
+
+    Raises: DataError: an action is not allowed. The message names bucket, key and action of the first one.
+    """
+    filesystem, path = open_filesystem(uri, is_quick=True)
+    content = uuid.uuid4().hex.encode()
+    probe = f"{path}/_probe-{content.decode()}"
+    if "write" in actions:
+        with storage_errors("write", uri, probe):
+            write_file(filesystem, probe, content)
+        if "read" in actions:
+            with storage_errors("read", uri, probe):
+                if read_file(filesystem, probe) != content:
+                    raise OSError("the content that was read differs from the content that was written")
+    if "list" in actions:
+        with storage_errors("list", uri, path):
+            filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    if "write" in actions and "delete" in actions:
+        with storage_errors("delete", uri, probe):
+            filesystem.delete_file(probe)
+
+
+def create_bytes(uri: str | Path, data: bytes) -> bool:
+    """Writes a file completely, but only if the file does not exist. Of several concurrent writers exactly one succeeds.
+
+    Args:
+        data: the content. It must differ between callers (a random part is enough). When the response of the server is lost
+            and the request is retried, a writer recognises its own file by its content.
+
+    Returns:
+        Whether this caller wrote the file.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("create", uri, path):
+        if not isinstance(filesystem, fs.LocalFileSystem):
+            bucket, _, key = path.partition("/")
+            return _put_if_absent(bucket, key, data) or read_file(filesystem, path) == data
+        try:
+            with _temporary_file(Path(path), data) as temporary:
+                os.link(temporary, path)  # unlike a rename, a link never replaces an existing file
+        except FileExistsError:
+            return False
+        return True
+
+
+def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
+    """Creates an object if it does not exist, and returns whether it was created. Raises: OSError: the request failed."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = _open_client(bucket)
+    for _ in range(max_attempts()):
+        try:
+            client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+        except ClientError as error:
+            code = error.response.get("Error", {}).get("Code", "")
+            if code in ("PreconditionFailed", "412"):
+                return False
+            if code != "ConditionalRequestConflict":  # Amazon reports two concurrent writers: retry
+                raise OSError(str(error)) from error
+        except BotoCoreError as error:
+            raise OSError(str(error)) from error
+        else:
+            return True
+    raise OSError("other writers of the same object kept coming first")
+
+
+class ListedObject(NamedTuple):
+    """An object of a listing: its path below the listed prefix, its size in bytes, and its ETag, which identifies its content."""
+
+    path: str
+    num_bytes: int
+    etag: str
+
+
+def list_objects(uri: str) -> Iterator[ListedObject]:
+    """Yields every object below an s3:// prefix in the order of the keys, with one request per thousand objects.
+
+    Raises: DataError: the prefix cannot be listed.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    _, path = open_filesystem(uri)
+    bucket, _, key = path.partition("/")
+    prefix = f"{key}/" if key else ""
+    with storage_errors("list", uri, path):
+        try:
+            for page in _open_client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+                for item in page.get("Contents", ()):
+                    if item["Key"] != prefix:
+                        yield ListedObject(item["Key"][len(prefix) :], item["Size"], item["ETag"].strip('"'))
+        except (BotoCoreError, ClientError) as error:
+            raise OSError(str(error)) from error
+
+
+class ObjectReader:
+    """Reads complete objects of one bucket with one request per object; pyarrow needs three. Threads may share a reader."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._cached_client: Any = None
+        self._lock = threading.Lock()
+
+    def read(self, uri: str) -> bytes | None:
+        """Returns the bytes of an object, or None if it does not exist. Raises: DataError: the object cannot be read."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        bucket, _, key = uri[len("s3://") :].partition("/")
+        with self._lock:  # boto3 clients must not be created in several threads at once
+            client = self._cached_client = self._cached_client or _open_client(bucket)
+        with storage_errors("read", self.uri, f"{bucket}/{key}"):
+            for attempt in range(1, max_attempts() + 1):
+                try:
+                    return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
+                except ClientError as error:
+                    if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                        return None
+                    raise OSError(str(error)) from error
+                except BotoCoreError as error:  # the body was interrupted, and boto3 does not retry that
+                    if attempt == max_attempts():
+                        raise OSError(str(error)) from error
+                    _pause_before_retry(attempt)
+        raise AssertionError("max_attempts is at least 1")
+
+
+def list_names(uri: str | Path) -> list[str]:
+    """Returns the sorted names of the files and folders directly in a folder; an empty list if the folder does not exist.
+
+    Raises: DataError: the folder cannot be listed.
+    """
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("list", uri, path):
+        selector = fs.FileSelector(path, allow_not_found=True)
+        try:
+            entries = filesystem.get_file_info(selector)
+        except FileNotFoundError:  # pyarrow looks twice, and fails if the folder is created in between
+            entries = filesystem.get_file_info(selector)
+        except NotADirectoryError:
+            return []
+    return sorted(entry.base_name for entry in entries)
+
+
+def read_stamp(uri: str | Path) -> FileStamp | None:
+    """Returns the stamp of a file, or None if the file does not exist. Raises: DataError: the lookup fails."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("look up", uri, path):
+        info = filesystem.get_file_info(path)
+    return FileStamp(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
+
+
+def read_stamps(uri: str | Path, name: str) -> dict[str, FileStamp]:
+    """Returns the stamps of the files `<folder>/<name>` for each folder directly below a location.
+
+    On S3 one listing of everything below the location is enough. On a disk each file is looked up.
+
+    Args: name: the file name to look for in each folder.
+
+    Returns:
+        Folder name -> stamp, sorted by folder name. Folders without such a file are missing.
+
+    Raises:
+        DataError: the location cannot be listed.
+    """
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("list", uri, path):
+        if isinstance(filesystem, fs.LocalFileSystem):
+            entries = filesystem.get_file_info([f"{path}/{folder}/{name}" for folder in list_names(path)])
+        else:
+            entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    files = [entry for entry in entries if entry.type == fs.FileType.File]
+    split_paths = ((file.path.removeprefix(f"{path}/").split("/"), file) for file in files)
+    return dict(
+        sorted(
+            (names[0], FileStamp(file.mtime_ns or 0, file.size)) for names, file in split_paths if names[1:] == [name]
+        )
+    )
+
+
+def exists(uri: str | Path) -> bool:
+    """Returns whether a file exists. Raises: DataError: the lookup fails."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("look up", uri, path):
+        return filesystem.get_file_info(path).type == fs.FileType.File
+
+
+def remove_file(uri: str | Path) -> None:
+    """Deletes a file. A file that does not exist is no error. Raises: DataError: the file cannot be deleted."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("delete", uri, path):
+        if filesystem.get_file_info(path).type == fs.FileType.File:
+            filesystem.delete_file(path)
+
+
+def remove_folder(uri: str | Path) -> None:
+    """Deletes a folder and its contents. A folder that does not exist is no error. Raises: DataError: the deletion fails."""
+    filesystem, path = open_filesystem(uri)
+    with storage_errors("delete", uri, path):
+        filesystem.delete_dir_contents(path, missing_dir_ok=True)
+        if isinstance(filesystem, fs.LocalFileSystem) and Path(path).is_dir():
+            filesystem.delete_dir(path)

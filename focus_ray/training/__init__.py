@@ -1,0 +1,1 @@
+"""Training of categories, in one process or with Ray Train."""

@@ -1,0 +1,189 @@
+"""Builds the page of a training. It needs only the manifests of the bundles, so it also works for an old run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from focus_ray.bundle.bundle import read_manifest
+from focus_ray.detect.calibration import Calibration
+from focus_ray.drawing import plots
+from focus_ray.reporting.page import render
+from focus_ray.storage.files import join, write_bytes
+
+REPORT = "report.html"
+_NO_CURVE = ("epoch", "seconds", "steps")  # figures of an epoch that get no plot
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """The section of a category on the page.
+
+    Attributes:
+        bundle: URI of the bundle.
+        num_fit: number of images in the density.
+        seconds: duration of the training.
+        facts: heading of a table -> rows of the table, label -> value.
+        selection: validation results by epoch.
+        config: the configuration as YAML.
+    """
+
+    bundle: str
+    num_fit: int
+    calibration: Calibration
+    caveats: list[str]
+    seconds: float
+    plots: list[plots.Plot]
+    facts: dict[str, dict[str, Any]]
+    selection: list[dict[str, Any]]
+    config: str
+
+
+def write_training_report(bundles: Mapping[str, str], place: str) -> str:
+    """Writes the page of a training as report.html, and returns the address of the file.
+
+    Args:
+        bundles: category -> URI of its bundle.
+        place: folder of the file, usually the folder of the run; a path or an s3:// URI.
+
+    Raises:
+        BundleError: a bundle is missing or damaged.
+        DataError: the calibration in a manifest is invalid, or the file cannot be written.
+    """
+    trained = {category: build_training_section(uri, read_manifest(uri)) for category, uri in bundles.items()}
+    target = join(place, REPORT)
+    write_bytes(target, training_page(trained, place))
+    return target
+
+
+def training_page(trained: Mapping[str, TrainingSection], place: str) -> bytes:
+    """Renders the HTML page of a training. place: folder of the run, for the title."""
+    return render(
+        "training.html",
+        title=f"Training: {str(place).rstrip('/').rpartition('/')[2]}",
+        place=place,
+        trained=trained,
+        caveats={category: section.caveats for category, section in trained.items()},
+        seconds=sum(section.seconds for section in trained.values()),
+    )
+
+
+def build_training_section(uri: str, manifest: Mapping[str, Any]) -> TrainingSection:
+    """Builds the section of a bundle from its manifest. Raises: DataError: the manifest's calibration is invalid."""
+    calibration = Calibration.from_dict(manifest["calibration"])
+    metrics, data = manifest["metrics"], manifest["data"]
+    seconds = {stage: float(value) for stage, value in metrics.get("seconds", {}).items()}
+    history, selection = metrics.get("history", []), metrics.get("selection", [])
+    return TrainingSection(
+        bundle=uri,
+        num_fit=int(data.get("num_fit", manifest["moments"]["count"])),
+        calibration=calibration,
+        caveats=[*calibration.caveats(), *metrics.get("warnings", [])],
+        seconds=sum(seconds.values()),
+        plots=_plots(calibration, history, selection),
+        facts={
+            "Calibration": _calibration_facts(calibration),
+            "Image alignment": _alignment_facts(metrics.get("alignment"), manifest["config"]),
+            "Seconds": {stage: f"{value:.1f}" for stage, value in seconds.items()},
+            "Where it comes from": _provenance(uri, manifest),
+        },
+        selection=selection,
+        config=yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True),
+    )
+
+
+def _plots(
+    calibration: Calibration, history: Sequence[Mapping[str, float]], selection: Sequence[Mapping[str, Any]]
+) -> list[plots.Plot]:
+    """Draws calibration scores, and the figures and validation results by epoch if the category was trained."""
+    drawn = [
+        plots.score_histograms(
+            {"calibration: good images": calibration.image_scores},
+            calibration.image_threshold,
+            "Calibration scores",
+            f"Scores of {_calibration_images(calibration)}; right of the dashed threshold an image is called bad.",
+        )
+    ]
+    if not history:
+        return drawn
+    epochs = [figures["epoch"] + 1 for figures in history]
+    curves: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for key in dict.fromkeys(key for figures in history for key in figures):
+        if key not in _NO_CURVE:
+            points = [(e, float(figures[key])) for e, figures in zip(epochs, history, strict=True) if key in figures]
+            panel = "loss" if key.startswith("loss") else key
+            curves.setdefault(panel, {})[key] = ([e for e, _ in points], [value for _, value in points])
+    for panel, lines in curves.items():
+        if len(lines) == 2 and len({tuple(values) for _, values in lines.values()}) == 1:
+            lines = {panel: next(iter(lines.values()))}  # the loss has a single term, which equals the total
+        drawn.append(plots.plot_by_epoch(panel.replace("_", " "), "", lines))
+    validated = [entry for entry in selection if "epoch" in entry]
+    if validated:
+        numbers = [float(entry["epoch"]) for entry in validated]
+        lines = {
+            name: (numbers, [float(entry[key]) for entry in validated])
+            for key, name in (("score", "score"), ("image_auroc", "image AUROC"), ("aupro", "AUPRO"))
+            if all(key in entry for entry in validated)
+        }
+        caption = "Against synthetic defects in held-out good images; epoch 0 is untrained. No label is looked at."
+        drawn.append(plots.plot_by_epoch("validation score", caption, lines))
+    return drawn
+
+
+def _calibration_images(calibration: Calibration) -> str:
+    """Describes the images that set the threshold, for the method of a calibration."""
+    return {
+        "split": "good images that the density has not seen",
+        "cross": "training images, each scored without its fold",
+        "leave_one_out": "training images, each scored with itself left out",
+    }[calibration.method]
+
+
+def _calibration_facts(calibration: Calibration) -> dict[str, Any]:
+    """Returns label -> value for the table of the calibration."""
+    return {
+        "calibrated with": f"{calibration.num_images} {_calibration_images(calibration)} ({calibration.method})",
+        "image threshold": f"{calibration.image_threshold:.6g}",
+        "good images called bad, asked for": f"{100 * calibration.target_fpr:.3g} %",
+        "pixel threshold": f"{calibration.pixel_threshold:.6g}",
+        "good pixels called bad, asked for": f"{100 * calibration.target_pixel_fpr:.3g} %",
+    }
+
+
+def _alignment_facts(alignment: Mapping[str, Any] | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns label -> value for the table of the image alignment. alignment: figures of the training; None: no record."""
+    settings = config["model"]["image_alignment"]
+    if alignment is None:
+        return {"group": settings["group"], "method": settings["method"], "found": "nothing is noted of it"}
+    movement = ", ".join(f"{value:.3g}" for value in alignment["shift_bound"])
+    return {
+        "group": settings["group"],
+        "images are aligned": "yes"
+        if alignment["enabled"]
+        else "no: it does not bring held-out images closer by enough",
+        "held-out images come closer by": f"{100 * alignment['drop']:.3g} % (pairwise L2 {alignment['l2_identity']:.4g}, "
+        f"aligned {alignment['l2_aligned']:.4g}; at least {100 * settings['min_drop']:.3g} % is asked for)",
+        "movement seen in training, with a margin": f"turns up to {alignment['angle_bound_deg']:.3g} degrees, "
+        f"shifts up to {movement} half widths",
+    }
+
+
+def _provenance(uri: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns label -> value for the table of the bundle's provenance."""
+    data, metrics = manifest["data"], manifest["metrics"]
+    return {
+        "bundle": uri,
+        "version": manifest["sha256"],
+        "made": manifest["created_at"],
+        "images": data.get("uri", "-"),
+        "fingerprint of the images": data.get("fingerprint") or "-",
+        "good images learnt from": data.get("num_fit", manifest["moments"]["count"]),
+        "good images held out": data.get("num_holdout", "-"),
+        "workers": f"{metrics.get('num_workers', '-')} on {metrics.get('device', 'unknown')}",
+        "source commit": manifest.get("git_commit") or "unknown",
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items()),
+        "size": f"{sum(part['num_bytes'] for part in manifest['files'].values()) / 2**20:.1f} MiB",
+    }

@@ -1,0 +1,251 @@
+"""Tests that DINOv2 equals a reference from the published names, and timm and transformers if they are installed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from focus_ray.errors import WeightsError
+from focus_ray.features.backbones.base import build_backbone
+from focus_ray.features.backbones.dinov2 import to_author_names
+
+LEVELS = (2, 5, 8)  # the last block of each layer
+
+
+def published_shapes(width: int, registers: int, depth: int = 12) -> dict[str, tuple[int, ...]]:
+    """Returns the names and shapes of the weights in the authors' files."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1 + 37 * 37, width),
+        "mask_token": (1, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
+    if registers:
+        shapes["register_tokens"] = (1, registers, width)
+    for number in range(depth):
+        for name, (outputs, inputs) in {
+            "attn.qkv": (3 * width, width),
+            "attn.proj": (width, width),
+            "mlp.fc1": (4 * width, width),
+            "mlp.fc2": (width, 4 * width),
+        }.items():
+            shapes[f"blocks.{number}.{name}.weight"] = (outputs, inputs)
+            shapes[f"blocks.{number}.{name}.bias"] = (outputs,)
+        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "ls1.gamma", "ls2.gamma"):
+            shapes[f"blocks.{number}.{name}"] = (width,)
+    return shapes
+
+
+def draw_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        value = torch.randn(shape, generator=generator)
+        state[name] = value / math.sqrt(math.prod(shape[1:])) if len(shape) == 2 else 0.3 * value
+    return state
+
+
+@pytest.fixture(scope="module", params=[0, 4], ids=["plain", "registers"])
+def named_weights(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Returns the name of a backbone, and a file with random weights for it."""
+    path = tmp_path_factory.mktemp("weights") / "pretrain.pth"
+    torch.save(draw_weights(published_shapes(384, request.param)), path)
+    return "dinov2_vits14_reg" if request.param else "dinov2_vits14", path
+
+
+def images(size: int, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def cubic(distance: NDArray[np.float64], a: float = -0.75) -> NDArray[np.float64]:
+    """Computes the cubic convolution kernel of Keys."""
+    x = np.abs(distance)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return np.where(x <= 1, near, np.where(x < 2, a * (x**3 - 5 * x**2 + 8 * x - 4), 0.0))
+
+
+def interpolated_plain(grid: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+    """Interpolates (37, 37, C) to (side, side, C), for a grid that is 0.1 patches too small, as in the published training."""
+    weights = np.zeros((side, 37))
+    for row in range(side):
+        position = (row + 0.5) / ((side + 0.1) / 37) - 0.5
+        for tap in range(math.floor(position) - 1, math.floor(position) + 3):
+            weights[row, min(max(tap, 0), 36)] += cubic(np.float64(position - tap))
+    return np.einsum("ia,jb,abc->ijc", weights, weights, grid)
+
+
+def interpolated_antialiased(grid: NDArray[np.float64], side: int) -> NDArray[np.float64]:
+    """Resizes each channel (37, 37) by Pillow."""
+    channels = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(grid, 2, 0)]
+    resized = [np.asarray(channel.resize((side, side), Image.Resampling.BICUBIC)) for channel in channels]
+    return np.stack(resized, axis=2)
+
+
+def reference(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+    """Computes the three levels from the published names, one head at a time, in float64."""
+    state = {name: value.double() for name, value in state.items()}
+    x = x.double()
+    side, width = x.shape[2] // 14, state["norm.weight"].shape[0]
+    patches = x.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    tokens = patches @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
+    grid = state["pos_embed"][0, 1:].reshape(37, 37, width).numpy()
+    registers = state.get("register_tokens", torch.zeros(1, 0, width, dtype=torch.float64))
+    positions = interpolated_antialiased(grid, side) if registers.shape[1] else interpolated_plain(grid, side)
+    tokens = tokens + torch.from_numpy(positions).reshape(side * side, width)
+    first = state["cls_token"] + state["pos_embed"][:, :1]
+    tokens = torch.cat([first.expand(len(x), -1, -1), registers.expand(len(x), -1, -1), tokens], dim=1)
+
+    def linear(tokens: Tensor, name: str) -> Tensor:
+        return tokens @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def norm(tokens: Tensor, name: str) -> Tensor:
+        centred = tokens - tokens.mean(2, keepdim=True)
+        scaled = centred / torch.sqrt(centred.square().mean(2, keepdim=True) + 1e-6)
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    levels = []
+    for number in range(LEVELS[-1] + 1):
+        block = f"blocks.{number}"
+        query, key, value = linear(norm(tokens, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, dim=2)
+        heads = []
+        for start in range(0, width, 64):
+            head = slice(start, start + 64)
+            attention = torch.softmax(query[..., head] @ key[..., head].transpose(1, 2) / 8, dim=2)
+            heads.append(attention @ value[..., head])
+        tokens = tokens + linear(torch.cat(heads, dim=2), f"{block}.attn.proj") * state[f"{block}.ls1.gamma"]
+        hidden = linear(norm(tokens, f"{block}.norm2"), f"{block}.mlp.fc1")
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        tokens = tokens + linear(hidden, f"{block}.mlp.fc2") * state[f"{block}.ls2.gamma"]
+        if number in LEVELS:
+            levels.append(tokens[:, 1 + registers.shape[1] :].transpose(1, 2).reshape(len(x), width, side, side))
+    return levels
+
+
+def test_features_equal_a_reference_from_the_published_names(named_weights: tuple[str, Path]) -> None:
+    name, path = named_weights
+    backbone = build_backbone(name, str(path)).eval()
+    state = torch.load(path, weights_only=True)
+    with torch.inference_mode():
+        for level, expected in zip(backbone(images(70)), reference(state, images(70)), strict=True):
+            assert float((level - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_features_equal_those_of_timm(named_weights: tuple[str, Path]) -> None:
+    timm = pytest.importorskip("timm")
+    name, path = named_weights
+    registers = name.endswith("_reg")
+    net = timm.create_model(
+        "vit_small_patch14_reg4_dinov2" if registers else "vit_small_patch14_dinov2", dynamic_img_size=True
+    )
+    state = torch.load(path, weights_only=True)
+    del state["mask_token"]
+    if registers:  # timm adds the position of the class token to the token itself
+        state["reg_token"] = state.pop("register_tokens")
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    net.load_state_dict(state)
+    batch = (
+        images(126, 1) if registers else images(518, 1)
+    )  # without registers, timm interpolates positions differently
+    with torch.inference_mode():
+        expected = net.eval().forward_intermediates(batch, indices=list(LEVELS), intermediates_only=True)
+        for level, other in zip(build_backbone(name, str(path)).eval()(batch), expected, strict=True):
+            assert float((level - other).norm() / other.norm()) < 1e-5
+
+
+def test_features_from_a_file_of_hugging_face_equal_those_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=518, patch_size=14
+    )
+    torch.manual_seed(0)
+    net = transformers.Dinov2Model(config).eval()
+    for value in net.parameters():
+        torch.nn.init.normal_(value, std=0.05)
+    net.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        hidden = net(images(518, 1), output_hidden_states=True).hidden_states
+        levels = build_backbone("dinov2_vits14", str(tmp_path / "model.safetensors")).eval()(images(518, 1))
+    for level, number in zip(levels, LEVELS, strict=True):
+        other = hidden[number + 1][:, 1:].transpose(1, 2).reshape(level.shape)
+        assert float((level - other).norm() / other.norm()) < 1e-5
+
+
+def hugging_face_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Renames weights to the names with which transformers 5 saves a Dinov2Model or Dinov2WithRegistersModel."""
+    named = {"cls_token": "cls_token", "mask_token": "mask_token", "register_tokens": "register_tokens"}
+    named = {key: f"embeddings.{name}" for key, name in named.items()}
+    named |= {"pos_embed": "embeddings.position_embeddings"}
+    named |= {
+        f"patch_embed.proj.{leaf}": f"embeddings.patch_embeddings.projection.{leaf}" for leaf in ("weight", "bias")
+    }
+    named |= {f"norm.{leaf}": f"layernorm.{leaf}" for leaf in ("weight", "bias")}
+    result = {}
+    for key, value in state.items():
+        if not key.startswith("blocks."):
+            result[named[key]] = value
+            continue
+        _, number, suffix = key.split(".", 2)
+        block = f"encoder.layer.{number}"
+        if suffix.startswith("attn.qkv."):
+            for part, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                result[f"{block}.attention.attention.{part}.{suffix.rpartition('.')[2]}"] = piece
+        else:
+            other = suffix.replace("attn.proj", "attention.output.dense")
+            other = other.replace("ls1.gamma", "layer_scale1.lambda1").replace("ls2.gamma", "layer_scale2.lambda1")
+            result[f"{block}.{other}"] = value
+    return result
+
+
+def test_names_of_hugging_face_are_converted_to_names_of_the_authors(
+    named_weights: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, path = named_weights
+    state = torch.load(path, weights_only=True)
+    renamed = to_author_names(hugging_face_names(state))
+    assert set(renamed) == set(state)
+    assert all(torch.equal(renamed[key], state[key]) for key in state)
+    save_file({key: value.contiguous() for key, value in hugging_face_names(state).items()}, tmp_path / "m.safetensors")
+    from_authors, from_hugging_face = (
+        build_backbone(name, str(file)).state_dict() for file in (path, tmp_path / "m.safetensors")
+    )
+    assert all(torch.equal(value, from_hugging_face[key]) for key, value in from_authors.items())
+
+
+def test_the_larger_models_have_the_published_names_and_shapes() -> None:
+    from focus_ray.features.backbones.base import build_meta_backbone, load_backbone_state
+
+    for registers, name in ((0, "dinov2_vitb14"), (4, "dinov2_vitb14_reg")):
+        with torch.device("meta"):
+            state = {key: torch.empty(shape) for key, shape in published_shapes(768, registers).items()}
+        load_backbone_state(build_meta_backbone(name), state, source="here")
+
+
+def test_missing_weights_and_weights_of_another_model_are_refused(named_weights: tuple[str, Path]) -> None:
+    name, path = named_weights
+    file = "dinov2_vits14_reg4_pretrain.pth" if name.endswith("_reg") else "dinov2_vits14_pretrain.pth"
+    with pytest.raises(WeightsError, match=rf"model\.backbone={name} .*{file}"):
+        build_backbone(name)
+    other = "dinov2_vits14" if name.endswith("_reg") else "dinov2_vits14_reg"
+    with pytest.raises(WeightsError, match=rf"{other}: .*register_tokens"):
+        build_backbone(other, str(path))
+    with pytest.raises(WeightsError, match=name.replace("vits", "vitb")):
+        build_backbone(name.replace("vits", "vitb"), str(path))
+
+
+def test_all_weights_have_a_gradient(named_weights: tuple[str, Path]) -> None:
+    name, path = named_weights
+    backbone = build_backbone(name, str(path)).train()
+    sum(level.square().mean() for level in backbone(images(42))).backward()  # type: ignore[union-attr]
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in backbone.parameters())

@@ -1,0 +1,358 @@
+"""Tests of the network: two workers equal one, frames of levels, frozen batch norms, and channel reduction."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from focus_ray.features.alignment.theta import warp
+from focus_ray.features.batch_norm import GlobalBatchNorm2d, use_global_batch_norm
+from focus_ray.features.network import AlignedFeatures, build_net, warp_to_common_frame
+from focus_ray.features.reduction import ChannelReduction
+from focus_ray.fitting.fit import build_detector
+from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fyd.objective import TrainingObjective
+from focus_ray.settings.config import Config, DensityConfig, ModelConfig, TrainConfig, parse_config
+
+WORKERS = 2
+MODES = ("frozen", "train")
+PAIRS = torch.tensor([[1, 2, 3, 0], [2, 3, 1, 0]])  # for each worker, among its own images
+
+
+def model_config(batch_norm: str = "frozen", **sections: Any) -> ModelConfig:
+    tree = {"weights": "random", "image_size_px": 64, "projector_width": 16, "predictor_width": 8, **sections}
+    tree.setdefault("image_alignment", {"group": "none"})
+    return ModelConfig.model_validate({"batch_norm": batch_norm, **tree})
+
+
+def aligned_config(batch_norm: str) -> ModelConfig:
+    """Returns a configuration with all parts that train: both kinds of alignment, projector and predictor."""
+    return model_config(
+        batch_norm,
+        image_alignment={"group": "rotation", "method": "localisation"},
+        feature_alignment={"layer1": "rotation", "layer2": "translation", "layer3": "similarity"},
+    )
+
+
+def random_images(count: int, seed: int = 0) -> Tensor:
+    coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(coarse, size=64, mode="bilinear")
+
+
+# Two workers
+
+
+def norm_case() -> tuple[GlobalBatchNorm2d, Tensor, Tensor]:
+    """Returns a batch norm with random statistics, the input of both workers, and factors for the output."""
+    generator = torch.Generator().manual_seed(0)
+    norm = GlobalBatchNorm2d(5)
+    nn.init.uniform_(norm.weight, 0.5, 2.0, generator=generator)
+    nn.init.normal_(norm.bias, generator=generator)
+    norm.running_mean.normal_(generator=generator)
+    x = torch.randn(8, 5, 3, 4, generator=generator) * 2 + 1
+    return norm, x, torch.randn(8, 5, 3, 4, generator=generator)
+
+
+def run_norm(norm: nn.Module, x: Tensor, factors: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    out = norm(x)
+    (out * factors).sum().backward()
+    return {"out": out.detach(), "x": x.grad, "mean": norm.running_mean, "var": norm.running_var}
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=WORKERS)
+    norm, x, factors = norm_case()
+    results: dict[str, Any] = {"norm": run_norm(norm, x.chunk(WORKERS)[rank], factors.chunk(WORKERS)[rank])}
+    for mode in MODES:
+        net = build_net(aligned_config(mode))
+        net.load_state_dict(torch.load(f"{folder}/{mode}.pth", weights_only=True))
+        objective = TrainingObjective(net.train(), TrainConfig())
+        parallel = nn.parallel.DistributedDataParallel(objective)
+        loss = parallel(random_images(8).chunk(WORKERS)[rank], PAIRS[rank])["loss"]
+        loss.backward()
+        results[mode] = {name: parameter.grad for name, parameter in net.named_parameters()}
+        results[f"{mode} loss"] = loss.detach()
+    torch.save(results, f"{folder}/rank{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """Runs both workers once. Returns: the folder with their initial networks, and the results of each worker."""
+    folder = tmp_path_factory.mktemp("workers")
+    for mode in MODES:
+        torch.manual_seed(0)
+        net = build_net(aligned_config(mode))
+        for (
+            aligner
+        ) in net.feature_aligners.values():  # at the identity, no gradient reaches the first layers of an aligner
+            nn.init.normal_(aligner.parameters_out.weight, std=0.02)
+        torch.save(net.state_dict(), folder / f"{mode}.pth")
+    # one process imports for both workers: DDP alone takes seconds, because it imports the compiler of torch
+    multiprocessing.set_forkserver_preload(
+        ["torch._dynamo", "torch.nn.parallel", "torchvision", "focus_ray.fitting.fit"]
+    )
+    mp.start_processes(worker, (str(folder),), nprocs=WORKERS, start_method="forkserver")
+    return folder, [torch.load(folder / f"rank{rank}.pth", weights_only=True) for rank in range(WORKERS)]
+
+
+def test_batch_norm_over_two_workers_equals_torch_on_the_joined_batch(workers) -> None:
+    norm, x, factors = norm_case()
+    plain = nn.BatchNorm2d(5)
+    plain.load_state_dict(norm.state_dict())
+    expected = run_norm(plain, x, factors)
+    parts = [results["norm"] for results in workers[1]]
+    for key in ("out", "x"):
+        torch.testing.assert_close(torch.cat([part[key] for part in parts]), expected[key], rtol=0, atol=1e-5)
+    for part in parts:
+        for key in ("mean", "var"):
+            torch.testing.assert_close(part[key], expected[key], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_two_workers_equal_those_of_one_worker_on_the_joined_batch(workers, mode: str) -> None:
+    folder, results = workers
+    net = build_net(aligned_config(mode))
+    net.load_state_dict(torch.load(folder / f"{mode}.pth", weights_only=True))
+    joined = torch.cat([PAIRS[0], PAIRS[1] + 4])
+    loss = TrainingObjective(net.train(), TrainConfig())(random_images(8), joined)["loss"]
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(np.mean([float(part[f"{mode} loss"]) for part in results]), abs=1e-5)
+    for name, parameter in net.named_parameters():
+        gradient = results[0][mode][name]
+        assert torch.equal(gradient, results[1][mode][name])
+        largest = float(parameter.grad.abs().max())
+        torch.testing.assert_close(
+            gradient, parameter.grad, rtol=0, atol=1e-5 * max(1, largest), msg=lambda m, n=name: f"{n}: {m}"
+        )
+        # the image aligner is at the identity, where only its last layer has a gradient; the last bias of f has none,
+        # because the batch norm of g removes it
+        if not name.startswith(
+            ("image_aligner.transformer.features", "image_aligner.transformer.head", "projector.6.b")
+        ):
+            assert largest > 1e-6, name
+
+
+def test_without_workers_the_global_batch_norm_equals_torch() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    images = random_images(2)
+    expected = net(images)
+    use_global_batch_norm(net)
+    assert type(net[1]) is GlobalBatchNorm2d
+    assert torch.equal(net(images), expected)
+
+
+# Frozen statistics
+
+
+@pytest.mark.parametrize(("mode", "moves"), [("frozen", False), ("train", True)])
+def test_only_a_frozen_backbone_keeps_its_statistics_in_training(mode: str, moves: bool) -> None:
+    net = build_net(model_config(mode)).train()
+    before = {name: value.clone() for name, value in net.state_dict().items() if "running" in name}
+    net.project(net(random_images(2)))
+    for name, value in net.state_dict().items():
+        if "running" in name:
+            assert torch.equal(before[name], value) != (moves or not name.startswith("backbone.")), name
+
+
+def test_weights_of_frozen_batch_norms_still_have_a_gradient() -> None:
+    net = build_net(model_config("frozen")).train()
+    TrainingObjective(net, TrainConfig())(random_images(2), torch.tensor([1, 0]))["loss"].backward()
+    assert float(net.backbone.layer1[1].weight.grad.abs().max()) > 0
+
+
+# Frames
+
+
+def matrix(angle: float = 0.0, scale: float = 1.0, shift: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
+    """Builds a homogeneous transform (3, 3) without the tested code."""
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    return np.array([[cos, -sin, shift[0]], [sin, cos, shift[1]], [0, 0, 1]])
+
+
+def theta_of(transform: np.ndarray | None) -> Tensor | None:
+    return None if transform is None else torch.tensor(transform[None, :2], dtype=torch.float32)
+
+
+def scene(transform: np.ndarray, size: int) -> Tensor:
+    """Makes (1, 2, size, size): a smooth function of the input image's coordinates, sampled in a transformed frame."""
+    centres = (np.arange(size) + 0.5) * 2 / size - 1
+    x, y = np.meshgrid(centres, centres)
+    u, v, _ = np.tensordot(transform, np.stack([x, y, np.ones_like(x)]), axes=1)
+    return torch.tensor(np.stack([np.cos(u + 2 * v), np.sin(u - v) + u * v]), dtype=torch.float32)[None]
+
+
+IMAGE, FIRST, SECOND, THIRD = (
+    matrix(0.9, 1.05, (0.1, -0.05)),
+    matrix(0.2, 0.95, (-0.1, 0.0)),
+    matrix(0.0, 1.0, (0.12, 0.08)),
+    matrix(-0.3, 1.1, (0.05, 0.1)),
+)
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        (IMAGE, FIRST, SECOND, THIRD),
+        (None, FIRST, SECOND, THIRD),
+        (IMAGE, None, SECOND, None),
+        (IMAGE, None, None, THIRD),
+        (None, FIRST, None, None),
+        (IMAGE, None, None, None),
+    ],
+    ids=lambda moved: "".join("-" if transform is None else "x" for transform in moved),
+)
+def test_every_level_is_warped_to_the_last_frame(moved: tuple[np.ndarray | None, ...]) -> None:
+    image, first, second, third = (np.eye(3) if transform is None else transform for transform in moved)
+    frames = (image @ first, image @ first @ second, image @ first @ second @ third)
+    levels = tuple(scene(frame, size) for frame, size in zip(frames, (96, 64, 32), strict=True))
+    thetas = tuple(theta_of(transform) for transform in moved[1:])
+    common, total = warp_to_common_frame(AlignedFeatures(levels, thetas, scene(image, 64), theta_of(moved[0])))
+    np.testing.assert_allclose(total[0], frames[2][:2], atol=1e-5)
+    for level, size in zip(common, (96, 64, 32), strict=True):
+        inside = slice(round(size * 0.3), round(size * 0.7))  # all levels show these pixels
+        expected = scene(frames[2], size)
+        torch.testing.assert_close(level[..., inside, inside], expected[..., inside, inside], rtol=0, atol=5e-3)
+
+
+def test_levels_without_alignment_do_not_change() -> None:
+    levels = tuple(scene(np.eye(3), size) for size in (16, 8, 4))
+    common, total = warp_to_common_frame(AlignedFeatures(levels, (None, None, None), scene(np.eye(3), 64), None))
+    assert total is None
+    assert all(warped is level for warped, level in zip(common, levels, strict=True))
+
+
+def test_levels_and_thetas_of_the_network_are_in_the_documented_frames() -> None:
+    net = build_net(aligned_config("frozen")).eval()
+    for aligner in [net.image_aligner.transformer, *net.feature_aligners.values()]:
+        nn.init.constant_(aligner.parameters_out.bias, 0.3)
+    images = random_images(2)
+    with torch.inference_mode():
+        aligned = net(images)
+        assert torch.equal(aligned.image, warp(images, aligned.theta_image, net.config.image_alignment.padding))
+        x = (aligned.image - net.pixel_mean) / net.pixel_std
+        for number, layer in enumerate(("layer1", "layer2", "layer3")):
+            x = warp(getattr(net.backbone, layer)(x), aligned.thetas[number])
+            torch.testing.assert_close(aligned.levels[number], x)
+    angle = 0.3 * math.pi  # for a bias of 0.3, before the tanh
+    assert float(aligned.theta_image[0, 1, 0]) == pytest.approx(math.sin(math.tanh(0.3) / 0.3 * angle), abs=1e-5)
+
+
+def config_of(model: ModelConfig, **density: Any) -> Config:
+    return parse_config(
+        {
+            "data": {"uri": "images"},
+            "model": model.model_dump(),
+            "density": {"kind": "gaussian", "num_channels": 24, **density},
+            "scoring": {"smoothing_sigma_px": 2},
+        }
+    )
+
+
+def parts(count: int, seed: int) -> Tensor:
+    """Makes images (count, 3, 64, 64) of one smooth part with a little noise."""
+    line = torch.linspace(0, 3, 64)
+    part = 0.5 + 0.2 * torch.sin(line[None, :] + 2 * line[:, None])
+    return (part + 0.02 * torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
+
+
+@pytest.mark.parametrize("quarter_turns", [0, 1, 2])
+def test_an_anomaly_is_marked_at_its_position_in_the_input_image(quarter_turns: int) -> None:
+    torch.manual_seed(0)
+    net = build_net(aligned_config("frozen")).eval()
+    nn.init.constant_(net.image_aligner.transformer.parameters_out.bias, math.atanh(min(quarter_turns / 2, 0.9999)))
+    for aligner in net.feature_aligners.values():
+        nn.init.constant_(aligner.parameters_out.bias, 0.4)
+    config = config_of(net.config)
+    reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
+    statistics = compute_statistics(net, reduction, parts(24, 0).split(8), torch.device("cpu"))
+    detector = build_detector(config, net, reduction, statistics)
+    images = parts(3, 1)
+    spots = [(20, 38), (40, 22), (26, 26)]
+    for image, (row, column) in zip(images, spots, strict=True):
+        image[:, row - 3 : row + 4, column - 3 : column + 4] = 1 - image[:, row, column, None, None].round()
+    scored = detector(images)
+    assert scored.anomaly_map.shape == (3, 64, 64)
+    for anomaly_map, spot in zip(scored.anomaly_map, spots, strict=True):
+        peak = np.unravel_index(int(anomaly_map.argmax()), anomaly_map.shape)
+        assert math.dist(peak, spot) <= 8, f"marked at {peak}, expected {spot}"
+
+
+def test_statistics_of_two_passes_can_be_joined() -> None:
+    net = build_net(model_config()).eval()
+    config = config_of(net.config)
+    reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
+    cpu = torch.device("cpu")
+    first, second, joined = (
+        compute_statistics(net, reduction, [parts(4, s) for s in seeds], cpu) for seeds in ([0], [1], [0, 1])
+    )
+    first.join(second)
+    assert first.moments.count == joined.moments.count == 8
+    torch.testing.assert_close(first.moments.mean, joined.moments.mean)
+
+
+# Channel reduction
+
+
+def slow_embedding(levels: tuple[Tensor, ...], config: DensityConfig) -> Tensor:
+    """Smooths all levels, resamples them to one size, and concatenates all channels."""
+    size = levels[0 if config.map_stride_px == 4 else 1].shape[2]
+    resampled = []
+    for name in config.layers:
+        level = levels[int(name[-1]) - 1]
+        if name in config.smooth_layers:
+            level = F.avg_pool2d(level, 3, 1, 1, count_include_pad=False)
+        if level.shape[2] > size:
+            level = F.avg_pool2d(level, level.shape[2] // size)
+        elif level.shape[2] < size:
+            smooth = {} if config.map_stride_px == 4 else {"mode": "bilinear", "align_corners": False}
+            level = F.interpolate(level, size=size, **smooth)
+        resampled.append(level)
+    return torch.cat(resampled, dim=1)
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+@pytest.mark.parametrize("layers", [("layer1", "layer2", "layer3"), ("layer2", "layer3"), ("layer2",)])
+@pytest.mark.parametrize("kind", ["random", "semi_orthogonal", "none"])
+def test_reducing_each_level_first_equals_concatenating_first(kind: str, layers: tuple[str, ...], stride: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    levels = tuple(torch.randn(2, 4 * n, 16 // n, 16 // n, generator=generator) for n in (1, 2, 4))
+    config = DensityConfig(layers=layers, reduction=kind, num_channels=6, map_stride_px=stride, coreset=0)
+    reduction = ChannelReduction((4, 8, 16), config, seed=3)
+    whole = slow_embedding(levels, config)
+    if kind == "random":
+        whole = whole[:, reduction.chosen]
+        assert len(set(reduction.chosen.tolist())) == 6
+    elif kind == "semi_orthogonal":
+        whole = torch.einsum("dc,bchw->bdhw", reduction.projection, whole)
+        torch.testing.assert_close(reduction.projection @ reduction.projection.T, torch.eye(6))
+    assert reduction.num_channels == whole.shape[1]
+    torch.testing.assert_close(reduction(levels), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["random", "semi_orthogonal"])
+def test_the_reduction_depends_on_the_seed_only(kind: str) -> None:
+    first, same_seed, other_seed = (
+        ChannelReduction((64, 128, 256), DensityConfig(reduction=kind, coreset=0), seed).state_dict()
+        for seed in (0, 0, 1)
+    )
+    (name,) = first
+    assert torch.equal(first[name], same_seed[name])
+    assert not torch.equal(first[name], other_seed[name])
+
+
+def test_more_channels_than_the_layers_have_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"density\.num_channels=100, .*24 channels"):
+        ChannelReduction((24, 40, 112), DensityConfig(layers=("layer1",), smooth_layers=()), 0)

@@ -1,0 +1,193 @@
+"""Tests of losses (against slow loops from their definitions; gradients) and of the figures that show a collapse."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from focus_ray.fyd.losses import coarse_loss, draw_pairs, effective_rank, feature_std, fine_loss
+
+
+def features(seed: int, channels: int = 5, size: int = 3) -> Tensor:
+    return torch.randn(4, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+PAIRS = torch.tensor([2, 0, 3, 1])
+
+
+# Pairs
+
+
+@given(st.integers(2, 60), st.integers(0, 2**31))
+def test_pairs_are_a_permutation_without_fixed_points(batch_size: int, seed: int) -> None:
+    pairs = draw_pairs(batch_size, torch.Generator().manual_seed(seed)).tolist()
+    assert sorted(pairs) == list(range(batch_size))
+    assert all(image != partner for image, partner in enumerate(pairs))
+
+
+def test_pairs_depend_on_the_generator_only() -> None:
+    first, second = (draw_pairs(50, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, draw_pairs(50, torch.Generator().manual_seed(4)))
+
+
+def test_every_image_is_paired_with_every_other_equally_often() -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = np.zeros((4, 4))
+    for _ in range(3000):
+        counts[range(4), draw_pairs(4, generator).numpy()] += 1
+    np.testing.assert_allclose(counts, (1 - np.eye(4)) * 1000, atol=5 * math.sqrt(3000 * 2 / 9))
+
+
+def test_one_image_has_no_partner() -> None:
+    with pytest.raises(ValueError, match=r"got 1.*train\.batch_size_per_worker"):
+        draw_pairs(1)
+
+
+# Coarse loss
+
+
+def slow_coarse_loss(images: Tensor, pairs: Tensor, valid: Tensor | None = None) -> float:
+    """Computes the coarse loss from its definition, one pixel at a time."""
+    means = []
+    for b in range(images.shape[0]):
+        other, distances = int(pairs[b]), []
+        for i in range(images.shape[2]):
+            for j in range(images.shape[3]):
+                if valid is None or (valid[b, i, j] and valid[other, i, j]):
+                    distances.append(math.dist(images[b, :, i, j].tolist(), images[other, :, i, j].tolist()))
+        means.append(sum(distances) / len(distances))
+    return sum(means) / len(means)
+
+
+def test_the_coarse_loss_is_the_mean_distance_of_paired_pixels() -> None:
+    images = features(0, channels=3)
+    assert float(coarse_loss(images, PAIRS)) == pytest.approx(slow_coarse_loss(images, PAIRS), rel=1e-5)
+
+
+def test_pixels_from_outside_either_image_are_ignored() -> None:
+    images = features(0, channels=3)
+    valid = torch.rand(4, 3, 3, generator=torch.Generator().manual_seed(1)) < 0.7
+    loss = float(coarse_loss(images, PAIRS, valid))
+    assert loss == pytest.approx(slow_coarse_loss(images, PAIRS, valid), rel=1e-5)
+    changed = torch.where(valid[:, None], images, images + 100)
+    assert float(coarse_loss(changed, PAIRS, valid)) == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_masked_coarse_loss_of_a_batch_equals_the_mean_over_workers() -> None:
+    images, valid = features(0, channels=3), torch.zeros(4, 3, 3, dtype=torch.bool)
+    valid[:2], valid[2:, 0] = True, True  # on the second worker, a third of the pixels is valid
+    pairs = torch.tensor([1, 0])
+    shares = [coarse_loss(images[part], pairs, valid[part]) for part in (slice(0, 2), slice(2, 4))]
+    whole = coarse_loss(images, torch.tensor([1, 0, 3, 2]), valid)
+    assert float(whole) == pytest.approx(float(sum(shares)) / 2, rel=1e-6)
+
+
+def test_equal_images_have_no_coarse_loss_and_a_finite_gradient() -> None:
+    images = torch.ones(2, 3, 4, 4, requires_grad=True)
+    loss = coarse_loss(images, torch.tensor([1, 0]))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
+    assert bool(torch.isfinite(images.grad).all())
+
+
+def test_without_valid_pixels_the_coarse_loss_is_zero() -> None:
+    assert float(coarse_loss(features(0), PAIRS, torch.zeros(4, 3, 3, dtype=torch.bool))) == 0
+
+
+# Fine loss
+
+
+def slow_fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> float:
+    """Computes the fine loss from its definition, one location at a time."""
+    cosines = []
+    for b in range(predicted.shape[0]):
+        for i in range(predicted.shape[2]):
+            for j in range(predicted.shape[3]):
+                p, z = predicted[b, :, i, j].double().numpy(), projected[int(pairs[b]), :, i, j].double().numpy()
+                cosines.append(p @ z / math.sqrt((p @ p) * (z @ z)))
+    return -sum(cosines) / len(cosines)
+
+
+def test_the_fine_loss_is_the_negative_mean_cosine_of_paired_locations() -> None:
+    expected = slow_fine_loss(features(1), features(2), PAIRS)
+    assert float(fine_loss(features(1), features(2), PAIRS)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_symmetric_fine_loss_is_the_mean_over_both_directions() -> None:
+    forward = slow_fine_loss(features(1), features(2), PAIRS)
+    backward = slow_fine_loss(features(1), features(2), PAIRS.argsort())
+    loss = fine_loss(features(1), features(2), PAIRS, symmetric=True)
+    assert float(loss) == pytest.approx((forward + backward) / 2, abs=1e-6)
+
+
+def test_equal_directions_have_fine_loss_minus_1_for_any_length() -> None:
+    same = features(1)[:1].expand(4, -1, -1, -1)
+    assert float(fine_loss(same, 3 * same, PAIRS)) == pytest.approx(-1, abs=1e-6)
+    assert float(fine_loss(same, -same, PAIRS)) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_stop_gradient_makes_the_second_operand_constant(symmetric: bool) -> None:
+    predicted, projected = features(1).requires_grad_(), features(2).requires_grad_()
+    fine_loss(predicted, projected, PAIRS, stop_gradient=True, symmetric=symmetric).backward()
+    assert projected.grad is None
+    assert float(predicted.grad.abs().min()) > 0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_without_stop_gradient_both_operands_are_trained(symmetric: bool) -> None:
+    predicted, projected = features(1).requires_grad_(), features(2).requires_grad_()
+    fine_loss(predicted, projected, PAIRS, stop_gradient=False, symmetric=symmetric).backward()
+    assert float(predicted.grad.abs().max()) > 0
+    assert float(projected.grad.abs().max()) > 0
+
+
+# Collapse
+
+
+def test_features_that_are_equal_in_all_images_have_no_deviation() -> None:
+    assert float(feature_std(features(1)[:1].expand(4, -1, -1, -1))) == pytest.approx(0, abs=1e-6)
+    scaled = features(1)[:1] * torch.tensor([1.0, 2.0, 5.0, 0.1])[:, None, None, None]
+    assert float(feature_std(scaled)) == pytest.approx(0, abs=1e-6)  # the length of features is ignored
+
+
+def test_feature_std_is_the_standard_deviation_of_normalised_features() -> None:
+    unit = features(1).numpy() / np.linalg.norm(features(1).numpy(), axis=1, keepdims=True)
+    assert float(feature_std(features(1))) == pytest.approx(unit.std(axis=0).mean() * math.sqrt(5), rel=1e-5)
+
+
+def test_evenly_distributed_features_have_feature_std_1() -> None:
+    even = torch.randn(512, 64, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert float(feature_std(even)) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("variances", "rank"),
+    [
+        ([1, 0, 0, 0], 1.0),
+        ([1, 1, 0, 0], 2.0),
+        ([4, 4, 4, 4], 4.0),
+        ([3, 1, 0, 0], math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))),
+    ],
+)
+def test_the_effective_rank_of_a_given_spectrum_follows_the_definition(variances: list[float], rank: float) -> None:
+    axes = torch.diag(torch.tensor(variances).sqrt())
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0))).Q
+    samples = torch.cat([axes, -axes]) @ rotation + 3  # mean 3, covariance of these variances
+    assert float(effective_rank(samples.reshape(8, 4, 1, 1))) == pytest.approx(rank, rel=1e-3)
+
+
+def test_the_effective_rank_counts_locations_as_samples() -> None:
+    samples = torch.randn(2, 3, 30, 30, generator=torch.Generator().manual_seed(0))
+    assert float(effective_rank(samples)) == pytest.approx(3, rel=0.01)
+
+
+def test_a_full_collapse_has_effective_rank_1() -> None:
+    assert float(effective_rank(torch.full((4, 6, 3, 3), 0.1))) == pytest.approx(1, abs=1e-6)

@@ -1,0 +1,78 @@
+"""Tests of a training epoch: its figures, and that a loss or weight that is not finite stops every worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from places import free_port
+from torch import Tensor, nn
+
+from focus_ray.fyd import objective as module
+from focus_ray.fyd.objective import LAST_LEVEL, build_schedule, train_epoch
+from focus_ray.settings.config import TrainConfig
+
+CPU = torch.device("cpu")
+
+
+class Slope(nn.Module):
+    """A model with one weight; its loss is the weight times `factor`."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.weight, self.factor = nn.Parameter(torch.ones(())), factor
+
+    def forward(self, images: Tensor, pairs: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.weight * self.factor, LAST_LEVEL: torch.randn(4, 3, 2, 2) * self.factor}
+
+
+def run(slope: Slope, steps: int = 2, **settings: float) -> dict[str, float]:
+    config = TrainConfig(epochs=1, **settings)
+    optimizer = torch.optim.SGD(slope.parameters(), lr=config.learning_rate)
+    schedule = build_schedule(optimizer, config, steps)
+    batches = [torch.zeros(2, 8, 8, 3, dtype=torch.uint8)] * steps
+    return train_epoch(slope, batches, optimizer, schedule, config, CPU, torch.Generator())
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_raises(factor: float) -> None:
+    with pytest.raises(FloatingPointError, match=r"(nan|inf) after 2 steps.*train\.learning_rate"):
+        run(Slope(factor))
+
+
+def test_weights_that_are_not_finite_after_the_last_step_raise() -> None:
+    slope = Slope(3e38)
+    with pytest.raises(FloatingPointError, match=r"weights .* after 1 steps"):
+        run(slope, steps=1, learning_rate=10.0)
+
+
+def test_the_effective_rank_is_computed_once_per_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    monkeypatch.setattr(module, "effective_rank", lambda level: levels.append(level) or torch.tensor(2.0))
+    assert run(Slope(), steps=5)["effective_rank"] == 2.0
+    assert len(levels) == 1
+
+
+def test_the_reported_learning_rate_is_the_rate_of_the_last_step() -> None:
+    assert run(Slope(), steps=1, learning_rate=0.25)["learning_rate"] == 0.25
+    half_way_down_the_cosine = run(Slope(), steps=2, learning_rate=0.25)["learning_rate"]
+    assert half_way_down_the_cosine == pytest.approx(0.125)
+
+
+def _as_worker(rank: int, port: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        run(Slope(float("nan") if rank else 1.0))
+        outcome = "no error"
+    except Exception as error:
+        outcome = type(error).__name__
+    Path(folder, str(rank)).write_text(outcome)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_loss_that_is_not_finite_on_one_worker_raises_on_every_worker(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_as_worker, (free_port(), str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["FloatingPointError"] * 2
