@@ -33,7 +33,8 @@ from focus_ray.detect.detector import to_images
 from focus_ray.detect.inspection import resize_map
 from focus_ray.detect.profile import MAX_IMAGES, compute_profile
 from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
-from focus_ray.metrics.evaluate import compute_metrics_of_arrays, evaluation_size
+from focus_ray.metrics.evaluate import compute_metrics, evaluation_size
+from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.settings.config import parse_config
 
 
@@ -143,7 +144,8 @@ def patchcore(
         has_mask = record["mask"] is not None
         mask = decode_mask(record["mask"], height, width) if has_mask else np.zeros((height, width), dtype=bool)
         masks.append(mask if has_mask or not record["label"] else None)
-    figures = compute_metrics_of_arrays(labels, types, scores, maps, masks, 0.0, 0.05)
+    measured = MeasuredImages(np.array(labels), np.array(scores), masks, maps, 0.0)
+    figures = compute_metrics(measured, types, 0.05)
     ms = 1e3 * (time.perf_counter() - start) / len(labels)
     images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixels(labels, masks, maps)}
     return {**figures, **images, "fit_s": fit_s, "features_s": features_s, "ms": ms}

@@ -39,7 +39,6 @@ NOT_YET = {
     ("drawing", "sweep"),
     ("features", "fyd"),
     ("fyd", "detect"),
-    ("metrics", "detect"),
     ("reporting", "evaluation"),
     ("reporting", "bundle"),
     ("submission", "sweep"),

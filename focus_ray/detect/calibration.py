@@ -19,11 +19,9 @@ from scipy.special import betainc
 
 from focus_ray.detect.tail import Tail, fit_tail
 from focus_ray.errors import DataError
+from focus_ray.metrics.ties import certain_part, is_above
 
 Method = Literal["split", "cross", "leave_one_out"]
-
-# Scores with a smaller relative difference count as equal, because the last digits of a score depend on the batches.
-TIE = 1e-5
 
 # Relative. bfloat16 instead of float32 changed image scores of real images by at most 0.6 %, and maxima of maps by 1.4 %.
 PRECISION_SHIFT = 0.015
@@ -34,16 +32,6 @@ _MIN_SCORES_ABOVE = 5
 # values of the fields that calibrations of older bundles lack
 _OLD_DEFAULTS = {"tail": None, "by_hand": False, "num_groups": None, "precision": None, "converted_from": None}
 _ROUNDING = 1e-12  # relative rounding error of a sum of pixel shares such as 1/50176, when it is compared with a budget
-
-
-def certain_part(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns the lowest values that the scores can have without rounding errors (`TIE`)."""
-    return scores - TIE * np.abs(scores)
-
-
-def is_above(scores: NDArray[np.float64], threshold: float) -> NDArray[np.bool_]:
-    """Returns whether scores exceed a threshold by more than `TIE`, so that the result does not depend on the batches."""
-    return np.asarray(certain_part(scores) > threshold)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtr
 
-from focus_ray.detect.calibration import certain_part
 from focus_ray.errors import DataError
+from focus_ray.metrics.ties import certain_part
 
 Direction = Literal["higher", "lower"]
 
@@ -90,7 +90,7 @@ def compare_scores(calibration_scores: ArrayLike, new_scores: ArrayLike) -> Shif
 
     Two tests are combined with a Bonferroni correction: the rank sum (Mann and Whitney), and for higher scores the number of
     new scores in the highest tenth of the calibration scores, which detects changes of a few images. Scores closer than
-    `calibration.TIE` count as equal, and count for neither direction.
+    `ties.TIE` count as equal, and count for neither direction.
 
     Args:
         calibration_scores: (n,), any order.

@@ -181,7 +181,7 @@ def test_the_score_is_the_mean_of_image_auroc_and_aupro() -> None:
     maps = (rng.random(masks.shape) + 0.4 * masks).astype(np.float32)
     scores = maps.max(axis=(1, 2))
     figures = validation_figures(masks, scores, maps)
-    curve = PixelCurve.of(masks, maps, regions=True)
+    curve = PixelCurve.of(masks, maps)
     assert figures["image_auroc"] == image_auroc([0, 0, 0, 1, 1, 1], scores)
     assert figures["aupro"] == curve.aupro(0.3)
     assert figures["pixel_auroc"] == curve.auroc()
