@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.defects import merge_copies, synthetic_validation_set
+from focus_ray.defects import Picture, draw_defective_copies, find_objects, merge_copies
 from focus_ray.density.base import sample_evenly
 from focus_ray.density.nearest import whitening_matrix
 from focus_ray.density.relations import Relations, assign_folds
@@ -180,17 +180,14 @@ def learn_projection(
     queries = _choose_queries(len(images), tiles.num_tiles, use_all=len(images) == num_images)
     own_queries = worker_range(len(queries))
     defects_per_image = max(3, min(8, -(-NUM_DEFECTS // len(queries))))
-    query_images = images[queries, ..., :3].numpy()
-    foregrounds: dict[int, NDArray[np.bool_]] = {}
+    pictures = [] if shared is not None else find_objects(images[queries, ..., :3].numpy())
     groups = [own_queries[start : start + _IMAGES_AT_ONCE] for start in range(0, len(own_queries), _IMAGES_AT_ONCE)]
     for group in track(groups, "metric: images with defects", len(own_queries), log, count=len):
         group_images = torch.tensor([queries[number] for number in group])
         scatter.add_normal_residuals(group_images, scored[group_images].to(device))
         if shared is not None:
             continue
-        copies, masks, sources = _paint_defects(
-            query_images, group, derive_seed(seed, "metric"), defects_per_image, foregrounds
-        )
+        copies, masks, sources = _paint_defects(pictures, group, derive_seed(seed, "metric"), defects_per_image)
         source_images = torch.tensor(queries)[sources]
         masks &= images[source_images, ..., 3].numpy() > 0
         embedding, theta = _embed_all_channels(net, full_reduction, torch.from_numpy(copies), device)
@@ -206,29 +203,23 @@ def learn_projection(
 
 
 def _paint_defects(
-    images: NDArray[np.uint8],
-    numbers: Iterable[int],
-    seed: int,
-    defects_per_image: int,
-    foregrounds: dict[int, NDArray[np.bool_]],
+    pictures: Sequence[Picture], numbers: Iterable[int], seed: int, defects_per_image: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[int]]:
-    """Paints synthetic defects on copies of some images.
+    """Paints synthetic defects on copies of some pictures.
 
     Args:
-        images: (N, S, S, 3), normal images, from which defects also take pieces.
-        numbers: numbers of the images to copy.
-        foregrounds: cache of the images' foregrounds (S, S), by number; missing foregrounds are computed and added.
+        pictures: normal images, from which defects also take pieces.
+        numbers: numbers of the pictures to copy.
 
-    Returns: copies (M, S, S, 3), masks (M, S, S) of the defects, and the number of the image that each copy shows.
+    Returns: copies (M, S, S, 3), masks (M, S, S) of the defects, and the number of the picture that each copy shows.
     """
     painted, masks, sources = [], [], []
     for number in numbers:
-        only = range(number, number + 1)
-        copies, covered, _ = synthetic_validation_set(images, seed, defects_per_image, only, foregrounds)
-        combined, covered = merge_copies(images[number], copies, covered)
-        painted.append(combined)
+        copies, covered, _ = draw_defective_copies(pictures, number, seed, defects_per_image)
+        copies, covered = merge_copies(pictures[number].pixels, copies, covered)
+        painted.append(copies)
         masks.append(covered)
-        sources += [number] * len(combined)
+        sources += [number] * len(copies)
     return np.concatenate(painted), np.concatenate(masks), sources
 
 
