@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from focus_ray.density.moments import Moments
-
 
 @torch.no_grad()
 def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
@@ -32,24 +30,6 @@ def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
     parts = [torch.empty_like(padded, device=device) for _ in counts]
     dist.all_gather(parts, padded.to(device))
     return torch.cat([part[: int(c)].cpu() for part, c in zip(parts, counts, strict=True)])
-
-
-@torch.no_grad()
-def reduce_moments(moments: Moments) -> None:
-    """Merges the moments of all workers, in place, into the exact mean and scatter of all images."""
-    if world_size() == 1:
-        return
-    count = torch.tensor([moments.count], dtype=torch.float64, device=moments.mean.device)
-    total_sum = moments.mean.double() * moments.count
-    dist.all_reduce(count)
-    dist.all_reduce(total_sum)
-    mean = (total_sum / count).to(moments.mean.dtype)
-    # scatter about the common mean = own scatter + count * outer product of the difference of the means
-    difference = moments.mean - mean
-    moments.scatter.baddbmm_(difference[:, :, None], difference[:, None, :], alpha=float(moments.count))
-    dist.all_reduce(moments.scatter)
-    moments.mean = mean
-    moments.count = int(count.item())
 
 
 _T = TypeVar("_T")

@@ -30,7 +30,6 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # imports that still point to the same or a higher level
 NOT_YET = {
     ("density", "features"),
-    ("distributed", "density"),
     ("doctor", "sweep"),
     ("drawing", "data"),
     ("drawing", "detect"),
