@@ -349,9 +349,11 @@ class CalibrationBuilder:
         values = np.asarray(scores, dtype=np.float64)
         if not (len(values) == len(maps) == len(values if groups is None else groups)):
             raise DataError(f"{len(values)} scores for {len(maps)} maps; expected one score and one group per map")
-        for name, numbers in [("scores", values), *((f"map {index}", image) for index, image in enumerate(maps))]:
-            if not numbers.size or not np.isfinite(numbers).all():
-                raise DataError(f"calibration: {name} is empty or has NaN or infinite values; expected finite numbers")
+        if not np.isfinite(values).all():
+            raise DataError(f"calibration scores contain {values[~np.isfinite(values)][0]}; expected finite numbers")
+        for index, image in enumerate(maps):
+            if not image.size or not np.isfinite(image).all():
+                raise DataError(f"calibration map {index} is empty or not finite; expected finite numbers")
         self._scores.extend(values.tolist())
         self._groups.extend([None] * len(values) if groups is None else groups.tolist())
         for image in maps:

@@ -115,17 +115,8 @@ def find_regions(anomaly_map: NDArray[np.float32], threshold: float, width: int,
     regions = []
     for number, box in enumerate(ndimage.find_objects(numbered_areas), start=1):
         inside = numbered_areas[box] == number
-        rows, columns = box
-        regions.append(
-            Region(
-                x=int(columns.start),
-                y=int(rows.start),
-                width=int(columns.stop - columns.start),
-                height=int(rows.stop - rows.start),
-                area=int(inside.sum()),
-                peak=float(full_map[box][inside].max()),
-            )
-        )
+        (top, left), (height, width) = (edge.start for edge in box), inside.shape
+        regions.append(Region(left, top, width, height, int(inside.sum()), float(full_map[box][inside].max())))
     return tuple(sorted(regions, key=lambda region: -region.peak))
 
 

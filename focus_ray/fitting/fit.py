@@ -247,18 +247,14 @@ class CategoryFit:
         parts = list(batches)
         return torch.cat(parts) if parts else torch.empty(0, *self.config.model.frame_px, 3, dtype=torch.uint8)
 
-    def validate(self, choice: dict[str, float | str]) -> float | None:
+    def _validate(self, choice: dict[str, float | str]) -> float:
         """Computes the validation score of the current network, and adds it to the notes and the log.
 
         Args: choice: describes the network in notes and logs, for instance {"epoch": 3}.
-
-        Returns: the score; None without selection.
         """
-        if self.validation is None:
-            return None
+        assert self.validation is not None
         detector = build_detector(self.config, self.net, self.reduction, self.training_statistics())
-        images, masks = self.validation
-        figures = compute_validation_figures(detector, images, masks)
+        figures = compute_validation_figures(detector, *self.validation)
         self.notes.selection.append({**choice, **figures})
         self.log(
             ", ".join(f"{key} {value}" for key, value in choice.items())
@@ -287,11 +283,9 @@ class CategoryFit:
             aligner = self.net.image_aligner
             assert isinstance(aligner, CongealingAligner)
             group = self.config.model.image_alignment.group
-            aligned_score = self.validate({"image_alignment": group})
+            aligned_score = self._validate({"image_alignment": group})
             aligner.enabled.fill_(False)
-            unaligned_score = self.validate({"image_alignment": "none"})
-            assert aligned_score is not None
-            assert unaligned_score is not None
+            unaligned_score = self._validate({"image_alignment": "none"})
             report.enabled = broadcast_from_rank0(lambda: aligned_score > unaligned_score)
             aligner.enabled.fill_(report.enabled)
         on_or_off = "on" if report.enabled else "off"
@@ -402,10 +396,10 @@ class CategoryFit:
 
         Args: epoch: number of the last finished epoch; -1 for the untrained network.
         """
-        self.net.eval()
-        score = self.validate({"epoch": epoch + 1})
-        if score is None:
+        if self.validation is None:
             return
+        self.net.eval()
+        score = self._validate({"epoch": epoch + 1})
         best = self.best
         if best is None or broadcast_from_rank0(lambda: score > best.score + MIN_GAIN):
             network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}

@@ -154,7 +154,10 @@ def learn_projection(
     tiles = Tiles.from_config(net.config)
     size = net.config.image_size_px
     own_parts = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
-    own_parts += [_with_shown_channel(tiles.cut_batch(image)) for batch in batches for image in batch.split(1)]
+    for batch in batches:
+        # without a fourth channel (`data.framing`), all pixels are scored
+        framed = batch if batch.shape[3] > 3 else F.pad(batch, (0, 1), value=255)
+        own_parts.append(tiles.cut_batch(framed))
     own_images = torch.cat(own_parts)  # (n, S, S, 4), tiles count as images
     full_reduction = build_full_reduction(reduction, net.backbone.spec.channels).to(device)
     # every worker needs all chosen images, because synthetic defects contain pieces of other images
@@ -239,23 +242,14 @@ def _embed_all_channels(
     """
     if not len(images):
         side = net.config.image_size_px // net.config.place_px(full_reduction.config.map_layer)
-        channels = full_reduction.num_channels + full_reduction.num_coreset_channels
-        return torch.empty(0, channels, side, side, device=device, dtype=torch.float16), None
+        num_channels = full_reduction.num_channels + full_reduction.num_coreset_channels
+        return torch.empty(0, num_channels, side, side, device=device, dtype=torch.float16), None
     parts = [
         embed_tiles(net, full_reduction, to_images(part, device), pad_batches=True)
         for part in images.split(_IMAGES_AT_ONCE_FP32)
     ]
     thetas = [theta for _, theta in parts if theta is not None]
     return torch.cat([embedding.half() for embedding, _ in parts]), torch.cat(thetas) if thetas else None
-
-
-def _with_shown_channel(images: Tensor) -> Tensor:
-    """Adds a fourth channel, which is above 0 at pixels that are scored (`data.framing`), to images (B, S, S, 3).
-
-    Without this channel, all pixels are scored, so it is 255 everywhere. Images (B, S, S, 4) have the channel already and are
-    returned unchanged.
-    """
-    return images if images.shape[3] > 3 else F.pad(images, (0, 1), value=255)
 
 
 def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]:
@@ -436,32 +430,27 @@ class ResidualScatter:
         distance = torch.baddbmm(
             self.squares_LN[:, None], around.reshape(height * width, -1, query.shape[3]), self.reduced_LKN, alpha=-2
         )
-        excluded = images if self.relations is None else self.relations.relatives(images)
-        image_numbers = torch.arange(batch)[:, None].expand(batch, excluded.view(batch, -1).shape[1])
-        distance.view(height * width, window**2, batch, -1)[
-            :, :, image_numbers, excluded.view(batch, -1).to(query.device)
-        ] = torch.inf
+        excluded = (images if self.relations is None else self.relations.relatives(images)).view(batch, -1)
+        by_query = distance.view(height * width, window**2, batch, -1)
+        by_query[:, :, torch.arange(batch)[:, None], excluded.to(query.device)] = torch.inf
         value, image = (minimum.view(height, width, window, window, batch) for minimum in distance.min(dim=2))
+        # a patch of the bank has the number image * L + location
+        patch = image * (height * width) + torch.arange(height * width, device=query.device).view(
+            height, width, 1, 1, 1
+        )
         best = query.new_full((height, width, batch), torch.inf)
         nearest = torch.zeros(height, width, batch, dtype=torch.long, device=query.device)
-        y, x = torch.zeros_like(nearest), torch.zeros_like(nearest)
-        down_all = torch.arange(height, device=query.device)[:, None, None].expand_as(nearest)
-        right_all = torch.arange(width, device=query.device)[None, :, None].expand_as(nearest)
         for offset in range(window**2):
             down, right = (number - reach for number in divmod(offset, window))
             # compare the query at (r + down, c + right) with the bank of (r, c), as far as both are inside the map
             at_query = slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0))
             at_bank = slice(max(-down, 0), height + min(-down, 0)), slice(max(-right, 0), width + min(-right, 0))
-            candidate = value[at_bank][:, :, down + reach, right + reach]
+            candidate, number = (found[at_bank][:, :, down + reach, right + reach] for found in (value, patch))
             is_closer = candidate < best[at_query]
-            for target, update in (
-                (best, candidate),
-                (nearest, image[at_bank][:, :, down + reach, right + reach]),
-                (y, down_all[at_bank]),
-                (x, right_all[at_bank]),
-            ):
-                target[at_query] = torch.where(is_closer, update, target[at_query])
-        neighbour = self.bank.permute(0, 2, 3, 1)[nearest, y, x].float()  # (H, W, B, C)
+            best[at_query] = torch.where(is_closer, candidate, best[at_query])
+            nearest[at_query] = torch.where(is_closer, number, nearest[at_query])
+        bank = self.bank.flatten(2).transpose(1, 2)  # (N, L, C)
+        neighbour = bank[nearest // bank.shape[1], nearest % bank.shape[1]].float()  # (H, W, B, C)
         return (embedding.permute(2, 3, 0, 1) - neighbour).permute(2, 0, 1, 3)
 
 

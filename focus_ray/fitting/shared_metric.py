@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from focus_ray.errors import ConfigError, DataError
+from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config
 from focus_ray.storage.files import read_bytes, write_bytes
 
@@ -73,20 +73,15 @@ def read_shared_metric(config: Config) -> Tensor | None:
     )
     try:
         content = read_bytes(uri)
-    except (FileNotFoundError, DataError) as error:
-        raise ConfigError(f"density.metric={uri}: cannot read the file ({error}): {advice}") from None
-    try:
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-        tensors = load_tensors(content)
-        file_settings = json.loads(metadata["fits"])
-        scatter = tensors["scatter"]
-    except (ValueError, KeyError, safetensors.SafetensorError):
-        raise ConfigError(f"density.metric={uri}: the file is not a shared metric: {advice}") from None
-    if metadata.get("format") != FORMAT:
+        # a safetensors file starts with the length of its JSON header
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        file_settings = {"format": metadata["format"], **json.loads(metadata["fits"])}
+        scatter = load_tensors(content)["scatter"]
+    except (FileNotFoundError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise ConfigError(
-            f"density.metric={uri}: the format is {metadata.get('format')!r}, expected {FORMAT!r}: {advice}"
-        )
-    for key, value in matching_settings(config).items():
+            f"density.metric={uri}: the file cannot be read as a shared metric ({error}): {advice}"
+        ) from None
+    for key, value in {"format": FORMAT, **matching_settings(config)}.items():
         if file_settings.get(key) != value:
             raise ConfigError(
                 f"density.metric={uri}: the file was made with {key}={file_settings.get(key)}, but this run has {key}={value}: "
