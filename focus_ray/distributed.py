@@ -10,26 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@torch.no_grad()
-def gather_rows(rows: Tensor, device: torch.device) -> Tensor:
-    """Concatenates the rows (n, ...) of all workers, in the order of the workers; n may differ.
-
-    Args: device: where the group communicates.
-
-    Returns: (sum of n, ...), on the CPU of every worker.
-    """
-    if world_size() == 1:
-        return rows
-    count = torch.tensor([len(rows)], device=device)
-    counts = [torch.zeros_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
-    longest = int(max(int(c) for c in counts))
-    # all_gather needs equal shapes: pad to the longest, and cut the padding off again
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded, device=device) for _ in counts]
-    dist.all_gather(parts, padded.to(device))
-    return torch.cat([part[: int(c)].cpu() for part, c in zip(parts, counts, strict=True)])
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenates the rows (n, ...) of all workers on the CPU, in the order of the workers; n may differ."""
+    return rows if world_size() == 1 else torch.cat(gather_objects(rows.cpu().contiguous()))
 
 
 _T = TypeVar("_T")

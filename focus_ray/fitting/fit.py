@@ -468,7 +468,7 @@ class CategoryFit:
         if self._reference_images is None:
             rows = self._own_rows(sample_evenly(self.num_images, len(SHIFTS_PX)))
             own_images = self._join_batches(self.shard.fit_batches(positions=rows))[..., :3]
-            self._reference_images = gather_rows(own_images, self.device)
+            self._reference_images = gather_rows(own_images)
         images = self._reference_images
         return broadcast_from_rank0(lambda: measure_same_part_distance(self.net, self.reduction, images, self.device))
 
@@ -477,7 +477,7 @@ class CategoryFit:
         num_channels = self.reduction.num_coreset_channels or self.reduction.num_channels
         parts = [torch.empty(0, GRID * GRID, num_channels)]
         parts += [describe_images(self.net, self.reduction, to_images(batch, self.device)).cpu() for batch in batches]
-        return gather_rows(torch.cat(parts), self.device)
+        return gather_rows(torch.cat(parts))
 
     @torch.inference_mode()
     def _unrelated_holdout(self, statistics: Statistics) -> list[int] | None:

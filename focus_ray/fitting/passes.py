@@ -135,7 +135,7 @@ def compute_embedding_statistics(
     _reduce_moments(moments)
     if bank_images is None:
         return Statistics(moments, grid=grid)
-    bank, thetas, shown = (gather_rows(torch.cat(parts), device) for parts in (bank_parts, theta_parts, shown_parts))
+    bank, thetas, shown = (gather_rows(torch.cat(parts)) for parts in (bank_parts, theta_parts, shown_parts))
     return Statistics(
         moments, bank, thetas if len(thetas) else None, shown=shown > 0 if len(shown) else None, grid=grid
     )
@@ -169,7 +169,7 @@ def fit_aligner(net: FocusNet, batches: Iterable[Tensor], device: torch.device, 
         return None
     size = aligner.FINE_PX
     prepared = [aligner.prepare(to_images(batch, device)).cpu() for batch in batches]
-    rows = gather_rows(torch.cat([torch.empty(0, size, size), *prepared]), device)
+    rows = gather_rows(torch.cat([torch.empty(0, size, size), *prepared]))
 
     def fit() -> tuple[AlignmentReport, dict[str, Tensor]]:
         report = aligner.fit(rows.to(device), seed)

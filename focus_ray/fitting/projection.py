@@ -161,14 +161,14 @@ def learn_projection(
     own_images = torch.cat(own_parts)  # (n, S, S, 4), tiles count as images
     full_reduction = build_full_reduction(reduction, net.backbone.spec.channels).to(device)
     # every worker needs all chosen images, because synthetic defects contain pieces of other images
-    images = gather_rows(own_images, device)
+    images = gather_rows(own_images)
     embedding, theta = _embed_all_channels(net, full_reduction, own_images, device)
     num_channels = full_reduction.num_channels
     full, coreset = embedding.cpu().split([num_channels, full_reduction.num_coreset_channels], dim=1)
     rows = {number: row for row, number in enumerate(numbers)}
     cache = CachedEmbeddings(rows, tiles.join(full), tiles.join(coreset), theta)
-    bank = gather_rows(full, device)
-    scored = gather_rows(_scored_locations(own_images[..., 3], theta, bank.shape[2], device).byte().cpu(), device) > 0
+    bank = gather_rows(full)
+    scored = gather_rows(_scored_locations(own_images[..., 3], theta, bank.shape[2], device).byte().cpu()) > 0
     if len(images) < 2:
         raise ValueError(
             f"density.reduction=discriminant needs at least 2 normal images, got {len(images)}: add training images"
@@ -177,7 +177,7 @@ def learn_projection(
     if origins is not None:
         # same_part_distance was measured on the channels of the coreset and is not valid for all channels
         origins = origins if coreset.shape[1] else origins._replace(same_part_distance=None)
-        compared = tiles.join(gather_rows(coreset if coreset.shape[1] else full, device))
+        compared = tiles.join(gather_rows(coreset if coreset.shape[1] else full))
         relations = find_relations(describe_embedding(compared), origins)
     scatter = ResidualScatter(bank.to(device), reduction.config, seed, tiles.num_tiles, relations)
     queries = _choose_queries(len(images), tiles.num_tiles, use_all=len(images) == num_images)
@@ -187,7 +187,7 @@ def learn_projection(
     groups = [own_queries[start : start + _IMAGES_AT_ONCE] for start in range(0, len(own_queries), _IMAGES_AT_ONCE)]
     for group in track(groups, "metric: images with defects", len(own_queries), log, count=len):
         group_images = torch.tensor([queries[number] for number in group])
-        scatter.add_normal_residuals(group_images, scored[group_images].to(device))
+        scatter.add(0, scatter.bank[group_images].float(), group_images, scored[group_images].to(device))
         if shared is not None:
             continue
         copies, masks, sources = _paint_defects(pictures, group, derive_seed(seed, "metric"), defects_per_image)
@@ -196,7 +196,7 @@ def learn_projection(
         embedding, theta = _embed_all_channels(net, full_reduction, torch.from_numpy(copies), device)
         covered = _covered_locations(masks, theta, bank.shape[2], device)
         for part in torch.arange(len(copies)).split(_IMAGES_AT_ONCE):
-            scatter.add_defective_residuals(embedding[part, :num_channels].float(), source_images[part], covered[part])
+            scatter.add(1, embedding[part, :num_channels].float(), source_images[part], covered[part])
     projection, scatters = scatter.compute_projection(reduction.num_channels, shared)
     num_used = len(queries) if tiles.num_tiles == 1 else len(images) // tiles.num_tiles
     if not with_folds or shared is not None or num_used < num_images or num_images < 2 * NUM_FOLDS:
@@ -343,33 +343,19 @@ class ResidualScatter:
         self.sums = torch.zeros(NUM_FOLDS, 2, channels, channels, dtype=torch.float64, device=bank.device)
         self.counts = torch.zeros(NUM_FOLDS, 2, dtype=torch.float64, device=bank.device)
 
-    def add_normal_residuals(self, images: Tensor, scored: Tensor | None = None) -> None:
-        """Adds the residuals of normal images to the normal sums.
+    def add(self, kind: int, embedding: Tensor, images: Tensor, used: Tensor) -> None:
+        """Adds residuals to the normal (kind 0) or defective (kind 1) sums.
 
         The residual of a patch is its difference to the most similar patch of another normal image.
 
         Args:
-            images: (B,), numbers of the images in the bank.
-            scored: (B, H, W) bool, locations to use; None: all locations.
+            embedding: (B, C, H, W) float32, all channels of images of the bank, or of copies of them with synthetic defects.
+            images: (B,), numbers of the images in the bank, or of the images that were copied.
+            used: (B, H, W) bool, locations whose residuals are added.
         """
-        residuals = self._compute_residuals(self.bank[images].float(), images)
-        self._add(0, residuals, images, scored)
-
-    def add_defective_residuals(self, embedding: Tensor, images: Tensor, covered: Tensor) -> None:
-        """Adds the residuals of defective patches to the defective sums.
-
-        Args:
-            embedding: (B, C, H, W), all channels of copies of normal images with synthetic defects.
-            images: (B,), numbers in the bank of the images that were copied.
-            covered: (B, H, W) bool, locations that a defect covers; only these are added.
-        """
-        self._add(1, self._compute_residuals(embedding, images), images, covered)
-
-    def _add(self, kind: int, residuals: Tensor, images: Tensor, used: Tensor | None) -> None:
-        """Adds residuals (B, H, W, C) at the used locations (B, H, W) to the normal (kind 0) or defective (kind 1) sums."""
-        for number, image in enumerate(residuals):
+        for number, image in enumerate(self._compute_residuals(embedding, images)):
             fold = int(self.fold_of[int(images[number]) // self.tiles_per_image])
-            rows = (image.flatten(0, 1) if used is None else image[used[number]]).double()
+            rows = image[used[number]].double()
             self.sums[fold, kind] += rows.t() @ rows
             self.counts[fold, kind] += len(rows)
 

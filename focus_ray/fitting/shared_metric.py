@@ -9,7 +9,7 @@ category.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import safetensors
@@ -36,16 +36,8 @@ def matching_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def average_scatter(scatters: Sequence[Tensor]) -> Tensor:
-    """Averages scatter matrices (2, C, C), each divided by the mean variance of its normal residuals.
-
-    Returns: (2, C, C) float32, normal and defective.
-    """
-    return torch.stack([scatter / scatter[0].diagonal().mean().clamp_min(1e-24) for scatter in scatters]).mean(dim=0)
-
-
 def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config) -> None:
-    """Writes a shared metric.
+    """Writes a shared metric: the mean of the scatter matrices, each divided by the mean variance of its normal residuals.
 
     Args:
         scatters: (2, C, C) of each category, by name of the category.
@@ -56,8 +48,8 @@ def write_shared_metric(uri: str, scatters: Mapping[str, Tensor], config: Config
         "categories": json.dumps(sorted(scatters)),
         "fits": json.dumps(matching_settings(config)),
     }
-    tensors = {"scatter": average_scatter(list(scatters.values())).contiguous()}
-    write_bytes(uri, save_tensors(tensors, metadata=metadata))
+    scaled = [scatter / scatter[0].diagonal().mean().clamp_min(1e-24) for scatter in scatters.values()]
+    write_bytes(uri, save_tensors({"scatter": torch.stack(scaled).mean(dim=0)}, metadata=metadata))
 
 
 def read_shared_metric(config: Config) -> Tensor | None:

@@ -132,29 +132,30 @@ def test_over_many_calibrations_the_pixel_rate_stays_below_its_bound_for_images_
 
 
 PAIRS = np.repeat(np.arange(20), 2)
+LEAVE_ONE_OUT, MANY = {"method": "leave_one_out"}, np.arange(2000.0)
 
 
 @pytest.mark.parametrize(
-    ("calibration", "expected"),
+    ("scores", "settings", "expected"),
     [
-        (calibrate(np.arange(1000.0)), []),
-        (calibrate([3.0, 1.0, 2.0]), ["3 good images are too few", "19 good images would do"]),
-        (calibrate(np.arange(10.0, 20.0)), ["10 good images are too few", "model of the tail"]),
-        (calibrate(np.arange(200.0), method="leave_one_out"), ["All 200 training images set the threshold"]),
-        (calibrate(np.arange(2000.0), method="cross"), ["(cross)"]),
+        (MANY, {}, []),
+        ([3.0, 1.0, 2.0], {}, ["3 good images are too few", "19 good images would do"]),
+        (MANY[10:20], {}, ["10 good images are too few", "model of the tail"]),
+        (MANY[:200], LEAVE_ONE_OUT, ["All 200 training images set the threshold"]),
+        (MANY, {"method": "cross"}, ["(cross)"]),
         (
-            calibrate(np.arange(40.0), method="leave_one_out", groups=PAIRS),
-            ["40 photographs of about 20 parts", "its part left out", "100 parts would bring it between"],
+            MANY[:40],
+            {**LEAVE_ONE_OUT, "groups": PAIRS},
+            ["40 photographs of about 20 parts", "its part left out", "100 parts"],
         ),
     ],
-    ids=["enough", "three images", "tail", "leave-one-out", "cross", "photographs of parts"],
 )
-def test_caveats_name_the_method_and_the_numbers_of_images(calibration, expected):
-    caveats = calibration.caveats()
+def test_caveats_name_the_method_and_the_numbers_of_images(scores, settings, expected):
+    calibration = calibrate(scores, **settings)
+    caveats = " ".join(calibration.caveats())
     assert bool(caveats) == bool(expected)
-    assert [text for text in expected if text not in " ".join(caveats)] == []
-    assert calibration.image_guaranteed == (not expected)
-    assert calibration.pixel_guaranteed == (not expected)
+    assert [text for text in expected if text not in caveats] == []
+    assert (calibration.image_guaranteed, calibration.pixel_guaranteed) == (not expected, not expected)
 
 
 def test_three_images_give_their_highest_score_and_ten_images_the_threshold_of_the_tail_model():
@@ -263,33 +264,21 @@ def test_a_changed_dictionary_is_refused(change, named):
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("inputs", "named"),
     [
-        (("split", 0.0, 0.001), r"target_fpr=0\.0"),
-        (("split", 0.05, 1.0), r"target_pixel_fpr=1\.0"),
-        (("test", 0.05, 0.001), "test"),
+        ({"target_fpr": 0.0}, r"target_fpr=0\.0"),
+        ({"target_pixel_fpr": 1.0}, r"target_pixel_fpr=1\.0"),
+        ({"method": "test"}, "test"),
+        ({"maps": np.zeros((1, 4, 4))}, "2 scores for 1 maps"),
+        ({"scores": [1.0, np.nan]}, "nan"),
+        ({"maps": [np.zeros((4, 4)), np.full((4, 4), np.inf)]}, "map 1"),
+        ({"maps": np.zeros((2, 0, 4))}, "map 0"),
+        ({"scores": []}, r"data\.holdout_fraction"),
     ],
 )
-def test_bad_settings_are_refused(settings, named):
+def test_bad_settings_and_batches_are_refused(inputs, named):
     with pytest.raises(DataError, match=named):
-        CalibrationBuilder(*settings)
-
-
-@pytest.mark.parametrize(
-    ("scores", "maps", "named"),
-    [
-        ([1.0, 2.0], np.zeros((1, 4, 4)), "2 scores for 1 maps"),
-        ([np.nan], np.zeros((1, 4, 4)), "scores"),
-        ([1.0, 2.0], np.stack([np.zeros((4, 4)), np.full((4, 4), np.inf)]), "map 1"),
-        ([1.0], np.zeros((1, 0, 4)), "map 0"),
-    ],
-)
-def test_bad_batches_are_refused_and_leave_the_builder_as_it_was(scores, maps, named):
-    builder = CalibrationBuilder("split", 0.05, 0.001)
-    with pytest.raises(DataError, match=named):
-        builder.add(scores, maps)
-    with pytest.raises(DataError, match=r"data\.holdout_fraction"):
-        builder.finish()
+        calibrate(**{"scores": [1.0, 2.0], **inputs})
 
 
 @pytest.mark.parametrize("judge", [Calibration.is_anomalous, Calibration.conformal_p_value])

@@ -8,14 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from focus_ray.detect.detector import describe_embedding
-from focus_ray.fitting.duplicates import (
-    ImageOrigins,
-    RepeatFinder,
-    connected_components,
-    describe_repeats,
-    descriptor_distances,
-    find_relations,
-)
+from focus_ray.fitting import duplicates
+from focus_ray.fitting.duplicates import ImageOrigins, find_relations
 
 
 def make_parts(num_parts: int, photographs: int, noise: float, seed: int = 0) -> torch.Tensor:
@@ -99,14 +93,14 @@ def test_components_equal_those_of_union_find(edges: list[tuple[int, int]]) -> N
         linked[first, second] = linked[second, first] = True
         a, b = parent[first], parent[second]
         parent = [min(a, b) if value in (a, b) else value for value in parent]
-    assert connected_components(linked).tolist() == parent
+    assert duplicates.connected_components(linked).tolist() == parent
 
 
 def test_distances_are_means_over_cells() -> None:
     descriptors = describe_embedding(torch.randn(3, 5, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert descriptors.shape == (3, 64, 5)
     expected = (descriptors[0] - descriptors[1]).norm(dim=1).mean()
-    distance = descriptor_distances(descriptors, descriptors)[0, 1]
+    distance = duplicates.descriptor_distances(descriptors, descriptors)[0, 1]
     torch.testing.assert_close(distance, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -114,9 +108,9 @@ def test_photographs_of_training_parts_are_recognised_among_test_images() -> Non
     parts = make_parts(30, 1, noise=0.0)
     again = parts[:5] + 0.05 * torch.randn(5, 4, 8, generator=torch.Generator().manual_seed(9))
     images = torch.cat([again, make_parts(5, 1, noise=0.0, seed=8)])
-    assert RepeatFinder(parts, same_part_distance=0.5).find(images).tolist() == [True] * 5 + [False] * 5
+    assert duplicates.RepeatFinder(parts, same_part_distance=0.5).find(images).tolist() == [True] * 5 + [False] * 5
 
 
 def test_many_repeats_are_reported_and_few_are_not() -> None:
-    assert (describe_repeats(3, 20), describe_repeats(0, 2)) == (None, None)
-    assert "5 of 20" in str(describe_repeats(5, 20))
+    assert (duplicates.describe_repeats(3, 20), duplicates.describe_repeats(0, 2)) == (None, None)
+    assert "5 of 20" in str(duplicates.describe_repeats(5, 20))

@@ -84,8 +84,8 @@ def make_sums(images: Iterable[int] = ()) -> ResidualScatter:
     sums = ResidualScatter(BANK, DensityConfig(window=3, num_channels=4), seed=1)
     for number in images:
         image = torch.tensor([number])
-        sums.add_normal_residuals(image)
-        sums.add_defective_residuals(3 * BANK[image].flip(2), image, torch.ones(1, 4, 4, dtype=torch.bool))
+        for kind, embedding in enumerate((BANK[image], 3 * BANK[image].flip(2))):
+            sums.add(kind, embedding, image, torch.ones(1, 4, 4, dtype=torch.bool))
     return sums
 
 
