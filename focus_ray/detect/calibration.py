@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -309,6 +309,15 @@ class Calibration:
             raise DataError(f"calibration: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
+class _NormalImage(NamedTuple):
+    """A scored normal image: its score, its group (None: independent), its highest pixel scores, and its number of pixels."""
+
+    score: float
+    group: int | None
+    top: NDArray[Any]
+    num_pixels: int
+
+
 class CalibrationBuilder:
     """Collects scores and maps of held-out normal images batch by batch. Builders of several workers can be merged.
 
@@ -324,15 +333,12 @@ class CalibrationBuilder:
         self.method: Method = method
         self.target_fpr, self.target_pixel_fpr = target_fpr, target_pixel_fpr
         self.kept_fraction = min(1.0, max(0.01, 100.0 * target_pixel_fpr))
-        self._scores: list[float] = []
-        self._tops: list[NDArray[Any]] = []
-        self._num_pixels: list[int] = []
-        self._groups: list[int | None] = []
+        self._images: list[_NormalImage] = []
 
     @property
     def num_images(self) -> int:
         """Number of added images."""
-        return len(self._scores)
+        return len(self._images)
 
     def add(
         self, scores: ArrayLike, maps: NDArray[Any] | Sequence[NDArray[Any]], groups: NDArray[np.int64] | None = None
@@ -354,12 +360,11 @@ class CalibrationBuilder:
         for index, image in enumerate(maps):
             if not image.size or not np.isfinite(image).all():
                 raise DataError(f"calibration map {index} is empty or not finite; expected finite numbers")
-        self._scores.extend(values.tolist())
-        self._groups.extend([None] * len(values) if groups is None else groups.tolist())
-        for image in maps:
-            num_kept = math.ceil(image.size * self.kept_fraction)
-            self._tops.append(np.partition(image.ravel(), image.size - num_kept)[image.size - num_kept :].copy())
-            self._num_pixels.append(image.size)
+        numbers = [None] * len(values) if groups is None else groups.tolist()
+        for score, group, image in zip(values.tolist(), numbers, maps, strict=True):
+            first_kept = image.size - math.ceil(image.size * self.kept_fraction)
+            top = np.partition(image.ravel(), first_kept)[first_kept:].copy()
+            self._images.append(_NormalImage(score, group, top, image.size))
 
     def merge(self, other: CalibrationBuilder) -> CalibrationBuilder:
         """Returns a new builder with the images of two builders that have the same settings.
@@ -367,22 +372,20 @@ class CalibrationBuilder:
         It equals a builder to which all images were added, in any order.
         """
         merged = CalibrationBuilder(self.method, self.target_fpr, self.target_pixel_fpr)
-        merged._scores = self._scores + other._scores
-        merged._tops = self._tops + other._tops
-        merged._num_pixels = self._num_pixels + other._num_pixels
-        merged._groups = self._groups + other._groups
+        merged._images = self._images + other._images
         return merged
 
     def finish(self) -> Calibration:
         """Computes the calibration from all added images. Raises: DataError: no image was added."""
-        if not self._scores:
+        if not self._images:
             raise DataError(
                 "there is no normal image for the calibration; set data.holdout_fraction above 0, or "
                 "calibration.method=leave_one_out"
             )
-        image_scores = np.sort(np.array(self._scores))
-        sizes = Counter(group for group in self._groups if group is not None)
-        num_groups = len(sizes) + self._groups.count(None)
+        image_scores = np.sort(np.array([image.score for image in self._images]))
+        sizes = Counter(image.group for image in self._images)
+        num_independent = sizes.pop(None, 0)  # images without a group
+        num_groups = len(sizes) + num_independent
         # The threshold is the ceil((1 - a)(n + 1))-th smallest score for the target a, or the highest score if n is too small.
         # Then score > threshold holds if and only if p <= a. The rank is found by comparing p-values with a as floats, so
         # rounding cannot contradict this.
@@ -397,7 +400,7 @@ class CalibrationBuilder:
         if tail is not None:
             image_threshold = tail.score_at(self.target_fpr)
         # The guarantee needs exchangeable groups. Groups count equally only if all have the same size.
-        has_equal_groups = len(set(sizes.values()) | ({1} if None in self._groups else set())) == 1
+        has_equal_groups = len({*sizes.values(), *([1] if num_independent else [])}) == 1
         are_all_independent = num_groups == self.num_images
         pixel_threshold, pixel_attained = self._pixel_threshold()
         return Calibration(
@@ -426,11 +429,13 @@ class CalibrationBuilder:
         attained = budget >= 0.0
         if not attained:
             budget = n * target
-        values = np.concatenate(self._tops)
-        shares = np.repeat(1.0 / np.array(self._num_pixels), [top.size for top in self._tops])
+        values = np.concatenate([image.top for image in self._images])
+        num_stored = np.array([image.top.size for image in self._images])
+        num_pixels = np.array([image.num_pixels for image in self._images])
+        shares = np.repeat(1.0 / num_pixels, num_stored)
         # Below the lowest stored score of an image, the share above is unknown. It counts as 1.
-        floors = np.array([top.min() for top in self._tops], dtype=values.dtype)
-        unknown_shares = 1.0 - np.array([top.size for top in self._tops]) / np.array(self._num_pixels)
+        floors = np.array([image.top.min() for image in self._images], dtype=values.dtype)
+        unknown_shares = 1.0 - num_stored / num_pixels
         values, shares = np.concatenate([values, floors]), np.concatenate([shares, unknown_shares])
         order = np.argsort(-values, kind="stable")
         values, above = values[order], np.cumsum(shares[order])

@@ -168,7 +168,9 @@ def learn_projection(
     rows = {number: row for row, number in enumerate(numbers)}
     cache = CachedEmbeddings(rows, tiles.join(full), tiles.join(coreset), theta)
     bank = gather_rows(full)
-    scored = gather_rows(_scored_locations(own_images[..., 3], theta, bank.shape[2], device).byte().cpu()) > 0
+    # (n, H, W) bool, locations of the aligned frame that are scored
+    scored = shown_locations(own_images[..., 3].to(device) > 0, theta, Tiles(1, 1, size, 0), full.shape[2:])
+    scored = gather_rows(scored.cpu())
     if len(images) < 2:
         raise ValueError(
             f"density.reduction=discriminant needs at least 2 normal images, got {len(images)}: add training images"
@@ -263,20 +265,6 @@ def _choose_queries(num_images: int, num_tiles: int, use_all: bool) -> list[int]
         return sorted(sample_evenly(num_images, num_images if use_all else MAX_QUERIES))
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(0))
     return sorted(order[:MAX_NEIGHBOURS].tolist())
-
-
-def _scored_locations(shown: Tensor, theta: Tensor | None, side: int, device: torch.device) -> Tensor:
-    """Returns the locations of the aligned frame that are scored.
-
-    Args:
-        shown: (B, S, S) uint8, above 0 at pixels that are scored.
-        theta: (B, 2, 3), alignment of each image; None without image alignment.
-        side: locations along one side of the map.
-
-    Returns: (B, side, side) bool.
-    """
-    one_tile = Tiles(1, 1, shown.shape[1], 0)
-    return shown_locations(shown.to(device) > 0, theta, one_tile, (side, side))
 
 
 def _covered_locations(masks: np.ndarray, theta: Tensor | None, side: int, device: torch.device) -> Tensor:

@@ -87,6 +87,7 @@ def test_tiles_are_cut_at_their_positions_and_joined_again() -> None:
     assert torch.equal(tiles.cut_batch(batch)[[4, 10]], tiles.cut_tile(batch, 4))
     assert torch.equal(tiles.split(tiles.join(cut)), cut)
     assert tiles.join(cut).shape == (2, 3, 16, 24)
+    assert tiles.join(cut[:, :0]).shape == (2, 0, 16, 24)
 
 
 def test_a_bank_of_images_is_folded_into_a_bank_of_tiles() -> None:
