@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from small_set import CATEGORIES, fit_alone, ingest_parts, make_bundle, small_config, write_fitted_bundle
+from small_set import CATEGORIES, fit_alone, make_bundle, small_config, write_fitted_bundle
 from torch import Tensor
 
 from focus_ray.bundle.bundle import read_bundle, read_statistics
@@ -37,11 +37,6 @@ from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.split import plan_category
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
 
 
 def make_fit(data: str, storage: Path | str = "unused", group: str = "none", **density: Any) -> CategoryFit:

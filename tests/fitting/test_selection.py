@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_set import NUM_TRAIN, ingest_parts, small_config
+from small_set import NUM_TRAIN, fit_alone, small_config
 
 from focus_ray.errors import DataError
 from focus_ray.features.network import build_net
-from focus_ray.fitting.fit import FitResult, build_detector, fit
+from focus_ray.fitting.fit import FitResult, build_detector
 from focus_ray.fitting.passes import compute_statistics, compute_validation_figures
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, MIN_GAIN, validation_figures, validation_images
 from focus_ray.fitting.settings import Config
@@ -27,19 +27,9 @@ EPOCHS = 3
 NORMALS = np.stack([draw_sample("board", 0, "train", index, 64)[0] for index in range(4)])
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
-
-
 def selection_config(data: str, **sections: dict[str, Any]) -> Config:
     defaults = {"selection": {"enabled": True, "fraction": 0.2}, "model": {"image_alignment": {"group": "none"}}}
     return small_config(data, "unused", **{**defaults, **sections})
-
-
-def run(config: Config) -> FitResult:
-    plan = plan_category(config, "gear")
-    return fit(config, build_shard(config, "gear", plan, 0, 1), len(plan.fit_rows), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +38,7 @@ def trained(data: str) -> tuple[Config, FitResult]:
     config = selection_config(data, train={"epochs": EPOCHS, "learning_rate": 0.02})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("focus_ray.fitting.fit.MIN_GAIN", 0.0)
-        return config, run(config)
+        return config, fit_alone(config)
 
 
 @pytest.mark.parametrize("method", ["split", "cross"])
@@ -65,7 +55,7 @@ def test_without_selection_nothing_is_held_out_or_judged_and_the_calibration_ima
     plain, selecting = plan_category(config, "gear"), plan_category(selection_config(data), "gear")
     assert len(plain.validation_rows) == 0
     assert selecting.holdout_rows.tolist() == plain.holdout_rows.tolist()
-    assert run(config).notes.selection == []
+    assert fit_alone(config).notes.selection == []
 
 
 def test_validation_takes_no_more_images_than_it_may(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,21 +90,21 @@ def test_the_untrained_network_is_kept_if_no_epoch_gains_enough(data: str, monke
     monkeypatch.setattr("focus_ray.fitting.fit.MIN_GAIN", 1.0)
     config = selection_config(data, train={"epochs": 1, "learning_rate": 0.05})
     torch.manual_seed(config.train.seed)
-    untrained, selected = build_net(config.model).state_dict(), run(config).net.state_dict()
+    untrained, selected = build_net(config.model).state_dict(), fit_alone(config).net.state_dict()
     assert all(torch.equal(selected[name], value) for name, value in untrained.items() if name in selected)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "nearest"])
 def test_validation_images_join_the_density(data: str, kind: str) -> None:
     config = selection_config(data, density={"kind": kind})
-    plan, statistics = plan_category(config, "gear"), run(config).statistics
+    plan, statistics = plan_category(config, "gear"), fit_alone(config).statistics
     expected = len(plan.fit_rows) + len(plan.validation_rows)
     assert statistics.moments.count == expected
     assert statistics.bank is None or len(statistics.bank) == expected
 
 
 def test_aligning_is_judged_against_not_aligning(data: str) -> None:
-    result = run(selection_config(data, model={"image_alignment": {"group": "rotation", "min_drop": 0.0}}))
+    result = fit_alone(selection_config(data, model={"image_alignment": {"group": "rotation", "min_drop": 0.0}}))
     scores = {
         entry["image_alignment"]: entry["score"] for entry in result.notes.selection if "image_alignment" in entry
     }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from small_set import fit_alone, ingest_parts, small_config, write_fitted_bundle
+from small_set import fit_alone, small_config, write_fitted_bundle
 from torch import Tensor
 
 from focus_ray.bundle.bundle import read_bundle, read_statistics
@@ -36,11 +36,6 @@ from focus_ray.fitting.split import plan_category
 
 SIDE = 32  # of a tile, in pixels
 DENSITIES = ("per_tile", "shared")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return ingest_parts(tmp_path_factory.mktemp("parts"))
 
 
 def tiled_config(

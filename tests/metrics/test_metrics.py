@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.ndimage import maximum_filter
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from focus_ray.errors import DataError
@@ -17,30 +17,20 @@ from focus_ray.metrics import metrics
 from focus_ray.metrics.pixels import PixelBins, PixelCurve
 
 
-def slow_regions(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """Finds 8-connected regions by flood fill."""
-    unvisited = set(zip(*np.nonzero(mask), strict=True))
-    regions = []
-    while unvisited:
-        queue, region = deque([unvisited.pop()]), []
-        while queue:
-            i, j = queue.popleft()
-            region.append((i, j))
-            for neighbour in [(i + di, j + dj) for di in (-1, 0, 1) for dj in (-1, 0, 1)]:
-                if neighbour in unvisited:
-                    unvisited.remove(neighbour)
-                    queue.append(neighbour)
-        regions.append(region)
-    return regions
+def slow_regions(mask: np.ndarray) -> np.ndarray:
+    """Numbers 8-connected regions: every pixel takes the largest number of its neighbours, until all have the same."""
+    numbers = mask * np.arange(1, mask.size + 1).reshape(mask.shape)
+    for _ in range(mask.size):
+        numbers = mask * maximum_filter(numbers, 3)
+    return numbers
 
 
 def slow_aupro(masks: list[np.ndarray], maps: list[np.ndarray], fpr_limit: float) -> float:
     """Computes AUPRO from its definition: mean overlap and false positives at every distinct score."""
-    regions = [
-        np.array([scores[i, j] for i, j in region])
-        for mask, scores in zip(masks, maps, strict=True)
-        for region in slow_regions(mask)
-    ]
+    regions = []
+    for mask, scores in zip(masks, maps, strict=True):
+        numbers = slow_regions(mask)
+        regions += [scores[numbers == number] for number in np.unique(numbers[mask])]
     normal = np.concatenate([scores[~mask] for mask, scores in zip(masks, maps, strict=True)])
     curve = [(0.0, 0.0)]
     for threshold in sorted({float(value) for scores in maps for value in scores.ravel()}, reverse=True):
