@@ -21,34 +21,10 @@ from focus_ray.errors import DataError
 ADDRESSING_VARIABLE = "FOCUS_RAY_S3_ADDRESSING"
 _ADDRESSING_STYLES = ("auto", "path", "virtual")
 # boto3's names of the credential sources that pyarrow also knows
-_SOURCES_OF_PYARROW = (
-    "env",
-    "shared-credentials-file",
-    "config-file",
-    "iam-role",
-    "container-role",
-    "assume-role-with-web-identity",
-)
-# environment variables that the settings depend on
-_VARIABLES = (
-    *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
-    *(
-        "AWS_REGION",
-        "AWS_DEFAULT_REGION",
-        "AWS_ENDPOINT_URL",
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
-    ),
-    *(
-        "AWS_CA_BUNDLE",
-        "SSL_CERT_FILE",
-        "REQUESTS_CA_BUNDLE",
-        "AWS_CONFIG_FILE",
-        "AWS_SHARED_CREDENTIALS_FILE",
-        ADDRESSING_VARIABLE,
-    ),
-    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy"),
-)
+_SOURCES_OF_PYARROW = {"env", "shared-credentials-file", "config-file", "iam-role", "container-role"}
+_SOURCES_OF_PYARROW |= {"assume-role-with-web-identity"}
+_OTHER_VARIABLES = (ADDRESSING_VARIABLE, "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")  # that the settings depend on
+_AWS_FILES = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
 
 
 @dataclass(frozen=True)
@@ -90,16 +66,18 @@ def load_s3_settings() -> S3Settings:
     """
     files = [Path(os.environ.get(name, default)).expanduser() for name, default in _AWS_FILES]
     mtimes_ns = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in files)
-    settings = _resolve_settings(tuple(os.environ.get(name) for name in _VARIABLES), mtimes_ns)
+    variables = {
+        (name, value)
+        for name, value in os.environ.items()
+        if name.startswith("AWS_") or name in _OTHER_VARIABLES or name.lower().endswith("_proxy")
+    }
+    settings = _resolve_settings(frozenset(variables), mtimes_ns)
     # credentials that pyarrow cannot renew are temporary: resolve them each time, without the cache
-    return settings if settings.keys is None else _resolve_settings.__wrapped__((), ())
-
-
-_AWS_FILES = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+    return settings if settings.keys is None else _resolve_settings.__wrapped__(frozenset(), ())
 
 
 @lru_cache(maxsize=8)
-def _resolve_settings(environment: tuple[str | None, ...], mtimes_ns: tuple[int, ...]) -> S3Settings:
+def _resolve_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[int, ...]) -> S3Settings:
     """Resolves the settings with boto3. The arguments are only the cache key: the values and files that the result depends on."""
     import boto3
     from botocore.exceptions import BotoCoreError
@@ -129,12 +107,9 @@ def _resolve_settings(environment: tuple[str | None, ...], mtimes_ns: tuple[int,
     ca_file = ca_file or os.environ.get("SSL_CERT_FILE") or None
     if ca_file and not Path(ca_file).is_file():
         raise DataError(f"AWS_CA_BUNDLE={ca_file}: no such file: set a PEM file of certificates, or unset the variable")
-    if style == "auto":
-        style = (
-            str((profile.get("s3") or {}).get("addressing_style", "auto"))
-            if isinstance(profile.get("s3"), dict)
-            else "auto"
-        )
+    section = profile.get("s3")
+    if style == "auto" and isinstance(section, dict):
+        style = section.get("addressing_style", "auto")
     return S3Settings(endpoint, region, ca_file, _find_proxy(endpoint), style == "virtual", keys)
 
 

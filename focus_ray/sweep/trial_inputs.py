@@ -61,8 +61,8 @@ class CategoryImages:
         fit: (N, S, S, 3) uint8, the images for training.
         validation: (N, S, S, 3) uint8, the good images that are held out for the choice of an epoch.
         judged: Images on which trials are judged.
-        fit_groups: (N,) group number of each fit image, as in `data.split.SplitPlan`; None: each image is its own group.
-        fit_order: (N,) natural order of the fit images, as in `SplitPlan`.
+        fit_groups: (N,) group number of each fit image, as in `data.split.SplitRows`; None: each image is its own group.
+        fit_order: (N,) natural order of the fit images, as in `SplitRows`.
     """
 
     fit: NDArray[np.uint8]
@@ -144,8 +144,8 @@ def load_images(config: Config, category: str, plan: SplitPlan, objective: Objec
         decode(plan.fit_rows, size_px),
         decode(plan.validation_rows, size_px),
         judged,
-        plan.fit_groups,
-        plan.fit_order,
+        plan.fit.groups,
+        plan.fit.order,
     )
 
 

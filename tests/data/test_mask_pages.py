@@ -12,7 +12,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from focus_ray.data.images import ImageError, decode_image, decode_mask, encode_png, probe_mask, read_mask
+from focus_ray.data.images import ImageError, decode_image, decode_mask, encode_png, probe_mask
 from focus_ray.data.read import iter_test_records
 from focus_ray.ingestion.ingest import ingest
 
@@ -90,19 +90,19 @@ def test_the_pages_of_a_mask_are_combined(kind: str) -> None:
     expected = np.any(regions(), axis=0)
     assert int(expected.sum()) >= 5000
     data = KINDS[kind]()
-    np.testing.assert_array_equal(read_mask(data), expected)
+    np.testing.assert_array_equal(probe_mask(data)[0], expected)
     np.testing.assert_array_equal(decode_mask(data, *expected.shape), expected)
     assert probe_mask(data)[1] == 1
 
 
 def test_a_page_that_is_empty_or_a_reduced_copy_changes_nothing() -> None:
     pages = regions()
-    np.testing.assert_array_equal(read_mask(tiff_of([np.zeros_like(pages[0]), pages[1]])), pages[1] > 0)
+    np.testing.assert_array_equal(probe_mask(tiff_of([np.zeros_like(pages[0]), pages[1]]))[0], pages[1] > 0)
     sink = io.BytesIO()
     with tifffile.TiffWriter(sink) as writer:
         writer.write(pages[0])
         writer.write(pages[0][::2, ::2], subfiletype=1)
-    np.testing.assert_array_equal(read_mask(sink.getvalue()), pages[0] > 0)
+    np.testing.assert_array_equal(probe_mask(sink.getvalue())[0], pages[0] > 0)
 
 
 def frames(file_format: str) -> bytes:
@@ -149,7 +149,7 @@ def cut_off() -> bytes:
 )
 def test_a_mask_whose_regions_cannot_be_combined_is_refused_with_the_reason(data: Any, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
-        read_mask(data())
+        probe_mask(data())
 
 
 def test_ingest_combines_the_pages_of_a_mask_and_of_an_image_takes_the_first(tmp_path: Path) -> None:
@@ -165,6 +165,6 @@ def test_ingest_combines_the_pages_of_a_mask_and_of_an_image_takes_the_first(tmp
     (source / "ground_truth/spot/0_mask.tif").write_bytes(tiff_of(regions()))
     ingest(tmp_path / "images", tmp_path / "data", progress=False)
     (mask,) = (one["mask"] for one in iter_test_records(str(tmp_path / "data"), "part") if one["label"])
-    np.testing.assert_array_equal(read_mask(mask), np.any(regions(), axis=0))
+    np.testing.assert_array_equal(probe_mask(mask)[0], np.any(regions(), axis=0))
     pages = tiff_of(pictures[:2], photometric="rgb")
     np.testing.assert_array_equal(decode_image(pages, None), pictures[0])
