@@ -15,12 +15,8 @@ from focus_ray.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")
 # Folders that file servers and operating systems create for thumbnails, deleted files and snapshots, in lower case.
-_SYSTEM_FOLDERS = frozenset(
-    (
-        *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"),
-        *("$recycle.bin", "recycler", "system volume information", "lost+found"),
-    )
-)
+_SYSTEM_FOLDERS = {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"}
+_SYSTEM_FOLDERS |= {"$recycle.bin", "recycler", "system volume information", "lost+found"}
 
 
 def is_system_folder(name: str) -> bool:
@@ -118,14 +114,11 @@ def find_image_files(folder: Path, log: Callable[[str], None] = lambda message: 
         refuse(folder, error)
     drawings = {path for path in paths if is_drawing_file(path)}
     images = sorted(path for path in paths if path not in drawings)
-    skipped = [
-        *([f"{len(hidden)} hidden files or folders"] if hidden else []),
-        *([f"{len(drawings)} pictures that focus_ray drew"] if drawings else []),
-    ]
-    note = f"skipped: {' and '.join(skipped)}" if skipped else ""
+    counts = {"hidden files or folders": len(hidden), "pictures that focus_ray drew": len(drawings)}
+    note = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     if not images:
         expected = f"image files end in {', '.join(IMAGE_SUFFIXES)}"
-        raise DataError(f"{folder}: no image in this folder; {expected}{f'; {note}' if note else ''}")
+        raise DataError(f"{folder}: no image in this folder; {expected}{f'; skipped: {note}' if note else ''}")
     if note:
-        log(f"note: {folder}: {note}")
+        log(f"note: {folder}: skipped: {note}")
     return images

@@ -15,8 +15,8 @@ import itertools
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,14 @@ class Store:
         folders = read_stamps(self.uri, COMMIT_NAME)  # one listing on S3, whatever the number of categories
         return sorted(folder[len("category=") :] for folder in folders if folder.startswith("category="))
 
+    def require_categories(self) -> list[str]:
+        """Returns the sorted names of the categories that have a commit. Raises: DataError: there is no data set."""
+        names = self.committed_categories()
+        if not names:
+            expected = f"expected folders category=<name> with a {COMMIT_NAME}"
+            raise DataError(f"{self.uri}: no data set here: {expected}; ingest one first")
+        return names
+
     def read_commit(self, category: str, version: str | None = None) -> Commit | None:
         """Returns the commit of a category, or None if the category has no current commit.
 
@@ -146,21 +154,14 @@ class Store:
         """Reads a commit file; None if it does not exist. Raises: DataError: it is damaged or of another schema version."""
         with self.storage_errors("read the commit file", path):
             data = read_file(self.filesystem, path)
-        if data is None:
-            return None
-        return parse_commit(data, self.uri, category, path)
+        return None if data is None else parse_commit(data, self.uri, category, path)
 
     def require_commit(self, category: str, version: str | None = None) -> Commit:
         """Returns the commit of a category, see `read_commit`. Raises: DataError: the data set or the category does not exist."""
         commit = self.read_commit(category, version)
         if commit is None:
-            names = self.committed_categories()
-            if not names:
-                raise DataError(
-                    f"{self.uri}: no data set here: expected folders category=<name> with a {COMMIT_NAME}; ingest one "
-                    f"first"
-                )
-            raise DataError(f"{self.uri}: no category {category!r}; available categories: {', '.join(names)}")
+            names = ", ".join(self.require_categories())
+            raise DataError(f"{self.uri}: no category {category!r}; available categories: {names}")
         return commit
 
     def is_complete(self, category: str, commit: Commit) -> bool:
@@ -333,9 +334,8 @@ class Store:
         folder, run_id = self.category_folder(category), uuid.uuid4().hex[:12]
         # The file names contain the run id. If they depended on the content alone, another run could use the same name and
         # remove the file.
-        objects: dict[str, ChecksummedEntry | None] = {}
+        objects: dict[str, ChecksummedEntry | None] = {"index": None, "sources": None}
         for kind, table in (("index", draft.index), ("sources", draft.sources)):
-            objects[kind] = None
             if table is not None:
                 name = f"_{kind}-{run_id}.parquet"
                 new_files.append(name)
@@ -445,21 +445,15 @@ class Store:
     def discard(self, category: str, names: Iterable[str]) -> None:
         """Removes files of a category that no commit names. names: paths in the folder of the category."""
         for name in names:
-            try:
+            with suppress(OSError):  # a file that no commit names does no harm, and a later run tries again
                 self.filesystem.delete_file(f"{self.category_folder(category)}/{name}")
-            except OSError:  # a file that no commit names does no harm, and a later run tries again
-                continue
 
     def write_rejects(self, category: str, rejects: Sequence[Reject]) -> None:
         """Stores the rejected files of a category. Without rejects, the stored list is removed."""
         path = self._rejects_path(category)
         with self.storage_errors("write the rejects", path):
             if rejects:
-                names = ("path", "category", "reason", "detail")
-                columns = {name: [getattr(reject, name) for reject in rejects] for name in names}
-                sink = pa.BufferOutputStream()
-                pq.write_table(pa.table(columns), sink)
-                write_file(self.filesystem, path, sink.getvalue().to_pybytes())
+                self._write_table(path, pa.Table.from_pylist([asdict(reject) for reject in rejects]))
             elif self.filesystem.get_file_info(path).type == fs.FileType.File:
                 self.filesystem.delete_file(path)
 
@@ -501,11 +495,8 @@ def read_columns(part: pq.ParquetFile, columns: Sequence[str], group: int | None
 
     Args: group: number of a row group; None reads all row groups.
     """
-    available = [name for name in columns if name in part.schema_arrow.names]
-    if available == list(columns):
-        return part.read(columns=available) if group is None else part.read_row_group(group, columns=available)
-    if not available:  # a table without columns has no rows that could be filled
-        available = ["label"]
+    # a table without columns has no rows that could be filled
+    available = [name for name in columns if name in part.schema_arrow.names] or ["label"]
     table = part.read(columns=available) if group is None else part.read_row_group(group, columns=available)
     return fill_group_column(table).select(columns)
 
@@ -528,13 +519,10 @@ def open_part(store: Store, category: str, entry: PartEntry) -> Iterator[pq.Parq
                 raise pa.ArrowInvalid(f"schema version {version!r}, {part.metadata.num_rows} rows")
             yield part
     except pa.ArrowException as error:
-        raise DataError(
-            f"{store.uri}: part file {path} is damaged ({error}): remove the category's {COMMIT_NAME} and ingest it "
-            "again"
-        ) from error
+        remedy = f"remove the category's {COMMIT_NAME} and ingest it again"
+        raise DataError(f"{store.uri}: part file {path} is damaged ({error}): {remedy}") from error
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise DataError(
-                f"{error}. If the category was ingested again meanwhile, start over; otherwise ingest it again"
-            ) from error
+            remedy = "If the category was ingested again meanwhile, start over; otherwise ingest it again"
+            raise DataError(f"{error}. {remedy}") from error
         raise
