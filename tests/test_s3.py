@@ -76,7 +76,7 @@ def test_an_identity_with_read_access_can_read_and_gets_an_error_when_it_writes(
     set_environment(monkeypatch, s3.environment("reader"))
     assert read_index(uri, "bolt").num_rows == 6
     (source / "train/good/000.png").unlink()
-    with pytest.raises(DataError, match=r"S3 bucket 'focus-ray-tests', key '\w+/_write_check-.*cannot write: access"):
+    with pytest.raises(DataError, match=r"S3 bucket 'focus-ray-tests', key '\w+/_probe-.*cannot write: access"):
         ingest_quietly(source, uri)
     assert read_index(uri, "bolt").num_rows == 6
 

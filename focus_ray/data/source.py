@@ -24,13 +24,6 @@ class S3Tree:
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Tree, (self.uri,)
 
-    def list(self) -> None:
-        """Lists all objects, with one request per thousand objects.
-
-        Raises: DataError: the prefix cannot be listed, contains no object, or contains a folder with an empty name.
-        """
-        self.add_objects(list_objects(self.uri))
-
     def add_objects(self, objects: Iterable[ListedObject]) -> None:
         """Adds objects and the folders that contain them.
 
@@ -159,7 +152,7 @@ def open_source(source: str | Path) -> SourcePath:
     """
     if is_s3(source):
         tree = S3Tree(str(source))
-        tree.list()
+        tree.add_objects(list_objects(tree.uri))
         return S3Path(tree)
     root = Path(source).expanduser()
     if not root.is_dir():

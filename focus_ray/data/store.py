@@ -49,6 +49,7 @@ from focus_ray.data.schema import (
 )
 from focus_ray.errors import DataError, StorageError
 from focus_ray.storage.files import (
+    check_access,
     create_bytes,
     join,
     open_filesystem,
@@ -222,10 +223,7 @@ class Store:
         Raises: DataError: a small test file cannot be written and deleted.
         """
         if not self._writable:
-            path = f"{self.path}/_write_check-{uuid.uuid4().hex}"
-            with self.storage_errors("write", path):
-                write_file(self.filesystem, path, b"focus_ray")
-                self.filesystem.delete_file(path)
+            check_access(self.uri, ("write", "delete"), is_quick=False)
             self._writable = True
 
     def write_parts(self, category: str, rows: Iterable[Row]) -> tuple[list[PartEntry], pa.Table]:

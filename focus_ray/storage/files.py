@@ -451,17 +451,18 @@ def write_bytes(uri: str | Path, data: bytes) -> None:
         write_file(filesystem, path, data)
 
 
-def check_access(uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete")) -> None:
+def check_access(
+    uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete"), is_quick: bool = True
+) -> None:
     """Checks with a small temporary file that a job may write, read, list and delete in a folder.
-
-    Each request is sent at most twice, so that the check fails within seconds.
 
     Args:
         actions: a selection of "write", "read", "list" and "delete". Without "write" only "list" is checked.
+        is_quick: each request is sent at most twice, so that the check fails within seconds.
 
     Raises: DataError: an action is not allowed. The message names bucket, key and action of the first one.
     """
-    filesystem, path = open_filesystem(uri, is_quick=True)
+    filesystem, path = open_filesystem(uri, is_quick)
     content = uuid.uuid4().hex.encode()
     probe = f"{path}/_probe-{content.decode()}"
     if "write" in actions:

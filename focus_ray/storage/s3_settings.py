@@ -9,7 +9,6 @@ credential process, an assumed role) are passed to pyarrow with their current va
 from __future__ import annotations
 
 import os
-import urllib.request
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -80,6 +79,7 @@ def load_s3_settings() -> S3Settings:
 def _resolve_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[int, ...]) -> S3Settings:
     """Resolves the settings with boto3. The arguments are only the cache key: the values and files that the result depends on."""
     import boto3
+    from botocore.configprovider import ConfiguredEndpointProvider
     from botocore.exceptions import BotoCoreError
 
     style = os.environ.get(ADDRESSING_VARIABLE) or "auto"
@@ -88,11 +88,10 @@ def _resolve_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[in
     try:
         session = boto3.Session()
         profile = session._session.get_scoped_config()  # boto3 has no public call for the entries of a profile
-        endpoint = (
-            os.environ.get("AWS_ENDPOINT_URL_S3")
-            or os.environ.get("AWS_ENDPOINT_URL")
-            or _profile_endpoint(session, profile)
-        )
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if not endpoint and not session._session.get_config_variable("ignore_configured_endpoint_urls"):
+            config = session._session.full_config
+            endpoint = ConfiguredEndpointProvider(config, profile, "s3", os.environ).provide()
         region = os.environ.get("AWS_REGION") or session.region_name
         credentials = session.get_credentials()
         keys = None
@@ -113,21 +112,10 @@ def _resolve_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[in
     return S3Settings(endpoint, region, ca_file, _find_proxy(endpoint), style == "virtual", keys)
 
 
-def _profile_endpoint(session: Any, profile: dict[str, Any]) -> str | None:
-    """Returns the S3 endpoint of a profile. The services section of the profile comes before its own endpoint_url."""
-    if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
-        return None
-    services = (session._session.full_config.get("services") or {}).get(profile.get("services"), {})
-    s3_section = services.get("s3") if isinstance(services, dict) else None
-    endpoint = s3_section.get("endpoint_url") if isinstance(s3_section, dict) else None
-    return endpoint or profile.get("endpoint_url")
-
-
 def _find_proxy(endpoint: str | None) -> str | None:
     """Returns the URL of the proxy that the environment sets for this server, or None."""
-    target = urlsplit(endpoint or "https://s3.amazonaws.com")
-    proxies = urllib.request.getproxies_environment()
-    is_bypassed = urllib.request.proxy_bypass_environment(target.netloc, proxies)  # type: ignore[attr-defined]
-    if is_bypassed:
-        return None
-    return proxies.get(target.scheme) or proxies.get("all")
+    from botocore.utils import get_environ_proxies
+
+    url = endpoint or "https://s3.amazonaws.com"
+    proxies = get_environ_proxies(url)
+    return proxies.get(urlsplit(url).scheme) or proxies.get("all")

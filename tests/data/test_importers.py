@@ -67,7 +67,7 @@ def test_each_layout_gives_its_rows(layout: str, tmp_path: Path) -> None:
     assert [f"{name} {row['split']} {num_marked[name]}" for name, row in sorted(rows.items())] == expected
     assert all(row["label"] == ("good" not in row["id"]) == (row["defect_type"] != "good") for row in rows.values())
     assert report.rejects == ()
-    assert ["test_private: " in note for note in report.notes] == [True] * ("test_private/0" in images)
+    assert sum("test_private: " in note for note in report.notes) == ("test_private/0" in images)
 
 
 def test_rows_of_mvtec_ad_have_all_columns(tmp_path: Path) -> None:

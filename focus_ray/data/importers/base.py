@@ -138,17 +138,14 @@ class FolderImporter:
 
     Attributes:
         expected: the expected content of a folder, for error messages.
-        is_category: returns whether a folder is a category in this layout.
+        fits: returns whether a folder is a category in this layout.
         plan_category: makes the plan of a category from its folder, its name and the settings.
     """
 
     expected: str
-    is_category: Callable[[SourcePath], bool]
+    fits: Callable[[SourcePath], bool]
     plan_category: Callable[[SourcePath, str, ImportSettings], ImportPlan]
     has_table = False
-
-    def fits(self, folder: SourcePath) -> bool:
-        return self.is_category(folder)
 
     def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
         name = folder_name(folder)
