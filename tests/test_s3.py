@@ -10,13 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from made_sources import ingest_quietly, make_mvtec, rows_of, save_all
+from made_sources import ingest_quietly, make_mvtec, save_all
 from s3_faults import faulty
 from s3_server import IDENTITIES, S3Server
 
-from focus_ray.data.commits import referenced_files
-from focus_ray.data.read import data_fingerprint, list_categories, read_index
-from focus_ray.data.store import open_store
+from focus_ray.data.read import list_categories, read_index
 from focus_ray.errors import DataError
 from focus_ray.storage.files import (
     check_access,
@@ -42,30 +40,6 @@ UNREACHABLE = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_MAX_ATTEMPTS": "2"
 def set_environment(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-
-
-def test_a_data_set_on_s3_equals_the_one_on_disk(s3: S3Server, source: Path, tmp_path: Path) -> None:
-    uri, local = s3.new_uri(), tmp_path / "local"
-    reports = [ingest_quietly(source, root) for root in (uri, local)]
-    assert reports[0] == reports[1]
-    assert list_categories(uri) == ["bolt"]
-    assert read_index(uri, "bolt").equals(read_index(local, "bolt"))
-    assert rows_of(uri) == rows_of(local)
-    assert data_fingerprint(uri, "bolt") == data_fingerprint(local, "bolt")
-
-
-def test_ingesting_again_replaces_only_a_changed_category(s3: S3Server, source: Path) -> None:
-    uri = s3.new_uri()
-    first, again = (ingest_quietly(source, uri) for _ in range(2))
-    assert ([item.status for item in again.categories], again.rejects) == (["unchanged"], first.rejects)
-    (source / "train/good/002.png").unlink()
-    assert ingest_quietly(source, uri).categories[0].status == "written"
-    assert read_index(uri, "bolt").num_rows == 5
-    commit = open_store(uri).require_commit("bolt")
-    dropped = {entry["name"] for entry in commit["dropped"]}
-    names = {path.rpartition("/")[2] for path in open_store(uri).list_files("bolt") if path[:3] not in ("_co", "_cl")}
-    assert (len(referenced_files(commit)), len(dropped)) == (3, 3)  # a part file, an index and a manifest each
-    assert names == referenced_files(commit) | dropped
 
 
 def test_an_identity_with_read_access_can_read_and_gets_an_error_when_it_writes(
