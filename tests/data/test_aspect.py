@@ -151,7 +151,7 @@ def test_masks_of_padded_images_match_the_defects(inspector: Inspector, data: st
 
 def test_padding_works_with_alignment_tiles_metric_profile_and_selection(data: str, tmp_path: Path) -> None:
     tiles = {"tiling": {"grid": [2, 2], "overlap": 0.25}, "image_size_px": 32}
-    aligned = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
+    aligned = {"image_alignment": {"min_drop": 0.0}}
     for model in (tiles, aligned):
         config = padded_config(
             data,

@@ -146,10 +146,11 @@ def test_group_numbers_are_equal_if_and_only_if_the_groups_are_equal(tmp_path: P
 
 @pytest.mark.parametrize(("group_size", "num_images", "num_holdout"), [(30, 120, 30), (4, 200, 8)])
 def test_the_maximum_of_calibration_images_counts_images_but_never_divides_a_group(
-    tmp_path: Path, group_size: int, num_images: int, num_holdout: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_size: int, num_images: int, num_holdout: int
 ) -> None:
+    monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", 10)
     uri = write_set(tmp_path / "set", [f"p{number // group_size}" for number in range(num_images)])
-    split = split_category(small_config(uri, "unused", calibration={"max_images": 10}), "bolt")
+    split = split_category(small_config(uri, "unused"), "bolt")
     assert (split.num_fit, split.num_holdout) == (num_images - num_holdout, num_holdout)
 
 

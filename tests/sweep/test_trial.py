@@ -29,7 +29,7 @@ from focus_ray.sweep.trial_inputs import (
 from focus_ray.sweep.worker import worker_share
 
 CPU = torch.device("cpu")
-ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0, "max_images": 12}}
+ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0}}
 UNALIGNED = {"image_alignment": {"group": "none"}}
 SHAREABLE = {
     "reduction": "semi_orthogonal",
@@ -85,7 +85,7 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(dat
     key = key_of()
     same = [
         {"density": {**SHAREABLE, "num_channels": 8}},
-        {"scoring": {"smoothing_sigma_px": 1.0}},
+        {"scoring": {"image_score": "maximum"}},
         {"train": {"learning_rate": 1.0}},
     ]
     different = [
@@ -175,7 +175,7 @@ def test_a_trial_whose_training_diverges_is_pruned(data: str) -> None:
         data,
         "unused",
         model=UNALIGNED,
-        train={"epochs": 2, "learning_rate": 10.0, "learning_rate_head": 10.0, "momentum": 0.99},
+        train={"epochs": 2, "learning_rate": 10.0, "lambda_fine": 1e30},
     )
     result = judge_category(config, "gear", load_gear(config), "validation", CPU)
     assert (result.score, result.epochs < 2) == (None, True)
