@@ -29,10 +29,12 @@ def columns_of(*parts: SplitRows) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 9])
-def test_the_shares_of_all_workers_together_are_the_plan(num_workers: int) -> None:
+def test_the_shares_of_all_workers_have_equal_sizes_and_together_are_the_plan(num_workers: int) -> None:
     shares = [PLAN.share(rank, num_workers) for rank in range(num_workers)]
     for part in PARTS:
-        assert columns_of(*(getattr(share, part) for share in shares)) == columns_of(getattr(PLAN, part))
+        pieces = [getattr(share, part) for share in shares]
+        assert columns_of(*pieces) == columns_of(getattr(PLAN, part))
+        assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
     assert np.concatenate([share.folds for share in shares]).tolist() == PLAN.folds.tolist()
 
 

@@ -37,7 +37,7 @@ from focus_ray.fitting.fit import FitResult, build_detector, fit
 from focus_ray.fitting.passes import compute_statistics
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchSchedule, build_shard, fits_memory
-from focus_ray.fitting.split import NO_ROWS, SplitPlan, plan_category, split_category, split_key
+from focus_ray.fitting.split import plan_category, split_category, split_key
 from focus_ray.fitting.state import TrainState
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.training.training import train
@@ -159,14 +159,6 @@ def test_cross_calibration_holds_nothing_out_and_fills_its_folds_evenly(data: st
     plan = plan_category(small_config(data, "unused", calibration={"method": "cross"}), "gear")
     assert (len(plan.fit_rows), len(plan.holdout_rows)) == (NUM_TRAIN, 0)
     assert sorted(np.bincount(plan.folds)) == [4, 5, 5, 5, 5]
-
-
-@given(st.lists(st.integers(0, 2**40), max_size=40), st.integers(1, 9))
-def test_the_workers_slices_are_the_whole_in_order(values: list[int], num_workers: int) -> None:
-    plan = SplitPlan(np.array(values, dtype=np.int64), NO_ROWS, NO_ROWS, NO_ROWS, "")
-    slices = [list(plan.share(rank, num_workers).fit_rows) for rank in range(num_workers)]
-    assert [value for part in slices for value in part] == values
-    assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
 @given(st.integers(2, 500), st.integers(1, 8), st.integers(2, 64))
