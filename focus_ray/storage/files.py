@@ -243,6 +243,14 @@ def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Ite
         raise StorageError(_explain(error, action, str(uri), path)) from error
 
 
+@contextmanager
+def _open_for(action: str, uri: str | Path, is_quick: bool = False) -> Iterator[tuple[fs.FileSystem, str]]:
+    """Yields `open_filesystem` for an action; an OSError of the action becomes a StorageError, see `storage_errors`."""
+    filesystem, path = open_filesystem(uri, is_quick)
+    with storage_errors(action, uri, path):
+        yield filesystem, path
+
+
 def find_os_error(error: BaseException | None) -> OSError | None:
     """Returns the first `OSError` in the chain of an error and its causes, or None if the chain has none."""
     while error is not None:
@@ -436,8 +444,7 @@ def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = 
         FileNotFoundError: the file does not exist.
         DataError: the file cannot be read, or has more than `max_bytes`.
     """
-    filesystem, path = open_filesystem(uri, is_quick)
-    with storage_errors("read", uri, path):
+    with _open_for("read", uri, is_quick) as (filesystem, path):
         data = read_file(filesystem, path, max_bytes)
     if data is None:
         raise FileNotFoundError(f"{uri}: no such file")
@@ -446,8 +453,7 @@ def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """Writes a file completely or not at all. Raises: DataError: the file cannot be written."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("write", uri, path):
+    with _open_for("write", uri) as (filesystem, path):
         write_file(filesystem, path, data)
 
 
@@ -493,8 +499,7 @@ def create_bytes(uri: str | Path, data: bytes) -> bool:
     Raises:
         DataError: the file cannot be written.
     """
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("create", uri, path):
+    with _open_for("create", uri) as (filesystem, path):
         if not isinstance(filesystem, fs.LocalFileSystem):
             bucket, _, key = path.partition("/")
             return _put_if_absent(bucket, key, data) or read_file(filesystem, path) == data
@@ -547,10 +552,9 @@ def list_objects(uri: str) -> Iterator[ListedObject]:
 
     Raises: DataError: the prefix cannot be listed.
     """
-    _, path = open_filesystem(uri)
-    bucket, _, key = path.partition("/")
-    prefix = f"{key}/" if key else ""
-    with storage_errors("list", uri, path):
+    with _open_for("list", uri) as (_, path):
+        bucket, _, key = path.partition("/")
+        prefix = f"{key}/" if key else ""
         try:
             for page in _open_client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for item in page.get("Contents", ()):
@@ -591,8 +595,7 @@ def list_names(uri: str | Path) -> list[str]:
 
     Raises: DataError: the folder cannot be listed.
     """
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("list", uri, path):
+    with _open_for("list", uri) as (filesystem, path):
         selector = fs.FileSelector(path, allow_not_found=True)
         try:
             entries = filesystem.get_file_info(selector)
@@ -605,8 +608,7 @@ def list_names(uri: str | Path) -> list[str]:
 
 def read_stamp(uri: str | Path) -> FileStamp | None:
     """Returns the stamp of a file, or None if the file does not exist. Raises: DataError: the lookup fails."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("look up", uri, path):
+    with _open_for("look up", uri) as (filesystem, path):
         info = filesystem.get_file_info(path)
     return FileStamp(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
 
@@ -624,40 +626,31 @@ def read_stamps(uri: str | Path, name: str) -> dict[str, FileStamp]:
     Raises:
         DataError: the location cannot be listed.
     """
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("list", uri, path):
+    with _open_for("list", uri) as (filesystem, path):
         if isinstance(filesystem, fs.LocalFileSystem):
             entries = filesystem.get_file_info([f"{path}/{folder}/{name}" for folder in list_names(path)])
         else:
             entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-    files = [entry for entry in entries if entry.type == fs.FileType.File]
-    split_paths = ((file.path.removeprefix(f"{path}/").split("/"), file) for file in files)
-    return dict(
-        sorted(
-            (names[0], FileStamp(file.mtime_ns or 0, file.size)) for names, file in split_paths if names[1:] == [name]
-        )
-    )
+    files = ((entry.path.removeprefix(f"{path}/").split("/"), entry) for entry in entries if entry.is_file)
+    stamps = {names[0]: FileStamp(file.mtime_ns or 0, file.size) for names, file in files if names[1:] == [name]}
+    return dict(sorted(stamps.items()))
 
 
 def exists(uri: str | Path) -> bool:
     """Returns whether a file exists. Raises: DataError: the lookup fails."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("look up", uri, path):
-        return filesystem.get_file_info(path).type == fs.FileType.File
+    return read_stamp(uri) is not None
 
 
 def remove_file(uri: str | Path) -> None:
     """Deletes a file. A file that does not exist is no error. Raises: DataError: the file cannot be deleted."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("delete", uri, path):
+    with _open_for("delete", uri) as (filesystem, path):
         if filesystem.get_file_info(path).type == fs.FileType.File:
             filesystem.delete_file(path)
 
 
 def remove_folder(uri: str | Path) -> None:
     """Deletes a folder and its contents. A folder that does not exist is no error. Raises: DataError: the deletion fails."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("delete", uri, path):
+    with _open_for("delete", uri) as (filesystem, path):
         filesystem.delete_dir_contents(path, missing_dir_ok=True)
         if isinstance(filesystem, fs.LocalFileSystem) and Path(path).is_dir():
             filesystem.delete_dir(path)

@@ -70,12 +70,6 @@ class ImportPlan:
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
-    def add_messages(self, other: ImportPlan) -> None:
-        """Adds everything except the samples of another plan of the same category: its rejects, notes and folder descriptions."""
-        self.rejects += other.rejects
-        self.notes += other.notes
-        self.folders += other.folders
-
 
 @dataclass(frozen=True)
 class ImportSettings:

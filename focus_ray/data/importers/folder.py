@@ -39,37 +39,34 @@ def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> Im
     refuse_unexpected_folders(root, allowed_names, "good/, bad*/ and masks/")
     plan.notes += describe_skipped_folders(root, {item.name for item in list_subfolders(root)}, settings)
 
-    normal = ImportPlan(category)
     for item in good:
-        add_folder(normal, item, item.name, "train", 0, "good", masks_root / item.name, settings)
-    plan.add_messages(normal)
+        add_folder(plan, item, item.name, "train", 0, "good", masks_root / item.name, settings)
+    normal, plan.samples = plan.samples, []
     # stem of a defective image -> names of the folders with such an image: a mask directly in masks/ must have one owner
     owners: dict[str, list[str]] = defaultdict(list)
     for bad in bad_folders:
         for path in list_image_files(bad):
             owners[path.stem].append(bad.name)
 
-    is_test = [False] * len(normal.samples)
+    is_test = [False] * len(normal)
     if bad_folders:
-        groups = settings.name_groups([(item.path, item.subfolders) for item in normal.samples])
-        names = [
-            f"{item.subfolders}/{item.path.name}" if item.subfolders else item.path.name for item in normal.samples
-        ]
+        groups = settings.name_groups([(item.path, item.subfolders) for item in normal])
+        names = [f"{item.subfolders}/{item.path.name}" if item.subfolders else item.path.name for item in normal]
         is_test = draw_test_images(names, settings, groups)
     if any(is_test):
         plan.folders.append(f"{sum(is_test)} of the good images are test images, the others are for training")
-    for sample, is_drawn in zip(normal.samples, is_test, strict=True):
+    for sample, is_drawn in zip(normal, is_test, strict=True):
         masks = sample.masks
         if not masks and not sample.subfolders and sample.path.stem not in owners:
             masks = tuple(find_masks(masks_root, sample.path.stem))
         split = "test" if is_drawn else "train"
         plan.samples.append(replace(sample, split=split, masks=masks, has_drawn_split=True))
     for bad in bad_folders:
-        anomalous = ImportPlan(category)
+        num_before = len(plan.samples)
         defect = bad.name[len("bad") :].lstrip("_-. ") if bad.name.lower().startswith("bad") else bad.name
-        add_folder(anomalous, bad, bad.name, "test", 1, defect or "bad", masks_root / bad.name, settings)
-        plan.add_messages(anomalous)
-        for sample in anomalous.samples:
+        add_folder(plan, bad, bad.name, "test", 1, defect or "bad", masks_root / bad.name, settings)
+        anomalous, plan.samples = plan.samples[num_before:], plan.samples[:num_before]
+        for sample in anomalous:
             stem, masks = sample.path.stem, sample.masks
             if not masks and not sample.subfolders:
                 masks = tuple(find_masks(masks_root, stem))
