@@ -248,9 +248,7 @@ def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
     """
     is_colour = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
     if not is_colour and not (array.ndim == 2 and array.dtype in (np.uint8, np.bool_)):
-        raise ValueError(
-            f"shape {array.shape} of {array.dtype}: expected (H, W, 3) of uint8, or (H, W) of uint8 or bool"
-        )
+        raise ValueError(f"shape {array.shape} of {array.dtype}: expected uint8 (H, W, 3) or (H, W), or bool (H, W)")
     if array.dtype == np.bool_:
         image = Image.fromarray(array.astype(np.uint8) * np.uint8(255)).convert("1", dither=Image.Dither.NONE)
     else:
@@ -285,9 +283,7 @@ def encode_opened(image: Image.Image) -> bytes:
 def refuse_drawing(data: bytes) -> None:
     """Raises ImageError if a file is a picture that focus_ray drew, because only photographs may be learnt or inspected."""
     if is_drawing(data):
-        raise ImageError(
-            "unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph itself"
-        )
+        raise ImageError("unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph")
 
 
 def decode_batch(

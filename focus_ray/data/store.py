@@ -70,6 +70,7 @@ FILE_BYTES = 64 << 20  # a part file of at least this size gets no further row g
 MAX_PUBLISH_ATTEMPTS = 20
 # error numbers of file systems without hard links
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_CHANGED_MEANWHILE = "If the category was ingested again meanwhile, start over; otherwise ingest it again"
 
 
 @dataclass
@@ -196,10 +197,8 @@ class Store:
         if data is None:
             # The part files contain the same columns. But a storage that lost or changed a file needs a repair, and reading the
             # part files of a large data set takes many minutes, which no user expects here.
-            raise DataError(
-                f"{self.uri}: index {self.category_folder(category)}/{entry['name']} is missing or damaged. If the category was "
-                "ingested again meanwhile, start over; otherwise ingest it again"
-            )
+            path = f"{self.category_folder(category)}/{entry['name']}"
+            raise DataError(f"{self.uri}: index {path} is missing or damaged. {_CHANGED_MEANWHILE}")
         return fill_group_column(pq.read_table(pa.BufferReader(data)))
 
     def read_sources(self, category: str, commit: Commit) -> pa.Table | None:
@@ -299,10 +298,8 @@ class Store:
                 del new_files[len(new_parts) :]
                 self._make_last_current(category, previous)
             else:
-                raise DataError(
-                    f"{self.uri}: category {category!r}: other runs published first in {MAX_PUBLISH_ATTEMPTS} attempts: run it "
-                    "again when they have finished"
-                )
+                problem = f"other runs published first in {MAX_PUBLISH_ATTEMPTS} attempts"
+                raise DataError(f"{self.uri}: category {category!r}: {problem}: run it again when they have finished")
         except BaseException:
             self.discard(category, new_files)
             raise
@@ -521,6 +518,5 @@ def open_part(store: Store, category: str, entry: PartEntry) -> Iterator[pq.Parq
         raise DataError(f"{store.uri}: part file {path} is damaged ({error}): {remedy}") from error
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            remedy = "If the category was ingested again meanwhile, start over; otherwise ingest it again"
-            raise DataError(f"{error}. {remedy}") from error
+            raise DataError(f"{error}. {_CHANGED_MEANWHILE}") from error
         raise

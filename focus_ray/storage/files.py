@@ -74,10 +74,8 @@ def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSys
     if scheme == "s3":
         path = text[len("s3://") :].strip("/")
         if not path or "?" in path or "//" in path:
-            raise DataError(
-                f"{text}: expected s3://bucket/prefix without a query and without empty folder names; AWS_ENDPOINT_URL sets "
-                "the server"
-            )
+            expected = "expected s3://bucket/prefix without a query or an empty folder name"
+            raise DataError(f"{text}: {expected}; set the server with AWS_ENDPOINT_URL")
         require_extra("s3", text)
         return _make_s3(_find_region(path.partition("/")[0]), load_s3_settings().endpoint, is_quick), path
     if scheme == "file":

@@ -145,10 +145,8 @@ class TableRule(GroupRule):
                 by_name[path.name].append(relative)
         for name, relatives in by_name.items():
             if name in self._groups and len(relatives) > 1:
-                raise DataError(
-                    f"group_by={self.text!r}: {name!r} could be {' or '.join(sorted(relatives)[:3])}: write paths relative to "
-                    "the source into the table"
-                )
+                places = " or ".join(sorted(relatives)[:3])
+                raise DataError(f"group_by={self.text!r}: {name!r} could be {places}: write the path into the table")
 
 
 class TimeRule(GroupRule):
