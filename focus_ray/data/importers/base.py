@@ -198,7 +198,7 @@ def add_folder(
     """
     num_images = 0
     num_skipped: Counter[str] = Counter()
-    for below, level in walk_image_folders(folder, settings):
+    for below, level in _walk_image_folders(folder, settings):
         if not is_utf8(below):
             detail = "its name is not valid UTF-8: rename the folder"
             plan.rejects.append(Reject(settings.relative(level), plan.category, "file_name", detail))
@@ -219,7 +219,8 @@ def add_folder(
             plan.samples.append(Sample(path, origin, split, label, name, masks, subfolders=below))
         num_images += len(stems)
         if masks_folder:
-            reject_unmatched_masks(plan, masks_folder, stems, settings, included_subfolder_names(level, settings))
+            names = {item.name for item in list_subfolders(level)} if settings.takes_subfolders else set()
+            reject_unmatched_masks(plan, masks_folder, stems, settings, names)
     if not settings.takes_subfolders:
         for nested in list_subfolders(folder):
             plan.notes.append(f"{settings.relative(nested)}: skipped, images are expected directly in {folder.name}/")
@@ -248,7 +249,7 @@ def _find_problem(path: SourcePath) -> tuple[RejectReason, str] | None:
     return None
 
 
-def walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterator[tuple[str, SourcePath]]:
+def _walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterator[tuple[str, SourcePath]]:
     """Yields a class folder and, if `settings.takes_subfolders`, all folders below it.
 
     Yields:
@@ -260,11 +261,6 @@ def walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterator
         yield below, level
         if settings.takes_subfolders:
             pending += [(f"{below}/{item.name}" if below else item.name, item) for item in list_subfolders(level)]
-
-
-def included_subfolder_names(folder: SourcePath, settings: ImportSettings) -> set[str]:
-    """Returns the names of the subfolders whose images are ingested."""
-    return {item.name for item in list_subfolders(folder)} if settings.takes_subfolders else set()
 
 
 def find_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
@@ -361,7 +357,8 @@ def _list_files(folder: SourcePath) -> tuple[list[SourcePath], Counter[str]]:
     """
     files: list[SourcePath] = []
     num_skipped: Counter[str] = Counter()
-    for item in sorted(item for item in folder.iterdir() if not item.is_dir()) if folder.is_dir() else ():
+    items = folder.iterdir() if folder.is_dir() else ()
+    for item in sorted(item for item in items if not item.is_dir()):
         if is_hidden(item.name):
             num_skipped["hidden"] += 1
         elif item.suffix.lower() in IGNORED_SUFFIXES or item.stem.lower() in IGNORED_STEMS:
