@@ -38,6 +38,7 @@ def evaluated(place: str | Path, config: Config, category: str) -> dict[str, Any
     return result
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_the_default_configuration_separates_hazelnuts(
     shared: Path, resnet18_weights: Path, ray_cluster: None, tmp_path: Path
