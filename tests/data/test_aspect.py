@@ -149,23 +149,23 @@ def test_masks_of_padded_images_match_the_defects(inspector: Inspector, data: st
     assert metrics["pixel_auroc"] > 0.9
 
 
-def test_padding_works_with_alignment_tiles_metric_profile_and_selection(data: str, tmp_path: Path) -> None:
-    tiles = {"tiling": {"grid": [2, 2], "overlap": 0.25}, "image_size_px": 32}
-    aligned = {"image_alignment": {"min_drop": 0.0}}
-    for model in (tiles, aligned):
-        config = padded_config(
-            data,
-            tmp_path,
-            model,
-            density={"reduction": "discriminant"},
-            scoring={"image_score": "profile"},
-            selection={"enabled": True, "fraction": 0.2},
-        )
-        result = fit_alone(config, "belt")
-        assert result.statistics.shown is not None
-        assert 0 < float(result.statistics.shown.float().mean()) < 1
-        frame = load_frame(config, "belt")
-        image = decode_image(encode_png(photograph(np.random.default_rng(4))[0]), frame)
-        anomaly_map = result.detector(torch.from_numpy(image)[None]).anomaly_map[0]
-        assert (anomaly_map[torch.from_numpy(image[..., 3] == 0)] == 0).all()
-        assert anomaly_map.shape == frame.shape[:2]
+TILED = {
+    "model": {"tiling": {"grid": [2, 2], "overlap": 0.25}, "image_size_px": 32},
+    "scoring": {"image_score": "profile"},
+}
+ALIGNED = {"model": {"image_alignment": {"min_drop": 0.0}}, "selection": {"enabled": True, "fraction": 0.2}}
+
+
+@pytest.mark.parametrize("sections", [{**TILED, "density": {"reduction": "discriminant"}}, ALIGNED])
+def test_padding_works_with_tiles_metric_and_profile_and_with_alignment_and_selection(
+    data: str, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    config = padded_config(data, tmp_path, **sections)
+    result = fit_alone(config, "belt")
+    assert result.statistics.shown is not None
+    assert 0 < float(result.statistics.shown.float().mean()) < 1
+    frame = load_frame(config, "belt")
+    image = decode_image(encode_png(photograph(np.random.default_rng(4))[0]), frame)
+    anomaly_map = result.detector(torch.from_numpy(image)[None]).anomaly_map[0]
+    assert (anomaly_map[torch.from_numpy(image[..., 3] == 0)] == 0).all()
+    assert anomaly_map.shape == frame.shape[:2]
