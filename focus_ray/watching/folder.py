@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,12 +55,12 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
         log(f"{path}: cannot be listed: {error.strerror or error}")
 
     files = []
-    for image, entry in scan_images(folder, log_error, skipped_folder=os.path.realpath(leave_out)):
+    for image in scan_images(folder, log_error, skipped_folder=os.path.realpath(leave_out)):
         try:
-            if entry.is_file():
-                status = entry.stat()
+            status = os.stat(folder / image)
+            if stat.S_ISREG(status.st_mode):
                 files.append(ListedFile(image, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-        except FileNotFoundError:  # deleted during the listing
+        except FileNotFoundError:  # deleted during the listing, or a broken link
             continue
         except OSError as error:
             log(f"{folder / image}: its size and time cannot be read: {error.strerror or error}")
