@@ -279,6 +279,7 @@ def jpeg_of(num_scans: int) -> bytes:
 
 PNG = encode(Image.fromarray(pattern()))
 JPEG = encode(Image.fromarray(pattern()), "JPEG")
+INFLATING = zlib.compress(bytes(2**28))
 COSTLY = {
     "scans": jpeg_of(16_000),
     "segments": JPEG[:2] + b"\xff\xfe\0\2" * 2_000_000 + JPEG[2:],
@@ -288,9 +289,9 @@ COSTLY = {
     "no pixels": b"\xff\xd8\xff\xe0\0\2" + bytes(8_000_000),
     "chunks": PNG[:33] + chunk(b"quQk", b"") * 700_000 + PNG[33:],
     "chunks behind the pixels": PNG[:-12] + chunk(b"quQk", b"") * 700_000 + PNG[-12:],
-    "a text that inflates": PNG[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**28))) + PNG[33:],
-    "a profile that inflates": PNG[:33] + chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**28))) + PNG[33:],
-    "pixels that inflate": PNG[:33] + chunk(b"IDAT", zlib.compress(bytes(2**28))) + PNG[-12:],
+    "a text that inflates": PNG[:33] + chunk(b"zTXt", b"a\0\0" + INFLATING) + PNG[33:],
+    "a profile that inflates": PNG[:33] + chunk(b"iCCP", b"a\0\0" + INFLATING) + PNG[33:],
+    "pixels that inflate": PNG[:33] + chunk(b"IDAT", INFLATING) + PNG[-12:],
 }
 
 
