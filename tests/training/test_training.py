@@ -118,8 +118,12 @@ def test_a_rule_is_small_and_gives_the_rows_again_elsewhere(data: str) -> None:
     config = small_config(data, "unused")
     split, plan = pickle.loads(pickle.dumps(split_category(config, "gear"))), plan_category(config, "gear")
     assert len(pickle.dumps(split)) < 1000
-    for name, value in vars(split.plan(config)).items():
-        assert np.array_equal(value, getattr(plan, name)), name
+    again = split.plan(config)
+    for part in ("fit", "validation", "holdout"):
+        for column, values in vars(getattr(again, part)).items():
+            assert np.array_equal(values, getattr(getattr(plan, part), column)), (part, column)
+    assert np.array_equal(again.folds, plan.folds)
+    assert np.array_equal(again.fit_hashes, plan.fit_hashes)
 
 
 def test_the_split_of_a_fixed_set_does_not_change() -> None:
