@@ -17,7 +17,7 @@ from focus_ray.data.listing import is_hidden
 from focus_ray.data.schema import Reject
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
-from focus_ray.names import NAME_WORDS, is_name, is_utf8
+from focus_ray.names import NAME_WORDS, is_name, is_utf8, readable_name
 
 # Files beside the images that are ignored. A file with any other suffix is rejected and reported.
 IGNORED_SUFFIXES = (
@@ -94,7 +94,7 @@ class ImportSettings:
     def relative(self, path: SourcePath) -> str:
         """Returns a path relative to the source, for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
         text = path.relative_to(self.source).as_posix() if path.is_relative_to(self.source) else str(path)
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return readable_name(text)
 
 
 class Importer(Protocol):

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from focus_ray.csv_cells import csv_text
+from focus_ray.csv_tables import csv_text
 from focus_ray.data.images import read_capture_time
 from focus_ray.data.source import SourcePath
 from focus_ray.errors import DataError
