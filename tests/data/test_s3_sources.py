@@ -153,7 +153,7 @@ def test_the_cost_of_an_append_does_not_depend_on_the_number_of_part_files(
         totals.append((Counter(method for method, _, _ in requests), sum(size for _, _, size in requests)))
         assert len(list(read_rows(out, "bolt", read_index(out, "bolt")["row"].to_numpy(), ["id"]))) == 41
     print(f"one image to {num_parts} part files: requests {[dict(counts) for counts, _ in totals]}, bytes {totals}")
-    assert num_parts == [20, 1]
+    assert num_parts == [40, 1]
     assert totals[0][0] == totals[1][0]
     assert totals[0][0].total() <= 45
 

@@ -15,7 +15,7 @@ from small_set import small_config
 
 from focus_ray.data import store
 from focus_ray.data.read import decode_rows
-from focus_ray.data.split import plan_category, split_category
+from focus_ray.fitting.split import plan_category, split_category
 from focus_ray.training.streams import stream_training_images
 
 pytestmark = pytest.mark.ray
