@@ -165,7 +165,7 @@ def _compact(store: Store, category: str) -> CompactReport:
             is_joined = len(group) > 1
             files += store.write_parts(category, read_part_rows(store, category, group))[0] if is_joined else group
         num_parts[:] = [len(previous["files"]), len(files)]
-        if len(files) == len(previous["files"]):
+        if files == previous["files"]:
             return None
         return CommitDraft(
             files,

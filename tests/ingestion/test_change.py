@@ -131,14 +131,6 @@ def test_the_commands_remove_and_compact_change_a_data_set(
     assert compacted.startswith("bolt: 5 part files, now 1; 0 ")
 
 
-def test_the_command_ingest_has_the_option_append(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(source / "train/good/new.png", pixels(900))
-    assert main(["ingest", str(source), str(out), "--append"]) == 0
-    output = capsys.readouterr().out
-    assert "bolt: appended, 18 train" in output
-    assert "1 images are new, 20 existed already" in output
-
-
 @pytest.mark.parametrize("arguments", [["--id", "bolt/nothing"], ["--ids", "nowhere.txt"]])
 def test_the_command_remove_exits_with_1_and_names_the_value(
     out: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
