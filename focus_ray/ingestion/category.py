@@ -32,13 +32,7 @@ from focus_ray.ingestion.chunks import (
     write_chunk,
 )
 from focus_ray.ingestion.deduplicate import choose_unused_ids, compare_with_rows, make_row_ids, remove_duplicates
-from focus_ray.ingestion.report import (
-    CategoryReport,
-    Status,
-    count_groups,
-    count_rows,
-    find_implausible_data,
-)
+from focus_ray.ingestion.report import CategoryReport, Status, count_groups, count_rows, find_implausible_data
 from focus_ray.ingestion.source_manifest import (
     ManifestRows,
     build_source_table,

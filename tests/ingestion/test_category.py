@@ -85,7 +85,7 @@ def write_files(root: Path, files: Sequence[File]) -> Path:
     return root
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(files=ANY_FILES, file_bytes=st.sampled_from([1, 1000]))
 def test_rows_ids_and_rejects_do_not_depend_on_the_chunks(files: list[File], file_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -136,7 +136,7 @@ CONSISTENT_FILES = st.lists(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(first=CONSISTENT_FILES, second=CONSISTENT_FILES)
 def test_an_append_gives_the_data_of_one_ingestion_of_both_folders(first: list[File], second: list[File]) -> None:
     with tempfile.TemporaryDirectory() as folder:
