@@ -16,7 +16,7 @@ from places import PACKAGE
 
 # a room (top-level package or module) imports only rooms of lower levels
 LEVELS = (
-    {"errors", "names", "progress", "seeds", "csv_cells", "distributed", "precision"},
+    {"errors", "names", "progress", "seeds", "csv_tables", "distributed", "precision", "retries"},
     {"settings", "storage", "client", "samples", "drawing"},
     {"data", "features", "density", "metrics", "tracking", "cluster", "defects"},
     {"detect", "fyd", "ingestion"},
@@ -44,7 +44,6 @@ NOT_YET = {
     ("reporting", "bundle"),
     ("submission", "sweep"),
     ("tracking", "fitting"),
-    ("watching", "evaluation"),
 }
 # library -> rooms and modules that may import it
 MAY_IMPORT = {

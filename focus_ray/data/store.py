@@ -16,7 +16,7 @@ import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,6 @@ class CommitDraft:
         source_fingerprint: fingerprint of the source, to recognise an unchanged source.
         counts: the row counts of `CategoryReport`.
         rejects: the rejected files to store beside the data; None keeps the stored rejects.
-        new_files: names of part files that were written for this draft only. They are removed if the draft is not published.
     """
 
     files: list[PartEntry]
@@ -93,7 +92,6 @@ class CommitDraft:
     source_fingerprint: str
     counts: dict[str, int]
     rejects: Sequence[Reject] | None = None
-    new_files: list[str] = field(default_factory=list)
 
 
 class Store:
@@ -272,7 +270,8 @@ class Store:
 
         Args:
             build_draft: gets the current commit (None if there is none) and returns the draft; None if there is nothing to
-                change. It may be called several times.
+                change. It may be called several times. Part files of a draft that is not published are removed, except those of
+                the current commit.
             new_parts: part files that were written for this version. They are removed if they are not published.
 
         Returns:
@@ -289,7 +288,8 @@ class Store:
                 if draft is None:
                     self.discard(category, new_files)
                     return False
-                new_files += draft.new_files
+                existing_names = {*new_files, *(entry["name"] for entry in (previous["files"] if previous else []))}
+                new_files += [entry["name"] for entry in draft.files if entry["name"] not in existing_names]
                 commit, existing_files = self._prepare(category, draft, previous, new_files)
                 if previous is None or self._claim(category, previous["run_id"], commit["run_id"]):
                     break

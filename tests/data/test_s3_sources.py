@@ -125,7 +125,7 @@ def test_the_cost_of_an_append_does_not_depend_on_the_number_of_part_files(
         assert not count_requests(proxy, "part-").keys() - {"PUT", "HEAD"}
         assert read_index(out, "bolt").num_rows == 41
     print(f"one image to {num_parts} part files: requests {[dict(count) for count in counts]}")
-    assert num_parts == [20, 1]
+    assert num_parts == [40, 1]
     assert counts[0] == counts[1]
     assert counts[0].total() <= 45
 

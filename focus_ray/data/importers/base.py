@@ -17,7 +17,7 @@ from focus_ray.data.listing import is_hidden
 from focus_ray.data.schema import Reject, RejectReason
 from focus_ray.data.source import SourcePath, relative_name
 from focus_ray.errors import DataError
-from focus_ray.names import NAME_WORDS, is_name, is_utf8
+from focus_ray.names import NAME_WORDS, is_name, is_utf8, readable_name
 
 # Files beside the images that are ignored. A file with any other suffix is rejected and reported.
 IGNORED_SUFFIXES = (
@@ -98,7 +98,7 @@ class ImportSettings:
 
     def relative(self, path: SourcePath) -> str:
         """Returns a path relative to the source, for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
-        return relative_name(path, self.source).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return readable_name(relative_name(path, self.source))
 
 
 class Importer(Protocol):

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from focus_ray.csv_cells import csv_text
+from focus_ray.csv_tables import csv_text
 from focus_ray.data.images import read_capture_time
 from focus_ray.data.source import SourcePath, relative_name
 from focus_ray.errors import DataError
