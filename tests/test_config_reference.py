@@ -11,9 +11,10 @@ from places import REPOSITORY
 
 from focus_ray.cli.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
 from focus_ray.errors import ConfigError
-from focus_ray.settings.config import TrackerConfig, parse_config
+from focus_ray.fitting.settings import parse_config
 from focus_ray.settings.kinds import BACKBONES
 from focus_ray.sweep.settings import setting_keys
+from focus_ray.tracking.settings import TrackerConfig
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     root.title: {setting.key: setting for part in parts_of(root.model) for setting in part.settings} for root in ROOTS

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from focus_ray.bundle.bundle import find_bundles, read_manifest, read_statistics
 from focus_ray.errors import BundleError
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shared_metric import matching_settings, write_shared_metric
-from focus_ray.settings.config import Config, parse_config
 
 
 def share_metric(places: Sequence[str], output: str) -> list[str]:

@@ -76,7 +76,8 @@ def read_context(config: str | None, overrides: Sequence[str]) -> CheckContext:
         ConfigError: The configuration does not exist or is not valid.
     """
     from focus_ray.doctor.diagnosis import CheckContext
-    from focus_ray.settings.config import override_tree, parse_config, read_mapping
+    from focus_ray.fitting.settings import parse_config
+    from focus_ray.settings.sections import override_tree, read_mapping
     from focus_ray.settings.standard import find_config
     from focus_ray.sweep.settings import load_sweep
 

@@ -35,8 +35,8 @@ def _fit(arguments: argparse.Namespace) -> int:
     """
     require(arguments.source)
     from focus_ray.errors import DataError
+    from focus_ray.fitting.settings import load_config
     from focus_ray.names import NAME_WORDS, is_name
-    from focus_ray.settings.config import load_config
     from focus_ray.settings.standard import find_config
 
     output = Path(arguments.output).absolute()

@@ -11,7 +11,7 @@ from focus_ray.cli.output import EXIT_INTERRUPTED, require, say
 from focus_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from focus_ray.settings.config import Config
+    from focus_ray.fitting.settings import Config
 
 _SHOWN_CATEGORIES = 3  # with more categories, only the report shows the caveats
 
@@ -22,7 +22,8 @@ def read_config(place: str, overrides: list[str]) -> Config:
     Raises:
         ConfigError: The configuration cannot be read, or is not valid.
     """
-    from focus_ray.settings.config import load_config, mapping_of, override_tree, parse_config
+    from focus_ray.fitting.settings import load_config, parse_config
+    from focus_ray.settings.sections import mapping_of, override_tree
     from focus_ray.settings.standard import find_config
 
     if "://" not in place:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import list_categories, read_rows
-from focus_ray.data.regions import load_frame
 from focus_ray.data.store import open_store
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok
 from focus_ray.doctor.machine import nearest_existing_folder
 from focus_ray.errors import DataError
-from focus_ray.settings.config import Config, ModelConfig
+from focus_ray.features.settings import ModelConfig
+from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import Config
 from focus_ray.settings.kinds import TRACKERS
 from focus_ray.storage.files import check_access, is_s3, open_filesystem
 

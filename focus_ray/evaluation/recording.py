@@ -8,9 +8,10 @@ from typing import Any
 from focus_ray.bundle.bundle import complete_settings, read_manifest
 from focus_ray.errors import BundleError, ConfigError, FocusRayError
 from focus_ray.evaluation.report import mean_metrics
+from focus_ray.fitting.settings import parse_config
 from focus_ray.names import Log
 from focus_ray.reporting.evaluation import EvaluationSection
-from focus_ray.settings.config import override_tree, parse_config
+from focus_ray.settings.sections import override_tree
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 

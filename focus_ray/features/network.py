@@ -15,9 +15,8 @@ from focus_ray.features.alignment.theta import TransformBounds, compose_theta, v
 from focus_ray.features.alignment.transformer import LocalisedAligner, SpatialTransformer
 from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
 from focus_ray.features.batch_norm import use_global_batch_norm
-from focus_ray.settings.config import ModelConfig
-
-LAYERS = ("layer1", "layer2", "layer3")
+from focus_ray.features.settings import ModelConfig
+from focus_ray.settings.sections import LAYERS
 
 
 class AlignedFeatures(NamedTuple):

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.data.shards import BatchSchedule, Shard
 from focus_ray.density.base import (
     Statistics,
     build_density,
@@ -29,6 +28,7 @@ from focus_ray.density.base import (
     supports_leave_one_out,
 )
 from focus_ray.density.moments import Moments
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.calibration import Calibration, CalibrationBuilder, Method
@@ -39,8 +39,6 @@ from focus_ray.errors import ConfigError, DataError
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.batch_norm import prepared_for_inference
 from focus_ray.features.network import FocusNet, build_net
-from focus_ray.features.precision import compute_dtype
-from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
@@ -58,12 +56,14 @@ from focus_ray.fitting.passes import (
 )
 from focus_ray.fitting.projection import DiscriminantProjection, choose_projection_images, learn_projection
 from focus_ray.fitting.selection import validation_images
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import BatchSchedule, Shard
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.state import BestNetwork, FitNotes, OnEpoch, TrainState
 from focus_ray.fyd.objective import TrainingObjective, build_optimizer, build_schedule, has_collapsed, train_epoch
+from focus_ray.precision import compute_dtype
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.config import Config
 from focus_ray.settings.kinds import DENSITIES
 
 _MAX_CALIBRATION_IMAGES = 128  # images that a density without a bank keeps for leave-one-out

@@ -13,7 +13,7 @@ from focus_ray.detect.detector import to_images
 from focus_ray.distributed import world_size
 from focus_ray.features.network import FocusNet, inside_mask
 from focus_ray.fyd.losses import coarse_loss, draw_pairs, effective_rank, feature_std, fine_loss
-from focus_ray.settings.config import TrainConfig
+from focus_ray.fyd.settings import TrainConfig
 
 LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an epoch
 COLLAPSE_STD = 0.05  # smallest `feature_std` of a healthy run: below it, features of different images are nearly equal

@@ -16,8 +16,9 @@ from pathlib import Path
 from focus_ray import __version__
 from focus_ray.cluster.preflight import RESERVED
 from focus_ray.errors import SubmissionError
+from focus_ray.fitting.settings import Config, load_config
 from focus_ray.names import unique_name
-from focus_ray.settings.config import Config, config_to_yaml, load_config, read_mapping
+from focus_ray.settings.sections import config_to_yaml, read_mapping
 from focus_ray.settings.standard import COMMANDS, standard_folder, standard_names
 from focus_ray.submission.package import Package, build_package
 from focus_ray.sweep.settings import SweepConfig, load_sweep

@@ -17,9 +17,10 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from focus_ray.errors import ConfigError
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.names import NAME_PATTERN, suggest_name
-from focus_ray.settings.config import Config, Section, apply_override, parse_config, parse_model, read_mapping
 from focus_ray.settings.kinds import METRICS
+from focus_ray.settings.sections import Section, apply_override, parse_model, read_mapping
 
 Point = dict[str, Any]  # dotted key of Config -> value
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from focus_ray.errors import ConfigError
 from focus_ray.names import Log
-from focus_ray.settings.config import TrackerConfig
 from focus_ray.settings.kinds import TRACKERS
 from focus_ray.tracking.base import Picture, RunDescription, Tracker, TrackerRun
+from focus_ray.tracking.settings import TrackerConfig
 
 CLOSE_TIMEOUT_S = 60.0  # longest time that the end of a run waits for trackers with unsent records
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from focus_ray.errors import ConfigError, require_extra
-from focus_ray.settings.config import TrackerConfig
 from focus_ray.tracking.base import Picture, RunDescription, local_folder
+from focus_ray.tracking.settings import TrackerConfig
 
 STEP = "step"  # metric on the x axis of curves
 _TIMEOUT_S = 30  # for a server's first answer

@@ -23,15 +23,16 @@ from focus_ray.cluster.ownership import Heartbeat, check_resumable, write_finger
 from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
 from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
 from focus_ray.data.read import list_categories
-from focus_ray.data.regions import check_regions
 from focus_ray.data.schema import COMMIT_NAME
-from focus_ray.data.shards import BatchSchedule, fits_memory
-from focus_ray.data.split import Split, split_category
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import check_prerequisites
+from focus_ray.fitting.regions import check_regions
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import BatchSchedule, fits_memory
+from focus_ray.fitting.split import Split, split_category
 from focus_ray.fitting.state import Figures, TrainState
 from focus_ray.names import unique_name
-from focus_ray.settings.config import Config, config_to_yaml, mapping_of, parse_config
+from focus_ray.settings.sections import config_to_yaml, mapping_of
 from focus_ray.storage.files import (
     check_access,
     create_bytes,

@@ -15,8 +15,8 @@ from places import CONFIGS, REPOSITORY
 
 from focus_ray.cli.main import command_names, main
 from focus_ray.errors import ConfigError, SubmissionError
+from focus_ray.fitting.settings import Config, load_config
 from focus_ray.settings import standard
-from focus_ray.settings.config import Config, load_config
 from focus_ray.settings.standard import find_config, standard_names
 from focus_ray.submission.job_request import build_job
 from focus_ray.submission.package import build_package

@@ -27,7 +27,7 @@ from focus_ray.cli.main import main
 from focus_ray.doctor import checks, cluster, machine, resources, software
 from focus_ray.doctor.diagnosis import Check, CheckContext, Diagnosis, failed, ok, run_checks, warning
 from focus_ray.errors import DataError
-from focus_ray.settings.config import Config, parse_config
+from focus_ray.fitting.settings import Config, parse_config
 
 GIB = 2**30
 ConfigMaker = Callable[..., Config]

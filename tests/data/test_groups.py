@@ -15,9 +15,9 @@ from small_set import small_config
 from focus_ray.data.images import encode_png
 from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
-from focus_ray.data.split import plan_category, split_category, split_key
 from focus_ray.data.store import CommitDraft, open_store
 from focus_ray.errors import DataError
+from focus_ray.fitting.split import plan_category, split_category, split_key
 from focus_ray.ingestion.change import compact, remove_rows
 from focus_ray.ingestion.ingest import ingest
 

@@ -15,14 +15,17 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from focus_ray.density.reduction import ChannelReduction
+from focus_ray.density.settings import DensityConfig
 from focus_ray.features.alignment.theta import warp
 from focus_ray.features.batch_norm import GlobalBatchNorm2d, use_global_batch_norm
 from focus_ray.features.network import AlignedFeatures, build_net, warp_to_common_frame
-from focus_ray.features.reduction import ChannelReduction
+from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fyd.objective import TrainingObjective
-from focus_ray.settings.config import Config, DensityConfig, ModelConfig, TrainConfig, parse_config
+from focus_ray.fyd.settings import TrainConfig
 
 WORKERS = 2
 MODES = ("frozen", "train")

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.data.shards import MemoryShard
 from focus_ray.density.nearest import NearestMemory
 from focus_ray.detect.detector import Detector
 from focus_ray.features.network import build_net
 from focus_ray.fitting.fit import fit
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.shards import MemoryShard
 
 CPU = torch.device("cpu")
 MODEL = {"weights": "random", "image_size_px": 32, "image_alignment": {"group": "none"}, "precision": "fp32"}

@@ -9,18 +9,18 @@ import pytest
 import torch
 from small_set import NUM_TRAIN, ingest_parts, small_config
 
-from focus_ray.data.shards import build_shard
-from focus_ray.data.split import plan_category
 from focus_ray.errors import DataError
 from focus_ray.features.network import build_net
 from focus_ray.fitting.fit import FitResult, build_detector, fit
 from focus_ray.fitting.passes import compute_statistics, compute_validation_figures
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, validation_figures, validation_images
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import build_shard
+from focus_ray.fitting.split import plan_category
 from focus_ray.metrics.metrics import image_auroc
 from focus_ray.metrics.pixels import PixelCurve
 from focus_ray.samples.write import draw_sample
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.config import Config
 
 CPU = torch.device("cpu")
 EPOCHS = 3

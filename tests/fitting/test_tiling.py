@@ -19,19 +19,21 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import update_bundle
 from focus_ray.data.images import decode_mask, encode_png
 from focus_ray.data.read import iter_test_records, read_index
-from focus_ray.data.regions import load_frame
-from focus_ray.data.shards import MemoryShard, build_shard, fits_memory
-from focus_ray.data.split import plan_category
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import to_bank_rows
+from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import TiledDensity, Tiles, join_bank_of_tiles, split_bank_into_tiles, split_maps
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.detector import can_share_backbone_pass, score_together
 from focus_ray.detect.inspection import resize_map
 from focus_ray.errors import ConfigError
+from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import FitResult, check_prerequisites, fit
-from focus_ray.settings.config import DensityConfig, ModelConfig, parse_config
+from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.shards import MemoryShard, build_shard, fits_memory
+from focus_ray.fitting.split import plan_category
 
 NO_ALIGNMENT = {"group": "none"}
 SIDE = 32  # of a tile, in pixels

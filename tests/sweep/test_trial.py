@@ -14,7 +14,7 @@ from small_set import NUM_TEST, ingest_parts, small_config
 from focus_ray.data.read import decode_rows
 from focus_ray.errors import DataError
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE
-from focus_ray.settings.config import Config
+from focus_ray.fitting.settings import Config
 from focus_ray.sweep.settings import Objective
 from focus_ray.sweep.trial import clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import (
@@ -197,7 +197,7 @@ def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
         decoded.extend(rows)
         return decode_rows(uri, category, rows, *arguments, **options)
 
-    for module in ("focus_ray.data.shards", "focus_ray.sweep.trial_inputs"):
+    for module in ("focus_ray.fitting.shards", "focus_ray.sweep.trial_inputs"):
         monkeypatch.setattr(f"{module}.decode_rows", count_rows)
     rows_by_worker = []
     for rank in range(num_workers):

@@ -29,8 +29,8 @@ from waiting import wait_for_records
 
 from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat, check_fingerprints, read_state
 from focus_ray.errors import ConfigError, DataError, SweepError, TrainingError
+from focus_ray.fitting.settings import load_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import load_config
 from focus_ray.storage.files import list_names
 from focus_ray.sweep import records
 from focus_ray.sweep.driver import SweepOutcome, run_sweep

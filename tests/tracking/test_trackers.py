@@ -20,7 +20,7 @@ from focus_ray.bundle.bundle import read_manifest
 from focus_ray.cli.main import main
 from focus_ray.errors import ConfigError, MissingPackageError, TrainingError
 from focus_ray.evaluation.run import evaluate_bundles
-from focus_ray.settings.config import Config, TrackerConfig, parse_config
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.settings.kinds import METRICS, TRACKERS
 from focus_ray.storage.files import remove_file
 from focus_ray.sweep.driver import resume_sweep, run_sweep
@@ -28,6 +28,7 @@ from focus_ray.sweep.settings import parse_sweep
 from focus_ray.tracking.base import Picture, RunDescription, flatten_parameters
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import TrainingRecorder
+from focus_ray.tracking.settings import TrackerConfig
 from focus_ray.training.training import train
 
 UNALIGNED_MODEL = {"image_alignment": {"group": "none"}}

@@ -31,15 +31,15 @@ from waiting import wait_for
 from focus_ray.bundle.bundle import find_bundles, read_bundle, read_manifest, read_statistics
 from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat
 from focus_ray.data.read import decode_rows, read_index
-from focus_ray.data.shards import BatchSchedule, build_shard, fits_memory
-from focus_ray.data.split import NO_ROWS, SplitPlan, plan_category, split_category, split_key
 from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import FitResult, build_detector, fit
 from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import BatchSchedule, build_shard, fits_memory
+from focus_ray.fitting.split import NO_ROWS, SplitPlan, plan_category, split_category, split_key
 from focus_ray.fitting.state import TrainState
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import Config
 from focus_ray.training.training import train
 
 CPU = torch.device("cpu")
@@ -469,7 +469,7 @@ import json, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from focus_ray.bundle.bundle import read_manifest
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
 from focus_ray.training.training import train
 
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -515,7 +515,7 @@ TWO_NODES = """
 import json, sys
 import ray
 from ray.cluster_utils import Cluster
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
 from focus_ray.training.training import train
 if __name__ == "__main__":
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

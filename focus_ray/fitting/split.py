@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from focus_ray.data.read import index_fingerprint, index_version, read_index
-from focus_ray.data.regions import load_frame
 from focus_ray.errors import DataError
-from focus_ray.settings.config import Config
+from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import Config
 
 # If at least this many held-out images are expected above the threshold, the false alarm rate is between 0.4 and 1.8 times the
 # target (90 % interval).
