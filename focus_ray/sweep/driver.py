@@ -358,9 +358,7 @@ class _SweepDriver:
         proposer = Proposer(self.config)
         max_epochs = self.config.max_epochs
         done_records = [
-            record
-            for record in records.read_records(self.root)
-            if record.stage == stage and record.status in records.DONE_STATUSES
+            record for record in records.read_records(self.root) if record.stage == stage and record.status != "failed"
         ]
         for record in sorted(done_records, key=lambda record: record.number):
             proposer.tell(record.number, record.point, record.score, score_steps(record, categories, max_epochs))

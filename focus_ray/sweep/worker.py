@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from focus_ray.cluster.failures import reason_of
@@ -125,7 +126,7 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
         job.stage,
         point,
         "failed" if failure is not None else "cut" if prune_reason is not None else "finished",
-        records.mean_score(scores) if failure is None and prune_reason is None else None,
+        float(np.mean(scores)) if failure is None and prune_reason is None else None,
         {category: dataclasses.asdict(result) for category, result in results.items()},
         failure if failure is not None else prune_reason,
         sum(result.epochs for result in results.values()),
@@ -259,7 +260,7 @@ def score_steps(record: TrialRecord, categories: Sequence[str], max_epochs: int)
     for index, category in enumerate(categories):
         curve = record.curves().get(category, [])
         for epoch, score in curve:
-            steps.append((index * max(1, max_epochs) + max(1, epoch), records.mean_score([*final_scores, score])))
+            steps.append((index * max(1, max_epochs) + max(1, epoch), float(np.mean([*final_scores, score]))))
         if curve:
             final_scores.append(curve[-1][1])
     return list(dict(steps).items())
