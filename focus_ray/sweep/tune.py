@@ -104,7 +104,7 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
             outcome = json.loads((result or {}).get("outcome", "{}"))
             record = outcome.get("record")
             if error or record is None or record["status"] not in ("finished", "cut"):
-                self.proposer.tell_failure(number)
+                self.proposer.tell(number, point, None, failed=True)
                 if record is not None:
                     self.log(f"trial {number}: FAILED: {record['reason']}")
                 return
