@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sweep = commands.add_parser(
         "sweep",
-        help="search settings over categories with Ray Tune",
+        help="search settings over categories",
         description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration "
         "from which trials start. `status`, `resume` and `report` take the folder of a sweep.",
     )
