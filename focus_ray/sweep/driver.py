@@ -55,14 +55,17 @@ class SweepOutcome:
     Attributes:
         root: Folder of the sweep.
         records: Records of all trials.
-        best: Stage -> its best trial.
         stopped: True if the sweep was stopped before its end.
     """
 
     root: str
     records: list[TrialRecord]
-    best: dict[str | None, TrialRecord]
     stopped: bool
+
+    @property
+    def best(self) -> dict[str | None, TrialRecord]:
+        """Stage -> its best trial."""
+        return records.best_records(self.records)
 
     @property
     def failed(self) -> list[TrialRecord]:
@@ -212,7 +215,7 @@ def _run_and_report(
         if is_private:
             ray.shutdown()
     trial_records = records.read_records(root)
-    outcome = SweepOutcome(root, trial_records, records.best_records(trial_records), state == "stopped")
+    outcome = SweepOutcome(root, trial_records, state == "stopped")
     if outcome.best:
         write_report(root, config, trial_records)
         log(f"report: {join(root, 'report.html')}")

@@ -94,7 +94,6 @@ def judge_category(
     wrap: Callable[[torch.nn.Module], Any] | None = None,
     on_score: Callable[[int, float, bool], str | None] = lambda epoch, score, final: None,
     shard: Shard | None = None,
-    log: Callable[[str], None] = lambda message: None,
 ) -> CategoryResult:
     """Fits one category and judges it after every epoch.
 
@@ -112,7 +111,6 @@ def judge_category(
         wrap: Wraps the network for distributed training.
         on_score: Called on rank 0 with (trained epochs, score, is_final). It returns a reason to prune the trial, or None.
         shard: This worker's share of the images for streamed training; None takes the share from `images`.
-        log: Takes messages.
 
     Raises:
         DataError: There are too few images, or the objective cannot be measured.
@@ -137,14 +135,8 @@ def judge_category(
             result.alignment = features.alignment
             report_score(0, _judge_features(config, images, features, objective, device), True)
         else:
-            run = CategoryFit(
-                config,
-                shard or make_worker_shard(config, images, rank),
-                num_images or len(images.fit),
-                device,
-                rank=rank,
-                log=log,
-            )
+            own_images = shard or make_worker_shard(config, images, rank)
+            run = CategoryFit(config, own_images, num_images or len(images.fit), device, rank=rank)
             _train_and_judge(run, images.judged, objective, wrap, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)

@@ -156,7 +156,7 @@ def test_the_last_lines_are_the_commands_that_train_the_best_settings(
     records.claim_folder(root, sweep, {})
     trials = [make_trial(number, 0.9 - number / 10, stage=stage) for stage in stages for number in range(2)]
     write_report(root, sweep, trials)
-    assert _print_outcome(SweepOutcome(root, trials, {}, stopped=False)) == 0
+    assert _print_outcome(SweepOutcome(root, trials, stopped=False)) == 0
     lines = capsys.readouterr().out.splitlines()[-len(stages) :]
     for line, stage in zip(lines, stages, strict=True):
         program, command, file = shlex.split(line)
@@ -165,7 +165,7 @@ def test_the_last_lines_are_the_commands_that_train_the_best_settings(
         assert config.name == ("search-best" if stage is None else f"search-best-{stage}")
         assert config.data.categories == (None if stage is None else (stage,))
         assert not Path(config.storage, config.name).exists()
-    assert _print_outcome(SweepOutcome(root, trials, {}, stopped=True)) == 130
+    assert _print_outcome(SweepOutcome(root, trials, stopped=True)) == 130
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"focus-ray sweep resume {root}")
 
 
