@@ -264,72 +264,57 @@ def test_a_busy_port_is_named_with_advice(listener: str, monkeypatch: pytest.Mon
 
 # Ray clusters
 
+VERSIONS = {"same": metadata.version("ray"), "other": "2.1.0"}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers the path /STATUS/NAME/... with a status and a Ray version of VERSIONS, or with text that is no version."""
+
+    def do_GET(self) -> None:
+        _, status, name, *_ = self.path.split("/")
+        self.send_response(int(status))
+        self.end_headers()
+        self.wfile.write(json.dumps({"ray_version": VERSIONS[name]} if name in VERSIONS else [name]).encode())
+
+    do_HEAD = do_GET
+
+    def log_message(self, *words: object) -> None:
+        return
+
 
 @pytest.fixture
-def start_http_server() -> Iterator[Callable[[int, str], str]]:
-    """Returns a function that starts an HTTP server with one answer to every request, and returns its address."""
-    servers: list[HTTPServer] = []
-
-    def start(status: int, body: str) -> str:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-            do_HEAD = do_GET
-
-            def log_message(self, *words: object) -> None:
-                return
-
-        server = HTTPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
+def http_server() -> Iterator[str]:
+    """Returns the address of an HTTP server."""
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-        server.server_close()
-
-
-def test_the_address_of_a_cluster_must_answer(listener: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert run_check(cluster.check_address).status == "ok"
-    closed = f"127.0.0.1:{free_port()}"
-    addresses = {listener: "ok", f"ray://{listener}": "ok"}
-    addresses.update(dict.fromkeys((closed, f"ray://{closed}", f"http://{closed}", "head"), "FAILED"))
-    for address, status in addresses.items():
-        monkeypatch.setenv("RAY_ADDRESS", address)
-        diagnosis = run_check(cluster.check_address)
-        assert diagnosis.status == status, address
-        assert f"RAY_ADDRESS={address} " in diagnosis.message
-        assert ("unset RAY_ADDRESS" in diagnosis.advice) == (status == "FAILED")
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "expected", "text"),
+    ("address", "status", "text"),
     [
-        (200, json.dumps({"ray_version": metadata.version("ray")}), "ok", metadata.version("ray")),
-        (200, '{"ray_version": "2.1.0"}', "warning", "Ray 2.1.0, this machine"),
-        (200, "<html>", "FAILED", "http://HOST:8265"),
-        (200, "[]", "FAILED", "http://HOST:8265"),
-        (200, "{}", "FAILED", "http://HOST:8265"),
-        (401, "", "warning", "RAY_AUTH_TOKEN"),
-        (404, "", "FAILED", "404"),
+        ("", "ok", "RAY_ADDRESS is not set"),
+        ("{listener}", "ok", "accepts connections"),
+        ("ray://{listener}", "ok", "accepts connections"),
+        ("{closed}", "FAILED", "or unset RAY_ADDRESS"),
+        ("ray://{closed}", "FAILED", "or unset RAY_ADDRESS"),
+        ("http://{closed}", "FAILED", "or unset RAY_ADDRESS"),
+        ("head", "FAILED", "RAY_ADDRESS=head does not answer"),
+        ("{http}/200/same", "ok", VERSIONS["same"]),
+        ("{http}/200/other", "warning", "Ray 2.1.0, this machine"),
+        ("{http}/200/page", "FAILED", "http://HOST:8265"),
+        ("{http}/401/same", "warning", "RAY_AUTH_TOKEN"),
+        ("{http}/404/same", "FAILED", "404"),
     ],
 )
-def test_the_version_of_a_jobs_server_is_compared(
-    status: int,
-    body: str,
-    expected: str,
-    text: str,
-    start_http_server: Callable[[int, str], str],
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_address_of_a_cluster_must_answer_with_the_same_version(
+    address: str, status: str, text: str, listener: str, http_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", start_http_server(status, body))
+    closed = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address.format(listener=listener, closed=closed, http=http_server))
     diagnosis = run_check(cluster.check_address)
-    assert diagnosis.status == expected
+    assert diagnosis.status == status
     assert text in str(diagnosis)
 
 
@@ -407,23 +392,19 @@ def test_a_damaged_data_set_fails(make_config: ConfigMaker, tmp_path: Path) -> N
 
 
 def test_weights_are_loaded_or_the_problem_is_named(
-    make_config: ConfigMaker,
-    tmp_path: Path,
-    start_http_server: Callable[[int, str], str],
-    monkeypatch: pytest.MonkeyPatch,
+    make_config: ConfigMaker, tmp_path: Path, http_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packaged = make_config(model={"backbone": "efficientnet_lite0", "weights": "default"})
     assert run_check(resources.check_weights, packaged).status == "ok"
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))  # nothing is downloaded yet
     (tmp_path / "text.pth").write_text("no weights")
-    answering, refusing = start_http_server(200, ""), start_http_server(403, "")
     closed = f"http://127.0.0.1:{free_port()}/net.pth"
     cases = {
         "random": ("ok", "nothing to load"),
         f"{tmp_path}/none.pth": ("FAILED", "none.pth"),
         f"{tmp_path}/text.pth": ("FAILED", "text.pth"),
-        f"{answering}/net.pth": ("ok", "the first run downloads them"),
-        f"{refusing}/net.pth": ("FAILED", "HTTP 403"),
+        f"{http_server}/200/net.pth": ("ok", "the first run downloads them"),
+        f"{http_server}/403/net.pth": ("FAILED", "HTTP 403"),
         closed: ("FAILED", "set model.weights to a file"),
     }
     for weights, (status, text) in cases.items():

@@ -87,7 +87,7 @@ def test_halving_prunes_as_optunas_pruner_does(grace_epochs: int, reduction_fact
         trial = study.ask()
         judge.begin(number)
         for step in range(1, 40):
-            score = float(rng.uniform().round(2))
+            score = round(rng.uniform(), 2)
             category, epoch = ("a", step) if step <= 20 else ("b", step - 20)
             trial.report(score, step)
             is_pruned = judge._test_halving(number, category, epoch, score) is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from focus_ray.cli.main import main
@@ -167,6 +168,13 @@ def test_the_last_lines_are_the_commands_that_train_the_best_settings(
         assert not Path(config.storage, config.name).exists()
     assert _print_outcome(SweepOutcome(root, trials, stopped=True)) == 130
     assert capsys.readouterr().err.splitlines()[-1].endswith(f"focus-ray sweep resume {root}")
+
+
+def test_a_labelled_objective_is_marked_in_all_files(tmp_path: Path) -> None:
+    write_report(str(tmp_path), make_sweep(tmp_path, objective="pixel_auroc"), [make_trial(0, 0.9)])
+    for name in ("best.yaml", "report.md", "report.html"):
+        assert "LABELLED" in (tmp_path / name).read_text()
+    assert pq.read_schema(tmp_path / "trials.parquet").metadata[b"labelled"] == b"True"
 
 
 def test_the_best_configuration_is_read_from_a_storage_and_its_name_is_not_too_long(tmp_path: Path) -> None:

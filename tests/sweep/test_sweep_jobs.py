@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from job_nodes import REPOSITORY, Nodes, run_nodes
 from s3_server import S3Server
 from waiting import wait_for_records
 
-from focus_ray.fitting.settings import load_config
 from focus_ray.storage.files import list_names, read_bytes
 from focus_ray.sweep import records
-from focus_ray.sweep.records import TrialRecord, read_records
+from focus_ray.sweep.records import read_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
 
@@ -113,34 +108,6 @@ def test_simultaneous_sweeps_of_two_teams_finish_separately(nodes: Nodes, resnet
         assert [line.split("\t")[0].split("-")[0] for line in listed] == [team]
 
 
-def check_disturbed_sweep(nodes: Nodes, weights: Path, root: str, before: list[TrialRecord]) -> None:
-    """Checks that earlier records remain and that the scores are those of the same sweep without a disturbance."""
-    assert [record for record in read_records(root) if record in before] == before  # no trial was run again
-    undisturbed = nodes.run("submit", *sweep_words(nodes, weights, *TRAINED, "name=undisturbed"))
-    assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
-    expected = scores_of(f"{nodes.root}/sweeps/undisturbed")
-    assert len(expected) == 6
-    assert scores_of(root) == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.usefixtures("_keys")
-def test_a_sweep_with_a_killed_driver_is_resumed_as_a_job(nodes: Nodes, resnet18_weights: Path, tmp_path: Path) -> None:
-    root = f"{nodes.root}/sweeps/broken"
-    follower = nodes.start("submit", *sweep_words(nodes, resnet18_weights, *TRAINED, "name=broken"))
-    wait_for_records(root, 2, follower, 300.0)
-    state: dict[str, Any] = json.loads(read_bytes(f"{root}/state.json"))
-    os.kill(int(state["pid"]), signal.SIGKILL)
-    out, _ = follower.communicate(timeout=120)
-    assert follower.returncode == 137, out[-2000:]  # exit status of the job: 128 + SIGKILL
-    before = read_records(root)
-    assert 2 <= len(before) < 6
-    resumed = nodes.run("submit", "--team", "press", "sweep", "resume", root)
-    assert resumed.returncode == 0, resumed.stdout[-3000:]
-    (tmp_path / "best.yaml").write_bytes(read_bytes(f"{root}/best.yaml"))
-    assert load_config(tmp_path / "best.yaml").train.epochs == 4
-    check_disturbed_sweep(nodes, resnet18_weights, root, before)
-
-
 @pytest.mark.usefixtures("_keys")
 def test_a_node_that_is_killed_during_a_sweep_loses_no_trial(nodes: Nodes, resnet18_weights: Path) -> None:
     root = f"{nodes.root}/sweeps/shaken"
@@ -153,4 +120,9 @@ def test_a_node_that_is_killed_during_a_sweep_loses_no_trial(nodes: Nodes, resne
     nodes.kill_a_worker_node()
     out, err = follower.communicate(timeout=400)
     assert follower.returncode == 0, out[-3000:] + err[-1000:]
-    check_disturbed_sweep(nodes, resnet18_weights, root, before)
+    assert [record for record in read_records(root) if record in before] == before  # no trial was run again
+    undisturbed = nodes.run("submit", *sweep_words(nodes, resnet18_weights, *TRAINED, "name=undisturbed"))
+    assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
+    expected = scores_of(f"{nodes.root}/sweeps/undisturbed")
+    assert len(expected) == 6
+    assert scores_of(root) == pytest.approx(expected, abs=1e-5)
