@@ -34,6 +34,7 @@ from focus_ray.features.network import LAYERS, FocusNet
 from focus_ray.fitting.fit import fit
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import MemoryShard
+from focus_ray.fitting.split import NUM_CALIBRATION_FOLDS
 from focus_ray.precision import compute_dtype
 from focus_ray.samples.write import CATEGORIES, draw_sample
 
@@ -52,7 +53,7 @@ def training_images(arguments: argparse.Namespace) -> Tensor:
 
 def fitted(config: Config, images: Tensor, device: str) -> tuple[Inspector, dict[str, float]]:
     """An inspector, and the seconds that the stages of its fit took."""
-    shard = MemoryShard(images, folds=torch.arange(len(images)) % config.calibration.num_folds)
+    shard = MemoryShard(images, folds=torch.arange(len(images)) % NUM_CALIBRATION_FOLDS)
     found = fit(config, shard, len(images), torch.device(device))
     return inspector_of(config, "part", found, device), found.seconds
 

@@ -49,7 +49,6 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
         "model": {
             "weights": "random",
             "image_size_px": 64,
-            "projector_width": 16,
             "predictor_width": 8,
             "precision": "fp32",  # so that results do not depend on the machine
         },

@@ -334,7 +334,7 @@ def _read_bundle(
                 **settings,
                 **{part: {**settings[part], "precision": precision} for part in ("model", "density")},
             }
-        config = parse_config(settings, source=f"{uri}/{MANIFEST}")
+        config = parse_config(settings, f"{uri}/{MANIFEST}", is_fitted=True)
         calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
         category = str(manifest["category"])
         entries = {part: manifest["files"][part] for part in ("network", "density")}
@@ -410,7 +410,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     moments.count = shape["count"]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
     density = _read_part(uri, manifest, "density")
-    grid = parse_config(complete_settings(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
+    grid = parse_config(complete_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_grid
     bank = density.get("bank")
     if bank is not None and "bank.rest" in tensors:
         bank = restore_bank(bank, density["bank.images"], tensors["bank.rest"])

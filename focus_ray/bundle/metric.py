@@ -27,7 +27,7 @@ def share_metric(places: Sequence[str], output: str) -> list[str]:
     reference: tuple[str, Config] | None = None  # the first bundle: all others must have matching settings
     for uri in (uri for place in places for uri in find_bundles(place).values()):
         manifest = read_manifest(uri)
-        config = parse_config(manifest["config"], source=uri)
+        config = parse_config(manifest["config"], uri, is_fitted=True)
         scatter = read_statistics(uri).scatter
         if scatter is None or config.density.metric is not None:
             raise BundleError(

@@ -51,7 +51,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     config = load_config(find_config("default", "run"), words)
     say(f"fit: {arguments.source} -> {output}")
     from focus_ray.api import link_into_good_folder
-    from focus_ray.cli.inspect import evaluate_run
+    from focus_ray.cli.evaluate import evaluate_run
     from focus_ray.cli.train import print_threshold_caveats
     from focus_ray.ingestion.ingest import ingest
     from focus_ray.training.training import train

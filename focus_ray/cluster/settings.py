@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,21 +14,12 @@ from focus_ray.settings.sections import Section
 class ClusterConfig(Section):
     """Workers and resources that a run requests from Ray, and the owner of the run."""
 
+    FIXED: ClassVar[Mapping[str, Any]] = {"priority": None, "namespace": None}
+
     team: str | None = Field(
         default=None,
         pattern=NAME_PATTERN,
         description="Owner of the run. It becomes part of the run's namespace, and of the name with name=auto.",
-    )
-    priority: str | None = Field(
-        default=None,
-        pattern=NAME_PATTERN,
-        description="Kueue's priority class of the job, recorded with the job (configs/cluster). Ray itself has no "
-        "priorities.",
-    )
-    namespace: str | None = Field(
-        default=None,
-        pattern=NAME_PATTERN,
-        description="Ray namespace of the run's actors. null uses the team's namespace, or one for this run.",
     )
     labels: dict[str, str] = Field(
         default={},

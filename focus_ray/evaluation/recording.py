@@ -81,7 +81,9 @@ def record_results(
 def _to_evaluated_category(bundle: str, result: Mapping[str, Any], cards: Any) -> EvaluatedCategory:
     """Returns the result of a category with the configuration of its bundle, for the trackers."""
     manifest = read_manifest(bundle)
-    return EvaluatedCategory(bundle, manifest, parse_config(complete_settings(manifest), bundle), result, cards)
+    return EvaluatedCategory(
+        bundle, manifest, parse_config(complete_settings(manifest), bundle, is_fitted=True), result, cards
+    )
 
 
 def _cards(section: EvaluationSection) -> list[list[Any]]:

@@ -6,7 +6,8 @@ choice of this project.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -29,6 +30,14 @@ BackboneName = Annotated[str, AfterValidator(BACKBONES.check)]
 class ImageAlignmentConfig(Section):
     """ICA: a spatial transformer on the image, before the backbone [paper]."""
 
+    FIXED: ClassVar[Mapping[str, Any]] = {
+        "max_images": 512,
+        "max_translation": 0.4,
+        "max_scale": 1.15,
+        "padding": "reflection",
+    }
+    FIXED_FOR_SCORES = frozenset({"max_translation", "max_scale", "padding"})
+
     group: Group = Field(
         default="rotation_translation",
         description="Movements that the aligner may undo, for instance rotation and translation; none switches "
@@ -47,41 +56,17 @@ class ImageAlignmentConfig(Section):
         description="congealing: alignment is used only if it lowers the pairwise L2 distance of held-out normal "
         "images by at least this share.",
     )
-    max_images: int = Field(default=512, ge=4, description="congealing: largest number of images for the mean image.")
-    max_translation: float = Field(
-        default=0.4,
-        gt=0.0,
-        le=1.0,
-        description="Largest shift that alignment undoes, in half image widths (bounded group [ours]).",
-    )
-    max_scale: float = Field(
-        default=1.15,
-        gt=1.0,
-        le=2.0,
-        description="Largest zoom, in or out, that alignment undoes. Without a bound, zooming in lowers the loss "
-        "[ours].",
-    )
-    padding: Literal["border", "reflection"] = Field(
-        default="reflection",
-        description="Content of the area that an aligned image leaves empty; this area is never scored [ours].",
-    )
 
 
 class FeatureAlignmentConfig(Section):
     """FCA: a spatial transformer after each of layers 1 to 3, trained by the fine loss alone [paper]."""
 
+    FIXED: ClassVar[Mapping[str, Any]] = {"max_translation": 0.15, "max_scale": 1.15, "max_rotation_deg": 15.0}
+    FIXED_FOR_SCORES = frozenset(FIXED)
+
     layer1: Group = Field(default="none", description="Movements that the aligner after layer 1 may undo.")
     layer2: Group = Field(default="none", description="Movements that the aligner after layer 2 may undo.")
     layer3: Group = Field(default="none", description="Movements that the aligner after layer 3 may undo.")
-    max_translation: float = Field(
-        default=0.15, gt=0.0, le=1.0, description="Largest shift that alignment undoes, in half map widths [ours]."
-    )
-    max_scale: float = Field(
-        default=1.15, gt=1.0, le=2.0, description="Largest zoom, in or out, that alignment undoes [ours]."
-    )
-    max_rotation_deg: float = Field(
-        default=15.0, gt=0.0, le=180.0, description="Largest rotation that alignment undoes, in degrees [ours]."
-    )
 
 
 class TilingConfig(Section):
@@ -107,6 +92,8 @@ class TilingConfig(Section):
 
 class ModelConfig(Section):
     """The network: alignment, backbone, projector (the paper's encoder f) and predictor (g)."""
+
+    FIXED: ClassVar[Mapping[str, Any]] = {"projector_width": 256, "predictor": True}
 
     backbone: BackboneName = Field(
         default="resnet18",
@@ -159,16 +146,6 @@ class ModelConfig(Section):
     )
     image_alignment: ImageAlignmentConfig = ImageAlignmentConfig()
     feature_alignment: FeatureAlignmentConfig = FeatureAlignmentConfig()
-    projector_width: int = Field(
-        default=256,
-        ge=8,
-        le=4096,
-        description="Channels of the projector f: three 1x1 convolutions that only training uses [kin: 256].",
-    )
-    predictor: bool = Field(
-        default=True,
-        description="Whether the predictor g follows the projector f [paper]. false is an ablation.",
-    )
     predictor_width: int = Field(
         default=256,
         ge=4,

@@ -6,8 +6,9 @@ choice of this project.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,6 +29,8 @@ class SelectionConfig(Section):
     Held-out normal images and copies with synthetic defects judge the candidates.
     """
 
+    FIXED: ClassVar[Mapping[str, Any]] = {"max_images": 64, "every_epochs": 1, "margin": 0.01}
+
     enabled: bool = Field(
         default=False,
         description="Whether synthetic defects choose alignment and epoch. This costs a share of the training images, "
@@ -39,14 +42,6 @@ class SelectionConfig(Section):
         lt=1.0,
         description="Share of the normal training images that judge the candidates. They join the density after the "
         "choice.",
-    )
-    max_images: int = Field(default=64, ge=2, description="Largest number of images that judge the candidates.")
-    every_epochs: int = Field(default=1, ge=1, description="Epochs between two judgements.")
-    margin: float = Field(
-        default=0.01,
-        ge=0.0,
-        le=1.0,
-        description="Smallest gain in score for which a later epoch replaces the best epoch so far.",
     )
 
 
@@ -103,6 +98,6 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return parse_config(read_tree(path, overrides), source=str(path))
 
 
-def parse_config(tree: dict[str, Any], source: str = "configuration") -> Config:
-    """Validates a plain mapping. Raises: ConfigError: a value is wrong; the error names key, value and expected values."""
-    return parse_model(Config, tree, source)
+def parse_config(tree: dict[str, Any], source: str = "configuration", is_fitted: bool = False) -> Config:
+    """Validates a plain mapping; see `parse_model`. Raises: ConfigError: a value is wrong."""
+    return parse_model(Config, tree, source, is_fitted)

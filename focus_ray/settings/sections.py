@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 from focus_ray.errors import ConfigError
 from focus_ray.names import suggest_name
@@ -18,9 +19,32 @@ LAYERS: tuple[str, ...] = get_args(Layer)
 
 
 class Section(BaseModel):
-    """Base class of all sections: frozen, without unknown keys."""
+    """Base class of all sections: frozen, without unknown keys.
+
+    Attributes:
+        FIXED: setting of an earlier version -> the value that it always has now. A configuration may contain it with this value.
+        FIXED_FOR_SCORES: keys of `FIXED` that change the scores of a fitted model. The other keys only change how a model is
+            fitted, so a bundle that was fitted with another value is still read.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    FIXED: ClassVar[Mapping[str, Any]] = {}
+    FIXED_FOR_SCORES: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_fixed_settings(cls, value: Any, info: ValidationInfo) -> Any:
+        """Drops fixed settings that have their value, and for a bundle also those that do not change its scores."""
+        if not isinstance(value, dict):
+            return value
+        is_fitted = bool(info.context and info.context.get("is_fitted"))
+        for key in cls.FIXED.keys() & value.keys():
+            is_harmless = is_fitted and key not in cls.FIXED_FOR_SCORES
+            if value[key] != cls.FIXED[key] and not is_harmless:
+                raise ValueError(
+                    f"{key} is always {cls.FIXED[key]!r} in this version (got {value[key]!r}): leave it out"
+                )
+        return {key: setting for key, setting in value.items() if key not in cls.FIXED}
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -61,10 +85,17 @@ def mapping_of(text: str, source: str) -> dict[str, Any]:
     return tree
 
 
-def parse_model(model: type[M], tree: Any, source: str) -> M:
-    """Validates a plain mapping against any model, as `parse_config` does for a run."""
+def parse_model(model: type[M], tree: Any, source: str, is_fitted: bool = False) -> M:
+    """Validates a plain mapping against a model.
+
+    Args:
+        source: where the mapping comes from, for the error message.
+        is_fitted: whether the configuration belongs to a fitted model (`Section.FIXED_FOR_SCORES`).
+
+    Raises: ConfigError: a value is wrong; the error names key, value and expected values.
+    """
     try:
-        return model.model_validate(tree)
+        return model.model_validate(tree, context={"is_fitted": is_fitted})
     except ValidationError as error:
         raise ConfigError(f"{source}: " + "; ".join(_explain(item, model) for item in error.errors())) from None
 

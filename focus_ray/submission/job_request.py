@@ -135,7 +135,7 @@ def _check_config(arguments: Sequence[str], working_dir: Path, package: Package)
         package: Files that are sent.
 
     Returns:
-        config_sha256, and for `train` and `sweep` also category, team and priority. Empty if the command names no
+        config_sha256, and for `train` and `sweep` also category and team. Empty if the command names no
         configuration.
 
     Raises:
@@ -192,7 +192,7 @@ def _check_config(arguments: Sequence[str], working_dir: Path, package: Package)
     return {
         "config_sha256": hashlib.sha256(config_to_yaml(full_config).encode()).hexdigest(),
         "category": ",".join(config.data.categories or ("all",)),
-        **{key: value for key in ("team", "priority") if (value := getattr(config.cluster, key))},
+        **({"team": config.cluster.team} if config.cluster.team else {}),
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, field_validator
 
@@ -15,6 +16,8 @@ TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
 class TrackerConfig(Section):
     """An experiment tracker, which records settings, metrics and heat maps (docs/use/trackers.md)."""
 
+    FIXED: ClassVar[Mapping[str, Any]] = {"mode": "auto", "num_images": 6}
+
     uri: str | None = Field(
         default=None,
         min_length=1,
@@ -24,14 +27,6 @@ class TrackerConfig(Section):
     )
     project: str = Field(
         default="focus-ray", min_length=1, max_length=128, description="MLflow's experiment, W&B's project."
-    )
-    mode: Literal["auto", "online", "offline"] = Field(
-        default="auto",
-        description="wandb: offline writes files, which `wandb sync` uploads. auto: the value of WANDB_MODE; without "
-        "it, online if WANDB_API_KEY is set, otherwise offline.",
-    )
-    num_images: int = Field(
-        default=6, ge=0, le=12, description="Heat maps of test images that an evaluation records for each category."
     )
 
     @field_validator("uri")

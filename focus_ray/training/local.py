@@ -175,8 +175,6 @@ def _train_category(
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
         if recorder is not None:
             recorder.log_epoch(split.category, figures)
-        if (epoch + 1) % config.train.checkpoint_every_epochs and epoch + 1 != config.train.epochs:
-            return
         content = io.BytesIO()
         torch.save(snapshot().to_dict(), content)
         name = f"checkpoint_{epoch:06}"

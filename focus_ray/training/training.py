@@ -55,13 +55,7 @@ from focus_ray.training.streams import stream_training_images, worker_stream
 
 RUN_CONFIG = "config.yaml"
 # settings that do not change the result of a category
-_SETTINGS_WITHOUT_EFFECT = (
-    "cluster.",
-    "trackers",
-    "data.memory_budget_mb",
-    "data.categories",
-    "train.checkpoint_every_epochs",
-)
+_SETTINGS_WITHOUT_EFFECT = ("cluster.", "trackers", "data.memory_budget_mb", "data.categories")
 MAX_TRAINER_RESTARTS = 2  # of the process that waits for a trainer; Ray Train restarts the workers of a trainer
 SHARED_METRIC = "metric.safetensors"
 
@@ -179,7 +173,7 @@ def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: C
     Raises: TrainingError, DataError: a check failed.
     """
     team = config.cluster.team
-    is_private = connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
+    is_private = connect(namespace=f"focus-ray-{team}" if team else None)
     streams = config.train.epochs > 0 and any(not fits_memory(config, split) for split in splits.values())
     limit = count_concurrent_runs(
         config.cluster,
@@ -337,9 +331,6 @@ def _train_worker(job: CategoryJob) -> None:
     device = ray.train.torch.get_device()
 
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
-        is_checkpoint_due = (epoch + 1) % config.train.checkpoint_every_epochs == 0 or epoch + 1 == config.train.epochs
-        if not is_checkpoint_due:
-            return ray.train.report(figures)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if rank == 0:

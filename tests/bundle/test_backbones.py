@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(name: str, uri: str, folder: Path, **sections: dict[str, Any]) -> Config:
-    model = {"backbone": name, "image_size_px": SIZES[name], "image_alignment": {"min_drop": 0.0, "max_images": 8}}
+    model = {"backbone": name, "image_size_px": SIZES[name], "image_alignment": {"min_drop": 0.0}}
     return small_config(uri, folder, **{**sections, "model": {**model, **sections.get("model", {})}})
 
 

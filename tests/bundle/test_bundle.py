@@ -37,7 +37,6 @@ def config_of(kind: str = "gaussian", **density: Any) -> Config:
                 "padding": "zeros",
                 "weights": "random",
                 "image_size_px": 32,
-                "projector_width": 8,
                 "predictor_width": 4,
                 "image_alignment": {"group": "none"},
                 "feature_alignment": {"layer2": "rotation"},

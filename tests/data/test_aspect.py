@@ -169,7 +169,7 @@ def test_padding_works_with_alignment_tiles_metric_profile_and_selection(data: s
         "selection": {"enabled": True, "fraction": 0.2},
     }
     tiles = {"tiling": {"grid": [2, 2], "overlap": 0.25}, "image_size_px": 32, "image_alignment": {"group": "none"}}
-    aligned = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
+    aligned = {"image_alignment": {"min_drop": 0.0}}
     for model in (tiles, aligned):
         config = small_config(
             data, tmp_path, data={"categories": ["belt"]}, model={"resize": "pad", **model}, **other_settings

@@ -33,7 +33,7 @@ PAIRS = torch.tensor([[1, 2, 3, 0], [2, 3, 1, 0]])  # for each worker, among its
 
 
 def model_config(batch_norm: str = "frozen", **sections: Any) -> ModelConfig:
-    tree = {"weights": "random", "image_size_px": 64, "projector_width": 16, "predictor_width": 8, **sections}
+    tree = {"weights": "random", "image_size_px": 64, "predictor_width": 8, **sections}
     tree.setdefault("image_alignment", {"group": "none"})
     return ModelConfig.model_validate({"batch_norm": batch_norm, **tree})
 
@@ -259,7 +259,6 @@ def config_of(model: ModelConfig, **density: Any) -> Config:
             "data": {"uri": "images"},
             "model": model.model_dump(),
             "density": {"kind": "gaussian", "num_channels": 24, **density},
-            "scoring": {"smoothing_sigma_px": 2},
         }
     )
 

@@ -180,7 +180,7 @@ def test_a_region_of_the_whole_image_scores_like_no_region(data: str, tmp_path: 
 
 
 def test_the_region_moves_with_the_image_when_images_are_aligned(data: str, tmp_path: Path) -> None:
-    model = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
+    model = {"image_alignment": {"min_drop": 0.0}}
     config = config_with(data, tmp_path, LEFT, model=model, scoring={"image_score": "profile"})
     result = fit_alone(config)
     assert result.notes.alignment is not None

@@ -109,16 +109,16 @@ def test_values_of_two_tiles_blend_linearly_in_their_overlap() -> None:
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(data: str, tmp_path: Path, density: str) -> None:
+def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(
+    data: str, tmp_path: Path, density: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Maps change hardly more between pixels where tiles overlap than within tiles; without blending they jump."""
     side = 64
 
     def steps(overlap: float, sigma_px: float) -> tuple[float, float]:
         """Returns the largest change between neighbouring pixels at a seam, and elsewhere."""
-        scoring = {"smoothing_sigma_px": sigma_px}
-        config = small_config(
-            data, tmp_path, model={**model(density, (2, 2), overlap), "image_size_px": side}, scoring=scoring
-        )
+        monkeypatch.setattr("focus_ray.detect.detector.SMOOTHING_SIGMA_PX", sigma_px)
+        config = small_config(data, tmp_path, model={**model(density, (2, 2), overlap), "image_size_px": side})
         images = textures(40, config.model.frame_px)
         detector = fit(config, MemoryShard(images[:16], images[16:20]), 16, torch.device("cpu")).detector
         maps = detector(images[20:]).anomaly_map
@@ -275,7 +275,7 @@ def test_cross_calibration_selection_and_training_work_with_tiles(data: str, tmp
             "model": model(kind, (1, 2)),
             "train": {"epochs": 1},
             "selection": {"enabled": True, "fraction": 0.1},
-            "calibration": {"method": "cross", "num_folds": 2},
+            "calibration": {"method": "cross"},
             "density": {"reduction": "discriminant"},
             "scoring": {"image_score": "profile"},
         }

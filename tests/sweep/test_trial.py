@@ -28,7 +28,7 @@ from focus_ray.sweep.trial_inputs import (
 from focus_ray.sweep.worker import worker_share
 
 CPU = torch.device("cpu")
-ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0, "max_images": 12}}
+ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0}}
 UNALIGNED = {"image_alignment": {"group": "none"}}
 SHAREABLE = {"reduction": "semi_orthogonal", "coreset": 0}  # with reduction `discriminant`, trials share no features
 
@@ -88,7 +88,7 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(dat
     same: list[dict[str, Any]] = [
         {},
         {"density": {**SHAREABLE, "num_channels": 8}},
-        {"scoring": {"smoothing_sigma_px": 1.0}},
+        {"scoring": {"image_score": "maximum"}},
         {"train": {"learning_rate": 1.0}},
     ]
     different = [{"model": UNALIGNED}, {"train": {"seed": 3}}, {"model": {"image_size_px": 48}}]
@@ -152,7 +152,7 @@ def test_a_pruned_trial_trains_no_further(data: str) -> None:
 
 
 def test_a_trial_whose_training_diverges_is_pruned(data: str) -> None:
-    rates = {"learning_rate": 10.0, "learning_rate_head": 10.0, "momentum": 0.99}
+    rates = {"learning_rate": 10.0, "lambda_fine": 1e30}
     result = judge_gear(make_config(data, train={"epochs": 2, **rates}))
     assert (result.score, result.epochs < 2, str(result.cut)[:9]) == (None, True, "diverged:")
 

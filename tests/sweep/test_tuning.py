@@ -190,7 +190,7 @@ def test_a_failed_trial_is_reported_and_the_other_trials_go_on(ray_cluster: None
 
 
 RATES = {"train.learning_rate": [1e-2, 1e-4, 1e-3, 0.03]}  # no rate diverges; all others lose to the first
-TRAINED: dict[str, Any] = {"train": {"epochs": 3, "learning_rate_head": 0.05}, "density": {"coreset": 0}}
+TRAINED: dict[str, Any] = {"train": {"epochs": 3}, "density": {"coreset": 0}}
 HALVING: dict[str, Any] = {"race": {"enabled": True}, "scheduler": {"kind": "asha"}}
 
 
