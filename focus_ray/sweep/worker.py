@@ -211,21 +211,16 @@ def _judge_on_worker(
 
 def worker_share(
     settings: Config, category: str, plan: SplitPlan, rank: int, num_workers: int
-) -> tuple[Shard | None, SplitPlan]:
+) -> tuple[Shard, SplitPlan]:
     """Returns a worker's training images and the plan of the images that every worker reads.
 
     Only for trials without shared images.
-
-    Returns:
-        shard: The worker's own images. None for a single worker without streaming, which reads all images by the plan.
-        plan: Rows that every worker reads.
     """
-    common_plan = plan.take_fit(NO_ROWS)
     if settings.train.epochs and not fits_memory(settings, plan):
-        return StreamShard(settings, category, plan.share(rank, num_workers), worker_stream), common_plan
-    if num_workers == 1:
-        return None, plan
-    return build_shard(settings, category, plan.without_holdout(), rank, num_workers), common_plan
+        shard: Shard = StreamShard(settings, category, plan.share(rank, num_workers), worker_stream)
+    else:
+        shard = build_shard(settings, category, plan.without_holdout(), rank, num_workers)
+    return shard, plan.take_fit(NO_ROWS)
 
 
 def _fetch_shared_input(reference: Any) -> Any:
