@@ -63,14 +63,10 @@ class TrialJob(TrainerJob):
     Attributes:
         number: Number of the trial.
         stage: The stage of the trial.
-        images: Reference to the shared `CategoryImages`; None if they are not shared.
-        features: Reference to the shared `FrozenFeatures`; None if they are not shared.
     """
 
     number: int
     stage: StageJob
-    images: Any
-    features: Any
 
 
 def load_task(config: Config, split: Split, objective: Objective, size_px: int) -> tuple[CategoryImages, None]:
@@ -103,9 +99,7 @@ def run_trial(job: StageJob, proposal: tuple[int, Point]) -> TrialRecord | None:
         if not job.sweep.share_work:
             clear_caches()
         for category, split in job.splits.items():
-            images = job.images.get((category, settings.model.image_size_px))
-            features = job.features.get(features_key(settings, category) or "")
-            results[category] = _judge_category(TrialJob(settings, split, job.use_gpu, number, job, images, features))
+            results[category] = _judge_category(TrialJob(settings, split, job.use_gpu, number, job))
             reason = results[category].cut
             if reason is not None:
                 status = "cut"
@@ -178,14 +172,16 @@ def _judge_on_worker(
 
     settings, stage = job.config, job.stage
     objective = stage.sweep.objective
-    images: CategoryImages | None = _fetch_shared_input(job.images)
-    features: FrozenFeatures | None = (
-        _fetch_shared_input(job.features) if num_workers == 1 and images is not None else None
-    )
+    size_px = settings.model.image_size_px
+    features: FrozenFeatures | None = None
     shard: Shard | None = None
+    images: CategoryImages | None = _fetch_shared_input(stage.images.get((job.category, size_px)))
+    if images is not None and num_workers == 1:
+        features = _fetch_shared_input(stage.features.get(features_key(settings, job.category) or ""))
+    shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
         shard, plan = worker_share(settings, job.category, job.split.plan(settings), rank, num_workers)
-        images = load_images(stage.sweep.reference_config, job.category, plan, objective, settings.model.image_size_px)
+        images = load_images(stage.sweep.reference_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
         """Asks the judge whether the trial goes on."""
@@ -205,7 +201,7 @@ def _judge_on_worker(
         on_score=on_score,
         shard=shard,
     )
-    result.shared = "features" if features is not None else "images" if job.images is not None else "nothing"
+    result.shared = shared
     return result
 
 
