@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic_core import to_jsonable_python
 
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config, parse_config
@@ -430,7 +431,7 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     for key, domain in space.items():
         if domain.choice is not None:
             parsed = [operator.attrgetter(key)(sweep.config_at({key: value})) for value in domain.choice]
-            space[key] = Domain(choice=tuple(_to_list(value) for value in parsed))
+            space[key] = Domain(choice=tuple(to_jsonable_python(parsed)))
     return sweep.model_copy(update={"base": base.model_dump(mode="json"), "base_file": None, "space": space})
 
 
@@ -482,11 +483,6 @@ def _check_space(sweep: SweepConfig) -> None:
     if sweep.searcher == "grid":
         for point in grid_points(sweep):
             sweep.config_at(point)
-
-
-def _to_list(value: Any) -> Any:
-    """Returns nested tuples as lists."""
-    return [_to_list(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _merge_trees(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
