@@ -28,7 +28,7 @@ from focus_ray.cluster.ownership import FINGERPRINTS, check_fingerprints
 from focus_ray.errors import ConfigError, DataError, FocusRayError, SweepError, TrainingError
 from focus_ray.fitting.settings import load_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.storage.files import exists, list_names
+from focus_ray.storage.files import list_names
 from focus_ray.sweep import records
 from focus_ray.sweep.driver import SweepOutcome, run_sweep
 from focus_ray.sweep.proposer import Proposer
@@ -343,7 +343,8 @@ def test_a_stopped_sweep_leaves_no_actor_no_placement_group_and_no_file(
 
     def stop() -> None:
         """Stops the sweep while its first trials run: with two workers, the trainer has begun to write files."""
-        wait_for(lambda: exists(f"{tmp_path}/search/{'scratch' if num_workers > 1 else 'sweep.yaml'}"), 100.0, "trial")
+        begun = Path(tmp_path, "search", "scratch" if num_workers > 1 else "sweep.yaml")
+        wait_for(begun.exists, 100.0, "the first trial")
         time.sleep(5.0)
         os.kill(os.getpid(), signal.SIGINT)
 
