@@ -31,7 +31,6 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 NOT_YET = {
     ("density", "features"),
     ("distributed", "density"),
-    ("doctor", "sweep"),
     ("drawing", "data"),
     ("drawing", "detect"),
     ("drawing", "evaluation"),
@@ -47,7 +46,7 @@ NOT_YET = {
 }
 # library -> rooms and modules that may import it
 MAY_IMPORT = {
-    "ray": {"cluster", "submission", "sweep.driver", "sweep.shared_work", "sweep.tune", "sweep.worker"}
+    "ray": {"cluster", "submission", "sweep.driver", "sweep.shared_work", "sweep.worker"}
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"}
     | {"training.training", "training.streams", "evaluation", "ingestion.cluster"},
     "torch": {
