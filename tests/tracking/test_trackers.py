@@ -406,7 +406,7 @@ def test_online_without_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 def test_doctor_checks_trackers(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from focus_ray.doctor.checks import read_context
+    from focus_ray.cli.doctor import read_context
     from focus_ray.doctor.diagnosis import run_checks
     from focus_ray.doctor.resources import check_trackers
 
