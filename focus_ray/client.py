@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal, TypedDict
 import httpx
 
 from focus_ray.errors import FocusRayError
+from focus_ray.retries import retry_pause_s
 
 Output = Literal["heatmap", "overlay", "mask"]
 RETRIED = (408, 429, 502, 503, 504)  # status codes of temporary failures
@@ -287,8 +287,7 @@ def _run_blocking(coroutine: Coroutine[Any, Any, httpx.Response]) -> httpx.Respo
 
 def _retry_pause_s(outcome: httpx.Response | httpx.TransportError, attempt: int) -> float | None:
     """Returns the seconds until the next retry; None if a retry cannot help. attempt: number of the attempt, from 0."""
-    # exponential backoff; the random factor spreads the retries of many clients
-    pause_s = min(5.0, 0.1 * 2.0**attempt) * random.uniform(0.5, 1.0)
+    pause_s = retry_pause_s(attempt)
     if isinstance(outcome, httpx.TransportError):
         return pause_s
     is_from_proxy = outcome.status_code == 500 and not _is_problem(outcome)

@@ -16,7 +16,7 @@ from places import PACKAGE
 
 # a room (top-level package or module) imports only rooms of lower levels
 LEVELS = (
-    {"errors", "names", "progress", "seeds", "csv_cells", "distributed"},
+    {"errors", "names", "progress", "seeds", "csv_cells", "distributed", "retries"},
     {"settings", "storage", "client", "samples", "drawing"},
     {"data", "features", "density", "metrics", "tracking", "cluster", "defects"},
     {"detect", "fyd", "ingestion"},
@@ -42,14 +42,13 @@ NOT_YET = {
     ("metrics", "detect"),
     ("reporting", "evaluation"),
     ("reporting", "bundle"),
-    ("submission", "sweep"),
     ("watching", "evaluation"),
 }
 # library -> rooms and modules that may import it
 MAY_IMPORT = {
     "ray": {"cluster", "submission", "sweep.driver", "sweep.shared_work", "sweep.tune", "sweep.worker"}
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"}
-    | {"training.training", "training.streams", "evaluation", "ingestion.cluster"},
+    | {"training.trainer", "training.streams", "evaluation", "ingestion.cluster"},
     "torch": {
         "data.shards",
         "distributed",

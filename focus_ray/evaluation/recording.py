@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from focus_ray.bundle.bundle import complete_settings, read_manifest
@@ -63,7 +64,7 @@ def record_results(
     """
     if not recorder:
         return
-    with recorder:
+    with closing(recorder):
         try:
             measured = {
                 category: _to_evaluated_category(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import random
 import threading
 import time
 import urllib.parse
@@ -29,6 +28,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from focus_ray.errors import DataError, StorageError, require_extra
+from focus_ray.retries import retry_pause_s
 from focus_ray.storage.s3_settings import S3Settings, load_s3_settings
 
 T = TypeVar("T")
@@ -181,13 +181,8 @@ def retry_while_busy(action: Callable[[], T]) -> T:
         except OSError as error:
             if attempt == max_attempts() or not any(sign in str(error) for sign in _BUSY_SIGNS):
                 raise
-            _pause_before_retry(attempt)
+            time.sleep(retry_pause_s(attempt))
     raise AssertionError("max_attempts is at least 1")
-
-
-def _pause_before_retry(attempt: int) -> None:
-    """Waits after a failed attempt (1, 2, ...); the pauses double up to 5 s, and vary so that clients do not retry together."""
-    time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
 
 
 class _RetryingFile(io.RawIOBase):
@@ -595,7 +590,7 @@ class ObjectReader:
                 except BotoCoreError as error:  # the body was interrupted, and boto3 does not retry that
                     if attempt == max_attempts():
                         raise OSError(str(error)) from error
-                    _pause_before_retry(attempt)
+                    time.sleep(retry_pause_s(attempt))
         raise AssertionError("max_attempts is at least 1")
 
 
