@@ -7,7 +7,6 @@ cluster have their own credentials, as a role or a secret.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import re
@@ -31,7 +30,8 @@ MIN_PYTHON_VERSION = "3.10"
 
 _STOP_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 60.0
-_MAX_RECONNECTS = 6
+_MAX_FAILURES = 7
+_POLL_INTERVAL_S = 1.0
 
 
 def connect(address: str | None = None) -> Any:
@@ -157,7 +157,7 @@ def submit_job(client: Any, request: JobRequest, say: Log) -> str:
 
 
 def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
-    """Writes the log of a job until the job ends. Reconnects if the connection breaks.
+    """Writes the log of a job until the job ends. Reads the log again if the cluster does not answer for some time.
 
     Args:
         client: Client of the Jobs API.
@@ -168,41 +168,28 @@ def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
         The exit status of the job; see `exit_status`.
 
     Raises:
-        SubmissionError: The job does not exist, or the connection broke too often without new text.
+        SubmissionError: The job does not exist, or the cluster did not answer _MAX_FAILURES times in a row.
     """
-    from aiohttp import ClientError
-
-    address = client.get_address()
-    num_written = num_failures = 0
-
-    async def tail() -> None:
-        nonlocal num_written, num_failures
-        num_received = 0
-        async for text in client.tail_job_logs(job_id):  # every connection sends the log from its beginning
-            new_text = text[max(0, num_written - num_received) :]
-            num_received += len(text)
-            if new_text:
-                write(new_text)
-                num_written += len(new_text)
-                num_failures = 0
-
-    with _translate_errors(address, job_id):
-        client.get_job_info(job_id)
+    num_written, num_failures = 0, 0
+    describe_job(client, job_id)  # fails at once if the job does not exist
     while True:
+        start = time.monotonic()
         try:
-            asyncio.run(tail())
-        except (RuntimeError, OSError, ClientError) as error:
+            with _translate_errors(client.get_address(), job_id):
+                info = client.get_job_info(job_id)
+                log = client.get_job_logs(job_id)  # from its beginning
+        except SubmissionError:
             num_failures += 1
-            if num_failures > _MAX_RECONNECTS:
-                raise SubmissionError(
-                    f"{address}: cannot read the rest of the log of job {job_id!r}: {error}"
-                ) from error
-        with _translate_errors(address, job_id):
-            info = client.get_job_info(job_id)
-            if info.status.is_terminal():
-                write(client.get_job_logs(job_id)[num_written:])  # text that arrived after the last connection
-                return exit_status(info)
-        time.sleep(retry_pause_s(num_failures + 1))
+            if num_failures >= _MAX_FAILURES:
+                raise
+            time.sleep(retry_pause_s(num_failures))
+            continue
+        num_failures = 0
+        write(log[num_written:])
+        num_written = len(log)
+        if info.status.is_terminal():
+            return exit_status(info)
+        time.sleep(max(_POLL_INTERVAL_S, 5 * (time.monotonic() - start)))  # so that a long log loads the cluster little
 
 
 def exit_status(info: Any) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -74,11 +73,10 @@ class TrackerRun(Protocol):
         """Ends the run as finished or as failed. The run may be begun again later."""
 
 
-class Tracker(ABC):
+class Tracker(Protocol):
     """A kind of tracker; an instance is an opened tracker. `focus_ray.settings.kinds.TRACKERS` lists all kinds."""
 
     @classmethod
-    @abstractmethod
     def check(cls, settings: TrackerConfig, storage: str) -> str:
         """Checks that the tracker can be used, without heavy imports.
 
@@ -94,15 +92,12 @@ class Tracker(ABC):
             ConfigError: The folder cannot be written, the server cannot be reached, or a key is missing.
         """
 
-    @abstractmethod
     def __init__(self, settings: TrackerConfig, storage: str) -> None:
         """Opens the tracker. `check` was called with the same arguments before."""
 
-    @abstractmethod
     def has_run(self, run: RunDescription) -> bool:
         """Returns True if the tracker already has this run. Some trackers see only the runs of this machine."""
 
-    @abstractmethod
     def begin_run(self, run: RunDescription) -> TrackerRun:
         """Returns the existing run with this key, or creates a new run with its parameters and tags inside its group's run."""
 

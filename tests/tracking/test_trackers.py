@@ -6,7 +6,7 @@ import contextlib
 import json
 import struct
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from focus_ray.settings.kinds import METRICS, TRACKERS
 from focus_ray.storage.files import remove_file
 from focus_ray.sweep.driver import resume_sweep, run_sweep
 from focus_ray.sweep.settings import parse_sweep
-from focus_ray.tracking.base import Picture, RunDescription, Tracker, flatten_parameters
+from focus_ray.tracking.base import RunDescription, Tracker, flatten_parameters
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import TrainingRecorder
 from focus_ray.training.training import train
@@ -72,19 +72,18 @@ class RecordedRun:
         return evaluate_bundles(bundles, str(output), max_side_px=64, exact_pixels=10**9, log=lines.append).results
 
 
-@pytest.fixture(scope="module")
-def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
-    """Trains, resumes and evaluates once for all tests of this file."""
+@pytest.fixture(scope="module", autouse=True)
+def _no_settings_of_the_user() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE"):
             patch.delenv(name, raising=False)
-        return RecordedRun(data, tmp_path_factory.mktemp("runs"))
+        yield
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.fixture(scope="module")
+def run(data: str, tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
+    """Trains, resumes and evaluates once for all tests of this file."""
+    return RecordedRun(data, tmp_path_factory.mktemp("runs"))
 
 
 def losses(run: RecordedRun, category: str) -> dict[int, float]:
@@ -93,8 +92,8 @@ def losses(run: RecordedRun, category: str) -> dict[int, float]:
 
 
 def test_a_run_logs_where_it_is_recorded_and_no_tracker_fails(run: RecordedRun) -> None:
-    locations = [line for line in run.lines if line.startswith("mlflow: recording to sqlite:///")]
-    assert len(locations) == 3  # training, resumed training, evaluation
+    num_recordings = sum(line.startswith("mlflow: recording to sqlite:///") for line in run.lines)
+    assert num_recordings == 3  # training, resumed training, evaluation
     assert [line for line in run.lines if "WARNING" in line] == []
 
 
@@ -231,7 +230,7 @@ def test_wandb_has_one_run_per_category_in_one_group_in_offline_files(run: Recor
 
 
 class FakeTracker(Tracker):
-    """A tracker that keeps (name of the run, name of the call) in memory. It fails at the call `fails_at`."""
+    """A tracker that keeps (name of the run, call) in memory. It fails at the method `fails_at`."""
 
     calls: ClassVar[list[tuple[str, str]]] = []
     fails_at: ClassVar[str | None] = None
@@ -246,7 +245,7 @@ class FakeTracker(Tracker):
     def has_run(self, run: RunDescription) -> bool:
         return False
 
-    def begin_run(self, run: RunDescription) -> FakeRun:
+    def begin_run(self, run: RunDescription) -> Any:
         return FakeRun(run.name)
 
 
@@ -256,25 +255,14 @@ class FakeRun:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def _add_call(self, call: str) -> None:
-        if call == FakeTracker.fails_at:
-            raise ConnectionError("the server is gone")
-        FakeTracker.calls.append((self.name, call))
+    def __getattr__(self, method: str) -> Callable[..., None]:
+        def record(argument: Any, *_: object) -> None:
+            if method == FakeTracker.fails_at:
+                raise ConnectionError("the server is gone")
+            shown = f" {argument}" if method in ("log_step", "end") else ""  # a step, or whether the run failed
+            FakeTracker.calls.append((self.name, method + shown))
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        self._add_call("tags")
-
-    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._add_call(f"step {step}")
-
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        self._add_call("metrics")
-
-    def log_pictures(self, pictures: Sequence[Picture]) -> None:
-        self._add_call("pictures")
-
-    def end(self, failed: bool) -> None:
-        self._add_call("failed" if failed else "end")
+        return record
 
 
 @pytest.fixture
@@ -289,7 +277,7 @@ def fake_tracker(monkeypatch: pytest.MonkeyPatch) -> type[FakeTracker]:
 def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(
     fake_tracker: type[FakeTracker], data: str, tmp_path: Path
 ) -> None:
-    fake_tracker.fails_at = "metrics"
+    fake_tracker.fails_at = "log_metrics"
     lines: list[str] = []
     assert set(train(make_config(data, tmp_path, {"fake": {}}), log=lines.append)) == set(CATEGORIES)
     (warning,) = [line for line in lines if "WARNING" in line]
@@ -300,7 +288,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(
 
 @pytest.mark.parametrize(
     ("learning_rate", "calls"),
-    [(1e-3, ["step 1", "metrics", "tags", "end"]), (1e30, ["tags", "failed"])],
+    [(1e-3, ["log_step 1", "log_metrics", "set_tags", "end False"]), (1e30, ["set_tags", "end True"])],
     ids=["trained", "diverging"],
 )
 def test_a_fourth_tracker_needs_only_a_file_and_a_line_and_gets_the_end_of_each_category(
@@ -322,7 +310,7 @@ def test_an_unreadable_bundle_loses_only_its_metrics(fake_tracker: type[FakeTrac
         training_recorder.log_epoch("gear", {"epoch": 0, "loss": 1.0})
     training_recorder.finish_category("gear", str(tmp_path / "missing"))
     training_recorder.close(failed=False)
-    assert fake_tracker.calls == [("small/gear", call) for call in ("step 1", "end")]
+    assert fake_tracker.calls == [("small/gear", call) for call in ("log_step 1", "end False")]
     assert [line for line in lines if line.startswith("WARNING: gear: ")]
 
 
@@ -430,7 +418,9 @@ def test_an_evaluation_records_to_the_tracker_on_its_command_line_and_takes_no_o
 ) -> None:
     bundle = make_bundle(small_config(data, tmp_path / "runs", model=UNALIGNED_MODEL))
     assert main(["evaluate", bundle, "trackers.fake={}", "--output", str(tmp_path / "report")]) == 0
-    assert fake_tracker.calls == [("small/gear", call) for call in ("tags", "metrics", "pictures", "end")]
+    assert fake_tracker.calls == [
+        ("small/gear", call) for call in ("set_tags", "log_metrics", "log_pictures", "end False")
+    ]
     assert main(["evaluate", bundle, "train.epochs=3", "--output", str(tmp_path / "other")]) == 1
     assert "train.epochs=3" in capsys.readouterr().err
 
@@ -458,7 +448,7 @@ def test_epochs_of_ray_train_are_recorded_during_the_training(
     monkeypatch.setattr(TrainingRecorder, "finish_category", lambda *arguments: None)
     cluster = {"local": False, "num_workers": 2}
     train(make_config(data, tmp_path, {"fake": {}}, ["gear"], train={"epochs": EPOCHS}, cluster=cluster))
-    assert [call for _, call in fake_tracker.calls if call.startswith("step")] == ["step 1", "step 2"]
+    assert [call for _, call in fake_tracker.calls if call.startswith("log_step")] == ["log_step 1", "log_step 2"]
 
 
 @pytest.mark.ray
@@ -466,8 +456,10 @@ def test_a_pool_records_the_same_as_one_process(
     ray_cluster: None, fake_tracker: type[FakeTracker], data: str, tmp_path: Path
 ) -> None:
     train(make_config(data, tmp_path, {"fake": {}}, cluster={"local": False}))
-    calls = [(f"small/{category}", call) for category in CATEGORIES for call in ("metrics", "tags", "end")]
-    assert sorted(fake_tracker.calls) == sorted([*calls, ("small", "end")])
+    calls = [
+        (f"small/{category}", call) for category in CATEGORIES for call in ("log_metrics", "set_tags", "end False")
+    ]
+    assert sorted(fake_tracker.calls) == sorted([*calls, ("small", "end False")])
 
 
 @pytest.mark.ray
