@@ -172,7 +172,7 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
 def _probe_this_node(files: Mapping[str, bytes | None], folders: Sequence[str]) -> str | None:
     """Checks files and folders on this node. Returns the reason of a failure; None if all is well."""
     try:
-        for folder in folders:  # first, because the error of a refused write gives the reason, that of a read does not
+        for folder in folders:  # first, because only the error of a refused write gives the reason
             check_access(folder)
         for file, content in files.items():
             if read_bytes(file) != content and content is not None:

@@ -38,7 +38,7 @@ J = TypeVar("J", bound=TrainerJob)
 def run_trainer(worker: Callable[[J, torch.device], Any], job: J, scratch: str, name: str) -> Any:
     """Runs a function on every worker of a new trainer and returns the result of rank 0.
 
-    Ray Train restarts all workers after the loss of one of them, with fewer workers if the configuration allows this.
+    After the loss of a worker, Ray Train restarts all workers, or fewer if the configuration allows this.
 
     Args:
         worker: function that every worker calls with the job and its device.

@@ -75,7 +75,7 @@ class CategoryJob(TrainerJob):
     num_threads: int | None = None
 
 
-def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = lambda message: None) -> dict[str, str]:
+def train(config: Config, *, resume: bool = False, log: Log = lambda message: None) -> dict[str, str]:
     """Trains every category of the configuration and writes <storage>/<name>/bundles/<category>.
 
     Args:
@@ -132,7 +132,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     return bundles
 
 
-def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Callable[[str], None]) -> int:
+def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Log) -> int:
     """Joins the cluster, checks its resources and its storage, and returns how many categories can run at the same time.
 
     Raises: TrainingError, DataError: a check failed.
@@ -293,24 +293,18 @@ def _fit(job: CategoryJob, device: torch.device) -> None:
 
 def resolve_paths(config: Config) -> Config:
     """Makes local paths of the configuration absolute, because workers run in other folders."""
-    weights, metric = config.model.weights, config.density.metric
-    regions = {
-        name: make_absolute(entry) if isinstance(entry, str) else entry for name, entry in config.data.regions.items()
-    }
-    if weights not in ("default", "random"):
-        weights = make_absolute(weights)
-    return config.model_copy(
-        update={
-            "storage": make_absolute(config.storage),
-            "data": config.data.model_copy(update={"uri": make_absolute(config.data.uri), "regions": regions}),
-            "model": config.model.model_copy(update={"weights": weights}),
-            "density": config.density.model_copy(update={"metric": metric and make_absolute(metric)}),
-            "trackers": {
-                kind: entry.model_copy(update={"uri": entry.uri and make_absolute(entry.uri)})
-                for kind, entry in config.trackers.items()
-            },
-        }
-    )
+    tree = config.model_dump(mode="json")
+    locations = [(tree, "storage"), (tree["data"], "uri"), (tree["density"], "metric")]
+    locations += [(tracker, "uri") for tracker in tree["trackers"].values()]
+    locations += [
+        (tree["data"]["regions"], name) for name, entry in config.data.regions.items() if isinstance(entry, str)
+    ]
+    if config.model.weights not in ("default", "random"):
+        locations.append((tree["model"], "weights"))
+    for section, key in locations:
+        if section[key] is not None:
+            section[key] = make_absolute(section[key])
+    return parse_config(tree)
 
 
 def _claim(root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
@@ -359,12 +353,12 @@ def _started_categories(root: str) -> set[str]:
     return started
 
 
-def differing_keys(former: Config, config: Config) -> list[str]:
+def differing_keys(earlier: Config, config: Config) -> list[str]:
     """Returns a text with both values for each setting that changes a result and differs."""
-    former_values, values = (dict(flatten_dict(settings.model_dump(mode="json"))) for settings in (former, config))
+    earlier_values, values = (dict(flatten_dict(settings.model_dump(mode="json"))) for settings in (earlier, config))
     return [
-        f"{key} was {former_values.get(key)}, is {values.get(key)}"
-        for key in sorted({*former_values, *values})
-        if former_values.get(key) != values.get(key)
+        f"{key} was {earlier_values.get(key)}, is {values.get(key)}"
+        for key in sorted({*earlier_values, *values})
+        if earlier_values.get(key) != values.get(key)
         and (not key.startswith(_SETTINGS_WITHOUT_EFFECT) or (key == "cluster.num_workers" and config.train.epochs > 0))
     ]

@@ -1,7 +1,7 @@
-"""The cluster manifests: Kubernetes' own schemas for what is Kubernetes', strict keys for KubeRay's and Kueue's kinds.
+"""The cluster manifests fit the schemas of Kubernetes; the kinds of KubeRay and Kueue have known fields only.
 
-The fields of KubeRay's and Kueue's kinds below are those of their Go types (ray.io/v1 of KubeRay 1.6,
-kueue.x-k8s.io/v1beta2); their CRDs come in no package. Pod templates are checked as pods, strictly, unknown keys included.
+The fields come from the Go types of KubeRay 1.6 (ray.io/v1) and Kueue (kueue.x-k8s.io/v1beta2), whose CRDs are in no
+package. Pod templates are checked as pods.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def groups_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def named(kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
-    wanted = (name, namespace)
-    items = (item for item in of_kind(kind) if (item["metadata"]["name"], item["metadata"].get("namespace")) == wanted)
+    key = (name, namespace)
+    items = (item for item in of_kind(kind) if (item["metadata"]["name"], item["metadata"].get("namespace")) == key)
     return next(items)
 
 

@@ -62,7 +62,7 @@ def images_to_score(data: str) -> Tensor:
 
 
 def relative(first: Tensor, second: Tensor) -> float:
-    """Returns the Frobenius norm of the difference divided by that of the first tensor."""
+    """Returns the Frobenius norm of the difference, relative to the first tensor."""
     return float((first - second).double().norm() / first.double().norm())
 
 
@@ -98,7 +98,7 @@ def test_a_rule_gives_every_image_the_part_that_the_rows_say(data: str, settings
     hashes = dict(zip(index["row"].to_pylist(), index["content_hash"].to_pylist(), strict=True))
     parts = {"fit": plan.fit_rows, "validation": plan.validation_rows, "holdout": plan.holdout_rows}
     assert {hashes[row]: part for part, rows in parts.items() for row in rows} == {
-        found: split.part_of(found) for found in hashes.values()
+        content_hash: split.part_of(content_hash) for content_hash in hashes.values()
     }
     assert [len(rows) for rows in parts.values()] == [split.num_fit, split.num_validation, split.num_holdout]
     assert split.num_images == plan.num_images
@@ -217,7 +217,7 @@ def test_three_workers_give_the_moments_and_scores_of_one(
     alignments = [
         read_manifest(f"{item.storage}/small/bundles/gear")["metrics"]["alignment"] for item in (config, other)
     ]
-    assert [bool(found and found["enabled"]) for found in alignments] == [case[1] != "none"] * 2
+    assert [bool(alignment and alignment["enabled"]) for alignment in alignments] == [case[1] != "none"] * 2
 
 
 @pytest.mark.parametrize("method", ["split", "cross"])
