@@ -16,7 +16,7 @@ from places import PACKAGE
 
 # a room (top-level package or module) imports only rooms of lower levels
 LEVELS = (
-    {"errors", "names", "progress", "seeds", "csv_cells", "distributed", "retries"},
+    {"errors", "names", "progress", "seeds", "csv_cells", "distributed", "precision", "retries"},
     {"settings", "storage", "client", "samples", "drawing"},
     {"data", "features", "density", "metrics", "tracking", "cluster", "defects"},
     {"detect", "fyd", "ingestion"},
@@ -50,8 +50,8 @@ MAY_IMPORT = {
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"}
     | {"training.trainer", "training.streams", "evaluation", "ingestion.cluster"},
     "torch": {
-        "data.shards",
         "distributed",
+        "precision",
         "features",
         "density",
         "detect",

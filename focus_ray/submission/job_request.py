@@ -17,8 +17,9 @@ from typing import Any
 from focus_ray import __version__
 from focus_ray.cluster.preflight import RESERVED
 from focus_ray.errors import SubmissionError
+from focus_ray.fitting.settings import load_config
 from focus_ray.names import unique_name
-from focus_ray.settings.config import config_to_yaml, load_config, read_mapping
+from focus_ray.settings.sections import config_to_yaml, read_mapping
 from focus_ray.settings.standard import COMMANDS, standard_folder, standard_names
 from focus_ray.submission.package import Package, build_package
 
@@ -165,7 +166,7 @@ def _check_config(
         load_sweep: See `build_job`.
 
     Returns:
-        config_sha256, and for `train` and `sweep` also category, team and priority.
+        config_sha256, and for `train` and `sweep` also category and team.
 
     Raises:
         ConfigError: The configuration is not valid.
@@ -199,7 +200,7 @@ def _check_config(
     return {
         "config_sha256": hashlib.sha256(config_to_yaml(full_config).encode()).hexdigest(),
         "category": ",".join(config.data.categories or ("all",)),
-        **{key: value for key in ("team", "priority") if (value := getattr(config.cluster, key))},
+        **({"team": config.cluster.team} if config.cluster.team else {}),
     }
 
 

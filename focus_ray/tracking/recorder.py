@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from focus_ray.errors import ConfigError
 from focus_ray.names import Log
-from focus_ray.settings.config import TrackerConfig
 from focus_ray.settings.kinds import TRACKERS
-from focus_ray.tracking.base import Picture, RunDescription, Tracker, TrackerRun
+from focus_ray.tracking.base import RunDescription, Tracker, TrackerRun
+from focus_ray.tracking.settings import TrackerConfig
 
 CLOSE_TIMEOUT_S = 60.0  # longest time that the end of a run waits for trackers with unsent records
 
@@ -19,9 +19,6 @@ class Recorder:
     """Records runs in all trackers of a configuration. Without trackers, it does nothing.
 
     A tracker that fails is reported once and gets no more records.
-
-    Attributes:
-        num_images: Largest `num_images` of all trackers: no tracker takes more pictures per run.
     """
 
     def __init__(self, settings: Mapping[str, TrackerConfig], storage: str, log: Log) -> None:
@@ -48,7 +45,6 @@ class Recorder:
                 ) from error
             log(f"{kind}: recording to {location}")
         self.log = log
-        self.num_images = max((tracker_settings.num_images for tracker_settings in settings.values()), default=0)
         self._settings = settings
         self._runs: dict[tuple[str, str], TrackerRun] = {}
         self._queue: queue.SimpleQueue[tuple[str, Callable[[str], None]] | None] = queue.SimpleQueue()
@@ -61,12 +57,6 @@ class Recorder:
     def record(self, run: RunDescription, write: Callable[[TrackerRun], None] = lambda tracker_run: None) -> None:
         """Calls a function with the run of every tracker, later and in the thread. Begins the run if necessary."""
         self._enqueue(lambda kind: write(self._begin(kind, run)))
-
-    def log_pictures(self, run: RunDescription, pictures: Sequence[Picture]) -> None:
-        """Adds pictures to a run; each tracker takes only its `num_images`."""
-        self._enqueue(
-            lambda kind: self._begin(kind, run).log_pictures(pictures[: self._settings[kind].num_images]),
-        )
 
     def end(self, run: RunDescription, failed: bool = False) -> None:
         """Ends a run."""

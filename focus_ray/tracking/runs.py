@@ -22,13 +22,13 @@ from PIL import Image
 from focus_ray import __version__
 from focus_ray.drawing.mark import MARK
 from focus_ray.errors import FocusRayError
-from focus_ray.settings.config import Config
 from focus_ray.settings.kinds import METRICS
 from focus_ray.storage.files import exists, join, read_bytes
 from focus_ray.tracking.base import Picture, RunDescription, TrackerRun, flatten_parameters
 from focus_ray.tracking.recorder import Recorder, describe_error
 
 CLAIM = "claim.json"  # file in the folder of a run; a hash of its unique bytes identifies the run
+MAX_PICTURES = 6  # heat maps of test images that an evaluation records for each category
 _JPEG_QUALITY = 90
 _COUNTS = ("num_normal", "num_anomalous", "threshold", "target_fpr")
 _NOT_PARAMETERS = ("trackers.", "storage", "name", "data.categories")  # places and names do not change the model
@@ -44,13 +44,18 @@ class TrainingRecorder:
     """Records one training. A run begins in the trackers when its first record arrives."""
 
     def __init__(
-        self, recorder: Recorder, config: Config, root: str, fingerprints: Mapping[str, str], has_group: bool
+        self,
+        recorder: Recorder,
+        settings: Mapping[str, Any],
+        root: str,
+        fingerprints: Mapping[str, str],
+        has_group: bool,
     ) -> None:
         """Reads the claim of the training and begins the group run.
 
         Args:
             recorder: Trackers.
-            config: Configuration of the training.
+            settings: All settings of the training, as nested mappings.
             root: Folder of the training, with the file `claim.json`.
             fingerprints: Category -> fingerprint of its images.
             has_group: True if the training has several categories, which get a group run.
@@ -63,10 +68,10 @@ class TrainingRecorder:
             return
         claim = read_bytes(join(root, CLAIM))
         if has_group:
-            self.group = group_run(claim, config)
+            self.group = group_run(claim, settings)
             recorder.record(self.group)
         for category, fingerprint in fingerprints.items():
-            self._runs[category] = category_run(claim, config, category, fingerprint, self.group)
+            self._runs[category] = category_run(claim, settings, category, fingerprint, self.group)
 
     def log_epoch(self, category: str, metrics: Mapping[str, float]) -> None:
         """Records the metrics of an epoch, once per epoch.
@@ -115,35 +120,39 @@ class TrainingRecorder:
 
 
 def category_run(
-    claim: bytes, config: Config, category: str, fingerprint: str | None, group: RunDescription | None
+    claim: bytes,
+    settings: Mapping[str, Any],
+    category: str,
+    fingerprint: str | None,
+    group: RunDescription | None,
 ) -> RunDescription:
     """Returns the description of the tracker run for one category of a training.
 
     Args:
         claim: Content of the training's claim file (`CLAIM`), unique to the training.
-        config: Configuration of the training.
+        settings: All settings of the training, as nested mappings.
         category: Name of the category.
         fingerprint: Fingerprint of the category's images; None if it is unknown.
         group: Run of the whole training; None for a run without a group.
     """
-    whole = group_run(claim, config)
-    tags = {**whole.tags, "kind": "category", "category": category, "data": config.data.uri}
+    whole = group_run(claim, settings)
+    tags = {**whole.tags, "kind": "category", "category": category, "data": settings["data"]["uri"]}
     if fingerprint:
         tags["data_fingerprint"] = fingerprint
-    return RunDescription(run_key(claim, category), f"{config.name}/{category}", group, whole.parameters, tags)
+    return RunDescription(run_key(claim, category), f"{whole.name}/{category}", group, whole.parameters, tags)
 
 
-def group_run(claim: bytes, config: Config) -> RunDescription:
+def group_run(claim: bytes, settings: Mapping[str, Any]) -> RunDescription:
     """Returns the description of the tracker run for a whole training.
 
     Args:
         claim: Content of the training's claim file (`CLAIM`), unique to the training.
-        config: Configuration of the training.
+        settings: All settings of the training, as nested mappings.
     """
-    parameters = flatten_parameters(config.model_dump(mode="json"))
+    parameters = flatten_parameters(settings)
     parameters = {key: value for key, value in parameters.items() if not key.startswith(_NOT_PARAMETERS)}
-    tags = run_tags("run", config.name, config.storage, config.cluster.team)
-    return RunDescription(run_key(claim), config.name, None, parameters, tags)
+    tags = run_tags("run", settings["name"], settings["storage"], settings["cluster"]["team"])
+    return RunDescription(run_key(claim), settings["name"], None, parameters, tags)
 
 
 def run_tags(kind: str, name: str, storage: str, team: str | None) -> dict[str, str]:
@@ -187,14 +196,14 @@ class EvaluatedCategory:
     Attributes:
         bundle: URI of the bundle.
         manifest: Manifest of the bundle.
-        config: Configuration of the bundle.
+        settings: All settings of the bundle, as nested mappings.
         result: Result of `evaluate`.
         cards: Function that returns the galleries of the report's page; each gallery is a list of image cards.
     """
 
     bundle: str
     manifest: Mapping[str, Any]
-    config: Config
+    settings: Mapping[str, Any]
     result: Mapping[str, Any]
     cards: Callable[[], Sequence[Sequence[Any]]]
 
@@ -212,17 +221,17 @@ def record_evaluation(
     claims = {category: _read_claim(evaluated.bundle, evaluated.manifest) for category, evaluated in categories.items()}
     group = None
     if len(claims) > 1 and len(set(claims.values())) == 1:  # several categories of the same training
-        group = group_run(next(iter(claims.values())), next(iter(categories.values())).config)
+        group = group_run(next(iter(claims.values())), next(iter(categories.values())).settings)
         recorder.record(group, lambda run: run.log_metrics(evaluation_metrics(means)))
         recorder.end(group)
     for category, evaluated in categories.items():
         fingerprint = evaluated.manifest["data"].get("fingerprint")
-        run = category_run(claims[category], evaluated.config, category, fingerprint, group)
+        run = category_run(claims[category], evaluated.settings, category, fingerprint, group)
         tags = {**_bundle_tags(evaluated.bundle, evaluated.manifest), "test_data": str(evaluated.result["data"])}
         recorder.record(run, methodcaller("set_tags", tags))
         recorder.record(run, methodcaller("log_metrics", evaluation_metrics(evaluated.result)))
-        if recorder.num_images:
-            recorder.log_pictures(run, list(islice(gallery_pictures(evaluated.cards()), recorder.num_images)))
+        pictures = list(islice(gallery_pictures(evaluated.cards()), MAX_PICTURES))
+        recorder.record(run, methodcaller("log_pictures", pictures))
         recorder.end(run)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from focus_ray.bundle.bundle import write_bundle
-from focus_ray.data.shards import BatchStream, build_shard, local_stream
-from focus_ray.data.split import Split
 from focus_ray.distributed import broadcast_from_rank0, world_size
 from focus_ray.fitting.fit import fit
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import BatchStream, build_shard, local_stream
+from focus_ray.fitting.split import Split
 from focus_ray.fitting.state import Figures, TrainState
 from focus_ray.names import Log
-from focus_ray.settings.config import Config
 from focus_ray.storage.files import exists, join, list_names, read_bytes, remove_file, write_bytes
 
 STATE_FILE = "state.pt"
@@ -83,8 +83,7 @@ def fit_category(
         if rank > 0:
             return
         on_figures(figures)
-        if (epoch + 1) % config.train.checkpoint_every_epochs == 0 or epoch + 1 == config.train.epochs:
-            _write_checkpoint(folder, epoch, snapshot())
+        _write_checkpoint(folder, epoch, snapshot())
 
     start = time.perf_counter()
     log_line(f"reading {split.num_images} images")

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from focus_ray.cluster.connect import resources_per_worker
-from focus_ray.data.shards import fits_memory
-from focus_ray.data.split import Split
-from focus_ray.settings.config import Config
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import fits_memory
+from focus_ray.fitting.split import Split
 from focus_ray.storage.files import is_s3, join, open_filesystem, remove_folder
 from focus_ray.training.category import set_reproducible
 from focus_ray.training.streams import stream_training_images

@@ -18,7 +18,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from focus_ray.cli.main import build_parser
-from focus_ray.settings.config import load_config
+from focus_ray.fitting.settings import load_config
 from focus_ray.settings.standard import find_config
 
 CLUSTER = CONFIGS / "cluster"

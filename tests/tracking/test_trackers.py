@@ -20,14 +20,15 @@ from focus_ray.doctor.diagnosis import run_checks
 from focus_ray.doctor.resources import check_trackers
 from focus_ray.errors import ConfigError, MissingPackageError, TrainingError
 from focus_ray.evaluation.run import evaluate_bundles
-from focus_ray.settings.config import Config, TrackerConfig, parse_config
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.settings.kinds import METRICS, TRACKERS
 from focus_ray.storage.files import remove_file
 from focus_ray.sweep.driver import resume_sweep, run_sweep
 from focus_ray.sweep.settings import parse_sweep
 from focus_ray.tracking.base import RunDescription, Tracker, flatten_parameters
 from focus_ray.tracking.recorder import Recorder
-from focus_ray.tracking.runs import TrainingRecorder
+from focus_ray.tracking.runs import MAX_PICTURES, TrainingRecorder
+from focus_ray.tracking.settings import TrackerConfig
 from focus_ray.training.training import train
 
 UNALIGNED_MODEL = {"image_alignment": {"group": "none"}}
@@ -59,7 +60,7 @@ class RecordedRun:
 
     def __init__(self, data: str, storage: Path) -> None:
         self.storage, self.lines = storage, []
-        trackers = {"mlflow": {}, "tensorboard": {}, "wandb": {"num_images": 3}}
+        trackers = {"mlflow": {}, "tensorboard": {}, "wandb": {}}
         self.config = make_config(data, storage, trackers, train={"epochs": EPOCHS})
         self.bundles = train(self.config, log=self.lines.append)
         self.manifests = {category: read_manifest(bundle) for category, bundle in self.bundles.items()}
@@ -137,7 +138,7 @@ def test_mlflow_has_settings_curves_metrics_and_heat_maps_once_although_the_run_
         }
         assert record.metrics["seconds/total"] > 0
         files = [Path(artifact.path).name for artifact in client.list_artifacts(run_id, "heat_maps")]
-        assert len([name for name in files if name.endswith(".jpg")]) == TrackerConfig().num_images
+        assert len([name for name in files if name.endswith(".jpg")]) == MAX_PICTURES
     mean = sum(run.results[category]["image_auroc"] for category in CATEGORIES) / len(CATEGORIES)
     assert runs["small"].data.metrics["test/image_auroc"] == pytest.approx(mean)
 
@@ -160,7 +161,7 @@ def test_tensorboard_has_curves_metrics_and_heat_maps(run: RecordedRun) -> None:
         (last,) = events.Scalars("test/image_auroc")
         assert last.value == pytest.approx(run.results[category]["image_auroc"])
         images = [tag for tag in events.Tags()["images"] if tag.startswith("heat_maps/")]
-        assert len(images) == TrackerConfig().num_images
+        assert len(images) == MAX_PICTURES
         (image,) = events.Images(images[0])
         assert (image.width, image.height) == (128, 64)  # the image and its heat map
         assert "_hparams_/session_start_info" in events.summary_metadata
@@ -223,7 +224,7 @@ def test_wandb_has_one_run_per_category_in_one_group_in_offline_files(run: Recor
         assert curve == losses(run, category)
         assert wandb_run["summary"]["test/recall"] == run.results[category]["recall"]
         (images,) = [entry for entry in wandb_run["history"] if "heat_maps/count" in entry]
-        assert images["heat_maps/count"] == 3
+        assert images["heat_maps/count"] == MAX_PICTURES
 
 
 # A tracker that fails
@@ -287,16 +288,18 @@ def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("learning_rate", "calls"),
-    [(1e-3, ["log_step 1", "log_metrics", "set_tags", "end False"]), (1e30, ["set_tags", "end True"])],
+    ("training", "calls"),
+    [
+        ({}, ["log_step 1", "log_metrics", "set_tags", "end False"]),
+        ({"learning_rate": 10.0, "lambda_fine": 1e38}, ["set_tags", "end True"]),
+    ],
     ids=["trained", "diverging"],
 )
 def test_a_fourth_tracker_needs_only_a_file_and_a_line_and_gets_the_end_of_each_category(
-    fake_tracker: type[FakeTracker], data: str, tmp_path: Path, learning_rate: float, calls: list[str]
+    fake_tracker: type[FakeTracker], data: str, tmp_path: Path, training: dict[str, float], calls: list[str]
 ) -> None:
-    training = {"epochs": 1, "learning_rate_head": learning_rate}
     with contextlib.suppress(TrainingError):
-        train(make_config(data, tmp_path, {"fake": {}}, ["gear"], train=training))
+        train(make_config(data, tmp_path, {"fake": {}}, ["gear"], train={"epochs": 1, **training}))
     assert fake_tracker.calls == [("small/gear", call) for call in calls]
 
 
@@ -305,7 +308,7 @@ def test_an_unreadable_bundle_loses_only_its_metrics(fake_tracker: type[FakeTrac
     lines: list[str] = []
     recorder = Recorder({"fake": TrackerConfig()}, str(tmp_path), lines.append)
     config = make_config("parts", tmp_path, {"fake": {}})
-    training_recorder = TrainingRecorder(recorder, config, str(tmp_path), {"gear": "f"}, has_group=False)
+    training_recorder = TrainingRecorder(recorder, config.model_dump(), str(tmp_path), {"gear": "f"}, has_group=False)
     for _ in range(2):  # as after the loss of a worker
         training_recorder.log_epoch("gear", {"epoch": 0, "loss": 1.0})
     training_recorder.finish_category("gear", str(tmp_path / "missing"))
@@ -344,7 +347,6 @@ def test_a_missing_package_is_reported_before_anything_is_written(
     [
         ("tensorboard", {"uri": "FOLDER/file/board"}, r"trackers\.tensorboard: .*/file/board"),
         ("mlflow", {"uri": "http://127.0.0.1:1"}, r"trackers\.mlflow: .* 127\.0\.0\.1:1"),
-        ("wandb", {"mode": "online"}, "WANDB_API_KEY"),
         ("wandb", {"uri": "s3://plant/runs"}, r"set trackers\.wandb\.uri"),
     ],
 )
@@ -356,6 +358,12 @@ def test_a_place_that_cannot_be_used_is_reported_before_anything_is_written(
     with pytest.raises(ConfigError, match=message):
         train(make_config(data, tmp_path / "runs", {kind: settings}))
     assert not (tmp_path / "runs").exists()
+
+
+def test_online_without_a_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match="WANDB_API_KEY"):
+        Recorder({"wandb": TrackerConfig()}, str(tmp_path), print)
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "mlflow"])

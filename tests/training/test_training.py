@@ -25,12 +25,12 @@ from torch import Tensor
 from focus_ray.bundle.bundle import find_bundles, read_bundle, read_manifest, read_statistics
 from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat
 from focus_ray.data.read import decode_rows, read_index
-from focus_ray.data.shards import BatchSchedule, build_shard, fits_memory
-from focus_ray.data.split import NO_ROWS, SplitPlan, plan_category, split_category, split_key
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import BatchSchedule, build_shard, fits_memory
+from focus_ray.fitting.split import NO_ROWS, SplitPlan, plan_category, split_category, split_key
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import Config
 from focus_ray.training.category import fit_category
 from focus_ray.training.training import train
 
@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def case_config(data: str, storage: Path, case: tuple[str, str]) -> Config:
     kind, group = case
-    alignment = {"group": group, "min_drop": 0.0, "max_images": 10}
+    alignment = {"group": group, "min_drop": 0.0}
     density: dict[str, Any] = {"kind": kind, "max_images": 12}
     if kind == "learnt":
         density.update(kind="nearest", reduction="discriminant")
@@ -70,13 +70,14 @@ def relative(first: Tensor, second: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("calibration", "num_holdout"),
-    [({}, round(0.2 * NUM_TRAIN)), ({"max_images": 2}, 2), ({"method": "cross", "num_folds": 5}, 0)],
+    ("method", "max_images", "num_holdout"),
+    [("split", 100, round(0.2 * NUM_TRAIN)), ("split", 2, 2), ("cross", 100, 0)],
 )
 def test_a_plan_assigns_every_normal_training_image_and_fills_its_folds_evenly(
-    data: str, calibration: dict[str, Any], num_holdout: int
+    data: str, monkeypatch: pytest.MonkeyPatch, method: str, max_images: int, num_holdout: int
 ) -> None:
-    plan = plan_category(small_config(data, "unused", calibration=calibration), "gear")
+    monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", max_images)
+    plan = plan_category(small_config(data, "unused", calibration={"method": method}), "gear")
     rows = read_index(data, "gear", split="train")["row"].to_pylist()
     assert sorted([*plan.fit_rows, *plan.holdout_rows]) == rows
     assert len(plan.holdout_rows) == num_holdout
@@ -118,8 +119,9 @@ def test_the_split_of_a_fixed_set_does_not_change() -> None:
     assert keys == {"a": "9df3c5", "b": "e02192", "c": "be086d", "d": "7d98c2"}
 
 
-def test_cross_calibration_scores_no_more_images_than_asked(data: str) -> None:
-    config = small_config(data, "unused", calibration={"method": "cross", "num_folds": 5, "max_images": 10})
+def test_cross_calibration_scores_no_more_images_than_asked(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("focus_ray.fitting.fit.MAX_CALIBRATION_IMAGES", 10)
+    config = small_config(data, "unused", calibration={"method": "cross"})
     assert fit_alone(config).calibration.num_images == 10
 
 
@@ -378,7 +380,7 @@ import json, sys, threading
 import ray
 from ray.cluster_utils import Cluster
 from focus_ray.bundle.bundle import read_manifest
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
 from focus_ray.training.training import train
 
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
