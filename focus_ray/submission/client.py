@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 import tempfile
 import time
@@ -18,6 +17,8 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from packaging.version import Version
 
 from focus_ray.cluster.ray_private import cluster_metadata
 from focus_ray.errors import SubmissionError
@@ -107,17 +108,12 @@ def check_versions(client: Any, say: Log) -> None:
         ("Ray", metadata["rayVersion"], MIN_RAY_VERSION, ray.__version__),
         ("Python", metadata["pythonVersion"], MIN_PYTHON_VERSION, local_python),
     ):
-        if _parse_version(version) < _parse_version(oldest):
+        if Version(version) < Version(oldest):
             raise SubmissionError(
                 f"{address}: the cluster runs {program} {version}; focus_ray needs {program} {oldest} or newer"
             )
-        if _parse_version(version) != _parse_version(local):
+        if Version(version).release[:2] != Version(local).release[:2]:
             say(f"WARNING: the cluster runs {program} {version}, this machine has {program} {local}")
-
-
-def _parse_version(version: str) -> tuple[int, ...]:
-    """Returns the first two numbers of a version text: (2, 60) for "2.60.1"."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def submit_job(client: Any, request: JobRequest, say: Log) -> str:

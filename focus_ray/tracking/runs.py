@@ -40,25 +40,51 @@ def run_key(*parts: str | bytes) -> str:
     return hashlib.sha256(joined).hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class TrainingDescription:
+    """The descriptions of the runs of one training.
+
+    Attributes:
+        claim: Content of the training's claim file (`CLAIM`), unique to the training.
+        settings: All settings of the training, as nested mappings.
+        has_group: True if the training has several categories, which get a group run.
+    """
+
+    claim: bytes
+    settings: Mapping[str, Any]
+    has_group: bool
+
+    def group_run(self) -> RunDescription:
+        """Returns the description of the run for the whole training."""
+        parameters = flatten_parameters(self.settings)
+        parameters = {key: value for key, value in parameters.items() if not key.startswith(_NOT_PARAMETERS)}
+        name = self.settings["name"]
+        tags = run_tags("run", name, self.settings["storage"], self.settings["cluster"]["team"])
+        return RunDescription(run_key(self.claim), name, None, parameters, tags)
+
+    def category_run(self, category: str, fingerprint: str | None) -> RunDescription:
+        """Returns the description of the run for a category. fingerprint: of its images; None if it is unknown."""
+        whole = self.group_run()
+        tags = {**whole.tags, "kind": "category", "category": category, "data": self.settings["data"]["uri"]}
+        if fingerprint:
+            tags["data_fingerprint"] = fingerprint
+        group = whole if self.has_group else None
+        return RunDescription(run_key(self.claim, category), f"{whole.name}/{category}", group, whole.parameters, tags)
+
+
 class TrainingRecorder:
     """Records one training. A run begins in the trackers when its first record arrives."""
 
     def __init__(
-        self,
-        recorder: Recorder,
-        settings: Mapping[str, Any],
-        root: str,
-        fingerprints: Mapping[str, str],
-        has_group: bool,
+        self, recorder: Recorder, settings: Mapping[str, Any], root: str, fingerprints: Mapping[str, str]
     ) -> None:
-        """Reads the claim of the training and begins the group run.
+        """Reads the claim of the training and begins the group run, if there are several categories.
 
         Args:
             recorder: Trackers.
             settings: All settings of the training, as nested mappings.
             root: Folder of the training, with the file `claim.json`.
             fingerprints: Category -> fingerprint of its images.
-            has_group: True if the training has several categories, which get a group run.
         """
         self.recorder = recorder
         self.group: RunDescription | None = None
@@ -66,12 +92,12 @@ class TrainingRecorder:
         self._recorded_epochs: set[tuple[str, int]] = set()
         if not recorder:
             return
-        claim = read_bytes(join(root, CLAIM))
-        if has_group:
-            self.group = group_run(claim, settings)
+        training = TrainingDescription(read_bytes(join(root, CLAIM)), settings, len(fingerprints) > 1)
+        if training.has_group:
+            self.group = training.group_run()
             recorder.record(self.group)
         for category, fingerprint in fingerprints.items():
-            self._runs[category] = category_run(claim, settings, category, fingerprint, self.group)
+            self._runs[category] = training.category_run(category, fingerprint)
 
     def log_epoch(self, category: str, metrics: Mapping[str, float]) -> None:
         """Records the metrics of an epoch, once per epoch.
@@ -117,42 +143,6 @@ class TrainingRecorder:
         if self.group is not None:
             self.recorder.end(self.group, failed)
         self.recorder.close()
-
-
-def category_run(
-    claim: bytes,
-    settings: Mapping[str, Any],
-    category: str,
-    fingerprint: str | None,
-    group: RunDescription | None,
-) -> RunDescription:
-    """Returns the description of the tracker run for one category of a training.
-
-    Args:
-        claim: Content of the training's claim file (`CLAIM`), unique to the training.
-        settings: All settings of the training, as nested mappings.
-        category: Name of the category.
-        fingerprint: Fingerprint of the category's images; None if it is unknown.
-        group: Run of the whole training; None for a run without a group.
-    """
-    whole = group_run(claim, settings)
-    tags = {**whole.tags, "kind": "category", "category": category, "data": settings["data"]["uri"]}
-    if fingerprint:
-        tags["data_fingerprint"] = fingerprint
-    return RunDescription(run_key(claim, category), f"{whole.name}/{category}", group, whole.parameters, tags)
-
-
-def group_run(claim: bytes, settings: Mapping[str, Any]) -> RunDescription:
-    """Returns the description of the tracker run for a whole training.
-
-    Args:
-        claim: Content of the training's claim file (`CLAIM`), unique to the training.
-        settings: All settings of the training, as nested mappings.
-    """
-    parameters = flatten_parameters(settings)
-    parameters = {key: value for key, value in parameters.items() if not key.startswith(_NOT_PARAMETERS)}
-    tags = run_tags("run", settings["name"], settings["storage"], settings["cluster"]["team"])
-    return RunDescription(run_key(claim), settings["name"], None, parameters, tags)
 
 
 def run_tags(kind: str, name: str, storage: str, team: str | None) -> dict[str, str]:
@@ -219,20 +209,19 @@ def record_evaluation(
         means: Metric -> mean over the categories. Recorded in the group run if several bundles come from one training.
     """
     claims = {category: _read_claim(evaluated.bundle, evaluated.manifest) for category, evaluated in categories.items()}
-    group = None
-    if len(claims) > 1 and len(set(claims.values())) == 1:  # several categories of the same training
-        group = group_run(next(iter(claims.values())), next(iter(categories.values())).settings)
-        recorder.record(group, lambda run: run.log_metrics(evaluation_metrics(means)))
-        recorder.end(group)
+    has_group = len(claims) > 1 and len(set(claims.values())) == 1  # several categories of the same training
     for category, evaluated in categories.items():
-        fingerprint = evaluated.manifest["data"].get("fingerprint")
-        run = category_run(claims[category], evaluated.settings, category, fingerprint, group)
+        training = TrainingDescription(claims[category], evaluated.settings, has_group)
+        run = training.category_run(category, evaluated.manifest["data"].get("fingerprint"))
         tags = {**_bundle_tags(evaluated.bundle, evaluated.manifest), "test_data": str(evaluated.result["data"])}
         recorder.record(run, methodcaller("set_tags", tags))
         recorder.record(run, methodcaller("log_metrics", evaluation_metrics(evaluated.result)))
         pictures = list(islice(gallery_pictures(evaluated.cards()), MAX_PICTURES))
         recorder.record(run, methodcaller("log_pictures", pictures))
         recorder.end(run)
+    if has_group:
+        recorder.record(training.group_run(), methodcaller("log_metrics", evaluation_metrics(means)))
+        recorder.end(training.group_run())
 
 
 def _read_claim(bundle: str, manifest: Mapping[str, Any]) -> bytes:

@@ -174,8 +174,7 @@ def _train_categories(
     fingerprints = {category: split.fingerprint for category, split in all_splits.items()}
     _claim(root, resume, fingerprints)
     write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
-    settings = config.model_dump(mode="json")
-    training_recorder = TrainingRecorder(recorder, settings, root, fingerprints, has_group=len(all_splits) > 1)
+    training_recorder = TrainingRecorder(recorder, config.model_dump(mode="json"), root, fingerprints)
 
     def show(message: Message) -> None:
         if isinstance(message, str):

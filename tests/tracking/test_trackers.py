@@ -308,7 +308,7 @@ def test_an_unreadable_bundle_loses_only_its_metrics(fake_tracker: type[FakeTrac
     lines: list[str] = []
     recorder = Recorder({"fake": TrackerConfig()}, str(tmp_path), lines.append)
     config = make_config("parts", tmp_path, {"fake": {}})
-    training_recorder = TrainingRecorder(recorder, config.model_dump(), str(tmp_path), {"gear": "f"}, has_group=False)
+    training_recorder = TrainingRecorder(recorder, config.model_dump(), str(tmp_path), {"gear": "f"})
     for _ in range(2):  # as after the loss of a worker
         training_recorder.log_epoch("gear", {"epoch": 0, "loss": 1.0})
     training_recorder.finish_category("gear", str(tmp_path / "missing"))
