@@ -84,9 +84,9 @@ def test_permanent_errors_are_not_retried_but_storage_errors_are(ray_cluster: No
 def test_the_end_of_the_loop_stops_the_workers(ray_cluster: None, tmp_path: Path) -> None:
     import ray
 
-    num_free = ray.available_resources()["CPU"]
     jobs = iter([Job(name, tmp_path) for name in "ab"])
     for _ in WorkerPool[Job](1, {"num_cpus": 1}, 0, print).run(note, lambda: next(jobs, None)):
         break
-    wait_for(lambda: ray.available_resources().get("CPU") == num_free, 30, "the CPU of the worker")
+    num_cpus = ray.cluster_resources()["CPU"]
+    wait_for(lambda: ray.available_resources().get("CPU") == num_cpus, 30, "the CPU of the worker")
     assert attempts_of(tmp_path)[0] == "a"

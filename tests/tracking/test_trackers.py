@@ -470,6 +470,7 @@ def test_a_pool_records_the_same_as_one_process(
     assert sorted(fake_tracker.calls) == sorted([*calls, ("small", "end False")])
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_a_sweep_has_one_run_per_trial_below_its_run(ray_cluster: None, data: str, tmp_path: Path) -> None:
     config = make_config(data, tmp_path, {"mlflow": {"project": "sweeps"}}, ["gear"], density={"coreset": 0})
