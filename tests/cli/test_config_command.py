@@ -62,7 +62,7 @@ def test_show_reads_its_own_output(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_explain_prints_a_key_and_refuses_a_misspelt_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "explain", "train.lambda_fine"]) == 0
     assert "default: 1.0" in capsys.readouterr().out
-    assert main(["config", "explain", "train.momentun"]) == 1
+    assert main(["config", "explain", "train.lambda_fin"]) == 1
     assert "did you mean train.lambda_fine" in capsys.readouterr().err
 
 
