@@ -16,14 +16,15 @@ from focus_ray.cluster.failures import reason_of
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_memory
 from focus_ray.fitting.split import NO_ROWS, Split, SplitPlan
-from focus_ray.storage.files import join, remove_folder
+from focus_ray.storage.files import join
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Objective, Point, SweepConfig
 from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_images, features_key, load_images
+from focus_ray.training.category import data_parallel
 from focus_ray.training.streams import worker_stream
-from focus_ray.training.training import TrainerJob, data_parallel, make_trainer
+from focus_ray.training.trainer import TrainerJob, run_trainer
 
 STOPPED = "the sweep was stopped"
 SHARED_TIMEOUT_S = (
@@ -132,23 +133,17 @@ def _judge_category(job: TrialJob) -> CategoryResult:
     streams = job.config.train.epochs > 0 and not fits_memory(job.config, job.split)
     if job.config.cluster.num_workers == 1 and not streams:
         return _judge_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
-    scratch = join(job.stage.root, "scratch")
     name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
-    try:
-        result = make_trainer(_judge_on_train_worker, job, scratch, name).fit()
-    finally:
-        remove_folder(join(scratch, name))
-    return result.return_value  # type: ignore[no-any-return]  # Ray 2.60 only keeps reported metrics that come with a checkpoint
+    result: CategoryResult = run_trainer(_judge_on_train_worker, job, join(job.stage.root, "scratch"), name)
+    return result
 
 
-def _judge_on_train_worker(job: TrialJob) -> CategoryResult:
+def _judge_on_train_worker(job: TrialJob, device: torch.device) -> CategoryResult:
     """Judges one category as a Ray Train worker. Every worker of the trial runs this function."""
     import ray.train
-    import ray.train.torch
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
     return _judge_on_worker(job, device, rank, num_workers, data_parallel(num_workers, device))
 
 
