@@ -125,7 +125,8 @@ def models(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) 
 def zero(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) -> dict[str, Any]:
     """The first answer of a pool without replicas, a warm one, and how long until no replica is left again."""
     inspector = Inspector.load(bundle, "cpu")
-    scaling = {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0, "downscale_delay_s": 2}
+    scaling = {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0, "downscale_delay_s": 5}
+    scaling.update(downscale_to_zero_delay_s=5)
     with tempfile.TemporaryDirectory() as folder:
         Registry(folder).publish(bundle, "press")
         colds, warms, downs = [], [], []

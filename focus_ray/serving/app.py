@@ -244,7 +244,6 @@ def _autoscaling_config(scaling: Scaling) -> dict[str, Any]:
     """Returns the autoscaling configuration of Serve for a `Scaling`."""
     return {
         **scaling.model_dump(),
-        "downscale_to_zero_delay_s": 3 * scaling.downscale_delay_s,
         "metrics_interval_s": _METRICS_INTERVAL_S,
         "look_back_period_s": max(5 * _METRICS_INTERVAL_S, scaling.upscale_delay_s),
     }

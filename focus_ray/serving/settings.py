@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from focus_ray.names import NAME_PATTERN
-from focus_ray.settings.config import Section, parse_model
+from focus_ray.settings.sections import Section, parse_model
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 MIB = 2**20
@@ -15,6 +15,8 @@ MIB = 2**20
 
 class Scaling(Section):
     """The number of replicas of a deployment, and when Serve changes it."""
+
+    FIXED: ClassVar = {"metrics_interval_s": 2.0}
 
     min_replicas: int = Field(
         default=1,
@@ -38,8 +40,10 @@ class Scaling(Section):
     downscale_delay_s: float = Field(
         default=300.0,
         ge=0.0,
-        description="How long the load must be low before a replica is stopped, because loading models again costs more than "
-        "waiting; three times as long for the last replica if min_replicas is 0.",
+        description="How long the load must be low before a replica is stopped: loading models again costs more than waiting.",
+    )
+    downscale_to_zero_delay_s: float = Field(
+        default=900.0, ge=0.0, description="The same for the last replica if min_replicas is 0."
     )
 
     @model_validator(mode="after")
@@ -52,6 +56,8 @@ class Scaling(Section):
 
 class Pool(Section):
     """A pool of replicas that score images."""
+
+    FIXED: ClassVar = {"max_queued_requests": 512, "graceful_shutdown_s": 30.0}
 
     num_cpus: float = Field(default=1.0, ge=0.0, description="CPUs that Ray reserves for a replica.")
     num_gpus: float = Field(
@@ -126,6 +132,8 @@ class Route(Section):
 class Limits(Section):
     """Limits above which a request is refused before it costs much."""
 
+    FIXED: ClassVar = {"body_timeout_s": 30.0, "retry_after_s": 1.0}
+
     max_body_mb: float = Field(
         default=32.0, gt=0.0, description="Largest body of a request, in MiB; above it the answer is 413."
     )
@@ -152,6 +160,8 @@ class Limits(Section):
 class Sink(Section):
     """Inspected images and scores stored as Parquet for retraining. Off by default."""
 
+    FIXED: ClassVar = {"flush_every_s": 60.0, "max_rows": 256, "max_buffer_mb": 64.0}
+
     uri: str = Field(min_length=1, description="Where inspected images are stored: a folder or an s3:// URI.")
     share: float = Field(default=0.01, ge=0.0, le=1.0, description="Share of the normal images that is stored.")
     share_anomalous: float = Field(
@@ -168,6 +178,8 @@ INGRESS = Scaling(min_replicas=1, max_replicas=4, target_ongoing_requests=64.0)
 
 class ServiceSettings(Section):
     """All settings of the service."""
+
+    FIXED: ClassVar = {"together": "auto"}
 
     registry: str | None = Field(
         default=None, description="Root of the registry whose models are served: a path or an s3:// URI."

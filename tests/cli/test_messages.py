@@ -20,9 +20,10 @@ from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
 from focus_ray.cluster import address
 from focus_ray.data.images import encode_png
+from focus_ray.data.settings import DataConfig
 from focus_ray.errors import DataError, SubmissionError, TrainingError
+from focus_ray.fitting.settings import parse_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import DataConfig, parse_config
 from focus_ray.submission.package import build_package
 
 

@@ -556,6 +556,7 @@ def test_registry_tokens_and_sink_work_on_s3(s3: S3Server, plant: Plant, expecte
         ({"pins": [{"name": "x", "team": "a", "categories": ["b", "b"]}]}, "pins: a/b"),
         ({"pins": [{"name": "x", "team": "../a", "categories": ["b"]}]}, r"pins\.0\.team"),
         ({"examples": True}, r"examples: \{press: \["),
+        ({"limits": {"retry_after_s": 2.0}}, r"retry_after_s is always 1\.0"),
     ],
 )
 def test_contradictory_settings_are_refused(plant: Plant, change: dict[str, Any], match: str) -> None:
@@ -573,7 +574,7 @@ def test_other_machines_are_served_only_with_tokens(plant: Plant) -> None:
 
 
 def test_only_a_single_replica_both_receives_requests_and_scores(plant: Plant) -> None:
-    assert settings_of(plant).is_together
+    assert settings_of(plant, together="auto").is_together  # a setting of earlier versions
     for change in (
         {"pins": [{"name": "boards", "team": PRESS, "categories": ["board"]}]},
         {"pool": {"scaling": {"min_replicas": 0}}},
