@@ -68,11 +68,11 @@ class TeamSlots:
     @asynccontextmanager
     async def hold(self, team: str) -> AsyncIterator[None]:
         """Waits for a slot and holds it while the context is open."""
-        own = self._teams.get(team)
-        if own is None:
-            own = self._teams[team] = _Team(self._max_per_team)
-        async with own.slots:
-            async with own.place_in_queue:
+        state = self._teams.get(team)
+        if state is None:
+            state = self._teams[team] = _Team(self._max_per_team)
+        async with state.slots:
+            async with state.place_in_queue:
                 await self._free_slots.acquire()
             try:
                 yield

@@ -132,9 +132,7 @@ async def split_images(request: Request, body: bytes, limits: Limits) -> list[tu
     elif media_type.startswith("image/") or media_type == "application/octet-stream":
         images = [("", body)] if body else []
     else:
-        raise _unsupported(
-            request, "image/* or application/octet-stream for one image, multipart/form-data for several"
-        )
+        raise _unsupported(request, "image/* or application/octet-stream, or multipart/form-data with several images")
     if not images:
         raise Problem(422, "no-image", "the request has no image: send the bytes of an image, or a form with files")
     return images
@@ -168,7 +166,7 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tupl
     parser = _FormParser(
         request.headers,
         stream_body(),  # type: ignore[arg-type]
-        max_files=limits.max_images + 1,
+        max_files=limits.max_images,
         max_fields=8,
         max_part_size=_MAX_FIELD_BYTES,
     )
@@ -177,7 +175,8 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tupl
         form = await parser.parse()
     except MultiPartException as error:
         if "files" in error.message.lower():
-            raise _too_many_images(limits) from None
+            detail = f"more than {limits.max_images} images in one request: send several requests"
+            raise Problem(413, "too-many-images", detail) from None
         detail = f"the multipart form cannot be read: {error.message[:200]}"
         if "exceeded maximum size" in error.message:
             detail = (
@@ -194,8 +193,6 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tupl
         elif name in _URL_PARAMETERS:
             detail = f"{name!r} is a field of the form: put it into the URL, as ?{name}=..."
             raise Problem(422, "parameter-in-form", detail)
-    if len(images) > limits.max_images:
-        raise _too_many_images(limits)
     return images
 
 
@@ -207,12 +204,6 @@ def _media_type(request: Request) -> str:
 def _unsupported(request: Request, expected: str) -> Problem:
     """Returns the problem for another Content-Type than the expected ones."""
     return Problem(415, "unsupported-media-type", f"Content-Type {_media_type(request)[:100]!r}: send {expected}")
-
-
-def _too_many_images(limits: Limits) -> Problem:
-    """Returns the problem for a form with more than `max_images` files."""
-    detail = f"more than {limits.max_images} images in one request: send several requests"
-    return Problem(413, "too-many-images", detail)
 
 
 def _body_too_large(max_bytes: int) -> Problem:

@@ -49,8 +49,8 @@ def commands_of(name: str, program: str) -> list[list[str]]:
 
 
 def test_the_dockerfile_passes_hadolint() -> None:
-    done = subprocess.run([program("hadolint"), str(REPOSITORY / "Dockerfile")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    finished = subprocess.run([program("hadolint"), str(REPOSITORY / "Dockerfile")], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
 
 
 @pytest.mark.parametrize("script", sorted(CONTAINER.glob("*.sh")), ids=lambda path: path.name)
@@ -169,8 +169,8 @@ def test_nginx_takes_the_configuration_of_the_compose_file(tmp_path: Path) -> No
     write_configuration(tmp_path, "127.0.0.1:8000")
     shutil.copy(CONTAINER / "place.conf", tmp_path)
     words = [nginx_program(), "-t", "-p", f"{tmp_path}/", "-c", str(tmp_path / "nginx.conf")]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finished = subprocess.run(words, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
     (server,) = re.findall(r"server (\w+):8000 resolve;", (CONTAINER / "place.conf").read_text())
     assert server in SERVICES
 

@@ -112,10 +112,10 @@ def test_a_variant_has_its_torch_and_all_else_as_locked(
     tmp_path: Path, indexes: str, variant: str, pypi: str, torch: str
 ) -> None:
     if pypi:
-        done = install(tmp_path / "venv", variant, f"{indexes}/{pypi}", f"{indexes}/{torch}")
+        finished = install(tmp_path / "venv", variant, f"{indexes}/{pypi}", f"{indexes}/{torch}")
     else:  # without mirrors, the indexes are those of uv
-        done = install(tmp_path / "venv", variant, "", "", UV_DEFAULT_INDEX=f"{indexes}/pypi")
-    assert done.returncode == 0, done.stderr
+        finished = install(tmp_path / "venv", variant, "", "", UV_DEFAULT_INDEX=f"{indexes}/pypi")
+    assert finished.returncode == 0, finished.stderr
     packages, versions = installed(tmp_path / "venv"), locked()
     if variant == "cpu":
         for name in ("torch", "torchvision"):
@@ -130,9 +130,9 @@ def test_a_variant_has_its_torch_and_all_else_as_locked(
 def test_a_package_that_differs_from_the_locks_hash_is_refused(tmp_path: Path, indexes: str) -> None:
     lock = httpx.get(f"{indexes}/requirements.lock").text
     changed = re.sub(r"^(tifffile==.*sha256:).*$", rf"\g<1>{'0' * 64}", lock, flags=re.MULTILINE)
-    done = install(tmp_path / "venv", "cuda", f"{indexes}/pypi", "", changed)
-    assert done.returncode != 0
-    assert "Hash mismatch for `tifffile" in done.stderr
+    finished = install(tmp_path / "venv", "cuda", f"{indexes}/pypi", "", changed)
+    assert finished.returncode != 0
+    assert "Hash mismatch for `tifffile" in finished.stderr
 
 
 LOCKS = ("requirements.lock", "container/build-requirements.txt")
@@ -173,9 +173,9 @@ def test_the_build_names_no_index(name: str) -> None:
 def test_an_index_without_cpu_builds_and_a_misspelt_variant_are_refused(
     tmp_path: Path, indexes: str, variant: str, torch: str, message: str
 ) -> None:
-    done = install(tmp_path / "venv", variant, f"{indexes}/pypi", f"{indexes}/{torch}")
-    assert done.returncode == 1
-    assert message in done.stderr
+    finished = install(tmp_path / "venv", variant, f"{indexes}/pypi", f"{indexes}/{torch}")
+    assert finished.returncode == 1
+    assert message in finished.stderr
 
 
 def test_what_the_build_copies_is_enough_for_the_wheel(tmp_path: Path) -> None:
@@ -221,9 +221,9 @@ def test_what_the_image_installs_runs_for_a_user_without_a_home() -> None:
 
         def run(*words: str) -> str:
             environment = {"PATH": f"{venv / 'bin'}:/usr/bin:/bin", "USER": "focus", "PYTHONDONTWRITEBYTECODE": "1"}
-            done = subprocess.run(words, cwd=scratch, env=environment, **other, capture_output=True, text=True)
-            assert done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
-            return done.stdout
+            finished = subprocess.run(words, cwd=scratch, env=environment, **other, capture_output=True, text=True)
+            assert finished.returncode == 0, f"{words}: {finished.stdout}\n{finished.stderr}"
+            return finished.stdout
 
         place = run("python", "-c", "import focus_ray; print(focus_ray.__file__)")
         assert place.startswith(str(venv))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.ray
 
 
 @dataclass
-class Target:
+class LiveService:
     """A live service with two scoring replicas and one more for boards."""
 
     plant: Plant
@@ -41,7 +41,7 @@ class Target:
 
 
 @pytest.fixture(scope="module")
-def target(ray_cluster: None, plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+def service(ray_cluster: None, plant: Plant, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveService]:
     from focus_ray.serving.launch import running
 
     own_plant = plant.with_own_registry(tmp_path_factory.mktemp("own") / "registry")
@@ -53,7 +53,7 @@ def target(ray_cluster: None, plant: Plant, tmp_path_factory: pytest.TempPathFac
         pins=[{"name": "boards", "team": PRESS, "categories": ["board"], "pool": {"num_cpus": 0.5}}],
     )
     with running(settings, port=free_port()) as url:
-        yield Target(own_plant, url)
+        yield LiveService(own_plant, url)
 
 
 def check_finding(answer: Inspected, expected: Inspection) -> None:
@@ -62,8 +62,8 @@ def check_finding(answer: Inspected, expected: Inspection) -> None:
     assert answer.findings[0].score ** 2 == pytest.approx(expected.score**2, rel=2e-4, abs=tolerance)
 
 
-def test_many_clients_get_correct_answers(target: Target) -> None:
-    plant = target.plant
+def test_many_clients_get_correct_answers(service: LiveService) -> None:
+    plant = service.plant
     expected = {name: Inspector.load(bundle, "cpu").inspect(plant.images) for name, bundle in plant.bundles.items()}
 
     async def ask_all() -> None:
@@ -73,15 +73,15 @@ def test_many_clients_get_correct_answers(target: Target) -> None:
             assert answer.version == "v0001"
             check_finding(answer, expected[category][image])
 
-        async with AsyncClient(target.url, plant.press) as client:
+        async with AsyncClient(service.url, plant.press) as client:
             await asyncio.gather(*(ask(number) for number in range(64)))
 
     asyncio.run(ask_all())
 
 
-def test_the_client_distinguishes_errors_and_returns_maps_and_pictures(target: Target) -> None:
-    images = target.plant.images
-    with target.client() as client:
+def test_the_client_distinguishes_errors_and_returns_maps_and_pictures(service: LiveService) -> None:
+    images = service.plant.images
+    with service.client() as client:
         answer = client.inspect(PRESS, "gear", [images[0], b"no image"], include_map=True)
         assert answer.findings[0].map_png is not None
         assert answer.findings[1].error is not None
@@ -92,8 +92,8 @@ def test_the_client_distinguishes_errors_and_returns_maps_and_pictures(target: T
         with pytest.raises(ServiceError, match=r"422 image-not-an-image: .*\(request [0-9a-f-]+\)"):
             client.inspect(PRESS, "gear", [b"no image"])
     for url, token, message in (
-        (target.url, "frs_wrong", "401 unauthorised"),
-        (f"http://127.0.0.1:{free_port()}", target.plant.press, "cannot be reached"),
+        (service.url, "frs_wrong", "401 unauthorised"),
+        (f"http://127.0.0.1:{free_port()}", service.plant.press, "cannot be reached"),
     ):
         with Client(url, token, retries=1) as client, pytest.raises(ServiceError, match=message):
             client.get("/v1")
@@ -122,13 +122,13 @@ class Load:
 
 
 @contextmanager
-def load(target: Target) -> Iterator[Load]:
+def load(service: LiveService) -> Iterator[Load]:
     """Sends requests until the context ends. Raises: ServiceError: a request failed."""
     under_load = Load()
-    with target.client() as client:
+    with service.client() as client:
 
         def inspect() -> None:
-            under_load.answers.append(client.inspect(PRESS, "gear", target.plant.images[:1]))
+            under_load.answers.append(client.inspect(PRESS, "gear", service.plant.images[:1]))
 
         with Probe(inspect, 0.0), Probe(inspect, 0.0), Probe(inspect, 0.0):
             yield under_load
@@ -152,9 +152,9 @@ def replica_pids(name: str) -> list[int]:
 @pytest.mark.cluster
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found through /proc")
 @pytest.mark.parametrize("name", ["scorer", "ingress"])
-def test_a_replica_killed_under_load_loses_no_answer(target: Target, name: str) -> None:
-    (expected,) = Inspector.load(target.plant.bundles["gear"], "cpu").inspect(target.plant.images[:1])
-    with load(target) as under_load:
+def test_a_replica_killed_under_load_loses_no_answer(service: LiveService, name: str) -> None:
+    (expected,) = Inspector.load(service.plant.bundles["gear"], "cpu").inspect(service.plant.images[:1])
+    with load(service) as under_load:
         under_load.wait_for(20)
         os.kill(replica_pids(name)[0], signal.SIGKILL)
         under_load.wait_for(60)
@@ -163,11 +163,11 @@ def test_a_replica_killed_under_load_loses_no_answer(target: Target, name: str) 
 
 
 @pytest.mark.cluster
-def test_promotions_and_rollbacks_under_load_fail_no_request(target: Target) -> None:
-    registry = Registry(target.plant.registry)
-    second = registry.publish(target.plant.bundles["gear"], PRESS)  # latest moves, and latest is what answers
+def test_promotions_and_rollbacks_under_load_fail_no_request(service: LiveService) -> None:
+    registry = Registry(service.plant.registry)
+    second = registry.publish(service.plant.bundles["gear"], PRESS)  # latest moves, and latest is what answers
     hashes = {version.name: version.sha256 for version in registry.versions(PRESS, "gear")}
-    with load(target) as under_load:
+    with load(service) as under_load:
         for version in (second.name, "v0001", second.name, "v0001"):
             registry.promote(PRESS, "gear", version, "latest")
             under_load.answers.clear()
@@ -180,11 +180,11 @@ def test_promotions_and_rollbacks_under_load_fail_no_request(target: Target) -> 
 
 
 @pytest.mark.slow
-def test_prometheus_gets_metrics_of_requests_batches_and_p_values(target: Target) -> None:
+def test_prometheus_gets_metrics_of_requests_batches_and_p_values(service: LiveService) -> None:
     import ray
 
-    with target.client() as client:
-        client.inspect(PRESS, "gear", target.plant.images)
+    with service.client() as client:
+        client.inspect(PRESS, "gear", service.plant.images)
     (node,) = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     names = ("requests_total", "batch_images_count", "p_value_bucket", "stage_milliseconds_bucket", "models", "images")
@@ -197,7 +197,7 @@ def test_prometheus_gets_metrics_of_requests_batches_and_p_values(target: Target
 
 
 @pytest.mark.cluster
-def test_the_service_fits_its_openapi_description(target: Target) -> None:
+def test_the_service_fits_its_openapi_description(service: LiveService) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, given, settings
     from schemathesis.checks import not_a_server_error
@@ -207,16 +207,16 @@ def test_the_service_fits_its_openapi_description(target: Target) -> None:
         status_code_conformance,
     )
 
-    schema: Any = schemathesis.openapi.from_url(f"{target.url}/openapi.json")
+    schema: Any = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
     statuses: list[int] = []
     checks = [not_a_server_error, content_type_conformance, response_schema_conformance, status_code_conformance]
-    headers = {"Authorization": f"Bearer {target.plant.press}"}
+    headers = {"Authorization": f"Bearer {service.plant.press}"}
     for result in schema.get_all_operations():
 
         @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @given(case=result.ok().as_strategy())
         def check_operation(case: Any) -> None:
-            response = case.call(base_url=target.url, headers=headers)
+            response = case.call(base_url=service.url, headers=headers)
             statuses.append(response.status_code)
             case.validate_response(response, checks=checks)
 
