@@ -38,7 +38,7 @@ def settings_of(registry: str, **pool: Any) -> Any:
         "registry": registry,
         "open_to_all": True,
         "ingress_num_cpus": 0.1,
-        "ingress": {"max_replicas": 4, "target_ongoing_requests": 64},
+        "ingress": {"max_replicas": 4},
         "pool": {"num_cpus": 0.5, **pool},
         "limits": {"timeout_s": 120},
     }

@@ -29,7 +29,7 @@ from focus_ray.serving.problems import RETRY_AFTER_S, unavailable
 from focus_ray.serving.scorer import Answer, ImageScorer, ScoringRequest
 from focus_ray.serving.serve_private import check_serve_parts, forget_model
 from focus_ray.serving.service import ScoringBackend, Service
-from focus_ray.serving.settings import INGRESS, Pool, Scaling, ServiceSettings, parse_settings
+from focus_ray.serving.settings import Pool, Scaling, ServiceSettings, parse_settings
 from focus_ray.serving.source import open_source, version_key
 
 COMMON_POOL = "scorer"  # name of the pool for all categories without their own pool
@@ -210,7 +210,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         actor.update(num_cpus=settings.ingress_num_cpus + pool.num_cpus, num_gpus=pool.num_gpus)
     ingress = Ingress.options(  # type: ignore[attr-defined]
         name="ingress",
-        autoscaling_config=_autoscaling_config(pool.scaling if together else settings.ingress or INGRESS),
+        autoscaling_config=_autoscaling_config(pool.scaling if together else settings.ingress),
         # above the limit of `Gate`, so that `Gate` refuses first, with a problem document
         max_ongoing_requests=limits.max_in_flight + 64,
         max_queued_requests=4 * limits.max_in_flight,
@@ -227,7 +227,7 @@ def _bind_pool(name: str, pool: Pool, settings: ServiceSettings, preload: Sequen
     """Creates a pool of scoring replicas that load `preload` before their first request."""
     # A replica accepts every request that the gates admit. `ImageScorer` then serves waiting teams in turn. In Serve's
     # queue, one team could block the others.
-    num_admitted = (settings.ingress or INGRESS).max_replicas * settings.limits.max_in_flight
+    num_admitted = settings.ingress.max_replicas * settings.limits.max_in_flight
     return ScorerReplica.options(  # type: ignore[attr-defined]
         name=name,
         autoscaling_config=_autoscaling_config(pool.scaling),

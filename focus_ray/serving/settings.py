@@ -173,7 +173,7 @@ class Sink(Section):
 
 
 # replicas that receive requests have no model, so one serves more requests than a replica that scores
-INGRESS = Scaling(min_replicas=1, max_replicas=4, target_ongoing_requests=64.0)
+_INGRESS = Scaling(min_replicas=1, max_replicas=4, target_ongoing_requests=64.0)
 
 
 class ServiceSettings(Section):
@@ -207,11 +207,11 @@ class ServiceSettings(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Device of the replicas that score. auto: a GPU if they have one."
     )
-    ingress: Scaling | None = Field(
-        default=None,
+    ingress: Scaling = Field(
+        default=_INGRESS,
         description="Number of replicas that receive requests and pass them to the replicas that score; they use no GPU and have "
-        "no model. null: from 1 to 4, but none if the pool has exactly one replica and there are no pins. That replica then "
-        "receives requests too. This is faster, but the requests of a lost replica are not retried.",
+        "no model. There are none if this is the default, the pool has exactly one replica, and there are no pins. That replica "
+        "then receives requests too. This is faster, but the requests of a lost replica are not retried.",
     )
     ingress_num_cpus: float = Field(
         default=0.5, ge=0.0, description="CPUs that Ray reserves for a replica that receives requests."
@@ -246,7 +246,7 @@ class ServiceSettings(Section):
     def is_together(self) -> bool:
         """Says whether the replica that scores also receives the requests."""
         scaling = self.pool.scaling
-        return scaling.min_replicas == scaling.max_replicas == 1 and not self.pins and self.ingress is None
+        return scaling.min_replicas == scaling.max_replicas == 1 and not self.pins and self.ingress == _INGRESS
 
 
 def _check_unique(setting: str, names: list[str]) -> None:

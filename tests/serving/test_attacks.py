@@ -68,7 +68,9 @@ def target(ray_cluster: None, plant: Plant, tmp_path_factory: pytest.TempPathFac
     from focus_ray.serving.launch import running
 
     port = free_port()
-    settings = settings_of(plant, refresh_s=0.2, ingress_num_cpus=0.1, ingress={}, pool={"num_cpus": 0.5})
+    settings = settings_of(
+        plant, refresh_s=0.2, ingress_num_cpus=0.1, ingress={"max_replicas": 1}, pool={"num_cpus": 0.5}
+    )
     place = f"127.0.0.1:{port}"
     with running(settings, port=port), running_proxy(tmp_path_factory.mktemp("proxy"), place) as proxy:
         target = Target(plant, proxy)
