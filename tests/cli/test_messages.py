@@ -39,12 +39,6 @@ def picture() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
 
 
-def test_the_bare_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    output = capsys.readouterr().out
-    assert all(name in output for name in ("ingest", "train", "evaluate", "inspect", "metric", "serve"))
-
-
 def test_a_folder_with_an_unknown_layout_names_the_folder_to_make(tmp_path: Path, picture: np.ndarray) -> None:
     for place in (tmp_path / "nut", tmp_path / "set" / "nut"):
         place.mkdir(parents=True)
