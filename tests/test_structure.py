@@ -39,14 +39,12 @@ NOT_YET = {
     ("fyd", "detect"),
     ("reporting", "evaluation"),
     ("reporting", "bundle"),
-    ("submission", "sweep"),
-    ("tracking", "fitting"),
 }
 # library -> rooms and modules that may import it
 MAY_IMPORT = {
-    "ray": {"cluster", "submission", "sweep.driver", "sweep.shared_work", "sweep.worker"}
+    "ray": {"cluster", "submission", "sweep.driver", "sweep.shared_work", "sweep.tune", "sweep.worker"}
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"}
-    | {"training.training", "training.streams", "evaluation", "ingestion.cluster"},
+    | {"training.trainer", "training.streams", "evaluation", "ingestion.cluster"},
     "torch": {
         "distributed",
         "precision",
