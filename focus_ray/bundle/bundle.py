@@ -326,11 +326,8 @@ def _read_bundle(
     address = str(uri)
     try:
         settings = complete_settings(manifest)
-        if precision is not None:
-            settings = {
-                **settings,
-                **{part: {**settings[part], "precision": precision} for part in ("model", "density")},
-            }
+        for part in ("model", "density") if precision is not None else ():
+            settings[part] = {**settings[part], "precision": precision}
         config = parse_config(settings, source=f"{uri}/{MANIFEST}")
         calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
         category = str(manifest["category"])
@@ -499,17 +496,12 @@ def git_commit() -> str | None:
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # an installed package: a repository in a parent folder is another project's
         return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=folder, capture_output=True, text=True, timeout=5, check=True,
-        ).stdout.strip()  # fmt: skip
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changes else "")
+    return finished.stdout.strip()
 
 
 def library_versions() -> dict[str, str]:

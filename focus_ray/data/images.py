@@ -30,11 +30,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
 from focus_ray.data import tiff
 from focus_ray.data.framing import Frame
-from focus_ray.drawing.mark import MARK, is_drawing
+from focus_ray.drawing.mark import is_drawing
+from focus_ray.drawing.png import encode_png
 from focus_ray.errors import DataError
 
 # Largest image that is read, in pixels (about 9459 x 9459). Above this size, Pillow warns of decompression bombs: a file of a few
@@ -271,33 +271,6 @@ def _probe_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
         upright = Image.fromarray(mask.astype(np.uint8)).transpose(_TRANSPOSE[orientation])
         mask = np.asarray(upright) > 0
     return mask, num_values
-
-
-def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
-    """Encodes an array as a lossless PNG and returns the bytes of the file.
-
-    Args:
-        array: (H, W, 3) or (H, W) uint8 gives an 8-bit PNG; (H, W) bool gives a 1-bit PNG.
-        drawn: marks the file as a picture that focus_ray drew, so that no command uses it as a photograph.
-
-    Raises: ValueError: the array has another shape or type.
-    """
-    plane, colour = array.ndim == 2, array.ndim == 3 and array.shape[2] == 3
-    if not (array.dtype == np.uint8 and (plane or colour)) and not (array.dtype == np.bool_ and plane):
-        raise ValueError(
-            f"cannot encode shape {array.shape} of {array.dtype} as PNG: expected (H, W, 3) or (H, W) of uint8, "
-            "or (H, W) of bool"
-        )
-    if array.dtype == np.bool_:
-        image = Image.fromarray(array.astype(np.uint8) * np.uint8(255)).convert("1", dither=Image.Dither.NONE)
-    else:
-        image = Image.fromarray(np.ascontiguousarray(array))
-    sink = io.BytesIO()
-    text = PngInfo()
-    if drawn:
-        text.add_text("Software", MARK)
-    image.save(sink, format="PNG", pnginfo=text)
-    return sink.getvalue()
 
 
 def encode_opened(image: Image.Image) -> bytes:

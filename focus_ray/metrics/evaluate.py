@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ class LabelledImages(NamedTuple):
     Attributes:
         measured: labels, scores, masks and maps of the N images.
         types: N defect types.
-        ids: N record ids; '' for a record without id.
+        numbers: (N,) int64, number of each image among all records.
         reduced: whether maps are smaller than their images.
         num_trained_on: number of omitted images. The model was trained on them, so their scores say nothing about new parts.
         num_repeats: number of images that are almost equal to a training image: photographs of the same part.
@@ -33,7 +33,7 @@ class LabelledImages(NamedTuple):
 
     measured: MeasuredImages
     types: tuple[str, ...]
-    ids: Sequence[str]
+    numbers: NDArray[np.int64]
     reduced: bool
     num_trained_on: int = 0
     num_repeats: int = 0
@@ -155,18 +155,16 @@ class EvaluationCollector:
         trained_on = np.asarray(self.trained_on, dtype=bool)
         return EvaluationPart(labels, scores, tuple(self.types), bins, self.reduced, trained_on, self.num_repeats)
 
-    def labelled(self, threshold: float, ids: Sequence[str]) -> LabelledImages:
+    def labelled(self, threshold: float) -> LabelledImages:
         """Returns all images that the model was not trained on.
 
-        Args:
-            threshold: image threshold.
-            ids: record ids of all added images.
+        Args: threshold: image threshold.
 
         Raises: DataError: the model was trained on all images, or there is no image.
         """
         indices = _untrained_indices(np.asarray(self.trained_on, dtype=bool))
         if self.binned:
-            return join_evaluation_parts([self.part()], threshold, ids)
+            return join_evaluation_parts([self.part()], threshold)
         labels, scores = np.asarray(self.labels, dtype=np.int64), np.asarray(self.scores, dtype=np.float64)
         maps, masks, inside = (list(column) for column in zip(*self._stored_images, strict=True))
         measured = MeasuredImages(labels, scores, masks, maps, threshold, inside)
@@ -174,17 +172,13 @@ class EvaluationCollector:
         if num_omitted:
             measured = measured.only(~np.asarray(self.trained_on, dtype=bool), [])
         types = tuple(self.types[index] for index in indices)
-        return LabelledImages(
-            measured, types, _chosen_ids(ids, indices, num_omitted), self.reduced, num_omitted, self.num_repeats
-        )
+        return LabelledImages(measured, types, indices, self.reduced, num_omitted, self.num_repeats)
 
 
-def join_evaluation_parts(parts: Sequence[EvaluationPart], threshold: float, ids: Sequence[str]) -> LabelledImages:
+def join_evaluation_parts(parts: Sequence[EvaluationPart], threshold: float) -> LabelledImages:
     """Joins parts of one category, in order, without the images that the model was trained on.
 
-    Args:
-        threshold: image threshold.
-        ids: record ids of all images of the parts.
+    Args: threshold: image threshold.
 
     Raises: DataError: the model was trained on all images, or there is no image.
     """
@@ -207,31 +201,7 @@ def join_evaluation_parts(parts: Sequence[EvaluationPart], threshold: float, ids
     num_repeats = sum(part.num_repeats for part in parts)
     is_reduced = any(part.reduced for part in parts)
     num_omitted = len(trained_on) - len(indices)
-    return LabelledImages(measured, types, _chosen_ids(ids, indices, num_omitted), is_reduced, num_omitted, num_repeats)
-
-
-class _ChosenIds(Sequence[str]):
-    """Selected ids of a sequence. An id is read at its first use."""
-
-    def __init__(self, ids: Sequence[str], indices: NDArray[np.int64]) -> None:
-        self._ids, self._indices = ids, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self._ids[index] for index in self._indices[place].tolist()]
-        return self._ids[int(self._indices[place])]
-
-
-def _chosen_ids(ids: Sequence[str], indices: NDArray[np.int64], num_omitted: int) -> Sequence[str]:
-    """Returns the ids at these indices; all ids if no image is omitted."""
-    return _ChosenIds(ids, indices) if num_omitted else ids
+    return LabelledImages(measured, types, indices, is_reduced, num_omitted, num_repeats)
 
 
 def _untrained_indices(trained_on: NDArray[np.bool_]) -> NDArray[np.int64]:

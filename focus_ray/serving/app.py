@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from focus_ray.bundle.registry import Version
 from focus_ray.data.images import MAX_PIXELS
-from focus_ray.drawing.rendering import Output
+from focus_ray.detect.pictures import Output
 from focus_ray.errors import FocusRayError
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import configure_logging, log

@@ -16,11 +16,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from focus_ray.bundle.bundle import Bundle
-from focus_ray.data.images import decode_image, encode_png
 from focus_ray.detect.inspection import Inspection
+from focus_ray.detect.pictures import overlay_with_strip
 from focus_ray.detect.shift import RecentScores, compare_stream
 from focus_ray.drawing.mark import MARK_WITHIN_BYTES, is_drawing
-from focus_ray.drawing.strip import overlay_with_strip
 from focus_ray.errors import DataError
 from focus_ray.storage.files import is_storage_full
 from focus_ray.watching.folder import PendingFile, PendingFiles, list_images
@@ -328,8 +327,7 @@ class Watch:
         path = PurePosixPath(image.name)
         stem = path.stem.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
         name = str(PurePosixPath(OVERLAY_FOLDER) / path.parent / f"{stem}-{image.content:016x}.png")
-        picture = overlay_with_strip(decode_image(image.encoded, None), result)
-        self.journal.write_picture(name, encode_png(picture, drawn=True))
+        self.journal.write_picture(name, overlay_with_strip(image.encoded, result))
         return name
 
     def _run_signal_command(self, image: str, text: str) -> None:

@@ -21,7 +21,7 @@ from focus_ray.data.images import decode_image, encode_png, read_batch
 from focus_ray.data.read import iter_test_records
 from focus_ray.data.regions import load_frame
 from focus_ray.detect.inspection import Inspection
-from focus_ray.evaluation.report import overlay
+from focus_ray.detect.pictures import overlay
 from focus_ray.fitting.fit import FitResult
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.serving.scorer import Scores, _decode, _judge

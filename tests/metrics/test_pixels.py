@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from focus_ray.errors import DataError
-from focus_ray.evaluation.report import format_bound
 from focus_ray.metrics.evaluate import EvaluationCollector, compute_metrics, join_evaluation_parts
 from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.metrics.pixels import PixelBins, score_bins
+from focus_ray.reporting.tables import format_bound
 from focus_ray.settings.kinds import METRICS
 
 METRIC_KEYS_OF_PIXELS = ("pixel_auroc", "pixel_average_precision", "aupro_0.3", "aupro_0.05")
@@ -36,7 +36,7 @@ def scored_images(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray, exact
     collector = EvaluationCollector(exact_pixels)
     for number, (mask, scores, counted_pixels) in enumerate(zip(masks, maps, inside, strict=True)):
         collector.add(int(mask.any()), f"kind {number % 2}", float(scores.max()), scores, mask, counted_pixels)
-    return collector.labelled(1.0, [str(number) for number in range(len(masks))]).measured
+    return collector.labelled(1.0).measured
 
 
 @given(MASKS, MAPS, INSIDE, st.integers(0, 4))
@@ -120,7 +120,7 @@ def test_parts_join_in_order_to_the_whole() -> None:
         for number, mask in enumerate(masks[chosen], start=chosen.start):
             collector.add(int(mask.any()), f"kind {number % 2}", float(number), maps[number], mask, None)
         parts.append(collector.part())
-    whole, single_part = join_evaluation_parts(parts, 1.0, []), scored_images(masks, maps, inside, 0)
+    whole, single_part = join_evaluation_parts(parts, 1.0), scored_images(masks, maps, inside, 0)
     assert whole.measured.scores.tolist() == list(range(12))
     assert METRICS["aupro_0.3"].value(whole.measured) == pytest.approx(
         METRICS["aupro_0.3"].value(single_part), abs=1e-12
@@ -140,7 +140,7 @@ def test_access_to_maps_of_a_binned_set_is_refused() -> None:
 def test_an_image_without_a_mask_is_not_counted() -> None:
     collector = EvaluationCollector(0)
     collector.add(1, "crack", 1.0, np.ones((3, 3), np.float32), None, None)
-    assert collector.labelled(1.0, [""]).measured.curve is None
+    assert collector.labelled(1.0).measured.curve is None
 
 
 def test_bins_refuse_bad_input_like_exact_metrics() -> None:
