@@ -16,7 +16,7 @@ from places import PACKAGE
 
 # a room (top-level package or module) imports only rooms of lower levels
 LEVELS = (
-    {"errors", "names", "progress", "seeds", "csv_cells", "distributed"},
+    {"errors", "names", "progress", "seeds", "csv_cells", "distributed", "precision"},
     {"settings", "storage", "client", "samples", "drawing"},
     {"data", "features", "density", "metrics", "tracking", "cluster", "defects"},
     {"detect", "fyd", "ingestion"},
@@ -36,6 +36,7 @@ NOT_YET = {
     ("fyd", "detect"),
     ("metrics", "detect"),
     ("submission", "sweep"),
+    ("tracking", "fitting"),
     ("watching", "evaluation"),
 }
 # library -> rooms and modules that may import it
@@ -44,8 +45,8 @@ MAY_IMPORT = {
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"}
     | {"training.training", "training.streams", "evaluation", "ingestion.cluster"},
     "torch": {
-        "data.shards",
         "distributed",
+        "precision",
         "features",
         "density",
         "detect",

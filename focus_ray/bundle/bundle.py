@@ -37,10 +37,10 @@ from focus_ray.bundle.contents import (
     read_header,
 )
 from focus_ray.data.framing import Frame
-from focus_ray.data.regions import load_frame, make_frame
 from focus_ray.density.base import Statistics, density_tensors, load_density
 from focus_ray.density.moments import Moments, moments_tensors, unpack_lower
 from focus_ray.density.nearest import restore_bank, select_unused_embeddings
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations
 from focus_ray.density.tiles import join_bank_of_tiles
 from focus_ray.detect.calibration import Calibration
@@ -49,9 +49,9 @@ from focus_ray.detect.profile import Profile
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
-from focus_ray.features.precision import describe_precision
-from focus_ray.features.reduction import ChannelReduction
-from focus_ray.settings.config import Config, parse_config
+from focus_ray.fitting.regions import load_frame, make_frame
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.precision import compute_dtype
 from focus_ray.storage.files import (
     FileStamp,
     exists,
@@ -148,7 +148,10 @@ def write_bundle(
     """
     moments = statistics.moments
     if calibration.precision is None:
-        calibration = replace(calibration, precision=describe_precision(config, detector.density.device))
+        calibration = replace(
+            calibration,
+            precision=describe_precision(config, detector.density.device),
+        )
     network = {
         name: value for name, value in detector.net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)
     }
@@ -328,7 +331,7 @@ def _read_bundle(
         settings = complete_settings(manifest)
         for part in ("model", "density") if precision is not None else ():
             settings[part] = {**settings[part], "precision": precision}
-        config = parse_config(settings, source=f"{uri}/{MANIFEST}")
+        config = parse_config(settings, f"{uri}/{MANIFEST}", is_fitted=True)
         calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
         category = str(manifest["category"])
         entries = {part: manifest["files"][part] for part in ("network", "density")}
@@ -404,7 +407,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     moments.count = shape["count"]
     moments.mean, moments.scatter = tensors["mean"], unpack_lower(tensors["scatter"], symmetric=True)
     density = _read_part(uri, manifest, "density")
-    grid = parse_config(complete_settings(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
+    grid = parse_config(complete_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_grid
     bank = density.get("bank")
     if bank is not None and "bank.rest" in tensors:
         bank = restore_bank(bank, density["bank.images"], tensors["bank.rest"])
@@ -513,3 +516,10 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def describe_precision(config: Config, device: torch.device | str) -> str:
+    """Returns the number format of backbone and memory on a device: "float32", "bfloat16", or both, if they differ."""
+    settings = (config.model.precision, config.density.precision)
+    names = [str(compute_dtype(precision, device)).removeprefix("torch.") for precision in settings]
+    return names[0] if names[0] == names[1] else " and ".join(names)

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from focus_ray import __version__
-from focus_ray.bundle.bundle import Bundle, copy_bundle, manifest_hash, read_manifest, read_statistics
+from focus_ray.bundle.bundle import (
+    Bundle,
+    copy_bundle,
+    describe_precision,
+    manifest_hash,
+    read_manifest,
+    read_statistics,
+)
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import find_shared_rows
 from focus_ray.density.base import supports_leave_one_out
@@ -23,11 +30,10 @@ from focus_ray.detect.calibration import Calibration, CalibrationBuilder
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.shift import Shift, compare_scores
 from focus_ray.errors import DataError
-from focus_ray.features.precision import describe_precision
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.projection import MAX_NEIGHBOURS
+from focus_ray.fitting.settings import Config
 from focus_ray.metrics.trade_off import TradeOff, trade_off
-from focus_ray.settings.config import Config
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,10 @@ def calibrate_for_site(
         )
     config = _with_targets(bundle, target_fpr, target_pixel_fpr)
     builder = collect_leave_one_out_scores(bundle.detector, statistics, config, images=rows)
-    calibration = replace(builder.finish(), precision=describe_precision(config, bundle.detector.density.device))
+    calibration = replace(
+        builder.finish(),
+        precision=describe_precision(config, bundle.detector.density.device),
+    )
     site_manifest = read_manifest(site)
     note = {"how": "images of a site, each left out", "site": site_manifest["sha256"], "num_good": len(rows)}
     # the metric was learnt from the site's images if the bundle was trained on them, not made with another bundle's network

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from focus_ray.density.moments import Moments, mean_variance
 from focus_ray.density.relations import Relations, join_relations
+from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import TiledDensity, split_bank_into_tiles
-from focus_ray.settings.config import DensityConfig
 from focus_ray.settings.kinds import DENSITIES
 
 

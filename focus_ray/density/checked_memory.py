@@ -20,7 +20,7 @@ from torch import Tensor
 from focus_ray.density.base import Density, LeaveOneOutScorer, Statistics, sample_evenly
 from focus_ray.density.gaussian import Gaussian, LeaveOneOutGaussian, fit_gaussian
 from focus_ray.density.moments import mean_variance, pack_lower, unpack_lower
-from focus_ray.settings.config import DensityConfig
+from focus_ray.density.settings import DensityConfig
 
 RIDGE = 0.1  # as a share of the embedding's mean variance: ten times more blurs Gaussians of locations with little variation
 MIN_IMAGES = 16  # images that remain without one part: with fewer images, a covariance consists mostly of its ridge

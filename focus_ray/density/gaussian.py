@@ -17,7 +17,7 @@ from focus_ray.density.moments import (
     pooled_covariance,
     unpack_lower,
 )
-from focus_ray.settings.config import DensityConfig
+from focus_ray.density.settings import DensityConfig
 
 
 class Gaussian:

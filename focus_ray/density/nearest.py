@@ -32,8 +32,8 @@ from focus_ray.density.checked_memory import (
 from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coresets
 from focus_ray.density.moments import Moments, check_num_images, locations_first, pooled_covariance
 from focus_ray.density.relations import Relations
-from focus_ray.features.precision import compute_dtype
-from focus_ray.settings.config import DensityConfig
+from focus_ray.density.settings import DensityConfig
+from focus_ray.precision import compute_dtype
 
 _CHUNK_BYTES = 64 * 2**20  # of distances that are in memory at the same time
 _TYPICAL_IMAGES = 16

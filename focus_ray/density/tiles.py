@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from focus_ray.settings.config import ModelConfig
+from focus_ray.features.settings import ModelConfig
 
 if TYPE_CHECKING:
     from focus_ray.density.base import Density, LeaveOneOutScorer

@@ -22,11 +22,11 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.cluster.connect import connect, uses_gpu
 from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
 from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.names import Log
 from focus_ray.progress import Progress
-from focus_ray.settings.config import ClusterConfig
 from focus_ray.storage.files import join, write_bytes
 
 PART_IMAGES = 512  # approximate number of images in a part

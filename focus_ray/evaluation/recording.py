@@ -8,11 +8,12 @@ from typing import Any
 
 from focus_ray.bundle.bundle import complete_settings, read_manifest
 from focus_ray.errors import BundleError, ConfigError, FocusRayError
+from focus_ray.fitting.settings import parse_config
 from focus_ray.names import Log
 from focus_ray.reporting.evaluation import EvaluationSection
 from focus_ray.reporting.gallery import Card
 from focus_ray.reporting.tables import mean_metrics
-from focus_ray.settings.config import override_tree, parse_config
+from focus_ray.settings.sections import override_tree
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 
@@ -76,7 +77,7 @@ def record_results(
             measured = {}
             for category in (category for category, result in results.items() if "error" not in result):
                 bundle, manifest = bundles[category], read_manifest(bundles[category])
-                config = parse_config(complete_settings(manifest), bundle)
+                config = parse_config(complete_settings(manifest), bundle, is_fitted=True)
                 cards = partial(cards_of, category)
                 measured[category] = EvaluatedCategory(bundle, manifest, config, results[category], cards)
             record_evaluation(recorder, measured, mean_metrics(results))

@@ -10,6 +10,7 @@ from typing import Any
 
 from focus_ray.bundle.bundle import MANIFEST
 from focus_ray.cluster.connect import runs_here
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.evaluation.measuring import (
     CATEGORIES,
     EvaluationJob,
@@ -26,7 +27,6 @@ from focus_ray.evaluation.pieces import PART_IMAGES, ScoringRun, open_pool
 from focus_ray.evaluation.recording import evaluation_recorder, record_results
 from focus_ray.reporting.evaluation import EvaluationSection, evaluation_page, summarize_result
 from focus_ray.reporting.tables import evaluation_table, mean_metrics
-from focus_ray.settings.config import ClusterConfig
 from focus_ray.storage.files import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
 
 MAX_CATEGORIES_ON_PAGE = 20  # with more categories, each category has its own page with pictures

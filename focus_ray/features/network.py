@@ -15,9 +15,16 @@ from focus_ray.features.alignment.theta import TransformBounds, compose_theta, v
 from focus_ray.features.alignment.transformer import LocalisedAligner, SpatialTransformer
 from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
 from focus_ray.features.batch_norm import use_global_batch_norm
-from focus_ray.settings.config import ModelConfig
+from focus_ray.features.settings import ModelConfig
+from focus_ray.settings.sections import LAYERS
 
-LAYERS = ("layer1", "layer2", "layer3")
+# Bounds of the movements that alignment undoes [ours]. Without a bound, zooming in lowers the loss. A shift is in half widths.
+IMAGE_BOUNDS = TransformBounds(max_rotation_rad=math.pi, max_translation=0.4, max_scale=1.15)
+FEATURE_BOUNDS = TransformBounds(max_rotation_rad=math.radians(15.0), max_translation=0.15, max_scale=1.15)
+ALIGNED_IMAGE_PADDING = (
+    "reflection"  # content of the area that an aligned image leaves empty; it is never scored [ours]
+)
+PROJECTOR_WIDTH = 256  # channels of the projector f [kin: RegAD]
 
 
 class AlignedFeatures(NamedTuple):
@@ -55,16 +62,14 @@ class FocusNet(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.image_aligner = build_image_aligner(config)
-        features = config.feature_alignment
-        bounds = TransformBounds(math.radians(features.max_rotation_deg), features.max_translation, features.max_scale)
         self.feature_aligners = nn.ModuleDict(
             {
-                layer: SpatialTransformer(channels, config.image_size_px // stride, group, bounds)
+                layer: SpatialTransformer(channels, config.image_size_px // stride, group, FEATURE_BOUNDS)
                 for layer, channels, stride in zip(LAYERS, spec.channels, config.geometry.strides, strict=True)
-                if (group := getattr(features, layer)) != "none"
+                if (group := getattr(config.feature_alignment, layer)) != "none"
             }
         )
-        self.projector = build_projector(spec.channels[2], config) if head else None
+        self.projector = build_projector(spec.channels[2]) if head else None
         self.predictor = build_predictor(config) if head else None
         use_global_batch_norm(self)
 
@@ -83,7 +88,7 @@ class FocusNet(nn.Module):
         if aligner is None or (isinstance(aligner, CongealingAligner) and not bool(aligner.enabled)):
             return images, None
         theta = aligner(images)
-        return warp(images, theta, self.config.image_alignment.padding), theta
+        return warp(images, theta, ALIGNED_IMAGE_PADDING), theta
 
     def forward(self, images: Tensor) -> AlignedFeatures:
         """Aligns images (B, 3, H, W), RGB in 0..1, and computes their features."""
@@ -133,9 +138,9 @@ def build_net(config: ModelConfig) -> FocusNet:
     return FocusNet(config, build_backbone(config.backbone, config.weights, config.weights_sha256))
 
 
-def build_projector(channels: int, config: ModelConfig) -> nn.Module:
-    """Builds the projector f, from (B, channels, H, W) to (B, projector_width, H, W) [kin: the encoder of RegAD]."""
-    width = config.projector_width
+def build_projector(channels: int) -> nn.Module:
+    """Builds the projector f, from (B, channels, H, W) to (B, PROJECTOR_WIDTH, H, W) [kin: the encoder of RegAD]."""
+    width = PROJECTOR_WIDTH
     return nn.Sequential(
         nn.Conv2d(channels, width, 1, bias=False),
         nn.BatchNorm2d(width),
@@ -148,14 +153,12 @@ def build_projector(channels: int, config: ModelConfig) -> nn.Module:
 
 
 def build_predictor(config: ModelConfig) -> nn.Module:
-    """Builds the predictor g, which keeps the shape (B, projector_width, H, W). Without model.predictor, g is the identity."""
-    if not config.predictor:
-        return nn.Identity()
+    """Builds the predictor g, which keeps the shape (B, PROJECTOR_WIDTH, H, W)."""
     return nn.Sequential(
-        nn.Conv2d(config.projector_width, config.predictor_width, 1, bias=False),
+        nn.Conv2d(PROJECTOR_WIDTH, config.predictor_width, 1, bias=False),
         nn.BatchNorm2d(config.predictor_width),
         nn.ReLU(),
-        nn.Conv2d(config.predictor_width, config.projector_width, 1),
+        nn.Conv2d(config.predictor_width, PROJECTOR_WIDTH, 1),
     )
 
 
@@ -165,8 +168,10 @@ def build_image_aligner(config: ModelConfig) -> nn.Module | None:
     if alignment.group == "none":
         return None
     if alignment.method == "congealing":
-        return CongealingAligner(alignment.group, alignment.max_translation, alignment.max_scale, alignment.min_drop)
-    return LocalisedAligner(alignment.group, TransformBounds(math.pi, alignment.max_translation, alignment.max_scale))
+        return CongealingAligner(
+            alignment.group, IMAGE_BOUNDS.max_translation, IMAGE_BOUNDS.max_scale, alignment.min_drop
+        )
+    return LocalisedAligner(alignment.group, IMAGE_BOUNDS)
 
 
 def warp_to_common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:

@@ -13,9 +13,15 @@ from focus_ray.detect.detector import to_images
 from focus_ray.distributed import world_size
 from focus_ray.features.network import FocusNet, inside_mask
 from focus_ray.fyd.losses import coarse_loss, draw_pairs, effective_rank, feature_std, fine_loss
-from focus_ray.settings.config import TrainConfig
+from focus_ray.fyd.settings import TrainConfig
 
 LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an epoch
+MOMENTUM = 0.9  # of SGD [kin]
+# Projector and predictor start at random and are dropped after training, so they learn at SimSiam's rate [kin], while the
+# backbone is only fine-tuned [ours]. The feature aligners start at zero and would not move at the backbone's rate [ours].
+LEARNING_RATE_HEAD = 0.05
+LEARNING_RATE_FEATURE_ALIGNERS = 0.05
+LEARNING_RATE_IMAGE_ALIGNER = 0.01  # [kin]
 COLLAPSE_STD = 0.05  # smallest `feature_std` of a healthy run: below it, features of different images are nearly equal
 
 
@@ -57,9 +63,7 @@ class TrainingObjective(nn.Module):
             total = total + self.config.lambda_ica * parts["loss_ica"]
         if self.fine:
             projected, predicted = self.net.project(aligned)
-            parts["loss_fine"] = fine_loss(
-                predicted.float(), projected.float(), pairs, self.config.stop_gradient, self.config.symmetric
-            )
+            parts["loss_fine"] = fine_loss(predicted.float(), projected.float(), pairs)
             total = total + self.config.lambda_fine * parts["loss_fine"]
             parts["feature_std"] = feature_std(projected)
             parts[LAST_LEVEL] = aligned.levels[2].detach()
@@ -74,10 +78,10 @@ def has_trainable_aligner(net: FocusNet) -> bool:
 def build_optimizer(net: FocusNet, config: TrainConfig) -> torch.optim.SGD:
     """Builds SGD with separate learning rates for image aligner, feature aligners, head (projector, predictor) and backbone."""
     rates = {
-        "image_aligner": config.learning_rate_image_alignment,
-        "feature_aligners": config.learning_rate_feature_alignment,
-        "projector": config.learning_rate_head,
-        "predictor": config.learning_rate_head,
+        "image_aligner": LEARNING_RATE_IMAGE_ALIGNER,
+        "feature_aligners": LEARNING_RATE_FEATURE_ALIGNERS,
+        "projector": LEARNING_RATE_HEAD,
+        "predictor": LEARNING_RATE_HEAD,
     }
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
@@ -87,22 +91,18 @@ def build_optimizer(net: FocusNet, config: TrainConfig) -> torch.optim.SGD:
     order = sorted(groups, key=lambda rate: rate != config.learning_rate)
     return torch.optim.SGD(
         [{"params": groups[rate], "lr": rate} for rate in order],
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        momentum=MOMENTUM,
     )
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Builds a cosine schedule to zero over all steps, after a linear warm-up. Step it after every optimiser step."""
+    """Builds a cosine schedule to zero over all steps. Step it after every optimiser step."""
     total = max(1, config.epochs * steps_per_epoch)
-    warmup = int(config.warmup_epochs * steps_per_epoch)
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -143,9 +143,6 @@ def train_epoch(
         loss = parts["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if config.gradient_clip_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, config.gradient_clip_norm)
         optimizer.step()
         rate = float(schedule.get_last_lr()[0])
         schedule.step()
@@ -163,9 +160,7 @@ def train_epoch(
     broken = _mean_over_workers(torch.stack([~p.detach().isfinite().all() for p in weights]).any().float())
     if not math.isfinite(result["loss"]) or float(broken) > 0:
         problem = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
-        raise FloatingPointError(
-            f"{problem} after {steps} steps: lower train.learning_rate or set train.gradient_clip_norm"
-        )
+        raise FloatingPointError(f"{problem} after {steps} steps: lower train.learning_rate")
     if level is not None:
         result["effective_rank"] = float(_mean_over_workers(effective_rank(level)))
     return {**result, "steps": float(steps), "learning_rate": rate}

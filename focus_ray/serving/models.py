@@ -20,7 +20,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
 from focus_ray.detect.detector import Detector
 from focus_ray.errors import BundleError
-from focus_ray.features.precision import compute_dtype
+from focus_ray.precision import compute_dtype
 from focus_ray.serving.source import version_key
 
 

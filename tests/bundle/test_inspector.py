@@ -30,7 +30,7 @@ Records = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
-    model = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
+    model = {"image_alignment": {"min_drop": 0.0}}
     bundle = make_bundle(small_config(parts, tmp_path_factory.mktemp("runs"), model=model))
     return Inspector.load(bundle, "cpu", batch_size=3)
 

@@ -9,8 +9,8 @@ from focus_ray.density.checked_memory import MIN_IMAGES, CheckedMemory
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import JointMemory, to_bank_rows
 from focus_ray.density.relations import Relations
+from focus_ray.density.settings import DensityConfig
 from focus_ray.export.densities import to_traceable_module
-from focus_ray.settings.config import DensityConfig
 
 HEIGHT, WIDTH, LOCATION_CHANNELS, CORESET_CHANNELS = 3, 4, 6, 5
 CONFIG = DensityConfig(coreset=30, precision="fp32")

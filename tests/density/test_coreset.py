@@ -11,7 +11,7 @@ from focus_ray.density.base import Statistics, build_density, density_tensors, l
 from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coreset, greedy_coresets
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import JointMemory, NearestMemory, to_bank_rows
-from focus_ray.settings.config import DensityConfig
+from focus_ray.density.settings import DensityConfig
 
 HEIGHT, WIDTH, LOCATION_CHANNELS, CORESET_CHANNELS = 5, 4, 6, 7
 

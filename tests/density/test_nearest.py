@@ -28,7 +28,7 @@ from focus_ray.density.nearest import (
     to_bank_rows,
     whiten,
 )
-from focus_ray.settings.config import DensityConfig
+from focus_ray.density.settings import DensityConfig
 
 HEIGHT, WIDTH, CHANNELS = 5, 4, 6
 

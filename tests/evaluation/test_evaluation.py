@@ -18,7 +18,6 @@ from small_set import NUM_TEST, NUM_TRAIN, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records, read_index
-from focus_ray.data.split import short_hash
 from focus_ray.evaluation import run as module
 from focus_ray.evaluation.measuring import (
     EvaluationPart,
@@ -29,6 +28,7 @@ from focus_ray.evaluation.measuring import (
 )
 from focus_ray.evaluation.pieces import open_pool
 from focus_ray.evaluation.run import Evaluation, EvaluationReport, evaluate_bundles
+from focus_ray.fitting.split import short_hash
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.pixels import PixelBins
 from focus_ray.samples.write import write_samples

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from focus_ray.fyd import objective as module
 from focus_ray.fyd.objective import LAST_LEVEL, build_schedule, train_epoch
-from focus_ray.settings.config import TrainConfig
+from focus_ray.fyd.settings import TrainConfig
 
 CPU = torch.device("cpu")
 

@@ -27,7 +27,7 @@ from focus_ray.settings.kinds import METRICS
 
 @pytest.fixture(scope="module")
 def inspector(parts: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
-    model = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
+    model = {"image_alignment": {"min_drop": 0.0}}
     return Inspector.load(make_bundle(small_config(parts, tmp_path_factory.mktemp("runs"), model=model)), "cpu")
 
 

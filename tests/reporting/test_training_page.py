@@ -12,7 +12,7 @@ from small_set import make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.errors import BundleError
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
 from focus_ray.training.report import build_training_section, training_page, write_training_report
 from focus_ray.training.training import train
 
