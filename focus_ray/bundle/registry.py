@@ -477,9 +477,9 @@ class Registry:
         now, token = datetime.now(timezone.utc), uuid.uuid4().hex
         # an older "begun" belongs to a process that died; a younger one to a process that is still changing the category
         prefix = f"{category}@"
-        done, oldest_live_mark = f"{prefix}{_DONE}", f"{prefix}{_BEGUN}{now - 2 * CLAIM_LASTS:{_TIME}}"
+        done_prefix, oldest_live_mark = f"{prefix}{_DONE}", f"{prefix}{_BEGUN}{now - 2 * CLAIM_LASTS:{_TIME}}"
         marks = [name for name in list_names(folder) if name.startswith(prefix)]
-        obsolete_marks = [name for name in marks if name.startswith(done) or name < oldest_live_mark]
+        obsolete_marks = [name for name in marks if name.startswith(done_prefix) or name < oldest_live_mark]
         begun = f"{prefix}{_BEGUN}{now:{_TIME}}-{token}.json"
         record = _encode(_signature())
         write_bytes(join(folder, begun), record)
@@ -488,7 +488,7 @@ class Registry:
         finally:
             # the change is complete, so errors are ignored: a remaining "begun" only makes readers look up the category
             with suppress(DataError):
-                write_bytes(join(folder, f"{done}{token}.json"), record)
+                write_bytes(join(folder, f"{done_prefix}{token}.json"), record)
                 for name in [begun, *obsolete_marks]:
                     with suppress(DataError):  # another process deleted the mark, or this process may not delete files
                         remove_file(join(folder, name))

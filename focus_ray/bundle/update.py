@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,10 +38,10 @@ from focus_ray.settings.kinds import DENSITIES
 ONLY = "focus-ray update BUNDLE NEW --only DATA"
 # Two bundles join only if these settings are equal: they decide how an embedding is computed and stored. The tensors of the
 # network must be equal too.
-_JOINABLE_SETTINGS = {
-    "model": ("image_size_px", "resize", "tiling", "padding", "batch_norm"),
-    "density": ("kind", "layers", "map_stride_px", "smooth_layers", "coreset_channels"),
-}
+_JOINABLE_SETTINGS = (
+    *("model.image_size_px", "model.resize", "model.tiling", "model.padding", "model.batch_norm"),
+    *("density.kind", "density.layers", "density.map_stride_px", "density.smooth_layers", "density.coreset_channels"),
+)
 
 
 class _NormalImages(NamedTuple):
@@ -229,14 +230,12 @@ def _check_same_network(bundle: Bundle, other: Bundle, name: str) -> None:
             f"{name}: this bundle has another category or network than the bundle to be changed, so their statistics do not "
             f"add: {advice}"
         )
-    for section, keys in _JOINABLE_SETTINGS.items():
-        for key in keys:
-            value, other_value = (getattr(getattr(entry.config, section), key) for entry in (bundle, other))
-            if value != other_value:
-                raise BundleError(
-                    f"{name}: this bundle was made with {section}.{key}={other_value}, but the bundle to be changed with "
-                    f"{value}: {advice}"
-                )
+    for key in _JOINABLE_SETTINGS:
+        value, other_value = attrgetter(key)(bundle.config), attrgetter(key)(other.config)
+        if value != other_value:
+            raise BundleError(
+                f"{name}: this bundle was made with {key}={other_value}, but the bundle to be changed with {value}: {advice}"
+            )
     if not np.array_equal(np.asarray(bundle.frame.region), np.asarray(other.frame.region)):  # None: the whole image
         raise BundleError(f"{name}: this bundle has another region of interest than the bundle to be changed: {advice}")
 

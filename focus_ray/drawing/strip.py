@@ -62,18 +62,18 @@ def _draw_scale(
     draw: ImageDraw.ImageDraw, strip: Image.Image, threshold: float, text_px: int, available_px: int
 ) -> None:
     """Draws the colour scale from 0 to twice the pixel threshold, with a mark at the pixel threshold in the middle."""
-    left, top = text_px, round(4.9 * text_px)
-    right, bottom = left + available_px, top + text_px
+    start, top = text_px, round(4.9 * text_px)
+    end, bottom = start + available_px, top + text_px
     bar = heat_map(np.linspace(0, 1, available_px, dtype=np.float32)[None].repeat(text_px, axis=0), 0.0, 1.0)
-    strip.paste(Image.fromarray(bar), (left, top))
+    strip.paste(Image.fromarray(bar), (start, top))
     line = max(1, text_px // 8)
-    middle = left + available_px // 2
-    draw.rectangle((left, top, right - 1, bottom - 1), outline=_SCALE_COLOUR, width=max(1, line // 2))
+    middle = start + available_px // 2
+    draw.rectangle((start, top, end - 1, bottom - 1), outline=_SCALE_COLOUR, width=max(1, line // 2))
     draw.rectangle((middle - line, top - text_px // 3, middle + line, bottom + text_px // 3), fill=_TEXT_COLOUR)
     labels = {
-        "la": (left, "0"),
+        "la": (start, "0"),
         "ma": (middle, f"pixel threshold {threshold:.3g}"),
-        "ra": (right, f"{2 * threshold:.3g}"),
+        "ra": (end, f"{2 * threshold:.3g}"),
     }
     font = ImageFont.load_default(text_px)
     for anchor, (x, text) in labels.items():

@@ -245,8 +245,8 @@ class EvaluationProgress:
 
     def joinable_parts(self) -> list[EvaluationPart]:
         """Returns the measured parts in the order of the images. The first part has the bins of all parts."""
-        first, *others = [self.scores[first] for first in sorted(self.scores)]
-        return [replace(first, bins=self.bins), *others]
+        first, *later_parts = [self.scores[first] for first in sorted(self.scores)]
+        return [replace(first, bins=self.bins), *later_parts]
 
     def save(self) -> None:
         """Writes the bins and the list of measured parts to the job's state file. The scores are in the files of the parts.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_set import make_bundle, small_config
+from torch import nn
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.engine import TOLERANCE
@@ -87,12 +88,11 @@ def test_a_missing_package_is_named(bundle: str, examples: list[bytes], monkeypa
         Inspector.load(bundle, "cpu", engine="onnxruntime", examples=examples)
 
 
-def test_features_that_are_aligned_between_layers_are_refused(
-    parts: str, tmp_path: Path, examples: list[bytes]
-) -> None:
-    config = small_config(parts, tmp_path, model={"feature_alignment": {"layer1": "translation"}})
+def test_features_that_are_aligned_between_layers_are_refused(bundle: str, examples: list[bytes]) -> None:
+    aligning = read_bundle(bundle)
+    aligning.detector.net.feature_aligners["layer1"] = nn.Identity()
     with pytest.raises(ConfigError, match="cannot align features"):
-        Inspector.load(make_bundle(config), "cpu", engine="onnxruntime", examples=examples)
+        Inspector(aligning, "cpu", engine="onnxruntime", examples=examples)
 
 
 def test_the_command_line_takes_an_engine(
