@@ -148,10 +148,7 @@ def write_bundle(
     """
     moments = statistics.moments
     if calibration.precision is None:
-        calibration = replace(
-            calibration,
-            precision=describe_precision(config, detector.density.device),
-        )
+        calibration = replace(calibration, precision=describe_precision(config, detector.density.device))
     network = {
         name: value for name, value in detector.net.state_dict().items() if not name.startswith(_NOT_FOR_SCORING)
     }
@@ -195,12 +192,7 @@ def write_bundle(
         "category": category,
         "config": config.model_dump(mode="json"),
         "data": data,
-        "moments": {
-            "count": moments.count,
-            "height": moments.height,
-            "width": moments.width,
-            "channels": moments.channels,
-        },
+        "moments": {name: getattr(moments, name) for name in ("count", "height", "width", "channels")},
         "calibration": calibration.to_dict(),
         "metrics": metrics,
         "git_commit": git_commit(),

@@ -178,10 +178,7 @@ def calibrate_for_site(
         )
     config = _with_targets(bundle, target_fpr, target_pixel_fpr)
     builder = collect_leave_one_out_scores(bundle.detector, statistics, config, images=rows)
-    calibration = replace(
-        builder.finish(),
-        precision=describe_precision(config, bundle.detector.density.device),
-    )
+    calibration = replace(builder.finish(), precision=describe_precision(config, bundle.detector.density.device))
     site_manifest = read_manifest(site)
     note = {"how": "images of a site, each left out", "site": site_manifest["sha256"], "num_good": len(rows)}
     # the metric was learnt from the site's images if the bundle was trained on them, not made with another bundle's network

@@ -106,7 +106,7 @@ def inspect_records(inspector: Inspector, records: Sequence[Row]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RESULT_SCHEMA)
 
 
-def inspect_piece(piece: BatchPiece, on_image: Callable[[], None] = lambda: None) -> Counter[str]:
+def inspect_piece(piece: BatchPiece) -> Counter[str]:
     """Inspects a part and writes its result file. A repeated call writes the same file again.
 
     Raises: DataError: the bundle was replaced, or the version of the images was deleted.

@@ -195,7 +195,7 @@ class ScoringRun(Generic[Job]):
     def run(self, function: Callable[..., Any], pool: WorkerPool[ScoringPiece[Job]] | None) -> None:
         """Does all pieces with a function, on the workers of a pool; None: in this process.
 
-        Args: function: returns the result of a piece. It may call its argument `on_image` after each image.
+        Args: function: returns the result of a piece. In this process it gets a function `on_image` to call after each image.
         """
         if pool is None:
             while (piece := self.next_piece()) is not None:
