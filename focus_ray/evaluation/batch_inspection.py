@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -141,10 +141,9 @@ class Batch(ScoringRun[BatchJob]):
         self.uri, self.output, self.split = uri, output, split
         self.batch_size, self.part_images = batch_size, part_images
         self.counts: dict[str, Counter[str]] = {}
-        self._num_unfinished: dict[str, int] = {}  # category -> number of unfinished parts
 
-    def plan(self, category: str) -> Iterator[BatchPiece]:
-        """Yields the pieces of a category that have no result yet."""
+    def plan(self, category: str) -> list[BatchPiece]:
+        """Returns the pieces of a category that have no result yet."""
         index = read_index(self.uri, category, split=self.split)
         job = BatchJob(
             category=category,
@@ -159,12 +158,9 @@ class Batch(ScoringRun[BatchJob]):
         )
         self.counts[category] = Counter(num_images=0, num_anomalous=0, num_errors=0)
         remaining_parts = self._remaining_parts(job, job.split_rows(index["row"].to_numpy()))
-        self._num_unfinished[category] = len(remaining_parts)
-        self.progress.total += sum(len(rows) for rows in remaining_parts.values())
         if not remaining_parts:
             self._finish(job)
-        for first, rows in remaining_parts.items():
-            yield BatchPiece(job, {first: rows})
+        return [BatchPiece(job, {first: rows}) for first, rows in remaining_parts.items()]
 
     def _remaining_parts(self, job: BatchJob, parts: dict[int, Rows]) -> dict[int, Rows]:
         """Returns the parts without results. Results of an unfinished run of the same job are reused and counted."""
@@ -189,10 +185,8 @@ class Batch(ScoringRun[BatchJob]):
 
     def record(self, piece: BatchPiece, result: Counter[str]) -> None:
         """Records the counts of a part."""
-        category = piece.job.category
-        self.counts[category].update(result)
-        self._num_unfinished[category] -= 1
-        if not self._num_unfinished[category]:
+        self.counts[piece.job.category].update(result)
+        if not self.num_open[piece.job.category]:
             self._finish(piece.job)
 
     def _finish(self, job: BatchJob) -> None:

@@ -141,6 +141,7 @@ class ScoringRun(Generic[Job]):
 
     Attributes:
         failed: category -> reason.
+        num_open: category -> number of its planned pieces without a result.
         urgent: pieces that come before the next planned piece.
     """
 
@@ -148,15 +149,13 @@ class ScoringRun(Generic[Job]):
         """Args: bundles: category -> bundle."""
         self.bundles, self.log = bundles, log
         self.failed: dict[str, str] = {}
+        self.num_open: dict[str, int] = {}
         self.urgent: deque[ScoringPiece[Job]] = deque()
         self.progress = Progress("scoring", 0, log)
         self._planned = self._plan_all()
 
-    def plan(self, category: str) -> Iterator[ScoringPiece[Job]]:
-        """Yields the pieces of a category, and adds its images to the progress.
-
-        Raises: FocusRayError: the category cannot be scored.
-        """
+    def plan(self, category: str) -> list[ScoringPiece[Job]]:
+        """Returns the pieces of a category. Raises: FocusRayError: the category cannot be scored."""
         raise NotImplementedError
 
     def record(self, piece: ScoringPiece[Job], result: Any) -> None:
@@ -171,7 +170,10 @@ class ScoringRun(Generic[Job]):
         """Yields the pieces of all categories. Each category is planned at its turn: the plan of a million rows takes 8 MB."""
         for category in self.bundles:
             try:
-                for piece in self.plan(category):
+                pieces = self.plan(category)
+                self.num_open[category] = len(pieces)
+                self.progress.total += sum(piece.num_images for piece in pieces)
+                for piece in pieces:
                     yield piece
                     if category in self.failed:
                         break
@@ -190,6 +192,7 @@ class ScoringRun(Generic[Job]):
         if isinstance(outcome, Failed):
             self.fail(category, outcome.reason)
         else:
+            self.num_open[category] -= 1
             self.record(piece, outcome)
 
     def run(self, function: Callable[..., Any], pool: WorkerPool[ScoringPiece[Job]] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,12 +48,11 @@ class Evaluation(ScoringRun[EvaluationJob]):
         self.results: dict[str, dict[str, Any]] = {}
         self.jobs: dict[str, EvaluationJob] = {}
         self._measured: dict[str, EvaluationProgress] = {}  # of unfinished categories whose pixels are counted in bins
-        self._unfinished_parts: dict[str, set[int]] = {}  # category -> parts without a result
         self._saved_at: dict[str, float] = {}
         self._written_at = 0.0
 
-    def plan(self, category: str) -> Iterator[EvaluationPiece]:
-        """Yields the pieces of a category. With `resume`, reuses the results of an earlier run."""
+    def plan(self, category: str) -> list[EvaluationPiece]:
+        """Returns the pieces of a category. With `resume`, reuses the results of an earlier run."""
         settings = self.settings
         job, parts = plan_evaluation(category, self.bundles[category], settings)
         self.jobs[category] = job
@@ -61,29 +60,23 @@ class Evaluation(ScoringRun[EvaluationJob]):
         if record is not None:
             self.log(f"{category}: measured already")
             self._finish(category, record.result)
-            return
+            return []
         measured = load_progress(job) if settings.resume else None
         if measured is None:
             job.discard_results()
             measured = EvaluationProgress(job)
-        self.progress.total += job.num_images - measured.num_images
         self.log(f"{category}: evaluating {job.bundle} on {job.num_images} images")
         if job.exact:
-            yield EvaluationPiece(job, parts)
-            return
+            return [EvaluationPiece(job, parts)]
         self.log(
             f"{category}: too many pixels for the memory: pixel metrics come from counts in bins, with an error bound"
         )
         if measured.scores:
             self.log(f"{category}: continuing after {measured.num_images} images")
         self._measured[category] = measured
-        remaining_parts = {first: rows for first, rows in parts.items() if first not in measured.scores}
-        self._unfinished_parts[category] = set(remaining_parts)
         self._saved_at[category] = time.monotonic()
-        if not remaining_parts:
-            yield EvaluationPiece(job, {}, measured.joinable_parts())
-        for first, rows in remaining_parts.items():
-            yield EvaluationPiece(job, {first: rows})
+        pieces = [EvaluationPiece(job, {first: rows}) for first, rows in parts.items() if first not in measured.scores]
+        return pieces or [EvaluationPiece(job, {}, measured.joinable_parts())]
 
     def record(self, piece: EvaluationPiece, result: Any) -> None:
         """Records the result of a piece. After the last part of a category follows a piece with its metrics."""
@@ -93,12 +86,12 @@ class Evaluation(ScoringRun[EvaluationJob]):
             self._finish(category, result)
             return
         (first,) = piece.parts
-        measured, unfinished = self._measured[category], self._unfinished_parts[category]
+        measured, is_complete = self._measured[category], not self.num_open[category]
         measured.add(first, result)
-        unfinished.discard(first)
-        if not unfinished:
+        if is_complete:
+            self.num_open[category] = 1
             self.urgent.append(EvaluationPiece(job, {}, measured.joinable_parts()))
-        if not unfinished or time.monotonic() - self._saved_at[category] >= _SAVE_INTERVAL_S:
+        if is_complete or time.monotonic() - self._saved_at[category] >= _SAVE_INTERVAL_S:
             self._save(category)
 
     def fail(self, category: str, reason: str) -> None:
