@@ -22,12 +22,9 @@ def encode_png(array: NDArray[Any], *, drawn: bool = False) -> bytes:
 
     Raises: ValueError: the array has another shape or type.
     """
-    plane, colour = array.ndim == 2, array.ndim == 3 and array.shape[2] == 3
-    if not (array.dtype == np.uint8 and (plane or colour)) and not (array.dtype == np.bool_ and plane):
-        raise ValueError(
-            f"cannot encode shape {array.shape} of {array.dtype} as PNG: expected (H, W, 3) or (H, W) of uint8, "
-            "or (H, W) of bool"
-        )
+    is_colour = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
+    if not is_colour and not (array.ndim == 2 and array.dtype in (np.uint8, np.bool_)):
+        raise ValueError(f"shape {array.shape} of {array.dtype}: expected uint8 (H, W, 3) or (H, W), or bool (H, W)")
     if array.dtype == np.bool_:
         image = Image.fromarray(array.astype(np.uint8) * np.uint8(255)).convert("1", dither=Image.Dither.NONE)
     else:

@@ -205,13 +205,12 @@ class ScoringRun(Generic[Job]):
                 try:
                     outcome = function(piece, on_image=self.progress.add)
                 except FocusRayError as error:
-                    outcome = Failed(str(error), error)
+                    outcome = Failed(str(error))
                 self.record_outcome(piece, outcome)
             return
-        with pool:
-            for piece, outcome in pool.run(function, self.next_piece):
-                self.progress.add(piece.num_images)
-                self.record_outcome(piece, outcome)
+        for piece, outcome in pool.run(function, self.next_piece):
+            self.progress.add(piece.num_images)
+            self.record_outcome(piece, outcome)
 
 
 def open_pool(num_workers: int | None, inputs: Sequence[str], output: str, log: Log) -> WorkerPool[Any]:

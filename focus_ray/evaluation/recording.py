@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -72,14 +73,16 @@ def record_results(
     def cards_of(category: str) -> list[list[Card]]:
         return [group.cards for group in section_of(category).gallery]
 
-    with recorder:
+    with closing(recorder):
         try:
             measured = {}
             for category in (category for category, result in results.items() if "error" not in result):
                 bundle, manifest = bundles[category], read_manifest(bundles[category])
                 config = parse_config(complete_settings(manifest), bundle, is_fitted=True)
                 cards = partial(cards_of, category)
-                measured[category] = EvaluatedCategory(bundle, manifest, config, results[category], cards)
+                measured[category] = EvaluatedCategory(
+                    bundle, manifest, config.model_dump(mode="json"), results[category], cards
+                )
             record_evaluation(recorder, measured, mean_metrics(results))
         except FocusRayError as error:
             log(f"WARNING: not everything was recorded: {error}")

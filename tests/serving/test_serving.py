@@ -37,7 +37,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Registry, Version
 from focus_ray.cli.main import main
 from focus_ray.client import FoundRegion
-from focus_ray.data.images import decode_batch, decode_image, encode_png, probe_image, read_image
+from focus_ray.data.images import decode_batch, encode_png, read_image
 from focus_ray.detect.detector import can_share_backbone_pass, score_together
 from focus_ray.detect.inspection import Inspection, Region, resize_map
 from focus_ray.errors import BundleError, ConfigError, DataError, RegistryError
@@ -245,7 +245,7 @@ def test_examples_are_shown_only_if_the_setting_allows_them(http: TestClient, pl
     with client_of(settings_of(plant, examples={PRESS: [plant.data]})) as client:
         shown = client.get("/v1/press/gear/examples/0", headers=plant.headers(plant.press))
         assert shown.headers["content-type"] == "image/jpeg"
-        assert probe_image(shown.content).width == 64
+        assert read_image(shown.content)[0].width == 64
         assert client.get("/v1/press/gear/examples/99", headers=plant.headers(plant.press)).status_code == 404
 
 
@@ -832,22 +832,6 @@ def test_items_that_wait_are_the_next_batch_and_an_error_fails_only_its_item() -
     assert str(results[7]) == "seven"
     assert batches[:2] == [[0], [1, 2, 3, 4, 5, 6, 7, 8]]
     assert batches[-1] == [9]
-
-
-@pytest.mark.parametrize("name", ["png", "jpeg", "exif", "tiff"])
-def test_read_image_equals_probe_image_and_decode_image(name: str) -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    if name == "exif":
-        picture.save(buffer, "JPEG", exif=exif)
-    else:
-        picture.save(buffer, name, **({"exif": exif} if name == "tiff" else {}))
-    data = buffer.getvalue()
-    info, pixels = read_image(data, 64)
-    assert info == probe_image(data)
-    assert np.array_equal(pixels, decode_image(data, 64))
 
 
 # ---- sink
