@@ -37,7 +37,7 @@ NOT_YET = {
 }
 # library -> rooms and modules that may import it
 MAY_IMPORT = {
-    "ray": {"cluster", "submission", "sweep.driver", "sweep.shared_work", "sweep.worker"}
+    "ray": {"cluster", "submission", "sweep.driver", "sweep.shared_work", "sweep.tune", "sweep.worker"}
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"}
     | {"training.trainer", "training.streams", "evaluation", "ingestion.cluster"},
     "torch": {

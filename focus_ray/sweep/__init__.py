@@ -1,1 +1,1 @@
-"""Searches for good settings: trials on a Ray cluster, proposed by a grid, at random or by Optuna."""
+"""Searches for good settings with Ray Tune."""

@@ -104,8 +104,8 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
             number, point = self.running.pop(trial_id)
             outcome = json.loads((result or {}).get("outcome", "{}"))
             record = outcome.get("record")
-            if error or record is None or record["status"] not in records.DONE_STATUSES:
-                self.proposer.tell_failure(number)
+            if error or record is None or record["status"] not in ("finished", "cut"):
+                self.proposer.tell(number, point, None, failed=True)
                 if record is not None:
                     self.log(f"trial {number}: FAILED: {record['reason']}")
                 return

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from focus_ray.fitting.split import NO_ROWS, Split, SplitPlan
 from focus_ray.storage.files import join
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
-from focus_ray.sweep.settings import Objective, Point, SweepConfig
+from focus_ray.sweep.settings import Objective, SweepConfig
 from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_images, features_key, load_images
 from focus_ray.training.category import data_parallel
@@ -38,6 +40,7 @@ class StageJob:
 
     Attributes:
         sweep: Validated configuration of the sweep.
+        reference_config: Base configuration at the largest image size of all trials.
         stage: Category that the trials search for; None for all categories.
         splits: Category -> split of its images, in judging order.
         root: Folder of the sweep.
@@ -48,6 +51,7 @@ class StageJob:
     """
 
     sweep: SweepConfig
+    reference_config: Config
     stage: str | None
     splits: Mapping[str, Split]
     root: str
@@ -81,51 +85,54 @@ def embed_task(config: Config, images: CategoryImages) -> tuple[FrozenFeatures, 
     return embed_images(config, images, device), None
 
 
-def run_trial(job: StageJob, proposal: tuple[int, Point]) -> TrialRecord | None:
-    """Runs one trial, writes its record to the storage and returns the record; None if the sweep was stopped.
+def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
+    """Runs one trial inside Ray Tune and writes its record to the storage before it reports to Tune.
 
     Args:
+        config: "number" and "point" of the trial, from the searcher.
         job: The stage.
-        proposal: Number and point of the trial.
     """
     import ray
+    from ray import tune
 
-    number, point = proposal
+    number, point = config["number"], config["point"]
     start_s = time.perf_counter()
     ray.get(job.judge.begin.remote(number))
     results: dict[str, CategoryResult] = {}
-    status, reason = "finished", None
+    failure = None
     try:
         settings = job.sweep.config_at(point)
         if not job.sweep.share_work:
             clear_caches()
         for category, split in job.splits.items():
             results[category] = _judge_category(TrialJob(settings, split, job.use_gpu, number, job))
-            reason = results[category].cut
-            if reason is not None:
-                status = "cut"
+            if results[category].cut is not None:
                 break
     except Exception as error:  # only this trial fails; it is recorded, and the other trials go on
-        status, reason = "failed", reason_of(error)
-    if reason == STOPPED:
-        return None
-    if status != "finished":
+        failure = reason_of(error)
+    prune_reason = next((result.cut for result in results.values() if result.cut is not None), None)
+    if prune_reason == STOPPED:
+        return
+    if failure is not None or prune_reason is not None:
         ray.get(job.judge.withdraw.remote(number))
     scores = [result.score for result in results.values() if result.score is not None]
     record = TrialRecord(
         number,
         job.stage,
         point,
-        status,
-        float(np.mean(scores)) if status == "finished" else None,
+        "failed" if failure is not None else "cut" if prune_reason is not None else "finished",
+        float(np.mean(scores)) if failure is None and prune_reason is None else None,
         {category: dataclasses.asdict(result) for category, result in results.items()},
-        reason,
+        failure if failure is not None else prune_reason,
         sum(result.epochs for result in results.values()),
         time.perf_counter() - start_s,
         time.time(),
     )
     records.write_record(job.root, record)
-    return record
+    steps = score_steps(record, list(job.splits), 1 if failure else job.sweep.max_epochs)
+    score = math.nan if record.score is None else record.score
+    # As text, because Tune flattens nested results for searchers.
+    tune.report({"score": score, "outcome": json.dumps({"record": dataclasses.asdict(record), "steps": steps})})
 
 
 def _judge_category(job: TrialJob) -> CategoryResult:
@@ -176,7 +183,7 @@ def _judge_on_worker(
     shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
         shard, plan = worker_share(settings, job.category, job.split.plan(settings), rank, num_workers)
-        images = load_images(stage.sweep.reference_config, job.category, plan, objective, size_px)
+        images = load_images(stage.reference_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
         """Asks the judge whether the trial goes on."""
@@ -230,3 +237,16 @@ def _fetch_shared_input(reference: Any) -> Any:
         return ray.get(reference, timeout=SHARED_TIMEOUT_S)
     except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError):
         return None
+
+
+def score_steps(record: TrialRecord, categories: Sequence[str], max_epochs: int) -> list[tuple[int, float]]:
+    """Returns (step, mean score so far) of each report of a trial. A searcher learns about pruned trials from these reports."""
+    final_scores: list[float] = []
+    steps = []
+    for index, category in enumerate(categories):
+        curve = record.curves().get(category, [])
+        for epoch, score in curve:
+            steps.append((index * max(1, max_epochs) + max(1, epoch), float(np.mean([*final_scores, score]))))
+        if curve:
+            final_scores.append(curve[-1][1])
+    return list(dict(steps).items())
