@@ -317,7 +317,7 @@ def _read_bundle(
     precision: str | None = None,
     max_bytes: int | None = None,
 ) -> Bundle:
-    """Reads the bundle that `manifest` describes. Arguments and errors are those of `read_bundle`."""
+    """Reads the bundle that `manifest` describes. Arguments and errors: see `read_bundle`."""
     address = str(uri)
     try:
         settings = complete_settings(manifest)

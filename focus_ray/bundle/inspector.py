@@ -67,7 +67,7 @@ class Inspector:
                 of int8, and its scores are compared with those of torch.
 
         Raises:
-            ConfigError: the engine cannot be used here, or its scores of the examples differ from those of torch.
+            ConfigError: the engine cannot be used here, or its scores of the examples differ from torch's scores.
             DataError: an example cannot be read.
         """
         self.bundle, self.device, self.batch_size = bundle, device, batch_size
@@ -330,7 +330,7 @@ class Inspector:
 
     @torch.inference_mode()
     def _compile(self, engine: str, examples: Sequence[bytes | str | Path]) -> None:
-        """Replaces the engine of the network. Raises: ConfigError: scores of the examples differ from those of torch."""
+        """Replaces the engine of the network. Raises: ConfigError: scores of the examples differ from torch's scores."""
         detector, fit_hashes = self.bundle.detector, self.bundle.fit_hashes
         numbers = sorted(sample_evenly(len(examples), MAX_EXAMPLES))
         encoded = [_encoded(examples[number], number) for number in numbers]

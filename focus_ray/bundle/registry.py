@@ -252,7 +252,7 @@ class Registry:
         return Version(team, bundle_category, name, target, str(manifest["sha256"]), now, num_bytes)
 
     def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
-        """Moves an alias to a version and returns the version. ref: name of the version, or another alias of it.
+        """Moves an alias to a version and returns the version. ref: name or another alias of the version.
 
         Raises: RegistryError: `ref` does not exist, or the alias has the form of a version name.
         """

@@ -1,4 +1,4 @@
-"""Records the results of an evaluation in experiment trackers: those of the training, or those of the command line."""
+"""Records the results of an evaluation in the experiment trackers of the training or of the command line."""
 
 from __future__ import annotations
 
