@@ -30,15 +30,8 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # imports that still point to the same or a higher level
 NOT_YET = {
     ("density", "features"),
-    ("drawing", "data"),
-    ("drawing", "detect"),
-    ("drawing", "evaluation"),
-    ("drawing", "metrics"),
-    ("drawing", "sweep"),
     ("features", "fyd"),
     ("fyd", "detect"),
-    ("reporting", "evaluation"),
-    ("reporting", "bundle"),
 }
 # library -> rooms and modules that may import it
 MAY_IMPORT = {
