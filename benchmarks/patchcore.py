@@ -29,10 +29,10 @@ from focus_ray.data.shards import MemoryShard, build_shard
 from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.density.base import sample_evenly
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator, build_upsampling_matrix, smooth_columns
-from focus_ray.detect.detector import to_images
 from focus_ray.detect.inspection import resize_map
 from focus_ray.detect.profile import MAX_IMAGES, compute_profile
 from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
+from focus_ray.features.network import to_images
 from focus_ray.metrics.evaluate import compute_metrics_of_arrays, evaluation_size
 from focus_ray.settings.config import parse_config
 

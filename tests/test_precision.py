@@ -12,13 +12,14 @@ from small_set import make_bundle, small_config
 from focus_ray.bundle.bundle import read_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
+from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics, build_density, density_tensors, load_density
 from focus_ray.density.coreset import Coreset
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import NearestMemory, to_bank_rows
+from focus_ray.density.nearest import NearestMemory
 from focus_ray.detect.calibration import PRECISION_SHIFT, Calibration
-from focus_ray.features.precision import compute_dtype
 from focus_ray.ingestion.ingest import ingest
+from focus_ray.precision import compute_dtype
 from focus_ray.samples.write import write_samples
 from focus_ray.settings.config import DensityConfig
 
@@ -27,9 +28,7 @@ CPU = torch.device("cpu")
 
 def test_auto_is_bfloat16_only_on_devices_with_native_support(monkeypatch: pytest.MonkeyPatch) -> None:
     for is_native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(
-            "focus_ray.features.precision.has_native_bfloat16", lambda device, is_native=is_native: is_native
-        )
+        monkeypatch.setattr("focus_ray.precision.has_native_bfloat16", lambda device, is_native=is_native: is_native)
         assert compute_dtype("auto", CPU) == dtype
         assert compute_dtype("fp32", "cpu") == torch.float32
         assert compute_dtype("bf16", "cpu") == torch.bfloat16

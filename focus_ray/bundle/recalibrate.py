@@ -24,10 +24,10 @@ from focus_ray.detect.calibration import Calibration, CalibrationBuilder
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.shift import Shift, compare_scores
 from focus_ray.errors import DataError
-from focus_ray.features.precision import describe_precision
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.projection import MAX_NEIGHBOURS
 from focus_ray.metrics.trade_off import TradeOff, trade_off
+from focus_ray.precision import describe_precision
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from focus_ray.density.relations import Relations
 from focus_ray.density.tiles import split_maps
 from focus_ray.errors import BundleError, DataError
 from focus_ray.features.batch_norm import prepared_for_inference
-from focus_ray.features.precision import compute_dtype
 from focus_ray.fitting.duplicates import describe_statistics, relate_duplicates
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.passes import collect_calibration_scores, compute_statistics
+from focus_ray.precision import compute_dtype
 from focus_ray.settings.kinds import DENSITIES
 
 ONLY = "focus-ray update BUNDLE NEW --only DATA"

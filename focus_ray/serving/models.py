@@ -20,7 +20,7 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.registry import Version
 from focus_ray.detect.detector import Detector
 from focus_ray.errors import BundleError
-from focus_ray.features.precision import compute_dtype
+from focus_ray.precision import compute_dtype
 from focus_ray.serving.source import version_key
 
 
@@ -132,8 +132,6 @@ class ModelCache:
         if bundle.version != version.sha256:
             raise BundleError(f"{version.uri}: not the bundle that was published as {version.name}: publish it again")
         self._backbones.share(bundle.detector, compute_dtype(bundle.config.model.precision, self.device))
-        bundle.detector.net.projector = nn.Sequential()  # projector and predictor are for training only [kin]
-        bundle.detector.net.predictor = nn.Identity()
         inspector = Inspector(bundle, self.device)
         return LoadedModel(version, inspector, _num_bytes(tensors_without_backbone(bundle.detector)))
 

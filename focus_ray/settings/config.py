@@ -9,13 +9,12 @@ choice of this project.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -25,8 +24,17 @@ from pydantic import (
 
 from focus_ray.errors import ConfigError
 from focus_ray.names import NAME_PATTERN, suggest_name
-from focus_ray.settings.kinds import BACKBONES, DENSITIES, GEOMETRIES, TRACKERS, BackboneGeometry
+from focus_ray.settings.kinds import BACKBONES, TRACKERS
+from focus_ray.settings.section import Layer, Precision, Section
 from focus_ray.settings.yaml_text import load_yaml
+
+if TYPE_CHECKING:
+    from focus_ray.features.backbones.spec import BackboneSpec
+    from focus_ray.settings.density import DensityConfig
+else:
+    from focus_ray.settings.density import combine_settings
+
+    DensityConfig = combine_settings()
 
 Group = Literal[
     "none",
@@ -38,10 +46,7 @@ Group = Literal[
     "similarity",
     "affine",
 ]
-Layer = Literal["layer1", "layer2", "layer3"]
-Precision = Literal["auto", "fp32", "bf16"]
 BackboneName = Annotated[str, AfterValidator(BACKBONES.check)]
-DensityName = Annotated[str, AfterValidator(DENSITIES.check)]
 TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
 Polygon = tuple[tuple[float, float], ...]
 
@@ -53,12 +58,6 @@ def _is_polygon(region: Any) -> bool:
         return bool(numbers) and all(isinstance(number, (int, float)) for number in numbers)
     except TypeError:
         return False
-
-
-class Section(BaseModel):
-    """Base class of all sections: frozen, without unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -288,7 +287,7 @@ class ModelConfig(Section):
 
     def place_px(self, density: DensityConfig) -> int:
         """Side of a place of the density's map, in pixels of the network's input."""
-        return self.geometry.strides[density.map_layer]
+        return self.backbone_spec.strides[density.map_layer]
 
     @property
     def shared_grid(self) -> tuple[int, int]:
@@ -301,21 +300,26 @@ class ModelConfig(Section):
         return round(self.tiling.overlap * self.image_size_px) if self.tiling is not None else 0
 
     @property
+    def tiles(self) -> tuple[int, int, int, int]:
+        """Rows and columns of tiles, their side and their overlap in pixels: the arguments of `density.tiles.Tiles`."""
+        return *self.grid, self.image_size_px, self.overlap_px
+
+    @property
     def frame_px(self) -> tuple[int, int]:
         """Height and width to which images are resized: the area of all tiles."""
         step = self.image_size_px - self.overlap_px
         return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
 
     @property
-    def geometry(self) -> BackboneGeometry:
-        """Strides and limits of the backbone."""
-        return GEOMETRIES.get(self.backbone, BackboneGeometry())
+    def backbone_spec(self) -> BackboneSpec:
+        """Channels, strides and limits of the backbone."""
+        return BACKBONES[self.backbone]
 
     @field_validator("image_size_px")
     @classmethod
     def _divisible(cls, value: int, info: ValidationInfo) -> int:
-        backbone = info.data.get("backbone", "")  # missing if the backbone was refused
-        step = GEOMETRIES.get(backbone, BackboneGeometry()).strides[2]
+        backbone = info.data.get("backbone")
+        step = 1 if backbone is None else BACKBONES[backbone].strides[2]  # None: the backbone was refused
         if value % step:
             below = value - value % step
             raise ValueError(
@@ -340,7 +344,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _large_enough(self) -> ModelConfig:
-        smallest = self.geometry.min_reflected_px
+        smallest = self.backbone_spec.min_reflected_px
         if self.padding == "reflect" and self.image_size_px < smallest:
             raise ValueError(
                 f"padding=reflect with {self.backbone} needs an image_size_px of at least {smallest}, got {self.image_size_px}: "
@@ -351,7 +355,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _aligns_maps(self) -> ModelConfig:
         moving = [key for key in get_args(Layer) if getattr(self.feature_alignment, key) != "none"]
-        if moving and not self.geometry.passes_feature_maps:
+        if moving and not self.backbone_spec.passes_feature_maps:
             raise ValueError(
                 f"{self.backbone} hands tokens from layer to layer, which cannot be aligned as maps: set "
                 f"{', '.join(f'model.feature_alignment.{key}=none' for key in moving)}, or take another backbone"
@@ -435,134 +439,6 @@ class TrainConfig(Section):
         description="Seed of everything random: held-out images, weights, order, channels, synthetic defects. The "
         "same seed gives the same model.",
     )
-
-
-class DensityConfig(Section):
-    """The density of normal embeddings, one for each place of the map."""
-
-    kind: DensityName = Field(
-        default="nearest",
-        description="What the model remembers of normal images. nearest: their embeddings; the distance at a place is "
-        "the distance to the nearest normal embedding around it, whitened by the pooled covariance if no "
-        "discriminant projection is learnt [ours]. gaussian: a mean and a covariance for each place [kin, "
-        "PaDiM].",
-    )
-    layers: tuple[Layer, ...] = Field(
-        default=("layer1", "layer2", "layer3"),
-        min_length=1,
-        description="Layers of the backbone whose features are joined to an embedding, in order [paper].",
-    )
-    map_stride_px: Literal[4, 8] = Field(
-        default=8,
-        description="Side of a place of the map, in pixels of the network's input. 4: all layers are brought to layer "
-        "1's places by nearest neighbour [kin, PaDiM]. 8: to layer 2's places, layer 1 by averaging, "
-        "layer 3 bilinearly [ours]. DINOv2: a patch of 14 pixels in both cases.",
-    )
-    smooth_layers: tuple[Layer, ...] = Field(
-        default=("layer2", "layer3"),
-        description="Layers whose features are first averaged over 3x3 places [kin, PatchCore].",
-    )
-    reduction: Literal["random", "semi_orthogonal", "none", "discriminant"] = Field(
-        default="discriminant",
-        description="How the channels of an embedding are reduced to num_channels [kin: 100 random channels in "
-        "PaDiM]. discriminant: by a projection, learnt in closed form, to directions in which synthetic "
-        "defects differ from normal images [ours]; nearest then compares without whitening. "
-        "semi_orthogonal: by a random projection. random: to randomly chosen channels. none: no "
-        "reduction.",
-    )
-    num_channels: int = Field(default=100, ge=1, le=4096, description="Channels after the reduction [kin: 100].")
-    metric: str | None = Field(
-        default=None,
-        description="discriminant: path or URI of a discriminant projection that was learnt on other categories "
-        "(`focus-ray metric` writes it). null learns the category's own projection [ours].",
-    )
-    shrinkage: float = Field(
-        default=2.0,
-        gt=0.0,
-        le=1000.0,
-        description="Ridge that is added to the covariance's diagonal, in shrinkage_unit.",
-    )
-    shrinkage_unit: Literal["mean_variance", "absolute"] = Field(
-        default="mean_variance",
-        description="The unit of shrinkage. mean_variance: multiples of the embeddings' mean variance within places, "
-        "which suits any backbone [ours]. absolute: the value itself [kin: 0.01].",
-    )
-    pooling: float = Field(
-        default=0.0,
-        ge=0.0,
-        le=1.0,
-        description="gaussian: weight of the covariance pooled over all places, relative to a place's own covariance. "
-        "0 uses only the place's own [ours].",
-    )
-    window: Literal[1, 3, 5] = Field(
-        default=3,
-        description="nearest: a place is compared with the normal embeddings of window x window places around it [ours].",
-    )
-    max_images: int = Field(
-        default=512,
-        ge=2,
-        description="nearest: largest number of images whose embeddings are kept, chosen at even steps. gaussian uses "
-        "all images.",
-    )
-    per_place: int | None = Field(
-        default=128,
-        ge=2,
-        description="nearest: largest number of embeddings that a place keeps (times the number of tiles if tiles "
-        "share places). A greedy selection keeps, for every dropped embedding, a similar one [ours]. null "
-        "keeps all.",
-    )
-    precision: Precision = Field(
-        default="auto",
-        description="nearest: the number format of the place memory and its search, as in model.precision. bf16 takes "
-        "half the memory.",
-    )
-    coreset: int = Field(
-        default=1024,
-        ge=0,
-        le=65536,
-        description="nearest: size of the coreset, a second memory without places: patches that are chosen greedily "
-        "from all images. Its distance and the distance of the place memory are averaged [kin, "
-        "PatchCore]. 0 switches it off.",
-    )
-    coreset_channels: int = Field(
-        default=128,
-        ge=1,
-        le=4096,
-        description="Largest number of channels that the coreset compares, a random projection of layers 2 and 3.",
-    )
-    gaussian_share: float = Field(
-        default=0.9,
-        ge=0.0,
-        le=1.0,
-        description="nearest, with a coreset: the distance of a patch is at most this share of its distance to a "
-        "Gaussian of its place, both as multiples of the distances of good images. So places where good "
-        "parts vary, for instance a printed number, count less [ours]. 0 switches it off. It is also off "
-        "with fewer than 16 images, with tiles that share places, and with maps of more than about 3300 "
-        "places.",
-    )
-    keep_moments: bool = Field(
-        default=True,
-        description="Whether the bundle keeps the data with which `focus-ray update` adds or removes images later. "
-        "This is the largest file of the bundle.",
-    )
-
-    @property
-    def map_layer(self) -> int:
-        """Index of the layer whose grid is the grid of the map."""
-        return 0 if self.map_stride_px == 4 else 1
-
-    @property
-    def keeps_coreset(self) -> bool:
-        return self.kind == "nearest" and self.coreset > 0
-
-    @field_validator("layers")
-    @classmethod
-    def _ordered(cls, value: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        if list(value) != sorted(set(value)):
-            raise ValueError(
-                f"layers must be in order and named once, for instance [layer1, layer2]: got {list(value)}"
-            )
-        return value
 
 
 class ScoringConfig(Section):

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 from focus_ray.errors import ConfigError
 from focus_ray.names import NAME_PATTERN, suggest_name
 from focus_ray.settings.config import Config, Section, apply_override, parse_config, parse_model, read_mapping
-from focus_ray.settings.kinds import METRICS
+from focus_ray.settings.kinds import DENSITIES, METRICS
 
 Point = dict[str, Any]  # dotted key of Config -> value
 
@@ -83,18 +83,8 @@ def inert_keys(config: Config) -> dict[str, str]:
         why = "model.image_alignment.group is none"
         keys = ("method", "min_drop", "max_images", "max_translation", "max_scale", "padding")
         reasons.update({f"model.image_alignment.{key}": why for key in keys})
-    if density.kind == "nearest":
-        reasons["density.pooling"] = "density.kind is nearest"
-        if density.reduction == "discriminant":
-            why = "density.reduction is discriminant: it learns the metric, and nothing is whitened"
-            reasons.update(dict.fromkeys(("density.shrinkage", "density.shrinkage_unit"), why))
-    if density.kind == "gaussian":
-        nearest_keys = ("density.max_images", "density.per_place", "density.coreset", "density.coreset_channels")
-        reasons.update(dict.fromkeys(nearest_keys, "density.kind is gaussian"))
-        if density.reduction != "discriminant":
-            reasons["density.window"] = "density.kind is gaussian"
-    elif not density.coreset:
-        reasons["density.coreset_channels"] = "density.coreset is 0"
+    inert_in_density = DENSITIES[density.kind].inert_settings(density)
+    reasons.update({f"density.{key}": why for key, why in inert_in_density.items()})
     if density.reduction != "discriminant":
         reasons["density.metric"] = "density.reduction is not discriminant"
     if density.reduction == "none":

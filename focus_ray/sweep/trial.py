@@ -33,7 +33,7 @@ from focus_ray.fitting.selection import validation_figures
 from focus_ray.fitting.state import TrainState
 from focus_ray.metrics.evaluate import compute_metrics_of_arrays
 from focus_ray.settings.config import Config
-from focus_ray.settings.kinds import BACKBONES, METRICS
+from focus_ray.settings.kinds import BACKBONES, DENSITIES, METRICS
 from focus_ray.sweep.settings import Objective, objective_metric
 from focus_ray.sweep.trial_inputs import (
     JUDGING_BATCH_SIZE,
@@ -90,7 +90,6 @@ def judge_category(
     num_images: int | None = None,
     features: FrozenFeatures | None = None,
     rank: int = 0,
-    wrap: Callable[[torch.nn.Module], Any] | None = None,
     on_score: Callable[[int, float, bool], str | None] = lambda epoch, score, final: None,
     shard: Shard | None = None,
     log: Callable[[str], None] = lambda message: None,
@@ -108,7 +107,6 @@ def judge_category(
         num_images: Number of training images of all workers together; None if `images` contains all.
         features: Result of `embed_images`, if `features_key` of this trial has shared features.
         rank: Rank of this worker.
-        wrap: Wraps the network for distributed training.
         on_score: Called on rank 0 with (trained epochs, score, is_final). It returns a reason to prune the trial, or None.
         shard: This worker's share of the images for streamed training; None takes the share from `images`.
         log: Takes messages.
@@ -144,7 +142,7 @@ def judge_category(
                 rank=rank,
                 log=log,
             )
-            _train_and_judge(run, images.judged, objective, wrap, result, report_score)
+            _train_and_judge(run, images.judged, objective, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)
     except (FloatingPointError, torch.linalg.LinAlgError) as error:  # LinAlgError: values too large to decompose
@@ -157,7 +155,6 @@ def _train_and_judge(
     run: CategoryFit,
     judged: JudgingImages,
     objective: Objective,
-    wrap: Callable[[torch.nn.Module], Any] | None,
     result: CategoryResult,
     report_score: Callable[[int, dict[str, float | None], bool], None],
 ) -> None:
@@ -169,7 +166,6 @@ def _train_and_judge(
         run: The fit of this worker.
         judged: Images to judge on; each worker scores its own part.
         objective: Objective of the sweep.
-        wrap: Wraps the network for distributed training.
         result: Receives the number of epochs, the alignment report and the warnings.
         report_score: Takes (epoch, metrics, is_final).
     """
@@ -193,7 +189,7 @@ def _train_and_judge(
             report_score(epoch + 1, judge(), False)
 
     try:
-        run.align_and_train(wrap, None, on_epoch)
+        run.align_and_train(None, on_epoch)
         report_score(config.train.epochs, judge(), True)  # judges the selected epoch, if the settings select one
     finally:
         result.alignment, result.warnings = run.notes.alignment, run.notes.warnings
@@ -254,7 +250,7 @@ def _untrained_net(config: Config, features: FrozenFeatures, device: torch.devic
 
     def make() -> FocusNet:
         """Builds the network and loads the fitted image aligner."""
-        net = FocusNet(config.model, build_meta_backbone(config.model.backbone).to_empty(device="cpu"), head=False)
+        net = FocusNet(config.model, build_meta_backbone(config.model.backbone).to_empty(device="cpu"))
         if features.aligner is not None:
             assert net.image_aligner is not None
             state = {name: torch.from_numpy(np.array(value)) for name, value in features.aligner.items()}
@@ -297,7 +293,8 @@ def _fit_reduced(
         return statistics, reduction, list(embeddings(features.judged, JUDGING_BATCH_SIZE))
 
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
-    cache_settings = {key: getattr(density, key) for key in (*keys, "keeps_coreset", "coreset_channels")}
+    cache_settings = {key: getattr(density, key) for key in keys}
+    cache_settings["coreset"] = DENSITIES[density.kind].num_coreset_channels(density)
     return _reductions.get(f"{features.uid} {cache_settings} {device}", make)  # type: ignore[no-any-return]
 
 

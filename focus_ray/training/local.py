@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -50,7 +49,6 @@ def make_bundle(
     num_workers: int = 1,
     stream: BatchStream | None = None,
     num_threads: int = 1,
-    wrap: Callable[[torch.nn.Module], Any] | None = None,
     state: TrainState | None = None,
     on_epoch: OnEpoch | None = None,
     log: Callable[[str], None] = _discard_message,
@@ -63,7 +61,7 @@ def make_bundle(
         stream: source of training batches if the worker's share of the images does not fit into memory; None: the worker
             reads the rows itself.
         num_threads: threads that decode images.
-        wrap, state, on_epoch: see `fitting.fit.fit`.
+        state, on_epoch: see `fitting.fit.fit`.
         log: receives progress messages on rank 0.
 
     Returns: number of images in the density.
@@ -83,7 +81,6 @@ def make_bundle(
         len(plan.fit_rows),
         device,
         rank=rank,
-        wrap=wrap,
         state=state,
         on_epoch=on_epoch,
         log=log,

@@ -355,24 +355,11 @@ def _train_worker(job: CategoryJob) -> None:
         num_workers=num_workers,
         stream=worker_stream,
         num_threads=num_decoder_threads(config),
-        wrap=data_parallel(num_workers, device),
         state=retry_while_busy(lambda: _last_state(ray.train.get_checkpoint(), device)),
         on_epoch=on_epoch,
         log=job.send_line,
     )
     ray.train.report({"num_images": count})
-
-
-def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:
-    """Returns the function that makes a module data-parallel; None for one worker."""
-    if num_workers == 1:
-        return None
-
-    def wrap(module: torch.nn.Module) -> Any:
-        devices = [device] if device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
-
-    return wrap
 
 
 def _last_state(checkpoint: Any, device: torch.device) -> TrainState | None:

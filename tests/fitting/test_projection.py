@@ -17,10 +17,10 @@ from focus_ray.bundle.metric import share_metric
 from focus_ray.data.shards import build_shard
 from focus_ray.data.split import plan_category
 from focus_ray.defects import synthetic_validation_set
-from focus_ray.detect.detector import embed, to_images
+from focus_ray.detect.detector import embed
 from focus_ray.errors import BundleError, ConfigError
 from focus_ray.features.alignment.congealing import CongealingAligner
-from focus_ray.features.network import build_net
+from focus_ray.features.network import build_net, to_images
 from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.fit import CategoryFit, build_detector, fit
 from focus_ray.fitting.passes import compute_statistics

@@ -205,8 +205,7 @@ def outcome(config: Config, data: str, rank: int = 0, num_workers: int = 1) -> d
     """Returns moments, scores of the test images and thresholds of a run."""
     plan = plan_category(config, "gear")
     shard = build_shard(config, "gear", plan, rank, num_workers)
-    wrap = torch.nn.parallel.DistributedDataParallel if num_workers > 1 else None
-    result = fit(config, shard, len(plan.fit_rows), CPU, rank=rank, wrap=wrap)
+    result = fit(config, shard, len(plan.fit_rows), CPU, rank=rank)
     return summary(config, result, data)
 
 
