@@ -35,9 +35,6 @@ def variants(epochs: int, learning_rate: float) -> dict[str, dict[str, Any]]:
         "+ ICA": ICA,
         "+ ICA + fine loss": merged(ICA, fine),
         "all": everything,
-        "all, no predictor": merged(everything, {"model": {"predictor": False}}),
-        "all, no stop-gradient": merged(everything, {"train": {"stop_gradient": False}}),
-        "all, symmetric": merged(everything, {"train": {"symmetric": True}}),
         "fine loss + ICA by gradient": merged(LITERAL_ICA, fine),
         "selected": merged(everything, {"selection": {"enabled": True}}),
     }

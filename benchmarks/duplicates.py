@@ -18,9 +18,9 @@ from torch import Tensor
 from benchmarks.bursts import photograph
 from benchmarks.harness import add_arguments, base_tree, open_data, print_json, print_table
 from benchmarks.verdicts import load
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.features.batch_norm import prepared_for_inference
 from focus_ray.features.network import build_net, to_images
-from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
@@ -30,8 +30,8 @@ from focus_ray.fitting.duplicates import (
     find_relations,
     measure_same_part_distance,
 )
+from focus_ray.fitting.settings import parse_config
 from focus_ray.precision import compute_dtype
-from focus_ray.settings.config import parse_config
 
 COUNTS = (10, 20, 40, 100)  # images of a draw without bursts
 BURSTS = ((10, 2), (10, 4), (20, 2), (6, 6))  # parts, photographs of each

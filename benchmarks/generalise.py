@@ -52,9 +52,10 @@ from benchmarks.patchcore import patchcore
 from benchmarks.spine import padim_tree
 from focus_ray.bundle.bundle import git_commit
 from focus_ray.data.read import iter_test_records
-from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.density.base import sample_evenly
-from focus_ray.settings.config import override_tree, parse_config
+from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.split import SplitPlan, plan_category
+from focus_ray.settings.sections import override_tree
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
 TEST_IMAGES = ("labels", "scores", "pixel_draws")  # of a sample, too long for the JSON line at the end

@@ -27,14 +27,15 @@ from benchmarks.limits import interleaved
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch
 from focus_ray.data.importers.base import list_image_files
-from focus_ray.data.shards import MemoryShard
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.backbones.base import Backbone
 from focus_ray.features.network import LAYERS, FocusNet, to_images
 from focus_ray.fitting.fit import fit
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import MemoryShard
+from focus_ray.fitting.split import NUM_CALIBRATION_FOLDS
 from focus_ray.precision import compute_dtype
 from focus_ray.samples.write import CATEGORIES, draw_sample
-from focus_ray.settings.config import Config, parse_config
 
 
 def training_images(arguments: argparse.Namespace) -> Tensor:
@@ -51,7 +52,7 @@ def training_images(arguments: argparse.Namespace) -> Tensor:
 
 def fitted(config: Config, images: Tensor, device: str) -> tuple[Inspector, dict[str, float]]:
     """An inspector, and the seconds that the stages of its fit took."""
-    shard = MemoryShard(images, folds=torch.arange(len(images)) % config.calibration.num_folds)
+    shard = MemoryShard(images, folds=torch.arange(len(images)) % NUM_CALIBRATION_FOLDS)
     found = fit(config, shard, len(images), torch.device(device))
     return inspector_of(config, "part", found, device), found.seconds
 

@@ -14,12 +14,12 @@ import torch
 from focus_ray.bundle.bundle import Bundle, git_commit, library_versions
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records, list_categories
-from focus_ray.data.regions import load_frame
-from focus_ray.data.shards import build_shard
-from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.fitting.fit import FitResult, fit
+from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import build_shard
+from focus_ray.fitting.split import SplitPlan, plan_category
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import Config, parse_config
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

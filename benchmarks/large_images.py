@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, run
-from focus_ray.settings.config import ModelConfig
+from focus_ray.features.settings import ModelConfig
 
 METRICS = ("image_auroc", "pixel_auroc", "pixel_average_precision", "aupro_0.3", "aupro_0.05")
 

@@ -22,8 +22,8 @@ from focus_ray.density.checked_memory import CheckedMemory
 from focus_ray.density.nearest import JointMemory, NearestMemory
 from focus_ray.detect.detector import embed
 from focus_ray.features.network import to_images
+from focus_ray.fitting.settings import parse_config
 from focus_ray.metrics.metrics import MeasuredImages
-from focus_ray.settings.config import parse_config
 from focus_ray.settings.kinds import METRICS
 
 BATCHES = (1, 4, 8, 32)

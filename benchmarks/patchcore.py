@@ -25,16 +25,17 @@ from benchmarks.harness import add_arguments, base_tree, open_data, print_json, 
 from benchmarks.intervals import bootstrap_pixels
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import iter_test_records
-from focus_ray.data.shards import MemoryShard, build_shard
-from focus_ray.data.split import SplitPlan, plan_category
 from focus_ray.density.base import sample_evenly
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator, build_upsampling_matrix, smooth_columns
+from focus_ray.detect.detector import SMOOTHING_SIGMA_PX
 from focus_ray.detect.inspection import resize_map
 from focus_ray.detect.profile import MAX_IMAGES, compute_profile
 from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
 from focus_ray.features.network import to_images
+from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.shards import MemoryShard, build_shard
+from focus_ray.fitting.split import SplitPlan, plan_category
 from focus_ray.metrics.evaluate import compute_metrics_of_arrays, evaluation_size
-from focus_ray.settings.config import parse_config
 
 
 def patches(backbone: Backbone, images: Tensor) -> Tensor:
@@ -119,12 +120,7 @@ def patchcore(
     features_s = time.perf_counter() - start
     rows = greedy_coreset(embeddings.flatten(0, 1), share, seed)
     coreset = embeddings.flatten(0, 1)[rows]
-    side = (
-        smooth_columns(build_upsampling_matrix(size // 8, size), config.scoring.smoothing_sigma_px)
-        .float()
-        .contiguous()
-        .to(device)
-    )
+    side = smooth_columns(build_upsampling_matrix(size // 8, size), SMOOTHING_SIGMA_PX).float().contiguous().to(device)
     spread = AnomalyMapGenerator(side, side)
     profile = compute_profile(left_out_distances(embeddings, rows), spread) if image_score == "profile" else None
     fit_s = time.perf_counter() - start

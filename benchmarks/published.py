@@ -14,7 +14,7 @@ from benchmarks.harness import add_arguments, base_tree, merged, open_data, prin
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
 from focus_ray.evaluation.report import mean_metrics
-from focus_ray.settings.config import load_config, parse_config
+from focus_ray.fitting.settings import load_config, parse_config
 from focus_ray.training.training import train
 
 

@@ -36,10 +36,11 @@ from benchmarks.limits import interleaved
 from focus_ray.bundle.bundle import read_manifest
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import read_index, read_rows
-from focus_ray.data.regions import load_frame
-from focus_ray.data.shards import BatchSchedule, build_shard, local_stream
-from focus_ray.data.split import plan_category
-from focus_ray.settings.config import Config, config_to_yaml, parse_config
+from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import BatchSchedule, build_shard, local_stream
+from focus_ray.fitting.split import plan_category
+from focus_ray.settings.sections import config_to_yaml
 
 FYD = Path(__file__).resolve().parents[1] / "configs" / "fyd.yaml"
 BARE, RAY = "in one process", "Ray Train, 1 worker"

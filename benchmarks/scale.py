@@ -31,11 +31,11 @@ from focus_ray.bundle.bundle import write_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_image
 from focus_ray.data.importers.base import list_image_files
-from focus_ray.data.shards import MemoryShard
-from focus_ray.data.split import num_held_out
 from focus_ray.fitting.fit import fit
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import MemoryShard
+from focus_ray.fitting.split import NUM_CALIBRATION_FOLDS, num_held_out
 from focus_ray.samples.write import draw_sample, save_png
-from focus_ray.settings.config import Config, parse_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIFT_PX = 4
@@ -81,7 +81,7 @@ def fit_all(asked: dict[str, Any]) -> dict[str, Any]:
         for number in range(asked["num_categories"]):
             images = torch.from_numpy(made_images(asked["files"], count, config, number))
             start = time.perf_counter()
-            folds = torch.arange(count - held) % config.calibration.num_folds
+            folds = torch.arange(count - held) % NUM_CALIBRATION_FOLDS
             found = fit(config, MemoryShard(images[held:], images[:held], folds), count - held, torch.device("cpu"))
             seconds += time.perf_counter() - start
             method = found.calibration.method

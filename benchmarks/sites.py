@@ -32,12 +32,12 @@ from focus_ray.bundle.update import update_bundle
 from focus_ray.data.images import decode_batch, encode_png
 from focus_ray.data.read import TEST_COLUMNS, read_index, read_rows
 from focus_ray.data.schema import Row
-from focus_ray.data.split import split_category
 from focus_ray.detect.calibration import Calibration
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.split import split_category
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.config import Config, parse_config
 from focus_ray.settings.kinds import METRICS
 from focus_ray.training.local import bundle_uri, train_locally
 

@@ -45,13 +45,13 @@ from focus_ray.density.nearest import (
     measure_typical_distances,
     subsample_coreset,
 )
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.detect.profile import fit_profile
 from focus_ray.features.network import build_net
-from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.fit import build_detector
+from focus_ray.fitting.settings import parse_config
 from focus_ray.serving.models import tensors_without_backbone
-from focus_ray.settings.config import parse_config
 
 FIGURES = ("image_auroc", "pixel_auroc", "aupro_0.3")
 Part = tuple[Tensor, Tensor | None]  # as `subsample_coreset` returns it
@@ -162,7 +162,7 @@ def sizes_of(num_images: int, per_place: int | None, precision: str) -> dict[str
     config = parse_config(tree)
     net = build_net(config.model)
     reduction = ChannelReduction(net.backbone.spec.channels, config.density, 0)
-    side = config.model.image_size_px // config.model.place_px(config.density)
+    side = config.model.image_size_px // config.model.place_px(config.density.map_layer)
     channels = reduction.num_channels
     moments = Moments(side, side, channels)
     generator = torch.Generator().manual_seed(0)

@@ -27,7 +27,7 @@ from focus_ray.density.moments import Moments
 from focus_ray.detect.detector import embed
 from focus_ray.features.backbones.base import build_backbone
 from focus_ray.features.network import to_images
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
 
 ROUNDS = 5
 

@@ -28,11 +28,12 @@ from torch import Tensor
 from benchmarks.bursts import crop_anywhere, crop_steps, photograph
 from benchmarks.harness import add_arguments, base_tree, merged, open_data, print_json, print_table, read_samples
 from focus_ray.data.read import decode_rows, read_index
-from focus_ray.data.shards import MemoryShard
 from focus_ray.detect.detector import Detector
 from focus_ray.fitting.fit import fit
+from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.shards import MemoryShard
+from focus_ray.fitting.split import NUM_CALIBRATION_FOLDS
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.config import parse_config
 
 MOST_BAD, MOST_GOOD = 40, 60  # test images of a draw
 HELD_OUT = 0.2  # for `split`
@@ -115,7 +116,7 @@ def draw(
     # all views of a part are held out together
     num_held = max(1, round(HELD_OUT * num_parts)) * (len(training) // num_parts) if method == "split" else 0
     num_fit = len(training) - num_held
-    folds = torch.arange(num_fit) % config.calibration.num_folds
+    folds = torch.arange(num_fit) % NUM_CALIBRATION_FOLDS
     shard = MemoryShard(training[num_held:], training[:num_held], folds)
     found = fit(config, shard, num_fit, torch.device("cpu"))
     calibration = found.calibration

@@ -28,13 +28,14 @@ from focus_ray.data.importers.groups import GroupRule, TableRule
 from focus_ray.data.listing import IMAGE_SUFFIXES, find_image_files
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.schema import Row
-from focus_ray.data.split import split_category
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import ConfigError, DataError, require_extra
 from focus_ray.fitting.fit import check_prerequisites
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.split import split_category
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.names import is_name, suggest_name
-from focus_ray.settings.config import Config, parse_config, read_mapping
+from focus_ray.settings.sections import read_mapping
 from focus_ray.settings.standard import find_config
 from focus_ray.storage.files import join, read_bytes
 from focus_ray.training.local import bundle_uri, train_locally

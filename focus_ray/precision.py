@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-
-if TYPE_CHECKING:
-    from focus_ray.settings.config import Config
 
 
 def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
@@ -15,13 +10,6 @@ def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if has_native_bfloat16(torch.device(device)) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def describe_precision(config: Config, device: torch.device | str) -> str:
-    """Returns the number format of backbone and memory on a device: "float32", "bfloat16", or both, if they differ."""
-    settings = (config.model.precision, config.density.precision)
-    names = [str(compute_dtype(precision, device)).removeprefix("torch.") for precision in settings]
-    return names[0] if names[0] == names[1] else " and ".join(names)
 
 
 def has_native_bfloat16(device: torch.device) -> bool:

@@ -11,12 +11,12 @@ import torch
 
 from focus_ray.bundle.bundle import write_bundle
 from focus_ray.data.schema import SCHEMA
-from focus_ray.data.shards import build_shard
-from focus_ray.data.split import plan_category
 from focus_ray.fitting.fit import FitResult, fit
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import build_shard
+from focus_ray.fitting.split import plan_category
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import write_samples
-from focus_ray.settings.config import Config, parse_config
 from focus_ray.storage.files import join
 
 CATEGORIES = ("board", "gear")
@@ -49,7 +49,6 @@ def small_config(uri: str, storage: Path | str, **sections: dict[str, Any]) -> C
         "model": {
             "weights": "random",
             "image_size_px": 64,
-            "projector_width": 16,
             "predictor_width": 8,
             "precision": "fp32",  # so that results do not depend on the machine
         },

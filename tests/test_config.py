@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from places import CONFIGS
 from pydantic import ValidationError
 
+from focus_ray.density.settings import DensityConfig
 from focus_ray.errors import ConfigError
-from focus_ray.settings.config import Config, DensityConfig, config_to_yaml, load_config, parse_config
+from focus_ray.fitting.settings import Config, load_config, parse_config
 from focus_ray.settings.kinds import BACKBONES
+from focus_ray.settings.sections import config_to_yaml
 from focus_ray.settings.yaml_text import load_yaml
 
 CONFIGS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("sweep*.yaml")))  # test_search loads those
@@ -47,7 +49,7 @@ def file(tmp_path: Path) -> Path:
         ("trian", r"^configuration: trian: unknown key; did you mean 'train'\?$"),
         ("train.epoch", r"train\.epoch: unknown key; did you mean 'epochs'\?"),
         ("model.image_alignment.grupp", r"model\.image_alignment\.grupp: unknown key; did you mean 'group'\?"),
-        ("scoring.zzz", r"scoring\.zzz: unknown key; known keys: .*smoothing_sigma_px"),
+        ("scoring.zzz", r"scoring\.zzz: unknown key; known keys: .*image_score"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_valid_key(key: str, message: str) -> None:
@@ -63,8 +65,8 @@ def test_a_missing_key_is_named() -> None:
 
 
 def test_all_errors_of_a_file_are_in_a_single_message(file: Path) -> None:
-    file.write_text("data: {uri: images}\ntrain: {epochs: -1, momentum: 2}\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml: train\.epochs: .*got -1.*; train\.momentum: .*got 2"):
+    file.write_text("data: {uri: images}\ntrain: {epochs: -1, learning_rate: 20}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: train\.epochs: .*got -1.*; train\.learning_rate: .*got 20"):
         load_config(file)
 
 
@@ -97,7 +99,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         ("model.backbone", "resnet19", r"backbone 'resnet19' is not known: did you mean 'resnet18'\?"),
         ("model.weights_sha256", "XYZ", r"pattern.*\(got 'XYZ'\)"),
         ("model.image_alignment.group", "shear", r"'affine' \(got 'shear'\)"),
-        ("model.image_alignment.max_scale", 1.0, r"greater than 1 \(got 1\.0\)"),
+        ("train.learning_rate", 0.0, r"greater than 0 \(got 0\.0\)"),
         ("train.learning_rate", "fast", r"valid number.*\(got 'fast'\)"),
         ("train.batch_size_per_worker", 1, r"greater than or equal to 2 \(got 1\)"),
         ("train.seed", 2**31, "less than 2147483648"),
@@ -144,7 +146,7 @@ def test_a_setting_that_a_backbone_does_not_support_is_refused(
 def test_the_default_size_is_valid_for_every_backbone_and_gives_the_expected_map() -> None:
     for name in BACKBONES:
         model = parse_config({"data": {"uri": "x"}, "model": {"backbone": name}}).model
-        places = {stride: model.place_px(DensityConfig(map_stride_px=stride)) for stride in (4, 8)}
+        places = {stride: model.place_px(DensityConfig(map_stride_px=stride).map_layer) for stride in (4, 8)}
         assert places == ({4: 14, 8: 14} if name.startswith("dinov2") else {4: 4, 8: 8})
     small = {"backbone": "convnext_tiny", "image_size_px": 48, "padding": "zeros"}
     assert parse_config({"data": {"uri": "x"}, "model": small}).model.image_size_px == 48
@@ -189,18 +191,18 @@ def test_overrides_have_the_types_of_yaml(file: Path) -> None:
         [
             "train.epochs=7",
             "train.learning_rate=5e-4",
-            "model.predictor=false",
+            "density.keep_moments=false",
             "data.categories=[bolt, nut]",
             "data.uri=s3://bucket/images?x=1",
             "model.image_alignment.group=rotation",
-            "train.gradient_clip_norm=null",
+            "density.per_place=null",
             "cluster.use_gpu=auto",
         ],
     )
-    assert (config.train.epochs, config.train.learning_rate, config.model.predictor) == (7, 5e-4, False)
+    assert (config.train.epochs, config.train.learning_rate, config.density.keep_moments) == (7, 5e-4, False)
     assert (config.data.categories, config.data.uri) == (("bolt", "nut"), "s3://bucket/images?x=1")
     assert config.model.image_alignment.group == "rotation"
-    assert (config.train.gradient_clip_norm, config.cluster.use_gpu) == (None, "auto")
+    assert (config.density.per_place, config.cluster.use_gpu) == (None, "auto")
 
 
 def test_numbers_that_yaml_1_1_reads_as_text_are_numbers(file: Path) -> None:
@@ -335,20 +337,20 @@ def test_a_value_that_yaml_cannot_construct_is_invalid_yaml(file: Path, value: s
 @given(
     epochs=st.integers(0, 10_000),
     rate=st.floats(1e-12, 10.0),
-    clip=st.none() | st.floats(1e-300, 1e300),
+    min_drop=st.floats(0.0, 1.0),
     uri=st.text(max_size=30),
     categories=st.none() | st.lists(st.text(min_size=1, max_size=9), min_size=1, max_size=4, unique=True),
     group=st.sampled_from(["none", "rotation", "affine"]),
     use_gpu=st.sampled_from([True, False, "auto"]),
 )
 def test_a_resolved_configuration_read_again_is_the_same(
-    tmp_path_factory: pytest.TempPathFactory, epochs, rate, clip, uri, categories, group, use_gpu
+    tmp_path_factory: pytest.TempPathFactory, epochs, rate, min_drop, uri, categories, group, use_gpu
 ) -> None:
     config = parse_config(
         {
             "data": {"uri": uri, "categories": categories},
-            "train": {"epochs": epochs, "learning_rate": rate, "gradient_clip_norm": clip},
-            "model": {"feature_alignment": {"layer2": group}},
+            "train": {"epochs": epochs, "learning_rate": rate},
+            "model": {"feature_alignment": {"layer2": group}, "image_alignment": {"min_drop": min_drop}},
             "cluster": {"use_gpu": use_gpu},
         }
     )
@@ -360,7 +362,7 @@ def test_a_resolved_configuration_read_again_is_the_same(
 def test_the_resolved_configuration_contains_every_default() -> None:
     tree = yaml.safe_load(config_to_yaml(parse_config({"data": {"uri": "images"}})))
     assert set(tree) == set(Config.model_fields)
-    assert (tree["train"]["momentum"], tree["model"]["feature_alignment"]["layer3"]) == (0.9, "none")
+    assert (tree["train"]["learning_rate"], tree["model"]["feature_alignment"]["layer3"]) == (1e-4, "none")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -370,3 +372,30 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 
 def test_there_are_shipped_configurations() -> None:
     assert CONFIGS
+
+
+@pytest.mark.parametrize("is_fitted", [False, True])
+def test_a_fixed_setting_may_have_its_value(is_fitted: bool) -> None:
+    tree = {"data": {"uri": "images"}, "train": {"momentum": 0.9}, "scoring": {"smoothing_sigma_px": 4}}
+    assert parse_config(tree, is_fitted=is_fitted) == parse_config({"data": {"uri": "images"}})
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "is_fitted"),
+    [
+        ("train", {"momentum": 0.5}, False),
+        ("scoring", {"smoothing_sigma_px": 2.0}, False),
+        ("scoring", {"smoothing_sigma_px": 2.0}, True),
+    ],
+)
+def test_a_fixed_setting_with_another_value_is_refused(
+    section: str, setting: dict[str, float], is_fitted: bool
+) -> None:
+    (name,) = setting
+    with pytest.raises(ConfigError, match=f"{section}: {name} is always"):
+        parse_config({"data": {"uri": "images"}, section: setting}, is_fitted=is_fitted)
+
+
+def test_a_fixed_setting_that_changes_no_score_does_not_keep_a_bundle_from_being_read() -> None:
+    tree = {"data": {"uri": "images"}, "train": {"momentum": 0.5}}
+    assert parse_config(tree, is_fitted=True) == parse_config({"data": {"uri": "images"}})

@@ -11,9 +11,10 @@ from places import REPOSITORY
 
 from focus_ray.cli.config_reference import COMMAND, ROOTS, Setting, explain, markdown, parts_of, unit_of
 from focus_ray.errors import ConfigError
-from focus_ray.settings.config import TrackerConfig, parse_config
+from focus_ray.fitting.settings import parse_config
 from focus_ray.settings.kinds import BACKBONES
 from focus_ray.sweep.settings import setting_keys
+from focus_ray.tracking.settings import TrackerConfig
 
 SETTINGS: dict[str, dict[str, Setting]] = {
     root.title: {setting.key: setting for part in parts_of(root.model) for setting in part.settings} for root in ROOTS
@@ -38,7 +39,7 @@ def test_the_reference_has_exactly_the_keys_of_a_run() -> None:
 
 def test_defaults_are_those_that_a_run_gets() -> None:
     config = parse_config({"data": {"uri": "data"}})
-    assert RUN["train.momentum"].default == str(config.train.momentum)
+    assert RUN["train.lambda_fine"].default == str(config.train.lambda_fine)
     assert RUN["density.layers"].default == "[layer1, layer2, layer3]"
     assert (RUN["data.uri"].default, RUN["data.categories"].default) == (None, "null")
 
@@ -52,8 +53,8 @@ def test_a_default_that_the_field_of_a_section_overrides_is_shown() -> None:
     [
         ("train.epochs", "integer from 0 to 10000"),
         ("train.learning_rate", "number above 0, up to 10"),
-        ("train.momentum", "number from 0, below 1"),
-        ("train.gradient_clip_norm", "number above 0 or null"),
+        ("data.holdout_fraction", "number from 0, below 1"),
+        ("cluster.memory_gib_per_worker", "number above 0 or null; GiB"),
         ("model.backbone", ", ".join(BACKBONES)),
         ("model.image_size_px", "integer from 32 to 2048; pixels"),
         ("model.weights_sha256", "text of the form ^[0-9a-f]{8,64}$, or null"),
@@ -61,7 +62,6 @@ def test_a_default_that_the_field_of_a_section_overrides_is_shown() -> None:
         ("density.layers", "list of (layer1, layer2, layer3), not empty"),
         ("cluster.use_gpu", "true, false, or auto"),
         ("cluster.labels", "mapping of text to text"),
-        ("cluster.memory_gib_per_worker", "number above 0 or null; GiB"),
         ("name", "name"),
     ],
 )
@@ -76,10 +76,10 @@ def test_sections_in_lists_and_mappings_have_their_keys() -> None:
 
 
 def test_the_unit_comes_from_the_name_of_a_field() -> None:
-    assert [unit_of(name) for name in ("timeout_s", "memory_gib_per_worker", "max_rotation_deg", "epochs")] == [
+    assert [unit_of(name) for name in ("timeout_s", "memory_gib_per_worker", "max_age_days", "epochs")] == [
         "seconds",
         "GiB",
-        "degrees",
+        "days",
         None,
     ]
 

@@ -12,8 +12,8 @@ from small_set import draw_parts, make_bundle, small_config
 
 from focus_ray.cli.main import main
 from focus_ray.errors import ConfigError, DataError
+from focus_ray.fitting.settings import parse_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import parse_config
 from focus_ray.settings.kinds import BACKBONES, DENSITIES, IMPORTERS, METRICS, TRACKERS, Kinds
 from focus_ray.sweep.settings import SweepConfig
 

@@ -17,11 +17,11 @@ from focus_ray.density.base import Statistics, build_density, density_tensors, l
 from focus_ray.density.coreset import Coreset
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import NearestMemory
+from focus_ray.density.settings import DensityConfig
 from focus_ray.detect.calibration import PRECISION_SHIFT, Calibration
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.precision import compute_dtype
 from focus_ray.samples.write import write_samples
-from focus_ray.settings.config import DensityConfig
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from small_set import make_bundle
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
+from focus_ray.fitting.settings import Config, load_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import Config, load_config
 from focus_ray.training.training import train
 
 BATCH_SIZE = 16

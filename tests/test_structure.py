@@ -40,6 +40,7 @@ NOT_YET = {
     ("reporting", "evaluation"),
     ("reporting", "bundle"),
     ("submission", "sweep"),
+    ("tracking", "fitting"),
     ("watching", "evaluation"),
 }
 # library -> rooms and modules that may import it
@@ -48,7 +49,6 @@ MAY_IMPORT = {
     | {"serving.app", "serving.launch", "serving.metrics", "serving.serve_private"}
     | {"training.training", "training.streams", "evaluation", "ingestion.cluster"},
     "torch": {
-        "data.shards",
         "distributed",
         "precision",
         "features",

@@ -20,10 +20,10 @@ from benchmarks.peers.common import run, spec
 from benchmarks.spine import padim_tree
 from focus_ray.data.images import decode_batch
 from focus_ray.data.schema import Row
-from focus_ray.data.shards import MemoryShard
 from focus_ray.fitting.fit import fit
+from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.shards import MemoryShard
 from focus_ray.metrics.metrics import MeasuredImages
-from focus_ray.settings.config import parse_config
 from focus_ray.settings.kinds import METRICS
 
 imported_s = time.perf_counter() - start

@@ -21,9 +21,9 @@ from benchmarks.harness import print_table
 from benchmarks.peers.common import Peak, memory_mb
 from benchmarks.plant.watch import ROOT
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
-from focus_ray.data.split import split_category
 from focus_ray.data.store import open_store
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.split import split_category
 
 
 def write_light(root: Path, count: int) -> int:

@@ -37,8 +37,8 @@ from focus_ray.bundle.contents import (
     read_header,
 )
 from focus_ray.data.framing import Frame
-from focus_ray.data.regions import load_frame, make_frame
 from focus_ray.density.base import Statistics, density_tensors, load_density, restore_bank, restore_moments
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations
 from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.detector import Detector
@@ -46,9 +46,9 @@ from focus_ray.detect.profile import Profile
 from focus_ray.errors import BundleError, ConfigError, DataError
 from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
-from focus_ray.features.reduction import ChannelReduction
-from focus_ray.precision import describe_precision
-from focus_ray.settings.config import Config, parse_config
+from focus_ray.fitting.regions import load_frame, make_frame
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.precision import compute_dtype
 from focus_ray.storage.files import (
     FileStamp,
     exists,
@@ -144,7 +144,10 @@ def write_bundle(
     """
     moments = statistics.moments
     if calibration.precision is None:
-        calibration = replace(calibration, precision=describe_precision(config, detector.density.device))
+        calibration = replace(
+            calibration,
+            precision=describe_precision(config, detector.density.device),
+        )
     network = detector.net.state_dict()
     network.update({f"reduction.{name}": value for name, value in detector.reduction.state_dict().items()})
     density = density_tensors(config.density, statistics, detector.density)
@@ -318,7 +321,7 @@ def _read_bundle(
                 **settings,
                 **{part: {**settings[part], "precision": precision} for part in ("model", "density")},
             }
-        config = parse_config(settings, source=f"{uri}/{MANIFEST}")
+        config = parse_config(settings, f"{uri}/{MANIFEST}", is_fitted=True)
         calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
         category = str(manifest["category"])
         entries = {part: manifest["files"][part] for part in ("network", "density")}
@@ -391,7 +394,7 @@ def _read_statistics(uri: str | Path, manifest: dict[str, Any]) -> Statistics:
     del content  # frees the file's bytes before the bank is assembled
     moments = restore_moments(shape["count"], shape["height"], shape["width"], tensors)
     density = _read_part(uri, manifest, "density")
-    grid = parse_config(complete_settings(manifest), source=f"{uri}/{MANIFEST}").model.shared_grid
+    grid = parse_config(complete_settings(manifest), f"{uri}/{MANIFEST}", is_fitted=True).model.shared_grid
     bank = restore_bank(moments, grid, tensors, density)
     scatter, shown = tensors.get("metric_scatter"), density.get("shown")
     return Statistics(moments, bank, density.get("thetas"), scatter, shown, grid, *_read_origins(density))
@@ -499,3 +502,10 @@ def library_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def describe_precision(config: Config, device: torch.device | str) -> str:
+    """Returns the number format of backbone and memory on a device: "float32", "bfloat16", or both, if they differ."""
+    settings = (config.model.precision, config.density.precision)
+    names = [str(compute_dtype(precision, device)).removeprefix("torch.") for precision in settings]
+    return names[0] if names[0] == names[1] else " and ".join(names)

@@ -24,7 +24,6 @@ from focus_ray.bundle.bundle import Bundle, read_bundle
 from focus_ray.bundle.engine import MAX_EXAMPLES, MIN_EXAMPLES, TOLERANCE, TORCH, check_engine, compile_features
 from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_mask, read_batch
 from focus_ray.data.schema import Row
-from focus_ray.data.split import short_hash
 from focus_ray.density.base import sample_evenly
 from focus_ray.detect.inspection import Inspection, find_regions, resize_map
 from focus_ray.detect.shift import compare_scores, describe_test_shift
@@ -32,6 +31,7 @@ from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.features.batch_norm import fuse_batch_norms, prepare_for_inference
 from focus_ray.features.network import to_images
 from focus_ray.fitting.duplicates import RepeatFinder, describe_repeats
+from focus_ray.fitting.split import short_hash
 from focus_ray.metrics.evaluate import (
     EXACT_PIXELS,
     MAX_SIDE_PX,

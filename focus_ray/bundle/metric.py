@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from focus_ray.bundle.bundle import find_bundles, read_manifest, read_statistics
 from focus_ray.errors import BundleError
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shared_metric import matching_settings, write_shared_metric
-from focus_ray.settings.config import Config, parse_config
 
 
 def share_metric(places: Sequence[str], output: str) -> list[str]:
@@ -27,7 +27,7 @@ def share_metric(places: Sequence[str], output: str) -> list[str]:
     reference: tuple[str, Config] | None = None  # the first bundle: all others must have matching settings
     for uri in (uri for place in places for uri in find_bundles(place).values()):
         manifest = read_manifest(uri)
-        config = parse_config(manifest["config"], source=uri)
+        config = parse_config(manifest["config"], uri, is_fitted=True)
         scatter = read_statistics(uri).scatter
         if scatter is None or config.density.metric is not None:
             raise BundleError(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from focus_ray import __version__
-from focus_ray.bundle.bundle import copy_bundle, manifest_hash, read_manifest, read_statistics
+from focus_ray.bundle.bundle import copy_bundle, describe_precision, manifest_hash, read_manifest, read_statistics
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import find_shared_rows
 from focus_ray.density.base import supports_leave_one_out
@@ -27,7 +27,6 @@ from focus_ray.errors import DataError
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.projection import MAX_NEIGHBOURS
 from focus_ray.metrics.trade_off import TradeOff, trade_off
-from focus_ray.precision import describe_precision
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,10 @@ def calibrate_bundle(
     shift = compare_scores(current.image_scores, [inspection.score for inspection in new])
     new_values = [inspector.frame.scored_values(inspection.anomaly_map) for inspection in new]
     builder.add([inspection.score for inspection in new], new_values)
-    calibration = replace(builder.finish(), precision=describe_precision(inspector.bundle.config, inspector.device))
+    calibration = replace(
+        builder.finish(),
+        precision=describe_precision(inspector.bundle.config, inspector.device),
+    )
     curve = None
     if bad:
         bad_scores = np.array([inspection.score for inspection in bad_inspections])
@@ -179,7 +181,10 @@ def calibrate_for_site(
     settings = bundle.config.calibration.model_copy(update=targets)
     config = bundle.config.model_copy(update={"calibration": settings})
     builder = collect_leave_one_out_scores(bundle.detector, statistics, config, images=rows)
-    calibration = replace(builder.finish(), precision=describe_precision(config, bundle.detector.density.device))
+    calibration = replace(
+        builder.finish(),
+        precision=describe_precision(config, bundle.detector.density.device),
+    )
     site_manifest = read_manifest(site)
     note = {"how": "images of a site, each left out", "site": site_manifest["sha256"], "num_good": len(rows)}
     # the metric was learnt from the site's images if the bundle was trained on them, not made with another bundle's network

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from focus_ray.bundle.bundle import Bundle, read_bundle, read_statistics, write_bundle
 from focus_ray.data.read import data_fingerprint, decode_rows, index_version, read_index
-from focus_ray.data.split import plan_category, short_hash
 from focus_ray.density.base import Statistics, supports_leave_one_out
 from focus_ray.density.moments import Moments
 from focus_ray.density.relations import Relations
@@ -31,6 +30,7 @@ from focus_ray.fitting.duplicates import describe_statistics, relate_duplicates
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
 from focus_ray.fitting.passes import collect_calibration_scores, compute_statistics
+from focus_ray.fitting.split import plan_category, short_hash
 from focus_ray.precision import compute_dtype
 from focus_ray.settings.kinds import DENSITIES
 

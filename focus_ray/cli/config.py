@@ -26,7 +26,8 @@ def add_config_parser(commands: Any) -> None:
 
 def _show_config(arguments: argparse.Namespace) -> int:
     """Runs `config show`: prints a complete configuration as YAML. Returns the exit status."""
-    from focus_ray.settings.config import config_to_yaml, override_tree, parse_config, read_mapping
+    from focus_ray.fitting.settings import parse_config
+    from focus_ray.settings.sections import config_to_yaml, override_tree, read_mapping
     from focus_ray.settings.standard import find_config
 
     path = find_config(arguments.config)

@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from focus_ray.errors import ConfigError
+from focus_ray.fitting.settings import Config
 from focus_ray.names import NAME_PATTERN, NAME_WORDS
 from focus_ray.serving.settings import ServiceSettings
-from focus_ray.settings.config import Config
 from focus_ray.settings.kinds import Kinds
 from focus_ray.sweep.settings import SweepConfig
 

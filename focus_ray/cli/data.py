@@ -139,6 +139,16 @@ def _compact(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_samples_parser(commands: Any) -> None:
+    """Adds the parser of `samples`."""
+    samples = commands.add_parser(
+        "samples", help="draw a small set of images of synthetic parts, in the folder layout of MVTec AD"
+    )
+    samples.add_argument("folder", help="a new folder")
+    samples.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
+    samples.set_defaults(run=_samples)
+
+
 def _samples(arguments: argparse.Namespace) -> int:
     """Runs `samples`: draws the sample data set into a new folder. Returns the exit status."""
     from focus_ray.errors import DataError

@@ -35,8 +35,8 @@ def _fit(arguments: argparse.Namespace) -> int:
     """
     require(arguments.source)
     from focus_ray.errors import DataError
+    from focus_ray.fitting.settings import load_config
     from focus_ray.names import NAME_WORDS, is_name
-    from focus_ray.settings.config import load_config
     from focus_ray.settings.standard import find_config
 
     output = Path(arguments.output).absolute()
@@ -51,7 +51,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     config = load_config(find_config("default", "run"), words)
     say(f"fit: {arguments.source} -> {output}")
     from focus_ray.api import link_into_good_folder
-    from focus_ray.cli.inspect import evaluate_run
+    from focus_ray.cli.evaluate import evaluate_run
     from focus_ray.cli.train import print_threshold_caveats
     from focus_ray.ingestion.ingest import ingest
     from focus_ray.training.training import train

@@ -1,4 +1,4 @@
-"""The commands `evaluate`, `inspect` and `inspect-batch`."""
+"""The commands `inspect` and `inspect-batch`."""
 
 from __future__ import annotations
 
@@ -11,76 +11,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from focus_ray.cli.output import EXIT_ERROR, EXIT_PARTLY, image_paths, readable_name, require, say
+from focus_ray.cli.options import add_engine_options, add_version_option
+from focus_ray.cli.output import EXIT_ERROR, image_paths, readable_name, require, say
 from focus_ray.errors import DataError
 from focus_ray.progress import track
 
 _NAME_BYTES = 200  # length of an overlay's name without number and .png; a file name may have 255 bytes
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    """Runs `evaluate` by `evaluate_run`. Returns the exit status."""
-    require(arguments.bundles, arguments.data)
-    return evaluate_run(
-        arguments.bundles,
-        arguments.data,
-        arguments.output,
-        arguments.max_side_px,
-        arguments.exact_megapixels,
-        version=arguments.version_of,
-        num_workers=arguments.workers,
-        resume=arguments.resume,
-        trackers=arguments.override,
+def add_inspect_parser(commands: Any) -> None:
+    """Adds the parser of `inspect`."""
+    inspect = commands.add_parser("inspect", help="score images; prints JSON lines, and can draw heat maps")
+    inspect.add_argument("bundle", help="a bundle")
+    inspect.add_argument("images", nargs="+", help="image files, or folders of them")
+    inspect.add_argument("--overlays", metavar="FOLDER", help="folder for the heat map over each image")
+    inspect.add_argument(
+        "--csv", metavar="FILE", help="also write a table: one row for each image, after the last image"
     )
-
-
-def evaluate_run(
-    place: str,
-    data: str | None = None,
-    output: str | None = None,
-    max_side_px: int = 512,
-    exact_megapixels: float = 128,
-    *,
-    version: str = "latest",
-    num_workers: int | None = None,
-    resume: bool = False,
-    trackers: Sequence[str] = (),
-) -> int:
-    """Measures all bundles of a place, prints the metrics and writes the reports. Returns the exit status."""
-    say(f"evaluate: {place}")
-    from focus_ray.bundle.published import resolve_bundles
-    from focus_ray.evaluation.run import evaluate_bundles
-    from focus_ray.storage.files import join
-
-    output = output or join(place, "report")
-    report = evaluate_bundles(
-        resolve_bundles(place, version, say),
-        output,
-        data=data,
-        max_side_px=max_side_px,
-        exact_pixels=int(exact_megapixels * 1e6),
-        num_workers=num_workers,
-        resume=resume,
-        trackers=trackers,
-        log=say,
-    )
-    print(report.table)
-    for caveat, categories in _categories_by_sentence(report.caveats).items():
-        say(f"note: {caveat} ({', '.join(categories)})" if len(report.results) > 1 else f"note: {caveat}")
-    say(f"report: {join(output, 'report.html')}, report.md and report.json beside it; images/ has a row for each image")
-    failed = [category for category, result in report.results.items() if "error" in result]
-    if len(failed) == len(report.results):
-        return EXIT_ERROR
-    return EXIT_PARTLY if failed else 0
-
-
-def _categories_by_sentence(caveats: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Inverts category -> sentences to sentence -> categories."""
-    categories: dict[str, list[str]] = {}
-    for category, sentences in caveats.items():
-        for sentence in sentences:
-            categories.setdefault(sentence, []).append(category)
-    return categories
+    add_engine_options(inspect)
+    inspect.set_defaults(run=_inspect)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -218,6 +167,18 @@ def _overlay_names(paths: Sequence[Path]) -> dict[Path, str]:
         used_names.add(name)
         names[path] = f"{name}.png"
     return names
+
+
+def add_inspect_batch_parser(commands: Any) -> None:
+    """Adds the parser of `inspect-batch`."""
+    batch = commands.add_parser("inspect-batch", help="score a Parquet data set on Ray into Parquet")
+    batch.add_argument("bundles", help="a bundle, a run's folder, a registry, or a team's folder in a registry")
+    batch.add_argument("data", help="Parquet data set: a path or s3:// URI")
+    batch.add_argument("output", help="folder of the results: a path or s3:// URI")
+    batch.add_argument("--split", choices=("train", "test"), help="only these images")
+    batch.add_argument("--workers", "--actors", type=int, default=1, metavar="N", help="parallel workers (default: 1)")
+    add_version_option(batch)
+    batch.set_defaults(run=_inspect_batch)
 
 
 def _inspect_batch(arguments: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     say(f"serve: {arguments.place} on http://{arguments.host}:{arguments.port}, as soon as it has started")
     from focus_ray.serving.launch import check_host, check_port, serve_until_interrupted
     from focus_ray.serving.settings import parse_settings
-    from focus_ray.settings.config import override_tree, read_tree
+    from focus_ray.settings.sections import override_tree, read_tree
 
     if arguments.place.endswith((".yaml", ".yml")):
         tree = read_tree(arguments.place, arguments.override)

@@ -10,6 +10,23 @@ from focus_ray.cli.output import EXIT_ERROR, say
 from focus_ray.errors import ConfigError
 
 
+def add_sweep_parser(commands: Any) -> None:
+    """Adds the parser of `sweep`."""
+    sweep = commands.add_parser(
+        "sweep",
+        help="search settings over categories with Ray Tune",
+        description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration "
+        "from which trials start. `status`, `resume` and `report` take the folder of a sweep.",
+    )
+    sweep.add_argument(
+        "what", metavar="CONFIG|status|resume|report", help="a YAML file, or a name of `focus-ray config list`"
+    )
+    sweep.add_argument(
+        "rest", nargs="*", metavar="key=value|PLACE", help="a setting such as num_trials=20, or the folder of a sweep"
+    )
+    sweep.set_defaults(run=_sweep)
+
+
 def _sweep(arguments: argparse.Namespace) -> int:
     """Runs `sweep`: starts a sweep, or uses an existing sweep (`status`, `resume`, `report`). Returns the exit status."""
     if arguments.what in ("status", "report", "resume"):

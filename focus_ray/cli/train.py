@@ -1,19 +1,32 @@
-"""The commands `train`, `metric` and `update`."""
+"""The command `train`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from focus_ray.cli.output import EXIT_INTERRUPTED, require, say
+from focus_ray.cli.output import EXIT_INTERRUPTED, say
 from focus_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from focus_ray.settings.config import Config
+    from focus_ray.fitting.settings import Config
 
 _SHOWN_CATEGORIES = 3  # with more categories, only the report shows the caveats
+
+
+def add_train_parser(commands: Any) -> None:
+    """Adds the parser of `train`."""
+    train = commands.add_parser("train", help="train one model for each category and write its bundle")
+    train.add_argument("config", nargs="?", help="a YAML file, or a name of `focus-ray config list`")
+    train.add_argument("override", nargs="*", help="key=value, for instance train.epochs=10")
+    train.add_argument(
+        "--config", dest="named", metavar="CONFIG", help="the configuration as an option; then all words are key=value"
+    )
+    train.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="also show Ray's own messages")
+    train.add_argument("--resume", action="store_true", help="continue the run of this name")
+    train.set_defaults(run=_train)
 
 
 def read_config(place: str, overrides: list[str]) -> Config:
@@ -22,7 +35,8 @@ def read_config(place: str, overrides: list[str]) -> Config:
     Raises:
         ConfigError: The configuration cannot be read, or is not valid.
     """
-    from focus_ray.settings.config import load_config, mapping_of, override_tree, parse_config
+    from focus_ray.fitting.settings import load_config, parse_config
+    from focus_ray.settings.sections import mapping_of, override_tree
     from focus_ray.settings.standard import find_config
 
     if "://" not in place:
@@ -95,29 +109,3 @@ def _split_config(arguments: argparse.Namespace) -> tuple[str, list[str]]:
             f"{', '.join(standard_names('run'))}"
         )
     return arguments.config, arguments.override
-
-
-def _metric(arguments: argparse.Namespace) -> int:
-    """Runs `metric`: joins discriminant projections and writes the joined projection to a file. Returns the exit status."""
-    require(*arguments.bundles)
-    from focus_ray.bundle.metric import share_metric
-
-    categories = share_metric(arguments.bundles, arguments.output)
-    print(f"{arguments.output}\t{len(categories)} categories\t{', '.join(categories)}")
-    return 0
-
-
-def _update(arguments: argparse.Namespace) -> int:
-    """Runs `update`: changes the images of a bundle and prints the new number of images. Returns the exit status."""
-    require(arguments.bundle, arguments.add, arguments.remove, *arguments.join, arguments.only, arguments.calibrate)
-    from focus_ray.errors import DataError
-
-    changes = {key: getattr(arguments, key) for key in ("add", "remove", "join", "only")}
-    if not any(changes.values()):
-        raise DataError("nothing to change: give --add, --remove, --join or --only")
-    say(f"update: {arguments.bundle} -> {arguments.output}")
-    from focus_ray.bundle.update import update_bundle
-
-    manifest = update_bundle(arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate, log=say)
-    print(f"{arguments.output}\t{manifest['data']['num_fit']} images\t{manifest['sha256']}")
-    return 0

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from focus_ray.cli.options import add_engine_options, add_version_option
 from focus_ray.cli.output import EXIT_PARTLY, image_paths, require, say
 from focus_ray.errors import DataError
 
@@ -74,16 +75,8 @@ def add_watch_parser(commands: Any) -> None:
     )
     watch.add_argument("--batch", type=int, default=8, metavar="N", help="images inspected at once (default: 8)")
     watch.add_argument("--category", metavar="NAME", help="category, if the place has models of several categories")
-    watch.add_argument(
-        "--version",
-        dest="version_of",
-        default="latest",
-        metavar="NAME",
-        help="version or alias of models in a registry (default: latest)",
-    )
-    watch.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    watch.add_argument("--engine", default="torch", help="as in inspect (default: torch)")
-    watch.add_argument("--examples", nargs="+", metavar="IMAGE", help="as in inspect")
+    add_version_option(watch)
+    add_engine_options(watch)
     watch.set_defaults(run=_watch)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from focus_ray.cluster.address import ADVICE, explain_no_cluster
 from focus_ray.cluster.messages import is_verbose
 from focus_ray.cluster.ray_private import RESOURCE_KINDS, autoscaler_limits, check_private_parts, require_token
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import TrainingError
-from focus_ray.settings.config import ClusterConfig
 
 
 def runs_here(config: ClusterConfig) -> bool:

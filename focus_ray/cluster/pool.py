@@ -20,9 +20,9 @@ from typing import Any, Generic, TypeVar
 
 from focus_ray.cluster.connect import resources_per_worker
 from focus_ray.cluster.failures import is_retryable, reason_of
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import TrainingError
 from focus_ray.names import Log
-from focus_ray.settings.config import ClusterConfig
 
 _POLL_INTERVAL_S = 1.0  # between two calls of `listen`
 _NOTICE_INTERVAL_S = 60.0  # between two log lines while no worker runs

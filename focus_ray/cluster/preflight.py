@@ -12,8 +12,8 @@ from typing import Any
 
 from focus_ray.cluster.connect import growth_limits, resources_per_worker, uses_gpu
 from focus_ray.cluster.ray_private import RESOURCE_KINDS
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.settings.config import ClusterConfig
 from focus_ray.storage.files import check_access, is_s3, join, read_bytes, remove_file, write_bytes
 
 RESERVED = "FOCUS_RAY_RESERVED"  # JSON of the resources of the job's own process; `focus-ray submit` sets it

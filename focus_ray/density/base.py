@@ -12,8 +12,8 @@ from torch import Tensor
 from focus_ray.density.bank import join_unused_embeddings, select_unused_embeddings
 from focus_ray.density.moments import Moments, pack_lower, unpack_lower
 from focus_ray.density.relations import Relations, join_relations
+from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import TiledDensity, join_bank_of_tiles, split_bank_into_tiles
-from focus_ray.settings.density import DensityConfig
 from focus_ray.settings.kinds import DENSITIES
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from focus_ray.settings.density import DensityConfig
+from focus_ray.density.settings import DensityConfig
 
 _CHUNK_BYTES = 8 * 2**20  # of covariances that are computed together: bounds the peak memory of a fit
 

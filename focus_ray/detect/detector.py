@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from focus_ray.density.base import Density
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.profile import Profile, zero_unscored
+from focus_ray.detect.settings import ScoringConfig
 from focus_ray.features.alignment.theta import invert_theta, warp
 from focus_ray.features.network import AlignedFeatures, FocusNet, compute_seen_mask, to_images, warp_to_common_frame
-from focus_ray.features.reduction import ChannelReduction
-from focus_ray.settings.config import ScoringConfig
 
 # Images per forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms per image in batches of 4 to 8, 7.1 ms in batches of 16, and
 # 7.8 ms in batches of 32 (two cores of an EPYC with 32 MiB of cache).
+SMOOTHING_SIGMA_PX = 4.0  # of the Gaussian that smooths the map, in pixels of the network's input [kin]
 _CPU_IMAGES = 8
 _GPU_PADDED_IMAGES = 32  # images per forward pass on a GPU if batches are padded to a fixed size
 _GPU_IMAGES = 256  # largest batch on a GPU: bounds the memory of a batch of many tiles
@@ -63,7 +64,7 @@ class Detector:
         self.tiles = Tiles(*net.config.tiles)
         locations_per_side = density.height // self.tiles.rows
         self.map_generator = AnomalyMapGenerator.for_tiles(
-            self.tiles, locations_per_side, scoring.smoothing_sigma_px, density.device
+            self.tiles, locations_per_side, SMOOTHING_SIGMA_PX, density.device
         )
 
     @torch.inference_mode()

@@ -8,7 +8,8 @@ from typing import Any
 from focus_ray.doctor import cluster, machine, resources, software
 from focus_ray.doctor.diagnosis import Check, CheckContext, Diagnosis, run_checks
 from focus_ray.errors import ConfigError
-from focus_ray.settings.config import Config, override_tree, parse_config, read_mapping
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.settings.sections import override_tree, read_mapping
 from focus_ray.settings.standard import find_config
 
 CHECKS: dict[str, Check] = {

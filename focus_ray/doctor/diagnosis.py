@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from focus_ray.errors import FocusRayError
-from focus_ray.settings.config import Config
+from focus_ray.fitting.settings import Config
 
 Status = Literal["ok", "warning", "FAILED"]
 

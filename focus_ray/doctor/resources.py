@@ -9,11 +9,11 @@ from pathlib import Path
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import list_categories, read_rows
-from focus_ray.data.regions import load_frame
 from focus_ray.data.store import Store, open_store
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok
 from focus_ray.doctor.machine import nearest_existing_folder
-from focus_ray.settings.config import ModelConfig
+from focus_ray.features.settings import ModelConfig
+from focus_ray.fitting.regions import load_frame
 from focus_ray.settings.kinds import TRACKERS
 from focus_ray.storage.files import check_access, is_s3, open_filesystem
 

@@ -8,9 +8,10 @@ from typing import Any
 from focus_ray.bundle.bundle import complete_settings, read_manifest
 from focus_ray.errors import BundleError, ConfigError, FocusRayError
 from focus_ray.evaluation.report import mean_metrics
+from focus_ray.fitting.settings import parse_config
 from focus_ray.names import Log
 from focus_ray.reporting.evaluation import EvaluationSection
-from focus_ray.settings.config import override_tree, parse_config
+from focus_ray.settings.sections import override_tree
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import EvaluatedCategory, record_evaluation
 
@@ -80,7 +81,9 @@ def record_results(
 def _to_evaluated_category(bundle: str, result: Mapping[str, Any], cards: Any) -> EvaluatedCategory:
     """Returns the result of a category with the configuration of its bundle, for the trackers."""
     manifest = read_manifest(bundle)
-    return EvaluatedCategory(bundle, manifest, parse_config(complete_settings(manifest), bundle), result, cards)
+    return EvaluatedCategory(
+        bundle, manifest, parse_config(complete_settings(manifest), bundle, is_fitted=True), result, cards
+    )
 
 
 def _cards(section: EvaluationSection) -> list[list[Any]]:

@@ -13,6 +13,7 @@ from focus_ray.bundle.bundle import MANIFEST
 from focus_ray.cluster.connect import connect, runs_here
 from focus_ray.cluster.pool import Failed, WorkerPool
 from focus_ray.cluster.preflight import probe_nodes
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import FocusRayError
 from focus_ray.evaluation.measuring import (
     CATEGORIES,
@@ -43,7 +44,6 @@ from focus_ray.reporting.evaluation import (
     summarize_result,
     without_pictures,
 )
-from focus_ray.settings.config import ClusterConfig
 from focus_ray.storage.files import check_access, join, make_absolute, read_bytes, remove_file, write_bytes
 
 MAX_CATEGORIES_ON_PAGE = 20  # with more categories, each category has its own page with pictures

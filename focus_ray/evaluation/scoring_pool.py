@@ -8,9 +8,9 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.cluster.connect import uses_gpu
 from focus_ray.cluster.pool import Piece, WorkerPool, options_per_worker
 from focus_ray.cluster.preflight import count_concurrent_runs
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError
 from focus_ray.names import Log
-from focus_ray.settings.config import ClusterConfig
 
 MAX_LOADED_BUNDLES = 2  # per process; the previous bundle is still needed for the pictures of its category
 

@@ -14,11 +14,11 @@ from PIL import Image
 from focus_ray.bundle.bundle import Bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import content_hash, decode_image
-from focus_ray.data.split import short_hash
 from focus_ray.detect.calibration import Calibration
 from focus_ray.errors import DataError, ExportError
 from focus_ray.export.examples import ExportExample
 from focus_ray.export.formats import RunModel
+from focus_ray.fitting.split import short_hash
 from focus_ray.metrics.metrics import image_auroc
 
 MIN_EXAMPLES = 4  # number of examples that the model was not trained on

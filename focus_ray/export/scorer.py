@@ -18,7 +18,7 @@ from focus_ray.export.resize import ToFrame
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.alignment.theta import invert_theta, warp
 from focus_ray.features.batch_norm import fuse_batch_norms
-from focus_ray.features.network import AlignedFeatures, warp_to_common_frame
+from focus_ray.features.network import ALIGNED_IMAGE_PADDING, AlignedFeatures, warp_to_common_frame
 
 OUTPUTS = ("score", "p_value", "anomalous", "anomaly_map")
 BOX = "box"  # an additional output if images keep their aspect ratio
@@ -39,7 +39,6 @@ class ExportableScorer(nn.Module):
         detector = bundle.detector
         self.to_frame = ToFrame(bundle.frame)
         self.net, self.reduction = detector.net, detector.reduction
-        self.padding = detector.net.config.image_alignment.padding
         aligner = detector.net.image_aligner
         self.is_aligned = aligner is not None
         if isinstance(aligner, CongealingAligner):
@@ -58,7 +57,7 @@ class ExportableScorer(nn.Module):
         """Returns the outputs in the order of `OUTPUTS`, and the box if the frame is padded."""
         pixels, shown, box = self.to_frame(images)
         theta = self._find_theta(pixels)
-        aligned = pixels if theta is None else warp(pixels, theta, self.padding)
+        aligned = pixels if theta is None else warp(pixels, theta, ALIGNED_IMAGE_PADDING)
         levels, thetas = self.net.features(_cut_tiles(aligned, self.tiles))
         features, total_theta = warp_to_common_frame(AlignedFeatures(levels, thetas, aligned, theta))
         distance = self.density.score(self.tiles.join(self.reduction(features)))

@@ -15,9 +15,15 @@ from focus_ray.features.alignment.theta import TransformBounds, compose_theta, w
 from focus_ray.features.alignment.transformer import LocalisedAligner, SpatialTransformer
 from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
 from focus_ray.features.batch_norm import use_global_batch_norm
-from focus_ray.settings.config import ModelConfig
+from focus_ray.features.settings import ModelConfig
+from focus_ray.settings.sections import LAYERS
 
-LAYERS = ("layer1", "layer2", "layer3")
+# Bounds of the movements that alignment undoes [ours]. Without a bound, zooming in lowers the loss. A shift is in half widths.
+IMAGE_BOUNDS = TransformBounds(max_rotation_rad=math.pi, max_translation=0.4, max_scale=1.15)
+FEATURE_BOUNDS = TransformBounds(max_rotation_rad=math.radians(15.0), max_translation=0.15, max_scale=1.15)
+ALIGNED_IMAGE_PADDING = (
+    "reflection"  # content of the area that an aligned image leaves empty; it is never scored [ours]
+)
 
 
 class AlignedFeatures(NamedTuple):
@@ -54,13 +60,11 @@ class FocusNet(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.image_aligner = build_image_aligner(config)
-        features = config.feature_alignment
-        bounds = TransformBounds(math.radians(features.max_rotation_deg), features.max_translation, features.max_scale)
         self.feature_aligners = nn.ModuleDict(
             {
-                layer: SpatialTransformer(channels, config.image_size_px // stride, group, bounds)
+                layer: SpatialTransformer(channels, config.image_size_px // stride, group, FEATURE_BOUNDS)
                 for layer, channels, stride in zip(LAYERS, spec.channels, spec.strides, strict=True)
-                if (group := getattr(features, layer)) != "none"
+                if (group := getattr(config.feature_alignment, layer)) != "none"
             }
         )
         use_global_batch_norm(self)
@@ -80,7 +84,7 @@ class FocusNet(nn.Module):
         if aligner is None or (isinstance(aligner, CongealingAligner) and not bool(aligner.enabled)):
             return images, None
         theta = aligner(images)
-        return warp(images, theta, self.config.image_alignment.padding), theta
+        return warp(images, theta, ALIGNED_IMAGE_PADDING), theta
 
     def forward(self, images: Tensor) -> AlignedFeatures:
         """Aligns images (B, 3, H, W), RGB in 0..1, and computes their features."""
@@ -137,8 +141,10 @@ def build_image_aligner(config: ModelConfig) -> nn.Module | None:
     if alignment.group == "none":
         return None
     if alignment.method == "congealing":
-        return CongealingAligner(alignment.group, alignment.max_translation, alignment.max_scale, alignment.min_drop)
-    return LocalisedAligner(alignment.group, TransformBounds(math.pi, alignment.max_translation, alignment.max_scale))
+        return CongealingAligner(
+            alignment.group, IMAGE_BOUNDS.max_translation, IMAGE_BOUNDS.max_scale, alignment.min_drop
+        )
+    return LocalisedAligner(alignment.group, IMAGE_BOUNDS)
 
 
 def warp_to_common_frame(aligned: AlignedFeatures) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.data.shards import BatchSchedule, Shard
 from focus_ray.density.base import (
     Statistics,
     build_density,
@@ -29,6 +28,7 @@ from focus_ray.density.base import (
     supports_leave_one_out,
 )
 from focus_ray.density.moments import Moments
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.calibration import Calibration, CalibrationBuilder, Method
@@ -39,7 +39,6 @@ from focus_ray.errors import ConfigError
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.batch_norm import prepared_for_inference
 from focus_ray.features.network import FocusNet, build_net, to_images
-from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
@@ -56,19 +55,22 @@ from focus_ray.fitting.passes import (
     fit_aligner,
 )
 from focus_ray.fitting.projection import DiscriminantProjection, choose_projection_images, learn_projection
-from focus_ray.fitting.selection import validation_images
+from focus_ray.fitting.selection import MIN_GAIN, validation_images
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import BatchSchedule, Shard
 from focus_ray.fitting.shared_metric import read_shared_metric
+from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
 from focus_ray.fitting.state import BestNetwork, FitNotes, OnEpoch, TrainState
 from focus_ray.precision import compute_dtype
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.config import Config
 from focus_ray.settings.kinds import DENSITIES
 
 if TYPE_CHECKING:
     from focus_ray.fyd.training import FydTraining
 
-_MAX_CALIBRATION_IMAGES = 128  # images that a density without a bank keeps for leave-one-out
+_MAX_LEAVE_ONE_OUT_IMAGES = 128  # images that a density without a bank keeps for leave-one-out
+MAX_ALIGNMENT_IMAGES = 512  # images from which congealing learns its mean image
 # Cross calibration searches for photographs of one part among at most this many images, because it compares all pairs.
 _MAX_COMPARED_IMAGES = 4096
 # If a smaller share of the held-out images shows parts that no training image shows, training images calibrate instead.
@@ -284,7 +286,7 @@ class CategoryFit:
 
         With selection, the aligner stays on only if it raises the validation score.
         """
-        chosen = sample_evenly(self.num_images, self.config.model.image_alignment.max_images)
+        chosen = sample_evenly(self.num_images, MAX_ALIGNMENT_IMAGES)
         batches = self.shard.fit_batches(positions=self._own_rows(chosen))
         report = fit_aligner(self.net, batches, self.device, self.config.train.seed)
         if report is None:
@@ -348,9 +350,7 @@ class CategoryFit:
             figures = training.run_epoch(cut_tiles(batches, tiles, train.seed, epoch), generator)
             figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
             self._note_epoch(figures)
-            validation_interval = self.config.selection.every_epochs
-            if (epoch + 1) % validation_interval == 0 or epoch + 1 == train.epochs:
-                self._keep_best(epoch)
+            self._keep_best(epoch)
             if on_epoch is not None:
 
                 def snapshot(epoch: int = epoch) -> TrainState:
@@ -374,7 +374,7 @@ class CategoryFit:
             self._warn(f"epoch {epoch}: {warning}")
 
     def _keep_best(self, epoch: int) -> None:
-        """Validates the network, and stores a copy as `best` if it is the first one or beats `best` by selection.margin.
+        """Validates the network, and stores a copy as `best` if it is the first one or beats `best` by MIN_GAIN.
 
         Without selection, nothing is stored.
 
@@ -385,7 +385,7 @@ class CategoryFit:
         if score is None:
             return
         best = self.best
-        if best is None or broadcast_from_rank0(lambda: score > best.score + self.config.selection.margin):
+        if best is None or broadcast_from_rank0(lambda: score > best.score + MIN_GAIN):
             network = {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
             self.best = BestNetwork(epoch, score, network)
 
@@ -423,7 +423,7 @@ class CategoryFit:
         self.learn_projection()
         bank_images = choose_bank_images(config, self.num_images)
         if bank_images is None and for_calibration:
-            bank_images = sample_evenly(self.num_images, _MAX_CALIBRATION_IMAGES)
+            bank_images = sample_evenly(self.num_images, _MAX_LEAVE_ONE_OUT_IMAGES)
         batches = self._log_progress("statistics", self.shard.fit_batches())
         cache = None if self.projection is None else self.projection.cache
         statistics = compute_statistics(self.net, self.reduction, batches, self.device, bank_images, self.offset, cache)
@@ -487,7 +487,7 @@ class CategoryFit:
         holdout_descriptors = self._describe(self.shard.holdout_batches())
         bank_positions = sorted(
             choose_bank_images(self.config.density, self.num_images)
-            or sample_evenly(self.num_images, _MAX_CALIBRATION_IMAGES)
+            or sample_evenly(self.num_images, _MAX_LEAVE_ONE_OUT_IMAGES)
         )
         bank_origins = self._origins(bank_positions, self.reduction)
         num_bank = len(bank_positions)
@@ -613,7 +613,6 @@ class CategoryFit:
 
         Photographs that are recognised to show the same part are in the same fold.
         """
-        num_folds = self.config.calibration.num_folds
         folds, self._own_groups = self.shard.fit_folds(), self.shard.fit_groups()
         if self.num_images <= _MAX_COMPARED_IMAGES:
             origins = self._origins(range(self.num_images), self.reduction)
@@ -622,9 +621,9 @@ class CategoryFit:
             if relations is not None:
                 self._note_relations(relations)
                 own_images = slice(self.offset, self.offset + self.num_own)
-                folds = assign_folds(relations.groups, num_folds).numpy()[own_images]
+                folds = assign_folds(relations.groups, NUM_CALIBRATION_FOLDS).numpy()[own_images]
                 self._own_groups = relations.groups.numpy()[own_images]
-        return [np.flatnonzero(folds == fold).tolist() for fold in range(num_folds)]
+        return [np.flatnonzero(folds == fold).tolist() for fold in range(NUM_CALIBRATION_FOLDS)]
 
     def _compute_fold_statistics(self, rows: list[int]) -> Statistics:
         """Computes the statistics of one fold.
@@ -635,7 +634,7 @@ class CategoryFit:
         """
         config = self.config.density
         sizes = gather_objects(len(rows))
-        limit = -(-config.max_images // (self.config.calibration.num_folds - 1))
+        limit = -(-config.max_images // (NUM_CALIBRATION_FOLDS - 1))
         bank_images = sample_evenly(sum(sizes), limit) if DENSITIES[config.kind].keeps_bank else None
         batches = self.shard.fit_batches(rows)
         return compute_statistics(self.net, self.reduction, batches, self.device, bank_images, sum(sizes[: self.rank]))
@@ -645,7 +644,7 @@ class CategoryFit:
 
         This density's bank is not larger than the bank of the final density.
         """
-        images_per_fold = -(-self.config.calibration.max_images // len(folds))
+        images_per_fold = -(-MAX_CALIBRATION_IMAGES // len(folds))
         joined: CalibrationBuilder | None = None
         groups = self._own_groups
         for fold, statistics in enumerate(folds):

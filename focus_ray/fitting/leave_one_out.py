@@ -25,6 +25,7 @@ from focus_ray.density.base import (
     sample_evenly,
 )
 from focus_ray.density.moments import Moments
+from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import split_maps
 from focus_ray.detect.calibration import CalibrationBuilder
 from focus_ray.detect.detector import Detector, ScoredImages, shown_pixels
@@ -32,8 +33,8 @@ from focus_ray.detect.profile import MAX_IMAGES, compute_profile, leave_one_out_
 from focus_ray.distributed import worker_range
 from focus_ray.fitting.passes import calibration_pixels, merge_over_workers
 from focus_ray.fitting.projection import NUM_FOLDS, DiscriminantProjection
+from focus_ray.fitting.settings import Config
 from focus_ray.progress import track
-from focus_ray.settings.config import Config, DensityConfig
 
 LeaveOneOutResult = tuple[Tensor, ScoredImages, Tensor | None]
 """Numbers (B,) of images in the bank; their scores; and the pixels (B, H, W), bool, that are scored, or None for all pixels."""

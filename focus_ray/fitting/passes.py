@@ -13,16 +13,16 @@ from torch import Tensor
 from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics
 from focus_ray.density.moments import Moments
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.tiles import Tiles, split_maps
 from focus_ray.detect.calibration import CalibrationBuilder, Method
 from focus_ray.detect.detector import Detector, ScoredImages, embed, shown_locations, shown_mask
+from focus_ray.detect.settings import CalibrationConfig
 from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, reduce_moments
 from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
 from focus_ray.features.network import FocusNet, to_images
-from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.projection import CachedEmbeddings
 from focus_ray.fitting.selection import validation_figures
-from focus_ray.settings.config import CalibrationConfig
 
 
 @torch.no_grad()  # not inference_mode: statistics are joined in place later
@@ -75,7 +75,7 @@ def compute_statistics(
                 shown = shown_locations(shown, theta, tiles, embedding.shape[2:]).flatten(1)
             yield EmbeddedBatch(embedding, theta, shown)
 
-    size = net.config.image_size_px // net.config.place_px(reduction.config)
+    size = net.config.image_size_px // net.config.place_px(reduction.config.map_layer)
     grid = net.config.shared_grid
     # moments cover one tile if tiles share their locations, otherwise the whole image
     map_size = (size, size) if grid == tiles[:2] else (tiles.rows * size, tiles.columns * size)

@@ -30,17 +30,17 @@ from torch import Tensor
 from focus_ray.defects import merge_copies, synthetic_validation_set
 from focus_ray.density.base import sample_evenly
 from focus_ray.density.nearest import whitening_matrix
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations, assign_folds
+from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.detector import describe_embedding, embed_tiles, shown_locations
 from focus_ray.distributed import gather_rows, worker_range, world_size
 from focus_ray.features.alignment.theta import warp
 from focus_ray.features.network import FocusNet, to_images
-from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.duplicates import ImageOrigins, find_relations
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.config import DensityConfig
 
 MAX_NEIGHBOURS = 64  # images (or tiles, if images have tiles) among which nearest neighbours are searched
 MIN_TILED_IMAGES = 32  # take tiles from at least this many images
@@ -247,7 +247,7 @@ def _embed_all_channels(
         None without image alignment or without images.
     """
     if not len(images):
-        side = net.config.image_size_px // net.config.place_px(full_reduction.config)
+        side = net.config.image_size_px // net.config.place_px(full_reduction.config.map_layer)
         channels = full_reduction.num_channels + full_reduction.num_coreset_channels
         return torch.empty(0, channels, side, side, device=device, dtype=torch.float16), None
     parts = [

@@ -15,6 +15,7 @@ from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.settings.kinds import METRICS
 
 DEFECTS_PER_IMAGE = 3
+MIN_GAIN = 0.01  # in score, for which a later epoch replaces the best epoch so far
 # name of a validation metric -> key of the metric in METRICS
 JUDGED_BY = {
     "image_auroc": "image_auroc",

@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.settings.config import Config
+from focus_ray.fitting.settings import Config
 from focus_ray.storage.files import read_bytes, write_bytes
 
 FORMAT = "focus_ray metric 1"

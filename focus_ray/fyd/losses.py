@@ -44,25 +44,19 @@ def coarse_loss(aligned: Tensor, pairs: Tensor, valid: Tensor | None = None) -> 
     return ((distance * is_valid).sum(dim=(1, 2)) / is_valid.sum(dim=(1, 2)).clamp_min(1.0)).mean()
 
 
-def fine_loss(
-    predicted: Tensor, projected: Tensor, pairs: Tensor, stop_gradient: bool = True, symmetric: bool = False
-) -> Tensor:
+def fine_loss(predicted: Tensor, projected: Tensor, pairs: Tensor) -> Tensor:
     """Computes L_fine: negative cosine similarity to another normal image's features, averaged over locations [paper].
+
+    No gradient flows through the features of the other image (stop-gradient, SimSiam, arXiv 2011.10566).
 
     Args:
         predicted: (B, C, H, W), g(f(x)).
         projected: (B, C, H, W), f(x).
         pairs: (B,), from `draw_pairs`.
-        stop_gradient: treat the features of the other image as constant (SimSiam, arXiv 2011.10566); False is an ablation.
-        symmetric: also compare every pair in the opposite direction.
 
     Returns: scalar in -1..1; -1 means that all images have the same features at every location.
     """
-    target = projected.detach() if stop_gradient else projected
-    loss = -F.cosine_similarity(predicted, target[pairs], dim=1).mean()
-    if symmetric:
-        loss = (loss - F.cosine_similarity(predicted[pairs], target, dim=1).mean()) / 2
-    return loss
+    return -F.cosine_similarity(predicted, projected.detach()[pairs], dim=1).mean()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from focus_ray.features.alignment.theta import valid_mask
 from focus_ray.features.network import FocusNet
 from focus_ray.fyd.head import Head
 from focus_ray.fyd.losses import coarse_loss, feature_std, fine_loss
-from focus_ray.settings.config import TrainConfig
+from focus_ray.fyd.settings import TrainConfig
 
 LAST_LEVEL = "last level"  # key of the features (B, C, H, W) whose effective rank is computed once an epoch
 
@@ -52,9 +52,7 @@ class TrainingObjective(nn.Module):
             total = total + self.config.lambda_ica * parts["loss_ica"]
         if self.fine:
             projected, predicted = self.head(aligned.levels[2])
-            parts["loss_fine"] = fine_loss(
-                predicted.float(), projected.float(), pairs, self.config.stop_gradient, self.config.symmetric
-            )
+            parts["loss_fine"] = fine_loss(predicted.float(), projected.float(), pairs)
             total = total + self.config.lambda_fine * parts["loss_fine"]
             parts["feature_std"] = feature_std(projected)
             parts[LAST_LEVEL] = aligned.levels[2].detach()

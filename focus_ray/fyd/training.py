@@ -17,9 +17,15 @@ from focus_ray.features.network import FocusNet, to_images
 from focus_ray.fyd.head import Head
 from focus_ray.fyd.losses import draw_pairs, effective_rank
 from focus_ray.fyd.objective import LAST_LEVEL, TrainingObjective, named_parameters
+from focus_ray.fyd.settings import TrainConfig
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.config import TrainConfig
 
+MOMENTUM = 0.9  # of SGD [kin]
+# Projector and predictor start at random and are dropped after training, so they learn at SimSiam's rate [kin], while the
+# backbone is only fine-tuned [ours]. The feature aligners start at zero and would not move at the backbone's rate [ours].
+LEARNING_RATE_HEAD = 0.05
+LEARNING_RATE_FEATURE_ALIGNERS = 0.05
+LEARNING_RATE_IMAGE_ALIGNER = 0.01  # [kin]
 COLLAPSE_STD = 0.05  # smallest `feature_std` of a healthy run: below it, features of different images are nearly equal
 
 
@@ -48,8 +54,7 @@ class FydTraining:
         if world_size() > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.objective = nn.parallel.DistributedDataParallel(objective, device_ids=devices)
-        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.autocast = self.config.precision == "bf16" or (self.config.precision == "auto" and bf16)
+        self.autocast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
         """Returns the states of network and head together, of the optimiser, and of the schedule."""
@@ -106,10 +111,10 @@ def collapse_warning(figures: dict[str, float]) -> str | None:
 def build_optimizer(net: FocusNet, head: Head, config: TrainConfig) -> torch.optim.SGD:
     """Builds SGD with separate learning rates for image aligner, feature aligners, head (projector, predictor) and backbone."""
     rates = {
-        "image_aligner": config.learning_rate_image_alignment,
-        "feature_aligners": config.learning_rate_feature_alignment,
-        "projector": config.learning_rate_head,
-        "predictor": config.learning_rate_head,
+        "image_aligner": LEARNING_RATE_IMAGE_ALIGNER,
+        "feature_aligners": LEARNING_RATE_FEATURE_ALIGNERS,
+        "projector": LEARNING_RATE_HEAD,
+        "predictor": LEARNING_RATE_HEAD,
     }
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in named_parameters(net, head):
@@ -119,22 +124,18 @@ def build_optimizer(net: FocusNet, head: Head, config: TrainConfig) -> torch.opt
     order = sorted(groups, key=lambda rate: rate != config.learning_rate)
     return torch.optim.SGD(
         [{"params": groups[rate], "lr": rate} for rate in order],
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        momentum=MOMENTUM,
     )
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Builds a cosine schedule to zero over all steps, after a linear warm-up. Step it after every optimiser step."""
+    """Builds a cosine schedule to zero over all steps. Step it after every optimiser step."""
     total = max(1, config.epochs * steps_per_epoch)
-    warmup = int(config.warmup_epochs * steps_per_epoch)
 
     def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -175,9 +176,6 @@ def train_epoch(
         loss = parts["loss"]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if config.gradient_clip_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, config.gradient_clip_norm)
         optimizer.step()
         rate = float(schedule.get_last_lr()[0])
         schedule.step()
@@ -195,9 +193,7 @@ def train_epoch(
     broken = _mean_over_workers(torch.stack([~p.detach().isfinite().all() for p in weights]).any().float())
     if not math.isfinite(result["loss"]) or float(broken) > 0:
         problem = f"the loss is {result['loss']}" if not math.isfinite(result["loss"]) else "weights are not finite"
-        raise FloatingPointError(
-            f"{problem} after {steps} steps: lower train.learning_rate or set train.gradient_clip_norm"
-        )
+        raise FloatingPointError(f"{problem} after {steps} steps: lower train.learning_rate")
     if level is not None:
         result["effective_rank"] = float(_mean_over_workers(effective_rank(level)))
     return {**result, "steps": float(steps), "learning_rate": rate}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from focus_ray.names import NAME_PATTERN
-from focus_ray.settings.config import Section, parse_model
+from focus_ray.settings.sections import Section, parse_model
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 MIB = 2**20

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.serving.settings import Name
-from focus_ray.settings.config import Section, parse_model
+from focus_ray.settings.sections import Section, parse_model
 from focus_ray.settings.yaml_text import load_yaml
 from focus_ray.storage.files import create_bytes, read_bytes, remove_file, write_bytes
 

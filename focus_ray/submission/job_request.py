@@ -16,8 +16,9 @@ from pathlib import Path
 from focus_ray import __version__
 from focus_ray.cluster.preflight import RESERVED
 from focus_ray.errors import SubmissionError
+from focus_ray.fitting.settings import Config, load_config
 from focus_ray.names import unique_name
-from focus_ray.settings.config import Config, config_to_yaml, load_config, read_mapping
+from focus_ray.settings.sections import config_to_yaml, read_mapping
 from focus_ray.settings.standard import COMMANDS, standard_folder, standard_names
 from focus_ray.submission.package import Package, build_package
 from focus_ray.sweep.settings import SweepConfig, load_sweep
@@ -134,7 +135,7 @@ def _check_config(arguments: Sequence[str], working_dir: Path, package: Package)
         package: Files that are sent.
 
     Returns:
-        config_sha256, and for `train` and `sweep` also category, team and priority. Empty if the command names no
+        config_sha256, and for `train` and `sweep` also category and team. Empty if the command names no
         configuration.
 
     Raises:
@@ -191,7 +192,7 @@ def _check_config(arguments: Sequence[str], working_dir: Path, package: Package)
     return {
         "config_sha256": hashlib.sha256(config_to_yaml(full_config).encode()).hexdigest(),
         "category": ",".join(config.data.categories or ("all",)),
-        **{key: value for key in ("team", "priority") if (value := getattr(config.cluster, key))},
+        **({"team": config.cluster.team} if config.cluster.team else {}),
     }
 
 

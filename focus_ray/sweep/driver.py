@@ -27,12 +27,12 @@ from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
 from focus_ray.cluster.ray_private import remove_working_folders
 from focus_ray.data.read import list_categories
 from focus_ray.data.schema import COMMIT_NAME
-from focus_ray.data.shards import BatchSchedule, fits_memory
-from focus_ray.data.split import Split
 from focus_ray.errors import ConfigError, DataError, SweepError
 from focus_ray.fitting.fit import check_prerequisites
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import BatchSchedule, fits_memory
+from focus_ray.fitting.split import Split
 from focus_ray.names import unique_name
-from focus_ray.settings.config import Config
 from focus_ray.storage.files import join, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer

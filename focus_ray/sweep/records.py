@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from focus_ray.cluster.ownership import FINGERPRINTS, read_state, write_fingerprints
 from focus_ray.errors import SweepError
-from focus_ray.settings.config import config_to_yaml
+from focus_ray.settings.sections import config_to_yaml
 from focus_ray.settings.yaml_text import load_yaml
 from focus_ray.storage.files import create_bytes, exists, join, list_names, read_bytes, write_bytes
 from focus_ray.sweep.settings import Point, SweepConfig, parse_sweep

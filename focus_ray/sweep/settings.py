@@ -17,9 +17,10 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from focus_ray.errors import ConfigError
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.names import NAME_PATTERN, suggest_name
-from focus_ray.settings.config import Config, Section, apply_override, parse_config, parse_model, read_mapping
 from focus_ray.settings.kinds import DENSITIES, METRICS
+from focus_ray.settings.sections import Section, apply_override, parse_model, read_mapping
 
 Point = dict[str, Any]  # dotted key of Config -> value
 
@@ -53,7 +54,6 @@ _REFUSED = {  # key or section that cannot be searched -> reason
     "cluster": "it does not change the score",
     "trackers": "they do not change the score",
     "selection.fraction": "all trials must be judged on the same images",
-    "selection.max_images": "all trials must be judged on the same images",
 }
 
 
@@ -67,22 +67,19 @@ def inert_keys(config: Config) -> dict[str, str]:
         reasons.update(
             {key: why for key in setting_keys() if key.startswith("train.") and key not in _USED_WITHOUT_TRAINING}
         )
-        reasons.update(dict.fromkeys(("model.projector_width", "model.predictor", "model.predictor_width"), why))
+        reasons["model.predictor_width"] = why
     elif not train.lambda_fine:
         why = "train.lambda_fine is 0"
-        reasons.update(dict.fromkeys(("model.projector_width", "model.predictor", "model.predictor_width"), why))
-    elif not model.predictor:
-        reasons["model.predictor_width"] = "model.predictor is false"
+        reasons["model.predictor_width"] = why
     if alignment.method == "congealing" or alignment.group == "none":
         why = "no gradient moves the image aligner (model.image_alignment.method is congealing, or its group none)"
-        reasons.update(dict.fromkeys(("train.lambda_ica", "train.learning_rate_image_alignment"), why))
+        reasons["train.lambda_ica"] = why
     if alignment.method == "localisation":
         why = "model.image_alignment.method is localisation"
-        reasons.update(dict.fromkeys(("model.image_alignment.min_drop", "model.image_alignment.max_images"), why))
+        reasons["model.image_alignment.min_drop"] = why
     if alignment.group == "none":
         why = "model.image_alignment.group is none"
-        keys = ("method", "min_drop", "max_images", "max_translation", "max_scale", "padding")
-        reasons.update({f"model.image_alignment.{key}": why for key in keys})
+        reasons.update({f"model.image_alignment.{key}": why for key in ("method", "min_drop")})
     inert_in_density = DENSITIES[density.kind].inert_settings(density)
     reasons.update({f"density.{key}": why for key, why in inert_in_density.items()})
     if density.reduction != "discriminant":

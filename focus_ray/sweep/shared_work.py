@@ -8,11 +8,11 @@ from typing import Any
 
 from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.pool import options_per_worker
-from focus_ray.data.shards import fits_memory
-from focus_ray.data.split import Split
 from focus_ray.errors import DataError
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import fits_memory
+from focus_ray.fitting.split import Split
 from focus_ray.names import Log
-from focus_ray.settings.config import Config
 from focus_ray.sweep.settings import Point, SweepConfig, get_setting, grid_points
 from focus_ray.sweep.trial_inputs import feature_bytes, features_key, image_bytes
 from focus_ray.sweep.worker import embed_task, load_task

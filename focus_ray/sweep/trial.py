@@ -18,21 +18,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from focus_ray.data.shards import Shard
 from focus_ray.density.base import Statistics, choose_bank_images
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.detector import ScoredImages
 from focus_ray.distributed import gather_objects, world_size
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
-from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.fit import CategoryFit, build_detector
 from focus_ray.fitting.passes import EmbeddedBatch, collect_scores, compute_embedding_statistics
 from focus_ray.fitting.selection import validation_figures
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import Shard
 from focus_ray.fitting.state import TrainState
 from focus_ray.metrics.evaluate import compute_metrics_of_arrays
-from focus_ray.settings.config import Config
 from focus_ray.settings.kinds import BACKBONES, DENSITIES, METRICS
 from focus_ray.sweep.settings import Objective, objective_metric
 from focus_ray.sweep.trial_inputs import (
@@ -283,7 +283,7 @@ def _fit_reduced(
                 yield reduction(parts)
 
         kept_positions = choose_bank_images(density, len(features.fit[0]))
-        size = config.model.image_size_px // config.model.place_px(density)
+        size = config.model.image_size_px // config.model.place_px(density.map_layer)
         batch_size = config.train.batch_size_per_worker
         thetas = (
             None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)

@@ -18,19 +18,20 @@ from torch import Tensor
 
 from focus_ray.data.images import decode_batch, decode_mask
 from focus_ray.data.read import decode_rows, iter_test_records, read_index
-from focus_ray.data.shards import MemoryShard
-from focus_ray.data.split import Split, SplitPlan, split_category
+from focus_ray.density.reduction import ChannelReduction
 from focus_ray.detect.detector import split_for_inference
 from focus_ray.distributed import world_size
 from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
-from focus_ray.features.network import LAYERS, to_images, warp_to_common_frame
-from focus_ray.features.reduction import ChannelReduction
+from focus_ray.features.network import to_images, warp_to_common_frame
 from focus_ray.fitting.fit import CategoryFit
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE, validation_images
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import MemoryShard
+from focus_ray.fitting.split import Split, SplitPlan, split_category
 from focus_ray.seeds import derive_seed
-from focus_ray.settings.config import Config
 from focus_ray.settings.kinds import BACKBONES
+from focus_ray.settings.sections import LAYERS
 from focus_ray.sweep.settings import Objective
 
 JUDGING_BATCH_SIZE = 32

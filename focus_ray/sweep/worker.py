@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from focus_ray.cluster.failures import reason_of
-from focus_ray.data.shards import Shard, StreamShard, build_shard, fits_memory
-from focus_ray.data.split import NO_ROWS, Split, SplitPlan
-from focus_ray.settings.config import Config
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_memory
+from focus_ray.fitting.split import NO_ROWS, Split, SplitPlan
 from focus_ray.storage.files import join, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord

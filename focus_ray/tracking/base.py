@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.settings.config import TrackerConfig
 from focus_ray.storage.files import check_access, is_s3, join
+from focus_ray.tracking.settings import TrackerConfig
 
 ParameterValue = str | int | float | bool
 MAX_PARAMETER_CHARS = 500  # some trackers limit the length of a parameter

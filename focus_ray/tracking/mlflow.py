@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.errors import ConfigError, require_extra
-from focus_ray.settings.config import TrackerConfig
 from focus_ray.tracking.base import ParameterValue, Picture, RunDescription, local_folder, without_secrets
+from focus_ray.tracking.settings import TrackerConfig
 
 _KEY = "focus_ray.key"
 _MAX_ITEMS = 100  # parameters, tags or metrics in a request

@@ -11,10 +11,11 @@ from typing import Any
 
 from focus_ray.errors import ConfigError
 from focus_ray.names import Log
-from focus_ray.settings.config import TrackerConfig
 from focus_ray.settings.kinds import TRACKERS
 from focus_ray.tracking.base import Picture, RunDescription, Tracker, TrackerRun
+from focus_ray.tracking.settings import TrackerConfig
 
+MAX_PICTURES = 6  # heat maps of test images that an evaluation records for each category
 CLOSE_TIMEOUT_S = 60.0  # longest time that the end of a run waits for trackers with unsent records
 
 
@@ -24,7 +25,7 @@ class Recorder:
     A tracker that fails is reported once and gets no more records.
 
     Attributes:
-        num_images: Largest `num_images` of all trackers: no tracker takes more pictures per run.
+        num_images: Largest number of pictures of a run; 0 without trackers.
     """
 
     def __init__(self, settings: Mapping[str, TrackerConfig], storage: str, log: Log) -> None:
@@ -51,8 +52,8 @@ class Recorder:
                 ) from error
             log(f"{kind}: recording to {location}")
         self.log = log
-        self.num_images = max((tracker_settings.num_images for tracker_settings in settings.values()), default=0)
         self._settings = settings
+        self.num_images = MAX_PICTURES if settings else 0
         self._failed_kinds: set[str] = set()
         self._runs: dict[tuple[str, str], TrackerRun] = {}
         self._queue: queue.SimpleQueue[tuple[RunDescription, str, tuple[Any, ...]] | None] = queue.SimpleQueue()
@@ -79,7 +80,7 @@ class Recorder:
         self._enqueue(run, "log_metrics", dict(metrics))
 
     def log_pictures(self, run: RunDescription, pictures: Sequence[Picture]) -> None:
-        """Adds pictures to a run; each tracker takes only its `num_images`."""
+        """Adds pictures to a run; at most `num_images`."""
         self._enqueue(run, "log_pictures", list(pictures))
 
     def end(self, run: RunDescription, failed: bool = False) -> None:
@@ -160,8 +161,6 @@ class Recorder:
             self._runs[run_id] = tracker.begin_run(run)
         if method == "begin":
             return
-        if method == "log_pictures":
-            arguments = (arguments[0][: self._settings[kind].num_images],)
         getattr(self._runs[run_id], method)(*arguments)
         if method == "end":
             del self._runs[run_id]

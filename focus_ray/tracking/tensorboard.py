@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.errors import require_extra
-from focus_ray.settings.config import TrackerConfig
 from focus_ray.tracking.base import Picture, RunDescription, local_folder
+from focus_ray.tracking.settings import TrackerConfig
 
 _KEY = "subject.key"  # file next to the events with the key of their run
 _FLUSH_S = 10

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from focus_ray.errors import ConfigError, require_extra
-from focus_ray.settings.config import TrackerConfig
 from focus_ray.tracking.base import Picture, RunDescription, local_folder
+from focus_ray.tracking.settings import TrackerConfig
 
 STEP = "step"  # metric on the x axis of curves
 _TIMEOUT_S = 30  # for a server's first answer
@@ -101,19 +101,16 @@ def _run_id(run: RunDescription) -> str:
     return hashlib.sha256(run.key.encode()).hexdigest()[:16]
 
 
-def _find_mode(settings: TrackerConfig) -> str:
-    """Returns the mode of Weights & Biases: "online", "offline" or another value of WANDB_MODE.
+def _find_mode() -> str:
+    """Returns the mode of Weights & Biases: WANDB_MODE; without it, online if WANDB_API_KEY is set, otherwise offline.
 
     Raises:
         ConfigError: The mode is online, but there is no API key.
     """
     has_key = bool(os.environ.get("WANDB_API_KEY"))
-    environment_mode = os.environ.get("WANDB_MODE", "")
-    mode = settings.mode if settings.mode != "auto" else environment_mode or ("online" if has_key else "offline")
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
     if mode == "online" and not has_key:
-        raise ConfigError(
-            "trackers.wandb: mode online needs a key: set the environment variable WANDB_API_KEY, or trackers.wandb.mode=offline"
-        )
+        raise ConfigError("trackers.wandb: WANDB_MODE=online needs a key: set WANDB_API_KEY, or WANDB_MODE=offline")
     return mode
 
 
@@ -128,12 +125,12 @@ class Wandb:
             ConfigError: The folder cannot be written, or the mode is online without an API key.
         """
         require_extra("wandb", "trackers.wandb")
-        mode = _find_mode(settings)
+        mode = _find_mode()
         return f"{local_folder('wandb', settings, storage)} ({mode})"
 
     def open(self, settings: TrackerConfig, storage: str) -> _Wandb:
         """Opens the tracker after `check`."""
-        return _Wandb(local_folder("wandb", settings, storage), _find_mode(settings), settings.project)
+        return _Wandb(local_folder("wandb", settings, storage), _find_mode(), settings.project)
 
 
 WANDB = Wandb()

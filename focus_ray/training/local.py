@@ -12,11 +12,11 @@ from dataclasses import asdict
 import torch
 
 from focus_ray.bundle.bundle import write_bundle
-from focus_ray.data.shards import BatchStream, build_shard, local_stream
-from focus_ray.data.split import Split
 from focus_ray.fitting.fit import fit
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import BatchStream, build_shard, local_stream
+from focus_ray.fitting.split import Split
 from focus_ray.fitting.state import Figures, OnEpoch, TrainState
-from focus_ray.settings.config import Config
 from focus_ray.storage.files import exists, join, list_names, read_bytes, remove_file, write_bytes
 from focus_ray.tracking.runs import TrainingRecorder
 
@@ -172,8 +172,6 @@ def _train_category(
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
         if recorder is not None:
             recorder.log_epoch(split.category, figures)
-        if (epoch + 1) % config.train.checkpoint_every_epochs and epoch + 1 != config.train.epochs:
-            return
         content = io.BytesIO()
         torch.save(snapshot().to_dict(), content)
         name = f"checkpoint_{epoch:06}"

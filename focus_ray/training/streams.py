@@ -10,12 +10,12 @@ import numpy as np
 
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import NUM_ROWS_PER_READ
-from focus_ray.data.regions import load_frame
 from focus_ray.data.schema import SCHEMA, SPLITS
-from focus_ray.data.split import Split
 from focus_ray.data.store import open_store
 from focus_ray.errors import DataError
-from focus_ray.settings.config import Config
+from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.split import Split
 
 if TYPE_CHECKING:
     import ray.data

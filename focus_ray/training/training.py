@@ -23,15 +23,16 @@ from focus_ray.cluster.ownership import Heartbeat, check_resumable, write_finger
 from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
 from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
 from focus_ray.data.read import list_categories
-from focus_ray.data.regions import check_regions
 from focus_ray.data.schema import COMMIT_NAME
-from focus_ray.data.shards import BatchSchedule, fits_memory
-from focus_ray.data.split import Split, split_category
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import check_prerequisites
+from focus_ray.fitting.regions import check_regions
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import BatchSchedule, fits_memory
+from focus_ray.fitting.split import Split, split_category
 from focus_ray.fitting.state import Figures, TrainState
 from focus_ray.names import unique_name
-from focus_ray.settings.config import Config, config_to_yaml, mapping_of, parse_config
+from focus_ray.settings.sections import config_to_yaml, mapping_of
 from focus_ray.storage.files import (
     check_access,
     create_bytes,
@@ -54,13 +55,7 @@ from focus_ray.training.streams import stream_training_images, worker_stream
 
 RUN_CONFIG = "config.yaml"
 # settings that do not change the result of a category
-_SETTINGS_WITHOUT_EFFECT = (
-    "cluster.",
-    "trackers",
-    "data.memory_budget_mb",
-    "data.categories",
-    "train.checkpoint_every_epochs",
-)
+_SETTINGS_WITHOUT_EFFECT = ("cluster.", "trackers", "data.memory_budget_mb", "data.categories")
 MAX_TRAINER_RESTARTS = 2  # of the process that waits for a trainer; Ray Train restarts the workers of a trainer
 SHARED_METRIC = "metric.safetensors"
 
@@ -178,7 +173,7 @@ def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: C
     Raises: TrainingError, DataError: a check failed.
     """
     team = config.cluster.team
-    is_private = connect(namespace=config.cluster.namespace or (f"focus-ray-{team}" if team else None))
+    is_private = connect(namespace=f"focus-ray-{team}" if team else None)
     streams = config.train.epochs > 0 and any(not fits_memory(config, split) for split in splits.values())
     limit = count_concurrent_runs(
         config.cluster,
@@ -336,9 +331,6 @@ def _train_worker(job: CategoryJob) -> None:
     device = ray.train.torch.get_device()
 
     def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
-        is_checkpoint_due = (epoch + 1) % config.train.checkpoint_every_epochs == 0 or epoch + 1 == config.train.epochs
-        if not is_checkpoint_due:
-            return ray.train.report(figures)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = None
             if rank == 0:

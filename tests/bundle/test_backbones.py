@@ -16,8 +16,8 @@ from focus_ray.data.images import decode_batch
 from focus_ray.data.read import iter_test_records
 from focus_ray.detect.detector import score_together
 from focus_ray.features.batch_norm import prepare_for_inference
+from focus_ray.fitting.settings import Config
 from focus_ray.serving.models import SharedBackbones
-from focus_ray.settings.config import Config
 
 SIZES = {"convnext_tiny": 64, "efficientnet_lite1": 64, "dinov2_vits14": 70, "dinov2_vits14_reg": 70}
 
@@ -28,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(name: str, uri: str, folder: Path, **sections: dict[str, Any]) -> Config:
-    model = {"backbone": name, "image_size_px": SIZES[name], "image_alignment": {"min_drop": 0.0, "max_images": 8}}
+    model = {"backbone": name, "image_size_px": SIZES[name], "image_alignment": {"min_drop": 0.0}}
     return small_config(uri, folder, **{**sections, "model": {**model, **sections.get("model", {})}})
 
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from focus_ray.bundle.bundle import MANIFEST, manifest_hash, read_bundle, read_manifest, read_statistics, write_bundle
-from focus_ray.data.shards import MemoryShard
 from focus_ray.errors import BundleError
 from focus_ray.fitting.fit import FitResult, build_detector, fit
-from focus_ray.settings.config import Config, parse_config
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import MemoryShard
 
 CPU = torch.device("cpu")
 DATA = {"uri": "images", "fingerprint": "0", "num_fit": 10, "num_holdout": 4}
@@ -37,7 +37,6 @@ def config_of(kind: str = "gaussian", **density: Any) -> Config:
                 "padding": "zeros",
                 "weights": "random",
                 "image_size_px": 32,
-                "projector_width": 8,
                 "predictor_width": 4,
                 "image_alignment": {"group": "none"},
                 "feature_alignment": {"layer2": "rotation"},

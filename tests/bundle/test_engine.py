@@ -16,8 +16,8 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.cli.main import main
 from focus_ray.data.images import content_hash, decode_image, encode_png
 from focus_ray.data.read import iter_test_records
-from focus_ray.data.split import short_hash
 from focus_ray.errors import ConfigError, MissingPackageError
+from focus_ray.fitting.split import short_hash
 from focus_ray.samples.write import draw_sample
 
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -15,11 +15,11 @@ from focus_ray.bundle.recalibrate import calibrate_for_site
 from focus_ray.bundle.update import update_bundle
 from focus_ray.cli.main import main
 from focus_ray.data.read import decode_rows, read_index
-from focus_ray.data.split import plan_category, short_hash
 from focus_ray.density.base import Statistics
 from focus_ray.errors import BundleError, DataError
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.split import plan_category, short_hash
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.samples.write import write_samples
 

@@ -47,9 +47,9 @@ def completed(line: str, folder: Path) -> set[str]:
         ("focus-ray train ", "mine.yaml"),
         ("focus-ray train default model.backb", "model.backbone="),
         ("focus-ray train default model.backbone=", "resnet18"),
-        ("focus-ray sweep sweep base.train.mom", "base.train.momentum="),
+        ("focus-ray sweep sweep base.train.lambda_f", "base.train.lambda_fine="),
         ("focus-ray serve models pool.num_g", "pool.num_gpus="),
-        ("focus-ray config explain train.mom", "train.momentum"),
+        ("focus-ray config explain train.lambda_f", "train.lambda_fine"),
     ],
 )
 def test_a_word_is_completed(line: str, word: str, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from places import CONFIGS, REPOSITORY
 
 from focus_ray.cli.main import command_names, main
 from focus_ray.errors import ConfigError, SubmissionError
+from focus_ray.fitting.settings import Config, load_config
 from focus_ray.settings import standard
-from focus_ray.settings.config import Config, load_config
 from focus_ray.settings.standard import find_config, standard_names
 from focus_ray.submission.job_request import build_job
 from focus_ray.submission.package import build_package
@@ -43,7 +43,7 @@ def test_show_prints_every_default_and_applies_overrides(capsys: pytest.CaptureF
     assert main(["config", "show", "default", "train.epochs=7"]) == 0
     tree = yaml.safe_load(capsys.readouterr().out)
     assert set(tree) == set(Config.model_fields)
-    assert (tree["train"]["epochs"], tree["train"]["momentum"]) == (7, 0.9)
+    assert (tree["train"]["epochs"], tree["train"]["lambda_fine"]) == (7, 1.0)
 
 
 def test_show_of_a_sweep_resolves_its_base_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,10 +60,10 @@ def test_show_reads_its_own_output(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_explain_prints_a_key_and_refuses_a_misspelt_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "explain", "train.momentum"]) == 0
-    assert "default: 0.9" in capsys.readouterr().out
-    assert main(["config", "explain", "train.momentun"]) == 1
-    assert "did you mean train.momentum" in capsys.readouterr().err
+    assert main(["config", "explain", "train.lambda_fine"]) == 0
+    assert "default: 1.0" in capsys.readouterr().out
+    assert main(["config", "explain", "train.lambda_fin"]) == 1
+    assert "did you mean train.lambda_fine" in capsys.readouterr().err
 
 
 def test_list_names_the_standard_configurations_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from focus_ray.cli.main import main
 from focus_ray.doctor import checks, cluster, machine, resources, software
 from focus_ray.doctor.diagnosis import Check, CheckContext, Diagnosis, ok, run_checks
 from focus_ray.errors import DataError
-from focus_ray.settings.config import Config, parse_config
+from focus_ray.fitting.settings import Config, parse_config
 
 GIB = 2**30
 

@@ -20,9 +20,10 @@ from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
 from focus_ray.cluster import address
 from focus_ray.data.images import encode_png
+from focus_ray.data.settings import DataConfig
 from focus_ray.errors import DataError, SubmissionError, TrainingError
+from focus_ray.fitting.settings import parse_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import DataConfig, parse_config
 from focus_ray.submission.package import build_package
 
 
@@ -36,12 +37,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-
-
-def test_the_bare_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    output = capsys.readouterr().out
-    assert all(name in output for name in ("ingest", "train", "evaluate", "inspect", "metric", "serve"))
 
 
 def test_a_folder_with_an_unknown_layout_names_the_folder_to_make(tmp_path: Path, picture: np.ndarray) -> None:

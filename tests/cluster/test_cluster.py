@@ -13,8 +13,8 @@ from s3_server import S3Server
 
 from focus_ray.cluster.connect import resources_per_worker, uses_gpu
 from focus_ray.cluster.preflight import RESERVED, count_concurrent_runs, matches, probe_nodes
+from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.settings.config import ClusterConfig
 
 pytestmark = pytest.mark.ray
 

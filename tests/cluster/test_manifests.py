@@ -175,7 +175,7 @@ def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
 
 def test_the_command_of_the_job_is_valid() -> None:
     from focus_ray.cli.main import build_parser
-    from focus_ray.settings.config import load_config
+    from focus_ray.fitting.settings import load_config
     from focus_ray.settings.standard import find_config
 
     (job,) = of_kind("RayJob")

@@ -17,8 +17,8 @@ from small_set import draw_parts, ingest_parts, small_config
 from focus_ray.bundle.bundle import find_bundles, read_manifest
 from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
 from focus_ray.errors import DataError, StorageError
+from focus_ray.fitting.settings import Config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import Config
 from focus_ray.training.training import fits_without_trainer, train
 
 pytestmark = pytest.mark.ray

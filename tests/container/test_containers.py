@@ -18,8 +18,8 @@ from places import CONFIGS, REPOSITORY
 
 from focus_ray import __version__
 from focus_ray.cli.main import build_parser
+from focus_ray.fitting.settings import load_config
 from focus_ray.serving.settings import parse_settings
-from focus_ray.settings.config import load_config
 from focus_ray.settings.standard import find_config
 
 CONTAINER = REPOSITORY / "container"

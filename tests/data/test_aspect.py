@@ -19,10 +19,10 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_image, encode_png, read_batch
 from focus_ray.data.read import iter_test_records
-from focus_ray.data.regions import load_frame
 from focus_ray.detect.inspection import Inspection
 from focus_ray.evaluation.report import overlay
 from focus_ray.fitting.fit import FitResult
+from focus_ray.fitting.regions import load_frame
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.serving.scorer import Scores, _decode, _judge
 
@@ -169,7 +169,7 @@ def test_padding_works_with_alignment_tiles_metric_profile_and_selection(data: s
         "selection": {"enabled": True, "fraction": 0.2},
     }
     tiles = {"tiling": {"grid": [2, 2], "overlap": 0.25}, "image_size_px": 32, "image_alignment": {"group": "none"}}
-    aligned = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
+    aligned = {"image_alignment": {"min_drop": 0.0}}
     for model in (tiles, aligned):
         config = small_config(
             data, tmp_path, data={"categories": ["belt"]}, model={"resize": "pad", **model}, **other_settings

@@ -31,8 +31,8 @@ from focus_ray.data import store
 from focus_ray.data.images import decode_image, decode_mask, encode_png
 from focus_ray.data.read import data_fingerprint, list_categories, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
-from focus_ray.data.split import plan_category, split_category
 from focus_ray.errors import DataError
+from focus_ray.fitting.split import plan_category, split_category
 from focus_ray.ingestion import ingest as ingest_module
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.ingestion.report import IngestReport

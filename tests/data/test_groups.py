@@ -15,9 +15,9 @@ from small_set import small_config
 from focus_ray.data.images import encode_png
 from focus_ray.data.read import data_fingerprint, read_index, read_rows
 from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA
-from focus_ray.data.split import plan_category, split_category, split_key
 from focus_ray.data.store import CommitDraft, open_store
 from focus_ray.errors import DataError
+from focus_ray.fitting.split import plan_category, split_category, split_key
 from focus_ray.ingestion.change import compact, remove_rows
 from focus_ray.ingestion.ingest import ingest
 
@@ -176,16 +176,22 @@ def test_group_numbers_are_equal_if_and_only_if_the_groups_are_equal(tmp_path: P
     assert [numbers[row] for row in range(len(groups))] == [0, 1, 2, 0, 3, 1, 4, 5, 5, 6, 7]
 
 
-def test_a_group_larger_than_the_maximum_is_held_out_completely(tmp_path: Path) -> None:
+def test_a_group_larger_than_the_maximum_is_held_out_completely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", 10)
     groups = [f"p{number // 30}" for number in range(120)]
-    config = small_config(write_set(tmp_path / "set", groups), "unused", calibration={"max_images": 10})
+    config = small_config(write_set(tmp_path / "set", groups), "unused")
     split = split_category(config, "bolt")
     assert (split.num_fit, split.num_holdout) == (90, 30)
 
 
-def test_the_maximum_of_calibration_images_counts_images_and_not_groups(tmp_path: Path) -> None:
+def test_the_maximum_of_calibration_images_counts_images_and_not_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", 10)
     groups = [f"p{number // 4}" for number in range(200)]
-    config = small_config(write_set(tmp_path / "set", groups), "unused", calibration={"max_images": 10})
+    config = small_config(write_set(tmp_path / "set", groups), "unused")
     assert split_category(config, "bolt").num_holdout == 8
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from focus_ray.data.shards import MemoryShard
-from focus_ray.data.split import NO_ROWS, SplitPlan
+from focus_ray.fitting.shards import MemoryShard
+from focus_ray.fitting.split import NO_ROWS, SplitPlan
 
 
 def rows(count: int, start: int = 0) -> np.ndarray:

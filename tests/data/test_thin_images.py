@@ -13,8 +13,6 @@ from small_set import ingest_parts, make_bundle, small_config
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import ImageError, decode_image, encode_png
-from focus_ray.data.regions import load_frame
-from focus_ray.data.split import split_category
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.detector import embed, shown_locations
 from focus_ray.detect.inspection import Inspection
@@ -22,9 +20,11 @@ from focus_ray.errors import DataError
 from focus_ray.evaluation.batch_inspection import inspect_records
 from focus_ray.export.scorer import ExportableScorer
 from focus_ray.features.network import to_images
+from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.split import split_category
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.serving.scorer import Scores, _decode, _judge
-from focus_ray.settings.config import Config
 
 NO_ALIGNMENT = {"image_alignment": {"group": "none"}}
 BAND = [[0, 0.4], [1, 0.4], [1, 0.6], [0, 0.6]]
@@ -57,7 +57,7 @@ def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
     regions = {} if region is None else {"regions": {"gear": region}}
     config = small_config(data, tmp_path, data=regions, model={"resize": "pad", "tiling": tiling, **NO_ALIGNMENT})
     frame, tiles = load_frame(config, "gear"), Tiles(*config.model.tiles)
-    side = config.model.image_size_px // config.model.place_px(config.density)
+    side = config.model.image_size_px // config.model.place_px(config.density.map_layer)
     num_refused = 0
     for longer in (8, 16, 24, 32, 48, 64, 128):
         for width, height in ((longer * 8, 8), (8, longer * 8), (longer * 8, 17)):

@@ -11,7 +11,7 @@ from focus_ray.density.base import build_density, leave_one_out_scorer
 from focus_ray.density.checked_memory import MIN_IMAGES, CheckedMemory
 from focus_ray.density.nearest import JointMemory
 from focus_ray.density.relations import Relations
-from focus_ray.settings.config import DensityConfig
+from focus_ray.density.settings import DensityConfig
 
 CHANNELS, CORESET_CHANNELS = 6, 5
 CONFIG = DensityConfig(coreset=30, precision="fp32")

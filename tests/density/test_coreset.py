@@ -11,7 +11,7 @@ from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import build_density
 from focus_ray.density.coreset import Coreset, choose_coreset, greedy_coreset, greedy_coresets
 from focus_ray.density.nearest import JointMemory
-from focus_ray.settings.config import DensityConfig
+from focus_ray.density.settings import DensityConfig
 
 
 def points(count: int, seed: int = 0) -> Tensor:

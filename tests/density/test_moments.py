@@ -20,7 +20,7 @@ from focus_ray.density.moments import (
     pooled_covariance,
     unpack_lower,
 )
-from focus_ray.settings.config import DensityConfig
+from focus_ray.density.settings import DensityConfig
 
 
 def assert_same(moments: Moments, expected: Moments, rtol: float = 1e-5) -> None:

@@ -25,7 +25,7 @@ from focus_ray.density.base import (
 from focus_ray.density.gaussian import Gaussian
 from focus_ray.density.nearest import NearestMemory, subsample_coreset, whiten
 from focus_ray.density.relations import Relations
-from focus_ray.settings.config import DensityConfig
+from focus_ray.density.settings import DensityConfig
 
 HEIGHT, WIDTH, CHANNELS = 3, 4, 6
 LEARNT = {"reduction": "discriminant"}  # nothing is whitened

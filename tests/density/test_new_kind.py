@@ -20,14 +20,14 @@ from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.kinds.base import DensityKind
+from focus_ray.density.kinds.shared import SharedSettings
 from focus_ray.export.export import export_bundle
 from focus_ray.features.backbones.spec import BackboneSpec
-from focus_ray.settings.config import Config, parse_config
-from focus_ray.settings.density import DensityConfig
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.settings.kinds import BACKBONES, DENSITIES
 
 
-class ToySettings(DensityConfig):
+class ToySettings(SharedSettings):
     power: float = Field(default=2.0, gt=0.0, description="toy: power of the differences.")
 
 
@@ -103,7 +103,8 @@ OWN_SETTINGS = """
 from focus_ray.settings.kinds import DENSITIES
 DENSITIES.import_paths["toy"] = "test_new_kind:TOY"
 from focus_ray.cli.config_reference import explain
-from focus_ray.settings.config import config_to_yaml, mapping_of, parse_config
+from focus_ray.fitting.settings import parse_config
+from focus_ray.settings.sections import config_to_yaml, mapping_of
 config = parse_config({"data": {"uri": "x"}, "density": {"kind": "toy", "power": 3}})
 assert parse_config(mapping_of(config_to_yaml(config), "yaml")).density.power == 3.0
 assert "toy: power" in explain("density.power")

@@ -10,10 +10,10 @@ from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
 from focus_ray.density.nearest import NearestMemory
+from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.profile import FLOOR, SHARES, Profile, fit_profile, highest_values
-from focus_ray.settings.config import DensityConfig
 
 SIDE, CHANNELS = 8, 5
 MAP_GENERATOR = AnomalyMapGenerator.for_tiles(Tiles(1, 1, 64, 0), SIDE, 4.0)

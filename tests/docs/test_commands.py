@@ -28,8 +28,9 @@ from places import REPOSITORY
 
 from focus_ray.cli.main import build_parser, parse_words
 from focus_ray.cli.main import main as focus_ray
+from focus_ray.fitting.settings import load_config, parse_config
 from focus_ray.serving.settings import parse_settings
-from focus_ray.settings.config import load_config, parse_config, read_tree
+from focus_ray.settings.sections import read_tree
 from focus_ray.settings.standard import find_config, standard_folder
 from focus_ray.sweep.settings import load_sweep
 

@@ -162,7 +162,7 @@ import json, sys
 import ray
 from focus_ray.evaluation.batch_inspection import inspect_dataset
 from focus_ray.evaluation.run import evaluate_bundles
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
 from focus_ray.training.training import train
 if __name__ == "__main__":
     config, output = parse_config(json.loads(sys.argv[1])), sys.argv[2]

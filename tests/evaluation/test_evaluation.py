@@ -17,11 +17,11 @@ from small_set import CATEGORIES, NUM_TEST, NUM_TRAIN, ingest_parts, make_bundle
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records, read_index
-from focus_ray.data.split import short_hash
 from focus_ray.evaluation import run as module
 from focus_ray.evaluation.measuring import EvaluationPart, EvaluationProgress, plan_evaluation, split_rows
 from focus_ray.evaluation.run import Evaluation, EvaluationReport, EvaluationSettings, evaluate_bundles, run_piece
 from focus_ray.evaluation.scoring_pool import scoring_pool
+from focus_ray.fitting.split import short_hash
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.pixels import PixelBins
 from focus_ray.samples.write import write_samples

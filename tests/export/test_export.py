@@ -39,7 +39,7 @@ JOINT: dict[str, Any] = {
     "calibration": {"method": "leave_one_out"},
 }
 STILL = {"image_alignment": {"group": "none"}}
-TURNING = {"image_alignment": {"group": "rotation_translation", "min_drop": 0.0, "max_images": 6}}
+TURNING = {"image_alignment": {"group": "rotation_translation", "min_drop": 0.0}}
 JOINT["model"] = STILL
 GAUSSIAN = {"kind": "gaussian", "num_channels": 16}
 CASES: dict[str, dict[str, Any]] = {

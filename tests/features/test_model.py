@@ -16,15 +16,18 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from focus_ray.density.reduction import ChannelReduction
+from focus_ray.density.settings import DensityConfig
 from focus_ray.features.alignment.theta import warp
 from focus_ray.features.batch_norm import GlobalBatchNorm2d
 from focus_ray.features.network import AlignedFeatures, build_net, warp_to_common_frame
-from focus_ray.features.reduction import ChannelReduction
+from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fyd.head import Head
 from focus_ray.fyd.objective import TrainingObjective
-from focus_ray.settings.config import Config, DensityConfig, ModelConfig, TrainConfig, parse_config
+from focus_ray.fyd.settings import TrainConfig
 
 WORKERS = 2
 MODES = ("frozen", "train")
@@ -32,7 +35,7 @@ PAIRS = torch.tensor([[1, 2, 3, 0], [2, 3, 1, 0]])  # for each worker, among its
 
 
 def model_config(batch_norm: str = "frozen", **sections: Any) -> ModelConfig:
-    tree = {"weights": "random", "image_size_px": 64, "projector_width": 16, "predictor_width": 8, **sections}
+    tree = {"weights": "random", "image_size_px": 64, "predictor_width": 8, **sections}
     tree.setdefault("image_alignment", {"group": "none"})
     return ModelConfig.model_validate({"batch_norm": batch_norm, **tree})
 
@@ -241,7 +244,6 @@ def config_of(model: ModelConfig, **density: Any) -> Config:
             "data": {"uri": "images"},
             "model": model.model_dump(),
             "density": {"kind": "gaussian", "num_channels": 24, **density},
-            "scoring": {"smoothing_sigma_px": 2},
         }
     )
 

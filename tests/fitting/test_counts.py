@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.data.shards import MemoryShard
 from focus_ray.fitting.fit import FitResult, fit
-from focus_ray.settings.config import Config, parse_config
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import MemoryShard
 
 CPU = torch.device("cpu")
 NUM_FOLDS = 5

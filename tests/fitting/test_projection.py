@@ -14,14 +14,13 @@ from torch import Tensor
 
 from focus_ray.bundle.bundle import read_bundle, read_statistics
 from focus_ray.bundle.metric import share_metric
-from focus_ray.data.shards import build_shard
-from focus_ray.data.split import plan_category
 from focus_ray.defects import synthetic_validation_set
+from focus_ray.density.reduction import ChannelReduction
+from focus_ray.density.settings import DensityConfig
 from focus_ray.detect.detector import embed
 from focus_ray.errors import BundleError, ConfigError
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.network import build_net, to_images
-from focus_ray.features.reduction import ChannelReduction
 from focus_ray.fitting.fit import CategoryFit, build_detector, fit
 from focus_ray.fitting.passes import compute_statistics
 from focus_ray.fitting.projection import (
@@ -32,8 +31,10 @@ from focus_ray.fitting.projection import (
     discriminant_directions,
     learn_projection,
 )
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import build_shard
 from focus_ray.fitting.shared_metric import read_shared_metric
-from focus_ray.settings.config import Config, DensityConfig
+from focus_ray.fitting.split import plan_category
 
 CPU = torch.device("cpu")
 

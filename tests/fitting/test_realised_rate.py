@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focus_ray.data.shards import MemoryShard
 from focus_ray.density.nearest import NearestMemory
 from focus_ray.detect.detector import Detector
 from focus_ray.features.network import build_net
 from focus_ray.fitting.fit import fit
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.shards import MemoryShard
+from focus_ray.fitting.split import NUM_CALIBRATION_FOLDS
 
 CPU = torch.device("cpu")
 MODEL = {"weights": "random", "image_size_px": 32, "image_alignment": {"group": "none"}, "precision": "fp32"}
@@ -56,7 +57,7 @@ def test_the_realised_false_alarm_rate_is_near_the_target(method: str, kind: str
     num_above = 0
     for _ in range(NUM_DRAWS):
         images, holdout = good_images(NUM_FIT, generator), good_images(NUM_HOLDOUT, generator)
-        folds = torch.arange(NUM_FIT) % config.calibration.num_folds
+        folds = torch.arange(NUM_FIT) % NUM_CALIBRATION_FOLDS
         result = fit(config, MemoryShard(images, holdout, folds), NUM_FIT, CPU, net=net)
         scores = result.detector(good_images(NUM_NEW, generator)).score
         num_above += int(result.calibration.is_anomalous(scores.numpy()).sum())

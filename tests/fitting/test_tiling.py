@@ -19,19 +19,21 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import update_bundle
 from focus_ray.data.images import decode_mask, encode_png
 from focus_ray.data.read import iter_test_records, read_index
-from focus_ray.data.regions import load_frame
-from focus_ray.data.shards import MemoryShard, build_shard, fits_memory
-from focus_ray.data.split import plan_category
 from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
+from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import TiledDensity, Tiles, join_bank_of_tiles, split_bank_into_tiles, split_maps
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.detector import can_share_backbone_pass, score_together
 from focus_ray.detect.inspection import resize_map
 from focus_ray.errors import ConfigError
+from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import FitResult, check_prerequisites, fit
-from focus_ray.settings.config import DensityConfig, ModelConfig, parse_config
+from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import parse_config
+from focus_ray.fitting.shards import MemoryShard, build_shard, fits_memory
+from focus_ray.fitting.split import plan_category
 
 NO_ALIGNMENT = {"group": "none"}
 SIDE = 32  # of a tile, in pixels
@@ -107,16 +109,16 @@ def test_values_of_two_tiles_blend_linearly_in_their_overlap() -> None:
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(data: str, tmp_path: Path, density: str) -> None:
+def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(
+    data: str, tmp_path: Path, density: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Maps change hardly more between pixels where tiles overlap than within tiles; without blending they jump."""
     side = 64
 
     def steps(overlap: float, sigma_px: float) -> tuple[float, float]:
         """Returns the largest change between neighbouring pixels at a seam, and elsewhere."""
-        scoring = {"smoothing_sigma_px": sigma_px}
-        config = small_config(
-            data, tmp_path, model={**model(density, (2, 2), overlap), "image_size_px": side}, scoring=scoring
-        )
+        monkeypatch.setattr("focus_ray.detect.detector.SMOOTHING_SIGMA_PX", sigma_px)
+        config = small_config(data, tmp_path, model={**model(density, (2, 2), overlap), "image_size_px": side})
         images = textures(40, config.model.frame_px)
         detector = fit(config, MemoryShard(images[:16], images[16:20]), 16, torch.device("cpu")).detector
         maps = detector(images[20:]).anomaly_map
@@ -273,7 +275,7 @@ def test_cross_calibration_selection_and_training_work_with_tiles(data: str, tmp
             "model": model(kind, (1, 2)),
             "train": {"epochs": 1},
             "selection": {"enabled": True, "fraction": 0.1},
-            "calibration": {"method": "cross", "num_folds": 2},
+            "calibration": {"method": "cross"},
             "density": {"reduction": "discriminant"},
             "scoring": {"image_score": "profile"},
         }

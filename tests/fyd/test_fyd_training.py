@@ -11,8 +11,8 @@ from places import free_port
 from torch import Tensor, nn
 
 from focus_ray.fyd.objective import LAST_LEVEL
+from focus_ray.fyd.settings import TrainConfig
 from focus_ray.fyd.training import build_schedule, collapse_warning, train_epoch
-from focus_ray.settings.config import TrainConfig
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from small_set import small_config
 
 from focus_ray.data import store
 from focus_ray.data.read import decode_rows, read_index
-from focus_ray.data.split import plan_category, split_category
 from focus_ray.data.store import open_store
+from focus_ray.fitting.split import plan_category, split_category
 from focus_ray.ingestion.cluster import ingest_on_cluster
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.training.streams import stream_training_images

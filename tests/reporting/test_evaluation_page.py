@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def inspector(data: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
-    model = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
+    model = {"image_alignment": {"min_drop": 0.0}}
     return Inspector.load(make_bundle(small_config(data, tmp_path_factory.mktemp("runs"), model=model)), "cpu")
 
 

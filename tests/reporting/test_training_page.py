@@ -38,7 +38,7 @@ def test_the_report_is_written_to_the_returned_address(bundle: str, tmp_path: Pa
 
 def test_training_writes_the_report_to_the_folder_of_the_run(bundle: str) -> None:
     """All categories of this run are finished, so that it needs no Ray."""
-    from focus_ray.settings.config import parse_config
+    from focus_ray.fitting.settings import parse_config
     from focus_ray.training.training import train
 
     config = parse_config(read_manifest(bundle)["config"])

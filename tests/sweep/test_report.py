@@ -16,7 +16,7 @@ from focus_ray.cli.sweep import _print_outcome
 from focus_ray.cli.train import read_config
 from focus_ray.drawing.sweep_plots import MIN_SPAN, learning_curves, parallel_coordinates, score_axis
 from focus_ray.errors import ConfigError
-from focus_ray.settings.config import load_config
+from focus_ray.fitting.settings import load_config
 from focus_ray.sweep import records, summary
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.report import write_report

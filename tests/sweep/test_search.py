@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from places import CONFIGS
 
 from focus_ray.errors import ConfigError
-from focus_ray.settings.config import Config
+from focus_ray.fitting.settings import Config
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.settings import Domain, SweepConfig, grid_points, load_sweep, parse_sweep, setting_keys
 

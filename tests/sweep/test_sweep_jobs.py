@@ -17,7 +17,7 @@ from job_nodes import REPOSITORY, Nodes, run_nodes
 from s3_server import S3Server
 from waiting import wait_for_records
 
-from focus_ray.settings.config import load_config
+from focus_ray.fitting.settings import load_config
 from focus_ray.storage.files import list_names, read_bytes
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord, read_records

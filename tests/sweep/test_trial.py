@@ -14,7 +14,7 @@ from small_set import NUM_TEST, ingest_parts, small_config
 from focus_ray.data.read import decode_rows
 from focus_ray.errors import DataError
 from focus_ray.fitting.selection import DEFECTS_PER_IMAGE
-from focus_ray.settings.config import Config
+from focus_ray.fitting.settings import Config
 from focus_ray.sweep.settings import Objective
 from focus_ray.sweep.trial import clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import (
@@ -29,7 +29,7 @@ from focus_ray.sweep.trial_inputs import (
 from focus_ray.sweep.worker import worker_share
 
 CPU = torch.device("cpu")
-ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0, "max_images": 12}}
+ALIGNED = {"image_alignment": {"group": "rotation", "min_drop": 0.0}}
 UNALIGNED = {"image_alignment": {"group": "none"}}
 SHAREABLE = {
     "reduction": "semi_orthogonal",
@@ -85,7 +85,7 @@ def test_trials_share_features_only_if_their_settings_give_the_same_features(dat
     key = key_of()
     same = [
         {"density": {**SHAREABLE, "num_channels": 8}},
-        {"scoring": {"smoothing_sigma_px": 1.0}},
+        {"scoring": {"image_score": "maximum"}},
         {"train": {"learning_rate": 1.0}},
     ]
     different = [
@@ -175,7 +175,7 @@ def test_a_trial_whose_training_diverges_is_pruned(data: str) -> None:
         data,
         "unused",
         model=UNALIGNED,
-        train={"epochs": 2, "learning_rate": 10.0, "learning_rate_head": 10.0, "momentum": 0.99},
+        train={"epochs": 2, "learning_rate": 10.0, "lambda_fine": 1e30},
     )
     result = judge_category(config, "gear", load_gear(config), "validation", CPU)
     assert (result.score, result.epochs < 2) == (None, True)
@@ -197,7 +197,7 @@ def test_a_worker_decodes_only_its_own_share_if_images_are_not_shared(
         decoded.extend(rows)
         return decode_rows(uri, category, rows, *arguments, **options)
 
-    for module in ("focus_ray.data.shards", "focus_ray.sweep.trial_inputs"):
+    for module in ("focus_ray.fitting.shards", "focus_ray.sweep.trial_inputs"):
         monkeypatch.setattr(f"{module}.decode_rows", count_rows)
     rows_by_worker = []
     for rank in range(num_workers):

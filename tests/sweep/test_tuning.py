@@ -29,8 +29,8 @@ from waiting import wait_for_records
 
 from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat, check_fingerprints, read_state
 from focus_ray.errors import ConfigError, DataError, SweepError, TrainingError
+from focus_ray.fitting.settings import load_config
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import load_config
 from focus_ray.storage.files import list_names
 from focus_ray.sweep import records
 from focus_ray.sweep.driver import SweepOutcome, run_sweep
@@ -232,7 +232,7 @@ def test_a_labelled_objective_is_marked_in_table_yaml_and_page(data: str, tmp_pa
 
 
 RATES = {"train.learning_rate": [1e-2, 1e-4, 1e-3, 0.03]}  # no rate diverges; all others lose to the first
-TRAINED: dict[str, Any] = {"train": {"epochs": 3, "learning_rate_head": 0.05}, "density": {"coreset": 0}}
+TRAINED: dict[str, Any] = {"train": {"epochs": 3}, "density": {"coreset": 0}}
 HALVING: dict[str, Any] = {"race": {"enabled": True}, "scheduler": {"kind": "asha"}}
 
 

@@ -20,14 +20,15 @@ from focus_ray.bundle.bundle import read_manifest
 from focus_ray.cli.main import main
 from focus_ray.errors import ConfigError, MissingPackageError, TrainingError
 from focus_ray.evaluation.run import evaluate_bundles
-from focus_ray.settings.config import Config, TrackerConfig, parse_config
+from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.settings.kinds import METRICS, TRACKERS
 from focus_ray.storage.files import remove_file
 from focus_ray.sweep.driver import resume_sweep, run_sweep
 from focus_ray.sweep.settings import parse_sweep
 from focus_ray.tracking.base import Picture, RunDescription, flatten_parameters
-from focus_ray.tracking.recorder import Recorder
+from focus_ray.tracking.recorder import MAX_PICTURES, Recorder
 from focus_ray.tracking.runs import TrainingRecorder
+from focus_ray.tracking.settings import TrackerConfig
 from focus_ray.training.training import train
 
 UNALIGNED_MODEL = {"image_alignment": {"group": "none"}}
@@ -60,7 +61,7 @@ class RecordedRun:
     def __init__(self, data: str, storage: Path) -> None:
         self.storage, self.lines = storage, []
         self.config = make_config(
-            data, storage, {"mlflow": {}, "tensorboard": {}, "wandb": {"num_images": 3}}, train={"epochs": EPOCHS}
+            data, storage, {"mlflow": {}, "tensorboard": {}, "wandb": {}}, train={"epochs": EPOCHS}
         )
         self.bundles = train(self.config, log=self.lines.append)
         self.manifests = {category: read_manifest(bundle) for category, bundle in self.bundles.items()}
@@ -143,7 +144,7 @@ def test_mlflow_has_heat_maps_with_their_captions(run: RecordedRun) -> None:
     client, runs = mlflow_runs(run.storage)
     run_id = runs["small/gear"].info.run_id
     files = [Path(artifact.path).name for artifact in client.list_artifacts(run_id, "heat_maps")]
-    assert len([name for name in files if name.endswith(".jpg")]) == TrackerConfig().num_images
+    assert len([name for name in files if name.endswith(".jpg")]) == MAX_PICTURES
     captions = Path(client.download_artifacts(run_id, "heat_maps/captions.txt")).read_text()
     assert "times the threshold" in captions
 
@@ -167,7 +168,7 @@ def test_tensorboard_has_curves_metrics_and_heat_maps(run: RecordedRun) -> None:
         (last,) = events.Scalars("test/image_auroc")
         assert last.value == pytest.approx(run.results[category]["image_auroc"])
         images = [tag for tag in events.Tags()["images"] if tag.startswith("heat_maps/")]
-        assert len(images) == TrackerConfig().num_images
+        assert len(images) == MAX_PICTURES
         (image,) = events.Images(images[0])
         assert (image.width, image.height) == (128, 64)  # the image and its heat map
         assert "_hparams_/session_start_info" in events.summary_metadata
@@ -236,7 +237,7 @@ def test_wandb_has_one_run_per_category_in_one_group_in_offline_files(run: Recor
         assert curve == losses(run, category)
         assert wandb_run["summary"]["test/recall"] == run.results[category]["recall"]
         (images,) = [entry for entry in wandb_run["history"] if "heat_maps/count" in entry]
-        assert images["heat_maps/count"] == 3
+        assert images["heat_maps/count"] == MAX_PICTURES
 
 
 # A tracker that fails
@@ -319,7 +320,9 @@ def test_a_tracker_that_fails_is_reported_once_and_the_training_goes_on(
 
 def test_a_category_that_fails_is_recorded_as_failed(fake_tracker: FakeTracker, data: str, tmp_path: Path) -> None:
     config = make_config(data, tmp_path, {"fake": {}}, ["gear"], train={"epochs": 1})
-    diverging = config.model_copy(update={"train": config.train.model_copy(update={"learning_rate_head": 1e30})})
+    diverging = config.model_copy(
+        update={"train": config.train.model_copy(update={"learning_rate": 10.0, "lambda_fine": 1e38})}
+    )
     with pytest.raises(TrainingError, match="1 of 1 categories failed"):
         train(diverging)
     assert fake_tracker.calls[-2:] == [("small/gear", "tags"), ("small/gear", "failed")]

@@ -31,15 +31,15 @@ from waiting import wait_for
 from focus_ray.bundle.bundle import find_bundles, read_bundle, read_manifest, read_statistics
 from focus_ray.cluster.ownership import FINGERPRINTS, Heartbeat
 from focus_ray.data.read import decode_rows, read_index
-from focus_ray.data.shards import BatchSchedule, build_shard, fits_memory
-from focus_ray.data.split import NO_ROWS, SplitPlan, plan_category, split_category, split_key
 from focus_ray.density.moments import Moments
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.fit import FitResult, build_detector, fit
 from focus_ray.fitting.passes import compute_statistics
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import BatchSchedule, build_shard, fits_memory
+from focus_ray.fitting.split import NO_ROWS, SplitPlan, plan_category, split_category, split_key
 from focus_ray.fitting.state import TrainState
 from focus_ray.ingestion.ingest import ingest
-from focus_ray.settings.config import Config
 from focus_ray.training.training import train
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 def case_config(data: str, case: tuple[str, str]) -> Config:
     """case: density.kind, or `learnt` for the default's metric and profile, and the transform group."""
     kind, group = case
-    alignment = {"group": group, "min_drop": 0.0, "max_images": 10}
+    alignment = {"group": group, "min_drop": 0.0}
     density: dict[str, Any] = {"kind": kind, "max_images": 12}
     if kind == "learnt":
         density.update(kind="nearest", reduction="discriminant")
@@ -128,13 +128,15 @@ def test_the_split_of_a_fixed_set_does_not_change() -> None:
     assert keys == {"a": "9df3c5", "b": "e02192", "c": "be086d", "d": "7d98c2"}
 
 
-def test_no_more_images_are_held_out_than_calibrate(data: str) -> None:
-    plan = plan_category(small_config(data, "unused", calibration={"max_images": 2}), "gear")
+def test_no_more_images_are_held_out_than_calibrate(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("focus_ray.fitting.split.MAX_CALIBRATION_IMAGES", 2)
+    plan = plan_category(small_config(data, "unused"), "gear")
     assert (len(plan.holdout_rows), len(plan.fit_rows)) == (2, NUM_TRAIN - 2)
 
 
-def test_cross_calibration_scores_no_more_images_than_asked(data: str) -> None:
-    config = small_config(data, "unused", calibration={"method": "cross", "num_folds": 5, "max_images": 10})
+def test_cross_calibration_scores_no_more_images_than_asked(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("focus_ray.fitting.fit.MAX_CALIBRATION_IMAGES", 10)
+    config = small_config(data, "unused", calibration={"method": "cross"})
     assert fit_alone(config).calibration.num_images == 10
 
 
@@ -154,7 +156,7 @@ def test_a_plan_does_not_depend_on_the_order_of_the_rows(data: str, tmp_path: Pa
 
 
 def test_cross_calibration_holds_nothing_out_and_fills_its_folds_evenly(data: str) -> None:
-    plan = plan_category(small_config(data, "unused", calibration={"method": "cross", "num_folds": 5}), "gear")
+    plan = plan_category(small_config(data, "unused", calibration={"method": "cross"}), "gear")
     assert (len(plan.fit_rows), len(plan.holdout_rows)) == (NUM_TRAIN, 0)
     assert sorted(np.bincount(plan.folds)) == [4, 5, 5, 5, 5]
 
@@ -468,7 +470,7 @@ import json, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from focus_ray.bundle.bundle import read_manifest
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
 from focus_ray.training.training import train
 
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -514,7 +516,7 @@ TWO_NODES = """
 import json, sys
 import ray
 from ray.cluster_utils import Cluster
-from focus_ray.settings.config import parse_config
+from focus_ray.fitting.settings import parse_config
 from focus_ray.training.training import train
 if __name__ == "__main__":
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -34,8 +34,8 @@ from focus_ray.bundle.recalibrate import set_thresholds
 from focus_ray.bundle.registry import Registry
 from focus_ray.cli.main import main
 from focus_ray.data.images import content_hash, decode_image
-from focus_ray.data.split import short_hash
 from focus_ray.errors import DataError
+from focus_ray.fitting.split import short_hash
 from focus_ray.samples.write import write_samples
 from focus_ray.watching.journal import Journal
 from focus_ray.watching.model import WatchedModel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from focus_ray.settings.density import DensityConfig
+from focus_ray.density.kinds.shared import SharedSettings
 from focus_ray.settings.kinds import DENSITIES
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each stored tensor, by name."""
-C = TypeVar("C", bound=DensityConfig)
+C = TypeVar("C", bound=SharedSettings)
 
 
 class DensityKind(Generic[C]):
@@ -31,7 +31,7 @@ class DensityKind(Generic[C]):
         supports_leave_one_out: whether `leave_one_out_scorer` is defined. A kind without it is calibrated by cross-validation.
     """
 
-    settings: type[DensityConfig] = DensityConfig
+    settings: type[SharedSettings] = SharedSettings
     keeps_bank = False
     supports_leave_one_out = False
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from focus_ray.density.kinds.base import DensityKind
-from focus_ray.settings.density import DensityConfig
+from focus_ray.density.kinds.shared import SharedSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from focus_ray.density.gaussian import Gaussian, LeaveOneOutGaussian
 
 
-class GaussianSettings(DensityConfig):
+class GaussianSettings(SharedSettings):
     """The settings that the kind adds."""
 
     pooling: float = Field(

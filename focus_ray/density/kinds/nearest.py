@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from focus_ray.density.kinds.base import DensityKind, Shapes
-from focus_ray.settings.density import DensityConfig
+from focus_ray.density.kinds.shared import SharedSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _FLOAT_BYTES = 4
 
 
-class NearestSettings(DensityConfig):
+class NearestSettings(SharedSettings):
     """The settings that the kind adds."""
 
     per_place: int | None = Field(

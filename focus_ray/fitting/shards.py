@@ -13,10 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from focus_ray.data.read import decode_rows
-from focus_ray.data.regions import load_frame
-from focus_ray.data.split import Split, SplitPlan
 from focus_ray.errors import DataError, TrainingError
-from focus_ray.settings.config import Config
+from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.split import Split, SplitPlan
 
 _SHUFFLE_ROWS = 512  # rows of a local stream that are decoded and shuffled together
 

@@ -10,8 +10,9 @@ from PIL import Image, ImageDraw
 
 from focus_ray.data.framing import Frame, MapCells
 from focus_ray.data.images import ImageError, decode_image
+from focus_ray.data.settings import Polygon
 from focus_ray.errors import DataError
-from focus_ray.settings.config import Config, Polygon
+from focus_ray.fitting.settings import Config
 from focus_ray.storage.files import read_bytes
 
 # Polygons are drawn on a canvas that is this many times larger per side. A pixel is inside if half of its subpixels are inside.
@@ -30,7 +31,7 @@ def make_frame(config: Config, region: NDArray[np.bool_] | None) -> Frame:
 
 def map_cells(config: Config) -> MapCells:
     """Returns the squares of the frame that the cells of the anomaly map describe."""
-    model, side_px = config.model, config.model.place_px(config.density)
+    model, side_px = config.model, config.model.place_px(config.density.map_layer)
     starts_in_tile = np.arange(0, model.image_size_px, side_px)
     tile_step = model.image_size_px - model.overlap_px
     tops, lefts = ((np.arange(num_tiles)[:, None] * tile_step + starts_in_tile).ravel() for num_tiles in model.grid)

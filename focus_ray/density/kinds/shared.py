@@ -1,18 +1,22 @@
-"""The settings that all densities share. Each kind of density adds its own settings (`density.kinds`)."""
+"""The settings that all densities share.
+
+Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
+choice of this project.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, create_model, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from focus_ray.settings.kinds import DENSITIES
-from focus_ray.settings.section import Layer, Precision, Section
+from focus_ray.settings.sections import Layer, Precision, Section
 
 DensityName = Annotated[str, AfterValidator(DENSITIES.check)]
 
 
-class DensityConfig(Section):
+class SharedSettings(Section):
     """The density of normal embeddings, one for each place of the map."""
 
     kind: DensityName = Field(
@@ -96,12 +100,3 @@ class DensityConfig(Section):
                 f"layers must be in order and named once, for instance [layer1, layer2]: got {list(value)}"
             )
         return value
-
-
-def combine_settings() -> type[DensityConfig]:
-    """Returns the section `density`: the shared settings, and the settings that each kind in `DENSITIES` adds."""
-    own = [DENSITIES[name].settings for name in DENSITIES if DENSITIES[name].settings is not DensityConfig]
-    module = "focus_ray.settings.config"  # where pickle finds the class
-    return create_model(
-        "DensityConfig", __doc__=DensityConfig.__doc__, __module__=module, __base__=(*own, DensityConfig)
-    )

@@ -18,14 +18,14 @@ from focus_ray.bundle.update import update_bundle
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import ImageError, decode_batch, decode_image, decode_mask, encode_png
 from focus_ray.data.read import iter_test_records
-from focus_ray.data.regions import check_regions, draw_polygons, load_frame, read_region
-from focus_ray.data.shards import build_shard
-from focus_ray.data.split import plan_category
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.fitting.fit import CategoryFit, FitResult
 from focus_ray.fitting.leave_one_out import collect_leave_one_out_scores
+from focus_ray.fitting.regions import check_regions, draw_polygons, load_frame, read_region
+from focus_ray.fitting.settings import Config, parse_config
+from focus_ray.fitting.shards import build_shard
+from focus_ray.fitting.split import plan_category
 from focus_ray.metrics.pixels import PixelCurve
-from focus_ray.settings.config import Config, parse_config
 from focus_ray.sweep.settings import parse_sweep
 from focus_ray.sweep.trial_inputs import check_trial_settings
 
@@ -180,7 +180,7 @@ def test_a_region_of_the_whole_image_scores_like_no_region(data: str, tmp_path: 
 
 
 def test_the_region_moves_with_the_image_when_images_are_aligned(data: str, tmp_path: Path) -> None:
-    model = {"image_alignment": {"min_drop": 0.0, "max_images": 10}}
+    model = {"image_alignment": {"min_drop": 0.0}}
     config = config_with(data, tmp_path, LEFT, model=model, scoring={"image_score": "profile"})
     result = fit_alone(config)
     assert result.notes.alignment is not None

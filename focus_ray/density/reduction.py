@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focus_ray.features.network import LAYERS
-from focus_ray.settings.density import DensityConfig
+from focus_ray.density.settings import DensityConfig
 from focus_ray.settings.kinds import DENSITIES
+from focus_ray.settings.sections import LAYERS
 
 
 class ChannelReduction(nn.Module):

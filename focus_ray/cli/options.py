@@ -1,0 +1,32 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_version_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --version to a command that reads models from a registry."""
+    parser.add_argument(
+        "--version",
+        dest="version_of",
+        default="latest",
+        metavar="NAME",
+        help="version or alias of models in a registry (default: latest)",
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --device, --engine and --examples to a command that inspects images on this machine."""
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument(
+        "--engine",
+        default="torch",
+        help="engine for the features: torch, or on a CPU onnxruntime or onnxruntime-int8 (default: torch)",
+    )
+    parser.add_argument(
+        "--examples",
+        nargs="+",
+        metavar="IMAGE",
+        help="image files of good parts, or folders of them, for scaling and checking another engine",
+    )

@@ -1,0 +1,72 @@
+"""The commands `update` and `metric`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from focus_ray.cli.output import require, say
+from focus_ray.errors import DataError
+
+
+def add_metric_parser(commands: Any) -> None:
+    """Adds the parser of `metric`."""
+    metric = commands.add_parser(
+        "metric", help="join the discriminant projections of trained categories to one projection for new categories"
+    )
+    metric.add_argument("bundles", nargs="+", help="bundles, runs' folders, or folders of bundles")
+    metric.add_argument(
+        "--output", required=True, metavar="FILE", help="file to write, for density.metric: a path or s3:// URI"
+    )
+    metric.set_defaults(run=_metric)
+
+
+def _metric(arguments: argparse.Namespace) -> int:
+    """Runs `metric`: joins discriminant projections and writes the joined projection to a file. Returns the exit status."""
+    require(*arguments.bundles)
+    from focus_ray.bundle.metric import share_metric
+
+    categories = share_metric(arguments.bundles, arguments.output)
+    print(f"{arguments.output}\t{len(categories)} categories\t{', '.join(categories)}")
+    return 0
+
+
+def add_update_parser(commands: Any) -> None:
+    """Adds the parser of `update`."""
+    update = commands.add_parser(
+        "update", help="add images to a bundle, remove images, or join bundles of several sites"
+    )
+    update.add_argument("bundle", help="the bundle to change")
+    update.add_argument("output", help="folder of the changed bundle; may be the bundle itself")
+    update.add_argument("--add", metavar="DATA", help="add the normal training images of this data set")
+    update.add_argument("--remove", metavar="DATA", help="remove the normal training images of this data set")
+    update.add_argument(
+        "--join",
+        nargs="+",
+        metavar="BUNDLE",
+        default=[],
+        help="add the statistics of these bundles, which must have the same network; a shared image counts once",
+    )
+    update.add_argument(
+        "--only",
+        metavar="DATA",
+        help="keep only the normal training images of this data set: a site's own bundle, for joining later",
+    )
+    update.add_argument(
+        "--calibrate", metavar="DATA", help="set the thresholds from the normal images of this data set"
+    )
+    update.set_defaults(run=_update)
+
+
+def _update(arguments: argparse.Namespace) -> int:
+    """Runs `update`: changes the images of a bundle and prints the new number of images. Returns the exit status."""
+    require(arguments.bundle, arguments.add, arguments.remove, *arguments.join, arguments.only, arguments.calibrate)
+    changes = {key: getattr(arguments, key) for key in ("add", "remove", "join", "only")}
+    if not any(changes.values()):
+        raise DataError("nothing to change: give --add, --remove, --join or --only")
+    say(f"update: {arguments.bundle} -> {arguments.output}")
+    from focus_ray.bundle.update import update_bundle
+
+    manifest = update_bundle(arguments.bundle, arguments.output, **changes, calibrate=arguments.calibrate, log=say)
+    print(f"{arguments.output}\t{manifest['data']['num_fit']} images\t{manifest['sha256']}")
+    return 0

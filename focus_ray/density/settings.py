@@ -1,0 +1,19 @@
+"""The section `density`: the settings that all densities share, and the settings that each kind in `DENSITIES` adds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import create_model
+
+from focus_ray.settings.kinds import DENSITIES
+
+if TYPE_CHECKING:  # code outside a kind uses only the shared settings
+    from focus_ray.density.kinds.shared import SharedSettings as DensityConfig
+else:
+    from focus_ray.density.kinds.shared import SharedSettings
+
+    _OWN = [DENSITIES[name].settings for name in DENSITIES if DENSITIES[name].settings is not SharedSettings]
+    DensityConfig = create_model(
+        "DensityConfig", __doc__=SharedSettings.__doc__, __module__=__name__, __base__=(*_OWN, SharedSettings)
+    )

@@ -1,0 +1,237 @@
+"""Settings of the network: backbone, size of the input, tiles and alignment.
+
+Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
+choice of this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+
+from focus_ray.features.backbones.spec import BackboneSpec
+from focus_ray.settings.kinds import BACKBONES
+from focus_ray.settings.sections import Layer, Precision, Section
+
+Group = Literal[
+    "none",
+    "rotation",
+    "translation",
+    "scale",
+    "rotation_scale",
+    "rotation_translation",
+    "similarity",
+    "affine",
+]
+BackboneName = Annotated[str, AfterValidator(BACKBONES.check)]
+
+
+class ImageAlignmentConfig(Section):
+    """ICA: a spatial transformer on the image, before the backbone [paper]."""
+
+    FIXED: ClassVar[Mapping[str, Any]] = {
+        "max_images": 512,
+        "max_translation": 0.4,
+        "max_scale": 1.15,
+        "padding": "reflection",
+    }
+    FIXED_FOR_SCORES = frozenset({"max_translation", "max_scale", "padding"})
+
+    group: Group = Field(
+        default="rotation_translation",
+        description="Movements that the aligner may undo, for instance rotation and translation; none switches "
+        "alignment off.",
+    )
+    method: Literal["congealing", "localisation"] = Field(
+        default="congealing",
+        description="How the movement of an image is found. congealing: by a search against a mean image, which is "
+        "learnt from the training images [ours]. localisation: by a network that is trained with the "
+        "pairwise loss [paper]; it does not find large rotations.",
+    )
+    min_drop: float = Field(
+        default=0.25,
+        ge=0.0,
+        le=1.0,
+        description="congealing: alignment is used only if it lowers the pairwise L2 distance of held-out normal "
+        "images by at least this share.",
+    )
+
+
+class FeatureAlignmentConfig(Section):
+    """FCA: a spatial transformer after each of layers 1 to 3, trained by the fine loss alone [paper]."""
+
+    FIXED: ClassVar[Mapping[str, Any]] = {"max_translation": 0.15, "max_scale": 1.15, "max_rotation_deg": 15.0}
+    FIXED_FOR_SCORES = frozenset(FIXED)
+
+    layer1: Group = Field(default="none", description="Movements that the aligner after layer 1 may undo.")
+    layer2: Group = Field(default="none", description="Movements that the aligner after layer 2 may undo.")
+    layer3: Group = Field(default="none", description="Movements that the aligner after layer 3 may undo.")
+
+
+class TilingConfig(Section):
+    """Tiles of the size of the network's input, in which a large photograph is scored [ours]."""
+
+    grid: tuple[Annotated[int, Field(ge=1, le=32)], Annotated[int, Field(ge=1, le=32)]] = Field(
+        description="[rows, columns] of tiles. Every photograph is resized to the area of the tiles, so that a tile "
+        "shows the same feature of every part."
+    )
+    overlap: float = Field(
+        default=0.125,
+        ge=0.0,
+        le=0.5,
+        description="Share of a tile's side that overlaps with the neighbouring tile. The maps of both tiles are "
+        "blended there.",
+    )
+    density: Literal["per_tile", "shared"] = Field(
+        default="per_tile",
+        description="per_tile: each tile has its own places, for parts in the same position in all images. shared: "
+        "every tile is compared with the places of all tiles, for textures; this takes less memory.",
+    )
+
+
+class ModelConfig(Section):
+    """The network: alignment, backbone, projector (the paper's encoder f) and predictor (g)."""
+
+    FIXED: ClassVar[Mapping[str, Any]] = {"projector_width": 256, "predictor": True}
+
+    backbone: BackboneName = Field(
+        default="resnet18",
+        description="The pretrained network that turns images into features (ImageNet or DINOv2). Its layers 1 to 3 "
+        "are used [paper].",
+    )
+    weights: str = Field(
+        default="default",
+        min_length=1,
+        description="Source of the backbone's weights: 'default' (its ImageNet weights, downloaded or from a "
+        "package), 'random', or the path or URI of a file (file://, s3://, https://).",
+    )
+    weights_sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{8,64}$",
+        description="The first digits of the SHA-256 of the weights file; another file is refused. null accepts any "
+        "file.",
+    )
+    image_size_px: int = Field(
+        default=224,
+        ge=32,
+        le=2048,
+        description="Side of the square to which images are resized for the network [kin: 224]: a multiple of 16, or "
+        "of 14 for DINOv2. A larger side finds smaller defects, and takes more time and memory.",
+    )
+    resize: Literal["stretch", "pad"] = Field(
+        default="stretch",
+        description="How an image becomes a square. stretch: it is stretched. pad: it keeps its shape, and its mirror "
+        "image fills the rest, which is not scored [ours].",
+    )
+    tiling: TilingConfig | None = Field(
+        default=None,
+        description="Scores large photographs in tiles, each of image_size_px. null scores the photograph as a whole.",
+    )
+    batch_norm: Literal["frozen", "train"] = Field(
+        default="frozen",
+        description="Whether the backbone's batch norms keep their ImageNet statistics (frozen) or learn new "
+        "statistics (train) [ours].",
+    )
+    padding: Literal["zeros", "reflect"] = Field(
+        default="reflect",
+        description="What the backbone's convolutions see beyond the border of the image. zeros: as in pretraining; "
+        "places at the border then vary most among good images. reflect: the mirror image [ours].",
+    )
+    precision: Precision = Field(
+        default="auto",
+        description="The number format of the trained backbone. auto: bf16 on a GPU, or on a CPU with bfloat16 "
+        "instructions (AVX512-BF16, AMX); fp32 elsewhere. fp32: the same results on every machine, except "
+        "for the last digits.",
+    )
+    image_alignment: ImageAlignmentConfig = ImageAlignmentConfig()
+    feature_alignment: FeatureAlignmentConfig = FeatureAlignmentConfig()
+    predictor_width: int = Field(
+        default=256,
+        ge=4,
+        le=4096,
+        description="Hidden channels of the predictor g [kin: 256 in RegAD, a quarter in SimSiam].",
+    )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tiles; (1, 1) without tiling."""
+        return self.tiling.grid if self.tiling is not None else (1, 1)
+
+    def place_px(self, map_layer: int) -> int:
+        """Side of a place of the map, in pixels of the network's input. map_layer: 0, 1 or 2, the layer with the map's grid."""
+        return self.backbone_spec.strides[map_layer]
+
+    @property
+    def shared_grid(self) -> tuple[int, int]:
+        """Rows and columns of the tiles that share one density's places."""
+        return self.grid if self.tiling is not None and self.tiling.density == "shared" else (1, 1)
+
+    @property
+    def overlap_px(self) -> int:
+        """Overlap of neighbouring tiles, in pixels."""
+        return round(self.tiling.overlap * self.image_size_px) if self.tiling is not None else 0
+
+    @property
+    def tiles(self) -> tuple[int, int, int, int]:
+        """Rows and columns of tiles, their side and their overlap in pixels: the arguments of `density.tiles.Tiles`."""
+        return *self.grid, self.image_size_px, self.overlap_px
+
+    @property
+    def frame_px(self) -> tuple[int, int]:
+        """Height and width to which images are resized: the area of all tiles."""
+        step = self.image_size_px - self.overlap_px
+        return self.grid[0] * step + self.overlap_px, self.grid[1] * step + self.overlap_px
+
+    @property
+    def backbone_spec(self) -> BackboneSpec:
+        """Channels, strides and limits of the backbone."""
+        return BACKBONES[self.backbone]
+
+    @field_validator("image_size_px")
+    @classmethod
+    def _divisible(cls, value: int, info: ValidationInfo) -> int:
+        backbone = info.data.get("backbone")
+        step = 1 if backbone is None else BACKBONES[backbone].strides[2]  # None: the backbone was refused
+        if value % step:
+            below = value - value % step
+            raise ValueError(
+                f"image_size_px={value} must be a multiple of {step}, the stride of layer 3 of {backbone}: the nearest are "
+                f"{below} and {below + step}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _tiles_do_not_move(self) -> ModelConfig:
+        aligned = {"model.image_alignment.group": self.image_alignment.group}
+        aligned.update(
+            {f"model.feature_alignment.{key}": getattr(self.feature_alignment, key) for key in get_args(Layer)}
+        )
+        moving = [f"{key}=none" for key, group in aligned.items() if group != "none"]
+        if self.tiling is not None and moving:
+            raise ValueError(
+                f"tiling does not go with alignment, which would move each tile by itself: set {', '.join(moving)}, or leave "
+                "tiling out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> ModelConfig:
+        smallest = self.backbone_spec.min_reflected_px
+        if self.padding == "reflect" and self.image_size_px < smallest:
+            raise ValueError(
+                f"padding=reflect with {self.backbone} needs an image_size_px of at least {smallest}, got {self.image_size_px}: "
+                "raise it, or set padding=zeros"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _aligns_maps(self) -> ModelConfig:
+        moving = [key for key in get_args(Layer) if getattr(self.feature_alignment, key) != "none"]
+        if moving and not self.backbone_spec.passes_feature_maps:
+            raise ValueError(
+                f"{self.backbone} hands tokens from layer to layer, which cannot be aligned as maps: set "
+                f"{', '.join(f'model.feature_alignment.{key}=none' for key in moving)}, or take another backbone"
+            )
+        return self

@@ -1,0 +1,103 @@
+"""All settings of a run: the sections of the packages in one configuration.
+
+Each default names its source: [paper] arXiv 2110.04538, [kin] the paper's published relatives (RegAD, SimSiam, PaDiM), [ours] a
+choice of this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from focus_ray.cluster.settings import ClusterConfig
+from focus_ray.data.settings import DataConfig
+from focus_ray.density.settings import DensityConfig
+from focus_ray.detect.settings import CalibrationConfig, ScoringConfig
+from focus_ray.features.settings import ModelConfig
+from focus_ray.fyd.settings import TrainConfig
+from focus_ray.names import NAME_PATTERN
+from focus_ray.settings.sections import Section, parse_model, read_tree
+from focus_ray.tracking.settings import TrackerConfig, TrackerName
+
+
+class SelectionConfig(Section):
+    """Choice of alignment and epoch from normal images alone [ours].
+
+    Held-out normal images and copies with synthetic defects judge the candidates.
+    """
+
+    FIXED: ClassVar[Mapping[str, Any]] = {"max_images": 64, "every_epochs": 1, "margin": 0.01}
+
+    enabled: bool = Field(
+        default=False,
+        description="Whether synthetic defects choose alignment and epoch. This costs a share of the training images, "
+        "and a density pass for each candidate.",
+    )
+    fraction: float = Field(
+        default=0.1,
+        gt=0.0,
+        lt=1.0,
+        description="Share of the normal training images that judge the candidates. They join the density after the "
+        "choice.",
+    )
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    name: str = Field(
+        default="focus-ray",
+        pattern=NAME_PATTERN,
+        description="Name of the run's folder. 'auto' makes a unique name from team, date and a random part.",
+    )
+    storage: str = Field(
+        default="runs",
+        min_length=1,
+        description="Folder of the runs, each in a folder of its name: a local path or an s3:// URI.",
+    )
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    density: DensityConfig = DensityConfig()
+    scoring: ScoringConfig = ScoringConfig()
+    selection: SelectionConfig = SelectionConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    trackers: dict[TrackerName, TrackerConfig] = Field(
+        default={},
+        description="Experiment trackers, each with its settings: trackers.mlflow={} uses the defaults, trackers={} "
+        "switches all off.",
+    )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _by_defaults(cls, value: Any) -> Any:
+        """Gives a tracker without settings the defaults."""
+        if not isinstance(value, dict):
+            return value
+        return {name: {} if settings is None else settings for name, settings in value.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if self.calibration.method == "split" and self.data.holdout_fraction == 0.0:
+            raise ValueError(
+                "calibration.method=split needs held-out images: set data.holdout_fraction above 0, "
+                "or calibration.method=leave_one_out"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file and applies ``key.sub=value`` overrides, whose values are YAML.
+
+    Raises: ConfigError: the file or an override cannot be read, or a value does not fit its field.
+    """
+    return parse_config(read_tree(path, overrides), source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "configuration", is_fitted: bool = False) -> Config:
+    """Validates a plain mapping; see `parse_model`. Raises: ConfigError: a value is wrong."""
+    return parse_model(Config, tree, source, is_fitted)

@@ -1,0 +1,41 @@
+"""Settings of an experiment tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, Field, field_validator
+
+from focus_ray.settings.kinds import TRACKERS
+from focus_ray.settings.sections import Section
+
+TrackerName = Annotated[str, AfterValidator(TRACKERS.check)]
+
+
+class TrackerConfig(Section):
+    """An experiment tracker, which records settings, metrics and heat maps (docs/use/trackers.md)."""
+
+    FIXED: ClassVar[Mapping[str, Any]] = {"mode": "auto", "num_images": 6}
+
+    uri: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A local folder, or for mlflow a tracking server, as http://host:5000, or the URI of a database. "
+        "null: for mlflow the value of MLFLOW_TRACKING_URI, otherwise trackers/KEY below storage. A "
+        "password is refused: trackers read it from their own environment variables.",
+    )
+    project: str = Field(
+        default="focus-ray", min_length=1, max_length=128, description="MLflow's experiment, W&B's project."
+    )
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and "@" in value.partition("://")[2].partition("/")[0]:
+            shown = f"{value.partition('://')[0]}://...@{value.rpartition('@')[2]}"
+            raise ValueError(
+                f"{shown} holds a user or password, which would be written into every bundle: leave it out, and set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI in uri's place"
+            )
+        return value
