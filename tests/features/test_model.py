@@ -20,7 +20,7 @@ from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.settings import DensityConfig
 from focus_ray.features.alignment.theta import warp
 from focus_ray.features.batch_norm import GlobalBatchNorm2d
-from focus_ray.features.network import AlignedFeatures, build_net, warp_to_common_frame
+from focus_ray.features.network import ALIGNED_IMAGE_PADDING, AlignedFeatures, build_net, warp_to_common_frame
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import build_detector
 from focus_ray.fitting.passes import compute_statistics
@@ -229,7 +229,7 @@ def test_levels_and_thetas_of_the_network_are_in_the_documented_frames() -> None
     images = random_images(2)
     with torch.inference_mode():
         aligned = net(images)
-        assert torch.equal(aligned.image, warp(images, aligned.theta_image, net.config.image_alignment.padding))
+        assert torch.equal(aligned.image, warp(images, aligned.theta_image, ALIGNED_IMAGE_PADDING))
         x = (aligned.image - net.pixel_mean) / net.pixel_std
         for number, layer in enumerate(("layer1", "layer2", "layer3")):
             x = warp(getattr(net.backbone, layer)(x), aligned.thetas[number])
