@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, Field, model_validator
-from pydantic_core import to_jsonable_python
+from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, model_validator
 
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config, parse_config
@@ -421,7 +420,7 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     for key, domain in space.items():
         if domain.choice is not None:
             parsed = [operator.attrgetter(key)(sweep.config_at({key: value})) for value in domain.choice]
-            space[key] = Domain(choice=tuple(to_jsonable_python(parsed)))
+            space[key] = Domain(choice=tuple(TypeAdapter(Any).dump_python(parsed, mode="json")))
     return sweep.model_copy(update={"base": base.model_dump(mode="json"), "base_file": None, "space": space})
 
 
