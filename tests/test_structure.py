@@ -30,7 +30,6 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # imports that still point to the same or a higher level
 NOT_YET = {
     ("density", "features"),
-    ("distributed", "density"),
     ("drawing", "data"),
     ("drawing", "detect"),
     ("drawing", "evaluation"),
@@ -38,7 +37,6 @@ NOT_YET = {
     ("drawing", "sweep"),
     ("features", "fyd"),
     ("fyd", "detect"),
-    ("metrics", "detect"),
     ("reporting", "evaluation"),
     ("reporting", "bundle"),
 }

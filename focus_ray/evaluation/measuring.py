@@ -33,7 +33,6 @@ from focus_ray.metrics.evaluate import (
     EvaluationPart,
     LabelledImages,
     evaluation_size,
-    join_evaluation_parts,
 )
 from focus_ray.metrics.pixels import PixelBins
 from focus_ray.storage.files import exists, join, read_bytes, remove_file, remove_folder, write_bytes
@@ -423,7 +422,7 @@ def join_parts(job: EvaluationJob, total: EvaluationPart, threshold: float) -> L
         total: all parts of the job as a single part (`EvaluationProgress.total`).
         threshold: threshold of the image score.
     """
-    return join_evaluation_parts([total], threshold, TestIds(job))
+    return total.labelled(threshold, TestIds(job))
 
 
 def discard_progress(job: EvaluationJob) -> None:

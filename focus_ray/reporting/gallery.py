@@ -16,12 +16,12 @@ from scipy import ndimage
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import index_version, read_index, read_rows
-from focus_ray.detect.calibration import is_above
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
 from focus_ray.evaluation.report import overlay
 from focus_ray.metrics.evaluate import LabelledImages
 from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.ties import is_above
 from focus_ray.reporting.page import jpeg_uri
 
 Kind = Literal["misses", "false_alarms", "finds"]

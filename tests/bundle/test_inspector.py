@@ -21,7 +21,7 @@ from focus_ray.detect.inspection import find_regions, resize_map
 from focus_ray.errors import BundleError, DataError
 from focus_ray.evaluation.report import overlay
 from focus_ray.metrics import metrics
-from focus_ray.metrics.evaluate import compute_metrics_of_arrays, evaluation_size
+from focus_ray.metrics.evaluate import compute_metrics, evaluation_size
 from focus_ray.metrics.pixels import PixelCurve
 
 
@@ -188,12 +188,12 @@ def test_an_evaluation_gives_the_metrics_of_its_arrays(
     assert (result["num_normal"], result["num_anomalous"], result["num_masks"]) == (4, 4, 4)
     assert result["image_auroc"] == pytest.approx(roc_auc_score(labels, scores))
     assert result["image_average_precision"] == pytest.approx(average_precision_score(labels, scores))
-    assert result["image_f1_max"] == pytest.approx(metrics.f1_max(labels, scores)[0])
+    assert result["image_f1_max"] == pytest.approx(metrics.f1_max(labels, scores))
     flat_masks, flat_maps = np.stack(masks).ravel(), np.stack(maps).ravel()
     # batches of another size round differently, which may swap the order of nearly equal pixels
     assert result["pixel_auroc"] == pytest.approx(roc_auc_score(flat_masks, flat_maps), abs=1e-4)
     assert result["pixel_average_precision"] == pytest.approx(average_precision_score(flat_masks, flat_maps), abs=1e-4)
-    curve = PixelCurve.of(masks, maps, regions=True)
+    curve = PixelCurve.of(masks, maps)
     assert result["aupro_0.3"] == pytest.approx(curve.aupro(0.3), abs=1e-3)
     assert result["aupro_0.05"] == pytest.approx(curve.aupro(0.05), abs=1e-3)
     threshold = inspector.bundle.calibration.image_threshold
@@ -246,9 +246,8 @@ def test_a_set_without_test_images_is_refused(inspector: Inspector) -> None:
 def test_the_verdict_at_the_threshold_itself_is_normal() -> None:
     masks: list[Any] = [None, None]
     empty = np.zeros((2, 2), np.float32)
-    result = compute_metrics_of_arrays(
-        [0, 1], ["good", "crack"], [1.0, 1.0], [empty, empty], masks, threshold=1.0, target_fpr=0.05
-    )
+    measured = metrics.MeasuredImages(np.array([0, 1]), np.ones(2), masks, [empty, empty], threshold=1.0)
+    result = compute_metrics(measured, ["good", "crack"], target_fpr=0.05)
     assert (result["false_positive_rate"], result["recall"]) == (0.0, 0.0)
 
 
