@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import random
 import threading
 import time
 import urllib.parse
@@ -29,6 +28,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from focus_ray.errors import DataError, StorageError, require_extra
+from focus_ray.retries import retry_pause_s
 from focus_ray.storage.s3_settings import S3Settings, load_s3_settings
 
 T = TypeVar("T")
@@ -178,7 +178,7 @@ def retry_while_busy(action: Callable[[], T]) -> T:
 def _retry(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -> T:
     """Calls a function up to `max_attempts` times while its errors are temporary.
 
-    The pauses double up to 5 s, and vary so that clients do not retry together. Raises: the error of the last attempt.
+    Raises: the error of the last attempt.
     """
     attempt = 1
     while True:
@@ -187,7 +187,7 @@ def _retry(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -
         except Exception as error:
             if attempt == max_attempts() or not is_temporary(error):
                 raise
-        time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
+        time.sleep(retry_pause_s(attempt))
         attempt += 1
 
 
