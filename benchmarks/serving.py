@@ -113,7 +113,7 @@ def main() -> None:
             "open_to_all": True,
             "device": arguments.device,
             "ingress_num_cpus": 0,
-            "together": not arguments.apart,
+            **({"ingress": {"max_replicas": 1}} if arguments.apart else {}),
             "pool": {"num_threads": arguments.threads, "num_cpus": 1, "num_gpus": int(arguments.device == "cuda")},
         }
     )

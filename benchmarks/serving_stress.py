@@ -38,7 +38,7 @@ def settings_of(registry: str, **pool: Any) -> Any:
         "registry": registry,
         "open_to_all": True,
         "ingress_num_cpus": 0.1,
-        "together": False,
+        "ingress": {"max_replicas": 4},
         "pool": {"num_cpus": 0.5, **pool},
         "limits": {"timeout_s": 120},
     }
@@ -126,7 +126,7 @@ def zero(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
     """The first answer of a pool without replicas, a warm one, and how long until no replica is left again."""
     inspector = Inspector.load(bundle, "cpu")
     scaling = {"min_replicas": 0, "max_replicas": 1, "upscale_delay_s": 0, "downscale_delay_s": 5}
-    scaling.update(downscale_to_zero_delay_s=5, metrics_interval_s=1)
+    scaling.update(downscale_to_zero_delay_s=5)
     with tempfile.TemporaryDirectory() as folder:
         Registry(folder).publish(bundle, "press")
         colds, warms, downs = [], [], []
@@ -153,7 +153,7 @@ def grow(bundle: str, images: Sequence[bytes], arguments: argparse.Namespace) ->
     """Eight clients of a pool of one replica that may have two: seconds until the second is there, and until it has gone."""
     inspector = Inspector.load(bundle, "cpu")
     scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1}
-    scaling.update(downscale_delay_s=5, metrics_interval_s=1)
+    scaling.update(downscale_delay_s=5)
     answers: list[Inspected] = []
 
     def count(wanted: int, since: float) -> float:

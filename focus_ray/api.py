@@ -22,13 +22,14 @@ from pydantic import BaseModel
 
 from focus_ray.bundle.bundle import MANIFEST, copy_bundle, find_bundles, read_manifest
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.images import ImageError, content_hash, encode_opened, encode_png, read_image
+from focus_ray.data.images import ImageError, content_hash, encode_opened, read_image
 from focus_ray.data.importers.base import list_image_files, list_subfolders
 from focus_ray.data.importers.groups import GroupRule, TableRule
 from focus_ray.data.listing import IMAGE_SUFFIXES, find_image_files
 from focus_ray.data.read import iter_test_records, list_categories
 from focus_ray.data.schema import Row
 from focus_ray.detect.inspection import Inspection
+from focus_ray.drawing.png import encode_png
 from focus_ray.errors import ConfigError, DataError, require_extra
 from focus_ray.fitting.fit import check_prerequisites
 from focus_ray.fitting.settings import Config, parse_config
@@ -38,7 +39,7 @@ from focus_ray.names import is_name, suggest_name
 from focus_ray.settings.sections import read_mapping
 from focus_ray.settings.standard import find_config
 from focus_ray.storage.files import join, read_bytes
-from focus_ray.training.local import bundle_uri, train_locally
+from focus_ray.training.category import bundle_uri, fit_category
 
 Image = str | Path | bytes | NDArray[Any] | Pillow.Image
 """An image: the path or the bytes of an image file, a Pillow image, or pixels as uint8 (H, W) grey or (H, W, 3) RGB."""
@@ -191,7 +192,7 @@ def fit(
     data, category = _ingest_or_use(images, root, groups, group_by)
     config = _parse_tree(tree, data)
     split = split_category(config, category)
-    train_locally(config, [split], str(root), log or (lambda message: None), raise_at_once=True)
+    fit_category(config, split, str(root), log or (lambda message: None))
     place = bundle_uri(str(root), category)
     return Model(Inspector.load(place), place, scratch)
 

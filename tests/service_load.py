@@ -183,6 +183,8 @@ def compare_waits(
 def running_command(*words: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
     """Runs `focus-ray serve` with its own Ray until the context ends; yields its URL once it is ready.
 
+    Interrupts the command at the end of the context, and asserts that it then ends with exit status 0.
+
     Args:
         words: place and settings.
         environment: additional variables.
@@ -208,11 +210,10 @@ def running_command(*words: str, environment: Mapping[str, str] | None = None) -
     try:
         wait_for(is_ready, 180.0, "the service is ready", 0.5)
         yield url
-    finally:
         process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        assert process.wait(120) == 0, log.read_text()[-4000:]
+        assert "stopping: requests in flight" in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,19 +1,35 @@
-"""Creates the registry, tokens and images that the tests of the service use."""
+"""The registry, tokens and images that the tests of the service share, and services, clients and servers that use them."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import shutil
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import uvicorn
+from fastapi.testclient import TestClient
 from small_set import ingest_parts, make_bundle, small_config
+from waiting import wait_for
 
 from focus_ray.bundle.bundle import MANIFEST, manifest_hash
 from focus_ray.bundle.registry import Registry
 from focus_ray.data.read import read_rows
+from focus_ray.serving.api import create_api
+from focus_ray.serving.measures import METRICS, Measures
+from focus_ray.serving.scorer import ImageScorer
+from focus_ray.serving.service import Service
+from focus_ray.serving.settings import ServiceSettings, parse_settings
 from focus_ray.serving.tokens import create_token
 
 PRESS, MILL = "press", "mill"
+INSPECT = f"/v1/{PRESS}/gear/inspect"
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,15 @@ class Plant:
     images: list[bytes]
 
     def headers(self, token: str) -> dict[str, str]:
-        return {"authorization": f"Bearer {token}", "content-type": "image/png"}
+        return {**bearer(token), "content-type": "image/png"}
+
+    def with_own_registry(self, folder: Path) -> Plant:
+        """Copies the registry, for a test that changes it."""
+        return replace(self, registry=str(shutil.copytree(self.registry, folder)))
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
 
 
 def make_plant(folder: Path) -> Plant:
@@ -62,12 +86,69 @@ def make_plant(folder: Path) -> Plant:
     )
 
 
-def name_data_set(registry: Path, team: str, uri: object) -> None:
+def name_data_set(registry: Path | str, team: str, uri: object) -> None:
     """Writes another data set into the published manifest of a team's gear, as whoever may write its folder can."""
-    folder = registry / team / "gear"
+    folder = Path(registry) / team / "gear"
     manifest_file, record_file = folder / "v0001" / MANIFEST, folder / "_published" / "v0001.json"
     manifest = json.loads(manifest_file.read_text())
     manifest["data"]["uri"] = uri
     manifest["sha256"] = manifest_hash(manifest)
     manifest_file.write_text(json.dumps(manifest))
     record_file.write_text(json.dumps({**json.loads(record_file.read_text()), "sha256": manifest["sha256"]}))
+
+
+def settings_of(plant: Plant, **changes: Any) -> ServiceSettings:
+    return parse_settings({"registry": plant.registry, "tokens": plant.tokens, "refresh_s": 0.05, **changes})
+
+
+def open_settings(plant: Plant) -> ServiceSettings:
+    return parse_settings({"registry": plant.registry, "open_to_all": True})
+
+
+class MeasuresRecorder(Measures):
+    """Keeps the reported metrics as (name, value, tags)."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, float, dict[str, str]]] = []
+
+    def record(self, name: str, value: float = 1, **tags: str) -> None:
+        assert set(tags) == set(METRICS[name].tags)
+        self.records.append((name, value, tags))
+
+    def values(self, name: str) -> list[float]:
+        return [value for recorded, value, _ in self.records if recorded == name]
+
+    def sums(self, name: str, tag: str) -> Counter[str]:
+        """Returns the sum of the values of a metric for each value of a tag."""
+        sums: Counter[str] = Counter()
+        for recorded, value, tags in self.records:
+            if recorded == name:
+                sums[tags[tag]] += int(value)
+        return sums
+
+
+def service_of(settings: ServiceSettings, measures: Measures | None = None, source: Any = None) -> Service:
+    return Service(settings, ImageScorer(settings.pool, "cpu", measures), measures, source)
+
+
+def client_of(service: Service | ServiceSettings) -> TestClient:
+    """A client of a service without a server, at the only address at which a service without tokens answers."""
+    if isinstance(service, ServiceSettings):
+        service = service_of(service)
+    return TestClient(create_api(service), base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+
+@contextmanager
+def served(service: Service) -> Iterator[str]:
+    """Runs a server on 127.0.0.1 until the context ends, and yields its URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(create_api(service), log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            wait_for(lambda: server.started, 10, "the server listens", 0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

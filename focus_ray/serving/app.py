@@ -20,21 +20,24 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from focus_ray.bundle.registry import Version
-from focus_ray.data.images import MAX_PIXELS
-from focus_ray.drawing.rendering import Output
 from focus_ray.errors import FocusRayError
+from focus_ray.retries import retry_pause_s
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import configure_logging, log
+from focus_ray.serving.measures import Measures
 from focus_ray.serving.metrics import RayMeasures
-from focus_ray.serving.problems import unavailable
-from focus_ray.serving.scorer import Answer, ImageScorer
+from focus_ray.serving.problems import RETRY_AFTER_S, unavailable
+from focus_ray.serving.scorer import Answer, ImageScorer, ScoringRequest
 from focus_ray.serving.serve_private import check_serve_parts, forget_model
 from focus_ray.serving.service import ScoringBackend, Service
-from focus_ray.serving.settings import Limits, Pool, Scaling, ServiceSettings, parse_settings
+from focus_ray.serving.settings import Pool, Scaling, ServiceSettings, parse_settings
 from focus_ray.serving.source import open_source, version_key
 
 COMMON_POOL = "scorer"  # name of the pool for all categories without their own pool
 _MAX_ATTEMPTS = 4  # of a call whose replica dies; a lost node ends several replicas at the same time
+MAX_QUEUED_REQUESTS = 512  # that wait for a replica; an answer would take many seconds, so further ones are refused
+GRACEFUL_SHUTDOWN_S = 30.0  # a replica that stops may work on its requests for this long
+_METRICS_INTERVAL_S = 2.0  # how often replicas report their load; Serve's own 10 s would delay a new replica
 _ENVIRONMENT = {
     "env_vars": {
         # no code here blocks an event loop for long, so requests need no separate loop, which would cost time
@@ -58,34 +61,26 @@ def _prepare_process() -> None:
 class ScorerReplica:
     """A Serve replica that scores images: an `ImageScorer`, which also tells Serve which models are in memory."""
 
-    def __init__(self, pool: dict[str, Any], device: str, preload: Sequence[Version] = ()) -> None:
-        """
-        Args:
-            pool: fields of `Pool`.
-            preload: versions to load before the first request.
-        """
+    def __init__(self, pool: Pool, device: str, preload: Sequence[Version] = ()) -> None:
+        """Args: preload: versions to load before the first request."""
         _prepare_process()
-        self._measures = RayMeasures()
-        self._scorer = ImageScorer(Pool.model_validate(pool), device, self._measures)
+        self._scorer = ImageScorer(pool, device, RayMeasures())
         self._scorer.models.on_drop = self._on_drop
         self._versions: dict[str, Version] = {}
         self._versions_to_preload = list(preload)
 
     async def check_health(self) -> None:
         """Loads the pinned models. Serve calls it before it sends the first request, and regularly afterwards."""
-        if self._versions_to_preload:
-            for version in self._versions_to_preload:
-                await self._scorer.warm(version)
-            self._versions_to_preload = []
+        while self._versions_to_preload:
+            await self._scorer.warm(self._versions_to_preload[-1])
+            self._versions_to_preload.pop()
 
-    async def inspect(
-        self, version: Version, images: Sequence[bytes], output: Output, include_map: bool, max_pixels: int
-    ) -> Answer:
+    async def inspect(self, request: ScoringRequest) -> Answer:
         """Scores images as `ImageScorer.inspect`; the `load` time includes the announcement of the model."""
         started = time.perf_counter()
-        await self._announce_model(version)
+        await self._announce_model(request.version)
         announced_ms = 1e3 * (time.perf_counter() - started)
-        answer = await self._scorer.inspect(version, images, output, include_map, max_pixels)
+        answer = await self._scorer.inspect(request)
         answer.timings_ms["load"] = round(answer.timings_ms["load"] + announced_ms, 3)
         return answer
 
@@ -112,44 +107,29 @@ class ScorerReplica:
         key = version_key(version)
         self._versions.pop(key, None)
         forget_model(self, key)
-        self._measures.dropped(version)
+        self._scorer.report_drop(version)
 
 
 class RemoteScoringBackend:
     """Sends images to the pool of their category; repeats calls of lost replicas, and raises Problem if all are full."""
 
     def __init__(
-        self,
-        common_pool: DeploymentHandle,
-        pinned_pools: dict[tuple[str, str], DeploymentHandle],
-        limits: Limits,
-        measures: RayMeasures,
+        self, common_pool: DeploymentHandle, pinned_pools: dict[tuple[str, str], DeploymentHandle], measures: Measures
     ) -> None:
-        self._common_pool, self._pinned_pools, self._limits, self._measures = (
-            common_pool,
-            pinned_pools,
-            limits,
-            measures,
-        )
+        """Args: pinned_pools: by team and category."""
+        self._common_pool, self._pinned_pools, self._measures = common_pool, pinned_pools, measures
 
-    async def inspect(
-        self,
-        version: Version,
-        images: Sequence[bytes],
-        output: Output = "json",
-        include_map: bool = False,
-        max_pixels: int = MAX_PIXELS,
-    ) -> Answer:
+    async def inspect(self, request: ScoringRequest) -> Answer:
         """Scores images in a replica, as `ImageScorer.inspect`. Raises: as `_call`."""
-        answer: Answer = await self._call("inspect", version, list(images), output, include_map, max_pixels)
+        answer: Answer = await self._call("inspect", request.version, request)
         return answer
 
     async def warm(self, version: Version) -> None:
         """Loads a version in a replica. Raises: as `_call`."""
-        await self._call("warm", version)
+        await self._call("warm", version, version)
 
-    async def _call(self, method: str, version: Version, *arguments: Any) -> Any:
-        """Calls a method of a replica, preferably one that has the model in memory.
+    async def _call(self, method: str, version: Version, argument: Any) -> Any:
+        """Calls a method of a replica, preferably one that has the model of the version in memory.
 
         Raises:
             Problem: 503, all replicas are full, or _MAX_ATTEMPTS replicas were lost.
@@ -159,49 +139,47 @@ class RemoteScoringBackend:
         target = getattr(handle.options(multiplexed_model_id=version_key(version)), method)
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             try:
-                return await target.remote(version, *arguments)
+                return await target.remote(argument)
             except BackPressureError:
-                raise unavailable("all replicas are busy: try again", self._limits.retry_after_s) from None
+                raise unavailable("all replicas are busy: try again") from None
             except FocusRayError:
                 raise
             except (RayActorError, DeploymentUnavailableError) as error:
                 log("replica lost", level=logging.WARNING, error=str(error)[:500], attempt=attempt)
-                self._measures.retried()
-                await asyncio.sleep(0.1 * 2**attempt)  # scoring has no side effects, so a retry is safe
+                self._measures.record("retries")
+                await asyncio.sleep(retry_pause_s(attempt))  # scoring has no side effects, so a retry is safe
             except RayError as error:
                 cause = getattr(error, "cause", None)
                 if isinstance(cause, FocusRayError):
                     raise cause from None
                 raise
-        raise unavailable("the scoring replicas were lost: try again", self._limits.retry_after_s)
+        raise unavailable("the scoring replicas were lost: try again")
 
 
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """A Serve replica that receives HTTP requests. It has no models, except when `together` makes it score too."""
+    """A Serve replica that receives HTTP requests. It has no models, except when it also scores."""
 
     def __init__(
-        self, settings: dict[str, Any], common_pool: DeploymentHandle | None, pinned_pools: dict[str, DeploymentHandle]
+        self, settings: ServiceSettings, common_pool: DeploymentHandle | None, pinned_pools: dict[str, DeploymentHandle]
     ) -> None:
         """
         Args:
-            settings: fields of `ServiceSettings`.
             common_pool: pool of all categories without their own pool; None: this replica scores them itself.
             pinned_pools: other pools by the name of their pin.
         """
         _prepare_process()
-        parsed = parse_settings(settings)
         measures = RayMeasures()
         backend: ScoringBackend
         if common_pool is None:
-            backend = ImageScorer(parsed.pool, parsed.device, measures)
+            backend = ImageScorer(settings.pool, settings.device, measures)
         else:
             by_category = {
-                (pin.team, category): pinned_pools[pin.name] for pin in parsed.pins for category in pin.categories
+                (pin.team, category): pinned_pools[pin.name] for pin in settings.pins for category in pin.categories
             }
-            backend = RemoteScoringBackend(common_pool, by_category, parsed.limits, measures)
-        self._service = Service(parsed, backend, measures)
+            backend = RemoteScoringBackend(common_pool, by_category, measures)
+        self._service = Service(settings, backend, measures)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Creates the HTTP application; Serve calls it once."""
@@ -237,13 +215,13 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         # above the limit of `Gate`, so that `Gate` refuses first, with a problem document
         max_ongoing_requests=limits.max_in_flight + 64,
         max_queued_requests=4 * limits.max_in_flight,
-        backpressure_config={"status_code": 503, "retry_after_s": limits.retry_after_s},
+        backpressure_config={"status_code": 503, "retry_after_s": float(RETRY_AFTER_S)},
         ray_actor_options=actor,
-        graceful_shutdown_timeout_s=max(limits.timeout_s, pool.graceful_shutdown_s if together else 0.0),
+        graceful_shutdown_timeout_s=max(limits.timeout_s, GRACEFUL_SHUTDOWN_S if together else 0.0),
         health_check_period_s=5,
     )
     common_pool = None if together else _bind_pool(COMMON_POOL, pool, settings)
-    return ingress.bind(settings.model_dump(mode="json"), common_pool, pinned_pools)
+    return ingress.bind(settings, common_pool, pinned_pools)
 
 
 def _bind_pool(name: str, pool: Pool, settings: ServiceSettings, preload: Sequence[Version] = ()) -> serve.Application:
@@ -255,23 +233,18 @@ def _bind_pool(name: str, pool: Pool, settings: ServiceSettings, preload: Sequen
         name=name,
         autoscaling_config=_autoscaling_config(pool.scaling),
         max_ongoing_requests=pool.max_ongoing_requests + num_admitted,
-        max_queued_requests=pool.max_queued_requests,
+        max_queued_requests=MAX_QUEUED_REQUESTS,
         ray_actor_options={"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus, "runtime_env": _ENVIRONMENT},
-        graceful_shutdown_timeout_s=pool.graceful_shutdown_s,
+        graceful_shutdown_timeout_s=GRACEFUL_SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5,
-    ).bind(pool.model_dump(mode="json"), settings.device, list(preload))
+    ).bind(pool, settings.device, list(preload))
 
 
 def _autoscaling_config(scaling: Scaling) -> dict[str, Any]:
     """Returns the autoscaling configuration of Serve for a `Scaling`."""
     return {
-        "min_replicas": scaling.min_replicas,
-        "max_replicas": scaling.max_replicas,
-        "target_ongoing_requests": scaling.target_ongoing_requests,
-        "upscale_delay_s": scaling.upscale_delay_s,
-        "downscale_delay_s": scaling.downscale_delay_s,
-        "downscale_to_zero_delay_s": scaling.downscale_to_zero_delay_s,
-        "metrics_interval_s": scaling.metrics_interval_s,
-        "look_back_period_s": max(scaling.metrics_interval_s * 5, scaling.upscale_delay_s),
+        **scaling.model_dump(),
+        "metrics_interval_s": _METRICS_INTERVAL_S,
+        "look_back_period_s": max(5 * _METRICS_INTERVAL_S, scaling.upscale_delay_s),
     }

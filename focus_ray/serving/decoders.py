@@ -12,14 +12,13 @@ import multiprocessing
 import os
 import signal
 import sys
-import weakref
-from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import TimeoutError as PoolTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +43,13 @@ T = TypeVar("T")
 Decoded = tuple[ImageInfo, NDArray[np.uint8]]
 
 
+class _Team:
+    """The slots that a team may still take, and the place of its first waiting request in the queue of all teams."""
+
+    def __init__(self, max_slots: int) -> None:
+        self.slots, self.place_in_queue = asyncio.Semaphore(max_slots), asyncio.Lock()
+
+
 class TeamSlots:
     """A semaphore with a limit for each team. Waiting teams get free slots in turn, each team in the order of its requests."""
 
@@ -53,53 +59,25 @@ class TeamSlots:
             num_slots: number of slots.
             max_per_team: most slots that one team may hold.
         """
-        self._num_free, self._max_per_team = num_slots, max_per_team
-        self._slots_by_team: Counter[str] = Counter()
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the first team gets the next slot
+        self._max_per_team = max_per_team
+        self._free_slots = asyncio.Semaphore(
+            num_slots
+        )  # first come, first served, with one waiting request of each team
+        self._teams: WeakValueDictionary[str, _Team] = WeakValueDictionary()  # with requests
 
     @asynccontextmanager
     async def hold(self, team: str) -> AsyncIterator[None]:
         """Waits for a slot and holds it while the context is open."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(team, deque()).append(future)
-        self._assign_free_slots()
-        try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():  # it got a slot just before the cancellation
-                self._release(team)
-            raise
-        try:
-            yield
-        finally:
-            self._release(team)
-
-    def _release(self, team: str) -> None:
-        """Returns a slot of a team and assigns it to a waiting team."""
-        self._num_free += 1
-        self._slots_by_team[team] -= 1
-        if not self._slots_by_team[team]:
-            del self._slots_by_team[team]
-        self._assign_free_slots()
-
-    def _assign_free_slots(self) -> None:
-        """Gives each waiting team at most one free slot in turn, and repeats while slots can be given."""
-        for team in list(self._waiting):
-            if not self._num_free:
-                return
-            if self._slots_by_team[team] >= self._max_per_team:
-                continue
-            futures = self._waiting.pop(team)
-            while futures and futures[0].done():  # cancelled while it waited
-                futures.popleft()
-            if futures:
-                futures.popleft().set_result(None)
-                self._num_free -= 1
-                self._slots_by_team[team] += 1
-            if futures:
-                self._waiting[team] = futures  # at the end, so that the other teams come first
-        if self._num_free and any(self._slots_by_team[team] < self._max_per_team for team in self._waiting):
-            self._assign_free_slots()
+        state = self._teams.get(team)
+        if state is None:
+            state = self._teams[team] = _Team(self._max_per_team)
+        async with state.slots:
+            async with state.place_in_queue:
+                await self._free_slots.acquire()
+            try:
+                yield
+            finally:
+                self._free_slots.release()
 
 
 class Decoders:
@@ -114,16 +92,16 @@ class Decoders:
         self._slots = TeamSlots(count, max(1, count - 1))
         self._idle_pools = [_create_pool() for _ in range(count)]
         self._running_tasks: set[asyncio.Task[object]] = set()
-        weakref.finalize(self, _stop_pools, self._idle_pools)
+        finalize(self, _stop_pools, self._idle_pools)
 
     async def decode(
         self, team: str, images: Sequence[bytes], frame: Frame, max_pixels: int
     ) -> list[Decoded | ImageError]:
-        """Decodes images as `decode_images`; the result of an image is an ImageError too if its decoder was killed."""
+        """Decodes images as `decode_to_frame`; the result is an ImageError if this fails or the decoder was killed."""
         # a frame without cached values, which would be copied to the process
         plain_frame = Frame(frame.height, frame.width, frame.resize, frame.region, frame.cells)
-        decodings = (self._run(team, decode_images, [image], plain_frame, max_pixels) for image in images)
-        return [result if isinstance(result, ImageError) else result[0] for result in await asyncio.gather(*decodings)]
+        decodings = (self._run(team, decode_to_frame, image, plain_frame, max_pixels) for image in images)
+        return await asyncio.gather(*decodings)
 
     async def decode_picture(self, team: str, image: bytes, width: int, height: int) -> NDArray[np.uint8] | ImageError:
         """Decodes the whole image to (height, width, 3) RGB; returns an ImageError if this fails."""
@@ -160,16 +138,19 @@ class Decoders:
             pool = self._idle_pools.pop(0)
             try:
                 return await asyncio.wrap_future(pool.schedule(function, arguments, timeout=DECODE_TIMEOUT_S))
+            except ImageError as error:
+                return error
             except MemoryError:
                 return _too_large()
             # from Python 3.11 on, the first two are the same class
-            except (PoolTimeoutError, asyncio.TimeoutError, ProcessExpired) as error:
+            except (PoolTimeoutError, asyncio.TimeoutError):
                 pool = await _restart(pool)
-                if isinstance(error, ProcessExpired):
-                    return _too_large()
                 return ImageError(
                     "too_slow", f"the image takes more than {DECODE_TIMEOUT_S:g} s to decode: save it as a plain PNG"
                 )
+            except ProcessExpired:
+                pool = await _restart(pool)
+                return _too_large()
             except (BrokenProcessPool, RuntimeError):
                 pool = await _restart(pool)
                 raise
@@ -232,32 +213,20 @@ def _do_nothing() -> None:
     pass
 
 
-def decode_images(images: Sequence[bytes], frame: Frame, max_pixels: int = MAX_PIXELS) -> list[Decoded | ImageError]:
-    """Decodes images to the shape of a frame.
+def decode_to_frame(image: bytes, frame: Frame, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decodes an image to the shape of a frame.
 
-    Returns: for each image its `ImageInfo` and pixels (H, W, 3 or 4) uint8, or the error of an image that is not decoded.
+    Returns: its `ImageInfo` and pixels (H, W, 3 or 4) uint8.
+
+    Raises: ImageError: the image cannot be decoded, or its header announces more than `max_pixels`.
     """
-    results: list[Decoded | ImageError] = []
-    for image in images:
-        try:
-            refuse_drawing(image)
-            if max_pixels < MAX_PIXELS:
-                _check_num_pixels(image, max_pixels)
-            results.append(read_image(image, frame))
-        except ImageError as error:
-            results.append(error)
-    return results
-
-
-def _check_num_pixels(image: bytes, max_pixels: int) -> None:
-    """Raises: ImageError: the header announces more than `max_pixels`, or cannot be read."""
-    info = read_header(image)
-    if info.width * info.height > max_pixels:
-        raise ImageError(
-            "too_large",
-            f"{info.width} x {info.height} is {info.width * info.height} pixels; the service accepts at most {max_pixels}: "
-            "cut the image into tiles",
-        )
+    refuse_drawing(image)
+    if max_pixels < MAX_PIXELS:
+        info = read_header(image)
+        if info.width * info.height > max_pixels:
+            size = f"{info.width} x {info.height} is {info.width * info.height} pixels"
+            raise ImageError("too_large", f"{size}; the service accepts at most {max_pixels}: cut the image into tiles")
+    return read_image(image, frame)
 
 
 def decode_picture(image: bytes, width: int, height: int) -> NDArray[np.uint8]:

@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from focus_ray.errors import ConfigError
 from focus_ray.serving.logs import log
@@ -38,17 +38,13 @@ def check_host(host: str, settings: ServiceSettings) -> None:
 
 def check_port(host: str, port: int) -> None:
     """Checks that the service can listen at a port; 0 is always free. Raises: ConfigError: it cannot."""
-    if port == 0:
-        return
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen at {host}:{port}: {error.strerror or error}: choose another --port, or end the other program"
-            ) from None
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(
+            f"cannot listen at {host}:{port}: {reason}: choose another --port, or end the other program"
+        ) from None
 
 
 @contextmanager
@@ -90,15 +86,10 @@ def running(settings: ServiceSettings, host: str = "127.0.0.1", port: int = 8000
 
 def serve_until_interrupted(settings: ServiceSettings, host: str, port: int, log: Callable[[str], None]) -> None:
     """Runs the service until SIGINT or SIGTERM, then finishes the requests in flight."""
-    stop = threading.Event()
     with running(settings, host, port) as url:
-        previous_handlers = {
-            number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        log(f"serving at {url}  (Ctrl-C stops)")
-        try:
-            stop.wait()
-        finally:
-            for number, handler in previous_handlers.items():
-                signal.signal(number, handler)
+        with suppress(KeyboardInterrupt):
+            for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have disabled SIGINT
+                signal.signal(number, signal.default_int_handler)
+            log(f"serving at {url}  (Ctrl-C stops)")
+            threading.Event().wait()
         log("stopping: requests in flight are finished first")

@@ -16,34 +16,27 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from focus_ray.serving.measures import Measures
-from focus_ray.serving.problems import Problem, unavailable
+from focus_ray.serving.problems import RETRY_AFTER_S, Problem, unavailable
 from focus_ray.serving.settings import MIB, Limits
 
 _MAX_FIELD_BYTES = 4096
-MAX_DOCUMENT_BYTES = 4096
-# for the JSON bodies of admin requests
-DOCUMENT_LIMITS = Limits(max_body_mb=MAX_DOCUMENT_BYTES / MIB, body_timeout_s=5.0)
+BODY_TIMEOUT_S = 30.0  # for the body of an inspection: 32 MiB at 9 Mbit/s
+MAX_DOCUMENT_BYTES, DOCUMENT_TIMEOUT_S = 4096, 5.0  # for the JSON bodies of admin requests
 M = TypeVar("M", bound=BaseModel)
 _URL_PARAMETERS = ("version", "output", "include")  # of an inspection; in a form they would have no effect
 
 
 class Gate:
-    """Counts the requests in flight and the bytes of their bodies, and refuses requests above the limits.
-
-    Attributes:
-        num_requests: requests in flight.
-        num_bytes: announced size of their bodies, bytes.
-    """
+    """Counts the requests in flight and the bytes of their bodies, and refuses requests above the limits."""
 
     def __init__(self, limits: Limits, measures: Measures) -> None:
         self.limits, self.measures = limits, measures
-        self.num_requests, self.num_bytes = 0, 0
         self._requests_by_team: Counter[str] = Counter()
         self._bytes_by_team: Counter[str] = Counter()
         # one team may not fill the memory: it leaves room for one body of another team, if there is room for two bodies
         spare_mb = limits.max_in_flight_mb - limits.max_body_mb
         self._max_bytes = MIB * limits.max_in_flight_mb
-        self._max_team_bytes = MIB * (spare_mb if spare_mb >= limits.max_body_mb else limits.max_in_flight_mb)
+        self._max_team_bytes = MIB * spare_mb if spare_mb >= limits.max_body_mb else float("inf")
 
     @contextmanager
     def admit(self, team: str, num_bytes: int) -> Iterator[None]:
@@ -51,79 +44,62 @@ class Gate:
 
         Raises: Problem: 429, the team has too many requests or bytes in flight. 503, all teams together have.
         """
-        if self._requests_by_team[team] >= self.limits.max_in_flight_per_team:
-            raise Problem(
-                429,
-                "too-many-requests",
-                f"team {team!r} has {self._requests_by_team[team]} requests in flight, the maximum: wait until one ends",
-                self.limits.retry_after_s,
-            )
-        if self._bytes_by_team[team] and num_bytes + self._bytes_by_team[team] > self._max_team_bytes < self._max_bytes:
-            raise Problem(
-                429,
-                "too-many-requests",
-                f"team {team!r} has the maximum MiB of requests in flight: wait until one ends",
-                self.limits.retry_after_s,
-            )
-        if self.num_requests >= self.limits.max_in_flight:
-            raise unavailable(
-                "the service has the maximum number of requests in flight: try again", self.limits.retry_after_s
-            )
-        if self.num_bytes and self.num_bytes + num_bytes > self._max_bytes:
-            raise unavailable(
-                "the service has the maximum MiB of images in flight: try again", self.limits.retry_after_s
-            )
-        self._requests_by_team[team] += 1
-        self._bytes_by_team[team] += num_bytes
-        self.num_requests += 1
-        self.num_bytes += num_bytes
-        self.measures.in_flight(self.num_requests, self.num_bytes)
+        team_requests, team_bytes = self._requests_by_team[team], self._bytes_by_team[team]
+        all_requests, all_bytes = self._requests_by_team.total(), self._bytes_by_team.total()
+        has_team_room = not team_bytes or team_bytes + num_bytes <= self._max_team_bytes
+        has_room = not all_bytes or all_bytes + num_bytes <= self._max_bytes
+        if team_requests >= self.limits.max_in_flight_per_team or not has_team_room:
+            detail = f"team {team!r} has {team_requests} requests of {team_bytes} bytes in flight: wait until one ends"
+            raise Problem(429, "too-many-requests", detail, RETRY_AFTER_S)
+        if all_requests >= self.limits.max_in_flight or not has_room:
+            raise unavailable(f"the service has {all_requests} requests of {all_bytes} bytes in flight: try again")
+        self._count(team, 1, num_bytes)
         try:
             yield
         finally:
-            self.num_requests -= 1
-            self.num_bytes -= num_bytes
-            self._requests_by_team[team] -= 1
-            self._bytes_by_team[team] -= num_bytes
-            if not self._requests_by_team[team]:
-                del self._requests_by_team[team], self._bytes_by_team[team]
-            self.measures.in_flight(self.num_requests, self.num_bytes)
+            self._count(team, -1, -num_bytes)
+
+    def _count(self, team: str, num_requests: int, num_bytes: int) -> None:
+        """Adds to the numbers of a team and reports the sums of all teams."""
+        self._requests_by_team[team] += num_requests
+        self._bytes_by_team[team] += num_bytes
+        if not self._requests_by_team[team]:
+            del self._requests_by_team[team], self._bytes_by_team[team]
+        self.measures.record("in_flight_requests", self._requests_by_team.total())
+        self.measures.record("in_flight_bytes", self._bytes_by_team.total())
 
 
-def read_content_length(request: Request, limits: Limits) -> int:
-    """Returns the Content-Length of a request in bytes; the maximum body size if the header is absent.
+def read_content_length(request: Request, max_bytes: int) -> int:
+    """Returns the Content-Length of a request in bytes; `max_bytes` if the header is absent.
 
-    Raises: Problem: 413, the length is above the maximum. 400, the header is not a length.
+    Raises: Problem: 413, the length is above `max_bytes`. 400, the header is not a length.
     """
-    max_bytes = int(limits.max_body_mb * MIB)
     text = request.headers.get("content-length")
     if text is None:
         return max_bytes
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise Problem(400, "bad-request", "the Content-Length header is not a number of bytes")
     if int(text) > max_bytes:
-        raise _body_too_large(limits)
+        raise _body_too_large(max_bytes)
     return int(text)
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """Reads the body of a request. Raises: Problem: 413, it is too large. 408, it takes longer than `body_timeout_s`."""
-    max_bytes = int(limits.max_body_mb * MIB)
+async def read_body(request: Request, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
+    """Reads the body of a request. Raises: Problem: 413, it has more than `max_bytes`. 408, it takes longer than `timeout_s`."""
 
     async def read() -> bytes:
         body = bytearray()
         async for chunk in request.stream():
             if len(body) + len(chunk) > max_bytes:
-                raise _body_too_large(limits)
+                raise _body_too_large(max_bytes)
             body += chunk
         return bytes(body)
 
     try:
-        return await asyncio.wait_for(read(), limits.body_timeout_s)
+        return await asyncio.wait_for(read(), timeout_s)
     except asyncio.TimeoutError:
-        raise Problem(
-            408, "body-timeout", f"the body did not arrive within {limits.body_timeout_s:g} s", limits.retry_after_s
-        ) from None
+        detail = f"the body did not arrive within {timeout_s:g} s"
+        raise Problem(408, "body-timeout", detail, RETRY_AFTER_S) from None
 
 
 async def read_document(request: Request, model: type[M]) -> M:
@@ -136,12 +112,11 @@ async def read_document(request: Request, model: type[M]) -> M:
         Problem: as `read_content_length` and `read_body`; 415, the Content-Type is not application/json.
         RequestValidationError: the body does not fit the model.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise Problem(415, "unsupported-media-type", f"Content-Type {media_type[:100]!r}: send application/json")
-    read_content_length(request, DOCUMENT_LIMITS)
+    if _media_type(request) != "application/json":
+        raise _unsupported(request, "application/json")
+    read_content_length(request, MAX_DOCUMENT_BYTES)
     try:
-        return model.model_validate_json(await read_body(request, DOCUMENT_LIMITS))
+        return model.model_validate_json(await read_body(request, MAX_DOCUMENT_BYTES, DOCUMENT_TIMEOUT_S))
     except ValidationError as error:
         raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in error.errors()]) from None
 
@@ -151,22 +126,15 @@ async def split_images(request: Request, body: bytes, limits: Limits) -> list[tu
 
     Raises: Problem: 415, another Content-Type. 400, the form cannot be read. 422, there is no image. 413, too many images.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = _media_type(request)
     if media_type == "multipart/form-data":
         images = await _read_form(request, body, limits)
     elif media_type.startswith("image/") or media_type == "application/octet-stream":
         images = [("", body)] if body else []
     else:
-        raise Problem(
-            415,
-            "unsupported-media-type",
-            f"Content-Type {media_type[:100]!r}: send image/* or application/octet-stream with the bytes of one image, or "
-            "multipart/form-data with one file for each image",
-        )
+        raise _unsupported(request, "image/* or application/octet-stream, or multipart/form-data with several images")
     if not images:
-        raise Problem(
-            422, "no-image", "the request contains no image: send the bytes of an image, or a form with files"
-        )
+        raise Problem(422, "no-image", "the request has no image: send the bytes of an image, or a form with files")
     return images
 
 
@@ -198,7 +166,7 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tupl
     parser = _FormParser(
         request.headers,
         stream_body(),  # type: ignore[arg-type]
-        max_files=limits.max_images + 1,
+        max_files=limits.max_images,
         max_fields=8,
         max_part_size=_MAX_FIELD_BYTES,
     )
@@ -207,40 +175,37 @@ async def _read_form(request: Request, body: bytes, limits: Limits) -> list[tupl
         form = await parser.parse()
     except MultiPartException as error:
         if "files" in error.message.lower():
-            raise _too_many_images(limits) from None
+            detail = f"more than {limits.max_images} images in one request: send several requests"
+            raise Problem(413, "too-many-images", detail) from None
+        detail = f"the multipart form cannot be read: {error.message[:200]}"
         if "exceeded maximum size" in error.message:
-            raise Problem(
-                400,
-                "bad-form",
+            detail = (
                 f"a field of the form is larger than {_MAX_FIELD_BYTES} bytes and is not a file: give each image a file name, as "
-                'in Content-Disposition: form-data; name="images"; filename="a.png"',
-            ) from None
-        raise Problem(400, "bad-form", f"the multipart form cannot be read: {error.message[:200]}") from None
+                'in Content-Disposition: form-data; name="images"; filename="a.png"'
+            )
+        raise Problem(400, "bad-form", detail) from None
     except (KeyError, ValueError, UnicodeError):  # the parser does not catch these for malformed headers
         raise Problem(400, "bad-form", "the multipart form cannot be read") from None
     images: list[tuple[str, bytes]] = []
     for name, value in form.multi_items():
-        if isinstance(value, str):
-            if name in _URL_PARAMETERS:
-                raise Problem(
-                    422, "parameter-in-form", f"{name!r} is a field of the form: put it into the URL, as ?{name}=..."
-                )
-            continue
-        images.append(((value.filename or "")[:200], await value.read()))
-    if len(images) > limits.max_images:
-        raise _too_many_images(limits)
+        if not isinstance(value, str):
+            images.append(((value.filename or "")[:200], await value.read()))
+        elif name in _URL_PARAMETERS:
+            detail = f"{name!r} is a field of the form: put it into the URL, as ?{name}=..."
+            raise Problem(422, "parameter-in-form", detail)
     return images
 
 
-def _too_many_images(limits: Limits) -> Problem:
-    """Returns the problem for a form with more than `max_images` files."""
-    return Problem(
-        413, "too-many-images", f"more than {limits.max_images} images in one request: send several requests"
-    )
+def _media_type(request: Request) -> str:
+    """Returns the media type of a request, in lower case and without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _body_too_large(limits: Limits) -> Problem:
-    """Returns the problem for a body above `max_body_mb`."""
-    num_bytes = int(limits.max_body_mb * MIB)
-    size = f"{limits.max_body_mb:g} MiB" if num_bytes >= MIB else f"{num_bytes} bytes"
-    return Problem(413, "too-large", f"the body is larger than {size}: send less in a request")
+def _unsupported(request: Request, expected: str) -> Problem:
+    """Returns the problem for another Content-Type than the expected ones."""
+    return Problem(415, "unsupported-media-type", f"Content-Type {_media_type(request)[:100]!r}: send {expected}")
+
+
+def _body_too_large(max_bytes: int) -> Problem:
+    """Returns the problem for a body above the limit."""
+    return Problem(413, "too-large", f"the body is larger than {max_bytes} bytes: send less in a request")

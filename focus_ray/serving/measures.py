@@ -1,50 +1,59 @@
-"""The interface through which the service reports metrics. `serving.metrics` exports them to Prometheus through Ray."""
+"""The metrics of the service, and the interface that reports them. `serving.metrics` exports them to Prometheus through Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
-from focus_ray.bundle.registry import Version
-from focus_ray.data.images import ImageError
-from focus_ray.detect.inspection import Inspection
-from focus_ray.detect.shift import Shift
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_MILLISECONDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
+# p-values of normal images are uniform: from 0.1 on, each bucket contains a tenth of the images
+_P_VALUES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_SCORE_RATIOS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # score / threshold
+_CATEGORY = ("team", "category")
+_VERSION = (*_CATEGORY, "version")
+_ROLE = (*_VERSION, "role")
+
+
+class Metric(NamedTuple):
+    """A metric: its kind (a class of `ray.util.metrics`), description, names of its tags, and buckets of a histogram."""
+
+    kind: Literal["Counter", "Gauge", "Histogram"]
+    description: str
+    tags: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+# by name without the prefix: Prometheus has ray_focus_ray_<name>, and ray_focus_ray_<name>_total of a counter
+METRICS = {
+    "requests": Metric("Counter", "Requests answered.", ("route", "method", "status")),
+    "request_seconds": Metric("Histogram", "From a request's head to its answer.", ("route",), _SECONDS),
+    "stage_milliseconds": Metric("Histogram", "Where an inspection's time went.", ("stage",), _MILLISECONDS),
+    "batch_images": Metric("Histogram", "Images scored together.", (), _IMAGES),
+    "batch_categories": Metric("Histogram", "Models in a batch.", (), _IMAGES),
+    "passes": Metric("Counter", "Passes through a backbone."),
+    "load_seconds": Metric("Histogram", "Until a version was in memory.", _CATEGORY, _SECONDS),
+    "models_dropped": Metric("Counter", "Versions put out of memory.", _CATEGORY),
+    "models": Metric("Gauge", "Versions in memory."),
+    "model_bytes": Metric("Gauge", "Their size."),
+    "in_flight_requests": Metric("Gauge", "Requests under way."),
+    "in_flight_bytes": Metric("Gauge", "The bodies of requests under way."),
+    "images": Metric("Counter", "Images inspected.", (*_ROLE, "verdict")),
+    "p_value": Metric("Histogram", "p-values of images.", _ROLE, _P_VALUES),
+    "score_to_threshold": Metric("Histogram", "Score over threshold.", _ROLE, _SCORE_RATIOS),
+    "shift_p_value": Metric(
+        "Gauge",
+        "Chance that the latest images of a version score so much higher, or lower, than those that set its threshold.",
+        (*_VERSION, "direction"),
+    ),
+    "shadow_images": Metric("Counter", "Images scored in shadow.", (*_VERSION, "differs")),
+    "retries": Metric("Counter", "Calls made again after a replica was lost."),
+    "sink_images": Metric("Counter", "What became of images for the sink.", ("outcome",)),
+}
 
 
 class Measures:
     """Receives metrics and ignores them; a subclass records them."""
 
-    def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Records an answered request. Args: route: the pattern of the path, which bounds the number of metric series."""
-
-    def stages(self, milliseconds: Mapping[str, float]) -> None:
-        """Records the milliseconds of each stage of an inspection."""
-
-    def batch(self, num_images: int, num_categories: int, num_passes: int) -> None:
-        """Records a scored batch. Args: num_passes: forward passes through a backbone."""
-
-    def loaded(self, version: Version, seconds: float) -> None:
-        """Records that a version was loaded."""
-
-    def dropped(self, version: Version) -> None:
-        """Records that a version was dropped from memory."""
-
-    def in_memory(self, num_models: int, num_bytes: int) -> None:
-        """Records the number and size of the models in memory."""
-
-    def in_flight(self, num_requests: int, num_bytes: int) -> None:
-        """Records the number of requests in flight and the size of their bodies."""
-
-    def results(self, version: Version, results: Sequence[Inspection | ImageError], role: str) -> None:
-        """Records the results of the images of a request. Args: role: answer, canary or shadow."""
-
-    def shift(self, version: Version, shift: Shift) -> None:
-        """Records a comparison of the latest scores of a version with its calibration scores."""
-
-    def shadow_difference(self, version: Version, differs: bool, score_change: float) -> None:
-        """Records whether the verdict of a shadow version differs, and the change of score / threshold."""
-
-    def retried(self) -> None:
-        """Records a retry after a replica was lost."""
-
-    def sink(self, outcome: str, count: int) -> None:
-        """Records an outcome of images in the sink: kept or dropped, then written or failed; delayed after a failed write."""
+    def record(self, name: str, value: float = 1, **tags: str) -> None:
+        """Adds `value` to a counter or histogram of METRICS, or sets a gauge. Args: tags: values of all tags of the metric."""

@@ -60,7 +60,7 @@ class SharedBackbones:
         """Size of all backbones that a model uses."""
         with self._lock:
             backbones = list(self._by_hash.values())
-        return sum(_num_bytes(backbone.parameters()) + _num_bytes(backbone.buffers()) for backbone in backbones)
+        return sum(tensor.nbytes for backbone in backbones for tensor in _module_tensors(backbone))
 
 
 class ModelCache:
@@ -135,7 +135,9 @@ class ModelCache:
         bundle.detector.net.projector = nn.Sequential()  # projector and predictor are for training only [kin]
         bundle.detector.net.predictor = nn.Identity()
         inspector = Inspector(bundle, self.device)
-        return LoadedModel(version, inspector, _num_bytes(tensors_without_backbone(bundle.detector)))
+        return LoadedModel(
+            version, inspector, sum(tensor.nbytes for tensor in tensors_without_backbone(bundle.detector))
+        )
 
 
 def tensors_without_backbone(detector: Detector) -> Iterator[Tensor]:
@@ -172,8 +174,3 @@ def _module_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Yields the parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()
-
-
-def _num_bytes(tensors: Iterator[Tensor]) -> int:
-    """Returns the size of tensors in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

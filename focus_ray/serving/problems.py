@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from http import HTTPStatus
-from typing import Any
+
+from starlette.responses import JSONResponse
 
 MEDIA_TYPE = "application/problem+json"
 SCHEMA = {
@@ -18,6 +18,8 @@ SCHEMA = {
         "request_id": {"type": "string", "description": "Identifies the request in the logs of the service."},
     },
 }
+RETRY_AFTER_S = 1  # a client that meets a limit waits this long before a retry: about the time of a batch
+STORAGE_RETRY_AFTER_S = 5  # the same while the storage fails, which rarely ends within a second
 
 
 class Problem(Exception):
@@ -27,7 +29,6 @@ class Problem(Exception):
         status: HTTP status.
         code: last part of the field `type`, for instance "not-found".
         detail: text for people.
-        retry_after_s: value of the header Retry-After, after which the same request may succeed; None: no such header.
         headers: further headers of the answer.
     """
 
@@ -36,31 +37,29 @@ class Problem(Exception):
         status: int,
         code: str,
         detail: str,
-        retry_after_s: float | None = None,
+        retry_after_s: int | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        """Args: retry_after_s: value of the header Retry-After, after which the same request may succeed; None: no header."""
         super().__init__(status, code, detail, retry_after_s, headers)  # all in args, so that it survives pickle
-        self.status, self.code, self.detail, self.retry_after_s = status, code, detail, retry_after_s
-        self.headers = headers or {}
+        self.status, self.code, self.detail = status, code, detail
+        self.headers = dict(headers or {})
+        if retry_after_s is not None:
+            self.headers["retry-after"] = str(retry_after_s)
 
     def __str__(self) -> str:
         return f"{self.status} {self.code}: {self.detail}"
 
-    def document(self, request_id: str) -> dict[str, Any]:
-        """Returns the fields of the problem document."""
-        return {
+    def response(self, request_id: str) -> JSONResponse:
+        """Returns the problem document as an HTTP response."""
+        document = {
             "type": f"urn:focus-ray:{self.code}",
             "title": HTTPStatus(self.status).phrase,
             "status": self.status,
             "detail": self.detail,
             "request_id": request_id,
         }
-
-    def all_headers(self) -> dict[str, str]:
-        """Returns the headers of the answer; Retry-After is rounded up to seconds."""
-        if self.retry_after_s is None:
-            return self.headers
-        return {**self.headers, "retry-after": str(max(0, math.ceil(self.retry_after_s)))}
+        return JSONResponse(document, self.status, self.headers, MEDIA_TYPE)
 
 
 def not_found(detail: str) -> Problem:
@@ -76,11 +75,6 @@ def no_such_category(team: str, category: str) -> Problem:
     return not_found(f"there is no category {category!r} of team {team!r} that this token opens")
 
 
-def unauthorised(detail: str) -> Problem:
-    """Returns a problem with status 401: the request has no valid token."""
-    return Problem(401, "unauthorised", detail, headers={"www-authenticate": "Bearer"})
-
-
-def unavailable(detail: str, retry_after_s: float) -> Problem:
+def unavailable(detail: str, retry_after_s: int = RETRY_AFTER_S) -> Problem:
     """Returns a problem with status 503: the same request may succeed later."""
     return Problem(503, "unavailable", detail, retry_after_s)

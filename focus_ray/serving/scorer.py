@@ -23,10 +23,9 @@ from focus_ray.bundle.registry import Version
 from focus_ray.data.images import MAX_PIXELS, ImageError
 from focus_ray.detect.detector import can_share_backbone_pass, score_together
 from focus_ray.detect.inspection import Inspection
-from focus_ray.drawing.rendering import MapValues, Output, draw, map_values, picture_size
+from focus_ray.detect.pictures import MapValues, Output, draw, map_values, picture_size
 from focus_ray.serving.batching import Batcher
 from focus_ray.serving.decoders import Decoded, Decoders, TeamSlots
-from focus_ray.serving.decoders import decode_images as _decode  # noqa: F401
 from focus_ray.serving.measures import Measures
 from focus_ray.serving.models import ModelCache
 from focus_ray.serving.settings import MIB, Pool
@@ -49,6 +48,24 @@ class Answer:
     pictures: list[bytes | None]
     maps: list[MapValues | None]
     timings_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ScoringRequest:
+    """Images to score with a version.
+
+    Attributes:
+        images: encoded files.
+        output: json, or the kind of picture.
+        include_map: adds the values of the anomaly maps.
+        max_pixels: larger images are not decoded; their result is an error.
+    """
+
+    version: Version
+    images: Sequence[bytes]
+    output: Output = "json"
+    include_map: bool = False
+    max_pixels: int = MAX_PIXELS
 
 
 class ScoringPart(NamedTuple):
@@ -92,7 +109,7 @@ class ImageScorer:
             device,
             ThreadPoolExecutor(1, thread_name_prefix="load"),
             on_load=self._report_load,
-            on_drop=self.measures.dropped,
+            on_drop=self.report_drop,
         )
 
     async def warm(self, version: Version) -> None:
@@ -102,68 +119,39 @@ class ImageScorer:
         await self._decoders.start()
         await self._batcher.submit(ScoringPart(inspector, blank), 1)
 
-    async def inspect(
-        self,
-        version: Version,
-        images: Sequence[bytes],
-        output: Output = "json",
-        include_map: bool = False,
-        max_pixels: int = MAX_PIXELS,
-    ) -> Answer:
-        """Scores the images of a request.
-
-        Args:
-            images: encoded files.
-            output: json, or the kind of picture.
-            include_map: adds the values of the anomaly maps.
-            max_pixels: larger images are not decoded; their result is an error.
-
-        Raises: BundleError: the version cannot be loaded.
-        """
-        started = time.perf_counter()
+    async def inspect(self, request: ScoringRequest) -> Answer:
+        """Decodes, scores and judges the images of a request. Raises: BundleError: the version cannot be loaded."""
+        started, team = time.perf_counter(), request.version.team
         self._decoders.launch()  # the processes start while the model is loaded
-        await self.models.get(version)  # before it takes a slot: a storage that hangs must not block loaded models
-        async with self._decoding_slots.hold(version.team):
-            return await self._inspect(version, images, output, include_map, max_pixels, started)
-
-    async def _inspect(
-        self,
-        version: Version,
-        images: Sequence[bytes],
-        output: Output,
-        include_map: bool,
-        max_pixels: int,
-        started: float,
-    ) -> Answer:
-        """Decodes, scores and judges images, with a slot for decoded images. `started`: start of the request."""
-        inspector = (await self.models.get(version)).inspector
-        loaded = time.perf_counter()
-        loop = asyncio.get_running_loop()
-        decoded = await self._decoders.decode(version.team, images, inspector.frame, max_pixels)
-        pictures: list[bytes | NDArray[np.uint8]] = list(images)
-        if output == "overlay":
-            # an overlay shows the whole image at another size than the frame: it is decoded again, also in a decoder process
-            for number, entry in enumerate(decoded):
-                if not isinstance(entry, ImageError):
-                    size = picture_size(entry[0].width, entry[0].height)
-                    picture = await self._decoders.decode_picture(version.team, images[number], *size)
-                    if isinstance(picture, ImageError):
-                        decoded[number] = picture
-                    else:
-                        pictures[number] = picture
-        ready = time.perf_counter()
-        timings = {"load": loaded - started, "decode": ready - loaded, "wait": 0.0, "score": 0.0, "judge": 0.0}
-        readable = [entry for entry in decoded if not isinstance(entry, ImageError)]
-        scores = None
-        if readable:
-            pixels = np.stack([pixels for _, pixels in readable])
-            scores = await self._batcher.submit(ScoringPart(inspector, pixels), len(pixels))
-            timings.update(wait=scores.started_at - ready, score=scores.ended_at - scores.started_at)
-        scored = time.perf_counter()
-        async with self._judging_slots.hold(version.team):
-            results, drawn, maps = await loop.run_in_executor(
-                self._judging_threads, _judge, inspector, pictures, decoded, scores, output, include_map
-            )
+        # loads the model before it takes a slot: a storage that hangs must not block loaded models
+        await self.models.get(request.version)
+        async with self._decoding_slots.hold(team):
+            inspector = (await self.models.get(request.version)).inspector
+            loaded = time.perf_counter()
+            decoded = await self._decoders.decode(team, request.images, inspector.frame, request.max_pixels)
+            pictures: list[bytes | NDArray[np.uint8]] = list(request.images)
+            if request.output == "overlay":
+                # it shows the whole image at another size than the frame: it is decoded again, also in a decoder process
+                for number, entry in enumerate(decoded):
+                    if not isinstance(entry, ImageError):
+                        size = picture_size(entry[0].width, entry[0].height)
+                        picture = await self._decoders.decode_picture(team, request.images[number], *size)
+                        if isinstance(picture, ImageError):
+                            decoded[number] = picture
+                        else:
+                            pictures[number] = picture
+            ready = time.perf_counter()
+            timings = {"load": loaded - started, "decode": ready - loaded, "wait": 0.0, "score": 0.0, "judge": 0.0}
+            readable = [entry[1] for entry in decoded if not isinstance(entry, ImageError)]
+            scores = None
+            if readable:
+                scores = await self._batcher.submit(ScoringPart(inspector, np.stack(readable)), len(readable))
+                timings.update(wait=scores.started_at - ready, score=scores.ended_at - scores.started_at)
+            scored = time.perf_counter()
+            arguments = (inspector, pictures, decoded, scores, request.output, request.include_map)
+            async with self._judging_slots.hold(team):
+                loop = asyncio.get_running_loop()
+                results, drawn, maps = await loop.run_in_executor(self._judging_threads, _judge, *arguments)
         timings["judge"] = time.perf_counter() - scored
         return Answer(results, drawn, maps, {stage: round(1e3 * seconds, 3) for stage, seconds in timings.items()})
 
@@ -201,13 +189,20 @@ class ImageScorer:
                 scores_by_part.update(zip(indices, zip(score, maps, strict=True), strict=True))
         ended_at = time.perf_counter()
         categories = {id(part.inspector) for part in parts}
-        self.measures.batch(sum(len(part.pixels) for part in parts), len(categories), len(groups))
+        self.measures.record("batch_images", sum(len(part.pixels) for part in parts))
+        self.measures.record("batch_categories", len(categories))
+        self.measures.record("passes", len(groups))
         return [Scores(*scores_by_part[index], started_at, ended_at) for index in range(len(parts))]
 
     def _report_load(self, version: Version, seconds: float) -> None:
         """Reports a loaded version and the size of the cache as metrics."""
-        self.measures.loaded(version, seconds)
-        self.measures.in_memory(len(self.models.loaded_keys), self.models.num_bytes)
+        self.measures.record("load_seconds", seconds, team=version.team, category=version.category)
+        self.measures.record("models", len(self.models.loaded_keys))
+        self.measures.record("model_bytes", self.models.num_bytes)
+
+    def report_drop(self, version: Version) -> None:
+        """Reports a version that was dropped from memory as a metric."""
+        self.measures.record("models_dropped", team=version.team, category=version.category)
 
 
 def _set_num_threads(count: int) -> None:
@@ -236,23 +231,22 @@ def _judge(
     maps: list[MapValues | None] = []
     row = 0
     for image, entry in zip(images, decoded, strict=True):
+        result: ImageResult
+        picture = values = None
         if isinstance(entry, ImageError):
-            results.append(entry)
-            pictures.append(None)
-            maps.append(None)
-            continue
-        assert scores is not None
-        info = entry[0]
-        score, anomaly_map = float(scores.score[row]), scores.anomaly_map[row]
-        row += 1
-        try:
-            inspection = inspector.judge(score, anomaly_map, info.width, info.height)
-        except ImageError as error:
-            results.append(error)
-            pictures.append(None)
-            maps.append(None)
-            continue
-        results.append(inspection.without_map())
-        pictures.append(None if output == "json" else draw(output, inspection, image))
-        maps.append(map_values(inspection) if include_map else None)
+            result = entry
+        else:
+            assert scores is not None
+            score, anomaly_map = float(scores.score[row]), scores.anomaly_map[row]
+            row += 1
+            try:
+                inspection = inspector.judge(score, anomaly_map, entry[0].width, entry[0].height)
+                result = inspection.without_map()
+                picture = None if output == "json" else draw(output, inspection, image)
+                values = map_values(inspection) if include_map else None
+            except ImageError as error:
+                result = error
+        results.append(result)
+        pictures.append(picture)
+        maps.append(values)
     return results, pictures, maps

@@ -6,55 +6,49 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, Protocol, TypeVar, cast
 
-from focus_ray.bundle.registry import Version
+from focus_ray.bundle.registry import Registry, Version
 from focus_ray.data.images import ImageError
 from focus_ray.detect.calibration import Calibration
+from focus_ray.detect.pictures import Output
 from focus_ray.detect.shift import describe_stream_shift
-from focus_ray.drawing.rendering import Output
 from focus_ray.errors import BundleError, DataError, RegistryError, ScoreError
 from focus_ray.serving.examples import ExampleStore
 from focus_ray.serving.limits import Gate
 from focus_ray.serving.logs import log
 from focus_ray.serving.measures import Measures
-from focus_ray.serving.problems import Problem, no_such_category, not_found, unauthorised, unavailable
-from focus_ray.serving.scorer import Answer
+from focus_ray.serving.problems import (
+    RETRY_AFTER_S,
+    STORAGE_RETRY_AFTER_S,
+    Problem,
+    no_such_category,
+    not_found,
+    unavailable,
+)
+from focus_ray.serving.scorer import Answer, ScoringRequest
 from focus_ray.serving.settings import Route, ServiceSettings
-from focus_ray.serving.sink import ImageSink
-from focus_ray.serving.source import Lookups, ModelSource, VersionDirectory, open_source
+from focus_ray.serving.sink import FLUSH_EVERY_S, ImageSink
+from focus_ray.serving.source import Lookups, ModelSource, VersionDirectory, open_source, version_facts
 from focus_ray.serving.stream_shift import StreamShifts
 from focus_ray.serving.tokens import Caller, Scope, TokenStore
 
 T = TypeVar("T")
 Role = Literal["answer", "canary"]
 _READY_TIMEOUT_S = 2.0  # the probe of a load balancer waits for a few seconds only
+_UNREADABLE = "the model cannot be read at present: try again, or ask who runs the service"
 _MAX_SHADOW_TASKS = 8  # at the same time; further ones are skipped, because a shadow must not slow down the answers
 
 
 class ScoringBackend(Protocol):
     """Scores images: an `ImageScorer` in this process, or pools of replicas with one each."""
 
-    async def inspect(
-        self,
-        version: Version,
-        images: Sequence[bytes],
-        output: Output = ...,
-        include_map: bool = ...,
-        max_pixels: int = ...,
-    ) -> Answer:
+    async def inspect(self, request: ScoringRequest) -> Answer:
         """Scores the images of a request, as `ImageScorer.inspect`."""
 
     async def warm(self, version: Version) -> None:
         """Loads a version, so that its first request does not wait."""
-
-
-class InspectionOutcome(NamedTuple):
-    """Scores of the images of a request, the version that computed them, and whether this version is the canary."""
-
-    version: Version
-    answer: Answer
-    role: Role
 
 
 class Service:
@@ -90,20 +84,20 @@ class Service:
         self.shifts = StreamShifts(self.directory.manifest, self.measures, log)
         self._routes = {(route.team, route.category): route for route in settings.routes}
         self._shadow_tasks: set[asyncio.Task[None]] = set()
-        self._is_ready = False
-        self._readiness_task: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
         self._background_tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Starts the background tasks: they write the sink and read the token file again."""
+        """Starts the background tasks: they look for a model, write the sink and read the token file again."""
+        self._background_tasks.append(asyncio.create_task(self._find_model()))
         if self.sink is not None:
-            self._background_tasks.append(asyncio.create_task(self._flush_regularly()))
+            self._background_tasks.append(asyncio.create_task(self._flush_regularly(self.sink)))
         if self.tokens is not None:
             self._background_tasks.append(asyncio.create_task(self.tokens.refresh_regularly()))
 
     async def close(self) -> None:
         """Ends the background tasks and writes the rows of the sink. Does not wait for look-ups, because one may hang."""
-        for task in (*self._background_tasks, *([self._readiness_task] if self._readiness_task else [])):
+        for task in self._background_tasks:
             task.cancel()
         self.directory.close()
         self.lookups.close()
@@ -125,7 +119,8 @@ class Service:
             return Caller(id="anonymous", team="*", scopes=("inspect", "read"))
         caller = self.tokens.authenticate(authorization)
         if caller is None:
-            raise unauthorised("send a valid token: Authorization: Bearer frs_...")
+            detail, headers = "send a valid token: Authorization: Bearer frs_...", {"www-authenticate": "Bearer"}
+            raise Problem(401, "unauthorised", detail, headers=headers)
         return caller
 
     @staticmethod
@@ -136,83 +131,78 @@ class Service:
             exist, so that a caller cannot find out names. 403, the token does not have the scope.
         """
         if caller.team not in ("*", team):
-            raise (
-                no_such_category(team, category) if category else not_found(f"there is no team {team!r} for this token")
-            )
+            raise no_such_category(team, category) if category else not_found(f"this token opens no team {team!r}")
         if scope not in caller.scopes:
             raise Problem(403, "forbidden", f"this token has the scopes {', '.join(caller.scopes)}; this needs {scope}")
 
     # ---- models and versions
     async def check_ready(self) -> None:
-        """Checks that there is a model to serve.
+        """Waits until a model was found, at most _READY_TIMEOUT_S.
 
         After the first success it always succeeds: a storage failure must not remove replicas from the load balancer.
-        Before, at most one look-up runs at a time, and at most one starts every `refresh_s`, whatever the number of probes.
 
-        Raises: Problem: 503, there is no model, or no model was read within _READY_TIMEOUT_S.
+        Raises: Problem: 503, no model was found.
         """
-        if self._is_ready:
-            return
-        if self._readiness_task is None:
-            self._readiness_task = asyncio.create_task(self._look_up_models())
-        await asyncio.wait([self._readiness_task], timeout=_READY_TIMEOUT_S)
-        if not self._is_ready:
-            raise unavailable("there is no model to serve here, or it cannot be read: ask who runs the service", 5.0)
-
-    async def _look_up_models(self) -> None:
-        """Looks for a model in the source and logs the reason if there is none."""
-        facts = {"registry": self.settings.registry, "bundles": self.settings.bundles}
         try:
-            self._is_ready |= await self.lookups.call("", self._has_models)
+            await asyncio.wait_for(self._ready.wait(), _READY_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            detail = "there is no model to serve here, or it cannot be read: ask who runs the service"
+            raise unavailable(detail, STORAGE_RETRY_AFTER_S) from None
+
+    async def _find_model(self) -> None:
+        """Looks for a model in the source every `refresh_s` until there is one; logs why there is none."""
+
+        def has_models() -> bool:
+            return any(self.source.categories(team) for team in self.source.teams())
+
+        logged_reason = None
+        while not self._ready.is_set():
             reason = "there is no model"
-        except Exception as error:  # any error: the next probe looks again
-            reason = str(error)
-        if not self._is_ready:
-            log("nothing to serve", level=logging.ERROR, reason=reason, **facts)
-        asyncio.get_running_loop().call_later(self.settings.refresh_s, self._allow_next_readiness_lookup)
-
-    def _allow_next_readiness_lookup(self) -> None:
-        """Forgets the last look-up of models, so that the next probe starts a new one."""
-        self._readiness_task = None
-
-    def _has_models(self) -> bool:
-        """Says whether the source has a category of any team. Blocks."""
-        return any(self.source.categories(team) for team in self.source.teams())
+            try:
+                if await self.lookups.call("", has_models):
+                    self._ready.set()
+                    return
+            except Exception as error:  # any error: the next look-up must still run
+                reason = str(error)
+            if reason != logged_reason:
+                log("nothing to serve", level=logging.ERROR, reason=reason, registry=self.settings.registry)
+                logged_reason = reason
+            await asyncio.sleep(self.settings.refresh_s)
 
     async def list_teams(self, caller: Caller) -> list[str]:
         """Returns the team of the caller; all teams if the caller is not limited to a team."""
         if caller.team != "*":
             return [caller.team]
-        return await self._call_source(self.lookups.call("", self.source.teams), "", "")
+        return await self._look_up("", "", self.source.teams)
 
     async def list_categories(self, team: str) -> list[str]:
         """Returns the categories of a team. Raises: Problem: 503, the storage fails."""
-        return await self._call_source(self.lookups.call(team, self.source.categories, team), team, "")
+        return await self._look_up(team, "", self.source.categories, team)
 
     async def list_versions(self, team: str, category: str) -> tuple[list[Version], dict[str, str]]:
         """Returns the versions of a category, and version names by alias.
 
         Raises: Problem: 404, there is no such category. 503, the storage fails.
         """
-        versions = await self._call_source(
-            self.lookups.call(team, self.source.versions, team, category), team, category
-        )
+        versions = await self._look_up(team, category, self.source.versions, team, category)
         if not versions:
             raise no_such_category(team, category)
-        return versions, await self._call_source(
-            self.lookups.call(team, self.source.aliases, team, category), team, category
-        )
+        return versions, await self._look_up(team, category, self.source.aliases, team, category)
 
     async def resolve(self, team: str, category: str, ref: str | None) -> Version:
         """Returns the version of a ref (version name or alias); None: the ref of the route, else the default ref.
 
         Raises: Problem: 404, there is no such version. 503, the storage fails.
         """
-        route = self._routes.get((team, category))
-        chosen_ref = ref or (route.ref if route else self.settings.default_ref)
+        chosen_ref = ref or self._route(team, category).ref
         version = await self._call_source(self.directory.resolve(team, category, chosen_ref), team, category, ref)
-        self._is_ready = True
+        self._ready.set()
         return version
+
+    def _route(self, team: str, category: str) -> Route:
+        """Returns the route of a category; without a configured one, a route to the default ref."""
+        default = Route(team=team, category=category, ref=self.settings.default_ref)
+        return self._routes.get((team, category), default)
 
     async def describe_version(self, version: Version) -> dict[str, Any]:
         """Returns the model card of a version, with JSON values. Readers must not learn storage paths, so it contains none."""
@@ -222,9 +212,7 @@ class Service:
         shift = self.shifts.latest_shift(version)
         notice = None if shift is None else describe_stream_shift(shift)
         return {
-            "team": version.team,
-            "category": version.category,
-            "version": version.name,
+            **version_facts(version),
             "sha256": version.sha256,
             "created_at": manifest["created_at"],
             "published_at": version.published_at.isoformat(),
@@ -252,62 +240,60 @@ class Service:
         manifest = await self._call_source(self.directory.manifest(version), team, category)
         data = manifest.get("data")
         uri = data.get("uri") if isinstance(data, dict) else None
-        example = self._start_long_call(team, self.examples.read, team, category, uri, number)
-        return await self._call_source(example, team, category)
+        limit_s = self.settings.limits.timeout_s
+        return await self._look_up(team, category, self.examples.read, team, category, uri, number, timeout_s=limit_s)
 
     async def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
-        """Moves an alias to the version of a ref and returns the version.
-
-        Raises: Problem: 404, there is no such version, or the alias cannot be moved. 503, the storage fails.
-        """
-        version = await self._call_source(
-            self._start_long_call(team, self.source.promote, team, category, ref, alias), team, category, ref
-        )
-        self.directory.forget(team, category)
-        log("promoted", team=team, category=category, alias=alias, version=version.name)
+        """Moves an alias to the version of a ref and returns the version. Raises: Problem: as `_change_registry`."""
+        function = self._registry().promote
+        version = await self._change_registry(team, category, ref, function, team, category, ref, alias)
+        log("promoted", alias=alias, **version_facts(version))
         return version
 
     async def roll_back(self, team: str, category: str, alias: str) -> Version:
-        """Moves an alias back to its previous version and returns the version. Raises: Problem: as `promote`."""
-        version = await self._call_source(
-            self._start_long_call(team, self.source.roll_back, team, category, alias), team, category, alias
-        )
-        self.directory.forget(team, category)
-        log("rolled back", team=team, category=category, alias=alias, version=version.name)
+        """Moves an alias back to its previous version and returns the version. Raises: Problem: as `_change_registry`."""
+        function = self._registry().roll_back
+        version = await self._change_registry(team, category, alias, function, team, category, alias)
+        log("rolled back", alias=alias, **version_facts(version))
         return version
 
     async def set_thresholds(
-        self, team: str, category: str, ref: str, image: float | None, pixel: float | None, caller: Caller
+        self, version: Version, image: float | None, pixel: float | None, caller: Caller
     ) -> Version:
         """Publishes the same model with other thresholds and returns the new version; only the alias `latest` moves to it.
 
         Args:
-            ref: version name or alias of the model.
             image: new image threshold; None: unchanged.
             pixel: new pixel threshold; None: unchanged.
             caller: is recorded as the author.
 
-        Raises: Problem: 409, the service serves a folder of bundles. 404 and 503 as `resolve`.
+        Raises: Problem: as `_change_registry`.
         """
+        arguments = (version, image, pixel, f"token {caller.id}")
+        function = self._registry().set_thresholds
+        new_version = await self._change_registry(version.team, version.category, version.name, function, *arguments)
+        log("thresholds set", of=version.name, by=caller.id, **version_facts(new_version))
+        return new_version
+
+    def _registry(self) -> Registry:
+        """Returns the source of the models if it can be changed. Raises: Problem: 409, it is a folder of bundles."""
         if self.settings.registry is None:
-            raise Problem(
-                409,
-                "not-a-registry",
-                "this service serves a folder of bundles, which keeps no versions: publish to a registry and serve that, or use "
-                "`focus-ray calibrate` on the bundle",
-            )
-        version = await self.resolve(team, category, ref)
+            detail = "a folder of bundles keeps no versions and aliases: serve a registry, or use `focus-ray calibrate`"
+            raise Problem(409, "not-a-registry", detail)
+        return cast(Registry, self.source)
+
+    async def _change_registry(
+        self, team: str, category: str, ref: str, function: Callable[..., Version], *arguments: Any
+    ) -> Version:
+        """Returns `function(*arguments)`, which moves an alias of a category.
+
+        Raises: Problem: 404, there is no such version or alias, or the alias cannot be moved. 503, the storage fails.
+        """
+        limit_s = self.settings.limits.timeout_s
         try:
-            new_version = await self._call_source(
-                self._start_long_call(team, self.source.set_thresholds, version, image, pixel, f"token {caller.id}"),
-                team,
-                category,
-                ref,
-            )
+            return await self._look_up(team, category, function, *arguments, ref=ref, timeout_s=limit_s)
         finally:
             self.directory.forget(team, category)
-        log("thresholds set", team=team, category=category, version=new_version.name, of=version.name, by=caller.id)
-        return new_version
 
     # ---- scoring
     async def inspect(
@@ -319,8 +305,10 @@ class Service:
         output: Output,
         include_map: bool,
         request_id: str,
-    ) -> InspectionOutcome:
+    ) -> tuple[Version, Answer, Role]:
         """Scores images with the version of the request, else the canary (for its share), else the version of the route.
+
+        Returns: the version, its answer, and whether this version is the canary.
 
         Args:
             ref: version name or alias; None: the route decides, and canary and shadow apply.
@@ -328,95 +316,94 @@ class Service:
 
         Raises: Problem: 404, no such version. 500, the score is not finite. 503, the model cannot be read. 504, timeout.
         """
-        route = self._routes.get((team, category))
-        version, role = await self._choose_version(team, category, ref, route)
+        route = self._route(team, category)
+        version, role = await self._choose_version(route, ref)
         limits = self.settings.limits
+        request = ScoringRequest(version, images, output, include_map, limits.max_pixels)
+        facts = {"request_id": request_id, "version": version.uri}
         try:
-            answer = await asyncio.wait_for(
-                self.backend.inspect(version, images, output, include_map, limits.max_pixels), limits.timeout_s
-            )
+            answer = await asyncio.wait_for(self.backend.inspect(request), limits.timeout_s)
         except asyncio.TimeoutError:
-            raise Problem(
-                504,
-                "timeout",
-                f"no answer within {self.settings.limits.timeout_s:g} s: try again",
-                self.settings.limits.retry_after_s,
-            ) from None
+            detail = f"no answer within {limits.timeout_s:g} s: try again"
+            raise Problem(504, "timeout", detail, RETRY_AFTER_S) from None
         except ScoreError as error:
-            log("no finite score", level=logging.ERROR, error=error, request_id=request_id, version=version.uri)
-            raise Problem(
-                500, "no-score", "the model gave no finite score for an image: tell who runs the service"
-            ) from None
+            log("no finite score", level=logging.ERROR, error=error, **facts)
+            detail = "the model gave no finite score for an image: tell who runs the service"
+            raise Problem(500, "no-score", detail) from None
         except (BundleError, DataError) as error:
-            log("model cannot be loaded", level=logging.ERROR, error=error, request_id=request_id, version=version.uri)
-            raise self._unreadable_model() from None
-        self.measures.stages(answer.timings_ms)
-        self.measures.results(version, answer.results, role)
+            log("model cannot be loaded", level=logging.ERROR, error=error, **facts)
+            raise unavailable(_UNREADABLE, STORAGE_RETRY_AFTER_S) from None
+        for stage, milliseconds in answer.timings_ms.items():
+            self.measures.record("stage_milliseconds", milliseconds, stage=stage)
+        self._record_results(request, answer, role, request_id)
         self.shifts.add(version, answer.results)
-        if self.sink is not None:
-            self.sink.offer(version, request_id, images, answer.results, role)
-        if route is not None and route.shadow and ref is None:
-            self._start_shadow(route, version, images, answer, request_id)
-        return InspectionOutcome(version, answer, role)
+        if route.shadow and ref is None:
+            self._start_shadow(route, request, answer, request_id)
+        return version, answer, role
 
-    async def _choose_version(
-        self, team: str, category: str, ref: str | None, route: Route | None
-    ) -> tuple[Version, Role]:
+    def _record_results(self, request: ScoringRequest, answer: Answer, role: str, request_id: str) -> None:
+        """Counts images by verdict, records p-values and scores relative to the threshold, and fills the sink."""
+        tags = {**version_facts(request.version), "role": role}
+        for result in answer.results:
+            if isinstance(result, ImageError):
+                self.measures.record("images", verdict="unreadable", **tags)
+                continue
+            self.measures.record("images", verdict=result.verdict, **tags)
+            self.measures.record("p_value", result.p_value, **tags)
+            self.measures.record("score_to_threshold", result.score_to_threshold, **tags)
+        if self.sink is not None:
+            self.sink.offer(request.version, request_id, request.images, answer.results, role)
+
+    async def _choose_version(self, route: Route, ref: str | None) -> tuple[Version, Role]:
         """Returns the version that answers, and its role. If the canary cannot be found, the normal version answers."""
-        if ref is None and route is not None and route.canary and random.random() < route.canary_share:
+        team, category = route.team, route.category
+        if ref is None and route.canary and random.random() < route.canary_share:
             try:
                 return await self.directory.resolve(team, category, route.canary), "canary"
             except (RegistryError, DataError) as error:
                 log("no canary", level=logging.WARNING, error=str(error), team=team, category=category)
         return await self.resolve(team, category, ref), "answer"
 
-    def _start_shadow(
-        self, route: Route, version: Version, images: Sequence[bytes], answer: Answer, request_id: str
-    ) -> None:
+    def _start_shadow(self, route: Route, request: ScoringRequest, answer: Answer, request_id: str) -> None:
         """Starts a task that scores the images with the shadow version, for its share of the requests."""
         if random.random() >= route.shadow_share or len(self._shadow_tasks) >= _MAX_SHADOW_TASKS:
             return
-        task = asyncio.create_task(self._score_in_shadow(route, version, images, answer, request_id))
+        task = asyncio.create_task(self._score_in_shadow(route, request, answer, request_id))
         self._shadow_tasks.add(task)
         task.add_done_callback(self._shadow_tasks.discard)
 
-    async def _score_in_shadow(
-        self, route: Route, version: Version, images: Sequence[bytes], answer: Answer, request_id: str
-    ) -> None:
+    async def _score_in_shadow(self, route: Route, request: ScoringRequest, answer: Answer, request_id: str) -> None:
         """Scores the images with the shadow version; logs how its results differ from the answer. Never raises."""
         try:
             assert route.shadow is not None
-            shadow_version = await self.directory.resolve(route.team, route.category, route.shadow)
-            if shadow_version == version:
+            version = await self.directory.resolve(route.team, route.category, route.shadow)
+            if version == request.version:
                 return
-            scoring = self.backend.inspect(shadow_version, images, "json", False, self.settings.limits.max_pixels)
+            shadow_request = replace(request, version=version, output="json", include_map=False)
+            scoring = self.backend.inspect(shadow_request)
             shadow_answer = await asyncio.wait_for(scoring, self.settings.limits.timeout_s)
         except Exception as error:  # any error: the request already has its answer
             log("shadow failed", level=logging.WARNING, error=str(error) or type(error).__name__, request_id=request_id)
             return
-        self.measures.results(shadow_version, shadow_answer.results, "shadow")
+        self._record_results(shadow_request, shadow_answer, "shadow", request_id)
         for number, (result, shadow_result) in enumerate(zip(answer.results, shadow_answer.results, strict=True)):
             if isinstance(result, ImageError) or isinstance(shadow_result, ImageError):
                 continue
             # two versions have different scales, so their scores are compared relative to their thresholds
             change = shadow_result.score_to_threshold - result.score_to_threshold
             differs = result.anomalous != shadow_result.anomalous
-            self.measures.shadow_difference(shadow_version, differs, change)
+            self.measures.record("shadow_images", differs=str(differs).lower(), **version_facts(version))
             log(
                 "shadow",
                 request_id=request_id,
                 image=number,
-                team=shadow_version.team,
-                category=shadow_version.category,
-                version=version.name,
-                shadow=shadow_version.name,
+                shadow=version.name,
                 differs=differs,
                 p_value=result.p_value,
                 shadow_p_value=shadow_result.p_value,
                 relative_score_change=round(change, 6),
+                **version_facts(request.version),
             )
-        if self.sink is not None:
-            self.sink.offer(shadow_version, request_id, images, shadow_answer.results, "shadow")
 
     # ---- helpers
     async def _call_source(self, call: Awaitable[T], team: str, category: str, ref: str | None = None) -> T:
@@ -432,27 +419,30 @@ class Service:
             return await call
         except RegistryError as error:
             log("not found", team=team, category=category, error=str(error))
-            if ref is not None:
-                raise not_found(
-                    f"there is no version or alias {ref!r} of category {category!r} of team {team!r} that this token "
-                    "opens or may move"
-                ) from None
-            raise no_such_category(team, category) from None
+            if ref is None:
+                raise no_such_category(team, category) from None
+            place = f"category {category!r} of team {team!r}"
+            detail = f"there is no version or alias {ref!r} of {place} that this token opens or may move"
+            raise not_found(detail) from None
         except (BundleError, DataError) as error:
             log("storage failed", level=logging.ERROR, team=team, category=category, error=error)
-            raise self._unreadable_model() from None
+            raise unavailable(_UNREADABLE, STORAGE_RETRY_AFTER_S) from None
 
-    def _start_long_call(self, team: str, function: Callable[..., T], *arguments: Any) -> Awaitable[T]:
-        """Prepares a call that reads or writes more than a look-up: its time limit is the one of an answer."""
-        return self.lookups.call(team, function, *arguments, timeout_s=self.settings.limits.timeout_s)
+    async def _look_up(
+        self,
+        team: str,
+        category: str,
+        function: Callable[..., T],
+        *arguments: Any,
+        ref: str | None = None,
+        timeout_s: float | None = None,
+    ) -> T:
+        """Returns `function(*arguments)` as `Lookups.call`, with the errors of `_call_source`."""
+        call = self.lookups.call(team, function, *arguments, timeout_s=timeout_s)
+        return await self._call_source(call, team, category, ref)
 
-    def _unreadable_model(self) -> Problem:
-        """Returns the problem for a model that cannot be read or loaded."""
-        return unavailable("the model cannot be read at present: try again, or ask who runs the service", 5.0)
-
-    async def _flush_regularly(self) -> None:
-        """Writes the sink every `flush_every_s`, until it is cancelled."""
-        assert self.sink is not None
+    async def _flush_regularly(self, sink: ImageSink) -> None:
+        """Writes the sink every FLUSH_EVERY_S, until it is cancelled."""
         while True:
-            await asyncio.sleep(self.sink.settings.flush_every_s)
-            await asyncio.to_thread(self.sink.flush)
+            await asyncio.sleep(FLUSH_EVERY_S)
+            await asyncio.to_thread(sink.flush)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,8 @@ MIB = 2**20
 
 class Scaling(Section):
     """The number of replicas of a deployment, and when Serve changes it."""
+
+    FIXED: ClassVar = {"metrics_interval_s": 2.0}
 
     min_replicas: int = Field(
         default=1,
@@ -43,7 +45,6 @@ class Scaling(Section):
     downscale_to_zero_delay_s: float = Field(
         default=900.0, ge=0.0, description="The same for the last replica if min_replicas is 0."
     )
-    metrics_interval_s: float = Field(default=2.0, gt=0.0, description="How often replicas report their load.")
 
     @model_validator(mode="after")
     def _check_order(self) -> Scaling:
@@ -55,6 +56,8 @@ class Scaling(Section):
 
 class Pool(Section):
     """A pool of replicas that score images."""
+
+    FIXED: ClassVar = {"max_queued_requests": 512, "graceful_shutdown_s": 30.0}
 
     num_cpus: float = Field(default=1.0, ge=0.0, description="CPUs that Ray reserves for a replica.")
     num_gpus: float = Field(
@@ -86,12 +89,6 @@ class Pool(Section):
         default=64,
         ge=1,
         description="Requests whose decoded images a replica has in memory, at most half from one team; others wait encoded.",
-    )
-    max_queued_requests: int = Field(
-        default=512, ge=1, description="Requests that may wait for a replica; above it the answer is 503."
-    )
-    graceful_shutdown_s: float = Field(
-        default=30.0, gt=0.0, description="How long a replica that stops may still work on its requests."
     )
     scaling: Scaling = Scaling()
 
@@ -135,15 +132,14 @@ class Route(Section):
 class Limits(Section):
     """Limits above which a request is refused before it costs much."""
 
+    FIXED: ClassVar = {"body_timeout_s": 30.0, "retry_after_s": 1.0}
+
     max_body_mb: float = Field(
         default=32.0, gt=0.0, description="Largest body of a request, in MiB; above it the answer is 413."
     )
     max_images: int = Field(default=32, ge=1, le=1024, description="Most images in a request.")
     max_pixels: int = Field(
         default=25_000_000, ge=1, description="Most pixels of an image; checked in its header before it is decoded."
-    )
-    body_timeout_s: float = Field(
-        default=30.0, gt=0.0, description="How long a body may take to arrive; after it the answer is 408."
     )
     timeout_s: float = Field(
         default=60.0, gt=0.0, description="How long an answer may take; after it the answer is 504."
@@ -159,13 +155,12 @@ class Limits(Section):
     max_in_flight_per_team: int = Field(
         default=128, ge=1, description="Requests of one team in flight; above it the answer is 429."
     )
-    retry_after_s: float = Field(
-        default=1.0, ge=0.0, description="Seconds that a client should wait before a retry (Retry-After), rounded up."
-    )
 
 
 class Sink(Section):
     """Inspected images and scores stored as Parquet for retraining. Off by default."""
+
+    FIXED: ClassVar = {"flush_every_s": 60.0, "max_rows": 256, "max_buffer_mb": 64.0}
 
     uri: str = Field(min_length=1, description="Where inspected images are stored: a folder or an s3:// URI.")
     share: float = Field(default=0.01, ge=0.0, le=1.0, description="Share of the normal images that is stored.")
@@ -175,18 +170,16 @@ class Sink(Section):
     retention_days: float = Field(
         default=30.0, gt=0.0, description="Days that images are stored; older images are deleted."
     )
-    flush_every_s: float = Field(default=60.0, gt=0.0, description="Longest time until images are written.")
-    max_rows: int = Field(default=256, ge=1, description="Images in a file; a file is written when this number waits.")
-    max_buffer_mb: float = Field(
-        default=64.0, gt=0.0, description="MiB of images that may wait to be written; above it images are dropped."
-    )
 
 
+# replicas that receive requests have no model, so one serves more requests than a replica that scores
 _INGRESS = Scaling(min_replicas=1, max_replicas=4, target_ongoing_requests=64.0)
 
 
 class ServiceSettings(Section):
     """All settings of the service."""
+
+    FIXED: ClassVar = {"together": "auto"}
 
     registry: str | None = Field(
         default=None, description="Root of the registry whose models are served: a path or an s3:// URI."
@@ -216,17 +209,12 @@ class ServiceSettings(Section):
     )
     ingress: Scaling = Field(
         default=_INGRESS,
-        description="Number of replicas that receive requests, if other replicas score; they use no GPU and have no "
-        "model.",
+        description="Number of replicas that receive requests and pass them to the replicas that score; they use no GPU and have "
+        "no model. There are none if this is the default, the pool has exactly one replica, and there are no pins. That replica "
+        "then receives requests too. This is faster, but the requests of a lost replica are not retried.",
     )
     ingress_num_cpus: float = Field(
         default=0.5, ge=0.0, description="CPUs that Ray reserves for a replica that receives requests."
-    )
-    together: bool | Literal["auto"] = Field(
-        default="auto",
-        description="Whether the replicas that receive requests also score them. This is faster, but the requests of a lost "
-        "replica are not retried. auto: yes if the pool has exactly one replica, there are no pins, and ingress "
-        "is not set.",
     )
     pool: Pool = Pool()
     pins: tuple[Pin, ...] = ()
@@ -239,21 +227,16 @@ class ServiceSettings(Section):
         """Raises: ValueError: settings contradict each other."""
         if (self.registry is None) == (self.bundles is None):
             raise ValueError("set either registry or bundles, and not both")
-        if self.tokens is None and not self.open_to_all:
+        if (self.tokens is None) != self.open_to_all:
             raise ValueError(
-                "tokens is not set, so anyone could use the service: set it to a file made by `focus-ray token create`, or set "
-                "open_to_all=true on your own machine"
+                f"tokens={self.tokens!r} and open_to_all={self.open_to_all}: set tokens to a file made by `focus-ray token "
+                "create`; on your own machine only, set open_to_all=true instead"
             )
-        if self.tokens is not None and self.open_to_all:
-            raise ValueError("tokens and open_to_all=true contradict each other: set one")
         if self.examples is True and self.registry is not None:
             raise ValueError(
                 "examples=true would show every data set that a model in the registry names, also of other teams: name the "
                 "locations that each team may show, for instance examples: {press: [s3://plant/data/press]}"
             )
-        if self.together is True and (self.pins or self.ingress != _INGRESS):
-            setting = "pins" if self.pins else "ingress"
-            raise ValueError(f"together=true leaves no replicas for {setting}: remove it, or set together=false")
         _check_unique("pins", [pin.name for pin in self.pins])
         _check_unique("pins", [f"{pin.team}/{category}" for pin in self.pins for category in pin.categories])
         _check_unique("routes", [f"{route.team}/{route.category}" for route in self.routes])
@@ -261,11 +244,9 @@ class ServiceSettings(Section):
 
     @property
     def is_together(self) -> bool:
-        """Says whether the replicas that receive requests also score them: the setting `together`, with auto resolved."""
-        if self.together == "auto":
-            scaling = self.pool.scaling
-            return scaling.min_replicas == scaling.max_replicas == 1 and not self.pins and self.ingress == _INGRESS
-        return self.together
+        """Says whether the replica that scores also receives the requests."""
+        scaling = self.pool.scaling
+        return scaling.min_replicas == scaling.max_replicas == 1 and not self.pins and self.ingress == _INGRESS
 
 
 def _check_unique(setting: str, names: list[str]) -> None:

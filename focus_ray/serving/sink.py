@@ -27,7 +27,7 @@ from focus_ray.data.images import ImageError
 from focus_ray.detect.inspection import Inspection
 from focus_ray.errors import DataError
 from focus_ray.serving.measures import Measures
-from focus_ray.serving.settings import MIB, Sink
+from focus_ray.serving.settings import Sink
 from focus_ray.storage.files import join, list_names, remove_folder, write_bytes
 
 SCHEMA = pa.schema(
@@ -46,6 +46,9 @@ SCHEMA = pa.schema(
         pa.field("role", pa.string(), nullable=False),  # answer, canary or shadow
     ]
 )
+FLUSH_EVERY_S = 60.0  # a crash loses the images of a minute at most
+MAX_ROWS = 256  # a file is written earlier when a team has this number of waiting images
+MAX_BUFFER_BYTES = 64 * 2**20  # of images that wait to be written; further images are dropped
 _DATE = re.compile(r"date=(\d{4}-\d{2}-\d{2})")
 
 
@@ -67,7 +70,6 @@ class ImageSink:
         self._rows_by_team: dict[str, list[dict[str, Any]]] = defaultdict(list)  # by team
         self._num_bytes = 0  # of the images in waiting rows and files
         self._unwritten_files: list[_File] = []  # of earlier flushes; only the writer thread uses it
-        self._is_write_requested = False  # a team has `max_rows` rows, and the writer will write them
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sink")
         self._last_cleanup: datetime | None = None
 
@@ -86,42 +88,43 @@ class ImageSink:
             role: answer, canary or shadow.
         """
         now = datetime.now(timezone.utc)
+        is_full = False
         with self._lock:
+            rows = self._rows_by_team[version.team]
             for number, (image, result) in enumerate(zip(images, results, strict=True)):
                 if isinstance(result, ImageError):
                     continue
                 share = self.settings.share_anomalous if result.anomalous else self.settings.share
                 if random.random() >= share:
                     continue
-                if self._num_bytes + len(image) > self.settings.max_buffer_mb * MIB:
-                    self.measures.sink("dropped", 1)
+                if self._num_bytes + len(image) > MAX_BUFFER_BYTES:
+                    self._count_images("dropped", 1)
                     continue
-                row: dict[str, Any] = {
-                    name: getattr(result, name) for name in ("width", "height", "score", "p_value", "anomalous")
-                }
+                columns = ("width", "height", "score", "p_value", "anomalous")
+                row = {name: getattr(result, name) for name in columns}
                 row.update(id=f"{request_id}/{number}", category=version.category, time=now, image=image)
                 row.update(version=version.name, bundle=version.sha256, role=role)
-                self._rows_by_team[version.team].append(row)
+                rows.append(row)
                 self._num_bytes += len(image)
-                self.measures.sink("kept", 1)
-            is_full = len(self._rows_by_team[version.team]) >= self.settings.max_rows and not self._is_write_requested
-            self._is_write_requested |= is_full
+                self._count_images("kept", 1)
+                is_full |= len(rows) == MAX_ROWS
         if is_full:
             self._writer.submit(self._write)
 
     def flush(self) -> None:
         """Writes the waiting rows and deletes old images; waits for both. Logs errors instead of raising them."""
-        try:
-            self._writer.submit(self._write).result()
-        except RuntimeError as error:  # after `close`
-            self.log("the sink was flushed after its end", error=str(error))
+        self._writer.submit(self._write).result()
 
     def close(self) -> None:
         """Writes the waiting rows and ends the writer. Files that cannot be written now are lost, and counted as failed."""
         self.flush()
         self._writer.shutdown()
         if self._unwritten_files:
-            self.measures.sink("failed", sum(file.num_images for file in self._unwritten_files))
+            self._count_images("failed", sum(file.num_images for file in self._unwritten_files))
+
+    def _count_images(self, outcome: str, count: int) -> None:
+        """Counts images by outcome: kept or dropped, then written or failed; delayed after a failed write."""
+        self.measures.record("sink_images", count, outcome=outcome)
 
     def _write(self) -> None:
         """Runs a flush in the writer thread: writes files and deletes old images."""
@@ -134,51 +137,38 @@ class ImageSink:
     def _write_files(self) -> None:
         """Writes the files of earlier flushes and a file for each team with waiting rows; keeps the files that fail."""
         with self._lock:
-            rows, self._rows_by_team, self._is_write_requested = self._rows_by_team, defaultdict(list), False
-        files, self._unwritten_files = self._unwritten_files, []
-        new_files = [
-            file for team, team_rows in rows.items() if team_rows and (file := self._encode_file(team, team_rows))
-        ]
-        for number, file in enumerate([*files, *new_files]):
+            rows_by_team, self._rows_by_team = self._rows_by_team, defaultdict(list)
+        delayed_files, self._unwritten_files = self._unwritten_files, []
+        new_files = [self._encode_file(team, rows) for team, rows in rows_by_team.items() if rows]
+        for file in (*delayed_files, *new_files):
             try:
                 # A retry uses the same name. If the file was written and only the answer was lost, the retry overwrites it.
                 write_bytes(file.uri, file.content)
             except Exception as error:  # any error of any storage
-                if number >= len(files):
-                    self.measures.sink("delayed", file.num_images)
+                if file in new_files:
+                    self._count_images("delayed", file.num_images)
                 self.log("the sink could not be written", error=str(error), num_images=file.num_images)
                 self._unwritten_files.append(file)
                 continue
-            self.measures.sink("written", file.num_images)
-            self._subtract_bytes(file.size)
+            self._count_images("written", file.num_images)
+            with self._lock:
+                self._num_bytes -= file.size
 
     def _delete_old_files(self) -> None:
         """Deletes images older than the retention time, at most once an hour."""
         now = datetime.now(timezone.utc)
         if self._last_cleanup is None or now - self._last_cleanup > timedelta(hours=1):
             self._last_cleanup = now
-            try:
-                limit = now - timedelta(days=self.settings.retention_days)
-            except OverflowError:  # the retention time is longer than dates can express: delete nothing
-                return
-            delete_old_images(self.settings.uri, limit, self.log)
+            retention = timedelta(
+                days=min(self.settings.retention_days, 100_000.0)
+            )  # so that the limit is a valid date
+            delete_old_images(self.settings.uri, now - retention, self.log)
 
-    def _subtract_bytes(self, size: int) -> None:
-        """Frees the bytes of images that do not wait any more."""
-        with self._lock:
-            self._num_bytes -= size
-
-    def _encode_file(self, team: str, rows: Sequence[dict[str, Any]]) -> _File | None:
-        """Encodes the rows of a team as a file. Rows that do not fit the schema are lost and counted; the result is None."""
+    def _encode_file(self, team: str, rows: Sequence[dict[str, Any]]) -> _File:
+        """Encodes the rows of a team as a file."""
         size = sum(len(row["image"]) for row in rows)
         sink = pa.BufferOutputStream()
-        try:
-            pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="none")
-        except (pa.ArrowException, ValueError, OverflowError) as error:
-            self.log("images do not fit the sink's columns", error=str(error), num_images=len(rows), team=team)
-            self.measures.sink("failed", len(rows))
-            self._subtract_bytes(size)
-            return None
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), sink, compression="none")
         folder = join(self.settings.uri, f"team={team}", f"date={rows[-1]['time'].date().isoformat()}")
         return _File(join(folder, f"part-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes(), len(rows), size)
 

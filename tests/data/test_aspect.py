@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from small_set import fit_alone, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.framing import Frame
-from focus_ray.data.images import decode_image, encode_png, read_batch
+from focus_ray.data.images import MAX_PIXELS, decode_image, encode_png, read_batch
 from focus_ray.data.read import iter_test_records
 from focus_ray.detect.inspection import Inspection
-from focus_ray.evaluation.report import overlay
+from focus_ray.detect.pictures import overlay
 from focus_ray.fitting.regions import load_frame
-from focus_ray.serving.scorer import Scores, _decode, _judge
+from focus_ray.serving.decoders import Decoders
+from focus_ray.serving.scorer import Scores, _judge
 
 WIDTH, HEIGHT = 120, 60  # size of the photographs in pixels
 
@@ -131,7 +133,7 @@ def test_the_box_of_a_defect_is_in_pixels_of_the_photograph(inspector: Inspector
 
 def test_the_service_gives_the_results_of_the_inspector(inspector: Inspector) -> None:
     images = [encode_png(photograph(np.random.default_rng(n), (20, 20))[0]) for n in range(2)]
-    decoded = _decode(images, inspector.frame)
+    decoded = asyncio.run(Decoders(1).decode("press", images, inspector.frame, MAX_PIXELS))
     score, maps = inspector.score(np.stack([item[1] for item in decoded if isinstance(item, tuple)]))
     results, pictures, values = _judge(inspector, images, decoded, Scores(score, maps, 0.0, 0.0), "overlay", True)
     for result, expected in zip(results, inspector.inspect(images), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.bundle.inspector import Inspector
-from focus_ray.data.images import ImageError, decode_image, encode_png
+from focus_ray.data.images import MAX_PIXELS, ImageError, decode_image, encode_png
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.detector import embed, shown_locations, to_images
 from focus_ray.detect.inspection import Inspection
@@ -23,7 +24,8 @@ from focus_ray.export.scorer import ExportableScorer
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import split_category
-from focus_ray.serving.scorer import Scores, _decode, _judge
+from focus_ray.serving.decoders import Decoders
+from focus_ray.serving.scorer import Scores, _judge
 
 NO_ALIGNMENT = {"image_alignment": {"group": "none"}}
 BAND = [[0, 0.4], [1, 0.4], [1, 0.6], [0, 0.6]]
@@ -101,7 +103,7 @@ def test_inspection_of_a_thin_image_gives_an_error_and_no_verdict(bundle: str, d
 def test_the_service_gives_an_error_for_a_thin_image_and_no_verdict(bundle: str) -> None:
     inspector = Inspector.load(bundle, "cpu")
     images = [encode_png(strip(512, 8)), encode_png(strip(512, 128))]
-    decoded = _decode(images, inspector.frame)
+    decoded = asyncio.run(Decoders(1).decode("press", images, inspector.frame, MAX_PIXELS))
     scored = inspector.score(np.stack([item[1] for item in decoded if isinstance(item, tuple)]))
     results, pictures, _ = _judge(inspector, images, decoded, Scores(*scored, 0.0, 0.0), "overlay", False)
     assert isinstance(results[0], ImageError)

@@ -1,17 +1,10 @@
-"""The page in a real browser: from the token to a finding, by mouse and by keyboard, at a desk and on a phone, by its camera.
-
-With FOCUS_RAY_SCREENSHOTS=FOLDER pictures of the page are left there, to be looked at.
-"""
+"""The page in a real browser: from the token to a finding, by mouse and by keyboard, at a desk and on a phone, by its camera."""
 
 from __future__ import annotations
 
-import base64
 import io
 import json
-import os
 import shutil
-import socket
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
-from serving_set import PRESS, Plant, make_plant
+from serving_set import PRESS, Plant, open_settings, served, service_of, settings_of
 from waiting import wait_for
-
-from focus_ray.serving.api import create_api
-from focus_ray.serving.scorer import ImageScorer
-from focus_ray.serving.service import Service
-from focus_ray.serving.settings import parse_settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -40,39 +27,21 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def plant(tmp_path_factory: pytest.TempPathFactory) -> Plant:
-    return make_plant(tmp_path_factory.mktemp("plant"))
-
-
-@pytest.fixture(scope="module")
 def url(plant: Plant) -> Iterator[str]:
-    with served({"registry": plant.registry, "tokens": plant.tokens, "examples": {PRESS: [plant.data]}}) as place:
+    with served(service_of(settings_of(plant, examples={PRESS: [plant.data]}))) as place:
         yield place
 
 
-@contextmanager
-def served(tree: dict[str, Any]) -> Iterator[str]:
-    """The address of a service with these settings."""
-    settings = parse_settings(tree)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(
-            uvicorn.Config(create_api(Service(settings, ImageScorer(settings.pool, "cpu"))), log_level="warning")
-        )
-        thread = threading.Thread(target=server.run, args=([listener],))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
+DESK, PHONE = (1280, 1000), (390, 844)
+IN_USE = "return document.getElementById('video').srcObject.getVideoTracks()[0].label"
+WORD = "return document.querySelector('#sign b')?.textContent"
+WIDTH_OUTSIDE = "return document.documentElement.scrollWidth - window.innerWidth"
 FAKE_CAMERA = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
+TWO_CAMERAS = (FAKE_CAMERA[0], f"{FAKE_CAMERA[1]}=device-count=2")
 
 
-def start_browser(profile: Path, width: int, height: int, camera: Sequence[str] = FAKE_CAMERA, **prefs: Any) -> Any:
-    """camera: flags of chromium.  prefs: its preferences, with __ for a dot."""
+def start_browser(profile: Path, width: int, height: int, camera: Sequence[str], **prefs: Any) -> Any:
+    """Starts chromium with a window of this size; `open_page` explains the other arguments."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -91,46 +60,40 @@ def start_browser(profile: Path, width: int, height: int, camera: Sequence[str] 
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
 
 
-def take_screenshot(browser: Any, name: str) -> None:
-    """Saves a screenshot of the whole page if the environment names a folder for it."""
-    folder = os.environ.get("FOCUS_RAY_SCREENSHOTS")
-    if folder:
-        width, height = browser.execute_script("return [window.innerWidth, document.documentElement.scrollHeight]")
-        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-        (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
-
-
 def until(claim: Any, event: str) -> None:
     wait_for(claim, 30.0, event, 0.05)
 
 
+@contextmanager
+def open_page(place: str, folder: Path, size: tuple[int, int], camera: Sequence[str], **prefs: Any) -> Iterator[Any]:
+    """A browser that shows the page. Args: camera: flags of chromium. prefs: its preferences, with __ for a dot."""
+    browser = start_browser(folder / "profile", *size, camera, **prefs)
+    try:
+        browser.get(place)
+        yield browser
+    finally:
+        browser.quit()
+
+
 def test_a_service_that_is_open_to_all_opens_without_a_token(plant: Plant, tmp_path: Path) -> None:
     (tmp_path / "part.png").write_bytes(plant.images[0])
-    with served({"registry": plant.registry, "open_to_all": True}) as place:
-        browser = start_browser(tmp_path / "profile", 1280, 1000)
-        try:
-            browser.get(place)
-            until(lambda: browser.find_elements("css selector", "#category option"), "the categories are there")
-            assert not browser.find_element("css selector", "#token-row").is_displayed()
-            until(lambda: "latest" in browser.find_element("css selector", "#version").text, "the version is shown")
-            browser.find_element("css selector", "#files").send_keys(str(tmp_path / "part.png"))
-            until(lambda: "score" in browser.find_element("css selector", "#list").text, "the image is inspected")
-        finally:
-            browser.quit()
+    service = service_of(open_settings(plant))
+    with served(service) as place, open_page(place, tmp_path, DESK, FAKE_CAMERA) as browser:
+        until(lambda: browser.find_elements("css selector", "#category option"), "the categories are there")
+        assert not browser.find_element("id", "token-row").is_displayed()
+        until(lambda: "latest" in browser.find_element("id", "version").text, "the version is shown")
+        browser.find_element("id", "files").send_keys(str(tmp_path / "part.png"))
+        until(lambda: "score" in browser.find_element("id", "list").text, "the image is inspected")
 
 
-@pytest.mark.parametrize(("name", "width", "height"), [("desk", 1280, 1000), ("phone", 390, 844)])
-def test_a_user_gets_from_the_token_to_a_result(
-    url: str, plant: Plant, tmp_path: Path, name: str, width: int, height: int
-) -> None:
+@pytest.mark.parametrize("size", [DESK, PHONE])
+def test_a_user_gets_from_the_token_to_a_result(url: str, plant: Plant, tmp_path: Path, size: tuple[int, int]) -> None:
     from selenium.webdriver.common.keys import Keys
 
     paths = []
     for number, content in enumerate([*plant.images[:2], b"no image"]):
         paths.append(tmp_path / f"part{number}.png")
         paths[-1].write_bytes(content)
-    browser = start_browser(tmp_path / "profile", width, height)
 
     def find(selector: str) -> Any:
         return browser.find_element("css selector", selector)
@@ -138,8 +101,7 @@ def test_a_user_gets_from_the_token_to_a_result(
     def all_of(selector: str) -> list[Any]:
         return list(browser.find_elements("css selector", selector))
 
-    try:
-        browser.get(url)
+    with open_page(url, tmp_path, size, FAKE_CAMERA) as browser:
         until(lambda: "Enter your team's token" in find("#status").text, "the page asks for a token")
         find("#token").send_keys("frs_wrong", Keys.ENTER)
         until(lambda: "401" in find("#status").text, "a wrong token is told")
@@ -170,27 +132,18 @@ def test_a_user_gets_from_the_token_to_a_result(
         assert json.loads(saved.read_text())["version"] == "v0001"
         find("#save-png").send_keys(Keys.ENTER)
         until((saved.parent / "part0.png.overlay.png").is_file, "the overlay is saved")
-        wide = browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-        assert wide <= 0, "nothing sticks out sideways"
-        find("#camera").click()
-        until(lambda: find("#capture").is_displayed(), "the camera opens")
-        until(lambda: browser.execute_script("return document.getElementById('video').videoWidth") > 0, "it sees")
+        assert browser.execute_script(WIDTH_OUTSIDE) <= 0
+        open_camera(browser)
         find("#capture").click()
         until(lambda: "score" in all_of("#list li")[-1].text, "its picture is inspected")
         find("#camera-off").click()
         browser.execute_script("document.querySelector('#list li button').click(); window.scrollTo(0, 0)")
-        take_screenshot(browser, name)
-        broken = [
-            line for line in browser.get_log("browser") if "401" not in line["message"] and "422" not in line["message"]
-        ]
-        assert broken == []  # no error of a script, nothing that the content policy refused
-    finally:
-        browser.quit()
+        messages = [line["message"] for line in browser.get_log("browser")]
+        # no error of a script, and nothing that the content policy refused
+        assert [message for message in messages if "401" not in message and "422" not in message] == []
 
 
 # the camera, as a file that chromium plays in a loop
-
-DESK, PHONE = (1280, 1000), (390, 844)
 
 
 def good_part(plant: Plant) -> NDArray[np.uint8]:
@@ -224,19 +177,12 @@ def write_film(path: Path, frames: Sequence[NDArray[np.uint8]], a_second: int) -
 
 @contextmanager
 def page_of_gears(
-    url: str,
-    plant: Plant,
-    folder: Path,
-    size: tuple[int, int] = DESK,
-    camera: Sequence[str] = FAKE_CAMERA,
-    **prefs: Any,
+    url: str, plant: Plant, folder: Path, size: tuple[int, int], camera: Sequence[str], **prefs: Any
 ) -> Iterator[Any]:
     """A browser in which the service is opened, and gear chosen."""
     from selenium.webdriver.common.keys import Keys
 
-    browser = start_browser(folder / "profile", *size, camera, **prefs)
-    try:
-        browser.get(url)
+    with open_page(url, folder, size, camera, **prefs) as browser:
         token = browser.find_element("id", "token")
         until(token.is_displayed, "the page asks for a token")
         token.send_keys(plant.press, Keys.ENTER)
@@ -245,8 +191,6 @@ def page_of_gears(
         until(lambda: "latest" in browser.find_element("id", "version").text, "gear is shown")
         time.sleep(0.3)  # its card
         yield browser
-    finally:
-        browser.quit()
 
 
 def open_camera(browser: Any) -> None:
@@ -255,9 +199,9 @@ def open_camera(browser: Any) -> None:
 
 
 @pytest.mark.parametrize(("part", "word"), [(good_part, "OK"), (bad_part, "NG")])
-@pytest.mark.parametrize(("name", "size"), [("desk", DESK), ("phone", PHONE)])
+@pytest.mark.parametrize("size", [DESK, PHONE])
 def test_a_picture_of_a_good_part_is_ok_and_of_a_bad_one_is_not(
-    url: str, plant: Plant, tmp_path: Path, part: Any, word: str, name: str, size: tuple[int, int]
+    url: str, plant: Plant, tmp_path: Path, part: Any, word: str, size: tuple[int, int]
 ) -> None:
     film = write_film(tmp_path / "part.y4m", [part(plant)] * 4, 4)
     camera = (*FAKE_CAMERA, f"--use-file-for-fake-video-capture={film}")
@@ -269,8 +213,7 @@ def test_a_picture_of_a_good_part_is_ok_and_of_a_bad_one_is_not(
         assert sign.find_element("css selector", "b").text == word
         assert ("anomalous" in browser.find_element("id", "verdict").text) == (word == "NG")
         assert "480 x 480" in browser.find_element("id", "facts").text
-        assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
-        take_screenshot(browser, f"camera-{name}-{word}")
+        assert browser.execute_script(WIDTH_OUTSIDE) <= 0
 
 
 def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous_ones(
@@ -282,10 +225,8 @@ def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous
         open_camera(browser)
         browser.execute_script("document.getElementById('again-s').value = 0.5")
         browser.find_element("id", "again").click()
-        word = lambda: browser.execute_script("return document.querySelector('#sign b')?.textContent")  # noqa: E731
         for expected in ("OK", "NG", "OK", "NG"):
-            until(lambda expected=expected: word() == expected, f"the sign says {expected}")
-        take_screenshot(browser, "camera-again")
+            until(lambda expected=expected: browser.execute_script(WORD) == expected, f"the sign says {expected}")
         browser.find_element("id", "again").click()
         time.sleep(1.5)
         listed = browser.find_elements("css selector", "#list .anomalous")
@@ -298,22 +239,18 @@ def test_a_picture_every_half_second_shows_both_verdicts_and_lists_the_anomalous
 
 
 def test_the_user_can_choose_a_camera(url: str, plant: Plant, tmp_path: Path) -> None:
-    camera = (FAKE_CAMERA[0], "--use-fake-device-for-media-stream=device-count=2")
-    with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
+    with page_of_gears(url, plant, tmp_path, PHONE, TWO_CAMERAS) as browser:
         open_camera(browser)
         names = [option.text for option in browser.find_elements("css selector", "#camera-choice option")]
         assert len(set(names)) == 2
-        in_use = "return document.getElementById('video').srcObject.getVideoTracks()[0].label"
-        other = next(name for name in names if name != browser.execute_script(in_use))
+        other = next(name for name in names if name != browser.execute_script(IN_USE))
         browser.find_element("xpath", f"//option[text()='{other}']").click()
-        until(lambda: browser.execute_script(in_use) == other, "the other one is in use")
+        until(lambda: browser.execute_script(IN_USE) == other, "the other one is in use")
         assert browser.find_element("id", "camera-choice").get_attribute("value")
-        take_screenshot(browser, "camera-choice")
 
 
 def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: Plant, tmp_path: Path) -> None:
-    camera = (FAKE_CAMERA[0], "--use-fake-device-for-media-stream=device-count=2")
-    with page_of_gears(url, plant, tmp_path, PHONE, camera) as browser:
+    with page_of_gears(url, plant, tmp_path, PHONE, TWO_CAMERAS) as browser:
         open_camera(browser)
         browser.execute_script(
             "const devices = navigator.mediaDevices, open = devices.getUserMedia.bind(devices);"
@@ -321,18 +258,16 @@ def test_pictures_continue_after_a_change_to_a_slow_camera(url: str, plant: Plan
             "document.getElementById('again-s').value = 0.5"
         )
         browser.find_element("id", "again").click()
-        word = lambda: browser.execute_script("return document.querySelector('#sign b')?.textContent")  # noqa: E731
-        until(lambda: bool(word()), "there is a verdict")
-        in_use = "return document.getElementById('video').srcObject.getVideoTracks()[0].label"
-        before = browser.execute_script(in_use)
+        until(lambda: browser.execute_script(WORD), "there is a verdict")
+        before = browser.execute_script(IN_USE)
         other = browser.execute_script(
             "const choice = document.getElementById('camera-choice');"
             "choice.value = [...choice.options].find((one) => !one.selected).value;"
             "choice.dispatchEvent(new Event('change')); return choice.selectedOptions[0].text"
         )
-        until(lambda: browser.execute_script(in_use) == other != before, "the other one is in use")
+        until(lambda: browser.execute_script(IN_USE) == other != before, "the other one is in use")
         browser.execute_script("document.getElementById('sign').replaceChildren()")
-        until(lambda: bool(word()), "pictures are taken with it")
+        until(lambda: browser.execute_script(WORD), "pictures are taken with it")
 
 
 @pytest.mark.parametrize(
@@ -354,4 +289,3 @@ def test_a_camera_that_does_not_open_says_what_to_do(
         until(lambda: message in browser.find_element("id", "status").text, f"{message!r} is said")
         assert browser.find_element("id", "camera").is_displayed()
         assert not browser.find_element("id", "capture").is_displayed()
-        take_screenshot(browser, f"camera-{message.split()[1]}")
