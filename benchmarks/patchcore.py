@@ -27,10 +27,11 @@ from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.read import iter_test_records
 from focus_ray.density.base import sample_evenly
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator, build_upsampling_matrix, smooth_columns
-from focus_ray.detect.detector import SMOOTHING_SIGMA_PX, to_images
+from focus_ray.detect.detector import SMOOTHING_SIGMA_PX
 from focus_ray.detect.inspection import resize_map
 from focus_ray.detect.profile import MAX_IMAGES, compute_profile
 from focus_ray.features.backbones.base import Backbone, build_backbone, set_padding
+from focus_ray.features.network import to_images
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.shards import MemoryShard, build_shard
 from focus_ray.fitting.split import SplitPlan, plan_category

@@ -12,10 +12,10 @@ from small_set import fit_alone, ingest_parts, make_bundle, small_config, write_
 from focus_ray.bundle.bundle import read_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.read import iter_test_records
+from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.coreset import Coreset
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import to_bank_rows
 from focus_ray.density.settings import DensityConfig
 from focus_ray.detect.calibration import PRECISION_SHIFT, Calibration
 from focus_ray.ingestion.ingest import ingest

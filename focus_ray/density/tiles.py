@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from focus_ray.features.settings import ModelConfig
-
 if TYPE_CHECKING:
     from focus_ray.density.base import Density, LeaveOneOutScorer
 
@@ -20,11 +18,6 @@ class Tiles(NamedTuple):
     columns: int
     side_px: int
     overlap_px: int
-
-    @classmethod
-    def from_config(cls, config: ModelConfig) -> Tiles:
-        """Returns the grid of tiles that the settings of the model describe."""
-        return cls(*config.grid, config.image_size_px, config.overlap_px)
 
     @property
     def num_tiles(self) -> int:
@@ -51,10 +44,6 @@ class Tiles(NamedTuple):
     def join(self, tiles: Tensor) -> Tensor:
         """Joins maps of tiles (B * num_tiles, C, h, w) to maps of images (B, C, rows * h, columns * w), side by side."""
         return join_maps(tiles, self.rows, self.columns)
-
-    def split(self, maps: Tensor) -> Tensor:
-        """Splits maps of images (B, C, rows * h, columns * w) into maps of tiles (B * num_tiles, C, h, w); undoes `join`."""
-        return split_maps(maps, self.rows, self.columns)
 
 
 def join_maps(tiles: Tensor, rows: int, columns: int) -> Tensor:

@@ -16,7 +16,7 @@ from focus_ray.detect.anomaly_map import AnomalyMapGenerator
 from focus_ray.detect.profile import Profile, zero_unscored
 from focus_ray.detect.settings import ScoringConfig
 from focus_ray.features.alignment.theta import invert_theta, warp
-from focus_ray.features.network import AlignedFeatures, FocusNet, compute_seen_mask, warp_to_common_frame
+from focus_ray.features.network import AlignedFeatures, FocusNet, compute_seen_mask, to_images, warp_to_common_frame
 
 # Images per forward pass on a CPU: ResNet-18 at 224 px takes 5.8 ms per image in batches of 4 to 8, 7.1 ms in batches of 16, and
 # 7.8 ms in batches of 32 (two cores of an EPYC with 32 MiB of cache).
@@ -61,7 +61,7 @@ class Detector:
         self.profile_distances: Tensor | None = None
         self.net, self.reduction, self.density, self.scoring = net.eval(), reduction.eval(), density, scoring
         self.seen_mask = compute_seen_mask(net, density.height, density.width)
-        self.tiles = Tiles.from_config(net.config)
+        self.tiles = Tiles(*net.config.tiles)
         locations_per_side = density.height // self.tiles.rows
         self.map_generator = AnomalyMapGenerator.for_tiles(
             self.tiles, locations_per_side, SMOOTHING_SIGMA_PX, density.device
@@ -175,14 +175,6 @@ def score_together(parts: Sequence[tuple[Detector, Tensor]]) -> list[ScoredImage
     return scores
 
 
-def to_images(batch: Tensor, device: torch.device | str) -> Tensor:
-    """Converts uint8 (B, H, W, 3 or 4) to float (B, 3, H, W) in 0..1, channels last in memory; a float batch is unchanged."""
-    batch = batch.to(device, non_blocking=True)
-    if batch.dtype != torch.uint8:
-        return batch
-    return batch[..., :3].permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
-
-
 def shown_mask(batch: Tensor, device: torch.device | str) -> Tensor | None:
     """Returns which pixels of a batch are scored: the pixels whose fourth channel is above 0 (`data.framing`).
 
@@ -242,7 +234,7 @@ def embed(
     Returns: embedding (B, C + K, H/stride, W/stride), with the maps of tiles side by side; theta (B, 2, 3), or None without image
         alignment.
     """
-    tiles = Tiles.from_config(net.config)
+    tiles = Tiles(*net.config.tiles)
     embedding, theta = embed_tiles(net, reduction, tiles.cut(images), pad_batches)
     return tiles.join(embedding), theta
 

@@ -76,20 +76,6 @@ class Inspection:
         """Returns a copy with an empty map, which is small enough to send between processes."""
         return replace(self, anomaly_map=np.empty((0, 0), np.float32))
 
-    def scaled(self, factor: float) -> Inspection:
-        """Returns a copy with regions in pixels of a picture that is `factor` times as large."""
-        regions = tuple(
-            replace(
-                region,
-                x=int(region.x * factor),
-                y=int(region.y * factor),
-                width=max(1, round(region.width * factor)),
-                height=max(1, round(region.height * factor)),
-            )
-            for region in self.regions
-        )
-        return replace(self, regions=regions)
-
     def to_dict(self) -> dict[str, Any]:
         """Returns all attributes except the map as JSON types; `trained_on` only if it is true."""
         tree = {**vars(self), "regions": [region.to_dict() for region in self.regions]}

@@ -24,8 +24,8 @@ from torch import Tensor
 from focus_ray.density.base import Statistics
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations
-from focus_ray.detect.detector import GRID, describe_embedding, descriptor_channels, embed, to_images
-from focus_ray.features.network import FocusNet
+from focus_ray.detect.detector import GRID, describe_embedding, descriptor_channels, embed
+from focus_ray.features.network import FocusNet, to_images
 
 GAP = 0.8  # an image's nearest images are its duplicates if the next image is at least 1 / GAP times as far away
 # Duplicates are ignored if a smaller share of the images has duplicates. Chance pairs stayed below 0.2 in all tested categories.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +32,13 @@ from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.calibration import Calibration, CalibrationBuilder, Method
-from focus_ray.detect.detector import GRID, Detector, to_images
+from focus_ray.detect.detector import GRID, Detector
 from focus_ray.detect.profile import fit_profile
 from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
-from focus_ray.errors import ConfigError, DataError
+from focus_ray.errors import ConfigError
 from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.batch_norm import prepared_for_inference
-from focus_ray.features.network import FocusNet, build_net
+from focus_ray.features.network import FocusNet, build_net, to_images
 from focus_ray.fitting.duplicates import (
     SHIFTS_PX,
     ImageOrigins,
@@ -61,11 +61,13 @@ from focus_ray.fitting.shards import BatchSchedule, Shard
 from focus_ray.fitting.shared_metric import read_shared_metric
 from focus_ray.fitting.split import MAX_CALIBRATION_IMAGES, NUM_CALIBRATION_FOLDS
 from focus_ray.fitting.state import BestNetwork, FitNotes, OnEpoch, TrainState
-from focus_ray.fyd.objective import TrainingObjective, build_optimizer, build_schedule, has_collapsed, train_epoch
 from focus_ray.precision import compute_dtype
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
 from focus_ray.settings.kinds import DENSITIES
+
+if TYPE_CHECKING:
+    from focus_ray.fyd.training import FydTraining
 
 _MAX_LEAVE_ONE_OUT_IMAGES = 128  # images that a density without a bank keeps for leave-one-out
 MAX_ALIGNMENT_IMAGES = 512  # images from which congealing learns its mean image
@@ -105,7 +107,6 @@ def fit(
     *,
     net: FocusNet | None = None,
     rank: int = 0,
-    wrap: Callable[[torch.nn.Module], Any] | None = None,
     state: TrainState | None = None,
     on_epoch: OnEpoch | None = None,
     log: Callable[[str], None] = lambda message: None,
@@ -118,7 +119,6 @@ def fit(
         net: network to fit; None: a new one with the configured weights.
         device: device of the network and the density.
         rank: number of this worker, from 0.
-        wrap: makes the objective data-parallel (DDP) if there are several workers.
         state: saved state from which training resumes; None starts a new fit.
         on_epoch: called by every worker after every epoch, with a function that returns the state to save; see `state.OnEpoch`.
         log: called with each message.
@@ -132,7 +132,7 @@ def fit(
         WeightsError, ConfigError: see `check_prerequisites`.
     """
     category_fit = CategoryFit(config, shard, num_images, device, net=net, rank=rank, log=log)
-    category_fit.align_and_train(wrap, state, on_epoch)
+    category_fit.align_and_train(state, on_epoch)
     return category_fit.finish()
 
 
@@ -182,6 +182,7 @@ class CategoryFit:
         num_own: number of training images of this worker.
         offset: number, over all workers, of this worker's first training image.
         validation: this worker's validation images (N, H, W, C) and masks of their synthetic defects; None without selection.
+        training: the training of the network; None with train.epochs=0.
         method: calibration method.
         best: the network with the best validation score so far.
         projection: the learnt projection; None before it is learnt, and for other reductions.
@@ -203,6 +204,11 @@ class CategoryFit:
         torch.manual_seed(config.train.seed)
         net = build_net(config.model) if net is None else net
         net = net.to(device).to(memory_format=torch.channels_last)
+        self.training: FydTraining | None = None
+        if config.train.epochs:
+            from focus_ray.fyd.training import FydTraining
+
+            self.training = FydTraining(net, device, config.train)
         self.config, self.net, self.shard = config, net, shard
         self.device, self.rank, self.log = device, rank, log
         self.num_images = num_images
@@ -292,12 +298,7 @@ class CategoryFit:
         self.log(f"image alignment {on_or_off} (pairwise L2 of held-out images falls by {report.drop:.0%})")
 
     # ---- training
-    def align_and_train(
-        self,
-        wrap: Callable[[torch.nn.Module], Any] | None = None,
-        state: TrainState | None = None,
-        on_epoch: OnEpoch | None = None,
-    ) -> None:
+    def align_and_train(self, state: TrainState | None = None, on_epoch: OnEpoch | None = None) -> None:
         """Fits the image aligner and trains the network, or resumes training from a saved state.
 
         The arguments are described in `fit`.
@@ -308,86 +309,60 @@ class CategoryFit:
             with self._measure_time("alignment"):
                 self.fit_image_aligner()
         with self._measure_time("train"):
-            if self.config.train.epochs:
-                self.train(wrap, state, on_epoch)
+            if self.training is not None:
+                self.train(self.training, state, on_epoch)
 
     def restore(self, state: TrainState) -> None:
         """Takes over from a saved state the network's weights, the notes (`FitNotes`) and the best network so far."""
-        self.net.load_state_dict(state.net)
+        assert self.training is not None
+        self.training.load_network(state.net)
         self.notes, self.best = state.notes, state.best
 
-    def train(
-        self,
-        wrap: Callable[[torch.nn.Module], Any] | None,
-        state: TrainState | None,
-        on_epoch: OnEpoch | None,
-    ) -> None:
+    def train(self, training: FydTraining, state: TrainState | None, on_epoch: OnEpoch | None) -> None:
         """Trains for train.epochs epochs. With selection, the network then gets the weights of `best`.
 
         The arguments are described in `fit`.
 
         Raises: DataError: no loss trains a parameter.
         """
-        train, net = self.config.train, self.net
+        from focus_ray.fyd.training import cut_tiles
+
+        train, tiles = self.config.train, Tiles(*self.config.model.tiles)
         steps = BatchSchedule.agree(self.num_images, world_size(), train.batch_size_per_worker)
-        objective = TrainingObjective(net, train)
-        if not any(parameter.requires_grad for parameter in net.parameters()):
-            raise DataError(
-                "train.epochs is above 0, but no loss trains anything: set train.lambda_fine or lambda_ica above 0"
-            )
-        optimizer = build_optimizer(net, train)
-        schedule = build_schedule(optimizer, train, steps.steps)
-        first = 0
-        if state is not None:
-            optimizer.load_state_dict(state.optimizer)
-            schedule.load_state_dict(state.schedule)
-            first = state.epoch + 1
-            schedule.last_epoch = first * steps.steps  # computed again, because the number of workers may have changed
-        else:
+        training.start(steps.steps)
+        if state is None:
             self._keep_best(-1)
-        parallel = objective if wrap is None else wrap(objective)
-        autocast = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        for epoch in range(first, train.epochs):
-            net.train()
+        else:
+            training.resume(state.optimizer, state.schedule, state.epoch)
+        for epoch in range(0 if state is None else state.epoch + 1, train.epochs):
             generator = torch.Generator().manual_seed(derive_seed(train.seed, "epoch", epoch, self.rank))
             start = time.perf_counter()
-            batches = self._cut_tiles(self.shard.train_batches(steps.batch_size, steps.steps, generator), epoch)
-            figures = train_epoch(parallel, batches, optimizer, schedule, train, self.device, generator, autocast)
+            batches = self.shard.train_batches(steps.batch_size, steps.steps, generator)
+            figures = training.run_epoch(cut_tiles(batches, tiles, train.seed, epoch), generator)
             figures = {"epoch": float(epoch), **figures, "seconds": time.perf_counter() - start}
             self._note_epoch(figures)
             self._keep_best(epoch)
             if on_epoch is not None:
 
                 def snapshot(epoch: int = epoch) -> TrainState:
-                    states = optimizer.state_dict(), schedule.state_dict()
-                    return TrainState(epoch, net.state_dict(), *states, copy.deepcopy(self.notes), self.best)
+                    return TrainState(epoch, *training.state(), copy.deepcopy(self.notes), self.best)
 
                 on_epoch(epoch, figures, snapshot)
         if self.best is not None:
-            net.load_state_dict(self.best.net)
+            self.net.load_state_dict(self.best.net)
             self.log(f"kept the network after epoch {self.best.epoch + 1} of {train.epochs} (0: untrained)")
-
-    def _cut_tiles(self, batches: Iterable[Tensor], epoch: int) -> Iterator[Tensor]:
-        """Cuts one tile out of each image of a batch, the same tile for the whole batch and on all workers; tiles take turns."""
-        tiles = Tiles.from_config(self.config.model)
-        generator = torch.Generator().manual_seed(derive_seed(self.config.train.seed, "tiles", epoch))
-        order = torch.randperm(tiles.num_tiles, generator=generator).tolist()
-        for number, batch in enumerate(batches):
-            yield batch if tiles.num_tiles == 1 else tiles.cut_tile(batch, order[number % len(order)])
 
     def _note_epoch(self, figures: dict[str, float]) -> None:
         """Notes and logs the figures of an epoch, and warns if they show a collapse."""
+        from focus_ray.fyd.training import collapse_warning
+
         self.notes.history.append(figures)
         epoch, epochs = int(figures["epoch"]) + 1, self.config.train.epochs
         shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items() if key != "epoch")
         self.log(f"epoch {epoch}/{epochs}: {shown}")
-        if has_collapsed(figures):
-            message = (
-                f"epoch {epoch}: the features have collapsed (std {figures['feature_std']:.3g} of an even spread, "
-                f"effective rank {figures['effective_rank']:.1f}): lower train.learning_rate or train.lambda_fine"
-            )
-            self.notes.warnings.append(message)
-            self.log(f"WARNING: {message}")
+        warning = collapse_warning(figures)
+        if warning is not None:
+            self._warn(f"epoch {epoch}: {warning}")
 
     def _keep_best(self, epoch: int) -> None:
         """Validates the network, and stores a copy as `best` if it is the first one or beats `best` by MIN_GAIN.
@@ -413,7 +388,7 @@ class CategoryFit:
         """
         if self.config.density.reduction != "discriminant":
             return
-        chosen = choose_projection_images(self.num_images, Tiles.from_config(self.config.model).num_tiles)
+        chosen = choose_projection_images(self.num_images, Tiles(*self.config.model.tiles).num_tiles)
         rows = self._own_rows(chosen)
         self.projection = learn_projection(
             self.net,

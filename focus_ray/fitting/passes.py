@@ -12,17 +12,17 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import to_bank_rows
 from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.tiles import Tiles, split_maps
 from focus_ray.detect.calibration import CalibrationBuilder, Method
-from focus_ray.detect.detector import Detector, ScoredImages, embed, shown_locations, shown_mask, to_images
+from focus_ray.detect.detector import Detector, ScoredImages, embed, shown_locations, shown_mask
 from focus_ray.detect.settings import CalibrationConfig
 from focus_ray.distributed import broadcast_from_rank0, gather_objects, gather_rows, world_size
 from focus_ray.features.alignment.congealing import AlignmentReport, CongealingAligner
-from focus_ray.features.network import FocusNet
+from focus_ray.features.network import FocusNet, to_images
 from focus_ray.fitting.projection import CachedEmbeddings
 from focus_ray.fitting.selection import validation_figures
 
@@ -49,7 +49,7 @@ def compute_statistics(
     """
     net.eval()
     pad_batches = reduction.num_coreset_channels > 0
-    tiles = Tiles.from_config(net.config)
+    tiles = Tiles(*net.config.tiles)
 
     def embed_batch(batch: Tensor, position: int) -> tuple[Tensor, Tensor | None]:
         """Embeds a batch whose first image has the number `position`; takes cached embeddings where they exist."""

@@ -34,10 +34,10 @@ from focus_ray.density.reduction import ChannelReduction
 from focus_ray.density.relations import Relations, assign_folds
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import Tiles
-from focus_ray.detect.detector import describe_embedding, embed_tiles, shown_locations, to_images
+from focus_ray.detect.detector import describe_embedding, embed_tiles, shown_locations
 from focus_ray.distributed import gather_rows, worker_range, world_size
 from focus_ray.features.alignment.theta import warp
-from focus_ray.features.network import FocusNet
+from focus_ray.features.network import FocusNet, to_images
 from focus_ray.fitting.duplicates import ImageOrigins, find_relations
 from focus_ray.progress import track
 from focus_ray.seeds import derive_seed
@@ -151,7 +151,7 @@ def learn_projection(
     Raises: ValueError: fewer than two images.
     """
     net.eval()
-    tiles = Tiles.from_config(net.config)
+    tiles = Tiles(*net.config.tiles)
     size = net.config.image_size_px
     own_parts = [torch.empty(0, size, size, 4, dtype=torch.uint8)]
     for batch in batches:

@@ -25,7 +25,7 @@ class LabelledImages(NamedTuple):
     Attributes:
         measured: labels, scores, masks and maps of the N images.
         types: N defect types.
-        ids: N record ids; '' for a record without id.
+        numbers: (N,) int64, number of each image among all records.
         reduced: whether maps are smaller than their images.
         num_trained_on: number of omitted images. The model was trained on them, so their scores say nothing about new parts.
         num_repeats: number of images that are almost equal to a training image: photographs of the same part.
@@ -33,7 +33,7 @@ class LabelledImages(NamedTuple):
 
     measured: MeasuredImages
     types: tuple[str, ...]
-    ids: Sequence[str]
+    numbers: NDArray[np.int64]
     reduced: bool
     num_trained_on: int = 0
     num_repeats: int = 0
@@ -65,12 +65,12 @@ class EvaluationPart:
     trained_on: NDArray[np.bool_]
     num_repeats: int = 0
 
-    def labelled(self, threshold: float, ids: Sequence[str]) -> LabelledImages:
+    def labelled(self, threshold: float) -> LabelledImages:
         """Returns the images that the model was not trained on. Arguments and errors as in `EvaluationCollector.labelled`."""
         labels, unavailable = self.labels.astype(np.int64), UnavailableMaps()
         bins = dict(sorted(self.bins.items()))  # so that sums do not depend on the order of the images
         measured = MeasuredImages(labels, self.scores, unavailable, unavailable, threshold, bins=bins)
-        return _omit_training_images(self, measured, ids)
+        return _omit_training_images(self, measured)
 
 
 class EvaluationCollector:
@@ -153,29 +153,25 @@ class EvaluationCollector:
             self.num_repeats,
         )
 
-    def labelled(self, threshold: float, ids: Sequence[str]) -> LabelledImages:
+    def labelled(self, threshold: float) -> LabelledImages:
         """Returns all images that the model was not trained on.
 
-        Args:
-            threshold: image threshold.
-            ids: record ids of all images.
+        Args: threshold: image threshold.
 
         Raises: DataError: the model was trained on all images, or there is no image.
         """
         part = self.part()
         if self.binned or not self.labels:
-            return part.labelled(threshold, ids)
+            return part.labelled(threshold)
         maps, masks, inside = (list(column) for column in zip(*self._images, strict=True))
         measured = MeasuredImages(part.labels.astype(np.int64), part.scores, masks, maps, threshold, inside)
-        return _omit_training_images(part, measured, ids)
+        return _omit_training_images(part, measured)
 
 
-def _omit_training_images(part: EvaluationPart, measured: MeasuredImages, ids: Sequence[str]) -> LabelledImages:
+def _omit_training_images(part: EvaluationPart, measured: MeasuredImages) -> LabelledImages:
     """Returns the images of a part that the model was not trained on.
 
-    Args:
-        measured: all images of the part.
-        ids: their record ids.
+    Args: measured: all images of the part.
 
     Raises: DataError: there is no such image.
     """
@@ -187,12 +183,11 @@ def _omit_training_images(part: EvaluationPart, measured: MeasuredImages, ids: S
             f"the model was trained on all {num_images} test images, so their scores are near zero: evaluate with images "
             "that the model has not seen"
         )
-    types = part.types
+    numbers = np.flatnonzero(~part.trained_on)
     if num_omitted:
         measured = measured.only(~part.trained_on, list(part.bins))
-        indices = np.flatnonzero(~part.trained_on).tolist()
-        types, ids = tuple(types[index] for index in indices), [ids[index] for index in indices]
-    return LabelledImages(measured, types, ids, part.reduced, num_omitted, part.num_repeats)
+    types = tuple(part.types[number] for number in numbers)
+    return LabelledImages(measured, types, numbers, part.reduced, num_omitted, part.num_repeats)
 
 
 def describe_training_images(num_trained_on: int, num_images: int) -> str | None:

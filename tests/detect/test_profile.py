@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import NearestMemory, to_bank_rows
+from focus_ray.density.nearest import NearestMemory
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import Tiles
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator

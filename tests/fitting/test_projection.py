@@ -18,9 +18,10 @@ from focus_ray.bundle.bundle import read_bundle, read_statistics
 from focus_ray.bundle.metric import share_metric
 from focus_ray.defects import synthetic_validation_set
 from focus_ray.density.settings import DensityConfig
-from focus_ray.detect.detector import embed, to_images
+from focus_ray.detect.detector import embed
 from focus_ray.detect.settings import ScoringConfig
 from focus_ray.errors import BundleError, ConfigError
+from focus_ray.features.network import to_images
 from focus_ray.fitting.fit import CategoryFit
 from focus_ray.fitting.passes import compute_statistics
 from focus_ray.fitting.projection import (

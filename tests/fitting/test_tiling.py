@@ -19,9 +19,9 @@ from focus_ray.bundle.inspector import Inspector
 from focus_ray.bundle.update import update_bundle
 from focus_ray.data.images import decode_mask, encode_png
 from focus_ray.data.read import iter_test_records, read_index
+from focus_ray.density.bank import to_bank_rows
 from focus_ray.density.base import Statistics, build_density
 from focus_ray.density.moments import Moments
-from focus_ray.density.nearest import to_bank_rows
 from focus_ray.density.settings import DensityConfig
 from focus_ray.density.tiles import TiledDensity, Tiles, join_bank_of_tiles, split_bank_into_tiles, split_maps
 from focus_ray.detect.anomaly_map import AnomalyMapGenerator
@@ -80,7 +80,7 @@ def test_tiles_are_cut_at_their_positions_and_joined_again() -> None:
     torch.testing.assert_close(cut[6 + 4], images[1, :, 6:14, 6:14])  # second image, second row, second column
     batch = images.mul(255).byte().permute(0, 2, 3, 1)
     assert torch.equal(tiles.cut_batch(batch)[[4, 10]], tiles.cut_tile(batch, 4))
-    assert torch.equal(tiles.split(tiles.join(cut)), cut)
+    assert torch.equal(split_maps(tiles.join(cut), tiles.rows, tiles.columns), cut)
     assert tiles.join(cut).shape == (2, 3, 16, 24)
     assert tiles.join(cut[:, :0]).shape == (2, 0, 16, 24)
 

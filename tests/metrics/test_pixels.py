@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from focus_ray.errors import DataError
-from focus_ray.evaluation.report import format_bound
 from focus_ray.metrics.evaluate import EvaluationCollector, compute_metrics
 from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.metrics.pixels import PixelBins, score_bins
+from focus_ray.reporting.tables import format_bound
 from focus_ray.settings.kinds import METRICS
 
 METRIC_KEYS_OF_PIXELS = ("pixel_auroc", "pixel_average_precision", "aupro_0.3", "aupro_0.05")
@@ -36,7 +36,7 @@ def scored_images(masks: np.ndarray, maps: np.ndarray, inside: np.ndarray, exact
     collector = EvaluationCollector(exact_pixels)
     for number, (mask, scores, counted_pixels) in enumerate(zip(masks, maps, inside, strict=True)):
         collector.add(int(mask.any()), f"kind {number % 2}", float(scores.max()), scores, mask, counted_pixels)
-    return collector.labelled(1.0, [str(number) for number in range(len(masks))]).measured
+    return collector.labelled(1.0).measured
 
 
 @given(MASKS, MAPS, INSIDE, st.integers(0, 4))
@@ -114,10 +114,10 @@ def test_images_of_the_training_set_and_images_without_a_mask_count_in_no_pixel_
     for number, mask in enumerate(masks):
         known_mask = None if number == 6 else mask
         collector.add(int(mask.any()), "cut", float(number), maps[number], known_mask, None, trained_on=number < 2)
-    labelled = collector.labelled(1.0, [str(number) for number in range(12)])
+    labelled = collector.labelled(1.0)
     others = [2, 3, 4, 5, 7, 8, 9, 10, 11]
     expected = scored_images(masks[others], maps[others], np.ones_like(masks[others]), exact_pixels)
-    assert (list(labelled.ids), labelled.num_trained_on) == ([str(number) for number in range(2, 12)], 2)
+    assert (labelled.numbers.tolist(), labelled.num_trained_on) == (list(range(2, 12)), 2)
     assert labelled.measured.scores.tolist() == list(range(2, 12))
     assert METRICS["aupro_0.3"].value(labelled.measured) == pytest.approx(METRICS["aupro_0.3"].value(expected))
 
