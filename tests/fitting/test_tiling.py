@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from small_set import fit_alone, small_config, write_fitted_bundle
+from small_set import fit_alone, make_bundle, small_config
 from torch import Tensor
 
 from focus_ray.bundle.bundle import read_bundle, read_statistics
@@ -66,7 +66,7 @@ def fitted(
     """Fits the gears with a value of model.tiling.density. Returns the result and the address of its bundle."""
     config = tiled_config(data, request.param)
     result = fit_alone(config)
-    return result, write_fitted_bundle(result, config, place=tmp_path_factory.mktemp("bundle") / request.param)
+    return result, make_bundle(config, place=tmp_path_factory.mktemp("bundle") / request.param, result=result)
 
 
 # Tiles and maps
