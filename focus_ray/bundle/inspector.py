@@ -25,11 +25,11 @@ from focus_ray.data.images import ImageError, ImageInfo, decode_batch, decode_ma
 from focus_ray.data.prefetch import prefetch
 from focus_ray.data.schema import Row
 from focus_ray.density.base import sample_evenly
-from focus_ray.detect.detector import to_images
 from focus_ray.detect.inspection import Inspection, find_regions, resize_map
 from focus_ray.detect.shift import compare_scores, describe_test_shift
 from focus_ray.errors import ConfigError, DataError, ScoreError
 from focus_ray.features.batch_norm import fuse_batch_norms, prepare_for_inference
+from focus_ray.features.network import to_images
 from focus_ray.fitting.duplicates import RepeatFinder, describe_repeats
 from focus_ray.fitting.split import short_hash
 from focus_ray.metrics.evaluate import (

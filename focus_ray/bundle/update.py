@@ -157,7 +157,7 @@ def update_bundle(
         num_holdout = len(holdout.hashes)
         with prepared_for_inference(bundle.detector.net, compute_dtype(config.model.precision, device)):
             images = _decode_images(bundle, holdout)
-            builder = collect_calibration_scores(detector, images, config.calibration, "split", torch.device(device))
+            builder = collect_calibration_scores(detector, images, config.calibration, "split")
     return write_bundle(
         output,
         config=config,

@@ -14,7 +14,7 @@ def add_sweep_parser(commands: Any) -> None:
     """Adds the parser of `sweep`."""
     sweep = commands.add_parser(
         "sweep",
-        help="search settings over categories",
+        help="search settings over categories with Ray Tune",
         description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration "
         "from which trials start. `status`, `resume` and `report` take the folder of a sweep.",
     )

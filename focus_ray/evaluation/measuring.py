@@ -30,7 +30,6 @@ from focus_ray.metrics.evaluate import (
     EvaluationPart,
     LabelledImages,
     evaluation_size,
-    join_evaluation_parts,
 )
 from focus_ray.metrics.pixels import PixelBins
 from focus_ray.reporting.evaluation import EvaluationSection, build_section
@@ -178,7 +177,7 @@ def run_piece(piece: EvaluationPiece, on_image: Callable[[], None] = lambda: Non
     inspector = load_inspector(job.bundle, job.version)
     threshold = float(inspector.bundle.calibration.image_threshold)
     if piece.total is not None:
-        return _finish_job(inspector, job, join_evaluation_parts(piece.total, threshold))
+        return _finish_job(inspector, job, piece.total.labelled(threshold))
     collector = EvaluationCollector(sys.maxsize if job.exact else 0)
     for first, rows in piece.parts.items():
         records = read_rows(job.data, job.category, rows, columns=TEST_COLUMNS, version=job.commit)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from focus_ray.detect.calibration import is_above
 from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.ties import is_above
 from focus_ray.reporting.tables import format_bound
 from focus_ray.settings.kinds import METRICS
 

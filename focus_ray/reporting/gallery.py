@@ -12,12 +12,12 @@ from PIL import Image
 
 from focus_ray.data.images import decode_image, decode_mask
 from focus_ray.data.schema import Row
-from focus_ray.detect.calibration import is_above
 from focus_ray.detect.inspection import Inspection
 from focus_ray.detect.pictures import overlay
 from focus_ray.drawing.overlay import draw_outline
 from focus_ray.metrics.evaluate import LabelledImages
 from focus_ray.metrics.metrics import MeasuredImages
+from focus_ray.metrics.ties import is_above
 from focus_ray.reporting.page import jpeg_uri
 
 Kind = Literal["misses", "false_alarms", "finds"]

@@ -15,10 +15,16 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from focus_ray.cluster.connect import connect, resources_per_worker, uses_gpu
 from focus_ray.cluster.failures import reason_of
@@ -32,7 +38,7 @@ from focus_ray.fitting.fit import check_prerequisites
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import BatchSchedule, fits_memory
 from focus_ray.fitting.split import Split
-from focus_ray.names import unique_name
+from focus_ray.names import Log, unique_name
 from focus_ray.storage.files import join, read_bytes, remove_folder
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
@@ -40,12 +46,9 @@ from focus_ray.sweep.race import Judge
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Point, SweepConfig
 from focus_ray.sweep.shared_work import SharedInputs, compute_shared_inputs
-from focus_ray.sweep.trial_inputs import (
-    check_trial_settings,
-    split_for_judging,
-)
-from focus_ray.sweep.tune import Log, make_searcher, make_stopper, placement_groups, run_tune, trial_callback
-from focus_ray.sweep.worker import STOPPED, StageJob, score_steps
+from focus_ray.sweep.trial_inputs import check_trial_settings, split_for_judging
+from focus_ray.sweep.tune import PointSearcher, SweepStopper, run_tune
+from focus_ray.sweep.worker import STOPPED, StageJob, run_trial
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.trials import SweepRecorder
 from focus_ray.training.training import resolve_paths
@@ -100,7 +103,7 @@ def run_sweep(config: SweepConfig, log: Log = lambda message: None) -> SweepOutc
     _check_points(config, base, splits)
     fingerprints = {category: split.fingerprint for category, split in splits.items()}
     log(f"sweep: {root}")
-    return _run_and_report(config, base, root, splits, log, lambda: records.claim_folder(root, config, fingerprints))
+    return _run_and_report(config, root, splits, log, lambda: records.claim_folder(root, config, fingerprints))
 
 
 def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
@@ -121,7 +124,7 @@ def resume_sweep(folder: str, log: Log = lambda message: None) -> SweepOutcome:
     splits = _read_splits(config, base)
     check_resumable(root, {category: split.fingerprint for category, split in splits.items()}, SweepError)
     log(f"sweep: {root}, {len(records.read_records(root))} trials have records")
-    return _run_and_report(config, base, root, splits, log, lambda: None)
+    return _run_and_report(config, root, splits, log, lambda: None)
 
 
 def _read_splits(config: SweepConfig, base: Config) -> dict[str, Split]:
@@ -150,14 +153,11 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
         DataError: A category has too few images for the workers.
         WeightsError: The weights of the network cannot be loaded.
     """
-    if config.searcher == "optuna":
-        points: Sequence[Point] = config.single_points()
-    else:
-        points = Proposer(config).points
-    checked: set[str] = set()
+    points = config.single_points() if config.searcher == "optuna" else Proposer(config).points
+    checked: set[tuple[str, str, str | None]] = set()
     for point in points:
         settings = config.config_at(point)
-        ingredients = f"{settings.model.backbone} {settings.model.weights} {settings.density.metric}"
+        ingredients = (settings.model.backbone, settings.model.weights, settings.density.metric)
         if ingredients not in checked:
             check_prerequisites(settings)
             checked.add(ingredients)
@@ -174,13 +174,12 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
 
 
 def _run_and_report(
-    config: SweepConfig, base: Config, root: str, splits: dict[str, Split], log: Log, claim: Callable[[], None]
+    config: SweepConfig, root: str, splits: dict[str, Split], log: Log, claim: Callable[[], None]
 ) -> SweepOutcome:
     """Runs the trials of a new or resumed sweep and writes its report.
 
     Args:
-        config: Configuration of the sweep.
-        base: Base configuration, with absolute paths.
+        config: Configuration of the sweep, with absolute paths.
         root: Folder of the sweep.
         splits: Category -> split of its images.
         log: Takes messages.
@@ -191,13 +190,12 @@ def _run_and_report(
     """
     from focus_ray.sweep.report import write_report
 
+    base = config.config_at()
     recorder = Recorder(base.trackers, base.storage, log)
     is_private = connect()
-    import ray
 
     try:
-        trains = config.max_epochs > 0
-        streams = trains and any(not fits_memory(base, split) for split in splits.values())
+        streams = config.max_epochs > 0 and any(not fits_memory(base, split) for split in splits.values())
         limit = count_concurrent_runs(
             base.cluster,
             is_private,
@@ -217,7 +215,7 @@ def _run_and_report(
             base.cluster.team,
             config.model_dump(mode="json", exclude_none=True),
         )
-        state = _run_trials(_SweepDriver(config, base, root, splits, streams, log, sweep_recorder), limit)
+        state = _SweepDriver(config, root, splits, streams, limit, log, sweep_recorder).run()
     finally:
         if is_private:
             ray.shutdown()
@@ -232,65 +230,60 @@ def _run_and_report(
     return outcome
 
 
-def _run_trials(driver: _SweepDriver, limit: int) -> str:
-    """Runs all trials and releases everything that the sweep holds.
-
-    Returns:
-        "finished" or "stopped". The folder of the sweep records the same state.
-    """
-    heartbeat = Heartbeat(driver.root)
-    state = "failed"
-    try:
-        with driver.stop_on_signals():
-            driver.shared = compute_shared_inputs(
-                driver.config, driver.splits, driver.use_gpu, driver.stopping, driver.log
-            )
-            for stage in [None] if driver.config.scope == "all_categories" else list(driver.splits):
-                if not driver.stopping.is_set():
-                    driver.run_stage(stage, limit)
-        state = "stopped" if driver.stopping.is_set() else "finished"
-    finally:
-        try:
-            driver.close()
-            driver.close_trackers(state)
-        finally:
-            heartbeat.close(state)
-    return state
-
-
+@dataclass
 class _SweepDriver:
-    """The state of a running sweep in the process that started it."""
+    """The state of a running sweep in the process that started it.
 
-    def __init__(
-        self,
-        config: SweepConfig,
-        base: Config,
-        root: str,
-        splits: dict[str, Split],
-        streams: bool,
-        log: Log,
-        sweep_recorder: SweepRecorder,
-    ) -> None:
-        import ray
+    Attributes:
+        streams: True if images are streamed, which needs Ray Train workers.
+        limit: Largest number of trials that run at once.
+        stopping: Set by a signal: the sweep ends in an orderly way.
+        experiment: Name of Tune's files, which are deleted at the end.
+        scratch: Folder of Tune's files on this machine.
+    """
 
-        self.sweep_recorder = sweep_recorder
-        self.config, self.base, self.root, self.splits, self.log = config, base, root, splits, log
-        self.streams = streams
-        self.stopping = threading.Event()
-        self.use_gpu = uses_gpu(base.cluster)
-        self.shared = SharedInputs()
-        self.judge: Any = None
-        self.experiment = f"{config.name}-{uuid.uuid4().hex[:6]}"  # name of Tune's files, deleted at the end
-        self.scratch = tempfile.mkdtemp(prefix="focus-ray-sweep-")
-        self.node_id = ray.get_runtime_context().get_node_id()
-        self.groups_before = placement_groups()
+    config: SweepConfig
+    root: str
+    splits: dict[str, Split]
+    streams: bool
+    limit: int
+    log: Log
+    recorder: SweepRecorder
+    stopping: threading.Event = field(default_factory=threading.Event)
+    experiment: str = field(default_factory=lambda: f"sweep-{uuid.uuid4().hex[:8]}")
+    scratch: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="focus-ray-sweep-"))
+
+    def run(self) -> str:
+        """Runs all trials and releases everything that the sweep holds.
+
+        Returns:
+            "finished" or "stopped". The folder of the sweep records the same state.
+        """
+        groups_before = placement_groups()
+        heartbeat = Heartbeat(self.root)
+        state = "failed"
+        try:
+            with self.stop_on_signals():
+                use_gpu = uses_gpu(self.config.config_at().cluster)
+                shared = compute_shared_inputs(self.config, self.splits, use_gpu, self.stopping, self.log)
+                for stage in [None] if self.config.scope == "all_categories" else list(self.splits):
+                    if not self.stopping.is_set():
+                        self.run_stage(stage, shared, use_gpu)
+            state = "stopped" if self.stopping.is_set() else "finished"
+        finally:
+            try:
+                self.remove_files()
+                # A killed Ray Train controller does not remove the placement group of its workers (Ray 2.60).
+                for name in placement_groups() - groups_before:
+                    remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
+                self.close_trackers(state)
+            finally:
+                heartbeat.close(state)
+        return state
 
     @contextlib.contextmanager
     def stop_on_signals(self) -> Iterator[None]:
         """Context manager: SIGINT or SIGTERM stops the sweep in an orderly way; a second signal ends the process at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         previous_handlers: dict[int, Any] = {}
 
         def stop(number: int, frame: Any) -> None:
@@ -298,43 +291,33 @@ class _SweepDriver:
             signal.signal(number, previous_handlers[number])
             self.stopping.set()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous_handlers[number] = signal.signal(number, stop)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous_handlers[number] = signal.signal(number, stop)
         try:
             yield
         finally:
             for caught_signal, handler in previous_handlers.items():
                 signal.signal(caught_signal, handler)
 
-    def close(self) -> None:
-        """Releases everything that this sweep holds in the cluster and on its machines."""
-        import ray
-        from ray import PlacementGroupID
-        from ray.util.placement_group import PlacementGroup, remove_placement_group
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    def remove_files(self) -> None:
+        """Removes all temporary files of the sweep.
 
-        self.shared = SharedInputs()
-        if self.judge is not None:
-            ray.kill(self.judge)
+        Tune leaves one folder per trial in the session folder of every node, also after the job (Ray 2.60).
+        """
         shutil.rmtree(self.scratch, ignore_errors=True)
-        # Tune leaves one folder per trial in the session folder of every node, also after the job (Ray 2.60).
-        remove_working_folders(self.experiment)
-        cleanup_tasks = []
+        remove_folder(join(self.root, "scratch"))
+        tasks = []
         for node in ray.nodes():
-            if node["Alive"] and node["NodeID"] != self.node_id:
+            if node["Alive"]:
                 on_node = NodeAffinitySchedulingStrategy(node_id=node["NodeID"], soft=False)
                 task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_node)(remove_working_folders)
-                cleanup_tasks.append(task.remote(self.experiment))
-        if cleanup_tasks:
-            ray.wait(cleanup_tasks, num_returns=len(cleanup_tasks), timeout=10.0)
-        # A killed Ray Train controller does not remove the placement group of its workers (Ray 2.60).
-        for name in placement_groups() - self.groups_before:
-            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(name)))
-        remove_folder(join(self.root, "scratch"))
+                tasks.append(task.remote(self.experiment))
+        ray.wait(tasks, num_returns=len(tasks), timeout=10.0)
 
     def close_trackers(self, state: str) -> None:
-        """Records the end of the sweep in the trackers, and all trials that are not recorded yet: Tune skips some callbacks."""
-        if not self.sweep_recorder.recorder:
+        """Records in the trackers the end of the sweep, and all trials that are not recorded yet."""
+        if not self.recorder.recorder:
             return
         try:
             trial_records = records.read_records(self.root)
@@ -342,94 +325,111 @@ class _SweepDriver:
             self.log(f"WARNING: trackers lack some trials: {error}")
             trial_records = []
         for record in trial_records:
-            self.sweep_recorder.log_trial(record.name, dataclasses.asdict(record))
-        best = {
-            stage or "": dataclasses.asdict(record) for stage, record in records.best_records(trial_records).items()
-        }
-        self.sweep_recorder.close(best, failed=state == "failed")
+            self.recorder.log_trial(record.name, dataclasses.asdict(record))
+        best = records.best_records(trial_records)
+        self.recorder.close(
+            {stage or "": dataclasses.asdict(record) for stage, record in best.items()}, failed=state == "failed"
+        )
 
-    # ---- trials
-    def run_stage(self, stage: str | None, limit: int) -> None:
+    def run_stage(self, stage: str | None, shared: SharedInputs, use_gpu: bool) -> None:
         """Runs the missing trials of a stage.
 
         Args:
             stage: Category to search for; None for all categories.
-            limit: Largest number of trials that run at once.
+            shared: Inputs that no trial changes.
+            use_gpu: True if trials use a GPU.
         """
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        categories = list(self.splits) if stage is None else [stage]
+        splits = {name: split for name, split in self.splits.items() if stage in (None, name)}
         proposer = Proposer(self.config)
-        max_epochs = self.config.max_epochs
         done_records = [
             record for record in records.read_records(self.root) if record.stage == stage and record.status != "failed"
         ]
-        for record in sorted(done_records, key=lambda record: record.number):
-            proposer.tell(record.number, record.point, record.score, score_steps(record, categories, max_epochs))
-        num_missing = proposer.total - len(done_records)
-        if num_missing <= 0:
+        for record in done_records:
+            proposer.tell(record.number, record.point, record.score, self.score_steps(record, splits))
+        num_left = proposer.total - len(done_records)
+        if num_left <= 0:
             return
+        self.log(f"{num_left} trial(s) on {', '.join(splits)}, {len(done_records)} already done")
         # The judge runs on the node of the driver, so that both live and die together.
-        on_this_node = NodeAffinitySchedulingStrategy(node_id=self.node_id, soft=False)
-        judge_actor = ray.remote(num_cpus=0, scheduling_strategy=on_this_node)(Judge)
-        self.judge = judge_actor.options(name=f"judge-{stage or 'all'}", namespace=self.experiment).remote(
-            self.config, categories, max_epochs
+        on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        judge = ray.remote(num_cpus=0, scheduling_strategy=on_this_node)(Judge).remote(
+            self.config, list(splits), self.config.max_epochs
         )
         for record in sorted(done_records, key=lambda record: record.ended_at):
-            self.judge.replay.remote(record.number, record.curves())
+            judge.replay.remote(record.number, record.curves())
             if record.status == "cut":
-                self.judge.withdraw.remote(record.number)
-        job = StageJob(
-            sweep=self.config,
-            reference_config=self.config.reference_config,
-            stage=stage,
-            splits={category: self.splits[category] for category in categories},
-            root=self.root,
-            use_gpu=self.use_gpu,
-            images=self.shared.images,
-            features=self.shared.features,
-            judge=self.judge,
-        )
-        self.log(f"{num_missing} trial(s) on {', '.join(categories)}, {len(done_records)} already done")
-        self._run_missing_trials(job, proposer, num_missing, limit)
-        ray.kill(self.judge)
-        self.judge = None
-
-    def _run_missing_trials(self, job: StageJob, proposer: Proposer, num_missing: int, limit: int) -> None:
-        """Runs the missing trials with Ray Tune and writes records of trials whose process was lost too often."""
+                judge.withdraw.remote(record.number)
 
         def stop() -> bool:
             """Returns True after a stop signal, and then also tells the judge to end all trials."""
             if self.stopping.is_set():
-                self.judge.stop.remote(STOPPED)  # trials end at their next score; Tune ends the others soon
+                judge.stop.remote(STOPPED)  # trials end at their next score; Tune ends the others soon
             return self.stopping.is_set()
 
-        # Ray Train workers have their own placement group; `limit` leaves room for them.
-        has_train_workers = self.base.cluster.num_workers > 1 or self.streams
-        grid = run_tune(
-            job,
-            make_searcher(proposer, num_missing, self.log),
-            make_stopper(stop),
-            num_trials=num_missing,
-            limit=limit,
-            name=self.experiment if job.stage is None else f"{self.experiment}-{job.stage}",
-            folder=self.scratch,
-            resources=None if has_train_workers else resources_per_worker(self.base.cluster, self.use_gpu),
-            labels=self.base.cluster.labels,
-            max_failures=self.base.cluster.max_failures,
-            callbacks=[trial_callback(self.sweep_recorder)] if self.sweep_recorder.recorder else [],
-        )
-        if self.stopping.is_set():
-            return
-        recorded_names = {record.name for record in records.read_records(self.root)}
-        for result in grid:
-            if result.error is None:
-                continue
-            config = result.config or {}
-            record = TrialRecord(
-                config["number"], job.stage, config["point"], "failed", None, reason=reason_of(result.error)
+        def end_trial(number: int, point: Point, record: TrialRecord | None) -> None:
+            """Passes the result of a trial to the proposer, the trackers and the log."""
+            nonlocal num_left
+            if record is None or record.status == "failed":
+                proposer.tell(number, point, None, failed=True)
+            else:
+                proposer.tell(number, point, record.score, self.score_steps(record, splits))
+                num_left -= 1
+            if record is not None:
+                self.recorder.log_trial(record.name, dataclasses.asdict(record))
+                settings = ", ".join(f"{key}={records.format_value(value)}" for key, value in point.items())
+                result = f"{record.status}: {record.reason}" if record.score is None else f"score {record.score:.4f}"
+                self.log(f"trial {record.name}: {settings}: {result} ({record.seconds:.1f} s; {num_left} left)")
+
+        cluster = self.config.config_at().cluster
+        # Ray Train workers reserve their own resources, for which `limit` leaves room; Tune refuses an empty bundle (2.60).
+        has_train_workers = cluster.num_workers > 1 or self.streams
+        bundle = {"memory": float(2**20)} if has_train_workers else resources_per_worker(cluster, use_gpu)
+        labels = [dict(cluster.labels)] if cluster.labels else None
+        job = StageJob(self.config, stage, splits, self.root, use_gpu, shared.images, shared.features, judge)
+        try:
+            grid = run_tune(
+                tune.with_parameters(run_trial, job=job),
+                tune.PlacementGroupFactory([bundle], bundle_label_selector=labels),
+                tune.TuneConfig(
+                    search_alg=PointSearcher(proposer, end_trial),
+                    num_samples=num_left,
+                    max_concurrent_trials=self.limit,
+                ),
+                tune.RunConfig(
+                    name=f"{self.experiment}-{stage or 'all'}",
+                    storage_path=self.scratch,
+                    stop=SweepStopper(stop),
+                    failure_config=tune.FailureConfig(max_failures=cluster.max_failures),
+                    verbose=0,
+                ),
             )
-            if record.name not in recorded_names:  # its process was lost more than max_failures times
-                records.write_record(self.root, dataclasses.replace(record, ended_at=time.time()))
-                self.log(f"trial {record.name}: FAILED: {record.reason}")
+        finally:
+            ray.kill(judge)
+        recorded_names = {record.name for record in records.read_records(self.root)}
+        for result in [] if self.stopping.is_set() else grid:
+            if result.error is not None:  # its process was lost more than max_failures times
+                number, point = result.config["number"], result.config["point"]
+                reason = reason_of(result.error)
+                record = TrialRecord(number, stage, point, "failed", None, reason=reason, ended_at=time.time())
+                if record.name not in recorded_names:
+                    records.write_record(self.root, record)
+                    self.log(f"trial {record.name}: {record.status}: {record.reason}")
+
+    def score_steps(self, record: TrialRecord, categories: Iterable[str]) -> list[tuple[int, float]]:
+        """Returns (step, mean score so far) of each report of a trial, from which a searcher learns about pruned trials."""
+        max_epochs = max(1, self.config.max_epochs)
+        final_scores: list[float] = []
+        steps = {}
+        for index, category in enumerate(categories):
+            curve = record.curves().get(category, [])
+            for epoch, score in curve:
+                steps[index * max_epochs + max(1, epoch)] = float(np.mean([*final_scores, score]))
+            final_scores += [score for _, score in curve[-1:]]
+        return list(steps.items())
+
+
+def placement_groups() -> set[str]:
+    """Returns the ids of this job's placement groups. The id of a group ends with the id of its job."""
+    job = ray.get_runtime_context().get_job_id()
+    table = ray.util.placement_group_table()
+    return {name for name, group in table.items() if name.endswith(job) and group["state"] != "REMOVED"}

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Objective, SweepConfig
 from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_images, features_key, load_images
-from focus_ray.training.category import data_parallel
 from focus_ray.training.streams import worker_stream
 from focus_ray.training.trainer import TrainerJob, run_trainer
 
@@ -40,7 +39,6 @@ class StageJob:
 
     Attributes:
         sweep: Validated configuration of the sweep.
-        reference_config: Base configuration at the largest image size of all trials.
         stage: Category that the trials search for; None for all categories.
         splits: Category -> split of its images, in judging order.
         root: Folder of the sweep.
@@ -51,7 +49,6 @@ class StageJob:
     """
 
     sweep: SweepConfig
-    reference_config: Config
     stage: str | None
     splits: Mapping[str, Split]
     root: str
@@ -99,40 +96,41 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
     start_s = time.perf_counter()
     ray.get(job.judge.begin.remote(number))
     results: dict[str, CategoryResult] = {}
-    failure = None
+    status, reason = "finished", None
     try:
         settings = job.sweep.config_at(point)
         if not job.sweep.share_work:
             clear_caches()
         for category, split in job.splits.items():
             results[category] = _judge_category(TrialJob(settings, split, job.use_gpu, number, job))
-            if results[category].cut is not None:
+            reason = results[category].cut
+            if reason is not None:
+                status = "cut"
                 break
     except Exception as error:  # only this trial fails; it is recorded, and the other trials go on
-        failure = reason_of(error)
-    prune_reason = next((result.cut for result in results.values() if result.cut is not None), None)
-    if prune_reason == STOPPED:
+        status, reason = "failed", reason_of(error)
+    if reason == STOPPED:
         return
-    if failure is not None or prune_reason is not None:
+    if status != "finished":
         ray.get(job.judge.withdraw.remote(number))
     scores = [result.score for result in results.values() if result.score is not None]
     record = TrialRecord(
         number,
         job.stage,
         point,
-        "failed" if failure is not None else "cut" if prune_reason is not None else "finished",
-        float(np.mean(scores)) if failure is None and prune_reason is None else None,
+        status,
+        float(np.mean(scores)) if status == "finished" else None,
         {category: dataclasses.asdict(result) for category, result in results.items()},
-        failure if failure is not None else prune_reason,
+        reason,
         sum(result.epochs for result in results.values()),
         time.perf_counter() - start_s,
         time.time(),
     )
     records.write_record(job.root, record)
-    steps = score_steps(record, list(job.splits), 1 if failure else job.sweep.max_epochs)
     score = math.nan if record.score is None else record.score
-    # As text, because Tune flattens nested results for searchers.
-    tune.report({"score": score, "outcome": json.dumps({"record": dataclasses.asdict(record), "steps": steps})})
+    tune.report(
+        {"score": score, "record": json.dumps(dataclasses.asdict(record))}
+    )  # text: Tune flattens nested results
 
 
 def _judge_category(job: TrialJob) -> CategoryResult:
@@ -151,7 +149,7 @@ def _judge_on_train_worker(job: TrialJob, device: torch.device) -> CategoryResul
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    return _judge_on_worker(job, device, rank, num_workers, data_parallel(num_workers, device))
+    return _judge_on_worker(job, device, rank, num_workers)
 
 
 def _judge_on_worker(
@@ -159,7 +157,6 @@ def _judge_on_worker(
     device: torch.device,
     rank: int = 0,
     num_workers: int = 1,
-    wrap: Callable[[torch.nn.Module], Any] | None = None,
 ) -> CategoryResult:
     """Judges one category as one of `num_workers` workers.
 
@@ -168,7 +165,6 @@ def _judge_on_worker(
         device: Device to compute on.
         rank: Rank of this worker.
         num_workers: Number of workers.
-        wrap: Wraps the network for distributed training.
     """
     import ray
 
@@ -183,7 +179,7 @@ def _judge_on_worker(
     shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
         shard, plan = worker_share(settings, job.category, job.split.plan(settings), rank, num_workers)
-        images = load_images(stage.reference_config, job.category, plan, objective, size_px)
+        images = load_images(stage.sweep.reference_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
         """Asks the judge whether the trial goes on."""
@@ -199,7 +195,6 @@ def _judge_on_worker(
         num_images=job.split.num_fit,
         features=features,
         rank=rank,
-        wrap=wrap,
         on_score=on_score,
         shard=shard,
     )
@@ -237,16 +232,3 @@ def _fetch_shared_input(reference: Any) -> Any:
         return ray.get(reference, timeout=SHARED_TIMEOUT_S)
     except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError, ray.exceptions.RayTaskError):
         return None
-
-
-def score_steps(record: TrialRecord, categories: Sequence[str], max_epochs: int) -> list[tuple[int, float]]:
-    """Returns (step, mean score so far) of each report of a trial. A searcher learns about pruned trials from these reports."""
-    final_scores: list[float] = []
-    steps = []
-    for index, category in enumerate(categories):
-        curve = record.curves().get(category, [])
-        for epoch, score in curve:
-            steps.append((index * max(1, max_epochs) + max(1, epoch), float(np.mean([*final_scores, score]))))
-        if curve:
-            final_scores.append(curve[-1][1])
-    return list(dict(steps).items())
