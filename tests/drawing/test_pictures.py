@@ -46,6 +46,14 @@ def test_the_strip_covers_nothing_of_the_picture(width: int, height: int, factor
     assert picture.shape[1] == max(width * factor, MIN_WIDTH_PX)
 
 
+def test_the_outline_of_a_region_is_on_its_outermost_pixels() -> None:
+    inspection = inspection_of(160, 160)
+    (region,) = inspection.regions
+    rows, columns = np.nonzero((overlay(np.zeros((160, 160, 3), np.uint8), inspection) == [0, 255, 255]).all(axis=2))
+    assert (rows.min(), rows.max()) == (region.y, region.y + region.height - 1)
+    assert (columns.min(), columns.max()) == (region.x, region.x + region.width - 1)
+
+
 def test_text_grows_with_the_picture() -> None:
     small, large = (len(picture_of(np.zeros((side, side, 3), np.uint8))) / side for side in (400, 1600))
     assert large - 1 == pytest.approx(small - 1, rel=0.5)
