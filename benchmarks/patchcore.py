@@ -35,7 +35,8 @@ from focus_ray.features.network import to_images
 from focus_ray.fitting.settings import parse_config
 from focus_ray.fitting.shards import MemoryShard, build_shard
 from focus_ray.fitting.split import SplitPlan, plan_category
-from focus_ray.metrics.evaluate import compute_metrics_of_arrays, evaluation_size
+from focus_ray.metrics.evaluate import compute_metrics, evaluation_size
+from focus_ray.metrics.metrics import MeasuredImages
 
 
 def patches(backbone: Backbone, images: Tensor) -> Tensor:
@@ -139,7 +140,8 @@ def patchcore(
         has_mask = record["mask"] is not None
         mask = decode_mask(record["mask"], height, width) if has_mask else np.zeros((height, width), dtype=bool)
         masks.append(mask if has_mask or not record["label"] else None)
-    figures = compute_metrics_of_arrays(labels, types, scores, maps, masks, 0.0, 0.05)
+    measured = MeasuredImages(np.array(labels), np.array(scores), masks, maps, 0.0)
+    figures = compute_metrics(measured, types, 0.05)
     ms = 1e3 * (time.perf_counter() - start) / len(labels)
     images = {"labels": labels, "scores": scores, "pixel_draws": bootstrap_pixels(labels, masks, maps)}
     return {**figures, **images, "fit_s": fit_s, "features_s": features_s, "ms": ms}

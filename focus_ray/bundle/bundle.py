@@ -144,10 +144,7 @@ def write_bundle(
     """
     moments = statistics.moments
     if calibration.precision is None:
-        calibration = replace(
-            calibration,
-            precision=describe_precision(config, detector.density.device),
-        )
+        calibration = replace(calibration, precision=describe_precision(config, detector.density.device))
     network = detector.net.state_dict()
     network.update({f"reduction.{name}": value for name, value in detector.reduction.state_dict().items()})
     density = density_tensors(config.density, statistics, detector.density)
@@ -182,12 +179,7 @@ def write_bundle(
         "category": category,
         "config": config.model_dump(mode="json"),
         "data": data,
-        "moments": {
-            "count": moments.count,
-            "height": moments.height,
-            "width": moments.width,
-            "channels": moments.channels,
-        },
+        "moments": {name: getattr(moments, name) for name in ("count", "height", "width", "channels")},
         "calibration": calibration.to_dict(),
         "metrics": metrics,
         "git_commit": git_commit(),
@@ -312,15 +304,12 @@ def _read_bundle(
     precision: str | None = None,
     max_bytes: int | None = None,
 ) -> Bundle:
-    """Reads the bundle that `manifest` describes. Arguments and errors are those of `read_bundle`."""
+    """Reads the bundle that `manifest` describes. Arguments and errors: see `read_bundle`."""
     address = str(uri)
     try:
         settings = complete_settings(manifest)
-        if precision is not None:
-            settings = {
-                **settings,
-                **{part: {**settings[part], "precision": precision} for part in ("model", "density")},
-            }
+        for part in ("model", "density") if precision is not None else ():
+            settings[part] = {**settings[part], "precision": precision}
         config = parse_config(settings, f"{uri}/{MANIFEST}", is_fitted=True)
         calibration = Calibration.from_dict(manifest["calibration"]).at_precision(describe_precision(config, device))
         category = str(manifest["category"])
@@ -480,17 +469,12 @@ def git_commit() -> str | None:
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():  # an installed package: a repository in a parent folder is another project's
         return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=folder, capture_output=True, text=True, timeout=5, check=True,
-        ).stdout.strip()  # fmt: skip
+        finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+changes" if changes else "")
+    return finished.stdout.strip()
 
 
 def library_versions() -> dict[str, str]:

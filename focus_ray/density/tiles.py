@@ -50,9 +50,9 @@ def join_maps(tiles: Tensor, rows: int, columns: int) -> Tensor:
     """Joins maps of tiles (B * rows * columns, C, h, w) to maps of images (B, C, rows * h, columns * w), side by side."""
     if rows == columns == 1:
         return tiles
-    _, channels, height, width = tiles.shape
-    maps = tiles.reshape(-1, rows, columns, channels, height, width).permute(0, 3, 1, 4, 2, 5)
-    return maps.reshape(-1, channels, rows * height, columns * width)
+    count, channels, height, width = tiles.shape  # there may be no tiles, or no channels
+    shape = count // (rows * columns), rows, columns, channels, height, width
+    return tiles.reshape(shape).permute(0, 3, 1, 4, 2, 5).reshape(shape[0], channels, rows * height, columns * width)
 
 
 def split_maps(maps: Tensor, rows: int, columns: int) -> Tensor:

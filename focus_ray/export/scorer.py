@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from focus_ray.bundle.bundle import Bundle
 from focus_ray.density.base import exportable_density
 from focus_ray.density.tiles import Tiles
-from focus_ray.detect.calibration import TIE, Calibration
+from focus_ray.detect.calibration import Calibration
 from focus_ray.detect.detector import score_if_inspected, shown_locations
 from focus_ray.detect.profile import zero_unscored
 from focus_ray.export.resize import ToFrame
@@ -19,6 +19,7 @@ from focus_ray.features.alignment.congealing import CongealingAligner
 from focus_ray.features.alignment.theta import invert_theta, warp
 from focus_ray.features.batch_norm import fuse_batch_norms
 from focus_ray.features.network import ALIGNED_IMAGE_PADDING, AlignedFeatures, warp_to_common_frame
+from focus_ray.metrics.ties import TIE
 
 OUTPUTS = ("score", "p_value", "anomalous", "anomaly_map")
 BOX = "box"  # an additional output if images keep their aspect ratio
