@@ -440,12 +440,12 @@ def test_a_missing_data_set_is_refused(bundle: str, data: str, tmp_path: Path) -
 def test_a_density_that_branches_on_values_is_refused(
     bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Branching(torch.nn.Module):
-        def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+    class Branching:
+        def score(self, embedding: torch.Tensor) -> torch.Tensor:
             distance = embedding.square().sum(dim=1)
             return distance if bool((distance.mean() > 1).item()) else -distance
 
-    monkeypatch.setattr("focus_ray.export.scorer.to_traceable_module", lambda density, half: Branching())
+    monkeypatch.setattr("focus_ray.export.scorer.exportable_density", lambda config, density, half: Branching())
     with pytest.raises(ExportError, match="branches on values"):
         export_bundle(bundle, "torch", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
