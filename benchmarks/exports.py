@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from benchmarks.harness import add_arguments, keep_json, open_data, print_table
 from focus_ray.bundle.bundle import read_bundle
 from focus_ray.data.images import decode_image
-from focus_ray.export.check import TOLERANCE, check_export, score_reference
+from focus_ray.export.check import TOLERANCE, check_export, find_failures, score_reference
 from focus_ray.export.examples import gather_examples
 from focus_ray.export.formats import MODEL_FILES, open_model, quantise, trace, write_onnx, write_openvino
 from focus_ray.export.scorer import OUTPUTS, ExportableScorer
@@ -67,7 +67,10 @@ def write_all_formats(
         for to, folder_of_format in folders.items():
             yield to, precision, folder_of_format
         if precision == "fp32":
-            quantise(folders["onnx"] / MODEL_FILES["onnx"], int8_images, backbone)
+            path = folders["onnx"] / MODEL_FILES["onnx"]
+            quantised = path.with_name("int8.onnx")
+            quantise(path, quantised, int8_images, backbone)
+            quantised.replace(path)
             write_openvino(folders["onnx"] / MODEL_FILES["onnx"], folders["openvino"] / MODEL_FILES["openvino"])
             for to in ("onnx", "openvino"):
                 yield to, "int8", folders[to]
@@ -77,8 +80,8 @@ def measure(uri: str, max_examples: int) -> list[dict[str, Any]]:
     """Exports a bundle in all formats and returns a comparison with PyTorch for each."""
     bundle = read_bundle(uri, precision="fp32")
     examples = gather_examples(bundle, (), max_examples)
-    reference = score_reference(bundle, examples.to_check)
-    int8_images = [decode_image(example.image, None) for example in examples.for_int8]
+    reference = score_reference(bundle, [example for example in examples if not example.for_int8])
+    int8_images = [decode_image(example.image, None) for example in examples if example.for_int8]
     comparisons = []
     with tempfile.TemporaryDirectory() as folder:
         for to, precision, folder_of_format in write_all_formats(uri, Path(folder), int8_images):
@@ -91,8 +94,8 @@ def measure(uri: str, max_examples: int) -> list[dict[str, Any]]:
                     "precision": precision,
                     "num_bytes": num_bytes,
                     "image_px": sorted({pixels.shape[:2] for pixels in reference.pixels})[:3],
-                    "refused": comparison.failures(TOLERANCE[precision]),
-                    **comparison.to_dict(),
+                    "refused": find_failures(comparison, TOLERANCE[precision]),
+                    **comparison,
                 }
             )
             print(comparisons[-1], flush=True)

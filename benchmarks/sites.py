@@ -39,7 +39,7 @@ from focus_ray.ingestion.ingest import ingest
 from focus_ray.metrics.metrics import MeasuredImages
 from focus_ray.seeds import derive_seed
 from focus_ray.settings.kinds import METRICS
-from focus_ray.training.local import bundle_uri, train_locally
+from focus_ray.training.category import bundle_uri, fit_category
 
 Pixels = NDArray[np.uint8]
 MOST_FIT, MOST_GOOD, MOST_BAD = 180, 60, 60  # good images that fit and that are kept, at most, and defects
@@ -96,7 +96,7 @@ def ingested(images: Sequence[tuple[str, bytes]], category: str, folder: Path, s
 
 def fitted(config: Config, category: str, place: Path) -> str:
     """The bundle of a category, fitted."""
-    train_locally(config, [split_category(config, category)], str(place), print, raise_at_once=True)
+    fit_category(config, split_category(config, category), str(place), print)
     return bundle_uri(str(place), category)
 
 

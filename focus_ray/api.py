@@ -38,7 +38,7 @@ from focus_ray.names import is_name, suggest_name
 from focus_ray.settings.sections import read_mapping
 from focus_ray.settings.standard import find_config
 from focus_ray.storage.files import join, read_bytes
-from focus_ray.training.local import bundle_uri, train_locally
+from focus_ray.training.category import bundle_uri, fit_category
 
 Image = str | Path | bytes | NDArray[Any] | Pillow.Image
 """An image: the path or the bytes of an image file, a Pillow image, or pixels as uint8 (H, W) grey or (H, W, 3) RGB."""
@@ -191,7 +191,7 @@ def fit(
     data, category = _ingest_or_use(images, root, groups, group_by)
     config = _parse_tree(tree, data)
     split = split_category(config, category)
-    train_locally(config, [split], str(root), log or (lambda message: None), raise_at_once=True)
+    fit_category(config, split, str(root), log or (lambda message: None))
     place = bundle_uri(str(root), category)
     return Model(Inspector.load(place), place, scratch)
 

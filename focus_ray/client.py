@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import random
+import itertools
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import httpx
 
 from focus_ray.errors import FocusRayError
+from focus_ray.retries import retry_pause_s
 
 Output = Literal["heatmap", "overlay", "mask"]
 RETRIED = (408, 429, 502, 503, 504)  # status codes of temporary failures
@@ -102,20 +103,8 @@ class Inspected:
     timings_ms: dict[str, float]
 
 
-class _Route(TypedDict):
-    """The arguments of httpx's `request` that every request has."""
-
-    method: str
-    url: str
-
-
-class _Request(_Route, total=False):
-    """Arguments of httpx's `request`."""
-
-    params: dict[str, str]
-    content: bytes
-    headers: dict[str, str]
-    files: list[tuple[str, tuple[str, bytes]]]
+_Request = dict[str, Any]
+"""Arguments of httpx's `request`."""
 
 
 class Client:
@@ -179,7 +168,11 @@ class Client:
         async def sleep(seconds: float) -> None:
             time.sleep(seconds)
 
-        return _run_blocking(_send_with_retries(send, sleep, self._retries))
+        try:
+            _send_with_retries(send, sleep, self._retries).send(None)  # it never suspends, so it ends at the first step
+        except StopIteration as stop:
+            response: httpx.Response = stop.value
+        return response
 
 
 class AsyncClient:
@@ -234,14 +227,15 @@ def _inspection_request(
     team: str, category: str, images: Sequence[bytes], version: str | None, include_map: bool
 ) -> _Request:
     """Returns the request that inspects images: a single image as the body, several images as multipart files."""
-    params = {**({"version": version} if version else {}), **({"include": "map"} if include_map else {})}
-    request: _Request = {"method": "POST", "url": f"/v1/{team}/{category}/inspect", "params": params}
+    params = {"version": version or "", "include": "map" if include_map else ""}
+    request = {
+        "method": "POST",
+        "url": f"/v1/{team}/{category}/inspect",
+        "params": {name: value for name, value in params.items() if value},
+    }
     if len(images) == 1:
-        request["content"] = images[0]
-        request["headers"] = {"content-type": "application/octet-stream"}
-    else:
-        request["files"] = [("images", (str(number), image)) for number, image in enumerate(images)]
-    return request
+        return {**request, "content": images[0], "headers": {"content-type": "application/octet-stream"}}
+    return {**request, "files": [("images", (str(number), image)) for number, image in enumerate(images)]}
 
 
 def _picture_request(team: str, category: str, image: bytes, output: Output, version: str | None) -> _Request:
@@ -261,49 +255,31 @@ async def _send_with_retries(
 
     Raises: ServiceError: the service refused the request, or did not answer within the retries.
     """
-    attempt = 0
-    while True:
-        outcome: httpx.Response | httpx.TransportError
+    outcome: httpx.Response | httpx.TransportError
+    for attempt in itertools.count():
         try:
             outcome = await send()
         except httpx.TransportError as error:
             outcome = error
-        pause_s = _retry_pause_s(outcome, attempt) if attempt < retries else None
-        if pause_s is None:
-            return _accept(outcome)
-        await sleep(pause_s)
-        attempt += 1
+        if attempt == retries or not _is_retryable(outcome):
+            break
+        retry_after = "" if isinstance(outcome, httpx.TransportError) else outcome.headers.get("retry-after", "")
+        await sleep(max(retry_pause_s(attempt), min(30.0, float(retry_after)) if retry_after.isdigit() else 0))
+    return _accept(outcome)
 
 
-def _run_blocking(coroutine: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
-    """Runs a `_send_with_retries` whose `send` and `sleep` block, without an event loop, and returns the response."""
-    try:
-        coroutine.send(None)  # a coroutine that never suspends runs to its end at the first step
-    except StopIteration as stop:
-        response: httpx.Response = stop.value
-        return response
-    raise AssertionError("the coroutine suspended, although its send and sleep block")
-
-
-def _retry_pause_s(outcome: httpx.Response | httpx.TransportError, attempt: int) -> float | None:
-    """Returns the seconds until the next retry; None if a retry cannot help. attempt: number of the attempt, from 0."""
-    # exponential backoff; the random factor spreads the retries of many clients
-    pause_s = min(5.0, 0.1 * 2.0**attempt) * random.uniform(0.5, 1.0)
+def _is_retryable(outcome: httpx.Response | httpx.TransportError) -> bool:
+    """Returns whether a retry can help. A 500 without a problem document comes from a proxy whose replica died."""
     if isinstance(outcome, httpx.TransportError):
-        return pause_s
-    is_from_proxy = outcome.status_code == 500 and not _is_problem(outcome)
-    if outcome.status_code not in RETRIED and not is_from_proxy:
-        return None
-    retry_after = outcome.headers.get("retry-after", "")
-    return max(pause_s, min(30.0, float(retry_after))) if retry_after.isdigit() else pause_s
+        return True
+    return outcome.status_code in RETRIED or (outcome.status_code == 500 and not _is_problem(outcome))
 
 
 def _accept(outcome: httpx.Response | httpx.TransportError) -> httpx.Response:
     """Returns a successful response. Raises: ServiceError: for any other outcome."""
     if isinstance(outcome, httpx.TransportError):
-        raise ServiceError(
-            f"the service cannot be reached: {outcome!r}: check that it runs and that the URL is right"
-        ) from (outcome)
+        message = f"the service cannot be reached: {outcome!r}: check that it runs and that the URL is right"
+        raise ServiceError(message) from outcome
     if outcome.is_success:
         return outcome
     if _is_problem(outcome):
@@ -321,14 +297,9 @@ def _is_problem(response: httpx.Response) -> bool:
 
 def _parse_answer(response: httpx.Response) -> Inspected:
     answer = response.json()
-    return Inspected(
-        findings=tuple(_parse_finding(result) for result in answer["results"]),
-        version=answer["version"],
-        sha256=answer["sha256"],
-        role=answer["role"],
-        request_id=answer["request_id"],
-        timings_ms=answer["timings_ms"],
-    )
+    findings = tuple(_parse_finding(result) for result in answer["results"])
+    names = ("version", "sha256", "role", "request_id", "timings_ms")
+    return Inspected(findings, **{name: answer[name] for name in names})
 
 
 def _parse_finding(result: dict[str, Any]) -> Finding:

@@ -50,3 +50,8 @@ def is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def readable_name(path: object) -> str:
+    """Returns a path or name as valid UTF-8 text: a byte that is not UTF-8 becomes an escape such as \\xff."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

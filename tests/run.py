@@ -15,33 +15,21 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
+# folders of the first half; both halves take about the same time
 FIRST = (
-    "cli",
-    "cluster",
-    "data",
-    "density",
-    "docs",
-    "evaluation",
-    "samples",
-    "serving",
-    "submission",
-    "sweep",
-    "tracking",
+    "cli", "cluster", "data", "density", "docs", "evaluation", "samples", "serving", "submission", "sweep", "tracking",
     "watching",
-)  # folders of the first half; both halves take about the same time
+)  # fmt: skip
 WITHOUT, WITH = "not slow and not cluster and not ray", "ray and not slow and not cluster"
+SECOND = sorted(
+    path
+    for path in TESTS.iterdir()
+    if path.name not in FIRST and (path.name.startswith("test_") or any(path.glob("test_*.py")))
+)
 # name -> marks, niceness, paths. Ray's workers have a niceness of 15, so the other parts get the same niceness
 PARTS = {
     "without Ray, first half": (WITHOUT, 15, [TESTS / name for name in FIRST]),
-    "without Ray, second half": (
-        WITHOUT,
-        15,
-        sorted(
-            path
-            for path in TESTS.iterdir()
-            if path.name not in FIRST and (path.name.startswith("test_") or any(path.glob("test_*.py")))
-        ),
-    ),
+    "without Ray, second half": (WITHOUT, 15, SECOND),
     "with Ray": (WITH, 0, [TESTS]),
 }
 
@@ -53,31 +41,16 @@ def main(arguments: list[str]) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     slowest: list[tuple[float, str]] = []
     with tempfile.TemporaryDirectory() as folder:
-        running = {}
-        for number, (name, (marks, nice, paths)) in enumerate(PARTS.items()):
-            report, log = Path(folder, f"{number}.xml"), Path(folder, f"{number}.log")
-            command = [
-                "nice",
-                "-n",
-                str(nice),
-                sys.executable,
-                "-m",
-                "pytest",
-                "-m",
-                marks,
-                f"--junit-xml={report}",
-                *map(str, paths),
-                *arguments,
-            ]
-            with log.open("wb") as sink:
-                running[name] = (
-                    subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment),
-                    report,
-                    log,
-                )
-        for name, (process, report, log) in running.items():
+        processes = {}
+        for name, (marks, niceness, paths) in PARTS.items():
+            command = ["nice", "-n", str(niceness), sys.executable, "-m", "pytest", "-m", marks]
+            command += [f"--junit-xml={folder}/{name}.xml", *map(str, paths), *arguments]
+            with Path(folder, f"{name}.log").open("wb") as log:
+                processes[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        for name, process in processes.items():
             code = process.wait()
-            print(f"---- {name}\n{log.read_text(errors='replace')}", flush=True)
+            print(f"---- {name}\n{Path(folder, f'{name}.log').read_text(errors='replace')}", flush=True)
+            report = Path(folder, f"{name}.xml")
             cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
             if not cases:
                 print(f"no test {name} has run", file=sys.stderr)

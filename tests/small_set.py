@@ -76,25 +76,16 @@ def make_bundle(
     place: Path | str | None = None,
     fingerprint: str = "",
     fit_hashes: Sequence[int] = (),
+    result: FitResult | None = None,
 ) -> str:
-    """Trains a category in this process, writes its bundle and returns its address.
+    """Writes the bundle of a category and returns its address.
 
     Args:
         place: address of the bundle; None: the address that the command `train` uses.
         fit_hashes: hashes of the training images, for the bundle.
+        result: result of the training; None trains the category in this process.
     """
-    return write_fitted_bundle(fit_alone(config, category), config, category, place, fingerprint, fit_hashes)
-
-
-def write_fitted_bundle(
-    result: FitResult,
-    config: Config,
-    category: str = "gear",
-    place: Path | str | None = None,
-    fingerprint: str = "",
-    fit_hashes: Sequence[int] = (),
-) -> str:
-    """Writes the bundle of a training result and returns its address. Arguments are those of `make_bundle`."""
+    result = result or fit_alone(config, category)
     place = join(config.storage, config.name, "bundles", category) if place is None else str(place)
     write_bundle(
         place,

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from collections import Counter
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from focus_ray.cli.output import EXIT_ERROR, say
+from focus_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from focus_ray.doctor.diagnosis import CheckContext, Diagnosis
 
 
 def add_doctor_parser(commands: Any) -> None:
@@ -22,9 +29,6 @@ def add_doctor_parser(commands: Any) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> int:
     """Runs `doctor`: prints a diagnosis per check, as text or as JSON. Returns the exit status."""
-    from focus_ray.doctor.checks import diagnose
-    from focus_ray.doctor.diagnosis import is_healthy, to_json
-
     config, overrides = arguments.config, arguments.override
     if config is not None and "=" in config:
         config, overrides = None, [config, *overrides]
@@ -33,8 +37,56 @@ def _doctor(arguments: argparse.Namespace) -> int:
         diagnoses.append(diagnosis)
         if not arguments.json:
             print(diagnosis, flush=True)
-    if arguments.json:
-        print(to_json(diagnoses))
     counts = Counter(diagnosis.status for diagnosis in diagnoses)
+    if arguments.json:
+        findings = [dataclasses.asdict(diagnosis) for diagnosis in diagnoses]
+        print(json.dumps({"healthy": not counts["FAILED"], "findings": findings}, indent=1, ensure_ascii=False))
     say(f"doctor: {', '.join(f'{counts[status]} {status}' for status in ('ok', 'warning', 'FAILED'))}")
-    return 0 if is_healthy(diagnoses) else EXIT_ERROR
+    return EXIT_ERROR if counts["FAILED"] else 0
+
+
+def diagnose(config: str | None, overrides: Sequence[str]) -> Iterator[Diagnosis]:
+    """Runs all checks for a configuration and yields their diagnoses.
+
+    If the user named a configuration, the first diagnosis says whether it is valid. If the configuration or an override is
+    not valid, the first diagnosis fails, and the checks use the default configuration.
+
+    Args:
+        config: Path or standard name of the configuration of a run or a sweep; None takes the defaults.
+        overrides: Texts "key=value", as for the commands `train` and `sweep`.
+    """
+    from focus_ray.doctor.checks import CHECKS
+    from focus_ray.doctor.diagnosis import Diagnosis, run_checks
+
+    try:
+        context = read_context(config, overrides)
+    except ConfigError as error:
+        yield Diagnosis("configuration", "FAILED", str(error))
+        context = read_context(None, ())
+    else:
+        if config is not None:
+            yield Diagnosis("configuration", "ok", f"{config} is valid")
+    yield from run_checks(CHECKS, context)
+
+
+def read_context(config: str | None, overrides: Sequence[str]) -> CheckContext:
+    """Reads the configuration that the checks use: of a run, or the base configuration of a sweep.
+
+    Raises:
+        ConfigError: The configuration does not exist or is not valid.
+    """
+    from focus_ray.doctor.diagnosis import CheckContext
+    from focus_ray.fitting.settings import parse_config
+    from focus_ray.settings.sections import override_tree, read_mapping
+    from focus_ray.settings.standard import find_config
+    from focus_ray.sweep.settings import load_sweep
+
+    if config is None:
+        defaults = {"data": {"uri": "data"}}  # the only setting without a default
+        has_data = any(override.partition("=")[0].strip() in ("data", "data.uri") for override in overrides)
+        return CheckContext(parse_config(override_tree(defaults, list(overrides))), bool(overrides), has_data)
+    path = find_config(config)
+    tree = read_mapping(path)
+    if "space" in tree:  # only a sweep has this key
+        return CheckContext(load_sweep(path, overrides).config_at(), True, True)
+    return CheckContext(parse_config(override_tree(tree, list(overrides)), str(path)), True, True)

@@ -50,14 +50,14 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.accept_cost,
         log=say,
     )
-    check = exported.check
+    check = exported.sidecar["check"]
     say(
-        f"of {check.num_images} examples scores differ by up to {check.score_difference:.2g} of their spread, maps by up to "
-        f"{check.map_difference:.2g}; {check.verdict_changes} verdicts changed"
+        f"of {check['num_images']} examples scores differ by up to {check['score_difference']:.2g} of their spread, maps by "
+        f"up to {check['map_difference']:.2g}; {check['verdict_changes']} verdicts changed"
     )
-    if check.auroc_torch is not None:
-        say(f"image AUROC: PyTorch {check.auroc_torch:.4f}, the export {check.auroc_export:.4f}")
-    for failure in exported.sidecar["check"]["accepted_beyond_tolerance"]:
+    if check["auroc_torch"] is not None:
+        say(f"image AUROC: PyTorch {check['auroc_torch']:.4f}, the export {check['auroc_export']:.4f}")
+    for failure in check["accepted_beyond_tolerance"]:
         say(f"WARNING: accepted: {failure}")
     for caveat in exported.sidecar["calibration"]["caveats"]:
         say(f"note: {caveat}")

@@ -52,8 +52,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         _check_overlays(Path(arguments.overlays), names)
     say(f"inspect: {len(paths)} images with {arguments.bundle}")
     from focus_ray.bundle.inspector import Inspector  # takes seconds to import, so check the paths first
+    from focus_ray.csv_tables import table_row, table_text
     from focus_ray.drawing.strip import overlay_with_strip
-    from focus_ray.evaluation.table import table_row, table_text
     from focus_ray.storage.files import write_bytes
 
     examples = image_paths(arguments.examples) if arguments.examples else []

@@ -67,6 +67,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     from focus_ray.errors import SubmissionError
     from focus_ray.submission import client as submission
     from focus_ray.submission.job_request import build_job
+    from focus_ray.sweep.settings import load_sweep
 
     labels = dict(item.partition("=")[::2] for item in arguments.label)
     if not all(labels.values()):
@@ -74,6 +75,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     words = arguments.words[1:] if arguments.words[:1] == ["--"] else arguments.words
     job = build_job(
         words,
+        load_sweep,
         commands=arguments.known,
         team=arguments.team,
         category=arguments.category,

@@ -10,15 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from focus_ray.errors import DataError
+from focus_ray.names import readable_name as readable_name  # commands share the names
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 EXIT_PARTLY = 3  # a part of the work failed, and a message says so
-
-
-def readable_name(path: Path | str) -> str:
-    """Returns a path as valid UTF-8 text: a byte that is not UTF-8 becomes an escape such as \\xff."""
-    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def require(*places: str | None) -> None:

@@ -14,7 +14,7 @@ def add_sweep_parser(commands: Any) -> None:
     """Adds the parser of `sweep`."""
     sweep = commands.add_parser(
         "sweep",
-        help="search settings over categories with Ray Tune",
+        help="search settings over categories",
         description="focus-ray sweep CONFIG [key=value ...] starts a sweep; base.KEY=VALUE overrides the configuration "
         "from which trials start. `status`, `resume` and `report` take the folder of a sweep.",
     )
@@ -64,8 +64,7 @@ def _use_existing_sweep(action: str, place: str) -> int:
             say(f"report: {place}/{name}")
     else:
         print(json.dumps(records.sweep_progress(place, config, trials), indent=1, ensure_ascii=False))
-    print(records.summary_table(config, trials))
-    print(summary.format_summaries(config, trials))
+    print(summary.format_markdown(config, trials))
     if action == "report":
         print("\n".join(summary.train_commands(place, trials)))
     return 0
@@ -76,8 +75,7 @@ def _print_outcome(outcome: Any) -> int:
     from focus_ray.sweep import records, summary
 
     config = records.read_sweep(outcome.root)
-    print(records.summary_table(config, outcome.records))
-    print(summary.format_summaries(config, outcome.records), flush=True)
+    print(summary.format_markdown(config, outcome.records), flush=True)
     for record in outcome.failed:
         say(f"focus-ray: trial {record.name} failed: {record.reason}")
     for command in summary.train_commands(outcome.root, outcome.records):

@@ -153,9 +153,9 @@ def _run_watch(
             _LinePrinter() if arguments.show else lambda line: None,
         )
         watch.run(stop)
-        remaining_text = f", {watch.num_pending} left for the next start" if watch.num_pending else ""
+        remaining_text = f", {len(watch.pending)} left for the next start" if watch.pending else ""
         say(f"watch: ended: {summarize_counts(watch.counts)}{remaining_text}")
-    return EXIT_PARTLY if arguments.once and (watch.counts["error"] or watch.num_pending) else 0
+    return EXIT_PARTLY if arguments.once and (watch.counts["error"] or watch.pending) else 0
 
 
 @contextmanager

@@ -1,1 +1,1 @@
-"""Runs work on Ray: joins a cluster, checks its resources, trains, evaluates, inspects and ingests on its workers."""
+"""Work on Ray: joins a cluster, checks its resources and its storage, and hands out pieces of work to workers."""

@@ -12,10 +12,6 @@ from focus_ray.cluster.ray_private import find_local_cluster, is_token_refused
 
 TIMEOUT_S = 4.0
 ANSWER_TIMEOUT_S = 20.0  # a busy head node accepts connections at once, but answers later
-TOKEN_REFUSED = (
-    "it requires another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token"
-)
-ADVICE = "check that the cluster runs, or unset RAY_ADDRESS to start a private Ray on this machine"
 
 
 def explain_no_cluster(address: str) -> str:
@@ -26,14 +22,9 @@ def explain_no_cluster(address: str) -> str:
     """
     if address == "local":
         return ""
-    if address == "auto":
-        host_and_port = find_local_cluster()
-        if host_and_port is None:
-            return "no cluster runs on this machine"
-    else:
-        host_and_port = address.removeprefix("ray://")
-    if split_address(host_and_port) is None:
-        return "not an address: give HOST:6379, ray://HOST:10001 or auto"
+    host_and_port = find_local_cluster() if address == "auto" else address.removeprefix("ray://")
+    if host_and_port is None:
+        return "no cluster runs on this machine"
     return explain_unreachable(host_and_port) or _explain_no_answer(host_and_port, is_token_known=address != "auto")
 
 
@@ -55,7 +46,7 @@ def _explain_no_answer(host_and_port: str, is_token_known: bool) -> str:
         except grpc.FutureTimeoutError:
             return f"a server accepts connections there, but does not answer as Ray does within {ANSWER_TIMEOUT_S:g} s"
         if is_token_known and is_token_refused(channel, ANSWER_TIMEOUT_S):
-            return TOKEN_REFUSED
+            return "it requires another token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its token"
     return ""
 
 
@@ -87,7 +78,7 @@ def explain_unreachable(host_and_port: str) -> str:
     """Returns the reason why no connection is possible, within TIMEOUT_S; an empty string if it is possible."""
     host_port_pair = split_address(host_and_port)
     if host_port_pair is None:
-        return "not of the form HOST:PORT"
+        return "not an address: give HOST:6379, ray://HOST:10001 or auto"
     try:
         socket.create_connection(host_port_pair, timeout=TIMEOUT_S).close()
     except OSError as error:

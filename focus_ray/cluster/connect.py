@@ -8,9 +8,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from focus_ray.cluster.address import ADVICE, explain_no_cluster
+from focus_ray.cluster.address import explain_no_cluster
 from focus_ray.cluster.messages import is_verbose
-from focus_ray.cluster.ray_private import RESOURCE_KINDS, autoscaler_limits, check_private_parts, require_token
+from focus_ray.cluster.ray_private import autoscaler_limits, check_private_parts, require_token
 from focus_ray.cluster.settings import ClusterConfig
 from focus_ray.errors import TrainingError
 
@@ -56,7 +56,9 @@ def connect(num_cpus: int | None = None, namespace: str | None = None) -> bool:
     if address := os.environ.get("RAY_ADDRESS"):
         failure = f"the Ray cluster at RAY_ADDRESS={address} does not answer"
         if reason := explain_no_cluster(address):
-            raise TrainingError(f"{failure} ({reason}): {ADVICE}")
+            raise TrainingError(
+                f"{failure} ({reason}): check that the cluster runs, or unset RAY_ADDRESS to start a private Ray on this machine"
+            )
         _init(failure, namespace=namespace)
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -89,20 +91,13 @@ def _init(failure: str, **settings: Any) -> None:
         ) from error
 
 
-def has_gpus() -> bool:
-    """Returns whether the joined cluster has a GPU now."""
-    import ray
-
-    return float(ray.cluster_resources().get("GPU", 0)) > 0
-
-
 def uses_gpu(config: ClusterConfig) -> bool:
     """Returns cluster.use_gpu. auto means: whether the cluster has a GPU or can grow to have one."""
-    return (
-        growth_limits(config, {}).get("GPU", 0.0) > 0 or has_gpus()
-        if config.use_gpu == "auto"
-        else bool(config.use_gpu)
-    )
+    if config.use_gpu != "auto":
+        return config.use_gpu
+    import ray
+
+    return max(ray.cluster_resources().get("GPU", 0.0), growth_limits(config, {}).get("GPU", 0.0)) > 0
 
 
 def resources_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, float]:
@@ -126,6 +121,8 @@ def growth_limits(config: ClusterConfig, total: Mapping[str, float]) -> dict[str
         amount = configured if configured is not None else autoscaler.get(kind)
         if amount is not None:
             limits[kind] = max(amount, total.get(kind, 0.0))
-    if limits and config.memory_gib_per_worker is not None:
+    if not limits:
+        return {}
+    if config.memory_gib_per_worker is not None:
         limits["memory"] = autoscaler.get("memory", math.inf)  # no limit is known
-    return {**{kind: total.get(kind, 0.0) for kind in RESOURCE_KINDS if kind in total}, **limits} if limits else {}
+    return {**total, **limits}

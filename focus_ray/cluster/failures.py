@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from focus_ray.errors import BundleError, ConfigError, DataError, StorageError, WeightsError
 
 # the same settings and data lead to these errors every time; StorageError is a DataError, but the storage may come back
 PERMANENT_ERRORS = (ConfigError, DataError, WeightsError, BundleError, FloatingPointError)
+_CAUSE_ATTRIBUTES = ("cause", "_base_exc", "controller_failure", "__cause__")  # of Ray's errors
 
 
 def is_retryable(error: BaseException) -> bool:
-    """Returns whether another attempt may succeed."""
-    causes = list(iter_causes(error))
-    if any(isinstance(cause, StorageError) for cause in causes):
-        return True
-    return not any(isinstance(cause, PERMANENT_ERRORS) for cause in causes)
+    """Returns whether another attempt may succeed: a storage failed, or no cause is permanent."""
+    causes = [error]
+    for cause in causes:  # the list grows during the loop
+        worker_errors = getattr(cause, "worker_failures", {}).values()
+        next_causes = [*worker_errors, *(getattr(cause, name, None) for name in _CAUSE_ATTRIBUTES)]
+        causes += [error for error in next_causes if error is not None and error not in causes]
+    return any(isinstance(cause, StorageError) for cause in causes) or not any(
+        isinstance(cause, PERMANENT_ERRORS) for cause in causes
+    )
 
 
 def reason_of(error: BaseException) -> str:
@@ -32,16 +35,3 @@ def reason_of(error: BaseException) -> str:
             error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
-
-
-def iter_causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields the error and every error behind it, each once, under all attribute names that Ray uses."""
-    queue, visited = [error], set()
-    while queue:
-        cause = queue.pop()
-        if cause is None or id(cause) in visited:
-            continue
-        visited.add(id(cause))
-        yield cause
-        queue += getattr(cause, "worker_failures", {}).values()
-        queue += [getattr(cause, name, None) for name in ("cause", "_base_exc", "controller_failure", "__cause__")]

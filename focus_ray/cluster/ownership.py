@@ -31,7 +31,6 @@ def check_resumable(
     fingerprints: Mapping[str, str],
     error: type[FocusRayError],
     binding: Collection[str] | None = None,
-    watch: Callable[[float], None] = time.sleep,
 ) -> None:
     """Checks that no driver uses the folder and that its images have not changed.
 
@@ -39,13 +38,12 @@ def check_resumable(
         error: exception type to raise if another driver uses the folder.
         binding: categories whose images must be the same. Other categories may be new, missing or changed. None: all categories
             must be the same.
-        watch: waits a number of seconds.
 
     Raises:
         error: another driver uses the folder.
         DataError: the images have changed since the folder was created.
     """
-    state = read_state(root, watch)
+    state = read_state(root)
     if state["state"] == "running":
         raise error(
             f"{root}: still running, as process {state['pid']} on {state['host']}: wait for its end, or stop it first"
@@ -74,17 +72,18 @@ class Heartbeat:
 
     def __init__(self, root: str) -> None:
         self.path = join(root, STATE)
-        self.owner, self.beat = uuid.uuid4().hex, 0
+        self.facts = {"owner": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid()}
+        self.beat = 0
         self._end = threading.Event()
         self._write("running")
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def close(self, state: str, **facts: Any) -> None:
-        """Stops the heartbeat and writes the final state: finished, stopped or failed, with further facts."""
+    def close(self, state: str) -> None:
+        """Stops the heartbeat and writes the final state: finished, stopped or failed."""
         self._end.set()
         self._thread.join()
-        self._write(state, **facts)
+        self._write(state)
 
     def _run(self) -> None:
         while not self._end.wait(HEARTBEAT_S):
@@ -93,31 +92,23 @@ class Heartbeat:
             except DataError:
                 continue  # the storage is briefly not available; only the records matter, and their writes are retried
 
-    def _write(self, state: str, **facts: Any) -> None:
+    def _write(self, state: str) -> None:
         self.beat += 1
-        content = {
-            "state": state,
-            "owner": self.owner,
-            "beat": self.beat,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "time": time.time(),
-            **facts,
-        }
+        content = {"state": state, **self.facts, "beat": self.beat, "time": time.time()}
         write_bytes(self.path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_state(root: str, watch: Callable[[float], None] | None = time.sleep) -> dict[str, Any]:
+def read_state(root: str, watch: Callable[[float], None] = time.sleep) -> dict[str, Any]:
     """Reads state.json. The state 'running' becomes 'lost' if no heartbeat follows within two and a half intervals.
 
     Args:
-        watch: waits a number of seconds; None: do not wait for a heartbeat.
+        watch: waits a number of seconds.
     """
     try:
         first: dict[str, Any] = json.loads(read_bytes(join(root, STATE)))
     except FileNotFoundError:
         return {"state": "lost"}
-    if first["state"] != "running" or watch is None:
+    if first["state"] != "running":
         return first
     watch(2.5 * HEARTBEAT_S)  # compares heartbeats and not times, because clocks of two machines may differ
     second: dict[str, Any] = json.loads(read_bytes(join(root, STATE)))

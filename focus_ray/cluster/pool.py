@@ -15,7 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from focus_ray.cluster.connect import resources_per_worker
@@ -35,7 +34,6 @@ class Failed:
     """The outcome of a piece that failed. reason: text for the log and the report."""
 
     reason: str
-    error: Exception
 
 
 class _WorkerActor:
@@ -51,44 +49,38 @@ class _WorkerActor:
 
 @dataclass
 class _Call(Generic[Piece]):
-    """A call that a worker has not answered. `piece` is None while the worker starts."""
+    """A call of a worker. `piece` is None while the worker starts."""
 
     worker: Any
     piece: Piece | None = None
     num_failures: int = 0
 
 
+@dataclass(frozen=True)
 class WorkerPool(Generic[Piece]):
-    """Worker actors on the cluster that this process has joined. Use it as a context: its end stops the actors."""
+    """Worker actors on the cluster that this process has joined.
 
-    def __init__(
-        self,
-        num_workers: int,
-        actor_options: dict[str, Any],
-        max_retries: int,
-        log: Log,
-        listen: Callable[[], None] = lambda: None,
-        retry_errors: bool = True,
-    ) -> None:
-        """
-        Args:
-            actor_options: options of `ray.remote`, for instance from `options_per_worker`.
-            max_retries: how often a piece is repeated after the loss of its worker, or after an error.
-            log: receives a line for each retry.
-            listen: is called about once a second.
-            retry_errors: False repeats a piece only after the loss of its worker. Permanent errors are never repeated.
-        """
-        import ray
+    Attributes:
+        actor_options: options of `ray.remote`, for instance from `options_per_worker`.
+        max_retries: how often a piece is repeated after the loss of its worker, or after an error.
+        log: receives a line for each retry.
+        listen: is called about once a second.
+        retry_errors: False repeats a piece only after the loss of its worker. Permanent errors are never repeated.
+    """
 
-        self._actor_class = ray.remote(**actor_options)(_WorkerActor)
-        self._workers = [self._actor_class.remote() for _ in range(num_workers)]
-        self._max_retries, self._log, self._listen = max_retries, log, listen
-        self._retry_errors = retry_errors
+    num_workers: int
+    actor_options: dict[str, Any]
+    max_retries: int
+    log: Log
+    listen: Callable[[], None] = lambda: None
+    retry_errors: bool = True
 
     def run(
         self, function: Callable[[Piece], Any], next_piece: Callable[[], Piece | None]
     ) -> Iterator[tuple[Piece, Any]]:
         """Yields each piece with its result, or with `Failed`, until no piece is left and no call is open.
+
+        The end of the iteration, also by an exception in the loop over it, stops the workers.
 
         Args:
             function: must be idempotent: it may run twice on a piece after a worker was lost.
@@ -98,84 +90,73 @@ class WorkerPool(Generic[Piece]):
         """
         import ray
 
+        actor_class = ray.remote(**self.actor_options)(_WorkerActor)
         shipped_function = ray.put(function)  # once, not with every call
-        retries: deque[_Call[Piece]] = deque()
-        calls: dict[Any, _Call[Piece]] = {worker.start.remote(): _Call(worker) for worker in self._workers}
+        workers: list[Any] = []
         idle_workers: list[Any] = []
+        calls: dict[Any, _Call[Piece]] = {}
+        retries: deque[_Call[Piece]] = deque()
         num_failed_starts, noticed_at = 0, time.monotonic()
-        while True:
-            while idle_workers:
-                if retries:
-                    call = retries.popleft()
-                elif (piece := next_piece()) is not None:
-                    call = _Call(None, piece)
-                else:
-                    break
-                call.worker = idle_workers.pop()
-                calls[call.worker.run.remote(shipped_function, call.piece)] = call
-            is_working = any(call.piece is not None for call in calls.values())
-            if idle_workers and not is_working and not retries:
-                return
-            answers, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_INTERVAL_S)
-            self._listen()
-            if not answers and not is_working and time.monotonic() - noticed_at >= _NOTICE_INTERVAL_S:
-                self._log(f"waiting until the cluster has room for one of {len(self._workers)} worker(s)")
-                noticed_at = time.monotonic()
-            for answer in answers:
-                call = calls.pop(answer)
-                try:
-                    result = ray.get(answer)
-                except Exception as error:  # the failure of one piece must not end the others
-                    if isinstance(error, ray.exceptions.RayTaskError):
-                        idle_workers.append(call.worker)
-                    else:  # the worker or its node was lost
-                        worker = self._replace(call.worker)
-                        calls[worker.start.remote()] = _Call(worker)
-                    if call.piece is None:
-                        num_failed_starts += 1
-                        if num_failed_starts > self._max_retries:
-                            raise TrainingError(f"workers do not start: {reason_of(error)}") from error
-                    elif (failure := self._failure_or_retry(call, error)) is None:
-                        retries.append(call)
+
+        def start_worker() -> None:
+            worker = actor_class.remote()
+            workers.append(worker)
+            calls[worker.start.remote()] = _Call(worker)
+
+        try:
+            for _ in range(self.num_workers):
+                start_worker()
+            while True:
+                while idle_workers:
+                    if retries:
+                        call = retries.popleft()
+                    elif (piece := next_piece()) is not None:
+                        call = _Call(None, piece)
                     else:
-                        yield call.piece, failure
-                else:
-                    idle_workers.append(call.worker)
+                        break
+                    call.worker = idle_workers.pop()
+                    calls[call.worker.run.remote(shipped_function, call.piece)] = call
+                is_working = any(call.piece is not None for call in calls.values())
+                if idle_workers and not is_working and not retries:
+                    return
+                answers, _ = ray.wait(list(calls), num_returns=1, timeout=_POLL_INTERVAL_S)
+                self.listen()
+                if not answers and not is_working and time.monotonic() - noticed_at >= _NOTICE_INTERVAL_S:
+                    self.log(f"waiting until the cluster has room for one of {self.num_workers} worker(s)")
+                    noticed_at = time.monotonic()
+                for answer in answers:
+                    call = calls.pop(answer)
+                    try:
+                        outcome = ray.get(answer)
+                    except Exception as error:  # the failure of one piece must not end the others
+                        is_lost = not isinstance(error, ray.exceptions.RayTaskError)  # the worker or its node
+                        if is_lost:
+                            ray.kill(call.worker)  # it may still run, but cannot be reached
+                            start_worker()
+                        else:
+                            idle_workers.append(call.worker)
+                        call.num_failures += 1
+                        if call.piece is None:
+                            num_failed_starts += 1
+                            if num_failed_starts > self.max_retries:
+                                raise TrainingError(f"workers do not start: {reason_of(error)}") from error
+                        elif self._may_retry(call, error, is_lost):
+                            self.log(f"retry {call.num_failures} of {self.max_retries}: {reason_of(error)}")
+                            retries.append(call)
+                            continue
+                        attempts = f" ({call.num_failures} attempts)" if call.num_failures > 1 else ""
+                        outcome = Failed(reason_of(error) + attempts)
+                    else:
+                        idle_workers.append(call.worker)
                     if call.piece is not None:
-                        yield call.piece, result
+                        yield call.piece, outcome
+        finally:
+            for worker in workers:
+                ray.kill(worker)
 
-    def _failure_or_retry(self, call: _Call[Piece], error: Exception) -> Failed | None:
-        """Returns None if the piece should be retried, otherwise its failure."""
-        import ray
-
-        call.num_failures += 1
-        reason = reason_of(error)
-        may_retry = self._retry_errors or not isinstance(error, ray.exceptions.RayTaskError)
-        if may_retry and is_retryable(error) and call.num_failures <= self._max_retries:
-            self._log(f"retry {call.num_failures} of {self._max_retries}: {reason}")
-            return None
-        attempts = f" ({call.num_failures} attempts)" if call.num_failures > 1 else ""
-        return Failed(reason + attempts, error)
-
-    def _replace(self, lost_worker: Any) -> Any:
-        """Starts and returns a new worker for a worker that was lost or cannot be reached."""
-        import ray
-
-        ray.kill(lost_worker)
-        self._workers.remove(lost_worker)
-        self._workers.append(self._actor_class.remote())
-        return self._workers[-1]
-
-    def __enter__(self) -> WorkerPool[Piece]:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        import ray
-
-        for worker in self._workers:
-            ray.kill(worker)
+    def _may_retry(self, call: _Call[Piece], error: Exception, is_lost: bool) -> bool:
+        """Returns whether a failed piece is repeated."""
+        return (self.retry_errors or is_lost) and is_retryable(error) and call.num_failures <= self.max_retries
 
 
 def options_per_worker(config: ClusterConfig, use_gpu: bool) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from focus_ray.cluster.connect import growth_limits, resources_per_worker, uses_gpu
 from focus_ray.cluster.ray_private import RESOURCE_KINDS
@@ -54,67 +53,64 @@ def count_concurrent_runs(
     nodes = [node for node in ray.nodes() if node["Alive"]]
     total: dict[str, float] = {kind: float(ray.cluster_resources().get(kind, 0.0)) for kind in RESOURCE_KINDS}
     reserved = {kind: float(amount) for kind, amount in json.loads(os.environ.get(RESERVED) or "{}").items()}
-    free = {kind: total[kind] - reserved.get(kind, 0.0) for kind in needs}
-    slots = sum(_count_slots(node, worker) for node in nodes if matches(node.get("Labels", {}), config.labels))
-    num_fitting = [slots / config.num_workers, *(free[kind] / amount for kind, amount in needs.items())]
-    fits = math.floor(min(num_fitting) * share + 1e-9)
+    slots = sum(
+        _count_fitting(node["Resources"], worker) for node in nodes if matches(node.get("Labels", {}), config.labels)
+    )
+    free = _subtract(total, reserved)
     limits = {} if is_private else growth_limits(config, total)
-    if fits < 1 <= math.floor(min(num_fitting) + 1e-9) and not _would_fit(needs, limits, reserved, share):
-        raise TrainingError(
-            f"{share:g} of the cluster is too little for one of {config.num_workers} worker(s), which need "
-            f"{_show(needs)} of its {_show(free)} and {config.num_workers} of its {slots} slots for such a worker: "
-            "raise cluster_share"
-        )
+    fits = min(_count_fitting(free, needs, share), math.floor(slots * share / config.num_workers + 1e-9))
+    grown = _count_fitting(_subtract(limits, reserved), needs, share) if limits else 0
     if fits < 1 and config.fewest_workers < config.num_workers:
         log(f"{config.num_workers} workers do not fit at the same time: starting with {config.fewest_workers} or more")
         fewer = config.model_copy(update={"num_workers": config.fewest_workers, "min_workers": None})
         return min(1, count_concurrent_runs(fewer, is_private, streams, log, share=share, limit=limit, prefix=prefix))
-    if growing and fits and limits:
-        grown = min((limits.get(kind, 0.0) - reserved.get(kind, 0.0)) / amount for kind, amount in needs.items())
-        fits = max(fits, math.floor(grown * share + 1e-9))
     if fits < 1:
-        message = (
-            f"{config.num_workers} worker(s) of {_show(worker)}{' + 1 CPU for the stream of images' if streams else ''} "
-            f"need {_show(needs)}"
+        stream_cpu = " + 1 CPU for the stream of images" if streams else ""
+        message = f"{config.num_workers} worker(s) of {_show(worker)}{stream_cpu} need {_show(needs)}; "
+        message += (
+            f"{'this machine' if is_private else 'the cluster'} has {_show({kind: total[kind] for kind in needs})}"
         )
-        labelled = f" labelled {config.labels}" if config.labels else ""
-        place = "this machine" if is_private else "the cluster"
-        available = f"{place} has {_show({kind: total[kind] for kind in needs})}"
         if any(reserved.values()):
-            available += f", of which the job's own process uses {_show(reserved)}"
-        available += f", and room for {slots} such worker(s) on its {len(nodes)} node(s){labelled}"
-        advice = f"lower {prefix}cluster.num_workers or {prefix}cluster.cpus_per_worker" + (
-            f", raise {prefix}data.memory_budget_mb so that nothing is streamed" if streams else ""
-        )
+            message += f", of which the job's own process uses {_show(reserved)}"
+        message += f", and room for {slots} such worker(s) on its {len(nodes)} node(s)"
+        message += f" labelled {config.labels}" if config.labels else ""
+        if limits:
+            message += f", and can grow to {_show({kind: limits.get(kind, 0.0) for kind in needs})}"
+        advice = f"lower {prefix}cluster.num_workers or {prefix}cluster.cpus_per_worker"
+        if streams:
+            advice += f", raise {prefix}data.memory_budget_mb so that nothing is streamed"
+        if share < 1:
+            message += f", of which a share of {share:g} may be used"
+            advice += ", raise cluster_share"
+        if grown:
+            log(f"WARNING: {message}: waiting for it to grow; otherwise stop, and {advice}")
+            return 1
         if is_private:
-            raise TrainingError(f"{message}; {available}: {advice}, or set RAY_ADDRESS to a larger cluster")
-        if not limits:
-            raise TrainingError(
-                f"{message}; {available}, and has no known way to grow: {advice}, or set {prefix}cluster.max_cpus and "
-                f"{prefix}cluster.max_gpus to what its autoscaler can add"
-            )
-        if not _would_fit(needs, limits, reserved, share):
-            shown_limits = _show({kind: limits.get(kind, 0.0) for kind in needs})
-            share_note = f", of which a share of {share:g} may be used" if share < 1 else ""
-            raise TrainingError(f"{message}; {available}, and can grow to {shown_limits}{share_note}: {advice}")
-        log(f"WARNING: {message}; {available}: waiting for it to grow; otherwise stop, and {advice}")
-        return 1
+            advice += ", or set RAY_ADDRESS to a larger cluster"
+        elif not limits:
+            advice += f", or set {prefix}cluster.max_cpus and {prefix}cluster.max_gpus to what its autoscaler can add"
+        raise TrainingError(f"{message}: {advice}")
+    if growing:
+        fits = max(fits, grown)
     if limit is not None and limit < fits:
         log(f"side by side: {limit} as set; room for {fits}")
         return limit
     log(
-        f"side by side: {fits} of {config.num_workers} worker(s) of {_show(worker)}, in {share:g} of {_show(free)}"
-        f"{', a CPU each for the stream of images' if streams else ''}"
+        f"side by side: {fits} of {config.num_workers} worker(s) of {_show(worker)}, in {share:g} of "
+        f"{_show({kind: free[kind] for kind in needs})}{', a CPU each for the stream of images' if streams else ''}"
     )
     return fits
 
 
-def _would_fit(
-    needs: Mapping[str, float], limits: Mapping[str, float], reserved: Mapping[str, float], share: float
-) -> bool:
-    """Returns whether a share of the limits of the cluster, without reserved resources, covers the needs."""
-    free_and_needed = ((limits.get(kind, 0.0) - reserved.get(kind, 0.0), amount) for kind, amount in needs.items())
-    return all(free * share >= amount - 1e-9 for free, amount in free_and_needed)
+def _subtract(amounts: Mapping[str, float], reserved: Mapping[str, float]) -> dict[str, float]:
+    """Returns the resources without the reserved resources, by kind."""
+    return {kind: amount - reserved.get(kind, 0.0) for kind, amount in amounts.items()}
+
+
+def _count_fitting(available: Mapping[str, float], needs: Mapping[str, float], share: float = 1.0) -> int:
+    """Returns how many times a share of the available resources covers the needs."""
+    ratio = min(available.get(kind, 0.0) / amount for kind, amount in needs.items())
+    return math.floor(ratio * share + 1e-9)
 
 
 def matches(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
@@ -176,7 +172,7 @@ def probe_nodes(reads: Sequence[str], writes: Sequence[str]) -> None:
 def _probe_this_node(files: Mapping[str, bytes | None], folders: Sequence[str]) -> str | None:
     """Checks files and folders on this node. Returns the reason of a failure; None if all is well."""
     try:
-        for folder in folders:  # first, because the error of a refused write gives the reason, that of a read does not
+        for folder in folders:  # first, because only the error of a refused write gives the reason
             check_access(folder)
         for file, content in files.items():
             if read_bytes(file) != content and content is not None:
@@ -188,12 +184,6 @@ def _probe_this_node(files: Mapping[str, bytes | None], folders: Sequence[str]) 
     except DataError as error:
         return str(error)
     return None
-
-
-def _count_slots(node: Mapping[str, Any], worker: Mapping[str, float]) -> int:
-    """Returns how many workers fit on a node."""
-    resources = node["Resources"]
-    return min(math.floor(resources.get(kind, 0.0) / amount + 1e-9) for kind, amount in worker.items())
 
 
 def _show(amounts: Mapping[str, float]) -> str:

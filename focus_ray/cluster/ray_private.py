@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import operator
 import os
 import secrets
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from focus_ray.cluster.failures import is_retryable
 from focus_ray.errors import TrainingError
 
 RAY_VERSION = "2.60.0"
@@ -42,9 +43,7 @@ def check_private_parts(parts: dict[str, tuple[str, str]] = PARTS) -> None:
 
     for purpose, (module, path) in parts.items():
         try:
-            attribute: Any = importlib.import_module(module)
-            for name in path.split("."):
-                attribute = getattr(attribute, name)
+            operator.attrgetter(path)(importlib.import_module(module))
         except (ImportError, AttributeError):
             raise TrainingError(
                 f"Ray {ray.__version__} has no {module}:{path}, which focus_ray needs for {purpose}. Install Ray {RAY_VERSION} "
@@ -70,30 +69,36 @@ def find_local_cluster() -> str | None:
         return None
 
 
-def session_folder() -> Path:
-    """Returns the folder of the Ray session of this node."""
-    import ray
+def prepare_trainers() -> None:
+    """Changes the trainers of Ray Train that this process creates later in two ways.
 
-    return Path(ray._private.worker._global_node.get_session_dir_path())
+    A failure that no retry can solve (`is_retryable`) ends a training at once. Ray Train has no public option for this.
 
-
-def pass_address_to_trainers() -> None:
-    """Passes the address of the cluster to the actors of all trainers that this process creates later.
-
-    The placement group cleaner of Ray Train asks the state API whether its controller is alive, without naming a cluster. With
-    two clusters on a machine, its thread would die with a traceback and clean nothing.
+    Their actors get the address of the cluster. The placement group cleaner of Ray Train asks the state API whether its
+    controller is alive, without naming a cluster. With two clusters on a machine, its thread would die with a traceback and
+    clean nothing.
     """
     import ray
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+    from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+    from ray.train.v2.api import data_parallel_trainer
 
+    class PermanentFailurePolicy(DefaultFailurePolicy):
+        """Ray's policy, except that permanent errors are never retried."""
+
+        def make_decision(self, training_failed_error: Any) -> Any:
+            if not is_retryable(training_failed_error):
+                return FailureDecision.RAISE
+            return super().make_decision(training_failed_error)
+
+    data_parallel_trainer.create_failure_policy = PermanentFailurePolicy
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def cluster_metadata(client: Any) -> dict[str, Any]:
     """Returns metadata of a cluster from its Jobs API, such as rayVersion and pythonVersion. Raises: as requests."""
-    send_request: Callable[..., Any] = client._do_request
-    answer = send_request("GET", "/api/v0/cluster_metadata")
+    answer = client._do_request("GET", "/api/v0/cluster_metadata")
     answer.raise_for_status()
     return dict(answer.json()["data"])
 
@@ -137,7 +142,10 @@ def is_token_refused(channel: Any, timeout_s: float) -> bool:
 
 def remove_working_folders(experiment: str) -> None:
     """Removes the working folders of a Tune experiment on this node."""
-    for folder in (session_folder() / "artifacts").glob(f"*/{experiment}*"):
+    import ray
+
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    for folder in (session / "artifacts").glob(f"*/{experiment}*"):
         shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # the folder may contain another experiment
             folder.parent.rmdir()

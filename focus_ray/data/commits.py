@@ -82,14 +82,12 @@ def parse_commit(data: bytes, uri: str, category: str, path: str) -> Commit:
                 if not isinstance(name, str) or name in ("", "..") or "/" in name or "\\" in name:
                     raise ValueError(f"{name!r} is no file of the category's folder")
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{uri}: {path}: not a commit file ({error}): remove it and ingest the category again"
-        ) from error
+        problem = f"not a commit file ({error}): remove it and ingest the category again"
+        raise DataError(f"{uri}: {path}: {problem}") from error
     if version != SCHEMA_VERSION:
-        raise DataError(
-            f"{uri}: category {category!r} has schema version {version!r}, this program reads {SCHEMA_VERSION}: ingest it "
-            "again into another root, or use the version of focus_ray that wrote it"
-        )
+        remedy = "ingest it again into another root, or use the version of focus_ray that wrote it"
+        versions = f"schema version {version!r}, this program reads {SCHEMA_VERSION}"
+        raise DataError(f"{uri}: category {category!r} has {versions}: {remedy}")
     return cast(Commit, commit)
 
 

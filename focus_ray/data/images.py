@@ -20,20 +20,23 @@ import hashlib
 import io
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo
 
 from focus_ray.data import tiff
 from focus_ray.data.framing import Frame
+from focus_ray.data.image_errors import ImageError as ImageError
 from focus_ray.drawing.mark import MARK, is_drawing
 from focus_ray.errors import DataError
 
@@ -52,12 +55,6 @@ _MAX_JPEG_FILL_BYTES = 2**16  # between the segments
 _MAX_PNG_CHUNKS = 2**15  # encoders put at least 8 KiB of pixels into each chunk
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # without stuffed bytes, restarts within a scan, and fill bytes
 
-# too_slow: decoding took longer than the limit of the service; see `serving.decoders`
-Reason = Literal["empty", "not_an_image", "unsupported", "truncated", "too_large", "too_slow"]
-
-_ORIENTATION_TAG = 0x0112
-_DATE_TIME, _EXIF_IFD = 0x0132, 0x8769
-_DATE_TIME_ORIGINAL, _SUBSEC_TIME, _SUBSEC_TIME_ORIGINAL = 0x9003, 0x9290, 0x9291
 _PNG_EXIF = {"exif", "Raw profile type exif"}
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,36 +83,18 @@ _UNSUPPORTED_MAGIC = {
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
 
 
-class ImageError(DataError):
-    """The bytes of a file cannot be used as an image or mask. The message gives the problem and the remedy.
-
-    Attributes: reason: kind of the problem, one of `Reason`; lists of rejected files contain this code.
-    """
-
-    def __init__(self, reason: Reason, message: str) -> None:
-        super().__init__(reason, message)  # both in args, so that it survives pickle
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return str(self.args[1])
-
-
 @dataclass(frozen=True)
 class ImageInfo:
     """Facts about an image file.
 
     Attributes:
         width, height: pixels after EXIF rotation; `read_header` gives the size before EXIF rotation.
-        mode: Pillow's mode of the pixels in the file (``L``, ``RGB``, ``I;16``, ...).
-        format: Pillow's name of the file format.
         see_through: whether the image has an alpha channel that is zero everywhere, so that the image shows nothing.
         content_hash: `content_hash` of the pixels; None unless it was requested.
     """
 
     width: int
     height: int
-    mode: str
-    format: str
     see_through: bool = False
     content_hash: str | None = None
 
@@ -136,43 +115,48 @@ def decode_image(data: bytes, size: int | Frame | None) -> npt.NDArray[np.uint8]
 
     Raises: ImageError: the data is empty, truncated, no image, of an unsupported kind, or has more than ``MAX_PIXELS`` pixels.
     """
-    return _decode(data, _frame(size))[1]
+    return read_image(data, size)[1]
 
 
-def read_image(data: bytes, size: int | Frame | None = None) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
+def read_image(
+    data: bytes, size: int | Frame | None = None, hashed: bool = False
+) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
     """Decodes one image, and returns the facts about its file and its pixels.
 
-    The results are the same as those of `probe_image` and `decode_image`, but the file is decoded only once.
+    The whole file is checked, including the checksums of a PNG. Wrong bits inside the compressed pixels of a JPEG cannot be
+    detected, because they decode to other pixels.
 
     Args:
         data: bytes of a file in one of the formats ``FORMATS``.
         size: see `decode_image`.
+        hashed: also computes the content hash. A JPEG that is decoded at a reduced size is then decoded twice.
 
     Raises: ImageError: see `decode_image`.
     """
-    return _decode(data, _frame(size))
-
-
-def probe_image(data: bytes) -> ImageInfo:
-    """Decodes a whole file to check it, including the checksums of a PNG, and returns facts about the image.
-
-    Wrong bits inside the compressed pixels of a JPEG cannot be detected, because they decode to other pixels.
-
-    Raises: ImageError: see `decode_image`.
-    """
-    return read_image(data)[0]
+    frame = _frame(size)
+    _verify_chunks(data)
+    image, orientation, (width, height) = _load(data, None if frame is None else max(frame.height, frame.width))
+    with _conversion_errors(image):
+        plain = _turn_upright(_to_grey_or_rgb(image), orientation)
+        digest = None
+        if hashed:
+            is_whole = plain.size == (width, height)
+            digest = content_hash(np.asarray(plain.convert("RGB")) if is_whole else decode_image(data, None))
+        info = ImageInfo(width, height, _is_see_through(image), digest)
+        if frame is not None:
+            return info, frame.place_image(plain, width, height)
+        return info, np.array(plain.convert("RGB"), dtype=np.uint8)
 
 
 def read_header(data: bytes) -> ImageInfo:
-    """Returns size (before EXIF rotation), mode and format of an image from the header of its file. No pixel is decoded.
+    """Returns the size of an image (before EXIF rotation) from the header of its file. No pixel is decoded.
 
     Raises: ImageError: the data is empty, no image, of an unsupported kind, or has more than ``MAX_PIXELS`` pixels.
     """
     tags = _tiff_tags(data)
-    if tags is not None and _reader_of(tags) == "tifffile":
-        return ImageInfo(tags.width, tags.height, "RGB" if tags.photometric == 2 else "L", "TIFF")
-    image = _open(data)
-    return ImageInfo(image.width, image.height, image.mode, image.format or "?")
+    if tags is not None and tiff.choose_reader(tags) == "tifffile":
+        return ImageInfo(tags.width, tags.height)
+    return ImageInfo(*_open(data).size)
 
 
 def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
@@ -189,7 +173,7 @@ def decode_mask(data: bytes, height: int, width: int) -> npt.NDArray[np.bool_]:
 
     Raises: ImageError: see `decode_image`. Also if the mask has several frames, or pages of different sizes.
     """
-    return resize_mask(read_mask(data), height, width)
+    return resize_mask(probe_mask(data)[0], height, width)
 
 
 def resize_mask(mask: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDArray[np.bool_]:
@@ -207,13 +191,8 @@ def resize_mask(mask: npt.NDArray[np.bool_], height: int, width: int) -> npt.NDA
     return np.ascontiguousarray(mask)
 
 
-def read_mask(data: bytes) -> npt.NDArray[np.bool_]:
-    """Decodes a mask without resizing it: (H, W) bool. Raises: ImageError: see `decode_mask`."""
-    return probe_mask(data)[0]
-
-
 def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
-    """Decodes a mask, and counts the different pixel values above 0 in its file.
+    """Decodes a mask without resizing it, and counts the different pixel values above 0 in its file.
 
     A usual mask has one such value. Masks with one value for each type of defect have a few. Masks that were saved as JPEG,
     blurred or resized have many.
@@ -223,35 +202,22 @@ def probe_mask(data: bytes) -> tuple[npt.NDArray[np.bool_], int]:
     Raises: ImageError: see `decode_mask`.
     """
     _verify_chunks(data)
-    pages = _mask_pages(data)
+    pages = tiff.list_pages(data) if _tiff_tags(data) is not None else _single_frame(data)
     mask, num_values = _probe_page(data, pages[0])
     for page in pages[1:]:
         other, num_page_values = _probe_page(data, page)
         if other.shape != mask.shape:
-            raise ImageError(
-                "unsupported",
-                f"the mask's page {page + 1} is {other.shape[1]} x {other.shape[0]} pixels, and page {pages[0] + 1} is "
-                f"{mask.shape[1]} x {mask.shape[0]}: export the mask as one page",
-            )
+            sizes = f"{other.shape[1]} x {other.shape[0]} pixels, and page {pages[0] + 1} is {mask.shape[1]} x {mask.shape[0]}"
+            raise ImageError("unsupported", f"the mask's page {page + 1} is {sizes}: export the mask as one page")
         mask, num_values = mask | other, max(num_values, num_page_values)
     return mask, num_values
 
 
-def _mask_pages(data: bytes) -> list[int]:
-    """Returns the numbers, from 0, of the pages of a file that together are one mask.
-
-    Raises: ImageError: the file is damaged, or it is no TIFF and has several frames.
-    """
-    if _tiff_tags(data) is not None:
-        try:
-            return tiff.list_pages(data)
-        except tiff.TiffError as error:
-            raise ImageError(error.reason, str(error)) from error
+def _single_frame(data: bytes) -> list[int]:
+    """Returns [0], the number of the only frame of an image. Raises: ImageError: it is damaged, or has several frames."""
     image = _open(data)
-    try:
+    with _pillow_errors(data, "list of frames"):
         num_frames = int(getattr(image, "n_frames", 1))
-    except _DECODE_ERRORS as error:
-        raise ImageError("truncated", f"the mask's frames are damaged ({error}): copy it again") from error
     if num_frames > 1:
         raise ImageError("unsupported", f"a {image.format} mask of {num_frames} frames: export it as one frame")
     return [0]
@@ -260,17 +226,15 @@ def _mask_pages(data: bytes) -> list[int]:
 def _probe_page(data: bytes, page: int) -> tuple[npt.NDArray[np.bool_], int]:
     """Decodes one page of a mask, and counts its different pixel values above 0; see `probe_mask`. Pages count from 0."""
     image, orientation, _ = _load(data, None, page)
-    try:
+    with _conversion_errors(image):
         deep = _is_deep(image) or image.mode == "F"
-        values = np.asarray(image) if deep else _highest_channel(_to_grey_or_rgb(image))
+        values = np.asarray(image if deep else _to_grey_or_rgb(image))
+        if values.ndim == 3:
+            values = values.max(axis=2)
         mask: npt.NDArray[np.bool_] = values > 0
         num_values = len(np.unique(values[mask]))
-    except _DECODE_ERRORS as error:
-        raise _undecodable(error, image) from error
-    if orientation in _TRANSPOSE:
-        upright = Image.fromarray(mask.astype(np.uint8)).transpose(_TRANSPOSE[orientation])
-        mask = np.asarray(upright) > 0
-    return mask, num_values
+    upright = _turn_upright(Image.fromarray(mask.astype(np.uint8)), orientation)
+    return np.asarray(upright) > 0, num_values
 
 
 def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
@@ -282,12 +246,9 @@ def encode_png(array: npt.NDArray[Any], *, drawn: bool = False) -> bytes:
 
     Raises: ValueError: the array has another shape or type.
     """
-    plane, colour = array.ndim == 2, array.ndim == 3 and array.shape[2] == 3
-    if not (array.dtype == np.uint8 and (plane or colour)) and not (array.dtype == np.bool_ and plane):
-        raise ValueError(
-            f"cannot encode shape {array.shape} of {array.dtype} as PNG: expected (H, W, 3) or (H, W) of uint8, "
-            "or (H, W) of bool"
-        )
+    is_colour = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
+    if not is_colour and not (array.ndim == 2 and array.dtype in (np.uint8, np.bool_)):
+        raise ValueError(f"shape {array.shape} of {array.dtype}: expected uint8 (H, W, 3) or (H, W), or bool (H, W)")
     if array.dtype == np.bool_:
         image = Image.fromarray(array.astype(np.uint8) * np.uint8(255)).convert("1", dither=Image.Dither.NONE)
     else:
@@ -313,21 +274,16 @@ def encode_opened(image: Image.Image) -> bytes:
     turned = tags.get(274, 1) != 1  # Pillow 12 does not rotate an uncompressed TIFF that was opened by its file name
     if deep or turned or 338 in tags or tags.get(284, 1) != 1 or set(tags.get(339, (1,))) != {1}:
         raise ImageError("unsupported", "Pillow misreads this kind of TIFF: give the path or the bytes of the file")
-    try:
+    with _conversion_errors(image):
         image.load()
         plain = _to_grey_or_rgb(image)
-    except _DECODE_ERRORS as error:
-        raise _undecodable(error, image) from error
-    orientation = _orientation(image)
-    return encode_png(np.asarray(plain.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else plain))
+    return encode_png(np.asarray(_turn_upright(plain, _orientation(image))))
 
 
 def refuse_drawing(data: bytes) -> None:
     """Raises ImageError if a file is a picture that focus_ray drew, because only photographs may be learnt or inspected."""
     if is_drawing(data):
-        raise ImageError(
-            "unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph itself"
-        )
+        raise ImageError("unsupported", "a heat map or plot that focus_ray drew, not a photograph: give the photograph")
 
 
 def decode_batch(
@@ -370,14 +326,12 @@ def read_batch(
 
     Args:
         images, size, num_threads, names: see `decode_batch`.
-        hashed: also computes the content hash of each image. A JPEG that is decoded at a reduced size is then decoded twice.
+        hashed: also computes the content hash of each image, see `read_image`.
 
     Returns: facts about each image; pixels (B, H, W, 3 or 4), uint8.
 
-    Raises: ImageError: see `decode_batch`. ValueError: `num_threads` is below 1.
+    Raises: ImageError: see `decode_batch`.
     """
-    if num_threads < 1:
-        raise ValueError(f"num_threads={num_threads} must be at least 1")
     frame = _frame(size)
     assert frame is not None
     batch = np.empty((len(images), *frame.shape), dtype=np.uint8)
@@ -386,18 +340,14 @@ def read_batch(
         """Decodes one image into its row of the batch."""
         try:
             refuse_drawing(images[position])
-            info, batch[position] = _decode(images[position], frame, hashed)
+            info, batch[position] = read_image(images[position], frame, hashed)
             return info
         except ImageError as error:
             name = f"image {position} of {len(images)}" if names is None else names[position]
             raise ImageError(error.reason, f"{name}: {error}") from error
 
-    if num_threads == 1 or len(images) < 2:
-        infos = [decode_into(position) for position in range(len(images))]
-    else:
-        with ThreadPoolExecutor(min(num_threads, len(images))) as pool:
-            infos = list(pool.map(decode_into, range(len(images))))
-    return infos, batch
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(decode_into, range(len(images)))), batch
 
 
 def _frame(size: int | Frame | None) -> Frame | None:
@@ -405,28 +355,31 @@ def _frame(size: int | Frame | None) -> Frame | None:
     return Frame(size, size) if isinstance(size, int) else size
 
 
-def _decode(data: bytes, frame: Frame | None, hashed: bool = False) -> tuple[ImageInfo, npt.NDArray[np.uint8]]:
-    """Decodes one image, and returns the facts about its file and its pixels (H, W, 3), or of the frame's shape.
-
-    Args: hashed: also computes the content hash.
-
-    Raises: ImageError: see `decode_image`.
-    """
-    _verify_chunks(data)
-    image, orientation, (width, height) = _load(data, None if frame is None else max(frame.height, frame.width))
-    info = ImageInfo(width, height, image.mode, image.format or "?", _is_see_through(image))
+@contextmanager
+def _conversion_errors(image: Image.Image) -> Iterator[None]:
+    """Raises ImageError if loaded pixels cannot be converted to RGB or placed into the frame."""
     try:
-        plain = _to_grey_or_rgb(image)
-        if orientation in _TRANSPOSE:
-            plain = plain.transpose(_TRANSPOSE[orientation])
-        if hashed:
-            whole = np.asarray(plain.convert("RGB")) if plain.size == (width, height) else _decode(data, None)[1]
-            info = replace(info, content_hash=content_hash(whole))
-        if frame is not None:
-            return info, frame.place_image(plain, width, height)
-        return info, np.array(plain.convert("RGB"), dtype=np.uint8)
+        yield
+    except ImageError:
+        raise
+    except DataError as error:  # from the frame: no pixel of this image can be scored
+        raise ImageError("unsupported", str(error)) from error
     except _DECODE_ERRORS as error:
-        raise _undecodable(error, image) from error
+        raise ImageError("unsupported", f"pixels of mode {image.mode} cannot be converted to RGB ({error})") from error
+
+
+@contextmanager
+def _pillow_errors(data: bytes, part: str) -> Iterator[None]:
+    """Raises ImageError if Pillow cannot read a part of a file. part: for the message."""
+    try:
+        yield
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_large", f"{error}; at most {MAX_PIXELS} pixels are read: cut it into tiles") from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(data) from error
+    except _DECODE_ERRORS as error:
+        message = f"the {part} of the image is truncated or damaged ({error}): copy it again"
+        raise ImageError("truncated", message) from error
 
 
 def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
@@ -442,24 +395,24 @@ def _load(data: bytes, size_px: int | None, page: int = 0) -> tuple[Image.Image,
     Raises: ImageError: see `decode_image`.
     """
     tags = _tiff_tags(data, page)
-    if tags is not None and _reader_of(tags) == "tifffile":
-        return _load_tiff(data, tags, page)
-    image = _open(data)
-    try:
-        image.seek(page)
-        width, height = image.size  # read before `draft`, which reduces the size of a JPEG
-        if size_px is not None and image.format in ("JPEG", "MPO"):
-            image.draft("", (2 * size_px, 2 * size_px))
-        image.load()
-    except _DECODE_ERRORS as error:
-        raise ImageError(
-            "truncated", f"the {image.format} image's pixels are truncated or damaged ({error}): copy it again"
-        ) from error
-    orientation = _orientation(image)
-    size = (height, width) if orientation in _QUARTER_TURNS else (width, height)
-    if tags is not None and tags.bits in (12, 16) and _is_deep(image):
-        return _at_full_range(image, tags), orientation, size
-    return image, orientation, size
+    image: Image.Image
+    if tags is not None and tiff.choose_reader(tags) == "tifffile":
+        pixels, see_through = tiff.read_pixels(data, tags, page)
+        image, orientation = Image.fromarray(pixels), tags.orientation
+        image.info["see_through"] = see_through
+        size = image.size
+    else:
+        image = _open(data)
+        with _pillow_errors(data, "pixel data"):
+            image.seek(page)
+            size = image.size  # read before `draft`, which reduces the size of a JPEG
+            if size_px is not None and image.format in ("JPEG", "MPO"):
+                image.draft("", (2 * size_px, 2 * size_px))
+            image.load()
+        orientation = _orientation(image)
+        if tags is not None and tags.bits in (12, 16) and _is_deep(image):
+            image = _at_full_range(image, tags)
+    return image, orientation, size[::-1] if orientation in _QUARTER_TURNS else size
 
 
 def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
@@ -469,34 +422,15 @@ def _tiff_tags(data: bytes, page: int = 0) -> tiff.Tags | None:
     """
     if not data.startswith(tiff.TIFF_SIGNATURES):
         return None
-    try:
-        tags = tiff.read_tags(data, page)
-    except tiff.TiffError as error:
-        raise ImageError(error.reason, str(error)) from error
+    tags = tiff.read_tags(data, page)
     if tags is not None:
         _check_size(tags.width, tags.height)
     return tags
 
 
-def _reader_of(tags: tiff.Tags) -> str:
-    """Returns `tiff.choose_reader`. Raises: ImageError: no library reads a TIFF of this kind correctly."""
-    try:
-        return tiff.choose_reader(tags)
-    except tiff.TiffError as error:
-        raise ImageError(error.reason, str(error)) from error
-
-
-def _load_tiff(data: bytes, tags: tiff.Tags, page: int = 0) -> tuple[Image.Image, int, tuple[int, int]]:
-    """Decodes a page of a TIFF with tifffile. `_load` describes the results and errors."""
-    try:
-        pixels, see_through = tiff.read_pixels(data, tags, page)
-    except tiff.TiffError as error:
-        raise ImageError(error.reason, str(error)) from error
-    image = Image.fromarray(pixels)
-    image.format = "TIFF"
-    image.info["see_through"] = see_through
-    turned = tags.orientation in _QUARTER_TURNS
-    return image, tags.orientation, (image.height, image.width) if turned else image.size
+def _turn_upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Returns an image without its EXIF rotation. orientation: 1 to 8."""
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
 
 
 def _at_full_range(image: Image.Image, tags: tiff.Tags) -> Image.Image:
@@ -508,9 +442,7 @@ def _at_full_range(image: Image.Image, tags: tiff.Tags) -> Image.Image:
         return ((full - values if tags.photometric == 0 else values) * 65535 // full).clip(0, 65535)
 
     values = np.asarray(image)
-    stretched = Image.fromarray(tiff.convert_rows(values, stretch, values.shape, np.uint16))
-    stretched.format = image.format
-    return stretched
+    return Image.fromarray(tiff.convert_rows(values, stretch, values.shape, np.uint16))
 
 
 def _is_see_through(image: Image.Image) -> bool:
@@ -528,17 +460,10 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if not data:
         raise ImageError("empty", "the image is empty (0 bytes): copy it again from its source")
     _check_structure(data)
-    try:
+    with _pillow_errors(data, "header"):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_large", f"{error}; at most {MAX_PIXELS} pixels are read: cut it into tiles") from error
-    except UnidentifiedImageError as error:
-        raise _unidentified(data) from error
-    except _DECODE_ERRORS as error:
-        raise ImageError("truncated", f"the image's header is damaged ({error}): copy it again") from error
-    if image.format == "TIFF" and not data.startswith(
-        tiff.TIFF_SIGNATURES
-    ):  # Pillow also opens TIFFs with other first bytes, whose tags `tiff` does not check
+    # Pillow also opens TIFFs with other first bytes, whose tags `tiff` does not check
+    if image.format == "TIFF" and not data.startswith(tiff.TIFF_SIGNATURES):
         raise _unidentified(data)
     _check_size(*image.size)
     return image
@@ -566,23 +491,20 @@ def _check_jpeg(data: bytes) -> None:
     It jumps from marker to marker, so that marker bytes inside a segment do not count.
     """
     offset, num_scans, num_segments, fill_bytes = 2, 0, 0, 0
-    while (marker := _JPEG_MARKER.search(data, offset)) is not None and data[
-        marker.end() - 1
-    ] != 0xD9:  # the end of the image
+    while (marker := _JPEG_MARKER.search(data, offset)) is not None:
+        code = data[marker.end() - 1]
+        if code == 0xD9:  # the end of the image
+            break
         if not num_scans:
             fill_bytes += marker.start() - offset
         num_segments += 1
-        num_scans += data[marker.end() - 1] == 0xDA
+        num_scans += code == 0xDA
         if num_scans > MAX_JPEG_SCANS:
-            raise ImageError(
-                "too_large", f"a JPEG of more than {MAX_JPEG_SCANS} scans: save it without progressive scans"
-            )
+            raise ImageError("too_large", f"a JPEG of more than {MAX_JPEG_SCANS} scans: save it without them")
         if num_segments > _MAX_JPEG_SEGMENTS or fill_bytes > _MAX_JPEG_FILL_BYTES:
-            raise ImageError(
-                "too_large", "a JPEG with too many segments, or too many bytes between them: save it again"
-            )
+            raise ImageError("too_large", "a JPEG with too many segments, or bytes between them: save it again")
         offset = marker.end()
-        if data[offset - 1] not in (0x01, 0xD8):  # these two markers have no length
+        if code not in (0x01, 0xD8):  # these two markers have no length
             offset += max(2, int.from_bytes(data[offset : offset + 2], "big"))
     if not num_scans and len(data) - offset > _MAX_JPEG_FILL_BYTES:
         raise ImageError("truncated", "a JPEG without pixels in it: copy it again")
@@ -592,17 +514,15 @@ def _check_size(width: int, height: int) -> None:
     """Raises ImageError if an image has more than ``MAX_PIXELS`` pixels."""
     pixels = width * height
     if pixels > MAX_PIXELS:
-        raise ImageError(
-            "too_large",
-            f"{width} x {height} is {pixels} pixels; at most {MAX_PIXELS} are read: cut it into tiles",
-        )
+        size = f"{width} x {height} is {pixels} pixels"
+        raise ImageError("too_large", f"{size}; at most {MAX_PIXELS} are read: cut it into tiles")
 
 
 def _orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation (1 to 8) that must still be applied to a loaded image; 1 if it is missing or damaged."""
     # Pillow rotates a TIFF while it loads the pixels, and then removes the tag.
     try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+        return int(image.getexif().get(Base.Orientation, 1))
     except (*_DECODE_ERRORS, AttributeError):
         return 1
 
@@ -621,10 +541,10 @@ def read_capture_time(data: bytes | Path) -> datetime | None:
             if image.format == "PNG" and not _PNG_EXIF & image.info.keys():
                 return None  # getexif would decode the whole image to look for a block behind the pixels
             exif = image.getexif()
-            details = exif.get_ifd(_EXIF_IFD)
+            details = exif.get_ifd(IFD.Exif)
         for value, fraction in (
-            (details.get(_DATE_TIME_ORIGINAL), details.get(_SUBSEC_TIME_ORIGINAL)),
-            (exif.get(_DATE_TIME), details.get(_SUBSEC_TIME)),
+            (details.get(Base.DateTimeOriginal), details.get(Base.SubsecTimeOriginal)),
+            (exif.get(Base.DateTime), details.get(Base.SubsecTime)),
         ):
             digits = str(fraction or "").strip("\0 ")
             try:
@@ -635,12 +555,6 @@ def read_capture_time(data: bytes | Path) -> datetime | None:
     except (*_DECODE_ERRORS, AttributeError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         pass  # the check of the image reports the problem
     return None
-
-
-def _highest_channel(image: Image.Image) -> npt.NDArray[Any]:
-    """Returns the largest channel value of each pixel, (H, W)."""
-    values = np.asarray(image)
-    return np.asarray(values.max(axis=2) if values.ndim == 3 else values)
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
@@ -688,14 +602,8 @@ def _verify_chunks(data: bytes) -> None:
     _check_structure(data)
     if b"IEND\xaeB`\x82" not in data:
         raise ImageError("truncated", "the PNG image is truncated (it has no whole end mark): copy it again")
-    try:
+    with _pillow_errors(data, "content"):
         Image.open(io.BytesIO(data), formats=("PNG",)).verify()
-    except UnidentifiedImageError as error:
-        raise ImageError("truncated", "the PNG image stops within its header: copy it again") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return  # the loader reports this error
-    except _DECODE_ERRORS as error:
-        raise ImageError("truncated", f"the PNG image is truncated or damaged ({error}): copy it again") from error
 
 
 def _unidentified(data: bytes) -> ImageError:
@@ -711,12 +619,3 @@ def _unidentified(data: bytes) -> ImageError:
     return ImageError(
         "not_an_image", f"{len(data)} bytes that start with {data[:8]!r} are not an image: expected one of {known}"
     )
-
-
-def _undecodable(error: BaseException, image: Image.Image) -> ImageError:
-    """Returns the error for loaded pixels that cannot be converted to RGB or placed into the frame."""
-    if isinstance(error, ImageError):
-        return error
-    if isinstance(error, DataError):  # from the frame: no pixel of this image can be scored
-        return ImageError("unsupported", str(error))
-    return ImageError("unsupported", f"{image.format} of mode {image.mode} cannot be converted to RGB ({error})")

@@ -8,19 +8,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from focus_ray.drawing.mark import is_drawing_file
 from focus_ray.errors import DataError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pnm")
 # Folders that file servers and operating systems create for thumbnails, deleted files and snapshots, in lower case.
-_SYSTEM_FOLDERS = frozenset(
-    (
-        *("@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"),
-        *("$recycle.bin", "recycler", "system volume information", "lost+found"),
-    )
-)
+_SYSTEM_FOLDERS = {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"}
+_SYSTEM_FOLDERS |= {"$recycle.bin", "recycler", "system volume information", "lost+found"}
 
 
 def is_system_folder(name: str) -> bool:
@@ -33,66 +28,42 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or is_system_folder(name)
 
 
-class ImageEntry(NamedTuple):
-    """An image file of a listing.
-
-    Attributes:
-        image: path below the listed folder, with slashes.
-        entry: of `os.scandir`; it may be a broken link.
-    """
-
-    image: str
-    entry: os.DirEntry[str]
-
-
 def scan_images(
     folder: Path,
     on_error: Callable[[Path, OSError], None],
     *,
     skipped_folder: str = "",
     on_hidden: Callable[[Path], None] = lambda path: None,
-) -> Iterator[ImageEntry]:
+) -> Iterator[str]:
     """Yields the image files of a folder and of all folders below it, unordered; links to folders are not followed.
 
     Args:
         folder: the folder to list.
-        on_error: called with each subfolder or file that cannot be read, and the error.
+        on_error: called with each subfolder that cannot be listed, and the error.
         skipped_folder: real path of a folder that is not listed; empty for none.
         on_hidden: called with each hidden folder, and with each hidden file that has the suffix of an image.
 
+    Yields: the path below the folder, with slashes. It may be a broken link.
+
     Raises: OSError: the folder itself cannot be listed.
     """
-    pending = [""]
-    while pending:
-        prefix = pending.pop()
-        try:
-            with os.scandir(folder / prefix) as entries:
-                for entry in entries:
-                    is_image = entry.name.lower().endswith(IMAGE_SUFFIXES)
-                    try:
-                        is_folder = entry.is_dir(follow_symlinks=False)
-                        if is_hidden(entry.name):
-                            if is_folder or is_image:
-                                on_hidden(Path(entry.path))
-                        elif is_folder:
-                            if not skipped_folder or not _is_same_folder(entry, skipped_folder):
-                                pending.append(f"{prefix}{entry.name}/")
-                        elif is_image and not entry.is_dir():
-                            yield ImageEntry(prefix + entry.name, entry)
-                    except FileNotFoundError:  # it was removed during the listing
-                        continue
-                    except OSError as error:
-                        on_error(Path(entry.path), error)
-        except OSError as error:
-            if not prefix:
-                raise
-            if not isinstance(error, FileNotFoundError):
-                on_error(folder / prefix, error)
+    top = os.fspath(folder)
 
+    def report(error: OSError) -> None:
+        if error.filename == top:
+            raise error
+        if not isinstance(error, FileNotFoundError):  # it was removed during the listing
+            on_error(Path(error.filename), error)
 
-def _is_same_folder(entry: os.DirEntry[str], real_path: str) -> bool:
-    """Returns whether an entry is the folder with this real path. Compares the names first, because resolving a path is slow."""
-    return entry.name == os.path.basename(real_path) and os.path.realpath(entry.path) == real_path
+    for root, folders, files in os.walk(top, onerror=report):
+        images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+        for name in filter(is_hidden, [*folders, *images]):
+            on_hidden(Path(root, name))
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        if os.path.basename(skipped_folder) in folders:  # compares the names first, because resolving a path is slow
+            folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) != skipped_folder]
+        prefix = f"{os.path.relpath(root, top)}/" if root != top else ""
+        yield from (prefix + name for name in images if not is_hidden(name))
 
 
 def find_image_files(folder: Path, log: Callable[[str], None] = lambda message: None) -> list[Path]:
@@ -111,21 +82,18 @@ def find_image_files(folder: Path, log: Callable[[str], None] = lambda message: 
 
     paths: list[Path] = []
     try:
-        for image, entry in scan_images(folder, refuse, on_hidden=hidden.append):
-            if entry.is_file() or entry.is_symlink():
-                paths.append(folder / image)
+        for path in (folder / image for image in scan_images(folder, refuse, on_hidden=hidden.append)):
+            if path.is_file() or path.is_symlink():
+                paths.append(path)
     except OSError as error:
         refuse(folder, error)
     drawings = {path for path in paths if is_drawing_file(path)}
     images = sorted(path for path in paths if path not in drawings)
-    skipped = [
-        *([f"{len(hidden)} hidden files or folders"] if hidden else []),
-        *([f"{len(drawings)} pictures that focus_ray drew"] if drawings else []),
-    ]
-    note = f"skipped: {' and '.join(skipped)}" if skipped else ""
+    counts = {"hidden files or folders": len(hidden), "pictures that focus_ray drew": len(drawings)}
+    note = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     if not images:
         expected = f"image files end in {', '.join(IMAGE_SUFFIXES)}"
-        raise DataError(f"{folder}: no image in this folder; {expected}{f'; {note}' if note else ''}")
+        raise DataError(f"{folder}: no image in this folder; {expected}{f'; skipped: {note}' if note else ''}")
     if note:
-        log(f"note: {folder}: {note}")
+        log(f"note: {folder}: skipped: {note}")
     return images

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 # Items that may wait for the reader. More would cost memory and save no time as long as one item is always ready.
@@ -25,38 +25,11 @@ def prefetch(items: Iterator[T], max_waiting: int = MAX_WAITING_ITEMS) -> Iterat
     Raises:
         BaseException: an error of `items` is raised here, in the place of the item that failed.
     """
-    waiting: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue(max_waiting)
-    stop = threading.Event()
-
-    def put(item: T | BaseException | None, is_item: bool) -> None:
-        while not stop.is_set():  # a plain blocking put would hang if the reader has gone
-            try:
-                return waiting.put((is_item, item), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def produce() -> None:
-        try:
-            for item in items:
-                put(item, is_item=True)
-                if stop.is_set():
-                    return
-        except BaseException as error:
-            put(error, is_item=False)
-        else:
-            put(None, is_item=False)
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
+    pool, end = ThreadPoolExecutor(1, "prefetch"), object()
     try:
-        while True:
-            is_item, item = waiting.get()
-            if is_item:
-                yield item  # type: ignore[misc]
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                return
+        pending = deque(pool.submit(next, items, end) for _ in range(max_waiting + 1))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(pool.submit(next, items, end))
+            yield item  # type: ignore[misc]
     finally:
-        stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

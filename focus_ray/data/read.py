@@ -17,20 +17,14 @@ from focus_ray.data.commits import Commit, PartEntry
 from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.prefetch import prefetch
-from focus_ray.data.schema import COMMIT_NAME, INDEX_COLUMNS, SCHEMA, SPLITS, Row
+from focus_ray.data.schema import INDEX_COLUMNS, SCHEMA, SPLITS, Row
 from focus_ray.data.store import Store, open_part, open_store, read_columns
 from focus_ray.errors import DataError
 
 
 def list_categories(uri: str | Path) -> list[str]:
     """Returns the sorted names of the categories of a data set. Raises: DataError: there is no data set at this location."""
-    store = open_store(uri)
-    names = store.committed_categories()
-    if not names:
-        raise DataError(
-            f"{uri}: no data set here: expected folders category=<name> with a {COMMIT_NAME}; ingest one first"
-        )
-    return names
+    return open_store(uri).require_categories()
 
 
 _VERSION_KEY = b"focus_ray.version"  # in the schema metadata of the tables of `read_index`
@@ -80,11 +74,8 @@ NUM_PART_READERS = 16  # part files read at once: the time of such small reads i
 def load_commit_index(store: Store, category: str, commit: Commit) -> pa.Table:
     """Returns ``INDEX_COLUMNS`` of all rows of a commit, from its index file or, without one, from its part files."""
     table = store.read_index(category, commit)
-    return _index_of_parts(store, category, commit) if table is None else table
-
-
-def _index_of_parts(store: Store, category: str, commit: Commit) -> pa.Table:
-    """Returns ``INDEX_COLUMNS`` of all rows of a commit, read from the part files."""
+    if table is not None:
+        return table
 
     def read(entry: PartEntry) -> pa.Table:
         with open_part(store, category, entry) as part:
@@ -124,10 +115,8 @@ def read_rows(
     if numbers.ndim != 1 or (np.diff(numbers) <= 0).any():
         raise DataError("row numbers must be a flat list in strictly ascending order: sort them and drop repeats")
     if numbers.size and (numbers[0] < 0 or numbers[-1] >= commit["num_rows"]):
-        raise DataError(
-            f"row numbers from {numbers[0]} to {numbers[-1]}, but category {category!r} has {commit['num_rows']} rows "
-            "(0-based): read the index again"
-        )
+        rows = f"{commit['num_rows']} rows (0-based): read the index again"
+        raise DataError(f"row numbers from {numbers[0]} to {numbers[-1]}, but category {category!r} has {rows}")
     return _iterate_rows(store, category, commit, numbers, list(columns))
 
 

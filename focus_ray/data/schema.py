@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from focus_ray.data.image_errors import Reason
+
 SCHEMA_VERSION = 1
 SCHEMA = pa.schema(
     [
@@ -52,12 +54,7 @@ SOURCE_SCHEMA = pa.schema(
 COMMIT_NAME = "_commit.json"
 
 RejectReason = Literal[
-    "empty",
-    "not_an_image",
-    "unsupported",
-    "truncated",
-    "too_large",
-    "too_slow",
+    Reason,
     "unreadable",
     "file_name",
     "missing_file",

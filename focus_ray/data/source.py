@@ -6,36 +6,10 @@ import errno
 import fnmatch
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from focus_ray.errors import DataError
 from focus_ray.storage.files import ListedObject, ObjectReader, is_s3, list_objects
-
-
-class SourcePath(Protocol):
-    """The part of the interface of ``pathlib.Path`` that importers use. `Path` and `S3Path` implement it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def stem(self) -> str: ...
-    @property
-    def suffix(self) -> str: ...
-    @property
-    def parts(self) -> tuple[str, ...]: ...
-    @property
-    def parent(self) -> SourcePath: ...
-    def __truediv__(self, name: Any, /) -> SourcePath: ...
-    def __lt__(self, other: Any, /) -> bool: ...
-    def iterdir(self) -> Iterator[SourcePath]: ...
-    def glob(self, pattern: str) -> Iterator[SourcePath]: ...
-    def is_dir(self) -> bool: ...
-    def is_file(self) -> bool: ...
-    def is_symlink(self) -> bool: ...
-    def exists(self) -> bool: ...
-    def read_bytes(self) -> bytes: ...
-    def is_relative_to(self, other: Any, /) -> bool: ...
-    def relative_to(self, other: Any, /) -> PurePosixPath | Path: ...
 
 
 class S3Tree:
@@ -49,13 +23,6 @@ class S3Tree:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return S3Tree, (self.uri,)
-
-    def list(self) -> None:
-        """Lists all objects, with one request per thousand objects.
-
-        Raises: DataError: the prefix cannot be listed, contains no object, or contains a folder with an empty name.
-        """
-        self.add_objects(list_objects(self.uri))
 
     def add_objects(self, objects: Iterable[ListedObject]) -> None:
         """Adds objects and the folders that contain them.
@@ -103,7 +70,7 @@ class S3Path:
     def __hash__(self) -> int:
         return hash(self.path)
 
-    def __lt__(self, other: SourcePath) -> bool:
+    def __lt__(self, other: S3Path) -> bool:
         return self.parts < other.parts
 
     @property
@@ -154,12 +121,6 @@ class S3Path:
     def is_symlink(self) -> bool:
         return False
 
-    def is_relative_to(self, other: S3Path) -> bool:
-        return self == other or str(self).startswith(f"{other}/")
-
-    def relative_to(self, other: S3Path) -> PurePosixPath:
-        return PurePosixPath(str(self).removeprefix(str(other)).lstrip("/"))
-
     def read_bytes(self) -> bytes:
         """Returns the bytes of the object, with one request.
 
@@ -173,6 +134,17 @@ class S3Path:
         return data
 
 
+SourcePath = Path | S3Path
+"""A file or folder of a source. Importers use the part of the interface of `Path` that `S3Path` has."""
+
+
+def relative_name(path: SourcePath, root: SourcePath) -> str:
+    """Returns a path relative to a root, with slashes; the complete path if it is not below the root."""
+    if isinstance(path, Path):
+        return path.relative_to(str(root)).as_posix() if path.is_relative_to(str(root)) else str(path)
+    return str(path).removeprefix(f"{root}/")
+
+
 def open_source(source: str | Path) -> SourcePath:
     """Returns the path of a local folder, or lists an s3:// prefix and returns its path.
 
@@ -180,7 +152,7 @@ def open_source(source: str | Path) -> SourcePath:
     """
     if is_s3(source):
         tree = S3Tree(str(source))
-        tree.list()
+        tree.add_objects(list_objects(tree.uri))
         return S3Path(tree)
     root = Path(source).expanduser()
     if not root.is_dir():
@@ -196,7 +168,6 @@ def read_source_stamp(path: SourcePath) -> tuple[int, str]:
     """
     if isinstance(path, S3Path):
         return path.tree.files.get(path.path, (-1, ""))
-    assert isinstance(path, Path)
     try:
         status = path.stat()
     except OSError:

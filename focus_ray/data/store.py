@@ -15,8 +15,8 @@ import itertools
 import json
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from focus_ray.data.schema import (
 )
 from focus_ray.errors import DataError, StorageError
 from focus_ray.storage.files import (
+    check_access,
     create_bytes,
     join,
     open_filesystem,
@@ -69,6 +70,7 @@ FILE_BYTES = 64 << 20  # a part file of at least this size gets no further row g
 MAX_PUBLISH_ATTEMPTS = 20
 # error numbers of file systems without hard links
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+_CHANGED_MEANWHILE = "If the category was ingested again meanwhile, start over; otherwise ingest it again"
 
 
 @dataclass
@@ -82,7 +84,6 @@ class CommitDraft:
         source_fingerprint: fingerprint of the source, to recognise an unchanged source.
         counts: the row counts of `CategoryReport`.
         rejects: the rejected files to store beside the data; None keeps the stored rejects.
-        new_files: names of part files that were written for this draft only. They are removed if the draft is not published.
     """
 
     files: list[PartEntry]
@@ -91,7 +92,6 @@ class CommitDraft:
     source_fingerprint: str
     counts: dict[str, int]
     rejects: Sequence[Reject] | None = None
-    new_files: list[str] = field(default_factory=list)
 
 
 class Store:
@@ -113,6 +113,14 @@ class Store:
         """Returns the sorted names of the categories that have a commit; an empty list if there is no data set."""
         folders = read_stamps(self.uri, COMMIT_NAME)  # one listing on S3, whatever the number of categories
         return sorted(folder[len("category=") :] for folder in folders if folder.startswith("category="))
+
+    def require_categories(self) -> list[str]:
+        """Returns the sorted names of the categories that have a commit. Raises: DataError: there is no data set."""
+        names = self.committed_categories()
+        if not names:
+            expected = f"expected folders category=<name> with a {COMMIT_NAME}"
+            raise DataError(f"{self.uri}: no data set here: {expected}; ingest one first")
+        return names
 
     def read_commit(self, category: str, version: str | None = None) -> Commit | None:
         """Returns the commit of a category, or None if the category has no current commit.
@@ -146,21 +154,14 @@ class Store:
         """Reads a commit file; None if it does not exist. Raises: DataError: it is damaged or of another schema version."""
         with self.storage_errors("read the commit file", path):
             data = read_file(self.filesystem, path)
-        if data is None:
-            return None
-        return parse_commit(data, self.uri, category, path)
+        return None if data is None else parse_commit(data, self.uri, category, path)
 
     def require_commit(self, category: str, version: str | None = None) -> Commit:
         """Returns the commit of a category, see `read_commit`. Raises: DataError: the data set or the category does not exist."""
         commit = self.read_commit(category, version)
         if commit is None:
-            names = self.committed_categories()
-            if not names:
-                raise DataError(
-                    f"{self.uri}: no data set here: expected folders category=<name> with a {COMMIT_NAME}; ingest one "
-                    f"first"
-                )
-            raise DataError(f"{self.uri}: no category {category!r}; available categories: {', '.join(names)}")
+            names = ", ".join(self.require_categories())
+            raise DataError(f"{self.uri}: no category {category!r}; available categories: {names}")
         return commit
 
     def is_complete(self, category: str, commit: Commit) -> bool:
@@ -194,10 +195,8 @@ class Store:
         if data is None:
             # The part files contain the same columns. But a storage that lost or changed a file needs a repair, and reading the
             # part files of a large data set takes many minutes, which no user expects here.
-            raise DataError(
-                f"{self.uri}: index {self.category_folder(category)}/{entry['name']} is missing or damaged. If the category was "
-                "ingested again meanwhile, start over; otherwise ingest it again"
-            )
+            path = f"{self.category_folder(category)}/{entry['name']}"
+            raise DataError(f"{self.uri}: index {path} is missing or damaged. {_CHANGED_MEANWHILE}")
         return fill_group_column(pq.read_table(pa.BufferReader(data)))
 
     def read_sources(self, category: str, commit: Commit) -> pa.Table | None:
@@ -221,10 +220,7 @@ class Store:
         Raises: DataError: a small test file cannot be written and deleted.
         """
         if not self._writable:
-            path = f"{self.path}/_write_check-{uuid.uuid4().hex}"
-            with self.storage_errors("write", path):
-                write_file(self.filesystem, path, b"focus_ray")
-                self.filesystem.delete_file(path)
+            check_access(self.uri, ("write", "delete"), is_quick=False)
             self._writable = True
 
     def write_parts(self, category: str, rows: Iterable[Row]) -> tuple[list[PartEntry], pa.Table]:
@@ -274,7 +270,8 @@ class Store:
 
         Args:
             build_draft: gets the current commit (None if there is none) and returns the draft; None if there is nothing to
-                change. It may be called several times.
+                change. It may be called several times. Part files of a draft that is not published are removed, except those of
+                the current commit.
             new_parts: part files that were written for this version. They are removed if they are not published.
 
         Returns:
@@ -291,7 +288,8 @@ class Store:
                 if draft is None:
                     self.discard(category, new_files)
                     return False
-                new_files += draft.new_files
+                existing_names = {*new_files, *(entry["name"] for entry in (previous["files"] if previous else []))}
+                new_files += [entry["name"] for entry in draft.files if entry["name"] not in existing_names]
                 commit, existing_files = self._prepare(category, draft, previous, new_files)
                 if previous is None or self._claim(category, previous["run_id"], commit["run_id"]):
                     break
@@ -300,10 +298,8 @@ class Store:
                 del new_files[len(new_parts) :]
                 self._make_last_current(category, previous)
             else:
-                raise DataError(
-                    f"{self.uri}: category {category!r}: other runs published first in {MAX_PUBLISH_ATTEMPTS} attempts: run it "
-                    "again when they have finished"
-                )
+                problem = f"other runs published first in {MAX_PUBLISH_ATTEMPTS} attempts"
+                raise DataError(f"{self.uri}: category {category!r}: {problem}: run it again when they have finished")
         except BaseException:
             self.discard(category, new_files)
             raise
@@ -333,9 +329,8 @@ class Store:
         folder, run_id = self.category_folder(category), uuid.uuid4().hex[:12]
         # The file names contain the run id. If they depended on the content alone, another run could use the same name and
         # remove the file.
-        objects: dict[str, ChecksummedEntry | None] = {}
+        objects: dict[str, ChecksummedEntry | None] = {"index": None, "sources": None}
         for kind, table in (("index", draft.index), ("sources", draft.sources)):
-            objects[kind] = None
             if table is not None:
                 name = f"_{kind}-{run_id}.parquet"
                 new_files.append(name)
@@ -445,21 +440,15 @@ class Store:
     def discard(self, category: str, names: Iterable[str]) -> None:
         """Removes files of a category that no commit names. names: paths in the folder of the category."""
         for name in names:
-            try:
+            with suppress(OSError):  # a file that no commit names does no harm, and a later run tries again
                 self.filesystem.delete_file(f"{self.category_folder(category)}/{name}")
-            except OSError:  # a file that no commit names does no harm, and a later run tries again
-                continue
 
     def write_rejects(self, category: str, rejects: Sequence[Reject]) -> None:
         """Stores the rejected files of a category. Without rejects, the stored list is removed."""
         path = self._rejects_path(category)
         with self.storage_errors("write the rejects", path):
             if rejects:
-                names = ("path", "category", "reason", "detail")
-                columns = {name: [getattr(reject, name) for reject in rejects] for name in names}
-                sink = pa.BufferOutputStream()
-                pq.write_table(pa.table(columns), sink)
-                write_file(self.filesystem, path, sink.getvalue().to_pybytes())
+                self._write_table(path, pa.Table.from_pylist([asdict(reject) for reject in rejects]))
             elif self.filesystem.get_file_info(path).type == fs.FileType.File:
                 self.filesystem.delete_file(path)
 
@@ -501,11 +490,8 @@ def read_columns(part: pq.ParquetFile, columns: Sequence[str], group: int | None
 
     Args: group: number of a row group; None reads all row groups.
     """
-    available = [name for name in columns if name in part.schema_arrow.names]
-    if available == list(columns):
-        return part.read(columns=available) if group is None else part.read_row_group(group, columns=available)
-    if not available:  # a table without columns has no rows that could be filled
-        available = ["label"]
+    # a table without columns has no rows that could be filled
+    available = [name for name in columns if name in part.schema_arrow.names] or ["label"]
     table = part.read(columns=available) if group is None else part.read_row_group(group, columns=available)
     return fill_group_column(table).select(columns)
 
@@ -528,13 +514,9 @@ def open_part(store: Store, category: str, entry: PartEntry) -> Iterator[pq.Parq
                 raise pa.ArrowInvalid(f"schema version {version!r}, {part.metadata.num_rows} rows")
             yield part
     except pa.ArrowException as error:
-        raise DataError(
-            f"{store.uri}: part file {path} is damaged ({error}): remove the category's {COMMIT_NAME} and ingest it "
-            "again"
-        ) from error
+        remedy = f"remove the category's {COMMIT_NAME} and ingest it again"
+        raise DataError(f"{store.uri}: part file {path} is damaged ({error}): {remedy}") from error
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise DataError(
-                f"{error}. If the category was ingested again meanwhile, start over; otherwise ingest it again"
-            ) from error
+            raise DataError(f"{error}. {_CHANGED_MEANWHILE}") from error
         raise

@@ -24,21 +24,24 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from focus_ray.data.image_errors import ImageError
+
 TIFF_SIGNATURES = (b"II*\x00", b"MM\x00*")
-_PHOTOMETRIC = {
-    0: "WhiteIsZero",
-    1: "BlackIsZero",
-    2: "RGB",
-    3: "palette",
-    5: "CMYK",
-    6: "YCbCr",
-    8: "CIELab",
+# photometric tag -> name of the kind of colour, and its number of samples
+_COLOURS = {
+    0: ("WhiteIsZero", 1),
+    1: ("BlackIsZero", 1),
+    2: ("RGB", 3),
+    3: ("palette", 1),
+    5: ("CMYK", 4),
+    6: ("YCbCr", 3),
+    8: ("CIELab", 3),
 }
-_COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
-_ALPHA = (
+_KINDS: dict[int, Literal["unsigned", "signed", "float"]] = {1: "unsigned", 2: "signed", 3: "float", 4: "unsigned"}
+_MULTIPLIED_ALPHA, _ALPHA = (
     1,
     2,
-)  # kinds of extra samples that are alpha: 1 if the colours are already multiplied by alpha, 2 if they are not
+)  # kinds of extra samples that are alpha: the colours are already multiplied by it, or not
 
 _MAX_PAGES = 1000
 _MAX_TAGS = 1024  # in a page; cameras, microscopes and Photoshop write fewer than 100
@@ -48,44 +51,17 @@ _MAX_LZMA_BYTES = 2**28  # memory of the LZMA decoder; the file chooses the size
 _MAX_JPEG_SCANS = 100  # the limit of libtiff (4.7) for new-style JPEG; it has no limit for old-style JPEG
 _BLOCK_VALUES = 2**20  # samples that are converted at a time, so that wide integers need little memory
 
-_VALUE_BYTES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-}  # by number type of a tag
+# bytes of a value, by number type of a tag
+_VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _BYTE_TYPES = (1, 2, 6, 7)  # number types whose values are copied as bytes, not converted to Python objects
 _INTEGERS = {1: "B", 3: "H", 4: "I"}
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR = 256, 257, 258, 259, 277, 278, 284
 _TILE_WIDTH, _TILE_HEIGHT, _IMAGE_DEPTH, _TILE_DEPTH = 322, 323, 32997, 32998
-_LAYOUT = (
-    *(_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR),
-    *(_TILE_WIDTH, _TILE_HEIGHT, _IMAGE_DEPTH, _TILE_DEPTH),
-)
+_LAYOUT = {_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _SAMPLES, _ROWS_PER_STRIP, _PLANAR}
+_LAYOUT |= {_TILE_WIDTH, _TILE_HEIGHT, _IMAGE_DEPTH, _TILE_DEPTH}
 _SEGMENT_TAGS = (273, 279, 324, 325)  # offsets and byte counts of strips and tiles
-
-
-class TiffError(ValueError):
-    """A TIFF file is refused. The message gives the kind or the problem of the file, and the remedy.
-
-    Attributes: reason: kind of the problem; it becomes the `reason` of an `images.ImageError`.
-    """
-
-    def __init__(self, message: str, reason: Literal["unsupported", "too_large", "truncated"] = "unsupported") -> None:
-        super().__init__(message, reason)  # both in args, so that it survives pickle
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+_STACK = "a TIFF that holds a stack without a page for each image: save each image as a page"
+_CUT_OFF = "the TIFF is cut off within its pixels: copy it again"
 
 
 @dataclass(frozen=True)
@@ -97,9 +73,9 @@ class Tags:
         bits: bits of a sample.
         kind: number type of the samples.
         samples: samples per pixel.
-        photometric: meaning of the colours, a key of `_PHOTOMETRIC` or an unknown number.
+        photometric: meaning of the colours, a key of `_COLOURS` or an unknown number.
         planar: whether each channel is stored in a separate plane.
-        extras: for each sample after the colours, its meaning; `_ALPHA` lists the numbers for alpha.
+        extras: for each sample after the colours, its meaning, such as `_ALPHA`.
         orientation: rotation, 1 to 8, with the meaning of EXIF.
         compression: tifffile's name of the compression.
         big_endian: whether the most significant byte of a number comes first.
@@ -120,7 +96,7 @@ class Tags:
     @property
     def description(self) -> str:
         """The kind of the pixels in words, for error messages."""
-        colours = _PHOTOMETRIC.get(self.photometric, f"photometric {self.photometric}")
+        colours, _ = _COLOURS.get(self.photometric, (f"photometric {self.photometric}", 0))
         planes = " in separate planes" if self.planar and self.samples > 1 else ""
         return (
             f"{self.bits}-bit {self.kind} {colours} of {self.samples} sample(s){planes}, compression {self.compression}"
@@ -130,7 +106,7 @@ class Tags:
 def list_pages(data: bytes) -> list[int]:
     """Returns the numbers of the pages of a file, from 0, without pages that are reduced copies of other pages.
 
-    Raises: TiffError: the pages are damaged or too many, or the file has images or samples that are not stored as pages.
+    Raises: ImageError: the pages are damaged or too many, or the file has images or samples that are not stored as pages.
     """
     offsets, is_whole = _find_directories(data)
     for offset in offsets:
@@ -140,14 +116,16 @@ def list_pages(data: bytes) -> list[int]:
             pages = list(file.pages)
             shapes = [series.shape for series in file.series]
         except Exception as error:  # tifffile raises many types of errors for damaged bytes
-            raise TiffError(f"the pages of the TIFF are damaged ({error}): copy the file again") from error
+            message = f"the pages of the TIFF are damaged ({error}): copy the file again"
+            raise ImageError("unsupported", message) from error
         if not is_whole:
-            raise TiffError(f"the TIFF is cut off after page {len(pages)}: copy the file again")
+            raise ImageError("unsupported", f"the TIFF is cut off after page {len(pages)}: copy the file again")
         values = sum(int(np.prod(page.shape)) for page in pages)
         if sum(int(np.prod(shape)) for shape in shapes) > values or any(page.imagedepth > 1 for page in pages):
-            raise TiffError("a TIFF that holds a stack without a page for each image: save each image as a page")
+            raise ImageError("unsupported", _STACK)
         if any(0 in map(int, page.extrasamples or ()) for page in pages):
-            raise TiffError("a TIFF with samples that are neither colours nor alpha: save each region as a page")
+            message = "a TIFF with samples that are neither colours nor alpha: save each region as a page"
+            raise ImageError("unsupported", message)
         full = [number for number, page in enumerate(pages) if not page.is_reduced]
     return full or [0]
 
@@ -165,14 +143,14 @@ def _find_directories(data: bytes) -> tuple[list[int], bool]:
     Returns: the offset of each directory in bytes; and whether the last link ends the list as it should. If the file is cut off,
         the last directory may be incomplete.
 
-    Raises: TiffError: the file has more than `_MAX_PAGES` pages.
+    Raises: ImageError: the file has more than `_MAX_PAGES` pages.
     """
     order = _byte_order(data)
     offset = int.from_bytes(data[4:8], order)
     offsets: dict[int, None] = {}
     while offset:
         if len(offsets) == _MAX_PAGES:
-            raise TiffError(f"more than {_MAX_PAGES} pages in a TIFF: save fewer pages in a file", "too_large")
+            raise ImageError("too_large", f"more than {_MAX_PAGES} pages in a TIFF: save fewer pages in a file")
         count = int.from_bytes(data[offset : offset + 2], order)
         link = offset + 2 + 12 * count
         if offset in offsets or not count:
@@ -191,13 +169,13 @@ def _check_directory(data: bytes, offset: int) -> None:
 
     Args: offset: position of the directory in bytes.
 
-    Raises: TiffError: the page has too many or too large tags, more strips or tiles than its size needs, or tiles that are much
+    Raises: ImageError: the page has too many or too large tags, more strips or tiles than its size needs, or tiles that are much
         larger than the image.
     """
     order = ">" if _byte_order(data) == "big" else "<"
     (count,) = struct.unpack_from(order + "H", data, offset)
     if count > _MAX_TAGS:
-        raise TiffError(f"a TIFF page of {count} tags; at most {_MAX_TAGS} are read: save it without them", "too_large")
+        raise ImageError("too_large", f"a TIFF page of {count} tags: save it with at most {_MAX_TAGS}")
     layout: dict[int, int] = {}
     num_segments, tag_bytes = 0, 0
     num_whole = (len(data) - offset - 2) // 12  # Pillow also reads a directory whose end is cut off
@@ -205,10 +183,8 @@ def _check_directory(data: bytes, offset: int) -> None:
         entry = offset + 2 + 12 * number
         code, kind, length = struct.unpack_from(order + "HHI", data, entry)
         if length > _MAX_NUMBERS and kind not in _BYTE_TYPES:
-            raise TiffError(
-                f"tag {code} of the TIFF has {length} values; at most {_MAX_NUMBERS} are read: save it in fewer strips",
-                "too_large",
-            )
+            message = f"tag {code} of the TIFF has {length} values: save it in strips with at most {_MAX_NUMBERS}"
+            raise ImageError("too_large", message)
         size = _VALUE_BYTES.get(kind, 0) * length
         tag_bytes += size if size > 4 else 0
         if code in _SEGMENT_TAGS:
@@ -216,7 +192,8 @@ def _check_directory(data: bytes, offset: int) -> None:
         if code not in _LAYOUT or not length:
             continue
         if kind not in _INTEGERS or code in layout:  # libraries interpret such a tag in different ways
-            raise TiffError(f"tag {code} of the TIFF is given twice or is no integer: save the image again")
+            message = f"tag {code} of the TIFF is given twice or is no integer: save the image again"
+            raise ImageError("unsupported", message)
         values = entry + 8
         if size > 4:
             (values,) = struct.unpack_from(order + "I", data, values)
@@ -224,7 +201,7 @@ def _check_directory(data: bytes, offset: int) -> None:
                 continue
         layout[code] = max(struct.unpack_from(f"{order}{length}{_INTEGERS[kind]}", data, values))
     if tag_bytes > len(data):
-        raise TiffError("the tags of the TIFF are larger than the file: copy it again", "truncated")
+        raise ImageError("truncated", "the tags of the TIFF are larger than the file: copy it again")
     _check_layout(data, layout, num_segments)
 
 
@@ -235,34 +212,34 @@ def _check_layout(data: bytes, layout: dict[int, int], num_segments: int) -> Non
         layout: code of a tag -> the largest value of the tag.
         num_segments: number of strips or tiles that the directory lists.
 
-    Raises: TiffError: the strips or tiles do not fit the size of the image, or are too large.
+    Raises: ImageError: the strips or tiles do not fit the size of the image, or are too large.
     """
     width, height = layout.get(_WIDTH, 0), layout.get(_HEIGHT, 0)
     if not width or not height:
         return
     if max(layout.get(_IMAGE_DEPTH, 1), layout.get(_TILE_DEPTH, 1)) > 1:
-        raise TiffError("a TIFF that holds a stack without a page for each image: save each image as a page")
-    samples, is_planar = layout.get(_SAMPLES, 1), layout.get(_PLANAR, 1) == 2
+        raise ImageError("unsupported", _STACK)
+    samples = layout.get(_SAMPLES, 1)
     if _TILE_WIDTH in layout or _TILE_HEIGHT in layout:
         tile_width, tile_height = layout.get(_TILE_WIDTH, 0), layout.get(_TILE_HEIGHT, 0)
         if not tile_width or not tile_height:
-            raise TiffError("a TIFF with tiles of no size: save the image again")
+            raise ImageError("unsupported", "a TIFF with tiles of no size: save the image again")
         across, down = -(-width // tile_width), -(-height // tile_height)
         pixel_bytes = samples * layout.get(_BITS, 1) / 8
         padded_bytes = across * tile_width * down * tile_height * pixel_bytes
         if padded_bytes > 2 * width * height * pixel_bytes + _MAX_TILE_PADDING_BYTES:
-            raise TiffError(
-                f"tiles of {tile_width} x {tile_height} pixels in a TIFF of {width} x {height}: save it with smaller tiles",
-                "too_large",
-            )
+            tiles = f"tiles of {tile_width} x {tile_height} pixels in a TIFF of {width} x {height}"
+            raise ImageError("too_large", f"{tiles}: save it with smaller tiles")
         expected = across * down
     else:
         expected = -(-height // max(1, min(height, layout.get(_ROWS_PER_STRIP, height))))
-    expected *= samples if is_planar else 1
+    expected *= samples if layout.get(_PLANAR, 1) == 2 else 1
     if num_segments > expected > 1:  # if one strip is expected, Pillow reads only the last offset
-        raise TiffError(f"a TIFF with {num_segments} strips or tiles where {expected} are needed: save the image again")
+        message = f"a TIFF with {num_segments} strips or tiles where {expected} are needed: save the image again"
+        raise ImageError("unsupported", message)
     if layout.get(_COMPRESSION) == 6 and data.count(b"\xff\xda") > _MAX_JPEG_SCANS + expected:
-        raise TiffError(f"a TIFF of more than {_MAX_JPEG_SCANS} JPEG scans: save it without compression", "too_large")
+        message = f"a TIFF of more than {_MAX_JPEG_SCANS} JPEG scans: save it without compression"
+        raise ImageError("too_large", message)
 
 
 def read_tags(data: bytes, number: int = 0) -> Tags | None:
@@ -270,7 +247,7 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
 
     Args: number: number of the page, from 0.
 
-    Raises: TiffError: the samples of a pixel differ in bits or number type, or the page is refused by `_check_directory`.
+    Raises: ImageError: the samples of a pixel differ in bits or number type, or the page is refused by `_check_directory`.
     """
     offsets, _ = _find_directories(data)
     for offset in {*offsets[:1], *offsets[number : number + 1]}:  # tifffile always parses the first directory
@@ -278,76 +255,61 @@ def read_tags(data: bytes, number: int = 0) -> Tags | None:
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages[number]
-            tag = page.tags.get(339)
-            kind_numbers = {1} if tag is None else {*np.atleast_1d(tag.value).tolist()}
-            kinds: dict[int, Literal["unsigned", "signed", "float", "complex"]] = {
-                **{1: "unsigned", 2: "signed", 3: "float", 4: "unsigned"},
-                **{5: "complex", 6: "complex"},
-            }
-            bits = {*np.atleast_1d(page.bitspersample).tolist()}
-            if len(bits) != 1 or len(kind_numbers) != 1:
-                raise TiffError(
-                    f"a TIFF whose samples differ in bits ({sorted(bits)}): save it with 8 or 16 bits a sample"
-                )
-            orientation = page.tags.get(274)
+            kinds, orientations = (
+                np.unique(1 if tag is None else tag.value).tolist() for tag in map(page.tags.get, (339, 274))
+            )
+            bits = np.unique(page.bitspersample).tolist()
+            if len(bits) != 1 or len(kinds) != 1:
+                message = f"a TIFF whose samples differ in bits ({bits}): save it with 8 or 16 bits a sample"
+                raise ImageError("unsupported", message)
             return Tags(
                 int(page.imagewidth),
                 int(page.imagelength),
-                int(bits.pop()),
-                kinds.get(int(kind_numbers.pop()), "complex"),
+                int(bits[0]),
+                _KINDS.get(kinds[0], "complex"),
                 int(page.samplesperpixel),
                 int(page.photometric),
                 int(page.planarconfig or 1) == 2,
                 tuple(int(extra) for extra in page.extrasamples or ()),
-                1 if orientation is None else int(orientation.value),
+                int(orientations[0]),
                 str(getattr(page.compression, "name", page.compression)),
                 data.startswith(b"MM"),
             )
-    except TiffError:
+    except ImageError:
         raise
     except Exception:  # tifffile raises many types of errors for damaged bytes
         return None
 
 
-def choose_reader(tags: Tags) -> Literal["Pillow", "Pillow, inverted", "tifffile"]:
+def choose_reader(tags: Tags) -> Literal["Pillow", "tifffile"]:
     """Returns the library that decodes a TIFF with these tags correctly.
 
-    "Pillow, inverted" means that Pillow decodes the file, and that the values must then be inverted, because 0 is white.
-
-    Raises: TiffError: no library decodes this kind of TIFF correctly. The message names the kind and the remedy.
+    Raises: ImageError: no library decodes this kind of TIFF correctly. The message names the kind and the remedy.
     """
-    if tags.kind == "float" or tags.kind == "complex":
-        raise TiffError(f"a floating-point image has no set range ({tags.description}): save it as 8-bit or 16-bit")
-    if tags.kind == "signed":
-        raise TiffError(f"signed values have no set range ({tags.description}): save it as unsigned 8-bit or 16-bit")
-    if tags.bits > 16:
-        raise TiffError(
-            f"{tags.bits}-bit values have no set range ({tags.description}): save the image as 8-bit or 16-bit"
-        )
-    if tags.photometric not in _PHOTOMETRIC:
-        raise TiffError(f"this kind of colour is not read ({tags.description}): save it as grey or RGB")
-    extra = tags.samples - _COLOURS[tags.photometric]
-    if extra < 0 or extra > 3:
-        raise TiffError(f"{tags.samples} samples a pixel are not read ({tags.description}): save it as grey or RGB")
-    if tags.bits == 16:
-        if tags.photometric in (0, 1) and tags.samples == 1:
-            if tags.photometric == 1:
-                return "Pillow"
-            return "tifffile" if tags.big_endian else "Pillow, inverted"  # Pillow cannot open the big-endian kind
-        if tags.photometric in (2, 5) and not tags.planar and not extra:
+    refusals = {
+        "a floating-point image has no set range": tags.kind in ("float", "complex"),
+        "signed values have no set range": tags.kind == "signed",
+        f"{tags.bits}-bit values have no set range": tags.bits > 16,
+        "this kind of colour is not read": tags.photometric not in _COLOURS,
+    }
+    for problem, is_refused in refusals.items():
+        if is_refused:
+            message = f"{problem} ({tags.description}): save it as unsigned 8-bit or 16-bit grey or RGB"
+            raise ImageError("unsupported", message)
+    extra = tags.samples - _COLOURS[tags.photometric][1]
+    is_grey, is_plain = tags.photometric in (0, 1), not extra and not tags.planar
+    if tags.bits in (8, 16) and 0 <= extra <= 3:
+        if is_grey and tags.bits == 16 and tags.samples == 1:
+            # Pillow cannot open the big-endian kind of WhiteIsZero
+            return "tifffile" if tags.photometric == 0 and tags.big_endian else "Pillow"
+        if is_plain and (tags.bits == 8 or tags.photometric in (2, 5)):
             return "Pillow"
-        if tags.photometric in (0, 1, 2):
+        if is_grey or tags.photometric == 2:
             return "tifffile"
-    elif tags.bits == 8:
-        if tags.photometric in (0, 1, 2) and (extra or tags.planar):
-            return "tifffile"
-        if not (extra or tags.planar):
-            return "Pillow"
-    elif (tags.bits in (1, 2, 4) and tags.samples == 1) or (
-        tags.bits == 12 and tags.samples == 1 and tags.photometric == 1
-    ):
+    elif tags.samples == 1 and not extra and (tags.bits in (1, 2, 4) or (tags.bits == 12 and tags.photometric == 1)):
         return "Pillow"
-    raise TiffError(f"this kind of TIFF is not read ({tags.description}): save it as 8-bit grey or RGB")
+    message = f"this kind of TIFF is not read ({tags.description}): save it as 8-bit grey or RGB"
+    raise ImageError("unsupported", message)
 
 
 def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.uint8], bool]:
@@ -356,38 +318,39 @@ def read_pixels(data: bytes, tags: Tags, page: int = 0) -> tuple[npt.NDArray[np.
     Returns: pixels (H, W) grey or (H, W, 3) RGB, uint8, before rotation, with transparent pixels composed over black; and whether
         the page has an alpha channel that is zero everywhere.
 
-    Raises: TiffError: the pixels cannot be decoded.
+    Raises: ImageError: the pixels cannot be decoded.
     """
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             samples = _read_samples(data, file.pages[page])
-    except TiffError:
+    except ImageError:
         raise
     except Exception as error:  # tifffile raises many types of errors for damaged bytes
-        raise TiffError(f"{tags.description}: cannot be read here ({error}): save it without compression") from error
+        message = f"{tags.description}: cannot be read here ({error}): save it without compression"
+        raise ImageError("unsupported", message) from error
     is_planar = tags.planar and tags.samples > 1
     samples = np.moveaxis(samples[..., 0], 0, -1) if is_planar else samples[0]
     if samples.shape != (tags.height, tags.width, tags.samples):
-        raise TiffError(f"{tags.description}: its pixels have the shape {samples.shape}: save it as 8-bit grey or RGB")
+        message = f"{tags.description}: its pixels have the shape {samples.shape}: save it as 8-bit grey or RGB"
+        raise ImageError("unsupported", message)
     full = 2**tags.bits - 1
-    colours = _COLOURS[tags.photometric]
-    alpha = next((colours + number for number, kind in enumerate(tags.extras) if kind in _ALPHA), None)
-    is_multiplied = alpha is not None and tags.extras[alpha - colours] == 1
+    _, colours = _COLOURS[tags.photometric]
+    alphas = [number for number, kind in enumerate(tags.extras) if kind in (_MULTIPLIED_ALPHA, _ALPHA)]
+    alpha = samples[:, :, colours + alphas[0]] if alphas else None
 
     def to_8_bits(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Converts samples (h, W, samples) to colours (h, W, 1 or 3) in 0..255."""
         values: npt.NDArray[Any] = block[:, :, :colours].astype(np.uint32)  # large enough for 65535 * 65535
         if tags.photometric == 0:
             values = full - values
-        if alpha is not None and not is_multiplied:
-            values = values * block[:, :, alpha : alpha + 1] // full
+        if alphas and tags.extras[alphas[0]] == _ALPHA:
+            values = values * block[:, :, colours + alphas[0], None] // full
         if tags.bits == 16:  # the rules of `images`: grey is scaled by its full range, colour keeps its high byte
             values = (values * 255 + 32767) // 65535 if colours == 1 else values >> 8
         return values
 
     pixels = convert_rows(samples, to_8_bits, (tags.height, tags.width, colours), np.uint8)
-    see_through = alpha is not None and not samples[:, :, alpha].any()
-    return (pixels[:, :, 0] if colours == 1 else pixels), see_through
+    return (pixels[:, :, 0] if colours == 1 else pixels), alpha is not None and not alpha.any()
 
 
 def convert_rows(
@@ -418,7 +381,7 @@ def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
     Returns: (planes, H, W, samples in a plane), uint8 or uint16; it may be a view of `data`.
 
     Raises:
-        TiffError: a strip or tile decompresses to more than twice its size, or the file is cut off.
+        ImageError: a strip or tile decompresses to more than twice its size, or the file is cut off.
         ValueError: the compression is not supported.
     """
     planes, _, height, width, num_samples = page.shaped
@@ -426,15 +389,16 @@ def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
     if page.is_contiguous and page.predictor == 1 and page.fillorder == 1:
         count, offset = planes * height * width * num_samples, page.dataoffsets[0]
         if offset + count * dtype.itemsize > len(data):
-            raise TiffError("the TIFF is cut off within its pixels: copy it again", "truncated")
+            raise ImageError("truncated", _CUT_OFF)
         return np.frombuffer(data, dtype, count, offset).reshape(planes, height, width, num_samples)
-    inflate = _INFLATERS.get(int(page.compression))
-    if inflate is None or page.predictor not in (1, 2):
-        raise ValueError(f"compression {page.compression!s} with predictor {page.predictor!s} is not read")
+    if page.predictor not in (1, 2):
+        raise ValueError(f"predictor {page.predictor!s} is not read")
     rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (min(page.rowsperstrip, height), width)
     num_segments = planes * -(-height // rows) * -(-width // columns)
+    max_bytes = 2 * rows * columns * num_samples * dtype.itemsize  # some programs pad the last strip
     is_reversed, page.fillorder = page.fillorder == 2, 1
-    page.compression = 1  # `decode` then gets decompressed bytes, and still applies predictor, byte order and position
+    # `decode` then gets decompressed bytes, and still applies predictor, byte order and position
+    compression, page.compression = page.compression, 1
     samples = np.zeros((planes, height, width, num_samples), dtype.newbyteorder("="))
     for number, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=False)):
         if number == num_segments:
@@ -443,13 +407,10 @@ def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
             continue
         encoded = data[offset : offset + count]
         if len(encoded) < count:
-            raise TiffError("the TIFF is cut off within its pixels: copy it again", "truncated")
+            raise ImageError("truncated", _CUT_OFF)
         if is_reversed:
             encoded = encoded.translate(_REVERSED_BITS)
-        inflated = inflate(
-            encoded, 2 * rows * columns * num_samples * dtype.itemsize
-        )  # some programs pad the last strip
-        segment, (plane, _, top, left, _), _ = page.decode(inflated, number)
+        segment, (plane, _, top, left, _), _ = page.decode(_inflate(compression, encoded, max_bytes), number)
         if segment.shape == samples.shape:  # one segment is the whole image: do not copy it
             return np.asarray(segment)
         target = samples[plane, top : top + rows, left : left + columns]
@@ -460,59 +421,40 @@ def _read_samples(data: bytes, page: Any) -> npt.NDArray[Any]:
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 
 
-def _bomb(limit: int) -> TiffError:
-    """Returns the error for a decompression bomb: a strip or tile that decompresses to more than `limit` bytes."""
-    return TiffError(
-        f"a strip or tile of the TIFF inflates to more than {limit} bytes, twice its size: save the image again",
-        "too_large",
-    )
+def _inflate(compression: int, data: bytes, limit: int) -> bytes:
+    """Decompresses a strip or tile.
 
-
-def _take_stored(data: bytes, limit: int) -> bytes:
-    """Returns the first `limit` bytes of an uncompressed strip or tile."""
-    return data[:limit]
-
-
-def _inflate_deflate(data: bytes, limit: int) -> bytes:
-    """Decompresses Deflate. Raises: TiffError: the result has more than `limit` bytes."""
-    inflater = zlib.decompressobj()
-    inflated = inflater.decompress(data, limit)
-    if inflater.unconsumed_tail and inflater.decompress(inflater.unconsumed_tail, 1):
-        raise _bomb(limit)
-    return inflated
-
-
-def _inflate_lzma(data: bytes, limit: int) -> bytes:
-    """Decompresses LZMA. Raises: TiffError: the result has more than `limit` bytes."""
-    inflater = lzma.LZMADecompressor(memlimit=_MAX_LZMA_BYTES)
-    inflated = inflater.decompress(data, limit)
-    if not (inflater.eof or inflater.needs_input) and inflater.decompress(b"", 1):
-        raise _bomb(limit)
+    Raises:
+        ImageError: it decompresses to more than `limit` bytes (a decompression bomb).
+        ValueError: the compression is not supported.
+    """
+    if compression == 1:
+        return data[:limit]
+    if compression in (8, 32946):
+        inflated = zlib.decompressobj().decompress(data, limit + 1)
+    elif compression == 34925:
+        inflated = lzma.LZMADecompressor(memlimit=_MAX_LZMA_BYTES).decompress(data, limit + 1)
+    elif compression == 32773:
+        inflated = _inflate_packbits(data, limit)
+    else:
+        raise ValueError(f"compression {compression!s} is not read")
+    if len(inflated) > limit:
+        message = f"a strip or tile of the TIFF inflates to more than {limit} bytes, twice its size: save it again"
+        raise ImageError("too_large", message)
     return inflated
 
 
 def _inflate_packbits(data: bytes, limit: int) -> bytes:
-    """Decompresses PackBits, a run-length code. Raises: TiffError: the result has more than `limit` bytes."""
+    """Decompresses PackBits, a run-length code, until the result has more than `limit` bytes."""
     inflated, offset = bytearray(), 0
-    while offset + 1 < len(data):
+    while offset + 1 < len(data) and len(inflated) <= limit:
         code = data[offset]
         if code < 128:
             inflated += data[offset + 1 : offset + code + 2]
             offset += code + 2
-        else:
-            if code > 128:  # code 128 is ignored
-                inflated += data[offset + 1 : offset + 2] * (257 - code)
-            offset += 2 if code > 128 else 1
-        if len(inflated) > limit:
-            raise _bomb(limit)
+        elif code > 128:
+            inflated += data[offset + 1 : offset + 2] * (257 - code)
+            offset += 2
+        else:  # code 128 is ignored
+            offset += 1
     return bytes(inflated)
-
-
-# Decompressors by code of the compression: (data, limit) -> decompressed bytes.
-_INFLATERS: dict[int, Callable[[bytes, int], bytes]] = {
-    1: _take_stored,
-    8: _inflate_deflate,
-    32773: _inflate_packbits,
-    32946: _inflate_deflate,
-    34925: _inflate_lzma,
-}

@@ -8,7 +8,7 @@ import os
 import urllib.error
 import urllib.request
 
-from focus_ray.cluster.address import TIMEOUT_S, current_cluster, explain_unreachable, ray_folder, split_address
+from focus_ray.cluster.address import TIMEOUT_S, current_cluster, explain_unreachable, ray_folder
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok, warning
 from focus_ray.doctor.software import installed_version
 
@@ -23,31 +23,16 @@ def check_address(context: CheckContext) -> CheckResult:
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
         return ok("RAY_ADDRESS is not set: each run starts a private Ray on this machine")
-    if address == "auto":
-        return _check_local_cluster()
     if address.startswith(("http://", "https://")):
         return _check_jobs_server(address)
-    host_and_port = address.removeprefix("ray://")
-    if split_address(host_and_port) is None:
-        return failed(
-            f"RAY_ADDRESS={address} is not an address",
-            f"set it to HOST:6379, ray://HOST:10001, http://HOST:8265 or auto, {UNSET_ADVICE}",
-        )
-    reason = explain_unreachable(host_and_port)
+    host_and_port = current_cluster() if address == "auto" else address.removeprefix("ray://")
+    reason = "no cluster runs on this machine" if host_and_port is None else explain_unreachable(host_and_port)
     if reason:
         return failed(
-            f"RAY_ADDRESS={address} does not answer ({reason})", f"check that the cluster runs, {UNSET_ADVICE}"
+            f"RAY_ADDRESS={address} does not answer ({reason})",
+            f"set it to HOST:6379, ray://HOST:10001, http://HOST:8265 or auto of a cluster that runs, {UNSET_ADVICE}",
         )
     return ok(f"RAY_ADDRESS={address} accepts connections")
-
-
-def _check_local_cluster() -> CheckResult:
-    """Checks that a Ray cluster runs on this machine, as RAY_ADDRESS=auto requires."""
-    address = current_cluster()
-    if address is None or explain_unreachable(address):
-        problem = "no cluster runs" if address is None else f"the cluster at {address} does not answer"
-        return failed(f"RAY_ADDRESS=auto, but {problem} on this machine", f"run `ray start --head`, {UNSET_ADVICE}")
-    return ok(f"RAY_ADDRESS=auto: the cluster at {address} accepts connections")
 
 
 def _check_jobs_server(address: str) -> CheckResult:
@@ -55,24 +40,15 @@ def _check_jobs_server(address: str) -> CheckResult:
     try:
         with urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=TIMEOUT_S) as response:
             cluster_version = json.load(response)["ray_version"]
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
             return warning(
                 f"RAY_ADDRESS={address} answers, but requires a token ({error.code})",
                 "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on the machine that submits jobs",
             )
         return failed(
-            f"RAY_ADDRESS={address} answers with status {error.code}",
-            "set it to the address of the Ray dashboard, HOST:8265",
-        )
-    except (http.client.HTTPException, ValueError, KeyError, TypeError):
-        return failed(
-            f"RAY_ADDRESS={address} is not a Ray server", "set it to the address of the Ray dashboard, HOST:8265"
-        )
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        return failed(
-            f"RAY_ADDRESS={address} does not answer ({reason})", f"check that the cluster runs, {UNSET_ADVICE}"
+            f"RAY_ADDRESS={address} does not answer as a Ray dashboard ({type(error).__name__}: {error})",
+            f"set it to the address of the dashboard of a cluster that runs, http://HOST:8265, {UNSET_ADVICE}",
         )
     local_version = installed_version("ray")
     if local_version is not None and cluster_version != local_version:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from focus_ray.errors import FocusRayError
@@ -47,14 +46,6 @@ class CheckContext:
     has_config: bool = False
     has_data: bool = False
 
-    @property
-    def status_if_missing(self) -> Status:
-        """Status of a missing file or service that only some configurations need.
-
-        "FAILED" if the user named a configuration, otherwise "warning".
-        """
-        return "FAILED" if self.has_config else "warning"
-
 
 CheckResult = tuple[Status, str, str]  # status, message, advice
 Check = Callable[[CheckContext], CheckResult | None]  # None: the check does not apply, and nothing is printed
@@ -70,7 +61,7 @@ def warning(message: str, advice: str) -> CheckResult:
     return "warning", message, advice
 
 
-def failed(message: str, advice: str) -> CheckResult:
+def failed(message: str, advice: str = "") -> CheckResult:
     """Returns the result of a check that found a problem that stops a run."""
     return "FAILED", message, advice
 
@@ -84,26 +75,9 @@ def run_checks(checks: Mapping[str, Check], context: CheckContext) -> Iterator[D
         try:
             result = check(context)
         except FocusRayError as error:  # its message says what to do
-            result = failed(str(error), "")
+            result = failed(str(error))
         except Exception as error:  # a broken installation can raise any type; the other checks must still run
-            result = failed(f"the check itself failed: {type(error).__name__}: {error}", "")
+            result = failed(f"the check itself failed: {type(error).__name__}: {error}")
         if result is not None:
-            status, message, advice = result
-            yield Diagnosis(name, status, _to_one_line(message), _to_one_line(advice))
-
-
-def to_json(diagnoses: Iterable[Diagnosis]) -> str:
-    """Returns the JSON text {"healthy": ..., "findings": [{"check", "status", "message", "advice"}, ...]}."""
-    entries = list(diagnoses)
-    content = {"healthy": is_healthy(entries), "findings": [asdict(diagnosis) for diagnosis in entries]}
-    return json.dumps(content, indent=1, ensure_ascii=False)
-
-
-def is_healthy(diagnoses: Iterable[Diagnosis]) -> bool:
-    """Returns True if no diagnosis has the status "FAILED"."""
-    return all(diagnosis.status != "FAILED" for diagnosis in diagnoses)
-
-
-def _to_one_line(text: str) -> str:
-    """Returns text with all line breaks and repeated spaces replaced by single spaces."""
-    return " ".join(text.split())
+            status, *texts = result
+            yield Diagnosis(name, status, *(" ".join(text.split()) for text in texts))  # each text in one line

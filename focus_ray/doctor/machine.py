@@ -32,14 +32,13 @@ def check_cpus(context: CheckContext) -> CheckResult:
     """Checks that this machine has enough CPUs for all workers, unless another cluster runs them."""
     count, cluster = cpu_count(), context.config.cluster
     num_required = cluster.num_workers * cluster.cpus_per_worker
-    text = f"{count:g}"
     if num_required > count and not runs_elsewhere():
         return failed(
-            f"{text}, but cluster.num_workers={cluster.num_workers} with cluster.cpus_per_worker={cluster.cpus_per_worker:g} "
+            f"{count:g}, but cluster.num_workers={cluster.num_workers} with cluster.cpus_per_worker={cluster.cpus_per_worker:g} "
             f"need {num_required:g}",
             "lower one of these settings, or set RAY_ADDRESS to a larger cluster",
         )
-    return ok(text)
+    return ok(f"{count:g}")
 
 
 def cpu_count() -> float:
@@ -159,12 +158,9 @@ def check_gpu(context: CheckContext) -> CheckResult:
         torch.ones(2, device="cuda").sum().item()  # raises if this build of torch has no code for this GPU
         names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
         return ok(f"{names}; torch for CUDA {torch.version.cuda}; driver: {driver or 'unknown'}")
-    build = (
-        "this torch is built for CPUs"
-        if torch.version.cuda is None
-        else f"this torch is built for CUDA {torch.version.cuda}"
-    )
-    reason = f"torch finds no GPU; {build}" + "".join(f"; {item.message}" for item in torch_warnings)
+    build = "CPUs" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+    problems = [f"torch finds no GPU; this torch is built for {build}", *(str(item.message) for item in torch_warnings)]
+    reason = "; ".join(problems)
     if context.config.cluster.use_gpu is True and not runs_elsewhere():
         return failed(
             f"{reason}, but cluster.use_gpu is true", "set cluster.use_gpu=auto, or RAY_ADDRESS to a cluster with GPUs"
@@ -179,19 +175,16 @@ def check_gpu(context: CheckContext) -> CheckResult:
 
 def check_ports(context: CheckContext) -> CheckResult:
     """Warns if another program uses one of the ports in PORTS of 127.0.0.1."""
-    busy = [port for port in PORTS if not _is_port_free(port)]
+    busy = {port: advice for port, advice in PORTS.items() if not _is_port_free(port)}
     if busy:
-        names = " and ".join(map(str, busy))
-        return warning(f"another program uses {names} of 127.0.0.1", "; ".join(PORTS[port] for port in busy))
+        return warning(f"another program uses {' and '.join(map(str, busy))} of 127.0.0.1", "; ".join(busy.values()))
     return ok(f"{' and '.join(map(str, PORTS))} of 127.0.0.1 are free")
 
 
 def _is_port_free(port: int) -> bool:
     """Returns True if a port of 127.0.0.1 can be bound: no other program uses it."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was released a moment ago is free
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
+    try:
+        socket.create_server(("127.0.0.1", port)).close()  # also binds a port that was released a moment ago
+    except OSError:
+        return False
     return True

@@ -6,14 +6,15 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from focus_ray.data.framing import Frame
 from focus_ray.data.images import decode_batch
 from focus_ray.data.read import list_categories, read_rows
-from focus_ray.data.store import Store, open_store
+from focus_ray.data.store import open_store
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok
 from focus_ray.doctor.machine import nearest_existing_folder
+from focus_ray.errors import DataError
 from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.regions import load_frame
+from focus_ray.fitting.settings import Config
 from focus_ray.settings.kinds import TRACKERS
 from focus_ray.storage.files import check_access, is_s3, open_filesystem
 
@@ -27,17 +28,13 @@ def check_storage(context: CheckContext) -> CheckResult:
         DataError: One of these operations is not allowed.
     """
     uri = context.config.storage
-    if is_s3(uri):
-        check_access(uri)
-        return ok(f"{uri}: files can be written, read, listed and deleted")
-    folder = nearest_existing_folder(uri)
-    if not folder.is_dir():
-        return failed(f"{uri}: {folder} is a file", "set storage to a folder")
-    check_access(
-        str(folder)
-    )  # if the storage does not exist yet, this is its nearest existing parent: the check must not create folders
-    if str(folder) != open_filesystem(uri)[1]:
-        return ok(f"{uri} can be created in {folder}")
+    # If the storage does not exist yet, this is its nearest existing parent: the check must not create folders.
+    place = uri if is_s3(uri) else str(nearest_existing_folder(uri))
+    if not is_s3(uri) and not Path(place).is_dir():
+        return failed(f"{uri}: {place} is a file", "set storage to a folder")
+    check_access(place)
+    if place not in (uri, open_filesystem(uri)[1]):
+        return ok(f"{uri} can be created in {place}")
     return ok(f"{uri}: files can be written, read, listed and deleted")
 
 
@@ -52,13 +49,9 @@ def check_data(context: CheckContext) -> CheckResult | None:
     if not context.has_data:
         return None
     settings = context.config.data
-    store = open_store(settings.uri)
     categories = settings.categories or tuple(list_categories(settings.uri))
-    results = [_check_category(store, category, load_frame(context.config, category)) for category in categories]
-    problems = [text for is_usable, text in results if not is_usable]
-    if problems:
-        return failed(f"{settings.uri}: {'; '.join(problems)}", "ingest these categories again")
-    return ok(f"{settings.uri}: {len(results)} categories: {'; '.join(text for _, text in results)}")
+    counts = "; ".join(_check_category(context.config, category) for category in categories)
+    return ok(f"{settings.uri}: {len(categories)} categories: {counts}")
 
 
 def check_trackers(context: CheckContext) -> CheckResult:
@@ -73,21 +66,23 @@ def check_trackers(context: CheckContext) -> CheckResult:
     return ok("; ".join(f"{kind}: {TRACKERS[kind].check(settings, storage)}" for kind, settings in trackers.items()))
 
 
-def _check_category(store: Store, category: str, frame: Frame) -> tuple[bool, str]:
-    """Returns (True, numbers of images) if the category can be used for training, else (False, problem).
+def _check_category(config: Config, category: str) -> str:
+    """Checks that a category can be used for training, and returns its numbers of images.
 
     Raises:
-        DataError: The category does not exist, or its first image cannot be read.
+        DataError: The category does not exist, its files are damaged, or it has no training image.
     """
+    store = open_store(config.data.uri)
     commit = store.require_commit(category)
-    if not store.is_complete(category, commit):
-        return False, f"{category}: data files are missing or damaged"
     counts = commit["counts"]
-    if not counts["num_train"]:
-        return False, f"{category}: it has no normal training image"
+    problem = "" if counts["num_train"] else "it has no normal training image"
+    if not store.is_complete(category, commit):
+        problem = "data files are missing or damaged"
+    if problem:
+        raise DataError(f"{config.data.uri}: {category}: {problem}: ingest this category again")
     (first,) = read_rows(store.uri, category, [0], columns=("image",))
-    decode_batch([first["image"]], frame)
-    return True, (
+    decode_batch([first["image"]], load_frame(config, category))
+    return (
         f"{category} {counts['num_train']} train, {counts['num_test_normal']} normal and {counts['num_test_anomalous']} "
         "anomalous test images"
     )
@@ -111,7 +106,7 @@ def check_weights(context: CheckContext) -> CheckResult:
         if not reason:
             return ok(f"{settings}: not on this machine yet, but {url} answers: the first run downloads them")
         return (
-            context.status_if_missing,
+            "FAILED" if context.has_config else "warning",
             f"{settings}: not on this machine ({file}), and {url} cannot be reached ({reason})",
             f"set model.weights to a file, download the weights to {file}, or set model.backbone=efficientnet_lite0, "
             "whose weights come with a package",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Iterator
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -12,7 +11,6 @@ from packaging.requirements import Requirement
 from focus_ray import __version__
 from focus_ray.doctor.diagnosis import CheckContext, CheckResult, failed, ok, warning
 
-DISTRIBUTION = "focus-ray"
 SHOWN_PACKAGES = ("torch", "torchvision", "numpy", "pyarrow", "pydantic")
 EXTRAS = ("s3", "train", "ray")  # commands need these extras; other extras are faster variants, or weights
 WITHOUT_RAY = "training in one process works without Ray; clusters, sweeps, jobs and the service do not"
@@ -31,48 +29,25 @@ def check_packages(context: CheckContext) -> CheckResult:
     """
     versions = ", ".join(f"{name} {installed_version(name) or 'missing'}" for name in SHOWN_PACKAGES)
     if not requirements_of():
-        return _warn_without_requirements(versions)
-    problems_by_extra = {extra: dict(_extra_problems(extra)) for extra in ("", *EXTRAS)}
-    missing_extras = [
-        extra for extra in EXTRAS if any(installed_version(need.name) is None for need in problems_by_extra[extra])
-    ]
-    notes = [
-        f"the extra {extra} is not installed ({', '.join(problems_by_extra[extra].values())})"
-        for extra in missing_extras
-    ]
-    problems = {
-        need: reason
-        for extra, extra_problems in problems_by_extra.items()
-        if extra not in missing_extras
-        for need, reason in extra_problems.items()
-    }
-    if context.has_config and "train" in missing_extras:
-        problems.update(problems_by_extra["train"])
+        return warning(
+            f"{versions}; focus_ray is not installed as a package, so its requirements are unknown", "pip install -e ."
+        )
+    problems: dict[Requirement, str] = {}
+    notes = []
+    for extra in ("", *EXTRAS):
+        extra_problems = problems_of([need for need in requirements_of(extra=extra) if need.name != "ray"])
+        is_missing = extra and any(installed_version(need.name) is None for need in extra_problems)
+        if is_missing:
+            notes.append(f"the extra {extra} is not installed ({', '.join(extra_problems.values())})")
+        if not is_missing or (extra == "train" and context.has_config):
+            problems.update(extra_problems)
     if problems:
         packages = " ".join(f"'{need}'" for need in problems)
         return failed(f"{versions}; {', '.join(problems.values())}", f"pip install {packages}")
     return ok("; ".join([versions, *(notes or ["all required packages are installed"])]))
 
 
-def _extra_problems(extra: str) -> Iterator[tuple[Requirement, str]]:
-    """Yields (requirement, reason) for each unsatisfied requirement of an extra, except Ray; "" stands for no extra."""
-    return (
-        problem for need in requirements_of(extra=extra) if need.name != "ray" for problem in requirement_problems(need)
-    )
-
-
-def _warn_without_requirements(versions: str) -> CheckResult:
-    """Returns a warning: focus_ray is not installed as a package, so its requirements cannot be checked.
-
-    Args:
-        versions: Text with the versions of the main packages.
-    """
-    return warning(
-        f"{versions}; focus_ray is not installed as a package, so its requirements are unknown", "pip install -e ."
-    )
-
-
-def requirements_of(name: str = DISTRIBUTION, extra: str = "") -> list[Requirement]:
+def requirements_of(name: str = "focus-ray", extra: str = "") -> list[Requirement]:
     """Returns the requirements of an installed package on this platform.
 
     Args:
@@ -83,10 +58,9 @@ def requirements_of(name: str = DISTRIBUTION, extra: str = "") -> list[Requireme
         The requirements; empty if the package is not installed.
     """
     try:
-        lines = metadata.requires(name) or []
+        needs = [Requirement(line) for line in metadata.requires(name) or []]
     except metadata.PackageNotFoundError:
         return []
-    needs = map(Requirement, lines)
     return [need for need in needs if _applies(need, extra) and not (extra and _applies(need, ""))]
 
 
@@ -103,28 +77,28 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def requirement_problems(need: Requirement) -> Iterator[tuple[Requirement, str]]:
-    """Yields (requirement, reason) once if the installed version does not satisfy the requirement, otherwise nothing."""
-    version = installed_version(need.name)
-    if version is None:
-        yield need, f"{need.name} is missing"
-    elif not need.specifier.contains(version, prereleases=True):
-        yield need, f"{need.name} is {version}, not {need.specifier}"
+def problems_of(needs: list[Requirement]) -> dict[Requirement, str]:
+    """Returns the requirements that the installed versions do not satisfy, each with the reason."""
+    problems = {}
+    for need in needs:
+        version = installed_version(need.name)
+        if version is None:
+            problems[need] = f"{need.name} is missing"
+        elif not need.specifier.contains(version, prereleases=True):
+            problems[need] = f"{need.name} is {version}, not {need.specifier}"
+    return problems
 
 
 def check_torch_pair(context: CheckContext) -> CheckResult:
     """Checks that torchvision was built for the installed torch, and that it can be imported."""
     torch, vision = installed_version("torch"), installed_version("torchvision")
+    versions = f"torch {torch or 'missing'} with torchvision {vision or 'missing'}"
     if torch is None or vision is None:
-        return failed(f"torch {torch or 'missing'}, torchvision {vision or 'missing'}", "pip install torch torchvision")
-    versions = f"torch {torch} with torchvision {vision}"
+        return failed(versions, "pip install torch torchvision")
     advice = "install both again, together and from the same index: pip install --force-reinstall torch torchvision"
     # torchvision holds compiled code for one version of torch, and requires exactly this version.
-    unsatisfied = [
-        need for need in requirements_of("torchvision") if need.name == "torch" and any(requirement_problems(need))
-    ]
-    if unsatisfied:
-        return failed(f"{versions}, which was built for torch{unsatisfied[0].specifier}", advice)
+    for need in problems_of([need for need in requirements_of("torchvision") if need.name == "torch"]):
+        return failed(f"{versions}, which was built for torch{need.specifier}", advice)
     try:
         import torchvision.ops  # noqa: F401  raises if the compiled parts do not fit
     except (ImportError, RuntimeError, OSError) as error:
@@ -136,11 +110,8 @@ def check_ray(context: CheckContext) -> CheckResult:
     """Checks that Ray is installed in a supported version, with the private parts of Ray that focus_ray uses."""
     if importlib.util.find_spec("ray") is None:
         return warning(f"not installed; {WITHOUT_RAY}", "pip install 'focus-ray[ray]'")
-    problems = [
-        problem for need in requirements_of(extra="ray") if need.name == "ray" for problem in requirement_problems(need)
-    ]
-    if problems:
-        return failed(problems[0][1], f"pip install '{problems[0][0]}'")
+    for need, reason in problems_of([need for need in requirements_of(extra="ray") if need.name == "ray"]).items():
+        return failed(reason, f"pip install '{need}'")
     from focus_ray.cluster.ray_private import check_private_parts
 
     check_private_parts()

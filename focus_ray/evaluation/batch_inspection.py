@@ -306,9 +306,8 @@ def inspect_dataset(
     probe_nodes([], [output])
     batch = Batch(bundles, uri, output, split, batch_size, part_images, log)
     workers: WorkerPool[BatchPiece] = scoring_pool(num_actors, private, log)
-    with workers as pool:
-        for piece, outcome in pool.run(inspect_piece, batch.next_piece):
-            batch.record_result(piece, outcome)
+    for piece, outcome in workers.run(inspect_piece, batch.next_piece):
+        batch.record_result(piece, outcome)
     if batch.failed:
         raise DataError(
             f"{len(batch.failed)} of {len(bundles)} categories failed; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 from focus_ray.bundle.bundle import complete_settings, read_manifest
@@ -64,7 +65,7 @@ def record_results(
     """
     if not recorder:
         return
-    with recorder:
+    with closing(recorder):
         try:
             measured = {
                 category: _to_evaluated_category(
@@ -81,9 +82,8 @@ def record_results(
 def _to_evaluated_category(bundle: str, result: Mapping[str, Any], cards: Any) -> EvaluatedCategory:
     """Returns the result of a category with the configuration of its bundle, for the trackers."""
     manifest = read_manifest(bundle)
-    return EvaluatedCategory(
-        bundle, manifest, parse_config(complete_settings(manifest), bundle, is_fitted=True), result, cards
-    )
+    config = parse_config(complete_settings(manifest), bundle, is_fitted=True)
+    return EvaluatedCategory(bundle, manifest, config.model_dump(mode="json"), result, cards)
 
 
 def _cards(section: EvaluationSection) -> list[list[Any]]:

@@ -334,12 +334,11 @@ def _run(evaluation: Evaluation, num_workers: int | None) -> None:
         first_bundle = next(iter(evaluation.bundles.values()))  # all bundles are in the same storage
         probe_nodes([join(first_bundle, MANIFEST)], [evaluation.settings.output])
         workers: WorkerPool[EvaluationPiece] = scoring_pool(num_workers, is_private, evaluation.log)
-        with workers as pool:
-            progress = Progress("scoring", 0, evaluation.log)
-            for piece, outcome in pool.run(run_piece, evaluation.next_piece):
-                progress.total = evaluation.num_to_score  # of all started categories
-                progress.add(sum(len(rows) for rows in piece.parts.values()))
-                evaluation.record_result(piece, outcome)
+        progress = Progress("scoring", 0, evaluation.log)
+        for piece, outcome in workers.run(run_piece, evaluation.next_piece):
+            progress.total = evaluation.num_to_score  # of all started categories
+            progress.add(sum(len(rows) for rows in piece.parts.values()))
+            evaluation.record_result(piece, outcome)
 
 
 def _run_here(evaluation: Evaluation) -> None:
@@ -348,5 +347,5 @@ def _run_here(evaluation: Evaluation) -> None:
         try:
             outcome = run_piece(piece, progress.add if progress is not None else lambda: None)
         except FocusRayError as error:
-            outcome = Failed(str(error), error)
+            outcome = Failed(str(error))
         evaluation.record_result(piece, outcome)

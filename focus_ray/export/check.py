@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,70 +47,25 @@ TOLERANCE = {
 }
 
 
-@dataclass(frozen=True)
-class ExportCheck:
-    """Comparison of an export with PyTorch in float32 on the examples. Both score the same decoded pixels.
+def find_failures(check: Mapping[str, Any], tolerance: Tolerance) -> list[str]:
+    """Returns one sentence for each deviation that exceeds the tolerance; empty if the export passes.
 
-    Attributes:
-        num_images: number of examples.
-        num_good, num_bad: number of examples with the label good and with the label bad.
-        score_spread: highest minus lowest score of PyTorch.
-        map_spread: highest minus lowest value of all pixels of all maps of PyTorch.
-        score_difference, score_difference_median: largest and median score difference, as a share of `score_spread`.
-        map_difference: largest pixel difference, as a share of `map_spread`.
-        p_value_difference: largest difference of a p-value.
-        verdict_changes: number of images with a different verdict.
-        verdict_errors: number of images whose verdict or p-value contradicts the calibration at the export's score.
-        auroc_torch, auroc_export: image AUROC; None without good and bad examples.
-        ms_torch, ms_export: median milliseconds for one image on this machine, from decoded pixels, with torch's number of
-            threads.
+    Args: check: from `check_export`.
     """
-
-    num_images: int
-    num_good: int
-    num_bad: int
-    score_spread: float
-    map_spread: float
-    score_difference: float
-    score_difference_median: float
-    map_difference: float
-    p_value_difference: float
-    verdict_changes: int
-    verdict_errors: int
-    auroc_torch: float | None
-    auroc_export: float | None
-    ms_torch: float
-    ms_export: float
-
-    @property
-    def auroc_lost(self) -> float | None:
-        """Image AUROC of PyTorch minus image AUROC of the export; None without good and bad examples."""
-        if self.auroc_torch is None or self.auroc_export is None:
-            return None
-        return self.auroc_torch - self.auroc_export
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns all attributes and `auroc_lost` by name, as JSON types."""
-        return {**asdict(self), "auroc_lost": self.auroc_lost}
-
-    def failures(self, tolerance: Tolerance) -> list[str]:
-        """Returns one sentence for each deviation that exceeds the tolerance; empty if the export passes."""
-        sentences = []
-        if not self.score_difference <= tolerance.score:
-            sentences.append(
-                f"scores differ by up to {self.score_difference:.2g} of their spread, more than {tolerance.score:g}"
-            )
-        if tolerance.anomaly_map is not None and not self.map_difference <= tolerance.anomaly_map:
-            sentences.append(
-                f"maps differ by up to {self.map_difference:.2g} of their spread, more than {tolerance.anomaly_map:g}"
-            )
-        if self.verdict_errors:
-            sentences.append(f"{self.verdict_errors} verdicts or p-values do not follow from their scores")
-        if tolerance.auroc is not None and self.auroc_lost is not None and not self.auroc_lost <= tolerance.auroc:
-            sentences.append(
-                f"image AUROC falls from {self.auroc_torch:.4f} to {self.auroc_export:.4f}, more than {tolerance.auroc:g}"
-            )
-        return sentences
+    sentences = []
+    if not check["score_difference"] <= tolerance.score:
+        difference = f"{check['score_difference']:.2g}"
+        sentences.append(f"scores differ by up to {difference} of their spread, more than {tolerance.score:g}")
+    if tolerance.anomaly_map is not None and not check["map_difference"] <= tolerance.anomaly_map:
+        difference = f"{check['map_difference']:.2g}"
+        sentences.append(f"maps differ by up to {difference} of their spread, more than {tolerance.anomaly_map:g}")
+    if check["verdict_errors"]:
+        sentences.append(f"{check['verdict_errors']} verdicts or p-values do not follow from their scores")
+    auroc_lost = check["auroc_lost"]
+    if tolerance.auroc is not None and auroc_lost is not None and not auroc_lost <= tolerance.auroc:
+        fall = f"{check['auroc_torch']:.4f} to {check['auroc_export']:.4f}"
+        sentences.append(f"image AUROC falls from {fall}, more than {tolerance.auroc:g}")
+    return sentences
 
 
 @dataclass(frozen=True)
@@ -119,15 +74,13 @@ class ReferenceScores:
 
     Attributes:
         pixels: N arrays (H, W, 3).  labels: 0 good, 1 bad, None unknown.
-        scores, p_values, verdicts: (N,).  maps: (N, H, W).
+        scores: (N,).  maps: (N, H, W).
         ms: median milliseconds for one image.
     """
 
     pixels: list[NDArray[np.uint8]]
     labels: list[int | None]
     scores: NDArray[np.float64]
-    p_values: NDArray[np.float64]
-    verdicts: NDArray[np.bool_]
     maps: NDArray[np.float32]
     ms: float
     calibration: Calibration
@@ -151,24 +104,23 @@ def score_reference(bundle: Bundle, examples: Sequence[ExportExample]) -> Refere
             f"{len(new)} of {len(examples)} examples are not among the images that the model was trained on, but the check of "
             f"an export needs {MIN_EXAMPLES}: give other images of the category with --examples, if possible good and bad ones"
         )
-    inspector, outputs, times = Inspector(bundle, "cpu"), [], []
+    inspector = Inspector(bundle, "cpu")
+    scores, maps, times = [], [], []
     for example, pixels in new:
         start = time.perf_counter()
         try:
             framed = bundle.frame.place_image(Image.fromarray(pixels), pixels.shape[1], pixels.shape[0])
         except DataError as error:
             raise DataError(f"{example.name}: {error}") from error
-        output = inspector.score(framed[None])
+        score, anomaly_map = inspector.score(framed[None])
         times.append(time.perf_counter() - start)
-        outputs.append(output)
-    scores = np.array([score[0] for score, _ in outputs], dtype=np.float64)
+        scores.append(score[0])
+        maps.append(anomaly_map[0])
     return ReferenceScores(
         [pixels for _, pixels in new],
         [example.label for example, _ in new],
-        scores,
-        bundle.calibration.conformal_p_value(scores),
-        bundle.calibration.is_anomalous(scores),
-        np.stack([anomaly_map[0] for _, anomaly_map in outputs]),
+        np.array(scores, dtype=np.float64),
+        np.stack(maps),
         1e3 * float(np.median(times)),
         bundle.calibration,
     )
@@ -182,8 +134,30 @@ def decode_example(example: ExportExample) -> NDArray[np.uint8]:
         raise DataError(f"{example.name}: {error}") from error
 
 
-def check_export(run: RunModel, reference: ReferenceScores) -> ExportCheck:
-    """Runs an export on each example alone and compares. Raises: ExportError: PyTorch gives all examples the same score."""
+def check_export(run: RunModel, reference: ReferenceScores) -> dict[str, Any]:
+    """Runs an export on each example alone, and compares it with PyTorch in float32. Both score the same decoded pixels.
+
+    Returns:
+        JSON values by name:
+        num_images: number of examples.
+        num_good, num_bad: number of examples with the label good and with the label bad.
+        score_spread: highest minus lowest score of PyTorch.
+        map_spread: highest minus lowest value of all pixels of all maps of PyTorch.
+        score_difference, score_difference_median: largest and median score difference, as a share of `score_spread`.
+        map_difference: largest pixel difference, as a share of `map_spread`.
+        p_value_difference: largest difference of a p-value.
+        verdict_changes: number of images with a different verdict.
+        verdict_errors: number of images whose verdict or p-value contradicts the calibration at the export's score.
+        auroc_torch, auroc_export, auroc_lost: image AUROC, and the difference; None without good and bad examples.
+        ms_torch, ms_export: median milliseconds for one image on this machine, from decoded pixels, with torch's number of
+        threads.
+
+    Raises:
+        ExportError: PyTorch gives all examples the same score.
+        DataError: PyTorch gives an example no score.
+    """
+    calibration = reference.calibration
+    reference_verdicts = calibration.is_anomalous(reference.scores)
     score_spread, map_spread = float(np.ptp(reference.scores)), float(np.ptp(reference.maps))
     if not score_spread > 0:
         raise ExportError(
@@ -195,34 +169,35 @@ def check_export(run: RunModel, reference: ReferenceScores) -> ExportCheck:
         start = time.perf_counter()
         outputs.append(run(pixels[None]))
         times.append(time.perf_counter() - start)
-    scores = np.array([float(output["score"][0]) for output in outputs])
-    differences = np.abs(scores - reference.scores) / score_spread
-    map_differences = [
-        np.abs(output["anomaly_map"][0] - reference_map).max()
-        for output, reference_map in zip(outputs, reference.maps, strict=True)
-    ]
-    p_values = np.array([float(output["p_value"][0]) for output in outputs])
+    scores, p_values = (np.array([float(output[name][0]) for output in outputs]) for name in ("score", "p_value"))
     verdicts = np.array([bool(output["anomalous"][0]) for output in outputs])
+    maps = np.stack([output["anomaly_map"][0] for output in outputs])
+    differences = np.abs(scores - reference.scores) / score_spread
     is_labelled = np.array([label is not None for label in reference.labels])
     labels = np.array([label or 0 for label in reference.labels])
-    has_both_labels = len(set(labels[is_labelled].tolist())) == 2 and bool(np.isfinite(scores).all())
-    return ExportCheck(
-        num_images=len(scores),
-        num_good=int((is_labelled & (labels == 0)).sum()),
-        num_bad=int((is_labelled & (labels == 1)).sum()),
-        score_spread=score_spread,
-        map_spread=map_spread,
-        score_difference=float(differences.max()),
-        score_difference_median=float(np.median(differences)),
-        map_difference=float(np.max(map_differences)) / map_spread,
-        p_value_difference=float(np.abs(p_values - reference.p_values).max()),
-        verdict_changes=int((verdicts != reference.verdicts).sum()),
-        verdict_errors=_count_verdict_errors(reference.calibration, scores, p_values, verdicts),
-        auroc_torch=image_auroc(labels[is_labelled], reference.scores[is_labelled]) if has_both_labels else None,
-        auroc_export=image_auroc(labels[is_labelled], scores[is_labelled]) if has_both_labels else None,
-        ms_torch=reference.ms,
-        ms_export=1e3 * float(np.median(times)),
-    )
+    auroc_torch = auroc_export = auroc_lost = None
+    if len(set(labels[is_labelled].tolist())) == 2 and bool(np.isfinite(scores).all()):
+        auroc_torch = image_auroc(labels[is_labelled], reference.scores[is_labelled])
+        auroc_export = image_auroc(labels[is_labelled], scores[is_labelled])
+        auroc_lost = auroc_torch - auroc_export
+    return {
+        "num_images": len(scores),
+        "num_good": int((is_labelled & (labels == 0)).sum()),
+        "num_bad": int((is_labelled & (labels == 1)).sum()),
+        "score_spread": score_spread,
+        "map_spread": map_spread,
+        "score_difference": float(differences.max()),
+        "score_difference_median": float(np.median(differences)),
+        "map_difference": float(np.abs(maps - reference.maps).max()) / map_spread,
+        "p_value_difference": float(np.abs(p_values - calibration.conformal_p_value(reference.scores)).max()),
+        "verdict_changes": int((verdicts != reference_verdicts).sum()),
+        "verdict_errors": _count_verdict_errors(calibration, scores, p_values, verdicts),
+        "auroc_torch": auroc_torch,
+        "auroc_export": auroc_export,
+        "ms_torch": reference.ms,
+        "ms_export": 1e3 * float(np.median(times)),
+        "auroc_lost": auroc_lost,
+    }
 
 
 def _count_verdict_errors(

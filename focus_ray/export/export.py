@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,14 +16,14 @@ import torch
 
 from focus_ray.bundle.bundle import Bundle, library_versions, read_bundle
 from focus_ray.errors import DataError, ExportError, require_extra
-from focus_ray.export.check import TOLERANCE, ExportCheck, check_export, decode_example, score_reference
+from focus_ray.export.check import TOLERANCE, check_export, decode_example, find_failures, score_reference
 from focus_ray.export.examples import gather_examples
 from focus_ray.export.formats import INPUT, MODEL_FILES, OPENVINO_SETTINGS, check_format, open_model, write_model
 from focus_ray.export.scorer import BOX, ExportableScorer, max_side_px
 
 FORMAT, FORMAT_VERSION = "focus_ray export", 1
 SIDECAR = "model.json"
-MAX_EXAMPLES = 200
+MAX_EXAMPLES = 200  # largest number of images to check
 
 
 class ExportResult(NamedTuple):
@@ -31,13 +31,11 @@ class ExportResult(NamedTuple):
 
     Attributes:
         folder: holds the files of the model and `SIDECAR`.
-        sidecar: content of `SIDECAR`.
-        check: comparison with PyTorch.
+        sidecar: content of `SIDECAR`. Its entry "check" has the comparison with PyTorch.
     """
 
     folder: Path
     sidecar: dict[str, Any]
-    check: ExportCheck
 
 
 def export_bundle(
@@ -47,7 +45,6 @@ def export_bundle(
     precision: str = "fp32",
     examples: Sequence[str] = (),
     accept_cost: bool = False,
-    most_examples: int = MAX_EXAMPLES,
     log: Callable[[str], None] = lambda message: None,
 ) -> ExportResult:
     """Writes the whole scorer of a bundle for another runtime.
@@ -58,7 +55,6 @@ def export_bundle(
             folder.
         examples: sources of the images that check the export, as `gather_examples` takes them.
         accept_cost: accept fp16 or int8 even if it exceeds `TOLERANCE`. fp32 is never accepted beyond it.
-        most_examples: largest number of images to check.
         log: receives a line for each step.
 
     Raises:
@@ -72,38 +68,37 @@ def export_bundle(
     check_format(to, precision)
     bundle = read_bundle(uri, "cpu", precision="fp32")
     target = _output_folder(output or f"{bundle.category}-{to}-{precision}")
-    export_examples = gather_examples(bundle, examples, most_examples)
-    if len({example.label for example in export_examples.to_check} - {None}) == 2:
+    export_examples = gather_examples(bundle, examples, MAX_EXAMPLES)
+    to_check = [example for example in export_examples if not example.for_int8]
+    if len({example.label for example in to_check} - {None}) == 2:
         require_extra("train", "the image AUROC of good and bad examples")
-    log(f"export: scoring {len(export_examples.to_check)} examples with PyTorch in float32")
-    reference = score_reference(bundle, export_examples.to_check)
-    if precision == "int8" and not export_examples.for_int8:
-        raise ExportError(
-            "--precision int8 needs images of good parts, but no example is good: give good images with --examples"
-        )
+    log(f"export: scoring {len(to_check)} examples with PyTorch in float32")
+    reference = score_reference(bundle, to_check)
+    int8_images = []
+    if precision == "int8":
+        int8_images = [decode_example(example) for example in export_examples if example.for_int8]
+        if not int8_images:
+            raise ExportError(
+                "--precision int8 needs images of good parts, but no example is good: give good images with --examples"
+            )
     log(f"export: tracing {bundle.category!r} for {to} in {precision}")
-    int8_images = [decode_example(example) for example in export_examples.for_int8] if precision == "int8" else []
     with _new_folder(target) as folder:
         scorer = ExportableScorer(read_bundle(uri, "cpu", precision="fp32"), half=precision == "fp16")
         write_model(scorer, to, precision, folder, int8_images)
         log(f"export: checking {len(reference.pixels)} examples")
         comparison = check_export(open_model(folder, to, torch.get_num_threads()), reference)
-        failures = comparison.failures(TOLERANCE[precision])
+        failures = find_failures(comparison, TOLERANCE[precision])
         if failures and (precision == "fp32" or not accept_cost):
-            raise ExportError(_refusal_message(precision, failures, bundle))
+            hint = "give --precision fp32, or accept the deviation with --accept-cost"
+            if precision == "fp32":
+                hint = "run the bundle with focus_ray, and report this with the bundle's model.json"
+            raise ExportError(
+                f"the export of {bundle.category!r} in {precision} does not score as PyTorch in float32: {'; '.join(failures)}: "
+                f"{hint}"
+            )
         sidecar = _make_sidecar(bundle, to, precision, folder, comparison, failures)
         (folder / SIDECAR).write_text(json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return ExportResult(target, sidecar, comparison)
-
-
-def _refusal_message(precision: str, failures: Sequence[str], bundle: Bundle) -> str:
-    """Returns the message of an export that exceeds the tolerance, with advice."""
-    failure = f"the export of {bundle.category!r} in {precision} does not score as PyTorch in float32: "
-    if precision == "fp32":
-        hint = "run the bundle with focus_ray, and report this with the bundle's model.json"
-    else:
-        hint = "give --precision fp32, or accept the deviation with --accept-cost"
-    return f"{failure}{'; '.join(failures)}: {hint}"
+    return ExportResult(target, sidecar)
 
 
 def _output_folder(output: str | Path) -> Path:
@@ -154,7 +149,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 
 def _make_sidecar(
-    bundle: Bundle, to: str, precision: str, folder: Path, comparison: ExportCheck, failures: Sequence[str]
+    bundle: Bundle, to: str, precision: str, folder: Path, comparison: Mapping[str, Any], failures: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the content of `SIDECAR`: everything that a user of the exported model needs to know."""
     frame, calibration = bundle.frame, bundle.calibration
@@ -204,7 +199,7 @@ def _make_sidecar(
         },
         "check": {
             "against": "PyTorch in float32, the same decoded pixels",
-            **comparison.to_dict(),
+            **comparison,
             "tolerance": TOLERANCE[precision]._asdict(),
             "accepted_beyond_tolerance": list(failures),
         },
@@ -215,34 +210,26 @@ def _make_sidecar(
 
 def _describe_outputs(bundle: Bundle) -> dict[str, Any]:
     """Returns type, shape and meaning of each output of the model, by name."""
-    size = ["batch", bundle.frame.height, bundle.frame.width]
-    outputs: dict[str, Any] = {
-        "score": {
-            "type": "float32",
-            "shape": ["batch"],
-            "meaning": "higher is more anomalous; held against thresholds.image; NaN where no place of the map shows the "
-            "image, which is too thin: then there is no verdict",
-        },
-        "p_value": {
-            "type": "float32",
-            "shape": ["batch"],
-            "meaning": "share of good parts that score as high; at most thresholds.level if and only if anomalous",
-        },
-        "anomalous": {
-            "type": "bool",
-            "shape": ["batch"],
-            "meaning": "the verdict; true too where a score is no number",
-        },
-        "anomaly_map": {
-            "type": "float32",
-            "shape": size,
-            "meaning": "distance a pixel, of the frame: resize it to the image's size; held against thresholds.pixel",
-        },
+    outputs: dict[str, tuple[str, list[str | int], str]] = {
+        "score": (
+            "float32",
+            ["batch"],
+            "higher is more anomalous; held against thresholds.image; NaN where no place of the map shows the image, which is "
+            "too thin: then there is no verdict",
+        ),
+        "p_value": (
+            "float32",
+            ["batch"],
+            "share of good parts that score as high; at most thresholds.level if and only if anomalous",
+        ),
+        "anomalous": ("bool", ["batch"], "the verdict; true too where a score is no number"),
+        "anomaly_map": (
+            "float32",
+            ["batch", bundle.frame.height, bundle.frame.width],
+            "distance a pixel, of the frame: resize it to the image's size; held against thresholds.pixel",
+        ),
     }
     if bundle.frame.resize == "pad":
-        outputs[BOX] = {
-            "type": "int32",
-            "shape": [4],
-            "meaning": "top, left, height, width: where the images lie in the map, in its pixels; cut that out first",
-        }
-    return outputs
+        box = "top, left, height, width: where the images lie in the map, in its pixels; cut that out first"
+        outputs[BOX] = ("int32", [4], box)
+    return {name: dict(zip(("type", "shape", "meaning"), facts, strict=True)) for name, facts in outputs.items()}

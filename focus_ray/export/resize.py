@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from focus_ray.data.framing import SCORED, Frame
 
 _WEIGHT_BITS = 22  # number of bits of Pillow's weights
-_LOW_BASE = (
-    2**6
-)  # weights are summed in two parts, weight // _LOW_BASE and weight % _LOW_BASE, to keep each sum below 2^24
+# weights are summed in two parts, weight // _LOW_BASE and weight % _LOW_BASE, to keep each sum below 2^24
+_LOW_BASE = 2**6
 # number of weight bits that each division step computes, so that its dividend stays below 2^31: see `max_side_px`
 _STEP_BITS = (6, 6, 5, 5)
 
@@ -53,20 +52,16 @@ class ToFrame(nn.Module):
         """
         image_height, image_width = images.shape[1], images.shape[2]
         if not self.has_padding:
-            column_weights = _compute_weights(
-                image_width, _to_scalar(self.width), torch.arange(self.width, dtype=torch.int32), self.width
-            )
-            row_weights = _compute_weights(
-                image_height, _to_scalar(self.height), torch.arange(self.height, dtype=torch.int32), self.height
-            )
+            column_weights = _compute_stretch_weights(image_width, self.width)
+            row_weights = _compute_stretch_weights(image_height, self.height)
             return _resize_pixels(images, column_weights, row_weights), self.region, None
         height, width = _fit_size(image_height, image_width, self.height, self.width)
         top, left = (self.height - height) // 2, (self.width - width) // 2
         rows, columns = _mirror_pixels(self.height, top, height), _mirror_pixels(self.width, left, width)
         # Bound on the number of input pixels per output pixel: rounding leaves a side at least two thirds of its exact length.
         max_inputs = (image_height - 1) // self.height + (image_width - 1) // self.width + 2
-        column_weights = _compute_weights(image_width, width, columns, 1, 2 * max_inputs)
-        row_weights = _compute_weights(image_height, height, rows, 1, 2 * max_inputs)
+        column_weights = _compute_weights(image_width, width, columns, 2 * max_inputs)
+        row_weights = _compute_weights(image_height, height, rows, 2 * max_inputs)
         inside = _is_inside(self.height, top, height)[:, None] & _is_inside(self.width, left, width)
         if self.region is not None:
             inside = inside & self._region_at(height, width, rows, columns)
@@ -76,8 +71,8 @@ class ToFrame(nn.Module):
         """Returns the region of interest, resized to (height, width) and placed in the frame as the image is: bool."""
         assert self.region is not None
         region_pixels = (self.region.to(torch.uint8) * SCORED)[None, :, :, None]
-        column_weights = _compute_weights(self.width, width, columns, 1, self.width)
-        row_weights = _compute_weights(self.height, height, rows, 1, self.height)
+        column_weights = _compute_weights(self.width, width, columns, self.width)
+        row_weights = _compute_weights(self.height, height, rows, self.height)
         return _resize_side(_resize_side(region_pixels, 2, column_weights), 1, row_weights)[0, :, :, 0] >= 128
 
 
@@ -103,17 +98,20 @@ def _resize_side(images: Tensor, side: int, resize_weights: Weights) -> Tensor:
     return (high_sum + (low_sum + 2 ** (_WEIGHT_BITS - 1)) // _LOW_BASE) // (2**_WEIGHT_BITS // _LOW_BASE)
 
 
-def _compute_weights(
-    length: int, num_outputs: Tensor, numbers: Tensor, min_outputs: int, max_inputs: int | None = None
-) -> Weights:
+def _compute_stretch_weights(length: int, num_outputs: int) -> Weights:
+    """Computes the weights of all output pixels of a side that is resized from `length` to `num_outputs` pixels."""
+    numbers = torch.arange(num_outputs, dtype=torch.int32)
+    return _compute_weights(length, _to_scalar(num_outputs), numbers, (length - 1) // num_outputs + 1)
+
+
+def _compute_weights(length: int, num_outputs: Tensor, numbers: Tensor, max_inputs: int) -> Weights:
     """Computes the weights of the output pixels `numbers` (n,) of a side that is resized from `length` to `num_outputs` pixels.
 
     Args:
         num_outputs: int32 scalar.
-        min_outputs: lower bound of `num_outputs`, known when the module is traced.
-        max_inputs: upper bound of the input pixels per output pixel; None: computed from `min_outputs`.
+        max_inputs: upper bound of the input pixels per output pixel, known when the module is traced.
     """
-    taps = 2 * ((length - 1) // min_outputs + 1 if max_inputs is None else max_inputs) + 1
+    taps = 2 * max_inputs + 1
     longer = num_outputs.clamp_min(length)
     # In units of 1 / (2 num_outputs) input pixels, all positions and weights are integers.
     first = ((2 * numbers + 1) * length - 2 * longer + num_outputs).clamp_min(0) // (2 * num_outputs)
@@ -138,19 +136,12 @@ def _compute_weights(
 
 def _fit_size(image_height: int, image_width: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Returns height and width, int32 scalars, of an image scaled to fit into the frame. Halves are rounded to even."""
-    is_limited_by_height = (
-        _to_scalar(image_width) * height <= _to_scalar(image_height) * width
-    )  # the height limits the scale
-    fitted_height = torch.where(
-        is_limited_by_height,
-        _to_scalar(height),
-        _divide_rounded(_to_scalar(image_height) * width, _to_scalar(image_width)),
-    )
-    fitted_width = torch.where(
-        is_limited_by_height,
-        _divide_rounded(_to_scalar(image_width) * height, _to_scalar(image_height)),
-        _to_scalar(width),
-    )
+    full_height, full_width = _to_scalar(image_height), _to_scalar(image_width)
+    is_limited_by_height = full_width * height <= full_height * width  # the height limits the scale
+    scaled_height = _divide_rounded(full_height * width, full_width)
+    scaled_width = _divide_rounded(full_width * height, full_height)
+    fitted_height = torch.where(is_limited_by_height, _to_scalar(height), scaled_height)
+    fitted_width = torch.where(is_limited_by_height, scaled_width, _to_scalar(width))
     return fitted_height.clamp_min(1), fitted_width.clamp_min(1)
 
 

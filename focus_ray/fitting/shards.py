@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from focus_ray.data.read import decode_rows
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
-from focus_ray.fitting.split import Split, SplitPlan
+from focus_ray.fitting.split import NO_ROWS, Split, SplitPlan, SplitRows
 
 _SHUFFLE_ROWS = 512  # rows of a local stream that are decoded and shuffled together
 
+_Part = Literal["fit", "validation", "holdout"]
 BatchStream = Callable[[int, int], Iterable[Mapping[str, Any]]]
 """Function (batch size, seed) -> shuffled batches of this worker's images: {'image': uint8 (B, H, W, C)}.
 
@@ -27,38 +29,64 @@ B is at most the batch size.
 """
 
 
-class Shard(Protocol):
+class Shard(ABC):
     """The normal images of one worker. Batches are uint8 (B, H, W, C) of the frame's shape.
 
     "Fit images" train the network and fill the density, validation images select a model, held-out images calibrate thresholds.
+
+    Attributes:
+        share: the split of this worker's images.
+        batch_size: images per batch, except in `train_batches`.
     """
 
-    def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterable[Tensor]:
+    share: SplitPlan
+    batch_size: int
+
+    @abstractmethod
+    def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Yields exactly `steps` shuffled batches of exactly `batch_size` fit images."""
 
-    def fit_batches(self, positions: Sequence[int] | None = None) -> Iterable[Tensor]:
+    @abstractmethod
+    def _read(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
+        """Yields batches of the images of a part, or of only the images at these ascending positions."""
+
+    @abstractmethod
+    def join_validation(self) -> Shard:
+        """Returns a shard whose fit images include the validation images, and which has no validation images.
+
+        It is used after the last validation.
+        """
+
+    def fit_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Yields every fit image once.
 
         Args: positions: yields only the fit images at these ascending positions; the others are not read.
         """
+        return self._read("fit", positions)
+
+    def validation_batches(self) -> Iterator[Tensor]:
+        """Yields every validation image once."""
+        return self._read("validation", None)
+
+    def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Yields every held-out image once.
+
+        Args: positions: yields only the held-out images at these ascending positions; the others are not read.
+        """
+        return self._read("holdout", positions)
 
     def fit_folds(self) -> NDArray[np.int64]:
         """Returns the fold of each fit image in the cross calibration, (N,), in the order of `fit_batches()`.
 
         Raises: ValueError: the shard has no folds.
         """
-
-    def validation_batches(self) -> Iterable[Tensor]:
-        """Yields every validation image once."""
-
-    def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterable[Tensor]:
-        """Yields every held-out image once.
-
-        Args: positions: yields only the held-out images at these ascending positions; the others are not read.
-        """
+        if len(self.share.folds) != len(self.share.fit):
+            raise ValueError("cross calibration needs the fold numbers of the images: pass `folds`")
+        return self.share.folds
 
     def num_holdout(self) -> int:
         """Returns the number of held-out images of this worker."""
+        return len(self.share.holdout)
 
     def fit_groups(self) -> NDArray[np.int64]:
         """Returns the group number of each fit image, (N,), in the order of `fit_batches()`.
@@ -66,35 +94,23 @@ class Shard(Protocol):
         Images of the same part have equal numbers, in all workers and also in `holdout_groups`. The images of a group may be
         spread over several workers.
         """
+        return self.share.fit.groups
 
     def holdout_groups(self) -> NDArray[np.int64]:
         """Returns the group number of each held-out image, (M,), in the order of `holdout_batches()`."""
+        return self.share.holdout.groups
 
     def fit_order(self) -> NDArray[np.int64]:
         """Returns the rank of each fit image, (N,), among the images of all workers in natural order of their file names."""
+        return self.share.fit.order
 
     def holdout_order(self) -> NDArray[np.int64]:
         """Returns the rank of each held-out image, (M,), in the same ranking as `fit_order`."""
-
-    def join_validation(self) -> Shard:
-        """Returns a shard whose fit images include the validation images, and which has no validation images.
-
-        It is used after the last validation.
-        """
+        return self.share.holdout.order
 
 
-class MemoryShard:
-    """A shard whose decoded images are kept in memory. `Shard` describes the methods.
-
-    Args:
-        images: (N, H, W, C) uint8, the fit images, for training and density.
-        holdout: (M, H, W, C) uint8, for calibration.
-        folds: (N,) fold number of each fit image, for cross calibration.
-        batch_size: images per batch, except in `train_batches`.
-        validation: (V, H, W, C) uint8, for label-free selection.
-        groups, validation_groups, holdout_groups: (N,), (V,) and (M,) group numbers. By default each image is its own group.
-        order, validation_order, holdout_order: ranks in natural order of file names. The default is the position.
-    """
+class MemoryShard(Shard):
+    """A shard whose decoded images are kept in memory."""
 
     def __init__(
         self,
@@ -105,89 +121,57 @@ class MemoryShard:
         validation: Tensor | None = None,
         *,
         groups: ArrayLike | None = None,
-        validation_groups: ArrayLike | None = None,
-        holdout_groups: ArrayLike | None = None,
         order: ArrayLike | None = None,
-        validation_order: ArrayLike | None = None,
-        holdout_order: ArrayLike | None = None,
+        share: SplitPlan | None = None,
     ) -> None:
+        """
+        Args:
+            images: (N, H, W, C) uint8, the fit images, for training and density.
+            holdout: (M, H, W, C) uint8, for calibration.
+            folds: (N,) fold number of each fit image, for cross calibration.
+            batch_size: images per batch, except in `train_batches`.
+            validation: (V, H, W, C) uint8, for label-free selection.
+            groups: (N,) group number of each fit image. By default each image is its own group.
+            order: (N,) rank of each fit image in natural order of file names. The default is the position.
+            share: the split of the images; replaces `folds`, `groups` and `order`.
+        """
         self.images, self.batch_size = images, batch_size
         self.holdout = images[:0] if holdout is None else holdout
         self.validation = images[:0] if validation is None else validation
-        self.folds = folds
-        num_fit, num_validation, num_holdout = len(images), len(self.validation), len(self.holdout)
-        self._groups = _numbers("groups", groups, np.arange(num_fit))
-        # new group numbers start after the numbers of the fit images, so that no other image joins a group of the fit images
-        first = int(self._groups.max()) + 1 if num_fit else 0
-        new_groups = np.arange(first, first + num_validation + num_holdout)
-        self._validation_groups = _numbers("validation_groups", validation_groups, new_groups[:num_validation])
-        self._holdout_groups = _numbers("holdout_groups", holdout_groups, new_groups[num_validation:])
-        self._order = _numbers("order", order, np.arange(num_fit))
-        next_ranks = np.arange(num_fit, num_fit + num_validation + num_holdout)
-        self._validation_order = _numbers("validation_order", validation_order, next_ranks[:num_validation])
-        self._holdout_order = _numbers("holdout_order", holdout_order, next_ranks[num_validation:])
+        fit, validation_rows, holdout_rows = np.split(
+            np.arange(len(images) + len(self.validation) + len(self.holdout)),
+            [len(images), len(images) + len(self.validation)],
+        )
+        fit_groups = fit if groups is None else np.asarray(groups, dtype=np.int64)
+        # other images get new group numbers, so that they do not join a group of the fit images
+        offset = fit_groups.max(initial=-1) + 1 - len(fit)
+        self.share = share or SplitPlan(
+            SplitRows(fit, fit_groups, fit if order is None else np.asarray(order, dtype=np.int64)),
+            NO_ROWS if folds is None else folds.numpy(),
+            SplitRows(validation_rows, validation_rows + offset, validation_rows),
+            SplitRows(holdout_rows, holdout_rows + offset, holdout_rows),
+            fingerprint="",
+        )
 
     def train_batches(self, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        return epoch_batches(self.images, batch_size, steps, generator)
+        """See `Shard.train_batches`. A small set is used more than once."""
+        order = torch.empty(0, dtype=torch.long)
+        for _ in range(steps):
+            while len(order) < batch_size:
+                order = torch.cat([order, torch.randperm(len(self.images), generator=generator)])
+            yield self.images[order[:batch_size]]
+            order = order[batch_size:]
 
-    def fit_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
-        images = self.images if positions is None else self.images[torch.tensor(positions, dtype=torch.long)]
+    def _read(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
+        images = {"fit": self.images, "validation": self.validation, "holdout": self.holdout}[part]
+        if positions is not None:
+            images = images[torch.tensor(positions, dtype=torch.long)]
         yield from (batch for batch in images.split(self.batch_size) if len(batch))
-
-    def fit_folds(self) -> NDArray[np.int64]:
-        if self.folds is None:
-            raise ValueError("cross calibration needs the fold numbers of the images: pass `folds`")
-        return self.folds.numpy()
-
-    def validation_batches(self) -> Iterator[Tensor]:
-        yield from (batch for batch in self.validation.split(self.batch_size) if len(batch))
-
-    def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
-        images = self.holdout if positions is None else self.holdout[torch.tensor(positions, dtype=torch.long)]
-        yield from (batch for batch in images.split(self.batch_size) if len(batch))
-
-    def num_holdout(self) -> int:
-        return len(self.holdout)
-
-    def fit_groups(self) -> NDArray[np.int64]:
-        return self._groups
-
-    def holdout_groups(self) -> NDArray[np.int64]:
-        return self._holdout_groups
-
-    def fit_order(self) -> NDArray[np.int64]:
-        return self._order
-
-    def holdout_order(self) -> NDArray[np.int64]:
-        return self._holdout_order
 
     def join_validation(self) -> MemoryShard:
         """See `Shard.join_validation`. The validation images come after the fit images."""
-        folds = None
-        if self.folds is not None:
-            num_folds = int(self.folds.max()) + 1 if len(self.folds) else 1
-            folds = torch.cat([self.folds, torch.from_numpy(self._validation_groups % num_folds)])
-        return MemoryShard(
-            torch.cat([self.images, self.validation]),
-            self.holdout,
-            folds,
-            self.batch_size,
-            groups=np.concatenate([self._groups, self._validation_groups]),
-            holdout_groups=self._holdout_groups,
-            order=np.concatenate([self._order, self._validation_order]),
-            holdout_order=self._holdout_order,
-        )
-
-
-def _numbers(name: str, values: ArrayLike | None, default: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns the values, or the default for None, as int64. Raises: ValueError: the shape differs from the default's.
-
-    Args: name: of the values, for the error message.
-    """
-    numbers = np.asarray(default if values is None else values, dtype=np.int64)
-    if numbers.shape != default.shape:
-        raise ValueError(f"{name} has shape {numbers.shape}: expected one number for each of {len(default)} images")
-    return numbers
+        images, share = torch.cat([self.images, self.validation]), self.share.join_validation()
+        return MemoryShard(images, self.holdout, batch_size=self.batch_size, share=share)
 
 
 @dataclass(frozen=True)
@@ -211,16 +195,6 @@ class BatchSchedule:
             )
         size = min(batch_size_per_worker, share)
         return cls(size, share // size)
-
-
-def epoch_batches(images: Tensor, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yields `steps` shuffled batches of images in memory, (N, ...). A small set is used more than once."""
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(len(images), generator=generator)])
-        yield images[order[:batch_size]]
-        order = order[batch_size:]
 
 
 def local_stream(config: Config, category: str, plan: SplitPlan, num_threads: int = 1) -> BatchStream:
@@ -247,8 +221,8 @@ def local_stream(config: Config, category: str, plan: SplitPlan, num_threads: in
     return batches
 
 
-class StreamShard:
-    """A shard that reads and decodes its images again on every pass, a few at a time. `Shard` describes the methods."""
+class StreamShard(Shard):
+    """A shard that reads and decodes its images again on every pass, a few at a time."""
 
     def __init__(
         self, config: Config, category: str, share: SplitPlan, stream: BatchStream | None = None, num_threads: int = 1
@@ -284,44 +258,18 @@ class StreamShard:
                 "was changed during the training"
             )
 
-    def fit_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
-        rows = self.share.fit_rows
-        return self._read(rows if positions is None else rows[np.asarray(positions, dtype=np.int64)])
-
-    def fit_folds(self) -> NDArray[np.int64]:
-        return self.share.folds
-
-    def validation_batches(self) -> Iterator[Tensor]:
-        return self._read(self.share.validation_rows)
-
-    def holdout_batches(self, positions: Sequence[int] | None = None) -> Iterator[Tensor]:
-        rows = self.share.holdout_rows
-        return self._read(rows if positions is None else rows[np.asarray(positions, dtype=np.int64)])
-
-    def num_holdout(self) -> int:
-        return len(self.share.holdout_rows)
-
-    def fit_groups(self) -> NDArray[np.int64]:
-        return self.share.fit_groups
-
-    def holdout_groups(self) -> NDArray[np.int64]:
-        return self.share.holdout_groups
-
-    def fit_order(self) -> NDArray[np.int64]:
-        return self.share.fit_order
-
-    def holdout_order(self) -> NDArray[np.int64]:
-        return self.share.holdout_order
-
-    def join_validation(self) -> StreamShard:
-        """See `Shard.join_validation`. The fit images are in the order of their rows."""
-        return StreamShard(self.config, self.category, self.share.with_validation(), self.stream, self.num_threads)
-
-    def _read(self, rows: NDArray[np.int64]) -> Iterator[Tensor]:
-        """Yields batches of the decoded images of rows."""
+    def _read(self, part: _Part, positions: Sequence[int] | None) -> Iterator[Tensor]:
+        share: SplitRows = getattr(self.share, part)
+        rows = share.rows if positions is None else share.rows[np.asarray(positions, dtype=np.int64)]
         uri, version = self.config.data.uri, self.share.version
         for images in decode_rows(uri, self.category, rows, self.frame, self.batch_size, self.num_threads, version):
             yield torch.from_numpy(images)
+
+    def join_validation(self) -> StreamShard:
+        """See `Shard.join_validation`. The fit images are in the order of their rows."""
+        joined = self.share.join_validation()
+        share = joined.take_fit(np.argsort(joined.fit.rows))
+        return StreamShard(self.config, self.category, share, self.stream, self.num_threads)
 
 
 def fits_memory(config: Config, plan: SplitPlan | Split) -> bool:
@@ -368,15 +316,9 @@ def build_shard(
         return images
 
     return MemoryShard(
-        load(share.fit_rows),
-        load(share.holdout_rows),
-        torch.from_numpy(share.folds),
-        config.train.batch_size_per_worker,
-        load(share.validation_rows),
-        groups=share.fit_groups,
-        validation_groups=share.validation_groups,
-        holdout_groups=share.holdout_groups,
-        order=share.fit_order,
-        validation_order=share.validation_order,
-        holdout_order=share.holdout_order,
+        load(share.fit.rows),
+        load(share.holdout.rows),
+        batch_size=config.train.batch_size_per_worker,
+        validation=load(share.validation.rows),
+        share=share,
     )

@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -80,120 +80,110 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class SplitPlan:
-    """The row numbers of the fit, validation and held-out images of a category, or the share of one worker.
-
-    Two rows have equal group numbers if and only if they are in the same named group. A row without a group has a unique number.
-    Group numbers start at 0, in the order of first appearance among all normal training rows.
+class SplitRows:
+    """Images of one part of a split, or the share of one worker.
 
     Attributes:
-        fit_rows, validation_rows, holdout_rows: int64, ascending row numbers in the version of the data.
-        folds: fold number of each fit row, for cross calibration. All rows of a group have the same fold.
-        fingerprint: fingerprint of the images of the whole category.
-        version: name of the version of the category; None: the current version.
-        fit_hashes: `short_hash` of the fit and validation rows, int64, sorted.
-        fit_groups, validation_groups, holdout_groups: group number of each row, int64. The default numbers the rows of the three
-            lists one after the other, so that each row is its own group.
-        fit_order, validation_order, holdout_order: rank of each row among all normal training rows in natural order of their
-            ids (img_2 before img_10), int64. The default is the position in the three lists.
+        rows: (n,) int64, row numbers in the version of the data.
+        groups: (n,) int64, group numbers. Two rows have equal numbers if and only if they are in the same named group. A row
+            without a group has a unique number. The numbers start at 0, in the order of first appearance among all normal
+            training rows.
+        order: (n,) int64, rank of each row among all normal training rows in natural order of their ids (img_2 before img_10).
     """
 
-    fit_rows: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    groups: NDArray[np.int64]
+    order: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, selection: NDArray[Any] | slice) -> SplitRows:
+        """Returns some of the images. selection: positions, a mask of all images, or a slice."""
+        return SplitRows(self.rows[selection], self.groups[selection], self.order[selection])
+
+    def join(self, other: SplitRows) -> SplitRows:
+        """Returns these images, followed by other images."""
+        columns = ((self.rows, other.rows), (self.groups, other.groups), (self.order, other.order))
+        return SplitRows(*map(np.concatenate, columns))
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPlan:
+    """The fit, validation and held-out images of a category, or the share of one worker. The rows of each part are ascending.
+
+    Attributes:
+        folds: (n,) int64, fold number of each fit image, for cross calibration. All images of a group have the same fold.
+        fingerprint: fingerprint of the images of the whole category.
+        version: name of the version of the category; None: the current version.
+        fit_hashes: `short_hash` of the fit and validation images, int64, sorted; empty in the share of a worker.
+    """
+
+    fit: SplitRows
     folds: NDArray[np.int64]
-    validation_rows: NDArray[np.int64]
-    holdout_rows: NDArray[np.int64]
+    validation: SplitRows
+    holdout: SplitRows
     fingerprint: str
     version: str | None = None
     fit_hashes: NDArray[np.int64] = field(default_factory=lambda: NO_ROWS)
-    fit_groups: NDArray[np.int64] = None  # type: ignore[assignment]  # filled below
-    validation_groups: NDArray[np.int64] = None  # type: ignore[assignment]
-    holdout_groups: NDArray[np.int64] = None  # type: ignore[assignment]
-    fit_order: NDArray[np.int64] = None  # type: ignore[assignment]
-    validation_order: NDArray[np.int64] = None  # type: ignore[assignment]
-    holdout_order: NDArray[np.int64] = None  # type: ignore[assignment]
 
-    def __post_init__(self) -> None:
-        num_fit, num_validation, num_holdout = len(self.fit_rows), len(self.validation_rows), len(self.holdout_rows)
-        positions = np.arange(num_fit + num_validation + num_holdout, dtype=np.int64)
-        fit, validation, holdout = np.split(positions, [num_fit, num_fit + num_validation])
-        defaults = {
-            "fit_groups": fit,
-            "validation_groups": validation,
-            "holdout_groups": holdout,
-            "fit_order": fit,
-            "validation_order": validation,
-            "holdout_order": holdout,
-        }
-        for name, values in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, values)
-            length = len(getattr(self, name))
-            assert length == len(values), f"{name} has {length} entries for {len(values)} rows: use SplitPlan.take_fit"
+    @property
+    def fit_rows(self) -> NDArray[np.int64]:
+        """Row numbers of the fit images."""
+        return self.fit.rows
+
+    @property
+    def validation_rows(self) -> NDArray[np.int64]:
+        """Row numbers of the validation images."""
+        return self.validation.rows
+
+    @property
+    def holdout_rows(self) -> NDArray[np.int64]:
+        """Row numbers of the held-out images."""
+        return self.holdout.rows
 
     @property
     def num_images(self) -> int:
-        """The number of rows in the three lists."""
-        return len(self.fit_rows) + len(self.validation_rows) + len(self.holdout_rows)
+        """The number of images in all parts."""
+        return len(self.fit) + len(self.validation) + len(self.holdout)
 
     def take_fit(self, positions: NDArray[np.int64] | Sequence[int]) -> SplitPlan:
-        """Returns the plan with only some of its fit rows.
-
-        Args: positions: ascending positions in `fit_rows`.
-        """
+        """Returns the plan with only some of its fit images. positions: of these images among the fit images."""
         chosen = np.asarray(positions, dtype=np.int64)
-        return replace(
-            self,
-            fit_rows=self.fit_rows[chosen],
-            folds=self.folds[chosen],
-            fit_groups=self.fit_groups[chosen],
-            fit_order=self.fit_order[chosen],
-        )
+        return replace(self, fit=self.fit.take(chosen), folds=self.folds[chosen])
 
-    def with_validation(self) -> SplitPlan:
-        """Returns a plan whose fit rows include the validation rows, in row order. The new plan has no validation rows."""
-        rows = np.concatenate([self.fit_rows, self.validation_rows])
-        in_order = np.argsort(rows, kind="stable")
+    def join_validation(self) -> SplitPlan:
+        """Returns a plan whose fit images are followed by the validation images, and which has no validation images."""
         num_folds = int(self.folds.max(initial=0)) + 1
-        folds = np.concatenate([self.folds, self.validation_groups % num_folds])
         return replace(
             self,
-            fit_rows=rows[in_order],
-            folds=folds[in_order],
-            fit_groups=np.concatenate([self.fit_groups, self.validation_groups])[in_order],
-            fit_order=np.concatenate([self.fit_order, self.validation_order])[in_order],
-            validation_rows=NO_ROWS,
-            validation_groups=NO_ROWS,
-            validation_order=NO_ROWS,
+            fit=self.fit.join(self.validation),
+            folds=np.concatenate([self.folds, self.validation.groups % num_folds]),
+            validation=self.validation.take(NO_ROWS),
         )
 
     def without_holdout(self) -> SplitPlan:
-        """Returns the plan without its holdout rows."""
-        return replace(self, holdout_rows=NO_ROWS, holdout_groups=NO_ROWS, holdout_order=NO_ROWS)
+        """Returns the plan without its held-out images."""
+        return replace(self, holdout=self.holdout.take(NO_ROWS))
 
     def share(self, rank: int, num_workers: int) -> SplitPlan:
-        """Returns the share of one worker: a contiguous part of each list. Every row is in the share of exactly one worker.
+        """Returns the share of one worker: a contiguous piece of each part. Every image is in the share of exactly one worker.
 
-        The rows of a group may be spread over several workers.
+        The images of a group may be spread over several workers.
 
         Args: rank: number of the worker, from 0.
         """
 
-        def part(values: NDArray[np.int64]) -> NDArray[np.int64]:
-            return values[len(values) * rank // num_workers : len(values) * (rank + 1) // num_workers]
+        def piece(length: int) -> slice:
+            return slice(length * rank // num_workers, length * (rank + 1) // num_workers)
 
-        return SplitPlan(
-            part(self.fit_rows),
-            part(self.folds),
-            part(self.validation_rows),
-            part(self.holdout_rows),
-            self.fingerprint,
-            self.version,
-            fit_groups=part(self.fit_groups),
-            validation_groups=part(self.validation_groups),
-            holdout_groups=part(self.holdout_groups),
-            fit_order=part(self.fit_order),
-            validation_order=part(self.validation_order),
-            holdout_order=part(self.holdout_order),
+        return replace(
+            self,
+            fit=self.fit.take(piece(len(self.fit))),
+            folds=self.folds[piece(len(self.folds))],
+            validation=self.validation.take(piece(len(self.validation))),
+            holdout=self.holdout.take(piece(len(self.holdout))),
+            fit_hashes=NO_ROWS,
         )
 
 
@@ -202,22 +192,16 @@ class _NormalImages:
     """The N normal training images of a category in row order, in G groups.
 
     Attributes:
-        rows: (N,) row numbers.
+        images: the rows, groups and ranks of the N images.
         hashes: (N,) content hashes.
-        groups: (N,) group numbers, from 0 in the order of first appearance.
-        ids: (N,) row ids.
         group_keys: (G,) split key of each group.
         group_sizes: (G,) number of images in each group.
-        group_ranks: (G,) rank of each group in the order of the keys.
     """
 
-    rows: NDArray[np.int64]
+    images: SplitRows
     hashes: Sequence[str]
-    groups: NDArray[np.int64]
-    ids: pa.ChunkedArray
-    group_keys: Sequence[str]
+    group_keys: NDArray[np.str_]
     group_sizes: NDArray[np.int64]
-    group_ranks: NDArray[np.int64]
 
 
 def split_category(config: Config, category: str) -> Split:
@@ -234,8 +218,8 @@ def plan_category(config: Config, category: str) -> SplitPlan:
 
     Raises: DataError: see `split_category`.
     """
-    split, images = _compute_split(config, category)
-    return _apply_split(split, images)
+    split, normal = _compute_split(config, category)
+    return _apply_split(split, normal)
 
 
 def split_key(seed: int, content_hash: str, group: str = "") -> str:
@@ -254,29 +238,24 @@ def short_hash(content_hash: str) -> int:
 
 def _normal_images(table: pa.Table, seed: int) -> _NormalImages:
     """Returns the normal training images of an index. table: the index of both splits."""
-    index = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.equal(table["label"], 0)))
-    hashes, names = index["content_hash"].to_pylist(), index["group"].to_pylist()
+    index = _normal_rows(table)
+    hashes = index["content_hash"].to_pylist()
     numbers: dict[str, int] = {}
     groups, keys = [], []
-    for content_hash, name in zip(hashes, names, strict=True):
+    for content_hash, name in zip(hashes, index["group"].to_pylist(), strict=True):
         if name not in numbers:
             keys.append(split_key(seed, content_hash, name))
             if name:
                 numbers[name] = len(keys) - 1
         groups.append(numbers.get(name, len(keys) - 1))
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    ranks = np.empty(len(keys), dtype=np.int64)
-    ranks[order] = np.arange(len(keys))
-    sizes = np.bincount(np.array(groups, dtype=np.int64), minlength=len(keys))
-    return _NormalImages(
-        index["row"].to_numpy(),
-        hashes,
-        np.array(groups, dtype=np.int64),
-        index["id"],
-        keys,
-        sizes.astype(np.int64),
-        ranks,
-    )
+    group_numbers = np.array(groups, dtype=np.int64)
+    images = SplitRows(index["row"].to_numpy(), group_numbers, _natural_ranks(index["id"]))
+    return _NormalImages(images, hashes, np.array(keys, dtype=np.str_), np.bincount(group_numbers, minlength=len(keys)))
+
+
+def _normal_rows(table: pa.Table) -> pa.Table:
+    """Returns the rows of the normal training images of an index."""
+    return table.filter(pc.and_(pc.equal(table["split"], "train"), pc.equal(table["label"], 0)))
 
 
 def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
@@ -287,23 +266,22 @@ def _natural_ranks(ids: pa.ChunkedArray) -> NDArray[np.int64]:
         return f"{len(digits):03}{digits}"  # the number with more digits is larger, so the length comes first
 
     keys = [(re.sub("[0-9]+", with_length, name), name) for name in ids.to_pylist()]
-    ranks = np.empty(len(keys), dtype=np.int64)
-    ranks[sorted(range(len(keys)), key=keys.__getitem__)] = np.arange(len(keys))
-    return ranks
+    in_order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    return np.argsort(in_order)  # the inverse permutation
 
 
 def _compute_split(config: Config, category: str) -> tuple[Split, _NormalImages]:
     """Returns the rule of `split_category`, and the normal training images of the category."""
     table = read_index(config.data.uri, category)
-    images = _normal_images(table, config.train.seed)
+    normal = _normal_images(table, config.train.seed)
     _check_sizes(config, category, table)
-    count, num_groups = len(images.rows), len(images.group_keys)
+    count, num_groups = len(normal.images), len(normal.group_keys)
     parts = " parts" if num_groups < count else ""
     count_text = f"{count} normal training images" + (f" of {num_groups}{parts}" if parts else "")
     if num_groups < 4:
         raise DataError(f"category {category!r} of {config.data.uri} has {count_text}; at least 4{parts} are needed")
-    in_order = np.argsort(images.group_ranks)
-    sizes = images.group_sizes[in_order]
+    in_order = np.argsort(normal.group_keys, kind="stable")
+    sizes = normal.group_sizes[in_order]
     # From here on the counts are groups: twenty photographs of two parts count as two.
     num_holdout = min(num_groups - 2, num_held_out(config, num_groups))
     num_holdout = _limit_groups(sizes, num_holdout, MAX_CALIBRATION_IMAGES, 1)
@@ -316,26 +294,21 @@ def _compute_split(config: Config, category: str) -> tuple[Split, _NormalImages]
                 f"category {category!r} has {count_text}: {num_holdout}{parts} calibrate and {num_validation}{parts} validate, "
                 "so fewer than 2 remain for training; set selection.enabled=false or add images"
             )
-    limits = [images.group_keys[in_order[rank]] for rank in (num_holdout, num_holdout + num_validation)]
+    limits = [str(normal.group_keys[in_order[rank]]) for rank in (num_holdout, num_holdout + num_validation)]
     # Count the images below each key limit. Two files with the same content have the same key, so they are in the same part.
-    num_below = [
-        sum(int(size) for key, size in zip(images.group_keys, images.group_sizes, strict=True) if key < limit)
-        for limit in limits
-    ]
-    return (
-        Split(
-            category,
-            config.train.seed,
-            index_fingerprint(table),
-            index_version(table),
-            num_fit=count - num_below[1],
-            num_validation=num_below[1] - num_below[0],
-            num_holdout=num_below[0],
-            validation_from=limits[0],
-            fit_from=limits[1],
-        ),
-        images,
+    num_below = [int(normal.group_sizes[normal.group_keys < limit].sum()) for limit in limits]
+    split = Split(
+        category,
+        config.train.seed,
+        index_fingerprint(table),
+        index_version(table),
+        num_fit=count - num_below[1],
+        num_validation=num_below[1] - num_below[0],
+        num_holdout=num_below[0],
+        validation_from=limits[0],
+        fit_from=limits[1],
     )
+    return split, normal
 
 
 def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
@@ -346,7 +319,7 @@ def _check_sizes(config: Config, category: str, table: pa.Table) -> None:
     frame = load_frame(config, category)
     if not frame.has_scored_channel:
         return
-    index = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.equal(table["label"], 0)))
+    index = _normal_rows(table)
     sizes = list(zip(index["width"].to_pylist(), index["height"].to_pylist(), strict=True))
     reasons = {}
     for size in sorted(set(sizes)):
@@ -373,34 +346,21 @@ def _limit_groups(sizes: NDArray[np.int64], num_groups: int, max_images: int, mi
     return max(fitting, min(min_groups, num_groups))
 
 
-def _apply_split(split: Split, images: _NormalImages) -> SplitPlan:
-    """Applies a rule to normal training images, and returns the rows, folds, groups and ranks of each part."""
-    ranks = images.group_ranks[images.groups]  # (N,) rank of each image's group in the order of the keys
-    first_validation, first_fit = (
-        sum(key < limit for key in images.group_keys) for limit in (split.validation_from, split.fit_from)
-    )
-    fit, holdout = ranks >= first_fit, ranks < first_validation
-    validation = ~(fit | holdout)
-    natural = _natural_ranks(images.ids)
-    hashes = [
-        short_hash(content_hash)
-        for content_hash, is_held_out in zip(images.hashes, holdout, strict=True)
-        if not is_held_out
-    ]
+def _apply_split(split: Split, normal: _NormalImages) -> SplitPlan:
+    """Applies a rule to normal training images, and returns the images of each part."""
+    groups = normal.images.groups
+    group_ranks = np.argsort(np.argsort(normal.group_keys, kind="stable"))
+    keys = normal.group_keys[groups]  # (N,)
+    is_fit, is_holdout = keys >= split.fit_from, keys < split.validation_from
+    hashes = [short_hash(normal.hashes[position]) for position in np.flatnonzero(~is_holdout).tolist()]
     return SplitPlan(
-        fit_rows=images.rows[fit],
-        folds=ranks[fit] % NUM_CALIBRATION_FOLDS,
-        validation_rows=images.rows[validation],
-        holdout_rows=images.rows[holdout],
-        fingerprint=split.fingerprint,
-        version=split.version,
-        fit_hashes=np.sort(np.array(hashes, dtype=np.int64)),
-        fit_groups=images.groups[fit],
-        validation_groups=images.groups[validation],
-        holdout_groups=images.groups[holdout],
-        fit_order=natural[fit],
-        validation_order=natural[validation],
-        holdout_order=natural[holdout],
+        normal.images.take(is_fit),
+        group_ranks[groups[is_fit]] % NUM_CALIBRATION_FOLDS,
+        normal.images.take(~(is_fit | is_holdout)),
+        normal.images.take(is_holdout),
+        split.fingerprint,
+        split.version,
+        np.sort(np.array(hashes, dtype=np.int64)),
     )
 
 

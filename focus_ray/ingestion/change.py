@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ from focus_ray.data.read import list_categories, load_commit_index
 from focus_ray.data.store import CommitDraft, Store, open_store
 from focus_ray.errors import DataError
 from focus_ray.ingestion.chunks import map_in_process, read_part_rows, rewrite_parts
+from focus_ray.ingestion.report import count_rows
+from focus_ray.ingestion.source_manifest import change_fingerprint
 
 _MAX_LISTED_VALUES = 5  # missing values that an error message lists
 
@@ -72,69 +72,50 @@ def remove_rows(
         raise DataError("no rows to remove: give ids, content hashes or a site")
     store = open_store(uri)
     store.require_commit(category)
-    report: list[RemoveReport] = []
+    reports: list[RemoveReport] = []
 
     def build_draft(previous: Commit | None) -> CommitDraft:
         if previous is None:
             raise DataError(f"{uri}: category {category!r} was deleted meanwhile")
         index = load_commit_index(store, category, previous)
         is_removed = np.zeros(index.num_rows, dtype=bool)
-        conditions = (("id", "ids", ids), ("content_hash", "content hashes", content_hashes))
-        for column, plural, values in (*conditions, ("site", "site", [] if site is None else [site])):
-            is_removed |= _rows_with_values(index, column, plural, values, f"{uri}: category {category!r}")
+        for column, values in (("id", ids), ("content_hash", content_hashes), ("site", [] if site is None else [site])):
+            is_removed |= _find_matches(index, column, values, f"{uri}: category {category!r}")
         if is_removed.all():
             raise DataError(
                 f"{uri}: category {category!r}: all of its {len(is_removed)} images would be removed: to delete the category, "
                 f"delete its folder, {store.category_folder(category)}"
             )
-        files, new_files, num_masks = rewrite_parts(store, category, previous["files"], ~is_removed, {}, map_in_process)
-        counts = dict(previous["counts"])
-        removed = index.filter(pa.array(is_removed))
-        for split, label in zip(removed["split"].to_pylist(), removed["label"].to_pylist(), strict=True):
-            name = "num_train" if split == "train" else "num_test_anomalous" if label else "num_test_normal"
-            counts[name] -= 1
-        counts["num_masks"] -= num_masks
+        changes = dict.fromkeys(np.flatnonzero(is_removed).tolist())
+        files, num_masks = rewrite_parts(store, category, previous["files"], changes, map_in_process)
+        remaining = index.filter(pa.array(~is_removed))
+        counts = {**count_rows(remaining), "num_masks": previous["counts"]["num_masks"] - num_masks}
         names = {entry["name"] for entry in files}
         num_rewritten = sum(entry["name"] not in names for entry in previous["files"])
-        num_removed, num_remaining = int(is_removed.sum()), int((~is_removed).sum())
-        report[:] = [RemoveReport(category, num_removed, num_remaining, num_rewritten, len(previous["files"]))]
-        fingerprint = _remove_fingerprint(previous, removed["id"].to_pylist())
-        sources = store.read_sources(category, previous)
-        remaining = index.filter(pa.array(~is_removed))
-        return CommitDraft(files, remaining, sources, fingerprint, counts, new_files=new_files)
+        reports.append(RemoveReport(category, len(changes), remaining.num_rows, num_rewritten, len(previous["files"])))
+        fingerprint = change_fingerprint(previous, "remove", index["id"].filter(pa.array(is_removed)).to_pylist())
+        return CommitDraft(files, remaining, store.read_sources(category, previous), fingerprint, counts)
 
     store.publish(category, build_draft)
-    return report[0]
+    return reports[-1]
 
 
-def _rows_with_values(index: pa.Table, column: str, plural: str, values: Collection[str], location: str) -> np.ndarray:
+def _find_matches(index: pa.Table, column: str, values: Collection[str], location: str) -> np.ndarray:
     """Returns for each row of an index whether its column has one of the values, (rows,) bool.
 
-    Args:
-        plural: name of the values, for the error message.
-        location: data set and category, for the error message.
+    Args: location: data set and category, for the error message.
 
     Raises: DataError: at least one value is in no row.
     """
-    sorted_values = sorted(set(values))
-    is_match = pc.is_in(index[column], value_set=pa.array(sorted_values, pa.string()))
-    existing_values = set(pc.unique(index[column].filter(is_match)).to_pylist())
-    missing = [value for value in sorted_values if value not in existing_values]
+    is_match = pc.is_in(index[column], value_set=pa.array(sorted(set(values)), pa.string()))
+    missing = sorted(set(values) - set(index[column].filter(is_match).to_pylist()))
     if missing:
         more = f" and {len(missing) - _MAX_LISTED_VALUES} more" if len(missing) > _MAX_LISTED_VALUES else ""
         raise DataError(
-            f"{location}: no image has the {plural} {', '.join(missing[:_MAX_LISTED_VALUES])}{more}; nothing was removed. "
+            f"{location}: no image has the {column} {', '.join(missing[:_MAX_LISTED_VALUES])}{more}; nothing was removed. "
             "read_index lists the existing rows"
         )
     return np.asarray(is_match.to_numpy(), dtype=bool)
-
-
-def _remove_fingerprint(previous: Commit, ids: Sequence[str]) -> str:
-    """Returns a fingerprint that no source has. So a later ingestion of the source restores the removed rows.
-
-    Args: ids: of the removed rows.
-    """
-    return hashlib.sha256(json.dumps([previous["source_fingerprint"], "remove", sorted(ids)]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -174,43 +155,38 @@ def compact(uri: str | Path, categories: Sequence[str] | None = None) -> list[Co
 
 def _compact(store: Store, category: str) -> CompactReport:
     """Compacts one category, see `compact`."""
-    counts = [0, 0]
+    num_parts = [0, 0]
 
     def build_draft(previous: Commit | None) -> CommitDraft | None:
         if previous is None:
             raise DataError(f"{store.uri}: category {category!r} was deleted meanwhile")
-        groups = group_small_parts(previous["files"])
         files: list[PartEntry] = []
-        new_parts: list[PartEntry] = []
-        for group in groups:
-            if len(group) > 1:
-                joined = store.write_parts(category, read_part_rows(store, category, group))[0]
-                new_parts += joined
-                files += joined
-            else:
-                files += group
-        counts[:] = [len(previous["files"]), len(files)]
-        if not new_parts:
+        for group in group_small_parts(previous["files"]):
+            is_joined = len(group) > 1
+            files += store.write_parts(category, read_part_rows(store, category, group))[0] if is_joined else group
+        num_parts[:] = [len(previous["files"]), len(files)]
+        if files == previous["files"]:
             return None
-        index = load_commit_index(store, category, previous)
-        sources = store.read_sources(category, previous)
-        new_files = [entry["name"] for entry in new_parts]
-        fingerprint = previous["source_fingerprint"]
-        return CommitDraft(files, index, sources, fingerprint, previous["counts"], new_files=new_files)
+        return CommitDraft(
+            files,
+            load_commit_index(store, category, previous),
+            store.read_sources(category, previous),
+            previous["source_fingerprint"],
+            previous["counts"],
+        )
 
     store.publish(category, build_draft)
     commit = store.require_commit(category)
     stale_files = find_stale_files(store.list_files(category), commit, datetime.now(timezone.utc))
     store.discard(category, stale_files)
-    return CompactReport(category, counts[0], counts[1], len(stale_files))
+    return CompactReport(category, num_parts[0], num_parts[1], len(stale_files))
 
 
 def group_small_parts(files: Sequence[PartEntry]) -> list[list[PartEntry]]:
     """Returns the part files in order, with consecutive files of less than half the full size in one list."""
     runs: list[list[PartEntry]] = []
     for entry in files:
-        is_small = entry["num_bytes"] < stores.FILE_BYTES // 2
-        if is_small and runs and runs[-1][-1]["num_bytes"] < stores.FILE_BYTES // 2:
+        if runs and max(entry["num_bytes"], runs[-1][-1]["num_bytes"]) < stores.FILE_BYTES // 2:
             runs[-1].append(entry)
         else:
             runs.append([entry])

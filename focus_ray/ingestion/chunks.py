@@ -7,45 +7,55 @@ duplicate or a row that needs another id are written again.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from focus_ray.data import store as stores
 from focus_ray.data.commits import PartEntry
 from focus_ray.data.importers.base import ImportSettings, Sample
-from focus_ray.data.schema import INDEX_COLUMNS, INDEX_SCHEMA, Reject, Row, fill_group_column
+from focus_ray.data.schema import INDEX_SCHEMA, Reject, Row, fill_group_column
 from focus_ray.data.source import SourcePath
 from focus_ray.data.store import Store, open_part, open_store
-from focus_ray.ingestion.check import (
-    CheckedSample,
-    FileDigest,
-    check_sample,
-    compute_digest,
-    make_row,
-    read_sample_files,
-)
+from focus_ray.ingestion.check import CheckedSample, FileDigest, check_sample, compute_digest, read_content
 from focus_ray.ingestion.deduplicate import find_existing_ids, id_with_hash, make_row_ids
 
-T = TypeVar("T")
-R = TypeVar("R")
 MAX_CHUNK_IMAGES = 4096  # limits chunks of small images, whose reading time is mostly the latency of the storage
 
-
-class Mapper(Protocol):
-    """Calls a function for each item, in this process or in others, in any order."""
-
-    def __call__(self, function: Callable[[T], R], items: Sequence[T], /) -> Iterator[tuple[int, R]]:
-        """Yields the position of each item and the result of the function, in the order in which the calls finish."""
+Mapper = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]
+"""Calls a function for each item, in this process or in others; yields position and result in the order in which calls finish."""
 
 
-def map_in_process(function: Callable[[T], R], items: Sequence[T], /) -> Iterator[tuple[int, R]]:
-    """Calls a function for each item in this process, one after the other. Yields position and result, see `Mapper`."""
-    return ((number, function(item)) for number, item in enumerate(items))
+def map_in_process(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Calls a function for each item in this process, one after the other, see `Mapper`."""
+    return enumerate(map(function, items))
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """How to ingest categories.
+
+    Attributes:
+        uri: root of the data set.
+        site: name of the site, stored in each row.
+        num_threads: threads per chunk that read and check images.
+        append: add new images to the existing categories, instead of replacing the categories.
+        trusts_stamps: whether a file with the same size and stamp counts as unchanged without being read.
+        run: calls `write_chunk` and `rewrite_part` for many items.
+    """
+
+    uri: str
+    settings: ImportSettings
+    site: str
+    num_threads: int
+    append: bool
+    trusts_stamps: bool
+    run: Mapper
 
 
 @dataclass(frozen=True)
@@ -53,66 +63,63 @@ class Chunk:
     """Images of one category whose total size is about the size of one part file.
 
     Attributes:
-        uri: root of the data set.
-        ids: row ids of the images if no image of the category is rejected.
+        samples: row id and sample of each image. These are the ids if no image of the category is rejected.
         used_ids: the ids of this chunk that existing rows already use.
-        num_threads: threads that read and check images.
     """
 
-    uri: str
     category: str
-    site: str
-    settings: ImportSettings
-    samples: tuple[Sample, ...]
-    ids: tuple[str, ...]
-    used_ids: frozenset[str]
-    num_threads: int
+    samples: list[tuple[str, Sample]]
+    used_ids: set[str]
+    options: IngestOptions
 
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """The result of writing a chunk.
+    """The result of writing one chunk, or all chunks of a category.
 
     Attributes:
         parts: the part files that were written.
-        items: the checked sample of each row, in row order, without its mask.
-        ids: the id of each row.
+        index: `INDEX_COLUMNS` of their rows.
+        items: the checked sample of each row, without its mask.
         rejects: the rejected files.
-        digests: the digest of each file that was read, in the order of `list_source_files`.
+        digests: the digest of each file that was read.
     """
 
     parts: list[PartEntry]
+    index: pa.Table
     items: list[CheckedSample]
-    ids: list[str]
     rejects: list[Reject]
-    digests: list[FileDigest]
+    digests: dict[SourcePath, FileDigest]
 
 
-def list_source_files(samples: Sequence[Sample]) -> Iterator[SourcePath]:
-    """Yields the files of samples: each image, followed by its masks."""
-    return itertools.chain.from_iterable((sample.path, *sample.masks) for sample in samples)
+def merge_results(results: Sequence[ChunkResult]) -> ChunkResult:
+    """Returns the results of all chunks of a category as one."""
+    return ChunkResult(
+        [entry for result in results for entry in result.parts],
+        pa.concat_tables([INDEX_SCHEMA.empty_table(), *(result.index for result in results)]),
+        [item for result in results for item in result.items],
+        [reject for result in results for reject in result.rejects],
+        {path: digest for result in results for path, digest in result.digests.items()},
+    )
 
 
 def make_chunks(
     category: str,
     samples: Sequence[Sample],
     stamps: Mapping[SourcePath, tuple[int, str]],
-    uri: str,
-    site: str,
-    settings: ImportSettings,
-    num_threads: int,
-    index: pa.Table | None = None,
+    index: pa.Table,
+    options: IngestOptions,
 ) -> list[Chunk]:
     """Divides the samples of a category into chunks, in the order of their row ids.
 
     Args:
         stamps: stamp of each file of the samples.
-        uri: root of the data set.
-        index: the index of the existing rows, for an append.
+        index: the index of the existing rows.
     """
-    settings = replace(settings, grouping=None)  # the samples have their groups: do not send the table of the rule
+    # the samples have their groups: do not send the table of the rule
+    options = replace(options, settings=replace(options.settings, grouping=None), run=map_in_process)
     pairs = sorted(zip(make_row_ids(samples, category), samples, strict=True), key=lambda pair: pair[0])
-    used_ids = find_existing_ids(index, [row_id for row_id, _ in pairs]) if index is not None else set()
+    used_ids = find_existing_ids(index, [row_id for row_id, _ in pairs])
     chunks: list[list[tuple[str, Sample]]] = []
     num_bytes = stores.FILE_BYTES
     for row_id, sample in pairs:
@@ -120,70 +127,66 @@ def make_chunks(
             chunks.append([])
             num_bytes = 0
         chunks[-1].append((row_id, sample))
-        num_bytes += sum(max(0, stamps[path][0]) for path in list_source_files([sample]))
-    return [
-        Chunk(
-            uri,
-            category,
-            site,
-            settings,
-            tuple(sample for _, sample in chunk),
-            tuple(row_id for row_id, _ in chunk),
-            frozenset(row_id for row_id, _ in chunk if row_id in used_ids),
-            num_threads,
-        )
-        for chunk in chunks
-    ]
+        num_bytes += sum(max(0, stamps[path][0]) for path in (sample.path, *sample.masks))
+    return [Chunk(category, chunk, used_ids & {row_id for row_id, _ in chunk}, options) for chunk in chunks]
 
 
 def write_chunk(chunk: Chunk) -> ChunkResult:
     """Reads, checks and writes a chunk. Its images are in memory once. Raises: DataError: the storage fails."""
-    store = open_store(chunk.uri)
-    result = ChunkResult([], [], [], [], [])
+    items: list[CheckedSample] = []
+    rejects: list[Reject] = []
+    digests: dict[SourcePath, FileDigest] = {}
 
-    def read_and_check(sample: Sample) -> tuple[bytes, list[FileDigest], CheckedSample | Reject]:
-        contents = read_sample_files(sample)
-        outcome = check_sample(sample, contents, chunk.category, chunk.settings)
-        data = contents[0] if isinstance(contents[0], bytes) else b""
-        return data, [compute_digest(content) for content in contents], outcome
+    def read_and_check(sample: Sample) -> tuple[bytes | OSError, dict[SourcePath, FileDigest], CheckedSample | Reject]:
+        paths = (sample.path, *sample.masks)
+        contents = [read_content(path) for path in paths]
+        outcome = check_sample(sample, contents, chunk.category, chunk.options.settings)
+        return contents[0], dict(zip(paths, map(compute_digest, contents), strict=True)), outcome
 
     def rows() -> Iterator[Row]:
-        for row_id, (data, digests, outcome) in zip(chunk.ids, pool.map(read_and_check, chunk.samples), strict=True):
-            result.digests.extend(digests)
+        results = pool.map(read_and_check, [sample for _, sample in chunk.samples])
+        for (row_id, sample), (data, sample_digests, outcome) in zip(chunk.samples, results, strict=True):
+            digests.update(sample_digests)
             if isinstance(outcome, Reject):
-                result.rejects.append(outcome)
+                rejects.append(outcome)
                 continue
-            row_id = id_with_hash(row_id, outcome) if row_id in chunk.used_ids else row_id
-            row = make_row(row_id, outcome, data, chunk.category, chunk.site)
-            result.ids.append(row_id)
-            result.items.append(outcome if outcome.mask is None else replace(outcome, mask=b""))
-            yield row
+            items.append(outcome if outcome.mask is None else replace(outcome, mask=b""))
+            yield {
+                "id": id_with_hash(row_id, outcome) if row_id in chunk.used_ids else row_id,
+                "category": chunk.category,
+                "split": sample.split,
+                "label": sample.label,
+                "defect_type": sample.defect_type,
+                "image": data,
+                "mask": outcome.mask,
+                "width": outcome.width,
+                "height": outcome.height,
+                "site": chunk.options.site,
+                "content_hash": outcome.content_hash,
+                "group": sample.group,
+            }
 
-    with ThreadPoolExecutor(chunk.num_threads) as pool:
-        parts, _ = store.write_parts(chunk.category, rows())
-    result.parts.extend(parts)
-    return result
+    with ThreadPoolExecutor(chunk.options.num_threads) as pool:
+        parts, index = open_store(chunk.options.uri).write_parts(chunk.category, rows())
+    return ChunkResult(parts, index, items, rejects, digests)
+
+
+RowChanges = Mapping[int, str | None]
+"""Changes of rows: number of a row -> its new id, or None to remove the row."""
 
 
 @dataclass(frozen=True)
 class PartRewrite:
-    """A part file to be written again.
-
-    Attributes:
-        entry: the part file.
-        is_kept: (rows,) bool, whether each row is kept.
-        new_ids: number of a row in the file -> its new id.
-    """
+    """A part file to be written again. changes: of the rows of this file."""
 
     uri: str
     category: str
     entry: PartEntry
-    is_kept: np.ndarray[Any, np.dtype[np.bool_]]
-    new_ids: Mapping[int, str]
+    changes: RowChanges
 
 
 def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartEntry], int]:
-    """Writes the kept rows of a part file to new part files.
+    """Writes the remaining rows of a part file to new part files.
 
     Returns:
         The new part files, and the number of removed rows with a mask.
@@ -194,8 +197,9 @@ def rewrite_part(rewrite: PartRewrite) -> tuple[list[PartEntry], int]:
     def rows() -> Iterator[Row]:
         nonlocal num_removed_masks
         for number, row in enumerate(read_part_rows(store, rewrite.category, [rewrite.entry])):
-            if rewrite.is_kept[number]:
-                yield {**row, "id": rewrite.new_ids.get(number, row["id"])}
+            row_id = rewrite.changes.get(number, row["id"])
+            if row_id is not None:
+                yield {**row, "id": row_id}
             else:
                 num_removed_masks += row["mask"] is not None
 
@@ -211,56 +215,28 @@ def read_part_rows(store: Store, category: str, entries: Sequence[PartEntry]) ->
 
 
 def rewrite_parts(
-    store: Store,
-    category: str,
-    entries: Sequence[PartEntry],
-    is_kept: np.ndarray[Any, np.dtype[np.bool_]],
-    new_ids: Mapping[int, str],
-    run: Mapper,
-) -> tuple[list[PartEntry], list[str], int]:
+    store: Store, category: str, entries: Sequence[PartEntry], changes: RowChanges, run: Mapper
+) -> tuple[list[PartEntry], int]:
     """Removes and renames rows of part files. Part files without such a row are not written again.
 
     Args:
         entries: the part files.
-        is_kept: (rows of all part files,) bool, whether each row is kept.
-        new_ids: number of a row among all part files -> its new id.
+        changes: of the rows of all part files.
         run: calls `rewrite_part` for the part files to be written again.
 
     Returns:
-        The part files in order, the names of the new part files, and the number of removed rows with a mask.
+        The part files in order, and the number of removed rows with a mask.
     """
-    rewrites: dict[int, PartRewrite] = {}
-    bounds = np.cumsum([0, *(sum(entry["row_group_rows"]) for entry in entries)])
-    renamed_rows = np.array(sorted(new_ids), dtype=np.int64)
-    for number, entry in enumerate(entries):
-        first, last = int(bounds[number]), int(bounds[number + 1])
-        start, stop = np.searchsorted(renamed_rows, first), np.searchsorted(renamed_rows, last)
-        renamed_here = renamed_rows[start:stop].tolist()
-        if renamed_here or not is_kept[first:last].all():
-            new_ids_here = {row - first: new_ids[row] for row in renamed_here}
-            rewrites[number] = PartRewrite(store.uri, category, entry, is_kept[first:last], new_ids_here)
-    files_by_entry: list[list[PartEntry]] = [[entry] for entry in entries]
+    first_rows = [0, *itertools.accumulate(sum(entry["row_group_rows"]) for entry in entries)]
+    changes_by_part: dict[int, dict[int, str | None]] = defaultdict(dict)
+    for row, new_id in changes.items():
+        number = bisect_right(first_rows, row) - 1
+        changes_by_part[number][row - first_rows[number]] = new_id
+    numbers = sorted(changes_by_part)
+    rewrites = [PartRewrite(store.uri, category, entries[number], changes_by_part[number]) for number in numbers]
+    files_by_entry = [[entry] for entry in entries]
     num_removed_masks = 0
-    new_files: list[str] = []
-    numbers = list(rewrites)
-    for position, (files, num_masks) in run(rewrite_part, list(rewrites.values())):
+    for position, (files, num_masks) in run(rewrite_part, rewrites):
         files_by_entry[numbers[position]] = files
-        new_files += [entry["name"] for entry in files]
         num_removed_masks += num_masks
-    return list(itertools.chain.from_iterable(files_by_entry)), new_files, num_removed_masks
-
-
-def build_index(ids: Sequence[str], items: Sequence[CheckedSample], site: str) -> pa.Table:
-    """Returns the index, `INDEX_COLUMNS`, of rows from their ids and checked samples."""
-    columns = {
-        "id": list(ids),
-        "split": [item.sample.split for item in items],
-        "label": [item.sample.label for item in items],
-        "defect_type": [item.sample.defect_type for item in items],
-        "width": [item.width for item in items],
-        "height": [item.height for item in items],
-        "site": [site] * len(items),
-        "content_hash": [item.content_hash for item in items],
-        "group": [item.sample.group for item in items],
-    }
-    return pa.table({name: columns[name] for name in INDEX_COLUMNS}, schema=INDEX_SCHEMA)
+    return list(itertools.chain.from_iterable(files_by_entry)), num_removed_masks

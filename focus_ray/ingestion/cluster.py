@@ -3,83 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from focus_ray.cluster.connect import connect
+from focus_ray.cluster.failures import reason_of
 from focus_ray.cluster.preflight import probe_nodes
 from focus_ray.errors import DataError, TrainingError
 from focus_ray.ingestion.ingest import ingest
 from focus_ray.ingestion.report import IngestReport
 from focus_ray.storage.files import is_s3
 
-T = TypeVar("T")
-R = TypeVar("R")
 MAX_RETRIES = 5  # of a piece after the loss of its worker or node
 
 
-class ClusterMapper:
-    """Calls a function for each item in a Ray task of its own.
+def map_in_tasks(function: Callable[[Any], Any], items: Sequence[Any], num_workers: int) -> Iterator[tuple[int, Any]]:
+    """Calls a function for each item in a Ray task of its own, see `ingestion.chunks.Mapper`.
 
-    Several mappers run at the same time, one for each category. Tasks share the CPUs of the cluster; the actors of a pool would
-    keep them while another mapper waits. Ray Data does not fit here either: a task writes part files under names of its attempt,
+    It may run several times at once, for several categories. Tasks share the CPUs of the cluster; the actors of a pool would
+    keep them while another pool waits. Ray Data does not fit here either: a task writes part files under names of its attempt,
     and the caller must count exactly the attempt that answered. Ray Data yields the blocks of one item singly, and a repeated
     item may mix blocks of two attempts.
+
+    Args: num_workers: number of tasks at the same time.
+
+    Raises: DataError: from the function.  TrainingError: the workers of an item died on every attempt.
     """
-
-    def __init__(self, num_workers: int) -> None:
-        """
-        Args: num_workers: number of tasks at the same time.
-        """
-        self.num_workers = num_workers
-
-    def __call__(self, function: Callable[[T], R], items: Sequence[T], /) -> Iterator[tuple[int, R]]:
-        """Yields the number of each item and the result of the function, in the order in which they finish.
-
-        Raises: DataError: from the function.  TrainingError: the workers of an item died on every attempt.
-        """
-        import ray
-
-        # Ray repeats a task after the loss of its worker or node, but not after an error of the function
-        task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
-        item_numbers: dict[Any, int] = {}  # of the running tasks
-        remaining_numbers = iter(range(len(items)))
-        try:
-            while True:
-                while len(item_numbers) < self.num_workers and (number := next(remaining_numbers, None)) is not None:
-                    item_numbers[task.remote(items[number])] = number
-                if not item_numbers:
-                    return
-                (answer,), _ = ray.wait(list(item_numbers), num_returns=1)
-                number = item_numbers.pop(answer)
-                yield number, _get_result(answer)
-        finally:
-            for unfinished_task in item_numbers:
-                ray.cancel(unfinished_task, force=True)
-
-
-def _get_result(answer: Any) -> Any:
-    """Returns the result of a task. Raises: DataError, TrainingError: see `ClusterMapper.__call__`."""
     import ray
 
+    # Ray repeats a task after the loss of its worker or node, but not after an error of the function
+    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
+    item_numbers: dict[Any, int] = {}  # of the running tasks
+    remaining = iter(enumerate(items))
     try:
-        return ray.get(answer)
+        while True:
+            for number, item in islice(remaining, num_workers - len(item_numbers)):
+                item_numbers[task.remote(item)] = number
+            if not item_numbers:
+                return
+            (answer,), _ = ray.wait(list(item_numbers), num_returns=1)
+            yield item_numbers.pop(answer), ray.get(answer)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DataError):
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[0]
         raise TrainingError(
-            f"the workers of one piece of the source died on all {MAX_RETRIES + 1} attempts ({reason}): if memory is short, "
-            "lower --workers. Published data stays, and the same command continues"
+            f"the workers of one piece of the source died on all {MAX_RETRIES + 1} attempts ({reason_of(error)}): if memory "
+            "is short, lower --workers. Published data stays, and the same command continues"
         ) from error
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Yields the absolute paths of all files below a folder."""
-    return (path.absolute() for path in folder.rglob("*") if path.is_file())
+    finally:
+        for unfinished_task in item_numbers:
+            ray.cancel(unfinished_task, force=True)
 
 
 def ingest_on_cluster(
@@ -98,7 +75,7 @@ def ingest_on_cluster(
     if num_workers != "auto" and (not isinstance(num_workers, int) or num_workers < 1):
         raise DataError(f"num_workers={num_workers!r}: expected a number of tasks, 1 or more, or auto")
     connect()
-    files_to_read = [] if is_s3(source) else [str(path) for path in islice(_files(Path(source)), 1)]
-    probe_nodes(files_to_read, [str(destination)])
+    files = () if is_s3(source) else (path for path in Path(source).absolute().rglob("*") if path.is_file())
+    probe_nodes([str(path) for path in islice(files, 1)], [str(destination)])
     count = max(1, int(ray.cluster_resources().get("CPU", 1))) if num_workers == "auto" else int(num_workers)
-    return ingest(source, destination, run=ClusterMapper(count), **options)
+    return ingest(source, destination, run=partial(map_in_tasks, num_workers=count), **options)

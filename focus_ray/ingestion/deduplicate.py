@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,23 +37,21 @@ def remove_duplicates(
         rejects.append(Reject(settings.relative(item.sample.path), category, reason, detail))
 
     for same_pixels in by_content.values():
-        train = [item for item in same_pixels if item.sample.split == "train"]
-        test = [item for item in same_pixels if item.sample.split == "test"]
         if len({item.sample.label for item in same_pixels}) > 1:
             for item in same_pixels:
                 twin = next(other for other in same_pixels if other.sample.label != item.sample.label)
-                other_path = settings.relative(twin.sample.path)
                 word = "anomalous" if twin.sample.label else "normal"
+                other_path = settings.relative(twin.sample.path)
                 reject(item, "contradictory_label", f"the same pixels are {word} in {other_path}: remove the wrong one")
-        elif train and test:
-            kept_items += test
-            for item in train:
-                other_path = settings.relative(test[0].sample.path)
+            continue
+        train = [item for item in same_pixels if item.sample.split == "train"]
+        test = [item for item in same_pixels if item.sample.split == "test"]
+        kept_items += test or train[:1]
+        for item in train if test else train[1:]:
+            other_path = settings.relative((test or train)[0].sample.path)
+            if test:
                 reject(item, "duplicate_across_splits", f"the same pixels are test data in {other_path}, which is kept")
-        else:
-            kept_items += test + train[:1]
-            for item in train[1:]:
-                other_path = settings.relative(train[0].sample.path)
+            else:
                 reject(item, "duplicate_in_train", f"the same pixels are in {other_path}, which is kept")
     return kept_items, rejects
 
@@ -83,10 +81,15 @@ def id_with_hash(row_id: str, item: CheckedSample) -> str:
     return f"{row_id}~{item.content_hash[:12]}"
 
 
+def find_rows(index: pa.Table, column: str, values: Collection[str]) -> pa.Table:
+    """Returns the rows of an index whose column has one of the values, with the column `number`, the position in the index."""
+    numbers = pc.indices_nonzero(pc.is_in(index[column], value_set=pa.array(sorted(set(values)), pa.string())))
+    return index.take(numbers).append_column("number", numbers)
+
+
 def find_existing_ids(index: pa.Table, ids: Collection[str]) -> set[str]:
     """Returns the ids that rows of an index already use."""
-    is_match = pc.is_in(index["id"], value_set=pa.array(sorted(set(ids)), pa.string()))
-    return set(index["id"].filter(is_match).to_pylist())
+    return set(find_rows(index, "id", ids)["id"].to_pylist())
 
 
 def choose_unused_ids(ids: Sequence[str], items: Sequence[CheckedSample], index: pa.Table) -> list[str]:
@@ -106,76 +109,56 @@ def choose_unused_ids(ids: Sequence[str], items: Sequence[CheckedSample], index:
     return unused_ids
 
 
-@dataclass(frozen=True)
-class DeduplicationResult:
+class Comparison(NamedTuple):
     """The result of comparing new images with the existing rows of a category.
 
     Attributes:
         new_items: images that the category does not contain yet.
-        num_existing: images whose pixels, label and split the category already contains.
         rejects: images that contradict existing rows.
-        displaced: content hash -> numbers of the training rows that a new test image with the same pixels replaces.
-        num_regrouped: existing images to which the source now gives another group.
+        displaced_rows: content hash -> numbers of the training rows that a new test image with the same pixels replaces.
+        num_existing: images whose pixels, label and split the category already contains.
+        num_regrouped: of these, images to which the source now gives another group.
     """
 
     new_items: list[CheckedSample]
-    num_existing: int
     rejects: list[Reject]
-    displaced: dict[str, list[int]]
-    num_regrouped: int = 0
+    displaced_rows: dict[str, list[int]]
+    num_existing: int
+    num_regrouped: int
 
 
-def deduplicate_against(
+def compare_with_rows(
     items: Sequence[CheckedSample], index: pa.Table, category: str, settings: ImportSettings
-) -> DeduplicationResult:
+) -> Comparison:
     """Compares new images with the existing rows of a category. docs/use/data.md has a table of the cases.
 
     Args:
         items: the new images.
         index: the index of the existing rows.
     """
-    rows_by_hash = find_index_rows(index, [item.content_hash for item in items])
-    result = DeduplicationResult([], 0, [], {})
+    rows_by_hash: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in find_rows(index, "content_hash", [item.content_hash for item in items]).to_pylist():
+        rows_by_hash[row["content_hash"]].append(row)
+    new_items: list[CheckedSample] = []
+    rejects: list[Reject] = []
+    displaced_rows: dict[str, list[int]] = {}
     num_existing = num_regrouped = 0
     for item in items:
-        rows = rows_by_hash.get(item.content_hash, [])
-        sample = item.sample
+        rows, sample = rows_by_hash.get(item.content_hash, []), item.sample
         path = settings.relative(sample.path)
-        contradiction = next((row for row in rows if row.label != sample.label), None)
+        contradiction = next((row for row in rows if row["label"] != sample.label), None)
         if contradiction is not None:
-            word = "anomalous" if contradiction.label else "normal"
-            detail = f"the same pixels are {word} in the row {contradiction.id}, which is kept: remove the wrong one"
-            result.rejects.append(Reject(path, category, "contradictory_label", detail))
-        elif any(row.split == sample.split for row in rows) or (rows and sample.has_drawn_split):
+            word = "anomalous" if contradiction["label"] else "normal"
+            detail = f"the same pixels are {word} in the row {contradiction['id']}, which is kept: remove the wrong one"
+            rejects.append(Reject(path, category, "contradictory_label", detail))
+        elif any(row["split"] == sample.split for row in rows) or (rows and sample.has_drawn_split):
             num_existing += 1
-            num_regrouped += settings.grouping is not None and all(row.group != sample.group for row in rows)
+            num_regrouped += settings.grouping is not None and all(row["group"] != sample.group for row in rows)
         elif rows and sample.split == "train":
-            detail = f"the same pixels are test data in the row {rows[0].id}, which is kept"
-            result.rejects.append(Reject(path, category, "duplicate_across_splits", detail))
+            detail = f"the same pixels are test data in the row {rows[0]['id']}, which is kept"
+            rejects.append(Reject(path, category, "duplicate_across_splits", detail))
         else:
-            result.new_items.append(item)
+            new_items.append(item)
             if rows:
-                result.displaced[item.content_hash] = [row.number for row in rows]
-    return DeduplicationResult(result.new_items, num_existing, result.rejects, result.displaced, num_regrouped)
-
-
-@dataclass(frozen=True, slots=True)
-class IndexRow:
-    """An existing row of a category. number: position of the row in the index."""
-
-    number: int
-    id: str
-    label: int
-    split: str
-    group: str
-
-
-def find_index_rows(index: pa.Table, hashes: Collection[str]) -> dict[str, list[IndexRow]]:
-    """Returns the rows of an index with one of the content hashes, as content hash -> rows."""
-    is_match = pc.is_in(index["content_hash"], value_set=pa.array(sorted(set(hashes)), pa.string()))
-    numbers = pc.indices_nonzero(is_match)
-    matches = index.take(numbers).select(["content_hash", "id", "label", "split", "group"])
-    rows: dict[str, list[IndexRow]] = defaultdict(list)
-    for number, row in zip(numbers.to_pylist(), matches.to_pylist(), strict=True):
-        rows[row["content_hash"]].append(IndexRow(number, row["id"], row["label"], row["split"], row["group"]))
-    return rows
+                displaced_rows[item.content_hash] = [row["number"] for row in rows]
+    return Comparison(new_items, rejects, displaced_rows, num_existing, num_regrouped)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +12,10 @@ import pyarrow as pa
 from focus_ray.data.importers.base import ImportSettings
 from focus_ray.data.schema import Reject
 from focus_ray.ingestion.check import CheckedSample
+
+MAX_MASK_VALUES = 16  # masks that distinguish types of defects use fewer values
+
+Status = Literal["written", "appended", "unchanged"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class CategoryReport:
     """
 
     name: str
-    status: Literal["written", "appended", "unchanged"]
+    status: Status
     num_train: int
     num_test_normal: int
     num_test_anomalous: int
@@ -86,57 +90,42 @@ class IngestReport:
         return "\n".join(lines)
 
 
-CategoryOutcome = tuple[CategoryReport | None, list[Reject], list[str]]
-"""The result for one category: its report (None if no image is usable), the rejected files, and notes."""
-
-
-def count_rows(items: Sequence[CheckedSample]) -> dict[str, int]:
-    """Returns the row counts of `CategoryReport` by name, for the images of one category."""
+def count_rows(index: pa.Table) -> dict[str, int]:
+    """Returns the row counts of `CategoryReport` by name, except `num_masks`, for the rows of an index."""
+    num_rows = Counter(zip(index["split"].to_pylist(), index["label"].to_pylist(), strict=True))
     return {
-        "num_train": sum(item.sample.split == "train" for item in items),
-        "num_test_normal": sum(item.sample.split == "test" and not item.sample.label for item in items),
-        "num_test_anomalous": sum(item.sample.label for item in items),
-        "num_masks": sum(item.mask is not None for item in items),
+        "num_train": num_rows["train", 0],
+        "num_test_normal": num_rows["test", 0],
+        "num_test_anomalous": num_rows["test", 1],
     }
 
 
-@dataclass(frozen=True)
-class GroupCounts:
-    """Counts of the groups of a category.
+def count_groups(category: str, index: pa.Table) -> tuple[int | None, list[str]]:
+    """Counts the groups of the training images of a category, where each image without a group counts as one group.
 
-    Attributes:
-        num_train: groups of the training images, where each image without a group counts as one group; None if no image of the
-            category has a group.
-        shared: sorted names of the groups with both training images and good test images.
+    Args: index: of the category, with the columns split, label and group.
+
+    Returns:
+        The number, or None if no image of the category has a group. A note if training images and good test images show the same
+        part; otherwise an empty list.
     """
-
-    num_train: int | None
-    shared: tuple[str, ...]
-
-
-def count_groups(index: pa.Table) -> GroupCounts:
-    """Counts the groups of a category. index: of the category, with the columns split, label and group."""
-    names: dict[str, set[str]] = {"train": set(), "good test": set(), "bad test": set()}
+    names: dict[tuple[str, int], set[str]] = defaultdict(set)
     num_ungrouped = 0
     for split, label, group in zip(*(index[name].to_pylist() for name in ("split", "label", "group")), strict=True):
         if group:
-            names["train" if split == "train" else "bad test" if label else "good test"].add(group)
+            names[split, label].add(group)
         elif split == "train":
             num_ungrouped += 1
-    if not any(names.values()):
-        return GroupCounts(None, ())
-    return GroupCounts(len(names["train"]) + num_ungrouped, tuple(sorted(names["train"] & names["good test"])))
-
-
-def shared_groups_note(category: str, groups: GroupCounts) -> list[str]:
-    """Returns a note if training images and good test images show the same part; otherwise an empty list."""
-    if not groups.shared:
-        return []
-    count = len(groups.shared)
-    return [
-        f"{category}: {count} {'part is' if count == 1 else 'parts are'} in both the training images and the good test images "
-        f"(the first: {groups.shared[0]!r}): false alarms on known parts say little about new parts"
-    ]
+    if not names:
+        return None, []
+    notes = []
+    shared = sorted(names["train", 0] & names["test", 0])
+    if shared:
+        notes.append(
+            f"{category}: {len(shared)} {'part is' if len(shared) == 1 else 'parts are'} in both the training images and the "
+            f"good test images (the first: {shared[0]!r}): false alarms on known parts say little about new parts"
+        )
+    return len(names["train", 0]) + num_ungrouped, notes
 
 
 def find_implausible_data(
@@ -145,39 +134,35 @@ def find_implausible_data(
     """Returns notes on data that was ingested but is probably wrong. There is one note per problem, not one per file.
 
     Args:
-        counts: from `count_rows`.
+        counts: the row counts of `CategoryReport`.
         items: the ingested images of the category.
     """
     notes = []
-
-    def add_note(affected: list[CheckedSample], text: str) -> None:
-        if affected:
-            first = settings.relative((affected[0].sample.masks or (affected[0].sample.path,))[0])
-            notes.append(f"{category}: {text.format(count=len(affected))} (the first: {first})")
-
     if counts["num_test_anomalous"] and not counts["num_test_normal"]:
         notes.append(
             f"{category}: no good test image: false alarms and image AUROC cannot be measured; put good parts that are not for "
             "training into test/good"
         )
-    if items and max(item.num_levels for item in items) <= 3:
-        problem = (
-            "have a single colour"
-            if max(item.num_levels for item in items) == 1
-            else "have only two or three pixel values"
+    num_levels = max((item.num_levels for item in items), default=256)
+    if num_levels <= 3:
+        problem = "a single colour" if num_levels == 1 else "only two or three pixel values"
+        notes.append(
+            f"{category}: all {len(items)} images have {problem}: are they masks, or exported with a wrong range?"
         )
-        notes.append(f"{category}: all {len(items)} images {problem}: are they masks, or exported with a wrong range?")
     masked = [item for item in items if item.mask is not None]
-    add_note(
-        [item for item in masked if item.num_mask_values > MAX_MASK_VALUES],
-        "{count} masks have many values above 0, as after JPEG, blur or scaling; every value above 0 means defective: save masks "
-        "as PNG with 0 and 255",
+    mask_problems = (
+        (
+            [item for item in masked if item.num_mask_values > MAX_MASK_VALUES],
+            "masks have many values above 0, as after JPEG, blur or scaling; every value above 0 means defective: save masks "
+            "as PNG with 0 and 255",
+        ),
+        (
+            [item for item in masked if item.mask_share > 0.5],
+            "masks mark more than half of their image; values above 0 mean defective: are the masks inverted?",
+        ),
     )
-    add_note(
-        [item for item in masked if item.mask_share > 0.5],
-        "{count} masks mark more than half of their image; values above 0 mean defective: are the masks inverted?",
-    )
+    for affected, problem in mask_problems:
+        if affected:
+            first = settings.relative(affected[0].sample.masks[0])
+            notes.append(f"{category}: {len(affected)} {problem} (the first: {first})")
     return notes
-
-
-MAX_MASK_VALUES = 16  # masks that distinguish types of defects use fewer values

@@ -1,24 +1,37 @@
-"""The source manifest: digests of the source files of a category, stored with each version to recognise unchanged files."""
+"""The source manifest: digests of the source files of a category, stored with each version to recognise unchanged files.
+
+A file is recognised on S3 by its ETag, on a disk that many machines share by its size and time of change, and on a local disk by
+its digest.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from focus_ray.data.importers.base import ImportPlan, ImportSettings
+from focus_ray.data.commits import Commit
+from focus_ray.data.importers.base import ImportPlan, ImportSettings, Sample
 from focus_ray.data.schema import SCHEMA_VERSION, SOURCE_SCHEMA
 from focus_ray.data.source import SourcePath
-from focus_ray.ingestion.check import CheckedSample, FileDigest
+from focus_ray.ingestion.check import CheckedSample, FileDigest, compute_digest, read_content
+from focus_ray.names import is_utf8
 
 SourceStamp = tuple[int, str]
-"""Stamp of a file, see `read_source_stamp`."""
+"""Stamp of a file, see `data.source.read_source_stamp`."""
+
+ManifestRows = Mapping[str, Mapping[str, Any]]
+"""Rows of a source manifest: path -> values of `SOURCE_SCHEMA`."""
+
+
+def list_source_files(samples: Iterable[Sample]) -> list[SourcePath]:
+    """Returns every file of the samples (images and masks) once."""
+    return list(dict.fromkeys(path for sample in samples for path in (sample.path, *sample.masks)))
 
 
 def compute_source_fingerprint(
@@ -47,23 +60,14 @@ def compute_source_fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_file_digest(path: SourcePath) -> tuple[FileDigest, SourceStamp]:
-    """Reads a local file, and returns its digest and its stamp, both from one opening of the file.
+def change_fingerprint(previous: Commit, change: str, values: Iterable[str]) -> str:
+    """Returns the fingerprint of a changed version, which no source has, so that a later ingestion replaces it.
 
-    Returns: size and SHA-256 hex; size and time of change. If the file cannot be read, both sizes are -1.
+    Args:
+        change: the kind of the change.
+        values: content hashes or ids of the changed rows.
     """
-    assert isinstance(path, Path)
-    try:
-        with path.open("rb") as stream:
-            status = os.fstat(stream.fileno())
-            digest = hashlib.sha256()
-            size = 0
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-                size += len(chunk)
-            return (size, digest.hexdigest()), (status.st_size, str(status.st_mtime_ns))
-    except OSError as error:
-        return (-1, str(error.errno)), (-1, "")  # the check of the sample will reject the file
+    return hashlib.sha256(json.dumps([previous["source_fingerprint"], change, sorted(values)]).encode()).hexdigest()
 
 
 def build_source_table(
@@ -77,7 +81,7 @@ def build_source_table(
         items: the images without errors, for their content hashes.
     """
     hashes = {item.sample.path: item.content_hash for item in items}
-    paths = [path for path in digests if _is_utf8_text(str(path))]
+    paths = [path for path in digests if is_utf8(str(path))]  # Parquet requires UTF-8 of strings
     columns = {
         "path": [str(path) for path in paths],
         "num_bytes": [digests[path][0] for path in paths],
@@ -88,11 +92,6 @@ def build_source_table(
     return pa.table(columns, schema=SOURCE_SCHEMA)
 
 
-def _is_utf8_text(path: str) -> bool:
-    """Returns whether a path can be encoded as UTF-8, which Parquet requires of strings."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in path)
-
-
 def merge_source_tables(previous: pa.Table | None, new: pa.Table) -> pa.Table:
     """Returns the union of two source manifests. A file in both has its row from the new manifest."""
     if previous is None:
@@ -101,46 +100,42 @@ def merge_source_tables(previous: pa.Table | None, new: pa.Table) -> pa.Table:
     return pa.concat_tables([previous.filter(is_only_previous), new])
 
 
-class SourceManifest:
-    """The source manifest of a version, for looking up some of its files."""
-
-    def __init__(self, table: pa.Table | None, paths: Iterable[SourcePath]) -> None:
-        """
-        Args:
-            table: of `SOURCE_SCHEMA`; None if the version has no manifest.
-            paths: the files to look up.
-        """
-        table = SOURCE_SCHEMA.empty_table() if table is None else table
-        path_texts = pa.array([str(path) for path in paths if _is_utf8_text(str(path))], pa.string())
-        rows = table.filter(pc.is_in(table["path"], value_set=path_texts)).to_pylist()
-        self._rows = {row["path"]: row for row in rows}
-
-    def unchanged_digests(
-        self, paths: Sequence[SourcePath], stamps: Mapping[SourcePath, SourceStamp]
-    ) -> dict[SourcePath, FileDigest]:
-        """Returns the digests of the files whose size and stamp are the same as in the manifest, without reading the files."""
-        digests = {}
-        for path in paths:
-            row = self._rows.get(str(path))
-            if row is not None and stamps[path] == (row["num_bytes"], row["stamp"]) and row["num_bytes"] >= 0:
-                digests[path] = row["num_bytes"], row["digest"]
-        return digests
-
-    def has_same_size(self, path: SourcePath, stamp: SourceStamp) -> bool:
-        """Returns whether a file is in the manifest with the size of this stamp."""
-        row = self._rows.get(str(path))
-        return row is not None and row["num_bytes"] == stamp[0] >= 0
-
-    def content_hash(self, path: SourcePath, digest: FileDigest) -> str | None:
-        """Returns the content hash of an image from the manifest.
-
-        Returns: None if the file is not in the manifest, has another digest there, or is not an image without errors.
-        """
-        row = self._rows.get(str(path))
-        is_same = row is not None and digest == (row["num_bytes"], row["digest"])
-        return row["content_hash"] if row is not None and is_same else None
+def find_manifest_rows(table: pa.Table | None, paths: Iterable[SourcePath]) -> ManifestRows:
+    """Returns the rows of a source manifest for these files. table: None if the version has no manifest."""
+    if table is None:
+        return {}
+    path_texts = pa.array([text for text in map(str, paths) if is_utf8(text)], pa.string())
+    return {row["path"]: row for row in table.filter(pc.is_in(table["path"], value_set=path_texts)).to_pylist()}
 
 
-def list_plan_files(plan: ImportPlan) -> list[SourcePath]:
-    """Returns every file of the samples of a plan (images and masks) once."""
-    return list(dict.fromkeys(itertools.chain.from_iterable((item.path, *item.masks) for item in plan.samples)))
+def find_digests(
+    rows: ManifestRows, stamps: Mapping[SourcePath, SourceStamp], trusts_stamps: bool, num_threads: int
+) -> dict[SourcePath, FileDigest]:
+    """Returns the digests of source files that may be unchanged since the last ingestion.
+
+    If stamps are trusted, a file with the size and stamp of the manifest counts as unchanged, and its digest is taken from the
+    manifest. Otherwise, every file with the size of the manifest is read to compute its digest, which may have changed.
+
+    Args: stamps: stamp of each source file.
+    """
+
+    def may_be_unchanged(path: SourcePath, stamp: SourceStamp) -> bool:
+        row = rows.get(str(path))
+        if row is None or row["num_bytes"] != stamp[0] or stamp[0] < 0:
+            return False
+        return not trusts_stamps or row["stamp"] == stamp[1]
+
+    paths = [path for path, stamp in stamps.items() if may_be_unchanged(path, stamp)]
+    if trusts_stamps:
+        return {path: (rows[str(path)]["num_bytes"], rows[str(path)]["digest"]) for path in paths}
+    with ThreadPoolExecutor(num_threads) as pool:
+        return dict(zip(paths, pool.map(lambda path: compute_digest(read_content(path)), paths), strict=True))
+
+
+def find_content_hash(rows: ManifestRows, path: SourcePath, digest: FileDigest | None) -> str | None:
+    """Returns the content hash of an image from the manifest.
+
+    Returns: None if the file is not in the manifest, has another digest there, or is not an image without errors.
+    """
+    row = rows.get(str(path))
+    return row["content_hash"] if row is not None and digest == (row["num_bytes"], row["digest"]) else None

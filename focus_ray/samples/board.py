@@ -10,7 +10,9 @@ from scipy import ndimage
 
 from focus_ray.samples.painting import (
     SUPERSAMPLING,
+    Colour,
     FloatImage,
+    Point,
     Points,
     apply_sensor,
     blur_coarsely,
@@ -177,7 +179,7 @@ class _Sheet:
         )
         ImageDraw.Draw(self.outline).rounded_rectangle((0, 0, size - 1, size - 1), size * 0.03, fill=255)
 
-    def polygon(self, points: Points, colour: tuple[int, int, int], height: int, metal: int = 0) -> None:
+    def polygon(self, points: Points, colour: Colour, height: int, metal: int = 0) -> None:
         """Draws a filled polygon into the layers colour, height and metal."""
         scaled = [(x * self.size, y * self.size) for x, y in points]
         self._colour.polygon(scaled, fill=colour)
@@ -185,9 +187,15 @@ class _Sheet:
         self._metal.polygon(scaled, fill=metal)
 
     def box(
-        self, centre: tuple[float, float], extent: tuple[float, float], angle_deg: float,
-        colour: tuple[int, int, int], height: int, metal: int = 0, offset: tuple[float, float] = (0.0, 0.0),
-    ) -> None:  # fmt: skip
+        self,
+        centre: Point,
+        extent: Point,
+        angle_deg: float,
+        colour: Colour,
+        height: int,
+        metal: int = 0,
+        offset: Point = (0, 0),
+    ) -> None:
         """Draws a filled rectangle into the layers colour, height and metal.
 
         Shifts the rectangle by `offset` in its own frame, then rotates it about `centre`.
@@ -201,17 +209,14 @@ class _Sheet:
             [(centre[0] + cos * u - sin * v, centre[1] + sin * u + cos * v) for u, v in corners], colour, height, metal
         )
 
-    def disc(
-        self, centre: tuple[float, float], radius: float, colour: tuple[int, int, int], height: int, metal: int = 0
-    ) -> None:
+    def disc(self, centre: Point, radius: float, colour: Colour, height: int, metal: int = 0) -> None:
         """Draws a filled circle into the layers colour, height and metal."""
-        bounds = [(centre[0] - radius) * self.size, (centre[1] - radius) * self.size]
-        bounds += [(centre[0] + radius) * self.size, (centre[1] + radius) * self.size]
+        bounds = [(centre[axis] + side * radius) * self.size for side in (-1, 1) for axis in (0, 1)]
         self._colour.ellipse(bounds, fill=colour)
         self._height.ellipse(bounds, fill=height)
         self._metal.ellipse(bounds, fill=metal)
 
-    def line(self, points: Points, width: float, colour: tuple[int, int, int], height: int = 0) -> None:
+    def line(self, points: Points, width: float, colour: Colour, height: int = 0) -> None:
         """Draws a line into the layer colour and, if `height` is not 0, into the layer height."""
         scaled = [(x * self.size, y * self.size) for x, y in points]
         self._colour.line(scaled, fill=colour, width=max(1, round(width * self.size)), joint="curve")
@@ -229,17 +234,12 @@ def _draw_copper(sheet: _Sheet) -> None:
         sheet.line([(0.10, y), (0.20, y), (0.20 + abs(y - end), end), (0.33, end)], 0.0085, _TRACE, 3)
     for lane in range(6):
         x = 0.39 + _LEAD_PITCH * lane
-        sheet.line(
-            [(x, 0.56), (x, 0.64 + 0.018 * lane), (x + 0.07, 0.71 + 0.018 * lane), (0.70, 0.71 + 0.018 * lane)],
-            0.0075,
-            _TRACE,
-            3,
-        )
+        drop = 0.018 * lane
+        sheet.line([(x, 0.56), (x, 0.64 + drop), (x + 0.07, 0.71 + drop), (0.70, 0.71 + drop)], 0.0075, _TRACE, 3)
     for lane in range(5):
         y = 0.394 + _LEAD_PITCH * lane
-        sheet.line(
-            [(0.56, y), (0.60 + 0.012 * lane, y), (0.65 + 0.012 * lane, y - 0.05), (0.70, y - 0.05)], 0.0075, _TRACE, 3
-        )
+        right = 0.012 * lane
+        sheet.line([(0.56, y), (0.60 + right, y), (0.65 + right, y - 0.05), (0.70, y - 0.05)], 0.0075, _TRACE, 3)
     for _, x, y, upright in (_SMALL_PARTS[index] for index in (0, 2, 4, 10, 12, 8)):
         stub = [(-0.07, -0.03), (-0.06, 0.0), (0.06, 0.0), (0.09, 0.03)]
         stub = [(v, u) for u, v in stub] if upright else stub
@@ -306,13 +306,7 @@ def _draw_large_parts(sheet: _Sheet, rng: np.random.Generator) -> None:
 
 
 def _draw_small_part(
-    sheet: _Sheet,
-    kind: str,
-    pads: tuple[float, float],
-    centre: tuple[float, float],
-    angle_deg: float,
-    tone: float,
-    is_absent: bool,
+    sheet: _Sheet, kind: str, pads: Point, centre: Point, angle_deg: float, tone: float, is_absent: bool
 ) -> None:
     """Draws the pads of a small part and, unless it is absent, the part itself.
 
@@ -362,21 +356,16 @@ def _draw_bridge(sheet: _Sheet, rng: np.random.Generator) -> None:
         sheet.disc((x, y), radius * (1 + 0.35 * abs(2 * step - 1)) * rng.uniform(0.9, 1.1), (198, 200, 202), 22, 235)
 
 
-# Segment -> its two end points (x0, y0, x1, y1).
-_SEGMENTS = {
-    **{"a": (0, 0, 1, 0), "b": (1, 0, 1, 1), "c": (1, 1, 1, 2), "d": (0, 2, 1, 2)},
-    **{"e": (0, 1, 0, 2), "f": (0, 0, 0, 1), "g": (0, 1, 1, 1)},
+# Segment -> x and y of its two ends.
+_SEGMENTS: dict[str, tuple[Point, Point]] = {
+    **{"a": ((0, 0), (1, 0)), "b": ((1, 0), (1, 1)), "c": ((1, 1), (1, 2)), "d": ((0, 2), (1, 2))},
+    **{"e": ((0, 1), (0, 2)), "f": ((0, 0), (0, 1)), "g": ((0, 1), (1, 1))},
 }
 _SEGMENTS_OF_DIGIT = ("abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abcdefg", "abcdfg")
 
 
 def _draw_digits(
-    sheet: _Sheet,
-    text: str,
-    corner: tuple[float, float],
-    half_height: float,
-    colour: tuple[int, int, int] = _SILK,
-    height: int = 0,
+    sheet: _Sheet, text: str, corner: Point, half_height: float, colour: Colour = _SILK, height: int = 0
 ) -> None:
     """Draws digits of seven segments. They need no font file, so the image is the same on every machine.
 
@@ -389,14 +378,11 @@ def _draw_digits(
         height: Height above the board, 0 to 255.
     """
     for index, digit in enumerate(text):
+        left_x = corner[0] + index * half_height * 1.45
         for segment in _SEGMENTS_OF_DIGIT[int(digit)]:
-            x0, y0, x1, y1 = _SEGMENTS[segment]
-            left_x = corner[0] + index * half_height * 1.45
-            points = [
-                (left_x + x0 * half_height * 0.9, corner[1] + y0 * half_height * 0.9),
-                (left_x + x1 * half_height * 0.9, corner[1] + y1 * half_height * 0.9),
-            ]
-            sheet.line(points, 0.0038, colour, height)
+            segment_ends = _SEGMENTS[segment]
+            ends = [(left_x + x * half_height * 0.9, corner[1] + y * half_height * 0.9) for x, y in segment_ends]
+            sheet.line(ends, 0.0038, colour, height)
 
 
 def _draw_cloth_texture(size: int, angle: float) -> FloatImage:

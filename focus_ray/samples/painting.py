@@ -11,7 +11,9 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 FloatImage = NDArray[Any]  # (S, S) or (S, S, 3), float32; S is the side of the supersampled image in pixels
-Points = list[tuple[float, float]]  # (x, y)
+Point = tuple[float, float]  # (x, y)
+Points = list[Point]
+Colour = tuple[int, int, int]  # RGB, 0 to 255
 
 SUPERSAMPLING = 2  # parts are drawn at twice the size; `apply_sensor` averages blocks of 2 by 2 pixels
 

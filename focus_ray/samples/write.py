@@ -52,34 +52,32 @@ def write_samples(
     """
     if size_px < 64:
         raise DataError(f"size_px={size_px}; expected at least 64: smaller parts have no visible defects")
-    for name, count in (
-        ("seed", seed),
-        ("num_train", num_train),
-        ("num_test_good", num_test_good),
-        ("num_bad_per_type", num_bad_per_type),
-    ):
+    counts = {
+        "seed": seed,
+        "num_train": num_train,
+        "num_test_good": num_test_good,
+        "num_bad_per_type": num_bad_per_type,
+    }
+    for name, count in counts.items():
         if count < 0:
             raise DataError(f"{name}={count}; expected 0 or more")
-    root = Path(root)
-    for category in CATEGORIES:
-        folder = root / category
+    folders = {category: Path(root) / category for category in CATEGORIES}
+    for folder in folders.values():
         if folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} exists and is not empty; remove it or choose another root")
-    for category, (_, types) in CATEGORIES.items():
-        folder = root / category
-        for index in range(num_train):
-            save_png(
-                draw_sample(category, seed, "train", index, size_px)[0], folder / "train" / "good" / f"{index:03d}.png"
-            )
-        for index in range(num_test_good):
-            save_png(
-                draw_sample(category, seed, "good", index, size_px)[0], folder / "test" / "good" / f"{index:03d}.png"
-            )
-        for defect_type in types:
-            for index in range(num_bad_per_type):
-                image, mask = draw_sample(category, seed, defect_type, index, size_px)
-                save_png(image, folder / "test" / defect_type / f"{index:03d}.png")
-                save_png(mask.astype(np.uint8) * 255, folder / "ground_truth" / defect_type / f"{index:03d}_mask.png")
+    for category, folder in folders.items():
+        types = CATEGORIES[category][1]
+        for kind, count in {
+            "train": num_train,
+            "good": num_test_good,
+            **dict.fromkeys(types, num_bad_per_type),
+        }.items():
+            for index in range(count):
+                image, mask = draw_sample(category, seed, kind, index, size_px)
+                save_png(image, folder / ("train/good" if kind == "train" else f"test/{kind}") / f"{index:03d}.png")
+                if kind in types:
+                    mask_path = folder / "ground_truth" / kind / f"{index:03d}_mask.png"
+                    save_png(mask.astype(np.uint8) * 255, mask_path)
 
 
 def draw_sample(
@@ -97,16 +95,9 @@ def draw_sample(
     Returns:
         image: (size_px, size_px, 3) uint8.
         mask: (size_px, size_px) bool, True at defective pixels; all False unless `kind` is a defect type.
-
-    Raises:
-        DataError: The category or the kind is unknown.
     """
-    if category not in CATEGORIES:
-        raise DataError(f"category={category!r}; expected one of {sorted(CATEGORIES)}")
     draw, types = CATEGORIES[category]
     kinds = ("train", "good", *types)
-    if kind not in kinds:
-        raise DataError(f"kind={kind!r}; expected one of {kinds}")
     stream = [seed, sorted(CATEGORIES).index(category), kinds.index(kind), index]
     if kind not in types:
         return to_uint8(draw(np.random.default_rng(stream), size_px, None, 0)), np.zeros((size_px, size_px), bool)
@@ -134,13 +125,9 @@ def difference_mask(clean: NDArray[np.uint8], defective: NDArray[np.uint8]) -> N
     differ = np.abs(clean.astype(np.int16) - defective.astype(np.int16)).max(axis=2) > MASK_DIFFERENCE
     radius_px = max(1, clean.shape[0] // 128)
     disc = ndimage.iterate_structure(ndimage.generate_binary_structure(2, 1), radius_px)
-    closed = ndimage.binary_closing(np.pad(differ, radius_px), structure=disc)[
-        radius_px:-radius_px, radius_px:-radius_px
-    ]
-    filled = ndimage.binary_fill_holes(closed)
-    labelled, count = ndimage.label(filled, structure=np.ones((3, 3), bool))
-    if not count:
-        return np.zeros(differ.shape, bool)
+    closed = ndimage.binary_closing(np.pad(differ, radius_px), structure=disc)
+    filled = ndimage.binary_fill_holes(closed[radius_px:-radius_px, radius_px:-radius_px])
+    labelled, _ = ndimage.label(filled, structure=np.ones((3, 3), bool))
     areas = np.bincount(labelled.ravel())
     areas[0] = 0
     # An area counts if it has at least 4 pixels and 4 % of the largest area.

@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from focus_ray.bundle.registry import Version
 from focus_ray.errors import FocusRayError
+from focus_ray.retries import retry_pause_s
 from focus_ray.serving.api import create_api
 from focus_ray.serving.logs import configure_logging, log
 from focus_ray.serving.measures import Measures
@@ -146,7 +147,7 @@ class RemoteScoringBackend:
             except (RayActorError, DeploymentUnavailableError) as error:
                 log("replica lost", level=logging.WARNING, error=str(error)[:500], attempt=attempt)
                 self._measures.record("retries")
-                await asyncio.sleep(0.1 * 2**attempt)  # scoring has no side effects, so a retry is safe
+                await asyncio.sleep(retry_pause_s(attempt))  # scoring has no side effects, so a retry is safe
             except RayError as error:
                 cause = getattr(error, "cause", None)
                 if isinstance(cause, FocusRayError):

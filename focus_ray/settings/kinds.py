@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from focus_ray.density.base import DensityKind
     from focus_ray.features.backbones.base import BackboneSpec
     from focus_ray.metrics.metrics import Metric
-    from focus_ray.tracking.base import TrackerKind
+    from focus_ray.tracking.base import Tracker
 
 T = TypeVar("T")
 
@@ -136,11 +136,11 @@ METRICS: Kinds[Metric] = Kinds(
     },
 )
 
-TRACKERS: Kinds[TrackerKind] = Kinds(
+TRACKERS: Kinds[type[Tracker]] = Kinds(
     "tracker",
     {
-        "mlflow": "focus_ray.tracking.mlflow:MLFLOW",
-        "tensorboard": "focus_ray.tracking.tensorboard:TENSORBOARD",
-        "wandb": "focus_ray.tracking.wandb:WANDB",
+        "mlflow": "focus_ray.tracking.mlflow:MLflow",
+        "tensorboard": "focus_ray.tracking.tensorboard:TensorBoard",
+        "wandb": "focus_ray.tracking.wandb:WeightsAndBiases",
     },
 )

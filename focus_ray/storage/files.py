@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import random
 import threading
 import time
 import urllib.parse
@@ -29,6 +28,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from focus_ray.errors import DataError, StorageError, require_extra
+from focus_ray.retries import retry_pause_s
 from focus_ray.storage.s3_settings import S3Settings, load_s3_settings
 
 T = TypeVar("T")
@@ -71,14 +71,11 @@ def open_filesystem(uri: str | Path, is_quick: bool = False) -> tuple[fs.FileSys
     """
     text = str(uri)
     scheme = text.partition("://")[0] if "://" in text else ""
-    if is_s3(text):
+    if scheme == "s3":
         path = text[len("s3://") :].strip("/")
-        if not path or "?" in path:
-            raise DataError(
-                f"{text}: expected s3://bucket/prefix without a query; set the server with AWS_ENDPOINT_URL"
-            )
-        if "//" in path:
-            raise DataError(f"{text}: two slashes in a row make an empty folder name: remove one of them")
+        if not path or "?" in path or "//" in path:
+            expected = "expected s3://bucket/prefix without a query or an empty folder name"
+            raise DataError(f"{text}: {expected}; set the server with AWS_ENDPOINT_URL")
         require_extra("s3", text)
         return _make_s3(_find_region(path.partition("/")[0]), load_s3_settings().endpoint, is_quick), path
     if scheme == "file":
@@ -175,19 +172,23 @@ def retry_while_busy(action: Callable[[], T]) -> T:
 
     Raises: OSError: the error of the last attempt, after ``max_attempts`` attempts.
     """
-    for attempt in range(1, max_attempts() + 1):
+    return _retry(action, lambda error: isinstance(error, OSError) and any(sign in str(error) for sign in _BUSY_SIGNS))
+
+
+def _retry(action: Callable[[], T], is_temporary: Callable[[Exception], bool]) -> T:
+    """Calls a function up to `max_attempts` times while its errors are temporary.
+
+    The pauses double up to 5 s, and vary so that clients do not retry together. Raises: the error of the last attempt.
+    """
+    attempt = 1
+    while True:
         try:
             return action()
-        except OSError as error:
-            if attempt == max_attempts() or not any(sign in str(error) for sign in _BUSY_SIGNS):
+        except Exception as error:
+            if attempt == max_attempts() or not is_temporary(error):
                 raise
-            _pause_before_retry(attempt)
-    raise AssertionError("max_attempts is at least 1")
-
-
-def _pause_before_retry(attempt: int) -> None:
-    """Waits after a failed attempt (1, 2, ...); the pauses double up to 5 s, and vary so that clients do not retry together."""
-    time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
+        time.sleep(retry_pause_s(attempt))
+        attempt += 1
 
 
 class _RetryingFile(io.RawIOBase):
@@ -238,6 +239,14 @@ def storage_errors(action: str, uri: str | Path, path: str | None = None) -> Ite
         yield
     except OSError as error:
         raise StorageError(_explain(error, action, str(uri), path)) from error
+
+
+@contextmanager
+def _open_for(action: str, uri: str | Path, is_quick: bool = False) -> Iterator[tuple[fs.FileSystem, str]]:
+    """Yields `open_filesystem` for an action; an OSError of the action becomes a StorageError, see `storage_errors`."""
+    filesystem, path = open_filesystem(uri, is_quick)
+    with storage_errors(action, uri, path):
+        yield filesystem, path
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:
@@ -293,13 +302,10 @@ def max_attempts() -> int:
 def _find_region(bucket: str) -> str:
     """Returns the region of a bucket: from the settings, a default for other servers, or Amazon's answer."""
     settings = load_s3_settings()
-    region = settings.region
-    if region is None and settings.endpoint:
-        return "us-east-1"  # servers other than Amazon's accept this region
-    if region is None:
-        with storage_errors("find the region of the bucket (or set AWS_REGION)", f"s3://{bucket}", bucket):
-            return str(fs.resolve_s3_region(bucket))
-    return region
+    if settings.region or settings.endpoint:
+        return settings.region or "us-east-1"  # servers other than Amazon's accept this region
+    with storage_errors("find the region of the bucket (or set AWS_REGION)", f"s3://{bucket}", bucket):
+        return str(fs.resolve_s3_region(bucket))
 
 
 @lru_cache(maxsize=4)
@@ -338,23 +344,21 @@ def _server_reason(bucket: str) -> str:
 
     pyarrow sends a HEAD request, and its response has no body. This function sends a GET request to get the explanation.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
     try:
         _open_client(bucket, attempts=1).list_objects_v2(Bucket=bucket, MaxKeys=1)
-    except ClientError as error:
-        details = error.response.get("Error", {})
-        return f"{details.get('Code', '')}: {details.get('Message', '')} {error.response.get('Region', '')}".strip(": ")
-    except (BotoCoreError, DataError):
+    except DataError:
         return ""
+    except _client_errors() as error:
+        response = getattr(error, "response", {})
+        message = response.get("Error", {}).get("Message", "")
+        return f"{_error_code(error)}: {message} {response.get('Region', '')}".strip(": ")
     return ""
 
 
 def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
     """Returns the message for a failed action: the location, the action, the reason and the remedy."""
     if not is_s3(uri):
-        detail = error.strerror or str(error)
-        return f"{path or uri}: cannot {action}: {detail}"
+        return f"{path or uri}: cannot {action}: {error.strerror or error}"
     bucket, _, key = (path or uri[len("s3://") :]).partition("/")
     text = str(error)
     endpoint = load_s3_settings().endpoint
@@ -366,49 +370,36 @@ def _explain(error: OSError, action: str, uri: str, path: str | None) -> str:
     return f"S3 bucket {bucket!r}, key {key!r} at {server}: cannot {action}: {hint} [{text}]"
 
 
-_DENIED = (
-    "access denied: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, to an identity that the policy of "
-    "the bucket allows to do this"
-)
+_SET_IDENTITY = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+_DENIED = f"access denied: {_SET_IDENTITY}, to an identity that the policy of the bucket allows to do this"
 _FAILED = "the request failed"
+# signs in the error text of pyarrow or boto3 -> reason and remedy; the first match counts
+_HINTS = {
+    (
+        "SKEWED",
+    ): "the clocks of this machine and of the server differ too much: set this clock (timedatectl set-ntp true)",
+    ("QUOTA", "STORAGEFULL", "INSUFFICIENTSTORAGE", "NOSPACELEFT", "STATUS 507"): (
+        "the storage or its quota is full: free space, or raise the quota"
+    ),
+    ("AUTHORIZATIONHEADERMALFORMED", "PERMANENTREDIRECT", "ILLEGALLOCATION", "STATUS 301", "IS WRONG; EXPECTING"): (
+        "the bucket is in another region: set AWS_REGION to the region that the server names"
+    ),
+    ("UNABLE TO LOCATE CREDENTIALS",): f"no credentials found: {_SET_IDENTITY}",
+    ("SIGNATURE", "INVALIDACCESSKEY", "INVALIDCLIENTTOKEN", "EXPIRED"): (
+        f"the credentials are wrong or expired: {_SET_IDENTITY}; temporary ones also need AWS_SESSION_TOKEN"
+    ),
+    ("ACCESSDENIED",): _DENIED,
+    ("NOSUCHBUCKET",): "the bucket does not exist: create it, or correct the URI or AWS_ENDPOINT_URL",
+    ("NETWORKCONNECTION", "CURLCODE", "COULD NOT CONNECT", "TIMEOUT"): (
+        "no connection: set AWS_ENDPOINT_URL to the address of the server, and check that the server runs"
+    ),
+}
 
 
 def _hint(text: str) -> str:
     """Returns the reason and the remedy for the error text of pyarrow or boto3; `_FAILED` if the text is not recognised."""
     text = text.upper().replace("_", "")  # pyarrow writes ACCESS_DENIED, boto3 AccessDenied
-    if "TOOSKEWED" in text or "SKEWED" in text:
-        return "the clocks of this machine and of the server differ too much: set this clock (timedatectl set-ntp true)"
-    if any(sign in text for sign in ("QUOTA", "STORAGEFULL", "INSUFFICIENTSTORAGE", "NOSPACELEFT", "STATUS 507")):
-        return "the storage or its quota is full: free space, or raise the quota"
-    if any(
-        sign in text
-        for sign in (
-            "AUTHORIZATIONHEADERMALFORMED",
-            "PERMANENTREDIRECT",
-            "ILLEGALLOCATION",
-            "STATUS 301",
-            "IS WRONG; EXPECTING",
-        )
-    ):
-        return "the bucket is in another region: set AWS_REGION to the region that the server names"
-    if "UNABLE TO LOCATE CREDENTIALS" in text:
-        return "no credentials found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-    if any(sign in text for sign in ("SIGNATURE", "INVALIDACCESSKEY", "INVALIDCLIENTTOKEN", "EXPIRED")):
-        return (
-            "the credentials are wrong or expired: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-            "(with AWS_SESSION_TOKEN if they are temporary), or AWS_PROFILE"
-        )
-    if "ACCESSDENIED" in text:
-        return _DENIED
-    if "NOSUCHBUCKET" in text:
-        return "the bucket does not exist: create it, or correct the URI or AWS_ENDPOINT_URL"
-    if any(
-        sign in text for sign in ("NETWORKCONNECTION", "REQUESTTIMEOUT", "CURLCODE", "COULD NOT CONNECT", "TIMEOUT")
-    ):
-        return "no connection: set AWS_ENDPOINT_URL to the address of the server, and check that the server runs"
-    if "PERMANENTREDIRECT" in text or "MOVED" in text:
-        return "the bucket is in another region: set AWS_REGION"
-    return _FAILED
+    return next((hint for signs, hint in _HINTS.items() if any(sign in text for sign in signs)), _FAILED)
 
 
 def leads_out(location: str, root: str) -> bool:
@@ -451,8 +442,7 @@ def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = 
         FileNotFoundError: the file does not exist.
         DataError: the file cannot be read, or has more than `max_bytes`.
     """
-    filesystem, path = open_filesystem(uri, is_quick)
-    with storage_errors("read", uri, path):
+    with _open_for("read", uri, is_quick) as (filesystem, path):
         data = read_file(filesystem, path, max_bytes)
     if data is None:
         raise FileNotFoundError(f"{uri}: no such file")
@@ -461,22 +451,22 @@ def read_bytes(uri: str | Path, is_quick: bool = False, max_bytes: int | None = 
 
 def write_bytes(uri: str | Path, data: bytes) -> None:
     """Writes a file completely or not at all. Raises: DataError: the file cannot be written."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("write", uri, path):
+    with _open_for("write", uri) as (filesystem, path):
         write_file(filesystem, path, data)
 
 
-def check_access(uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete")) -> None:
+def check_access(
+    uri: str | Path, actions: Sequence[str] = ("write", "read", "list", "delete"), is_quick: bool = True
+) -> None:
     """Checks with a small temporary file that a job may write, read, list and delete in a folder.
-
-    Each request is sent at most twice, so that the check fails within seconds.
 
     Args:
         actions: a selection of "write", "read", "list" and "delete". Without "write" only "list" is checked.
+        is_quick: each request is sent at most twice, so that the check fails within seconds.
 
     Raises: DataError: an action is not allowed. The message names bucket, key and action of the first one.
     """
-    filesystem, path = open_filesystem(uri, is_quick=True)
+    filesystem, path = open_filesystem(uri, is_quick)
     content = uuid.uuid4().hex.encode()
     probe = f"{path}/_probe-{content.decode()}"
     if "write" in actions:
@@ -507,8 +497,7 @@ def create_bytes(uri: str | Path, data: bytes) -> bool:
     Raises:
         DataError: the file cannot be written.
     """
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("create", uri, path):
+    with _open_for("create", uri) as (filesystem, path):
         if not isinstance(filesystem, fs.LocalFileSystem):
             bucket, _, key = path.partition("/")
             return _put_if_absent(bucket, key, data) or read_file(filesystem, path) == data
@@ -522,23 +511,30 @@ def create_bytes(uri: str | Path, data: bytes) -> bool:
 
 def _put_if_absent(bucket: str, key: str, data: bytes) -> bool:
     """Creates an object if it does not exist, and returns whether it was created. Raises: OSError: the request failed."""
+    client = _open_client(bucket)
+    try:
+        # Amazon reports two concurrent writers as a conflict
+        _retry(
+            lambda: client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*"),
+            lambda error: _error_code(error) == "ConditionalRequestConflict",
+        )
+    except _client_errors() as error:
+        if _error_code(error) in ("PreconditionFailed", "412"):
+            return False
+        raise OSError(str(error)) from error
+    return True
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """Returns the base classes of boto3's errors; boto3 is imported only if S3 is used."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = _open_client(bucket)
-    for _ in range(max_attempts()):
-        try:
-            client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-        except ClientError as error:
-            code = error.response.get("Error", {}).get("Code", "")
-            if code in ("PreconditionFailed", "412"):
-                return False
-            if code != "ConditionalRequestConflict":  # Amazon reports two concurrent writers: retry
-                raise OSError(str(error)) from error
-        except BotoCoreError as error:
-            raise OSError(str(error)) from error
-        else:
-            return True
-    raise OSError("other writers of the same object kept coming first")
+    return BotoCoreError, ClientError
+
+
+def _error_code(error: Exception) -> str:
+    """Returns S3's code for an error response to boto3; "" for an error without a response."""
+    return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
 
 
 class ListedObject(NamedTuple):
@@ -554,18 +550,15 @@ def list_objects(uri: str) -> Iterator[ListedObject]:
 
     Raises: DataError: the prefix cannot be listed.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    _, path = open_filesystem(uri)
-    bucket, _, key = path.partition("/")
-    prefix = f"{key}/" if key else ""
-    with storage_errors("list", uri, path):
+    with _open_for("list", uri) as (_, path):
+        bucket, _, key = path.partition("/")
+        prefix = f"{key}/" if key else ""
         try:
             for page in _open_client(bucket).get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
                 for item in page.get("Contents", ()):
                     if item["Key"] != prefix:
                         yield ListedObject(item["Key"][len(prefix) :], item["Size"], item["ETag"].strip('"'))
-        except (BotoCoreError, ClientError) as error:
+        except _client_errors() as error:
             raise OSError(str(error)) from error
 
 
@@ -579,24 +572,20 @@ class ObjectReader:
 
     def read(self, uri: str) -> bytes | None:
         """Returns the bytes of an object, or None if it does not exist. Raises: DataError: the object cannot be read."""
-        from botocore.exceptions import BotoCoreError, ClientError
-
         bucket, _, key = uri[len("s3://") :].partition("/")
         with self._lock:  # boto3 clients must not be created in several threads at once
             client = self._cached_client = self._cached_client or _open_client(bucket)
         with storage_errors("read", self.uri, f"{bucket}/{key}"):
-            for attempt in range(1, max_attempts() + 1):
-                try:
-                    return bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read())
-                except ClientError as error:
-                    if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
-                        return None
-                    raise OSError(str(error)) from error
-                except BotoCoreError as error:  # the body was interrupted, and boto3 does not retry that
-                    if attempt == max_attempts():
-                        raise OSError(str(error)) from error
-                    _pause_before_retry(attempt)
-        raise AssertionError("max_attempts is at least 1")
+            try:
+                # without a code, the body was interrupted, and boto3 does not retry that
+                return _retry(
+                    lambda: bytes(client.get_object(Bucket=bucket, Key=key)["Body"].read()),
+                    lambda error: isinstance(error, _client_errors()) and not _error_code(error),
+                )
+            except _client_errors() as error:
+                if _error_code(error) in ("NoSuchKey", "404"):
+                    return None
+                raise OSError(str(error)) from error
 
 
 def list_names(uri: str | Path) -> list[str]:
@@ -604,8 +593,7 @@ def list_names(uri: str | Path) -> list[str]:
 
     Raises: DataError: the folder cannot be listed.
     """
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("list", uri, path):
+    with _open_for("list", uri) as (filesystem, path):
         selector = fs.FileSelector(path, allow_not_found=True)
         try:
             entries = filesystem.get_file_info(selector)
@@ -618,8 +606,7 @@ def list_names(uri: str | Path) -> list[str]:
 
 def read_stamp(uri: str | Path) -> FileStamp | None:
     """Returns the stamp of a file, or None if the file does not exist. Raises: DataError: the lookup fails."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("look up", uri, path):
+    with _open_for("look up", uri) as (filesystem, path):
         info = filesystem.get_file_info(path)
     return FileStamp(info.mtime_ns or 0, info.size) if info.type == fs.FileType.File else None
 
@@ -637,40 +624,31 @@ def read_stamps(uri: str | Path, name: str) -> dict[str, FileStamp]:
     Raises:
         DataError: the location cannot be listed.
     """
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("list", uri, path):
+    with _open_for("list", uri) as (filesystem, path):
         if isinstance(filesystem, fs.LocalFileSystem):
             entries = filesystem.get_file_info([f"{path}/{folder}/{name}" for folder in list_names(path)])
         else:
             entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
-    files = [entry for entry in entries if entry.type == fs.FileType.File]
-    split_paths = ((file.path.removeprefix(f"{path}/").split("/"), file) for file in files)
-    return dict(
-        sorted(
-            (names[0], FileStamp(file.mtime_ns or 0, file.size)) for names, file in split_paths if names[1:] == [name]
-        )
-    )
+    files = ((entry.path.removeprefix(f"{path}/").split("/"), entry) for entry in entries if entry.is_file)
+    stamps = {names[0]: FileStamp(file.mtime_ns or 0, file.size) for names, file in files if names[1:] == [name]}
+    return dict(sorted(stamps.items()))
 
 
 def exists(uri: str | Path) -> bool:
     """Returns whether a file exists. Raises: DataError: the lookup fails."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("look up", uri, path):
-        return filesystem.get_file_info(path).type == fs.FileType.File
+    return read_stamp(uri) is not None
 
 
 def remove_file(uri: str | Path) -> None:
     """Deletes a file. A file that does not exist is no error. Raises: DataError: the file cannot be deleted."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("delete", uri, path):
+    with _open_for("delete", uri) as (filesystem, path):
         if filesystem.get_file_info(path).type == fs.FileType.File:
             filesystem.delete_file(path)
 
 
 def remove_folder(uri: str | Path) -> None:
     """Deletes a folder and its contents. A folder that does not exist is no error. Raises: DataError: the deletion fails."""
-    filesystem, path = open_filesystem(uri)
-    with storage_errors("delete", uri, path):
+    with _open_for("delete", uri) as (filesystem, path):
         filesystem.delete_dir_contents(path, missing_dir_ok=True)
         if isinstance(filesystem, fs.LocalFileSystem) and Path(path).is_dir():
             filesystem.delete_dir(path)

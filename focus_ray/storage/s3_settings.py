@@ -9,7 +9,6 @@ credential process, an assumed role) are passed to pyarrow with their current va
 from __future__ import annotations
 
 import os
-import urllib.request
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,34 +20,10 @@ from focus_ray.errors import DataError
 ADDRESSING_VARIABLE = "FOCUS_RAY_S3_ADDRESSING"
 _ADDRESSING_STYLES = ("auto", "path", "virtual")
 # boto3's names of the credential sources that pyarrow also knows
-_SOURCES_OF_PYARROW = (
-    "env",
-    "shared-credentials-file",
-    "config-file",
-    "iam-role",
-    "container-role",
-    "assume-role-with-web-identity",
-)
-# environment variables that the settings depend on
-_VARIABLES = (
-    *("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
-    *(
-        "AWS_REGION",
-        "AWS_DEFAULT_REGION",
-        "AWS_ENDPOINT_URL",
-        "AWS_ENDPOINT_URL_S3",
-        "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS",
-    ),
-    *(
-        "AWS_CA_BUNDLE",
-        "SSL_CERT_FILE",
-        "REQUESTS_CA_BUNDLE",
-        "AWS_CONFIG_FILE",
-        "AWS_SHARED_CREDENTIALS_FILE",
-        ADDRESSING_VARIABLE,
-    ),
-    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy"),
-)
+_SOURCES_OF_PYARROW = {"env", "shared-credentials-file", "config-file", "iam-role", "container-role"}
+_SOURCES_OF_PYARROW |= {"assume-role-with-web-identity"}
+_OTHER_VARIABLES = (ADDRESSING_VARIABLE, "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")  # that the settings depend on
+_AWS_FILES = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
 
 
 @dataclass(frozen=True)
@@ -90,18 +65,21 @@ def load_s3_settings() -> S3Settings:
     """
     files = [Path(os.environ.get(name, default)).expanduser() for name, default in _AWS_FILES]
     mtimes_ns = tuple(path.stat().st_mtime_ns if path.is_file() else 0 for path in files)
-    settings = _resolve_settings(tuple(os.environ.get(name) for name in _VARIABLES), mtimes_ns)
+    variables = {
+        (name, value)
+        for name, value in os.environ.items()
+        if name.startswith("AWS_") or name in _OTHER_VARIABLES or name.lower().endswith("_proxy")
+    }
+    settings = _resolve_settings(frozenset(variables), mtimes_ns)
     # credentials that pyarrow cannot renew are temporary: resolve them each time, without the cache
-    return settings if settings.keys is None else _resolve_settings.__wrapped__((), ())
-
-
-_AWS_FILES = (("AWS_CONFIG_FILE", "~/.aws/config"), ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"))
+    return settings if settings.keys is None else _resolve_settings.__wrapped__(frozenset(), ())
 
 
 @lru_cache(maxsize=8)
-def _resolve_settings(environment: tuple[str | None, ...], mtimes_ns: tuple[int, ...]) -> S3Settings:
+def _resolve_settings(variables: frozenset[tuple[str, str]], mtimes_ns: tuple[int, ...]) -> S3Settings:
     """Resolves the settings with boto3. The arguments are only the cache key: the values and files that the result depends on."""
     import boto3
+    from botocore.configprovider import ConfiguredEndpointProvider
     from botocore.exceptions import BotoCoreError
 
     style = os.environ.get(ADDRESSING_VARIABLE) or "auto"
@@ -110,11 +88,10 @@ def _resolve_settings(environment: tuple[str | None, ...], mtimes_ns: tuple[int,
     try:
         session = boto3.Session()
         profile = session._session.get_scoped_config()  # boto3 has no public call for the entries of a profile
-        endpoint = (
-            os.environ.get("AWS_ENDPOINT_URL_S3")
-            or os.environ.get("AWS_ENDPOINT_URL")
-            or _profile_endpoint(session, profile)
-        )
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if not endpoint and not session._session.get_config_variable("ignore_configured_endpoint_urls"):
+            config = session._session.full_config
+            endpoint = ConfiguredEndpointProvider(config, profile, "s3", os.environ).provide()
         region = os.environ.get("AWS_REGION") or session.region_name
         credentials = session.get_credentials()
         keys = None
@@ -129,30 +106,16 @@ def _resolve_settings(environment: tuple[str | None, ...], mtimes_ns: tuple[int,
     ca_file = ca_file or os.environ.get("SSL_CERT_FILE") or None
     if ca_file and not Path(ca_file).is_file():
         raise DataError(f"AWS_CA_BUNDLE={ca_file}: no such file: set a PEM file of certificates, or unset the variable")
-    if style == "auto":
-        style = (
-            str((profile.get("s3") or {}).get("addressing_style", "auto"))
-            if isinstance(profile.get("s3"), dict)
-            else "auto"
-        )
+    section = profile.get("s3")
+    if style == "auto" and isinstance(section, dict):
+        style = section.get("addressing_style", "auto")
     return S3Settings(endpoint, region, ca_file, _find_proxy(endpoint), style == "virtual", keys)
-
-
-def _profile_endpoint(session: Any, profile: dict[str, Any]) -> str | None:
-    """Returns the S3 endpoint of a profile. The services section of the profile comes before its own endpoint_url."""
-    if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
-        return None
-    services = (session._session.full_config.get("services") or {}).get(profile.get("services"), {})
-    s3_section = services.get("s3") if isinstance(services, dict) else None
-    endpoint = s3_section.get("endpoint_url") if isinstance(s3_section, dict) else None
-    return endpoint or profile.get("endpoint_url")
 
 
 def _find_proxy(endpoint: str | None) -> str | None:
     """Returns the URL of the proxy that the environment sets for this server, or None."""
-    target = urlsplit(endpoint or "https://s3.amazonaws.com")
-    proxies = urllib.request.getproxies_environment()
-    is_bypassed = urllib.request.proxy_bypass_environment(target.netloc, proxies)  # type: ignore[attr-defined]
-    if is_bypassed:
-        return None
-    return proxies.get(target.scheme) or proxies.get("all")
+    from botocore.utils import get_environ_proxies
+
+    url = endpoint or "https://s3.amazonaws.com"
+    proxies = get_environ_proxies(url)
+    return proxies.get(urlsplit(url).scheme) or proxies.get("all")

@@ -7,10 +7,8 @@ cluster have their own credentials, as a role or a secret.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import re
 import sys
 import tempfile
 import time
@@ -20,16 +18,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from focus_ray.cluster.ray_private import cluster_metadata
 from focus_ray.errors import SubmissionError
+from focus_ray.names import Log
+from focus_ray.retries import retry_pause_s
 from focus_ray.submission.job_request import JobRequest
 
-MIN_RAY_VERSION = (2, 60)  # the same as in pyproject.toml
-MIN_PYTHON_VERSION = (3, 10)
+MIN_RAY_VERSION = "2.60"  # the same as in pyproject.toml
+MIN_PYTHON_VERSION = "3.10"
 
 _STOP_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 60.0
-_MAX_RECONNECTS = 6
+_MAX_FAILURES = 7
+_POLL_INTERVAL_S = 1.0
 
 
 def connect(address: str | None = None) -> Any:
@@ -41,23 +44,15 @@ def connect(address: str | None = None) -> Any:
     Raises:
         SubmissionError: There is no address, the cluster does not answer, or the token is missing or wrong.
     """
-    variable = "RAY_API_SERVER_ADDRESS"
-    address = address or os.environ.get(variable) or os.environ.get("RAY_ADDRESS")
+    server = os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray 2.60 prefers this variable to the argument
+    address = address or server or os.environ.get("RAY_ADDRESS")
     if not address:
         raise SubmissionError("no cluster is named: give --address http://HEAD:8265, or set RAY_ADDRESS")
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray").setLevel(logging.WARNING)  # otherwise it logs every upload
-    previous_value = os.environ.get(variable)
-    os.environ[variable] = address  # Ray 2.60 prefers the environment to the argument
-    try:
-        with _translate_errors(address):
-            return JobSubmissionClient(address)
-    finally:
-        if previous_value is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = previous_value
+    with _translate_errors(address):
+        return JobSubmissionClient(address)
 
 
 @contextmanager
@@ -93,7 +88,7 @@ def _translate_errors(address: str, job_id: str | None = None) -> Iterator[None]
         raise SubmissionError(f"{address}: {text[:500]}") from error
 
 
-def check_versions(client: Any, say: Callable[[str], None]) -> None:
+def check_versions(client: Any, say: Log) -> None:
     """Checks that the cluster runs supported versions of Ray and Python, and warns if they differ from the local versions.
 
     Args:
@@ -108,26 +103,20 @@ def check_versions(client: Any, say: Callable[[str], None]) -> None:
     address = client.get_address()
     with _translate_errors(address):
         metadata = cluster_metadata(client)
-    cluster_ray, cluster_python = str(metadata["rayVersion"]), str(metadata["pythonVersion"])
-    if _parse_version(cluster_ray) < MIN_RAY_VERSION:
-        raise SubmissionError(
-            f"{address}: the cluster runs Ray {cluster_ray}; focus_ray needs {'.'.join(map(str, MIN_RAY_VERSION))} or newer"
-        )
-    if _parse_version(cluster_python) < MIN_PYTHON_VERSION:
-        raise SubmissionError(f"{address}: the cluster runs Python {cluster_python}; focus_ray needs 3.10 or newer")
-    if _parse_version(cluster_ray) != _parse_version(ray.__version__):
-        say(f"WARNING: the cluster runs Ray {cluster_ray}, this machine has Ray {ray.__version__}")
-    local_python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
-    if _parse_version(cluster_python) != _parse_version(local_python):
-        say(f"WARNING: the cluster runs Python {cluster_python}, this machine has Python {local_python}")
+    local_python = ".".join(map(str, sys.version_info[:3]))
+    for program, version, oldest, local in (
+        ("Ray", metadata["rayVersion"], MIN_RAY_VERSION, ray.__version__),
+        ("Python", metadata["pythonVersion"], MIN_PYTHON_VERSION, local_python),
+    ):
+        if Version(version) < Version(oldest):
+            raise SubmissionError(
+                f"{address}: the cluster runs {program} {version}; focus_ray needs {program} {oldest} or newer"
+            )
+        if Version(version).release[:2] != Version(local).release[:2]:
+            say(f"WARNING: the cluster runs {program} {version}, this machine has {program} {local}")
 
 
-def _parse_version(version: str) -> tuple[int, ...]:
-    """Returns the first two numbers of a version text: (2, 60) for "2.60.1"."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-
-
-def submit_job(client: Any, request: JobRequest, say: Callable[[str], None] = lambda message: None) -> str:
+def submit_job(client: Any, request: JobRequest, say: Log) -> str:
     """Checks the versions of the cluster and submits the job.
 
     Args:
@@ -154,10 +143,7 @@ def submit_job(client: Any, request: JobRequest, say: Callable[[str], None] = la
                         submission_id=request.submission_id,
                         runtime_env={"working_dir": str(archive), "env_vars": dict(request.environment)},
                         metadata=dict(request.metadata),
-                        entrypoint_num_cpus=request.num_cpus or None,
-                        entrypoint_num_gpus=request.num_gpus or None,
-                        entrypoint_memory=int(request.memory_gib * 2**30) or None,
-                        entrypoint_label_selector=dict(request.labels) if request.labels else None,
+                        **request.resources,
                     )
                 )
             except RuntimeError as error:  # a head node has no job agent during its first seconds (Ray 2.60)
@@ -167,7 +153,7 @@ def submit_job(client: Any, request: JobRequest, say: Callable[[str], None] = la
 
 
 def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
-    """Writes the log of a job until the job ends. Reconnects if the connection breaks.
+    """Writes the log of a job until the job ends. Reads the log again if the cluster does not answer for some time.
 
     Args:
         client: Client of the Jobs API.
@@ -178,42 +164,28 @@ def follow_log(client: Any, job_id: str, write: Callable[[str], object]) -> int:
         The exit status of the job; see `exit_status`.
 
     Raises:
-        SubmissionError: The job does not exist, or the connection broke too often without new text.
+        SubmissionError: The job does not exist, or the cluster did not answer _MAX_FAILURES times in a row.
     """
-    from aiohttp import ClientError
-
-    address = client.get_address()
-    num_written = 0
-
-    async def tail() -> None:
-        nonlocal num_written
-        num_received = 0
-        async for text in client.tail_job_logs(job_id):  # every connection sends the log from its beginning
-            new_text = text[max(0, num_written - num_received) :]
-            num_received += len(text)
-            if new_text:
-                write(new_text)
-                num_written += len(new_text)
-
-    num_failures = 0
+    num_written, num_failures = 0, 0
+    describe_job(client, job_id)  # fails at once if the job does not exist
     while True:
-        with _translate_errors(address, job_id):
-            info = client.get_job_info(job_id)
-        num_written_before = num_written
+        start = time.monotonic()
         try:
-            asyncio.run(tail())
-        except (RuntimeError, OSError, ClientError) as error:
-            num_failures = 0 if num_written > num_written_before else num_failures + 1
-            if num_failures > _MAX_RECONNECTS:
-                raise SubmissionError(
-                    f"{address}: cannot read the rest of the log of job {job_id!r}: {error}"
-                ) from error
-        with _translate_errors(address, job_id):
-            info = client.get_job_info(job_id)
-            if info.status.is_terminal():
-                write(client.get_job_logs(job_id)[num_written:])  # text that arrived after the last connection
-                return exit_status(info)
-        time.sleep(min(5.0, 0.2 * 2**num_failures))
+            with _translate_errors(client.get_address(), job_id):
+                info = client.get_job_info(job_id)
+                log = client.get_job_logs(job_id)  # from its beginning
+        except SubmissionError:
+            num_failures += 1
+            if num_failures >= _MAX_FAILURES:
+                raise
+            time.sleep(retry_pause_s(num_failures))
+            continue
+        num_failures = 0
+        write(log[num_written:])
+        num_written = len(log)
+        if info.status.is_terminal():
+            return exit_status(info)
+        time.sleep(max(_POLL_INTERVAL_S, 5 * (time.monotonic() - start)))  # so that a long log loads the cluster little
 
 
 def exit_status(info: Any) -> int:
@@ -258,9 +230,7 @@ def stop_job(client: Any, job_id: str) -> str:
         SubmissionError: The job does not exist, or it is still running after _STOP_TIMEOUT_S.
     """
     with _translate_errors(client.get_address(), job_id):
-        if client.get_job_info(job_id).status.is_terminal():
-            return str(client.get_job_info(job_id).status)
-        client.stop_job(job_id)
+        client.stop_job(job_id)  # does nothing if the job has ended
         deadline = time.monotonic() + _STOP_TIMEOUT_S
         while time.monotonic() < deadline:
             status = client.get_job_info(job_id).status
@@ -276,24 +246,21 @@ def _describe_details(info: Any) -> dict[str, Any]:
     Args:
         info: Ray's JobDetails.
     """
-
-    def iso_time(milliseconds: int | None) -> str | None:
-        """Returns a time as ISO text in UTC; None if Ray gives no time."""
-        if not milliseconds:
-            return None
-        return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")
-
     metadata = info.metadata or {}
     return {
         "id": info.submission_id,
         "status": str(info.status),
-        "team": metadata.get("team"),
-        "category": metadata.get("category"),
-        "config_sha256": metadata.get("config_sha256"),
-        "submitted_by": metadata.get("submitted_by"),
-        "started": iso_time(info.start_time),
-        "ended": iso_time(info.end_time),
+        **{key: metadata.get(key) for key in ("team", "category", "config_sha256", "submitted_by")},
+        "started": _iso_time(info.start_time),
+        "ended": _iso_time(info.end_time),
         "exit_code": info.driver_exit_code,
         "entrypoint": info.entrypoint,
         "message": info.message,
     }
+
+
+def _iso_time(milliseconds: int | None) -> str | None:
+    """Returns a time as ISO text in UTC; None if Ray gives no time."""
+    if not milliseconds:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc).isoformat(timespec="seconds")

@@ -6,7 +6,7 @@ import fnmatch
 import io
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,25 +70,28 @@ def build_package(folder: str | Path, excludes: Sequence[str] = ()) -> Package:
         files.update({f"focus_ray/configs/{path.name}": path for path in standard_folder().glob("*.yaml")})
     sizes = {name: path.stat().st_size for name, path in files.items()}
     limit = MAX_PACKAGE_MIB * 2**20
-    largest = ", ".join(
-        f"{name} ({size / 2**20:.1f} MiB)" for name, size in sorted(sizes.items(), key=lambda item: -item[1])[:5]
-    )
-    too_large = (
-        f"{folder}: the package is larger than {MAX_PACKAGE_MIB} MiB; the largest files are {largest}: "
-        "exclude files that the job does not need with --exclude, and put data on S3"
-    )
-    if sum(sizes.values()) > 8 * limit:  # compression cannot make it small enough
-        raise SubmissionError(too_large)
+    # compression cannot make a folder of 8 times the limit small enough
+    content = _pack(files) if sum(sizes.values()) <= 8 * limit else None
+    if content is None or len(content) > limit:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:5]
+        raise SubmissionError(
+            f"{folder}: the package is larger than {MAX_PACKAGE_MIB} MiB; the largest files are "
+            f"{', '.join(f'{name} ({sizes[name] / 2**20:.1f} MiB)' for name in largest)}: "
+            "exclude files that the job does not need with --exclude, and put data on S3"
+        )
+    return Package(content, tuple(sorted(files)), sum(sizes.values()))
+
+
+def _pack(files: Mapping[str, Path]) -> bytes:
+    """Returns a zip archive of files by their name in the archive. The same files give the same bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in sorted(files.items()):
-            entry = zipfile.ZipInfo(name)  # a fixed date (1980), so that the same files give the same archive
+            entry = zipfile.ZipInfo(name)  # a fixed date (1980)
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
             archive.writestr(entry, path.read_bytes())
-    if len(buffer.getvalue()) > limit:
-        raise SubmissionError(too_large)
-    return Package(buffer.getvalue(), tuple(sorted(files)), sum(sizes.values()))
+    return buffer.getvalue()
 
 
 def _files_to_send(
@@ -106,16 +109,12 @@ def _files_to_send(
     Raises:
         SubmissionError: A file name is not valid UTF-8.
     """
-    patterns = (*EXCLUDED, *(pattern.rstrip("/") for pattern in excludes))
+    patterns = (*EXCLUDED, ".*", *(pattern.rstrip("/") for pattern in excludes))
 
-    def is_included(name: str, is_top: bool) -> bool:
-        """Returns True if a file or folder is not excluded."""
+    def is_excluded(name: str) -> bool:
+        """Returns True if a pattern matches a relative path or its last name."""
         base_name = name.rpartition("/")[2]
-        if base_name.startswith(".") or (is_top and base_name in top_excludes):
-            return False
-        return not any(
-            fnmatch.fnmatchcase(base_name, pattern) or fnmatch.fnmatchcase(name, pattern) for pattern in patterns
-        )
+        return any(fnmatch.fnmatchcase(text, pattern) for text in (base_name, name) for pattern in patterns)
 
     for folder, folders, files in os.walk(root):
         relative_folder = Path(folder).relative_to(root).as_posix()
@@ -123,15 +122,16 @@ def _files_to_send(
         folders[:] = sorted(
             name
             for name in folders
-            if is_included(prefix + name, not prefix) and not (Path(folder) / name / "pyvenv.cfg").is_file()
+            if not is_excluded(prefix + name)
+            and prefix + name not in top_excludes
+            and not (Path(folder) / name / "pyvenv.cfg").is_file()
         )
         for name in files:
             path = Path(folder) / name
-            if not is_included(prefix + name, False):
+            if is_excluded(prefix + name) or not path.is_file():
                 continue
             if not is_utf8(prefix + name):
                 raise SubmissionError(
                     f"{prefix + name!a}: a file name that is not valid UTF-8 cannot be sent: rename the file, or use --exclude"
                 )
-            if path.is_file():
-                yield prefix + name, path
+            yield prefix + name, path

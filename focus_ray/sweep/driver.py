@@ -39,7 +39,7 @@ from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.race import Judge
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Point, SweepConfig
-from focus_ray.sweep.shared_work import SharedWork
+from focus_ray.sweep.shared_work import SharedInputs, compute_shared_inputs
 from focus_ray.sweep.trial_inputs import (
     check_trial_settings,
     split_for_judging,
@@ -58,14 +58,17 @@ class SweepOutcome:
     Attributes:
         root: Folder of the sweep.
         records: Records of all trials.
-        best: Stage -> its best trial.
         stopped: True if the sweep was stopped before its end.
     """
 
     root: str
     records: list[TrialRecord]
-    best: dict[str | None, TrialRecord]
     stopped: bool
+
+    @property
+    def best(self) -> dict[str | None, TrialRecord]:
+        """Stage -> its best trial."""
+        return records.best_records(self.records)
 
     @property
     def failed(self) -> list[TrialRecord]:
@@ -148,7 +151,7 @@ def _check_points(config: SweepConfig, base: Config, splits: Mapping[str, Split]
         WeightsError: The weights of the network cannot be loaded.
     """
     if config.searcher == "optuna":
-        points: Sequence[Point] = [{key: value} for key, domain in config.space.items() for value in domain.samples()]
+        points: Sequence[Point] = config.single_points()
     else:
         points = Proposer(config).points
     checked: set[str] = set()
@@ -219,7 +222,7 @@ def _run_and_report(
         if is_private:
             ray.shutdown()
     trial_records = records.read_records(root)
-    outcome = SweepOutcome(root, trial_records, records.best_records(trial_records), state == "stopped")
+    outcome = SweepOutcome(root, trial_records, state == "stopped")
     if outcome.best:
         write_report(root, config, trial_records)
         log(f"report: {join(root, 'report.html')}")
@@ -239,7 +242,9 @@ def _run_trials(driver: _SweepDriver, limit: int) -> str:
     state = "failed"
     try:
         with driver.stop_on_signals():
-            driver.shared.compute()
+            driver.shared = compute_shared_inputs(
+                driver.config, driver.splits, driver.use_gpu, driver.stopping, driver.log
+            )
             for stage in [None] if driver.config.scope == "all_categories" else list(driver.splits):
                 if not driver.stopping.is_set():
                     driver.run_stage(stage, limit)
@@ -273,7 +278,7 @@ class _SweepDriver:
         self.streams = streams
         self.stopping = threading.Event()
         self.use_gpu = uses_gpu(base.cluster)
-        self.shared = SharedWork(config, base, splits, self.use_gpu, self.stopping, log)
+        self.shared = SharedInputs()
         self.judge: Any = None
         self.experiment = f"{config.name}-{uuid.uuid4().hex[:6]}"  # name of Tune's files, deleted at the end
         self.scratch = tempfile.mkdtemp(prefix="focus-ray-sweep-")
@@ -308,7 +313,7 @@ class _SweepDriver:
         from ray.util.placement_group import PlacementGroup, remove_placement_group
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        self.shared.clear()
+        self.shared = SharedInputs()
         if self.judge is not None:
             ray.kill(self.judge)
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -358,9 +363,7 @@ class _SweepDriver:
         proposer = Proposer(self.config)
         max_epochs = self.config.max_epochs
         done_records = [
-            record
-            for record in records.read_records(self.root)
-            if record.stage == stage and record.status in records.DONE_STATUSES
+            record for record in records.read_records(self.root) if record.stage == stage and record.status != "failed"
         ]
         for record in sorted(done_records, key=lambda record: record.number):
             proposer.tell(record.number, record.point, record.score, score_steps(record, categories, max_epochs))
@@ -379,7 +382,7 @@ class _SweepDriver:
                 self.judge.withdraw.remote(record.number)
         job = StageJob(
             sweep=self.config,
-            reference_config=self.shared.reference_config(),
+            reference_config=self.config.reference_config,
             stage=stage,
             splits={category: self.splits[category] for category in categories},
             root=self.root,

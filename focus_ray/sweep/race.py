@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from focus_ray.sweep.settings import RaceConfig, SweepConfig
+from focus_ray.sweep.settings import SweepConfig
 
 PRIOR_DF = 4.0  # degrees of freedom of the prior: race.prior_sd weighs as much as this many categories
 
@@ -48,48 +47,23 @@ class Judge:
         scores: Trial -> category -> its final score.
         pruned: Trials that were pruned or withdrawn. Other trials are not compared with them.
         stop_reason: Reason to end all trials; None while the sweep runs.
-        reports: Trial -> (score, step) of all its reports, for successive halving.
-        optuna_trials: Trial -> its trial in the Optuna study, for successive halving.
+        rungs: For each rung of successive halving, trial -> its score at the rung.
     """
 
     def __init__(self, sweep: SweepConfig, categories: Sequence[str], max_epochs: int) -> None:
-        self.race: RaceConfig = sweep.race
+        self.race, self.scheduler = sweep.race, sweep.scheduler
         self.categories, self.max_epochs = list(categories), max_epochs
         self.scores: dict[int, dict[str, float]] = {}
         self.pruned: set[int] = set()
         self.stop_reason: str | None = None
-        self.scheduler = sweep.scheduler
-        self.reports: dict[int, list[tuple[float, int]]] = {}
-        self.optuna_trials: dict[int, Any] = {}
-        self.study: Any = self._new_study()
-
-    def _new_study(self) -> Any:
-        """Returns an Optuna study that prunes by successive halving; None if the scheduler is `none`."""
-        if self.scheduler.kind != "asha":
-            return None
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        pruner = optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=self.scheduler.grace_epochs, reduction_factor=self.scheduler.reduction_factor
-        )
-        return optuna.create_study(direction="maximize", pruner=pruner)
+        self.rungs: list[dict[int, float]] = []
 
     def begin(self, trial: int) -> None:
         """Begins a trial. If the trial ran before and its machine was lost, its earlier reports are dropped."""
-        self.scores.pop(trial, None)
         self.pruned.discard(trial)
-        if self.study is None:
-            return
-        if self.reports.pop(trial, None):  # Optuna cannot delete reports: make a new study
-            self.study, self.optuna_trials = self._new_study(), {}
-            for other, reports in self.reports.items():
-                self.optuna_trials[other] = self.study.ask()
-                for score, step in reports:
-                    self.optuna_trials[other].report(score, step)
-                    self.optuna_trials[other].should_prune()
-        self.reports[trial] = []
-        self.optuna_trials[trial] = self.study.ask()
+        self.scores.pop(trial, None)
+        for rung in self.rungs:
+            rung.pop(trial, None)
 
     def report(self, trial: int, category: str, epoch: int, score: float, final: bool) -> str | None:
         """Records a score of a trial and decides whether the trial goes on.
@@ -112,10 +86,10 @@ class Judge:
             own_scores[category] = score
         is_last = final and len(own_scores) == len(self.categories)
         reason = None
-        if not is_last:
+        if not is_last and self.scheduler.kind == "asha":
             reason = self._test_halving(trial, category, epoch, float(np.mean([*final_scores, score])))
-            if reason is None and final and self.race.enabled:
-                reason = self._test_race(trial)
+        if not is_last and reason is None and final and self.race.enabled:
+            reason = self._test_race(trial)
         if reason is not None:
             self.pruned.add(trial)
         return reason
@@ -138,22 +112,25 @@ class Judge:
         self.pruned.discard(trial)
 
     def _test_halving(self, trial: int, category: str, epoch: int, score: float) -> str | None:
-        """Adds a score to the trial's reports and tests whether successive halving prunes the trial at this score.
+        """Tests whether asynchronous successive halving prunes the trial (ASHA, arXiv 1810.05934; as Optuna's pruner).
 
-        Returns the reason to prune the trial; None if it goes on. The arguments are those of `report`, but `score` is the
-        mean over the categories so far.
+        A trial that reaches a rung goes on if its score is among the best 1 / reduction_factor of all scores at the rung, or
+        is the best. Returns the reason to prune the trial; None if it goes on. The arguments are those of `report`, but
+        `score` is the mean over the categories so far.
         """
-        if self.study is None:
-            return None
-        if trial not in self.optuna_trials:
-            self.begin(trial)
         # Steps count epochs over all categories, so that a rung can lie in any category.
         step = self.categories.index(category) * max(1, self.max_epochs) + max(1, epoch)
-        self.reports[trial].append((score, step))
-        self.optuna_trials[trial].report(score, step)
-        if not self.optuna_trials[trial].should_prune():
-            return None
-        return f"successive halving: {score:.4f} after epoch {epoch} of {category} is not among the best at this rung"
+        factor = self.scheduler.reduction_factor
+        rung = sum(trial in scores for scores in self.rungs)
+        while step >= self.scheduler.grace_epochs * factor**rung:
+            if rung == len(self.rungs):
+                self.rungs.append({})
+            self.rungs[rung][trial] = score
+            best_first = sorted(self.rungs[rung].values(), reverse=True)
+            if score < best_first[max(1, len(best_first) // factor) - 1]:
+                return f"successive halving: {score:.4f} after epoch {epoch} of {category} is not among the best at this rung"
+            rung += 1
+        return None
 
     def _test_race(self, trial: int) -> str | None:
         """Tests whether the race prunes a trial that has just finished a category.

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from focus_ray.cluster.ownership import FINGERPRINTS, read_state, write_fingerprints
@@ -27,7 +26,6 @@ from focus_ray.storage.files import create_bytes, exists, join, list_names, read
 from focus_ray.sweep.settings import Point, SweepConfig, parse_sweep
 
 SWEEP, TRIALS = "sweep.yaml", "trials"
-DONE_STATUSES = ("finished", "cut")  # a resumed sweep does not run these trials again
 DECIMALS = 4  # of a printed score; scores that are equal to this precision count as equal
 
 
@@ -39,7 +37,7 @@ class TrialRecord:
         number: Number of the trial in its stage.
         stage: Category that the trial searched for; None if it searched for all categories.
         point: Settings of the trial.
-        status: "finished", "cut" (pruned) or "failed".
+        status: "finished", "cut" (pruned) or "failed". A resumed sweep runs failed trials again.
         score: Mean score over the categories; None unless finished.
         categories: Category -> `trial.CategoryResult` as a dict.
         reason: Why the trial was pruned or failed.
@@ -65,10 +63,10 @@ class TrialRecord:
         return f"{self.number:05d}" if self.stage is None else f"{self.stage}-{self.number:05d}"
 
     @property
-    def spread(self) -> float | None:
-        """Score of the best category minus score of the worst; None for fewer than two categories."""
-        scores = [result["score"] for result in self.categories.values() if result.get("score") is not None]
-        return max(scores) - min(scores) if len(scores) > 1 else None
+    def category_scores(self) -> dict[str, float]:
+        """Category -> its final score, for all categories that have one."""
+        scores = {name: result.get("score") for name, result in self.categories.items()}
+        return {name: score for name, score in scores.items() if score is not None}
 
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """Returns category -> list of (trained epochs, score)."""
@@ -98,10 +96,8 @@ def read_records(root: str) -> list[TrialRecord]:
         try:
             records.append(_RECORD.validate_json(read_bytes(file)))
         except ValidationError as error:
-            first = error.errors()[0]
-            reason = ": ".join([*map(str, first["loc"]), first["msg"]])
             raise SweepError(
-                f"{file}: not a valid record of a trial ({reason}): delete the file, then the trial is run again"
+                f"{file}: not a valid record of a trial: delete the file, then the trial is run again; {error.errors()[0]}"
             ) from None
     return sorted(records, key=lambda record: (record.stage or "", record.number))
 
@@ -113,7 +109,7 @@ def rank_key(record: TrialRecord) -> tuple[bool, float, str, int]:
 
 
 def best_records(records: Sequence[TrialRecord]) -> dict[str | None, TrialRecord]:
-    """Returns stage -> its best finished trial."""
+    """Returns stage -> its best finished trial, sorted by stage."""
     best: dict[str | None, TrialRecord] = {}
     for record in sorted(finished_records(records), key=lambda record: (record.stage or "", rank_key(record))):
         best.setdefault(record.stage, record)
@@ -121,8 +117,13 @@ def best_records(records: Sequence[TrialRecord]) -> dict[str | None, TrialRecord
 
 
 def finished_records(records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Returns the finished trials that have a score."""
-    return [record for record in records if record.status == "finished" and record.score is not None]
+    """Returns the finished trials, which have a score."""
+    return [record for record in records if record.status == "finished"]
+
+
+def count_statuses(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """Returns status -> number of trials."""
+    return {status: sum(record.status == status for record in records) for status in ("finished", "cut", "failed")}
 
 
 def best_file_name(stage: str | None) -> str:
@@ -140,6 +141,13 @@ def describe_objective(sweep: SweepConfig) -> str:
     return f"{sweep.objective} on LABELLED test images" if is_labelled(sweep) else "label-free validation score"
 
 
+def format_value(value: Any) -> str:
+    """Returns a setting's value as a short text."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 def check_no_sweep(root: str) -> None:
     """Checks that the folder contains no sweep.
 
@@ -154,16 +162,13 @@ def claim_folder(root: str, sweep: SweepConfig, fingerprints: Mapping[str, str])
     """Writes the configuration and the image fingerprints of a sweep. The sweep then owns the folder.
 
     Raises:
-        SweepError: The folder already contains a sweep, or another process started a sweep in it at the same moment.
+        SweepError: The folder already contains a sweep, which another process may have started at the same moment.
     """
-    check_no_sweep(root)
     # The file is only created if it does not exist, and its first line is unique. So one process wins, and everything
     # else in the folder is written by the winner alone.
     text = f"# begun by {socket.gethostname()}, {uuid.uuid4().hex}\n{config_to_yaml(sweep)}"
     if not create_bytes(join(root, SWEEP), text.encode()):
-        raise SweepError(
-            f"{root}: another process started a sweep in this folder at the same moment: give another name"
-        )
+        check_no_sweep(root)
     write_fingerprints(root, fingerprints)
 
 
@@ -177,26 +182,20 @@ def read_sweep(root: str) -> SweepConfig:
         text = read_bytes(join(root, SWEEP))
     except FileNotFoundError:
         raise SweepError(f"{root}: contains no sweep: give the folder that `focus-ray sweep` printed") from None
-    tree = load_yaml(text)
-    tree["space"] = {
-        key: {kind: value for kind, value in domain.items() if value is not None}
-        for key, domain in tree["space"].items()
-    }
-    return parse_sweep(tree, source=join(root, SWEEP))
+    return parse_sweep(load_yaml(text), source=join(root, SWEEP))
 
 
 def sweep_progress(root: str, sweep: SweepConfig, records: Sequence[TrialRecord]) -> dict[str, Any]:
     """Returns the state of a sweep as JSON values: its process, the number of trials by status, and the best trials so far."""
-    base = sweep.config_at()
-    stages = 1
+    num_stages = 1
     if sweep.scope == "per_category":
-        stages = len(json.loads(read_bytes(join(root, FINGERPRINTS))))
+        num_stages = len(json.loads(read_bytes(join(root, FINGERPRINTS))))
     return {
         **{key: value for key, value in read_state(root).items() if key in ("state", "host", "pid")},
-        "storage": base.storage,
+        "storage": sweep.config_at().storage,
         "objective": describe_objective(sweep),
-        "planned": sweep.planned_trials * stages,
-        **{status: sum(record.status == status for record in records) for status in ("finished", "cut", "failed")},
+        "planned": sweep.planned_trials * num_stages,
+        **count_statuses(records),
         "epochs": sum(record.epochs for record in records),
         "best": {
             stage or "all categories": {"trial": record.number, "score": record.score, **record.point}
@@ -213,79 +212,13 @@ def best_config_yaml(sweep: SweepConfig, record: TrialRecord, root: str) -> str:
     config = sweep.config_at(record.point)
     categories = config.data.categories if record.stage is None else (record.stage,)
     suffix = "-best" if record.stage is None else f"-best-{record.stage}"
-    name = f"{(sweep.name or config.name)[: 100 - len(suffix)]}{suffix}"
+    name = f"{str(sweep.name)[: 100 - len(suffix)]}{suffix}"
     config = config.model_copy(update={"name": name, "data": config.data.model_copy(update={"categories": categories})})
-    assert record.score is not None
+    trial = f"trial {record.number}{f' for {record.stage}' if record.stage else ''}"
     comments = [
-        f"Best of {root}, trial {record.number}{f' for {record.stage}' if record.stage else ''}: "
-        f"{describe_objective(sweep)} {record.score:.4f}",
+        f"Best of {root}, {trial}: {describe_objective(sweep)} {record.score:.4f}",
         ", ".join(f"{key}={json.dumps(value)}" for key, value in record.point.items()),
     ]
     if is_labelled(sweep):
         comments.append("Chosen with labelled test images: metrics on these images are no longer a fair test.")
     return "".join(f"# {line}\n" for line in comments) + config_to_yaml(config)
-
-
-def summary_table(sweep: SweepConfig, records: Sequence[TrialRecord]) -> str:
-    """Returns a Markdown table of all trials of each stage, the best first."""
-    keys = list(sweep.space)
-    stages = sorted({record.stage for record in records}, key=lambda stage: stage or "")
-    lines = []
-    for stage in stages:
-        stage_records = [record for record in records if record.stage == stage]
-        categories = list(dict.fromkeys(name for record in stage_records for name in record.categories))
-        ordered = sorted(stage_records, key=rank_key)
-        title = describe_objective(sweep) + (f", {stage}" if stage else "")
-        header = [
-            "trial",
-            *keys,
-            "score",
-            *(categories if stage is None else []),
-            "spread",
-            "epochs",
-            "seconds",
-            "status",
-        ]
-        lines += [f"**{title}**", "", _table_row(header), "|" + "---|" * len(header)]
-        for record in ordered:
-            category_scores = (
-                [record.categories.get(name, {}).get("score") for name in categories] if stage is None else []
-            )
-            lines.append(
-                _table_row(
-                    [
-                        str(record.number),
-                        *(format_value(record.point.get(key)) for key in keys),
-                        _format_score(record.score),
-                        *(_format_score(category_score) for category_score in category_scores),
-                        _format_score(record.spread),
-                        str(record.epochs),
-                        f"{record.seconds:.1f}",
-                        record.status,
-                    ]
-                )
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
-def format_value(value: Any) -> str:
-    """Returns a setting's value as a short text."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def mean_score(scores: Sequence[float]) -> float:
-    """Returns the mean of scores."""
-    return float(np.mean(scores))
-
-
-def _table_row(cells: Sequence[str]) -> str:
-    """Returns a row of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
-
-
-def _format_score(value: float | None) -> str:
-    """Returns a score with DECIMALS decimals; "-" for None."""
-    return "-" if value is None else f"{value:.{DECIMALS}f}"

@@ -6,15 +6,17 @@ The search space is validated before anything starts. The same seed proposes the
 
 from __future__ import annotations
 
+import copy
 import itertools
-import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic_core import to_jsonable_python
 
 from focus_ray.errors import ConfigError
 from focus_ray.fitting.settings import Config, parse_config
@@ -46,14 +48,17 @@ def _check_objective(name: str) -> str:
 Objective = Annotated[str, AfterValidator(_check_objective)]
 _MAX_GRID = 10_000
 _MAX_CHECKED_INTEGERS = 4096  # every integer of a range up to this length is checked; of a longer range only both ends
-_REFUSED = {  # key or section that cannot be searched -> reason
-    "name": "it names the run's folder",
-    "storage": "it says where the results go",
-    "data": "all trials must learn from and be judged on the same images",
-    "calibration": "it does not change the score",
-    "cluster": "it does not change the score",
-    "trackers": "they do not change the score",
-    "selection.fraction": "all trials must be judged on the same images",
+_WHOLE_IMAGES = "a sweep only scores whole, stretched images: run `focus-ray train` with each value instead"
+_REFUSED = {  # key or section that cannot be searched -> reason and advice
+    "name": "it names the run's folder: set base.name instead",
+    "storage": "it says where the results go: set base.storage instead",
+    "data": "all trials must learn from and be judged on the same images: set it in base.data instead",
+    "calibration": "it does not change the score: set it in base.calibration instead",
+    "cluster": "it does not change the score: set it in base.cluster instead",
+    "trackers": "they do not change the score: set base.trackers instead",
+    "selection.fraction": "all trials must be judged on the same images: set base.selection.fraction instead",
+    "model.tiling": _WHOLE_IMAGES,
+    "model.resize": _WHOLE_IMAGES,
 }
 
 
@@ -140,25 +145,17 @@ class Domain(Section):
         kinds_set = [kind for kind in type(self).model_fields if getattr(self, kind) is not None]
         if len(kinds_set) != 1:
             kinds = ", ".join(type(self).model_fields)
-            raise ValueError(
-                f"expected a list of values, or exactly one of {kinds}; got {', '.join(kinds_set) or 'none'}"
-            )
-        if self.choice is None:
-            low, high = self.ends
-            if not low < high or (self.is_log and low <= 0):
-                bound = " above 0" if self.is_log else ""
-                raise ValueError(f"{kinds_set[0]} needs [low, high] with low below high{bound}; got [{low}, {high}]")
+            raise ValueError(f"expected a list of values, or exactly one of {kinds}; got {kinds_set}")
+        if self.choice is None and (not self.ends[0] < self.ends[1] or (self.is_log and self.ends[0] <= 0)):
+            bound = " above 0" if self.is_log else ""
+            raise ValueError(f"{kinds_set[0]} needs [low, high] with low below high{bound}; got {list(self.ends)}")
         return self
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Both ends of a range.
-
-        Raises:
-            AssertionError: The domain is a choice.
-        """
+        """Both ends of a range."""
         bounds = self.uniform or self.loguniform or self.randint or self.lograndint
-        assert bounds is not None
+        assert bounds is not None  # the domain is a range
         return bounds
 
     @property
@@ -187,9 +184,8 @@ class Domain(Section):
         low, high = self.ends
         if self.randint is not None:
             return int(rng.integers(int(low), int(high) + 1))
-        if (
-            self.lograndint is not None
-        ):  # draw a number and round it: every integer gets its share of the logarithmic scale
+        if self.lograndint is not None:
+            # Draw a number and round it: every integer gets its share of the logarithmic scale.
             value = math.exp(rng.uniform(math.log(low - 0.5), math.log(high + 0.5)))
             return int(min(max(round(value), low), high))
         if self.loguniform is not None:
@@ -319,13 +315,10 @@ class SweepConfig(Section):
         if self.searcher == "grid":
             if ranges:
                 raise ValueError(f"searcher=grid needs lists of values; {', '.join(ranges)} has a range")
-            size = math.prod(len(domain.choice or ()) for domain in self.space.values())
-            if size > _MAX_GRID:
-                raise ValueError(f"the grid has {size} points, {_MAX_GRID} at most: use searcher=random or optuna")
-            if self.num_trials not in (None, size):
+            if self.num_points > _MAX_GRID or self.num_trials not in (None, self.num_points):
                 raise ValueError(
-                    f"the grid has {size} points and num_trials={self.num_trials}: leave num_trials out, or use "
-                    "searcher=random or optuna"
+                    f"the grid has {self.num_points} points, {_MAX_GRID} at most, and num_trials={self.num_trials}: leave "
+                    "num_trials out, or use searcher=random or optuna"
                 )
         elif self.num_trials is None:
             raise ValueError(f"searcher={self.searcher} needs num_trials")
@@ -334,19 +327,34 @@ class SweepConfig(Section):
         return self
 
     @property
+    def num_points(self) -> float:
+        """Number of points of the search space; infinite if it has a range."""
+        return math.prod(len(domain.choice) if domain.choice else math.inf for domain in self.space.values())
+
+    @property
     def planned_trials(self) -> int:
         """Number of trials, of each category with scope=per_category. A small space is tried only once."""
-        num_points = math.inf
-        if all(domain.choice is not None for domain in self.space.values()):
-            num_points = math.prod(len(domain.choice or ()) for domain in self.space.values())
-        limit = num_points if self.num_trials is None else self.num_trials
-        return int(limit if self.searcher == "optuna" else min(num_points, limit))
+        limit = self.num_points if self.num_trials is None else self.num_trials
+        return int(limit if self.searcher == "optuna" else min(self.num_points, limit))
+
+    def values_of(self, key: str) -> list[Any]:
+        """Returns values that trials give to a setting: `Domain.samples` of a searched setting, or the base value."""
+        domain = self.space.get(key)
+        return [operator.attrgetter(key)(self.config_at())] if domain is None else domain.samples()
 
     @property
     def max_epochs(self) -> int:
         """Largest number of training epochs of any trial."""
-        domain = self.space.get("train.epochs")
-        return self.config_at().train.epochs if domain is None else int(max(domain.samples()))
+        return int(max(self.values_of("train.epochs")))
+
+    @property
+    def reference_config(self) -> Config:
+        """Base configuration at the largest image size of all trials. Synthetic defects are drawn at this size."""
+        return self.config_at({"model.image_size_px": max(self.values_of("model.image_size_px"))})
+
+    def single_points(self) -> list[Point]:
+        """Returns points that differ from the base configuration in one setting, for each value of `Domain.samples`."""
+        return [{key: value} for key, domain in self.space.items() for value in domain.samples()]
 
     def config_at(self, point: Mapping[str, Any] | None = None) -> Config:
         """Returns the configuration at a point of the search space: the base configuration with the values of the point.
@@ -357,7 +365,7 @@ class SweepConfig(Section):
         Raises:
             ConfigError: The configuration is not valid.
         """
-        tree = json.loads(json.dumps(self.base))
+        tree = copy.deepcopy(self.base)
         for key, value in (point or {}).items():
             *parents, last = key.split(".")
             section = tree
@@ -387,11 +395,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     tree = read_mapping(path)
     for override in overrides:
         apply_override(tree, override)
-    base_file = tree.get("base_file")
-    if isinstance(base_file, str):
-        base_tree = read_mapping(path.parent / Path(base_file).expanduser())
+    base_file = tree.pop("base_file", None)
+    if base_file is not None:
+        base_tree = read_mapping(path.parent / Path(str(base_file)).expanduser())
         tree["base"] = _merge_trees(base_tree, tree.get("base") or {})
-        tree["base_file"] = None
     return parse_sweep(tree, source=str(path))
 
 
@@ -420,21 +427,12 @@ def parse_sweep(tree: Mapping[str, Any], source: str = "sweep") -> SweepConfig:
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     # Take the values as `Config` parses them: for instance, 1e-3 is a text in YAML 1.1.
-    space = {}
-    for key, domain in sweep.space.items():
+    space = dict(sweep.space)
+    for key, domain in space.items():
         if domain.choice is not None:
-            values = [_to_list(get_setting(sweep.config_at({key: value}), key)) for value in domain.choice]
-            domain = Domain(choice=tuple(values))
-        space[key] = domain
+            parsed = [operator.attrgetter(key)(sweep.config_at({key: value})) for value in domain.choice]
+            space[key] = Domain(choice=tuple(to_jsonable_python(parsed)))
     return sweep.model_copy(update={"base": base.model_dump(mode="json"), "base_file": None, "space": space})
-
-
-def get_setting(config: Config, key: str) -> Any:
-    """Returns the value of a configuration at a dotted key."""
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def setting_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -466,40 +464,25 @@ def _check_space(sweep: SweepConfig) -> None:
     all_keys = list(setting_keys())
     for key in sweep.space:
         if key not in all_keys:
-            if any(name.startswith(f"{key}.") for name in all_keys):
-                keys_inside = ", ".join(name for name in all_keys if name.startswith(f"{key}."))
-                raise ConfigError(f"space: {key} is a section: name a key in it: {keys_inside}")
+            keys_inside = [name for name in all_keys if name.startswith(f"{key}.")]
             same_last_part = [name for name in all_keys if name.rpartition(".")[2] == key.rpartition(".")[2]]
-            suggestion = suggest_name(same_last_part[0] if same_last_part else key, all_keys)
-            raise ConfigError(f"space: {key}: unknown key; {suggestion or '`focus-ray config explain` lists the keys'}")
-        if key.startswith(("model.tiling", "model.resize")):
-            raise ConfigError(
-                f"space: {key} cannot be searched: a sweep only scores whole, stretched images; run `focus-ray train` with each "
-                "value instead"
-            )
+            hint = f"it is a section: name a key in it: {', '.join(keys_inside)}" if keys_inside else ""
+            hint = hint or suggest_name(same_last_part[0] if same_last_part else key, all_keys)
+            raise ConfigError(f"space: {key}: unknown key; {hint or '`focus-ray config explain` lists the keys'}")
         for refused, why in _REFUSED.items():
-            if key == refused or key.startswith(f"{refused}."):
-                raise ConfigError(f"space: {key} cannot be searched: {why}; set base.{key} instead")
+            if f"{key}.".startswith(f"{refused}."):
+                raise ConfigError(f"space: {key} cannot be searched: {why}")
     base_reasons = inert_keys(sweep.config_at())
-    points = [{key: value} for key, domain in sweep.space.items() for value in domain.samples()]
     # A key is refused if it is inert at every value of all other keys.
-    reasons_by_point = [inert_keys(sweep.config_at(point)) for point in points]
+    reasons_by_point = [(point, inert_keys(sweep.config_at(point))) for point in sweep.single_points()]
     for key in sweep.space:
-        reasons_elsewhere = [
-            reasons for point, reasons in zip(points, reasons_by_point, strict=True) if key not in point
-        ]
-        if all(key in reasons for reasons in [base_reasons, *reasons_elsewhere]):
+        if key in base_reasons and all(key in point or key in reasons for point, reasons in reasons_by_point):
             raise ConfigError(
                 f"space: {key} changes no score: {base_reasons[key]}; remove the key from the space, or change this setting"
             )
     if sweep.searcher == "grid":
         for point in grid_points(sweep):
             sweep.config_at(point)
-
-
-def _to_list(value: Any) -> Any:
-    """Returns nested tuples as lists."""
-    return [_to_list(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _merge_trees(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:

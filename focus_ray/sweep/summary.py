@@ -1,6 +1,6 @@
-"""Summarizes the scores of a sweep in sentences: the best trial, ties with it, and caveats. No Ray.
+"""Summarizes the records of a sweep: tables of trials, and sentences about the best trial, ties with it, and caveats. No Ray.
 
-The terminal, report.md and report.html all take their sentences from `summarize_stage`.
+The terminal, report.md and report.html all take their tables and sentences from `summarize`.
 """
 
 from __future__ import annotations
@@ -28,66 +28,59 @@ _MAX_NAMED = 8
 
 @dataclass(frozen=True)
 class StageSummary:
-    """The sentences about one stage of a sweep.
+    """The summary of one stage of a sweep.
 
     Attributes:
-        title: Name of the stage.
-        best: Sentence about the best trial; None if no trial finished.
-        ties: Sentences about trials that are as good as the best.
+        stage: Category of the stage; None if trials cover all categories.
+        trials: Records of the stage, the best first.
+        best: The best trial; None if no trial finished.
+        level: Trials that cannot be distinguished from the best trial.
+        header: Column names of the table of trials.
+        rows: Cells of the table: one row for each of `trials`.
+        results: Sentences about the best trial and the trials that are as good.
         caveats: Sentences about the limits of the scores.
     """
 
-    title: str
-    best: str | None
-    ties: list[str]
+    stage: str | None
+    trials: list[TrialRecord]
+    best: TrialRecord | None
+    level: list[TrialRecord]
+    header: list[str]
+    rows: list[list[str]]
+    results: list[str]
     caveats: list[str]
 
 
-@dataclass(frozen=True)
-class TiedTrials:
-    """Trials that cannot be distinguished from the best trial.
-
-    Attributes:
-        equal: Trials whose printed score equals the best score.
-        near: Trials whose score is a little lower.
-        why: Reasons why the difference of the near trials means nothing.
-    """
-
-    equal: list[TrialRecord]
-    near: list[TrialRecord]
-    why: list[str]
-
-
-def summarize_stage(sweep: SweepConfig, trials: Sequence[TrialRecord], stage: str | None) -> StageSummary:
-    """Returns the sentences about one stage of a sweep.
-
-    Args:
-        sweep: Configuration of the sweep.
-        trials: Records of all stages.
-        stage: Category of the stage; None if trials cover all categories.
-    """
-    stage_records = [record for record in trials if record.stage == stage]
-    title = "all categories" if stage is None else stage
-    best = records.best_records(stage_records).get(stage)
-    if best is None:
-        return StageSummary(title, None, [], list_caveats(sweep, stage_records, None))
-    settings = ", ".join(f"{key} = {records.format_value(value)}" for key, value in best.point.items())
-    ties = find_ties(sweep, stage_records, best)
-    best_sentence = f"Best: trial {best.number}, {best.score:.{DECIMALS}f}: {settings}."
-    return StageSummary(title, best_sentence, _tie_sentences(best, ties), list_caveats(sweep, stage_records, ties))
+def summarize(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> list[StageSummary]:
+    """Returns the summary of each stage, sorted by stage."""
+    best_trials = records.best_records(trials)
+    summaries = []
+    for stage in sorted({record.stage for record in trials}, key=lambda stage: stage or ""):
+        stage_trials = sorted((record for record in trials if record.stage == stage), key=records.rank_key)
+        best = best_trials.get(stage)
+        level: list[TrialRecord] = []
+        results = []
+        if best is not None:
+            settings = ", ".join(f"{key} = {records.format_value(value)}" for key, value in best.point.items())
+            results.append(f"Best: trial {best.number}, {_format_score(best.score)}: {settings}.")
+            level, sentences = _find_ties(sweep, records.finished_records(stage_trials), best)
+            results += sentences
+        caveats = _list_caveats(sweep, stage_trials, len(level))
+        table = _make_table(sweep, stage, stage_trials)
+        summaries.append(StageSummary(stage, stage_trials, best, level, *table, results, caveats))
+    return summaries
 
 
-def format_summaries(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
-    """Returns the sentences about all stages as Markdown text, which is also readable in a terminal."""
-    lines: list[str] = []
-    for stage in list_stages(trials):
-        summary = summarize_stage(sweep, trials, stage)
-        lines += [f"**{summary.title}**", ""]
-        lines += [
-            f"- {sentence}" for sentence in [summary.best, *summary.ties, *summary.caveats] if sentence is not None
-        ]
-        lines.append("")
-    return "\n".join(lines)
+def format_markdown(sweep: SweepConfig, trials: Sequence[TrialRecord]) -> str:
+    """Returns the tables and the sentences of all stages as Markdown text, which is also readable in a terminal."""
+    tables, lists = [], []
+    for summary in summarize(sweep, trials):
+        title = records.describe_objective(sweep) + (f", {summary.stage}" if summary.stage else "")
+        lines = [summary.header, ["---"] * len(summary.header), *summary.rows]
+        tables += [f"**{title}**", "", *(f"| {' | '.join(cells)} |" for cells in lines), ""]
+        lists += [f"**{summary.stage or 'all categories'}**", ""]
+        lists += [*(f"- {sentence}" for sentence in [*summary.results, *summary.caveats]), ""]
+    return "\n".join([*tables, *lists])
 
 
 def train_commands(root: str, trials: Sequence[TrialRecord]) -> list[str]:
@@ -96,117 +89,116 @@ def train_commands(root: str, trials: Sequence[TrialRecord]) -> list[str]:
     return [f"focus-ray train {shlex.quote(file)}" for file in files]
 
 
-def list_stages(trials: Sequence[TrialRecord]) -> list[str | None]:
-    """Returns the sorted stages of the records; the only stage is None if trials cover all categories."""
-    return sorted({record.stage for record in trials}, key=lambda stage: stage or "")
+def _format_score(value: float | None) -> str:
+    """Returns a score with DECIMALS decimals; "-" for None."""
+    return "-" if value is None else f"{value:.{DECIMALS}f}"
 
 
-def find_ties(sweep: SweepConfig, stage_records: Sequence[TrialRecord], best: TrialRecord) -> TiedTrials:
-    """Returns the finished trials of a stage whose score differs from the best score by no more than noise."""
-    assert best.score is not None
-    seed_noise = _seed_noise(sweep, stage_records)
-    equal, near, why = [], [], []
-    for record in records.finished_records(stage_records):
-        if record.number == best.number or record.score is None:
+def _make_table(
+    sweep: SweepConfig, stage: str | None, trials: Sequence[TrialRecord]
+) -> tuple[list[str], list[list[str]]]:
+    """Returns the column names and the cells of the table of a stage's trials."""
+    categories = list(dict.fromkeys(name for record in trials for name in record.categories)) if stage is None else []
+    rows = []
+    for record in trials:
+        scores = record.category_scores
+        spread = max(scores.values()) - min(scores.values()) if len(scores) > 1 else None
+        shown_scores = [record.score, *(scores.get(name) for name in categories), spread]
+        values = [records.format_value(record.point.get(key)) for key in sweep.space]
+        cells = [str(record.number), *values, *map(_format_score, shown_scores)]
+        rows.append([*cells, str(record.epochs), f"{record.seconds:.1f}", record.status])
+    return ["trial", *sweep.space, "score", *categories, "spread", "epochs", "seconds", "status"], rows
+
+
+def _find_ties(
+    sweep: SweepConfig, finished: Sequence[TrialRecord], best: TrialRecord
+) -> tuple[list[TrialRecord], list[str]]:
+    """Returns the finished trials whose score differs from the best score by no more than noise, and sentences about them."""
+    seed_noise = _seed_noise(sweep, finished)
+    equal, near, reasons = [], [], []
+    for record in finished:
+        if record is best or best.score is None or record.score is None:
             continue
         if round(record.score, DECIMALS) == round(best.score, DECIMALS):
             equal.append(record)
             continue
-        margins = [
-            (NOISE, f"by less than {NOISE:g}, which is within the noise of the scores"),
-            (seed_noise, "by less than another seed would change the score"),
-            (_gap_standard_error(best, record), "by less than the standard error of the gaps over the categories"),
-        ]
-        reason = next((sentence for margin, sentence in margins if best.score - record.score < margin), None)
+        margins = {
+            f"{NOISE:g}, which is within the noise of the scores": NOISE,
+            "another seed would change the score": seed_noise,
+            "the standard error of the gaps over the categories": _gap_standard_error(best, record),
+        }
+        reason = next((reason for reason, margin in margins.items() if best.score - record.score < margin), None)
         if reason is not None:
             near.append(record)
-            why.append(reason)
-    return TiedTrials(equal, near, list(dict.fromkeys(why)))
+            reasons.append(reason)
+    sentences = []
+    if equal:
+        names = _list_numbers([best, *equal])
+        sentences.append(f"Trials with the best score, equal to {DECIMALS} decimals: {names}; the first is chosen.")
+    if near:
+        sentences.append(
+            f"Trials as good as the best: {_list_numbers(near)} (lower by less than {', or '.join(dict.fromkeys(reasons))}). "
+            f"Trial {best.number} is chosen for its higher score."
+        )
+    return [*equal, *near], sentences
 
 
-def list_caveats(sweep: SweepConfig, stage_records: Sequence[TrialRecord], ties: TiedTrials | None) -> list[str]:
+def _list_numbers(trials: Sequence[TrialRecord]) -> str:
+    """Returns the sorted numbers of trials as text; of many trials the first numbers and the number of the others."""
+    numbers = [str(number) for number in sorted(record.number for record in trials)]
+    others = f" and {len(numbers) - _MAX_NAMED} more" if len(numbers) > _MAX_NAMED else ""
+    return ", ".join(numbers[:_MAX_NAMED]) + others
+
+
+def _list_caveats(sweep: SweepConfig, trials: Sequence[TrialRecord], num_level: int) -> list[str]:
     """Returns sentences about the limits of a stage's scores.
 
     Args:
         sweep: Configuration of the sweep.
-        stage_records: Records of the stage.
-        ties: Ties with the best trial; None if no trial finished.
+        trials: Records of the stage.
+        num_level: Number of trials that are as good as the best.
     """
-    finished = records.finished_records(stage_records)
-    sentences = []
-    if records.is_labelled(sweep):
-        sentences.append(
-            "LABELLED: these scores come from labelled test images. Do not evaluate the chosen settings on these images again."
-        )
-    else:
-        sentences.append(
-            "The score comes from synthetic defects on held-out good images: it ranks settings, and is not a detection rate."
-        )
+    finished = records.finished_records(trials)
+    sentences = [
+        "LABELLED: these scores come from labelled test images. Do not evaluate the chosen settings on these images again."
+        if records.is_labelled(sweep)
+        else "The score comes from synthetic defects on held-out good images: it ranks settings, and is not a detection rate."
+    ]
     if len(finished) > 1:
         sentences.append(
             f"The best of {len(finished)} trials was also lucky: its score is optimistic, expect less on other images."
         )
-    if ties is not None and len(finished) > 1 and len(ties.equal) + len(ties.near) + 1 == len(finished):
-        sentences.append(
-            f"All {len(finished)} finished trials are equally good: the sweep prefers none of its settings."
-        )
-    sentences += _few_images_caveat(finished)
+        if num_level + 1 == len(finished):
+            sentences.append(
+                f"All {len(finished)} finished trials are equally good: the sweep prefers none of its settings."
+            )
+    counts = {  # category -> numbers of judged images
+        category: (result.get("num_good", FEW_IMAGES), result.get("num_bad", FEW_IMAGES))
+        for record in finished
+        for category, result in record.categories.items()
+    }
+    few = [
+        f"{category} on {good} good and {bad} bad"
+        for category, (good, bad) in counts.items()
+        if min(good, bad) < FEW_IMAGES
+    ]
+    if few:
+        sentences.append(f"Few images to judge on: {', '.join(few)}. A single image changes the score.")
     if _SEED not in sweep.space and finished:
         seed = sweep.config_at().train.seed
         sentences.append(f"Every trial ran with one seed ({_SEED} = {seed}): the effect of another seed is unknown.")
     if finished and len(finished) < TRIALS_PER_PARAMETER * len(sweep.space):
         sentences.append(
-            f"Parameter importance from {_count_text(len(finished), 'trial')} of {_count_text(len(sweep.space), 'parameter')} is "
-            "a hint, not a measurement."
+            "Parameter importance is a hint, not a measurement: "
+            f"{len(sweep.space)} parameter(s), only {len(finished)} finished trial(s)."
         )
-    num_failed = sum(record.status == "failed" for record in stage_records)
+    num_failed = records.count_statuses(trials)["failed"]
     if num_failed:
-        sentences.append(f"{_count_text(num_failed, 'trial')} failed and had no part in the comparison.")
+        sentences.append(f"{num_failed} trial(s) failed and had no part in the comparison.")
     return sentences
 
 
-def _tie_sentences(best: TrialRecord, ties: TiedTrials) -> list[str]:
-    """Returns one sentence about trials with an equal score and one about trials with a near score."""
-    sentences = []
-    if ties.equal:
-        names = _trial_names([best, *ties.equal])
-        sentences.append(f"{names} have the best score, equal to {DECIMALS} decimals; the first trial is chosen.")
-    if ties.near:
-        verb, too = "are" if len(ties.near) > 1 else "is", " too" if ties.equal else ""
-        sentences.append(
-            f"{_trial_names(ties.near)} {verb} as good as the best trial{too}: lower {', or '.join(ties.why)}; trial "
-            f"{best.number} is chosen for its higher score."
-        )
-    return sentences
-
-
-def _trial_names(trials: Sequence[TrialRecord]) -> str:
-    """Returns the numbers of trials as words: "Trials 3, 7 and 9"."""
-    numbers = [str(number) for number in sorted(record.number for record in trials)]
-    if len(numbers) == 1:
-        return f"Trial {numbers[0]}"
-    if len(numbers) > _MAX_NAMED:
-        return f"Trials {', '.join(numbers[:_MAX_NAMED])} and {len(numbers) - _MAX_NAMED} more"
-    return f"Trials {', '.join(numbers[:-1])} and {numbers[-1]}"
-
-
-def _count_text(count: int, noun: str) -> str:
-    """Returns a count with its noun: "1 trial", "2 trials"."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _few_images_caveat(finished: Sequence[TrialRecord]) -> list[str]:
-    """Returns a sentence about categories that were judged on few images, or no sentence. Old records have no counts."""
-    few: dict[str, str] = {}
-    for record in finished:
-        for category, result in record.categories.items():
-            good, bad = result.get("num_good"), result.get("num_bad")
-            if good is not None and bad is not None and min(good, bad) < FEW_IMAGES:
-                few[category] = f"{category} on {good} good and {bad} bad"
-    return [f"Few images to judge on: {', '.join(few.values())}. A single image changes the score."] if few else []
-
-
-def _seed_noise(sweep: SweepConfig, stage_records: Sequence[TrialRecord]) -> float:
+def _seed_noise(sweep: SweepConfig, finished: Sequence[TrialRecord]) -> float:
     """Returns the standard deviation of the score difference of two trials that differ only in their seed.
 
     The estimate comes from groups of trials that differ only in `train.seed`. Returns 0 if there are no such groups.
@@ -214,21 +206,16 @@ def _seed_noise(sweep: SweepConfig, stage_records: Sequence[TrialRecord]) -> flo
     if _SEED not in sweep.space:
         return 0.0
     groups: dict[str, list[float]] = defaultdict(list)
-    for record in records.finished_records(stage_records):
+    for record in finished:
         other_settings = {key: value for key, value in record.point.items() if key != _SEED}
         groups[json.dumps(other_settings, sort_keys=True)].append(record.score or 0.0)
-    repeated = [scores for scores in groups.values() if len(scores) > 1]
-    if not repeated:
-        return 0.0
-    squares = sum(float(np.square(np.subtract(scores, np.mean(scores))).sum()) for scores in repeated)
-    return math.sqrt(2 * squares / sum(len(scores) - 1 for scores in repeated))
+    squares = sum(float(np.square(np.subtract(scores, np.mean(scores))).sum()) for scores in groups.values())
+    degrees_of_freedom = sum(len(scores) - 1 for scores in groups.values())
+    return math.sqrt(2 * squares / degrees_of_freedom) if degrees_of_freedom else 0.0
 
 
 def _gap_standard_error(best: TrialRecord, other: TrialRecord) -> float:
     """Returns the standard error of the mean score gap between two trials over their common categories; 0 for fewer than two."""
-    gaps = [
-        result["score"] - other.categories[name]["score"]
-        for name, result in best.categories.items()
-        if result.get("score") is not None and other.categories.get(name, {}).get("score") is not None
-    ]
+    scores = other.category_scores
+    gaps = [score - scores[name] for name, score in best.category_scores.items() if name in scores]
     return float(np.std(gaps, ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0

@@ -6,9 +6,9 @@ same. A trial runs alone or on every worker of an initialized torch.distributed 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from focus_ray.errors import DataError
 from focus_ray.features.alignment.congealing import AlignmentReport
 from focus_ray.features.backbones.base import build_meta_backbone
 from focus_ray.features.network import FocusNet
+from focus_ray.features.settings import ModelConfig
 from focus_ray.fitting.fit import CategoryFit, build_detector
 from focus_ray.fitting.passes import EmbeddedBatch, collect_scores, compute_embedding_statistics
 from focus_ray.fitting.selection import validation_figures
@@ -93,7 +94,6 @@ def judge_category(
     wrap: Callable[[torch.nn.Module], Any] | None = None,
     on_score: Callable[[int, float, bool], str | None] = lambda epoch, score, final: None,
     shard: Shard | None = None,
-    log: Callable[[str], None] = lambda message: None,
 ) -> CategoryResult:
     """Fits one category and judges it after every epoch.
 
@@ -111,7 +111,6 @@ def judge_category(
         wrap: Wraps the network for distributed training.
         on_score: Called on rank 0 with (trained epochs, score, is_final). It returns a reason to prune the trial, or None.
         shard: This worker's share of the images for streamed training; None takes the share from `images`.
-        log: Takes messages.
 
     Raises:
         DataError: There are too few images, or the objective cannot be measured.
@@ -136,14 +135,8 @@ def judge_category(
             result.alignment = features.alignment
             report_score(0, _judge_features(config, images, features, objective, device), True)
         else:
-            run = CategoryFit(
-                config,
-                shard or make_worker_shard(config, images, rank),
-                num_images or len(images.fit),
-                device,
-                rank=rank,
-                log=log,
-            )
+            own_images = shard or make_worker_shard(config, images, rank)
+            run = CategoryFit(config, own_images, num_images or len(images.fit), device, rank=rank)
             _train_and_judge(run, images.judged, objective, wrap, result, report_score)
     except TrialPruned as pruned:
         result.cut = str(pruned)
@@ -204,7 +197,7 @@ def _judge_features(
     config: Config, images: CategoryImages, features: FrozenFeatures, objective: Objective, device: torch.device
 ) -> dict[str, float | None]:
     """Reduces the shared features, fits the density, and returns the metrics of the judged images."""
-    net = _untrained_net(config, features, device)
+    net = _untrained_net(config.model, features, device)
     statistics, reduction, embeddings = _fit_reduced(config, features, device)
     detector = build_detector(config, net, reduction, statistics)
     theta = None if features.theta is None else torch.from_numpy(np.array(features.theta)).to(device)
@@ -219,49 +212,25 @@ def _judge_features(
     return _compute_metrics(images.judged, *collect_scores(score_batches(), images.judged.masks.shape[1:]), objective)
 
 
-class _RecentResults:
-    """A cache of recent results in this process: consecutive trials often have the same inputs for a step."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.results = size, OrderedDict[str, Any]()
-
-    def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Returns the result of a key; computes it if it is not in the cache."""
-        if key not in self.results:
-            self.results[key] = compute()
-        self.results.move_to_end(key)
-        while len(self.results) > self.size:
-            self.results.popitem(last=False)
-        return self.results[key]
-
-    def clear(self) -> None:
-        """Removes all results."""
-        self.results.clear()
-
-
-_nets = _RecentResults(4)
-_reductions = _RecentResults(2)
+_reductions: dict[str, tuple[Statistics, ChannelReduction, list[Tensor]]] = {}  # of recent trials
+_MAX_REDUCTIONS = 2  # consecutive trials often differ only in settings that are used later
 
 
 def clear_caches() -> None:
     """Removes the results of earlier trials from the caches of this process."""
-    _nets.clear()
+    _untrained_net.cache_clear()
     _reductions.clear()
 
 
-def _untrained_net(config: Config, features: FrozenFeatures, device: torch.device) -> FocusNet:
+@functools.lru_cache(4)
+def _untrained_net(config: ModelConfig, features: FrozenFeatures, device: torch.device) -> FocusNet:
     """Returns a network that has the image size and the fitted alignment. Its backbone has no weights and is never run."""
-
-    def make() -> FocusNet:
-        """Builds the network and loads the fitted image aligner."""
-        net = FocusNet(config.model, build_meta_backbone(config.model.backbone).to_empty(device="cpu"), head=False)
-        if features.aligner is not None:
-            assert net.image_aligner is not None
-            state = {name: torch.from_numpy(np.array(value)) for name, value in features.aligner.items()}
-            net.image_aligner.load_state_dict(state)
-        return net.to(device)
-
-    return _nets.get(f"{features.uid} {device}", make)  # type: ignore[no-any-return]
+    net = FocusNet(config, build_meta_backbone(config.backbone).to_empty(device="cpu"), head=False)
+    if features.aligner is not None:
+        assert net.image_aligner is not None
+        state = {name: torch.from_numpy(np.array(value)) for name, value in features.aligner.items()}
+        net.image_aligner.load_state_dict(state)
+    return net.to(device)
 
 
 def _fit_reduced(
@@ -273,32 +242,30 @@ def _fit_reduced(
         Statistics of the training images, the reduction, and the reduced embeddings of the judged images per batch.
     """
     density = config.density
-
-    def make() -> tuple[Statistics, ChannelReduction, list[Tensor]]:
-        """Fits the reduction, collects the statistics and reduces the judged images."""
-        reduction = ChannelReduction(BACKBONES[config.model.backbone].channels, density, config.train.seed).to(device)
-
-        def embeddings(levels: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Tensor]:
-            """Yields the reduced embeddings of each batch."""
-            for start in range(0, len(levels[0]), batch_size):
-                # Copy: arrays in Ray's object store are read-only.
-                batch = [np.array(level[start : start + batch_size]) for level in levels]
-                parts = tuple(torch.from_numpy(level).to(device).permute(0, 3, 1, 2) for level in batch)
-                yield reduction(parts)
-
-        kept_positions = choose_bank_images(density, len(features.fit[0]))
-        size = config.model.image_size_px // config.model.place_px(density.map_layer)
-        batch_size = config.train.batch_size_per_worker
-        thetas = (
-            None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
-        )
-        batches = map(EmbeddedBatch, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
-        statistics = compute_embedding_statistics(batches, reduction, (size, size), device, kept_positions)
-        return statistics, reduction, list(embeddings(features.judged, JUDGING_BATCH_SIZE))
-
     keys = ("layers", "map_stride_px", "smooth_layers", "reduction", "num_channels", "max_images", "kind")
     cache_settings = {key: getattr(density, key) for key in (*keys, "keeps_coreset", "coreset_channels")}
-    return _reductions.get(f"{features.uid} {cache_settings} {device}", make)  # type: ignore[no-any-return]
+    cache_key = f"{features.uid} {cache_settings} {device}"
+    if cache_key in _reductions:
+        return _reductions[cache_key]
+    reduction = ChannelReduction(BACKBONES[config.model.backbone].channels, density, config.train.seed).to(device)
+
+    def embeddings(levels: Sequence[NDArray[np.float32]], batch_size: int) -> Iterator[Tensor]:
+        """Yields the reduced embeddings of each batch."""
+        for start in range(0, len(levels[0]), batch_size):
+            # Copy: arrays in Ray's object store are read-only.
+            batch = [np.array(level[start : start + batch_size]) for level in levels]
+            yield reduction(tuple(torch.from_numpy(level).to(device).permute(0, 3, 1, 2) for level in batch))
+
+    kept_positions = choose_bank_images(density, len(features.fit[0]))
+    size = config.model.image_size_px // config.model.place_px(density.map_layer)
+    batch_size = config.train.batch_size_per_worker
+    thetas = None if features.fit_theta is None else torch.from_numpy(np.array(features.fit_theta)).split(batch_size)
+    batches = map(EmbeddedBatch, embeddings(features.fit, batch_size), thetas or itertools.repeat(None))
+    statistics = compute_embedding_statistics(batches, reduction, (size, size), device, kept_positions)
+    while len(_reductions) >= _MAX_REDUCTIONS:
+        del _reductions[next(iter(_reductions))]
+    _reductions[cache_key] = statistics, reduction, list(embeddings(features.judged, JUDGING_BATCH_SIZE))
+    return _reductions[cache_key]
 
 
 def _compute_metrics(

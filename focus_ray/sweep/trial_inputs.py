@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from focus_ray.fitting.shards import MemoryShard
 from focus_ray.fitting.split import Split, SplitPlan, split_category
 from focus_ray.seeds import derive_seed
 from focus_ray.settings.kinds import BACKBONES
-from focus_ray.settings.sections import LAYERS
 from focus_ray.sweep.settings import Objective
 
 JUDGING_BATCH_SIZE = 32
@@ -62,8 +60,8 @@ class CategoryImages:
         fit: (N, S, S, 3) uint8, the images for training.
         validation: (N, S, S, 3) uint8, the good images that are held out for the choice of an epoch.
         judged: Images on which trials are judged.
-        fit_groups: (N,) group number of each fit image, as in `data.split.SplitPlan`; None: each image is its own group.
-        fit_order: (N,) natural order of the fit images, as in `SplitPlan`.
+        fit_groups: (N,) group number of each fit image, as in `fitting.split.SplitRows`; None: each image is its own group.
+        fit_order: (N,) natural order of the fit images, as in `SplitRows`.
     """
 
     fit: NDArray[np.uint8]
@@ -84,15 +82,15 @@ class FrozenFeatures:
         theta: (N, 2, 3) float32, alignment of each judged image; None without image alignment.
         aligner: State of the fitted image aligner, by parameter name; None without image alignment.
         alignment: Report of the aligner's fit; None if there is none.
-        uid: Unique id, a key for caches of results that depend on these features.
+        uid: Unique id. Features with the same id are equal, also after a copy to another process.
     """
 
-    fit: tuple[NDArray[np.float32], ...]
-    judged: tuple[NDArray[np.float32], ...]
-    fit_theta: NDArray[np.float32] | None
-    theta: NDArray[np.float32] | None
-    aligner: dict[str, NDArray[Any]] | None
-    alignment: AlignmentReport | None
+    fit: tuple[NDArray[np.float32], ...] = field(compare=False)
+    judged: tuple[NDArray[np.float32], ...] = field(compare=False)
+    fit_theta: NDArray[np.float32] | None = field(compare=False)
+    theta: NDArray[np.float32] | None = field(compare=False)
+    aligner: dict[str, NDArray[Any]] | None = field(compare=False)
+    alignment: AlignmentReport | None = field(compare=False)
     uid: str
 
 
@@ -124,30 +122,19 @@ def load_images(config: Config, category: str, plan: SplitPlan, objective: Objec
 
     def decode(rows: Sequence[int] | NDArray[np.int64], decode_size_px: int) -> NDArray[np.uint8]:
         """Returns (N, S, S, 3) uint8: the decoded images of some rows at a size."""
-        return np.concatenate(
-            [
-                np.empty((0, decode_size_px, decode_size_px, 3), np.uint8),
-                *decode_rows(config.data.uri, category, rows, decode_size_px, version=plan.version),
-            ]
-        )
+        batches = decode_rows(config.data.uri, category, rows, decode_size_px, version=plan.version)
+        return np.concatenate([np.empty((0, decode_size_px, decode_size_px, 3), np.uint8), *batches])
 
-    reference_px = config.model.image_size_px
     if objective == "validation":
-        normals = decode(plan.validation_rows, reference_px)
+        normals = decode(plan.validation_rows, config.model.image_size_px)
         images, masks = validation_images(normals, seed=derive_seed(config.train.seed, "synthetic defects", 0))
-        judged = JudgingImages(
-            images, masks, np.asarray(masks.any(axis=(1, 2)), dtype=np.int64), np.ones(len(images), dtype=bool)
-        )
-        judged = _scale_judging_images(judged, size_px)
+        labels = np.asarray(masks.any(axis=(1, 2)), dtype=np.int64)
+        images, masks = _scale_images(images, masks, size_px)
+        judged = JudgingImages(images, masks, labels, np.ones(len(images), dtype=bool))
     else:
         judged = _test_images(config.data.uri, category, size_px)
-    return CategoryImages(
-        decode(plan.fit_rows, size_px),
-        decode(plan.validation_rows, size_px),
-        judged,
-        plan.fit_groups,
-        plan.fit_order,
-    )
+    fit, validation = decode(plan.fit_rows, size_px), decode(plan.validation_rows, size_px)
+    return CategoryImages(fit, validation, judged, plan.fit.groups, plan.fit.order)
 
 
 def image_bytes(config: Config, split: Split, objective: Objective, size_px: int) -> int:
@@ -186,13 +173,8 @@ def features_key(config: Config, category: str) -> str | None:
         return None  # it also needs the features of synthetic defects
     if config.train.epochs or (config.selection.enabled and config.model.image_alignment.group != "none"):
         return None  # the network is trained, or the density of the trial decides on the alignment
-    parts = {
-        "category": category,
-        "model": config.model.model_dump(mode="json"),
-        "seed": config.train.seed,
-        "batch_size": config.train.batch_size_per_worker,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+    parts = [category, config.model.model_dump_json(), config.train.seed, config.train.batch_size_per_worker]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
 
 
 def check_trial_settings(config: Config) -> None:
@@ -222,44 +204,38 @@ def embed_images(config: Config, images: CategoryImages, device: torch.device) -
     run.fit_image_aligner()
     run.net.eval()
 
-    def levels_of(batches: Iterator[Tensor]) -> tuple[list[list[NDArray[np.float32]]], list[NDArray[np.float32]]]:
-        """Returns the feature maps of each layer and the alignments, one array per batch."""
-        parts: list[list[NDArray[np.float32]]] = [[] for _ in LAYERS]
-        thetas = []
-        for images in (part for batch in batches for part in split_for_inference(to_images(batch, device))):
-            levels, theta = warp_to_common_frame(run.net(images))
-            for part, level in zip(parts, levels, strict=True):  # stored channels last, the layout in memory
-                part.append(level.permute(0, 2, 3, 1).float().cpu().contiguous().numpy())
+    def embed(batches: Iterable[Tensor]) -> tuple[tuple[NDArray[np.float32], ...], NDArray[np.float32] | None]:
+        """Returns the feature maps of each layer and the alignments of all images."""
+        maps, thetas = [], []
+        for part in (part for batch in batches for part in split_for_inference(to_images(batch, device))):
+            levels, theta = warp_to_common_frame(run.net(part))
+            # Stored channels last, the layout in memory.
+            maps.append([level.permute(0, 2, 3, 1).float().cpu().contiguous().numpy() for level in levels])
             if theta is not None:
                 thetas.append(theta.float().cpu().numpy())
-        return parts, thetas
+        return tuple(map(np.concatenate, zip(*maps, strict=True))), np.concatenate(thetas) if thetas else None
 
-    fitted, fit_thetas = levels_of(iter(torch.from_numpy(images.fit).split(config.train.batch_size_per_worker)))
-    judged, thetas = levels_of(iter(torch.from_numpy(images.judged.images).split(JUDGING_BATCH_SIZE)))
+    fit, fit_theta = embed(torch.from_numpy(images.fit).split(config.train.batch_size_per_worker))
+    judged, theta = embed(torch.from_numpy(images.judged.images).split(JUDGING_BATCH_SIZE))
     aligner = run.net.image_aligner
-    return FrozenFeatures(
-        tuple(np.concatenate(part) for part in fitted),
-        tuple(np.concatenate(part) for part in judged),
-        np.concatenate(fit_thetas) if fit_thetas else None,
-        np.concatenate(thetas) if thetas else None,
-        None if aligner is None else {name: value.cpu().numpy() for name, value in aligner.state_dict().items()},
-        run.notes.alignment,
-        uuid.uuid4().hex,
-    )
+    state = None if aligner is None else {name: value.cpu().numpy() for name, value in aligner.state_dict().items()}
+    return FrozenFeatures(fit, judged, fit_theta, theta, state, run.notes.alignment, uuid.uuid4().hex)
 
 
-def _scale_judging_images(judged: JudgingImages, size_px: int) -> JudgingImages:
-    """Returns the judging images scaled down to another size, so that all sizes are judged on the same defects.
+def _scale_images(
+    images: NDArray[np.uint8], masks: NDArray[np.bool_], size_px: int
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Returns images and masks scaled down to another size, so that all sizes are judged on the same defects.
 
     A pixel of the smaller mask is defective if any of its original pixels is defective.
     """
-    if judged.images.shape[1] == size_px:
-        return judged
-    images = torch.from_numpy(judged.images).permute(0, 3, 1, 2).float()
-    scaled = F.interpolate(images, size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)
-    masks = F.adaptive_max_pool2d(torch.from_numpy(judged.masks).float()[:, None], size_px)[:, 0] > 0
+    if images.shape[1] == size_px:
+        return images, masks
+    planes = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    scaled = F.interpolate(planes, size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False)
     small = scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return JudgingImages(small.numpy(), masks.numpy(), judged.labels, judged.has_mask)
+    small_masks = F.adaptive_max_pool2d(torch.from_numpy(masks).float()[:, None], size_px)[:, 0] > 0
+    return small.numpy(), small_masks.numpy()
 
 
 def _test_images(uri: str, category: str, size_px: int) -> JudgingImages:
@@ -268,16 +244,16 @@ def _test_images(uri: str, category: str, size_px: int) -> JudgingImages:
     Raises:
         DataError: The category has no test images.
     """
-    images, masks, labels, has_mask = [], [], [], []
-    for record in iter_test_records(uri, category):
-        images.append(decode_batch([record["image"]], size_px)[0])
-        labels.append(int(record["label"]))
-        has_mask.append(record["mask"] is not None or not record["label"])
-        empty = np.zeros((size_px, size_px), dtype=bool)
-        masks.append(empty if record["mask"] is None else decode_mask(record["mask"], size_px, size_px))
-    if not images:
+    records = list(iter_test_records(uri, category))
+    if not records:
         raise DataError(f"category {category!r} of {uri} has no test images: set objective=validation")
-    return JudgingImages(np.stack(images), np.stack(masks), np.array(labels), np.array(has_mask))
+    empty = np.zeros((size_px, size_px), dtype=bool)
+    return JudgingImages(
+        decode_batch([record["image"] for record in records], size_px),
+        np.stack([decode_mask(r["mask"], size_px, size_px) if r["mask"] is not None else empty for r in records]),
+        np.array([int(record["label"]) for record in records]),
+        np.array([record["mask"] is not None or not record["label"] for record in records]),
+    )
 
 
 def make_worker_shard(config: Config, images: CategoryImages, rank: int = 0) -> MemoryShard:
@@ -290,23 +266,17 @@ def make_worker_shard(config: Config, images: CategoryImages, rank: int = 0) -> 
     """
     world = world_size()
 
-    def bounds(count: int) -> slice:
-        """Returns the part of `count` images that belongs to this worker."""
-        return slice(count * rank // world, count * (rank + 1) // world)
-
-    def share(array: NDArray[np.uint8]) -> Tensor:
-        """Returns this worker's part of an array as a tensor."""
-        with warnings.catch_warnings():  # arrays in Ray's object store are read-only; batches are never written
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return torch.from_numpy(array[bounds(len(array))])
+    def share(array: NDArray[Any]) -> NDArray[Any]:
+        """Returns this worker's part of an array."""
+        return array[len(array) * rank // world : len(array) * (rank + 1) // world]
 
     row_numbers = np.arange(len(images.fit))
-    groups = row_numbers if images.fit_groups is None else images.fit_groups
-    order = row_numbers if images.fit_order is None else images.fit_order
-    return MemoryShard(
-        share(images.fit),
-        batch_size=config.train.batch_size_per_worker,
-        validation=share(images.validation),
-        groups=groups[bounds(len(row_numbers))],
-        order=order[bounds(len(row_numbers))],
-    )
+    with warnings.catch_warnings():  # arrays in Ray's object store are read-only; batches are never written
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return MemoryShard(
+            torch.from_numpy(share(images.fit)),
+            batch_size=config.train.batch_size_per_worker,
+            validation=torch.from_numpy(share(images.validation)),
+            groups=share(row_numbers if images.fit_groups is None else images.fit_groups),
+            order=share(row_numbers if images.fit_order is None else images.fit_order),
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.names import Log
+from focus_ray.retries import retry_pause_s
 from focus_ray.sweep import records
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.settings import Point
@@ -29,7 +30,7 @@ def placement_groups() -> set[str]:
 
     context = ray.get_runtime_context()
     address = context.gcs_address  # without the address, the state API can read another cluster on this machine
-    for pause_s in (1.0, 3.0, 0.0):
+    for attempt in range(6):
         with contextlib.suppress(RayStateApiException, ConnectionError, RuntimeError):
             groups = list_placement_groups(
                 address=address,
@@ -38,7 +39,7 @@ def placement_groups() -> set[str]:
                 raise_on_missing_output=False,
             )
             return {group.placement_group_id for group in groups if group.state != "REMOVED"}
-        time.sleep(pause_s)
+        time.sleep(retry_pause_s(attempt))
     return set()
 
 
@@ -103,8 +104,8 @@ def make_searcher(proposer: Proposer, num_missing: int, log: Log) -> Any:
             number, point = self.running.pop(trial_id)
             outcome = json.loads((result or {}).get("outcome", "{}"))
             record = outcome.get("record")
-            if error or record is None or record["status"] not in records.DONE_STATUSES:
-                self.proposer.tell_failure(number)
+            if error or record is None or record["status"] not in ("finished", "cut"):
+                self.proposer.tell(number, point, None, failed=True)
                 if record is not None:
                     self.log(f"trial {number}: FAILED: {record['reason']}")
                 return

@@ -11,20 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from focus_ray.cluster.failures import reason_of
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.shards import Shard, StreamShard, build_shard, fits_memory
 from focus_ray.fitting.split import NO_ROWS, Split, SplitPlan
-from focus_ray.storage.files import join, remove_folder
+from focus_ray.storage.files import join
 from focus_ray.sweep import records
 from focus_ray.sweep.records import TrialRecord
 from focus_ray.sweep.settings import Objective, SweepConfig
 from focus_ray.sweep.trial import CategoryResult, clear_caches, judge_category
 from focus_ray.sweep.trial_inputs import CategoryImages, FrozenFeatures, embed_images, features_key, load_images
+from focus_ray.training.category import data_parallel
 from focus_ray.training.streams import worker_stream
-from focus_ray.training.training import TrainerJob, data_parallel, make_trainer
+from focus_ray.training.trainer import TrainerJob, run_trainer
 
 STOPPED = "the sweep was stopped"
 SHARED_TIMEOUT_S = (
@@ -66,14 +68,10 @@ class TrialJob(TrainerJob):
     Attributes:
         number: Number of the trial.
         stage: The stage of the trial.
-        images: Reference to the shared `CategoryImages`; None if they are not shared.
-        features: Reference to the shared `FrozenFeatures`; None if they are not shared.
     """
 
     number: int
     stage: StageJob
-    images: Any
-    features: Any
 
 
 def load_task(config: Config, split: Split, objective: Objective, size_px: int) -> tuple[CategoryImages, None]:
@@ -107,9 +105,7 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
         if not job.sweep.share_work:
             clear_caches()
         for category, split in job.splits.items():
-            images = job.images.get((category, settings.model.image_size_px))
-            features = job.features.get(features_key(settings, category) or "")
-            results[category] = _judge_category(TrialJob(settings, split, job.use_gpu, number, job, images, features))
+            results[category] = _judge_category(TrialJob(settings, split, job.use_gpu, number, job))
             if results[category].cut is not None:
                 break
     except Exception as error:  # only this trial fails; it is recorded, and the other trials go on
@@ -125,7 +121,7 @@ def run_trial(config: Mapping[str, Any], job: StageJob) -> None:
         job.stage,
         point,
         "failed" if failure is not None else "cut" if prune_reason is not None else "finished",
-        records.mean_score(scores) if failure is None and prune_reason is None else None,
+        float(np.mean(scores)) if failure is None and prune_reason is None else None,
         {category: dataclasses.asdict(result) for category, result in results.items()},
         failure if failure is not None else prune_reason,
         sum(result.epochs for result in results.values()),
@@ -144,23 +140,17 @@ def _judge_category(job: TrialJob) -> CategoryResult:
     streams = job.config.train.epochs > 0 and not fits_memory(job.config, job.split)
     if job.config.cluster.num_workers == 1 and not streams:
         return _judge_on_worker(job, torch.device("cuda" if job.use_gpu else "cpu"))
-    scratch = join(job.stage.root, "scratch")
     name = f"{job.number:05d}-{job.category}-{uuid.uuid4().hex[:6]}"
-    try:
-        result = make_trainer(_judge_on_train_worker, job, scratch, name).fit()
-    finally:
-        remove_folder(join(scratch, name))
-    return result.return_value  # type: ignore[no-any-return]  # Ray 2.60 only keeps reported metrics that come with a checkpoint
+    result: CategoryResult = run_trainer(_judge_on_train_worker, job, join(job.stage.root, "scratch"), name)
+    return result
 
 
-def _judge_on_train_worker(job: TrialJob) -> CategoryResult:
+def _judge_on_train_worker(job: TrialJob, device: torch.device) -> CategoryResult:
     """Judges one category as a Ray Train worker. Every worker of the trial runs this function."""
     import ray.train
-    import ray.train.torch
 
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
     return _judge_on_worker(job, device, rank, num_workers, data_parallel(num_workers, device))
 
 
@@ -184,14 +174,16 @@ def _judge_on_worker(
 
     settings, stage = job.config, job.stage
     objective = stage.sweep.objective
-    images: CategoryImages | None = _fetch_shared_input(job.images)
-    features: FrozenFeatures | None = (
-        _fetch_shared_input(job.features) if num_workers == 1 and images is not None else None
-    )
+    size_px = settings.model.image_size_px
+    features: FrozenFeatures | None = None
     shard: Shard | None = None
+    images: CategoryImages | None = _fetch_shared_input(stage.images.get((job.category, size_px)))
+    if images is not None and num_workers == 1:
+        features = _fetch_shared_input(stage.features.get(features_key(settings, job.category) or ""))
+    shared = "features" if features is not None else "images" if images is not None else "nothing"
     if images is None:
         shard, plan = worker_share(settings, job.category, job.split.plan(settings), rank, num_workers)
-        images = load_images(stage.reference_config, job.category, plan, objective, settings.model.image_size_px)
+        images = load_images(stage.reference_config, job.category, plan, objective, size_px)
 
     def on_score(epoch: int, score: float, final: bool) -> str | None:
         """Asks the judge whether the trial goes on."""
@@ -211,27 +203,22 @@ def _judge_on_worker(
         on_score=on_score,
         shard=shard,
     )
-    result.shared = "features" if features is not None else "images" if job.images is not None else "nothing"
+    result.shared = shared
     return result
 
 
 def worker_share(
     settings: Config, category: str, plan: SplitPlan, rank: int, num_workers: int
-) -> tuple[Shard | None, SplitPlan]:
+) -> tuple[Shard, SplitPlan]:
     """Returns a worker's training images and the plan of the images that every worker reads.
 
     Only for trials without shared images.
-
-    Returns:
-        shard: The worker's own images. None for a single worker without streaming, which reads all images by the plan.
-        plan: Rows that every worker reads.
     """
-    common_plan = plan.take_fit(NO_ROWS)
     if settings.train.epochs and not fits_memory(settings, plan):
-        return StreamShard(settings, category, plan.share(rank, num_workers), worker_stream), common_plan
-    if num_workers == 1:
-        return None, plan
-    return build_shard(settings, category, plan.without_holdout(), rank, num_workers), common_plan
+        shard: Shard = StreamShard(settings, category, plan.share(rank, num_workers), worker_stream)
+    else:
+        shard = build_shard(settings, category, plan.without_holdout(), rank, num_workers)
+    return shard, plan.take_fit(NO_ROWS)
 
 
 def _fetch_shared_input(reference: Any) -> Any:
@@ -259,7 +246,7 @@ def score_steps(record: TrialRecord, categories: Sequence[str], max_epochs: int)
     for index, category in enumerate(categories):
         curve = record.curves().get(category, [])
         for epoch, score in curve:
-            steps.append((index * max(1, max_epochs) + max(1, epoch), records.mean_score([*final_scores, score])))
+            steps.append((index * max(1, max_epochs) + max(1, epoch), float(np.mean([*final_scores, score]))))
         if curve:
             final_scores.append(curve[-1][1])
     return list(dict(steps).items())

@@ -1,7 +1,7 @@
 """The interface of an experiment tracker. A tracker keeps runs; each run has parameters, tags, metrics, curves and pictures.
 
-A new tracker is a file with a `TrackerKind` and a line in `focus_ray.settings.kinds.TRACKERS`. The file imports the package of
-the tracker inside functions.
+A new tracker is a file with a subclass of `Tracker` and a line in `focus_ray.settings.kinds.TRACKERS`. The file imports the
+package of the tracker inside functions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from focus_ray.errors import ConfigError, DataError
-from focus_ray.storage.files import check_access, is_s3, join
+from focus_ray.storage.files import check_access, join
 from focus_ray.tracking.settings import TrackerConfig
 
 ParameterValue = str | int | float | bool
@@ -61,7 +61,7 @@ class TrackerRun(Protocol):
         """Adds tags. Replaces existing tags of the same name."""
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics to curves at a step, usually an epoch. A step may be logged again, with the same values."""
+        """Adds metrics to curves at a step, usually an epoch. An earlier process may have logged the same values."""
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Sets metrics that have one value per run."""
@@ -74,19 +74,10 @@ class TrackerRun(Protocol):
 
 
 class Tracker(Protocol):
-    """An opened tracker."""
+    """A kind of tracker; an instance is an opened tracker. `focus_ray.settings.kinds.TRACKERS` lists all kinds."""
 
-    def has_run(self, run: RunDescription) -> bool:
-        """Returns True if the tracker already has this run. Some trackers see only the runs of this machine."""
-
-    def begin_run(self, run: RunDescription) -> TrackerRun:
-        """Returns the existing run with this key, or creates a new run with its parameters and tags inside its group's run."""
-
-
-class TrackerKind(Protocol):
-    """A kind of tracker. `focus_ray.settings.kinds.TRACKERS` lists all kinds."""
-
-    def check(self, settings: TrackerConfig, storage: str) -> str:
+    @classmethod
+    def check(cls, settings: TrackerConfig, storage: str) -> str:
         """Checks that the tracker can be used, without heavy imports.
 
         Args:
@@ -101,8 +92,14 @@ class TrackerKind(Protocol):
             ConfigError: The folder cannot be written, the server cannot be reached, or a key is missing.
         """
 
-    def open(self, settings: TrackerConfig, storage: str) -> Tracker:
+    def __init__(self, settings: TrackerConfig, storage: str) -> None:
         """Opens the tracker. `check` was called with the same arguments before."""
+
+    def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the tracker already has this run. Some trackers see only the runs of this machine."""
+
+    def begin_run(self, run: RunDescription) -> TrackerRun:
+        """Returns the existing run with this key, or creates a new run with its parameters and tags inside its group's run."""
 
 
 def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
@@ -112,16 +109,13 @@ def local_folder(kind: str, settings: TrackerConfig, storage: str) -> str:
         ConfigError: The folder is not on this machine, or cannot be written.
     """
     folder = settings.uri or join(storage, "trackers", kind)
-    if is_s3(folder) or "://" in folder:
-        reason = "" if settings.uri else ", because storage is not on this machine either"
-        raise ConfigError(
-            f"trackers.{kind}: {folder} is not a folder on this machine: set trackers.{kind}.uri to a folder{reason}"
-        )
     try:
+        if "://" in folder:
+            raise DataError("it is not on this machine")
         check_access(folder)
     except (DataError, OSError) as error:
         raise ConfigError(
-            f"trackers.{kind}: {folder} cannot be written ({error}): set trackers.{kind}.uri to another folder, or "
+            f"trackers.{kind}: cannot write to the folder {folder} ({error}): set trackers.{kind}.uri to another folder, or "
             f"remove trackers.{kind}"
         ) from error
     return folder

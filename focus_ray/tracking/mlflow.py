@@ -13,12 +13,11 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from focus_ray.errors import ConfigError, require_extra
-from focus_ray.tracking.base import ParameterValue, Picture, RunDescription, local_folder, without_secrets
+from focus_ray.tracking.base import ParameterValue, Picture, RunDescription, Tracker, local_folder, without_secrets
 from focus_ray.tracking.settings import TrackerConfig
 
 _KEY = "focus_ray.key"
@@ -35,56 +34,40 @@ _ENVIRONMENT = {  # environment variables of MLflow, set unless the user has set
 class _MLflowRun:
     """A begun run in MLflow."""
 
-    def __init__(self, client: Any, run_id: str, is_new: bool, was_finished: bool) -> None:
-        self.client, self.run_id, self.is_new, self.was_finished = client, run_id, is_new, was_finished
-        self._logged_steps: dict[str, set[int]] = {}
+    def __init__(self, client: Any, run_id: str) -> None:
+        self.client, self.run_id = client, run_id
+        self._existing_steps: dict[str, set[int]] = {}  # of curves that an earlier process may have begun
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Adds tags, or replaces existing tags."""
-
         from mlflow.entities import RunTag
 
-        items = iter(tags.items())
-        while items_batch := list(islice(items, _MAX_ITEMS)):
-            self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in items_batch])
+        self._send("tags", [RunTag(key, value) for key, value in tags.items()])
 
     def log_parameters(self, parameters: Mapping[str, ParameterValue]) -> None:
         """Adds parameters to the run. MLflow refuses to change an existing parameter."""
-
         from mlflow.entities import Param
 
-        items = iter(parameters.items())
-        while items_batch := list(islice(items, _MAX_ITEMS)):
-            self.client.log_batch(self.run_id, params=[Param(key, str(value)) for key, value in items_batch])
+        self._send("params", [Param(key, str(value)) for key, value in parameters.items()])
 
     def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds metrics to curves at a step. Skips curves that already have a value at this step."""
-        self._send_metrics(
-            step, {name: value for name, value in metrics.items() if step not in self._existing_steps(name)}
-        )
-        for name in metrics:
-            self._logged_steps[name].add(step)
+        """Adds metrics to curves at a step. Skips curves that already had a value at this step: MLflow would store both."""
+        for name in metrics.keys() - self._existing_steps.keys():
+            self._existing_steps[name] = {point.step for point in self.client.get_metric_history(self.run_id, name)}
+        new = {name: value for name, value in metrics.items() if step not in self._existing_steps[name]}
+        self.log_metrics(new, step)
 
-    def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Sets metrics that have one value per run."""
-        self._send_metrics(0, metrics)
-
-    def _send_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Sends metrics at a step to MLflow, in requests of at most _MAX_ITEMS metrics."""
-
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Sets metrics that have one value per run, or the values of curves at a step."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        items = iter(metrics.items())
-        while items_batch := list(islice(items, _MAX_ITEMS)):
-            self.client.log_batch(self.run_id, metrics=[Metric(key, value, now_ms, step) for key, value in items_batch])
+        self._send("metrics", [Metric(key, value, now_ms, step) for key, value in metrics.items()])
 
-    def _existing_steps(self, name: str) -> set[int]:
-        """Returns the steps of a curve that already have a value: MLflow would store a second value too."""
-        if name not in self._logged_steps:
-            history = [] if self.is_new else self.client.get_metric_history(self.run_id, name)
-            self._logged_steps[name] = {metric.step for metric in history}
-        return self._logged_steps[name]
+    def _send(self, kind: str, items: Sequence[Any]) -> None:
+        """Sends tags, parameters or metrics, in requests of at most _MAX_ITEMS items. kind: argument of `log_batch`."""
+        for start in range(0, len(items), _MAX_ITEMS):
+            self.client.log_batch(self.run_id, **{kind: items[start : start + _MAX_ITEMS]})
 
     def log_pictures(self, pictures: Sequence[Picture]) -> None:
         """Adds pictures with their captions."""
@@ -96,70 +79,16 @@ class _MLflowRun:
             self.client.log_artifacts(self.run_id, folder, "heat_maps")
 
     def end(self, failed: bool) -> None:
-        """Ends the run as finished or as failed. A finished run that was continued stays finished, unless `failed` is True."""
-        if failed or not self.was_finished:
+        """Ends the run as finished or as failed. A finished run that was continued keeps its time, unless `failed` is True."""
+        if failed or self.client.get_run(self.run_id).info.status != "FINISHED":
             self.client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
 
 
-class _MLflow:
-    """An opened MLflow store."""
+class MLflow(Tracker):
+    """An MLflow store."""
 
-    def __init__(self, uri: str, artifacts: str | None, project: str) -> None:
-        from mlflow import MlflowClient
-
-        self.client = MlflowClient(tracking_uri=uri)
-        self.experiment = _get_experiment(self.client, project, artifacts)
-
-    def _find_run(self, run: RunDescription) -> Any:
-        """Returns MLflow's run with the tag `focus_ray.key` = `run.key`; None if there is none."""
-        runs = self.client.search_runs([self.experiment], f"tags.`{_KEY}` = '{run.key}'", max_results=1)
-        return runs[0] if runs else None
-
-    def has_run(self, run: RunDescription) -> bool:
-        """Returns True if the run exists and is not in progress."""
-        mlflow_run = self._find_run(run)
-        return mlflow_run is not None and mlflow_run.info.status != "RUNNING"
-
-    def begin_run(self, run: RunDescription) -> _MLflowRun:
-        """Continues MLflow's run with the key `run.key`, or creates it. Adds parameters and tags."""
-        mlflow_run = self._find_run(run)
-        if mlflow_run is not None:
-            was_finished = mlflow_run.info.status == "FINISHED"
-            if not was_finished:
-                self.client.update_run(mlflow_run.info.run_id, status="RUNNING")
-            begun = _MLflowRun(self.client, mlflow_run.info.run_id, False, was_finished)
-            # MLflow refuses to change a parameter; the existing parameters are those at the start of the run.
-            new = {key: value for key, value in run.parameters.items() if key not in mlflow_run.data.params}
-        else:
-            tags = {_KEY: run.key}
-            if run.group is not None:
-                tags["mlflow.parentRunId"] = self.begin_run(run.group).run_id
-            mlflow_run = self.client.create_run(self.experiment, tags=tags, run_name=run.name)
-            begun, new = _MLflowRun(self.client, mlflow_run.info.run_id, True, False), dict(run.parameters)
-        begun.log_parameters(new)
-        begun.set_tags(run.tags)
-        return begun
-
-
-def _get_experiment(client: Any, name: str, artifacts: str | None) -> str:
-    """Returns the id of an experiment; creates the experiment if it does not exist."""
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
-        except MlflowException:  # another process created it at the same moment
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    return str(experiment.experiment_id)
-
-
-class MLflow:
-    """The tracker kind `mlflow`: checks and opens an MLflow store."""
-
-    def check(self, settings: TrackerConfig, storage: str) -> str:
+    @classmethod
+    def check(cls, settings: TrackerConfig, storage: str) -> str:
         """Checks the package, and the local folder or the HTTP server. Does not connect to a database.
 
         Also sets environment variables of MLflow (_ENVIRONMENT) that the user has not set.
@@ -179,11 +108,48 @@ class MLflow:
             _check_server(uri)
         return without_secrets(uri)  # MLFLOW_TRACKING_URI may hold a password
 
-    def open(self, settings: TrackerConfig, storage: str) -> _MLflow:
-        """Opens the tracker after `check`."""
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # otherwise it logs every table that it creates
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        return _MLflow(*_find_location(settings, storage), settings.project)
+    def __init__(self, settings: TrackerConfig, storage: str) -> None:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # otherwise they log every table that they create
+        uri, artifacts = _find_location(settings, storage)
+        self.client = MlflowClient(tracking_uri=uri)
+        try:
+            self.experiment_id = str(self.client.create_experiment(settings.project, artifact_location=artifacts))
+        except MlflowException:
+            experiment = self.client.get_experiment_by_name(settings.project)
+            if experiment is None:  # it could not be created
+                raise
+            self.experiment_id = str(experiment.experiment_id)
+
+    def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the run exists and is not in progress."""
+        mlflow_run = self._find_run(run)
+        return mlflow_run is not None and mlflow_run.info.status != "RUNNING"
+
+    def begin_run(self, run: RunDescription) -> _MLflowRun:
+        """Continues MLflow's run with the key `run.key`, or creates it. Adds parameters and tags."""
+        mlflow_run = self._find_run(run)
+        if mlflow_run is None:
+            tags = {_KEY: run.key}
+            if run.group is not None:
+                tags["mlflow.parentRunId"] = self.begin_run(run.group).run_id
+            mlflow_run = self.client.create_run(self.experiment_id, tags=tags, run_name=run.name)
+        elif mlflow_run.info.status != "FINISHED":
+            self.client.update_run(mlflow_run.info.run_id, status="RUNNING")
+        begun = _MLflowRun(self.client, mlflow_run.info.run_id)
+        # MLflow refuses to change a parameter; the existing parameters are those at the start of the run.
+        existing = mlflow_run.data.params
+        begun.log_parameters({key: value for key, value in run.parameters.items() if key not in existing})
+        begun.set_tags(run.tags)
+        return begun
+
+    def _find_run(self, run: RunDescription) -> Any:
+        """Returns MLflow's run with the tag `focus_ray.key` = `run.key`; None if there is none."""
+        runs = self.client.search_runs([self.experiment_id], f"tags.`{_KEY}` = '{run.key}'", max_results=1)
+        return runs[0] if runs else None
 
 
 def _find_location(settings: TrackerConfig, storage: str) -> tuple[str, str | None]:
@@ -191,8 +157,7 @@ def _find_location(settings: TrackerConfig, storage: str) -> tuple[str, str | No
     uri = settings.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if "://" in uri:
         return uri, None
-    folder = local_folder("mlflow", settings.model_copy(update={"uri": uri or None}), storage)
-    path = Path(folder).absolute()
+    path = Path(local_folder("mlflow", settings.model_copy(update={"uri": uri or None}), storage)).absolute()
     return f"sqlite:///{path}/mlflow.db", (path / "artifacts").as_uri()
 
 
@@ -211,6 +176,3 @@ def _check_server(uri: str) -> None:
             f"trackers.mlflow: the server at {parts.hostname}:{port} does not answer ({error}): start the server, set "
             "trackers.mlflow.uri to another server, or remove trackers.mlflow"
         ) from error
-
-
-MLFLOW = MLflow()

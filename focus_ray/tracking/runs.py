@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice, zip_longest
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,13 @@ from PIL import Image
 from focus_ray import __version__
 from focus_ray.drawing.mark import MARK
 from focus_ray.errors import FocusRayError
-from focus_ray.fitting.settings import Config
 from focus_ray.settings.kinds import METRICS
 from focus_ray.storage.files import exists, join, read_bytes
-from focus_ray.tracking.base import Picture, RunDescription, flatten_parameters
+from focus_ray.tracking.base import Picture, RunDescription, TrackerRun, flatten_parameters
 from focus_ray.tracking.recorder import Recorder, describe_error
 
 CLAIM = "claim.json"  # file in the folder of a run; a hash of its unique bytes identifies the run
+MAX_PICTURES = 6  # heat maps of test images that an evaluation records for each category
 _JPEG_QUALITY = 90
 _COUNTS = ("num_normal", "num_anomalous", "threshold", "target_fpr")
 _NOT_PARAMETERS = ("trackers.", "storage", "name", "data.categories")  # places and names do not change the model
@@ -39,30 +40,64 @@ def run_key(*parts: str | bytes) -> str:
     return hashlib.sha256(joined).hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class TrainingDescription:
+    """The descriptions of the runs of one training.
+
+    Attributes:
+        claim: Content of the training's claim file (`CLAIM`), unique to the training.
+        settings: All settings of the training, as nested mappings.
+        has_group: True if the training has several categories, which get a group run.
+    """
+
+    claim: bytes
+    settings: Mapping[str, Any]
+    has_group: bool
+
+    def group_run(self) -> RunDescription:
+        """Returns the description of the run for the whole training."""
+        parameters = flatten_parameters(self.settings)
+        parameters = {key: value for key, value in parameters.items() if not key.startswith(_NOT_PARAMETERS)}
+        name = self.settings["name"]
+        tags = run_tags("run", name, self.settings["storage"], self.settings["cluster"]["team"])
+        return RunDescription(run_key(self.claim), name, None, parameters, tags)
+
+    def category_run(self, category: str, fingerprint: str | None) -> RunDescription:
+        """Returns the description of the run for a category. fingerprint: of its images; None if it is unknown."""
+        whole = self.group_run()
+        tags = {**whole.tags, "kind": "category", "category": category, "data": self.settings["data"]["uri"]}
+        if fingerprint:
+            tags["data_fingerprint"] = fingerprint
+        group = whole if self.has_group else None
+        return RunDescription(run_key(self.claim, category), f"{whole.name}/{category}", group, whole.parameters, tags)
+
+
 class TrainingRecorder:
     """Records one training. A run begins in the trackers when its first record arrives."""
 
     def __init__(
-        self, recorder: Recorder, config: Config, root: str, fingerprints: Mapping[str, str], has_group: bool
+        self, recorder: Recorder, settings: Mapping[str, Any], root: str, fingerprints: Mapping[str, str]
     ) -> None:
-        """Reads the claim of the training and begins the group run.
+        """Reads the claim of the training and begins the group run, if there are several categories.
 
         Args:
             recorder: Trackers.
-            config: Configuration of the training.
+            settings: All settings of the training, as nested mappings.
             root: Folder of the training, with the file `claim.json`.
             fingerprints: Category -> fingerprint of its images.
-            has_group: True if the training has several categories, which get a group run.
         """
-        self.recorder, self.config, self.root, self.fingerprints = recorder, config, root, fingerprints
+        self.recorder = recorder
         self.group: RunDescription | None = None
         self._runs: dict[str, RunDescription] = {}
-        self._steps: dict[str, set[int]] = {}
-        if recorder:
-            self._claim = read_bytes(join(root, CLAIM))
-            if has_group:
-                self.group = group_run(self._claim, config)
-                recorder.begin(self.group)
+        self._recorded_epochs: set[tuple[str, int]] = set()
+        if not recorder:
+            return
+        training = TrainingDescription(read_bytes(join(root, CLAIM)), settings, len(fingerprints) > 1)
+        if training.has_group:
+            self.group = training.group_run()
+            recorder.record(self.group)
+        for category, fingerprint in fingerprints.items():
+            self._runs[category] = training.category_run(category, fingerprint)
 
     def log_epoch(self, category: str, metrics: Mapping[str, float]) -> None:
         """Records the metrics of an epoch, once per epoch.
@@ -71,11 +106,12 @@ class TrainingRecorder:
             category: Category that is trained.
             metrics: Metrics of the epoch, and "epoch" with its number from 0.
         """
-        steps = self._steps.setdefault(category, set())
         step = int(metrics["epoch"]) + 1
-        if self.recorder and step not in steps:  # after the loss of a worker, epochs are trained again
-            steps.add(step)
-            self.recorder.log_step(self._category_run(category), step, epoch_metrics(metrics))
+        if not self.recorder or (category, step) in self._recorded_epochs:
+            return  # after the loss of a worker, epochs are trained again
+        self._recorded_epochs.add((category, step))
+        values = {f"train/{key}": float(value) for key, value in metrics.items() if key != "epoch"}
+        self.recorder.record(self._runs[category], lambda run: run.log_step(step, values))
 
     def finish_category(self, category: str, bundle: str) -> None:
         """Records the end of a category from its bundle, with all epochs that were not recorded yet.
@@ -84,29 +120,23 @@ class TrainingRecorder:
         """
         if not self.recorder:
             return
-        run = self._category_run(category)
         try:
             manifest = json.loads(read_bytes(join(bundle, "manifest.json")))
         except (FocusRayError, OSError) as error:
             self.recorder.log(
                 f"WARNING: {category}: the metrics of the bundle were not recorded: {describe_error(error)}"
             )
-            self.recorder.end(run)
-            return
-        for metrics in manifest["metrics"].get("history", []):
-            self.log_epoch(category, metrics)
-        for step, metrics in validation_curve(manifest):
-            self.recorder.log_step(run, step, metrics)
-        self.recorder.log_metrics(run, training_metrics(manifest))
-        self.recorder.set_tags(run, {"bundle": bundle, "bundle_version": str(manifest["sha256"])})
-        self.recorder.end(run)
+        else:
+            for metrics in manifest["metrics"].get("history", []):
+                self.log_epoch(category, metrics)
+            self.recorder.record(self._runs[category], lambda run: _log_training(run, bundle, manifest))
+        self.recorder.end(self._runs[category])
 
     def fail_category(self, category: str, reason: str) -> None:
         """Records that the training of a category failed."""
         if self.recorder:
-            run = self._category_run(category)
-            self.recorder.set_tags(run, {"error": reason})
-            self.recorder.end(run, failed=True)
+            self.recorder.record(self._runs[category], lambda run: run.set_tags({"error": reason}))
+            self.recorder.end(self._runs[category], failed=True)
 
     def close(self, failed: bool) -> None:
         """Ends the group run and waits for the trackers, at most `recorder.CLOSE_TIMEOUT_S` seconds."""
@@ -114,85 +144,39 @@ class TrainingRecorder:
             self.recorder.end(self.group, failed)
         self.recorder.close()
 
-    def _category_run(self, category: str) -> RunDescription:
-        """Returns the description of a category's run; creates it at the first call."""
-        if category not in self._runs:
-            run = category_run(self._claim, self.config, category, self.fingerprints.get(category), self.group)
-            self._runs[category] = run
-        return self._runs[category]
 
-
-def category_run(
-    claim: bytes, config: Config, category: str, fingerprint: str | None, group: RunDescription | None
-) -> RunDescription:
-    """Returns the description of the tracker run for one category of a training.
+def run_tags(kind: str, name: str, storage: str, team: str | None) -> dict[str, str]:
+    """Returns the tags that all runs of a training or sweep have.
 
     Args:
-        claim: Content of the training's claim file (`CLAIM`), unique to the training.
-        config: Configuration of the training.
-        category: Name of the category.
-        fingerprint: Fingerprint of the category's images; None if it is unknown.
-        group: Run of the whole training; None for a run without a group.
+        kind: What the run describes.
+        name: Name of the training or sweep.
     """
-    tags = {"kind": "category", **_config_tags(config), "category": category, "data": config.data.uri}
-    if fingerprint:
-        tags["data_fingerprint"] = fingerprint
-    return RunDescription(run_key(claim, category), f"{config.name}/{category}", group, _run_parameters(config), tags)
+    tags = {"kind": kind, "run": name, "storage": storage, "focus_ray": __version__}
+    return {**tags, "team": team} if team else tags
 
 
-def group_run(claim: bytes, config: Config) -> RunDescription:
-    """Returns the description of the tracker run for a whole training.
-
-    Args:
-        claim: Content of the training's claim file (`CLAIM`), unique to the training.
-        config: Configuration of the training.
-    """
-    return RunDescription(
-        run_key(claim), config.name, None, _run_parameters(config), {"kind": "run", **_config_tags(config)}
-    )
-
-
-def _run_parameters(config: Config) -> dict[str, Any]:
-    """Returns dotted key -> value for all settings that are not None, without the settings in `_NOT_PARAMETERS`."""
-    parameters = flatten_parameters(config.model_dump(mode="json"))
-    return {key: value for key, value in parameters.items() if not key.startswith(_NOT_PARAMETERS)}
-
-
-def _config_tags(config: Config) -> dict[str, str]:
-    """Returns the tags that all runs of a training have."""
-    tags = {"run": config.name, "storage": config.storage, "focus_ray": __version__}
-    return {**tags, "team": config.cluster.team} if config.cluster.team else tags
+def _log_training(run: TrackerRun, bundle: str, manifest: Mapping[str, Any]) -> None:
+    """Writes the validation scores of each epoch, the metrics of a training and its bundle into a tracker's run."""
+    metrics, calibration, data = manifest["metrics"], manifest["calibration"], manifest["data"]
+    for entry in metrics.get("selection", []):
+        if "epoch" in entry:  # otherwise it compares alignments; epoch 0 is untrained
+            keys = [key for key in ("score", "image_auroc", "aupro") if key in entry]
+            run.log_step(int(entry["epoch"]), {f"validation/{key}": float(entry[key]) for key in keys})
+    seconds = {stage: float(value) for stage, value in metrics.get("seconds", {}).items()}
+    values = {f"seconds/{stage}": value for stage, value in seconds.items()}
+    values["seconds/total"] = sum(seconds.values())
+    values.update({f"images/{key}": float(data[key]) for key in ("num_fit", "num_holdout") if key in data})
+    for key in ("image_threshold", "pixel_threshold", "target_fpr"):
+        values[f"calibration/{key}"] = float(calibration[key])
+    values["bundle/size_mib"] = sum(file["num_bytes"] for file in manifest["files"].values()) / 2**20
+    run.log_metrics(values)
+    run.set_tags(_bundle_tags(bundle, manifest))
 
 
-def epoch_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns the metrics of an epoch as `train/<metric>` -> value. Drops the number of the epoch."""
-    return {f"train/{key}": float(value) for key, value in metrics.items() if key != "epoch"}
-
-
-def validation_curve(manifest: Mapping[str, Any]) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yields (epoch, validation scores), measured on held-out good images and synthetic defects; epoch 0 is untrained."""
-    for entry in manifest["metrics"].get("selection", []):
-        if "epoch" in entry:
-            metrics = {
-                f"validation/{key}": float(entry[key]) for key in ("score", "image_auroc", "aupro") if key in entry
-            }
-            yield int(entry["epoch"]), metrics
-
-
-def training_metrics(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics of a training from its bundle's manifest: seconds, image counts, calibration and bundle size."""
-    seconds = {stage: float(value) for stage, value in manifest["metrics"].get("seconds", {}).items()}
-    calibration, data = manifest["calibration"], manifest["data"]
-    return {
-        **{f"seconds/{stage}": value for stage, value in seconds.items()},
-        "seconds/total": sum(seconds.values()),
-        **{f"images/{key}": float(data[key]) for key in ("num_fit", "num_holdout") if key in data},
-        **{
-            f"calibration/{key}": float(calibration[key])
-            for key in ("image_threshold", "pixel_threshold", "target_fpr")
-        },
-        "bundle/size_mib": sum(file["num_bytes"] for file in manifest["files"].values()) / 2**20,
-    }
+def _bundle_tags(bundle: str, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the tags that name a bundle and its version."""
+    return {"bundle": bundle, "bundle_version": str(manifest["sha256"])}
 
 
 @dataclass(frozen=True)
@@ -202,14 +186,14 @@ class EvaluatedCategory:
     Attributes:
         bundle: URI of the bundle.
         manifest: Manifest of the bundle.
-        config: Configuration of the bundle.
+        settings: All settings of the bundle, as nested mappings.
         result: Result of `evaluate`.
         cards: Function that returns the galleries of the report's page; each gallery is a list of image cards.
     """
 
     bundle: str
     manifest: Mapping[str, Any]
-    config: Config
+    settings: Mapping[str, Any]
     result: Mapping[str, Any]
     cards: Callable[[], Sequence[Sequence[Any]]]
 
@@ -225,22 +209,19 @@ def record_evaluation(
         means: Metric -> mean over the categories. Recorded in the group run if several bundles come from one training.
     """
     claims = {category: _read_claim(evaluated.bundle, evaluated.manifest) for category, evaluated in categories.items()}
-    group = None
-    if len(claims) > 1 and len(set(claims.values())) == 1:  # several categories of the same training
-        group = group_run(next(iter(claims.values())), next(iter(categories.values())).config)
-        recorder.log_metrics(group, evaluation_metrics(means))
-        recorder.end(group)
+    has_group = len(claims) > 1 and len(set(claims.values())) == 1  # several categories of the same training
     for category, evaluated in categories.items():
-        fingerprint = evaluated.manifest["data"].get("fingerprint")
-        run = category_run(claims[category], evaluated.config, category, fingerprint, group)
-        data_tag = {"test_data": str(evaluated.result["data"])}
-        recorder.set_tags(
-            run, {"bundle": evaluated.bundle, "bundle_version": str(evaluated.manifest["sha256"]), **data_tag}
-        )
-        recorder.log_metrics(run, evaluation_metrics(evaluated.result))
-        if recorder.num_images:
-            recorder.log_pictures(run, list(islice(gallery_pictures(evaluated.cards()), recorder.num_images)))
+        training = TrainingDescription(claims[category], evaluated.settings, has_group)
+        run = training.category_run(category, evaluated.manifest["data"].get("fingerprint"))
+        tags = {**_bundle_tags(evaluated.bundle, evaluated.manifest), "test_data": str(evaluated.result["data"])}
+        recorder.record(run, methodcaller("set_tags", tags))
+        recorder.record(run, methodcaller("log_metrics", evaluation_metrics(evaluated.result)))
+        pictures = list(islice(gallery_pictures(evaluated.cards()), MAX_PICTURES))
+        recorder.record(run, methodcaller("log_pictures", pictures))
         recorder.end(run)
+    if has_group:
+        recorder.record(training.group_run(), methodcaller("log_metrics", evaluation_metrics(means)))
+        recorder.end(training.group_run())
 
 
 def _read_claim(bundle: str, manifest: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from focus_ray.errors import require_extra
-from focus_ray.tracking.base import Picture, RunDescription, local_folder
+from focus_ray.tracking.base import Picture, RunDescription, Tracker, local_folder
 from focus_ray.tracking.settings import TrackerConfig
 
 _KEY = "subject.key"  # file next to the events with the key of their run
@@ -62,51 +62,11 @@ class _TensorBoardRun:
         self.writer.close()
 
 
-class _TensorBoard:
-    """An opened folder of events."""
+class TensorBoard(Tracker):
+    """A folder of event files."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
-    def _folder_of_run(self, run: RunDescription) -> Path:
-        """Returns the folder of a run, which no other run uses."""
-        folder = self.folder / run.name
-        if _is_folder_of(folder, run.key):
-            return folder
-        # The folder belongs to a run with the same name from another storage: add a part of the key.
-        return folder.with_name(f"{folder.name}-{hashlib.sha256(run.key.encode()).hexdigest()[:6]}")
-
-    def has_run(self, run: RunDescription) -> bool:
-        """Returns True if the run exists."""
-        return (self._folder_of_run(run) / _KEY).is_file()
-
-    def begin_run(self, run: RunDescription) -> _TensorBoardRun:
-        """Continues the run with the key `run.key`, or creates it, in its own folder."""
-
-        import tensorboardX
-
-        folder = self._folder_of_run(run)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _KEY).write_text(run.key, encoding="utf-8")
-        return _TensorBoardRun(tensorboardX.SummaryWriter(str(folder), flush_secs=_FLUSH_S), run)
-
-
-def _is_folder_of(folder: Path, key: str) -> bool:
-    """Returns True if the folder belongs to the run with this key, or to no run yet."""
-    file = folder / _KEY
-    return not file.is_file() or file.read_text(encoding="utf-8") == key
-
-
-def _markdown_table(rows: Mapping[str, Any]) -> str:
-    """Returns a Markdown table with one row per entry."""
-    cells = (f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items())
-    return "\n".join(["| | |", "|---|---|", *cells])
-
-
-class TensorBoard:
-    """The tracker kind `tensorboard`: checks and opens a folder of event files."""
-
-    def check(self, settings: TrackerConfig, storage: str) -> str:
+    @classmethod
+    def check(cls, settings: TrackerConfig, storage: str) -> str:
         """Checks the package and the folder. Returns the folder for the event files.
 
         Raises:
@@ -116,9 +76,33 @@ class TensorBoard:
         require_extra("tensorboard", "trackers.tensorboard")
         return local_folder("tensorboard", settings, storage)
 
-    def open(self, settings: TrackerConfig, storage: str) -> _TensorBoard:
-        """Opens the tracker after `check`."""
-        return _TensorBoard(local_folder("tensorboard", settings, storage))
+    def __init__(self, settings: TrackerConfig, storage: str) -> None:
+        self.folder = Path(local_folder("tensorboard", settings, storage))
+
+    def has_run(self, run: RunDescription) -> bool:
+        """Returns True if the run exists."""
+        return (self._folder_of_run(run) / _KEY).is_file()
+
+    def begin_run(self, run: RunDescription) -> _TensorBoardRun:
+        """Continues the run with the key `run.key`, or creates it, in its own folder."""
+        import tensorboardX
+
+        folder = self._folder_of_run(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _KEY).write_text(run.key, encoding="utf-8")
+        return _TensorBoardRun(tensorboardX.SummaryWriter(str(folder), flush_secs=_FLUSH_S), run)
+
+    def _folder_of_run(self, run: RunDescription) -> Path:
+        """Returns the folder of a run, which no other run uses."""
+        folder = self.folder / run.name
+        file = folder / _KEY
+        if not file.is_file() or file.read_text(encoding="utf-8") == run.key:
+            return folder
+        # The folder belongs to a run with the same name from another storage: add a part of the key.
+        return folder.with_name(f"{folder.name}-{hashlib.sha256(run.key.encode()).hexdigest()[:6]}")
 
 
-TENSORBOARD = TensorBoard()
+def _markdown_table(rows: Mapping[str, Any]) -> str:
+    """Returns a Markdown table with one row per entry."""
+    cells = (f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in rows.items())
+    return "\n".join(["| | |", "|---|---|", *cells])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import methodcaller
 from typing import Any
 
-from focus_ray import __version__
-from focus_ray.tracking.base import RunDescription, flatten_parameters
+from focus_ray.tracking.base import RunDescription, TrackerRun, flatten_parameters
 from focus_ray.tracking.recorder import Recorder
-from focus_ray.tracking.runs import run_key
+from focus_ray.tracking.runs import run_key, run_tags
 
 
 class SweepRecorder:
@@ -28,12 +28,11 @@ class SweepRecorder:
             settings: All settings of the sweep and of its base configuration, as nested mappings.
         """
         self.recorder, self._claim = recorder, claim
-        tags = {"run": name, "storage": storage, "focus_ray": __version__, **({"team": team} if team else {})}
-        self.tags = tags
         parameters = flatten_parameters({key: value for key, value in settings.items() if key != "name"})
-        self.group = RunDescription(run_key(claim), name, None, parameters, {"kind": "sweep", **tags})
+        tags = run_tags("sweep", name, storage, team)
+        self.group = RunDescription(run_key(claim), name, None, parameters, tags)
         self._logged_trials: set[str] = set()
-        recorder.begin(self.group)
+        recorder.record(self.group)
 
     def log_trial(self, name: str, record: Mapping[str, Any]) -> None:
         """Records a trial that has ended. Does nothing if this recorder has already recorded the trial.
@@ -45,19 +44,12 @@ class SweepRecorder:
         if not self.recorder or name in self._logged_trials:
             return
         self._logged_trials.add(name)
-        tags = {**self.tags, "kind": "trial", "status": str(record["status"]), "trial": name}
+        tags = {**self.group.tags, "kind": "trial", "status": str(record["status"]), "trial": name}
         tags.update({key: str(record[key]) for key in ("stage", "reason") if record[key] is not None})
-        run_name = f"{self.group.name}/{name}"
         # The status is part of the key: a failed trial that is run again gets a new run.
         key = run_key(self._claim, name, str(record["status"]))
-        run = RunDescription(key, run_name, self.group, flatten_parameters(record["point"]), tags)
-        curves = [
-            (int(epoch), {f"score_by_epoch/{category}": float(score)})
-            for category, part in record["categories"].items()
-            if len(part["curve"]) > 1
-            for epoch, score in part["curve"]
-        ]
-        self.recorder.log_finished_run(run, curves, trial_metrics(record), failed=record["status"] == "failed")
+        run = RunDescription(key, f"{self.group.name}/{name}", self.group, flatten_parameters(record["point"]), tags)
+        self.recorder.record_finished(run, lambda tracker_run: _log_trial(tracker_run, record))
 
     def close(self, best: Mapping[str, Mapping[str, Any]], failed: bool) -> None:
         """Ends the run of the sweep and waits for the trackers.
@@ -66,26 +58,27 @@ class SweepRecorder:
             best: Stage ("" if trials cover all categories) -> record of its best trial as a dict.
             failed: True if the sweep failed.
         """
-        scores = {f"best/score{f'/{stage}' if stage else ''}": float(record["score"]) for stage, record in best.items()}
-        if scores:
-            self.recorder.log_metrics(self.group, scores)
-            names = {
-                f"best_trial{f'.{stage}' if stage else ''}": str(record["number"]) for stage, record in best.items()
-            }
-            self.recorder.set_tags(self.group, names)
+        for stage, record in best.items():
+            score = {f"best/score{f'/{stage}' if stage else ''}": float(record["score"])}
+            trial = {f"best_trial{f'.{stage}' if stage else ''}": str(record["number"])}
+            self.recorder.record(self.group, methodcaller("log_metrics", score))
+            self.recorder.record(self.group, methodcaller("set_tags", trial))
         self.recorder.end(self.group, failed)
         self.recorder.close()
 
 
-def trial_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the metrics of a trial: scores, the components of the scores, epochs and seconds."""
+def _log_trial(run: TrackerRun, record: Mapping[str, Any]) -> None:
+    """Writes the curves of a trial, its scores and their components, epochs and seconds into a tracker's run, and ends it."""
     metrics = {"epochs": float(record["epochs"]), "seconds": float(record["seconds"])}
     if record["score"] is not None:
         metrics["score"] = float(record["score"])
     for category, part in record["categories"].items():
+        if len(part["curve"]) > 1:
+            for epoch, score in part["curve"]:
+                run.log_step(int(epoch), {f"score_by_epoch/{category}": float(score)})
         if part["score"] is not None:
             metrics[f"score/{category}"] = float(part["score"])
-        metrics.update(
-            {f"{key}/{category}": float(value) for key, value in part["figures"].items() if value is not None}
-        )
-    return metrics
+        figures = {key: value for key, value in part["figures"].items() if value is not None}
+        metrics.update({f"{key}/{category}": float(value) for key, value in figures.items()})
+    run.log_metrics(metrics)
+    run.end(failed=record["status"] == "failed")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from focus_ray.errors import ConfigError, require_extra
-from focus_ray.tracking.base import Picture, RunDescription, local_folder
+from focus_ray.tracking.base import Picture, RunDescription, Tracker, local_folder
 from focus_ray.tracking.settings import TrackerConfig
 
 STEP = "step"  # metric on the x axis of curves
@@ -58,11 +58,24 @@ class _WandbRun:
         self.wandb_run.finish(exit_code=int(failed))
 
 
-class _Wandb:
-    """An opened Weights & Biases project."""
+class WeightsAndBiases(Tracker):
+    """A Weights & Biases project."""
 
-    def __init__(self, folder: str, mode: str, project: str) -> None:
-        self.folder, self.mode, self.project = folder, mode, project
+    @classmethod
+    def check(cls, settings: TrackerConfig, storage: str) -> str:
+        """Checks the package, the API key and the folder. Returns the folder and the mode: "runs/trackers/wandb (offline)".
+
+        Raises:
+            MissingPackageError: The extra `wandb` is not installed.
+            ConfigError: The folder cannot be written, or the mode is online without an API key.
+        """
+        require_extra("wandb", "trackers.wandb")
+        mode = _find_mode()
+        return f"{local_folder('wandb', settings, storage)} ({mode})"
+
+    def __init__(self, settings: TrackerConfig, storage: str) -> None:
+        self.folder, self.mode = local_folder("wandb", settings, storage), _find_mode()
+        self.project = settings.project
 
     def has_run(self, run: RunDescription) -> bool:
         """Returns True if the folder on this machine has files of the run."""
@@ -112,25 +125,3 @@ def _find_mode() -> str:
     if mode == "online" and not has_key:
         raise ConfigError("trackers.wandb: WANDB_MODE=online needs a key: set WANDB_API_KEY, or WANDB_MODE=offline")
     return mode
-
-
-class Wandb:
-    """The tracker kind `wandb`: checks and opens a Weights & Biases project."""
-
-    def check(self, settings: TrackerConfig, storage: str) -> str:
-        """Checks the package, the API key and the folder. Returns the folder and the mode: "runs/trackers/wandb (offline)".
-
-        Raises:
-            MissingPackageError: The extra `wandb` is not installed.
-            ConfigError: The folder cannot be written, or the mode is online without an API key.
-        """
-        require_extra("wandb", "trackers.wandb")
-        mode = _find_mode()
-        return f"{local_folder('wandb', settings, storage)} ({mode})"
-
-    def open(self, settings: TrackerConfig, storage: str) -> _Wandb:
-        """Opens the tracker after `check`."""
-        return _Wandb(local_folder("wandb", settings, storage), _find_mode(), settings.project)
-
-
-WANDB = Wandb()

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import logging
 import socket
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
 from focus_ray.bundle.metric import share_metric
-from focus_ray.cluster.connect import connect, resources_per_worker, runs_here, uses_gpu
-from focus_ray.cluster.messages import Messages, epoch_callback
+from focus_ray.cluster.connect import connect, runs_here, uses_gpu
+from focus_ray.cluster.failures import reason_of
+from focus_ray.cluster.messages import Message, Messages, options_on_this_node
 from focus_ray.cluster.ownership import Heartbeat, check_resumable, write_fingerprints
 from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
 from focus_ray.cluster.preflight import count_concurrent_runs, probe_nodes
@@ -30,28 +26,25 @@ from focus_ray.fitting.regions import check_regions
 from focus_ray.fitting.settings import Config, parse_config
 from focus_ray.fitting.shards import BatchSchedule, fits_memory
 from focus_ray.fitting.split import Split, split_category
-from focus_ray.fitting.state import Figures, TrainState
-from focus_ray.names import unique_name
+from focus_ray.names import Log, unique_name
 from focus_ray.settings.sections import config_to_yaml, mapping_of
 from focus_ray.storage.files import (
     check_access,
     create_bytes,
     exists,
-    is_s3,
     join,
     list_names,
     make_absolute,
-    open_filesystem,
     read_bytes,
-    retry_while_busy,
     write_bytes,
 )
 from focus_ray.tracking.base import flatten_dict
 from focus_ray.tracking.recorder import Recorder
 from focus_ray.tracking.runs import CLAIM, TrainingRecorder
-from focus_ray.training.local import STATE_FILE, bundle_uri, make_bundle, set_reproducible, train_locally
+from focus_ray.training.category import bundle_uri, checkpoint_folder, fit_category
 from focus_ray.training.report import write_training_report
-from focus_ray.training.streams import stream_training_images, worker_stream
+from focus_ray.training.streams import worker_stream
+from focus_ray.training.trainer import TrainerJob, run_trainer
 
 RUN_CONFIG = "config.yaml"
 # settings that do not change the result of a category
@@ -61,35 +54,23 @@ SHARED_METRIC = "metric.safetensors"
 
 
 @dataclass(frozen=True)
-class TrainerJob:
-    """The work of a trainer of one category. It is sent to the workers."""
-
-    config: Config
-    split: Split
-    use_gpu: bool
-
-    @property
-    def category(self) -> str:
-        """Name of the category."""
-        return self.split.category
-
-
-@dataclass(frozen=True)
 class CategoryJob(TrainerJob):
-    """A job of a run. root: folder of the run, for checkpoints and the bundle.  messages: queue for lines of the workers."""
+    """The training of one category.
+
+    Attributes:
+        root: folder of the run, for checkpoints and the bundle.
+        send: sends lines of text and the figures of epochs to the driver.
+        needs_trainer: whether Ray Train runs the workers; otherwise the process that has the job does all the work.
+        num_threads: threads that decode images in a worker; None: see `fit_category`.
+    """
 
     root: str
-    messages: Messages
-
-    def send_line(self, text: str) -> None:
-        """Sends a line to the driver."""
-        self.messages.put(f"{self.category}: {text}")
+    send: Callable[[Message], None]
+    needs_trainer: bool = False
+    num_threads: int | None = None
 
 
-J = TypeVar("J", bound=TrainerJob)
-
-
-def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = lambda message: None) -> dict[str, str]:
+def train(config: Config, *, resume: bool = False, log: Log = lambda message: None) -> dict[str, str]:
     """Trains every category of the configuration and writes <storage>/<name>/bundles/<category>.
 
     Args:
@@ -131,28 +112,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     for category in sorted(set(categories) - set(remaining)):
         log(f"{category}: already trained, {bundles[category]}")
     if remaining:
-        recorder = Recorder(config.trackers, config.storage, log)
-        is_local = runs_here(config.cluster)
-        limit = 1
-        if is_local:
-            check_access(root)
-        else:
-            limit = _join_cluster(config, root, {category: splits[category] for category in remaining}, log)
-        _claim(root, resume, fingerprints)
-        write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
-        training_recorder = TrainingRecorder(recorder, config, root, fingerprints, has_group=len(categories) > 1)
-        heartbeat = Heartbeat(root)
-        state = "failed"
-        try:
-            remaining_splits = [splits[category] for category in remaining]
-            run = functools.partial(train_locally, recorder=training_recorder)
-            if not is_local:
-                run = functools.partial(_train_on_cluster, training_recorder=training_recorder, limit=limit)
-            failed = run(config, remaining_splits, root, log)
-            state = "failed" if failed else "finished"
-        finally:
-            training_recorder.close(failed=state == "failed")
-            heartbeat.close(state)
+        failed = _train_categories(config, splits, remaining, root, resume, log)
         if failed:
             raise TrainingError(
                 f"{len(failed)} of {len(categories)} categories failed; "
@@ -167,7 +127,7 @@ def train(config: Config, *, resume: bool = False, log: Callable[[str], None] = 
     return bundles
 
 
-def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Callable[[str], None]) -> int:
+def _join_cluster(config: Config, root: str, splits: Mapping[str, Split], log: Log) -> int:
     """Joins the cluster, checks its resources and its storage, and returns how many categories can run at the same time.
 
     Raises: TrainingError, DataError: a check failed.
@@ -193,44 +153,46 @@ def learns_metric(config: Config) -> bool:
     return density.reduction == "discriminant" and density.metric is None and density.keep_moments
 
 
-def _train_on_cluster(
-    config: Config,
-    splits: Sequence[Split],
-    root: str,
-    log: Callable[[str], None],
-    training_recorder: TrainingRecorder,
-    limit: int,
+def _train_categories(
+    config: Config, all_splits: Mapping[str, Split], categories: Sequence[str], root: str, resume: bool, log: Log
 ) -> dict[str, str]:
-    """Trains the categories, `limit` at a time, and returns category -> reason for those that failed."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    """Trains categories in this process or on the cluster, and records them in the trackers.
 
-    messages = Messages()
-    use_gpu = uses_gpu(config.cluster)
-    jobs = iter([CategoryJob(config, split, use_gpu, root, messages) for split in splits])
-    needs_trainer = not fits_without_trainer(config)
-    if not needs_trainer:
-        run_job, options = _fit_category, options_per_worker(config.cluster, use_gpu)
-        max_retries = config.cluster.max_failures
+    Args:
+        all_splits: the images of every category of the run.
+        categories: categories to train.
+
+    Returns: category -> reason, for each category that failed.
+    """
+    recorder = Recorder(config.trackers, config.storage, log)
+    splits = {category: all_splits[category] for category in categories}
+    is_local, limit = runs_here(config.cluster), 1
+    if is_local:
+        check_access(root)
     else:
-        # A trainer waits on the node of the driver, so that the loss of another node ends no training. Ray Train restarts
-        # the workers of a trainer.
-        on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        run_job, options = _run_trainer, {"num_cpus": 0, "scheduling_strategy": on_this_node}
-        max_retries = MAX_TRAINER_RESTARTS
-    num_at_once = min(limit, len(splits))
-    log(f"{len(splits)} categories, {num_at_once} at a time, {config.cluster.num_workers} worker(s) each")
+        limit = _join_cluster(config, root, splits, log)
+    fingerprints = {category: split.fingerprint for category, split in all_splits.items()}
+    _claim(root, resume, fingerprints)
+    write_bytes(join(root, RUN_CONFIG), config_to_yaml(config).encode())
+    training_recorder = TrainingRecorder(recorder, config.model_dump(mode="json"), root, fingerprints)
+
+    def show(message: Message) -> None:
+        if isinstance(message, str):
+            log(message)
+        else:
+            training_recorder.log_epoch(*message)
+
+    heartbeat = Heartbeat(root)
     failed: dict[str, str] = {}
-
-    def listen() -> None:
-        messages.show(log, training_recorder.log_epoch)
-
-    with WorkerPool[CategoryJob](
-        num_at_once, options, max_retries, log, listen, retry_errors=not needs_trainer
-    ) as pool:
-        for job, outcome in pool.run(run_job, lambda: next(jobs, None)):
-            listen()  # shows the lines of a category before its end
-            category, place = job.category, bundle_uri(job.root, job.category)
+    state = "failed"
+    try:
+        if is_local:
+            use_gpu = bool(config.cluster.use_gpu) and torch.cuda.is_available()
+            outcomes = _train_here([CategoryJob(config, split, use_gpu, root, show) for split in splits.values()])
+        else:
+            outcomes = _train_on_cluster(config, splits, root, limit, show)
+        for category, outcome in outcomes:
+            place = bundle_uri(root, category)
             if isinstance(outcome, Failed):
                 failed[category] = outcome.reason
                 log(f"{category}: FAILED: {outcome.reason}")
@@ -238,7 +200,61 @@ def _train_on_cluster(
             else:
                 log(f"{category}: done in {outcome:.0f} s, {place}")
                 training_recorder.finish_category(category, place)
+        state = "failed" if failed else "finished"
+    finally:
+        training_recorder.close(failed=state == "failed")
+        heartbeat.close(state)
     return failed
+
+
+def _train_here(jobs: Sequence[CategoryJob]) -> Iterator[tuple[str, float | Failed]]:
+    """Trains one category after the other in this process. Yields each category with its seconds, or with its failure."""
+    for number, job in enumerate(jobs, start=1):
+        job.send(f"{job.category}: training in this process, category {number} of {len(jobs)}")
+        outcome: float | Failed
+        try:
+            outcome = _train_category(job)
+        except Exception as error:  # a failed category must not stop the next ones; it is reported at the end
+            outcome = Failed(reason_of(error))
+        yield job.category, outcome
+
+
+def _train_on_cluster(
+    config: Config, splits: Mapping[str, Split], root: str, limit: int, show: Callable[[Message], None]
+) -> Iterator[tuple[str, float | Failed]]:
+    """Trains the categories, `limit` at a time. Yields each category with its seconds, or with its failure.
+
+    Args: show: receives the messages of the workers, and lines of this process.
+    """
+    messages = Messages()
+    use_gpu = uses_gpu(config.cluster)
+    needs_trainer = not fits_without_trainer(config)
+    num_threads = max(1, int(config.cluster.cpus_per_worker))
+    jobs = iter(
+        [
+            CategoryJob(config, split, use_gpu, root, messages.put, needs_trainer, num_threads)
+            for split in splits.values()
+        ]
+    )
+    num_at_once = min(limit, len(splits))
+    show(f"{len(splits)} categories, {num_at_once} at a time, {config.cluster.num_workers} worker(s) each")
+
+    def listen() -> None:
+        for message in messages.take():
+            show(message)
+
+    pool = WorkerPool[CategoryJob](
+        num_at_once,
+        # a process that waits for a trainer runs on the node of the driver, so that the loss of another node ends no training
+        options_on_this_node() if needs_trainer else options_per_worker(config.cluster, use_gpu),
+        MAX_TRAINER_RESTARTS if needs_trainer else config.cluster.max_failures,
+        show,
+        listen,
+        retry_errors=not needs_trainer,
+    )
+    for job, outcome in pool.run(_train_category, lambda: next(jobs, None)):
+        listen()  # shows the lines of a category before its end
+        yield job.category, outcome
 
 
 def fits_without_trainer(config: Config) -> bool:
@@ -246,155 +262,44 @@ def fits_without_trainer(config: Config) -> bool:
     return config.train.epochs == 0 and config.cluster.num_workers == 1
 
 
-def _fit_category(job: CategoryJob) -> float:
-    """Fits one category in this worker and returns the seconds it took."""
+def _train_category(job: CategoryJob) -> float:
+    """Trains one category in this process or with a trainer of Ray Train, and returns the seconds it took."""
     start = time.monotonic()
-    set_reproducible()
-    device = torch.device("cuda" if job.use_gpu else "cpu")
-    make_bundle(job.config, job.split, job.root, device, num_threads=num_decoder_threads(job.config), log=job.send_line)
+    if job.needs_trainer:
+        run_trainer(_fit, job, join(job.root, "scratch"), job.category)
+    else:
+        _fit(job, torch.device("cuda" if job.use_gpu else "cpu"))
     return time.monotonic() - start
 
 
-def num_decoder_threads(config: Config) -> int:
-    """Returns the number of threads that decode images in a worker: one for each of its CPUs."""
-    return max(1, int(config.cluster.cpus_per_worker))
-
-
-def _run_trainer(job: CategoryJob) -> float:
-    """Trains one category with Ray Train and returns the seconds it took."""
-    start = time.monotonic()
-    callbacks = [epoch_callback(job.messages, job.category)] if job.config.trackers else []
-    make_trainer(_train_worker, job, join(job.root, "train"), job.category, callbacks).fit()
-    return time.monotonic() - start
-
-
-def make_trainer(worker: Callable[[J], Any], job: J, place: str, name: str, callbacks: Sequence[Any] = ()) -> Any:
-    """Returns the TorchTrainer of one category.
-
-    Args:
-        worker: function that every worker calls with the job.
-        place: folder of checkpoints, which the trainer stores below `name`.
-        callbacks: callbacks of Ray Train.
-    """
-    import ray.train
-    from ray.train.torch import TorchTrainer
-
-    from focus_ray.cluster import failure_policy, ray_private
-
-    failure_policy.install()
-    ray_private.pass_address_to_trainers()
-    config = job.config
-    workers = config.cluster.num_workers
-    datasets = {}
-    if config.train.epochs and not fits_memory(config, job.split):
-        datasets["train"] = stream_training_images(config, job.split)
-    filesystem, path = open_filesystem(place)
-    return TorchTrainer(
-        _run_worker,
-        train_loop_config={"worker": worker, "job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers if config.cluster.min_workers is None else (config.cluster.min_workers, workers),
-            use_gpu=job.use_gpu,
-            resources_per_worker=resources_per_worker(config.cluster, job.use_gpu),
-            label_selector=dict(config.cluster.labels) or None,
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem if is_s3(place) else None,
-            failure_config=ray.train.FailureConfig(
-                max_failures=config.cluster.max_failures, controller_failure_limit=config.cluster.max_failures
-            ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            callbacks=list(callbacks) or None,
-        ),
-        datasets=datasets,
-        dataset_config=ray.train.DataConfig(datasets_to_split=["train"]),
-    )
-
-
-def _run_worker(loop_config: dict[str, Any]) -> Any:
-    """Runs the job on a worker. Ray Train can pass a mapping only."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # otherwise it logs every report
-    set_reproducible()
-    return loop_config["worker"](loop_config["job"])
-
-
-def _train_worker(job: CategoryJob) -> None:
-    """Trains and reports the metrics of each epoch on a Ray Train worker."""
-    import ray.train
-    import ray.train.torch
-
-    config = job.config
-    context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-
-    def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = None
-            if rank == 0:
-                torch.save(snapshot().to_dict(), Path(folder) / STATE_FILE)
-                checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report(figures, checkpoint=checkpoint)
-
-    count = make_bundle(
-        config,
+def _fit(job: CategoryJob, device: torch.device) -> None:
+    """Fits the category of a job in this process, which may be one of several workers."""
+    fit_category(
+        job.config,
         job.split,
         job.root,
-        device,
-        rank=rank,
-        num_workers=num_workers,
-        stream=worker_stream,
-        num_threads=num_decoder_threads(config),
-        wrap=data_parallel(num_workers, device),
-        state=retry_while_busy(lambda: _last_state(ray.train.get_checkpoint(), device)),
-        on_epoch=on_epoch,
-        log=job.send_line,
+        job.send,
+        on_figures=lambda figures: job.send((job.category, figures)),
+        device=device,
+        num_threads=job.num_threads,
+        stream=worker_stream if job.needs_trainer else None,
     )
-    ray.train.report({"num_images": count})
-
-
-def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:
-    """Returns the function that makes a module data-parallel; None for one worker."""
-    if num_workers == 1:
-        return None
-
-    def wrap(module: torch.nn.Module) -> Any:
-        devices = [device] if device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
-
-    return wrap
-
-
-def _last_state(checkpoint: Any, device: torch.device) -> TrainState | None:
-    """Reads the training state of a checkpoint; None without a checkpoint."""
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return TrainState.from_dict(torch.load(Path(folder) / STATE_FILE, map_location=device, weights_only=True))
 
 
 def resolve_paths(config: Config) -> Config:
     """Makes local paths of the configuration absolute, because workers run in other folders."""
-    weights, metric = config.model.weights, config.density.metric
-    regions = {
-        name: make_absolute(entry) if isinstance(entry, str) else entry for name, entry in config.data.regions.items()
-    }
-    if weights not in ("default", "random"):
-        weights = make_absolute(weights)
-    return config.model_copy(
-        update={
-            "storage": make_absolute(config.storage),
-            "data": config.data.model_copy(update={"uri": make_absolute(config.data.uri), "regions": regions}),
-            "model": config.model.model_copy(update={"weights": weights}),
-            "density": config.density.model_copy(update={"metric": metric and make_absolute(metric)}),
-            "trackers": {
-                kind: entry.model_copy(update={"uri": entry.uri and make_absolute(entry.uri)})
-                for kind, entry in config.trackers.items()
-            },
-        }
-    )
+    tree = config.model_dump(mode="json")
+    locations = [(tree, "storage"), (tree["data"], "uri"), (tree["density"], "metric")]
+    locations += [(tracker, "uri") for tracker in tree["trackers"].values()]
+    locations += [
+        (tree["data"]["regions"], name) for name, entry in config.data.regions.items() if isinstance(entry, str)
+    ]
+    if config.model.weights not in ("default", "random"):
+        locations.append((tree["model"], "weights"))
+    for section, key in locations:
+        if section[key] is not None:
+            section[key] = make_absolute(section[key])
+    return parse_config(tree)
 
 
 def _claim(root: str, resume: bool, fingerprints: Mapping[str, str]) -> None:
@@ -436,21 +341,19 @@ def _check_claim(config: Config, root: str, resume: bool, fingerprints: Mapping[
 
 def _started_categories(root: str) -> set[str]:
     """Returns the categories that are finished or have a checkpoint."""
-    checkpoint_names = {name: list_names(join(root, "train", name)) for name in list_names(join(root, "train"))}
-    started = {
-        name
-        for name, names in checkpoint_names.items()
-        if any(name_inside.startswith("checkpoint") for name_inside in names)
-    }
-    return started | {*list_names(join(root, "bundles"))}
+    started = {*list_names(join(root, "bundles"))}
+    for category in list_names(join(root, "train")):
+        if any(name.startswith("checkpoint_") for name in list_names(checkpoint_folder(root, category))):
+            started.add(category)
+    return started
 
 
-def differing_keys(former: Config, config: Config) -> list[str]:
+def differing_keys(earlier: Config, config: Config) -> list[str]:
     """Returns a text with both values for each setting that changes a result and differs."""
-    former_values, values = (dict(flatten_dict(settings.model_dump(mode="json"))) for settings in (former, config))
+    earlier_values, values = (dict(flatten_dict(settings.model_dump(mode="json"))) for settings in (earlier, config))
     return [
-        f"{key} was {former_values.get(key)}, is {values.get(key)}"
-        for key in sorted({*former_values, *values})
-        if former_values.get(key) != values.get(key)
+        f"{key} was {earlier_values.get(key)}, is {values.get(key)}"
+        for key in sorted({*earlier_values, *values})
+        if earlier_values.get(key) != values.get(key)
         and (not key.startswith(_SETTINGS_WITHOUT_EFFECT) or (key == "cluster.num_workers" and config.train.epochs > 0))
     ]

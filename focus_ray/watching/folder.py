@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,11 @@ class ListedFile(NamedTuple):
     ctime_ns: int = 0
     inode: int = 0
 
+    @classmethod
+    def from_status(cls, image: str, status: os.stat_result) -> ListedFile:
+        """Returns the listing entry of a file from the result of its `stat`."""
+        return cls(image, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
 
 def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> list[ListedFile]:
     """Lists the image files in a folder and its subfolders, in no particular order.
@@ -43,26 +49,25 @@ def list_images(folder: Path, leave_out: Path, log: Callable[[str], None]) -> li
     Args:
         folder: Folder to list.
         leave_out: Subfolder that is skipped: the output folder.
-        log: Takes a message about each subfolder that cannot be listed.
+        log: Takes a message about each subfolder or file that cannot be listed.
 
     Raises:
         OSError: The folder itself cannot be listed.
     """
 
     def log_error(path: Path, error: OSError) -> None:
-        """Logs that a subfolder or file cannot be listed."""
         log(f"{path}: cannot be listed: {error.strerror or error}")
 
     files = []
-    for image, entry in scan_images(folder, log_error, skipped_folder=os.path.realpath(leave_out)):
+    for image in scan_images(folder, log_error, skipped_folder=os.path.realpath(leave_out)):
         try:
-            if entry.is_file():
-                status = entry.stat()
-                files.append(ListedFile(image, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
-        except FileNotFoundError:  # deleted during the listing
+            status = os.stat(folder / image)
+            if stat.S_ISREG(status.st_mode):
+                files.append(ListedFile.from_status(image, status))
+        except FileNotFoundError:  # deleted during the listing, or a broken link
             continue
         except OSError as error:
-            log(f"{folder / image}: its size and time cannot be read: {error.strerror or error}")
+            log_error(folder / image, error)
     return files
 
 
@@ -81,48 +86,31 @@ class PendingFile:
     retry_at_s: float = -math.inf
 
 
-@dataclass
-class PendingFiles:
-    """All files of the folder that are not processed yet.
+class PendingFiles(dict[str, PendingFile]):
+    """All files of the folder that are not processed yet: path relative to the folder -> file."""
 
-    Attributes:
-        settle_s: A file is ready when its size and times have not changed for this many seconds.
-        files: Path relative to the folder -> file.
-    """
-
-    settle_s: float
-    files: dict[str, PendingFile] = field(default_factory=dict)
-
-    def update(self, listing: Iterable[ListedFile], now: float) -> None:
+    def update_listing(self, listing: Iterable[ListedFile], now: float) -> None:
         """Replaces the pending files by a new listing. A changed file starts to settle again.
 
         Args:
             listing: Files of the folder that are not processed yet.
             now: Time of the monotonic clock in seconds.
         """
-        before = self.files
-        self.files = {}
+        before = dict(self)
+        self.clear()
         for file in listing:
             pending = before.get(file.image)
-            if pending and pending.file[:-1] == file[:-1]:  # some shares change the inode of an unchanged file
-                pending.file = file
-                self.files[file.image] = pending
-            else:
-                self.files[file.image] = PendingFile(file, now)
+            if pending is None or pending.file[:-1] != file[:-1]:  # some shares change the inode of an unchanged file
+                pending = PendingFile(file, now)
+            pending.file = file
+            self[file.image] = pending
 
-    def list_ready(self, now: float) -> list[PendingFile]:
+    def list_ready(self, settle_s: float, now: float) -> list[PendingFile]:
         """Returns the settled files whose next try is due, oldest modification time first.
 
         Args:
+            settle_s: A file is settled when its size and times have not changed for this many seconds.
             now: Time of the monotonic clock in seconds.
         """
-        ready = [
-            pending
-            for pending in self.files.values()
-            if now >= max(pending.unchanged_since_s + self.settle_s, pending.retry_at_s)
-        ]
-        return sorted(ready, key=lambda pending: (pending.file.mtime_ns, pending.file.image))
-
-    def remove(self, image: str) -> None:
-        """Removes a file that needs no inspection any more."""
-        del self.files[image]
+        ready = [item for item in self.values() if now >= max(item.unchanged_since_s + settle_s, item.retry_at_s)]
+        return sorted(ready, key=lambda item: (item.file.mtime_ns, item.file.image))

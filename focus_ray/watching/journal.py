@@ -8,25 +8,23 @@ tables are derived from the lines, and are rebuilt from them after a crash.
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from focus_ray.csv_tables import COLUMNS, table_row, table_text
 from focus_ray.errors import DataError
-from focus_ray.evaluation.table import COLUMNS, table_row, table_text
-from focus_ray.storage.files import write_bytes
 from focus_ray.watching.processed_keys import ProcessedKeys
 
-TABLE_COLUMNS = ("time", *COLUMNS, "bundle", "sha256", "milliseconds")
+_EXTRA_COLUMNS = ("time", "bundle", "sha256", "milliseconds")
+TABLE_COLUMNS = ("time", *COLUMNS, *_EXTRA_COLUMNS[1:])
 _LINES_PATTERN = "verdicts-[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].jsonl"
 _KEY = re.compile(rb'\{"key": "([0-9a-f]{16})([0-9a-f]{16})", ')
-_BLOCK_BYTES = 65536
 _LOCK_NAME = ".watch.lock"
 
 
@@ -53,15 +51,14 @@ class Journal:
         Raises:
             DataError: Another process writes to the folder, or the folder cannot be used.
         """
-        self.folder, self.table, self.log = Path(folder).expanduser(), table, log
-        self._day, self._lines, self._rows = "", _AppendOnlyFile(), _AppendOnlyFile()
+        self.folder, self.table = Path(folder).expanduser(), table
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_folder(self.folder)
             days = sorted(self.folder.glob(_LINES_PATTERN))
+            keys = array("Q")
             for day in days:
-                _remove_cut_line(day, log)
-            keys = _read_keys(days, log)
+                keys += _read_keys(day, log)
             self.processed, self.num_lines_at_start = ProcessedKeys(keys), len(keys) // 2
             if table:
                 self._rebuild_tables(days)
@@ -75,9 +72,7 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        """Closes the files and releases the lock."""
-        self._lines.close()
-        self._rows.close()
+        """Releases the lock."""
         self._lock.close()
 
     def write_lines(self, lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -93,41 +88,17 @@ class Journal:
             DataError: The lines cannot be written completely. The next start removes an incomplete line.
         """
         texts = [json.dumps(line, ensure_ascii=False) for line in lines]
-        day = datetime.now().strftime("%Y-%m-%d")
-        path = self.folder / f"verdicts-{day}.jsonl"
+        path = self.folder / f"verdicts-{datetime.now():%Y-%m-%d}.jsonl"
         try:
-            if day != self._day:
-                self._day = day
-                self._lines.open(path)
-                if self.table:
-                    self._rows.open(path.with_suffix(".csv"), _format_rows([], header=True))
-            self._lines.append("".join(f"{text}\n" for text in texts))
+            _append(path, "".join(f"{text}\n" for text in texts))
             if self.table:
-                self._rows.append(_format_rows(lines))
+                table = path.with_suffix(".csv")
+                _append(table, _format_rows(lines, header=not table.exists()))
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be written: {error.strerror or error}; images without a line are inspected at the next start"
             ) from error
         return texts
-
-    def write_picture(self, name: str, content: bytes) -> None:
-        """Writes an image file into the output folder, completely or not at all, even if the process is killed.
-
-        Args:
-            name: Path relative to the output folder.
-            content: Bytes of the file.
-
-        Raises:
-            DataError: The file cannot be written.
-        """
-        path, temporary = self.folder / name, self.folder / ".picture.new"
-        write_bytes(temporary, content)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def _rebuild_tables(self, days: Sequence[Path]) -> None:
         """Rebuilds the CSV tables that may lack rows, from the JSON lines of their days.
@@ -137,6 +108,9 @@ class Journal:
 
         Args:
             days: File of the JSON lines of each day.
+
+        Raises:
+            DataError: A line is not valid JSON.
         """
         newest_ns = max((day.stat().st_mtime_ns for day in days), default=0)
         for day in days:
@@ -145,10 +119,15 @@ class Journal:
             if table.exists() and changed_ns < newest_ns and changed_ns <= table.stat().st_mtime_ns:
                 continue
             temporary = self.folder / f".{table.name}.new"
-            with temporary.open("w", encoding="utf-8", newline="") as stream:
+            with day.open("rb") as lines, temporary.open("w", encoding="utf-8", newline="") as stream:
                 stream.write(_format_rows([], header=True))
-                for line in _read_lines(day):
-                    stream.write(_format_rows([line]))
+                for number, line in enumerate(lines, 1):
+                    try:
+                        stream.write(_format_rows([json.loads(line)] if _KEY.match(line) else []))
+                    except ValueError as error:
+                        raise DataError(
+                            f"{day}, line {number}: not valid JSON ({error}): correct or delete the line"
+                        ) from error
             os.replace(temporary, table)
 
 
@@ -157,36 +136,17 @@ def key_text(stamp: int, content: int) -> str:
     return f"{stamp:016x}{content:016x}"
 
 
-class _AppendOnlyFile:
-    """A text file that appends text without a buffer, so that `close` does not write failed text again."""
+def _append(path: Path, text: str) -> None:
+    """Appends text to a file. The text is on the disk when the function returns.
 
-    def __init__(self) -> None:
-        self._stream: io.FileIO | None = None
-
-    def open(self, path: Path, header: str = "") -> None:
-        """Opens a file. Writes the header if the file is new."""
-        self.close()
-        self._stream = io.FileIO(path, "a")
-        if header and not self._stream.tell():
-            self.append(header)
-
-    def append(self, text: str) -> None:
-        """Appends text. The text is on the disk when the function returns.
-
-        Raises:
-            OSError: The text cannot be written completely.
-        """
-        assert self._stream is not None
+    Raises:
+        OSError: The text cannot be written completely.
+    """
+    with path.open("ab", buffering=0) as stream:
         remaining = memoryview(text.encode())
         while remaining:
-            remaining = remaining[self._stream.write(remaining) :]
-        os.fsync(self._stream.fileno())
-
-    def close(self) -> None:
-        """Closes the file, if one is open."""
-        if self._stream is not None:
-            stream, self._stream = self._stream, None
-            stream.close()
+            remaining = remaining[stream.write(remaining) :]
+        os.fsync(stream.fileno())
 
 
 def _lock_folder(folder: Path) -> IO[str]:
@@ -211,58 +171,30 @@ def _lock_folder(folder: Path) -> IO[str]:
     return stream
 
 
-def _remove_cut_line(path: Path, log: Callable[[str], None]) -> None:
-    """Removes an incomplete last line, which a crash cut off. Logs the removal."""
-    with path.open("r+b") as stream:
-        size = start = stream.seek(0, os.SEEK_END)
-        complete_bytes = 0
-        while start and not complete_bytes:
-            end, start = start, max(0, start - _BLOCK_BYTES)
-            stream.seek(start)
-            newline = stream.read(end - start).rfind(b"\n")
-            complete_bytes = start + newline + 1 if newline >= 0 else 0
-        if complete_bytes < size:
-            stream.truncate(complete_bytes)
-            log(f"{path}: the last line was cut off and is removed; its image is inspected again")
+def _read_keys(day: Path, log: Callable[[str], None]) -> array[int]:
+    """Returns the stamp key and the content key of each line of a day, in order. Removes a last line that a crash cut off.
 
-
-def _read_keys(days: Sequence[Path], log: Callable[[str], None]) -> array[int]:
-    """Returns the stamp key and the content key of each line, in order. Logs how many lines of a day have no keys."""
-    keys = array("Q")
-    for day in days:
-        num_invalid = 0
-        with day.open("rb") as stream:
-            for line in stream:
-                if match := _KEY.match(line):
-                    keys.append(int(match[1], 16))
-                    keys.append(int(match[2], 16))
-                else:
-                    num_invalid += 1
-        if num_invalid:
-            log(f"{day}: {num_invalid} lines have no key of an image, and are ignored")
-    return keys
-
-
-def _read_lines(day: Path) -> Iterator[dict[str, Any]]:
-    """Yields each line of a day that has a key, as a dict of JSON values.
-
-    Raises:
-        DataError: A line is not valid JSON.
+    Logs the removal, and how many lines have no keys.
     """
-    with day.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if not _KEY.match(line):
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{day}, line {number}: not valid JSON ({error}): correct or delete the line"
-                ) from error
+    keys = array("Q")
+    num_invalid = num_bytes = 0
+    with day.open("r+b") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                stream.truncate(num_bytes)
+                log(f"{day}: the last line was cut off and is removed; its image is inspected again")
+                break
+            num_bytes += len(line)
+            if match := _KEY.match(line):
+                keys.extend([int(match[1], 16), int(match[2], 16)])
+            else:
+                num_invalid += 1
+    if num_invalid:
+        log(f"{day}: {num_invalid} lines have no key of an image, and are ignored")
+    return keys
 
 
 def _format_rows(lines: Sequence[Mapping[str, Any]], header: bool = False) -> str:
     """Returns one CSV row per line as text. The header comes first if `header` is True."""
-    extra_columns = ("time", "bundle", "sha256", "milliseconds")
-    rows = [{**table_row(line), **{key: line[key] for key in extra_columns if key in line}} for line in lines]
+    rows = [{**table_row(line), **{key: line[key] for key in _EXTRA_COLUMNS if key in line}} for line in lines]
     return table_text(rows, TABLE_COLUMNS, header)

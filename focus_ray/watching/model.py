@@ -12,7 +12,7 @@ from focus_ray.bundle.registry import LATEST
 from focus_ray.errors import DataError, FocusRayError
 from focus_ray.storage.files import FileStamp, join, read_stamp
 
-CHECK_INTERVAL_S = 5.0
+CHECK_INTERVAL_S = 5.0  # least number of seconds between two checks for a new model
 
 
 class WatchedModel:
@@ -30,7 +30,6 @@ class WatchedModel:
         *,
         version: str = LATEST,
         category: str | None = None,
-        check_interval_s: float = CHECK_INTERVAL_S,
     ) -> None:
         """Loads the model.
 
@@ -40,21 +39,19 @@ class WatchedModel:
             log: Takes messages about loaded models and failed reloads.
             version: Version or alias, if the URI is a registry.
             category: Category of the model; required if the URI has models of several categories.
-            check_interval_s: Least number of seconds between two checks for a new model.
 
         Raises:
             FocusRayError: There is no model, or more than one, or the model cannot be read.
         """
-        self.uri, self.load, self.log = uri, load, log
-        self.version, self.category, self.check_interval_s = version, category, check_interval_s
-        self._location, self._last_error = self._find_bundle(log), ""
-        self._checked_at_s = time.monotonic()
+        self.uri, self.load, self.log, self.version, self.category = uri, load, log, version, category
+        self._last_error, self._checked_at_s = "", time.monotonic()
+        self._location = self._find_bundle(log)
         self.inspector = load(self._location[0])
         self._log_model()
 
     def reload_if_changed(self) -> None:
         """Loads the current model if it has changed. If it cannot be loaded, logs the error and keeps the old model."""
-        if time.monotonic() < self._checked_at_s + self.check_interval_s:
+        if time.monotonic() < self._checked_at_s + CHECK_INTERVAL_S:
             return
         try:
             location = self._find_bundle(lambda message: None)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from focus_ray.watching.folder import ListedFile
+
 _MAX_RECENT = 65536  # keys in a Python set, which takes about 100 bytes per key
 
 
-def stamp_key(image: str, num_bytes: int, mtime_ns: int, ctime_ns: int = 0, inode: int = 0) -> int:
-    """Returns the 64-bit key of a listed file: a hash of all fields of `folder.ListedFile`."""
-    return _key(f"{num_bytes}/{mtime_ns}/{ctime_ns}/{inode}/{image}")
+def stamp_key(file: ListedFile) -> int:
+    """Returns the 64-bit key of a listed file: a hash of all of its fields."""
+    return _key(f"{file.num_bytes}/{file.mtime_ns}/{file.ctime_ns}/{file.inode}/{file.image}")
 
 
 def content_key(image: str, sha256: str) -> int:
@@ -38,9 +40,6 @@ class ProcessedKeys:
         self._sorted: NDArray[np.uint64] = np.unique(np.asarray(keys, dtype=np.uint64))
         self._recent: set[int] = set()
 
-    def __len__(self) -> int:
-        return len(self._sorted) + len(self._recent)
-
     def __contains__(self, key: int) -> bool:
         return self.contains_each([key])[0]
 
@@ -51,15 +50,12 @@ class ProcessedKeys:
             self._sorted = np.union1d(self._sorted, np.fromiter(self._recent, np.uint64, len(self._recent)))
             self._recent.clear()
 
-    def contains_each(self, keys: Iterable[int]) -> list[bool]:
+    def contains_each(self, keys: Sequence[int]) -> list[bool]:
         """Returns True or False for each key: whether the set contains it. One call is faster than one look-up per key."""
-        keys = list(keys)
-        if not len(self._sorted):
-            return [key in self._recent for key in keys]
-        queries = np.array(keys, dtype=np.uint64)
-        # Binary search: each key can only be at its insertion position in the sorted array.
-        positions = np.minimum(np.searchsorted(self._sorted, queries), len(self._sorted) - 1)
-        return [
-            is_sorted or key in self._recent
-            for key, is_sorted in zip(keys, (self._sorted[positions] == queries).tolist(), strict=True)
-        ]
+        is_sorted = np.zeros(len(keys), dtype=bool)
+        if len(self._sorted):
+            queries = np.array(keys, dtype=np.uint64)
+            # Binary search: each key can only be at its insertion position in the sorted array.
+            positions = np.minimum(np.searchsorted(self._sorted, queries), len(self._sorted) - 1)
+            is_sorted = self._sorted[positions] == queries
+        return [is_old or key in self._recent for key, is_old in zip(keys, is_sorted.tolist(), strict=True)]

@@ -22,14 +22,15 @@ from focus_ray.detect.shift import RecentScores, compare_stream
 from focus_ray.drawing.mark import MARK_WITHIN_BYTES, is_drawing
 from focus_ray.drawing.strip import overlay_with_strip
 from focus_ray.errors import DataError
-from focus_ray.storage.files import is_storage_full
-from focus_ray.watching.folder import PendingFile, PendingFiles, list_images
+from focus_ray.names import readable_name
+from focus_ray.storage.files import is_storage_full, write_bytes
+from focus_ray.watching.folder import ListedFile, PendingFile, PendingFiles, list_images
 from focus_ray.watching.journal import Journal, key_text
 from focus_ray.watching.model import WatchedModel
 from focus_ray.watching.processed_keys import content_key, stamp_key
 
 SIGNAL_TIMEOUT_S = 10.0
-OVERLAY_FOLDER = "overlays"
+OVERLAY_FOLDER = PurePosixPath("overlays")
 _REPEAT_MESSAGE_S = 60.0
 _MAX_STEM_BYTES = 200  # a file name may have 255 bytes; the content key and the suffix need some of them
 
@@ -39,10 +40,9 @@ class _ReadImage(NamedTuple):
 
     Attributes:
         pending: The file in the list of pending files.
-        name: Path relative to the folder as valid UTF-8 text (`readable`).
+        name: Path relative to the folder as valid UTF-8 text (`readable_name`).
         encoded: Bytes of the file.
         sha256: Hash of these bytes.
-        stamp: `processed_keys.stamp_key` of the file: identifies path, size, times and inode.
         content: `processed_keys.content_key` of the file: identifies path and bytes.
     """
 
@@ -50,7 +50,6 @@ class _ReadImage(NamedTuple):
     name: str
     encoded: bytes
     sha256: str
-    stamp: int
     content: int
 
 
@@ -109,17 +108,12 @@ class Watch:
         """
         self.folder, self.model, self.journal, self.settings, self.show = folder, model, journal, settings, show
         self.counts: Counter[str] = Counter()
-        self.pending = PendingFiles(settings.settle_s)
+        self.pending = PendingFiles()
         self._log, self._silent_until_s = log, dict[str, float]()
         self._recent_scores, self._recent_version = RecentScores(), ""
         self._folder_is_missing = False
         self._files_at_start: set[str] | None = None
         self._reported_at_s, self._reported_counts = time.monotonic(), Counter[str]()
-
-    @property
-    def num_pending(self) -> int:
-        """Number of files in the folder that are not processed yet."""
-        return len(self.pending.files)
 
     def run(self, stop: threading.Event) -> None:
         """Watches until `stop` is set. A `once` watch also ends when all files are processed. Finishes the current batch.
@@ -132,7 +126,7 @@ class Watch:
             pass_start_s = time.monotonic()
             self.model.reload_if_changed()
             self._list_folder()
-            ready = self.pending.list_ready(pass_start_s)
+            ready = self.pending.list_ready(self.settings.settle_s, pass_start_s)
             size = self.settings.batch_size
             for first in range(0, len(ready), size):
                 if stop.is_set():
@@ -148,7 +142,7 @@ class Watch:
     def _is_finished(self, watch_start_s: float) -> bool:
         """Returns True if a `once` watch has no file left to try, or its time for retries is over."""
         is_timed_out = time.monotonic() > watch_start_s + self.settings.give_up_s + self.settings.settle_s
-        return is_timed_out or all(pending.retry_at_s == math.inf for pending in self.pending.files.values())
+        return is_timed_out or all(pending.retry_at_s == math.inf for pending in self.pending.values())
 
     def _list_folder(self) -> None:
         """Lists the folder and updates the pending files. If the folder cannot be listed, logs this; the watch goes on.
@@ -159,27 +153,29 @@ class Watch:
         try:
             listing = list_images(self.folder, self.journal.folder, self._log_rarely)
         except OSError as error:
+            message = f"{self.folder}: cannot be listed: {error.strerror or error}"
             if self.settings.once:
-                raise DataError(f"{self.folder}: cannot be listed: {error.strerror or error}") from error
-            self._folder_is_missing = True
-            self._log_rarely(
-                f"{self.folder}: cannot be listed: {error.strerror or error}; waiting until it can be listed"
-            )
-            self.pending.update([], time.monotonic())
-            return
-        if self._folder_is_missing:
+                raise DataError(message) from error
+            self._log_rarely(f"{message}; waiting until it can be listed")
+            self._folder_is_missing, listing = True, []
+        else:
+            if self._folder_is_missing:
+                self._log_rarely(f"{self.folder}: can be listed again")
             self._folder_is_missing = False
-            self._log_rarely(f"{self.folder}: can be listed again")
         if self.settings.once:
             if self._files_at_start is None:
                 self._files_at_start = {file.image for file in listing}
             listing = [file for file in listing if file.image in self._files_at_start]
-        is_processed = self.journal.processed.contains_each(stamp_key(*file) for file in listing)
+        is_processed = self.journal.processed.contains_each([stamp_key(file) for file in listing])
         new = [file for file, is_done in zip(listing, is_processed, strict=True) if not is_done]
-        self.pending.update(new, time.monotonic())
+        self.pending.update_listing(new, time.monotonic())
 
     def _inspect(self, batch: Sequence[PendingFile]) -> None:
-        """Reads and inspects a batch of files, writes their lines and runs the signal command."""
+        """Reads and inspects a batch of files, writes their lines and runs the signal command.
+
+        A file that cannot be decoded may be incomplete, because a writer can pause longer than `settle_s`. It is tried again
+        after `give_up_s`. Then, and in a `once` watch, it counts as complete.
+        """
         images = [image for pending in batch if (image := self._read_image(pending)) is not None]
         inspector = self.model.inspector
         start_s = time.perf_counter()
@@ -187,7 +183,9 @@ class Watch:
         each_ms = round(1000 * (time.perf_counter() - start_s) / max(1, len(images)), 1)
         finished, lines = [], []
         for image, result in zip(images, results, strict=True):
-            if isinstance(result, DataError) and self._schedule_retry(image.pending):
+            give_up_at_s = image.pending.unchanged_since_s + self.settings.give_up_s
+            if isinstance(result, DataError) and not self.settings.once and time.monotonic() < give_up_at_s:
+                image.pending.retry_at_s = give_up_at_s
                 continue
             finished.append(image)
             lines.append(self._process_result(image, result, inspector.bundle, each_ms))
@@ -195,15 +193,19 @@ class Watch:
             return
         texts = self.journal.write_lines(lines)
         for image in finished:
-            self.journal.processed.add(image.stamp, image.content)
-            self.pending.remove(image.pending.file.image)
+            self._mark_processed(image.pending, image.content)
         for line, text in zip(lines, texts, strict=True):
             self.counts[line.get("verdict", "error")] += 1
             self.show(text)
-            if line.get("anomalous"):
+            if line.get("anomalous") and self.settings.on_anomalous:
                 self._run_signal_command(line["image"], text)
         scores = [float(line["score"]) for line in lines if "score" in line and not line.get("trained_on")]
         self._check_score_shift(inspector.bundle, scores)
+
+    def _mark_processed(self, pending: PendingFile, *keys: int) -> None:
+        """Removes a file from the pending files, and adds its stamp key and further keys to the processed keys."""
+        self.journal.processed.add(stamp_key(pending.file), *keys)
+        del self.pending[pending.file.image]
 
     def _check_score_shift(self, bundle: Bundle, scores: Sequence[float]) -> None:
         """Adds scores to the model's recent scores, and tests them at intervals.
@@ -238,7 +240,7 @@ class Watch:
             DataError: The disk is full.
         """
         line: dict[str, Any] = {
-            "key": key_text(image.stamp, image.content),
+            "key": key_text(stamp_key(image.pending.file), image.content),
             "image": image.name,
             "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
             "category": bundle.category,
@@ -249,7 +251,7 @@ class Watch:
         else:
             line |= {"verdict": result.verdict, **result.to_dict()}
             if self.settings.overlays == "all" or (self.settings.overlays == "anomalous" and result.anomalous):
-                line |= self._overlay_entry(image, result)
+                line |= self._write_overlay(image, result)
         return {**line, "bundle": bundle.version, "sha256": image.sha256, "milliseconds": milliseconds}
 
     def _read_image(self, pending: PendingFile) -> _ReadImage | None:
@@ -259,83 +261,58 @@ class Watch:
             The image. None if the file changed while it was read, already has a line, is an overlay, was deleted, or cannot be
             read.
         """
-        name = readable(pending.file.image)
+        file, name = pending.file, readable_name(pending.file.image)
         try:
-            with (self.folder / pending.file.image).open("rb") as stream:
+            with (self.folder / file.image).open("rb") as stream:
                 encoded = stream.read(MARK_WITHIN_BYTES)
                 if is_drawing(encoded):
                     self._log_rarely(f"{self.folder}: images that focus_ray drew are skipped")
-                    self.journal.processed.add(stamp_key(*pending.file))
-                    self.pending.remove(pending.file.image)
+                    self._mark_processed(pending)
                     return None
                 encoded += stream.read()
                 status = os.fstat(stream.fileno())
         except FileNotFoundError:
             self._log_rarely(f"{name}: was deleted before it was inspected")
-            self.pending.remove(pending.file.image)
+            del self.pending[file.image]
             return None
         except OSError as error:
             pending.retry_at_s = math.inf if self.settings.once else time.monotonic() + self.settings.give_up_s
             self._log_rarely(f"{name}: cannot be read: {error.strerror or error}")
             return None
-        if (status.st_size, status.st_mtime_ns, status.st_ctime_ns) != pending.file[1:4] or len(
-            encoded
-        ) != status.st_size:
+        if ListedFile.from_status(file.image, status)[:-1] != file[:-1] or len(encoded) != status.st_size:
             return None
         sha256 = hashlib.sha256(encoded).hexdigest()
-        stamp, content = stamp_key(*pending.file), content_key(pending.file.image, sha256)
+        content = content_key(file.image, sha256)
         if content in self.journal.processed:  # same bytes, other times: not a new image
-            self.journal.processed.add(stamp)
-            self.pending.remove(pending.file.image)
+            self._mark_processed(pending)
             return None
-        return _ReadImage(pending, name, encoded, sha256, stamp, content)
+        return _ReadImage(pending, name, encoded, sha256, content)
 
-    def _schedule_retry(self, pending: PendingFile) -> bool:
-        """Schedules another try for a file that cannot be decoded, if the file may be incomplete. Returns True if it did.
-
-        A writer can pause longer than `settle_s`. After `give_up_s`, or in a `once` watch, the file counts as complete.
-        """
-        give_up_at_s = pending.unchanged_since_s + self.settings.give_up_s
-        if self.settings.once or time.monotonic() >= give_up_at_s:
-            return False
-        pending.retry_at_s = give_up_at_s
-        return True
-
-    def _overlay_entry(self, image: _ReadImage, result: Inspection) -> dict[str, str]:
-        """Writes the overlay of an image.
+    def _write_overlay(self, image: _ReadImage, result: Inspection) -> dict[str, str]:
+        """Draws and writes the overlay of an image, completely or not at all, even if the process is killed.
 
         Returns:
-            {"overlay": path}, or {"overlay_error": reason} if it cannot be written.
+            {"overlay": path relative to the output folder}, or {"overlay_error": reason} if it cannot be written. The path
+            contains the content key, so every image and every content has its own path.
 
         Raises:
             DataError: The disk is full. The journal line cannot be written either.
         """
+        path = PurePosixPath(image.name)
+        stem = path.stem.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
+        name = str(OVERLAY_FOLDER / path.parent / f"{stem}-{image.content:016x}.png")
         try:
-            return {"overlay": self._write_overlay(image, result)}
+            picture = overlay_with_strip(decode_image(image.encoded, None), result)
+            write_bytes(self.journal.folder / name, encode_png(picture, drawn=True))
         except DataError as error:
             if is_storage_full(error):
                 raise
             self._log(f"{image.name}: no overlay: {error}")
-            return {"overlay_error": readable(str(error))}
-
-    def _write_overlay(self, image: _ReadImage, result: Inspection) -> str:
-        """Draws and writes the overlay.
-
-        Returns:
-            Its path relative to the output folder. The path contains the content key, so every image and every content has
-            its own path.
-        """
-        path = PurePosixPath(image.name)
-        stem = path.stem.encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
-        name = str(PurePosixPath(OVERLAY_FOLDER) / path.parent / f"{stem}-{image.content:016x}.png")
-        picture = overlay_with_strip(decode_image(image.encoded, None), result)
-        self.journal.write_picture(name, encode_png(picture, drawn=True))
-        return name
+            return {"overlay_error": readable_name(error)}
+        return {"overlay": name}
 
     def _run_signal_command(self, image: str, text: str) -> None:
         """Runs the command of --on-anomalous with an image's line on standard input, and waits until it ends."""
-        if not self.settings.on_anomalous:
-            return
         try:
             process = subprocess.run(
                 self.settings.on_anomalous,
@@ -372,14 +349,9 @@ class Watch:
             minutes = (now - self._reported_at_s) / 60
             self._log(
                 f"watch: {new_counts.total() / minutes:.0f} images per minute: {summarize_counts(new_counts)}, "
-                f"{self.num_pending} pending"
+                f"{len(self.pending)} pending"
             )
         self._reported_at_s, self._reported_counts = now, Counter(self.counts)
-
-
-def readable(name: str) -> str:
-    """Returns a file name as valid UTF-8 text: a byte that is not UTF-8 becomes an escape such as \\xff."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def summarize_counts(counts: Counter[str]) -> str:

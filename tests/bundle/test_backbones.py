@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from small_set import fit_alone, ingest_parts, make_bundle, small_config, write_fitted_bundle
+from small_set import fit_alone, ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.inspector import Inspector
 from focus_ray.data.images import decode_batch
@@ -39,7 +39,7 @@ def photographs(data: str, name: str, category: str = "gear") -> NDArray[np.uint
 def check_the_whole_way(config: Config, images: NDArray[np.uint8]) -> None:
     result = fit_alone(config)
     expected = result.detector(torch.from_numpy(images))
-    inspector = Inspector.load(write_fitted_bundle(result, config), "cpu")
+    inspector = Inspector.load(make_bundle(config, result=result), "cpu")
     scores, maps = inspector.score(images)
     np.testing.assert_allclose(scores, expected.score.numpy(), rtol=1e-3)
     np.testing.assert_allclose(maps, expected.anomaly_map.numpy(), atol=1e-3 * float(maps.max()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,76 +23,51 @@ pytestmark = pytest.mark.ray
 # The session's cluster is one node of four CPUs and no GPU.
 
 
-def test_concurrent_trainings_are_counted_with_the_cpu_of_the_stream(ray_cluster: None) -> None:
-    assert count_concurrent_runs(ClusterConfig(num_workers=4), is_private=True) == 1
-    assert count_concurrent_runs(ClusterConfig(num_workers=1), is_private=True) == 4
-    assert count_concurrent_runs(ClusterConfig(num_workers=1), is_private=True, streams=True) == 2
-    assert count_concurrent_runs(ClusterConfig(num_workers=1), is_private=True, limit=3) == 3
-
-
-def test_a_share_of_the_cluster_is_used_and_the_arithmetic_is_logged(ray_cluster: None) -> None:
-    said: list[str] = []
-    assert count_concurrent_runs(ClusterConfig(num_workers=1), True, False, said.append, share=0.5) == 2
-    assert said == ["side by side: 2 of 1 worker(s) of 1 CPU, in 0.5 of 4 CPU"]
-    assert count_concurrent_runs(ClusterConfig(num_workers=1), True, False, said.append, share=0.5, limit=1) == 1
-    assert said[1] == "side by side: 1 as set; room for 2"
-    with pytest.raises(
-        TrainingError,
-        match=r"^0\.5 of the cluster .* 3 worker\(s\), which need 3 CPU of its 4 CPU",
-    ):
-        count_concurrent_runs(ClusterConfig(num_workers=3), is_private=True, share=0.5)
-    assert count_concurrent_runs(ClusterConfig(num_workers=3, max_cpus=8), is_private=False, share=0.5) == 1
-    with pytest.raises(TrainingError, match=r"grow to 8 CPU, .* 0\.5 .*: lower base\.cluster\.num_w"):
-        count_concurrent_runs(ClusterConfig(num_workers=5, max_cpus=8), is_private=False, share=0.5, prefix="base.")
-
-
 @pytest.mark.parametrize(
-    ("config", "streams", "message"),
+    ("settings", "options", "expected"),
     [
-        (
-            {"num_workers": 5},
-            False,
-            r"^5 worker\(s\) of 1 CPU need 5 CPU; this machine has 4 CPU, and room for 4 such worker\(s\) on its 1 "
-            r"node\(s\): lower cluster\.num_workers",
-        ),
-        (
-            {"num_workers": 4},
-            True,
-            r"^4 worker\(s\) of 1 CPU \+ 1 CPU for the stream of images need 5 CPU; .* raise data\.memory_budget_mb",
-        ),
-        (
-            {"use_gpu": True},
-            False,
-            r"of 1 CPU \+ 1 GPU need 1 CPU \+ 1 GPU; this machine has 4 CPU \+ 0 GPU, and room for 0",
-        ),
-        ({"memory_gib_per_worker": 1e6}, False, r"need 1 CPU \+ 1e\+06 GiB memory; this machine has 4 CPU \+ "),
-        (
-            {"labels": {"gpu": "h100"}},
-            False,
-            r"room for 0 such worker\(s\) on its 1 node\(s\) labelled {'gpu': 'h100'}",
-        ),
+        ({"num_workers": 4}, {}, 1),
+        ({}, {}, 4),
+        ({}, {"streams": True}, 2),
+        ({}, {"limit": 3}, 3),
+        ({}, {"share": 0.5}, 2),
+        ({}, {"share": 0.5, "limit": 1}, 1),
+        ({"max_cpus": 8}, {"is_private": False}, 4),
+        ({"max_cpus": 8}, {"is_private": False, "growing": True}, 8),
+        ({"num_workers": 8, "max_cpus": 8}, {"is_private": False}, 1),  # after growth
+        ({"num_workers": 3, "max_cpus": 8}, {"is_private": False, "share": 0.5}, 1),  # after growth
+        ({"num_workers": 8, "min_workers": 2}, {}, 1),
     ],
 )
+def test_concurrent_trainings_are_counted(
+    ray_cluster: None, settings: dict[str, Any], options: dict[str, Any], expected: int
+) -> None:
+    assert count_concurrent_runs(ClusterConfig(**settings), **{"is_private": True, **options}) == expected
+
+
+REFUSED = [
+    ({"num_workers": 5}, {}, r"^5 worker\(s\) of 1 CPU need 5 CPU; this machine has 4 CPU.*room for 4 .*lower cluster"),
+    ({"num_workers": 4}, {"streams": True}, r"1 CPU for the stream .* need 5 CPU; .* raise data\.memory_budget_mb"),
+    ({"use_gpu": True}, {}, r"1 CPU \+ 1 GPU need 1 CPU \+ 1 GPU; .* has 4 CPU \+ 0 GPU, and room for 0"),
+    ({"memory_gib_per_worker": 1e6}, {}, r"need 1 CPU \+ 1e\+06 GiB memory; this machine has 4 CPU \+ "),
+    ({"labels": {"gpu": "h100"}}, {}, r"room for 0 such worker\(s\) on its 1 node\(s\) labelled {'gpu': 'h100'}"),
+    ({"num_workers": 3}, {"share": 0.5}, r"3 worker\(s\) .* a share of 0\.5 .* raise cluster_share"),
+    ({"num_workers": 5}, {"is_private": False}, r"the cluster has 4 CPU.* or set cluster\.max_cpus"),
+    ({"num_workers": 9, "max_cpus": 8}, {"is_private": False}, r"9 CPU; .* can grow to 8 CPU: lower cluster"),
+    (
+        {"num_workers": 5, "max_cpus": 8},
+        {"is_private": False, "share": 0.5, "prefix": "base."},
+        r" lower base\.cluster",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "options", "message"), REFUSED)
 def test_a_training_that_never_fits_is_refused_with_the_arithmetic(
-    ray_cluster: None, config: dict[str, object], streams: bool, message: str
+    ray_cluster: None, settings: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TrainingError, match=message):
-        count_concurrent_runs(ClusterConfig(**config), is_private=True, streams=streams)  # type: ignore[arg-type]
-
-
-def test_a_cluster_without_known_growth_refuses(ray_cluster: None) -> None:
-    with pytest.raises(TrainingError, match=r"the cluster has 4 CPU.* or set cluster\.max_cpus"):
-        count_concurrent_runs(ClusterConfig(num_workers=5), is_private=False)
-
-
-def test_a_cluster_that_can_grow_enough_waits_and_one_that_cannot_refuses(ray_cluster: None) -> None:
-    said: list[str] = []
-    assert count_concurrent_runs(ClusterConfig(num_workers=8, max_cpus=8), False, False, said.append) == 1
-    assert len(said) == 1
-    assert "WARNING: 8 worker(s) of 1 CPU need 8 CPU; the cluster has 4 CPU" in said[0]
-    assert "waiting for it to grow; otherwise stop, and lower cluster.num_workers" in said[0]
-    with pytest.raises(TrainingError, match=r"need 9 CPU; .* and can grow to 8 CPU: lower cluster\.num_workers"):
-        count_concurrent_runs(ClusterConfig(num_workers=9, max_cpus=8), is_private=False)
+        count_concurrent_runs(ClusterConfig(**settings), **{"is_private": True, **options})
 
 
 def test_gpus_that_the_cluster_can_grow_to_are_used(ray_cluster: None) -> None:

@@ -1,73 +1,78 @@
-"""The cluster manifests: Kubernetes' own schemas for what is Kubernetes', strict keys for KubeRay's and Kueue's kinds.
+"""The cluster manifests fit the schemas of Kubernetes; the kinds of KubeRay and Kueue have known fields only.
 
-The fields of KubeRay's and Kueue's kinds below are those of their Go types (ray.io/v1 of KubeRay 1.6,
-kueue.x-k8s.io/v1beta2); their CRDs come in no package. Pod templates are checked as pods, strictly, unknown keys included.
+The fields come from the Go types of KubeRay 1.6 (ray.io/v1) and Kueue (kueue.x-k8s.io/v1beta2), whose CRDs are in no
+package. Pod templates are checked as pods.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
 from places import CONFIGS, REPOSITORY
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from focus_ray.cli.main import build_parser
+from focus_ray.fitting.settings import load_config
+from focus_ray.settings.standard import find_config
 
 CLUSTER = CONFIGS / "cluster"
 KUBERNETES = "1.31"
-SPEC_OF_RAY_CLUSTER = {
-    "suspend", "managedBy", "autoscalerOptions", "headServiceAnnotations", "enableInTreeAutoscaling",
-    "gcsFaultToleranceOptions", "headGroupSpec", "rayVersion", "workerGroupSpecs", "upgradeStrategy", "authOptions",
-}  # fmt: skip
-HEAD = {"template", "headService", "enableIngress", "resources", "labels", "rayStartParams", "serviceType"}
-WORKERS = {
-    "suspend", "groupName", "replicas", "minReplicas", "maxReplicas", "idleTimeoutSeconds", "resources", "labels",
-    "rayStartParams", "template", "scaleStrategy", "numOfHosts",
-}  # fmt: skip
-AUTOSCALER = {
-    "resources", "image", "imagePullPolicy", "securityContext", "idleTimeoutSeconds", "upscalingMode", "version", "env",
-    "envFrom", "volumeMounts",
-}  # fmt: skip
-SPEC_OF_RAY_JOB = {
-    "activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate", "metadata", "clusterSelector",
-    "submitterConfig", "managedBy", "deletionStrategy", "entrypoint", "runtimeEnvYAML", "jobId", "submissionMode",
-    "entrypointResources", "entrypointNumCpus", "entrypointNumGpus", "ttlSecondsAfterFinished",
-    "preRunningDeadlineSeconds", "shutdownAfterJobFinishes", "suspend",
-}  # fmt: skip
-SPEC_OF_RAY_SERVICE = {
-    "rayClusterDeletionDelaySeconds", "serveService", "upgradeStrategy", "managedBy", "serveConfigV2", "rayClusterConfig",
+# kind or part of a kind -> its fields
+FIELDS = {
+    "cluster": "suspend managedBy autoscalerOptions headServiceAnnotations enableInTreeAutoscaling headGroupSpec rayVersion "
+    "gcsFaultToleranceOptions workerGroupSpecs upgradeStrategy authOptions",
+    "head": "template headService enableIngress resources labels rayStartParams serviceType",
+    "workers": "suspend groupName replicas minReplicas maxReplicas idleTimeoutSeconds resources labels rayStartParams template "
+    "scaleStrategy numOfHosts",
+    "autoscaler": "resources image imagePullPolicy securityContext idleTimeoutSeconds upscalingMode version env envFrom "
+    "volumeMounts",
+    "RayJob": "activeDeadlineSeconds backoffLimit rayClusterSpec submitterPodTemplate metadata clusterSelector managedBy "
+    "submitterConfig deletionStrategy entrypoint runtimeEnvYAML jobId submissionMode entrypointResources entrypointNumCpus "
+    "entrypointNumGpus ttlSecondsAfterFinished preRunningDeadlineSeconds shutdownAfterJobFinishes suspend",
+    "RayService": "rayClusterDeletionDelaySeconds serveService upgradeStrategy managedBy serveConfigV2 rayClusterConfig "
     "excludeHeadPodFromServeSvc",
-}  # fmt: skip
-KUEUE = "kueue.x-k8s.io/v1beta2"
-SPEC_OF_QUEUE = {
-    "resourceGroups", "cohortName", "queueingStrategy", "namespaceSelector", "flavorFungibility", "preemption",
-    "admissionChecksStrategy", "stopPolicy", "fairSharing", "admissionScope",
-}  # fmt: skip
-SPEC_OF_LOCAL_QUEUE = {"clusterQueue", "stopPolicy", "fairSharing"}
-SPEC_OF_FLAVOR = {"nodeLabels", "nodeTaints", "tolerations", "topologyName"}
-
-
-def load(name: str) -> list[dict[str, Any]]:
-    return [item for item in yaml.safe_load_all((CLUSTER / name).read_text()) if item]
-
-
-def everything() -> list[dict[str, Any]]:
-    names = sorted(path.name for path in CLUSTER.glob("*.yaml") if path.name != "ray-up.yaml")
-    return [item for name in names for item in load(name)]
+    "ClusterQueue": "resourceGroups cohortName queueingStrategy namespaceSelector flavorFungibility preemption "
+    "admissionChecksStrategy stopPolicy fairSharing admissionScope",
+    "LocalQueue": "clusterQueue stopPolicy fairSharing",
+    "ResourceFlavor": "nodeLabels nodeTaints tolerations topologyName",
+}
+MANIFESTS = [
+    item
+    for path in sorted(CLUSTER.glob("*.yaml"))
+    if path.name != "ray-up.yaml"
+    for item in yaml.safe_load_all(path.read_text())
+    if item
+]
+NAMESPACES = ["team-press", "team-weld", "vision"]
 
 
 def of_kind(kind: str) -> list[dict[str, Any]]:
-    return [item for item in everything() if item["kind"] == kind]
+    return [item for item in MANIFESTS if item["kind"] == kind]
 
 
-def ray_cluster_specs() -> dict[str, dict[str, Any]]:
-    (cluster,), (job,), (service,) = of_kind("RayCluster"), of_kind("RayJob"), of_kind("RayService")
-    return {
-        "RayCluster": cluster["spec"],
-        "RayJob": job["spec"]["rayClusterSpec"],
-        "RayService": service["spec"]["rayClusterConfig"],
-    }
+(JOB,), (SERVICE,), (PROXY,) = of_kind("RayJob"), of_kind("RayService"), of_kind("Deployment")
+CLUSTERS = {
+    "RayCluster": of_kind("RayCluster")[0]["spec"],
+    "RayJob": JOB["spec"]["rayClusterSpec"],
+    "RayService": SERVICE["spec"]["rayClusterConfig"],
+}
+each_cluster = pytest.mark.parametrize("spec", CLUSTERS.values(), ids=CLUSTERS)
+
+
+def groups_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def named(kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
+    key = (name, namespace)
+    items = (item for item in of_kind(kind) if (item["metadata"]["name"], item["metadata"].get("namespace")) == key)
+    return next(items)
 
 
 def check_pod(template: dict[str, Any]) -> None:
@@ -75,15 +80,10 @@ def check_pod(template: dict[str, Any]) -> None:
     kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-def quantity(text: Any) -> float:
-    number, unit = re.fullmatch(r"([0-9.]+)(m|Mi|Gi)?", str(text)).groups()  # type: ignore[union-attr]
-    return float(number) * {None: 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
-
-
 @pytest.mark.parametrize(
     "item",
-    [i for i in everything() if i["apiVersion"] in ("v1", "apps/v1", "networking.k8s.io/v1")],
-    ids=lambda i: f"{i['kind']}-{i['metadata']['name']}",
+    [item for item in MANIFESTS if item["apiVersion"] in ("v1", "apps/v1", "networking.k8s.io/v1")],
+    ids=lambda item: f"{item['kind']}-{item['metadata']['name']}",
 )
 def test_kubernetes_own_kinds_fit_its_schemas(item: dict[str, Any]) -> None:
     kubernetes_validate.validate(item, KUBERNETES, strict=True)
@@ -94,141 +94,105 @@ def test_the_schemas_refuse_an_unknown_key() -> None:
         check_pod({"spec": {"containers": [{"name": "a", "image": "b", "imagePullPolice": "Always"}]}})
 
 
-@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
-def test_a_ray_cluster_has_known_keys_and_valid_pods(kind: str) -> None:
-    spec = ray_cluster_specs()[kind]
-    assert set(spec) <= SPEC_OF_RAY_CLUSTER
-    assert {"rayStartParams", "template"} <= set(spec["headGroupSpec"]) <= HEAD
-    assert spec["headGroupSpec"]["serviceType"] in ("ClusterIP", "NodePort", "LoadBalancer")
-    autoscaler = spec.get("autoscalerOptions", {})
-    assert set(autoscaler) <= AUTOSCALER
-    assert autoscaler.get("upscalingMode", "Default") in ("Default", "Aggressive", "Conservative")
-    check_pod(spec["headGroupSpec"]["template"])
-    assert [group["groupName"] for group in spec["workerGroupSpecs"]] == ["cpu", "gpu"]
+@pytest.mark.parametrize("kind", ["RayJob", "RayService", "ClusterQueue", "LocalQueue", "ResourceFlavor"])
+def test_kinds_of_kuberay_and_kueue_have_known_fields(kind: str) -> None:
+    assert {key for item in of_kind(kind) for key in item.get("spec", {})} <= set(FIELDS[kind].split())
+
+
+@each_cluster
+def test_a_ray_cluster_has_known_fields_and_valid_pods(spec: dict[str, Any]) -> None:
+    assert set(spec) <= set(FIELDS["cluster"].split())
+    assert set(spec["headGroupSpec"]) <= set(FIELDS["head"].split())
+    assert set(spec.get("autoscalerOptions", {})) <= set(FIELDS["autoscaler"].split())
     for group in spec["workerGroupSpecs"]:
-        assert {"groupName", "minReplicas", "maxReplicas", "rayStartParams", "template"} <= set(group) <= WORKERS
+        assert {"groupName", "rayStartParams"} <= set(group) <= set(FIELDS["workers"].split())
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    for group in groups_of(spec):
         check_pod(group["template"])
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
-@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
-def test_every_container_has_the_token_and_cannot_gain_privileges(kind: str) -> None:
-    spec = ray_cluster_specs()[kind]
+@each_cluster
+def test_every_container_has_the_token_few_privileges_and_the_image_of_its_hardware(spec: dict[str, Any]) -> None:
     assert spec["authOptions"] == {"mode": "token", "secretName": "focus-ray-token"}  # the operator's own way to it
-    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+    for group in groups_of(spec):
         for container in group["template"]["spec"]["containers"]:
             env = {item["name"]: item for item in container["env"]}
             assert env["RAY_AUTH_MODE"]["value"] == "token"
             assert env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "focus-ray-token"
-            assert container["securityContext"]["runAsNonRoot"]
-            assert not container["securityContext"]["allowPrivilegeEscalation"]
-            assert set(container["resources"]["limits"]) >= {"cpu", "memory"}
+            security, limits = container["securityContext"], container["resources"]["limits"]
+            assert (security["runAsNonRoot"], security["runAsUser"], security["runAsGroup"]) == (True, 1000, 0)
+            assert not security["allowPrivilegeEscalation"]
+            assert {"cpu", "memory"} <= set(limits)
+            assert container["image"].endswith("-cuda" if "nvidia.com/gpu" in limits else "-cpu")
 
 
-@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
-def test_only_an_autoscaler_may_call_the_kubernetes_api(kind: str) -> None:
-    spec = ray_cluster_specs()[kind]
+@each_cluster
+def test_only_an_autoscaler_may_call_the_kubernetes_api(spec: dict[str, Any]) -> None:
     assert not any(account["automountServiceAccountToken"] for account in of_kind("ServiceAccount"))
-    head = spec["headGroupSpec"]["template"]["spec"]
-    assert head.get("automountServiceAccountToken", False) == spec.get("enableInTreeAutoscaling", False)
-    assert not any("automountServiceAccountToken" in g["template"]["spec"] for g in spec["workerGroupSpecs"])
+    has_autoscaler = spec.get("enableInTreeAutoscaling", False)
+    head, *workers = (group["template"]["spec"] for group in groups_of(spec))
+    assert head.get("automountServiceAccountToken", False) == has_autoscaler
+    assert not any("automountServiceAccountToken" in worker for worker in workers)
 
 
 def test_no_manifest_holds_a_secret() -> None:
     assert of_kind("Secret") == []
-    for path in CLUSTER.glob("*.yaml"):
-        assert not re.search(
-            r"(AWS_SECRET_ACCESS_KEY|auth_token|RAY_AUTH_TOKEN)\s*[:=]\s*['\"]?[A-Za-z0-9]{12,}", path.read_text()
-        )
+    secret = r"(AWS_SECRET_ACCESS_KEY|auth_token|RAY_AUTH_TOKEN)\s*[:=]\s*['\"]?[A-Za-z0-9]{12,}"
+    assert [path.name for path in CLUSTER.glob("*.yaml") if re.search(secret, path.read_text())] == []
+
+
+def quantity(text: Any) -> float:
+    number, unit = re.fullmatch(r"([0-9.]+)(m|Mi|Gi)?", str(text)).groups()  # type: ignore[union-attr]
+    return float(number) * {None: 1, "m": 1e-3, "Mi": 2**20, "Gi": 2**30}[unit]
 
 
 def test_the_job_waits_in_its_teams_queue_and_fits_its_quota() -> None:
-    (job,) = of_kind("RayJob")
-    assert set(job["spec"]) <= SPEC_OF_RAY_JOB
-    check_pod(job["spec"]["submitterPodTemplate"])
-    labels = job["metadata"]["labels"]
-    local = next(q for q in of_kind("LocalQueue") if q["metadata"]["name"] == labels["kueue.x-k8s.io/queue-name"])
-    assert local["metadata"]["namespace"] == job["metadata"]["namespace"]
-    assert labels["kueue.x-k8s.io/priority-class"] in [c["metadata"]["name"] for c in of_kind("WorkloadPriorityClass")]
-    assert job["spec"]["suspend"]
-    assert job["spec"]["shutdownAfterJobFinishes"]  # KubeRay and Kueue refuse a job that waits without it
-    queue = next(q for q in of_kind("ClusterQueue") if q["metadata"]["name"] == local["spec"]["clusterQueue"])
-    quota = {
-        resource["name"]: quantity(resource["nominalQuota"])
-        for group in queue["spec"]["resourceGroups"]
-        for resource in group["flavors"][0]["resources"]
-    }
-    spec = job["spec"]["rayClusterSpec"]
+    labels, spec = JOB["metadata"]["labels"], CLUSTERS["RayJob"]
+    assert named("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"])
+    assert (JOB["spec"]["suspend"], JOB["spec"]["shutdownAfterJobFinishes"]) == (True, True)  # required by Kueue
     assert not spec.get("enableInTreeAutoscaling", False)  # Kueue refuses it
-    pods = [(1, spec["headGroupSpec"]["template"]), (1, job["spec"]["submitterPodTemplate"])]
+    local = named("LocalQueue", labels["kueue.x-k8s.io/queue-name"], JOB["metadata"]["namespace"])
+    queue = named("ClusterQueue", local["spec"]["clusterQueue"])
+    check_pod(JOB["spec"]["submitterPodTemplate"])
+    pods = [(1, spec["headGroupSpec"]["template"]), (1, JOB["spec"]["submitterPodTemplate"])]
     pods += [(group["replicas"], group["template"]) for group in spec["workerGroupSpecs"]]
-    for name, limit in quota.items():
-        requested = sum(
-            count * quantity(container["resources"]["requests"].get(name, 0))
-            for count, template in pods
-            for container in template["spec"]["containers"]
-        )
-        assert 0 < requested <= limit, name
+    for group in queue["spec"]["resourceGroups"]:
+        for resource in group["flavors"][0]["resources"]:
+            requested = sum(
+                count * quantity(container["resources"]["requests"].get(resource["name"], 0))
+                for count, template in pods
+                for container in template["spec"]["containers"]
+            )
+            assert 0 < requested <= quantity(resource["nominalQuota"]), resource["name"]
 
 
 def test_the_command_of_the_job_is_valid() -> None:
-    from focus_ray.cli.main import build_parser
-    from focus_ray.fitting.settings import load_config
-    from focus_ray.settings.standard import find_config
-
-    (job,) = of_kind("RayJob")
-    words = job["spec"]["entrypoint"].split()
+    words = JOB["spec"]["entrypoint"].split()
     assert words[:3] == ["python", "-m", "focus_ray.cli"]
     arguments = build_parser().parse_args(words[3:])
     config = load_config(find_config(arguments.config, "run"), arguments.override)
     assert (config.name, config.cluster.team) == ("auto", "press")
 
 
-def test_every_team_has_queues_flavors_and_a_namespace_that_exist() -> None:
-    flavors = {flavor["metadata"]["name"] for flavor in of_kind("ResourceFlavor")}
-    namespaces = {item["metadata"]["name"]: item["metadata"].get("labels", {}) for item in of_kind("Namespace")}
-    queues = {queue["metadata"]["name"]: queue["spec"] for queue in of_kind("ClusterQueue")}
-    assert {item["apiVersion"] for item in everything() if "kueue" in item["apiVersion"]} == {KUEUE}
-    assert all(set(flavor.get("spec", {})) <= SPEC_OF_FLAVOR for flavor in of_kind("ResourceFlavor"))
-    for spec in queues.values():
-        assert set(spec) <= SPEC_OF_QUEUE
-        for group in spec["resourceGroups"]:
+def test_queues_have_flavors_and_admit_the_namespaces_of_their_teams() -> None:
+    for queue in of_kind("ClusterQueue"):
+        assert queue["spec"]["cohortName"] == "plant"  # otherwise borrowingLimit is refused
+        for group in queue["spec"]["resourceGroups"]:
             for flavor in group["flavors"]:
-                assert flavor["name"] in flavors
+                assert named("ResourceFlavor", flavor["name"])
                 assert [resource["name"] for resource in flavor["resources"]] == group["coveredResources"]
-                assert all(
-                    set(r) <= {"name", "nominalQuota", "borrowingLimit", "lendingLimit"} for r in flavor["resources"]
-                )
-        assert spec["queueingStrategy"] in ("StrictFIFO", "BestEffortFIFO")
-        assert spec["preemption"].keys() <= {"reclaimWithinCohort", "withinClusterQueue", "borrowWithinCohort"}
-        assert spec["preemption"]["reclaimWithinCohort"] in ("Never", "LowerPriority", "Any")
-        assert spec["preemption"]["withinClusterQueue"] in ("Never", "LowerPriority", "LowerOrNewerEqualPriority")
-        assert spec["cohortName"] == "plant"  # else borrowingLimit is refused
     for local in of_kind("LocalQueue"):
-        assert set(local["spec"]) <= SPEC_OF_LOCAL_QUEUE
-        selector = queues[local["spec"]["clusterQueue"]]["namespaceSelector"]["matchLabels"]
-        assert selector.items() <= namespaces[local["metadata"]["namespace"]].items()
-    for item in of_kind("WorkloadPriorityClass"):
-        assert set(item) <= {"apiVersion", "kind", "metadata", "value", "description"}
-        assert isinstance(item["value"], int)
+        labels = named("Namespace", local["metadata"]["namespace"])["metadata"]["labels"]
+        selector = named("ClusterQueue", local["spec"]["clusterQueue"])["spec"]["namespaceSelector"]
+        assert selector["matchLabels"].items() <= labels.items()
 
 
 def test_every_used_namespace_is_created_with_its_account_and_policy() -> None:
-    created = {item["metadata"]["name"] for item in of_kind("Namespace")}
-    used = {item["metadata"]["namespace"] for item in everything() if "namespace" in item["metadata"]}
-    assert used <= created
+    assert {item["metadata"]["namespace"] for item in MANIFESTS if "namespace" in item["metadata"]} <= set(NAMESPACES)
+    assert sorted(item["metadata"]["name"] for item in of_kind("Namespace")) == NAMESPACES
     for kind in ("ServiceAccount", "NetworkPolicy", "ConfigMap"):
-        assert {item["metadata"]["namespace"] for item in of_kind(kind)} == created
-
-
-def policy(name: str, namespace: str) -> dict[str, Any]:
-    return next(
-        item["spec"]
-        for item in of_kind("NetworkPolicy")
-        if (item["metadata"]["name"], item["metadata"]["namespace"]) == (name, namespace)
-    )
+        assert {item["metadata"]["namespace"] for item in of_kind(kind)} == set(NAMESPACES)
 
 
 def admits(rule: dict[str, Any], port: int, protocol: str = "TCP") -> bool:
@@ -239,117 +203,89 @@ def admits(rule: dict[str, Any], port: int, protocol: str = "TCP") -> bool:
     )
 
 
+def peers_at(rules: list[dict[str, Any]], port: int) -> Iterator[dict[str, Any]]:
+    for rule in rules:
+        if admits(rule, port):
+            yield from rule["from"]
+
+
 def test_clients_reach_the_port_of_serve_through_the_front_proxy_alone() -> None:
-    (proxy,) = of_kind("Deployment")
-    labels = proxy["spec"]["template"]["metadata"]["labels"]
-    assert proxy["spec"]["selector"]["matchLabels"] == labels == of_kind("Service")[0]["spec"]["selector"]
-    peers = [peer for rule in policy("ray-pods", "vision")["ingress"] if admits(rule, 8000) for peer in rule["from"]]
+    labels = PROXY["spec"]["template"]["metadata"]["labels"]
+    assert PROXY["spec"]["selector"]["matchLabels"] == labels == of_kind("Service")[0]["spec"]["selector"]
+    peers = list(peers_at(named("NetworkPolicy", "ray-pods", "vision")["spec"]["ingress"], 8000))
     operator = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kuberay-system"}}}
     assert peers == [operator, {"podSelector": {"matchLabels": labels}}]
-    proxy_policy = policy("focus-ray-proxy", "vision")
-    assert proxy_policy["podSelector"]["matchLabels"] == labels
-    assert [port for port in (80, 8000, 8080, 8443, 8444) if admits(proxy_policy["ingress"][0], port)] == [8443]
+    policy = named("NetworkPolicy", "focus-ray-proxy", "vision")["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    assert [port for port in (80, 8000, 8080, 8443, 8444) if admits(policy["ingress"][0], port)] == [8443]
 
 
 def test_the_front_proxy_reads_its_configuration_and_certificate_where_nginx_looks_for_them() -> None:
-    (proxy,) = of_kind("Deployment")
-    pod = proxy["spec"]["template"]["spec"]
+    pod = PROXY["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     (folder,) = (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "configuration")
     assert container["command"] == ["nginx", "-p", "/tmp/", "-c", f"{folder}/nginx.conf"]
-    assert container["securityContext"]["readOnlyRootFilesystem"]
     sources = next(volume["projected"]["sources"] for volume in pod["volumes"] if volume["name"] == "configuration")
-    assert [source["configMap"]["name"] for source in sources if "configMap" in source] == [
-        "focus-ray-nginx",  # made of serve/nginx.conf by a command: one source
-        "focus-ray-place",
-    ]
+    # focus-ray-nginx is made of serve/nginx.conf by a command
+    names = [source["configMap"]["name"] for source in sources if "configMap" in source]
+    assert names == ["focus-ray-nginx", "focus-ray-place"]
     (secret,) = (source["secret"] for source in sources if "secret" in source)
     text = (REPOSITORY / "serve" / "nginx.conf").read_text()
     assert {item["path"] for item in secret["items"]} == set(re.findall(r"tls/[\w.]+(?=;)", text))
-    place = next(item["data"] for item in of_kind("ConfigMap") if item["metadata"]["name"] == "focus-ray-place")
-    assert f"include {next(iter(place))};" in text
-    (service,) = of_kind("RayService")
-    where = f"{service['metadata']['name']}-serve-svc.{service['metadata']['namespace']}.svc:8000"
-    assert f"server {where};" in place["place.conf"]
+    ((file, content),) = named("ConfigMap", "focus-ray-place", "vision")["data"].items()
+    assert f"include {file};" in text
+    name, namespace = SERVICE["metadata"]["name"], SERVICE["metadata"]["namespace"]
+    assert f"server {name}-serve-svc.{namespace}.svc:8000;" in content
 
 
-@pytest.mark.parametrize("namespace", ["vision", "team-press", "team-weld"])
-def test_ray_reaches_its_own_nodes_names_and_s3_and_no_more(namespace: str) -> None:
-    spec = policy("ray-pods", namespace)
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_ray_reaches_its_own_nodes_names_and_s3_and_is_measured_by_the_monitoring_alone(namespace: str) -> None:
+    spec = named("NetworkPolicy", "ray-pods", namespace)["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     nodes, names, storage = spec["egress"]
     assert nodes["to"] == [{"podSelector": spec["podSelector"]}]
     assert admits(names, 53, "UDP")
-    endpoint = next(
-        item["data"]["AWS_ENDPOINT_URL"] for item in of_kind("ConfigMap") if item["metadata"]["namespace"] == namespace
+    (endpoint,) = (
+        item["data"]["AWS_ENDPOINT_URL"]
+        for item in of_kind("ConfigMap")
+        if item["metadata"]["namespace"] == namespace and "AWS_ENDPOINT_URL" in item["data"]
     )
     assert admits(storage, int(endpoint.rpartition(":")[2]))
     assert "ipBlock" in storage["to"][0]
+    monitoring = [rule for rule in spec["ingress"] if "monitoring" in str(rule["from"])]
+    assert [[port["port"] for port in rule["ports"]] for rule in monitoring] == [[8080]]
+    (monitor,) = (item["spec"] for item in of_kind("PodMonitor"))
+    assert monitor["podMetricsEndpoints"][0]["portNumber"] == 8080
+    assert monitor["selector"] == spec["podSelector"]
 
 
 def test_only_heads_with_an_autoscaler_reach_the_kubernetes_api() -> None:
-    reach = {
-        (item["metadata"]["namespace"], tuple(item["spec"]["podSelector"]["matchLabels"].items()))
-        for item in of_kind("NetworkPolicy")
-        if any(admits(rule, 6443) and "ipBlock" in rule["to"][0] for rule in item["spec"]["egress"])
-    }
-    assert reach == {("vision", (("ray.io/node-type", "head"),))}
-
-
-@pytest.mark.parametrize("namespace", ["vision", "team-press", "team-weld"])
-def test_a_metrics_scraper_is_admitted_to_the_metrics_alone(namespace: str) -> None:
-    monitoring = [
-        rule
-        for rule in policy("ray-pods", namespace)["ingress"]
-        if "app.kubernetes.io/name" in str(rule["from"]) and "monitoring" in str(rule["from"])
+    reach = [
+        (policy["metadata"]["namespace"], policy["spec"]["podSelector"]["matchLabels"])
+        for policy in of_kind("NetworkPolicy")
+        if any(admits(rule, 6443) and "ipBlock" in rule["to"][0] for rule in policy["spec"]["egress"])
     ]
-    assert [[port["port"] for port in rule["ports"]] for rule in monitoring] == [[8080]]
-    (monitor,) = of_kind("PodMonitor")
-    assert monitor["spec"]["podMetricsEndpoints"][0]["portNumber"] == 8080
-    assert monitor["spec"]["selector"] == policy("ray-pods", "vision")["podSelector"]
+    assert reach == [("vision", {"ray.io/node-type": "head"})]
 
 
 def test_the_services_serve_config_fits_rays_schema() -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    (service,) = of_kind("RayService")
-    assert {"rayClusterConfig"} <= set(service["spec"]) <= SPEC_OF_RAY_SERVICE
-    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    config = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
     parsed = ServeDeploySchema.model_validate(config)
-    assert set(config) <= set(ServeDeploySchema.model_fields)  # Ray itself ignores what it does not know
+    assert set(config) <= set(ServeDeploySchema.model_fields)  # Ray itself ignores unknown fields
     (application,) = config["applications"]
     assert set(application) <= set(type(parsed.applications[0]).model_fields)
     assert parsed.applications[0].args["registry"].startswith("s3://")
 
 
-def test_ray_up_fits_rays_schema() -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
+def test_ray_up_fits_rays_schema_and_runs_the_images() -> None:
     config = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
     validate_config(prepare_config(config))
-    assert config["head_node_type"] in config["available_node_types"]
-    assert sum(node.get("max_workers", 0) for node in config["available_node_types"].values()) <= config["max_workers"]
     with pytest.raises(Exception, match="max_worker"):
         validate_config(prepare_config({**config, "max_worker": 3}))
-
-
-def test_ray_up_runs_the_image_and_installs_nothing() -> None:
-    config = yaml.safe_load((CLUSTER / "ray-up.yaml").read_text())
+    nodes = config["available_node_types"]
+    assert config["head_node_type"] in nodes
+    assert sum(node.get("max_workers", 0) for node in nodes.values()) <= config["max_workers"]
     assert "setup_commands" not in config
     images = [config["docker"]["image"]]
-    images += [node["docker"]["worker_image"] for node in config["available_node_types"].values() if "docker" in node]
+    images += [node["docker"]["worker_image"] for node in nodes.values() if "docker" in node]
     assert [image.rpartition("-")[2] for image in images] == ["cpu", "cuda"]
-
-
-@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
-def test_nodes_with_gpus_and_only_they_run_the_cuda_variant_as_the_images_user(kind: str) -> None:
-    spec = ray_cluster_specs()[kind]
-    templates = [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
-    if kind == "RayJob":
-        templates.append(of_kind("RayJob")[0]["spec"]["submitterPodTemplate"])
-    for template in templates:
-        for container in template["spec"]["containers"]:
-            variant = "cuda" if "nvidia.com/gpu" in container["resources"]["limits"] else "cpu"
-            assert container["image"].endswith(f"-{variant}")
-            security = container["securityContext"]
-            assert (security["runAsNonRoot"], security["runAsUser"], security["runAsGroup"]) == (True, 1000, 0)

@@ -1,45 +1,43 @@
-"""The worker pool fits every category once, retries after the loss of an actor, and never retries permanent errors."""
+"""The worker pool handles every piece once, retries after the loss of a worker, and never retries permanent errors."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray import cloudpickle
-from small_set import draw_parts, ingest_parts, small_config
+from waiting import wait_for
 
-from focus_ray.bundle.bundle import find_bundles, read_manifest
-from focus_ray.cluster.pool import Failed, WorkerPool, options_per_worker
+from focus_ray.cluster.pool import Failed, WorkerPool
 from focus_ray.errors import DataError, StorageError
-from focus_ray.fitting.settings import Config
-from focus_ray.ingestion.ingest import ingest
-from focus_ray.training.training import fits_without_trainer, train
 
 pytestmark = pytest.mark.ray
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
 
 
+MAX_RETRIES = 3
+
+
 @dataclass(frozen=True)
 class Job:
-    category: str
+    name: str
     place: Path
 
 
-def run(function: Callable[[Job], Any], names: Sequence[str], place: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns the result of each job, and the reason of each job that failed."""
+def run(function: Callable[[Job], Any], names: str, place: Path, **options: Any) -> dict[str, Any]:
+    """Returns the result of each job, or the reason why it failed."""
     jobs = iter([Job(name, place) for name in names])
-    cluster = small_config("unused", place).cluster
-    options = options_per_worker(cluster, use_gpu=False)
-    with WorkerPool[Job](2, options, cluster.max_failures, lambda text: None) as pool:
-        outcomes = {job.category: outcome for job, outcome in pool.run(function, lambda: next(jobs, None))}
-    failed = {name: outcome.reason for name, outcome in outcomes.items() if isinstance(outcome, Failed)}
-    return {name: outcome for name, outcome in outcomes.items() if name not in failed}, failed
+    pool = WorkerPool[Job](2, {"num_cpus": 1}, MAX_RETRIES, lambda text: None, **options)
+    return {
+        job.name: outcome.reason if isinstance(outcome, Failed) else outcome
+        for job, outcome in pool.run(function, lambda: next(jobs, None))
+    }
 
 
 def attempts_of(place: Path) -> list[str]:
@@ -49,66 +47,46 @@ def attempts_of(place: Path) -> list[str]:
 
 def note(job: Job) -> int:
     """Writes a file for this attempt and returns the number of the attempt."""
-    number = sum(name == job.category for name in attempts_of(job.place))
-    (job.place / f"{job.category}-{number}").write_text("")
+    number = attempts_of(job.place).count(job.name)
+    (job.place / f"{job.name}-{number}").write_text("")
     return number
 
 
-def fit_or_die(job: Job) -> bool:
-    if note(job) == 0 and job.category == "b":
+def work_or_die(job: Job) -> bool:
+    if note(job) == 0 and job.name == "b":
         os.kill(os.getpid(), signal.SIGKILL)
     return True
 
 
-def test_the_category_of_a_lost_actor_is_fitted_again_and_the_others_once(ray_cluster: None, tmp_path: Path) -> None:
-    assert run(fit_or_die, list("abcde"), tmp_path) == (dict.fromkeys("abcde", True), {})
+def test_the_piece_of_a_lost_worker_is_repeated_and_the_others_are_not(ray_cluster: None, tmp_path: Path) -> None:
+    assert run(work_or_die, "abcde", tmp_path, retry_errors=False) == dict.fromkeys("abcde", True)
     assert attempts_of(tmp_path) == ["a", "b", "b", "c", "d", "e"]
 
 
-def fit_or_fail(job: Job) -> None:
+def work_or_fail(job: Job) -> None:
     number = note(job)
-    if job.category == "b":
+    if job.name == "b":
         raise DataError("no such image")
-    if job.category == "c" and number < 2:
+    if job.name == "c" and number < 2:
         raise StorageError("S3 is away")
-    if job.category == "d":
+    if job.name == "d":
         raise RuntimeError("always")
 
 
 def test_permanent_errors_are_not_retried_but_storage_errors_are(ray_cluster: None, tmp_path: Path) -> None:
-    _, failed = run(fit_or_fail, list("abcd"), tmp_path)
-    retries = small_config("unused", tmp_path).cluster.max_failures
-    assert failed == {"b": "DataError: no such image", "d": f"RuntimeError: always ({retries + 1} attempts)"}
-    assert attempts_of(tmp_path) == ["a", "b", "c", "c", "c", *["d"] * (retries + 1)]
+    outcomes = run(work_or_fail, "abcd", tmp_path)
+    assert outcomes["b"] == "DataError: no such image"
+    assert outcomes["d"] == f"RuntimeError: always ({MAX_RETRIES + 1} attempts)"
+    assert (outcomes["a"], outcomes["c"]) == (None, None)
+    assert attempts_of(tmp_path) == ["a", "b", "c", "c", "c", *["d"] * (MAX_RETRIES + 1)]
 
 
-def test_a_pool_gives_the_bundles_of_this_process(ray_cluster: None, tmp_path: Path) -> None:
-    images = draw_parts(tmp_path / "images")
-    (images / "wheel").symlink_to(images / "gear", target_is_directory=True)
-    data = str(tmp_path / "data")
-    ingest(images, data, categories=["gear", "wheel"], progress=False)
+def test_the_end_of_the_loop_stops_the_workers(ray_cluster: None, tmp_path: Path) -> None:
+    import ray
 
-    def config(name: str, **cluster: Any) -> Config:
-        sections = {"data": {"uri": data, "categories": ["gear", "wheel"]}, "cluster": {"use_gpu": False, **cluster}}
-        return small_config(data, tmp_path, **sections).model_copy(update={"name": name})
-
-    pooled, local = config("pooled", local=False), config("here", local=True)
-    assert fits_without_trainer(pooled)
-    said: list[str] = []
-    train(pooled, log=said.append)
-    train(local)
-    assert "2 categories, 2 at a time, 1 worker(s) each" in said
-    bundles_of_runs = [find_bundles(str(tmp_path / name)) for name in ("pooled", "here")]
-    assert [list(bundles) for bundles in bundles_of_runs] == [["gear", "wheel"]] * 2
-    for category in ("gear", "wheel"):
-        pooled_manifest, local_manifest = (read_manifest(bundles[category]) for bundles in bundles_of_runs)
-        assert pooled_manifest["files"]["network"]["sha256"] == local_manifest["files"]["network"]["sha256"]
-        assert pooled_manifest["calibration"]["image_threshold"] == pytest.approx(
-            local_manifest["calibration"]["image_threshold"], rel=1e-5
-        )
-
-
-def test_epochs_or_several_workers_need_a_trainer(tmp_path: Path) -> None:
-    data = ingest_parts(tmp_path)
-    assert not fits_without_trainer(small_config(data, tmp_path, train={"epochs": 1}))
-    assert not fits_without_trainer(small_config(data, tmp_path, cluster={"num_workers": 2}))
+    jobs = iter([Job(name, tmp_path) for name in "ab"])
+    for _ in WorkerPool[Job](1, {"num_cpus": 1}, 0, print).run(note, lambda: next(jobs, None)):
+        break
+    num_cpus = ray.cluster_resources()["CPU"]
+    wait_for(lambda: ray.available_resources().get("CPU") == num_cpus, 30, "the CPU of the worker")
+    assert attempts_of(tmp_path)[0] == "a"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,20 +18,11 @@ def test_the_installed_ray_has_all_private_parts() -> None:
     serve_private.check_serve_parts()
 
 
-@pytest.mark.parametrize("part", ray_private.PARTS)
-def test_a_missing_part_is_named(part: str) -> None:
-    module, path = ray_private.PARTS[part]
-    moved = {part: (module, f"{path}_gone")}
-    message = rf"has no {module}:.*_gone, .* {part}\."
-    with pytest.raises(TrainingError, match=message):
-        ray_private.check_private_parts(moved)
-
-
 def test_a_ray_without_a_part_joins_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray._private.state
 
     monkeypatch.delattr(type(ray._private.state.state), "get_max_resources_from_cluster_config")
-    with pytest.raises(TrainingError, match="the limits of the autoscaler"):
+    with pytest.raises(TrainingError, match=r"get_max_resources_from_cluster_config.* the limits of the autoscaler"):
         connect()
 
 
@@ -54,31 +46,14 @@ def test_a_renamed_part_of_the_multiplexer_is_named(monkeypatch: pytest.MonkeyPa
         serve_private.check_serve_parts()
 
 
-class Multiplexer:
-    def __init__(self) -> None:
-        self.models = {"one": 1, "two": 2}
-        self._push_multiplexed_replica_info = False
-
-
-class Replica:
-    pass
-
-
 def test_an_unloaded_model_is_removed_from_the_list_of_serve_and_the_list_is_sent() -> None:
-    replica, multiplexer = Replica(), Multiplexer()
+    multiplexer = SimpleNamespace(models={"one": 1, "two": 2}, _push_multiplexed_replica_info=False)
+    replica = SimpleNamespace()
+    serve_private.forget_model(replica, "one")  # a replica without models forgets nothing
     setattr(replica, "__serve_multiplex_wrapper", multiplexer)
     serve_private.forget_model(replica, "one")
     assert multiplexer.models == {"two": 2}
     assert multiplexer._push_multiplexed_replica_info
-
-
-def test_a_replica_without_models_forgets_nothing() -> None:
-    serve_private.forget_model(Replica(), "one")
-
-
-def test_a_multiplexer_without_its_flag_is_an_error() -> None:
-    replica, multiplexer = Replica(), Multiplexer()
     del multiplexer._push_multiplexed_replica_info
-    setattr(replica, "__serve_multiplex_wrapper", multiplexer)
     with pytest.raises(AttributeError, match=r"Ray 2\.60\.0 had it"):
         serve_private.forget_model(replica, "one")

@@ -29,11 +29,6 @@ assert ray.get(ray.remote(num_cpus=1)(lambda: 5).remote()) == 5
 print(json.dumps(told), flush=True)
 sys.stdin.readline()
 """
-JOIN = """
-import sys
-from focus_ray.cluster.address import explain_no_cluster
-print(explain_no_cluster(sys.argv[1]))
-"""
 
 
 def ray_folder(folder: Path) -> Path:
@@ -48,17 +43,17 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
     return {**clean, "HOME": str(folder / "home"), "RAY_TMPDIR": str(ray_folder(folder)), **variables}
 
 
+def run_python(command: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-c", command]
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60)
+
+
 @pytest.fixture(scope="module")
 def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Starts a private cluster in another process. Returns gcs, dashboard, mode, token and the folder of its user."""
     folder = tmp_path_factory.mktemp("t")
-    with subprocess.Popen(
-        [sys.executable, "-c", START],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment(folder),
-        text=True,
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", START], env=environment(folder), text=True, **pipes) as process:
         assert process.stdout is not None
         yield {**json.loads(process.stdout.readline()), "folder": folder}
         process.communicate("end\n", timeout=60)
@@ -103,13 +98,8 @@ def test_joining_without_the_token_names_the_variables_to_set(
 ) -> None:
     if not is_refused:
         variables = {**variables, "RAY_AUTH_TOKEN": private["token"]}
-    ended = subprocess.run(
-        [sys.executable, "-c", JOIN, private["gcs"]],
-        env=environment(private["folder"], **variables),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = f"from focus_ray.cluster.address import explain_no_cluster; print(explain_no_cluster({private['gcs']!r}))"
+    ended = run_python(command, environment(private["folder"], **variables))
     assert ("set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in ended.stdout) == is_refused, ended.stdout + ended.stderr
 
 
@@ -121,9 +111,7 @@ def test_joining_without_the_token_names_the_variables_to_set(
     ],
 )
 def test_token_settings_of_the_user_are_kept(tmp_path: Path, variables: dict[str, str], expected: str) -> None:
-    code = (
-        "import os, ray\nfrom focus_ray.cluster.ray_private import require_token\nrequire_token()\n"
-        "print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
-    )
-    printed = subprocess.check_output([sys.executable, "-c", code], env=environment(tmp_path, **variables), text=True)
+    command = "import os, ray; from focus_ray.cluster.ray_private import require_token; require_token(); "
+    command += "print(os.environ['RAY_AUTH_MODE'], os.environ.get('RAY_AUTH_TOKEN'))"
+    printed = run_python(command, environment(tmp_path, **variables)).stdout
     assert printed.strip() == expected

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_sources import encode, ingest_quietly, save_all
 from numpy.typing import NDArray
 from PIL import Image
 from small_set import fit_alone, make_bundle, small_config
@@ -22,9 +22,7 @@ from focus_ray.data.images import MAX_PIXELS, decode_image, encode_png, read_bat
 from focus_ray.data.read import iter_test_records
 from focus_ray.detect.inspection import Inspection
 from focus_ray.evaluation.report import overlay
-from focus_ray.fitting.fit import FitResult
 from focus_ray.fitting.regions import load_frame
-from focus_ray.ingestion.ingest import ingest
 from focus_ray.serving.decoders import Decoders
 from focus_ray.serving.scorer import Scores, _judge
 
@@ -47,22 +45,13 @@ def photograph(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("stripes")
-    rng = np.random.default_rng(0)
-
-    def save(name: str, pixels: NDArray[Any]) -> None:
-        path = folder / "images" / "belt" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_png(pixels))
-
-    for number in range(14):
-        save(f"train/good/{number:02d}.png", photograph(rng)[0])
+    folder, rng = tmp_path_factory.mktemp("stripes"), np.random.default_rng(0)
+    images = {f"train/good/{number:02d}.png": photograph(rng)[0] for number in range(14)}
     for number in range(4):
-        save(f"test/good/{number:02d}.png", photograph(rng)[0])
+        images[f"test/good/{number:02d}.png"] = photograph(rng)[0]
         pixels, mask = photograph(rng, (10 + 25 * number, 10 + 10 * number))
-        save(f"test/spot/{number:02d}.png", pixels)
-        save(f"ground_truth/spot/{number:02d}_mask.png", mask)
-    ingest(folder / "images", folder / "data", progress=False)
+        images |= {f"test/spot/{number:02d}.png": pixels, f"ground_truth/spot/{number:02d}_mask.png": mask}
+    ingest_quietly(save_all(folder / "belt", images), folder / "data")
     return str(folder / "data")
 
 
@@ -71,9 +60,9 @@ def inspector(data: str, tmp_path_factory: pytest.TempPathFactory) -> Inspector:
     return Inspector.load(make_bundle(padded_config(data, tmp_path_factory.mktemp("runs")), "belt"), "cpu")
 
 
-def padded_config(data: str, folder: Path, **model: Any) -> Any:
-    settings = {"resize": "pad", "image_alignment": {"group": "none"}, **model}
-    return small_config(data, folder, data={"categories": ["belt"]}, model=settings)
+def padded_config(data: str, folder: Path, model: dict[str, Any] | None = None, **sections: Any) -> Any:
+    settings = {"resize": "pad", "image_alignment": {"group": "none"}, **(model or {})}
+    return small_config(data, folder, data={"categories": ["belt"]}, model=settings, **sections)
 
 
 # Decoding
@@ -102,11 +91,9 @@ def test_a_padded_image_is_surrounded_by_mirrored_padding_that_is_marked_as_not_
 
 
 def test_a_photograph_is_rotated_by_its_exif_tag_before_it_is_padded() -> None:
-    image = Image.fromarray(photograph(np.random.default_rng(1))[0])
-    sink, exif = io.BytesIO(), Image.Exif()
+    image, exif = Image.fromarray(photograph(np.random.default_rng(1))[0]), Image.Exif()
     exif[0x0112] = 6
-    image.save(sink, "JPEG", exif=exif)
-    framed = decode_image(sink.getvalue(), Frame(64, 64, "pad"))
+    framed = decode_image(encode(image, "JPEG", exif=exif), Frame(64, 64, "pad"))
     assert (framed[:, 16:48, 3] == 255).all()
     assert not framed[:, :16, 3].any()
 
@@ -164,23 +151,23 @@ def test_masks_of_padded_images_match_the_defects(inspector: Inspector, data: st
     assert metrics["pixel_auroc"] > 0.9
 
 
-def test_padding_works_with_alignment_tiles_metric_profile_and_selection(data: str, tmp_path: Path) -> None:
-    other_settings: dict[str, Any] = {
-        "density": {"reduction": "discriminant"},
-        "scoring": {"image_score": "profile"},
-        "selection": {"enabled": True, "fraction": 0.2},
-    }
-    tiles = {"tiling": {"grid": [2, 2], "overlap": 0.25}, "image_size_px": 32, "image_alignment": {"group": "none"}}
-    aligned = {"image_alignment": {"min_drop": 0.0}}
-    for model in (tiles, aligned):
-        config = small_config(
-            data, tmp_path, data={"categories": ["belt"]}, model={"resize": "pad", **model}, **other_settings
-        )
-        result: FitResult = fit_alone(config, "belt")
-        assert result.statistics.shown is not None
-        assert 0 < float(result.statistics.shown.float().mean()) < 1
-        frame = load_frame(config, "belt")
-        image = decode_image(encode_png(photograph(np.random.default_rng(4))[0]), frame)
-        anomaly_map = result.detector(torch.from_numpy(image)[None]).anomaly_map[0]
-        assert (anomaly_map[torch.from_numpy(image[..., 3] == 0)] == 0).all()
-        assert anomaly_map.shape == frame.shape[:2]
+TILED = {
+    "model": {"tiling": {"grid": [2, 2], "overlap": 0.25}, "image_size_px": 32},
+    "scoring": {"image_score": "profile"},
+}
+ALIGNED = {"model": {"image_alignment": {"min_drop": 0.0}}, "selection": {"enabled": True, "fraction": 0.2}}
+
+
+@pytest.mark.parametrize("sections", [{**TILED, "density": {"reduction": "discriminant"}}, ALIGNED])
+def test_padding_works_with_tiles_metric_and_profile_and_with_alignment_and_selection(
+    data: str, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    config = padded_config(data, tmp_path, **sections)
+    result = fit_alone(config, "belt")
+    assert result.statistics.shown is not None
+    assert 0 < float(result.statistics.shown.float().mean()) < 1
+    frame = load_frame(config, "belt")
+    image = decode_image(encode_png(photograph(np.random.default_rng(4))[0]), frame)
+    anomaly_map = result.detector(torch.from_numpy(image)[None]).anomaly_map[0]
+    assert (anomaly_map[torch.from_numpy(image[..., 3] == 0)] == 0).all()
+    assert anomaly_map.shape == frame.shape[:2]

@@ -9,29 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made_sources import ingest_quietly, save_all
 from PIL import Image
 
 from focus_ray.api import link_into_good_folder
 from focus_ray.cli.output import image_paths
 from focus_ray.data.images import ImageError, decode_batch, decode_mask, encode_png
 from focus_ray.data.listing import find_image_files
-from focus_ray.data.read import list_categories, read_index
-from focus_ray.drawing.mark import is_drawing_file
 from focus_ray.errors import DataError
-from focus_ray.ingestion.ingest import ingest
 from focus_ray.watching.folder import list_images
 
-HIDDEN = (
-    *(".trash/a.png", ".ipynb_checkpoints/b-checkpoint.png", "._c.jpg", ".thumbnails/deep/d.png"),
-    *(
-        "@eaDir/e.png/SYNOPHOTO_THUMB_M.jpg",
-        "#recycle/f.png",
-        "@Recycle/g.png",
-        "__MACOSX/._h.png",
-        "$RECYCLE.BIN/i.bmp",
-    ),
-    *("System Volume Information/j.png", "lost+found/k.png", "#snapshot/l.tif", "part/.hidden/m.png", "part/.n.png"),
-)
+HIDDEN = [".trash/a.png", ".ipynb_checkpoints/b.png", "._c.jpg", ".thumbnails/deep/d.png", "@eaDir/e.png/THUMB.jpg"]
+HIDDEN += ["#recycle/f.png", "@Recycle/g.png", "__MACOSX/._h.png", "$RECYCLE.BIN/i.bmp", "lost+found/k.png"]
+HIDDEN += ["System Volume Information/j.png", "#snapshot/l.tif", "part/.hidden/m.png", "part/.n.png"]
 VISIBLE = ("a.png", "part/b.JPG", "part/deep/c.tiff")
 
 
@@ -42,7 +32,7 @@ def picture(number: int) -> np.ndarray:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "new"
-    for number, name in enumerate((*HIDDEN, *VISIBLE)):
+    for number, name in enumerate([*HIDDEN, *VISIBLE]):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(number)).save(path)
@@ -61,24 +51,16 @@ def test_no_listing_contains_hidden_files_or_system_folders(
 
 
 def test_ingest_uses_the_same_files(folder: Path, tmp_path: Path) -> None:
-    folder.rename(tmp_path / "good")
-    (tmp_path / "parts").mkdir()
-    (tmp_path / "good").rename(tmp_path / "parts/good")
-    (tmp_path / "parts/@eaDir").mkdir()
-    ingest(tmp_path / "parts", tmp_path / "data", progress=False, group_by="folder:1")
-    assert len(read_index(str(tmp_path / "data"), list_categories(str(tmp_path / "data"))[0])) == len(VISIBLE)
+    save_all(tmp_path / "parts", {"@eaDir/a.png": 90, "good/heat.png": encode_png(picture(99), drawn=True)})
+    folder.rename(tmp_path / "parts/good/new")
+    report = ingest_quietly(tmp_path / "parts", tmp_path / "data", group_by="folder:1")
+    assert report.num_rows == len(VISIBLE)
+    assert [item.path for item in report.rejects] == ["good/heat.png"]
 
 
 def test_a_folder_with_images_and_hidden_folders_counts_as_a_folder_of_images(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "part")
     assert [path.name for path in (link_into_good_folder(folder, tmp_path / "scratch") / "good").iterdir()] == ["a.png"]
-
-
-def test_a_listing_reports_the_number_of_skipped_files(folder: Path) -> None:
-    messages: list[str] = []
-    find_image_files(folder, messages.append)
-    (message,) = messages
-    assert f"{len(HIDDEN)} hidden" in message
 
 
 def test_a_system_folder_among_several_names_is_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,9 +70,8 @@ def test_a_system_folder_among_several_names_is_skipped(folder: Path, capsys: py
 
 
 def test_a_folder_with_only_hidden_images_is_refused(tmp_path: Path) -> None:
-    (tmp_path / ".trash").mkdir()
-    (tmp_path / ".trash/a.png").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no image in this folder.*1 hidden"):
+    save_all(tmp_path, {".trash/a.png": 0})
+    with pytest.raises(DataError, match=rf"{tmp_path}: .*1 hidden"):
         find_image_files(tmp_path)
 
 
@@ -104,13 +85,12 @@ def test_broken_links_are_listed_and_pipes_are_not(folder: Path) -> None:
     assert {path.name for path in find_image_files(folder)} == {"a.png", "b.JPG", "c.tiff", "gone.png"}
 
 
-def test_pictures_that_focus_ray_drew_are_skipped_in_every_folder(folder: Path, tmp_path: Path) -> None:
+def test_pictures_that_focus_ray_drew_are_skipped_in_every_folder_and_counted(folder: Path) -> None:
     drawing = encode_png(picture(99), drawn=True)
-    for name in ("heat/a.png", "part/renamed.png", "b.jpg"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(drawing)
+    save_all(folder, dict.fromkeys(["heat/a.png", "part/renamed.png", "b.jpg"], drawing))
     messages: list[str] = []
     assert find_image_files(folder, messages.append) == sorted(folder / name for name in VISIBLE)
+    assert f"{len(HIDDEN)} hidden" in messages[0]
     assert "3 pictures that focus_ray drew" in messages[0]
 
 
@@ -119,19 +99,4 @@ def test_pictures_that_focus_ray_drew_are_refused_as_photographs_and_accepted_as
         decode_batch([encode_png(picture(0), drawn=True)], 8)
     mask = np.eye(8, dtype=bool)
     assert np.array_equal(decode_mask(encode_png(mask, drawn=True), 8, 8), mask)
-
-
-def test_ingest_rejects_pictures_that_focus_ray_drew(folder: Path, tmp_path: Path) -> None:
-    parts = tmp_path / "parts/good"
-    parts.mkdir(parents=True)
-    (parts / "a.png").write_bytes(encode_png(picture(0)))
-    (parts / "heat.png").write_bytes(encode_png(picture(1), drawn=True))
-    report = ingest(tmp_path / "parts", tmp_path / "data", progress=False)
-    assert "heat.png" in str(report)
-    assert len(read_index(str(tmp_path / "data"), "parts")) == 1
-
-
-def test_pictures_are_unmarked_by_default(tmp_path: Path) -> None:
-    assert b"Software" not in encode_png(picture(0))
-    (tmp_path / "a.png").write_bytes(encode_png(picture(0)))
-    assert not is_drawing_file(tmp_path / "a.png")
+    assert decode_batch([encode_png(picture(0))], 8).shape == (1, 8, 8, 3)

@@ -9,125 +9,79 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from made_sources import encode, ingest_quietly, rows_by_id, save_all
 from numpy.typing import NDArray
 from PIL import Image
 
-from focus_ray.data.images import ImageError, decode_image, decode_mask, encode_png, probe_mask, read_mask
-from focus_ray.data.read import iter_test_records
-from focus_ray.ingestion.ingest import ingest
+from focus_ray.data.images import ImageError, decode_image, decode_mask, encode_png, probe_mask
 
 SIDE = 120
+REGIONS = [np.zeros((SIDE, SIDE + 8), np.uint8) for _ in range(3)]  # three masks, which do not overlap
+for number, region in enumerate(REGIONS):
+    region[number * 39 : number * 39 + 41, number * 41 : number * 41 + 41] = 255
+REGIONS_16 = [region.astype(np.uint16) for region in REGIONS]
+IMAGES = [Image.fromarray(region) for region in REGIONS]
 
 
-def regions(value: int = 255) -> list[NDArray[np.uint8]]:
-    """Three masks of 41 x 41 pixels each, which do not overlap."""
-    pages = [np.zeros((SIDE, SIDE + 8), np.uint8) for _ in range(3)]
-    for number, page in enumerate(pages):
-        page[number * 39 : number * 39 + 41, number * 41 : number * 41 + 41] = value
-    return pages
-
-
-def tiff_of(pages: list[NDArray[Any]], **options: Any) -> bytes:
+def tiff_of(
+    pages: list[NDArray[Any]], byteorder: str = "<", options: list[dict[str, Any]] | None = None, **common: Any
+) -> bytes:
     sink = io.BytesIO()
-    with tifffile.TiffWriter(sink) as writer:
-        for page in pages:
-            writer.write(page, contiguous=False, **options)
+    with tifffile.TiffWriter(sink, byteorder=byteorder) as writer:
+        for page, own in zip(pages, options or [{}] * len(pages), strict=True):
+            writer.write(page, contiguous=False, **common, **own)
     return sink.getvalue()
 
 
-def pillow_of(pages: list[Image.Image], file_format: str, **options: Any) -> bytes:
+def stack(values: NDArray[Any], **options: Any) -> bytes:
     sink = io.BytesIO()
-    pages[0].save(sink, file_format, save_all=True, append_images=pages[1:], **options)
+    tifffile.imwrite(sink, values, **options)
     return sink.getvalue()
 
 
+def frames(images: list[Image.Image], file_format: str, **options: Any) -> bytes:
+    return encode(images[0], file_format, save_all=True, append_images=images[1:], **options)
+
+
+WHITE = {"photometric": "miniswhite"}
 KINDS = {
-    "8 bits": lambda: tiff_of(regions()),
-    "values 1": lambda: tiff_of(regions(1)),
-    "a value a region": lambda: tiff_of([page // 255 * np.uint8(number + 1) for number, page in enumerate(regions())]),
-    "16 bits": lambda: tiff_of([page.astype(np.uint16) for page in regions(7)]),
-    "deflate": lambda: tiff_of(regions(), compression="zlib"),
-    "big endian": lambda: pillow_big_endian(),
-    "Pillow, LZW": lambda: pillow_of([Image.fromarray(page) for page in regions()], "TIFF", compression="tiff_lzw"),
-    "1 bit": lambda: pillow_of([Image.fromarray(page).convert("1") for page in regions()], "TIFF"),
-    "colours": lambda: tiff_of([np.repeat(page[:, :, None], 3, axis=2) for page in regions()], photometric="rgb"),
-    "WhiteIsZero": lambda: tiff_of([255 - page for page in regions()], photometric="miniswhite"),
-    "16 bits, WhiteIsZero": lambda: tiff_of(
-        [65535 - page.astype(np.uint16) for page in regions()], photometric="miniswhite"
-    ),
-    "pages of several kinds": lambda: mixed(),
-    "a stack": lambda: stack(),
-    "a stack of ImageJ": lambda: stack(imagej=True),
+    "8 bits": tiff_of(REGIONS),
+    "values 1": tiff_of([region // 255 for region in REGIONS]),
+    "a value a region": tiff_of([region // 255 * np.uint8(number + 1) for number, region in enumerate(REGIONS)]),
+    "16 bits": tiff_of(REGIONS_16),
+    "deflate": tiff_of(REGIONS, compression="zlib"),
+    "big endian": tiff_of(REGIONS_16, byteorder=">"),
+    "Pillow, LZW": frames(IMAGES, "TIFF", compression="tiff_lzw"),
+    "1 bit": frames([image.convert("1") for image in IMAGES], "TIFF"),
+    "colours": tiff_of([np.repeat(region[:, :, None], 3, axis=2) for region in REGIONS], photometric="rgb"),
+    "WhiteIsZero": tiff_of([255 - region for region in REGIONS], **WHITE),
+    "16 bits, WhiteIsZero": tiff_of([65535 - region for region in REGIONS_16], **WHITE),
+    "several kinds": tiff_of([REGIONS[0], REGIONS_16[1], 255 - REGIONS[2]], options=[{}, {}, WHITE]),
+    "a stack": stack(np.stack(REGIONS)),
+    "a stack of ImageJ": stack(np.stack(REGIONS), imagej=True),
+    "an empty page": tiff_of([*REGIONS, np.zeros_like(REGIONS[0])]),
+    "a reduced copy": tiff_of([*REGIONS, REGIONS[0][::2, ::2]], options=[{}, {}, {}, {"subfiletype": 1}]),
 }
-
-
-def pillow_big_endian() -> bytes:
-    sink = io.BytesIO()
-    with tifffile.TiffWriter(sink, byteorder=">") as writer:
-        for page in regions():
-            writer.write(page.astype(np.uint16), contiguous=False)
-    return sink.getvalue()
-
-
-def mixed() -> bytes:
-    first, second, third = regions()
-    sink = io.BytesIO()
-    with tifffile.TiffWriter(sink) as writer:
-        writer.write(first)
-        writer.write(second.astype(np.uint16))
-        writer.write(255 - third, photometric="miniswhite")
-    return sink.getvalue()
-
-
-def stack(**options: Any) -> bytes:
-    sink = io.BytesIO()
-    tifffile.imwrite(sink, np.stack(regions()), **options)
-    return sink.getvalue()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pages_of_a_mask_are_combined(kind: str) -> None:
-    expected = np.any(regions(), axis=0)
-    assert int(expected.sum()) >= 5000
-    data = KINDS[kind]()
-    np.testing.assert_array_equal(read_mask(data), expected)
-    np.testing.assert_array_equal(decode_mask(data, *expected.shape), expected)
-    assert probe_mask(data)[1] == 1
-
-
-def test_a_page_that_is_empty_or_a_reduced_copy_changes_nothing() -> None:
-    pages = regions()
-    np.testing.assert_array_equal(read_mask(tiff_of([np.zeros_like(pages[0]), pages[1]])), pages[1] > 0)
-    sink = io.BytesIO()
-    with tifffile.TiffWriter(sink) as writer:
-        writer.write(pages[0])
-        writer.write(pages[0][::2, ::2], subfiletype=1)
-    np.testing.assert_array_equal(read_mask(sink.getvalue()), pages[0] > 0)
-
-
-def frames(file_format: str) -> bytes:
-    images = [Image.fromarray(page).convert("RGB") for page in regions()]
-    return pillow_of(images, file_format, **({"lossless": True} if file_format == "WEBP" else {}))
+    expected = np.any(REGIONS, axis=0)
+    mask, num_values = probe_mask(KINDS[kind])
+    np.testing.assert_array_equal(mask, expected)
+    assert num_values == 1
+    np.testing.assert_array_equal(decode_mask(KINDS[kind], *expected.shape), expected)
 
 
 def channels(count: int) -> bytes:
-    sink = io.BytesIO()
-    pixels = np.stack(regions()[:count], axis=2)
-    tifffile.imwrite(
-        sink, pixels, photometric="minisblack", planarconfig="contig", extrasamples=["unspecified"] * (count - 1)
-    )
-    return sink.getvalue()
-
-
-def truncated_stack() -> bytes:
-    sink = io.BytesIO()
-    tifffile.imwrite(sink, np.stack(regions() * 2), photometric="minisblack", truncate=True)
-    return sink.getvalue()
+    extras = ["unspecified"] * (count - 1)
+    values = np.stack(REGIONS[:count], axis=2)
+    return stack(values, photometric="minisblack", planarconfig="contig", extrasamples=extras)
 
 
 def cut_off() -> bytes:
     """The link from the first page to the second leads beyond the end of the file."""
-    data = bytearray(tiff_of(regions()))
+    data = bytearray(tiff_of(REGIONS))
     place = int.from_bytes(data[4:8], "little")
     link = place + 2 + 12 * int.from_bytes(data[place : place + 2], "little")
     data[link : link + 4] = (len(data) + 1000).to_bytes(4, "little")
@@ -137,34 +91,29 @@ def cut_off() -> bytes:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (lambda: frames("PNG"), "a PNG mask of 3 frames: export it as one frame"),
-        (lambda: frames("WEBP"), "a WEBP mask of 3 frames"),
-        (lambda: tiff_of([regions()[0], regions()[1][:60]]), "page 2 is 128 x 60 pixels, and page 1 is 128 x 120"),
-        (lambda: channels(2), "samples that are neither colours nor alpha: save each region as a page"),
-        (lambda: channels(3), "samples that are neither colours nor alpha"),
-        (truncated_stack, "a stack without a page for each image"),
-        (cut_off, "after page 1"),
-        (lambda: tiff_of([regions()[0], np.zeros((SIDE, SIDE + 8), np.float32)]), "a floating-point image"),
+        (frames([image.convert("RGB") for image in IMAGES], "PNG"), "PNG mask of 3 frames"),
+        (frames([image.convert("RGB") for image in IMAGES], "WEBP", lossless=True), "WEBP mask of 3 frames"),
+        (tiff_of([REGIONS[0], REGIONS[1][:60]]), "128 x 60 .* 128 x 120"),
+        (channels(2), "neither colours nor alpha"),
+        (channels(3), "neither colours nor alpha"),
+        (stack(np.stack(REGIONS * 2), photometric="minisblack", truncate=True), "a stack without a page"),
+        (cut_off(), "after page 1"),
+        (tiff_of([REGIONS[0], np.zeros((SIDE, SIDE + 8), np.float32)]), "floating-point"),
     ],
 )
-def test_a_mask_whose_regions_cannot_be_combined_is_refused_with_the_reason(data: Any, reason: str) -> None:
+def test_a_mask_whose_regions_cannot_be_combined_is_refused_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(ImageError, match=reason):
-        read_mask(data())
+        probe_mask(data)
 
 
 def test_ingest_combines_the_pages_of_a_mask_and_of_an_image_takes_the_first(tmp_path: Path) -> None:
-    source = tmp_path / "images/part"
-    for folder in ("train/good", "test/good", "test/spot", "ground_truth/spot"):
-        (source / folder).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    pictures = [rng.integers(0, 256, (SIDE, SIDE + 8, 3), dtype=np.uint8) for _ in range(6)]
-    for number, pixels in enumerate(pictures[:4]):
-        (source / f"train/good/{number}.png").write_bytes(encode_png(pixels))
-    (source / "test/good/0.png").write_bytes(encode_png(pictures[4]))
-    (source / "test/spot/0.png").write_bytes(encode_png(pictures[5]))
-    (source / "ground_truth/spot/0_mask.tif").write_bytes(tiff_of(regions()))
-    ingest(tmp_path / "images", tmp_path / "data", progress=False)
-    (mask,) = (one["mask"] for one in iter_test_records(str(tmp_path / "data"), "part") if one["label"])
-    np.testing.assert_array_equal(read_mask(mask), np.any(regions(), axis=0))
-    pages = tiff_of(pictures[:2], photometric="rgb")
-    np.testing.assert_array_equal(decode_image(pages, None), pictures[0])
+    pictures = [np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE + 8, 3), np.uint8) for seed in range(3)]
+    files = {
+        "train/good/0.png": pictures[0],
+        "test/spot/0.png": pictures[1],
+        "ground_truth/spot/0_mask.tif": KINDS["8 bits"],
+    }
+    ingest_quietly(save_all(tmp_path / "bolt", files), tmp_path / "data")
+    mask = rows_by_id(tmp_path / "data")["test/spot/0"]["mask"]
+    assert mask == encode_png(np.any(REGIONS, axis=0))
+    np.testing.assert_array_equal(decode_image(tiff_of(pictures, photometric="rgb"), None), pictures[0])

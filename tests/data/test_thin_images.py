@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from made_sources import ingest_quietly, save_all
 from small_set import ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle
@@ -23,7 +24,6 @@ from focus_ray.export.scorer import ExportableScorer
 from focus_ray.fitting.regions import load_frame
 from focus_ray.fitting.settings import Config
 from focus_ray.fitting.split import split_category
-from focus_ray.ingestion.ingest import ingest
 from focus_ray.serving.decoders import Decoders
 from focus_ray.serving.scorer import Scores, _judge
 
@@ -41,8 +41,9 @@ def bundle(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_bundle(padded_config(data, tmp_path_factory.mktemp("runs")))
 
 
-def padded_config(data: str, folder: Path, **model: Any) -> Config:
-    return small_config(data, folder, model={"resize": "pad", **NO_ALIGNMENT, **model})
+def padded_config(data: str, folder: Path, region: Any = None, **model: Any) -> Config:
+    regions = {} if region is None else {"gear": region}
+    return small_config(data, folder, data={"regions": regions}, model={"resize": "pad", **NO_ALIGNMENT, **model})
 
 
 def strip(width: int, height: int) -> np.ndarray[Any, Any]:
@@ -55,8 +56,7 @@ def strip(width: int, height: int) -> np.ndarray[Any, Any]:
 def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
     tiling: Any, region: Any, data: str, tmp_path: Path
 ) -> None:
-    regions = {} if region is None else {"regions": {"gear": region}}
-    config = small_config(data, tmp_path, data=regions, model={"resize": "pad", "tiling": tiling, **NO_ALIGNMENT})
+    config = padded_config(data, tmp_path, region, tiling=tiling)
     frame, tiles = load_frame(config, "gear"), Tiles.from_config(config.model)
     side = config.model.image_size_px // config.model.place_px(config.density.map_layer)
     num_refused = 0
@@ -76,9 +76,7 @@ def test_the_frame_refuses_exactly_the_sizes_without_an_inspected_cell(
 def test_the_error_states_whether_the_image_or_its_region_is_too_thin(data: str, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"too thin .*: cut the image .*model\.resize=stretch"):
         decode_image(encode_png(strip(512, 8)), load_frame(padded_config(data, tmp_path), "gear"))
-    banded_frame = load_frame(
-        small_config(data, tmp_path, data={"regions": {"gear": BAND}}, model={"resize": "pad", **NO_ALIGNMENT}), "gear"
-    )
+    banded_frame = load_frame(padded_config(data, tmp_path, BAND), "gear")
     with pytest.raises(ImageError, match=r"region of interest .*data\.regions"):
         decode_image(encode_png(strip(512, 64)), banded_frame)
     assert decode_image(encode_png(strip(512, 512)), banded_frame).shape == (64, 64, 4)
@@ -119,16 +117,9 @@ def test_the_service_gives_an_error_for_a_thin_image_and_no_verdict(bundle: str)
 
 
 def test_training_is_refused_with_the_names_of_thin_images(tmp_path: Path) -> None:
-    (tmp_path / "images" / "belt" / "good").mkdir(parents=True)
-    for number in range(8):
-        pixels = np.random.default_rng(number).integers(
-            0, 256, (8 if number in (2, 5) else 128, 512, 3), dtype=np.uint8
-        )
-        (tmp_path / "images" / "belt" / "good" / f"{number:02}.png").write_bytes(encode_png(pixels))
-    ingest(tmp_path / "images", tmp_path / "data", progress=False)
-    config = small_config(
-        str(tmp_path / "data"), tmp_path, data={"categories": ["belt"]}, model={"resize": "pad", **NO_ALIGNMENT}
-    )
+    images = {f"good/{number:02}.png": strip(512 - number, 8 if number in (2, 5) else 128) for number in range(8)}
+    ingest_quietly(save_all(tmp_path / "belt", images), tmp_path / "data")
+    config = padded_config(str(tmp_path / "data"), tmp_path)
     with pytest.raises(DataError, match=r"2 of 8 normal training images .*: belt/\S*02, belt/\S*05\."):
         split_category(config, "belt")
     assert split_category(small_config(str(tmp_path / "data"), tmp_path, model=NO_ALIGNMENT), "belt").num_images == 8

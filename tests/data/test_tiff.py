@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import tifffile
 from costly_images import make_bombs, many_pages
+from made_sources import encode as write_with_pillow
 from PIL import Image
+from places import SHARED
 
-from focus_ray.data.images import ImageError, decode_image, read_header, read_image, read_mask
+from focus_ray.data.images import ImageError, decode_image, probe_mask, read_header, read_image
 
 GREY8 = np.add.outer(np.arange(24), np.arange(36)).astype(np.uint8) * 3
 RGB8 = np.stack([GREY8, 255 - GREY8, GREY8 // 2], axis=2)
 GREY16, RGB16 = GREY8.astype(np.uint16) * 257, RGB8.astype(np.uint16) * 257
 ALPHA8 = np.full_like(GREY8, 128)
-CASES = Path(__file__).parents[3] / "shared" / "cases"
+CASES = SHARED / "cases"
 
 
 def encode(values: np.ndarray, **options: Any) -> bytes:
@@ -35,60 +37,39 @@ def shown(grey_or_rgb: np.ndarray) -> np.ndarray:
     return grey_or_rgb if grey_or_rgb.ndim == 3 else np.repeat(grey_or_rgb[:, :, None], 3, axis=2)
 
 
-READ = {
-    "grey": (GREY8, {"photometric": "minisblack"}, GREY8),
-    "grey, WhiteIsZero": (255 - GREY8, {"photometric": "miniswhite"}, GREY8),
-    "grey 16": (GREY16, {"photometric": "minisblack"}, GREY8),
-    "grey 16, big-endian": (GREY16, {"photometric": "minisblack", "byteorder": ">"}, GREY8),
-    "grey 16, WhiteIsZero": (65535 - GREY16, {"photometric": "miniswhite"}, GREY8),
-    "grey 16, WhiteIsZero, big-endian": (65535 - GREY16, {"photometric": "miniswhite", "byteorder": ">"}, GREY8),
-    "grey 16, WhiteIsZero, deflate": (65535 - GREY16, {"photometric": "miniswhite", "compression": "zlib"}, GREY8),
-    "RGB": (RGB8, {"photometric": "rgb"}, RGB8),
-    "RGB, planes": (RGB8.transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate"}, RGB8),
-    "RGB 16": (RGB16, {"photometric": "rgb"}, RGB8),
-    "RGB 16, big-endian": (RGB16, {"photometric": "rgb", "byteorder": ">"}, RGB8),
-    "RGB 16, planes": (RGB16.transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate"}, RGB8),
-    "RGB 16, planes, big-endian": (
-        RGB16.transpose(2, 0, 1),
-        {"photometric": "rgb", "planarconfig": "separate", "byteorder": ">"},
-        RGB8,
-    ),
-    "RGB 16, planes, deflate": (
-        RGB16.transpose(2, 0, 1),
-        {"photometric": "rgb", "planarconfig": "separate", "compression": "zlib"},
-        RGB8,
-    ),
-    "RGB and something": (np.dstack([RGB8, ALPHA8]), {"photometric": "rgb", "extrasamples": ["unspecified"]}, RGB8),
-    "RGB and two things": (
-        np.dstack([RGB8, ALPHA8, ALPHA8]),
-        {"photometric": "rgb", "extrasamples": ["unspecified", "unspecified"]},
-        RGB8,
-    ),
-    "RGBA": (
-        np.dstack([RGB8, ALPHA8]),
-        {"photometric": "rgb", "extrasamples": ["unassalpha"]},
-        (RGB8.astype(int) * 128 // 255).astype(np.uint8),
-    ),
-    "RGBA, multiplied": (
-        np.dstack([RGB8 // 2, ALPHA8]),
-        {"photometric": "rgb", "extrasamples": ["assocalpha"]},
-        RGB8 // 2,
-    ),
-    "RGBA 16": (
-        np.dstack([RGB16, ALPHA8.astype(np.uint16) * 257]),
-        {"photometric": "rgb", "extrasamples": ["unassalpha"]},
-        (RGB8.astype(int) * 128 // 255).astype(np.uint8),
-    ),
-    "grey and something": (
-        np.dstack([GREY8, ALPHA8]),
-        {"photometric": "minisblack", "extrasamples": ["unspecified"]},
-        GREY8,
-    ),
-    "grey 16 and something": (
-        np.dstack([GREY16, GREY16 // 3]),
-        {"photometric": "minisblack", "extrasamples": ["unspecified"]},
-        GREY8,
-    ),
+BLACK, WHITE, RGB = ({"photometric": name} for name in ("minisblack", "miniswhite", "rgb"))
+BIG, PLANES, DEFLATE = {"byteorder": ">"}, {"planarconfig": "separate"}, {"compression": "zlib"}
+OTHER, ALPHA, MULTIPLIED = ({"extrasamples": [name]} for name in ("unspecified", "unassalpha", "assocalpha"))
+ON_BLACK = (RGB8.astype(int) * 128 // 255).astype(np.uint8)
+
+
+def planes(values: np.ndarray) -> np.ndarray:
+    return values.transpose(2, 0, 1)
+
+
+# kind -> samples, tags, pixels as they are shown
+READ: dict[str, tuple[np.ndarray, dict[str, Any], np.ndarray]] = {
+    "grey": (GREY8, BLACK, GREY8),
+    "grey, WhiteIsZero": (255 - GREY8, WHITE, GREY8),
+    "grey 16": (GREY16, BLACK, GREY8),
+    "grey 16, big-endian": (GREY16, {**BLACK, **BIG}, GREY8),
+    "grey 16, WhiteIsZero": (65535 - GREY16, WHITE, GREY8),
+    "grey 16, WhiteIsZero, big-endian": (65535 - GREY16, {**WHITE, **BIG}, GREY8),
+    "grey 16, WhiteIsZero, deflate": (65535 - GREY16, {**WHITE, **DEFLATE}, GREY8),
+    "RGB": (RGB8, RGB, RGB8),
+    "RGB, planes": (planes(RGB8), {**RGB, **PLANES}, RGB8),
+    "RGB 16": (RGB16, RGB, RGB8),
+    "RGB 16, big-endian": (RGB16, {**RGB, **BIG}, RGB8),
+    "RGB 16, planes": (planes(RGB16), {**RGB, **PLANES}, RGB8),
+    "RGB 16, planes, big-endian": (planes(RGB16), {**RGB, **PLANES, **BIG}, RGB8),
+    "RGB 16, planes, deflate": (planes(RGB16), {**RGB, **PLANES, **DEFLATE}, RGB8),
+    "RGB and something": (np.dstack([RGB8, ALPHA8]), {**RGB, **OTHER}, RGB8),
+    "RGB and two things": (np.dstack([RGB8, ALPHA8, ALPHA8]), {**RGB, "extrasamples": ["unspecified"] * 2}, RGB8),
+    "RGBA": (np.dstack([RGB8, ALPHA8]), {**RGB, **ALPHA}, ON_BLACK),
+    "RGBA, multiplied": (np.dstack([RGB8 // 2, ALPHA8]), {**RGB, **MULTIPLIED}, RGB8 // 2),
+    "RGBA 16": (np.dstack([RGB16, ALPHA8.astype(np.uint16) * 257]), {**RGB, **ALPHA}, ON_BLACK),
+    "grey and something": (np.dstack([GREY8, ALPHA8]), {**BLACK, **OTHER}, GREY8),
+    "grey 16 and something": (np.dstack([GREY16, GREY16 // 3]), {**BLACK, **OTHER}, GREY8),
 }
 
 
@@ -126,12 +107,10 @@ def test_unsupported_kinds_are_refused_with_their_kind(name: str, byteorder: str
         with pytest.raises(ImageError, match=message) as caught:
             read(data)
         assert caught.value.reason == "unsupported"
-        assert "copy it again" not in str(caught.value)
 
 
 def test_a_file_in_separate_planes_is_rotated_upright() -> None:
-    planes = RGB16.transpose(2, 0, 1)
-    data = encode(planes, photometric="rgb", planarconfig="separate", extratags=[(274, "H", 1, 6, True)])
+    data = encode(planes(RGB16), **RGB, **PLANES, extratags=[(274, "H", 1, 6, True)])
     info, pixels = read_image(data)
     assert (info.width, info.height) == (24, 36)
     assert np.array_equal(pixels, np.rot90(RGB8, -1))
@@ -146,25 +125,17 @@ def test_a_truncated_file_has_the_reason_truncated() -> None:
 
 def test_a_fully_transparent_image_is_marked() -> None:
     clear = np.dstack([RGB8, np.zeros_like(GREY8)])
-    for data in (
-        encode(clear, photometric="rgb", extrasamples=["unassalpha"]),
-        encode(clear.astype(np.uint16), photometric="rgb", extrasamples=["unassalpha"]),
-    ):
-        assert read_image(data)[0].see_through
-    assert not read_image(encode(RGB8, photometric="rgb"))[0].see_through
+    for values in (clear, clear.astype(np.uint16)):
+        assert read_image(encode(values, **RGB, **ALPHA))[0].see_through
+    assert not read_image(encode(RGB8, **RGB))[0].see_through
 
 
 @pytest.mark.skipif(not CASES.is_dir(), reason="../shared/cases is not there")
 @pytest.mark.parametrize(
-    ("first_name", "second_name"),
-    [
-        ("00-rgb.png", "04-rgb16.tif"),
-        ("04-rgb16.tif", "05-rgb16-planar.tif"),
-        ("12-grey16.tif", "14-grey16-whiteiszero.tif"),
-    ],
+    "names", ["00-rgb.png 04-rgb16.tif", "04-rgb16.tif 05-rgb16-planar.tif", "12-grey16.tif 14-grey16-whiteiszero.tif"]
 )
-def test_the_same_picture_in_two_formats_has_the_same_pixels(first_name: str, second_name: str) -> None:
-    first, second = (decode_image((CASES / name).read_bytes(), None) for name in (first_name, second_name))
+def test_the_same_picture_in_two_formats_has_the_same_pixels(names: str) -> None:
+    first, second = (decode_image((CASES / name).read_bytes(), None) for name in names.split())
     assert np.array_equal(first, second)
 
 
@@ -183,12 +154,12 @@ for path in sys.argv[1:]:
     data = Path(path).read_bytes()
     for read in (read_header, lambda data: decode_image(data, None)):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before, start, reason = resident("VmRSS"), time.perf_counter(), None
+        before, start, reason = resident("VmRSS"), time.process_time(), None
         try:
             read(data)
         except ImageError as error:
             reason = error.reason
-        results.setdefault(path, []).append((reason, resident("VmHWM") - before, time.perf_counter() - start))
+        results.setdefault(path, []).append((reason, resident("VmHWM") - before, time.process_time() - start))
 print(json.dumps(results))
 """
 
@@ -209,16 +180,15 @@ def test_a_small_hostile_file_is_refused_with_little_memory_and_time(tmp_path: P
     bombs = make_bombs()
     for name, outcomes in probe(tmp_path, bombs).items():
         (_, header_mb, header_s), (reason, mb, seconds) = outcomes
-        allowed_mb = 16 + 3 * len(bombs[name]) / 2**20
-        assert max(header_mb, mb) < allowed_mb, (name, outcomes)
-        assert max(header_s, seconds) < 0.5, (name, outcomes)
+        assert max(header_mb, mb) < 16 + 3 * len(bombs[name]) / 2**20, (name, outcomes)
+        assert max(header_s, seconds) < 0.5, (name, outcomes)  # CPU time
         assert reason in ("too_large", "truncated", "unsupported"), (name, outcomes)
 
 
 def test_a_mask_of_very_many_pages_is_refused() -> None:
-    assert not read_mask(many_pages(3)).any()
+    assert not probe_mask(many_pages(3))[0].any()
     with pytest.raises(ImageError, match="more than 1000 pages") as caught:
-        read_mask(many_pages(1001))
+        probe_mask(many_pages(1001))[0]
     assert caught.value.reason == "too_large"
 
 
@@ -235,8 +205,7 @@ def test_a_large_16_bit_image_needs_at_most_three_times_its_size(tmp_path: Path,
         "planes": {"compression": "zlib", "planarconfig": "separate"},
         "tiles": {"compression": "zlib", "tile": (256, 256)},
     }[compression]
-    shaped = values.transpose(2, 0, 1) if compression == "planes" else values
-    data = encode(shaped, photometric="rgb", extrasamples=["unassalpha"], **options)
+    data = encode(planes(values) if compression == "planes" else values, **RGB, **ALPHA, **options)
     ((_, header_mb, _), (reason, mb, _)) = probe(tmp_path, {"large": data})["large"]
     assert reason is None
     assert header_mb < 4
@@ -251,16 +220,15 @@ def test_every_layout_and_compression_gives_the_same_pixels(
     layout: dict[str, Any], compression: str, predictor: bool, byteorder: str
 ) -> None:
     values = np.dstack([RGB16, ALPHA8.astype(np.uint16) * 257])
-    options: dict[str, Any] = {"photometric": "rgb", "extrasamples": ["unassalpha"], "byteorder": byteorder}
+    options: dict[str, Any] = {**RGB, **ALPHA, "byteorder": byteorder}
     plain = encode(values, **options)
     compressed = encode(values, **options, **layout, compression=compression, predictor=predictor)
     assert np.array_equal(decode_image(compressed, None), decode_image(plain, None))
-    planes = encode(values.transpose(2, 0, 1), **options, **layout, planarconfig="separate", compression=compression)
-    assert np.array_equal(decode_image(planes, None), decode_image(plain, None))
+    in_planes = encode(planes(values), **options, **layout, **PLANES, compression=compression)
+    assert np.array_equal(decode_image(in_planes, None), decode_image(plain, None))
 
 
 def test_packbits_gives_the_same_pixels() -> None:
-    image, plain, packed = Image.fromarray(np.dstack([RGB8, ALPHA8])), io.BytesIO(), io.BytesIO()
-    image.save(plain, "TIFF")
-    image.save(packed, "TIFF", compression="packbits")
-    assert np.array_equal(decode_image(packed.getvalue(), None), decode_image(plain.getvalue(), None))
+    image = Image.fromarray(np.dstack([RGB8, ALPHA8]))
+    plain, packed = (write_with_pillow(image, "TIFF", **how) for how in ({}, {"compression": "packbits"}))
+    assert np.array_equal(decode_image(packed, None), decode_image(plain, None))

@@ -197,9 +197,8 @@ def test_a_killed_worker_changes_no_result_and_a_piece_that_always_kills_fails(
 
     said: list[str] = []
     run = Evaluation(bundles, EvaluationSettings(output, None, SIDE, 0, 3, False), said.append)
-    with scoring_pool(2, True, said.append) as pool:
-        for piece, outcome in pool.run(deadly, run.next_piece):
-            run.record_result(piece, outcome)
+    for piece, outcome in scoring_pool(2, True, said.append).run(deadly, run.next_piece):
+        run.record_result(piece, outcome)
     assert any(line.startswith("retry 1 of 3: ActorDiedError") for line in said)
     assert os.listdir(marks) == ["gear-died"]
     assert re.search(r"ActorDiedError: .* \(4 attempts\)", run.results["board"]["error"])

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from job_nodes import REPOSITORY, Nodes, run_nodes
 from s3_server import S3Server
 from waiting import wait_for_records
 
-from focus_ray.fitting.settings import load_config
 from focus_ray.storage.files import list_names, read_bytes
 from focus_ray.sweep import records
-from focus_ray.sweep.records import TrialRecord, read_records
+from focus_ray.sweep.records import read_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
 
@@ -44,13 +39,17 @@ def _keys(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sweep_words(nodes: Nodes, weights: Path, *overrides: str) -> list[str]:
-    """Returns the command of a sweep of six density settings over both categories with small images."""
+    """Returns the command of a sweep over both categories with small images."""
     return [
         "sweep", "configs/sweep.yaml", f"base.data.uri={nodes.root}/data", f"base.storage={nodes.root}/sweeps",
         f"base.model.weights={weights}", "base.model.image_size_px=96", "base.cluster.use_gpu=false", *overrides,
     ]  # fmt: skip
 
 
+DENSITIES = (  # six settings that share features
+    "space={density.num_channels: [16, 32, 64], density.shrinkage: [0.5, 4.0]}",
+    "base.density={reduction: semi_orthogonal, coreset: 0}",
+)
 TRAINED = (  # six settings whose training takes some time
     "base.train.epochs=4",
     "space={train.learning_rate: [1.0e-4, 1.0e-3, 1.0e-1], model.predictor_width: [32, 256]}",
@@ -58,15 +57,15 @@ TRAINED = (  # six settings whose training takes some time
 )
 
 
-def scores_in_order(trials: list[TrialRecord]) -> list[float | None]:
-    """Returns the scores sorted by the number of the trial."""
-    return [record.score for record in sorted(trials, key=lambda record: record.number)]
+def scores_of(root: str) -> list[float | None]:
+    """Returns the scores of a sweep, sorted by the number of the trial."""
+    return [record.score for record in read_records(root)]
 
 
 @pytest.mark.usefixtures("_keys")
 def test_a_sweep_started_with_ray_job_submit_prints_a_table(nodes: Nodes, resnet18_weights: Path) -> None:
     two_nodes = ("base.cluster.labels={site: b}", "base.cluster.memory_gib_per_worker=0.25")
-    arguments = sweep_words(nodes, resnet18_weights, "name=search", "base.cluster.team=press", *two_nodes)
+    arguments = sweep_words(nodes, resnet18_weights, *DENSITIES, "name=search", "base.cluster.team=press", *two_nodes)
     process = subprocess.run(
         [
             str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", nodes.address,
@@ -79,18 +78,15 @@ def test_a_sweep_started_with_ray_job_submit_prints_a_table(nodes: Nodes, resnet
     trials = read_records(root)
     assert [(record.status, sorted(record.categories)) for record in trials] == [("finished", sorted(CATEGORIES))] * 6
     assert {result["shared"] for record in trials for result in record.categories.values()} == {"features"}
-    table = read_bytes(f"{root}/report.md").decode()
-    print(table)
+    table = read_bytes(f"{root}/report.md").decode().partition("\n**all categories**")[0]
     assert table in process.stdout
     assert all(category in table for category in CATEGORIES)
-    best = records.best_records(trials)[None]
-    assert str(best.point["density.num_channels"]) in table
 
 
 @pytest.mark.usefixtures("_keys")
 def test_simultaneous_sweeps_of_two_teams_finish_separately(nodes: Nodes, resnet18_weights: Path) -> None:
     def send(team: str) -> subprocess.CompletedProcess[str]:
-        share = sweep_words(nodes, resnet18_weights, "cluster_share=0.5")
+        share = sweep_words(nodes, resnet18_weights, *DENSITIES, "cluster_share=0.5")
         return nodes.run("submit", "--team", team, *share)
 
     with ThreadPoolExecutor(2) as pool:
@@ -102,44 +98,14 @@ def test_simultaneous_sweeps_of_two_teams_finish_separately(nodes: Nodes, resnet
     for name in names:
         root = f"{nodes.root}/sweeps/{name}"
         assert records.read_sweep(root).config_at().cluster.team == name.split("-")[0]
-        trials = read_records(root)
-        assert len(trials) == 6
-        scores.append(scores_in_order(trials))
+        scores.append(scores_of(root))
         assert "scratch" not in list_names(root)
         assert f"{root}/best.yaml" in next(run.stdout for run in processes if name in run.stdout)
+    assert len(scores[0]) == 6
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
     for team in ("north", "south"):
         listed = nodes.run("jobs", "list", "--team", team).stdout.splitlines()
         assert [line.split("\t")[0].split("-")[0] for line in listed] == [team]
-
-
-def compare_with_undisturbed_sweep(nodes: Nodes, weights: Path, disturbed: list[TrialRecord]) -> None:
-    """Runs the same sweep without a disturbance and compares scores and the best trial."""
-    undisturbed = nodes.run("submit", *sweep_words(nodes, weights, *TRAINED, "name=undisturbed"))
-    assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
-    expected = read_records(f"{nodes.root}/sweeps/undisturbed")
-    assert scores_in_order(disturbed) == pytest.approx(scores_in_order(expected), abs=1e-5)
-    assert records.best_records(disturbed)[None].number == records.best_records(expected)[None].number
-
-
-@pytest.mark.usefixtures("_keys")
-def test_a_sweep_with_a_killed_driver_is_resumed_as_a_job(nodes: Nodes, resnet18_weights: Path, tmp_path: Path) -> None:
-    root = f"{nodes.root}/sweeps/broken"
-    follower = nodes.start("submit", *sweep_words(nodes, resnet18_weights, *TRAINED, "name=broken"))
-    wait_for_records(root, 2, follower, 300.0)
-    state: dict[str, Any] = json.loads(read_bytes(f"{root}/state.json"))
-    os.kill(int(state["pid"]), signal.SIGKILL)
-    out, _ = follower.communicate(timeout=120)
-    assert follower.returncode == 137, out[-2000:]  # exit status of the job: 128 + SIGKILL
-    before = {record.name: record for record in read_records(root)}
-    assert 2 <= len(before) < 6
-    resumed = nodes.run("submit", "--team", "press", "sweep", "resume", root)
-    assert resumed.returncode == 0, resumed.stdout[-3000:]
-    after = {record.name: record for record in read_records(root)}
-    assert {name: after[name] for name in before} == before  # no trial was run again
-    (tmp_path / "best.yaml").write_bytes(read_bytes(f"{root}/best.yaml"))
-    assert load_config(tmp_path / "best.yaml").train.epochs == 4
-    compare_with_undisturbed_sweep(nodes, resnet18_weights, list(after.values()))
 
 
 @pytest.mark.usefixtures("_keys")
@@ -150,11 +116,13 @@ def test_a_node_that_is_killed_during_a_sweep_loses_no_trial(nodes: Nodes, resne
         "submit", *sweep_words(nodes, resnet18_weights, *TRAINED, "max_concurrent_trials=4", "name=shaken")
     )
     wait_for_records(root, 1, follower, 300.0)
-    before = {record.name: record for record in read_records(root)}
+    before = read_records(root)
     nodes.kill_a_worker_node()
     out, err = follower.communicate(timeout=400)
     assert follower.returncode == 0, out[-3000:] + err[-1000:]
-    after = {record.name: record for record in read_records(root)}
-    assert {name: after[name] for name in before} == before
-    assert [record.status for record in after.values()] == ["finished"] * 6
-    compare_with_undisturbed_sweep(nodes, resnet18_weights, list(after.values()))
+    assert [record for record in read_records(root) if record in before] == before  # no trial was run again
+    undisturbed = nodes.run("submit", *sweep_words(nodes, resnet18_weights, *TRAINED, "name=undisturbed"))
+    assert undisturbed.returncode == 0, undisturbed.stdout[-3000:]
+    expected = scores_of(f"{nodes.root}/sweeps/undisturbed")
+    assert len(expected) == 6
+    assert scores_of(root) == pytest.approx(expected, abs=1e-5)

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -37,7 +38,6 @@ from focus_ray.sweep.driver import SweepOutcome, run_sweep
 from focus_ray.sweep.proposer import Proposer
 from focus_ray.sweep.race import Judge
 from focus_ray.sweep.records import TrialRecord, read_records, read_sweep
-from focus_ray.sweep.report import write_report
 from focus_ray.sweep.settings import SweepConfig, parse_sweep
 from focus_ray.sweep.trial import judge_category
 from focus_ray.sweep.trial_inputs import load_images, split_for_judging
@@ -82,7 +82,7 @@ def judge_in_process(config: SweepConfig) -> list[TrialRecord]:
             judge_category(settings, category, images[category], config.objective, torch.device("cpu"))
             for category in CATEGORIES
         ]
-        score = records.mean_score([result.score for result in results if result.score is not None])
+        score = float(np.mean([result.score for result in results if result.score is not None]))
         proposer.tell(number, point, score)
         categories = {result.category: dataclasses.asdict(result) for result in results}
         epochs = sum(result.epochs for result in results)
@@ -215,17 +215,6 @@ def test_a_sweep_fails_if_every_trial_fails(ray_cluster: None, data: str, tmp_pa
     space = {"model.weights": [str(tmp_path / "absent.pth")]}
     with pytest.raises(SweepError, match=r"trial 00000: .*absent\.pth"):
         run_sweep(make_sweep(data, tmp_path, space=space))
-
-
-def test_a_labelled_objective_is_marked_in_table_yaml_and_page(data: str, tmp_path: Path) -> None:
-    config = make_sweep(data, tmp_path, objective="pixel_auroc", space={"density.shrinkage": [1.0, 2.0]})
-    write_report(str(tmp_path), config, [make_record(point={"density.shrinkage": value}) for value in (1.0, 2.0)])
-    best = (tmp_path / "best.yaml").read_text()
-    assert "pixel_auroc on LABELLED test images" in best
-    assert "no longer a fair test" in best
-    assert '<span class="mark">labelled</span>' in (tmp_path / "report.html").read_text()
-    assert "LABELLED" in (tmp_path / "report.md").read_text()
-    assert pq.read_schema(tmp_path / "trials.parquet").metadata[b"labelled"] == b"True"
 
 
 # A race
@@ -442,7 +431,7 @@ def test_a_stopped_sweep_leaves_no_process_or_file_and_prints_how_to_resume_it(
     finally:
         del os.environ["TMPDIR"]
     wait_for_records(f"{tmp_path}/search", 1, driver, 200.0)
-    driver.send_signal(number)
+    driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate(timeout=60)
     assert driver.returncode == 130, errors[-3000:]
     assert f"focus-ray sweep resume {tmp_path}/search" in errors
@@ -493,8 +482,8 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_a_stopped_sweep_leaves_no_actor_and_no_placement_group_in_a_running_cluster(
-    data: str, tmp_path: Path, num_workers: int
+def test_a_stopped_sweep_leaves_no_actor_no_placement_group_and_no_file(
+    ray_cluster: None, data: str, tmp_path: Path, num_workers: int
 ) -> None:
     base = {"cluster": {"num_workers": num_workers, "use_gpu": False}}
     config = make_sweep(data, tmp_path, base, space={**SLOW, "train.epochs": [400]})
@@ -513,13 +502,9 @@ def test_a_stopped_sweep_leaves_no_actor_and_no_placement_group_in_a_running_clu
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_trials_with_two_workers_train_with_ddp_and_appear_in_status_and_report(data: str, tmp_path: Path) -> None:
+def test_trials_with_two_workers_train_with_ddp(ray_cluster: None, data: str, tmp_path: Path) -> None:
     base = {"cluster": {"num_workers": 2, "use_gpu": False}, "train": {"epochs": 2}}
-    config = make_sweep(data, tmp_path, base, space={"train.learning_rate": [1e-4, 1e-2]})
-    driver = start_sweep(config, tmp_path)
-    _, errors = driver.communicate(timeout=250)
-    assert driver.returncode == 0, errors[-3000:]
-    trials = read_records(f"{tmp_path}/search")
+    trials = run_sweep(make_sweep(data, tmp_path, base, space={"train.learning_rate": [1e-4, 1e-2]})).records
     assert [(record.status, record.epochs) for record in trials] == [("finished", 4)] * 2
     assert {result["shared"] for record in trials for result in record.categories.values()} == {"images"}
     assert not Path(tmp_path, "search/scratch").exists()

@@ -14,15 +14,26 @@ from focus_ray.data.importers.groups import GroupRule, ImageLocation
 from focus_ray.data.importers.vocabulary import is_good_name, is_unclear_name
 from focus_ray.data.listing import IMAGE_SUFFIXES as IMAGE_SUFFIXES  # importers share the suffixes
 from focus_ray.data.listing import is_hidden
-from focus_ray.data.schema import Reject
-from focus_ray.data.source import SourcePath
+from focus_ray.data.schema import Reject, RejectReason
+from focus_ray.data.source import SourcePath, relative_name
 from focus_ray.errors import DataError
-from focus_ray.names import NAME_WORDS, is_name, is_utf8
+from focus_ray.names import NAME_WORDS, is_name, is_utf8, readable_name
 
 # Files beside the images that are ignored. A file with any other suffix is rejected and reported.
 IGNORED_SUFFIXES = (
-    *(".txt", ".md", ".rst", ".pdf", ".html"),
-    *(".csv", ".json", ".xml", ".yaml", ".yml", ".log", ".db", ".ini"),
+    ".txt",
+    ".md",
+    ".rst",
+    ".pdf",
+    ".html",
+    ".csv",
+    ".json",
+    ".xml",
+    ".yaml",
+    ".yml",
+    ".log",
+    ".db",
+    ".ini",
 )
 IGNORED_STEMS = ("license", "licence", "readme", "thumbs")
 
@@ -59,12 +70,6 @@ class ImportPlan:
     notes: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
-    def add_messages(self, other: ImportPlan) -> None:
-        """Adds everything except the samples of another plan of the same category: its rejects, notes and folder descriptions."""
-        self.rejects += other.rejects
-        self.notes += other.notes
-        self.folders += other.folders
-
 
 @dataclass(frozen=True)
 class ImportSettings:
@@ -93,8 +98,7 @@ class ImportSettings:
 
     def relative(self, path: SourcePath) -> str:
         """Returns a path relative to the source, for reports. Bytes that are not valid UTF-8 are shown as \\xff."""
-        text = path.relative_to(self.source).as_posix() if path.is_relative_to(self.source) else str(path)
-        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return readable_name(relative_name(path, self.source))
 
 
 class Importer(Protocol):
@@ -128,17 +132,14 @@ class FolderImporter:
 
     Attributes:
         expected: the expected content of a folder, for error messages.
-        is_category: returns whether a folder is a category in this layout.
+        fits: returns whether a folder is a category in this layout.
         plan_category: makes the plan of a category from its folder, its name and the settings.
     """
 
     expected: str
-    is_category: Callable[[SourcePath], bool]
+    fits: Callable[[SourcePath], bool]
     plan_category: Callable[[SourcePath, str, ImportSettings], ImportPlan]
     has_table = False
-
-    def fits(self, folder: SourcePath) -> bool:
-        return self.is_category(folder)
 
     def plan(self, folder: SourcePath, categories: Sequence[str] | None, settings: ImportSettings) -> list[ImportPlan]:
         name = folder_name(folder)
@@ -147,7 +148,7 @@ class FolderImporter:
         return [self.plan_category(folder, check_category_name(name, folder), settings)]
 
 
-def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Sequence[str] | None = None) -> list[bool]:
+def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Sequence[str]) -> list[bool]:
     """Draws the normal images that become test data, and returns for each image whether it was drawn.
 
     Groups are drawn with all of their images. The rank of a group in the draw depends only on its name and the seed, so further
@@ -156,7 +157,7 @@ def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Seq
     Args:
         names: name of each image.
         settings: contain the share of the groups to draw, and the seed.
-        groups: group name of each image; None or an empty name makes an image its own group.
+        groups: group name of each image; an empty name makes an image its own group.
     """
 
     def draw_key(unit: tuple[str, str]) -> str:
@@ -164,9 +165,8 @@ def draw_test_images(names: Sequence[str], settings: ImportSettings, groups: Seq
         text = f"{settings.seed}:group:{group}" if group else f"{settings.seed}:{name}"
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
-    groups = groups or [""] * len(names)
     units = [(group, "" if group else name) for name, group in zip(names, groups, strict=True)]
-    num_units = len({group for group in groups if group}) + sum(not group for group in groups)
+    num_units = len({*groups} - {""}) + groups.count("")
     count = round(settings.test_share * num_units)
     if settings.test_share > 0 and num_units > 1:
         count = min(max(count, 1), num_units - 1)
@@ -198,7 +198,7 @@ def add_folder(
     """
     num_images = 0
     num_skipped: Counter[str] = Counter()
-    for below, level in walk_image_folders(folder, settings):
+    for below, level in _walk_image_folders(folder, settings):
         if not is_utf8(below):
             detail = "its name is not valid UTF-8: rename the folder"
             plan.rejects.append(Reject(settings.relative(level), plan.category, "file_name", detail))
@@ -208,27 +208,19 @@ def add_folder(
         files, skipped_here = _list_files(level)
         num_skipped.update(skipped_here)
         for path in files:
-            if is_broken_link(path):
-                plan.rejects.append(
-                    Reject(settings.relative(path), plan.category, "unreadable", describe_broken_link(path))
-                )
-            elif not path.is_file():
-                detail = "not a regular file: pipes, devices and sockets are not read"
-                plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
-            elif not is_utf8(path.name):
-                detail = "its name is not valid UTF-8: rename the file"
-                plan.rejects.append(Reject(settings.relative(path), plan.category, "file_name", detail))
-            elif path.suffix.lower() in IMAGE_SUFFIXES:
-                stems.add(path.stem)
-                masks = tuple(find_masks(masks_folder, path.stem)) if masks_folder else ()
-                name = defect if label else "good"
-                plan.samples.append(Sample(path, origin, split, label, name, masks, subfolders=below))
-            else:
-                detail = f"suffix {path.suffix!r}: expected one of {', '.join(IMAGE_SUFFIXES)}"
-                plan.rejects.append(Reject(settings.relative(path), plan.category, "unsupported", detail))
+            problem = _find_problem(path)
+            if problem is not None:
+                reason, detail = problem
+                plan.rejects.append(Reject(settings.relative(path), plan.category, reason, detail))
+                continue
+            stems.add(path.stem)
+            masks = tuple(find_masks(masks_folder, path.stem)) if masks_folder else ()
+            name = defect if label else "good"
+            plan.samples.append(Sample(path, origin, split, label, name, masks, subfolders=below))
         num_images += len(stems)
         if masks_folder:
-            reject_unmatched_masks(plan, masks_folder, stems, settings, included_subfolder_names(level, settings))
+            names = {item.name for item in list_subfolders(level)} if settings.takes_subfolders else set()
+            reject_unmatched_masks(plan, masks_folder, stems, settings, names)
     if not settings.takes_subfolders:
         for nested in list_subfolders(folder):
             plan.notes.append(f"{settings.relative(nested)}: skipped, images are expected directly in {folder.name}/")
@@ -236,19 +228,28 @@ def add_folder(
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(num_skipped.items()))
         plan.notes.append(f"{settings.relative(folder)}: skipped {counts}")
     if folder.is_dir():
-        meaning = (
-            f"anomalous, {defect!r}, for the test"
-            if label
-            else f"normal, for {'the test' if split == 'test' else 'training'}"
-        )
+        use = "the test" if split == "test" else "training"
+        meaning = f"anomalous, {defect!r}, for the test" if label else f"normal, for {use}"
         plan.folders.append(f"{settings.relative(folder)}: {num_images} images, {meaning}")
         if label and is_unclear_name(defect):
-            plan.notes.append(
-                f"{settings.relative(folder)}: interpreted as a defect named {defect!r}; if its parts are good, rename it to good"
-            )
+            remedy = "if its parts are good, rename it to good"
+            plan.notes.append(f"{settings.relative(folder)}: interpreted as a defect named {defect!r}; {remedy}")
 
 
-def walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterator[tuple[str, SourcePath]]:
+def _find_problem(path: SourcePath) -> tuple[RejectReason, str] | None:
+    """Returns the reason and the detail of the rejection of a file among images; None for an image that can be opened."""
+    if is_broken_link(path):
+        return "unreadable", describe_broken_link(path)
+    if not path.is_file():
+        return "unsupported", "not a regular file: pipes, devices and sockets are not read"
+    if not is_utf8(path.name):
+        return "file_name", "its name is not valid UTF-8: rename the file"
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        return "unsupported", f"suffix {path.suffix!r}: expected one of {', '.join(IMAGE_SUFFIXES)}"
+    return None
+
+
+def _walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterator[tuple[str, SourcePath]]:
     """Yields a class folder and, if `settings.takes_subfolders`, all folders below it.
 
     Yields:
@@ -262,11 +263,6 @@ def walk_image_folders(folder: SourcePath, settings: ImportSettings) -> Iterator
             pending += [(f"{below}/{item.name}" if below else item.name, item) for item in list_subfolders(level)]
 
 
-def included_subfolder_names(folder: SourcePath, settings: ImportSettings) -> set[str]:
-    """Returns the names of the subfolders whose images are ingested."""
-    return {item.name for item in list_subfolders(folder)} if settings.takes_subfolders else set()
-
-
 def find_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
     """Returns the masks of an image: <stem>.png, <stem>_mask.png, and every image in the folder <stem>/.
 
@@ -278,11 +274,8 @@ def find_masks(truth: SourcePath, stem: str) -> list[SourcePath]:
     """
     if not truth.is_dir():
         return []
-    candidates = [
-        truth / f"{name}{suffix}"
-        for name in (stem, f"{stem}_mask")
-        for suffix in (*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES))
-    ]
+    suffixes = (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES))
+    candidates = [truth / f"{name}{suffix}" for name in (stem, f"{stem}_mask") for suffix in suffixes]
     # a broken link counts as a mask: otherwise the image would be ingested without its mask
     masks = [path for path in candidates if path.is_file() or is_broken_link(path)]
     return sorted(set(masks)) + list_image_files(truth / stem)
@@ -327,11 +320,9 @@ def describe_skipped_folders(root: SourcePath, used_names: set[str], settings: I
         for item in list_subfolders(root)
         if item.name not in used_names
     ]
-    num_loose = len(list_image_files(root))
-    if num_loose:
-        notes.append(
-            f"{settings.relative(root)}: {num_loose} images beside the folders are skipped: move them into a folder"
-        )
+    if num_loose := len(list_image_files(root)):
+        remedy = "move them into a folder"
+        notes.append(f"{settings.relative(root)}: {num_loose} images beside the folders are skipped: {remedy}")
     return notes
 
 
@@ -358,27 +349,22 @@ def describe_broken_link(path: SourcePath) -> str:
     return f"a link to {target}, which does not exist: fetch the file (git annex get, dvc pull) or copy the file itself"
 
 
-def _list_files(folder: SourcePath) -> tuple[list[SourcePath], dict[str, int]]:
+def _list_files(folder: SourcePath) -> tuple[list[SourcePath], Counter[str]]:
     """Lists the files directly in a folder.
 
     Returns:
         The sorted visible files, without files that are ignored beside images; and the number of ignored files of each kind.
     """
-    if not folder.is_dir():
-        return [], {}
     files: list[SourcePath] = []
-    num_skipped: dict[str, int] = {}
-    for item in sorted(folder.iterdir()):
-        if item.is_dir():
-            continue
+    num_skipped: Counter[str] = Counter()
+    items = folder.iterdir() if folder.is_dir() else ()
+    for item in sorted(item for item in items if not item.is_dir()):
         if is_hidden(item.name):
-            kind = "hidden"
+            num_skipped["hidden"] += 1
         elif item.suffix.lower() in IGNORED_SUFFIXES or item.stem.lower() in IGNORED_STEMS:
-            kind = item.suffix.lower() or item.name
+            num_skipped[item.suffix.lower() or item.name] += 1
         else:
             files.append(item)
-            continue
-        num_skipped[kind] = num_skipped.get(kind, 0) + 1
     return files, num_skipped
 
 

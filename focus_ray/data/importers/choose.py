@@ -44,19 +44,14 @@ def make_plans(
     for candidates in ([source], list_subfolders(source)):
         if roots:
             break  # the source is one category: its train/, which contains good/, must not count as a further category
-        fitting = {
-            name: [path for path in candidates if IMPORTERS[name].fits(path)]
-            for name in names
-            if name not in table_names
-        }
-        roots = {name: folders for name, folders in fitting.items() if folders}
+        for name in (name for name in names if name not in table_names):
+            folders = [path for path in candidates if IMPORTERS[name].fits(path)]
+            roots |= {name: folders} if folders else {}
     if not roots:
         expected = "; ".join(f"{name}: {IMPORTERS[name].expected}" for name in names)
         content = ", ".join(sorted(item.name for item in source.iterdir())[:12]) or "nothing"
-        raise DataError(
-            f"{source}: no category found, here or one folder down. Expected {expected}. Found: {content}"
-            f"{_suggest_good_folder(source)}"
-        )
+        found = f"Found: {content}{_suggest_good_folder(source)}"
+        raise DataError(f"{source}: no category found, here or one folder down. Expected {expected}. {found}")
     if len(roots) > 1:
         layouts = "; ".join(f"{name}: {', '.join(path.name for path in folders)}" for name, folders in roots.items())
         raise DataError(f"{source}: contains folders of several layouts ({layouts}): choose one with format=")
@@ -73,9 +68,7 @@ def make_plans(
     if categories is not None:
         unknown = sorted(set(categories) - set(available))
         if unknown:
-            raise DataError(
-                f"{source}: no category {', '.join(unknown)}; available categories: {', '.join(sorted(available))}"
-            )
+            raise DataError(f"{source}: no category {', '.join(unknown)}; it has {', '.join(sorted(available))}")
         plans = [plan for plan in plans if plan.category in categories]
     assign_groups(plans, settings)
     return chosen, plans, notes
@@ -92,13 +85,12 @@ def assign_groups(plans: Sequence[ImportPlan], settings: ImportSettings) -> None
         return
     rule.check_sources(sample.path for sample in samples)
     for plan in plans:
-        groups = [""] * len(plan.samples)
+        groups: dict[SourcePath, str] = {}
         for split in SPLITS:
-            numbers = [number for number, sample in enumerate(plan.samples) if sample.split == split]
-            locations = [(plan.samples[number].path, plan.samples[number].subfolders) for number in numbers]
-            for number, name in zip(numbers, rule.name_groups(locations), strict=True):
-                groups[number] = name
-        plan.samples = [replace(sample, group=group) for sample, group in zip(plan.samples, groups, strict=True)]
+            locations = [(sample.path, sample.subfolders) for sample in plan.samples if sample.split == split]
+            names = rule.name_groups(locations)
+            groups |= {path: name for (path, _), name in zip(locations, names, strict=True)}
+        plan.samples = [replace(sample, group=groups[sample.path]) for sample in plan.samples]
         ungrouped = [sample for sample in plan.samples if not sample.group]
         if ungrouped:
             plan.notes.append(

@@ -9,18 +9,15 @@ from focus_ray.data.importers.base import (
     FolderImporter,
     ImportPlan,
     ImportSettings,
-    Sample,
     add_folder,
     describe_skipped_folders,
     draw_test_images,
     find_masks,
-    included_subfolder_names,
     list_good_folders,
     list_image_files,
     list_subfolders,
     refuse_unexpected_folders,
     reject_unmatched_masks,
-    walk_image_folders,
 )
 from focus_ray.data.importers.vocabulary import is_bad_name
 from focus_ray.data.schema import Reject
@@ -42,66 +39,48 @@ def plan_folder(root: SourcePath, category: str, settings: ImportSettings) -> Im
     refuse_unexpected_folders(root, allowed_names, "good/, bad*/ and masks/")
     plan.notes += describe_skipped_folders(root, {item.name for item in list_subfolders(root)}, settings)
 
-    normal = ImportPlan(category)
     for item in good:
-        add_folder(normal, item, item.name, "train", 0, "good", None, settings)
-    plan.add_messages(normal)
+        add_folder(plan, item, item.name, "train", 0, "good", masks_root / item.name, settings)
+    normal, plan.samples = plan.samples, []
     # stem of a defective image -> names of the folders with such an image: a mask directly in masks/ must have one owner
     owners: dict[str, list[str]] = defaultdict(list)
     for bad in bad_folders:
         for path in list_image_files(bad):
             owners[path.stem].append(bad.name)
 
-    is_test = [False] * len(normal.samples)
+    is_test = [False] * len(normal)
     if bad_folders:
-        groups = settings.name_groups([(item.path, item.subfolders) for item in normal.samples])
-        names = [
-            f"{item.subfolders}/{item.path.name}" if item.subfolders else item.path.name for item in normal.samples
-        ]
+        groups = settings.name_groups([(item.path, item.subfolders) for item in normal])
+        names = [f"{item.subfolders}/{item.path.name}" if item.subfolders else item.path.name for item in normal]
         is_test = draw_test_images(names, settings, groups)
     if any(is_test):
         plan.folders.append(f"{sum(is_test)} of the good images are test images, the others are for training")
-    for sample, is_drawn in zip(normal.samples, is_test, strict=True):
-        stem = sample.path.stem
-        masks = find_masks(_masks_folder(masks_root, sample), stem)
-        masks = masks or ([] if stem in owners or sample.subfolders else find_masks(masks_root, stem))
+    for sample, is_drawn in zip(normal, is_test, strict=True):
+        masks = sample.masks
+        if not masks and not sample.subfolders and sample.path.stem not in owners:
+            masks = tuple(find_masks(masks_root, sample.path.stem))
         split = "test" if is_drawn else "train"
-        plan.samples.append(replace(sample, split=split, masks=tuple(masks), has_drawn_split=True))
+        plan.samples.append(replace(sample, split=split, masks=masks, has_drawn_split=True))
     for bad in bad_folders:
-        anomalous = ImportPlan(category)
+        num_before = len(plan.samples)
         defect = bad.name[len("bad") :].lstrip("_-. ") if bad.name.lower().startswith("bad") else bad.name
-        defect = defect or "bad"
-        add_folder(anomalous, bad, bad.name, "test", 1, defect, None, settings)
-        plan.add_messages(anomalous)
-        for sample in anomalous.samples:
-            stem = sample.path.stem
-            masks = find_masks(_masks_folder(masks_root, sample), stem)
+        add_folder(plan, bad, bad.name, "test", 1, defect or "bad", masks_root / bad.name, settings)
+        anomalous, plan.samples = plan.samples[num_before:], plan.samples[:num_before]
+        for sample in anomalous:
+            stem, masks = sample.path.stem, sample.masks
             if not masks and not sample.subfolders:
-                masks = find_masks(masks_root, stem)
+                masks = tuple(find_masks(masks_root, stem))
                 if masks and len(owners[stem]) > 1:
-                    detail = (
-                        f"{settings.relative(masks[0])} could belong to {stem} of {', '.join(owners[stem])}: "
-                        "move it to masks/<folder of its image>/"
-                    )
+                    could_be = f"{settings.relative(masks[0])} could belong to {stem} of {', '.join(owners[stem])}"
+                    detail = f"{could_be}: move it to masks/<folder of its image>/"
                     plan.rejects.append(Reject(settings.relative(sample.path), category, "mask_ambiguous", detail))
                     continue
-            plan.samples.append(replace(sample, masks=tuple(masks)))
+            plan.samples.append(replace(sample, masks=masks))
 
     image_folders = [*good, *bad_folders]
-    stems = {folder.name: {path.stem for path in list_image_files(folder)} for folder in image_folders}
-    reject_unmatched_masks(plan, masks_root, set().union(stems, *stems.values()), settings)
-    for folder in image_folders:
-        for below, level in walk_image_folders(folder, settings):
-            truth = masks_root / folder.name / below if below else masks_root / folder.name
-            stems_here = {path.stem for path in list_image_files(level)}
-            reject_unmatched_masks(plan, truth, stems_here, settings, included_subfolder_names(level, settings))
+    stems = {path.stem for folder in image_folders for path in list_image_files(folder)}
+    reject_unmatched_masks(plan, masks_root, stems, settings, [folder.name for folder in image_folders])
     return plan
-
-
-def _masks_folder(masks_root: SourcePath, sample: Sample) -> SourcePath:
-    """Returns the folder with the masks of an image: masks/<folder of the image>/<its subfolders>."""
-    folder = masks_root / sample.folder
-    return folder / sample.subfolders if sample.subfolders else folder
 
 
 def _is_folder(folder: SourcePath) -> bool:

@@ -42,7 +42,7 @@ def plan_mvtec(root: SourcePath, category: str, settings: ImportSettings) -> Imp
         for masks in list_subfolders(truth):
             if not (root / folder / masks.name).is_dir():
                 reject_unmatched_masks(plan, masks, set(), settings)
-    private = sorted(root.glob("test_private*"))
+    private = sorted(item for item in root.glob("test_private*"))
     plan.notes += [f"{settings.relative(item)}: skipped, its labels are not public" for item in private]
     used_names = {"train", "validation", "test", "test_public", "ground_truth", *(item.name for item in private)}
     plan.notes += describe_skipped_folders(root, used_names, settings)

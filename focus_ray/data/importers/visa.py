@@ -7,6 +7,7 @@ import io
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import PurePosixPath
 
 from focus_ray.data.importers.base import (
@@ -50,10 +51,8 @@ def plan_visa(
     required = {"image", "label"} | ({"object"} if table.name != "image_anno.csv" else set())
     missing = required - columns
     if missing:
-        raise DataError(
-            f"{table}: no column {' or '.join(sorted(missing))}; expected object,split,label,image,mask, "
-            f"got {','.join(sorted(columns)) or 'nothing'}"
-        )
+        expected = f"expected object,split,label,image,mask, got {','.join(sorted(columns)) or 'nothing'}"
+        raise DataError(f"{table}: no column {' or '.join(sorted(missing))}; {expected}")
     plans: dict[str, ImportPlan] = {}
     unsplit: dict[str, list[str]] = defaultdict(list)
     parsed = []
@@ -62,10 +61,8 @@ def plan_visa(
         label_text, image_text = (row["label"] or "").strip(), (row["image"] or "").strip()
         split = (row.get("split") or "").strip().lower()
         if split not in ("", *SPLITS) or not label_text or not image_text:
-            raise DataError(
-                f"{table}: line {number}: expected split train or test, a label and an image, got split={split!r}, "
-                f"label={label_text!r}, image={image_text!r}"
-            )
+            found = f"split={split!r}, label={label_text!r}, image={image_text!r}"
+            raise DataError(f"{table}: line {number}: expected split train or test, a label and an image, got {found}")
         label = int(not (is_good_name(label_text) or label_text.casefold() in _NO))
         if label and split == "train":
             raise DataError(f"{table}: line {number}: an anomalous image ({label_text!r}) in train; move it to test")
@@ -74,18 +71,12 @@ def plan_visa(
         parsed.append((category, split, label, label_text, image_text, (row.get("mask") or "").strip()))
     test_images: dict[str, set[str]] = {}
     for category, names in unsplit.items():
-        groups = (
-            settings.name_groups([(_table_path(name, root, table), "") for name in names])
-            if settings.grouping
-            else None
-        )
-        is_test = draw_test_images(names, settings, groups)
-        test_images[category] = {name for name, is_drawn in zip(names, is_test, strict=True) if is_drawn}
+        groups = settings.name_groups([(_table_path(name, root, table), "") for name in names])
+        test_images[category] = set(compress(names, draw_test_images(names, settings, groups)))
     for category, split, label, label_text, image_text, mask_text in parsed:
-        if categories is not None and category not in categories:
-            plans.setdefault(category, ImportPlan(category))
-            continue
         plan = plans.setdefault(category, ImportPlan(category))
+        if categories is not None and category not in categories:
+            continue
         has_drawn_split = not split
         if has_drawn_split:
             split = "test" if label or image_text in test_images[category] else "train"
@@ -97,8 +88,7 @@ def plan_visa(
             continue
         label_name = "anomaly" if label_text.casefold() in _YES else label_text
         defect = re.sub(r"[^A-Za-z0-9._-]+", "_", label_name) if label else "good"
-        masks = (mask,) if mask_text else ()
-        plan.samples.append(Sample(image, split, split, label, defect, masks, has_drawn_split))
+        plan.samples.append(Sample(image, split, split, label, defect, (mask,) if mask_text else (), has_drawn_split))
     return [plans[name] for name in sorted(plans)]
 
 

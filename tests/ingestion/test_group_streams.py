@@ -1,4 +1,4 @@
-"""Groups on a cluster: ingestion by tasks, and streams that train on whole groups."""
+"""Groups on a cluster: streams that train on whole groups."""
 
 from __future__ import annotations
 
@@ -9,41 +9,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ingested import commit_of, ingest_quietly
 from made_sources import pixels, save
 from small_set import small_config
 
 from focus_ray.data import store
-from focus_ray.data.read import decode_rows, read_index
-from focus_ray.data.store import open_store
+from focus_ray.data.read import decode_rows
 from focus_ray.fitting.split import plan_category, split_category
-from focus_ray.ingestion.cluster import ingest_on_cluster
-from focus_ray.ingestion.ingest import ingest
 from focus_ray.training.streams import stream_training_images
 
 pytestmark = pytest.mark.ray
-
-RULE = r"name:^(p\d+)_"
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    for number in range(30):
-        save(tmp_path / f"bolt/good/p{number % 10}_{number}.png", pixels(number))
-    return tmp_path / "bolt"
-
-
-def test_tasks_on_a_cluster_give_the_groups_of_one_process(ray_cluster: None, source: Path, tmp_path: Path) -> None:
-    expected = ingest(source, tmp_path / "alone", group_by=RULE, progress=False)
-    report = ingest_on_cluster(source, tmp_path / "out", 2, group_by=RULE, progress=False)
-    assert report == expected
-    assert report.categories[0].num_train_groups == 10
-    assert read_index(tmp_path / "out", "bolt").equals(read_index(tmp_path / "alone", "bolt"))
 
 
 def drop_group_of_a_part(root: Path) -> None:
     """Removes the column `group` from the first part file and from its rows in the index."""
     folder = root / "category=bolt"
-    commit = open_store(root).require_commit("bolt")
+    commit = commit_of(root)
     entry = commit["files"][0]
     table = pq.ParquetFile(folder / entry["name"]).read().drop(["group"])
     pq.write_table(table, folder / entry["name"], compression="none")
@@ -60,11 +41,13 @@ def drop_group_of_a_part(root: Path) -> None:
 
 
 def test_a_stream_gives_the_images_that_the_plan_trains_on_with_and_without_the_column(
-    ray_cluster: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "MAX_ROW_GROUP_ROWS", 12)
     monkeypatch.setattr(store, "FILE_BYTES", 1)
-    ingest(source, tmp_path / "out", group_by=RULE, progress=False)
+    for number in range(30):
+        save(tmp_path / f"bolt/good/p{number % 10}_{number}.png", pixels(number))
+    ingest_quietly(tmp_path / "bolt", tmp_path / "out", group_by=r"name:^(p\d+)_")
     drop_group_of_a_part(tmp_path / "out")
     config = small_config(str(tmp_path / "out"), "unused", model={"image_size_px": 32})
     split, plan = split_category(config, "bolt"), plan_category(config, "bolt")

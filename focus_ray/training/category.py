@@ -1,0 +1,160 @@
+"""Fits a category and writes its bundle, in a single process or as a worker of a torch.distributed group. No Ray."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from focus_ray.bundle.bundle import write_bundle
+from focus_ray.distributed import broadcast_from_rank0, world_size
+from focus_ray.fitting.fit import fit
+from focus_ray.fitting.settings import Config
+from focus_ray.fitting.shards import BatchStream, build_shard, local_stream
+from focus_ray.fitting.split import Split
+from focus_ray.fitting.state import Figures, TrainState
+from focus_ray.names import Log
+from focus_ray.storage.files import exists, join, list_names, read_bytes, remove_file, write_bytes
+
+STATE_FILE = "state.pt"
+_MAX_DECODE_THREADS = 8  # unless the caller says otherwise
+
+
+def set_reproducible() -> None:
+    """Makes cuDNN deterministic, so that training on a GPU gives the same result at every run."""
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+
+
+def bundle_uri(root: str, category: str) -> str:
+    """Returns the URI of a category's bundle in the folder `root` of a run."""
+    return join(root, "bundles", category)
+
+
+def checkpoint_folder(root: str, category: str) -> str:
+    """Returns the folder of a category's checkpoints in the folder `root` of a run."""
+    return join(root, "train", category)
+
+
+def fit_category(
+    config: Config,
+    split: Split,
+    root: str,
+    log: Log,
+    *,
+    on_figures: Callable[[Figures], None] = lambda figures: None,
+    device: torch.device | None = None,
+    num_threads: int | None = None,
+    stream: BatchStream | None = None,
+) -> None:
+    """Fits a category and writes its bundle below the folder `root` of a run, a local path or an s3:// URI.
+
+    Continues from the latest checkpoint, if there is one. Every worker of a torch.distributed group calls this function; the
+    worker of rank 0 writes and logs. A fit in one process and a fit with one worker give identical bundles.
+
+    Args:
+        split: the category's images for fitting and calibration.
+        log: receives progress messages, which begin with the category.
+        on_figures: receives the figures of each epoch.
+        device: None: a GPU of this machine, if the configuration allows a GPU and there is one.
+        num_threads: threads that decode images; None: one for each CPU of this machine, up to 8.
+        stream: source of training batches if the worker's share of the images does not fit into memory; None: the worker
+            reads the rows itself.
+    """
+    set_reproducible()
+    category, num_workers = split.category, world_size()
+    rank = torch.distributed.get_rank() if num_workers > 1 else 0
+    device = device or torch.device("cuda" if config.cluster.use_gpu and torch.cuda.is_available() else "cpu")
+    num_threads = num_threads or min(_MAX_DECODE_THREADS, os.cpu_count() or 1)
+    folder = checkpoint_folder(root, category)
+    # the workers must agree: an earlier group may still write
+    state = broadcast_from_rank0(lambda: _load_latest_state(folder))
+
+    def log_line(message: str) -> None:
+        if rank == 0:
+            log(f"{category}: {message}")
+
+    def on_epoch(epoch: int, figures: Figures, snapshot: Callable[[], TrainState]) -> None:
+        if rank > 0:
+            return
+        on_figures(figures)
+        _write_checkpoint(folder, epoch, snapshot())
+
+    start = time.perf_counter()
+    log_line(f"reading {split.num_images} images")
+    plan = split.plan(config)
+    stream = stream or local_stream(config, category, plan, num_threads)
+    shard = build_shard(config, category, plan, rank, num_workers, stream, num_threads)
+    load_s = time.perf_counter() - start
+    result = fit(
+        config,
+        shard,
+        len(plan.fit_rows),
+        device,
+        rank=rank,
+        wrap=data_parallel(num_workers, device),
+        state=state,
+        on_epoch=on_epoch,
+        log=log_line,
+    )
+    if rank > 0:
+        return
+    write_bundle(
+        bundle_uri(root, category),
+        config=config,
+        category=category,
+        detector=result.detector,
+        statistics=result.statistics,
+        calibration=result.calibration,
+        data={
+            "uri": config.data.uri,
+            "fingerprint": plan.fingerprint,
+            "num_fit": result.statistics.num_images,
+            "num_holdout": len(plan.holdout_rows),
+        },
+        metrics={
+            **asdict(result.notes),
+            "seconds": {"load": load_s, **result.seconds},
+            "num_workers": num_workers,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        },
+        fit_hashes=plan.fit_hashes,
+    )
+
+
+def data_parallel(num_workers: int, device: torch.device) -> Callable[[torch.nn.Module], Any] | None:
+    """Returns the function that makes a module data-parallel; None for one worker."""
+    if num_workers == 1:
+        return None
+
+    def wrap(module: torch.nn.Module) -> Any:
+        devices = [device] if device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+    return wrap
+
+
+def _write_checkpoint(folder: str, epoch: int, state: TrainState) -> None:
+    """Writes the training state after an epoch, and then removes older checkpoints."""
+    content = io.BytesIO()
+    torch.save(state.to_dict(), content)
+    name = f"checkpoint_{epoch:06}"
+    write_bytes(join(folder, name, STATE_FILE), content.getvalue())
+    for old_name in list_names(folder):
+        if old_name.startswith("checkpoint_") and old_name != name:
+            remove_file(join(folder, old_name, STATE_FILE))
+
+
+def _load_latest_state(folder: str) -> TrainState | None:
+    """Loads the training state of the latest checkpoint in a folder; None if there is no checkpoint."""
+    for name in sorted((name for name in list_names(folder) if name.startswith("checkpoint_")), reverse=True):
+        file = join(folder, name, STATE_FILE)
+        if exists(file):
+            state_dict = torch.load(io.BytesIO(read_bytes(file)), map_location="cpu", weights_only=True)
+            return TrainState.from_dict(state_dict)
+    return None

@@ -1,0 +1,60 @@
+"""Which failures of a training are retried."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import ray.train
+from ray.exceptions import RayActorError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api import data_parallel_trainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from focus_ray.cluster.failures import is_retryable
+from focus_ray.errors import ConfigError, DataError, StorageError, TrainingError, WeightsError
+
+
+def as_ray_tells(error: BaseException) -> BaseException:
+    return UserExceptionWithTraceback(error, "Traceback ...")
+
+
+RETRIED = [
+    as_ray_tells(StorageError("no connection")),
+    as_ray_tells(RuntimeError("CUDA error")),
+    as_ray_tells(TrainingError("the stream gave 3 of 4 batches")),
+    RayActorError(),
+    WorkerHealthCheckFailedError("lost", RayActorError()),
+]
+PERMANENT = [DataError("a"), ConfigError("b"), WeightsError("c"), FloatingPointError("the loss is nan")]
+
+
+@pytest.mark.ray
+def test_trainers_retry_temporary_errors_and_no_permanent_errors(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from focus_ray.cluster.ray_private import prepare_trainers
+
+    monkeypatch.setattr(data_parallel_trainer, "create_failure_policy", None)
+    monkeypatch.setenv("RAY_ADDRESS", "")  # the test sets it
+    prepare_trainers()
+    policy = data_parallel_trainer.create_failure_policy(ray.train.FailureConfig(max_failures=30))  # type: ignore[misc]
+
+    def decide(*errors: BaseException) -> FailureDecision:
+        failed = WorkerGroupError("failed", dict(enumerate(errors)))
+        return policy.make_decision(pickle.loads(pickle.dumps(failed)))
+
+    assert {decide(error) for error in RETRIED} == {FailureDecision.RETRY}
+    for error in PERMANENT:
+        assert decide(as_ray_tells(error)) == FailureDecision.RAISE
+        # another worker fails because its peer has gone, which is no reason for a retry
+        closed = as_ray_tells(RuntimeError("connection closed by peer"))
+        assert decide(closed, as_ray_tells(error)) == FailureDecision.RAISE
+
+
+def test_a_circle_of_causes_is_searched_once() -> None:
+    inner, outer = DataError("inner"), RuntimeError("outer")
+    outer.__cause__ = inner
+    inner.__cause__ = outer  # as re-raising makes
+    assert not is_retryable(as_ray_tells(outer))
