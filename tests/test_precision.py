@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_set import fit_alone, ingest_parts, make_bundle, small_config, write_fitted_bundle
+from small_set import fit_alone, ingest_parts, make_bundle, small_config
 
 from focus_ray.bundle.bundle import read_bundle, read_manifest
 from focus_ray.bundle.inspector import Inspector
@@ -72,7 +72,7 @@ def test_a_bundle_in_bfloat16_scores_as_its_fit_and_nearly_as_in_float32(tmp_pat
             scoring={"image_score": "profile"},
         )
         result = fit_alone(config)
-        inspector = Inspector.load(write_fitted_bundle(result, config), "cpu")
+        inspector = Inspector.load(make_bundle(config, result=result), "cpu")
         assert next(inspector.bundle.detector.net.backbone.parameters()).dtype == compute_dtype(precision, CPU)
         embedding = torch.randn(2, 32 + config.density.coreset_channels, 8, 8)
         read, fitted = inspector.bundle.detector.density, result.detector.density

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from small_set import CATEGORIES, fit_alone, make_bundle, small_config, write_fitted_bundle
+from small_set import CATEGORIES, fit_alone, make_bundle, small_config
 from torch import Tensor
 
 from focus_ray.bundle.bundle import read_bundle, read_statistics
@@ -141,7 +141,7 @@ def test_the_same_seed_learns_the_same_projection_and_a_bundle_stores_it(data: s
     assert torch.equal(first.reduction.projection, second.reduction.projection)
     assert first.reduction.projection.shape == (32, 448)
     images = torch.cat(list(make_fit(data).shard.holdout_batches()))
-    expected, read = first.detector(images), read_bundle(write_fitted_bundle(second, config)).detector(images)
+    expected, read = first.detector(images), read_bundle(make_bundle(config, result=second)).detector(images)
     torch.testing.assert_close(read.score, expected.score, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(read.anomaly_map, expected.anomaly_map, rtol=1e-3, atol=1e-2)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from small_set import fit_alone, small_config, write_fitted_bundle
+from small_set import fit_alone, make_bundle, small_config
 from torch import Tensor
 
 from focus_ray.bundle.bundle import read_bundle, read_statistics
@@ -39,12 +39,12 @@ DENSITIES = ("per_tile", "shared")
 
 
 def tiled_config(
-    data: str, density: str | None, grid: tuple[int, int] = (2, 3), overlap: float = 0.25, side: int = SIDE, **rest: Any
+    uri: str, kind: str | None, grid: tuple[int, int] = (2, 3), overlap: float = 0.25, side: int = SIDE, **rest: Any
 ) -> Config:
-    """Returns a configuration with tiles and a profile of good images. Without `density`, images have no tiles."""
-    tiling = density and {"grid": grid, "overlap": overlap, "density": density}
+    """Returns a configuration with a profile of good images, and with tiles whose model.tiling.density is `kind`, if any."""
+    tiling = kind and {"grid": grid, "overlap": overlap, "density": kind}
     model = {"image_size_px": side, "image_alignment": {"group": "none"}, "tiling": tiling}
-    return small_config(data, "unused", model=model, **{"scoring": {"image_score": "profile"}, **rest})
+    return small_config(uri, "unused", model=model, **{"scoring": {"image_score": "profile"}, **rest})
 
 
 def textures(count: int, size: tuple[int, int]) -> Tensor:
@@ -66,7 +66,7 @@ def fitted(
     """Fits the gears with a value of model.tiling.density. Returns the result and the address of its bundle."""
     config = tiled_config(data, request.param)
     result = fit_alone(config)
-    return result, write_fitted_bundle(result, config, place=tmp_path_factory.mktemp("bundle") / request.param)
+    return result, make_bundle(config, place=tmp_path_factory.mktemp("bundle") / request.param, result=result)
 
 
 # Tiles and maps
@@ -109,13 +109,15 @@ def test_values_of_two_tiles_blend_linearly_in_their_overlap() -> None:
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(data: str, density: str) -> None:
+def test_the_map_of_a_homogeneous_texture_has_no_jumps_at_seams(
+    data: str, density: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Maps change hardly more between pixels where tiles overlap than within tiles; without blending they jump."""
 
     def seam_ratio(overlap: float, sigma_px: float) -> float:
         """Returns the largest change between neighbouring pixels at a seam, divided by the largest change elsewhere."""
-        scoring = {"image_score": "maximum", "smoothing_sigma_px": sigma_px}
-        config = tiled_config(data, density, (2, 2), overlap, side=64, scoring=scoring)
+        monkeypatch.setattr("focus_ray.detect.detector.SMOOTHING_SIGMA_PX", sigma_px)
+        config = tiled_config(data, density, (2, 2), overlap, side=64, scoring={"image_score": "maximum"})
         maps = fit_textures(config)[1].anomaly_map
         is_seam = torch.zeros(maps.shape[1] - 1, dtype=torch.bool)
         is_seam[64 - config.model.overlap_px - 1 : 64] = True  # a seam lies after these pixels
@@ -190,7 +192,7 @@ def test_statistics_and_calibration_count_whole_images(fitted: tuple[FitResult, 
     plan = plan_category(bundle.config, "gear")
     assert statistics.num_images == len(statistics.bank) == len(plan.fit_rows)
     assert statistics.bank.shape[1] == (2 * SIDE // 8) * (3 * SIDE // 8)
-    assert bundle.calibration == result.calibration
+    assert bundle.calibration.image_scores == result.calibration.image_scores
     assert bundle.calibration.num_images == len(plan.holdout_rows)
     num_shared = 6 if bundle.config.model.tiling.density == "shared" else 1
     assert statistics.moments.count == num_shared * statistics.num_images

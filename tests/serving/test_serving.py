@@ -31,6 +31,7 @@ from focus_ray.bundle.registry import Registry, Version
 from focus_ray.cli.main import main
 from focus_ray.client import FoundRegion
 from focus_ray.data.images import read_image
+from focus_ray.detect.detector import can_share_backbone_pass
 from focus_ray.detect.inspection import Inspection, Region, resize_map
 from focus_ray.errors import BundleError, ConfigError, RegistryError
 from focus_ray.serving.batching import Batcher
@@ -480,6 +481,11 @@ def test_two_categories_with_one_backbone_share_a_pass_with_equal_scores(plant: 
         for answer in answers[2 * number : 2 * number + 2]:
             for result, inspection in zip(answer.results, inspections, strict=True):
                 check_score(result.score, inspection)
+
+
+def test_detectors_with_different_backbones_share_no_pass(plant: Plant) -> None:
+    gear, board = (read_bundle(plant.bundles[name]).detector for name in ("gear", "board"))
+    assert not can_share_backbone_pass(gear, board)
 
 
 def test_items_that_wait_are_the_next_batch_and_an_error_fails_only_its_item() -> None:
