@@ -242,10 +242,18 @@ class EvaluationProgress:
         """Number of images in the measured parts."""
         return sum(len(part.labels) for part in self.scores.values())
 
-    def joinable_parts(self) -> list[EvaluationPart]:
-        """Returns the measured parts in the order of the images. The first part has the bins of all parts."""
-        first, *later_parts = [self.scores[first] for first in sorted(self.scores)]
-        return [replace(first, bins=self.bins), *later_parts]
+    def total(self) -> EvaluationPart:
+        """Returns a part with the images of all measured parts, in the order of the images."""
+        parts = [self.scores[first] for first in sorted(self.scores)]
+        return EvaluationPart(
+            labels=np.concatenate([part.labels for part in parts]),
+            scores=np.concatenate([part.scores for part in parts]),
+            types=tuple(defect_type for part in parts for defect_type in part.types),
+            bins=self.bins,
+            reduced=any(part.reduced for part in parts),
+            trained_on=np.concatenate([part.trained_on for part in parts]),
+            num_repeats=sum(part.num_repeats for part in parts),
+        )
 
     def save(self) -> None:
         """Writes the bins and the list of measured parts to the job's state file. The scores are in the files of the parts.

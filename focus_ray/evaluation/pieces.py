@@ -99,7 +99,7 @@ class ScoringPiece(Generic[Job]):
 
     Attributes:
         parts: number of a part's first image -> row numbers of the part.
-        total: results of all parts of the job, for a last piece that scores no image.
+        total: joined results of all parts of the job, for a last piece that scores no image.
     """
 
     job: Job

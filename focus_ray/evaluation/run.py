@@ -76,7 +76,7 @@ class Evaluation(ScoringRun[EvaluationJob]):
         self._measured[category] = measured
         self._saved_at[category] = time.monotonic()
         pieces = [EvaluationPiece(job, {first: rows}) for first, rows in parts.items() if first not in measured.scores]
-        return pieces or [EvaluationPiece(job, {}, measured.joinable_parts())]
+        return pieces or [EvaluationPiece(job, {}, measured.total())]
 
     def record(self, piece: EvaluationPiece, result: Any) -> None:
         """Records the result of a piece. After the last part of a category follows a piece with its metrics."""
@@ -90,7 +90,7 @@ class Evaluation(ScoringRun[EvaluationJob]):
         measured.add(first, result)
         if is_complete:
             self.num_open[category] = 1
-            self.urgent.append(EvaluationPiece(job, {}, measured.joinable_parts()))
+            self.urgent.append(EvaluationPiece(job, {}, measured.total()))
         if is_complete or time.monotonic() - self._saved_at[category] >= _SAVE_INTERVAL_S:
             self._save(category)
 
